@@ -1,0 +1,38 @@
+"""Data-free knowledge distillation for fine-grained recognition, as a fast engine.
+
+The method is Shao et al., "Data-free Knowledge Distillation for Fine-grained Visual Categorization", ICCV 2023.
+
+Names are resolved on first use, so that ``import dfkd_fast.ops`` needs torch and nothing else of the dependencies.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "distill": "dfkd_fast.engine",
+    "teach": "dfkd_fast.engine",
+    "evaluate": "dfkd_fast.engine",
+    "DistillResult": "dfkd_fast.engine",
+    "DistillConfig": "dfkd_fast.config",
+    "TeachConfig": "dfkd_fast.config",
+}
+
+if TYPE_CHECKING:
+    from dfkd_fast.config import DistillConfig, TeachConfig
+    from dfkd_fast.engine import DistillResult, distill, evaluate, teach
+
+__all__ = ["DistillConfig", "DistillResult", "TeachConfig", "__version__", "distill", "evaluate", "teach"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

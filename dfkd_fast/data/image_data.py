@@ -1,0 +1,116 @@
+"""What every set is handed over as, and the dataset that keeps a small set in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+__all__ = ["HALF", "ImageArray", "ImageData"]
+
+HALF = (0.5, 0.5, 0.5)
+"""Mean and standard deviation that take [0, 1] to [-1, 1], the generator's own range."""
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Labelled images in two disjoint splits, for teacher training and evaluation alone.
+
+    Args:
+        train: items ``(image, label)``: a float32 tensor (3, H, W), normalised by ``mean`` and ``std``, and an int.
+        test: held-out images, without random transforms.
+        classes: names, in the order of the labels.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
+        image_size: height and width in pixels.
+    """
+
+    train: Dataset[Any]
+    test: Dataset[Any]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+
+class ImageArray(Dataset[tuple[Tensor, int]]):
+    """Images held as bytes and normalised when they are fetched, a whole batch at once under a ``DataLoader``.
+
+    Args:
+        images: uint8, (N, 3, H, W); may be a view of a memory map, or expanded from one channel.
+        labels: int64, (N,).
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
+        shift: pixels by which an image is moved at most in each direction, drawn anew at every fetch from PyTorch's
+            global generator; what comes in at the border repeats the border. 0 is no augmentation.
+
+    Raises:
+        TypeError: ``images`` is not uint8.
+        ValueError: shapes that do not fit, or a shift that is not in 0..H - 1.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: Sequence[float] = HALF,
+        std: Sequence[float] = HALF,
+        shift: int = 0,
+    ) -> None:
+        if images.dtype != torch.uint8:
+            raise TypeError(f"images must be uint8, got {images.dtype}")
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+            raise ValueError(f"images must have shape (N, 3, S, S), got {tuple(images.shape)}")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"labels must have shape ({images.shape[0]},), got {tuple(labels.shape)}")
+        if not 0 <= shift < images.shape[2]:
+            raise ValueError(f"shift must be in 0..{images.shape[2] - 1}, got {shift}")
+        self.images = images
+        self.labels = labels
+        self.shift = shift
+        deviation = torch.tensor(list(std), dtype=torch.float32).view(3, 1, 1)
+        self._scale = 1 / (255 * deviation)
+        self._offset = -torch.tensor(list(mean), dtype=torch.float32).view(3, 1, 1) / deviation
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} images")
+        return self.__getitems__([index % len(self)])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        """The items of a batch; a ``DataLoader`` calls this in place of one ``__getitem__`` an item."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        images = self.images[chosen]
+        if self.shift:
+            images = _shifted(images, self.shift)
+        pixels = images.to(torch.float32).mul_(self._scale).add_(self._offset)
+        return list(zip(pixels.unbind(), self.labels[chosen].tolist(), strict=True))
+
+
+def _shifted(images: Tensor, most: int) -> Tensor:
+    """Each image moved by its own whole number of pixels, up to ``most`` in both directions."""
+    size = images.shape[-1]
+    dy, dx = torch.randint(-most, most + 1, (2, len(images))).tolist()
+    moved = torch.empty_like(images)
+    for target, source, y, x in zip(moved, images, dy, dx, strict=True):
+        top, left = max(y, 0), max(x, 0)
+        bottom, right = size + min(y, 0), size + min(x, 0)
+        target[:, top:bottom, left:right] = source[:, top - y : bottom - y, left - x : right - x]
+        target[:, :top] = target[:, top : top + 1]
+        target[:, bottom:] = target[:, bottom - 1 : bottom]
+        target[:, :, :left] = target[:, :, left : left + 1]
+        target[:, :, right:] = target[:, :, right - 1 : right]
+    return moved

@@ -1,0 +1,163 @@
+"""Fetching: images from memory, shifts, and a loader whose batches follow from its seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from dfkd_fast.config import DataConfig
+from dfkd_fast.data import ImageArray, load, loader
+
+MEAN, STD = (0.2, 0.4, 0.6), (0.5, 0.25, 0.125)
+
+
+def array(count: int = 23, size: int = 12, shift: int = 0) -> ImageArray:
+    images = torch.randint(
+        0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+    )
+    return ImageArray(images, torch.arange(count), mean=MEAN, std=STD, shift=shift)
+
+
+class Noise(Dataset[tuple[Tensor, int]]):
+    """Items with a random part of their own, fetched one by one."""
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.rand(3, 4, 4) + index, index
+
+
+def batches(dataset: Dataset, passes: int = 2, **changes: object) -> list[list[tuple[Tensor, Tensor]]]:
+    arguments: dict[str, object] = {"batch_size": 5, "shuffle": True, "seed": 9, "workers": 0}
+    found = loader(dataset, **(arguments | changes))  # type: ignore[arg-type]
+    return [list(found) for _ in range(passes)]
+
+
+def equal(left: list, right: list) -> bool:
+    pairs = [pair for ones, others in zip(left, right, strict=True) for pair in zip(ones, others, strict=True)]
+    return all(torch.equal(x, a) and torch.equal(y, b) for (x, y), (a, b) in pairs)
+
+
+def test_items_are_normalised() -> None:
+    data = array()
+    image, label = data[7]
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
+    torch.testing.assert_close(image.double(), (data.images[7].double() / 255 - mean) / std, rtol=0, atol=2e-6)
+    assert (label, type(label)) == (7, int)
+    assert torch.equal(data[-1][0], data[22][0])
+    with pytest.raises(IndexError, match="index 23 is out of range for 23 images"):
+        data[23]
+
+
+def test_a_batch_is_its_items() -> None:
+    data = array()
+    for (image, label), index in zip(data.__getitems__([3, 0, 22]), [3, 0, 22], strict=True):
+        assert torch.equal(image, data[index][0])
+        assert label == index
+
+
+def test_a_shift_is_a_crop_of_the_image_with_its_border_repeated() -> None:
+    most, size = 3, 12
+    data = array(shift=most)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    padded = F.pad(data.images[:1].float(), (most,) * 4, mode="replicate")[0]
+    crops = {
+        (y, x): (padded[:, y : y + size, x : x + size] / 255 - mean) / std
+        for y in range(2 * most + 1)
+        for x in range(2 * most + 1)
+    }
+    torch.manual_seed(0)
+    seen = set()
+    for image, _ in data.__getitems__([0] * 600):
+        matches = [at for at, crop in crops.items() if torch.allclose(image, crop, atol=1e-5)]
+        assert len(matches) == 1
+        seen.add(matches[0])
+    assert seen == set(crops)
+
+
+def test_a_plain_data_loader_reads_it() -> None:
+    images, labels = next(iter(DataLoader(array(), batch_size=4)))
+    assert images.shape == (4, 3, 12, 12)
+    assert labels.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": torch.zeros(2, 3, 4, 4)}, TypeError, r"images must be uint8, got torch\.float32"),
+        (
+            {"images": torch.zeros(2, 1, 4, 4, dtype=torch.uint8)},
+            ValueError,
+            r"shape \(N, 3, S, S\), got \(2, 1, 4, 4\)",
+        ),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels must have shape \(2,\), got \(3,\)"),
+        ({"shift": 4}, ValueError, r"shift must be in 0\.\.3, got 4"),
+        ({"shift": -1}, ValueError, r"shift must be in 0\.\.3, got -1"),
+    ],
+)
+def test_bad_images(change: dict[str, object], error: type[Exception], message: str) -> None:
+    good: dict[str, object] = {
+        "images": torch.zeros(2, 3, 4, 4, dtype=torch.uint8),
+        "labels": torch.zeros(2, dtype=torch.int64),
+    }
+    with pytest.raises(error, match=message):
+        ImageArray(**(good | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dataset", [array(shift=2), Noise()], ids=["batched", "one by one"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_follow_from_the_seed_alone(dataset: Dataset, workers: int) -> None:
+    torch.manual_seed(1)
+    first = batches(dataset)
+    torch.manual_seed(2)
+    assert equal(batches(dataset, workers=workers), first)
+    assert not equal(batches(dataset, seed=10), first)
+    assert not equal(first[:1], first[1:])  # a new order and new transforms each pass
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = torch.random.get_rng_state()
+    batches(array(shift=2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_order_and_sizes() -> None:
+    data = array()
+    (in_order,) = batches(data, passes=1, shuffle=False)
+    assert torch.cat([labels for _, labels in in_order]).tolist() == list(range(23))
+    assert [len(labels) for _, labels in in_order] == [5, 5, 5, 5, 3]
+    assert in_order[0][0].dtype == torch.float32
+    assert in_order[0][1].dtype == torch.int64
+    (shuffled,) = batches(data, passes=1)
+    assert sorted(torch.cat([labels for _, labels in shuffled]).tolist()) == list(range(23))
+    found = loader(data, batch_size=5, shuffle=True, seed=0, workers=0, drop_last=True)
+    assert len(found) == len(list(found)) == 4
+
+
+def test_a_pass_cut_short_does_not_hang_the_next() -> None:
+    found = loader(array(), batch_size=5, shuffle=True, seed=0, workers=1)
+    next(iter(found))
+    assert sum(len(labels) for _, labels in found) == 23
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"dataset": array(count=0)}, "dataset must hold at least one image, got none"),
+    ],
+)
+def test_bad_arguments(change: dict[str, object], message: str) -> None:
+    good: dict[str, object] = {"dataset": array(), "batch_size": 5, "shuffle": True, "seed": 0, "workers": 0}
+    with pytest.raises(ValueError, match=message):
+        loader(**(good | change))  # type: ignore[arg-type]
+
+
+def test_an_unknown_set() -> None:
+    with pytest.raises(ValueError, match=r"DataConfig.name must be one of .*'rendered'.*, got 'imagenet'"):
+        load(DataConfig(name="imagenet"))  # type: ignore[arg-type]

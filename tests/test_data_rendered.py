@@ -1,0 +1,281 @@
+"""The drawn set: what its subcategories share, what its splits do not, and its cache."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dfkd_fast.config import DataConfig
+from dfkd_fast.data import birds, load
+from dfkd_fast.data import rendered as rendered_module
+from dfkd_fast.data.rendered import MOST_CLASSES
+
+NAMES = list(birds.NUISANCES)
+
+
+def config(root: Path, **changes: object) -> DataConfig:
+    small: dict[str, object] = {"image_size": 32, "classes": 3, "train_per_class": 4, "test_per_class": 2}
+    return DataConfig(name="rendered", root=str(root), **(small | changes))  # type: ignore[arg-type]
+
+
+def vectors(split: birds.Split, count: int = 400) -> np.ndarray:
+    return np.stack([birds.nuisances(0, split, index % 7, index) for index in range(count)])
+
+
+def uncovered(index: int) -> np.ndarray:
+    """A nuisance vector without leaves."""
+    values = birds.nuisances(0, "test", 0, index)
+    for leaf in ("leaf0_length", "leaf1_length"):
+        values[NAMES.index(leaf)] = birds.NUISANCES[leaf][0]
+    return values
+
+
+def test_any_two_subcategories_differ_in_two_parts() -> None:
+    words = birds.class_words()
+    assert len(set(words)) == len(words) >= MOST_CLASSES
+    assert min(sum(a != b for a, b in zip(*pair, strict=True)) for pair in itertools.combinations(words, 2)) == 2
+
+
+def test_the_first_ten_vary_every_part() -> None:
+    for position, (part, values) in enumerate(birds.PARTS.items()):
+        seen = {word[position] for word in birds.class_words()[:10]}
+        assert seen == set(range(len(values))), part
+
+
+def test_the_order_of_subcategories_never_changes() -> None:
+    # A teacher's labels mean these birds: another order would silently make its weights wrong.
+    digest = hashlib.blake2b(bytes(itertools.chain.from_iterable(birds.class_words())), digest_size=8).hexdigest()
+    assert digest == "3c84ade393e2e383"
+    assert birds.class_name(birds.class_words()[0]) == (
+        "blue breast, short beak, no crest, long tail, plain wing, plain face, plain belly"
+    )
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_any_two_subcategories_look_different_at_32_pixels(index: int) -> None:
+    values = uncovered(index)
+    images = np.stack([birds.draw(word, values, 32) for word in birds.class_words()[:MOST_CLASSES]]).astype(np.int16)
+    for label, image in enumerate(images[:-1]):
+        plainly = np.abs(images[label + 1 :] - image).max(axis=1) > 40
+        assert plainly.sum(axis=(1, 2)).min() >= 5, birds.class_name(birds.class_words()[label])
+
+
+@pytest.mark.parametrize("part", birds.PARTS)
+@pytest.mark.parametrize("index", range(3))
+def test_a_part_is_a_small_share_of_the_picture(part: str, index: int) -> None:
+    position = list(birds.PARTS).index(part)
+    values = uncovered(index)
+    plain = birds.draw([0] * 7, values, 96)
+    for value in range(1, len(birds.PARTS[part])):
+        word = [0] * 7
+        word[position] = value
+        changed = (birds.draw(word, values, 96) != plain).any(axis=0).mean()
+        assert 0.002 < changed < 0.10
+
+
+def test_the_splits_share_no_value_of_any_nuisance() -> None:
+    train, test = vectors("train"), vectors("test")
+    for position, (name, (low, high)) in enumerate(birds.NUISANCES.items()):
+        apart = np.abs(train[:, None, position] - test[None, :, position]).min()
+        assert apart >= 0.999 * 2 * birds.GUARD * (high - low) / birds.STRATA, name
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_nuisances_fill_the_strata_of_their_split(split: birds.Split) -> None:
+    values = vectors(split)
+    for position, (name, (low, high)) in enumerate(birds.NUISANCES.items()):
+        assert low <= values[:, position].min(), name
+        assert values[:, position].max() <= high, name
+        strata = set(np.floor((values[:, position] - low) / (high - low) * birds.STRATA).astype(int))
+        assert strata == set(range(split == "test", birds.STRATA, 2)), name
+
+
+def test_nuisances_vary_more_than_subcategories_differ(tmp_path: Path) -> None:
+    data = load(config(tmp_path, classes=10, train_per_class=60))
+    images = data.train.images.to(torch.float32).view(10, 60, -1)
+    within = torch.stack([torch.pdist(group).mean() for group in images]).mean()
+    between_means = torch.pdist(images.mean(dim=1)).mean()
+    assert within > 2 * between_means
+    # And two birds of one kind are as unlike as two of different kinds: pixels alone do not tell them apart.
+    assert within > 0.9 * torch.pdist(images[:, 0]).mean()
+
+
+@pytest.mark.parametrize("size", [32, 33, 64, 100, 224])
+def test_images_of_any_size(size: int) -> None:
+    image = birds.draw(birds.class_words()[0], birds.nuisances(0, "train", 0, 0), size)
+    assert image.shape == (3, size, size)
+    assert image.dtype == np.uint8
+    assert image.std() > 10
+
+
+def test_images_of_two_sizes_show_the_same_scene() -> None:
+    word, values = birds.class_words()[3], birds.nuisances(0, "train", 3, 0)
+    small = birds.draw(word, values, 32).astype(float)
+    large = birds.draw(word, values, 128).astype(float).reshape(3, 32, 4, 32, 4).mean(axis=(2, 4))
+    assert np.abs(small - large).mean() < 3
+
+
+def test_items_and_names(tmp_path: Path) -> None:
+    data = load(config(tmp_path))
+    assert (len(data.train), len(data.test)) == (12, 6)
+    assert data.num_classes == len(set(data.classes)) == 3
+    assert (data.mean, data.std, data.image_size) == ((0.5,) * 3, (0.5,) * 3, 32)
+    image, label = data.test[5]
+    assert image.shape == (3, 32, 32)
+    assert image.dtype == torch.float32
+    assert image.abs().max() <= 1
+    assert type(label) is int
+    assert [data.test[index][1] for index in range(6)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_another_process_draws_the_same_bytes(tmp_path: Path) -> None:
+    script = (
+        "import sys; from dfkd_fast.config import DataConfig; from dfkd_fast.data import load; import hashlib\n"
+        "data = load(DataConfig(name='rendered', root=sys.argv[1], image_size=32, classes=3, train_per_class=4,"
+        " test_per_class=2))\n"
+        "print(hashlib.sha256(data.train.images.numpy().tobytes() + data.test.images.numpy().tobytes()).hexdigest())"
+    )
+    source = Path(rendered_module.__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(source), "PYTHONHASHSEED": "7"}
+    there = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "there")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    data = load(config(tmp_path / "here"))
+    here = hashlib.sha256(data.train.images.numpy().tobytes() + data.test.images.numpy().tobytes()).hexdigest()
+    assert there.stdout.strip() == here
+
+
+def test_a_seed_draws_other_birds_of_the_same_kinds(tmp_path: Path) -> None:
+    first, second = load(config(tmp_path)), load(config(tmp_path, seed=1))
+    assert first.classes == second.classes
+    assert not torch.equal(first.train.images, second.train.images)
+
+
+def test_more_images_or_classes_leave_the_first_ones_alone(tmp_path: Path) -> None:
+    few, many = load(config(tmp_path)), load(config(tmp_path, classes=4, train_per_class=6))
+    assert many.classes[:3] == few.classes
+    assert torch.equal(many.train.images.view(4, 6, -1)[:3, :4], few.train.images.view(3, 4, -1))
+
+
+def test_processes_draw_what_one_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = load(config(tmp_path / "alone"))
+    monkeypatch.setattr(rendered_module, "_WORTH_PROCESSES", 1)
+    monkeypatch.setattr(rendered_module, "_CHUNK", 5)
+    together = load(config(tmp_path / "together", workers=2))
+    assert torch.equal(alone.train.images, together.train.images)
+    assert torch.equal(alone.test.images, together.test.images)
+
+
+def test_a_cached_set_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load(config(tmp_path)).train.images.clone()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("drawn although cached")
+
+    monkeypatch.setattr(birds, "draw", refuse)
+    assert torch.equal(load(config(tmp_path)).train.images, first)
+    with pytest.raises(AssertionError, match="drawn although cached"):
+        load(config(tmp_path, seed=1))
+
+
+def test_a_new_drawing_version_leaves_old_pictures_aside(tmp_path: Path) -> None:
+    recipe = {"split": "train", "seed": 0, "size": 32, "classes": 3, "per_class": 4}
+    stems = {rendered_module._Recipe(**recipe, version=version).stem for version in (1, 2)}  # type: ignore[arg-type]
+    assert len(stems) == 2
+
+
+def damage_pixels(pixels: Path, note: Path) -> None:
+    content = bytearray(pixels.read_bytes())
+    content[-100] ^= 0xFF
+    pixels.write_bytes(content)
+
+
+def cut_pixels(pixels: Path, note: Path) -> None:
+    pixels.write_bytes(pixels.read_bytes()[:300])
+
+
+def empty_pixels(pixels: Path, note: Path) -> None:
+    pixels.write_bytes(b"")
+
+
+def lose_note(pixels: Path, note: Path) -> None:
+    note.unlink()
+
+
+def tear_note(pixels: Path, note: Path) -> None:
+    note.write_text(note.read_text()[:20])
+
+
+def foreign_note(pixels: Path, note: Path) -> None:
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"seed": 5}))
+
+
+def short_note(pixels: Path, note: Path) -> None:
+    content = json.loads(note.read_text())
+    del content["crc32"]
+    note.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "harm", [damage_pixels, cut_pixels, empty_pixels, lose_note, tear_note, foreign_note, short_note]
+)
+def test_a_broken_cache_file_is_drawn_again(tmp_path: Path, harm: object) -> None:
+    first = load(config(tmp_path)).train.images.clone()
+    pixels = next(tmp_path.glob("rendered-train-*.npy"))
+    harm(pixels, pixels.with_suffix(".json"))  # type: ignore[operator]
+    with pytest.warns(UserWarning, match="drawing it again"):
+        again = load(config(tmp_path))
+    assert torch.equal(again.train.images, first)
+    assert torch.equal(load(config(tmp_path)).train.images, first)
+
+
+def test_an_interrupted_drawing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(birds, "draw", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load(config(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_to_the_images_leaves_the_cache_alone(tmp_path: Path) -> None:
+    data = load(config(tmp_path))
+    first = data.train.images.clone()
+    data.train.images.zero_()
+    assert torch.equal(load(config(tmp_path)).train.images, first)
+
+
+def test_the_cache_is_in_the_users_folder_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load(DataConfig(name="rendered", image_size=32, classes=2, train_per_class=1, test_per_class=1))
+    assert len(list((tmp_path / "dfkd_fast").glob("rendered-*.npy"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": 201}, r"classes must be at most 200 for 'rendered', got 201"),
+        ({"image_size": 31}, r"image_size must be in 32\.\.224 for 'rendered', got 31"),
+        ({"image_size": 225}, r"image_size must be in 32\.\.224 for 'rendered', got 225"),
+        ({"seed": -1}, r"seed must not be negative for 'rendered', got -1"),
+    ],
+)
+def test_what_it_cannot_draw(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(config(tmp_path, **changes))
+    assert list(tmp_path.iterdir()) == []
