@@ -1,0 +1,3 @@
+from dfkd_fast.cli import main
+
+main()

@@ -1,0 +1,282 @@
+"""The commands: ``dfkd-fast teach | distill | evaluate | export | demo | doctor``, thin over the Python functions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dfkd_fast.config import DataConfig, DistillConfig, ModelConfig, TeachConfig, find
+
+__all__ = ["main"]
+
+_TEACH, _DISTILL = TeachConfig(), DistillConfig()
+
+
+def _description(model: ModelConfig) -> dict[str, str]:
+    return {"model": model.name, "options": json.dumps(model.options)}
+
+
+def _described(weights: str, model: ModelConfig | None) -> tuple[ModelConfig, dict[str, str]]:
+    """The network that a weights file belongs to, from the command line or from the file's own metadata."""
+    from dfkd_fast.models import read_metadata
+
+    metadata = read_metadata(weights)
+    if model is not None:
+        return replace(model, weights=weights), metadata
+    if "model" not in metadata:
+        raise ValueError(f"{weights} does not say which network it belongs to: name one with --model.name")
+    options = json.loads(metadata.get("options", "{}"))
+    return ModelConfig(name=metadata["model"], weights=weights, options=options), metadata
+
+
+def _print_result(title: str, rows: Sequence[Sequence[Any]]) -> None:
+    from rich.console import Console
+
+    from dfkd_fast.report import result_table
+
+    Console().print(result_table([{"": name, title: str(value)} for name, value in rows], ""))
+
+
+def _teach(
+    *,
+    data: DataConfig,
+    teacher: ModelConfig,
+    student: ModelConfig | None = None,
+    teach: TeachConfig = _TEACH,
+    distill: DistillConfig = _DISTILL,
+    role: Literal["teacher", "student"] = "teacher",
+    out: str | None = None,
+) -> None:
+    """Train a classifier on labelled images: the experiment's teacher, or its student for comparison.
+
+    Args:
+        data: the labelled images.
+        teacher: the network to train; its weights, where given, are where training starts, with a new last layer.
+        student: the network to train with ``--role student``.
+        teach: rates and length.
+        distill: not used here; part of an experiment's file.
+        role: which of the two networks.
+        out: folder of the run; over ``teach.out``.
+    """
+    from dfkd_fast import data as datasets
+    from dfkd_fast.engine import teach as train
+    from dfkd_fast.models import create_model
+
+    model = teacher if role == "teacher" else student
+    if model is None:
+        raise ValueError("--role student needs --student.name")
+    images = datasets.load(data)
+    network = create_model(model, num_classes=images.num_classes, new_head=True)
+    config = replace(teach, out=out) if out is not None else teach
+    result = train(network, images, config, description=_description(model), workers=data.workers)
+    _print_result(
+        "result",
+        [
+            ("top-1", f"{result.accuracy:.2%}"),
+            ("images/s", f"{result.images_per_s:.0f}"),
+            ("weights", result.weights),
+            ("run", result.run_dir),
+        ],
+    )
+
+
+def _distill(
+    *,
+    teacher: ModelConfig,
+    student: ModelConfig,
+    data: DataConfig | None = None,
+    num_classes: int | None = None,
+    teach: TeachConfig = _TEACH,
+    distill: DistillConfig = _DISTILL,
+    out: str | None = None,
+    resume: bool = False,
+) -> None:
+    """Train a student to agree with a teacher, without the teacher's data.
+
+    Args:
+        teacher: the network that knows; its weights are needed.
+        student: the network that learns.
+        data: held-out images to evaluate on; none are needed to distil.
+        num_classes: of the teacher, where neither the data nor the weights file says it.
+        teach: not used here; part of an experiment's file.
+        distill: the run.
+        out: folder of the run; over ``distill.out``.
+        resume: go on from the newest sound checkpoint in that folder.
+    """
+    from dfkd_fast import data as datasets
+    from dfkd_fast.engine import distill as run
+    from dfkd_fast.models import create_model, extract, read_metadata
+
+    if teacher.weights is None:
+        raise ValueError("--teacher.weights must name the teacher's weights; `dfkd-fast teach` makes some")
+    metadata = read_metadata(teacher.weights)
+    images = datasets.load(data) if data is not None else None
+    classes = num_classes or (images.num_classes if images is not None else int(metadata.get("num_classes", 0)))
+    if not classes:
+        raise ValueError("--num_classes must be given: neither data nor the weights file says it")
+    config = distill if out is None else replace(distill, out=out)
+    config = replace(config, resume=resume or config.resume)
+    if images is None:
+        known = {name: json.loads(metadata[name]) for name in ("image_size", "mean", "std") if name in metadata}
+        config = replace(config, **{k: v for k, v in known.items() if getattr(config, k) is None})
+    size = config.image_size or (images.image_size if images is not None else 64)
+    networks = [
+        extract(create_model(model, num_classes=classes), stages=model.stages, image_size=size)
+        for model in (teacher, student)
+    ]
+    result = run(*networks, config, data=images, description=_description(student))
+    rows: list[tuple[str, Any]] = [("agreement on synthetic images", f"{result.agreement:.2%}")]
+    if result.accuracy is not None:
+        rows.append(("top-1", f"{result.accuracy:.2%}"))
+    rows += [
+        ("images/s", f"{result.images_per_s:.0f}"),
+        ("student", result.run_dir / "student.safetensors"),
+        ("run", result.run_dir),
+    ]
+    _print_result("result", rows)
+
+
+def _evaluate(
+    *,
+    weights: str,
+    data: DataConfig,
+    model: ModelConfig | None = None,
+    device: str = "auto",
+    teacher: ModelConfig | None = None,
+    student: ModelConfig | None = None,
+    teach: TeachConfig = _TEACH,
+    distill: DistillConfig = _DISTILL,
+) -> None:
+    """Measure a classifier's accuracy on held-out images.
+
+    Args:
+        weights: safetensors or torch file.
+        data: the labelled images.
+        model: the network, where the weights file does not say it.
+        device: ``auto`` is cuda where there is one.
+        teacher: not used here; part of an experiment's file.
+        student: not used here; part of an experiment's file.
+        teach: not used here; part of an experiment's file.
+        distill: not used here; part of an experiment's file.
+    """
+    from dfkd_fast import data as datasets
+    from dfkd_fast.engine import Runtime
+    from dfkd_fast.engine import evaluate as measure
+    from dfkd_fast.models import create_model
+
+    config, _ = _described(weights, model)
+    images = datasets.load(data)
+    runtime = Runtime.of(device, "auto", channels_last=True)
+    network = runtime.place(create_model(config, num_classes=images.num_classes))
+    with runtime.backends():
+        result = measure(network, images.test, num_classes=images.num_classes, workers=data.workers, runtime=runtime)
+    rows: list[tuple[str, Any]] = [("images", result.images), ("top-1", f"{result.top1:.2%}")]
+    if result.top5 is not None:
+        rows.append(("top-5", f"{result.top5:.2%}"))
+    _print_result("result", [*rows, ("images/s", f"{result.images_per_s:.0f}")])
+
+
+def _export(
+    *,
+    weights: str,
+    out: str | None = None,
+    model: ModelConfig | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+) -> None:
+    """Write a trained student as safetensors and ONNX, and check the ONNX output against PyTorch.
+
+    Args:
+        weights: the student's file.
+        out: folder; None is ``export`` beside the weights.
+        model: the network, where the weights file does not say it.
+        num_classes: likewise.
+        image_size: likewise.
+    """
+    from dfkd_fast.engine import export as write
+    from dfkd_fast.models import create_model
+
+    config, metadata = _described(weights, model)
+    classes = num_classes or int(metadata.get("num_classes", 0))
+    size = image_size or int(metadata.get("image_size", 0))
+    if not classes or not size:
+        raise ValueError(f"{weights} does not say its classes and image size: give --num_classes and --image_size")
+    network = create_model(config, num_classes=classes)
+    folder = Path(out) if out is not None else Path(weights).parent / "export"
+    result = write(network, folder, image_size=size, metadata=metadata)
+    _print_result(
+        "result",
+        [
+            ("safetensors", result.safetensors),
+            ("onnx", result.onnx),
+            ("largest difference of logits, relative", f"{result.difference:.1e}"),
+        ],
+    )
+
+
+def _demo(*, out: str | None = None, only: Literal["all", "digits", "rendered"] = "all", seed: int = 0) -> None:
+    """Teach, distil and evaluate on digits and on rendered birds, on this machine, in minutes.
+
+    Args:
+        out: folder of the run; None makes a new one under ``runs/``.
+        only: one of the two.
+        seed: of everything random.
+    """
+    from dfkd_fast.demo import demo
+
+    if not demo(out, names=["digits", "rendered"] if only == "all" else [only], seed=seed):
+        raise SystemExit(1)
+
+
+def _doctor() -> None:
+    """Say what is and is not available on this machine, and why."""
+    from dfkd_fast.doctor import doctor
+
+    raise SystemExit(doctor())
+
+
+COMMANDS = {
+    "teach": _teach,
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "export": _export,
+    "demo": _demo,
+    "doctor": _doctor,
+}
+
+
+def _prepare(arguments: Sequence[str]) -> list[str]:
+    """Let ``--config`` take a packaged config's name, and ``--resume`` stand without a value."""
+    prepared: list[str] = []
+    for index, word in enumerate(arguments):
+        following = arguments[index + 1] if index + 1 < len(arguments) else "--"
+        if index and arguments[index - 1] == "--config":
+            word = str(find(word))
+        elif word.startswith("--config="):
+            word = "--config=" + str(find(word.removeprefix("--config=")))
+        elif word == "--resume" and following.startswith("-"):
+            word = "--resume=true"
+        prepared.append(word)
+    return prepared
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command. What a user can mend is one line on stderr and exit status 2; DFKD_FAST_TRACEBACK=1 shows all."""
+    from jsonargparse import auto_cli
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        auto_cli(COMMANDS, as_positional=False, args=_prepare(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
+        if os.environ.get("DFKD_FAST_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

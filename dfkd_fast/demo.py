@@ -1,0 +1,125 @@
+"""The main job on real input, in minutes: teach, set the images aside, distil from the teacher alone, evaluate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from dfkd_fast import data, report
+from dfkd_fast.config import DemoConfig, ModelConfig, ObjectiveConfig, find, read
+from dfkd_fast.engine import distill, teach
+from dfkd_fast.engine.runtime import new_run_folder
+from dfkd_fast.models import FeatureModel, create_model, extract
+
+__all__ = ["demo", "run"]
+
+
+def _objective(config: DemoConfig, preset: str) -> ObjectiveConfig:
+    """The config's own objective, or another preset as published: weights tuned for one are not those of the other."""
+    own = config.distill.objective
+    return own if preset == own.preset else ObjectiveConfig(preset=preset, generator=own.generator, kd=own.kd)
+
+
+def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progress: bool = True) -> bool:
+    """One experiment of the demo: train, distil with each preset, print the table.
+
+    Args:
+        config: the experiment.
+        folder: where each of its runs gets a folder.
+        title: what it is called in print.
+        console: where to print.
+        progress: draw progress bars.
+
+    Returns:
+        Whether the student of the first preset reached ``config.least`` of its teacher's top-1.
+    """
+    started = time.perf_counter()
+    images = data.load(config.data)
+    console.rule(f"[bold]{title}[/]: {images.num_classes} classes, {images.image_size} x {images.image_size}")
+
+    def network(model: ModelConfig) -> FeatureModel:
+        plain = create_model(model, num_classes=images.num_classes)
+        return extract(plain, stages=model.stages, image_size=images.image_size)
+
+    rows = []
+    taught = {}
+    for role, model in (("teacher", config.teacher), ("student", config.student)):
+        features = network(model)
+        taught[role] = features
+        result = teach(
+            features.model,
+            images,
+            replace(config.teach, out=str(folder / f"{role}_with_data")),
+            title=f"{role}, with data",
+            progress=progress,
+        )
+        rows.append((f"{role}: {model.name}", "labelled images", result.accuracy, result.images_per_s))
+    teacher_top1 = rows[0][2]
+
+    runs = {}
+    for preset in config.presets:
+        student = network(config.student)
+        result_ = distill(
+            taught["teacher"],
+            student,
+            replace(config.distill, objective=_objective(config, preset), out=str(folder / preset)),
+            data=images,  # the held-out half, for the accuracy curve
+            progress=progress,
+        )
+        source = f"teacher alone, {preset}"
+        rows.append((f"student: {config.student.name}", source, result_.accuracy, result_.images_per_s))
+        runs[preset] = result_
+    rows.append(("chance", "", 1 / images.num_classes, None))
+    console.print(
+        report.result_table(
+            [
+                {
+                    "network": name,
+                    "learned from": source,
+                    "top-1": f"{top1:.1%}",
+                    "of the teacher": f"{top1 / teacher_top1:.1%}",
+                    "images/s": "" if speed is None else f"{speed:.0f}",
+                }
+                for name, source, top1, speed in rows
+            ],
+            title,
+        )
+    )
+    for preset, result_ in runs.items():
+        console.print(f"[bold]{preset}[/]: {result_.run_dir}")
+        for what, name in (
+            ("student", "student.safetensors"),
+            ("checkpoints", "checkpoints"),
+            ("resolved config", "config.yaml"),
+            ("TensorBoard log", "tensorboard"),
+            ("synthetic images", f"images/epoch-{config.distill.loop.epochs:04d}.png"),
+            ("curves", "curves.png"),
+        ):
+            console.print(f"  {what:17} {result_.run_dir / name}", highlight=False, soft_wrap=True)
+    share = rows[2][2] / teacher_top1
+    reached = share >= config.least
+    console.print(
+        f"{'[green]reached[/]' if reached else '[red]missed[/]'}: the {config.presets[0]} student has {share:.1%} of "
+        f"its teacher's top-1, {config.least:.0%} were wanted ({time.perf_counter() - started:.0f} s)"
+    )
+    return reached
+
+
+def demo(out: str | None, *, names: Sequence[str] = ("digits", "rendered"), seed: int = 0) -> bool:
+    """Run the demo's experiments, ``configs/demo_NAME.yaml`` each.
+
+    Returns:
+        Whether every one reached what it must.
+    """
+    console = Console()
+    folder = new_run_folder(out, "demo")
+    reached = []
+    for name in names:
+        config = read(DemoConfig, find(f"demo_{name}"))
+        config = replace(config, teach=replace(config.teach, seed=seed), distill=replace(config.distill, seed=seed))
+        reached.append(run(config, folder / name, name, console=console))
+    return all(reached)

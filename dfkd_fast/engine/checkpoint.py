@@ -1,0 +1,124 @@
+"""Checkpoints of a run: written whole or not at all, read only where sound and of this run.
+
+A checkpoint is a torch file of tensors, numbers, strings and containers of them, so ``weights_only=True`` reads it and
+nothing in it is ever executed. Its zip archive carries a checksum per record, which is how a torn file is known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfkd_fast.config import DistillConfig, to_dict
+
+__all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
+
+FORMAT = "dfkd_fast.checkpoint/1"
+# What may change between a run and its resumption without changing the weights it ends with.
+_FREE = (("out",), ("resume",), ("device",), *(("loop", name) for name in ("checkpoint_every", "keep_checkpoints")))
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message says which and why."""
+
+
+def fingerprint(config: DistillConfig) -> str:
+    """A hash of everything in a config that decides the weights a run ends with."""
+    values = to_dict(config)
+    for *path, last in _FREE:
+        owner = values
+        for key in path:
+            owner = owner[key]
+        del owner[last]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one run folder.
+
+    Args:
+        folder: where they are; made on the first save.
+        config: of the run; a checkpoint of another one is refused.
+        teacher: digest of the teacher's weights; likewise.
+    """
+
+    def __init__(self, folder: Path, config: DistillConfig, teacher: str) -> None:
+        self.folder = folder
+        self.keep = config.loop.keep_checkpoints
+        self.identity = {"config": fingerprint(config), "teacher": teacher}
+
+    def paths(self) -> list[Path]:
+        """Checkpoints here, newest first."""
+        found = [(re.fullmatch(r"round-(\d+)-step-(\d+)\.pt", path.name), path) for path in self.folder.glob("*.pt")]
+        return [path for match, path in sorted(found, key=self._order, reverse=True) if match]
+
+    @staticmethod
+    def _order(item: tuple[re.Match[str] | None, Path]) -> tuple[int, int]:
+        match, _ = item
+        return (int(match[1]), int(match[2])) if match else (-1, -1)
+
+    def save(self, state: dict[str, Any]) -> Path:
+        """Write a state's dict atomically, flush it to the disk, and drop checkpoints beyond those to keep."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number, step = state["position"]
+        path = self.folder / f"round-{number:06d}-step-{step:04d}.pt"
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            torch.save({"format": FORMAT, **self.identity, "state": state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        for old in self.paths()[self.keep :]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """The state's dict in one checkpoint.
+
+        Raises:
+            CheckpointError: torn, of another format, of another config or of another teacher.
+        """
+        try:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{path.name} is torn or no checkpoint: {error}") from error
+        if broken is not None:
+            raise CheckpointError(f"{path.name} is torn: the checksum of its record {broken} does not match")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{path.name} is foreign: not tensors and numbers alone ({error})") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CheckpointError(f"{path.name} is foreign: it is not a {FORMAT} file")
+        for name, wanted in self.identity.items():
+            if content.get(name) != wanted:
+                raise CheckpointError(f"{path.name} is foreign: it was written with another {name}")
+        return content["state"]
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest sound state, or None where there is no checkpoint at all. What is refused is logged.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none can be used.
+        """
+        reasons = []
+        for path in self.paths():
+            try:
+                return self.read(path)
+            except CheckpointError as error:
+                reasons.append(str(error))
+                log.warning("%s; trying the one before it", error)
+        if reasons:
+            raise CheckpointError(f"no usable checkpoint in {self.folder}: " + "; ".join(reasons))
+        return None

@@ -1,0 +1,82 @@
+"""Accuracy on held-out images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sized
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from dfkd_fast.data import loader
+from dfkd_fast.engine.runtime import Runtime
+
+__all__ = ["EvalResult", "evaluate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """What an evaluation found. Accuracies are fractions of ``images``."""
+
+    top1: float
+    top5: float | None
+    images: int
+    images_per_s: float
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset[tuple[torch.Tensor, int]],
+    *,
+    num_classes: int,
+    batch_size: int = 256,
+    workers: int = 0,
+    runtime: Runtime | None = None,
+) -> EvalResult:
+    """Top-1 and, from six classes on, top-5 accuracy of a classifier in eval mode.
+
+    Args:
+        model: images (N, 3, H, W) to logits (N, num_classes); its training flags are put back.
+        dataset: normalised float32 images with integer labels.
+        num_classes: number of classes.
+        batch_size: images at a time.
+        workers: loader processes.
+        runtime: device and precision; None is where the model is, in float32.
+
+    Raises:
+        ValueError: an empty dataset.
+    """
+    assert isinstance(dataset, Sized)
+    if len(dataset) == 0:
+        raise ValueError("dataset must hold at least one image to evaluate on, got an empty one")
+    if runtime is None:
+        device = next(model.parameters()).device
+        runtime = Runtime(device=device, autocast=None, tf32=False, channels_last=False)
+    metrics = {1: MulticlassAccuracy(num_classes, average="micro").to(runtime.device)}
+    if num_classes > 5:
+        metrics[5] = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(runtime.device)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    start = time.perf_counter()
+    try:
+        for images, labels in loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers):
+            images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
+            labels = labels.to(runtime.device, non_blocking=True)
+            with runtime.cast():
+                logits = model(images)
+            for metric in metrics.values():
+                metric.update(logits.float(), labels)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    top1 = metrics[1].compute().item()
+    return EvalResult(
+        top1=top1,
+        top5=metrics[5].compute().item() if 5 in metrics else None,
+        images=len(dataset),
+        images_per_s=len(dataset) / (time.perf_counter() - start),
+    )

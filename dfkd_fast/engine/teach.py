@@ -1,0 +1,137 @@
+"""Supervised training of a classifier on labelled images: the teacher, and the student that had the data."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from dfkd_fast.config import TeachConfig, to_dict
+from dfkd_fast.data import ImageData, loader
+from dfkd_fast.engine.evaluate import evaluate
+from dfkd_fast.engine.progress import ProgressLine
+from dfkd_fast.engine.runtime import Runtime, new_run_folder
+from dfkd_fast.models import save_weights
+
+__all__ = ["TeachResult", "teach"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachResult:
+    """What a training leaves.
+
+    Attributes:
+        model: the network given, trained, in eval mode.
+        accuracy: top-1 on the held-out images.
+        weights: safetensors file with the weights and, as metadata, classes, size and normalisation.
+        run_dir: the run's folder.
+        epochs: per-epoch ``loss`` and, at the end, ``accuracy``, with ``epoch``.
+        images_per_s: training images a second.
+    """
+
+    model: nn.Module
+    accuracy: float
+    weights: Path
+    run_dir: Path
+    epochs: dict[str, list[float]]
+    images_per_s: float
+
+
+def teach(
+    model: nn.Module,
+    data: ImageData,
+    config: TeachConfig,
+    *,
+    description: Mapping[str, str] | None = None,
+    workers: int = 0,
+    progress: bool = True,
+    title: str = "teach",
+) -> TeachResult:
+    """Train a classifier with SGD, a cosine rate and cross-entropy (paper, section 4.1).
+
+    Seeds torch's global stream with ``config.seed``.
+
+    Args:
+        model: (N, 3, H, W) to logits (N, data.num_classes), trained in place.
+        data: labelled images; the test half is looked at once, at the end.
+        config: rates and length.
+        description: written into the weights' file as metadata.
+        workers: loader processes.
+        progress: draw a progress bar.
+        title: what the bar is called.
+
+    Raises:
+        ArithmeticError: the loss of an epoch is not finite.
+        ValueError: fewer training images than one batch of two.
+    """
+    runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
+    torch.manual_seed(config.seed)
+    folder = new_run_folder(config.out, "teach")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"teach": to_dict(config)}, sort_keys=False))
+    batches = loader(
+        data.train, batch_size=config.batch_size, shuffle=True, seed=config.seed, workers=workers, drop_last=True
+    )
+    if not len(batches):
+        raise ValueError(f"batch_size must be at most the number of training images, got {config.batch_size}")
+    runtime.place(model)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.autocast is torch.float16)
+    total, done = config.epochs * len(batches), 0
+    history: dict[str, list[float]] = {"epoch": [], "loss": []}
+    writer = SummaryWriter(str(folder / "tensorboard"))
+    model.train()
+    start = time.perf_counter()
+    with runtime.backends(), ProgressLine(title, total=config.epochs, unit="epochs", enabled=progress) as line:
+        for epoch in range(1, config.epochs + 1):
+            losses = torch.zeros((), device=runtime.device)
+            for images, labels in batches:
+                images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
+                labels = labels.to(runtime.device, non_blocking=True)
+                with runtime.cast():
+                    loss = F.cross_entropy(model(images).float(), labels)
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * done / total))
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                losses += loss.detach()
+                done += 1
+            mean = losses.item() / len(batches)
+            if not math.isfinite(mean):
+                raise ArithmeticError(f"the mean loss of epoch {epoch} is {mean}: a lower lr may help")
+            history["epoch"].append(epoch)
+            history["loss"].append(mean)
+            writer.add_scalar("teach/loss", mean, epoch)
+            speed = done * config.batch_size / (time.perf_counter() - start)
+            line.update(epoch, {"loss": mean}, speed)
+        runtime.synchronize()
+        seconds = time.perf_counter() - start
+        result = evaluate(model, data.test, num_classes=data.num_classes, workers=workers, runtime=runtime)
+    model.eval()
+    writer.add_scalar("teach/accuracy", result.top1, config.epochs)
+    writer.close()
+    (folder / "history.json").write_text(json.dumps({"epochs": history, "accuracy": result.top1}, indent=1))
+    meta = {"format": "dfkd_fast.teacher/1", "num_classes": str(data.num_classes)}
+    meta |= {name: json.dumps(getattr(data, name)) for name in ("image_size", "mean", "std", "classes")}
+    weights = folder / "teacher.safetensors"
+    save_weights(model, weights, {**meta, **(description or {})})
+    return TeachResult(
+        model=model,
+        accuracy=result.top1,
+        weights=weights,
+        run_dir=folder,
+        epochs=history,
+        images_per_s=done * config.batch_size / seconds,
+    )

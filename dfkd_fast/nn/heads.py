@@ -1,0 +1,22 @@
+"""Small trainable parts that distillation adds beside the networks and export leaves behind."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+__all__ = ["ProjectionHead"]
+
+
+class ProjectionHead(nn.Sequential):
+    """Two linear layers with a ReLU between, (N, in_features) to (N, out_features) (paper, Eq. 8).
+
+    Args:
+        in_features: width of the penultimate features, and of the hidden layer.
+        out_features: D, the width of the space in which teacher and student are compared.
+    """
+
+    def __init__(self, in_features: int, out_features: int = 128) -> None:
+        super().__init__(nn.Linear(in_features, in_features), nn.ReLU(), nn.Linear(in_features, out_features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features)

@@ -1,0 +1,89 @@
+"""A weighted sum of named terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast.config import ObjectiveConfig
+from dfkd_fast.models import FeatureModel, Outputs
+from dfkd_fast.objectives.presets import GENERATOR_TERMS, PRESETS, STUDENT_TERMS
+from dfkd_fast.objectives.terms import TERMS, FeatureShapes, Term
+
+__all__ = ["Objective", "generator_objective", "student_objective"]
+
+
+class Objective(nn.Module):
+    """``sum of weight * term`` over named terms, and each term's own value.
+
+    Args:
+        terms: the terms by name.
+        weights: one weight a term; what is minimised is the weighted sum.
+    """
+
+    def __init__(self, terms: Mapping[str, Term], weights: Mapping[str, float]) -> None:
+        super().__init__()
+        if set(terms) != set(weights):
+            raise ValueError(f"terms and weights must have the same names, got {sorted(terms)} and {sorted(weights)}")
+        self.terms = nn.ModuleDict(terms)
+        self.weights = dict(weights)
+        self.names = tuple(terms)
+        self.needs: frozenset[str] = frozenset().union(*(term.needs for term in terms.values()))
+
+    def forward(self, teacher: Outputs, student: Outputs | None) -> tuple[Tensor, Tensor]:
+        """The scalar to descend, float32, and the terms' unweighted values, (len(names),), detached."""
+        values = [self.terms[name](teacher, student).float() for name in self.names]
+        # Weights are Python numbers: a tensor of them would be a copy from the host in every step.
+        total = torch.stack([self.weights[name] * value for name, value in zip(self.names, values, strict=True)]).sum()
+        return total, torch.stack(values).detach()
+
+    def extra_repr(self) -> str:
+        return " + ".join(f"{self.weights[name]:g} * {name}" for name in self.names)
+
+
+def _weights(
+    side: str, preset: Mapping[str, float], own: Mapping[str, float], known: tuple[str, ...]
+) -> dict[str, float]:
+    for name in own:
+        if name not in known:
+            hint = get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"ObjectiveConfig.{side} names the term {name!r}; "
+                + (f"did you mean {hint[0]!r}? " if hint else "")
+                + f"The {side}'s terms are {', '.join(known)}"
+            )
+    weights = {name: float(weight) for name, weight in {**preset, **own}.items() if weight != 0}
+    if not weights:
+        raise ValueError(f"ObjectiveConfig.{side} leaves no term with a weight other than 0")
+    return weights
+
+
+def _build(
+    side: str, config: ObjectiveConfig, teacher: FeatureModel, student: FeatureModel, known: tuple[str, ...]
+) -> Objective:
+    if config.preset not in PRESETS:
+        raise ValueError(f"ObjectiveConfig.preset must be one of {', '.join(PRESETS)}, got {config.preset!r}")
+    weights = _weights(side, getattr(PRESETS[config.preset], side), getattr(config, side), known)
+    shapes = FeatureShapes.of(teacher, student)
+    return Objective({name: TERMS[name](shapes, config) for name in weights}, weights)
+
+
+def generator_objective(config: ObjectiveConfig, teacher: FeatureModel, student: FeatureModel) -> Objective:
+    """What the generator descends (Eq. 10), from the preset's weights and the config's own.
+
+    Raises:
+        ValueError: an unknown preset or term, or nothing left to descend.
+    """
+    return _build("generator", config, teacher, student, GENERATOR_TERMS)
+
+
+def student_objective(config: ObjectiveConfig, teacher: FeatureModel, student: FeatureModel) -> Objective:
+    """What the student descends (Eq. 11); its parameters (adapters, attention, heads) are trained with the student.
+
+    Raises:
+        ValueError: an unknown preset or term, nothing left to descend, or stages that do not pair.
+    """
+    return _build("student", config, teacher, student, STUDENT_TERMS)

@@ -1,0 +1,60 @@
+"""Weights of the published methods, as terms of one engine. The generator descends its sum: -1 on a term maximises it.
+
+The peers differ from their papers where this engine differs from theirs: rounds of generator and student steps as the
+config says, L_BN as Eq. 3 of the paper that we implement, attention transfer on the paired stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+__all__ = ["GENERATOR_TERMS", "PRESETS", "STUDENT_TERMS", "Preset"]
+
+GENERATOR_TERMS = ("bn", "kd", "l1", "one_hot", "activation", "balance")
+STUDENT_TERMS = ("kd", "mhad", "sfcl", "l1", "attention_transfer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Weights of the generator's and the student's terms, and where they were published."""
+
+    generator: dict[str, float]
+    student: dict[str, float]
+    source: str
+
+
+PRESETS = MappingProxyType(
+    {
+        "dfkd-fgvc": Preset(
+            generator={"bn": 0.3, "kd": -1.0},
+            student={"kd": 1.0, "mhad": 10.0, "sfcl": 8.0},
+            source="Shao et al., ICCV 2023, Eq. 10 and 11",
+        ),
+        "baseline": Preset(
+            generator={"bn": 0.3, "kd": -1.0},
+            student={"kd": 1.0},
+            source="Shao et al., ICCV 2023, table 3, first row",
+        ),
+        "dfad": Preset(
+            generator={"l1": -1.0},
+            student={"l1": 1.0},
+            source="Fang et al., Data-Free Adversarial Distillation, 2019",
+        ),
+        "dafl": Preset(
+            generator={"one_hot": 1.0, "activation": 0.1, "balance": 5.0},
+            student={"kd": 1.0},
+            source="Chen et al., Data-Free Learning of Student Networks, ICCV 2019",
+        ),
+        "zskt": Preset(
+            generator={"kd": -1.0},
+            student={"kd": 1.0, "attention_transfer": 250.0},
+            source="Micaelli and Storkey, Zero-shot Knowledge Transfer, NeurIPS 2019",
+        ),
+        "dfq": Preset(
+            generator={"bn": 1.0, "one_hot": 1.0, "balance": 1.0, "kd": -1.0},
+            student={"kd": 1.0},
+            source="Choi et al., Data-Free Network Quantization With Adversarial KD, CVPRW 2020; unit weights",
+        ),
+    }
+)

@@ -1,0 +1,280 @@
+"""The loss terms, by name. A term is a module from both networks' outputs to a scalar; weights stand elsewhere.
+
+Each term says what it ``needs`` beyond the teacher's plain outputs, so that a step computes nothing that no term asks
+for: ``statistics`` are the teacher's BatchNorm statistics, ``student`` is a forward of the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd_fast import ops
+from dfkd_fast.config import KDConfig, MHADConfig, ObjectiveConfig, SFCLConfig
+from dfkd_fast.models import FeatureModel, Outputs
+from dfkd_fast.nn import HighOrderAttention, ProjectionHead
+
+__all__ = [
+    "TERMS",
+    "ActivationNorm",
+    "AttentionTransfer",
+    "BatchNormStatistics",
+    "ClassBalance",
+    "Distillation",
+    "FeatureShapes",
+    "HighOrderAttentionDistillation",
+    "LogitDistance",
+    "OneHot",
+    "SemanticFeatureContrast",
+    "Term",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureShapes:
+    """What a term must know of the two networks to build its parameters."""
+
+    teacher_channels: tuple[int, ...]
+    student_channels: tuple[int, ...]
+    teacher_dim: int
+    student_dim: int
+
+    @classmethod
+    def of(cls, teacher: FeatureModel, student: FeatureModel) -> FeatureShapes:
+        return cls(
+            teacher_channels=tuple(teacher.feature_channels),
+            student_channels=tuple(student.feature_channels),
+            teacher_dim=teacher.penultimate_dim,
+            student_dim=student.penultimate_dim,
+        )
+
+
+class Term(nn.Module):
+    """One named loss term."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
+        """A float32 scalar. ``student`` is None only where no term of the objective needs it."""
+        raise TypeError(f"{type(self).__name__} must define forward(teacher, student)")
+
+
+class Distillation(Term):
+    """L_KD (Eq. 2): KL divergence of the two softmaxes, mean over the batch, times temperature squared."""
+
+    needs = frozenset({"student"})
+
+    def __init__(self, config: KDConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or KDConfig()
+
+    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
+        assert student is not None
+        return ops.distillation_kl(
+            student.logits, teacher.logits, temperature=self.config.temperature, direction=self.config.direction
+        )
+
+
+class LogitDistance(Term):
+    """Mean absolute difference of the logits (DFAD; Fang et al., 2019, Eq. 3)."""
+
+    needs = frozenset({"student"})
+
+    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
+        assert student is not None
+        return F.l1_loss(student.logits.float(), teacher.logits.float())
+
+
+class BatchNormStatistics(Term):
+    """L_BN (Eq. 3): distance of the batch's statistics to those that the teacher's BatchNorms stored.
+
+    Per layer the Euclidean norm of the difference of means plus that of variances, neither squared; summed over layers.
+    The subgradient of a norm at zero is zero.
+
+    Raises:
+        ValueError: the teacher has no BatchNorm whose statistics could be compared.
+    """
+
+    needs = frozenset({"statistics"})
+
+    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
+        if not teacher.statistics:
+            raise ValueError("term 'bn' needs a teacher with BatchNorm layers; this one has none: set its weight to 0")
+        total = teacher.logits.new_zeros((), dtype=torch.float32)
+        for layer in teacher.statistics:
+            total = total + torch.linalg.vector_norm(layer.mean - layer.running_mean.float())
+            total = total + torch.linalg.vector_norm(layer.var - layer.running_var.float())
+        return total
+
+
+class OneHot(Term):
+    """Cross-entropy of the teacher's logits to their own largest class (DAFL; Chen et al., ICCV 2019, Eq. 2)."""
+
+    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
+        logits = teacher.logits.float()
+        return F.cross_entropy(logits, logits.detach().argmax(1))
+
+
+class ActivationNorm(Term):
+    """Minus the mean absolute penultimate feature of the teacher: strong features are wanted (DAFL, Eq. 3)."""
+
+    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
+        return -teacher.penultimate.float().abs().mean()
+
+
+class ClassBalance(Term):
+    """Minus the entropy of the batch's mean class probabilities: every class is wanted (DAFL, Eq. 4)."""
+
+    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
+        return -torch.special.entr(teacher.logits.float().softmax(1).mean(0)).sum()
+
+
+def _pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
+
+
+def _paired(teacher: tuple[int, ...], student: tuple[int, ...], name: str) -> int:
+    if len(teacher) != len(student) or not teacher:
+        raise ValueError(
+            f"term {name!r} pairs the stages of teacher and student one to one, but they have {len(teacher)} and "
+            f"{len(student)}: name the stages to pair in ModelConfig.stages (or in extract(model, stages=...))"
+        )
+    return len(teacher)
+
+
+class HighOrderAttentionDistillation(Term):
+    """L_MHAD (Eq. 7): mixed high-order attention distillation.
+
+    At each pair of stages: average pooling to the smaller map, the student's 1 x 1 adapter where channel counts differ,
+    the attention module of each side, and the squared error of what they let through, summed over stages. The teacher's
+    module stays at its initialisation: trained by this loss, both sides could collapse to zero.
+
+    Args:
+        shapes: channels of the stages of both networks.
+        config: order, mode, target and average; see :class:`dfkd_fast.config.MHADConfig`.
+
+    Raises:
+        ValueError: the networks have different numbers of stages, or config.stages asks for more than there are.
+    """
+
+    needs = frozenset({"student"})
+
+    def __init__(self, shapes: FeatureShapes, config: MHADConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or MHADConfig()
+        counts = (len(shapes.teacher_channels), len(shapes.student_channels))
+        if config.stages is not None and config.stages > min(counts):
+            raise ValueError(f"MHADConfig.stages is {config.stages}, but the networks have {counts} stages")
+        self.stages = config.stages or _paired(shapes.teacher_channels, shapes.student_channels, "mhad")
+        self.adapters = nn.ModuleList()
+        self.student_attention = nn.ModuleList()
+        self.teacher_attention = nn.ModuleList()
+        for teacher, student in zip(
+            shapes.teacher_channels[-self.stages :], shapes.student_channels[-self.stages :], strict=True
+        ):
+            self.adapters.append(nn.Identity() if teacher == student else nn.Conv2d(student, teacher, 1, bias=False))
+            self.student_attention.append(self._attention(teacher))
+            if not config.shared:
+                self.teacher_attention.append(self._attention(teacher).requires_grad_(False))
+
+    def _attention(self, channels: int) -> HighOrderAttention:
+        return HighOrderAttention(
+            channels, order=self.config.order, reduction=self.config.reduction, mode=self.config.mode
+        )
+
+    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
+        assert student is not None
+        total = teacher.logits.new_zeros((), dtype=torch.float32)
+        references = self.student_attention if self.config.shared else self.teacher_attention
+        for t, s, adapter, attention, reference in zip(
+            teacher.features[-self.stages :],
+            student.features[-self.stages :],
+            self.adapters,
+            self.student_attention,
+            references,
+            strict=True,
+        ):
+            size = (min(t.shape[-2], s.shape[-2]), min(t.shape[-1], s.shape[-1]))
+            with torch.no_grad():
+                wanted = self._target(reference, _pool_to(t, size)).float()
+            shown = self._target(attention, adapter(_pool_to(s, size))).float()
+            error = F.mse_loss(shown, wanted)
+            if self.config.average == "channels":
+                error = error * (size[0] * size[1])
+            total = total + error
+        return total
+
+    def _target(self, attention: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(attention, HighOrderAttention)
+        return attention(x) if self.config.target == "features" else attention.attention(x)
+
+
+class SemanticFeatureContrast(Term):
+    """L_SFCL (Eq. 8, 9): the teacher's and the student's view of one image attract, all other views repel.
+
+    Args:
+        shapes: widths of the penultimate features of both networks.
+        config: width of the common space, temperature, anchors; see :class:`dfkd_fast.config.SFCLConfig`.
+    """
+
+    needs = frozenset({"student"})
+
+    def __init__(self, shapes: FeatureShapes, config: SFCLConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or SFCLConfig()
+        self.teacher_head = ProjectionHead(shapes.teacher_dim, config.dim)
+        self.student_head = ProjectionHead(shapes.student_dim, config.dim)
+
+    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
+        assert student is not None
+        return ops.contrastive_loss(
+            self.teacher_head(teacher.penultimate.detach()),
+            self.student_head(student.penultimate),
+            temperature=self.config.temperature,
+            symmetric=self.config.symmetric,
+        )
+
+
+class AttentionTransfer(Term):
+    """Distance of the stages' activation maps (ZSKT; Zagoruyko and Komodakis, ICLR 2017, Eq. 2).
+
+    The map of a stage is the mean over channels of the squared features, scaled to unit length; the loss is the mean
+    squared difference, summed over stages.
+    """
+
+    needs = frozenset({"student"})
+
+    def __init__(self, shapes: FeatureShapes) -> None:
+        super().__init__()
+        _paired(shapes.teacher_channels, shapes.student_channels, "attention_transfer")
+
+    @staticmethod
+    def _map(x: Tensor, size: tuple[int, int]) -> Tensor:
+        return F.normalize(_pool_to(x, size).float().square().mean(1).flatten(1))
+
+    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
+        assert student is not None
+        total = teacher.logits.new_zeros((), dtype=torch.float32)
+        for t, s in zip(teacher.features, student.features, strict=True):
+            size = (min(t.shape[-2], s.shape[-2]), min(t.shape[-1], s.shape[-1]))
+            total = total + F.mse_loss(self._map(s, size), self._map(t, size))
+        return total
+
+
+TERMS: dict[str, Callable[[FeatureShapes, ObjectiveConfig], Term]] = {
+    "kd": lambda shapes, config: Distillation(config.kd),
+    "bn": lambda shapes, config: BatchNormStatistics(),
+    "mhad": lambda shapes, config: HighOrderAttentionDistillation(shapes, config.mhad),
+    "sfcl": lambda shapes, config: SemanticFeatureContrast(shapes, config.sfcl),
+    "l1": lambda shapes, config: LogitDistance(),
+    "one_hot": lambda shapes, config: OneHot(),
+    "activation": lambda shapes, config: ActivationNorm(),
+    "balance": lambda shapes, config: ClassBalance(),
+    "attention_transfer": lambda shapes, config: AttentionTransfer(shapes),
+}
+"""Every term by name; what each is given is the shapes of the networks and the objective's config."""
