@@ -1,0 +1,24 @@
+"""The mathematics of the method as functions of tensors, each with one or more backends behind it.
+
+Every function checks its arguments, chooses a backend (see :class:`backend`) and calls it. All are differentiable, work
+under ``torch.compile(fullgraph=True)`` and autocast, and take non-contiguous and empty inputs.
+"""
+
+from dfkd_fast.ops.backend import backend, backends
+from dfkd_fast.ops.batchnorm_statistics import batchnorm_statistics, channel_statistics
+from dfkd_fast.ops.contrastive_loss import contrastive_loss
+from dfkd_fast.ops.distillation_kl import distillation_kl
+from dfkd_fast.ops.high_order_attention import high_order_attention, high_order_attention_map
+from dfkd_fast.ops.spatial_attention import spatial_attention
+
+__all__ = [
+    "backend",
+    "backends",
+    "batchnorm_statistics",
+    "channel_statistics",
+    "contrastive_loss",
+    "distillation_kl",
+    "high_order_attention",
+    "high_order_attention_map",
+    "spatial_attention",
+]

@@ -1,0 +1,78 @@
+"""Argument checks of the public ops: they run before any compute and cost no synchronisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["require_choice", "require_number", "require_tensor"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def require_tensor(
+    name: str, value: object, layout: tuple[str, ...], like: tuple[str, Tensor] | None = None, **sizes: int
+) -> Tensor:
+    """A floating-point tensor of the given layout.
+
+    Args:
+        name: of the argument, for the message.
+        value: the argument.
+        layout: the name of each dimension; ``...`` at the end stands for any number of further ones. None but N, and
+            those under ``...``, may be empty.
+        like: name and value of a tensor whose device it must share.
+        **sizes: what the named dimensions must be.
+
+    Returns:
+        The argument itself.
+
+    Raises:
+        TypeError: it is not a tensor, or not of dtype float16, bfloat16, float32 or float64.
+        ValueError: its shape or device is another.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be of dtype float16, bfloat16, float32 or float64, got {value.dtype}")
+    open_ended = layout[-1] == "..."
+    named = layout[:-1] if open_ended else layout
+    fits = value.ndim >= len(named) if open_ended else value.ndim == len(named)
+    if fits:
+        for label, size in zip(named, value.shape, strict=False):
+            if size != sizes.get(label, size) or (size == 0 and label != "N"):
+                fits = False
+    if not fits:
+        known = ", ".join(f"{label} = {size}" for label, size in sizes.items() if label in named)
+        raise ValueError(
+            f"{name} must have shape ({', '.join(layout)}){f' with {known}' if known else ''}"
+            f"{', and nothing but N may be 0' if 0 in value.shape else ''}, got {tuple(value.shape)}"
+        )
+    if like is not None and value.device != like[1].device:
+        raise ValueError(f"{name} must be on the device of {like[0]}, {like[1].device}, got {value.device}")
+    return value
+
+
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of a few strings.
+
+    Raises:
+        ValueError: none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices[:-1])
+        raise ValueError(f"{name} must be {listed} or {choices[-1]!r}, got {value!r}")
+
+
+def require_number(name: str, value: object, *, above: float | None = None) -> None:
+    """A finite Python number.
+
+    Raises:
+        TypeError: it is no int or float.
+        ValueError: it is not finite, or not above ``above``.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    low = float("-inf") if above is None else above
+    # Written so that NaN, which compares false with everything, is refused too.
+    if not (low < value < float("inf")):
+        raise ValueError(f"{name} must be a finite number{'' if above is None else f' above {above}'}, got {value}")

@@ -1,0 +1,70 @@
+"""The contrastive loss between teacher and student vectors: the public function."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from dfkd_fast.ops.backend import dispatch, register
+from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
+from dfkd_fast.reference import contrastive_loss as reference
+
+__all__ = ["contrastive_loss"]
+
+register("contrastive_loss", "reference", reference.contrastive_loss)
+
+
+def contrastive_loss(
+    anchors: Tensor,
+    positives: Tensor,
+    *,
+    temperature: float = 0.1,
+    symmetric: bool = False,
+    normalize: bool = True,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Each anchor against its positive and all other vectors (paper, Eq. 8 and 9; NT-Xent, Chen et al., ICML 2020).
+
+    With v the 2N vectors, anchors then positives, and S their scalar products over the temperature::
+
+        loss_i = log(sum over j != i of exp(S_ij)) - S_{i, N + i}        i = 1..N
+
+    Only the anchor itself is left out of the sum; the other anchors are negatives too.
+
+    Args:
+        anchors: (N, D), the teacher's, float16, bfloat16, float32 or float64; N may be 0.
+        positives: (N, D), the student's; row i belongs to anchor i.
+        temperature: tau, above 0.
+        symmetric: the positives are anchors too: 2N anchors, and "mean" is over them all.
+        normalize: scale the rows to unit length first. A row of zero length then has similarity zero with every other
+            and receives exactly zero gradient. Without it the rows are taken as they are.
+        reduction: "mean" over anchors (NaN for N = 0), "sum", or "none": one value an anchor, (N,), and with
+            ``symmetric`` (2N,), first those of ``anchors``, then those of ``positives``.
+        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
+
+    Returns:
+        A scalar or one value an anchor, in float32 (float64 where an input is). Computed in float32 throughout, under
+        autocast too. Differentiable in both tensors.
+
+    Raises:
+        TypeError: anchors or positives are no floating-point tensors, or temperature is no number.
+        ValueError: shapes or devices that do not agree, temperature <= 0, an unknown reduction or backend.
+        RuntimeError: the backend asked for cannot serve these arguments.
+    """
+    require_tensor("anchors", anchors, ("N", "D"))
+    count, dim = anchors.shape
+    require_tensor("positives", positives, ("N", "D"), ("anchors", anchors), N=count, D=dim)
+    require_number("temperature", temperature, above=0)
+    require_choice("reduction", reduction, ("mean", "sum", "none"))
+    return dispatch(
+        "contrastive_loss",
+        backend,
+        anchors,
+        positives,
+        temperature=temperature,
+        symmetric=bool(symmetric),
+        normalize=bool(normalize),
+        reduction=reduction,
+    )

@@ -1,0 +1,40 @@
+"""Mixed high-order attention in plain PyTorch. Formulas: :func:`dfkd_fast.ops.high_order_attention`."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import mul
+
+import torch
+from torch import Tensor
+
+from dfkd_fast.reference.common import laid_out_as, pointwise, wide
+
+__all__ = ["high_order_attention", "high_order_attention_map"]
+
+
+def high_order_attention(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> Tensor:
+    """``A * x`` for x (N, C, H, W), proj_weight (R(R+1)/2, K, C), out_weight (R, C, K)."""
+    return laid_out_as((wide(x) * _attention(x, proj_weight, out_weight, mode)).to(x.dtype), x)
+
+
+def high_order_attention_map(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> Tensor:
+    """A alone."""
+    return laid_out_as(_attention(x, proj_weight, out_weight, mode).to(x.dtype), x)
+
+
+def _attention(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str) -> Tensor:
+    factors, order = proj_weight.shape[0], out_weight.shape[0]
+    # All projections are one product over stacked rows.
+    projected = pointwise(x, proj_weight.flatten(0, 1))
+    maps = wide(projected).chunk(factors, dim=1)
+    rectified = []
+    for r in range(1, order + 1):
+        first = r * (r - 1) // 2
+        # One factor after the other: the gradient of torch.prod would look for zeros.
+        rectified.append(reduce(mul, maps[first : first + r]).relu().to(projected.dtype))
+    if mode == "joint":
+        # Summing over r is one product over stacked columns.
+        return wide(pointwise(torch.cat(rectified, dim=1), out_weight.transpose(0, 1).flatten(1))).sigmoid()
+    gates = [wide(pointwise(a, out)).sigmoid() for a, out in zip(rectified, out_weight.unbind(), strict=True)]
+    return sum(gates[1:], gates[0]) / order

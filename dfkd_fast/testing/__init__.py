@@ -1,0 +1,29 @@
+"""For testing kernels, ours and yours: inputs that break them, and comparisons that say where.
+
+::
+
+    from dfkd_fast import ops
+    from dfkd_fast.testing import LAYOUTS, assert_close, assert_no_worse, random, value_and_gradients
+
+    x = random(2, 7, 5, 3, dtype=torch.bfloat16, layout="strided")
+    ...
+    assert_no_worse(mine, than=plain_bf16, truth=plain_float64, name="y")
+"""
+
+from dfkd_fast.testing.compare import assert_close, assert_no_worse, describe_difference, unit_roundoff
+from dfkd_fast.testing.differentiate import assert_compiles, value_and_gradients
+from dfkd_fast.testing.inputs import LAYOUTS, MAP_SHAPES, extreme, random, with_layout
+
+__all__ = [
+    "LAYOUTS",
+    "MAP_SHAPES",
+    "assert_close",
+    "assert_compiles",
+    "assert_no_worse",
+    "describe_difference",
+    "extreme",
+    "random",
+    "unit_roundoff",
+    "value_and_gradients",
+    "with_layout",
+]

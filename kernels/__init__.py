@@ -1,0 +1,1 @@
+"""Triton kernels, one file an op. Installed as ``dfkd_fast.kernels``; only :mod:`dfkd_fast.ops` imports them."""

@@ -1,0 +1,180 @@
+"""Which backend runs: the order of choice, the errors, threads, torch.compile."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from dfkd_fast import ops
+from dfkd_fast.ops.backend import NAMES, VARIABLE, Implementation, _registry, dispatch, register
+from dfkd_fast.testing import random
+
+
+def refuses_small(x):
+    return None if x.numel() >= 4 else f"x has {x.numel()} elements, 4 are needed"
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """An op whose result tells the backend: adds 3 on "cuda" (large inputs alone), 2 on "triton", 1 on "reference"."""
+    table = {
+        "reference": Implementation(lambda x: x + 1),
+        "triton": Implementation(lambda x: x + 2),
+        "cuda": Implementation(lambda x: x + 3, refuses_small),
+    }
+    monkeypatch.setitem(_registry, "adding", table)
+    return lambda x, backend=None: dispatch("adding", backend, x)
+
+
+@pytest.fixture(autouse=True)
+def _no_variable(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+def chosen(op, size=4, backend=None):
+    return {1: "reference", 2: "triton", 3: "cuda"}[int(op(torch.zeros(size), backend=backend)[0])]
+
+
+def test_best_that_serves_is_the_default(op):
+    assert chosen(op) == "cuda"
+    assert chosen(op, size=3) == "triton"
+
+
+def test_argument_beats_context_beats_variable(op, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "reference")
+    assert chosen(op) == "reference"
+    with ops.backend("triton"):
+        assert chosen(op) == "triton"
+        assert chosen(op, backend="cuda") == "cuda"
+    assert chosen(op) == "reference"
+    monkeypatch.setenv(VARIABLE, "")
+    assert chosen(op) == "cuda"
+
+
+def test_contexts_nest_and_end_with_an_exception(op):
+    outer = ops.backend("reference")
+    with outer, ops.backend("triton"), outer:
+        assert chosen(op) == "reference"
+    with ops.backend("reference"):
+        with pytest.raises(KeyError), ops.backend("triton"):
+            raise KeyError(chosen(op))
+        assert chosen(op) == "reference"
+    assert chosen(op) == "cuda"
+
+
+def test_threads_do_not_see_each_other(op):
+    inside, seen = threading.Barrier(2), {}
+
+    def work(name):
+        with ops.backend(name):
+            inside.wait(timeout=30)
+            seen[name] = chosen(op)
+            inside.wait(timeout=30)
+
+    with ops.backend("cuda"):
+        threads = [threading.Thread(target=work, args=(name,)) for name in ("triton", "reference")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert chosen(op) == "cuda"
+    assert seen == {"triton": "triton", "reference": "reference"}
+
+
+def test_named_backend_is_never_replaced(op, monkeypatch):
+    with pytest.raises(RuntimeError, match=r"'cuda', asked for by backend, cannot serve adding: x has 3 elements"):
+        chosen(op, size=3, backend="cuda")
+    with ops.backend("cuda"), pytest.raises(RuntimeError, match=r"asked for by dfkd_fast.ops.backend, cannot serve"):
+        chosen(op, size=3)
+    monkeypatch.setenv(VARIABLE, "cuda")
+    with pytest.raises(RuntimeError, match=r"asked for by DFKD_FAST_BACKEND, cannot serve"):
+        chosen(op, size=3)
+
+
+def test_unknown_names(op, monkeypatch):
+    wanted = "must be 'cuda', 'triton' or 'reference', got 'fast'"
+    with pytest.raises(ValueError, match=f"backend {wanted}"):
+        ops.backend("fast")
+    with pytest.raises(ValueError, match=f"backend {wanted}"):
+        chosen(op, backend="fast")
+    with pytest.raises(ValueError, match=f"name {wanted}"):
+        register("adding", "fast", lambda x: x)
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(ValueError, match=f"{VARIABLE} {wanted}"):
+        chosen(op)
+
+
+def test_nothing_serves(monkeypatch):
+    monkeypatch.setitem(_registry, "adding", {"cuda": Implementation(lambda x: x, refuses_small)})
+    with pytest.raises(RuntimeError, match="no backend can serve adding for these arguments"):
+        dispatch("adding", None, torch.zeros(1))
+    with pytest.raises(
+        RuntimeError, match="'reference', asked for by backend, has no implementation of adding; it has cuda"
+    ):
+        dispatch("adding", "reference", torch.zeros(1))
+
+
+def test_register_plugs_in(op):
+    register("adding", "triton", lambda x: x + 1, refuses_small)
+    assert chosen(op, backend="triton") == "reference"  # which is what one added stands for
+    assert chosen(op, size=2) == "reference"
+
+
+def test_every_op_has_its_reference():
+    listed = ops.backends()
+    assert set(listed) == {name for name in ops.__all__ if name not in ("backend", "backends")}
+    for names in listed.values():
+        assert names[-1] == "reference"
+        assert list(names) == sorted(names, key=NAMES.index)
+
+
+def test_public_ops_follow_the_context():
+    logits = random(2, 3)
+    wanted = ops.distillation_kl(logits, -logits)
+    with ops.backend("reference"):
+        assert torch.equal(ops.distillation_kl(logits, -logits), wanted)
+    with ops.backend("triton"):
+        if "triton" not in ops.backends()["distillation_kl"]:
+            with pytest.raises(RuntimeError, match="has no implementation of distillation_kl"):
+                ops.distillation_kl(logits, -logits)
+        assert torch.equal(ops.distillation_kl(logits, -logits, backend="reference"), wanted)
+
+
+def test_choice_is_traced_and_guarded(op):
+    """A compiled function runs what the caller's context asks for at each call, not what it was traced with."""
+    torch.compiler.reset()
+    compiled = torch.compile(op, fullgraph=True, backend="eager")
+    assert chosen(compiled) == "cuda"
+    with ops.backend("triton"):
+        assert chosen(compiled) == "triton"
+    assert chosen(compiled, backend="reference") == "reference"
+    assert chosen(compiled) == "cuda"
+    assert chosen(compiled, size=2) == "triton"
+
+
+def test_context_inside_the_compiled_function(op):
+    def both(x):
+        with ops.backend("triton"):
+            a = op(x)
+            with ops.backend("reference"):
+                a = a * 10 + op(x)
+        return a * 10 + op(x)
+
+    torch.compiler.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(4)).tolist() == both(torch.zeros(4)).tolist() == [213.0] * 4
+    assert chosen(op) == "cuda"
+
+
+def test_compiled_function_in_another_thread(op):
+    torch.compiler.reset()
+    compiled = torch.compile(op, fullgraph=True, backend="eager")
+    seen = []
+    with ops.backend("reference"):
+        assert chosen(compiled) == "reference"
+        thread = threading.Thread(target=lambda: seen.append(chosen(compiled)))
+        thread.start()
+        thread.join()
+    assert seen == ["cuda"]

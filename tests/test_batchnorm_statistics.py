@@ -1,0 +1,305 @@
+"""batchnorm_statistics and channel_statistics against their definitions, written out in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+
+from dfkd_fast import ops
+from dfkd_fast.testing import (
+    LAYOUTS,
+    MAP_SHAPES,
+    assert_close,
+    assert_compiles,
+    random,
+    unit_roundoff,
+    value_and_gradients,
+    with_layout,
+)
+
+ACTIVATIONS = ("none", "relu", "relu6")
+SHAPES = {**MAP_SHAPES, "vectors": (6, 5), "sequence": (2, 3, 7), "volume": (2, 3, 2, 3, 2)}
+
+
+def definition(x, running_mean, running_var, weight, bias, eps, activation, residual):
+    """Channel by channel."""
+    maps, means, variances = [], [], []
+    for c in range(x.shape[1]):
+        v = x[:, c]
+        y = (v - running_mean[c]) / torch.sqrt(running_var[c] + eps)
+        y = y * (1 if weight is None else weight[c]) + (0 if bias is None else bias[c])
+        if residual is not None:
+            y = y + residual[:, c]
+        if activation != "none":
+            y = torch.where(y > 0, y, torch.zeros_like(y))
+        if activation == "relu6":
+            y = torch.where(y < 6, y, torch.full_like(y, 6))
+        maps.append(y)
+        mean = v.sum() / v.numel() if v.numel() else v.sum() * math.nan
+        means.append(mean)
+        variances.append(((v - mean) ** 2).sum() / max(v.numel(), 1) + 0 * mean)
+    return torch.stack(maps, 1), torch.stack(means), torch.stack(variances)
+
+
+def make(shape=(3, 5, 4, 2), *, dtype=torch.float64, affine=True, residual=False, layout="contiguous"):
+    """x, running mean, running variance, weight, bias, residual, in the order of :func:`call`."""
+    c = shape[1]
+    fixed = {"dtype": dtype}
+    return (
+        random(*shape, seed=1, scale=3.0, shift=1.0, layout=layout, **fixed),
+        random(c, seed=2, **fixed),
+        random(c, seed=3, **fixed).square() + 0.1,
+        random(c, seed=4, shift=1.0, **fixed) if affine else None,
+        random(c, seed=5, **fixed) if affine else None,
+        random(*shape, seed=6, layout=layout, **fixed) if residual else None,
+    )
+
+
+def call(x, running_mean, running_var, weight, bias, residual, *, activation="none", eps=1e-3):
+    return ops.batchnorm_statistics(
+        x, running_mean, running_var, weight, bias, eps, activation=activation, residual=residual
+    )
+
+
+def define(x, running_mean, running_var, weight, bias, residual, *, activation="none", eps=1e-3):
+    return definition(x, running_mean, running_var, weight, bias, eps, activation, residual)
+
+
+def differentiable(inputs):
+    """The same tensors, all but the running statistics requiring a gradient."""
+    return [None if t is None else t.clone().requires_grad_(i not in (1, 2)) for i, t in enumerate(inputs)]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("affine", "residual"), [(True, False), (False, True), (True, True), (False, False)])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_values_and_gradients_follow_the_formula(shape, affine, residual, activation):
+    inputs = differentiable(make(shape, affine=affine, residual=residual))
+    values, gradients = value_and_gradients(lambda *a: call(*a, activation=activation), inputs)
+    wanted, wanted_gradients = value_and_gradients(lambda *a: define(*a, activation=activation), inputs)
+    for got, want, name in zip(values, wanted, ("y", "mean", "var"), strict=True):
+        assert_close(got, want, atol=1e-12, rtol=1e-12, name=name)
+    names = ("x", "running_mean", "running_var", "weight", "bias", "residual")
+    for got, want, name in zip(gradients, wanted_gradients, names, strict=True):
+        if want is not None and shape[0] > 0:
+            assert_close(got, want, atol=1e-12, rtol=1e-12, name=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_once_and_twice(activation):
+    inputs = differentiable(make((2, 3, 2, 2), residual=True))
+    assert gradcheck(lambda *a: call(*a, activation=activation), inputs)
+    assert gradgradcheck(lambda *a: call(*a, activation=activation), inputs)
+    x = inputs[0]
+    assert gradcheck(ops.channel_statistics, (x,))
+    assert gradgradcheck(ops.channel_statistics, (x,))
+
+
+def test_gradient_by_the_derived_formula():
+    """The backward that a fused kernel computes: element-wise, without a reduction."""
+    x, rm, rv, w, b, res = differentiable(make(residual=True))
+    values, (dx, *_, dres) = value_and_gradients(lambda *a: call(*a, activation="relu"), (x, rm, rv, w, b, res))
+    dy, dm, dv = (random(*v.shape, dtype=v.dtype, seed=1 + i, shift=0.5) for i, v in enumerate(values))
+    y, mean, _ = values
+    count = x.numel() // x.shape[1]
+    passed = dy * (y > 0)
+    column = lambda v: v.detach()[:, None, None]  # noqa: E731
+    want = passed * column(w / (rv + 1e-3).sqrt())
+    want = want + column(dm) / count + 2 * column(dv) * (x.detach() - column(mean)) / count
+    assert_close(dx, want, atol=1e-12, name="dx")
+    assert_close(dres, passed, atol=0.0, name="d residual")
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_is_batchnorm_in_eval_mode(affine):
+    norm = nn.BatchNorm2d(5, eps=1e-4, affine=affine).double()
+    norm.running_mean.normal_(generator=torch.Generator().manual_seed(0))
+    norm.running_var.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
+    x = make()[0]
+    y, mean, var = ops.batchnorm_statistics(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    assert_close(y, norm.eval()(x), atol=1e-13)
+    norm.momentum = 1.0  # the running statistics become the batch's, with the unbiased variance
+    norm.train()(x)
+    count = x.numel() // 5
+    assert_close(mean, norm.running_mean, atol=1e-13)
+    assert_close(var, norm.running_var * (count - 1) / count, atol=1e-13)
+
+
+def test_statistics_do_not_touch_the_running_ones():
+    inputs = make()
+    before = [t.clone() for t in inputs[1:3]]
+    call(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs[1:3], before, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize(("mean", "deviation"), [(30.0, 2.0), (-1000.0, 1.0), (1e-3, 1e-6)])
+def test_statistics_are_sound_far_from_zero(mean, deviation, layout):
+    """E[x^2] - E[x]^2 would lose 225 u of the variance in the first case and all of it in the second."""
+    x = random(16, 3, 28, 28, scale=deviation, shift=mean, seed=3, layout=layout)
+    got_mean, got_var = ops.channel_statistics(x)
+    exact = x.double()
+    centre = exact.mean((0, 2, 3))
+    u = unit_roundoff(torch.float32)
+    # The mean: pairwise sums of 12,544 terms. The variance: that error's square, and its own sum.
+    assert_close(got_mean, centre, atol=0.0, rtol=16 * u, name="mean")
+    spread = (exact - centre[:, None, None]).square().mean((0, 2, 3))
+    assert_close(got_var, spread, atol=(16 * u * mean) ** 2, rtol=64 * u, name="var")
+
+
+def test_channel_statistics_are_those_of_the_norm():
+    inputs = make(residual=True)
+    _, mean, var = call(*inputs, activation="relu")
+    alone = ops.channel_statistics(inputs[0])
+    assert torch.equal(alone[0], mean)
+    assert torch.equal(alone[1], var)
+    wanted = define(*inputs)
+    assert_close(alone[0], wanted[1], atol=1e-13)
+    assert_close(alone[1], wanted[2], atol=1e-12)
+
+
+def test_one_value_a_channel_has_no_variance():
+    mean, var = ops.channel_statistics(random(1, 4, 1, 1))
+    assert torch.equal(mean, random(1, 4, 1, 1).flatten())
+    assert torch.equal(var, torch.zeros(4))
+
+
+def test_empty_batch_has_no_statistics():
+    inputs = differentiable(make((0, 5, 3, 2), residual=True))
+    y, mean, var = call(*inputs, activation="relu")
+    assert y.shape == (0, 5, 3, 2)
+    assert mean.isnan().all()
+    assert var.isnan().all()
+    assert torch.autograd.grad(y.sum() + mean.sum() + var.sum(), inputs[0])[0].shape == (0, 5, 3, 2)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reduced_precision(dtype, activation):
+    """Everything is float32 but for one rounding of y and one of each gradient."""
+    inputs = differentiable(make((4, 6, 9, 7), dtype=dtype, residual=True))
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+    values, gradients = value_and_gradients(lambda *a: call(*a, activation=activation), inputs)
+    wanted, wanted_gradients = value_and_gradients(lambda *a: define(*a, activation=activation), exact)
+    assert [v.dtype for v in values] == [dtype, torch.float32, torch.float32]
+    single = unit_roundoff(torch.float32)
+    # Of terms up to (3 + 8) / sqrt(0.1) before they cancel.
+    assert_close(values[0], wanted[0], atol=256 * single, rtol=unit_roundoff(dtype), name="y")
+    for got, want in zip(values[1:], wanted[1:], strict=True):
+        assert_close(got, want, atol=16 * single, rtol=16 * single)
+    for got, want, given in zip(gradients, wanted_gradients, inputs, strict=True):
+        if want is not None:
+            assert got.dtype == given.dtype
+            # The upstream gradient of y is rounded to dtype: of the sums over 252 positions each term is.
+            assert (got.double() - want).norm() <= 8 * unit_roundoff(dtype) * want.norm()
+
+
+def test_dtypes_may_differ():
+    x, rm, rv, w, b, res = make(residual=True)
+    y, mean, _ = call(x.bfloat16(), rm.float(), rv.float(), w.float(), b.float(), res.float())
+    assert (y.dtype, mean.dtype) == (torch.bfloat16, torch.float32)
+    y, mean, _ = call(x, rm.float(), rv.float(), w.float(), b.float(), res.half())
+    assert (y.dtype, mean.dtype) == (torch.float64, torch.float64)
+
+
+def test_autocast_changes_nothing():
+    inputs = make(dtype=torch.float32, residual=True)
+    wanted = call(*inputs, activation="relu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = call(*inputs, activation="relu")
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layout_changes_nothing(layout, activation):
+    inputs = differentiable(make((2, 7, 5, 3), dtype=torch.float32, residual=True))
+    laid = [with_layout(t, layout if t.ndim == 4 else "contiguous").requires_grad_(t.requires_grad) for t in inputs]
+    got, got_gradients = value_and_gradients(lambda *a: call(*a, activation=activation), laid)
+    want, want_gradients = value_and_gradients(lambda *a: call(*a, activation=activation), inputs)
+    for a, b in zip((*got, *got_gradients), (*want, *want_gradients), strict=True):
+        if b is not None:
+            assert_close(a, b, atol=1e-5, rtol=1e-5, name=layout)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("shape", [(2, 7, 5, 3), (2, 3, 4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_channels_last_in_channels_last_out(dtype, shape, residual):
+    y, *_ = call(*make(shape, dtype=dtype, residual=residual, layout="channels_last"), activation="relu")
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert call(*make(shape, dtype=dtype, residual=residual))[0].is_contiguous()
+
+
+def test_activations_agree_with_torch_at_their_corners():
+    x = torch.tensor([[-1.0, 0.0, 6.0, 7.0]], dtype=torch.float64, requires_grad=True)
+    eps = 2.0**-20  # so that the variance and eps add to one exactly
+    zeros, var = torch.zeros(4, dtype=torch.float64), torch.full((4,), 1 - eps, dtype=torch.float64)
+    for activation, function in (("relu", F.relu), ("relu6", F.relu6)):
+        y, *_ = ops.batchnorm_statistics(x, zeros, var, None, None, eps, activation=activation)
+        assert torch.equal(y, function(x))
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(function(x).sum(), x)[0])
+
+
+@pytest.mark.parametrize(("activation", "residual"), [("relu", True), ("relu6", False)])
+def test_compiles_without_graph_breaks(activation, residual):
+    shapes = [(2, 8, 4, 4), (3, 8, 5, 2), (5, 8, 6, 6)]
+    calls = [
+        differentiable(make(shape, dtype=torch.float32, residual=residual, layout="channels_last")) for shape in shapes
+    ]
+    assert_compiles(lambda *a: call(*a, activation=activation), calls, atol=1e-5, rtol=1e-5)
+
+
+def test_function_transforms():
+    x, rm, rv, w, b, _ = make()
+    total = lambda v: sum(t.square().sum() for t in call(v, rm, rv, w, b, None, activation="relu"))  # noqa: E731
+    leaf = x.clone().requires_grad_()
+    assert_close(torch.func.grad(total)(x), torch.autograd.grad(total(leaf), leaf)[0], atol=1e-12)
+    stacked = torch.stack([x, 2 * x])
+    means, variances = torch.func.vmap(ops.channel_statistics)(stacked)
+    for i in range(2):
+        mean, var = ops.channel_statistics(stacked[i])
+        assert_close(means[i], mean, atol=1e-14)
+        assert_close(variances[i], var, atol=1e-12)
+
+
+def test_arguments_are_checked():
+    x, rm, rv, w, b, res = make(residual=True)
+    with pytest.raises(TypeError, match="x must be a tensor, got str"):
+        call("x", rm, rv, w, b, res)
+    with pytest.raises(TypeError, match=r"running_mean must be of dtype .*, got torch.int64"):
+        call(x, rm.long(), rv, w, b, res)
+    with pytest.raises(TypeError, match="running_var must be a tensor, got NoneType"):
+        call(x, rm, None, w, b, res)
+    with pytest.raises(ValueError, match=r"x must have shape \(N, C, ...\), got \(5,\)"):
+        call(rm, rm, rv, w, b, None)
+    with pytest.raises(ValueError, match=r"running_var must have shape \(C\) with C = 5, got \(4,\)"):
+        call(x, rm, rv[:4], w, b, res)
+    with pytest.raises(ValueError, match=r"weight must have shape \(C\) with C = 5, got \(5, 1\)"):
+        call(x, rm, rv, w[:, None], b, res)
+    with pytest.raises(ValueError, match="bias must be on the device of x, cpu, got meta"):
+        call(x, rm, rv, w, b.to("meta"), res)
+    with pytest.raises(ValueError, match=r"residual must have the shape of x, \(3, 5, 4, 2\), got \(3, 5, 2, 4\)"):
+        call(x, rm, rv, w, b, res.transpose(2, 3))
+    for wrong in (0, -1e-5, math.nan):
+        with pytest.raises(ValueError, match=r"eps must be a finite number above 0, got"):
+            call(x, rm, rv, w, b, res, eps=wrong)
+    with pytest.raises(TypeError, match="eps must be a number, got Tensor"):
+        call(x, rm, rv, w, b, res, eps=torch.tensor(1e-5))
+    with pytest.raises(ValueError, match="activation must be 'none', 'relu' or 'relu6', got None"):
+        call(x, rm, rv, w, b, res, activation=None)
+    with pytest.raises(ValueError, match="backend must be"):
+        ops.batchnorm_statistics(x, rm, rv, w, b, 1e-5, backend="cudnn")
+    with pytest.raises(RuntimeError, match="has no implementation of batchnorm_statistics; it has reference"):
+        ops.batchnorm_statistics(x, rm, rv, w, b, 1e-5, backend="triton")
+    with pytest.raises(ValueError, match="backend must be"):
+        ops.channel_statistics(x, backend="cudnn")
+    with pytest.raises(RuntimeError, match="has no implementation of channel_statistics; it has reference"):
+        ops.channel_statistics(x, backend="triton")
+    with pytest.raises(TypeError, match="x must be of dtype"):
+        ops.channel_statistics(x.long())

@@ -1,0 +1,264 @@
+"""contrastive_loss against Eq. 8 and 9 of the paper, written out in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from dfkd_fast import ops
+from dfkd_fast.testing import (
+    assert_close,
+    assert_compiles,
+    extreme,
+    random,
+    unit_roundoff,
+    value_and_gradients,
+    with_layout,
+)
+
+REDUCTIONS = ("mean", "sum", "none")
+FLAGS = [(symmetric, normalize) for symmetric in (False, True) for normalize in (False, True)]
+
+
+def definition(anchors, positives, *, temperature=0.1, symmetric=False, normalize=True, reduction="mean"):
+    """Anchor by anchor, vector by vector."""
+    vectors = [*anchors, *positives]
+    if normalize:
+        vectors = [v / torch.sqrt((v * v).sum()) if v.detach().any() else torch.zeros_like(v) for v in vectors]
+    n = len(anchors)
+    losses = []
+    for i in range(2 * n if symmetric else n):
+        similarities = [(vectors[i] * vectors[j]).sum() / temperature for j in range(2 * n)]
+        others = torch.stack([similarities[j] for j in range(2 * n) if j != i])
+        shift = others.detach().max()
+        losses.append(shift + (others - shift).exp().sum().log() - similarities[(i + n) % (2 * n)])
+    losses = torch.stack(losses)
+    return {"mean": losses.mean(), "sum": losses.sum(), "none": losses}[reduction]
+
+
+def make(n=5, dim=7, *, dtype=torch.float64, requires_grad=False):
+    fixed = {"dtype": dtype, "requires_grad": requires_grad}
+    return random(n, dim, seed=1, **fixed), random(n, dim, seed=2, **fixed)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("symmetric", "normalize"), FLAGS)
+@pytest.mark.parametrize(
+    ("n", "dim", "temperature"), [(1, 3, 0.1), (2, 1, 0.5), (5, 7, 0.1), (9, 4, 1.7), (6, 130, 0.02)]
+)
+def test_value_and_gradients_follow_the_formula(n, dim, temperature, symmetric, normalize, reduction):
+    inputs = make(n, dim)
+    options = {"temperature": temperature, "symmetric": symmetric, "normalize": normalize, "reduction": reduction}
+    values, gradients = value_and_gradients(lambda *a: ops.contrastive_loss(*a, **options), inputs)
+    wanted, wanted_gradients = value_and_gradients(lambda *a: definition(*a, **options), inputs)
+    assert_close(values[0], wanted[0], atol=1e-12, rtol=1e-12)
+    for got, want, name in zip(gradients, wanted_gradients, ("anchors", "positives"), strict=True):
+        assert_close(got, want, atol=1e-11, rtol=1e-11, name=f"gradient of {name}")
+
+
+@pytest.mark.parametrize(("symmetric", "normalize"), FLAGS)
+def test_gradcheck_once_and_twice(symmetric, normalize):
+    op = lambda *a: ops.contrastive_loss(*a, temperature=0.3, symmetric=symmetric, normalize=normalize)  # noqa: E731
+    assert gradcheck(op, make(4, 3, requires_grad=True))
+    assert gradgradcheck(op, make(4, 3, requires_grad=True))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gradient_by_the_derived_formula(symmetric):
+    """The backward that a fused kernel computes: similarities recomputed, one log-sum-exp an anchor kept."""
+    t, s = make(6, 5)
+    tau, n = 0.2, 6
+    _, gradients = value_and_gradients(
+        lambda *a: ops.contrastive_loss(*a, temperature=tau, symmetric=symmetric), (t, s)
+    )
+    g = random(dtype=t.dtype, seed=1, shift=0.5)
+    v = torch.cat([t, s])
+    length = v.norm(dim=1, keepdim=True)
+    unit = v / length
+    count = 2 * n if symmetric else n
+    similarity = unit[:count] @ unit.T / tau
+    others = similarity.clone()
+    others[range(count), range(count)] = -math.inf
+    dS = (others - others.logsumexp(1, keepdim=True)).exp()
+    dS[range(count), [(i + n) % (2 * n) for i in range(count)]] -= 1
+    dS *= g / (count * tau)
+    along = dS.T @ unit[:count]
+    along[:count] += dS @ unit
+    want = (along - (along * unit).sum(1, keepdim=True) * unit) / length
+    assert_close(torch.cat(gradients), want, atol=1e-12)
+
+
+def test_one_pair_has_nothing_to_tell_apart():
+    t, s = make(1, 4, requires_grad=True)
+    for symmetric in (False, True):
+        loss = ops.contrastive_loss(t, s, symmetric=symmetric)
+        assert_close(loss, 0.0, atol=1e-14)
+
+
+def test_only_the_anchor_itself_is_left_out():
+    """Four equal vectors: each anchor sees three, all alike: log 3 (log 2 were the other anchor left out)."""
+    t = torch.ones(2, 3, dtype=torch.float64)
+    for symmetric in (False, True):
+        assert_close(ops.contrastive_loss(t, t, symmetric=symmetric), math.log(3), atol=1e-12)
+
+
+def test_symmetric_none_gives_anchors_then_positives():
+    t, s = make()
+    both = ops.contrastive_loss(t, s, symmetric=True, reduction="none")
+    assert both.shape == (10,)
+    assert_close(both[:5], ops.contrastive_loss(t, s, reduction="none"), atol=1e-13)
+    assert_close(both[5:], ops.contrastive_loss(s, t, reduction="none"), atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rows_of_zero_length(symmetric, dtype):
+    """Similarity zero, gradient exactly zero, no NaN: once, and twice."""
+    t, s = make(dtype=dtype)
+    t[1], t[3], s[1], s[4] = 0, 0, 0, 0  # pair 1 has two such rows, 3 and 4 one each
+    t.requires_grad_()
+    s.requires_grad_()
+    loss = ops.contrastive_loss(t, s, symmetric=symmetric)
+    rows = [t.detach().double(), s.detach().double()]
+    assert_close(loss, definition(*rows, symmetric=symmetric), atol=1e-5)
+    dt, ds = torch.autograd.grad(loss, (t, s), create_graph=True)
+    assert dt.isfinite().all()
+    assert ds.isfinite().all()
+    for zero in (dt[1], dt[3], ds[1], ds[4]):
+        assert torch.equal(zero, torch.zeros_like(zero))
+    assert all((dt[i] != 0).any() for i in (0, 2, 4))
+    again = torch.autograd.grad(dt.square().sum() + ds.square().sum(), (t, s))
+    assert all(g.isfinite().all() for g in again)
+
+
+def test_without_normalisation_a_zero_row_is_a_row_like_others():
+    t, s = make(requires_grad=True)
+    t.data[1] = 0
+    op = lambda *a: ops.contrastive_loss(*a, temperature=0.5, normalize=False)  # noqa: E731
+    assert gradcheck(op, (t, s))
+
+
+def test_the_length_of_a_row_does_not_matter():
+    t, s = make(dtype=torch.float32)
+    wanted = ops.contrastive_loss(t, s)
+    for factor in (2.0**-120, 2.0**100):
+        got = ops.contrastive_loss(t * factor, s)
+        assert_close(got, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_rows_stay_finite(dtype):
+    values, gradients = value_and_gradients(
+        lambda *a: ops.contrastive_loss(*a, reduction="none"),
+        (extreme(12, 9, dtype=dtype).requires_grad_(), random(12, 9, dtype=dtype, requires_grad=True)),
+    )
+    assert values[0].isfinite().all()
+    # The rows of tiny length have gradients as large as their length is small; float32 holds them, the others may not.
+    assert not any(g.isnan().any() for g in gradients)
+
+
+def test_small_temperature_is_stable():
+    values, gradients = value_and_gradients(
+        lambda *a: ops.contrastive_loss(*a, temperature=1e-4, reduction="none"), make(dtype=torch.float32)
+    )
+    wanted = definition(*(t.double() for t in make(dtype=torch.float32)), temperature=1e-4, reduction="none")
+    # A rounding of a similarity in [-1, 1], divided by the temperature.
+    assert_close(values[0], wanted, atol=16 * unit_roundoff(torch.float32) / 1e-4)
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_empty_batch():
+    t, s = make(0, 4, requires_grad=True)
+    assert ops.contrastive_loss(t, s).isnan()
+    assert ops.contrastive_loss(t, s, symmetric=True).isnan()
+    assert ops.contrastive_loss(t, s, reduction="sum") == 0
+    assert ops.contrastive_loss(t, s, reduction="none", symmetric=True).shape == (0,)
+    assert [g.shape for g in torch.autograd.grad(ops.contrastive_loss(t, s), (t, s))] == [(0, 4), (0, 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_reduced_precision(dtype, symmetric):
+    """The inputs as given are exact; everything after is float32, and only the gradients are rounded back."""
+    inputs = make(8, 33, dtype=dtype)
+    exact = [t.double() for t in inputs]
+    values, gradients = value_and_gradients(lambda *a: ops.contrastive_loss(*a, symmetric=symmetric), inputs)
+    wanted, wanted_gradients = value_and_gradients(lambda *a: definition(*a, symmetric=symmetric), exact)
+    assert values[0].dtype == torch.float32
+    single = 64 * unit_roundoff(torch.float32)  # 33 terms a similarity, times 1 / temperature, in random walk
+    assert_close(values[0], wanted[0], atol=single, rtol=single)
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        assert got.dtype == dtype
+        assert_close(got, want, atol=single * float(want.abs().max()) + 1e-7, rtol=unit_roundoff(dtype))
+
+
+def test_dtypes_may_differ():
+    t, s = make()
+    assert ops.contrastive_loss(t.bfloat16(), s.float()).dtype == torch.float32
+    assert ops.contrastive_loss(t, s.float()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_autocast_leaves_the_loss_in_float32(symmetric):
+    t, s = make(dtype=torch.float32)
+    wanted = ops.contrastive_loss(t, s, symmetric=symmetric)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = ops.contrastive_loss(t, s, symmetric=symmetric)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "offset"])
+def test_memory_layout_changes_nothing(layout):
+    inputs = make(dtype=torch.float32)
+    got, got_gradients = value_and_gradients(ops.contrastive_loss, [with_layout(t, layout) for t in inputs])
+    want, want_gradients = value_and_gradients(ops.contrastive_loss, inputs)
+    for a, b in zip((*got, *got_gradients), (*want, *want_gradients), strict=True):
+        assert_close(a, b, atol=1e-6, rtol=1e-6, name=layout)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_compiles_without_graph_breaks(symmetric):
+    calls = [make(n, 6, dtype=torch.float32) for n in (4, 7, 9)]
+    assert_compiles(lambda *a: ops.contrastive_loss(*a, symmetric=symmetric), calls, atol=1e-5, rtol=1e-5)
+
+
+def test_function_transforms():
+    t, s = make()
+    leaf = t.clone().requires_grad_()
+    wanted = torch.autograd.grad(ops.contrastive_loss(leaf, s), leaf)[0]
+    assert_close(torch.func.grad(ops.contrastive_loss)(t, s), wanted, atol=1e-13)
+    many = torch.func.vmap(ops.contrastive_loss)(torch.stack([t, s]), torch.stack([s, t]))
+    assert_close(many, torch.stack([ops.contrastive_loss(t, s), ops.contrastive_loss(s, t)]), atol=1e-13)
+
+
+def test_arguments_are_checked():
+    t, s = make()
+    op = ops.contrastive_loss
+    with pytest.raises(TypeError, match="anchors must be a tensor, got int"):
+        op(1, s)
+    with pytest.raises(TypeError, match=r"positives must be of dtype .*, got torch.bool"):
+        op(t, s.bool())
+    with pytest.raises(ValueError, match=r"anchors must have shape \(N, D\), got \(5,\)"):
+        op(t[:, 0], s)
+    with pytest.raises(ValueError, match=r"positives must have shape \(N, D\) with N = 5, D = 7, got \(4, 7\)"):
+        op(t, s[:4])
+    with pytest.raises(ValueError, match=r"anchors must have shape \(N, D\), and nothing but N may be 0, got \(5, 0\)"):
+        op(t[:, :0], s[:, :0])
+    with pytest.raises(ValueError, match="positives must be on the device of anchors, cpu, got meta"):
+        op(t, s.to("meta"))
+    for wrong in (0, 0.0, -0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature must be a finite number above 0, got"):
+            op(t, s, temperature=wrong)
+    for wrong in ("0.1", None, True, torch.tensor(0.1)):
+        with pytest.raises(TypeError, match="temperature must be a number, got"):
+            op(t, s, temperature=wrong)
+    with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', got 'batchmean'"):
+        op(t, s, reduction="batchmean")
+    with pytest.raises(ValueError, match="backend must be"):
+        op(t, s, backend="nccl")
+    with pytest.raises(RuntimeError, match="has no implementation of contrastive_loss; it has reference"):
+        op(t, s, backend="triton")

@@ -1,0 +1,243 @@
+"""distillation_kl against the definition of the divergence, written out in float64, and against torch's kl_div."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+from dfkd_fast import ops
+from dfkd_fast.testing import (
+    assert_close,
+    assert_compiles,
+    extreme,
+    random,
+    unit_roundoff,
+    value_and_gradients,
+    with_layout,
+)
+
+DIRECTIONS = ("forward", "reverse")
+REDUCTIONS = ("batchmean", "sum", "mean", "none")
+
+
+def definition(student, teacher, *, temperature=1.0, direction="forward", reduction="batchmean"):
+    """Class by class, from probabilities."""
+    rows = []
+    for s, t in zip(student, teacher, strict=True):
+        q = torch.exp(s / temperature) / torch.exp(s / temperature).sum()
+        p = torch.exp(t / temperature) / torch.exp(t / temperature).sum()
+        if direction == "reverse":
+            p, q = q, p
+        rows.append(torch.stack([p[k] * (torch.log(p[k]) - torch.log(q[k])) for k in range(len(p))]))
+    terms = torch.stack(rows) * temperature * temperature
+    n, classes = terms.shape
+    return {
+        "batchmean": terms.sum() / n,
+        "sum": terms.sum(),
+        "mean": terms.sum() / (n * classes),
+        "none": terms,
+    }[reduction]
+
+
+def make(n=4, classes=7, *, dtype=torch.float64, scale=2.0, requires_grad=False):
+    fixed = {"dtype": dtype, "scale": scale, "requires_grad": requires_grad}
+    return random(n, classes, seed=1, **fixed), random(n, classes, seed=2, **fixed)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    ("n", "classes", "temperature"), [(1, 1, 1.0), (4, 7, 1.0), (5, 2, 4.0), (3, 33, 0.3), (1, 5, 2)]
+)
+def test_value_and_gradients_follow_the_formula(n, classes, temperature, direction, reduction):
+    inputs = make(n, classes)
+    options = {"temperature": temperature, "direction": direction, "reduction": reduction}
+    values, gradients = value_and_gradients(lambda *a: ops.distillation_kl(*a, **options), inputs)
+    wanted, wanted_gradients = value_and_gradients(lambda *a: definition(*a, **options), inputs)
+    assert_close(values[0], wanted[0], atol=1e-13, rtol=1e-12)
+    for got, want, name in zip(gradients, wanted_gradients, ("student", "teacher"), strict=True):
+        assert_close(got, want, atol=1e-12, rtol=1e-12, name=f"gradient of the {name}'s logits")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_gradcheck_once_and_twice(direction, reduction):
+    op = lambda *a: ops.distillation_kl(*a, temperature=1.5, direction=direction, reduction=reduction)  # noqa: E731
+    assert gradcheck(op, make(3, 4, requires_grad=True))
+    assert gradgradcheck(op, make(3, 4, requires_grad=True))
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_reductions_are_those_of_torch(reduction):
+    s, t = make()
+    wanted = F.kl_div((s / 3).log_softmax(1), (t / 3).log_softmax(1), reduction=reduction, log_target=True) * 9
+    assert_close(ops.distillation_kl(s, t, temperature=3, reduction=reduction), wanted, atol=1e-13)
+
+
+def test_gradient_by_the_derived_formula():
+    """The backward that a fused kernel computes, for both sides."""
+    s, t = make(5, 6)
+    tau, n = 2.5, 5
+    _, (ds, dt) = value_and_gradients(lambda *a: ops.distillation_kl(*a, temperature=tau), (s, t))
+    g = random(dtype=s.dtype, seed=1, shift=0.5)
+    p, q = (t / tau).softmax(1), (s / tau).softmax(1)
+    difference = p.log() - q.log()
+    row = (p * difference).sum(1, keepdim=True)
+    assert_close(ds, g * tau * (q - p) / n, atol=1e-13, name="student")
+    assert_close(dt, g * tau * p * (difference - row) / n, atol=1e-13, name="teacher")
+
+
+def test_reverse_is_forward_exchanged():
+    s, t = make()
+    reverse = ops.distillation_kl(s, t, direction="reverse", temperature=2.0)
+    assert torch.equal(reverse, ops.distillation_kl(t, s, temperature=2.0))
+
+
+def test_equal_logits_up_to_a_constant_are_no_distance():
+    s, _ = make(requires_grad=True)
+    for direction in DIRECTIONS:
+        loss = ops.distillation_kl(s, s.detach() + 5, direction=direction)
+        assert_close(loss, 0.0, atol=1e-14)
+        assert_close(torch.autograd.grad(loss, s)[0], 0.0, atol=1e-14)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_logits(dtype, direction):
+    s, t = extreme(12, 9, dtype=dtype), extreme(12, 9, dtype=dtype, seed=1).roll(1, 0)
+    op = lambda *a: ops.distillation_kl(*a, direction=direction, reduction="sum")  # noqa: E731
+    values, gradients = value_and_gradients(op, (s, t))
+    assert values[0].isfinite()
+    assert values[0] >= 0
+    assert not any(g.isnan().any() for g in gradients)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_masked_classes(direction):
+    """Minus infinity on both sides is as if the class did not exist, in value and gradients."""
+    s, t = make(3, 6)
+    keep = [0, 2, 3, 5]
+    masked_s, masked_t = s.clone(), t.clone()
+    masked_s[:, [1, 4]] = masked_t[:, [1, 4]] = -math.inf
+    op = lambda *a: ops.distillation_kl(*a, temperature=2.0, direction=direction)  # noqa: E731
+    (value,), gradients = value_and_gradients(op, (masked_s, masked_t))
+    (wanted,), wanted_gradients = value_and_gradients(op, (s[:, keep], t[:, keep]))
+    assert_close(value, wanted, atol=1e-14)
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        assert_close(got[:, keep], want, atol=1e-14)
+        assert_close(got[:, [1, 4]], 0.0, atol=0.0)
+
+
+def test_a_class_masked_on_one_side():
+    s, t = make(2, 4)
+    t[0, 1] = -math.inf  # the teacher excludes it: it adds nothing, as in torch
+    wanted = F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")
+    (value,), gradients = value_and_gradients(ops.distillation_kl, (s, t))
+    assert_close(value, wanted, atol=1e-14)
+    assert all(g.isfinite().all() for g in gradients)
+    assert ops.distillation_kl(t, s) == math.inf  # the student excludes what the teacher expects
+
+
+def test_empty_batch():
+    s, t = make(0, 5, requires_grad=True)
+    for reduction in ("batchmean", "mean"):
+        assert ops.distillation_kl(s, t, reduction=reduction).isnan()
+    assert ops.distillation_kl(s, t, reduction="sum") == 0
+    assert ops.distillation_kl(s, t, reduction="none").shape == (0, 5)
+    assert torch.autograd.grad(ops.distillation_kl(s, t), s)[0].shape == (0, 5)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reduced_precision(dtype, direction):
+    """The logits as given are exact; everything after is float32, and only the gradients are rounded back."""
+    inputs = make(8, 50, dtype=dtype)
+    exact = [t.double() for t in inputs]
+    op = lambda *a: ops.distillation_kl(*a, temperature=2.0, direction=direction)  # noqa: E731
+    (value,), gradients = value_and_gradients(op, inputs)
+    define = lambda *a: definition(*a, temperature=2.0, direction=direction)  # noqa: E731
+    (wanted,), wanted_gradients = value_and_gradients(define, exact)
+    assert value.dtype == torch.float32
+    # log p and log q are near 4, each off by some u of that; p sums to one, and temperature squared is 4.
+    single = 64 * unit_roundoff(torch.float32)
+    assert_close(value, wanted, atol=single, rtol=single)
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        assert got.dtype == dtype
+        tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # below it float16 rounds to a fixed grid
+        assert_close(got, want, atol=single * float(want.abs().max()) + tiny, rtol=unit_roundoff(dtype))
+
+
+def test_dtypes_may_differ():
+    s, t = make()
+    assert ops.distillation_kl(s.bfloat16(), t.float()).dtype == torch.float32
+    assert ops.distillation_kl(s.half(), t).dtype == torch.float64
+    _, gradients = value_and_gradients(ops.distillation_kl, (s.bfloat16(), t.float()))
+    assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32]
+
+
+def test_autocast_leaves_the_loss_in_float32():
+    s, t = make(dtype=torch.float32)
+    wanted = ops.distillation_kl(s, t)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ops.distillation_kl(s, t), wanted)
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "offset"])
+def test_memory_layout_changes_nothing(layout):
+    inputs = make(dtype=torch.float32)
+    got, got_gradients = value_and_gradients(ops.distillation_kl, [with_layout(t, layout) for t in inputs])
+    want, want_gradients = value_and_gradients(ops.distillation_kl, inputs)
+    for a, b in zip((*got, *got_gradients), (*want, *want_gradients), strict=True):
+        assert_close(a, b, atol=1e-6, rtol=1e-6, name=layout)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_compiles_without_graph_breaks(direction):
+    calls = [make(n, classes, dtype=torch.float32) for n, classes in ((4, 7), (6, 7), (5, 9))]
+    op = lambda *a: ops.distillation_kl(*a, temperature=2.0, direction=direction)  # noqa: E731
+    assert_compiles(op, calls, atol=1e-6, rtol=1e-5)
+
+
+def test_function_transforms():
+    s, t = make()
+    leaf = t.clone().requires_grad_()
+    wanted = torch.autograd.grad(ops.distillation_kl(s, leaf), leaf)[0]
+    assert_close(torch.func.grad(ops.distillation_kl, argnums=1)(s, t), wanted, atol=1e-14)
+    each = torch.func.vmap(lambda a, b: ops.distillation_kl(a[None], b[None]))(s, t)
+    assert_close(each.mean(), ops.distillation_kl(s, t), atol=1e-14)
+    curvature = torch.func.hessian(lambda x: ops.distillation_kl(x[None], t[:1]))(s[0])
+    q = s[0].softmax(0)
+    assert_close(curvature, q.diag() - torch.outer(q, q), atol=1e-13)
+
+
+def test_arguments_are_checked():
+    s, t = make()
+    op = ops.distillation_kl
+    with pytest.raises(TypeError, match="student_logits must be a tensor, got list"):
+        op([[0.0]], t)
+    with pytest.raises(TypeError, match=r"teacher_logits must be of dtype .*, got torch.int64"):
+        op(s, t.long())
+    with pytest.raises(ValueError, match=r"student_logits must have shape \(N, classes\), got \(2, 2, 7\)"):
+        op(s.view(2, 2, 7), t)
+    with pytest.raises(ValueError, match=r"teacher_logits must have shape .* with N = 4, classes = 7, got \(4, 6\)"):
+        op(s, t[:, :6])
+    with pytest.raises(ValueError, match="teacher_logits must be on the device of student_logits, cpu, got meta"):
+        op(s, t.to("meta"))
+    for wrong in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature must be a finite number above 0, got"):
+            op(s, t, temperature=wrong)
+    with pytest.raises(TypeError, match="temperature must be a number, got NoneType"):
+        op(s, t, temperature=None)
+    with pytest.raises(ValueError, match="direction must be 'forward' or 'reverse', got 'both'"):
+        op(s, t, direction="both")
+    with pytest.raises(ValueError, match="reduction must be 'batchmean', 'sum', 'mean' or 'none', got 'avg'"):
+        op(s, t, reduction="avg")
+    with pytest.raises(ValueError, match="backend must be"):
+        op(s, t, backend="numpy")
+    with pytest.raises(RuntimeError, match="has no implementation of distillation_kl; it has reference"):
+        op(s, t, backend="cuda")

@@ -1,0 +1,201 @@
+"""The house rules: one op, one name; imports run downhill; small files; nothing of the machine it was written on."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dfkd_fast import ops
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "dfkd_fast"
+MAPPED = ("kernels", "configs", "benchmarks")  # at the top of the repository, installed as dfkd_fast.<name>
+
+# What each part may import of the package. A new folder or module at the top of it needs a line here.
+LAYERS: dict[str, set[str]] = {
+    "config": set(),
+    "configs": set(),
+    "kernels": set(),
+    "reference": set(),
+    "testing": set(),
+    "ops": {"reference", "kernels"},
+    "nn": {"ops"},
+    "models": {"ops", "config"},
+    "objectives": {"nn", "ops", "models", "config"},
+    "data": {"config"},
+    "report": {"config"},
+    "doctor": {"ops"},
+    "engine": {"objectives", "nn", "ops", "models", "data", "report", "config"},
+}
+DOORS = {"__init__", "__main__", "cli", "demo", "benchmarks"}  # users of everything; imported by nothing but each other
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Files of the repository, without what tools and runs leave behind."""
+    for path in sorted(folder.iterdir()):
+        hidden = path.name.startswith(".") and path.name not in (".ci", ".gitignore")
+        built = path.name in ("build", "dist", "runs", "out", "__pycache__") or path.suffix == ".egg-info"
+        if hidden or built or (path / "pyvenv.cfg").exists():
+            continue
+        if path.is_dir():
+            yield from walk(path)
+        elif path.is_file():
+            yield path
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module of the package, by its dotted name."""
+    for folder in (PACKAGE, *MAPPED):
+        for path in walk(ROOT / folder):
+            if path.suffix == ".py":
+                parts = path.relative_to(ROOT).with_suffix("").parts
+                yield ".".join(parts if folder == PACKAGE else (PACKAGE, *parts)), path
+
+
+def imports(source: str, module: str) -> Iterator[str]:
+    """Full names that a module imports, anywhere in it: statements, and import_module with a literal."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                inside = module.removesuffix(".__init__").split(".")
+                keep = len(inside) - node.level + module.endswith(".__init__")
+                base = ".".join([*inside[:keep], *([base] if base else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                yield str(node.args[0].value)
+
+
+def part(name: str) -> str | None:
+    """The part of the package that a full name belongs to; None for third parties."""
+    first, *rest = name.split(".")
+    if first != PACKAGE:
+        return None
+    if not rest or rest[0] == "__version__":
+        return "__version__"
+    # `from dfkd_fast import distill` goes through the front door, whatever it brings.
+    there = any((ROOT / PACKAGE / each).exists() for each in (rest[0], f"{rest[0]}.py"))
+    return rest[0] if there or rest[0] in MAPPED else "__init__"
+
+
+def uphill(source: str, module: str) -> list[str]:
+    """What a module must not import, yet does."""
+    own = part(module)
+    if own in DOORS:
+        return []
+    allowed = LAYERS[own] | {own, "__version__", None}
+    return [name for name in imports(source, module) if part(name) not in allowed]
+
+
+def test_every_part_has_its_layer():
+    assert {part(module) for module, _ in modules()} <= LAYERS.keys() | DOORS
+
+
+def test_imports_run_downhill():
+    wrong = {module: names for module, path in modules() if (names := uphill(path.read_text(), module))}
+    assert not wrong, f"these imports are not allowed: {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dfkd_fast.nn.attention", "from dfkd_fast.reference import spatial_attention"),
+        ("dfkd_fast.nn.attention", "def f():\n    import dfkd_fast.kernels.spatial_attention"),
+        ("dfkd_fast.ops.backend", "from ..nn import attention"),
+        ("dfkd_fast.ops.__init__", "from .. import config"),
+        ("dfkd_fast.reference.common", "import dfkd_fast.ops"),
+        ("dfkd_fast.models", "from dfkd_fast import distill"),
+        ("dfkd_fast.models.extract", "from importlib import import_module\nimport_module('dfkd_fast.engine')"),
+        ("dfkd_fast.data.digits", "if TYPE_CHECKING:\n    from dfkd_fast.models import Outputs"),
+        ("dfkd_fast.engine.loop", "from dfkd_fast.cli import main"),
+    ],
+)
+def test_an_import_that_points_up_is_seen(module, source):
+    assert uphill(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dfkd_fast.ops.backend", "from .checks import require_choice\nfrom ..reference import common\nimport torch"),
+        ("dfkd_fast.ops.__init__", "from .backend import backend\nfrom . import checks"),
+        ("dfkd_fast.engine.loop", "from dfkd_fast import __version__, ops\nfrom dfkd_fast.objectives import Term"),
+        ("dfkd_fast.kernels.common", "from dfkd_fast.kernels import config"),
+        ("dfkd_fast.cli", "from dfkd_fast.engine import distill"),
+    ],
+)
+def test_an_import_that_points_down_is_allowed(module, source):
+    assert not uphill(source, module)
+
+
+OPS = sorted(p.stem for p in (ROOT / PACKAGE / "ops").glob("*.py") if p.stem not in ("__init__", "backend", "checks"))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_one_op_one_name(name):
+    for path in (f"dfkd_fast/reference/{name}.py", f"tests/test_{name}.py"):
+        assert (ROOT / path).is_file(), f"op {name} has no {path}"
+    assert callable(getattr(ops, name))
+    assert name in ops.backends()
+
+
+def test_no_reference_or_kernel_without_its_op():
+    stems = {p.stem for p in (ROOT / PACKAGE / "reference").glob("*.py")} - {"__init__", "common"}
+    stems |= {p.stem for p in (ROOT / "kernels").glob("*.py")} - {"__init__", "common", "config"}
+    stems |= {re.sub(r"_(fwd|bwd)$", "", p.stem) for p in (ROOT / "csrc").glob("*.[ch]*")} - {"ops", "info"}
+    assert stems <= set(OPS), f"no op of this name in dfkd_fast/ops: {sorted(stems - set(OPS))}"
+
+
+def test_every_kernel_has_its_benchmark():
+    kernels = {p.stem for p in (ROOT / "kernels").glob("*.py")} - {"__init__", "common", "config"}
+    kernels |= {re.sub(r"_(fwd|bwd)$", "", p.stem) for p in (ROOT / "csrc").glob("*.[ch]*")} - {"ops", "info"}
+    missing = {name for name in kernels if not (ROOT / "benchmarks" / f"bench_{name}.py").is_file()}
+    assert not missing, f"no benchmarks/bench_<name>.py for {sorted(missing)}"
+
+
+def test_ops_need_torch_and_nothing_else():
+    """In a fresh interpreter, since this one has long imported everything."""
+    foreign = ["torchvision", "timm", "jsonargparse", "rich", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard"]
+    foreign += ["torchmetrics", "safetensors", "yaml", "onnx", "onnxruntime", "onnxscript"]
+    code = f"import sys, dfkd_fast.ops; print([name for name in {foreign} if name in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_files_stay_readable():
+    sources = (".py", ".cu", ".cuh", ".h", ".cpp", ".sh", ".yaml")
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in walk(ROOT)
+        if path.suffix in sources and (lines := len(path.read_text().splitlines())) > 600
+    }
+    assert not long, f"over 600 lines: {long}"
+
+
+def test_no_path_of_a_machine():
+    found = []
+    pattern = re.compile(r"(?<![\w.~-])/(?:home|root|work|Users)/\w")
+    for path in walk(ROOT):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a picture
+        found += [
+            f"{path.relative_to(ROOT)}:{i}" for i, line in enumerate(text.splitlines(), 1) if pattern.search(line)
+        ]
+    assert not found, f"absolute paths: {found}"

@@ -1,0 +1,273 @@
+"""spatial_attention against Eq. 6 of the paper, written out in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from dfkd_fast import ops
+from dfkd_fast.testing import (
+    LAYOUTS,
+    MAP_SHAPES,
+    assert_close,
+    assert_compiles,
+    assert_no_worse,
+    random,
+    unit_roundoff,
+    value_and_gradients,
+    with_layout,
+)
+
+FORMS = ("spatial", "spatial_mean1", "channel")
+
+
+def definition(features, hidden, weight, bias, scale, form):
+    """One softmax row after the other."""
+    n, c, h, w = features.shape
+    logits = torch.einsum("ck,nkhw->nchw", weight, hidden)
+    if bias is not None:
+        logits = logits + bias.reshape(1, c, 1, 1)
+    rows = logits.reshape(n, c, h * w)
+    if form == "channel":
+        rows = rows.transpose(1, 2)
+    gates = []
+    for sample in rows:
+        for row in sample:
+            e = torch.exp(row - row.detach().max())
+            gates.append(e / e.sum())
+    if not gates:
+        return features * 1.0
+    gate = torch.stack(gates).reshape(rows.shape)
+    gate = gate.transpose(1, 2) if form == "channel" else gate * (h * w if form == "spatial_mean1" else 1)
+    return features + scale * gate.reshape(n, c, h, w) * features
+
+
+def make(shape=(2, 8, 4, 4), *, hidden=3, dtype=torch.float64, layout="contiguous", bias=True, requires_grad=False):
+    n, c, h, w = shape
+    fixed = {"dtype": dtype, "requires_grad": requires_grad}
+    return (
+        random(*shape, layout=layout, seed=1, **fixed),
+        random(n, hidden, h, w, layout=layout, seed=2, **fixed),
+        random(c, hidden, seed=3, **fixed),
+        random(c, seed=4, **fixed) if bias else None,
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", MAP_SHAPES.values(), ids=MAP_SHAPES)
+def test_value_and_gradients_follow_the_formula(shape, bias, form):
+    inputs = make(shape, bias=bias)
+    # A scale near the number of positions: at 0.05 the literal form would hardly show.
+    scale = float(shape[2] * shape[3]) if form == "spatial" else 0.7
+    op = lambda *a: ops.spatial_attention(*a, scale=scale, form=form)  # noqa: E731
+    values, gradients = value_and_gradients(op, inputs)
+    if shape[0] == 0:
+        assert values[0].shape == shape
+        assert all(g is None or g.abs().sum() == 0 for g in gradients)
+        return
+    wanted, wanted_gradients = value_and_gradients(lambda *a: definition(*a, scale, form), inputs)
+    assert_close(values[0], wanted[0], atol=1e-13, rtol=1e-13)
+    for got, want, name in zip(gradients, wanted_gradients, ("features", "hidden", "weight", "bias"), strict=True):
+        if want is not None:
+            assert_close(got, want, atol=1e-11, rtol=1e-11, name=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck_once_and_twice(form):
+    inputs = make((2, 3, 2, 3), hidden=2, requires_grad=True)
+    assert gradcheck(lambda *a: ops.spatial_attention(*a, scale=0.9, form=form), inputs)
+    assert gradgradcheck(lambda *a: ops.spatial_attention(*a, scale=0.9, form=form), inputs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_by_the_derived_formula(form):
+    """The backward that a fused kernel computes: one sum D a row, no softmax stored."""
+    f, h, w, b = make((2, 5, 3, 4))
+    scale, k = 1.3, 12 if form == "spatial_mean1" else 1
+    _, (df, dh, dw, db) = value_and_gradients(
+        lambda *a: ops.spatial_attention(*a, scale=scale, form=form), (f, h, w, b)
+    )
+    g = random(*f.shape, dtype=f.dtype, seed=1, shift=0.5)
+    logits = torch.einsum("ck,nkhw->nchw", w, h) + b[:, None, None]
+    along = 1 if form == "channel" else (2, 3)
+    s = logits.exp() / logits.exp().sum(along, keepdim=True)
+    q = scale * k * g * f
+    dl = s * (q - (s * q).sum(along, keepdim=True))
+    assert_close(df, g * (1 + scale * k * s), atol=1e-12, name="df")
+    assert_close(dh, torch.einsum("ck,nchw->nkhw", w, dl), atol=1e-12, name="dh")
+    assert_close(dw, torch.einsum("nchw,nkhw->ck", dl, h), atol=1e-12, name="dw")
+    assert_close(db, dl.sum((0, 2, 3)), atol=1e-12, name="db")
+
+
+@pytest.mark.parametrize("form", ["spatial", "spatial_mean1"])
+def test_bias_counts_for_nothing_over_positions(form):
+    f, h, w, b = make((2, 5, 7, 3), dtype=torch.float32)
+    plain = ops.spatial_attention(f, h, w, None, scale=20.0, form=form)
+    assert torch.equal(ops.spatial_attention(f, h, w, 1e6 * b, scale=20.0, form=form), plain)
+    _, gradients = value_and_gradients(lambda *a: ops.spatial_attention(*a, scale=20.0, form=form), (f, h, w, b))
+    assert torch.equal(gradients[3], torch.zeros_like(b))
+
+
+def test_bias_counts_over_channels():
+    f, h, w, b = make()
+    plain = ops.spatial_attention(f, h, w, None, form="channel")
+    shifted = ops.spatial_attention(f, h, w, torch.full_like(b, 3.0), form="channel")
+    assert_close(shifted, plain, atol=1e-14)  # the same for every channel: nothing changes
+    assert (ops.spatial_attention(f, h, w, b, form="channel") - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_added_are_shares_of_the_features(form):
+    f, h, w, b = make((2, 5, 6, 7))
+    added = (ops.spatial_attention(f, h, w, b, scale=1.0, form=form) - f) / f
+    assert (added > 0).all()
+    shares = {"spatial": added.sum((2, 3)), "spatial_mean1": added.mean((2, 3)), "channel": added.sum(1)}[form]
+    assert_close(shares, 1.0, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scale_zero_is_the_identity(form):
+    inputs = make()
+    assert torch.equal(ops.spatial_attention(*inputs, scale=0.0, form=form), inputs[0])
+
+
+@pytest.mark.parametrize(("form", "scale"), [("spatial", 56.0 * 56), ("spatial_mean1", 1.0), ("channel", 8.0)])
+def test_what_is_added_in_float32(form, scale):
+    """At a scale near H W the change of the features is as large as they are, and every digit of it shows."""
+    inputs = make((2, 8, 56, 56), dtype=torch.float32)
+    exact = [t.double() for t in inputs]
+    added = ops.spatial_attention(*inputs, scale=scale, form=form).double() - exact[0]
+    wanted = definition(*exact, scale, form) - exact[0]
+    u = unit_roundoff(torch.float32)
+    # The logits' error is their magnitude times some u, and comes back relative to the gate; then two roundings.
+    magnitude = float(torch.einsum("ck,nkhw->nchw", exact[2].abs(), exact[1].abs()).max()) + 4
+    assert_close(added, wanted, atol=2 * u * (wanted + exact[0]).abs(), rtol=(4 * magnitude + 16) * u, name="out - F")
+
+
+def test_a_small_gate_keeps_its_digits_in_float32():
+    """A gate of 1.6e-5: features times (1 + gate) would lose two more digits of it than the result must."""
+    f, h, w, b = make((1, 4, 56, 56), dtype=torch.float32)
+    out = ops.spatial_attention(f, h, w, b, scale=0.05, form="spatial").double()
+    wanted = definition(*(t.double() for t in (f, h, w, b)), 0.05, "spatial")
+    assert_close(out, wanted, atol=1.01 * unit_roundoff(torch.float32) * wanted.abs())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_precision(dtype, form):
+    inputs = make((2, 8, 9, 7), hidden=4, dtype=dtype)
+    exact = [t.double() for t in inputs]
+    scale = 63.0 if form == "spatial" else 2.0
+    op = lambda *a: ops.spatial_attention(*a, scale=scale, form=form)  # noqa: E731
+    (y,), gradients = value_and_gradients(op, inputs)
+    (wanted,), wanted_gradients = value_and_gradients(lambda *a: definition(*a, scale, form), exact)
+    assert y.dtype == dtype
+    u = unit_roundoff(dtype)
+    # One rounding of each logit l shifts the gate by up to 2 max |l| u of itself; the result is rounded once more.
+    logit = float(torch.einsum("ck,nkhw->nchw", exact[2], exact[1]).abs().max())
+    assert_close(y, wanted, atol=1.05 * (2 * logit * u * (wanted - exact[0]).abs() + u * wanted.abs()) + 1e-6)
+    for got, want, given in zip(gradients, wanted_gradients, inputs, strict=True):
+        assert got.dtype == given.dtype
+        assert (got.double() - want).norm() <= 32 * u * want.norm() + 1e-12
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast(form):
+    inputs = make((2, 8, 6, 6), dtype=torch.float32)
+    wanted = definition(*(t.double() for t in inputs), 4.0, form)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.spatial_attention(*inputs, scale=4.0, form=form)
+        mixed = ops.spatial_attention(inputs[0].bfloat16(), inputs[1].bfloat16(), *inputs[2:], scale=4.0, form=form)
+    assert y.dtype == torch.float32
+    assert mixed.dtype == torch.bfloat16
+    # The product alone runs in bfloat16: what it costs is what rounding its operands and its result costs by hand.
+    f, h, w, b = inputs
+    logits = torch.einsum("ck,nkhw->nchw", w.bfloat16().double(), h.bfloat16().double()).bfloat16().double()
+    b = b[:, None, None] if form == "channel" else 0
+    gate = (logits + b).softmax(1) if form == "channel" else (logits.flatten(2)).softmax(2).view_as(logits)
+    by_hand = f.double() * (1 + 4.0 * gate * (36 if form == "spatial_mean1" else 1))
+    assert_no_worse(y, than=by_hand, truth=wanted, factor=1.5)
+    assert (y.double() - wanted).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layout_changes_nothing(layout, form):
+    inputs = make((2, 7, 5, 3), dtype=torch.float32)
+    laid = [
+        with_layout(t, "contiguous" if layout in ("channels_last", "transposed") and t.ndim < 4 else layout)
+        for t in inputs
+    ]
+    op = lambda *a: ops.spatial_attention(*a, scale=3.0, form=form)  # noqa: E731
+    (y,), gradients = value_and_gradients(op, laid)
+    (wanted,), wanted_gradients = value_and_gradients(op, inputs)
+    assert_close(y, wanted, atol=1e-5, rtol=1e-5)
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_channels_last_in_channels_last_out(dtype, form):
+    y = ops.spatial_attention(*make((2, 7, 5, 3), hidden=1, dtype=dtype, layout="channels_last"), form=form)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert ops.spatial_attention(*make((2, 7, 5, 3), dtype=dtype), form=form).is_contiguous()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_extreme_logits(form):
+    f, h, w, b = make((1, 4, 3, 3), dtype=torch.float32)
+    values, gradients = value_and_gradients(lambda *a: ops.spatial_attention(*a, form=form), (f, 1e6 * h, w, b))
+    assert all(t.isfinite().all() for t in (*values, *gradients))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_without_graph_breaks(form):
+    shapes = [(2, 8, 4, 4), (3, 8, 5, 2)]
+    calls = [make(shape, dtype=torch.float32, layout="channels_last") for shape in shapes]
+    assert_compiles(lambda *a: ops.spatial_attention(*a, scale=2.0, form=form), calls, atol=1e-5, rtol=1e-5)
+
+
+def test_function_transforms():
+    f, h, w, b = make((3, 4, 2, 2))
+    for form in FORMS:
+        each = torch.func.vmap(lambda x, y, form=form: ops.spatial_attention(x[None], y[None], w, b, form=form)[0])(
+            f, h
+        )
+        assert_close(each, ops.spatial_attention(f, h, w, b, form=form), atol=1e-14)
+        total = lambda v, form=form: ops.spatial_attention(f, h, v, b, scale=3.0, form=form).square().sum()  # noqa: E731
+        leaf = w.clone().requires_grad_()
+        assert_close(torch.func.grad(total)(w), torch.autograd.grad(total(leaf), leaf)[0], atol=1e-12)
+
+
+def test_arguments_are_checked():
+    f, h, w, b = make()
+    op = ops.spatial_attention
+    with pytest.raises(TypeError, match="features must be a tensor, got NoneType"):
+        op(None, h, w, b)
+    with pytest.raises(TypeError, match=r"hidden must be of dtype .*, got torch.int32"):
+        op(f, h.int(), w, b)
+    with pytest.raises(ValueError, match=r"features must have shape \(N, C, H, W\), got \(2, 8, 16\)"):
+        op(f.flatten(2), h, w, b)
+    with pytest.raises(ValueError, match=r"hidden must have shape .* with N = 2, H = 4, W = 4, got \(1, 3, 4, 4\)"):
+        op(f, h[:1], w, b)
+    with pytest.raises(ValueError, match=r"weight must have shape \(C, K\) with C = 8, K = 3, got \(8, 3, 1, 1\)"):
+        op(f, h, w[..., None, None], b)
+    with pytest.raises(ValueError, match=r"bias must have shape \(C\) with C = 8, got \(7,\)"):
+        op(f, h, w, b[:7])
+    with pytest.raises(ValueError, match="bias must be on the device of features, cpu, got meta"):
+        op(f, h, w, b.to("meta"))
+    with pytest.raises(TypeError, match="scale must be a number, got str"):
+        op(f, h, w, b, scale="0.05")
+    with pytest.raises(ValueError, match="scale must be a finite number, got nan"):
+        op(f, h, w, b, scale=math.nan)
+    with pytest.raises(ValueError, match="form must be 'spatial', 'spatial_mean1' or 'channel', got 'both'"):
+        op(f, h, w, b, form="both")
+    with pytest.raises(ValueError, match="backend must be"):
+        op(f, h, w, b, backend="")
+    with pytest.raises(RuntimeError, match="'cuda', asked for by backend, has no implementation of spatial_attention"):
+        op(f, h, w, b, backend="cuda")
