@@ -64,6 +64,8 @@ def _teach(
         role: which of the two networks.
         out: folder of the run; over ``teach.out``.
     """
+    import torch
+
     from dfkd_fast import data as datasets
     from dfkd_fast.engine import teach as train
     from dfkd_fast.models import create_model
@@ -72,8 +74,9 @@ def _teach(
     if model is None:
         raise ValueError("--role student needs --student.name")
     images = datasets.load(data)
-    network = create_model(model, num_classes=images.num_classes, new_head=True)
     config = replace(teach, out=out) if out is not None else teach
+    torch.manual_seed(config.seed)  # the networks' initial weights are part of the run
+    network = create_model(model, num_classes=images.num_classes, new_head=True)
     result = train(network, images, config, description=_description(model), workers=data.workers)
     _print_result(
         "result",
@@ -109,6 +112,8 @@ def _distill(
         out: folder of the run; over ``distill.out``.
         resume: go on from the newest sound checkpoint in that folder.
     """
+    import torch
+
     from dfkd_fast import data as datasets
     from dfkd_fast.engine import distill as run
     from dfkd_fast.models import create_model, extract, read_metadata
@@ -126,11 +131,12 @@ def _distill(
         known = {name: json.loads(metadata[name]) for name in ("image_size", "mean", "std") if name in metadata}
         config = replace(config, **{k: v for k, v in known.items() if getattr(config, k) is None})
     size = config.image_size or (images.image_size if images is not None else 64)
-    networks = [
+    torch.manual_seed(config.seed)  # the student's initial weights are part of the run
+    teacher_network, student_network = (
         extract(create_model(model, num_classes=classes), stages=model.stages, image_size=size)
         for model in (teacher, student)
-    ]
-    result = run(*networks, config, data=images, description=_description(student))
+    )
+    result = run(teacher_network, student_network, config, data=images, description=_description(student))
     rows: list[tuple[str, Any]] = [("agreement on synthetic images", f"{result.agreement:.2%}")]
     if result.accuracy is not None:
         rows.append(("top-1", f"{result.accuracy:.2%}"))
@@ -241,7 +247,7 @@ def _doctor() -> None:
     raise SystemExit(doctor())
 
 
-COMMANDS = {
+COMMANDS: Any = {  # jsonargparse takes nested dicts, and mypy does not take a flat one for one
     "teach": _teach,
     "distill": _distill,
     "evaluate": _evaluate,

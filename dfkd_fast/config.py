@@ -30,6 +30,7 @@ __all__ = [
     "to_dict",
 ]
 
+Preset = Literal["dfkd-fgvc", "baseline", "dfad", "dafl", "zskt", "dfq"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
 
@@ -183,7 +184,7 @@ class ObjectiveConfig:
         sfcl: how L_SFCL is computed.
     """
 
-    preset: Literal["dfkd-fgvc", "baseline", "dfad", "dafl", "zskt", "dfq"] = "dfkd-fgvc"
+    preset: Preset = "dfkd-fgvc"
     generator: dict[str, float] = field(default_factory=dict)
     student: dict[str, float] = field(default_factory=dict)
     kd: KDConfig = field(default_factory=KDConfig)
@@ -361,7 +362,7 @@ class DemoConfig(ExperimentConfig):
         least: the share of the teacher's top-1 under which the demo fails.
     """
 
-    presets: list[str]
+    presets: list[Preset]
     least: float
 
 
@@ -398,7 +399,7 @@ def read(kind: type[T], path: str | Path) -> T:
         parsed = parser.parse_object({"config": yaml.safe_load(Path(path).read_text())})
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
-    return parser.instantiate_classes(parsed).config
+    return parser.instantiate(parsed).config
 
 
 def to_dict(config: Any) -> dict[str, Any]:

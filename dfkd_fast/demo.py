@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from dfkd_fast import data, report
-from dfkd_fast.config import DemoConfig, ModelConfig, ObjectiveConfig, find, read
+from dfkd_fast.config import DemoConfig, ModelConfig, ObjectiveConfig, Preset, find, read
 from dfkd_fast.engine import distill, teach
 from dfkd_fast.engine.runtime import new_run_folder
 from dfkd_fast.models import FeatureModel, create_model, extract
@@ -18,10 +19,10 @@ from dfkd_fast.models import FeatureModel, create_model, extract
 __all__ = ["demo", "run"]
 
 
-def _objective(config: DemoConfig, preset: str) -> ObjectiveConfig:
+def _objective(config: DemoConfig, preset: Preset) -> ObjectiveConfig:
     """The config's own objective, or another preset as published: weights tuned for one are not those of the other."""
     own = config.distill.objective
-    return own if preset == own.preset else ObjectiveConfig(preset=preset, generator=own.generator, kd=own.kd)
+    return own if preset == own.preset else replace(own, preset=preset, student={})
 
 
 def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progress: bool = True) -> bool:
@@ -42,10 +43,11 @@ def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progr
     console.rule(f"[bold]{title}[/]: {images.num_classes} classes, {images.image_size} x {images.image_size}")
 
     def network(model: ModelConfig) -> FeatureModel:
+        torch.manual_seed(config.distill.seed)
         plain = create_model(model, num_classes=images.num_classes)
         return extract(plain, stages=model.stages, image_size=images.image_size)
 
-    rows = []
+    rows: list[tuple[str, str, float, float | None]] = []
     taught = {}
     for role, model in (("teacher", config.teacher), ("student", config.student)):
         features = network(model)
@@ -71,6 +73,7 @@ def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progr
             progress=progress,
         )
         source = f"teacher alone, {preset}"
+        assert result_.accuracy is not None
         rows.append((f"student: {config.student.name}", source, result_.accuracy, result_.images_per_s))
         runs[preset] = result_
     rows.append(("chance", "", 1 / images.num_classes, None))

@@ -125,7 +125,9 @@ def test_projection_head_is_two_linear_layers() -> None:
     head = ProjectionHead(12, 5)
     assert [tuple(p.shape) for p in head.parameters()] == [(12, 12), (12,), (5, 12), (5,)]
     x = torch.randn(3, 12)
-    torch.testing.assert_close(head(x), F.linear(F.linear(x, *head[0].parameters()).clamp(min=0), *head[2].parameters()))
+    torch.testing.assert_close(
+        head(x), F.linear(F.linear(x, *head[0].parameters()).clamp(min=0), *head[2].parameters())
+    )
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ F64 = torch.float64
 SHAPES = FeatureShapes(teacher_channels=(8, 12), student_channels=(8, 5), teacher_dim=12, student_dim=5)
 
 
-def outputs(*, classes: int = 7, channels: tuple[int, ...] = (8, 12), sizes=((6, 6), (3, 3)), count: int = 4) -> Outputs:
+def outputs(
+    *, classes: int = 7, channels: tuple[int, ...] = (8, 12), sizes=((6, 6), (3, 3)), count: int = 4
+) -> Outputs:
     """Random outputs of a network, with gradients, float64."""
     statistics = [
         LayerStatistics(
@@ -47,8 +49,7 @@ def outputs(*, classes: int = 7, channels: tuple[int, ...] = (8, 12), sizes=((6,
     return Outputs(
         logits=torch.randn(count, classes, dtype=F64, requires_grad=True),
         features=tuple(
-            torch.randn(count, c, *size, dtype=F64, requires_grad=True)
-            for c, size in zip(channels, sizes, strict=True)
+            torch.randn(count, c, *size, dtype=F64, requires_grad=True) for c, size in zip(channels, sizes, strict=True)
         ),
         penultimate=torch.randn(count, channels[-1], dtype=F64, requires_grad=True),
         statistics=tuple(statistics),
@@ -236,7 +237,8 @@ def test_presets_build_and_descend(preset: str) -> None:
     teacher, student = _pair()
     for objective in (g.double(), s.double()):
         total, values = objective(teacher, student if "student" in objective.needs else None)
-        assert math.isfinite(total) and torch.isfinite(values).all()
+        assert math.isfinite(total.item())
+        assert torch.isfinite(values).all()
         total.backward()
     assert teacher.logits.grad is not None
 

@@ -91,7 +91,7 @@ class Checkpoints:
         try:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
-        except (OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # broken headers surface as nearly anything
             raise CheckpointError(f"{path.name} is torn or no checkpoint: {error}") from error
         if broken is not None:
             raise CheckpointError(f"{path.name} is torn: the checksum of its record {broken} does not match")

@@ -20,7 +20,7 @@ from dfkd_fast import report
 from dfkd_fast.config import DistillConfig, to_dict
 from dfkd_fast.data import ImageData
 from dfkd_fast.engine.checkpoint import Checkpoints
-from dfkd_fast.engine.evaluate import evaluate
+from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.interrupt import StopRequest
 from dfkd_fast.engine.progress import ProgressLine
 from dfkd_fast.engine.runtime import Runtime, new_run_folder
@@ -32,7 +32,7 @@ __all__ = ["DistillResult", "NonFiniteError", "agreement", "distill"]
 
 log = logging.getLogger(__name__)
 
-_GRID = 64  # images in a picture of what the generator makes
+_GRID = 64  # images at most in a picture of what the generator makes
 _AGREEMENT_BATCHES = 4
 
 
@@ -84,7 +84,7 @@ def agreement(state: DistillState) -> float:
 
 def _grid(state: DistillState) -> torch.Tensor:
     noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 2)
-    return synthesize(state, state.draw(_GRID, noise)).float().cpu()
+    return synthesize(state, state.draw(min(_GRID, state.config.loop.batch_size), noise)).float().cpu()
 
 
 def _run_steps(state: DistillState, stop: StopRequest) -> None:
@@ -107,7 +107,7 @@ def _check(state: DistillState) -> dict[str, float]:
         "generator": (state.generator_objective.names, trace[: loop.generator_steps]),
         "student": (state.student_objective.names, trace[loop.generator_steps :]),
     }
-    means = {}
+    means: dict[str, float] = {}
     for side, (names, rows) in parts.items():
         for step, row in enumerate(rows):
             bad = [name for name, value in zip(names, row, strict=False) if not math.isfinite(value)]

@@ -70,7 +70,7 @@ class Runtime:
 
     def place(self, module: nn.Module) -> nn.Module:
         """Move a module here, in the run's memory format."""
-        return module.to(self.device, memory_format=self.memory_format)
+        return module.to(self.device).to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     @contextlib.contextmanager
     def backends(self) -> Iterator[None]:

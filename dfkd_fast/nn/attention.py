@@ -111,7 +111,7 @@ class SpatialAttention(nn.Module):
         pooled, indices = F.max_pool2d(psi, 2, return_indices=True)
         gamma = F.relu(self.bottleneck_norm(self.bottleneck(pooled)))
         widened = F.relu(self.widen_norm(self.widen(gamma)))
-        unpooled = F.max_unpool2d(widened, indices, 2, output_size=list(psi.shape[-2:]))
+        unpooled = F.max_unpool2d(widened, indices, [2, 2], output_size=list(psi.shape[-2:]))
         return F.relu(self.decode_norm(self.decode(unpooled)))
 
     def forward(self, features: Tensor) -> Tensor:

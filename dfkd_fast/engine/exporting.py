@@ -52,7 +52,7 @@ def export(
         raise ExportError(f"export to ONNX needs the package {error.name}: pip install 'dfkd-fast[onnx]'") from error
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    model = model.cpu().float().eval().to(memory_format=torch.contiguous_format)
+    model = model.cpu().float().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     # Two images: a batch of one would be taken for a constant.
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     path = folder / "student.onnx"

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dfkd_fast.config import TeachConfig, to_dict
 from dfkd_fast.data import ImageData, loader
-from dfkd_fast.engine.evaluate import evaluate
+from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.progress import ProgressLine
 from dfkd_fast.engine.runtime import Runtime, new_run_folder
 from dfkd_fast.models import save_weights

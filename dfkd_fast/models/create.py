@@ -1,0 +1,172 @@
+"""Networks by name: timm's, torchvision's, a user's own, and the small ones of this project."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import operator
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from dfkd_fast.config import ModelConfig
+from dfkd_fast.models.cifar_resnet import CifarResNet
+from dfkd_fast.models.extract import FeatureModel
+from dfkd_fast.models.weights import load_weights
+from dfkd_fast.models.wide_resnet import WideResNet
+
+__all__ = ["create_model", "names", "normalization"]
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_WIDE_X4 = (32, 64, 128, 256)
+_OWN = (
+    *("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4"),
+    *("wrn_10_1", "wrn_16_1", "wrn_16_2", "wrn_28_10", "wrn_40_1", "wrn_40_2"),
+)
+
+
+def names() -> list[str]:
+    """Our own networks. Other wide ones go by the same pattern: ``wrn_22_4``."""
+    return list(_OWN)
+
+
+def _unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    if close:
+        return ValueError(f"ModelConfig.name: no {kind} named {name!r}; did you mean {', '.join(map(repr, close))}?")
+    few = ", ".join(known[:20]) + (f", ... ({len(known)} in all)" if len(known) > 20 else "")
+    return ValueError(f"ModelConfig.name: no {kind} named {name!r}; there are {few}")
+
+
+def _create_own(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    if match := re.fullmatch(r"wrn_(\d+)_(\d+)", name):
+        depth, width = int(match[1]), int(match[2])
+        if width < 1:
+            raise ValueError(f"ModelConfig.name: the second number of {name!r}, the width, must be at least 1")
+        return WideResNet(depth, width, num_classes=num_classes, **options)
+    if name in _OWN:
+        match = re.fullmatch(r"resnet(\d+)(x4)?", name)
+        assert match is not None
+        if match[2]:
+            options = {"widths": _WIDE_X4, **options}
+        return CifarResNet(int(match[1]), num_classes=num_classes, **options)
+    error = _unknown("network of our own", name, _OWN)
+    raise ValueError(f"{error} Others are 'timm:NAME', 'torchvision:NAME' or 'package.module:factory'.")
+
+
+def _create_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise _unknown("timm model", name, timm.list_models())
+    return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+
+
+def _create_torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(module=models)  # classifiers alone
+    if name not in known:
+        raise _unknown("torchvision classifier", name, known)
+    if name in ("googlenet", "inception_v3"):
+        # Without these they return a tuple while training, and warn about how they are initialised.
+        options = {"aux_logits": False, "init_weights": True, **options}
+    return models.get_model(name, weights=None, num_classes=num_classes, **options)
+
+
+def _create_foreign(module_name: str, factory_name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    full = f"{module_name}:{factory_name}"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(
+            f"ModelConfig.name: {full!r}: no module {error.name!r} can be imported; is it installed, or its folder on "
+            "PYTHONPATH?"
+        ) from error
+    try:
+        factory = operator.attrgetter(factory_name)(module)
+    except AttributeError as error:
+        close = difflib.get_close_matches(factory_name, dir(module), n=3)
+        hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+        raise ValueError(f"ModelConfig.name: {full!r}: {module_name} has no {factory_name!r}{hint}") from error
+    if not callable(factory):
+        raise ValueError(f"ModelConfig.name: {full!r} must be callable, got a {type(factory).__name__}")
+    model = factory(num_classes=num_classes, **options)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"ModelConfig.name: {full!r} must return a torch.nn.Module, got a {type(model).__name__}")
+    return model
+
+
+def _head(model: nn.Module, num_classes: int) -> str:
+    """The path of the layer that makes the logits: the last linear one (or 1 x 1 convolution) of so many outputs."""
+    found = None
+    for path, module in model.named_modules():
+        if (isinstance(module, nn.Linear) and module.out_features == num_classes) or (
+            isinstance(module, nn.Conv2d) and module.out_channels == num_classes and module.kernel_size == (1, 1)
+        ):
+            found = path
+    if found is None:
+        raise ValueError(f"new_head: {type(model).__name__} has no layer with {num_classes} outputs that could be it")
+    return found
+
+
+def create_model(config: ModelConfig, *, num_classes: int, new_head: bool = False) -> nn.Module:
+    """Build a plain classifier, (N, 3, H, W) to logits (N, num_classes), and read its weights where some are named.
+
+    Nothing is downloaded. Fresh weights are drawn from torch's global random stream.
+
+    Args:
+        config: name, weights and options; ``config.stages`` is for :func:`dfkd_fast.models.extract`.
+        num_classes: number of classes.
+        new_head: the last layer starts afresh even where weights are named, which then may be of other classes.
+
+    Raises:
+        ValueError: an unknown name, with the closest known ones, or options or weights that do not fit.
+        TypeError: a factory that does not return a module, or does not take the options.
+        FileNotFoundError: no such weights file.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    options = dict(config.options)
+    for name in ("pretrained", "weights", "num_classes"):
+        if name in options:
+            raise ValueError(
+                f"ModelConfig.options must not hold {name!r}: classes come from the data, and weights from the file "
+                "that ModelConfig.weights names; nothing is downloaded"
+            )
+    source, colon, name = config.name.partition(":")
+    if not colon:
+        model = _create_own(config.name, num_classes, options)
+    elif source == "timm":
+        model = _create_timm(name, num_classes, options)
+    elif source == "torchvision":
+        model = _create_torchvision(name, num_classes, options)
+    else:
+        model = _create_foreign(source, name, num_classes, options)
+    if config.weights is not None:
+        load_weights(model, config.weights, skip=[_head(model, num_classes)] if new_head else [])
+    return model
+
+
+def normalization(model: nn.Module) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation, red, green, blue in [0, 1], of the images that a network is made for.
+
+    timm's come from its own configuration, torchvision's are ImageNet's, all else is taken to be 0.5 and 0.5.
+    """
+    if isinstance(model, FeatureModel):
+        model = model.model
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if config is not None:
+        values = config if isinstance(config, dict) else vars(config)
+        mean, std = values.get("mean"), values.get("std")
+        if mean is not None and std is not None and len(mean) == len(std) == 3:
+            return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+    if type(model).__module__.startswith("torchvision."):
+        return _IMAGENET
+    return _HALF

@@ -1,0 +1,251 @@
+"""Weights in and out: safetensors, and torch files read without unpickling anything but tensors and containers."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+__all__ = ["WeightsFormatError", "WeightsMismatch", "WeightsReport", "load_weights", "read_metadata", "save_weights"]
+
+# Where training scripts keep the weights inside a checkpoint, and what wrappers put in front of every name.
+_NESTED = ("state_dict", "model_state_dict", "model", "net", "network")
+_PREFIXES = ("module.", "_orig_mod.")
+_LISTED = 10
+
+
+class WeightsFormatError(ValueError):
+    """A file that is torn, of no known format, or that would have to be unpickled."""
+
+
+class WeightsMismatch(ValueError):  # noqa: N818  (says what is the matter, as KeyError does not)
+    """Weights that do not fit the network.
+
+    Attributes:
+        missing: names that the network has and the file has not.
+        unexpected: names that the file has and the network has not.
+        mismatched: names of both whose shapes differ: name, shape in the file, shape in the network.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        missing: tuple[str, ...],
+        unexpected: tuple[str, ...],
+        mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...],
+    ) -> None:
+        super().__init__(message)
+        self.missing, self.unexpected, self.mismatched = missing, unexpected, mismatched
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsReport:
+    """What :func:`load_weights` did.
+
+    Attributes:
+        path: the file.
+        loaded: names that were read into the network.
+        skipped: names that were left as they are because the caller asked for it.
+        absent_counters: BatchNorm counters (``num_batches_tracked``) that older files do not hold; left as they are.
+        metadata: the file's own (safetensors alone).
+    """
+
+    path: Path
+    loaded: tuple[str, ...]
+    skipped: tuple[str, ...]
+    absent_counters: tuple[str, ...]
+    metadata: dict[str, str]
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By content: the length of a JSON header in eight bytes, then the header."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size
+
+
+def _require_file(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {path}")
+    return path
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file; nothing for a torch file, which has none.
+
+    Raises:
+        FileNotFoundError: no such file.
+        WeightsFormatError: a torn safetensors file.
+    """
+    path = _require_file(path)
+    if not _is_safetensors(path):
+        return {}
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            return dict(file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise WeightsFormatError(f"{path} is torn or no safetensors file: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if _is_safetensors(path):
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise WeightsFormatError(f"{path} is torn or no safetensors file: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsFormatError(
+            f"{path} is refused: it holds more than tensors in plain containers, and reading that could run code of "
+            "its author's. Save model.state_dict() alone, as safetensors or with torch.save, where you trust the file. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsFormatError(f"{path} is torn or no file of weights: {reason}") from error
+    return _find_state(content, path)
+
+
+def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
+    """The mapping of names to tensors, at the top or under a usual name."""
+    while isinstance(content, Mapping):
+        inner = next((content[name] for name in _NESTED if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping):
+        raise WeightsFormatError(f"{path} must hold a mapping of names to tensors, got {type(content).__name__}")
+    wrong = [f"{name!r} ({type(value).__name__})" for name, value in content.items() if not isinstance(value, Tensor)]
+    if wrong or not content:
+        known = ", ".join(_NESTED)
+        found = f"others too: {_some(wrong)}" if wrong else "none"
+        raise WeightsFormatError(
+            f"{path} must hold a mapping of names to tensors, at the top or under one of {known}; it holds {found}"
+        )
+    return {str(name): value for name, value in content.items()}
+
+
+def _some(items: Iterable[str]) -> str:
+    listed = list(items)
+    more = f", and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return ", ".join(listed[:_LISTED]) + more
+
+
+def _strip(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """Without what DataParallel, DistributedDataParallel and torch.compile put in front of every name."""
+    own = set(own)
+    while not own & state.keys():
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), None)
+        if prefix is None:
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()) -> WeightsReport:
+    """Read weights from a file into ``model``, in place; all of them or, where they do not fit, none.
+
+    A checkpoint is never unpickled: torch files are read with ``weights_only=True``. Weights may lie under
+    ``state_dict``, ``model_state_dict``, ``model``, ``net`` or ``network``, with ``module.`` in front of every name or
+    without. Values are converted to the network's types and device.
+
+    Args:
+        model: the network.
+        path: safetensors file, or what ``torch.save`` made of a state dict.
+        skip: module paths whose weights are left as they are, whatever the file holds of them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        WeightsFormatError: a torn file, one without weights, or one that would have to be unpickled.
+        WeightsMismatch: names or shapes that do not fit, listed.
+    """
+    path = _require_file(path)
+    own = model.state_dict()
+    state = _strip(_read(path), own)
+    prefixes = tuple(f"{name}." for name in skip)
+
+    def skipped(name: str) -> bool:
+        return bool(prefixes) and name.startswith(prefixes)
+
+    state = {name: value for name, value in state.items() if not skipped(name)}
+    wanted = {name: value for name, value in own.items() if not skipped(name) and isinstance(value, Tensor)}
+    absent = [name for name in wanted if name not in state]
+    counters = tuple(name for name in absent if name.endswith("num_batches_tracked"))
+    missing = tuple(name for name in absent if name not in counters)
+    unexpected = tuple(name for name in state if name not in wanted)
+    mismatched = tuple(
+        (name, tuple(value.shape), tuple(wanted[name].shape))
+        for name, value in state.items()
+        if name in wanted and value.shape != wanted[name].shape
+    )
+    if missing or unexpected or mismatched:
+        lines = [f"{path} does not fit {type(model).__name__}:"]
+        if missing:
+            lines.append(f"  missing ({len(missing)}): {_some(missing)}")
+        if unexpected:
+            lines.append(f"  unexpected ({len(unexpected)}): {_some(unexpected)}")
+        if mismatched:
+            shapes = _some(f"{name} {there} instead of {here}" for name, there, here in mismatched)
+            lines.append(f"  of another shape ({len(mismatched)}): {shapes}")
+        raise WeightsMismatch("\n".join(lines), missing, unexpected, mismatched)
+    model.load_state_dict(state, strict=False)
+    return WeightsReport(
+        path=path,
+        loaded=tuple(state),
+        skipped=tuple(name for name in own if skipped(name)),
+        absent_counters=counters,
+        metadata=read_metadata(path),
+    )
+
+
+def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the network's state dict as safetensors, atomically: the file is whole or as it was before.
+
+    Args:
+        model: the network, on any device.
+        path: the file; its folder must exist.
+        metadata: strings, kept in the file's header.
+
+    Raises:
+        TypeError: metadata that is not of strings.
+    """
+    metadata = dict(metadata or {})
+    for name, value in metadata.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"metadata must map strings to strings, got {name!r}: {value!r}")
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the network's state must be tensors, got {type(value).__name__} for {name!r}")
+        tensor = value.detach().cpu().contiguous()
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()  # tied weights: the format holds no aliases
+        storages.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    content = safetensors.torch.save(tensors, metadata=metadata)
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,27 @@
+"""What a run shows: pictures, curves, tables, and result files that say where their numbers come from.
+
+Drawing libraries are imported when something is drawn.
+"""
+
+from dfkd_fast.report.pictures import save_curves, save_image_grid
+from dfkd_fast.report.results import (
+    device_slug,
+    environment,
+    read_results,
+    source_digest,
+    timestamp,
+    write_results,
+)
+from dfkd_fast.report.tables import result_table
+
+__all__ = [
+    "device_slug",
+    "environment",
+    "read_results",
+    "result_table",
+    "save_curves",
+    "save_image_grid",
+    "source_digest",
+    "timestamp",
+    "write_results",
+]

@@ -1,0 +1,155 @@
+"""Pictures of a run: what the generator paints, and how losses and accuracies moved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["save_curves", "save_image_grid"]
+
+_NOT_FINITE = (1.0, 0.0, 1.0)
+"""Magenta: a pixel that is not finite is a finding, and must not pass for black or white."""
+
+_COLUMNS = 3
+_SMOOTH_FROM = 100  # points from which on a running mean is drawn over the raw curve
+
+
+def save_image_grid(images: Tensor, path: str | Path, *, columns: int = 8) -> Path:
+    """Write a grid of images as a picture file.
+
+    Args:
+        images: (N, 3, H, W), N at least 1, values in [-1, 1]; values beyond are clipped, pixels that are not finite are
+            painted magenta.
+        path: where to; the suffix names the format. Missing folders are made.
+        columns: images a row.
+
+    Returns:
+        The path written.
+
+    Raises:
+        TypeError: images is not a floating-point tensor.
+        ValueError: images is not (N, 3, H, W) with N >= 1, or columns is below 1.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        raise TypeError(
+            f"images must be a floating-point tensor, got {getattr(images, 'dtype', type(images).__name__)}"
+        )
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(f"images must be (N, 3, H, W) and not empty, got {tuple(images.shape)}")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    from torchvision.utils import save_image
+
+    pixels = images.detach().float().cpu() / 2 + 0.5
+    broken = ~pixels.isfinite().all(dim=1, keepdim=True)
+    pixels = torch.where(broken, torch.tensor(_NOT_FINITE).view(1, 3, 1, 1), pixels.nan_to_num()).clamp(0, 1)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(pixels, path, nrow=columns, padding=2, pad_value=1.0)
+    return path
+
+
+def save_curves(rounds: Mapping[str, Sequence[float]], epochs: Mapping[str, Sequence[float]], path: str | Path) -> Path:
+    """Draw a run's history: one panel a loss term, and one with all of the epochs' shares (accuracy, agreement).
+
+    A term whose values are all positive and span more than two decades is drawn on a logarithmic axis. Not finite
+    values leave a gap in a loss; in the epochs' shares, where NaN says "not measured", the points on both sides are
+    joined.
+
+    Args:
+        rounds: ``round`` and, of the same length, one list a loss term.
+        epochs: ``epoch`` and, of the same length, one list a share in [0, 1].
+        path: where to; the suffix names the format. Missing folders are made.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: a series is not as long as its ``round`` or ``epoch``.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    _check_lengths("rounds", rounds, "round")
+    _check_lengths("epochs", epochs, "epoch")
+    terms = [name for name in rounds if name != "round" and len(rounds[name])]
+    shares = [name for name in epochs if name != "epoch" and len(epochs[name])]
+    panels = len(terms) + bool(shares)
+    columns = min(_COLUMNS, max(1, panels))
+    lines = max(1, math.ceil(panels / columns))
+    # A Figure of its own, not pyplot: no state outside this call, and the file formats' own canvases need no display.
+    figure = Figure(figsize=(4.2 * columns, 2.8 * lines), layout="constrained", dpi=110)
+    grid = [axes for line in figure.subplots(lines, columns, squeeze=False) for axes in line]
+    for axes in grid:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in grid[panels:]:
+        axes.set_axis_off()
+    if not panels:
+        grid[0].text(0.5, 0.5, "no finished round", ha="center", va="center", transform=grid[0].transAxes)
+    for axes, name in zip(grid, terms, strict=False):
+        _draw_term(axes, name, np.asarray(rounds["round"], float), np.asarray(rounds[name], float))
+    if shares:
+        _draw_shares(grid[len(terms)], epochs, shares)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _check_lengths(argument: str, series: Mapping[str, Sequence[float]], axis: str) -> None:
+    if series and axis not in series:
+        raise ValueError(f"{argument} must have a series {axis!r}, got {sorted(series)}")
+    for name, values in series.items():
+        if len(values) != len(series[axis]):
+            raise ValueError(
+                f"{argument}[{name!r}] must be as long as {axis!r}, got {len(values)} for {len(series[axis])}"
+            )
+
+
+def _clean(axes: Axes, title: str, label: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(label, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, linewidth=0.4, alpha=0.5)
+
+
+def _draw_term(axes: Axes, name: str, x: np.ndarray, y: np.ndarray) -> None:
+    _clean(axes, name, "round")
+    y = np.where(np.isfinite(y), y, np.nan)
+    finite = y[np.isfinite(y)]
+    color = "tab:orange" if name.startswith("generator") else "tab:blue"
+    smooth = len(y) >= _SMOOTH_FROM
+    marker = "." if len(y) < 30 else None
+    axes.plot(x, y, color=color, linewidth=0.7 if smooth else 1.3, alpha=0.35 if smooth else 1.0, marker=marker)
+    if smooth:
+        width = max(3, len(y) // 50) | 1
+        window = np.ones(width)
+        known = np.convolve(np.isfinite(y), window, mode="same")
+        mean = np.convolve(np.nan_to_num(y), window, mode="same") / np.maximum(known, 1)
+        axes.plot(x, np.where(known > 0, mean, np.nan), color=color, linewidth=1.5)
+    if len(finite) and finite.min() > 0 and finite.max() > 100 * finite.min():
+        axes.set_yscale("log")
+
+
+def _draw_shares(axes: Axes, epochs: Mapping[str, Sequence[float]], names: Sequence[str]) -> None:
+    _clean(axes, ", ".join(names), "epoch")
+    x = np.asarray(epochs["epoch"], float)
+    for name in names:
+        y = 100 * np.asarray(epochs[name], float)
+        known = np.isfinite(y)
+        if known.any():
+            axes.plot(x[known], y[known], label=f"{name}: {y[known][-1]:.1f} %", linewidth=1.4, marker=".")
+    axes.set_ylabel("%", fontsize=8)
+    axes.set_ylim(0, 101)
+    if axes.lines:
+        axes.legend(fontsize=8, frameon=False)

@@ -1,0 +1,167 @@
+"""Result files: numbers together with the machine, the versions and the sources that they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+__all__ = ["device_slug", "environment", "read_results", "source_digest", "timestamp", "write_results"]
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SOURCES = {"dfkd_fast": ("*.py",), "kernels": ("*.py",), "csrc": ("*.cu", "*.cpp", "*.h")}
+
+
+def timestamp() -> str:
+    """The present time in UTC to the second, as ISO 8601; such stamps sort as text."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def source_digest() -> str:
+    """Twelve hex digits that change with any source of the package: evidence of what ran where there is no git."""
+    digest = hashlib.sha256()
+    for folder, patterns in _SOURCES.items():
+        for path in sorted(file for pattern in patterns for file in (_ROOT / folder).rglob(pattern)):
+            digest.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with ``+`` where files differ from it; None outside a checkout of this repository."""
+    top = _output("git", "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != _ROOT:
+        return None
+    commit = _output("git", "rev-parse", "HEAD")
+    changed = _output("git", "status", "--porcelain")
+    return f"{commit}+" if commit and changed else commit
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    block: dict[str, Any] = {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+    }
+    index = str(torch.cuda.current_device())
+    query = "driver_version,power.limit,clocks.max.sm,clocks.max.memory"
+    line = _output("nvidia-smi", f"--id={index}", f"--query-gpu={query}", "--format=csv,noheader,nounits")
+    names = ("driver", "power_limit_w", "max_sm_mhz", "max_memory_mhz")
+    block |= dict(zip(names, (part.strip() for part in (line or "").split(",")), strict=False))
+    return block
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that a number was measured with.
+
+    Returns:
+        ``device`` (name; for a GPU also compute capability, memory, driver, power limit and clocks), ``cpu``,
+        ``threads``, ``python``, ``torch``, ``cuda``, ``cudnn``, ``triton`` (None where absent), ``commit`` (None
+        outside a checkout), ``source`` (see :func:`source_digest`) and ``date``.
+    """
+    import torch
+
+    try:
+        import triton
+    except ImportError:
+        triton_version = None
+    else:
+        triton_version = triton.__version__
+    cuda = torch.cuda.is_available()
+    return {
+        "device": _gpu() if cuda else {"name": "cpu"},
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "triton": triton_version,
+        "commit": _commit(),
+        "source": source_digest(),
+        "date": timestamp(),
+    }
+
+
+def device_slug(name: str) -> str:
+    """A device's name as a folder name: ``NVIDIA H200`` is ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def _plain(value: Any) -> Any:
+    """Not finite floats as None: JSON has no word for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def write_results(path: str | Path, content: dict[str, Any]) -> Path:
+    """Write a result file so that a reader, or a run cut at any moment, sees the old content or the new, never a part.
+
+    Args:
+        path: the file. Missing folders are made.
+        content: JSON's types; floats that are not finite become null.
+
+    Returns:
+        The path written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_results(path: str | Path) -> dict[str, Any] | None:
+    """The content of a result file, None where there is none.
+
+    Raises:
+        ValueError: the file is not a JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a result file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a result file: its content is a {type(content).__name__}")
+    return content

@@ -1,0 +1,277 @@
+"""The loop: what it leaves, how it goes on after a stop, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+
+import dfkd_fast
+from dfkd_fast.config import DistillConfig, ObjectiveConfig, OptimizerConfig
+from dfkd_fast.engine import CheckpointError, Checkpoints, NonFiniteError, loop
+from dfkd_fast.engine.checkpoint import fingerprint
+from dfkd_fast.models import create_model, extract, load_weights, read_metadata
+
+from . import tiny
+
+
+def run(out: Path, **changes: Any) -> dfkd_fast.DistillResult:
+    return dfkd_fast.distill(
+        tiny.teacher(), tiny.network(), tiny.config(out, **changes), data=tiny.data(), progress=False
+    )
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
+    student = tiny.network()
+    teacher = tiny.teacher().train()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    result = dfkd_fast.distill(
+        teacher, student, tiny.config(tmp_path), data=tiny.data(), description={"model": "resnet8"}, progress=False
+    )
+    assert result.student is student
+    assert not student.training
+    assert teacher.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    terms = {"generator/bn", "generator/kd", "student/kd", "student/mhad", "student/sfcl"}
+    assert set(result.rounds) == {"round", *terms}
+    assert result.rounds["round"] == [0, 1, 2, 3]
+    assert result.epochs["epoch"] == [1, 2]
+    assert len(result.epochs["accuracy"]) == len(result.epochs["agreement"]) == 2
+    assert result.accuracy == result.epochs["accuracy"][-1]
+    assert 0 <= result.agreement <= 1
+    assert result.images_per_s > 0
+    for name in ("config.yaml", "curves.png", "history.json", "images/epoch-0001.png", "images/epoch-0002.png"):
+        assert (tmp_path / name).is_file(), name
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "round-000003-step-0000.pt",
+        "round-000004-step-0000.pt",
+    ]
+    fresh = create_model_like(student)
+    load_weights(fresh, tmp_path / "student.safetensors")
+    assert same(fresh, student)
+    assert set(load_file(tmp_path / "student.safetensors")) == set(student.state_dict())  # the plain network alone
+    metadata = read_metadata(tmp_path / "student.safetensors")
+    assert metadata["model"] == "resnet8"
+    assert json.loads(metadata["mean"]) == list(tiny.HALF)
+    assert metadata["num_classes"] == str(tiny.CLASSES)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["distill"]["loop"]["batch_size"] == 6
+
+
+def create_model_like(model: nn.Module) -> nn.Module:
+    return tiny.network(seed=99)
+
+
+def test_a_seed_is_a_run(tmp_path: Path) -> None:
+    one, two = run(tmp_path / "a"), run(tmp_path / "b")
+    assert same(one.student, two.student)
+    assert same(one.generator, two.generator)
+    assert one.rounds == two.rounds
+    assert not same(one.generator, run(tmp_path / "c", seed=1).generator)
+
+
+def test_a_user_gives_stages_or_a_network_of_their_own(tmp_path: Path) -> None:
+    teacher = extract(tiny.teacher(), stages=["layer1", "layer3"], image_size=16)
+    student = extract(tiny.network(), stages=["layer2", "layer3"], image_size=16)
+    result = dfkd_fast.distill(teacher, student, tiny.config(tmp_path), progress=False)
+    assert result.student is student.model
+    assert result.accuracy is None
+    assert "accuracy" not in result.epochs
+
+
+class Stopped(BaseException):
+    """As if the process had died here."""
+
+
+@pytest.mark.parametrize("step", [0, 3, 9, 14])
+def test_resumed_anywhere_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole = run(tmp_path / "whole", checkpoint_every=2)
+    calls = 0
+
+    def dying(original: Any) -> Any:
+        def take(*arguments: Any) -> None:
+            nonlocal calls
+            if calls == step:
+                raise Stopped
+            calls += 1
+            original(*arguments)
+
+        return take
+
+    with monkeypatch.context() as patch:
+        for name in ("generator_step", "student_step"):
+            patch.setattr(loop, name, dying(getattr(loop, name)))
+        with pytest.raises(Stopped):
+            run(tmp_path / "broken", checkpoint_every=2)
+    resumed = run(tmp_path / "broken", checkpoint_every=2, resume=True)
+    assert same(resumed.student, whole.student)
+    assert same(resumed.generator, whole.generator)
+    assert resumed.rounds == whole.rounds
+    assert resumed.epochs == whole.epochs
+    assert resumed.agreement == whole.agreement
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_saves_before_leaving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, expected: type[BaseException]
+) -> None:
+    whole = run(tmp_path / "whole")
+    step, handler = loop.student_step, signal.getsignal(number)
+
+    def signalled(*arguments: Any) -> None:
+        step(*arguments)
+        os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "student_step", signalled)
+        with pytest.raises(expected) as stopped:
+            run(tmp_path / "stopped", checkpoint_every=100)
+    if expected is SystemExit:
+        assert stopped.value.code == 143
+    assert signal.getsignal(number) == handler
+    assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["round-000000-step-0003.pt"]
+    resumed = run(tmp_path / "stopped", resume=True, checkpoint_every=100)
+    assert same(resumed.student, whole.student)
+    assert resumed.rounds == whole.rounds
+
+
+def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = run(tmp_path)
+    newest = tmp_path / "checkpoints" / "round-000004-step-0000.pt"
+    content = newest.read_bytes()
+    newest.write_bytes(content[: len(content) // 2])
+    again = run(tmp_path, resume=True)
+    assert "round-000004-step-0000.pt is torn" in caplog.text
+    assert same(again.student, whole.student)
+    flipped = bytearray(newest.read_bytes())
+    for index in range(len(flipped) // 2, len(flipped) // 2 + 256):  # more than the padding between two records
+        flipped[index] ^= 0xFF
+    newest.write_bytes(flipped)
+    assert same(run(tmp_path, resume=True).student, whole.student)
+    assert caplog.text.count("is torn") == 2
+
+
+def test_a_foreign_checkpoint_is_refused_with_its_reason(tmp_path: Path) -> None:
+    run(tmp_path)
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(CheckpointError, match="written with another config"):
+        run(tmp_path, resume=True, optimizer=OptimizerConfig(student_lr=0.1))
+    with pytest.raises(CheckpointError, match="written with another teacher"):
+        dfkd_fast.distill(
+            tiny.network((4, 4, 8, 12), seed=5), tiny.network(), tiny.config(tmp_path, resume=True), progress=False
+        )
+    for path in folder.iterdir():
+        torch.save({"state_dict": {"weight": torch.zeros(3)}}, path)
+    with pytest.raises(CheckpointError, match=r"is foreign: it is not a dfkd_fast.checkpoint/1 file"):
+        run(tmp_path, resume=True)
+
+
+def test_a_checkpoint_is_never_unpickled(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "harmed",))
+
+    config = tiny.config(tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", config, "teacher")
+    checkpoints.folder.mkdir()
+    path = checkpoints.folder / "round-000001-step-0000.pt"
+    torch.save({"format": "dfkd_fast.checkpoint/1", "state": Harm()}, path)
+    with pytest.raises(CheckpointError, match="is foreign"):
+        checkpoints.read(path)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_what_may_change_between_a_run_and_its_resumption() -> None:
+    config = tiny.config()
+    for free in (replace(config, out="elsewhere"), replace(config, resume=True), tiny.config(checkpoint_every=7)):
+        assert fingerprint(free) == fingerprint(config)
+    for bound in (replace(config, seed=1), tiny.config(batch_size=7), replace(config, precision="bf16")):
+        assert fingerprint(bound) != fingerprint(config)
+
+
+def test_a_folder_with_another_run_is_not_written_over(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ValueError, match="holds checkpoints of a run already"):
+        run(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, count = loop.student_step, 0
+
+    def poisoned(state: Any, row: int) -> None:
+        nonlocal count
+        count += 1
+        keep = state.shift.clone()
+        if count == 4:  # the second student step of the second round
+            state.shift.fill_(float("nan"))
+        step(state, row)
+        state.shift.copy_(keep)
+
+    monkeypatch.setattr(loop, "student_step", poisoned)
+    with pytest.raises(NonFiniteError, match=r"round 1, student step 1: kd, mhad, sfcl not finite"):
+        run(tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["round-000001-step-0000.pt"]
+
+
+@pytest.mark.parametrize("select", ["agreement", "test_accuracy"])
+def test_the_best_student_by_the_criterion_asked_for_is_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str
+) -> None:
+    scores = iter([0.9, 0.4, 0.4, 0.4])
+    students: list[dict[str, torch.Tensor]] = []
+
+    def score(network: nn.Module) -> float:
+        students.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
+        return next(scores)
+
+    if select == "agreement":
+        monkeypatch.setattr(loop, "agreement", lambda state: score(state.student.model))
+    else:
+        monkeypatch.setattr(loop._Run, "accuracy", lambda self, student: score(student))
+    result = run(tmp_path, select=select)
+    assert all(torch.equal(tensor, result.student.state_dict()[name]) for name, tensor in students[0].items())
+    assert not all(torch.equal(tensor, result.student.state_dict()[name]) for name, tensor in students[1].items())
+
+
+def _distill(config: DistillConfig, **arguments: Any) -> None:
+    networks = {"teacher": tiny.teacher(), "student": tiny.network(), **arguments}
+    dfkd_fast.distill(networks.pop("teacher"), networks.pop("student"), config, progress=False, **networks)
+
+
+def test_what_does_not_fit_together_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path)
+    with pytest.raises(ValueError, match="image_size must be given"):
+        _distill(replace(config, image_size=None))
+    with pytest.raises(ValueError, match="'test_accuracy', which needs evaluation data"):
+        _distill(tiny.config(tmp_path, select="test_accuracy"))
+    other = create_model(tiny.ModelConfig(name="resnet8"), num_classes=3)
+    with pytest.raises(ValueError, match="must tell the same classes apart, got 5 and 3"):
+        _distill(config, student=other)
+    with pytest.raises(ValueError, match="data has 5 classes, the teacher tells 3 apart"):
+        _distill(config, teacher=other, data=tiny.data())
+    with pytest.raises(ValueError, match="precision 'tf32' needs a CUDA device"):
+        _distill(replace(config, precision="tf32"))
+    with pytest.raises(ValueError, match="device must be 'auto' or a torch device, got 'gpu'"):
+        _distill(replace(config, device="gpu"))
+    with pytest.raises(ValueError, match="did you mean 'mhad'"):
+        _distill(replace(config, objective=ObjectiveConfig(student={"mhda": 1.0})))
+    assert not (tmp_path / "checkpoints").exists()

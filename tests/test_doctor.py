@@ -1,0 +1,116 @@
+"""What `dfkd-fast doctor` says, and that it says something whatever is missing."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+
+import pytest
+import torch
+
+from dfkd_fast import doctor, ops
+
+
+def line(name: str) -> doctor.Item:
+    found = [item for item in doctor.report() if item.item == name]
+    assert len(found) == 1, f"{name}: {found}"
+    return found[0]
+
+
+def test_every_line_has_a_detail():
+    lines = doctor.report()
+    assert all(isinstance(item.ok, bool) and item.detail for item in lines)
+    assert {"python", "torch", "bf16 autocast", "triton", "nvcc", "build tools", "onnx export", "nvtx"} <= {
+        item.item for item in lines
+    }
+
+
+def test_versions_are_those_that_run():
+    assert platform.python_version() in line("python").detail
+    assert line("torch").detail.startswith(torch.__version__)
+
+
+def test_every_op_is_named_with_its_backends():
+    told = " ".join(item.detail for item in doctor.report() if item.item == "ops")
+    for name, backends in ops.backends().items():
+        assert name in told
+        assert all(backend in told for backend in backends)
+
+
+def test_prints_and_returns_zero(capsys):
+    assert doctor.doctor() == 0
+    printed = capsys.readouterr().out
+    assert platform.python_version() in printed
+    assert len(printed.splitlines()) < 30
+
+
+def test_a_look_that_fails_is_a_line(monkeypatch):
+    def broken(*command: str) -> str:
+        raise subprocess.CalledProcessError(3, command)
+
+    monkeypatch.setattr(doctor, "_run", broken)
+    monkeypatch.setattr(doctor, "_find_nvcc", lambda: "/somewhere/nvcc")
+    item = line("nvcc")
+    assert not item.ok
+    assert "CalledProcessError" in item.detail
+
+
+class TestNoDevice:
+    @pytest.fixture(autouse=True)
+    def _none(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def test_torch_without_cuda(self, monkeypatch):
+        monkeypatch.setattr(torch.version, "cuda", None)
+        assert "built without CUDA" in line("CUDA device").detail
+        assert "built without CUDA" in line("torch").detail
+
+    def test_hidden(self, monkeypatch):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert "CUDA_VISIBLE_DEVICES" in line("CUDA device").detail
+
+    def test_says_that_the_cpu_is_used(self):
+        item = line("CUDA device")
+        assert not item.ok
+        assert item.detail.endswith("everything runs on the CPU")
+        assert not line("bf16 autocast").ok
+
+
+class TestNvcc:
+    @pytest.mark.parametrize(
+        ("built", "ok", "word"), [("13.0", True, "13.1"), ("12.8", False, "major"), (None, False, "CUDA")]
+    )
+    def test_against_torch(self, monkeypatch, built, ok, word):
+        monkeypatch.setattr(torch.version, "cuda", built)
+        monkeypatch.setattr(doctor, "_find_nvcc", lambda: "/somewhere/nvcc")
+        release = "Cuda compilation tools, release 13.1, V13.1.2"
+        monkeypatch.setattr(doctor, "_run", lambda *command: release if "nvcc" in command[0] else "tool 1.0")
+        item = line("nvcc")
+        assert item.ok is ok
+        assert word in item.detail
+
+    def test_missing(self, monkeypatch):
+        monkeypatch.setattr(doctor, "_find_nvcc", lambda: None)
+        assert "not on PATH" in line("nvcc").detail
+
+    def test_cuda_home_comes_first(self, monkeypatch, tmp_path):
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "nvcc").touch()
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        assert doctor._find_nvcc() == str(tmp_path / "bin" / "nvcc")
+
+
+def test_missing_onnx_packages_are_named(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "onnxscript" else "1.0")
+    item = line("onnx export")
+    assert not item.ok
+    assert "onnxscript" in item.detail
+    assert "onnxruntime" not in item.detail
+
+
+@pytest.mark.gpu
+def test_names_the_device():
+    item = line("CUDA device 0")
+    assert item.ok
+    assert torch.cuda.get_device_name(0) in item.detail

@@ -1,0 +1,226 @@
+"""A step moves what it should and nothing else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast.config import GeneratorConfig, ObjectiveConfig
+from dfkd_fast.engine import DistillState, generator_step, student_step, synthesize
+
+from . import tiny
+
+
+def tensors(*modules: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{index}.{name}": tensor.clone()
+        for index, module in enumerate(modules)
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def moved(before: dict[str, Tensor], *modules: nn.Module) -> set[str]:
+    after = tensors(*modules)
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def no_gradients(*modules: nn.Module) -> bool:
+    return all(parameter.grad is None for module in modules for parameter in module.parameters())
+
+
+@pytest.fixture(params=["dfkd-fgvc", "baseline", "dfad", "dafl", "zskt", "dfq"])
+def state(request: pytest.FixtureRequest) -> DistillState:
+    return tiny.state(tiny.config(objective=ObjectiveConfig(preset=request.param)))
+
+
+def test_generator_step_moves_the_generator_alone(state: DistillState) -> None:
+    others = (state.teacher.model, state.student.model, state.student_objective)
+    before, generator = tensors(*others), tensors(state.generator)
+    flags = [(m, m.training) for m in state.student.modules()]
+    generator_step(state, 0)
+    assert not moved(before, *others)
+    assert no_gradients(*others)
+    parameters = {f"0.{name}" for name, _ in state.generator.named_parameters()}
+    assert moved(generator, state.generator) & parameters == parameters - frozen_at_start(state)
+    assert all(module.training == flag for module, flag in flags)
+    assert all(parameter.requires_grad for parameter in state.student.parameters())
+
+
+def frozen_at_start(state: DistillState) -> set[str]:
+    """The bias before a softmax over positions has no gradient: the softmax does not see it."""
+    return {f"0.{name}" for name, _ in state.generator.named_parameters() if name.endswith("attention.expand.bias")}
+
+
+def test_student_step_moves_the_student_and_its_helpers_alone(state: DistillState) -> None:
+    others = (state.teacher.model, state.generator, state.generator_objective)
+    frozen = {
+        f"0.{name}" for name, parameter in state.student_objective.named_parameters() if not parameter.requires_grad
+    }
+    before, student, helpers = tensors(*others), tensors(state.student.model), tensors(state.student_objective)
+    student_step(state, state.config.loop.generator_steps)
+    assert not moved(before, *others)
+    assert no_gradients(*others)
+    assert moved(student, state.student.model) == set(student)  # every weight, every buffer
+    assert moved(helpers, state.student_objective) == set(helpers) - frozen
+
+
+def test_no_weight_gradient_is_computed_in_frozen_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for a moment: the autograd graph of a generator step ends in the generator's weights alone."""
+    state = tiny.state()
+    seen: set[int] = set()
+    backward = Tensor.backward
+
+    def walk(tensor: Tensor, *args: object, **kwargs: object) -> None:
+        queue = [tensor.grad_fn]
+        while queue:
+            node = queue.pop()
+            if node is None or node in visited:
+                continue
+            visited.add(node)
+            if hasattr(node, "variable"):
+                seen.add(id(node.variable))
+            queue.extend(following for following, _ in node.next_functions)
+        backward(tensor)
+
+    visited: set[object] = set()
+    monkeypatch.setattr(Tensor, "backward", walk)
+    generator_step(state, 0)
+    assert seen == {id(parameter) for parameter in state.generator.parameters()}
+    seen.clear()
+    visited.clear()
+    student_step(state, 2)
+    trained = [*state.student.model.parameters(), *state.student_objective.parameters()]
+    assert seen == {id(parameter) for parameter in trained if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("mode", ["batch", "update", "eval"])
+def test_students_batchnorms_in_the_generator_step(mode: str) -> None:
+    state = tiny.state(tiny.config(student_in_generator_step=mode))
+    before = tensors(state.student.model)
+    generator_step(state, 0)
+    changed = moved(before, state.student.model)
+    assert bool(changed) == (mode == "update")
+    assert all("running" in name or "num_batches" in name for name in changed)
+
+
+def test_generator_step_descends_its_objective() -> None:
+    """The step is Adam's step along the gradient of alpha * L_BN - L_KD, both terms through the images."""
+    state = tiny.state(
+        tiny.config(generator=GeneratorConfig(latent_dim=6, channels=(8, 8, 8, 8, 8), spectral_norm=False))
+    )
+    twin = copy.deepcopy(state.generator)
+    noise = state.draw(6, torch.Generator().manual_seed(state.config.seed))
+    inputs = twin(noise) / 1.0  # mean and deviation are 0.5: the teacher takes the generator's own range
+    teacher = state.teacher_statistics
+    assert teacher is not None
+    t = teacher(inputs)
+    student = copy.deepcopy(state.student.model).train()
+    bn = sum(
+        (layer.mean - layer.running_mean).norm() + (layer.var - layer.running_var).norm() for layer in t.statistics
+    )
+    p = t.logits.softmax(1)
+    kd = (p * (p.log() - student(inputs).log_softmax(1))).sum(1).mean()
+    (0.3 * bn - kd).backward()
+    generator_step(state, 0)
+    torch.testing.assert_close(state.trace[0, :2], torch.stack([bn.detach(), kd.detach()]), rtol=1e-4, atol=1e-5)
+    for parameter, ours in zip(twin.parameters(), state.generator.parameters(), strict=True):
+        assert parameter.grad is not None
+        clear = parameter.grad.abs() > 1e-4  # Adam's first step is lr * sign(gradient) where the gradient is no noise
+        step = (parameter - ours).detach()[clear]
+        torch.testing.assert_close(step, 1e-3 * parameter.grad.sign()[clear], rtol=1e-2, atol=1e-6)
+
+
+def test_synthesis_leaves_the_generator_bit_identical_and_paints_what_it_was_trained_on() -> None:
+    state = tiny.state()
+    noise = state.draw(6)
+    before = tensors(state.generator)
+    images = synthesize(state, noise)
+    assert not moved(before, state.generator)
+    assert not images.requires_grad
+    with torch.no_grad():
+        trained_on = copy.deepcopy(state.generator)
+        for _ in range(50):  # let the power iteration settle, so that one more of it changes nothing visible
+            trained_on(noise)
+        state.generator.load_state_dict(trained_on.state_dict())
+        torch.testing.assert_close(synthesize(state, noise), trained_on(noise), rtol=1e-3, atol=1e-4)
+
+
+def poison(state: DistillState, where: str) -> Callable[[], None]:
+    """Make the next loss or gradient not finite; returns what undoes it."""
+    if where == "loss":
+        state.shift.fill_(float("nan"))
+        return lambda: state.shift.zero_()
+    handle = state.scale  # the loss is finite, its gradient overflows
+    objective = state.generator_objective.terms["bn"]
+    forward = objective.forward
+
+    def steep(teacher: object, student: object) -> Tensor:
+        value = forward(teacher, student)  # type: ignore[arg-type]
+        value.register_hook(lambda gradient: gradient * float("inf"))
+        return value
+
+    objective.forward = steep  # type: ignore[method-assign]
+
+    def undo() -> None:
+        objective.forward = forward  # type: ignore[method-assign]
+        assert handle is state.scale
+
+    return undo
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_never_reaches_the_weights(where: str) -> None:
+    state = tiny.state()
+    parameters = [p.detach().clone() for p in state.generator.parameters()]
+    undo = poison(state, where)
+    generator_step(state, 0)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, state.generator.parameters(), strict=True))
+    row = state.trace[0]
+    assert not torch.isfinite(row[:2]).all() if where == "loss" else row[-1] == 0
+    undo()
+    generator_step(state, 1)
+    assert torch.isfinite(state.trace[1]).all()
+    assert state.trace[1, -1] == 1
+    if where == "loss":  # the BatchNorm buffers of the skipped step have no say in the parameters
+        assert all(torch.isfinite(p).all() for p in state.generator.parameters())
+
+
+def test_the_first_student_step_may_be_skipped() -> None:
+    """Fused SGD makes its momentum buffers in its first step, and leaves them uninitialised where it is skipped."""
+    state, twin = tiny.state(), tiny.state()
+    for one in (state, twin):
+        for norm in one.student.model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = 0.0  # the skipped forward must not show in buffers
+    undo = poison(state, "loss")
+    student_step(state, 2)
+    undo()
+    for one in (state, twin):
+        one.noise.manual_seed(7)
+        one.student_updates = 0
+        student_step(one, 3)
+    for a, b in zip(state.student.model.parameters(), twin.student.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bf16_autocast_runs_on_the_cpu() -> None:
+    state = tiny.state(replace(tiny.config(), precision="bf16"))
+    generator_step(state, 0)
+    student_step(state, 2)
+    assert torch.isfinite(state.trace[[0, 2]]).all()
+    assert all(p.dtype == torch.float32 for p in state.student.parameters())
+
+
+def test_students_rate_is_a_cosine_over_the_runs_student_steps() -> None:
+    state = tiny.state(tiny.config(epochs=2, rounds_per_epoch=2, student_steps=2))
+    rates = []
+    for _ in range(8):
+        student_step(state, 2)
+        rates.append(state.student_optimizer.param_groups[0]["lr"])
+    wanted = 0.025 * (1 + torch.cos(torch.pi * torch.arange(8) / 8))
+    torch.testing.assert_close(torch.tensor(rates), wanted)

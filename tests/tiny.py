@@ -1,0 +1,75 @@
+"""The smallest run that has every part: networks of a few thousand weights, 16 x 16 images, rounds of two steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from dfkd_fast.config import DistillConfig, GeneratorConfig, LoopConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from dfkd_fast.data import ImageData
+from dfkd_fast.engine import DistillState, Runtime, build_state
+from dfkd_fast.models import FeatureModel, create_model, extract
+
+CLASSES = 5
+SIZE = 16
+HALF = (0.5, 0.5, 0.5)
+
+
+def network(widths: tuple[int, int, int, int] = (4, 4, 6, 8), *, seed: int = 0) -> nn.Module:
+    """A ResNet-8, and BatchNorm statistics that are not the initial ones."""
+    torch.manual_seed(seed)
+    config = ModelConfig(name="resnet8", options={"widths": list(widths)})
+    model = create_model(config, num_classes=CLASSES)
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3, SIZE, SIZE))
+    return model
+
+
+def teacher() -> nn.Module:
+    return network((4, 4, 8, 12), seed=1)
+
+
+def data(count: int = 20) -> ImageData:
+    """Noise with labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = TensorDataset(
+        torch.randn(count, 3, SIZE, SIZE, generator=generator), torch.arange(count).remainder(CLASSES)
+    )
+    return ImageData(images, images, tuple(f"class {i}" for i in range(CLASSES)), HALF, HALF, SIZE)
+
+
+def config(out: Path | None = None, **changes: Any) -> DistillConfig:
+    """Two epochs of two rounds of two and two steps, with every part of the method in it."""
+    base = DistillConfig(
+        generator=GeneratorConfig(latent_dim=6, channels=(8, 8, 8, 8, 8)),
+        objective=ObjectiveConfig(student={"sfcl": 1.0}),
+        optimizer=OptimizerConfig(student_lr=0.05),
+        loop=LoopConfig(
+            epochs=2, rounds_per_epoch=2, generator_steps=2, student_steps=2, batch_size=6, checkpoint_every=1
+        ),
+        image_size=SIZE,
+        mean=HALF,
+        std=HALF,
+        device="cpu",
+        out=None if out is None else str(out),
+    )
+    loop = {name: changes.pop(name) for name in list(changes) if hasattr(base.loop, name)}
+    return replace(base, loop=replace(base.loop, **loop), **changes)
+
+
+def state(changed: DistillConfig | None = None) -> DistillState:
+    """A state ready for its first step."""
+    run = changed or config()
+    features: list[FeatureModel] = [extract(teacher(), image_size=SIZE), extract(network(), image_size=SIZE)]
+    features[0].eval()
+    features[0].requires_grad_(False)
+    features[1].train()
+    runtime = Runtime.of("cpu", run.precision, channels_last=run.channels_last)
+    return build_state(features[0], features[1], run, runtime, image_size=SIZE, mean=HALF, std=HALF)
