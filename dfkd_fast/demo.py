@@ -104,10 +104,24 @@ def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progr
         ):
             console.print(f"  {what:17} {result_.run_dir / name}", highlight=False, soft_wrap=True)
     share = rows[2][2] / teacher_top1
+    seconds = time.perf_counter() - started
+    report.write_results(
+        folder / "results.json",
+        {
+            "experiment": title,
+            "environment": report.environment(),
+            "seconds": seconds,
+            "rounds": config.distill.loop.epochs * config.distill.loop.rounds_per_epoch,
+            "rows": [
+                {"network": name, "learned_from": source, "top1": top1, "images_per_s": speed}
+                for name, source, top1, speed in rows
+            ],
+        },
+    )
     reached = share >= config.least
     console.print(
         f"{'[green]reached[/]' if reached else '[red]missed[/]'}: the {config.presets[0]} student has {share:.1%} of "
-        f"its teacher's top-1, {config.least:.0%} were wanted ({time.perf_counter() - started:.0f} s)"
+        f"its teacher's top-1, {config.least:.0%} were wanted ({seconds:.0f} s)"
     )
     return reached
 

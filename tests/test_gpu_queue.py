@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 
 from dfkd_fast.benchmarks import ablation, bench_step_parts, common, gpu, gpu_tests
 from dfkd_fast.benchmarks import report as tables
-from dfkd_fast.config import DistillConfig
+from dfkd_fast.config import DataConfig, DistillConfig, GeneratorConfig, LoopConfig, ModelConfig, TeachConfig
+from dfkd_fast.engine import NonFiniteError
 from dfkd_fast.report import read_results, write_results
 
 FAKE = """
@@ -315,6 +317,54 @@ class TestAblation:
         assert ablation.main(arguments) == 0
         assert len(ran) == len(set(ran)) == len(ablation.CELLS) * len(ablation.SEEDS)
         assert read_results("ablation.json")["complete"]
+
+
+class TestCell:
+    """One cell, run in full at the least size that there is."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def taught(cls, tmp_path_factory):
+        small = ablation.PROFILES["small"]
+        profile = ablation.Profile(
+            data=DataConfig(image_size=32, classes=2, train_per_class=8, test_per_class=4),
+            teacher=ModelConfig(name="resnet8", options={"stem_stride": 2}),
+            student=ModelConfig(name="resnet8", options={"stem_stride": 2}),
+            teach=TeachConfig(epochs=1, batch_size=8),
+            distill=replace(
+                small.distill,
+                generator=GeneratorConfig(channels=(16, 8, 8, 8, 8), latent_dim=8),
+                loop=LoopConfig(epochs=1, rounds_per_epoch=1, generator_steps=1, student_steps=1, batch_size=4),
+            ),
+        )
+        folder = tmp_path_factory.mktemp("teacher")
+        return profile, folder, *ablation.trained_teacher(profile, "cpu", folder)
+
+    def test_the_teacher_is_trained_once(self, taught, monkeypatch):
+        profile, folder, weights, accuracy = taught
+        monkeypatch.setattr("dfkd_fast.engine.teach", None)
+        assert ablation.trained_teacher(profile, "cpu", folder) == (weights, accuracy)
+
+    def test_the_row_is_what_the_table_needs(self, taught):
+        profile, _, weights, accuracy = taught
+        row = ablation.run_cell(profile, "R = 1", 1, "cpu", weights, accuracy)
+        assert (row["cell"], row["seed"], row["rounds"]) == ("R = 1", 1, 1)
+        assert row["overrides"] == {"objective.mhad.order": 1}
+        assert 0 <= row["accuracy"] <= 1
+        assert row["teacher_accuracy"] == accuracy
+        assert row["seconds"] > 0
+        assert not list(Path().iterdir())
+
+    def test_losses_that_do_not_stay_finite_are_a_result(self, taught, monkeypatch):
+        profile, _, weights, accuracy = taught
+
+        def distill(*arguments, **more):
+            raise NonFiniteError("round 3, student step 1: mhad not finite")
+
+        monkeypatch.setattr("dfkd_fast.engine.distill", distill)
+        row = ablation.run_cell(profile, "both", 0, "cpu", weights, accuracy)
+        assert row["accuracy"] is None
+        assert "mhad" in row["error"]
 
 
 class TestTables:

@@ -35,7 +35,7 @@ def names() -> list[str]:
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=5)
     if close:
         return ValueError(f"ModelConfig.name: no {kind} named {name!r}; did you mean {', '.join(map(repr, close))}?")
     few = ", ".join(known[:20]) + (f", ... ({len(known)} in all)" if len(known) > 20 else "")
@@ -55,7 +55,7 @@ def _create_own(name: str, num_classes: int, options: dict[str, Any]) -> nn.Modu
             options = {"widths": _WIDE_X4, **options}
         return CifarResNet(int(match[1]), num_classes=num_classes, **options)
     error = _unknown("network of our own", name, _OWN)
-    raise ValueError(f"{error} Others are 'timm:NAME', 'torchvision:NAME' or 'package.module:factory'.")
+    raise ValueError(f"{error} Others go by a prefix: 'timm:{name}', 'torchvision:{name}', 'package.module:factory'")
 
 
 def _create_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:

@@ -39,8 +39,9 @@ class FeatureModel(nn.Module):
         penultimate_dim: D, the length of the penultimate features.
         num_classes: number of logits.
         batchnorms: paths of the BatchNorms whose statistics are given, in the order of ``Outputs.statistics``.
-        other_batchnorms: paths of those that are used as they are: of another kind than BatchNorm2d, without stored
-            statistics, or inside a module that cannot be followed. Both are empty without statistics.
+        other_batchnorms: paths of those that are used as they are, and follow their flags: of another kind than
+            BatchNorm2d, without stored statistics, or inside a module that cannot be followed. Both are empty without
+            statistics.
     """
 
     stages: tuple[str, ...]
@@ -113,7 +114,7 @@ def extract(
     Args:
         model: images (N, 3, H, W) to logits (N, classes), on any device. One whose forward returns :class:`Outputs` is
             used as it is; its stages are the positions of its features, ``"0"``, ``"1"``, ... A
-            :class:`FeatureModel` stands for its plain network.
+            :class:`FeatureModel` stands for its plain network and its stages.
         stages: module paths whose outputs are the features, shallow to deep; None is the last map of each resolution,
             the deepest four at most: ``layer1`` to ``layer4`` of a ResNet. The deepest is the map that is pooled.
         statistics: give the statistics of each BatchNorm2d's input beside the stored ones; the network is then used as
@@ -132,6 +133,7 @@ def extract(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, FeatureModel):
+        stages = model.stages if stages is None else stages
         model = model.model
     if isinstance(stages, str):
         raise TypeError(f"stages must be a sequence of module paths, got the string {stages!r}")
@@ -141,10 +143,10 @@ def extract(
     with _undisturbed(model, image.device):
         try:
             plain = model(image)
-        except RuntimeError as error:
+        except Exception as error:  # a forward may say in many ways that an image does not suit it
             raise ValueError(
-                f"{type(model).__name__} does not take an image {tuple(image.shape)}: another image_size may do "
-                f"({str(error).splitlines()[0]})"
+                f"{type(model).__name__} does not take an image {tuple(image.shape)}; another image_size may do. "
+                f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             ) from error
     if isinstance(plain, Outputs):
         return _as_it_is(model, plain, stages)
@@ -160,6 +162,7 @@ def _as_it_is(model: nn.Module, outputs: Outputs, stages: Sequence[str] | None) 
     if stages is not None and not set(stages) <= set(known):
         raise ValueError(f"stages: {type(model).__name__} gives its features itself, {known}; got {list(stages)}")
     made.stages = tuple(stages if stages is not None else known)
+    made.batchnorms = tuple(str(i) for i in range(len(outputs.statistics)))
     shapes = [tuple(outputs.features[int(stage)].shape) for stage in made.stages]
     _describe(made, tuple(outputs.logits.shape), shapes, tuple(outputs.penultimate.shape))
     return made
@@ -174,9 +177,8 @@ def _traced(
     with _undisturbed(model, image.device):
         logits = runner.run(image)
     # In exact arithmetic these are equal; a graph that missed a branch is far off.
-    if not torch.allclose(
-        logits.float(), plain.float(), rtol=1e-2, atol=1e-2 * plain.abs().max().item(), equal_nan=True
-    ):
+    tolerance = 1e-2 * plain.abs().max().item()
+    if not torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=tolerance, equal_nan=True):
         raise ValueError(
             f"the forward of {type(model).__name__} depends on something that torch.fx does not see: the graph gives "
             "other logits. Give a network whose forward returns dfkd_fast.models.Outputs instead"
@@ -184,8 +186,16 @@ def _traced(
     made = FeatureModel(model)
     made.stages = tuple(stages) if stages is not None else default_stages(found, runner.shapes)
     nodes = [found.stage(path) for path in made.stages]
-    dim = runner.shapes[found.penultimate]
-    _describe(made, tuple(plain.shape), [runner.shapes.get(n, ()) for n in nodes], (dim[0], math.prod(dim[1:])))
+    penultimate = runner.shapes[found.penultimate]
+    flat = (penultimate[0], math.prod(penultimate[1:]))
+    _describe(made, tuple(plain.shape), [runner.shapes.get(n, ()) for n in nodes], flat)
+    classifier = found.module(found.classifier)
+    reads = getattr(classifier, "in_features", getattr(classifier, "in_channels", flat[1]))
+    if reads != flat[1]:
+        raise ValueError(
+            f"the last linear layer of {type(model).__name__} is applied at many places, so that its input "
+            f"{penultimate} is no penultimate vector (N, {reads})"
+        )
     if statistics:
         _rewrite_batchnorms(made, found)
     made._eval_program = made._training_program = _program(made, found)
@@ -200,8 +210,8 @@ def _describe(made: FeatureModel, logits: Shape, features: Sequence[Shape], penu
         # The image is square, so a map (N, C, H, W) is too; (N, H, W, C) shows by not being.
         if len(shape) != 4 or shape[2] != shape[3]:
             raise ValueError(
-                f"stages: {stage!r} of {name} gives {shape or 'no tensor'}; a stage must give a map (N, C, H, W), which "
-                "is square for a square image"
+                f"stages: {stage!r} of {name} gives {shape or 'no tensor'}; a stage must give a map (N, C, H, W), "
+                "which is square for a square image"
             )
     if len(penultimate) != 2 or len(logits) != 2:
         raise ValueError(
@@ -220,11 +230,11 @@ def _rewrite_batchnorms(made: FeatureModel, found: Trace) -> None:
             continue
         assert isinstance(module, nn.BatchNorm2d)
         with found.graph.inserting_before(node):
-            call = found.graph.call_module(f"rewritten.{len(made.rewritten)}", node.args, node.kwargs)
+            call = found.graph.call_module(f"rewritten.{len(made.rewritten)}", (node.all_input_nodes[0],))
             found.statistics.append(found.graph.call_function(operator.getitem, (call, 1)))
         rewritten.append(str(node.target).removeprefix("model."))
         made.rewritten.append(BatchNormWithStatistics(module))
-        # The node itself stays what it was to all others: the normalised map.
+        # To all others the node stays what it was: the normalised map.
         node.op, node.target, node.args, node.kwargs = "call_function", operator.getitem, (call, 0), {}
     made.batchnorms = tuple(rewritten)
     made.other_batchnorms = tuple(

@@ -12,7 +12,8 @@ __all__ = ["LayerStatistics", "Outputs"]
 class LayerStatistics(NamedTuple):
     """The input of one BatchNorm, this batch's statistics beside the stored ones; each (C,), float32.
 
-    ``var`` is the biased variance. ``mean`` and ``var`` are differentiable in the images, the stored ones constants.
+    ``var`` is the biased variance. ``mean`` and ``var`` are differentiable in the images; the stored ones are constants
+    and, in a float32 network, its very buffers.
     """
 
     mean: Tensor

@@ -23,17 +23,8 @@ __all__ = ["Root", "Trace", "compile_graph", "default_stages", "modes_kept", "tr
 Shape = tuple[int, ...]
 Program = Callable[[nn.Module, Tensor], tuple[Any, ...]]
 
-# What stands between the last linear layer and the logits, or between it and the features it reads, and changes no value.
-_RESHAPES: set[Any] = {
-    torch.flatten,
-    torch.squeeze,
-    torch.reshape,
-    "flatten",
-    "view",
-    "reshape",
-    "squeeze",
-    "contiguous",
-}
+# What may stand after the last linear layer, and changes no value.
+_RESHAPES: set[Any] = {torch.flatten, torch.squeeze, torch.reshape, "flatten", "view", "reshape", "squeeze"}
 _DROPOUTS: set[Any] = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout}
 
 
@@ -75,7 +66,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, *, evaluating: bool) -> None:
         timm, torchvision = _library("timm.layers"), _library("torchvision.ops")
         wrapped = tuple(timm.get_notrace_functions()) if timm is not None else ()
-        modules = (math, torchvision) if torchvision is not None else (math,)
+        modules: Any = (math, torchvision) if torchvision is not None else (math,)
         super().__init__(autowrap_modules=modules, autowrap_functions=wrapped)
         self.leaves: tuple[type, ...] = (_BatchNorm, nn.Linear)
         dropouts: tuple[type, ...] = (_DropoutNd,)
@@ -248,8 +239,8 @@ def default_stages(found: Trace, shapes: Mapping[fx.Node, Shape]) -> tuple[str, 
     last: Any = node.args[0] if isinstance(node, fx.Node) and node.args else found.penultimate
     while isinstance(last, fx.Node) and isinstance(found.module(last), nn.Identity):
         last = last.args[0]
-    # A module that takes one size and gives the next smaller one begins a stage: what is inside of it at the larger size
-    # is not the end of the stage before.
+    # A module that takes one size and gives the next smaller one begins a stage: what is inside of it at the larger
+    # size is not the end of the stage before.
     sizes = sorted({at for node in found.modules.values() if (at := size(node)) is not None})
     steps = dict(zip(sizes[1:], sizes, strict=False))
     narrowing = {

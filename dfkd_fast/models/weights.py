@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ class WeightsFormatError(ValueError):
     """A file that is torn, of no known format, or that would have to be unpickled."""
 
 
-class WeightsMismatch(ValueError):  # noqa: N818  (says what is the matter, as KeyError does not)
+class WeightsMismatch(ValueError):
     """Weights that do not fit the network.
 
     Attributes:
@@ -105,15 +105,21 @@ def _read(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
             raise WeightsFormatError(f"{path} is torn or no safetensors file: {error}") from error
+    with path.open("rb") as file:
+        head = file.read(2)
+    if head != b"PK" and head[:1] != b"\x80":  # torch's archives, and the bare pickles of its first years
+        raise WeightsFormatError(f"{path} is no file of weights: neither safetensors nor written by torch.save")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch's own message also tells how to unpickle all the same.
+        found = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+\.[\w.]+)", str(error))
         raise WeightsFormatError(
-            f"{path} is refused: it holds more than tensors in plain containers, and reading that could run code of "
-            "its author's. Save model.state_dict() alone, as safetensors or with torch.save, where you trust the file. "
-            f"({str(error).splitlines()[0]})"
+            f"{path} is refused: it holds more than tensors in plain containers"
+            f"{f' ({found[1]})' if found else ''}, and reading that could run its author's code. Where you trust the "
+            "file, load it yourself and save model.state_dict() alone."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+    except Exception as error:  # a torn or hostile file fails in many ways
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsFormatError(f"{path} is torn or no file of weights: {reason}") from error
     return _find_state(content, path)
@@ -238,14 +244,12 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
         tensors[name] = tensor
     content = safetensors.torch.save(tensors, metadata=metadata)
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

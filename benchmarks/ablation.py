@@ -1,0 +1,290 @@
+"""What the method's parts and open choices are worth: the cells of docs/ablation.md, as a stage.
+
+Each cell is the method with one choice changed. It is distilled from the same teacher, which never saw the held-out
+images, with every seed; seeds go round the cells, so that a table with fewer seeds is there early. On a GPU several
+cells run at a time, each in a process of its own: one alone leaves most of the device idle at this image size.
+
+``python -m dfkd_fast.benchmarks.ablation --out FILE --device cpu --size small`` makes a smaller table without a GPU.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures as futures
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from dfkd_fast.benchmarks.common import Clock, Results, stage_arguments
+from dfkd_fast.config import (
+    DataConfig,
+    DistillConfig,
+    GeneratorConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TeachConfig,
+    to_dict,
+)
+
+__all__ = ["CELLS", "PROFILES", "SEEDS", "VERSION", "Profile", "main", "override", "run_cell", "trained_teacher"]
+
+VERSION = "1"
+SEEDS = (0, 1, 2)
+
+Overrides = Mapping[str, Any]
+
+CELLS: Mapping[str, Overrides] = MappingProxyType(
+    {
+        # the paper's table 3
+        "baseline": {"objective.preset": "baseline"},
+        "+ SFCL": {"objective.student.mhad": 0.0},
+        "+ MHAD": {"objective.student.sfcl": 0.0},
+        "both": {},
+        # order R of the attention (3 is "both")
+        "R = 1": {"objective.mhad.order": 1},
+        "R = 2": {"objective.mhad.order": 2},
+        # the gate ("spatial" is "both"), and none at all
+        "gate spatial_mean1": {"generator.attention": "spatial_mean1"},
+        "gate channel": {"generator.attention": "channel"},
+        "lambda = 0": {"generator.attention": "none"},
+        # what MHAD compares ("features" is "both")
+        "MHAD on attention maps": {"objective.mhad.target": "attention"},
+        # temperature of SFCL (0.1 is "both")
+        "tau = 0.05": {"objective.sfcl.temperature": 0.05},
+        "tau = 0.5": {"objective.sfcl.temperature": 0.5},
+        # weight of SFCL (8 is "both", 0 is "+ MHAD")
+        "gamma = 0.3": {"objective.student.sfcl": 0.3},
+        "gamma = 1": {"objective.student.sfcl": 1.0},
+        "gamma = 3": {"objective.student.sfcl": 3.0},
+        # the generator's blocks
+        "no BatchNorm in blocks": {"generator.batch_norm": False},
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The experiment that the cells vary.
+
+    Attributes:
+        data: images for the teacher and for evaluation.
+        teacher: network that learns from images.
+        student: network that learns from the teacher.
+        teach: how the teacher is trained.
+        distill: the run of the cell "both".
+    """
+
+    data: DataConfig
+    teacher: ModelConfig
+    student: ModelConfig
+    teach: TeachConfig
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+
+PROFILES: Mapping[str, Profile] = MappingProxyType(
+    {
+        "full": Profile(
+            data=DataConfig(name="rendered", image_size=64, classes=20, train_per_class=200, test_per_class=50),
+            teacher=ModelConfig(name="resnet32x4"),
+            student=ModelConfig(name="resnet8x4"),
+            teach=TeachConfig(epochs=40, lr=0.05),
+            distill=DistillConfig(
+                loop=LoopConfig(epochs=4, rounds_per_epoch=40, evaluate_every=0, checkpoint_every=1000),
+                optimizer=OptimizerConfig(student_lr=0.05),
+            ),
+        ),
+        # the demo's experiment (configs/demo_rendered.yaml) with the paper's weights
+        "small": Profile(
+            data=DataConfig(name="rendered", image_size=32, classes=10, train_per_class=400, test_per_class=50),
+            teacher=ModelConfig(name="resnet14", options={"stem_stride": 2}),
+            student=ModelConfig(name="resnet8", options={"stem_stride": 2}),
+            teach=TeachConfig(epochs=15, lr=0.1, channels_last=False),
+            distill=DistillConfig(
+                channels_last=False,
+                generator=GeneratorConfig(latent_dim=128, channels=(64, 64, 64, 32, 16), attention_reduction=16),
+                optimizer=OptimizerConfig(student_lr=0.05),
+                loop=LoopConfig(
+                    epochs=4,
+                    rounds_per_epoch=60,
+                    generator_steps=5,
+                    student_steps=10,
+                    batch_size=32,
+                    evaluate_every=0,
+                    checkpoint_every=1000,
+                ),
+            ),
+        ),
+    }
+)
+
+
+def override(config: Any, changes: Overrides) -> Any:
+    """A config with some of its fields changed, named by dotted paths; the last name may be a key of a dict field.
+
+    Raises:
+        ValueError: a path that the config does not have.
+    """
+    for path, value in changes.items():
+        config = _override(config, path.split("."), value, path)
+    return config
+
+
+def _override(config: Any, names: Sequence[str], value: Any, path: str) -> Any:
+    name, rest = names[0], names[1:]
+    if isinstance(config, dict):
+        return {**config, name: _override(config[name], rest, value, path) if rest else value}
+    if not is_dataclass(config) or isinstance(config, type) or name not in {item.name for item in fields(config)}:
+        raise ValueError(f"{path} is not a field of the config: {type(config).__name__} has no {name!r}")
+    return replace(config, **{name: _override(getattr(config, name), rest, value, path) if rest else value})
+
+
+def _digest(profile: Profile) -> str:
+    """Names the profile's teacher: changes with the images, the network and its training."""
+    parts = [to_dict(part) for part in (profile.data, profile.teacher, profile.teach)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def trained_teacher(profile: Profile, device: str, folder: Path | None = None) -> tuple[Path, float]:
+    """Weights of the profile's teacher and its accuracy: trained on the first call on a machine, then kept.
+
+    Args:
+        profile: the experiment.
+        device: to train on.
+        folder: where it is kept; None is one in the machine's folder for temporary files.
+    """
+    from dfkd_fast import data
+    from dfkd_fast.engine import teach
+    from dfkd_fast.models import create_model
+
+    base = folder or Path(tempfile.gettempdir()) / f"dfkd_fast_ablation_{os.getuid()}"
+    kept, note = base / _digest(profile) / "teacher.safetensors", base / _digest(profile) / "accuracy.json"
+    if not note.exists():
+        images = data.load(profile.data)
+        model = create_model(profile.teacher, num_classes=images.num_classes)
+        config = replace(profile.teach, device=device, out=str(kept.parent))
+        result = teach(model, images, config, progress=False)
+        if result.weights != kept:
+            result.weights.replace(kept)
+        note.write_text(json.dumps(result.accuracy))
+    return kept, json.loads(note.read_text())
+
+
+def run_cell(
+    profile: Profile, cell: str, seed: int, device: str, teacher: Path, teacher_accuracy: float
+) -> dict[str, Any]:
+    """Distil one cell with one seed.
+
+    Returns:
+        The row of the table. A run whose losses did not stay finite has accuracy None and says so under ``error``.
+    """
+    from dfkd_fast import data
+    from dfkd_fast.engine import NonFiniteError, distill
+    from dfkd_fast.models import create_model
+
+    images = data.load(profile.data)
+    overrides = CELLS[cell]
+    torch.manual_seed(seed)
+    frozen = create_model(replace(profile.teacher, weights=str(teacher)), num_classes=images.num_classes)
+    student = create_model(profile.student, num_classes=images.num_classes)
+    loop = profile.distill.loop
+    row: dict[str, Any] = {
+        "cell": cell,
+        "seed": seed,
+        "overrides": dict(overrides),
+        "accuracy": None,
+        "agreement": None,
+        "teacher_accuracy": teacher_accuracy,
+        "rounds": loop.epochs * loop.rounds_per_epoch,
+        "images_per_s": None,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="dfkd_fast_cell_") as folder:
+        config = override(replace(profile.distill, seed=seed, device=device, out=folder), overrides)
+        try:
+            result = distill(frozen, student, config, data=images, progress=False)
+        except NonFiniteError as error:
+            row["error"] = str(error)
+        else:
+            row |= {
+                "accuracy": result.accuracy,
+                "agreement": result.agreement,
+                "images_per_s": round(result.images_per_s, 1),
+            }
+    return {**row, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _single_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def run_cells(
+    profile: Profile, keys: Sequence[tuple[str, int]], results: Results, clock: Clock, *, device: str, jobs: int
+) -> bool:
+    """Run cells, ``jobs`` at a time, while one as long as the longest so far would still end in time.
+
+    Returns:
+        Whether all of them ran.
+    """
+    from dfkd_fast import data
+
+    data.load(profile.data)  # drawn and cached before several processes ask for it
+    teacher, accuracy = trained_teacher(profile, device)
+    print(f"teacher: {profile.teacher.name}, top-1 {accuracy:.1%}", flush=True)
+    waiting = list(keys)
+    running: dict[futures.Future[dict[str, Any]], float] = {}
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=_single_thread) as pool:
+        while running or (waiting and clock.fits()):
+            while waiting and len(running) < jobs and clock.fits():
+                cell, seed = waiting.pop(0)
+                future = pool.submit(run_cell, profile, cell, seed, device, teacher, accuracy)
+                running[future] = time.monotonic()
+            for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+                clock.took(time.monotonic() - running.pop(future))
+                row = future.result()
+                results.add(row)
+                top1 = "not finite" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
+                print(f"{row['cell']}, seed {row['seed']}: {top1} ({row['seconds']:.0f} s)", flush=True)
+    return not waiting
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what has no row yet, as far as time allows."""
+    parser = stage_arguments(__doc__)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--size", choices=list(PROFILES), default="full")
+    parser.add_argument(
+        "--jobs", type=int, default=None, help="cells at a time (default: the cores, on a GPU at most 6)"
+    )
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS), metavar="CELL")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    options = parser.parse_args(arguments)
+
+    profile = PROFILES[options.size]
+    version = VERSION if options.size == "full" else f"{VERSION}-{options.size}"
+    results = Results(options.out, stage="ablation", version=version, key=("cell", "seed"))
+    keys = [(cell, seed) for seed in options.seeds for cell in options.cells]
+    jobs = options.jobs or min(os.cpu_count() or 1, 6 if options.device == "cuda" else 64)
+    todo = results.todo(keys, options.since)
+    clock = Clock(options.seconds)
+    if todo:
+        run_cells(profile, [(cell, seed) for cell, seed in todo], results, clock, device=options.device, jobs=jobs)
+    everything = [(cell, seed) for seed in SEEDS for cell in CELLS]
+    results.finish(complete=not results.todo(everything))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

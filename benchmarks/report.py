@@ -1,0 +1,127 @@
+"""Tables of README and docs/ from the committed results, between markers; the rest of a page is left as it is."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dfkd_fast.benchmarks.ablation import CELLS
+from dfkd_fast.report import read_results
+
+__all__ = ["ablation_table", "between_markers", "demo_table", "main"]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_PAGE = """# Ablation
+
+What the method's parts and open choices are worth. Written by `make report` from `benchmarks/results/`.
+
+<!-- begin: ablation -->
+<!-- end: ablation -->
+"""
+
+
+def between_markers(page: str, name: str, text: str) -> str:
+    """A page with the lines between ``<!-- begin: name -->`` and ``<!-- end: name -->`` replaced.
+
+    Raises:
+        ValueError: the page does not have the pair of markers, once.
+    """
+    pattern = re.compile(rf"(<!-- begin: {re.escape(name)} -->\n).*?(<!-- end: {re.escape(name)} -->)", re.DOTALL)
+    if len(pattern.findall(page)) != 1:
+        raise ValueError(f"the page must have one pair of markers '<!-- begin: {name} -->', '<!-- end: {name} -->'")
+    return pattern.sub(lambda match: f"{match[1]}{text.strip()}\n{match[2]}", page)
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = statistics.fmean(values)
+    return f"{mean:.1%}" if len(values) == 1 else f"{mean:.1%} ± {100 * statistics.stdev(values):.1f}"
+
+
+def ablation_table(content: dict[str, Any]) -> str:
+    """The cells of one result file: mean and standard deviation of top-1 over seeds, and what it was measured on."""
+    rows = content["rows"]
+    teachers = sorted({row["teacher_accuracy"] for row in rows})
+    lines = ["| cell | changed | top-1 | of the teacher's | agreement | n |", "|---|---|---:|---:|---:|---:|"]
+    for cell in [*CELLS, *sorted({row["cell"] for row in rows} - set(CELLS))]:
+        of_cell = [row for row in rows if row["cell"] == cell]
+        if not of_cell:
+            continue
+        sound = [row for row in of_cell if row["accuracy"] is not None]
+        changed = ", ".join(f"`{path}={value}`" for path, value in of_cell[0]["overrides"].items())
+        if sound:
+            top1 = _spread([row["accuracy"] for row in sound])
+            share = _spread([row["accuracy"] / row["teacher_accuracy"] for row in sound])
+            agree = _spread([row["agreement"] for row in sound])
+        else:
+            top1 = share = agree = "-"
+        broken = len(of_cell) - len(sound)
+        count = f"{len(sound)}" + (f" (not finite: {broken})" if broken else "")
+        lines.append(f"| {cell} | {changed} | {top1} | {share} | {agree} | {count} |")
+    where = sorted({f"{block['device']['name']}, torch {block['torch']}" for block in content["environments"]})
+    commits = sorted({(block["commit"] or f"sources {block['source']}")[:12] for block in content["environments"]})
+    rounds = sorted({row["rounds"] for row in rows})
+    lines += [
+        "",
+        f"Mean ± standard deviation over n seeds. Teacher: {', '.join(f'{value:.1%}' for value in teachers)}; "
+        f"rounds: {', '.join(map(str, rounds))}; measured on: {'; '.join(where)}; commit: {', '.join(commits)}.",
+    ]
+    return "\n".join(lines)
+
+
+def demo_table(contents: Sequence[dict[str, Any]]) -> str:
+    """What `make demo` measured: one row a network, and the machine, from its ``results.json`` files."""
+    lines = ["| set | network | learned from | top-1 | of the teacher's |", "|---|---|---|---:|---:|"]
+    notes = []
+    for content in contents:
+        teacher = content["rows"][0]["top1"]
+        for row in content["rows"]:
+            lines.append(
+                f"| {content['experiment']} | {row['network']} | {row['learned_from']} | {row['top1']:.1%} "
+                f"| {row['top1'] / teacher:.1%} |"
+            )
+        environment = content["environment"]
+        notes.append(
+            f"`{content['experiment']}`: {content['rounds']} rounds, {content['seconds']:.0f} s in all on "
+            f"{environment['cpu'] if environment['device']['name'] == 'cpu' else environment['device']['name']}, "
+            f"{environment['threads']} threads, torch {environment['torch']}, "
+            f"commit {(environment['commit'] or environment['source'])[:12]}."
+        )
+    return "\n".join([*lines, "", "One seed. " + " ".join(notes)])
+
+
+def _write_demo(root: Path) -> None:
+    found = [read_results(path) for path in sorted((root / "benchmarks" / "results").glob("*/demo_*.json"))]
+    contents = [content for content in found if content is not None]
+    page = root / "README.md"
+    if contents and page.exists():
+        text = between_markers(page.read_text(encoding="utf-8"), "demo", demo_table(contents))
+        page.write_text(text, encoding="utf-8")
+        print(f"{page}: {len(contents)} experiments of the demo")
+
+
+def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
+    """Rewrite docs/ablation.md (made where it is missing) and the demo's table in README.md."""
+    del arguments
+    _write_demo(root)
+    parts = []
+    for path in sorted((root / "benchmarks" / "results").glob("*/ablation*.json")):
+        content = read_results(path)
+        if content is not None and content["rows"]:
+            state = "" if content["complete"] else " (not complete)"
+            parts.append(f"### {path.parent.name}{state}\n\n{ablation_table(content)}")
+    page = root / "docs" / "ablation.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else _PAGE
+    page.parent.mkdir(exist_ok=True)
+    text = between_markers(text, "ablation", "\n\n".join(parts) or "No results yet.")
+    page.write_text(text, encoding="utf-8")
+    print(f"{page}: {len(parts)} tables")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,573 @@
+"""Networks with more outputs: the same values as the plain network's, shared weights, and no graph breaks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, DropPath
+from torch import Tensor, nn
+
+from dfkd_fast.config import ModelConfig
+from dfkd_fast.models import FeatureModel, LayerStatistics, Outputs, batchnorm_mode, create_model, extract, frozen
+
+# Name, default stages, channels, penultimate length, BatchNorms.
+FAMILIES = {
+    "timm:resnet18": (("layer1", "layer2", "layer3", "layer4"), (64, 128, 256, 512), 512, 20),
+    "timm:resnet34": (("layer1", "layer2", "layer3", "layer4"), (64, 128, 256, 512), 512, 36),
+    "torchvision:resnet18": (("layer1", "layer2", "layer3", "layer4"), (64, 128, 256, 512), 512, 20),
+    "torchvision:mobilenet_v2": (
+        ("features.3", "features.6", "features.13", "features.18"),
+        (24, 32, 96, 1280),
+        1280,
+        52,
+    ),
+    "timm:mobilenetv2_100": (("blocks.1", "blocks.2", "blocks.4", "bn2"), (24, 32, 96, 1280), 1280, 52),
+    "timm:efficientnet_b0": (("blocks.1", "blocks.2", "blocks.4", "bn2"), (24, 40, 112, 1280), 1280, 49),
+    "timm:convnext_atto": (("stages.0", "stages.1", "stages.2", "stages.3"), (40, 80, 160, 320), 320, 0),
+    "wrn_40_2": (("block1", "block2", "relu"), (32, 64, 128), 128, 37),
+    "resnet8x4": (("layer1", "layer2", "layer3"), (64, 128, 256), 256, 9 + 1),
+}
+SMALL = ["timm:resnet18", "torchvision:mobilenet_v2", "timm:mobilenetv2_100", "timm:convnext_atto", "wrn_16_1"]
+SIZE = 64
+
+
+def network(name: str, **options: Any) -> nn.Module:
+    """In eval mode, with statistics and scales that differ from layer to layer, so that none can be mistaken."""
+    torch.manual_seed(0)
+    model = create_model(ModelConfig(name=name, options=options), num_classes=5)
+    return _unsettled(model)
+
+
+def _unsettled(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+                if module.weight is not None:
+                    module.weight.uniform_(0.5, 1.5)
+                    module.bias.normal_(0, 0.1)
+    return model.eval()
+
+
+def images(count: int = 2, size: int = SIZE) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    """Equal to 1e-5 of the largest."""
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+
+
+def watched(model: nn.Module, x: Tensor, paths: list[str]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Logits, and the first input and the output of some modules, by hooks."""
+    read: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            read[path], given[path] = arguments[0].clone(), output.clone()
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    logits = model(x)
+    for handle in handles:
+        handle.remove()
+    return logits, read, given
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_outputs_are_those_of_the_plain_network(name: str) -> None:
+    stages, channels, dim, norms = FAMILIES[name]
+    model, x = network(name), images()
+    with_statistics = extract(model, statistics=True)
+    found = extract(model)
+    heads = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    logits, read, given = watched(model, x, [*stages, *paths, heads[-1]])
+    for extracted in (found, with_statistics):
+        assert extracted.stages == stages
+        assert extracted.feature_channels == channels
+        assert extracted.penultimate_dim == dim
+        assert extracted.num_classes == 5
+        assert extracted.other_batchnorms == ()
+        outputs = extracted(x)
+        assert isinstance(outputs, Outputs)
+        close(outputs.logits, logits)
+        for stage, feature in zip(stages, outputs.features, strict=True):
+            close(feature, given[stage])
+        close(outputs.penultimate, read[heads[-1]])
+        close(model.get_submodule(heads[-1])(outputs.penultimate), logits)
+    assert found(x).statistics == ()
+    assert len(with_statistics.batchnorms) == len(outputs.statistics) == norms
+    assert set(with_statistics.batchnorms) == set(paths)
+    for path, layer in zip(with_statistics.batchnorms, outputs.statistics, strict=True):
+        assert isinstance(layer, LayerStatistics)
+        module, wide = model.get_submodule(path), read[path].double()
+        close(layer.mean, wide.mean((0, 2, 3)).float())
+        close(layer.var, wide.var((0, 2, 3), unbiased=False).float())
+        assert torch.equal(layer.running_mean, module.running_mean)
+        assert torch.equal(layer.running_var, module.running_var)
+        assert all(value.dtype == torch.float32 for value in layer)
+
+
+@torch.no_grad()
+def test_statistics_come_in_network_order() -> None:
+    model = network("timm:resnet18")
+    found = extract(model, statistics=True).batchnorms
+    order: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda *_, path=path: order.append(path))
+    model(images())
+    assert list(found) == order
+
+
+@pytest.mark.parametrize("size", [32, 48, 224])
+def test_default_stages_do_not_depend_on_the_image_size(size: int) -> None:
+    for name in ("timm:resnet18", "timm:mobilenetv2_100"):
+        assert extract(network(name), image_size=size).stages == FAMILIES[name][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("torchvision:convnext_tiny", ("features.1", "features.3", "features.5", "features.7")),
+        ("torchvision:efficientnet_b0", ("features.2", "features.3", "features.5", "features.8")),
+        ("torchvision:mobilenet_v3_small", ("features.1", "features.3", "features.8", "features.12")),
+        ("timm:resnet50", ("layer1", "layer2", "layer3", "layer4")),
+        ("timm:regnetx_002", ("s1", "s2", "s3", "s4")),
+        (
+            "torchvision:densenet121",
+            ("features.denseblock1", "features.denseblock2", "features.denseblock3", "features.norm5"),
+        ),
+    ],
+)
+def test_default_stages_of_more_families(name: str, stages: tuple[str, ...]) -> None:
+    assert extract(network(name)).stages == stages
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradients_are_those_of_the_plain_network(name: str) -> None:
+    model = network(name)
+    x = images().requires_grad_()
+    weight = torch.randn(2, 5)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad((model(x) * weight).sum(), [x, *parameters])
+    for extracted in (extract(model), extract(model, statistics=True)):
+        found = torch.autograd.grad((extracted(x).logits * weight).sum(), [x, *parameters])
+        for got, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+def test_statistics_are_differentiable_in_the_images_alone() -> None:
+    model = network("resnet8", widths=[4, 4, 6, 8])
+    extracted = extract(model, statistics=True, image_size=16).double()
+    x = images(2, 8).double().requires_grad_()
+
+    def values(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value for layer in extracted(x).statistics for value in layer[:2])
+
+    with frozen(extracted):
+        assert torch.autograd.gradcheck(values, x, fast_mode=True)
+        assert not any(v.requires_grad for layer in extracted(x).statistics for v in layer[2:])
+        sum(v.sum() for v in values(x)).backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_training_is_that_of_the_plain_network(name: str) -> None:
+    options = {"drop_rate": 0.3, "drop_path_rate": 0.3} if name.startswith("timm:") else {}
+    plain = network(name, **options)
+    extracted = extract(copy.deepcopy(plain))
+    x = images()
+    plain.train()
+    extracted.train()
+    assert all(module.training for module in extracted.model.modules())
+    torch.manual_seed(3)
+    wanted = plain(x)
+    torch.manual_seed(3)
+    close(extracted(x).logits, wanted)
+    left, right = plain.state_dict(), extracted.model.state_dict()
+    assert any(name.endswith("running_mean") for name in left) == (name != "timm:convnext_atto")
+    assert all(torch.allclose(value, right[name], atol=1e-6) for name, value in left.items())
+    plain.eval()
+    extracted.eval()
+    close(extracted(x).logits, plain(x))
+
+
+class _Functional(nn.Module):
+    """Depends on its own training flag outside of any module, and changes a stage's output in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.act = nn.ReLU(inplace=True)
+        self.last = nn.Conv2d(4, 6, 3, stride=2)
+        self.fc = nn.Linear(6, 5)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        x = self.last(self.act(self.conv(x * self.scale + torch.tensor([[[0.1]], [[0.2]], [[0.3]]]))))
+        x = F.dropout(x.mean((2, 3)), 0.5, training=self.training) * factor
+        return self.fc(F.dropout(x, 0.5, training=self.training))
+
+
+def test_a_forward_that_reads_its_own_flag() -> None:
+    model = _Functional()
+    extracted = extract(model, stages=["conv", "last"], image_size=16)
+    x = images(8, 16)
+    for training in (True, False, True):
+        model.train(training)  # not through the wrapper: the network's own flag decides
+        torch.manual_seed(5)
+        wanted = model(x)
+        torch.manual_seed(5)
+        close(extracted(x).logits, wanted)
+    assert extracted(x).penultimate.count_nonzero() < 48  # before the last dropout, after the first
+    torch.manual_seed(7)
+    outputs = extracted(x)
+    shift = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    close(outputs.features[0], model.conv(x * 2 + shift))  # as it was before the activation wrote into it
+    assert outputs.features[0].min() < 0
+
+
+def test_tensors_made_in_the_forward_follow_the_network() -> None:
+    model = _Functional().eval()
+    extracted = extract(model, image_size=16).double()
+    close(extracted(images(2, 16).double()).logits, model(images(2, 16).double()))
+    assert set(extracted.state_dict()) == {f"model.{name}" for name in model.state_dict()}
+    assert not [name for name in vars(model) if "constant" in name]
+
+
+def test_weights_and_buffers_are_shared() -> None:
+    model = network("wrn_16_1")
+    extracted = extract(model, statistics=True)
+    assert extracted.model is model
+    assert [id(p) for p in extracted.parameters()] == [id(p) for p in model.parameters()]
+    assert set(extracted.state_dict()) == {f"model.{name}" for name in model.state_dict()}
+    x = images()
+    extracted.to(memory_format=torch.channels_last)
+    extracted.to(torch.float64)
+    assert model.fc.weight.dtype == model.bn.running_mean.dtype == torch.float64
+    model.float()
+    with torch.no_grad():
+        model.fc.bias.add_(1)
+        model.block2[0].bn1.running_mean.add_(3)
+        model.bn.running_var = model.bn.running_var * 2
+    model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()}, assign=True)
+    close(extracted(x).logits, model(x))
+    index = extracted.batchnorms.index("block2.0.bn1")
+    assert torch.equal(extracted(x).statistics[index].running_mean, model.block2[0].bn1.running_mean)
+    state = model.state_dict()
+    fresh = network("wrn_16_1")
+    fresh.load_state_dict(state)
+    close(extracted(x).logits, fresh(x))
+
+
+def test_batchnorm_mode_reaches_the_extracted_network() -> None:
+    for name in ("timm:mobilenetv2_100", "resnet8"):
+        model = network(name)
+        extracted, x = extract(model), images(4)
+        before = copy.deepcopy(model.state_dict())
+        with batchnorm_mode(extracted, "batch"):
+            batch = extracted(x).logits
+            close(batch, model(x))
+        assert (batch - extracted(x).logits).abs().max() > 1e-3
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_copy_is_independent() -> None:
+    extracted = extract(network("timm:mobilenetv2_100"), statistics=True)
+    x = images()
+    wanted = copy.deepcopy(extracted)(x)
+    copied = copy.deepcopy(extracted)
+    assert not {id(p) for p in copied.parameters()} & {id(p) for p in extracted.parameters()}
+    with torch.no_grad():
+        for tensor in [*extracted.model.parameters(), *extracted.model.buffers()]:
+            tensor.zero_()
+    found = copied(x)
+    assert torch.equal(found.logits, wanted.logits)
+    assert torch.equal(found.statistics[3].running_var, wanted.statistics[3].running_var)
+    close(copied(x).logits, copied.model(x))
+
+
+def test_extracting_disturbs_nothing() -> None:
+    model = network("timm:resnet18", drop_rate=0.2)
+    model.train()
+    model.layer2.eval()
+    flags = [module.training for module in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    rng = torch.get_rng_state()
+    attributes = {path: set(vars(module)) for path, module in model.named_modules()}
+    for statistics in (False, True):
+        extract(model, statistics=statistics)
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert {path: set(vars(module)) for path, module in model.named_modules()} == attributes
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_statistics_mean_eval_mode_whatever_the_flags() -> None:
+    model = network("timm:efficientnet_b0", drop_rate=0.5, drop_path_rate=0.5)
+    extracted, x = extract(model, statistics=True), images()
+    wanted, state = extracted(x), copy.deepcopy(model.state_dict())
+    extracted.train()
+    assert torch.equal(extracted(x).logits, wanted.logits)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_explicit_stages() -> None:
+    model = network("timm:resnet18")
+    extracted = extract(model, stages=["layer2.0", "layer4"])
+    assert extracted.stages == ("layer2.0", "layer4")
+    assert extracted.feature_channels == (128, 512)
+    again = extract(extracted, statistics=True)
+    assert again.stages == extracted.stages
+    assert again.model is model
+    assert extract(extracted, stages=["layer1"]).stages == ("layer1",)
+
+
+@pytest.mark.parametrize(
+    ("stages", "error", "message"),
+    [
+        (["layr1"], ValueError, r"ResNet has no module 'layr1' .*did you mean 'layer1'.*It has .*layer4"),
+        (["layer1", "fc"], ValueError, r"'fc' of ResNet gives \(1, 5\); a stage must give a map \(N, C, H, W\)"),
+        ([], ValueError, "must name at least one module"),
+        (["layer1", "layer1"], ValueError, "none of them twice"),
+        ("layer1", TypeError, "must be a sequence of module paths, got the string 'layer1'"),
+    ],
+)
+def test_wrong_stages(stages: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        extract(network("timm:resnet18"), stages=stages)
+
+
+class _ChannelsAtTheEnd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.move, self.fc = nn.Conv2d(3, 6, 3), _Permute(), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.move(self.conv(x)).mean((1, 2)))
+
+
+class _Permute(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+def test_maps_with_the_channels_at_the_end_are_not_guessed() -> None:
+    with pytest.raises(
+        ValueError, match=r"'move' of _ChannelsAtTheEnd gives \(1, 30, 30, 6\); a stage must give a map"
+    ):
+        extract(_ChannelsAtTheEnd(), stages=["move"], image_size=32)
+    assert extract(_ChannelsAtTheEnd(), image_size=32).stages == ("conv",)
+
+
+class _Branch(nn.Module):
+    """Untraceable: it looks at its input's values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class _Forward(nn.Module):
+    def __init__(self, forward: Callable[[Any, Tensor], Any], **parts: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.rule = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.rule(self, x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            lambda: _Forward(lambda m, x: m.fc(m.branch(m.conv(x)).mean((2, 3))), branch=_Branch()),
+            r"forward of _Forward cannot be followed by torch.fx, in 'branch' \(_Branch\): TraceError.*Outputs",
+        ),
+        (
+            lambda: _Forward(lambda m, x: (m.fc(m.conv(x).mean((2, 3))), x)),
+            r"must give logits \(N, classes\), got tuple",
+        ),
+        (lambda: _Forward(lambda m, x: m.conv(x)), r"must give logits \(N, classes\), got \(1, 4, 30, 30\)"),
+        (
+            lambda: _Forward(lambda m, x: m.conv(x).mean((2, 3)).softmax(1)),
+            "logits must come from a linear layer",
+        ),
+        (
+            lambda: _Forward(lambda m, x: m.fc(m.conv(x).permute(0, 2, 3, 1))[:, 0, 0]),
+            "logits must come from a linear layer",
+        ),
+        (lambda: _Forward(lambda m, x: m.fc(x.flatten(1)[:, :4])), "stages must be named for _Forward"),
+        (
+            lambda: _Forward(lambda m, x: m.fc(m.conv(x))),
+            r"does not take an image \(1, 3, 32, 32\); another image_size",
+        ),
+    ],
+)
+def test_networks_that_cannot_be_extracted(model: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        extract(model(), image_size=32)
+
+
+def test_a_model_is_a_module() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        extract("timm:resnet18")  # type: ignore[arg-type]
+
+
+class _GivesOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.conv, self.deep = _Branch(), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3, stride=2)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Outputs:
+        first = self.branch(self.conv(x))
+        second = self.deep(first)
+        pooled = second.mean((2, 3))
+        return Outputs(self.fc(pooled), (first, second), pooled)
+
+
+def test_a_network_that_gives_outputs_is_used_as_it_is() -> None:
+    model = _GivesOutputs()
+    extracted = extract(model, image_size=16)
+    assert extracted.model is model
+    assert (extracted.stages, extracted.feature_channels) == (("0", "1"), (4, 6))
+    assert (extracted.penultimate_dim, extracted.num_classes) == (6, 5)
+    x = images(2, 16)
+    assert torch.equal(extracted(x).features[1], model(x).features[1])
+    assert extract(model, stages=extracted.stages, statistics=True, image_size=16).batchnorms == ()
+    assert extract(model, stages=["1"], image_size=16).feature_channels == (6,)
+    with pytest.raises(ValueError, match=r"_GivesOutputs gives its features itself, \['0', '1'\]; got \['conv'\]"):
+        extract(model, stages=["conv"], image_size=16)
+
+
+class _OwnNorm(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class _ManyNorms(nn.Module):
+    """Every kind of BatchNorm, one of them used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.plain = nn.BatchNorm2d(4, affine=False, eps=1e-2)
+        self.act = BatchNormAct2d(4, act_layer=nn.SiLU, drop_layer=nn.Dropout)
+        self.path = DropPath(0.5)
+        self.own = _OwnNorm(4)
+        self.untracked = nn.BatchNorm2d(4, track_running_stats=False)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flat = nn.BatchNorm1d(4)
+        self.dropout = nn.Dropout(0.5)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.plain(self.conv(x)))
+        x = x + self.path(self.plain(input=x))
+        x = self.flat(self.pool(self.untracked(self.own(x))).flatten(1))
+        return self.fc(self.dropout(x))
+
+
+def test_kinds_of_batchnorm() -> None:
+    model = _unsettled(_ManyNorms())
+    extracted, x = extract(model, statistics=True, image_size=16), images(4, 16)
+    assert extracted.batchnorms == ("plain", "act", "plain")
+    assert extracted.other_batchnorms == ("own", "untracked", "flat")
+    outputs = extracted(x)
+    close(outputs.logits, model(x))
+    first, act, second = outputs.statistics
+    close(first.mean, model.conv(x).mean((0, 2, 3)))
+    close(second.mean, model.act(model.plain(model.conv(x))).mean((0, 2, 3)))
+    assert torch.equal(first.running_mean, second.running_mean)
+    assert torch.equal(act.running_var, model.act.running_var)
+    close(outputs.penultimate, model.flat(model.pool(model.untracked(model.own(_before_own(model, x)))).flatten(1)))
+
+
+def _before_own(model: Any, x: Tensor) -> Tensor:
+    y = model.act(model.plain(model.conv(x)))
+    return y + model.plain(y)
+
+
+class _Flat(nn.Module):
+    """A FeatureModel as torch.compile users have it: inside of something else."""
+
+    def __init__(self, inner: FeatureModel) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.inner(x)
+        total = outputs.logits.logsumexp(1).mean() + outputs.penultimate.square().mean()
+        for feature in outputs.features:
+            total = total + feature.square().mean()
+        for layer in outputs.statistics:
+            total = total + (layer.mean - layer.running_mean).norm() + (layer.var - layer.running_var).norm()
+        return total
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled() -> Any:
+    yield
+    torch._dynamo.reset()
+
+
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("torchvision:mobilenet_v2", "timm:efficientnet_b0")]
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "wrn_16_1", "timm:mobilenetv2_100", "timm:convnext_atto", *LONG])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_no_graph_breaks(name: str, statistics: bool) -> None:
+    model, x = _Flat(extract(network(name), statistics=statistics)), images()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet8", *(pytest.param(name, marks=pytest.mark.slow) for name in [*SMALL, "timm:efficientnet_b0"])]
+)
+@pytest.mark.parametrize("statistics", [False, True])
+def test_compiled_gradients(name: str, statistics: bool) -> None:
+    model = _Flat(extract(network(name), statistics=statistics))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = images().requires_grad_()
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(model(x), [x, *parameters], allow_unused=True)
+    found = torch.autograd.grad(compiled(x), [x, *parameters], allow_unused=True)
+    for got, want in zip(found, wanted, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+def test_compiled_network_changes_mode() -> None:
+    model = network("resnet8", widths=[4, 4, 6, 8])
+    extracted, x = extract(model, image_size=16), images(4, 16)
+    compiled = torch.compile(extracted, backend="eager", fullgraph=True)
+    for training in (False, True, False):
+        model.train(training)
+        reference = copy.deepcopy(model)
+        close(compiled(x).logits, reference(x))
+        with batchnorm_mode(model, "batch"):
+            close(compiled(x).logits, model(x))
+        assert torch.equal(model.bn1.running_mean, reference.bn1.running_mean)

@@ -1,0 +1,160 @@
+"""Networks by name: sizes as published, any image size, and errors that say what would do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dfkd_fast.config import ModelConfig
+from dfkd_fast.models import create_model, extract, names, normalization, save_weights
+
+# Parameters with 100 classes, in thousands, as the distillation literature tabulates them (Tian et al., "Contrastive
+# Representation Distillation", ICLR 2020, and the networks' own papers).
+PUBLISHED = {
+    "wrn_40_2": 2_255_156,
+    "wrn_40_1": 569_780,
+    "wrn_16_2": 703_284,
+    "resnet20": 278_324,
+    "resnet32": 472_756,
+    "resnet8x4": 1_233_540,
+    "resnet32x4": 7_433_860,
+}
+
+
+def build(name: str, num_classes: int = 5, **config: object) -> nn.Module:
+    return create_model(ModelConfig(name=name, **config), num_classes=num_classes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_are_those_published(name: str) -> None:
+    assert sum(p.numel() for p in build(name, 100).parameters()) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ["wrn_10_1", "wrn_16_2", "wrn_22_1", "resnet8", "resnet8x4"])
+@pytest.mark.parametrize("size", [(16, 16), (32, 48), (37, 37)])
+def test_any_image_size(name: str, size: tuple[int, int]) -> None:
+    logits = build(name).eval()(torch.randn(2, 3, *size))
+    assert logits.shape == (2, 5)
+    assert logits.isfinite().all()
+
+
+def test_names_are_buildable() -> None:
+    assert {"wrn_40_2", "wrn_16_2", "resnet8", "resnet20", "resnet8x4", "resnet32x4"} <= set(names())
+    with torch.device("meta"):
+        for name in names():
+            assert build(name, 3).fc.out_features == 3
+
+
+def test_logits_are_of_a_healthy_scale_at_the_start() -> None:
+    for name in ("wrn_16_2", "resnet20", "resnet8x4"):
+        logits = build(name, 10).train()(torch.randn(16, 3, 32, 32))
+        assert 0.05 < logits.std() < 5, name
+
+
+def test_options_reach_the_network() -> None:
+    narrow = build("resnet8", options={"widths": [4, 8, 8, 12], "stem_stride": 2})
+    assert narrow.fc.in_features == 12
+    assert extract(narrow, image_size=32).feature_channels == (8, 8, 12)
+    assert narrow.conv1.stride == (2, 2)
+    assert build("wrn_10_1", options={"drop_rate": 0.3}).block1[0].dropout.p == 0.3
+    assert build("timm:resnet18", options={"drop_rate": 0.25}).drop_rate == 0.25
+    assert build("torchvision:mobilenet_v2", options={"width_mult": 0.25}).classifier[1].out_features == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18", r"no network of our own named 'resnet18'; did you mean 'resnet8'.*'timm:resnet18'"),
+        ("zzz", r"no network of our own named 'zzz'; there are resnet8, resnet14.*'package.module:factory'"),
+        ("wrn_41_2", r"depth must be 6 n \+ 4 .*, got 41"),
+        ("wrn_40_0", r"the width, must be at least 1"),
+        ("timm:resnet81", r"no timm model named 'resnet81'; did you mean .*'resnet18'"),
+        ("torchvision:resnt18", r"no torchvision classifier named 'resnt18'; did you mean 'resnet18'"),
+        ("torchvision:deeplabv3_resnet50", r"no torchvision classifier named"),
+        ("no_such_package.sub:net", r"no module 'no_such_package' can be imported; is it installed, or its folder on"),
+        ("json:dumpz", r"json has no 'dumpz'; did you mean 'dump'"),
+        ("json:__doc__", r"'json:__doc__' must be callable, got a str"),
+    ],
+)
+def test_unknown_names(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(name)
+
+
+@pytest.mark.parametrize("option", ["pretrained", "weights", "num_classes"])
+def test_options_that_would_bring_weights_from_elsewhere(option: str) -> None:
+    with pytest.raises(ValueError, match=f"options must not hold '{option}'.*nothing is downloaded"):
+        build("timm:resnet18", options={option: True})
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        build("resnet8", 0)
+    for name in ("resnet8", "wrn_10_1"):
+        with pytest.raises(ValueError, match="widths must be four positive numbers"):
+            build(name, options={"widths": [4, 8]})
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_networks.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes, width=4):\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                         nn.Linear(width, num_classes))\n"
+        "def text(num_classes):\n"
+        "    return 'a network'\n"
+        "class Zoo:\n"
+        "    net = staticmethod(net)\n"
+    )
+    (tmp_path / "broken_networks.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "my_networks"
+    for name in ("my_networks", "broken_networks"):
+        sys.modules.pop(name, None)
+
+
+def test_a_factory_of_ones_own(own_module: str) -> None:
+    for name in (f"{own_module}:net", f"{own_module}:Zoo.net"):
+        model = build(name, 7, options={"width": 6})
+        assert model(torch.randn(2, 3, 8, 8)).shape == (2, 7)
+        assert model[0].out_channels == 6
+    with pytest.raises(TypeError, match=r"'my_networks:text' must return a torch.nn.Module, got a str"):
+        build(f"{own_module}:text")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):  # its own defect, not a wrong name
+        build("broken_networks:net")
+
+
+def test_a_new_head_over_trained_weights(tmp_path: Path) -> None:
+    for name, head in (("resnet8", "fc"), ("timm:resnet18", "fc"), ("torchvision:mobilenet_v2", "classifier.1")):
+        trained = build(name, 10)
+        save_weights(trained, tmp_path / "w.safetensors")
+        model = create_model(
+            ModelConfig(name=name, weights=str(tmp_path / "w.safetensors")), num_classes=4, new_head=True
+        )
+        old, new = trained.state_dict(), model.state_dict()
+        differing = {key for key in new if old[key].shape != new[key].shape or not torch.equal(old[key], new[key])}
+        assert differing == {f"{head}.weight", f"{head}.bias"}
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 4)
+
+
+def test_googlenet_gives_logits_in_both_modes() -> None:
+    model = build("torchvision:googlenet", 3)
+    assert model.train()(torch.randn(2, 3, 64, 64)).shape == (2, 3)
+
+
+def test_normalization() -> None:
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    half = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert normalization(build("timm:resnet18")) == imagenet
+    assert normalization(build("timm:mobilenetv2_100")) == imagenet
+    assert normalization(build("torchvision:mobilenet_v2")) == imagenet
+    small = build("resnet8")
+    assert normalization(small) == half
+    assert normalization(extract(small, image_size=32)) == half
+    small.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    assert normalization(extract(small, image_size=32)) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
