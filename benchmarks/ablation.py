@@ -10,10 +10,12 @@ cells run at a time, each in a process of its own: one alone leaves most of the 
 from __future__ import annotations
 
 import concurrent.futures as futures
+import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -107,7 +109,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         # the demo's experiment (configs/demo_rendered.yaml) with the paper's weights
         "small": Profile(
             data=DataConfig(name="rendered", image_size=32, classes=10, train_per_class=400, test_per_class=50),
-            teacher=ModelConfig(name="resnet14", options={"stem_stride": 2}),
+            teacher=ModelConfig(name="resnet8", options={"stem_stride": 2, "widths": [24, 24, 48, 96]}),
             student=ModelConfig(name="resnet8", options={"stem_stride": 2}),
             teach=TeachConfig(epochs=15, lr=0.1, channels_last=False),
             distill=DistillConfig(
@@ -116,7 +118,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 optimizer=OptimizerConfig(student_lr=0.05),
                 loop=LoopConfig(
                     epochs=4,
-                    rounds_per_epoch=60,
+                    rounds_per_epoch=20,
                     generator_steps=5,
                     student_steps=10,
                     batch_size=32,
@@ -225,8 +227,11 @@ def run_cell(
     return {**row, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def _single_thread() -> None:
+def _start_worker() -> None:
+    """One thread, and death with the process that started it: a stage that is killed leaves nothing on the device."""
     torch.set_num_threads(1)
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of Linux's prctl
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def run_cells(
@@ -245,7 +250,7 @@ def run_cells(
     waiting = list(keys)
     running: dict[futures.Future[dict[str, Any]], float] = {}
     context = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=_single_thread) as pool:
+    with futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
         while running or (waiting and clock.fits()):
             while waiting and len(running) < jobs and clock.fits():
                 cell, seed = waiting.pop(0)

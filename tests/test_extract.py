@@ -369,7 +369,9 @@ def test_maps_with_the_channels_at_the_end_are_not_guessed() -> None:
         ValueError, match=r"'move' of _ChannelsAtTheEnd gives \(1, 30, 30, 6\); a stage must give a map"
     ):
         extract(_ChannelsAtTheEnd(), stages=["move"], image_size=32)
-    assert extract(_ChannelsAtTheEnd(), image_size=32).stages == ("conv",)
+    with pytest.raises(ValueError, match="stages must be named for _ChannelsAtTheEnd: what it pools"):
+        extract(_ChannelsAtTheEnd(), image_size=32)
+    assert extract(_ChannelsAtTheEnd(), stages=["conv"], image_size=32).feature_channels == (6,)
 
 
 class _Branch(nn.Module):
@@ -404,8 +406,8 @@ class _Forward(nn.Module):
         ),
         (lambda: _Forward(lambda m, x: m.conv(x)), r"must give logits \(N, classes\), got \(1, 4, 30, 30\)"),
         (
-            lambda: _Forward(lambda m, x: m.conv(x).mean((2, 3)).softmax(1)),
-            "logits must come from a linear layer",
+            lambda: _Forward(lambda m, x: m.act(m.conv(x)).flatten(1), act=nn.Sequential(nn.ReLU())),
+            r"logits must come from a linear layer.*from 'act.0' \(ReLU\)\. Give a network",
         ),
         (
             lambda: _Forward(lambda m, x: m.fc(m.conv(x).permute(0, 2, 3, 1))[:, 0, 0]),

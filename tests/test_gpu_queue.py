@@ -74,6 +74,20 @@ def run(*stages: gpu.Stage, budget_s: float = 60) -> dict[str, gpu.Outcome]:
     return {outcome.stage: outcome for outcome in outcomes}
 
 
+def ended(process: int, seconds: float = 5) -> bool:
+    """Whether a process that is no child of ours is gone, or waits only to be collected, within some seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
 class TestOrder:
     def test_no_evidence_then_incomplete_then_oldest(self):
         old, new = "2026-01-01T00:00:00+00:00", "2026-02-01T00:00:00+00:00"
@@ -148,13 +162,7 @@ class TestFailure:
         orphaning = gpu.Stage(name="a", version="1", command=(sys.executable, "-c", code), limit_s=2, least_s=0)
         assert run(orphaning)["a"].status == "timed out"
         child = int(Path("child").read_text())
-        deadline = time.monotonic() + 5
-        while Path(f"/proc/{child}/stat").exists() and time.monotonic() < deadline:
-            if Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                break
-            time.sleep(0.05)
-        else:
-            assert not Path(f"/proc/{child}").exists()
+        assert ended(child)
 
     def test_exit_status_and_silence_are_failures_and_do_not_stop_the_queue(self):
         outcomes = run(stage("broken", "--status", "3"), stage("silent", "--silent"), stage("sound"))
@@ -308,6 +316,7 @@ class TestAblation:
                 return future
 
         monkeypatch.setattr(ablation, "run_cell", cell)
+        monkeypatch.setattr("dfkd_fast.data.load", lambda config: None)
         monkeypatch.setattr(ablation, "trained_teacher", lambda profile, device: (Path("t"), 0.8))
         monkeypatch.setattr(ablation.futures, "ProcessPoolExecutor", Here)
         arguments = ["--out", "ablation.json", "--device", "cpu", "--size", "small", "--jobs", "1"]
@@ -354,6 +363,23 @@ class TestCell:
         assert row["teacher_accuracy"] == accuracy
         assert row["seconds"] > 0
         assert not list(Path().iterdir())
+
+    def test_workers_die_with_the_process_that_started_them(self):
+        code = (
+            "import concurrent.futures as futures, multiprocessing, os, time\n"
+            "from dfkd_fast.benchmarks import ablation\n"
+            "if __name__ == '__main__':\n"
+            "    context = multiprocessing.get_context('spawn')\n"
+            "    pool = futures.ProcessPoolExecutor(1, mp_context=context, initializer=ablation._start_worker)\n"
+            "    print(pool.submit(os.getpid).result(), flush=True)\n"
+            "    pool.submit(time.sleep, 60).result()\n"
+        )
+        Path("pool.py").write_text(code)
+        with subprocess.Popen([sys.executable, "pool.py"], stdout=subprocess.PIPE, text=True) as parent:
+            worker = int(parent.stdout.readline())
+            os.kill(worker, 0)
+            parent.kill()
+        assert ended(worker)
 
     def test_losses_that_do_not_stay_finite_are_a_result(self, taught, monkeypatch):
         profile, _, weights, accuracy = taught

@@ -96,9 +96,11 @@ def test_round_trip_with_metadata(tmp_path: Path) -> None:
 
 def test_the_same_weights_make_the_same_file(tmp_path: Path) -> None:
     model = network()
+    metadata = {f"{i} ü": str(i) for i in range(9)}
     for name in ("a", "b"):
-        save_weights(model, tmp_path / name, {"x": "1", "y": "2"})
+        save_weights(model, tmp_path / name, metadata)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert read_metadata(tmp_path / "a") == metadata
 
 
 def test_tied_weights_and_empty_ones(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from dfkd_fast.data import loader
 from dfkd_fast.engine.runtime import Runtime
+from dfkd_fast.models import Outputs
 
 __all__ = ["EvalResult", "evaluate"]
 
@@ -40,7 +41,8 @@ def evaluate(
     """Top-1 and, from six classes on, top-5 accuracy of a classifier in eval mode.
 
     Args:
-        model: images (N, 3, H, W) to logits (N, num_classes); its training flags are put back.
+        model: images (N, 3, H, W) to logits (N, num_classes), or to :class:`dfkd_fast.models.Outputs`; its training
+            flags are put back.
         dataset: normalised float32 images with integer labels.
         num_classes: number of classes.
         batch_size: images at a time.
@@ -67,7 +69,8 @@ def evaluate(
             images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
             labels = labels.to(runtime.device, non_blocking=True)
             with runtime.cast():
-                logits = model(images)
+                outputs = model(images)
+                logits = outputs.logits if isinstance(outputs, Outputs) else outputs
             for metric in metrics.values():
                 metric.update(logits.float(), labels)
     finally:

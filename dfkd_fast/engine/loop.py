@@ -26,7 +26,7 @@ from dfkd_fast.engine.progress import ProgressLine
 from dfkd_fast.engine.runtime import Runtime, new_run_folder
 from dfkd_fast.engine.state import DistillState, build_state
 from dfkd_fast.engine.steps import generator_step, student_step, synthesize
-from dfkd_fast.models import FeatureModel, batchnorm_mode, extract, frozen, load_weights, normalization, save_weights
+from dfkd_fast.models import FeatureModel, extract, frozen, load_weights, normalization, save_weights
 
 __all__ = ["DistillResult", "NonFiniteError", "agreement", "distill"]
 
@@ -75,10 +75,13 @@ def agreement(state: DistillState) -> float:
     noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 1)
     count = state.config.loop.batch_size
     same = torch.zeros((), device=state.runtime.device)
-    with torch.no_grad(), batchnorm_mode(state.student, "eval"), state.runtime.cast():
+    training = state.student.training
+    state.student.eval()
+    with torch.no_grad(), state.runtime.cast():
         for _ in range(_AGREEMENT_BATCHES):
             inputs = synthesize(state, state.draw(count, noise)).float() * state.scale + state.shift
             same += (state.teacher(inputs).logits.argmax(1) == state.student(inputs).logits.argmax(1)).float().mean()
+    state.student.train(training)
     return same.item() / _AGREEMENT_BATCHES
 
 

@@ -131,9 +131,11 @@ class Trace:
         while self._is(node, _RESHAPES | _DROPOUTS, nn.Identity, nn.Flatten, _DropoutNd):
             node = node.args[0]  # type: ignore[assignment]
         if not self._is(node, {F.linear}, nn.Linear, nn.Conv2d):
+            module = self.module(node)
+            source = f"{str(node.target).removeprefix('model.')!r}" + (f" ({type(module).__name__})" if module else "")
             raise ValueError(
                 f"{name}: the logits must come from a linear layer, whose input is the penultimate features; they come "
-                f"from {node.format_node()}"
+                f"from {source}. Give a network whose forward returns dfkd_fast.models.Outputs instead"
             )
         self.classifier = node
         node = node.args[0]  # type: ignore[assignment]
@@ -226,7 +228,7 @@ def default_stages(found: Trace, shapes: Mapping[fx.Node, Shape]) -> tuple[str, 
     map that is pooled is no module's output, the last of its size that is one stands for it.
 
     Raises:
-        ValueError: no map (N, C, H, W) before the pooling.
+        ValueError: what is pooled is no map (N, C, H, W).
     """
 
     def size(node: Any) -> int | None:
@@ -268,11 +270,12 @@ def default_stages(found: Trace, shapes: Mapping[fx.Node, Shape]) -> tuple[str, 
             break
     ends = fallback | ends
     # Gates and pyramids make smaller maps on the way; those are no stages.
-    smallest = size(last) or min(ends, default=0)
-    kept = [ends[at] for at in sorted(ends, reverse=True) if at >= smallest][-4:]
+    smallest = size(last)
+    kept = [ends[at] for at in sorted(ends, reverse=True) if smallest is not None and at >= smallest][-4:]
     if not kept:
         raise ValueError(
-            f"stages must be named for {type(found.root.model).__name__}: it has no map (N, C, H, W) before its pooling"
+            f"stages must be named for {type(found.root.model).__name__}: what it pools for the classifier is no map "
+            "(N, C, H, W) of a module"
         )
     taken = {path for node in kept for path in by_node[node]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -217,6 +218,16 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
     )
 
 
+def _sorted_header(content: bytes) -> bytes:
+    """The same file, with its metadata in order: safetensors writes them in any, and equal files compare equal."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header = {name: dict(sorted(entry.items())) for name, entry in sorted(header.items())}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write the network's state dict as safetensors, atomically: the file is whole or as it was before.
 
@@ -242,7 +253,7 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
             tensor = tensor.clone()  # tied weights: the format holds no aliases
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
-    content = safetensors.torch.save(tensors, metadata=metadata)
+    content = _sorted_header(safetensors.torch.save(tensors, metadata=metadata))
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
