@@ -69,6 +69,9 @@ CELLS: Mapping[str, Overrides] = MappingProxyType(
         "gamma = 0.3": {"objective.student.sfcl": 0.3},
         "gamma = 1": {"objective.student.sfcl": 1.0},
         "gamma = 3": {"objective.student.sfcl": 3.0},
+        # weight of MHAD (10 is "both"), alone and with a weaker SFCL
+        "beta = 40": {"objective.student.mhad": 40.0},
+        "beta = 40, gamma = 0.1": {"objective.student.mhad": 40.0, "objective.student.sfcl": 0.1},
         # the generator's blocks
         "no BatchNorm in blocks": {"generator.batch_norm": False},
     }

@@ -132,6 +132,9 @@ def demo(out: str | None, *, names: Sequence[str] = ("digits", "rendered"), seed
     Returns:
         Whether every one reached what it must.
     """
+    # Networks this small gain little from a second thread, lose much where the cores are busy, and with one the numbers
+    # do not depend on how many cores there are.
+    torch.set_num_threads(1)
     console = Console()
     folder = new_run_folder(out, "demo")
     reached = []
