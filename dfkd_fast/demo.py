@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,11 @@ def _objective(config: DemoConfig, preset: Preset) -> ObjectiveConfig:
     """The config's own objective, or another preset as published: weights tuned for one are not those of the other."""
     own = config.distill.objective
     return own if preset == own.preset else replace(own, preset=preset, student={})
+
+
+def _spread(count: int, wanted: int) -> range:
+    """At most ``wanted`` indices, evenly over ``count``: some of every class where a set is sorted by class."""
+    return range(0, count, max(1, count // wanted))[:wanted]
 
 
 def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progress: bool = True) -> bool:
@@ -48,7 +53,7 @@ def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progr
         return extract(plain, stages=model.stages, image_size=images.image_size)
 
     rows: list[tuple[str, str, float, float | None]] = []
-    taught = {}
+    taught, names = {}, {}
     for role, model in (("teacher", config.teacher), ("student", config.student)):
         features = network(model)
         taught[role] = features
@@ -59,7 +64,8 @@ def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progr
             title=f"{role}, with data",
             progress=progress,
         )
-        rows.append((f"{role}: {model.name}", "labelled images", result.accuracy, result.images_per_s))
+        names[role] = f"{role}: {model.name}, {sum(p.numel() for p in features.model.parameters()) / 1e3:.0f}k weights"
+        rows.append((names[role], "labelled images", result.accuracy, result.images_per_s))
     teacher_top1 = rows[0][2]
 
     runs = {}
@@ -74,7 +80,7 @@ def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progr
         )
         source = f"teacher alone, {preset}"
         assert result_.accuracy is not None
-        rows.append((f"student: {config.student.name}", source, result_.accuracy, result_.images_per_s))
+        rows.append((names["student"], source, result_.accuracy, result_.images_per_s))
         runs[preset] = result_
     rows.append(("chance", "", 1 / images.num_classes, None))
     console.print(
@@ -104,6 +110,13 @@ def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progr
         ):
             console.print(f"  {what:17} {result_.run_dir / name}", highlight=False, soft_wrap=True)
     share = rows[2][2] / teacher_top1
+    painted = runs[config.presets[0]].run_dir / f"images/epoch-{config.distill.loop.epochs:04d}.png"
+    assert isinstance(images.test, Sized)
+    some = _spread(len(images.test), config.distill.loop.batch_size)
+    held_out = torch.stack([images.test[index][0] for index in some])
+    shown = report.save_image_grid(held_out, folder / "held_out.png")  # normalised by 0.5: in [-1, 1], as painted ones
+    report.save_beside([shown, painted], folder / "pictures.png", scale=3 if images.image_size < 64 else 1)
+    console.print(f"held-out images beside synthetic ones: {folder / 'pictures.png'}", highlight=False, soft_wrap=True)
     seconds = time.perf_counter() - started
     report.write_results(
         folder / "results.json",

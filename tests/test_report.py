@@ -158,3 +158,20 @@ class TestResults:
         (tmp_path / "r.json").write_text(text)
         with pytest.raises(ValueError, match=r"r\.json is not a result file"):
             report.read_results(tmp_path / "r.json")
+
+
+def test_pictures_stand_side_by_side(tmp_path):
+    for name, colour, size in (("a", (255, 0, 0), (4, 6)), ("b", (0, 0, 255), (3, 2))):
+        Image.new("RGB", size, colour).save(tmp_path / f"{name}.png")
+    path = report.save_beside([tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "new" / "both.png", scale=2, gap=5)
+    both = Image.open(path)
+    assert both.size == (8 + 5 + 6, 12)
+    assert [both.getpixel(at) for at in ((0, 11), (7, 0), (8, 0), (13, 3), (18, 4))] == [
+        (255, 0, 0),
+        (255, 0, 0),
+        (255, 255, 255),
+        (0, 0, 255),
+        (255, 255, 255),
+    ]
+    with pytest.raises(ValueError, match="pictures must be at least one"):
+        report.save_beside([], path)

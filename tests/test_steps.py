@@ -224,3 +224,27 @@ def test_students_rate_is_a_cosine_over_the_runs_student_steps() -> None:
         rates.append(state.student_optimizer.param_groups[0]["lr"])
     wanted = 0.025 * (1 + torch.cos(torch.pi * torch.arange(8) / 8))
     torch.testing.assert_close(torch.tensor(rates), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_steps_do_not_wait_for_the_device(precision: str) -> None:
+    state = tiny.state(replace(tiny.config(), device="cuda", precision=precision))
+    for step, row in ((generator_step, 0), (student_step, 2)):
+        step(state, row)  # libraries choose their algorithms in the first step
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        generator_step(state, 1)
+        student_step(state, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(state.trace).all()
+
+
+@pytest.mark.gpu
+def test_a_seed_draws_the_same_weights_on_every_device() -> None:
+    here, there = tiny.state(), tiny.state(replace(tiny.config(), device="cuda"))
+    for one, other in ((here.generator, there.generator), (here.student_objective, there.student_objective)):
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b.cpu())

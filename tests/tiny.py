@@ -71,5 +71,5 @@ def state(changed: DistillConfig | None = None) -> DistillState:
     features[0].eval()
     features[0].requires_grad_(False)
     features[1].train()
-    runtime = Runtime.of("cpu", run.precision, channels_last=run.channels_last)
+    runtime = Runtime.of(run.device, run.precision, channels_last=run.channels_last)
     return build_state(features[0], features[1], run, runtime, image_size=SIZE, mean=HALF, std=HALF)

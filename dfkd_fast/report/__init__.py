@@ -3,7 +3,7 @@
 Drawing libraries are imported when something is drawn.
 """
 
-from dfkd_fast.report.pictures import save_curves, save_image_grid
+from dfkd_fast.report.pictures import save_beside, save_curves, save_image_grid
 from dfkd_fast.report.results import (
     device_slug,
     environment,
@@ -19,6 +19,7 @@ __all__ = [
     "environment",
     "read_results",
     "result_table",
+    "save_beside",
     "save_curves",
     "save_image_grid",
     "source_digest",

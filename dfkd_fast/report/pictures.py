@@ -58,6 +58,39 @@ def save_image_grid(images: Tensor, path: str | Path, *, columns: int = 8) -> Pa
     return path
 
 
+def save_beside(pictures: Sequence[str | Path], path: str | Path, *, scale: int = 1, gap: int = 16) -> Path:
+    """Picture files side by side in one, pixels enlarged without smoothing.
+
+    Args:
+        pictures: the files, left to right.
+        path: PNG to write. Missing folders are made.
+        scale: whole factor of enlargement.
+        gap: white pixels between two.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: no picture, or a scale below 1.
+    """
+    from PIL import Image
+
+    if not pictures or scale < 1:
+        raise ValueError(f"pictures must be at least one and scale at least 1, got {len(pictures)} and {scale}")
+    opened = [Image.open(picture).convert("RGB") for picture in pictures]
+    grown = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in opened]
+    width = sum(image.width for image in grown) + gap * (len(grown) - 1)
+    sheet = Image.new("RGB", (width, max(image.height for image in grown)), "white")
+    left = 0
+    for image in grown:
+        sheet.paste(image, (left, 0))
+        left += image.width + gap
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
 def save_curves(rounds: Mapping[str, Sequence[float]], epochs: Mapping[str, Sequence[float]], path: str | Path) -> Path:
     """Draw a run's history: one panel a loss term, and one with all of the epochs' shares (accuracy, agreement).
 
