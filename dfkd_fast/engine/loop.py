@@ -307,7 +307,7 @@ def _distill(
         load_weights(student, run.best)
         runtime.place(student)
     save_weights(student, folder / "student.safetensors", meta)
-    student.eval()
+    state.student.eval()
     return DistillResult(
         student=student,
         generator=state.generator,
