@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,6 +22,7 @@ import dfkd_fast
 from dfkd_fast.config import DistillConfig, ObjectiveConfig, OptimizerConfig
 from dfkd_fast.engine import CheckpointError, Checkpoints, NonFiniteError, loop
 from dfkd_fast.engine.checkpoint import fingerprint
+from dfkd_fast.engine.progress import ProgressLine
 from dfkd_fast.models import create_model, extract, load_weights, read_metadata
 
 from . import tiny
@@ -275,3 +279,29 @@ def test_what_does_not_fit_together_is_refused_before_the_first_step(tmp_path: P
     with pytest.raises(ValueError, match="did you mean 'mhad'"):
         _distill(replace(config, objective=ObjectiveConfig(student={"mhda": 1.0})))
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_progress_shows_rounds_terms_speed_and_time_left() -> None:
+    console = Console(width=80, file=io.StringIO(), force_terminal=True)
+    terms = {"generator/bn": 12.345, "generator/kd": 0.25, "student/kd": 0.5, "student/mhad": 0.125}
+    with ProgressLine("distil", total=4, unit="rounds", console=console) as line:
+        line.update(1, terms, 744.4)
+        line.print("saved at round 1, step 2")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    shown = " ".join(shown.split())  # a line that is too long for the terminal is wrapped, not cut
+    for words in (
+        "distil",
+        "1/4",
+        "rounds",
+        "left",
+        "generator/bn 12.3",
+        "student/mhad 0.125",
+        "744 images/s",
+        "saved at",
+    ):
+        assert words in shown
+    silent = Console(width=80, file=io.StringIO(), force_terminal=True)
+    with ProgressLine("distil", total=4, unit="rounds", enabled=False, console=silent) as line:
+        line.update(1, terms)
+        line.print("nothing")
+    assert silent.file.getvalue() == ""  # type: ignore[attr-defined]

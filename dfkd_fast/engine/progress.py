@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 __all__ = ["ProgressLine"]
+
+
+class _TwoLines(Progress):
+    """The bar on one line and a note below it, so that neither is cut in a narrow terminal."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.note, style="cyan")
 
 
 class ProgressLine:
@@ -25,18 +36,18 @@ class ProgressLine:
     def __init__(
         self, title: str, *, total: int, unit: str, enabled: bool = True, console: Console | None = None
     ) -> None:
-        self._progress = Progress(
+        self._progress = _TwoLines(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn(unit),
-            TextColumn("[cyan]{task.fields[note]}"),
             TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
             disable=not enabled,
         )
-        self._task = self._progress.add_task(title, total=total, note="")
+        self._task = self._progress.add_task(title, total=total)
 
     def __enter__(self) -> ProgressLine:
         self._progress.start()
@@ -52,7 +63,8 @@ class ProgressLine:
         words = [f"{name} {value:.3g}" for name, value in values.items()]
         if images_per_s is not None:
             words.append(f"{images_per_s:.0f} images/s")
-        self._progress.update(self._task, completed=completed, note="  ".join(words))
+        self._progress.note = "  ".join(words)
+        self._progress.update(self._task, completed=completed)
 
     def print(self, text: str) -> None:
         """A line above the bar."""
