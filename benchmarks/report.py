@@ -88,7 +88,7 @@ def demo_table(contents: Sequence[dict[str, Any]]) -> str:
         notes.append(
             f"`{content['experiment']}`: {content['rounds']} rounds, {content['seconds']:.0f} s in all on "
             f"{environment['cpu'] if environment['device']['name'] == 'cpu' else environment['device']['name']}, "
-            f"{environment['threads']} threads, torch {environment['torch']}, "
+            f"threads: {environment['threads']}, torch {environment['torch']}, "
             f"commit {(environment['commit'] or environment['source'])[:12]}."
         )
     return "\n".join([*lines, "", "One seed. " + " ".join(notes)])
