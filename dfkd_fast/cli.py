@@ -273,15 +273,17 @@ def _prepare(arguments: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command. What a user can mend is one line on stderr and exit status 2; DFKD_FAST_TRACEBACK=1 shows all."""
-    from jsonargparse import auto_cli
+    """Run a command. What a user can mend is said shortly, with exit status 2; DFKD_FAST_TRACEBACK=1 shows all."""
+    from jsonargparse import ArgumentError, auto_cli
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        auto_cli(COMMANDS, as_positional=False, args=_prepare(sys.argv[1:] if arguments is None else arguments))
+        words = _prepare(sys.argv[1:] if arguments is None else arguments)
+        # Its own way out of an error prints all hundred options first.
+        auto_cli(COMMANDS, as_positional=False, args=words, exit_on_error=False)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
+    except (ArgumentError, ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("DFKD_FAST_TRACEBACK") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)
