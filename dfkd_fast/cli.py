@@ -11,15 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dfkd_fast.config import DataConfig, DistillConfig, ModelConfig, TeachConfig, find
+from dfkd_fast.config import DataConfig, DistillConfig, ModelConfig, TeachConfig, find, to_dict
 
 __all__ = ["main"]
 
 _TEACH, _DISTILL = TeachConfig(), DistillConfig()
-
-
-def _description(model: ModelConfig) -> dict[str, str]:
-    return {"model": model.name, "options": json.dumps(model.options)}
 
 
 def _described(weights: str, model: ModelConfig | None) -> tuple[ModelConfig, dict[str, str]]:
@@ -77,7 +73,7 @@ def _teach(
     config = replace(teach, out=out) if out is not None else teach
     torch.manual_seed(config.seed)  # the networks' initial weights are part of the run
     network = create_model(model, num_classes=images.num_classes, new_head=True)
-    result = train(network, images, config, description=_description(model), workers=data.workers)
+    result = train(network, images, config, description=model.metadata(), workers=data.workers)
     _print_result(
         "result",
         [
@@ -136,7 +132,15 @@ def _distill(
         extract(create_model(model, num_classes=classes), stages=model.stages, image_size=size)
         for model in (teacher, student)
     )
-    result = run(teacher_network, student_network, config, data=images, description=_description(student))
+    inputs = {"data": data, "teacher": teacher, "student": student}
+    result = run(
+        teacher_network,
+        student_network,
+        config,
+        data=images,
+        description=student.metadata(),
+        inputs={name: to_dict(value) for name, value in inputs.items() if value is not None},
+    )
     rows: list[tuple[str, Any]] = [("agreement on synthetic images", f"{result.agreement:.2%}")]
     if result.accuracy is not None:
         rows.append(("top-1", f"{result.accuracy:.2%}"))

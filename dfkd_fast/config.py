@@ -6,6 +6,7 @@ The fields hold values, never behaviour; what they mean is written where they ar
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -87,6 +88,10 @@ class ModelConfig:
     weights: str | None = None
     stages: list[str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    def metadata(self) -> dict[str, str]:
+        """Name and options as strings, for a weights file to say which network it belongs to."""
+        return {"model": self.name, "options": json.dumps(self.options)}
 
 
 @dataclass(frozen=True, kw_only=True)

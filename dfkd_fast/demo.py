@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from dfkd_fast import data, report
-from dfkd_fast.config import DemoConfig, ModelConfig, ObjectiveConfig, Preset, find, read
+from dfkd_fast.config import DemoConfig, ModelConfig, ObjectiveConfig, Preset, find, read, to_dict
 from dfkd_fast.engine import distill, teach
 from dfkd_fast.engine.runtime import new_run_folder
 from dfkd_fast.models import FeatureModel, create_model, extract
@@ -61,6 +61,7 @@ def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progr
             features.model,
             images,
             replace(config.teach, out=str(folder / f"{role}_with_data")),
+            description=model.metadata(),
             title=f"{role}, with data",
             progress=progress,
         )
@@ -76,6 +77,8 @@ def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progr
             student,
             replace(config.distill, objective=_objective(config, preset), out=str(folder / preset)),
             data=images,  # the held-out half, for the accuracy curve
+            description=config.student.metadata(),
+            inputs={name: to_dict(getattr(config, name)) for name in ("data", "teacher", "student")},
             progress=progress,
         )
         source = f"teacher alone, {preset}"

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from dfkd_fast.cli import COMMANDS, main
-from dfkd_fast.config import ModelConfig
+from dfkd_fast.config import ExperimentConfig, ModelConfig, read
 from dfkd_fast.models import create_model, read_metadata, save_weights
 
 EXPERIMENT = {
@@ -71,6 +71,10 @@ def test_command_line_goes_over_the_file(experiment: str, tmp_path: Path) -> Non
     arguments = ["--teacher.weights", "t.safetensors", "--out", "run", "--distill.loop.rounds_per_epoch", "1"]
     main(["distill", "--config", experiment, *arguments, "--distill.objective.student.mhad", "3"])
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["distill"]
+    again = read(ExperimentConfig, tmp_path / "run" / "config.yaml")  # what was run can be run again
+    assert again.teacher.weights == "t.safetensors"
+    assert again.student.options == {"widths": [4, 4, 6, 8]}
+    assert again.data.name == "digits"
     assert saved["loop"]["rounds_per_epoch"] == 1
     assert saved["objective"]["student"] == {"sfcl": 1.0, "mhad": 3.0}
 

@@ -220,6 +220,7 @@ def distill(
     *,
     data: ImageData | None = None,
     description: Mapping[str, str] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> DistillResult:
     """Train a student to agree with a teacher, without the teacher's data (paper, section 3).
@@ -231,6 +232,8 @@ def distill(
         config: the run. ``config.out`` must not hold another run's checkpoints unless ``config.resume``.
         data: held-out images to evaluate on. They are never trained on.
         description: written into the student's file as metadata, beside the classes and the normalisation.
+        inputs: plain values written into the run's ``config.yaml`` before the run's own, such as which networks and
+            data it was called with.
         progress: draw a progress bar.
 
     Returns:
@@ -250,14 +253,19 @@ def distill(
     try:
         with runtime.backends(), frozen(teacher_features):
             state = build_state(teacher_features, student_features, config, runtime, **sizes)
-            return _distill(state, data, sizes, dict(description or {}), progress)
+            return _distill(state, data, sizes, dict(description or {}), dict(inputs or {}), progress)
     finally:
         for module, training in modes.items():
             module.training = training
 
 
 def _distill(
-    state: DistillState, data: ImageData | None, sizes: dict[str, Any], description: dict[str, str], progress: bool
+    state: DistillState,
+    data: ImageData | None,
+    sizes: dict[str, Any],
+    description: dict[str, str],
+    inputs: dict[str, Any],
+    progress: bool,
 ) -> DistillResult:
     config, loop, runtime = state.config, state.config.loop, state.runtime
     folder = new_run_folder(config.out, "distill")
@@ -269,7 +277,7 @@ def _distill(
             log.info("resumed at round %d, step %d", state.position.round, state.position.step)
     elif checkpoints.paths():
         raise ValueError(f"{folder} holds checkpoints of a run already: set resume, or name another folder in out")
-    (folder / "config.yaml").write_text(yaml.safe_dump({"distill": to_dict(config)}, sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.safe_dump({**inputs, "distill": to_dict(config)}, sort_keys=False))
     meta = {**{name: json.dumps(value) for name, value in sizes.items()}, **description}
     meta |= {"num_classes": str(state.student.num_classes), "format": "dfkd_fast.student/1"}
 
