@@ -280,7 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. What a user can mend is said shortly, with exit status 2; DFKD_FAST_TRACEBACK=1 shows all."""
     from jsonargparse import ArgumentError, auto_cli
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("dfkd_fast").setLevel(logging.INFO)  # our own lines, not those of every library
     try:
         words = _prepare(sys.argv[1:] if arguments is None else arguments)
         # Its own way out of an error prints all hundred options first.
