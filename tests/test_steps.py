@@ -155,7 +155,7 @@ def poison(state: DistillState, where: str) -> Callable[[], None]:
     if where == "loss":
         state.shift.fill_(float("nan"))
         return lambda: state.shift.zero_()
-    handle = state.scale  # the loss is finite, its gradient overflows
+    # The loss is finite, its gradient overflows.
     objective = state.generator_objective.terms["bn"]
     forward = objective.forward
 
@@ -168,7 +168,6 @@ def poison(state: DistillState, where: str) -> Callable[[], None]:
 
     def undo() -> None:
         objective.forward = forward  # type: ignore[method-assign]
-        assert handle is state.scale
 
     return undo
 
