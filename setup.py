@@ -20,6 +20,7 @@ setup(
     package_dir=package_dir,
     package_data={
         "dfkd_fast": ["py.typed"],
+        "dfkd_fast.kernels": ["*.json"],
         "dfkd_fast.configs": ["*.yaml", "*/*.yaml"],
         "dfkd_fast.benchmarks": ["results/*/*.json"],
     },

@@ -17,6 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before any kernel is decorated: without a GPU, Triton's kernels run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def _no_cuda() -> str | None:
     """Why tests marked ``gpu`` cannot run; None where they can."""
@@ -79,6 +83,16 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    """Where Triton's kernels run: on the CPU in the interpreter, or on the card."""
+    if request.param == "interpreter":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("the interpreter is for machines without a GPU (TRITON_INTERPRET=1)")
+        return "cpu"
+    return "cuda"
 
 
 @pytest.fixture(scope="session")

@@ -139,12 +139,14 @@ def test_an_import_that_points_down_is_allowed(module, source):
     assert not uphill(source, module)
 
 
-OPS = sorted(p.stem for p in (ROOT / PACKAGE / "ops").glob("*.py") if p.stem not in ("__init__", "backend", "checks"))
+INFRASTRUCTURE = ("__init__", "backend", "checks", "library")
+OPS = sorted(p.stem for p in (ROOT / PACKAGE / "ops").glob("*.py") if p.stem not in INFRASTRUCTURE)
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_one_op_one_name(name):
-    for path in (f"dfkd_fast/reference/{name}.py", f"tests/test_{name}.py"):
+    paths = ("dfkd_fast/reference/{}.py", "kernels/{}.py", "tests/test_{}.py", "benchmarks/bench_{}.py")
+    for path in (pattern.format(name) for pattern in paths):
         assert (ROOT / path).is_file(), f"op {name} has no {path}"
     assert callable(getattr(ops, name))
     assert name in ops.backends()

@@ -5,7 +5,8 @@ The choice falls on the first of these that names a backend:
 1. the op's ``backend`` argument;
 2. the innermost ``with dfkd_fast.ops.backend(...)`` of the calling thread;
 3. the environment variable ``DFKD_FAST_BACKEND`` (for debugging; a compiled function keeps the value of its tracing);
-4. none: the best backend that serves these arguments, in the order of :data:`NAMES`.
+4. none: the best backend that serves these arguments, in the order of :data:`NAMES`; on the CPU the reference (the
+   interpreter of Triton's kernels, TRITON_INTERPRET=1, is for tests and serves when named).
 
 A backend that was named is used or an error says why it cannot be; it is never replaced silently.
 """
@@ -122,7 +123,7 @@ def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
     table = _registry[op]
     named = _named(requested)
     if named is None:
-        for name in NAMES:
+        for name in NAMES if args[0].device.type != "cpu" else ("reference",):
             if name in table and table[name].supports(*args, **kwargs) is None:
                 return table[name].function(*args, **kwargs)
         raise RuntimeError(f"no backend can serve {op} for these arguments")

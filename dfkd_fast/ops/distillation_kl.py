@@ -2,17 +2,104 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
+from dfkd_fast.ops.library import no_second_derivative, operator, unserved
 from dfkd_fast.reference import distillation_kl as reference
 
 __all__ = ["distillation_kl"]
 
+
+def _allocate_forward(a: Tensor, b: Tensor, temperature: float, reduction: str) -> tuple[Tensor, Tensor]:
+    shape = a.shape if reduction == "none" else ()
+    return a.new_empty(shape, dtype=torch.float32), a.new_empty((5, a.shape[0]), dtype=torch.float32)
+
+
+def _launch_forward(*arguments: Any) -> None:
+    from dfkd_fast.kernels import distillation_kl as kernels
+
+    kernels.forward(*arguments)
+
+
+def _allocate_backward(
+    upstream: Tensor,
+    a: Tensor,
+    b: Tensor,
+    saved: Tensor,
+    temperature: float,
+    reduction: str,
+    want_a: bool,
+    want_b: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(a) if want_a else a.new_empty(0),
+        torch.empty_like(b) if want_b else b.new_empty(0),
+    )
+
+
+def _launch_backward(*arguments: Any) -> None:
+    from dfkd_fast.kernels import distillation_kl as kernels
+
+    kernels.backward(*arguments)
+
+
+_forward = operator(
+    "distillation_kl(Tensor a, Tensor b, float temperature, str reduction) -> (Tensor, Tensor)",
+    _allocate_forward,
+    _launch_forward,
+)
+_backward = operator(
+    "distillation_kl_backward(Tensor upstream, Tensor a, Tensor b, Tensor saved, float temperature, str reduction, "
+    "bool want_a, bool want_b) -> (Tensor, Tensor)",
+    _allocate_backward,
+    _launch_backward,
+)
+
+
+class _DistillationKL(torch.autograd.Function):
+    """KL(softmax(a) || softmax(b)), and what backward needs of it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, temperature: float, reduction: str) -> tuple[Tensor, Tensor]:
+        return _forward(a, b, temperature, reduction)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        a, b, ctx.temperature, ctx.reduction = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(a, b, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        a, b, saved = ctx.saved_tensors
+        want_a, want_b, *_ = ctx.needs_input_grad
+        da, db = _backward(upstream, a, b, saved, ctx.temperature, ctx.reduction, want_a, want_b)
+        gradients = no_second_derivative(
+            "distillation_kl", (da if want_a else None, db if want_b else None), upstream, a, b
+        )
+        return *gradients, None, None
+
+
+def _triton(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, direction: str, reduction: str
+) -> Tensor:
+    a, b = (teacher_logits, student_logits) if direction == "forward" else (student_logits, teacher_logits)
+    return _DistillationKL.apply(a, b, float(temperature), reduction)[0]
+
+
+def _served(student_logits: Tensor, teacher_logits: Tensor, **options: Any) -> str | None:
+    return unserved(student_logits, teacher_logits)
+
+
 register("distillation_kl", "reference", reference.distillation_kl)
+register("distillation_kl", "triton", _triton, _served)
 
 
 def distillation_kl(

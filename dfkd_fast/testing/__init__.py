@@ -11,12 +11,13 @@
 """
 
 from dfkd_fast.testing.compare import assert_close, assert_no_worse, describe_difference, unit_roundoff
-from dfkd_fast.testing.differentiate import assert_compiles, value_and_gradients
+from dfkd_fast.testing.differentiate import assert_backend_no_worse, assert_compiles, value_and_gradients
 from dfkd_fast.testing.inputs import LAYOUTS, MAP_SHAPES, extreme, random, with_layout
 
 __all__ = [
     "LAYOUTS",
     "MAP_SHAPES",
+    "assert_backend_no_worse",
     "assert_close",
     "assert_compiles",
     "assert_no_worse",

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfkd_fast.testing.compare import assert_close
+from dfkd_fast.testing.compare import assert_close, assert_no_worse
 from dfkd_fast.testing.inputs import random
 
-__all__ = ["assert_compiles", "value_and_gradients"]
+__all__ = ["assert_backend_no_worse", "assert_compiles", "value_and_gradients"]
 
 
 def value_and_gradients(
@@ -42,6 +42,59 @@ def value_and_gradients(
         tuple(output.detach() for output in outputs),
         tuple(next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in leaves),
     )
+
+
+def assert_backend_no_worse(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Callable[[int], Sequence[Tensor | None]],
+    *,
+    backend: str = "triton",
+    draws: int = 4,
+    factor: float = 2.0,
+) -> None:
+    """Values and gradients of a backend err at most ``factor`` times as far from float64 as the reference's.
+
+    Errors are taken over several draws together, since a single number, a loss say, can be exact by luck. One unit in
+    the last place of the largest true value is always allowed.
+
+    Args:
+        function: takes the inputs and ``backend``.
+        inputs: takes a seed; those that require a gradient, or all where none does, are differentiated.
+        backend: the one under test.
+        draws: how many seeds, from 0.
+        factor: how many times worse is still right.
+
+    Raises:
+        AssertionError: it is worse, or a result has another dtype, shape or memory format than the reference's.
+    """
+    columns: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for seed in range(draws):
+        given = inputs(10 * seed)
+        exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in given]
+        results = []
+        for tensors, name in ((given, backend), (given, "reference"), (exact, "reference")):
+            values, gradients = value_and_gradients(
+                lambda *a, name=name: function(*a, backend=name),  # type: ignore[misc]
+                tensors,
+            )
+            named = {f"output {i}": value for i, value in enumerate(values)}
+            results.append(named | {f"gradient of input {i}": g for i, g in enumerate(gradients) if g is not None})
+        for name, value in results[0].items():
+            plain = results[1][name]
+            if (value.dtype, value.shape, value.device) != (plain.dtype, plain.shape, plain.device):
+                raise AssertionError(f"{name}: {value.dtype} {value.shape}, reference {plain.dtype} {plain.shape}")
+            if name.startswith("output") and value.stride() != plain.stride():
+                raise AssertionError(f"{name}: strides {value.stride()}, reference {plain.stride()}")
+            columns.setdefault(name, []).append((value, plain, results[2][name]))
+    for name, rows in columns.items():
+        mine, plain, truth = (torch.cat([t.flatten() for t in column]) for column in zip(*rows, strict=True))
+        # The mean of nothing is no number, in any dtype.
+        number = ~truth.isnan()
+        if not mine[~number].isnan().all():
+            raise AssertionError(f"{name}: a number where there is none")
+        mine, plain, truth = mine[number], plain[number], truth[number]
+        ulp = torch.finfo(mine.dtype).eps * float(truth.abs().max()) if truth.numel() else 0.0
+        assert_no_worse(mine, than=plain, truth=truth, factor=factor, floor=ulp, name=name)
 
 
 def assert_compiles(

@@ -1,0 +1,174 @@
+"""What the kernels share: the one place where any is launched, and device functions that the interpreter gets right.
+
+Triton 3.6's interpreter multiplies bfloat16 matrices wrongly and cuts bfloat16 off where it should round, so kernels
+use :func:`dot` and :func:`cast` in place of ``tl.dot`` and ``.to``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dfkd_fast.kernels.config import Launch
+
+__all__ = [
+    "INTERPRETED",
+    "Recorded",
+    "architecture",
+    "cast",
+    "cdiv",
+    "dot",
+    "launch",
+    "next_power_of_2",
+    "precision",
+    "processors",
+    "recording",
+    "sum_of",
+]
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x, float32, rounded to nearest in another type."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        # An infinity's bits stay as they are under this; those of a NaN may not.
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc, precision: tl.constexpr):
+    """``acc + a @ b`` in float32 for operands of one type; ``precision`` says how float32 operands are multiplied."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=precision)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is n or more."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How matrices of this type are multiplied: float32 in TF32 only where torch.backends.cuda.matmul allows it."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    return "tf32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """A launch that was asked for while :func:`recording`: all that a compiler needs to know of it."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    config: Launch
+    constants: dict[str, Any]
+
+
+_recorder: tuple[int, list[Recorded]] | None = None
+
+
+@contextmanager
+def recording(arch: int) -> Iterator[list[Recorded]]:
+    """Inside, launches are written down for a device of architecture ``arch`` (90 for sm_90) and not made."""
+    global _recorder
+    before, _recorder = _recorder, (arch, [])
+    try:
+        yield _recorder[1]
+    finally:
+        _recorder = before
+
+
+@functools.cache
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@functools.cache
+def _processors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def architecture(x: Tensor) -> int:
+    """The architecture that kernels on x are launched for: 90 for sm_90, which the interpreter stands for too."""
+    if _recorder is not None:
+        return _recorder[0]
+    return _capability(x.device.index) if x.is_cuda else 90
+
+
+def processors(x: Tensor) -> int:
+    """Streaming multiprocessors of the device of x. The interpreter, where programs cost time one by one, has two."""
+    if x.is_cuda and _recorder is None:
+        return _processors(x.device.index)
+    return 132 if _recorder is not None else 2
+
+
+def launch(
+    kernel: Any, grid: Sequence[int] | Callable[..., Sequence[int]], *args: Any, config: Launch, **constants: Any
+) -> None:
+    """Launch a kernel on the device of its first tensor.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        grid: number of programs along each axis; nothing is launched where one is 0.
+        *args: the kernel's arguments up to its compile-time constants.
+        config: gives ``num_warps``, ``num_stages`` and, from its tile, constants.
+        **constants: the further compile-time constants.
+    """
+    grid = tuple(grid) if not callable(grid) else tuple(grid({**config.tile, **constants}))
+    if 0 in grid:
+        return
+    meta = {**config.tile, **constants}
+    if _recorder is not None:
+        names = kernel.arg_names[: len(args)]
+        _recorder[1].append(
+            Recorded(kernel=kernel, arguments=dict(zip(names, args, strict=True)), config=config, constants=meta)
+        )
+        return
+    first = next(a for a in args if isinstance(a, Tensor))
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
+    else:
+        kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+@triton.jit
+def _sum_kernel(parts, out, count, scale, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(parts + at, mask=at < count, other=0.0)
+    tl.store(out, tl.sum(total) * scale)
+
+
+def sum_of(parts: Tensor, out: Tensor, scale: float = 1.0) -> None:
+    """``out = scale * parts.sum()`` in one program and a fixed order: two runs give the same bits.
+
+    Args:
+        parts: (count,), float32, contiguous; one number a program of the kernel before.
+        out: a float32 scalar.
+        scale: a factor.
+    """
+    launch(_sum_kernel, (1,), parts, out, parts.numel(), scale, config=Launch(tile={"BLOCK": 1024}))
