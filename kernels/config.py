@@ -1,7 +1,7 @@
 """Launch configurations: frozen choices by kernel, architecture, dtype and shape.
 
-A rule gives the candidates for a kernel, the best guess first. What :func:`choose` takes is the entry of ``tuned.json``
-for exactly this kernel, architecture, dtype and shape, where ``dfkd-fast bench --tune`` measured one, and else the first
+A rule gives the candidates for a kernel, the best guess first. :func:`choose` takes the entry of ``tuned.json`` for
+exactly this kernel, architecture, dtype and shape, where ``dfkd-fast bench --tune`` measured one, and else the first
 candidate. Nothing is tuned while a program runs.
 """
 

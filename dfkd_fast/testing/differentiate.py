@@ -74,7 +74,7 @@ def assert_backend_no_worse(
         results = []
         for tensors, name in ((given, backend), (given, "reference"), (exact, "reference")):
             values, gradients = value_and_gradients(
-                lambda *a, name=name: function(*a, backend=name),  # type: ignore[misc]
+                lambda *a, name=name: function(*a, backend=name),
                 tensors,
             )
             named = {f"output {i}": value for i, value in enumerate(values)}
