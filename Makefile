@@ -19,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) --maxprocesses 8
 
-.PHONY: help demo test test-all lint format gpu report clean
+.PHONY: help demo test test-all lint format gpu kernels report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1|/' | column -t -s '|' 2>/dev/null \
@@ -60,6 +60,9 @@ gpu:  ## OUT=folder BUDGET=seconds: tests and measurements that need a GPU, unti
 	@PIP_BREAK_SYSTEM_PACKAGES=1 $(PYTHON) -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation --no-deps --no-index --editable .
 	@$(PYTHON) -m dfkd_fast.benchmarks.gpu --out '$(OUT)' --budget $(BUDGET)
+
+kernels: $(STAMP)  ## compile every kernel for every architecture, without a GPU, into kernels/compiled.json
+	@$(ONE_THREAD) $(BIN)/python -m dfkd_fast.benchmarks.compile_kernels --write --workers $$(nproc)
 
 report: $(STAMP)  ## write the tables of docs/ from benchmarks/results/
 	@$(BIN)/python -m dfkd_fast.benchmarks.report

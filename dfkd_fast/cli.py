@@ -244,11 +244,15 @@ def _demo(*, out: str | None = None, only: Literal["all", "digits", "rendered"] 
         raise SystemExit(1)
 
 
-def _doctor() -> None:
-    """Say what is and is not available on this machine, and why."""
-    from dfkd_fast.doctor import doctor
+def _doctor(*, kernels: bool = False) -> None:
+    """Say what is and is not available on this machine, and why.
 
-    raise SystemExit(doctor())
+    Args:
+        kernels: show registers, shared memory, spills and matrix instructions of the compiled kernels instead.
+    """
+    from dfkd_fast import doctor
+
+    raise SystemExit(doctor.kernels() if kernels else doctor.doctor())
 
 
 COMMANDS: Any = {  # jsonargparse takes nested dicts, and mypy does not take a flat one for one
@@ -262,7 +266,7 @@ COMMANDS: Any = {  # jsonargparse takes nested dicts, and mypy does not take a f
 
 
 def _prepare(arguments: Sequence[str]) -> list[str]:
-    """Let ``--config`` take a packaged config's name, and ``--resume`` stand without a value."""
+    """Let ``--config`` take a packaged config's name, and switches stand without a value."""
     prepared: list[str] = []
     for index, word in enumerate(arguments):
         following = arguments[index + 1] if index + 1 < len(arguments) else "--"
@@ -270,8 +274,8 @@ def _prepare(arguments: Sequence[str]) -> list[str]:
             word = str(find(word))
         elif word.startswith("--config="):
             word = "--config=" + str(find(word.removeprefix("--config=")))
-        elif word == "--resume" and following.startswith("-"):
-            word = "--resume=true"
+        elif word in ("--resume", "--kernels") and following.startswith("-"):
+            word += "=true"
         prepared.append(word)
     return prepared
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Launch", "candidates", "choose", "forced", "key", "rule", "shared_memory"]
+__all__ = ["Launch", "asked", "candidates", "choose", "forced", "key", "rule", "shared_memory"]
 
 TUNED = Path(__file__).with_name("tuned.json")
 
@@ -40,6 +40,8 @@ class Launch:
 Rule = Callable[..., list[Launch]]
 _RULES: dict[str, Rule] = {}
 _forced: dict[str, Launch] = {}
+Asked = tuple[str, int, torch.dtype, dict[str, int]]
+_asked: list[Asked] | None = None
 
 
 def rule(kernel: str) -> Callable[[Rule], Rule]:
@@ -87,8 +89,12 @@ def choose(kernel: str, arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
         **sizes: what the rule goes by. Each different set of them is a choice of its own, so sizes that vary from call
             to call come rounded to powers of two.
     """
-    if _forced and kernel in _forced:
-        return _forced[kernel]
+    if _asked is not None:
+        _asked.append((kernel, arch, dtype, sizes))
+    if _forced:
+        launch = _forced.get(kernel) or _forced.get(key(kernel, arch, dtype, sizes))
+        if launch is not None:
+            return launch
     tuned = _tuned()
     if tuned:
         entry = tuned.get(key(kernel, arch, dtype, sizes))
@@ -99,12 +105,26 @@ def choose(kernel: str, arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
 
 @contextmanager
 def forced(kernel: str, launch: Launch) -> Iterator[None]:
-    """Inside, ``choose(kernel, ...)`` is ``launch``; for tuning, which tries candidates in turn."""
+    """Inside, ``choose(kernel, ...)`` is ``launch``; for tuning, which tries candidates in turn.
+
+    ``kernel`` may be a choice's :func:`key`: then it is for that choice alone.
+    """
     _forced[kernel] = launch
     try:
         yield
     finally:
         del _forced[kernel]
+
+
+@contextmanager
+def asked() -> Iterator[list[Asked]]:
+    """Inside, what ``choose`` is asked for is written down, in order; for tuning, which has to know it."""
+    global _asked
+    before, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = before
 
 
 def entry(launch: Launch, why: str) -> dict[str, Any]:
@@ -117,10 +137,15 @@ def entry(launch: Launch, why: str) -> dict[str, Any]:
 
 @rule("distillation_kl")
 def _distillation_kl(arch: int, dtype: torch.dtype, *, classes: int) -> list[Launch]:
-    """``classes`` is a power of two. A row in registers up to 4,096 classes, beyond that in pieces of that size."""
+    """``classes`` is a power of two. A row in registers up to 4,096 classes, beyond that in pieces of that size.
+
+    Eight logits of each side a thread: with sixteen, ptxas spills where columns need masks.
+    """
     block = max(16, min(classes, 4096))
-    rows = max(1, 2048 // block)
-    return [Launch(tile={"ROWS": r, "BLOCK": block}, num_warps=w) for r, w in ((rows, 4), (2 * rows, 8), (rows, 8))]
+    warps = max(4, min(16, block // 256))
+    rows = max(1, 1024 // block)
+    tried = ((rows, warps), (2 * rows, 2 * warps), (rows, warps // 2), (max(1, rows // 2), warps))
+    return [Launch(tile={"ROWS": r, "BLOCK": block}, num_warps=w) for r, w in dict.fromkeys(tried) if w <= 16]
 
 
 # --- high_order_attention, high_order_attention_mse
@@ -136,3 +161,15 @@ def _distillation_kl(arch: int, dtype: torch.dtype, *, classes: int) -> list[Lau
 
 
 # --- max_pool2x2, max_unpool2x2
+
+
+@rule("max_pool2x2")
+@rule("max_unpool2x2")
+@rule("max_unpool2x2_backward")
+def _max_pool2x2(arch: int, dtype: torch.dtype, *, inside: int) -> list[Launch]:
+    """``inside`` is a power of two up to 256: windows that are neighbours in memory. Eight a thread: 16 bytes of two."""
+    inner = max(1, min(inside, 64))
+    return [
+        Launch(tile={"OUTER": max(1, size // inner), "INNER": inner}, num_warps=warps)
+        for size, warps in ((1024, 4), (2048, 8), (2048, 4), (512, 4), (512, 2))
+    ]

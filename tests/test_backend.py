@@ -136,10 +136,21 @@ def test_public_ops_follow_the_context():
     with ops.backend("reference"):
         assert torch.equal(ops.distillation_kl(logits, -logits), wanted)
     with ops.backend("triton"):
-        if "triton" not in ops.backends()["distillation_kl"]:
-            with pytest.raises(RuntimeError, match="has no implementation of distillation_kl"):
-                ops.distillation_kl(logits, -logits)
         assert torch.equal(ops.distillation_kl(logits, -logits, backend="reference"), wanted)
+        with pytest.raises(RuntimeError, match="triton', asked for by dfkd_fast.ops.backend, cannot serve .*float64"):
+            ops.distillation_kl(logits.double(), -logits)
+
+
+def test_the_interpreter_serves_when_named_alone(monkeypatch):
+    called = []
+    monkeypatch.setitem(_registry, "adding", {"reference": Implementation(lambda x: x + 1)})
+    register("adding", "triton", lambda x: called.append(x) or x + 2)
+    x = torch.zeros(4)
+    assert dispatch("adding", None, x).sum() == 4
+    assert not called
+    assert dispatch("adding", "triton", x).sum() == 8
+    assert dispatch("adding", None, x.to("meta")).device.type == "meta"
+    assert len(called) == 2
 
 
 def test_choice_is_traced_and_guarded(op):

@@ -31,7 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "objectives": {"nn", "ops", "models", "config"},
     "data": {"config"},
     "report": {"config"},
-    "doctor": {"ops"},
+    "doctor": {"ops", "report"},
     "engine": {"objectives", "nn", "ops", "models", "data", "report", "config"},
 }
 DOORS = {"__init__", "__main__", "cli", "demo", "benchmarks"}  # users of everything; imported by nothing but each other

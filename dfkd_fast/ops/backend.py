@@ -5,8 +5,7 @@ The choice falls on the first of these that names a backend:
 1. the op's ``backend`` argument;
 2. the innermost ``with dfkd_fast.ops.backend(...)`` of the calling thread;
 3. the environment variable ``DFKD_FAST_BACKEND`` (for debugging; a compiled function keeps the value of its tracing);
-4. none: the best backend that serves these arguments, in the order of :data:`NAMES`; on the CPU the reference (the
-   interpreter of Triton's kernels, TRITON_INTERPRET=1, is for tests and serves when named).
+4. none: the best backend that serves these arguments, in the order of :data:`NAMES`.
 
 A backend that was named is used or an error says why it cannot be; it is never replaced silently.
 """
@@ -42,10 +41,18 @@ class Implementation:
     Args:
         function: takes the public function's arguments, checked, without ``backend``.
         supports: takes the same; None where ``function`` can serve them, else the reason why not, in words.
+        interpreted: on the CPU it runs in an interpreter, for tests: there it serves when named, and never unasked.
     """
 
     function: Callable[..., Any]
     supports: Callable[..., str | None] = _serves_all
+    interpreted: bool = False
+
+    def unasked(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the choice may fall on it where none was named."""
+        if self.interpreted and args[0].device.type == "cpu":
+            return False
+        return self.supports(*args, **kwargs) is None
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
@@ -63,7 +70,7 @@ def register(
         ValueError: no such backend name.
     """
     require_choice("name", name, NAMES)
-    _registry.setdefault(op, {})[name] = Implementation(function, supports)
+    _registry.setdefault(op, {})[name] = Implementation(function, supports, interpreted=name == "triton")
 
 
 def backends() -> dict[str, tuple[str, ...]]:
@@ -123,8 +130,8 @@ def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
     table = _registry[op]
     named = _named(requested)
     if named is None:
-        for name in NAMES if args[0].device.type != "cpu" else ("reference",):
-            if name in table and table[name].supports(*args, **kwargs) is None:
+        for name in NAMES:
+            if name in table and table[name].unasked(*args, **kwargs):
                 return table[name].function(*args, **kwargs)
         raise RuntimeError(f"no backend can serve {op} for these arguments")
     name, source = named

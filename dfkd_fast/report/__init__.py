@@ -3,6 +3,7 @@
 Drawing libraries are imported when something is drawn.
 """
 
+from dfkd_fast.report.compiled import read_compiled, write_compiled
 from dfkd_fast.report.pictures import save_beside, save_curves, save_image_grid
 from dfkd_fast.report.results import (
     device_slug,
@@ -17,6 +18,7 @@ from dfkd_fast.report.tables import result_table
 __all__ = [
     "device_slug",
     "environment",
+    "read_compiled",
     "read_results",
     "result_table",
     "save_beside",
@@ -24,5 +26,6 @@ __all__ = [
     "save_image_grid",
     "source_digest",
     "timestamp",
+    "write_compiled",
     "write_results",
 ]
