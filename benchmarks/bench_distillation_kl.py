@@ -50,4 +50,5 @@ BENCHMARK = Benchmark(
         _case(3, 5001, shapes="odd"),
     ],
     peers={"liger": _liger},
+    make=_case,
 )

@@ -73,7 +73,7 @@ class Case:
         call: (*inputs, backend) to what the public op returns.
         work: for elements of so many bytes.
         shapes: ``paper`` are those of the method, ``large`` the same op where it is bound by bandwidth or arithmetic,
-            ``odd`` are not timed, but compiled: no power of two, nothing divisible.
+            ``odd`` are not timed, but compiled: no power of two, nothing divisible; ``file`` come from a user's file.
         dtypes: that it is measured in.
         compiled: the best PyTorch formulation known, (*inputs), for torch.compile; None is the reference.
     """
@@ -82,7 +82,7 @@ class Case:
     inputs: Callable[[Make], Inputs]
     call: Callable[..., Tensor | tuple[Tensor, ...]]
     work: Callable[[int], Work]
-    shapes: Literal["paper", "large", "odd"] = "paper"
+    shapes: Literal["paper", "large", "odd", "file"] = "paper"
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
     compiled: Callable[..., Any] | None = None
 
@@ -100,8 +100,11 @@ class Benchmark:
         cases: its cases.
         peers: public kernels for the same work by name. Each takes a case's name and gives a function of (*inputs), or
             None where the kernel does not reach the case; it raises ImportError where the library is not installed.
+        make: a case of another shape, for ``dfkd-fast bench --shapes FILE``, which gives it the file's sizes, by name
+            or in order, and the case's ``shapes`` and ``dtypes``; None where there is none.
     """
 
     op: str
     cases: Sequence[Case]
     peers: dict[str, Callable[[str], Callable[..., Any] | None]] = field(default_factory=dict)
+    make: Callable[..., Case] | None = None

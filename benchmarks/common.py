@@ -54,20 +54,37 @@ class Results:
 
     A file holds ``stage``, ``version``, ``complete``, the ``environments`` that its rows were measured in, and
     ``rows``; a row has its key's fields, what was measured, ``date`` and ``environment``, an index. Rows of another
-    version of the stage are dropped on opening: what they measured is no longer what the stage measures.
+    version of the stage are dropped on opening: what they measured is no longer what the stage measures. ``head`` is
+    what else the file says, before these.
 
     Args:
         path: the file.
         stage: its stage.
         version: of what the stage measures.
         key: names of the fields that tell one row from another.
+        facts: what this run knows of its environment beyond :func:`dfkd_fast.report.environment`.
+        keep: which rows of another version still hold; None for none.
     """
 
-    def __init__(self, path: Path, *, stage: str, version: str, key: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        stage: str,
+        version: str,
+        key: Sequence[str],
+        facts: dict[str, Any] | None = None,
+        keep: Callable[[dict[str, Any]], bool] | None = None,
+    ) -> None:
         self.path, self.stage, self.version, self.key = path, stage, version, tuple(key)
+        self.facts = facts or {}
         content = read_results(path)
-        if content is None or content.get("version") != version:
+        if content is None or (content.get("version") != version and keep is None):
             content = {"environments": [], "rows": [], "complete": False}
+        elif content.get("version") != version and keep is not None:
+            content = {**content, "rows": [row for row in content["rows"] if keep(row)], "complete": False}
+        own = {"stage", "version", "complete", "environments", "rows"}
+        self.head = {name: value for name, value in content.items() if name not in own}
         self.rows: list[dict[str, Any]] = content["rows"]
         self.environments: list[dict[str, Any]] = content["environments"]
         self.complete: bool = content["complete"]
@@ -102,6 +119,7 @@ class Results:
         write_results(
             self.path,
             {
+                **self.head,
                 "stage": self.stage,
                 "version": self.version,
                 "complete": self.complete,
@@ -112,7 +130,7 @@ class Results:
 
     def _here(self) -> int:
         """Index of this machine's block, which is added where no known one equals it in all but its date."""
-        here = environment()
+        here = {**environment(), **self.facts}
         for index, known in enumerate(self.environments):
             if {**known, "date": None} == {**here, "date": None}:
                 return index

@@ -45,6 +45,7 @@ class Stage:
         about: what it is for, in a few words.
         limit_s: seconds after which it is stopped.
         least_s: seconds below which beginning it is no use.
+        carries: of evidence of another version, the stage itself knows which rows still hold; it counts as begun.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Stage:
     about: str = ""
     limit_s: float = 480.0
     least_s: float = 45.0
+    carries: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +87,16 @@ class _Session:
 
 
 def evidence(stage: Stage, folder: Path) -> Evidence:
-    """What ``folder`` holds for a stage. A file that cannot be read, or of another version, is no evidence."""
+    """What ``folder`` holds for a stage. A file that cannot be read is no evidence, nor is one of another version,
+    unless the stage carries its rows over: then it is a part without rows of its own.
+    """
     content: dict[str, Any] | None = None
     with contextlib.suppress(ValueError):
         content = read_results(folder / f"{stage.name}.json")
-    if content is None or content.get("version") != stage.version:
+    if content is None:
         return Evidence(rank=0)
+    if content.get("version") != stage.version:
+        return Evidence(rank=1 if stage.carries and content.get("rows") else 0)
     dates = [row["date"] for row in content["rows"]]
     return Evidence(rank=2 if content["complete"] else 1, rows=len(dates), oldest=min(dates, default=""))
 
@@ -201,7 +207,7 @@ def run_queue(stages: Sequence[Stage], *, out: Path, committed: Path, budget_s: 
 
 def stages() -> tuple[Stage, ...]:
     """The queue of this repository."""
-    from dfkd_fast.benchmarks import ablation, bench_step_parts, gpu_tests
+    from dfkd_fast.benchmarks import ablation, bench_step_parts, gpu_tests, ops
 
     def module(name: str, *arguments: str) -> tuple[str, ...]:
         return sys.executable, "-u", "-m", f"dfkd_fast.benchmarks.{name}", *arguments
@@ -212,6 +218,13 @@ def stages() -> tuple[Stage, ...]:
             version=gpu_tests.version(),
             command=module("gpu_tests"),
             about="tests marked gpu",
+        ),
+        Stage(
+            name="ops",
+            version=ops.version(),
+            command=module("ops"),
+            about="every op beside eager PyTorch, torch.compile, public kernels and its floor",
+            carries=True,
         ),
         Stage(
             name="step_parts",

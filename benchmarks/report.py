@@ -1,4 +1,7 @@
-"""Tables of README and docs/ from the committed results, between markers; the rest of a page is left as it is."""
+"""Tables of README and docs/ from the committed results.
+
+They stand between markers, and the rest of a page is left as it is; docs/benchmarks.md is written whole.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_fast.benchmarks.ablation import CELLS
+from dfkd_fast.benchmarks.ops_report import ops_page
 from dfkd_fast.report import read_results
 
 __all__ = ["ablation_table", "between_markers", "demo_table", "main"]
@@ -22,6 +26,29 @@ What the method's parts and open choices are worth. Written by `make report` fro
 
 <!-- begin: ablation -->
 <!-- end: ablation -->
+"""
+
+_OPS_PAGE = """# Microbenchmarks
+
+Each op of `dfkd_fast.ops` beside eager PyTorch (`reference`), torch.compile (`compile`, the faster of its default mode
+and max-autotune-no-cudagraphs, of the best PyTorch formulation known), public kernels (`peer:`) and its floor. Written
+by `make report` from `benchmarks/results/`.
+
+Times are medians in microseconds with a cold L2; `warm` is the time of the project's kernel with a warm one. Forward
+is with gradients asked for, as in training; backward is to every input of the op. The floor is the larger of the bytes
+that must be moved over the measured copy bandwidth and the operations over the measured bf16 matrix rate; `of the
+floor` is floor over time, for the project's kernel, as is the peak of memory beyond inputs and upstream gradients.
+bf16 where nothing else is said.
+
+To measure on this machine's GPU:
+
+    dfkd-fast bench                                     # every op at the paper's shapes
+    dfkd-fast bench distillation_kl --shapes mine.yaml  # or large; the file holds, for example,
+                                                        # distillation_kl: [[512, 100], {{rows: 8, classes: 10}}]
+    dfkd-fast bench --tune                              # find launch configurations first
+    make gpu OUT=folder BUDGET=540                      # what the tables below are made from
+
+{}
 """
 
 
@@ -104,10 +131,23 @@ def _write_demo(root: Path) -> None:
         print(f"{page}: {len(contents)} experiments of the demo")
 
 
+def _write_ops(root: Path) -> None:
+    parts = []
+    for path in sorted((root / "benchmarks" / "results").glob("*/ops.json")):
+        content = read_results(path)
+        if content is not None and content["rows"]:
+            parts.append(ops_page(content, path.parent.name))
+    page = root / "docs" / "benchmarks.md"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(_OPS_PAGE.format("\n\n".join(parts) or "Nothing has been measured yet."), encoding="utf-8")
+    print(f"{page}: {len(parts)} devices")
+
+
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
-    """Rewrite docs/ablation.md (made where it is missing) and the demo's table in README.md."""
+    """Write docs/benchmarks.md, the tables of docs/ablation.md (made where missing) and the demo's in README.md."""
     del arguments
     _write_demo(root)
+    _write_ops(root)
     parts = []
     for path in sorted((root / "benchmarks" / "results").glob("*/ablation*.json")):
         content = read_results(path)

@@ -1,4 +1,4 @@
-"""The commands: ``dfkd-fast teach | distill | evaluate | export | demo | doctor``, thin over the Python functions."""
+"""The commands, thin over the Python functions: teach, distill, evaluate, export, demo, bench and doctor."""
 
 from __future__ import annotations
 
@@ -244,6 +244,36 @@ def _demo(*, out: str | None = None, only: Literal["all", "digits", "rendered"] 
         raise SystemExit(1)
 
 
+def _bench(
+    *,
+    ops: list[str] | None = None,
+    shapes: str = "paper",
+    out: str = "runs/bench",
+    tune: bool = False,
+    backends: list[str] | None = None,
+    device: Literal["cuda", "cpu"] = "cuda",
+) -> None:
+    """Time the functional ops beside eager PyTorch, torch.compile, public kernels and the physical floor.
+
+    Writes ``ops.json`` and a plot, ``ops.png``, into a folder, and prints a table.
+
+    Args:
+        ops: names of ops, which may also stand plainly: ``dfkd-fast bench contrastive_loss``; None is all.
+        shapes: ``paper``, ``large``, or a YAML or JSON file with a list of shapes for each op, as sizes in order or
+            by name: ``distillation_kl: [[512, 100], {rows: 512, classes: 100, dtypes: [float32]}]``.
+        out: folder of the results; what it holds of other ops stays.
+        tune: first try every launch configuration of the ops' kernels on these shapes, and write those that beat the
+            first guess into ``kernels/tuned.json``.
+        backends: ``reference``, ``compile``, ``compile_max_autotune``, ``triton``, ``cuda`` or ``peer:NAME``; None is
+            all that there are.
+        device: ``cpu`` is for trying this out: the reference and torch.compile, on cases that are small enough.
+    """
+    from dfkd_fast.benchmarks.command import bench
+
+    if not bench(ops, shapes=shapes, out=out, tune=tune, backends=backends, device=device):
+        raise SystemExit(1)
+
+
 def _doctor(*, kernels: bool = False) -> None:
     """Say what is and is not available on this machine, and why.
 
@@ -261,12 +291,32 @@ COMMANDS: Any = {  # jsonargparse takes nested dicts, and mypy does not take a f
     "evaluate": _evaluate,
     "export": _export,
     "demo": _demo,
+    "bench": _bench,
     "doctor": _doctor,
 }
 
 
+def _prepare_bench(arguments: Sequence[str]) -> list[str]:
+    """Names of ops that stand for themselves, and values with commas, as lists."""
+    options, names, waiting = [], [], False
+    for index, word in enumerate(arguments[1:], 1):
+        if waiting or word.startswith("-"):
+            listed = waiting and arguments[index - 1] in ("--ops", "--backends") and not word.startswith("[")
+            options.append(json.dumps(word.split(",")) if listed else word)
+            following = arguments[index + 1] if index + 1 < len(arguments) else ""
+            switch = word in ("--help", "-h") or (word == "--tune" and following not in ("true", "false"))
+            if word == "--tune" and switch:
+                options[-1] = "--tune=true"
+            waiting = not waiting and not switch and "=" not in word
+        else:
+            names.append(word)
+    return [arguments[0], *options, *([f"--ops={json.dumps(names)}"] if names else [])]
+
+
 def _prepare(arguments: Sequence[str]) -> list[str]:
-    """Let ``--config`` take a packaged config's name, and switches stand without a value."""
+    """Let ``--config`` take a packaged config's name, switches stand without a value, and ops for themselves."""
+    if arguments and arguments[0] == "bench":
+        arguments = _prepare_bench(arguments)
     prepared: list[str] = []
     for index, word in enumerate(arguments):
         following = arguments[index + 1] if index + 1 < len(arguments) else "--"

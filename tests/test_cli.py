@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from dfkd_fast.cli import COMMANDS, main
+from dfkd_fast.cli import COMMANDS, _prepare, main
 from dfkd_fast.config import ExperimentConfig, ModelConfig, read
 from dfkd_fast.models import create_model, read_metadata, save_weights
 
@@ -119,6 +119,24 @@ def test_every_command_has_help() -> None:
     script = Path(sys.executable).with_name("dfkd-fast")
     shown = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
     assert all(name in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "prepared"),
+    [
+        (["bench"], ["bench"]),
+        (["bench", "a", "b"], ["bench", '--ops=["a", "b"]']),
+        (["bench", "a", "--tune", "b"], ["bench", "--tune=true", '--ops=["a", "b"]']),
+        (["bench", "--tune", "false", "a"], ["bench", "--tune", "false", '--ops=["a"]']),
+        (["bench", "--out=x", "a"], ["bench", "--out=x", '--ops=["a"]']),
+        (["bench", "--shapes", "a", "--help"], ["bench", "--shapes", "a", "--help"]),
+        (["bench", "--backends", "triton,peer:x"], ["bench", "--backends", '["triton", "peer:x"]']),
+        (["bench", "--ops", "a"], ["bench", "--ops", '["a"]']),
+        (["bench", "--ops", '["a"]'], ["bench", "--ops", '["a"]']),
+    ],
+)
+def test_ops_to_bench_stand_for_themselves(words: list[str], prepared: list[str]) -> None:
+    assert _prepare(words) == prepared
 
 
 def test_torch_files_are_weights_too(experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

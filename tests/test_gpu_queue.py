@@ -171,6 +171,15 @@ class TestFailure:
         assert [outcomes[name].failed for name in ("broken", "silent", "sound")] == [True, True, False]
         assert len(turns()) == 3
 
+    def test_a_stage_that_carries_rows_over_is_given_those_of_another_version(self):
+        saved(Path("committed"), "a", "2026-01-01T00:00:00+00:00", version="0")
+        carrying = replace(stage("a", "--rows", "2", "--a-turn", "1"), carries=True)
+        assert gpu.evidence(stage("a"), Path("committed")).rank == 0
+        assert gpu.evidence(carrying, Path("committed")) == gpu.Evidence(rank=1)
+        outcome = run(carrying)["a"]
+        assert (outcome.status, outcome.rows, outcome.turns) == ("complete", 2, 2)
+        assert turns()[0][2] is None  # goes on, and renews nothing
+
     def test_a_torn_file_is_no_evidence(self):
         saved(Path("committed"), "a", "2026-01-01T00:00:00+00:00")
         (Path("committed") / "a.json").write_text('{"version": "1", "rows": [')
@@ -208,6 +217,26 @@ class TestResults:
     def test_another_version_starts_afresh(self):
         self.open().add({"cell": "a", "seed": 0})
         assert self.open("2").rows == []
+
+    def test_another_version_may_keep_rows_and_is_not_complete(self):
+        results = self.open()
+        results.head["device"] = {"name": "x"}
+        results.add({"cell": "a", "seed": 0})
+        results.add({"cell": "b", "seed": 0})
+        results.finish(complete=True)
+        key = ("cell", "seed")
+        again = common.Results(Path("r.json"), stage="s", version="2", key=key, keep=lambda row: row["cell"] == "b")
+        assert [row["cell"] for row in again.rows] == ["b"]
+        assert not again.complete
+        again.write()
+        assert list(read_results("r.json")) == ["device", "stage", "version", "complete", "environments", "rows"]
+
+    def test_rows_name_what_was_known_of_their_run(self):
+        for rate in (1, 2):
+            key = ("cell", "seed")
+            results = common.Results(Path("r.json"), stage="s", version="1", key=key, facts={"rate": rate})
+            results.add({"cell": "a", "seed": rate})
+        assert [block["rate"] for block in read_results("r.json")["environments"]] == [1, 2]
 
     def test_todo_is_missing_first_then_oldest(self):
         results = self.open()
@@ -439,6 +468,7 @@ class TestCommand:
         stages = gpu.stages()
         assert len({stage.name for stage in stages}) == len(stages) <= 8
         assert all(stage.limit_s <= 480 for stage in stages)
+        assert [stage.name for stage in stages][:2] == ["tests", "ops"]
 
     def test_without_a_device_says_so(self, monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
