@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfkd_fast import ops
 from dfkd_fast.nn import AttentionGenerator, HighOrderAttention, ProjectionHead, SpatialAttention, spectral_norm_held
+from dfkd_fast.testing import random
+from dfkd_fast.testing.inputs import Layout
 
 
 def _snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -67,6 +72,63 @@ def test_spatial_attention_is_the_papers_hourglass(form: str, size: tuple[int, i
     }[form]
     # out - F alone: the gate's share is far below the resolution of a comparison of out itself.
     torch.testing.assert_close((module(x) - x) * positions, 0.05 * gate * x * positions, rtol=1e-9, atol=1e-10)
+
+
+def _hidden_by_torchs_pooling(module: SpatialAttention, features: Tensor) -> Tensor:
+    psi = F.relu(module.encode_norm(module.encode(module.reduce(features))))
+    pooled, indices = F.max_pool2d(psi, 2, return_indices=True)
+    gamma = F.relu(module.bottleneck_norm(module.bottleneck(pooled)))
+    widened = F.relu(module.widen_norm(module.widen(gamma)))
+    unpooled = F.max_unpool2d(widened, indices, [2, 2], output_size=list(psi.shape[-2:]))
+    return F.relu(module.decode_norm(module.decode(unpooled)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(4, 4), (5, 7), (2, 3)])
+def test_the_hourglass_is_that_of_torchs_pooling_and_unpooling(
+    size: tuple[int, int], layout: Layout, training: bool
+) -> None:
+    """To the bit: values, gradients and running statistics. Windows with nothing positive, all ties, are among them."""
+    torch.manual_seed(0)
+    module = SpatialAttention(16, reduction=8).train(training)
+    nn.init.constant_(module.encode_norm.bias, -1.0)
+    other = copy.deepcopy(module)
+    x = random(3, 16, *size, layout=layout, requires_grad=True)
+    got, want = module.hidden(x), _hidden_by_torchs_pooling(other, x)
+    upstream = torch.randn_like(want)
+    wanted = [each for name, each in module.named_parameters() if not name.startswith("expand")]
+    theirs = [each for name, each in other.named_parameters() if not name.startswith("expand")]
+    assert torch.equal(got, want)
+    for mine, other_one in zip(
+        torch.autograd.grad(got, [x, *wanted], upstream),
+        torch.autograd.grad(want, [x, *theirs], upstream),
+        strict=True,
+    ):
+        assert torch.equal(mine, other_one)
+    assert not _changed(_snapshot(other), module)
+
+
+def test_the_hourglass_runs_on_kernels(kernel_device: str) -> None:
+    torch.manual_seed(0)
+    module = SpatialAttention(16, reduction=8).to(kernel_device, memory_format=torch.channels_last)
+    x = random(2, 16, 5, 6, layout="channels_last", device=kernel_device, requires_grad=True)
+    results = []
+    for name in ("triton", "reference"):
+        with ops.backend(name):
+            hidden = module.hidden(x)
+        results.append((hidden, torch.autograd.grad(hidden.square().sum(), x)[0]))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_spatial_attention_keeps_its_names() -> None:
+    """Checkpoints hold them."""
+    layers = ("reduce", "encode", "bottleneck", "widen", "decode", "expand")
+    statistics = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = {f"{layer}.weight" for layer in layers} | {"reduce.bias", "expand.bias"}
+    names |= {f"{layer}_norm.{each}" for layer in layers[1:5] for each in statistics}
+    assert set(SpatialAttention(16).state_dict()) == names
 
 
 @pytest.mark.parametrize("attention", ["spatial", "spatial_mean1", "channel", "none"])

@@ -107,11 +107,11 @@ class SpatialAttention(nn.Module):
 
     def hidden(self, features: Tensor) -> Tensor:
         """The hourglass: (N, C, H, W) to the maps h, (N, C / r, H, W), that the gate expands. H and W at least 2."""
-        psi = F.relu(self.encode_norm(self.encode(self.reduce(features))))
-        pooled, indices = F.max_pool2d(psi, 2, return_indices=True)
+        normed = self.encode_norm(self.encode(self.reduce(features)))
+        pooled, code = ops.max_pool2x2(normed, relu=True)
         gamma = F.relu(self.bottleneck_norm(self.bottleneck(pooled)))
         widened = F.relu(self.widen_norm(self.widen(gamma)))
-        unpooled = F.max_unpool2d(widened, indices, [2, 2], output_size=list(psi.shape[-2:]))
+        unpooled = ops.max_unpool2x2(widened, code, normed.shape[-2:])
         return F.relu(self.decode_norm(self.decode(unpooled)))
 
     def forward(self, features: Tensor) -> Tensor:
