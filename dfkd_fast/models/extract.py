@@ -6,21 +6,26 @@ The network's forward is followed once by torch.fx, and the graph given more out
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_fast.models.batchnorm import BatchNormWithStatistics
+from dfkd_fast.models.fusion import Values, find
 from dfkd_fast.models.outputs import Outputs
 from dfkd_fast.models.tracing import Program, Root, Shape, Trace, compile_graph, default_stages, modes_kept, trace
 
 __all__ = ["FeatureModel", "extract"]
+
+log = logging.getLogger(__name__)
 
 
 class FeatureModel(nn.Module):
@@ -39,9 +44,11 @@ class FeatureModel(nn.Module):
         penultimate_dim: D, the length of the penultimate features.
         num_classes: number of logits.
         batchnorms: paths of the BatchNorms whose statistics are given, in the order of ``Outputs.statistics``.
+        fused: for each of them what is computed with it in one pass over its map: "add" for what is added to its
+            output, "relu" or "relu6" for the activation, joined by "+", and empty for the norm alone.
         other_batchnorms: paths of those that are used as they are, and follow their flags: of another kind than
-            BatchNorm2d, without stored statistics, or inside a module that cannot be followed. Both are empty without
-            statistics.
+            BatchNorm2d, without stored statistics, or inside a module that cannot be followed. All three are empty
+            without statistics.
     """
 
     stages: tuple[str, ...]
@@ -49,13 +56,14 @@ class FeatureModel(nn.Module):
     penultimate_dim: int
     num_classes: int
     batchnorms: tuple[str, ...]
+    fused: tuple[str, ...]
     other_batchnorms: tuple[str, ...]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.rewritten = nn.ModuleList()
-        self.batchnorms = self.other_batchnorms = ()
+        self.batchnorms = self.fused = self.other_batchnorms = ()
         self.training = model.training
         self._training_program: Program = _delegate
         self._eval_program: Program = _delegate
@@ -75,20 +83,6 @@ def _delegate(owner: nn.Module, x: Tensor) -> tuple[Any, ...]:
     assert isinstance(owner, FeatureModel)
     outputs = owner.model(x)
     return outputs.logits, [outputs.features[int(i)] for i in owner.stages], outputs.penultimate, outputs.statistics
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a graph and keeps every tensor's shape."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(root, graph=graph, garbage_collect_values=True)
-        self.shapes: dict[fx.Node, Shape] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.shapes[n] = tuple(result.shape)
-        return result
 
 
 @contextmanager
@@ -163,6 +157,7 @@ def _as_it_is(model: nn.Module, outputs: Outputs, stages: Sequence[str] | None) 
         raise ValueError(f"stages: {type(model).__name__} gives its features itself, {known}; got {list(stages)}")
     made.stages = tuple(stages if stages is not None else known)
     made.batchnorms = tuple(str(i) for i in range(len(outputs.statistics)))
+    made.fused = ("",) * len(made.batchnorms)
     shapes = [tuple(outputs.features[int(stage)].shape) for stage in made.stages]
     _describe(made, tuple(outputs.logits.shape), shapes, tuple(outputs.penultimate.shape))
     return made
@@ -173,7 +168,7 @@ def _traced(
 ) -> FeatureModel:
     root = Root(model)
     found = trace(root, training=False, evaluating=statistics)
-    runner = _Shapes(root, found.graph)
+    runner = Values(root, found.graph)
     with _undisturbed(model, image.device):
         logits = runner.run(image)
     # In exact arithmetic these are equal; a graph that missed a branch is far off.
@@ -197,7 +192,7 @@ def _traced(
             f"{penultimate} is no penultimate vector (N, {reads})"
         )
     if statistics:
-        _rewrite_batchnorms(made, found)
+        _rewrite_batchnorms(made, found, runner)
     made._eval_program = made._training_program = _program(made, found)
     if not statistics:
         made._training_program = _program(made, trace(root, training=True))
@@ -221,26 +216,35 @@ def _describe(made: FeatureModel, logits: Shape, features: Sequence[Shape], penu
     made.penultimate_dim, made.num_classes = penultimate[1], logits[1]
 
 
-def _rewrite_batchnorms(made: FeatureModel, found: Trace) -> None:
-    """Put a BatchNorm that returns statistics in the place of each that there is one for."""
-    rewritten = []
-    for node in list(found.graph.nodes):
-        module = found.module(node)
-        if module is None or not BatchNormWithStatistics.fits(module):
-            continue
+def _rewrite_batchnorms(made: FeatureModel, found: Trace, values: Values) -> None:
+    """Put a BatchNorm that returns statistics in the place of each that there is one for, and of what follows it."""
+    graph = found.graph
+    kept = {found.stage(path) for path in made.stages} | {found.penultimate, found.logits}
+    paths, fused, fusions = [], [], find(found, values, kept)
+    for fusion in fusions:
+        module = found.module(fusion.norm)
         assert isinstance(module, nn.BatchNorm2d)
-        with found.graph.inserting_before(node):
-            call = found.graph.call_module(f"rewritten.{len(made.rewritten)}", (node.all_input_nodes[0],))
-            found.statistics.append(found.graph.call_function(operator.getitem, (call, 1)))
-        rewritten.append(str(node.target).removeprefix("model."))
-        made.rewritten.append(BatchNormWithStatistics(module))
-        # To all others the node stays what it was: the normalised map.
-        node.op, node.target, node.args, node.kwargs = "call_function", operator.getitem, (call, 0), {}
-    made.batchnorms = tuple(rewritten)
+        norm = BatchNormWithStatistics(module, fusion.activation)
+        given = (fusion.norm.all_input_nodes[0], *([fusion.residual] if fusion.residual is not None else []))
+        paths.append(str(fusion.norm.target).removeprefix("model."))
+        # At the addition, since the residual may be written into after it.
+        with graph.inserting_before(fusion.add if fusion.add is not None else fusion.norm):
+            call = graph.call_module(f"rewritten.{len(made.rewritten)}", given)
+            found.statistics.append(graph.call_function(operator.getitem, (call, 1)))
+        made.rewritten.append(norm)
+        fused.append(fusion.describe(norm))
+        # To all others the last node stays what it was.
+        last = fusion.last
+        last.op, last.target, last.args, last.kwargs = "call_function", operator.getitem, (call, 0), {}
+        for node in reversed(fusion.between):
+            graph.erase_node(node)
+    made.batchnorms, made.fused = tuple(paths), tuple(fused)
+    counts = ", ".join(f"{count} {what or 'alone'}" for what, count in sorted(Counter(fused).items()))
+    log.info("%s: %d BatchNorms give statistics (%s)", type(made.model).__name__, len(fused), counts or "none")
     made.other_batchnorms = tuple(
         path
         for path, module in made.model.named_modules()
-        if path not in rewritten and (isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__)
+        if path not in paths and (isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__)
     )
 
 

@@ -9,6 +9,8 @@ from dfkd_fast.ops.batchnorm_statistics import batchnorm_statistics, channel_sta
 from dfkd_fast.ops.contrastive_loss import contrastive_loss
 from dfkd_fast.ops.distillation_kl import distillation_kl
 from dfkd_fast.ops.high_order_attention import high_order_attention, high_order_attention_map
+from dfkd_fast.ops.high_order_attention_mse import high_order_attention_mse
+from dfkd_fast.ops.max_pool2x2 import max_pool2x2, max_unpool2x2
 from dfkd_fast.ops.spatial_attention import spatial_attention
 
 __all__ = [
@@ -20,5 +22,8 @@ __all__ = [
     "distillation_kl",
     "high_order_attention",
     "high_order_attention_map",
+    "high_order_attention_mse",
+    "max_pool2x2",
+    "max_unpool2x2",
     "spatial_attention",
 ]

@@ -2,17 +2,121 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
+from dfkd_fast.ops.library import no_second_derivative, operator, unserved
 from dfkd_fast.reference import contrastive_loss as reference
 
 __all__ = ["contrastive_loss"]
 
+
+def _allocate_forward(
+    anchors: Tensor, positives: Tensor, temperature: float, symmetric: bool, normalize: bool, reduction: str
+) -> tuple[Tensor, Tensor]:
+    count = (2 if symmetric else 1) * anchors.shape[0]
+    shape = (count,) if reduction == "none" else ()
+    return anchors.new_empty(shape, dtype=torch.float32), anchors.new_empty(count, dtype=torch.float32)
+
+
+def _launch_forward(*arguments: Any) -> None:
+    from dfkd_fast.kernels import contrastive_loss as kernels
+
+    kernels.forward(*arguments)
+
+
+def _allocate_backward(
+    upstream: Tensor,
+    anchors: Tensor,
+    positives: Tensor,
+    saved: Tensor,
+    temperature: float,
+    symmetric: bool,
+    normalize: bool,
+    want_anchors: bool,
+    want_positives: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(anchors) if want_anchors else anchors.new_empty(0),
+        torch.empty_like(positives) if want_positives else positives.new_empty(0),
+    )
+
+
+def _launch_backward(*arguments: Any) -> None:
+    from dfkd_fast.kernels import contrastive_loss as kernels
+
+    kernels.backward(*arguments)
+
+
+_forward = operator(
+    "contrastive_loss(Tensor anchors, Tensor positives, float temperature, bool symmetric, bool normalize, "
+    "str reduction) -> (Tensor, Tensor)",
+    _allocate_forward,
+    _launch_forward,
+)
+_backward = operator(
+    "contrastive_loss_backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor saved, float temperature, "
+    "bool symmetric, bool normalize, bool want_anchors, bool want_positives, bool mean) -> (Tensor, Tensor)",
+    _allocate_backward,
+    _launch_backward,
+)
+
+
+class _ContrastiveLoss(torch.autograd.Function):
+    """The loss, and what backward needs of it: one logarithm of a sum an anchor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        anchors: Tensor, positives: Tensor, temperature: float, symmetric: bool, normalize: bool, reduction: str
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(anchors, positives, temperature, symmetric, normalize, reduction)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        anchors, positives, ctx.temperature, ctx.symmetric, ctx.normalize, ctx.reduction = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(anchors, positives, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        anchors, positives, saved = ctx.saved_tensors
+        want_anchors, want_positives, *_ = ctx.needs_input_grad
+        da, db = _backward(
+            upstream,
+            anchors,
+            positives,
+            saved,
+            ctx.temperature,
+            ctx.symmetric,
+            ctx.normalize,
+            want_anchors,
+            want_positives,
+            ctx.reduction == "mean",
+        )
+        gradients = (da if want_anchors else None, db if want_positives else None)
+        gradients = no_second_derivative("contrastive_loss", gradients, upstream, anchors, positives)
+        return *gradients, None, None, None, None
+
+
+def _triton(
+    anchors: Tensor, positives: Tensor, *, temperature: float, symmetric: bool, normalize: bool, reduction: str
+) -> Tensor:
+    return _ContrastiveLoss.apply(anchors, positives, float(temperature), symmetric, normalize, reduction)[0]
+
+
+def _served(anchors: Tensor, positives: Tensor, **options: Any) -> str | None:
+    return unserved(anchors, positives)
+
+
 register("contrastive_loss", "reference", reference.contrastive_loss)
+register("contrastive_loss", "triton", _triton, _served)
 
 
 def contrastive_loss(

@@ -2,18 +2,139 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_tensor
+from dfkd_fast.ops.library import no_second_derivative, operator, unserved
 from dfkd_fast.reference import high_order_attention as reference
 
-__all__ = ["high_order_attention", "high_order_attention_map"]
+__all__ = [
+    "allocate_gradients",
+    "high_order_attention",
+    "high_order_attention_map",
+    "product_weights",
+    "require_arguments",
+    "unserved_order",
+]
+
+
+def _allocate(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str) -> Tensor:
+    _, channels, height, width = x.shape
+    if x.stride(1) == 1 and channels != 1 and height * width != 1:
+        return torch.empty_like(x, memory_format=torch.channels_last)
+    if result == "map" or x.is_contiguous():
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x)
+
+
+def _launch(x: Tensor, *arguments: Any) -> None:
+    from dfkd_fast.kernels import high_order_attention as kernels
+
+    kernels.value(x, x, *arguments)
+
+
+def allocate_gradients(
+    x: Tensor, proj_weight: Tensor, out_weight: Tensor, want_x: bool, want_proj: bool, want_out: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to be filled, empty where they are not wanted."""
+    return (
+        torch.empty_like(x) if want_x else x.new_empty(0),
+        proj_weight.new_empty(proj_weight.shape if want_proj else 0),
+        out_weight.new_empty(out_weight.shape if want_out else 0),
+    )
+
+
+def _allocate_backward(
+    upstream: Tensor,
+    x: Tensor,
+    proj_weight: Tensor,
+    out_weight: Tensor,
+    mode: str,
+    result: str,
+    want_x: bool,
+    want_proj: bool,
+    want_out: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return allocate_gradients(x, proj_weight, out_weight, want_x, want_proj, want_out)
+
+
+def _launch_backward(upstream: Tensor, x: Tensor, *arguments: Any) -> None:
+    from dfkd_fast.kernels import high_order_attention as kernels
+
+    proj_weight, out_weight, mode, result, *wanted, dx, dproj, dout = arguments
+    kernels.gradients(x, x, upstream, proj_weight, out_weight, mode, result, tuple(wanted), dx, dproj, dout)
+
+
+_forward = operator(
+    "high_order_attention(Tensor x, Tensor proj_weight, Tensor out_weight, str mode, str result) -> Tensor",
+    _allocate,
+    _launch,
+)
+_backward = operator(
+    "high_order_attention_backward(Tensor upstream, Tensor x, Tensor proj_weight, Tensor out_weight, str mode, "
+    "str result, bool want_x, bool want_proj, bool want_out) -> (Tensor, Tensor, Tensor)",
+    _allocate_backward,
+    _launch_backward,
+)
+
+
+class _HighOrderAttention(torch.autograd.Function):
+    """The features that pass, or the gate; backward computes the maps anew from x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str) -> Tensor:
+        return _forward(x, proj_weight, out_weight, mode, result)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.mode, ctx.result = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        x, proj_weight, out_weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        computed = _backward(upstream, x, proj_weight, out_weight, ctx.mode, ctx.result, *wanted)
+        gradients = [g if want else None for g, want in zip(computed, wanted, strict=True)]
+        return *no_second_derivative("high_order_attention", gradients, upstream, *ctx.saved_tensors), None, None
+
+
+def product_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Weights in the type that the matrix products run in, as the reference has it."""
+    device = x.device.type
+    cast = tuple(weight.to(x.dtype) for weight in weights)
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return tuple(weight.to(torch.get_autocast_dtype(device)) for weight in cast)
+    return cast
+
+
+def unserved_order(out_weight: Tensor) -> str | None:
+    """Why the kernels cannot take so many orders; None where they can."""
+    order = out_weight.shape[0]
+    return None if order <= 4 else f"its kernels go up to order 4, not {order}"
+
+
+def _triton(result: str) -> Any:
+    def run(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> Tensor:
+        return _HighOrderAttention.apply(x, *product_weights(x, proj_weight, out_weight), mode, result)
+
+    return run
+
+
+def _served(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
+    return unserved(x) or unserved_order(out_weight)
+
 
 register("high_order_attention", "reference", reference.high_order_attention)
+register("high_order_attention", "triton", _triton("features"), _served)
 register("high_order_attention_map", "reference", reference.high_order_attention_map)
+register("high_order_attention_map", "triton", _triton("map"), _served)
 
 
 def high_order_attention(
@@ -49,7 +170,7 @@ def high_order_attention(
         ValueError: shapes or devices that do not agree, an unknown mode or backend.
         RuntimeError: the backend asked for cannot serve these arguments.
     """
-    _check(x, proj_weight, out_weight, mode)
+    require_arguments(x, proj_weight, out_weight, mode)
     return dispatch("high_order_attention", backend, x, proj_weight, out_weight, mode=mode)
 
 
@@ -78,11 +199,12 @@ def high_order_attention_map(
         ValueError: as there.
         RuntimeError: as there.
     """
-    _check(x, proj_weight, out_weight, mode)
+    require_arguments(x, proj_weight, out_weight, mode)
     return dispatch("high_order_attention_map", backend, x, proj_weight, out_weight, mode=mode)
 
 
-def _check(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str) -> None:
+def require_arguments(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str) -> None:
+    """Checks what all forms of the op share; raises as :func:`high_order_attention`."""
     require_tensor("x", x, ("N", "C", "H", "W"))
     require_tensor("out_weight", out_weight, ("R", "C", "K"), ("x", x), C=x.shape[1])
     order, _, hidden = out_weight.shape

@@ -2,17 +2,145 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
+from dfkd_fast.ops.library import no_second_derivative, operator, unserved
 from dfkd_fast.reference import spatial_attention as reference
 
 __all__ = ["spatial_attention"]
 
+
+def _new_map(x: Tensor) -> Tensor:
+    """Channels-last like x, unless what is no channels-last map to PyTorch: one channel, one position."""
+    if x.stride(1) == 1 and x.shape[1] != 1 and x.shape[2] * x.shape[3] != 1:
+        return torch.empty_like(x, memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _allocate_forward(
+    features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str
+) -> tuple[Tensor, Tensor]:
+    """The result, and of each channel the largest logit and the sum of exponentials below it."""
+    samples, channels, height, width = features.shape
+    saved = features.new_empty(0 if form == "channel" else (2, samples, channels), dtype=torch.float32)
+    channels_last = features.stride(1) == 1 and channels != 1 and height * width != 1
+    if channels_last or features.is_contiguous():
+        return _new_map(features), saved
+    # Other strides without gaps stay, as they do in the reference.
+    return torch.empty_like(features), saved
+
+
+def _launch_forward(*arguments: Any) -> None:
+    from dfkd_fast.kernels import spatial_attention as kernels
+
+    kernels.forward(*arguments)
+
+
+def _allocate_backward(
+    upstream: Tensor,
+    features: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    saved: Tensor,
+    scale: float,
+    form: str,
+    want_features: bool,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        _new_map(features) if want_features else features.new_empty(0),
+        _new_map(hidden) if want_hidden else hidden.new_empty(0),
+        weight.new_empty(weight.shape if want_weight else 0),
+        bias.new_empty(bias.shape) if bias is not None and want_bias else weight.new_empty(0),
+    )
+
+
+def _launch_backward(
+    upstream: Tensor,
+    features: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    saved: Tensor,
+    scale: float,
+    form: str,
+    want_features: bool,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+    *results: Tensor,
+) -> None:
+    from dfkd_fast.kernels import spatial_attention as kernels
+
+    wanted = (want_features, want_hidden, want_weight, want_bias and bias is not None)
+    filled = (result if want else None for result, want in zip(results, wanted, strict=True))
+    kernels.backward(upstream, features, hidden, weight, bias, saved, scale, form, *filled)
+
+
+_forward = operator(
+    "spatial_attention(Tensor features, Tensor hidden, Tensor weight, Tensor? bias, float scale, str form) "
+    "-> (Tensor, Tensor)",
+    _allocate_forward,
+    _launch_forward,
+)
+_backward = operator(
+    "spatial_attention_backward(Tensor upstream, Tensor features, Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor saved, float scale, str form, bool want_features, bool want_hidden, bool want_weight, bool want_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _allocate_backward,
+    _launch_backward,
+)
+
+
+class _SpatialAttention(torch.autograd.Function):
+    """The gated features; backward computes logits anew, from two numbers a channel for softmaxes over positions."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(features, hidden, weight, bias, scale, form)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.scale, ctx.form = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        wanted = ctx.needs_input_grad[:4]
+        computed = _backward(upstream, *ctx.saved_tensors, ctx.scale, ctx.form, *wanted)
+        gradients = [g if want else None for g, want in zip(computed, wanted, strict=True)]
+        return *no_second_derivative("spatial_attention", gradients, upstream, *ctx.saved_tensors[:4]), None, None
+
+
+def _triton(
+    features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float, form: str
+) -> Tensor:
+    device = features.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        # The weight takes the type of hidden inside the kernels.
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    return _SpatialAttention.apply(features, hidden, weight, bias, float(scale), form)[0]
+
+
+def _served(features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> str | None:
+    return unserved(features, hidden, weight, bias)
+
+
 register("spatial_attention", "reference", reference.spatial_attention)
+register("spatial_attention", "triton", _triton, _served)
 
 
 def spatial_attention(

@@ -1,0 +1,982 @@
+"""NT-Xent over 2N vectors without their similarity matrix: a fused product and exponential, forward and backward.
+
+With y_i = 2^k_i v_i the rows scaled by a power of two, which rounds nothing, and r_i = 1 / |y_i| (0 for a zero row)::
+
+    s_ij = (y_i . y_j) r_i r_j log2(e) / tau          L_i = log2(sum over j != i of 2^s_ij)
+    loss_i = log(2) (L_i - s_{i, partner of i})
+
+The product takes the rows in the type they came in, since they are exact in it, and is scaled in float32 afterwards:
+the tensor cores' full rate costs no digit of the similarities. Without normalisation k = 0 and r = 1.
+
+Backward, one kernel over the rows a of all 2N vectors, with g the upstream gradient of an anchor (0 for what is none)::
+
+    w_ab = g_a 2^(s_ab - L_a) + g_b 2^(s_ab - L_b) - [b is the partner of a] (g_a + g_b)        w_aa = 0
+    G_a = sum over b of w_ab y_b r_b / tau        d v_a = 2^k_a r_a (G_a - (G_a . u_a) u_a)     u_a = r_a y_a
+
+w is rounded to the type of y for the second product, but for the partner's, whose difference of nearly equal numbers is
+kept in float32. Where the positives are no anchors their rows meet the anchors alone. With M = 2N: M^2 D operations
+forward and 3 M^2 D backward; with all as anchors 2 and 4.
+
+A tile with the anchor itself, its partner or the end of the vectors in it needs masks and is taken first, by its own
+loop; the loop over all others has none. Cosines bound s, and then (``BOUNDED``) sums of exponentials need no running
+maximum, and one exponential serves w_ab: 2^s_ab (g_a 2^-L_a + g_b 2^-L_b).
+
+Memory: the scaled copy of the vectors and a few numbers a row. Few rows have their columns split over programs; partial
+sums are merged by a second kernel in a fixed order. Up to ``SMALL`` vectors, one program and launch do all.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dfkd_fast.kernels import config
+from dfkd_fast.kernels.common import (
+    INTERPRETED,
+    architecture,
+    cast,
+    cdiv,
+    dot,
+    launch,
+    next_power_of_2,
+    precision,
+    processors,
+    sum_of,
+)
+from dfkd_fast.kernels.config import Launch
+
+__all__ = ["backward", "forward"]
+
+SMALL = 128
+"""Vectors, and dimensions, up to which one program does all."""
+
+# Below this bound of |s|, sums of 2^(2 s) over any number of vectors are far from the ends of float32.
+_BOUND = 48.0
+
+_LOG_2 = tl.constexpr(math.log(2))
+# Keeps weights of a softmax over a million vectors among float16's normal numbers, and a weight of two below its end.
+_LIFT = tl.constexpr(2.0**14)
+_LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _rows(first, second, rows, columns, count, dim, first_row, first_column, second_row, second_column):
+    """Rows of ``first`` and, from row ``count`` on, of ``second``, in float32; zero outside."""
+    row = rows.to(tl.int64)[:, None]
+    column = columns.to(tl.int64)[None, :]
+    inside = (columns < dim)[None, :]
+    in_first = (rows < count)[:, None]
+    in_second = ((rows >= count) & (rows < 2 * count))[:, None]
+    a = tl.load(first + (row * first_row + column * first_column), mask=in_first & inside, other=0.0)
+    b = tl.load(second + ((row - count) * second_row + column * second_column), mask=in_second & inside, other=0.0)
+    return a.to(tl.float32) + b.to(tl.float32)
+
+
+@triton.jit
+def _exponent(x):
+    """floor(log2(x)) for x >= 0; 0 for 0."""
+    denormal = x < 1.1754943508222875e-38
+    bits = tl.where(denormal, x * 16777216.0, x).to(tl.int32, bitcast=True)
+    return tl.where(x == 0, 0, (bits >> 23) - tl.where(denormal, 151, 127))
+
+
+@triton.jit
+def _times_power(x, k):
+    """Rows of x times 2^k, by halves: 2^k itself may not exist in float32."""
+    half = k >> 1
+    first = ((half + 127) << 23).to(tl.float32, bitcast=True)
+    second = ((k - half + 127) << 23).to(tl.float32, bitcast=True)
+    return x * first[:, None] * second[:, None]
+
+
+@triton.jit
+def _inverse(square, largest):
+    """Inverse length, and 0 for rows of zeros."""
+    return tl.where(largest == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(square)))
+
+
+@triton.jit
+def _scaled(x, NORMALIZE: tl.constexpr):
+    """y, r and k of whole rows."""
+    if NORMALIZE:
+        largest = tl.max(tl.abs(x), 1)
+        k = -_exponent(largest)
+        y = _times_power(x, k)
+        return y, _inverse(tl.sum(y * y, 1), largest), k
+    else:
+        return x, tl.full([x.shape[0]], 1.0, tl.float32), tl.zeros([x.shape[0]], tl.int32)
+
+
+@triton.jit
+def _gain(upstream, unit, rows, inside, stride, ELEMENTWISE: tl.constexpr):
+    """g over its unit, 0 for what is no anchor: of the order of one, since it is rounded with the weights."""
+    if ELEMENTWISE:
+        g = tl.load(upstream + rows.to(tl.int64) * stride, mask=inside, other=0.0)
+        largest = tl.load(unit)
+        return tl.where(largest == 0, 0.0, g / largest)
+    else:
+        return tl.where(inside, 1.0, 0.0)
+
+
+@triton.jit
+def _tangent(total, pair, u, partner, inverse, k, factor, NORMALIZE: tl.constexpr):
+    """Gradient of v from the sum of weighted vectors and the partner's weight."""
+    total = total * (1.0 / _LIFT) + pair[:, None] * partner
+    if NORMALIZE:
+        total = (total - tl.sum(total * u, 1)[:, None] * u) * inverse[:, None]
+        total = _times_power(total, k)
+    return total * factor
+
+
+@triton.jit
+def _store_rows(da, db, value, rows, columns, count, dim, da_row, da_column, db_row, db_column):
+    """Rows of both gradients, as :func:`_rows` counts them; a gradient that is None is left out."""
+    row = rows.to(tl.int64)[:, None]
+    column = columns.to(tl.int64)[None, :]
+    inside = (columns < dim)[None, :]
+    if da is not None:
+        at = da + (row * da_row + column * da_column)
+        tl.store(at, cast(value, da.dtype.element_ty), mask=(rows < count)[:, None] & inside)
+    if db is not None:
+        at = db + ((row - count) * db_row + column * db_column)
+        mask = ((rows >= count) & (rows < 2 * count))[:, None] & inside
+        tl.store(at, cast(value, db.dtype.element_ty), mask=mask)
+
+
+# --- any number of vectors
+
+
+@triton.jit
+def _largest_kernel(upstream, unit, anchors, stride, BLOCK: tl.constexpr):
+    largest = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, anchors, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        g = tl.load(upstream + at.to(tl.int64) * stride, mask=at < anchors, other=0.0)
+        largest = tl.maximum(largest, tl.abs(g))
+    tl.store(unit, tl.max(largest))
+
+
+@triton.jit
+def _prepare_kernel(
+    first,
+    second,
+    vectors,
+    numbers,
+    saved,
+    upstream,
+    unit,
+    count,
+    anchors,
+    dim,
+    width,
+    padded,
+    first_row,
+    first_column,
+    second_row,
+    second_column,
+    upstream_row,
+    NORMALIZE: tl.constexpr,
+    ELEMENTWISE: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y; and five numbers a row: r, and for backward k, g over its unit, L, and g 2^-L r."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    x = _rows(first, second, rows, columns, count, dim, first_row, first_column, second_row, second_column)
+    y, inverse, k = _scaled(x, NORMALIZE)
+    at = vectors + (rows.to(tl.int64)[:, None] * width + columns[None, :])
+    tl.store(at, cast(y, vectors.dtype.element_ty), mask=(columns < width)[None, :])
+    numbers += rows
+    tl.store(numbers, inverse)
+    if saved is not None:
+        tl.store(numbers + padded, k.to(tl.float32))
+        inside = rows < anchors
+        gain = _gain(upstream, unit, rows, inside, upstream_row, ELEMENTWISE)
+        level = tl.load(saved + rows, mask=inside, other=float("inf"))
+        tl.store(numbers + 2 * padded, gain)
+        tl.store(numbers + 3 * padded, level)
+        if BOUNDED:
+            tl.store(numbers + 4 * padded, gain * tl.exp2(-level) * (inverse * _LIFT))
+
+
+@triton.jit
+def _tile(vectors, row, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of y, which has rows and columns to spare."""
+    base = vectors + (row.to(tl.int64) * width + column)
+    return tl.load(base + (tl.arange(0, ROWS)[:, None] * width + tl.arange(0, COLUMNS)[None, :]))
+
+
+@triton.jit
+def _product(a, b, products, PRECISION: tl.constexpr):
+    """products + a b^T. A card gives the same bits for two vectors wherever in a tile they are, and numpy does not."""
+    if INTERPRETED:
+        return products + tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], 2)
+    else:
+        return dot(a, tl.trans(b), products, PRECISION)
+
+
+@triton.jit
+def _products(vectors, row, column, width, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    """y_a . y_b for M rows by N columns, D dimensions a step."""
+    products = tl.zeros([M, N], tl.float32)
+    for start in range(0, width, D):
+        a = _tile(vectors, row, start, width, M, D)
+        b = _tile(vectors, column, start, width, N, D)
+        products = _product(a, b, products, PRECISION)
+    return products
+
+
+@triton.jit
+def _within(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def _runs(row, partner, begin, end, limit, M: tl.constexpr, N: tl.constexpr):
+    """Which tiles of [begin, end) need masks: three runs, in order, each by its first tile and length.
+
+    They hold the M columns from ``row`` and from ``partner`` on, and those from ``limit`` on.
+    """
+    near, far = tl.minimum(row, partner), tl.maximum(row, partner)
+    start_0 = _within(near // N, begin, end)
+    end_0 = _within((near + M - 1) // N + 1, start_0, end)
+    start_1 = _within(far // N, end_0, end)
+    end_1 = _within((far + M - 1) // N + 1, start_1, end)
+    start_2 = _within(limit // N, end_1, end)
+    end_2 = _within(tl.cdiv(limit, N), start_2, end)
+    return start_0, end_0 - start_0, start_1, end_1 - start_1, start_2, end_2 - start_2
+
+
+@triton.jit
+def _masked(i, start_0, count_0, start_1, count_1, start_2):
+    """The i-th tile in the runs."""
+    last = start_2 + (i - count_0 - count_1)
+    return tl.where(i < count_0, start_0 + i, tl.where(i < count_0 + count_1, start_1 + (i - count_0), last))
+
+
+@triton.jit
+def _plain(i, start_0, count_0, start_1, count_1, start_2, count_2):
+    """The tile that takes the i-th place once the runs are left out."""
+    tile = i + tl.where(i >= start_0, count_0, 0)
+    tile += tl.where(tile >= start_1, count_1, 0)
+    return tile + tl.where(tile >= start_2, count_2, 0)
+
+
+@triton.jit
+def _store_loss(out, saved, top, total, positive, anchor, inside, scale, ELEMENTWISE: tl.constexpr):
+    """The losses of a program's anchors or their sum, and L."""
+    above = tl.log2(total)
+    tl.store(saved + anchor, top + above, mask=inside)
+    # The difference first: where the partner is all there is to the sum, exactly nothing is left of it.
+    loss = ((top - positive) + above) * _LOG_2
+    if ELEMENTWISE:
+        tl.store(out + anchor, loss, mask=inside)
+    else:
+        tl.store(out + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0)) * scale)
+
+
+@triton.jit
+def _forward_kernel(
+    vectors,
+    numbers,
+    out,
+    saved,
+    parts,
+    count,
+    anchors,
+    width,
+    span,
+    bend,
+    scale,
+    ELEMENTWISE: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    blocks = tl.cdiv(count, BLOCK_M)
+    side = tl.program_id(0) // blocks
+    local = (tl.program_id(0) - side * blocks) * BLOCK_M
+    row, partner = side * count + local, (1 - side) * count + local
+    lane = tl.arange(0, BLOCK_M)
+    anchor = row + lane
+    rows_in = local + lane < count
+    columns = tl.arange(0, BLOCK_N)
+    begin = tl.program_id(1) * span
+    end = tl.minimum(begin + span, tl.cdiv(2 * count, BLOCK_N))
+    start_0, count_0, start_1, count_1, start_2, count_2 = _runs(row, partner, begin, end, 2 * count, BLOCK_M, BLOCK_N)
+    masked = count_0 + count_1 + count_2
+
+    if RESIDENT:
+        a = _tile(vectors, row, 0, BLOCK_D, BLOCK_M, BLOCK_D)
+    inverse = tl.load(numbers + anchor)
+    positive = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.zeros([BLOCK_M], tl.float32) + (-bend if BOUNDED else _LOWEST)
+    for i in tl.range(0, masked, num_stages=1):
+        column = _masked(i, start_0, count_0, start_1, count_1, start_2) * BLOCK_N
+        if RESIDENT:
+            b = _tile(vectors, column, 0, BLOCK_D, BLOCK_N, BLOCK_D)
+            s = _product(a, b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+        else:
+            s = _products(vectors, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        # Alike from either side, so that backward finds the same to the bit: L has no digits to spare if large.
+        s *= (inverse[:, None] * tl.load(numbers + column + columns)[None, :]) * bend
+        j = (column + columns)[None, :]
+        s = tl.where((j == anchor[:, None]) | (j >= 2 * count), float("-inf"), s)
+        positive += tl.sum(tl.where(j == (partner + lane)[:, None], s, 0.0), 1)
+        higher = tl.maximum(top, tl.max(s, 1))
+        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
+        top = higher
+    bent = inverse * bend
+    for i in range(begin, end - masked):
+        column = _plain(i, start_0, count_0, start_1, count_1, start_2, count_2) * BLOCK_N
+        if RESIDENT:
+            b = _tile(vectors, column, 0, BLOCK_D, BLOCK_N, BLOCK_D)
+            s = _product(a, b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+        else:
+            s = _products(vectors, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        inverse_b = tl.load(numbers + column + columns)
+        if BOUNDED:
+            s = (s * inverse_b[None, :]) * bent[:, None]
+        else:
+            s *= (inverse[:, None] * inverse_b[None, :]) * bend
+            higher = tl.maximum(top, tl.max(s, 1))
+            total *= tl.exp2(top - higher)
+            top = higher
+        total += tl.sum(tl.exp2(s - top[:, None]), 1)
+
+    if parts is not None:
+        at = parts + tl.program_id(1).to(tl.int64) * (3 * anchors) + anchor
+        tl.store(at, top, mask=rows_in)
+        tl.store(at + anchors, total, mask=rows_in)
+        tl.store(at + 2 * anchors, positive, mask=rows_in)
+    else:
+        _store_loss(out, saved, top, total, positive, anchor, rows_in, scale, ELEMENTWISE)
+
+
+@triton.jit
+def _merge_kernel(parts, out, saved, anchors, chunks, scale, ELEMENTWISE: tl.constexpr, ROWS: tl.constexpr):
+    anchor = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = anchor < anchors
+    top = tl.full([ROWS], _LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    positive = tl.zeros([ROWS], tl.float32)
+    at = parts + anchor
+    for _ in range(0, chunks):
+        here = tl.load(at, mask=inside, other=0.0)
+        higher = tl.maximum(top, here)
+        total *= tl.exp2(top - higher)
+        total += tl.load(at + anchors, mask=inside, other=1.0) * tl.exp2(here - higher)
+        positive += tl.load(at + 2 * anchors, mask=inside, other=0.0)
+        top = higher
+        at += 3 * anchors
+    _store_loss(out, saved, top, total, positive, anchor, inside, scale, ELEMENTWISE)
+
+
+@triton.jit
+def _backward_kernel(
+    vectors,
+    numbers,
+    parts,
+    pairs,
+    count,
+    width,
+    padded,
+    span,
+    first_side,
+    rows,
+    bend,
+    SYMMETRIC: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """Weighted sums of vectors and the partner's weight, of the columns of one program.
+
+    What follows from the sums is another kernel's: beside a loop that fills the registers there is no room for it.
+    """
+    if RESIDENT:
+        width = BLOCK_D
+    blocks = tl.cdiv(count, BLOCK_M)
+    side = first_side + tl.program_id(0) // blocks
+    local = (tl.program_id(0) % blocks) * BLOCK_M
+    row, partner = side * count + local, (1 - side) * count + local
+    offset = tl.program_id(2) * BLOCK_O
+    lane = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    limit = 2 * count
+    if not SYMMETRIC:
+        limit = tl.where(side == 0, limit, count)
+    end = tl.minimum((tl.program_id(1) + 1) * span, tl.cdiv(limit, BLOCK_N))
+    begin = tl.minimum(tl.program_id(1) * span, end)
+    start_0, count_0, start_1, count_1, start_2, count_2 = _runs(row, partner, begin, end, limit, BLOCK_M, BLOCK_N)
+    masked = count_0 + count_1 + count_2
+
+    if RESIDENT:
+        a = _tile(vectors, row, 0, width, BLOCK_M, BLOCK_D)
+    inverse = tl.load(numbers + row + lane)
+    gain = tl.load(numbers + 2 * padded + row + lane)
+    level = tl.load(numbers + 3 * padded + row + lane)
+    pair = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
+    for i in tl.range(0, masked, num_stages=1):
+        column = _masked(i, start_0, count_0, start_1, count_1, start_2) * BLOCK_N
+        b = _tile(vectors, column, offset, width, BLOCK_N, BLOCK_O)
+        if RESIDENT:
+            s = _product(a, b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+        else:
+            s = _products(vectors, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        at = numbers + column + columns
+        inverse_b, gain_b = tl.load(at), tl.load(at + 2 * padded)
+        s *= (inverse[:, None] * inverse_b[None, :]) * bend
+        to_a = tl.exp2(s - level[:, None])
+        to_b = tl.exp2(s - tl.load(at + 3 * padded)[None, :])
+        j = (column + columns)[None, :]
+        paired = (j == (partner + lane)[:, None]) & (j < limit)
+        w = (to_a - 1) * gain[:, None] + (to_b - 1) * gain_b[None, :]
+        pair += tl.sum(tl.where(paired, w, 0.0), 1)
+        w = (to_a * gain[:, None] + to_b * gain_b[None, :]) * (inverse_b * _LIFT)[None, :]
+        w = tl.where(paired | (j == (row + lane)[:, None]) | (j >= limit), 0.0, w)
+        total = dot(cast(w, vectors.dtype.element_ty), b, total, PRECISION)
+    share = gain * tl.exp2(-level) * _LIFT
+    bent = inverse * bend
+    for i in range(begin, end - masked):
+        column = _plain(i, start_0, count_0, start_1, count_1, start_2, count_2) * BLOCK_N
+        b = _tile(vectors, column, offset, width, BLOCK_N, BLOCK_O)
+        if RESIDENT:
+            s = _product(a, b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+        else:
+            s = _products(vectors, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        at = numbers + column + columns
+        inverse_b = tl.load(at)
+        if BOUNDED:
+            s = (s * inverse_b[None, :]) * bent[:, None]
+            w = tl.exp2(s) * (share[:, None] * inverse_b[None, :] + tl.load(at + 4 * padded)[None, :])
+        else:
+            s *= (inverse[:, None] * inverse_b[None, :]) * bend
+            w = tl.exp2(s - level[:, None]) * gain[:, None]
+            w += tl.exp2(s - tl.load(at + 3 * padded)[None, :]) * tl.load(at + 2 * padded)[None, :]
+            w *= (inverse_b * _LIFT)[None, :]
+        total = dot(cast(w, vectors.dtype.element_ty), b, total, PRECISION)
+
+    at = tl.program_id(1).to(tl.int64) * rows + (row - first_side * count + lane)
+    keep = (local + lane < count) & (begin < end)
+    outputs = offset + tl.arange(0, BLOCK_O)
+    tl.store(parts + (at[:, None] * width + outputs[None, :]), total, mask=keep[:, None])
+    tl.store(pairs + at, pair, mask=keep & (tl.program_id(2) == 0))
+
+
+@triton.jit
+def _finish_kernel(
+    vectors,
+    numbers,
+    unit,
+    da,
+    db,
+    parts,
+    pairs,
+    count,
+    dim,
+    width,
+    padded,
+    first_side,
+    rows,
+    chunks_a,
+    chunks_b,
+    scale,
+    da_row,
+    da_column,
+    db_row,
+    db_column,
+    NORMALIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds up what the programs of a row found, in order."""
+    blocks = tl.cdiv(count, ROWS)
+    side = first_side + tl.program_id(0) // blocks
+    local = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    row, partner = (side * count + local).to(tl.int64), ((1 - side) * count + local).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = (local < count)[:, None] & (columns < width)[None, :]
+    at = row - first_side * count
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    pair = tl.zeros([ROWS], tl.float32)
+    for _ in range(0, tl.where(side == 0, chunks_a, chunks_b)):
+        total += tl.load(parts + (at[:, None] * width + columns[None, :]), mask=inside, other=0.0)
+        pair += tl.load(pairs + at, mask=local < count, other=0.0)
+        at += rows
+    inverse = tl.load(numbers + row)
+    u = tl.load(vectors + (row[:, None] * width + columns[None, :]), mask=inside, other=0.0)
+    v = tl.load(vectors + (partner[:, None] * width + columns[None, :]), mask=inside, other=0.0)
+    u = u.to(tl.float32) * inverse[:, None]
+    v = v.to(tl.float32) * tl.load(numbers + partner)[:, None]
+    k = tl.load(numbers + padded + row).to(tl.int32)
+    gradient = _tangent(total, pair, u, v, inverse, k, tl.load(unit) * scale, NORMALIZE)
+    row = tl.where(local < count, row, 2 * count)
+    _store_rows(da, db, gradient, row, columns, count, dim, da_row, da_column, db_row, db_column)
+
+
+# --- few vectors, one program
+
+
+@triton.jit
+def _vectors(
+    first,
+    second,
+    rows,
+    columns,
+    count,
+    dim,
+    first_row,
+    first_column,
+    second_row,
+    second_column,
+    NORMALIZE: tl.constexpr,
+):
+    """y in the type that is multiplied, and r and k."""
+    x = _rows(first, second, rows, columns, count, dim, first_row, first_column, second_row, second_column)
+    y, inverse, k = _scaled(x, NORMALIZE)
+    if first.dtype.element_ty == second.dtype.element_ty:
+        return cast(y, first.dtype.element_ty), inverse, k
+    else:
+        return y, inverse, k
+
+
+@triton.jit
+def _small_forward_kernel(
+    first,
+    second,
+    out,
+    saved,
+    count,
+    anchors,
+    dim,
+    first_row,
+    first_column,
+    second_row,
+    second_column,
+    bend,
+    scale,
+    NORMALIZE: tl.constexpr,
+    ELEMENTWISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.arange(0, ROWS)
+    y, inverse, _k = _vectors(
+        first,
+        second,
+        i,
+        tl.arange(0, BLOCK),
+        count,
+        dim,
+        first_row,
+        first_column,
+        second_row,
+        second_column,
+        NORMALIZE,
+    )
+    s = _product(y, y, tl.zeros([ROWS, ROWS], tl.float32), PRECISION)
+    s *= (inverse[:, None] * inverse[None, :]) * bend
+    j = tl.arange(0, ROWS)[None, :]
+    s = tl.where((j == i[:, None]) | (j >= 2 * count), float("-inf"), s)
+    partner = tl.where(i < count, i + count, i - count)
+    positive = tl.sum(tl.where(j == partner[:, None], s, 0.0), 1)
+    top = tl.maximum(tl.max(s, 1), _LOWEST)
+    total = tl.sum(tl.exp2(s - top[:, None]), 1)
+    _store_loss(out, saved, top, total, positive, i, i < anchors, scale, ELEMENTWISE)
+
+
+@triton.jit
+def _small_backward_kernel(
+    upstream,
+    first,
+    second,
+    saved,
+    da,
+    db,
+    count,
+    anchors,
+    dim,
+    first_row,
+    first_column,
+    second_row,
+    second_column,
+    da_row,
+    da_column,
+    db_row,
+    db_column,
+    upstream_row,
+    bend,
+    scale,
+    NORMALIZE: tl.constexpr,
+    ELEMENTWISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rows of the gradients, BLOCK_M a program."""
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    a, inverse, k = _vectors(
+        first, second, i, columns, count, dim, first_row, first_column, second_row, second_column, NORMALIZE
+    )
+    b, inverse_b, _k = _vectors(
+        first, second, j, columns, count, dim, first_row, first_column, second_row, second_column, NORMALIZE
+    )
+    s = _product(a, b, tl.zeros([BLOCK_M, ROWS], tl.float32), PRECISION)
+    s *= (inverse[:, None] * inverse_b[None, :]) * bend
+    if ELEMENTWISE:
+        g = tl.load(upstream + i.to(tl.int64) * upstream_row, mask=i < anchors, other=0.0)
+        g_b = tl.load(upstream + j.to(tl.int64) * upstream_row, mask=j < anchors, other=0.0)
+        unit = tl.max(tl.abs(g_b))
+        gain = tl.where(unit == 0, 0.0, g / unit)
+        gain_b = tl.where(unit == 0, 0.0, g_b / unit)
+    else:
+        unit = tl.load(upstream)
+        gain = tl.where(i < anchors, 1.0, 0.0)
+        gain_b = tl.where(j < anchors, 1.0, 0.0)
+    to_a = tl.exp2(s - tl.load(saved + i, mask=i < anchors, other=float("inf"))[:, None])
+    to_b = tl.exp2(s - tl.load(saved + j, mask=j < anchors, other=float("inf"))[None, :])
+    paired = j[None, :] == tl.where(i < count, i + count, i - count)[:, None]
+    w = (to_a - 1) * gain[:, None] + (to_b - 1) * gain_b[None, :]
+    pair = tl.sum(tl.where(paired, w, 0.0), 1)
+    w = (to_a * gain[:, None] + to_b * gain_b[None, :]) * (inverse_b * _LIFT)[None, :]
+    w = tl.where(paired | (j[None, :] == i[:, None]) | (j >= 2 * count)[None, :], 0.0, w)
+    total = dot(cast(w, b.dtype), b, tl.zeros([BLOCK_M, BLOCK], tl.float32), PRECISION)
+    v, inverse_v, _k = _vectors(
+        second, first, i, columns, count, dim, second_row, second_column, first_row, first_column, NORMALIZE
+    )
+    u = a.to(tl.float32) * inverse[:, None]
+    v = v.to(tl.float32) * inverse_v[:, None]
+    gradient = _tangent(total, pair, u, v, inverse, k, unit * scale, NORMALIZE)
+    _store_rows(da, db, gradient, i, columns, count, dim, da_row, da_column, db_row, db_column)
+
+
+# --- launches
+
+
+def _shape(first: Tensor, second: Tensor) -> tuple[torch.dtype, int]:
+    """Type of y, and its row length: a power of two, or of more than 256 dimensions a multiple of 128."""
+    dim = first.shape[1]
+    dtype = first.dtype if first.dtype == second.dtype else torch.float32
+    return dtype, max(16, next_power_of_2(dim)) if dim <= 256 else 128 * cdiv(dim, 128)
+
+
+def _small(kernel: str, first: Tensor, dtype: torch.dtype) -> Launch | None:
+    """How one program does all; None where it does not."""
+    count, dim = first.shape
+    most = SMALL if dtype != torch.float32 else min(SMALL, 64)
+    if max(2 * count, dim) > most:
+        return None
+    sizes = {"rows": max(16, next_power_of_2(2 * count)), "dim": max(16, next_power_of_2(dim))}
+    return config.choose(kernel, architecture(first), dtype, **sizes)
+
+
+def _bounded(bend: float, normalize: bool) -> bool:
+    """Whether 2^s can be summed as it is: for cosines over a temperature of 0.03 and more."""
+    return normalize and bend <= _BOUND
+
+
+def _span(blocks: int, tiles: list[int], available: int) -> int:
+    """How many tiles of columns a program takes.
+
+    Args:
+        blocks: of rows, on each side.
+        tiles: of columns, that the rows of each side have to do with.
+        available: programs at a time.
+    """
+    longest = max(tiles)
+    if blocks * len(tiles) >= 2 * available:
+        return longest
+
+    def time(span: int) -> int:
+        programs = blocks * sum(cdiv(each, span) for each in tiles)
+        # Two tiles' time to start a program, and four for the kernel that merges.
+        return cdiv(programs, available) * (span + 2) + (4 if span < longest else 0)
+
+    return min((cdiv(longest, chunks) for chunks in range(1, 33)), key=time)
+
+
+def _prepared(
+    first: Tensor,
+    second: Tensor,
+    normalize: bool,
+    *,
+    bounded: bool = False,
+    saved: Tensor | None = None,
+    upstream: Tensor | None = None,
+    unit: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y and the numbers of each row, with enough rows of zeros after the last for a tile; see :func:`_prepare_kernel`."""
+    count, dim = first.shape
+    dtype, width = _shape(first, second)
+    padded = 128 * (cdiv(2 * count, 128) + 1)
+    vectors = first.new_empty((padded, width), dtype=dtype)
+    numbers = first.new_empty((5, padded), dtype=torch.float32)
+    elementwise = upstream is not None and upstream.ndim == 1
+    chosen = config.choose("contrastive_loss_rows", architecture(first), dtype, dim=next_power_of_2(width))
+    launch(
+        _prepare_kernel,
+        (cdiv(padded, chosen.tile["ROWS"]),),
+        first,
+        second,
+        vectors,
+        numbers,
+        saved,
+        upstream,
+        unit,
+        count,
+        0 if saved is None else saved.shape[0],
+        dim,
+        width,
+        padded,
+        *first.stride(),
+        *second.stride(),
+        upstream.stride(0) if elementwise and upstream is not None else 0,
+        config=chosen,
+        NORMALIZE=normalize,
+        ELEMENTWISE=elementwise,
+        BOUNDED=bounded,
+    )
+    return vectors, numbers
+
+
+def forward(
+    first: Tensor,
+    second: Tensor,
+    temperature: float,
+    symmetric: bool,
+    normalize: bool,
+    reduction: str,
+    out: Tensor,
+    saved: Tensor,
+) -> None:
+    """The contrastive loss.
+
+    Args:
+        first: (N, D), any strides.
+        second: likewise.
+        temperature: above 0.
+        symmetric: as the op's.
+        normalize: likewise.
+        reduction: likewise.
+        out: float32, a scalar, or one value an anchor for "none".
+        saved: float32, one value an anchor, for :func:`backward`.
+    """
+    count, dim = first.shape
+    if count == 0:
+        # As torch's mean of nothing.
+        out.fill_(float("nan") if reduction == "mean" else 0.0)
+        return
+    dtype, width = _shape(first, second)
+    anchors = saved.shape[0]
+    elementwise = reduction == "none"
+    scale = 1 / anchors if reduction == "mean" else 1.0
+    bend = math.log2(math.e) / temperature
+    small = _small("contrastive_loss_small", first, dtype)
+    if small is not None:
+        launch(
+            _small_forward_kernel,
+            (1,),
+            first,
+            second,
+            out,
+            saved,
+            count,
+            anchors,
+            dim,
+            *first.stride(),
+            *second.stride(),
+            bend,
+            scale,
+            config=small,
+            NORMALIZE=normalize,
+            ELEMENTWISE=elementwise,
+            PRECISION=precision(dtype),
+        )
+        return
+    vectors, numbers = _prepared(first, second, normalize)
+    chosen = config.choose("contrastive_loss", architecture(first), dtype, dim=next_power_of_2(width))
+    blocks = cdiv(count, chosen.tile["BLOCK_M"])
+    sides = 2 if symmetric else 1
+    tiles = cdiv(2 * count, chosen.tile["BLOCK_N"])
+    span = _span(blocks, [tiles] * sides, processors(first))
+    chunks = cdiv(tiles, span)
+    parts = None if chunks == 1 else first.new_empty((chunks, 3, anchors), dtype=torch.float32)
+    sums = blocks * sides if chunks == 1 else cdiv(anchors, 128)
+    direct = elementwise or sums == 1
+    losses = out if direct else out.new_empty(sums)
+    inner = scale if direct else 1.0
+    launch(
+        _forward_kernel,
+        (blocks * sides, chunks),
+        vectors,
+        numbers,
+        losses,
+        saved,
+        parts,
+        count,
+        anchors,
+        width,
+        span,
+        bend,
+        inner,
+        config=chosen,
+        ELEMENTWISE=elementwise,
+        BOUNDED=_bounded(bend, normalize),
+        RESIDENT=chosen.tile["BLOCK_D"] == width,
+        PRECISION=precision(dtype),
+    )
+    if parts is not None:
+        merge = Launch(tile={"ROWS": 128})
+        launch(
+            _merge_kernel, (sums,), parts, losses, saved, anchors, chunks, inner, config=merge, ELEMENTWISE=elementwise
+        )
+    if not direct:
+        sum_of(losses, out, scale)
+
+
+def backward(
+    upstream: Tensor,
+    first: Tensor,
+    second: Tensor,
+    saved: Tensor,
+    temperature: float,
+    symmetric: bool,
+    normalize: bool,
+    want_first: bool,
+    want_second: bool,
+    mean: bool,
+    da: Tensor,
+    db: Tensor,
+) -> None:
+    """Gradients of :func:`forward`.
+
+    Args:
+        upstream: gradient of ``out``, of its shape, any strides.
+        first: as there.
+        second: as there.
+        saved: as there.
+        temperature: as there.
+        symmetric: as there.
+        normalize: as there.
+        want_first: whether to fill ``da``.
+        want_second: whether to fill ``db``.
+        mean: whether the reduction was "mean".
+        da: (N, D), in the dtype of ``first``, or anything where it is not wanted.
+        db: likewise of ``second``.
+    """
+    count, dim = first.shape
+    sides = want_first + want_second
+    if count == 0 or sides == 0:
+        return
+    dtype, width = _shape(first, second)
+    anchors = saved.shape[0]
+    elementwise = upstream.ndim == 1
+    scale = 1 / temperature / (anchors if mean else 1)
+    bend = math.log2(math.e) / temperature
+    results = (da if want_first else None, db if want_second else None)
+    strides = (*(da.stride() if want_first else (0, 0)), *(db.stride() if want_second else (0, 0)))
+    small = _small("contrastive_loss_small_backward", first, dtype)
+    if small is not None:
+        launch(
+            _small_backward_kernel,
+            (small.tile["ROWS"] // small.tile["BLOCK_M"],),
+            upstream,
+            first,
+            second,
+            saved,
+            *results,
+            count,
+            anchors,
+            dim,
+            *first.stride(),
+            *second.stride(),
+            *strides,
+            upstream.stride(0) if elementwise else 0,
+            bend,
+            scale,
+            config=small,
+            NORMALIZE=normalize,
+            ELEMENTWISE=elementwise,
+            PRECISION=precision(dtype),
+        )
+        return
+    unit = upstream
+    if elementwise:
+        unit = upstream.new_empty(())
+        largest = Launch(tile={"BLOCK": 4096}, num_warps=8)
+        launch(_largest_kernel, (1,), upstream, unit, anchors, upstream.stride(0), config=largest)
+    bounded = _bounded(bend, normalize)
+    vectors, numbers = _prepared(first, second, normalize, bounded=bounded, saved=saved, upstream=upstream, unit=unit)
+    chosen = config.choose("contrastive_loss_backward", architecture(first), dtype, dim=next_power_of_2(width))
+    first_side = 0 if want_first else 1
+    blocks = cdiv(count, chosen.tile["BLOCK_M"])
+    outputs = cdiv(width, chosen.tile["BLOCK_O"])
+    tiles = [cdiv((2 if symmetric or side == 0 else 1) * count, chosen.tile["BLOCK_N"]) for side in (0, 1)]
+    wanted = tiles[first_side : first_side + sides]
+    span = _span(blocks * outputs, wanted, processors(first))
+    chunks = cdiv(max(wanted), span)
+    rows = sides * count
+    parts = first.new_empty((chunks, rows, width), dtype=torch.float32)
+    pairs = first.new_empty((chunks, rows), dtype=torch.float32)
+    launch(
+        _backward_kernel,
+        (blocks * sides, chunks, outputs),
+        vectors,
+        numbers,
+        parts,
+        pairs,
+        count,
+        width,
+        numbers.shape[1],
+        span,
+        first_side,
+        rows,
+        bend,
+        config=chosen,
+        SYMMETRIC=symmetric,
+        BOUNDED=bounded,
+        RESIDENT=chosen.tile["BLOCK_D"] == width,
+        PRECISION=precision(dtype),
+    )
+    merge = config.choose("contrastive_loss_rows", architecture(first), dtype, dim=next_power_of_2(width))
+    launch(
+        _finish_kernel,
+        (sides * cdiv(count, merge.tile["ROWS"]),),
+        vectors,
+        numbers,
+        unit,
+        *results,
+        parts,
+        pairs,
+        count,
+        dim,
+        width,
+        numbers.shape[1],
+        first_side,
+        rows,
+        *(cdiv(each, span) for each in tiles),
+        scale,
+        *strides,
+        config=merge,
+        NORMALIZE=normalize,
+    )

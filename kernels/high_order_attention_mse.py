@@ -1,0 +1,63 @@
+"""Mean squared error of attended features to a target, without writing the attended features.
+
+The mean over all elements of ``(A x - target)^2``, with A the gate of mixed high-order attention. With s the upstream
+gradient times 2 / numel, ``g = s (A x - target)`` takes the place of the gradient of ``A x``; from there on the
+gradients are those of :mod:`dfkd_fast.kernels.high_order_attention`, whose kernels these are.
+
+Memory traffic: forward reads x and target; backward reads both again, computes A anew and writes dx.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dfkd_fast.kernels.high_order_attention import gradients, value
+
+__all__ = ["backward", "forward"]
+
+
+def forward(x: Tensor, proj: Tensor, out: Tensor, target: Tensor, mode: str, error: Tensor) -> None:
+    """The error.
+
+    Args:
+        x: (N, C, H, W), any strides.
+        proj: (R(R+1)/2, K, C), R up to 4, in the type of the matrix products.
+        out: (R, C, K) in the same.
+        target: of the shape of x, any strides.
+        mode: as the op's.
+        error: a float32 scalar.
+    """
+    value(x, target, proj, out, mode, "error", error)
+
+
+def backward(
+    upstream: Tensor,
+    x: Tensor,
+    proj: Tensor,
+    out: Tensor,
+    target: Tensor,
+    mode: str,
+    want_x: bool,
+    want_proj: bool,
+    want_out: bool,
+    dx: Tensor,
+    dproj: Tensor,
+    dout: Tensor,
+) -> None:
+    """Gradients of :func:`forward`.
+
+    Args:
+        upstream: gradient of ``error``.
+        x: as there.
+        proj: as there.
+        out: as there.
+        target: as there.
+        mode: as there.
+        want_x: whether to fill ``dx``.
+        want_proj: whether to fill ``dproj``.
+        want_out: whether to fill ``dout``.
+        dx: of the shape of x, or anything where it is not wanted.
+        dproj: likewise of proj, contiguous.
+        dout: likewise of out, contiguous.
+    """
+    gradients(upstream, x, target, proj, out, mode, "error", (want_x, want_proj, want_out), dx, dproj, dout)

@@ -1,0 +1,630 @@
+"""The gate of the spatial attention modules: a narrow product, its softmax and the gating, forward and backward.
+
+A sample is P positions by C features f; h are the K narrow maps. Per position and channel::
+
+    l = w h (+ b)        s = softmax(l)        out = f + scale s f
+
+over the positions of each channel (``spatial``; a bias cancels there and is left out) or over the channels at each
+position. With g the upstream gradient::
+
+    q = scale g f      D = sum of s q over the softmax      dl = s (q - D)
+    df = g + g scale s      dh = w^T dl      dw = sum over positions of dl h      db = sum over positions of dl
+
+The product is narrow and cheap, features are wide: so logits are computed anew wherever they are needed, never written,
+and never rounded. Saved are the maximum and the sum of exponentials of each channel; over channels nothing is.
+
+spatial forward: every program takes a chunk of one sample's positions, first for the maximum, then for the sum of
+    exponentials below it, so that a reduction across threads comes once a program; chunks are merged, then each tile of
+    features is gated. Features are read and written once, h is read from memory once and from cache twice: 4PC + 2PK
+    bytes in a two-byte type.
+spatial backward: one pass over f and g for D, and one for the gradients, which takes the samples in reverse so as to
+    find in cache what was read last: 10PC bytes at most. Between 6PC and that lies where groups of samples, each small
+    enough for the cache, take turns (``MEGABYTES``), at the price of two or three launches a group.
+channels: a row lies in one program, forward and backward are one pass each. With more channels than ``BLOCK_C``, sums
+    along the row come first, by a kernel of their own.
+
+Backward adds up dw in registers over as many tiles as a program takes; programs are so few that their sums are little
+traffic, and one kernel adds those in a fixed order. If a sample has more channels than a program, dw comes from a
+second launch, since dh wants all channels of a tile in one program, and dw all tiles of a channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dfkd_fast.kernels import config
+from dfkd_fast.kernels.common import architecture, cast, cdiv, dot, launch, next_power_of_2, precision, processors
+
+__all__ = ["backward", "forward"]
+
+_MERGE = config.Launch(tile={"CHUNKS": 16, "BLOCK": 64})
+_SUM = config.Launch(tile={"ROWS": 128, "BLOCK": 32}, num_warps=8)
+
+
+class Map(NamedTuple):
+    """A feature map as kernels take it: data and strides, None where it is channels-last without gaps.
+
+    Then addresses follow from the number of channels, and the compiler knows how far vectors are aligned.
+    """
+
+    data: Any
+    sample: Any
+    position: Any
+    channel: Any
+
+
+_NO_MAP = Map(None, None, None, None)
+
+
+class Operands(NamedTuple):
+    """What the kernels have in common; None where one has no use for it."""
+
+    features: Any
+    hidden: Any
+    bias: Any
+    samples: Any
+    positions: Any
+    scale: Any
+    upstream: Any = _NO_MAP
+    saved: Any = None
+    slopes: Any = None
+
+
+@triton.jit
+def _place(tile, positions, BLOCK_M: tl.constexpr):
+    """First position of a tile, and which of its positions exist."""
+    first = tl.cast(tile, tl.int64) * BLOCK_M
+    return first, first + tl.arange(0, BLOCK_M) < positions
+
+
+@triton.jit
+def _inside(exists, channel, CHANNELS: tl.constexpr):
+    """Which elements of a tile exist: no comparison along channels where all of them do."""
+    if CHANNELS // channel.shape[0] * channel.shape[0] == CHANNELS:
+        return exists[:, None]
+    else:
+        return exists[:, None] & (channel < CHANNELS)[None, :]
+
+
+@triton.jit
+def _pointers(m, sample, position, channel, positions, CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile (position, channel) of a map; position is the first."""
+    row = tl.arange(0, BLOCK_M)
+    if m.position is None:
+        # Within a tile 32 bits suffice.
+        return m.data + (sample * positions + position) * CHANNELS + (row[:, None] * CHANNELS + channel[None, :])
+    else:
+        at = (position + row) * m.position
+        return m.data + sample * m.sample + at[:, None] + channel.to(tl.int64)[None, :] * m.channel
+
+
+@triton.jit
+def _load(m, sample, position, exists, channel, positions, CHANNELS: tl.constexpr, EVICTION: tl.constexpr):
+    """That tile, zero outside."""
+    inside = _inside(exists, channel, CHANNELS)
+    at = _pointers(m, sample, position, channel, positions, CHANNELS, exists.shape[0])
+    return tl.load(at, mask=inside, other=0.0, eviction_policy=EVICTION)
+
+
+@triton.jit
+def _store(m, value, sample, position, inside, channel, positions, CHANNELS: tl.constexpr):
+    """Its counterpart, from float32."""
+    at = _pointers(m, sample, position, channel, positions, CHANNELS, inside.shape[0])
+    tl.store(at, cast(value, m.data.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight(weight, channel, k, C: tl.constexpr, K: tl.constexpr, dtype: tl.constexpr):
+    """A tile (k, channel) of the weight (C, K), zero outside, in the type of the products."""
+    inside = (k < K)[:, None] & (channel < C)[None, :]
+    return cast(tl.load(weight + channel[None, :] * K + k[:, None], mask=inside, other=0.0).to(tl.float32), dtype)
+
+
+@triton.jit
+def _logits(
+    h, w, x, weight, sample, position, exists, channel, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Logits (position, channel), from the first narrow maps h and weights w of a tile, and all further ones."""
+    logits = dot(h, w, tl.zeros([h.shape[0], w.shape[1]], tl.float32), PRECISION)
+    for start in range(h.shape[1], K, h.shape[1]):
+        k = start + tl.arange(0, h.shape[1])
+        more = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
+        logits = dot(more, _weight(weight, channel, k, C, K, h.dtype), logits, PRECISION)
+    return logits
+
+
+@triton.jit
+def _over_channels(logits, x, channel, C: tl.constexpr):
+    """Logits whose softmax runs along channels: with the bias, and minus infinity beyond the last channel."""
+    if x.bias is not None:
+        logits += tl.load(x.bias + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    if C // channel.shape[0] * channel.shape[0] != C:
+        logits = tl.where((channel < C)[None, :], logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def _softmax(logits, x, sample, position, exists, channel, C: tl.constexpr, FORM: tl.constexpr):
+    """The softmax of a tile, 0 at positions that do not exist.
+
+    FORM says where maximum and sum come from: "positions", saved for each channel; "channels", saved for each
+    position; "whole", this tile itself, which holds all channels of its positions.
+    """
+    if FORM == "whole":
+        e = tl.exp(logits - tl.max(logits, 1)[:, None])
+        s = e * (1.0 / tl.sum(e, 1))[:, None]
+    elif FORM == "channels":
+        row = tl.arange(0, exists.shape[0])
+        top = tl.load(x.saved + sample * x.positions + position + row, mask=exists, other=0.0)
+        total = tl.load(x.saved + (x.samples + sample) * x.positions + position + row, mask=exists, other=1.0)
+        s = tl.exp(logits - top[:, None]) * (1.0 / total)[:, None]
+    else:
+        top = tl.load(x.saved + sample * C + channel, mask=channel < C, other=0.0)
+        total = tl.load(x.saved + (x.samples + sample) * C + channel, mask=channel < C, other=1.0)
+        s = tl.exp(logits - top[None, :]) * (1.0 / total)[None, :]
+    return tl.where(exists[:, None], s, 0.0)
+
+
+# --- softmax over positions: sums along them
+
+
+@triton.jit
+def _chunk(row, chunks, each, positions, BLOCK_M: tl.constexpr):
+    """Sample, first and last tile of a chunk."""
+    first = row % chunks * each
+    return (row // chunks).to(tl.int64), first, tl.minimum(first + each, tl.cdiv(positions, BLOCK_M))
+
+
+@triton.jit
+def _tile_logits(w, x, weight, sample, tile, channel, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+                 BLOCK_M: tl.constexpr):  # fmt: skip
+    """Logits of a tile, minus infinity at positions that do not exist."""
+    position, exists = _place(tile, x.positions, BLOCK_M)
+    h = _load(x.hidden, sample, position, exists, tl.arange(0, w.shape[0]), x.positions, K, "")
+    logits = _logits(h, w, x, weight, sample, position, exists, channel, C, K, PRECISION)
+    return tl.where(exists[:, None], logits, float("-inf"))
+
+
+@triton.jit
+def _statistics_kernel(
+    x, weight, parts, chunks, each, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Maximum of the logits and sum of exponentials below it, a chunk of ``each`` tiles and channel."""
+    row = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
+    channel = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    sample, first, last = _chunk(row, chunks, each, x.positions, BLOCK_M)
+    w = _weight(weight, channel, tl.arange(0, BLOCK_K), C, K, x.hidden.data.dtype.element_ty)
+    # One number a place of the tile until the end: that spares a reduction across threads in each tile.
+    top = tl.full([BLOCK_M, BLOCK_C], float("-inf"), tl.float32)
+    for tile in range(first, last):
+        top = tl.maximum(top, _tile_logits(w, x, weight, sample, tile, channel, C, K, PRECISION, BLOCK_M))
+    largest = tl.max(top, 0)
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for tile in range(first, last):
+        logits = _tile_logits(w, x, weight, sample, tile, channel, C, K, PRECISION, BLOCK_M)
+        total += tl.exp(logits - largest[None, :])
+    wide = row.to(tl.int64)
+    tl.store(parts + wide * C + channel, largest, mask=channel < C)
+    tl.store(parts + (x.samples * chunks + wide) * C + channel, tl.sum(total, 0), mask=channel < C)
+
+
+@triton.jit(do_not_specialize=["first_sample"])
+def _merge_kernel(
+    parts, merged, first_sample, samples, chunks, MAXIMA: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The chunks' sums to those of a sample; with MAXIMA, these come first, and sums are of exponentials below them."""
+    sample = (first_sample + tl.program_id(0)).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    largest = tl.zeros([BLOCK], tl.float32)
+    if MAXIMA:
+        top = tl.full([CHUNKS, BLOCK], float("-inf"), tl.float32)
+        for start in range(0, chunks, CHUNKS):
+            chunk = start + tl.arange(0, CHUNKS)
+            inside = (chunk < chunks)[:, None] & (channel < C)[None, :]
+            at = (sample * chunks + chunk)[:, None] * C + channel[None, :]
+            top = tl.maximum(top, tl.load(parts + at, mask=inside, other=float("-inf")))
+        largest = tl.max(top, 0)
+        tl.store(merged + sample * C + channel, largest, mask=channel < C)
+    total = tl.zeros([CHUNKS, BLOCK], tl.float32)
+    sums = samples if MAXIMA else 0
+    for start in range(0, chunks, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        inside = (chunk < chunks)[:, None] & (channel < C)[None, :]
+        at = ((sums + sample) * chunks + chunk)[:, None] * C + channel[None, :]
+        part = tl.load(parts + at, mask=inside, other=0.0)
+        if MAXIMA:
+            at = (sample * chunks + chunk)[:, None] * C + channel[None, :]
+            part *= tl.exp(tl.load(parts + at, mask=inside, other=float("-inf")) - largest[None, :])
+        total += tl.where(inside, part, 0.0)
+    tl.store(merged + (sums + sample) * C + channel, tl.sum(total, 0), mask=channel < C)
+
+
+@triton.jit(do_not_specialize=["first_sample"])
+def _slopes_kernel(
+    x, weight, parts, first_sample, chunks, each, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """D, the sum of s q over positions, a chunk and channel."""
+    row = first_sample * chunks + tl.program_id(0) // tl.cdiv(C, BLOCK_C)
+    channel = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    sample, first, last = _chunk(row, chunks, each, x.positions, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    w = _weight(weight, channel, k, C, K, x.hidden.data.dtype.element_ty)
+    slope = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for tile in range(first, last):
+        position, exists = _place(tile, x.positions, BLOCK_M)
+        g = _load(x.upstream, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
+        f = _load(x.features, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
+        h = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
+        logits = _logits(h, w, x, weight, sample, position, exists, channel, C, K, PRECISION)
+        # Rounded as for q - D, where a share of nearly 1 leaves little of the two.
+        slope += _softmax(logits, x, sample, position, exists, channel, C, "positions") * (x.scale * (g * f))
+    tl.store(parts + row.to(tl.int64) * C + channel, tl.sum(slope, 0), mask=channel < C)
+
+
+# --- softmax over more channels than a program takes at once: sums along them
+
+
+@triton.jit
+def _rows_kernel(
+    x, weight, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Maximum, sum of exponentials and, where there is an upstream gradient, D of each position."""
+    tiles = tl.cdiv(x.positions, BLOCK_M)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    position, exists = _place(tl.program_id(0) % tiles, x.positions, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    h = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    slope = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C)
+        w = _weight(weight, channel, k, C, K, h.dtype)
+        logits = _logits(h, w, x, weight, sample, position, exists, channel, C, K, PRECISION)
+        logits = _over_channels(logits, x, channel, C)
+        top = tl.maximum(largest, tl.max(logits, 1))
+        e = tl.exp(logits - top[:, None])
+        below = tl.exp(largest - top)
+        total = total * below + tl.sum(e, 1)
+        if x.upstream.data is not None:
+            g = _load(x.upstream, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
+            f = _load(x.features, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
+            slope = slope * below + tl.sum(e * (g * f), 1)
+        largest = top
+    row = tl.arange(0, BLOCK_M)
+    tl.store(x.saved + sample * x.positions + position + row, largest, mask=exists)
+    tl.store(x.saved + (x.samples + sample) * x.positions + position + row, total, mask=exists)
+    if x.upstream.data is not None:
+        tl.store(x.slopes + sample * x.positions + position + row, slope * (x.scale / total), mask=exists)
+
+
+# --- tiles of features
+
+
+@triton.jit
+def _gate_kernel(
+    x, weight, out, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, FORM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The result, tile by tile."""
+    channel = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
+    tiles = tl.cdiv(x.positions, BLOCK_M)
+    sample = (tile // tiles).to(tl.int64)
+    position, exists = _place(tile % tiles, x.positions, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    f = _load(x.features, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
+    h = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
+    w = _weight(weight, channel, k, C, K, h.dtype)
+    logits = _logits(h, w, x, weight, sample, position, exists, channel, C, K, PRECISION)
+    if FORM != "positions":
+        logits = _over_channels(logits, x, channel, C)
+    s = _softmax(logits, x, sample, position, exists, channel, C, FORM)
+    # Not f * (1 + gate): next to 1 a gate of 1e-6 would lose most of its digits.
+    y = f + f * (x.scale * s)
+    _store(out, y, sample, position, _inside(exists, channel, C), channel, x.positions, C)
+
+
+@triton.jit
+def _logits_gradient(logits, x, df, sample, position, exists, channel, C: tl.constexpr, FORM: tl.constexpr):
+    """dl of a tile; df, where wanted, is written on the way, by the first of the programs that share the tile."""
+    # Read here for the last time: what else is in cache is worth more.
+    g = _load(x.upstream, sample, position, exists, channel, x.positions, C, "evict_first").to(tl.float32)
+    f = _load(x.features, sample, position, exists, channel, x.positions, C, "evict_first").to(tl.float32)
+    s = _softmax(logits, x, sample, position, exists, channel, C, FORM)
+    if df.data is not None:
+        inside = _inside(exists, channel, C) & (tl.program_id(2) == 0)
+        _store(df, g + g * (x.scale * s), sample, position, inside, channel, x.positions, C)
+    q = x.scale * (g * f)
+    if FORM == "whole":
+        return s * (q - tl.sum(s * q, 1)[:, None])
+    elif FORM == "channels":
+        at = sample * x.positions + position + tl.arange(0, exists.shape[0])
+        return s * (q - tl.load(x.slopes + at, mask=exists, other=0.0)[:, None])
+    else:
+        return s * (q - tl.load(x.slopes + sample * C + channel, mask=channel < C, other=0.0)[None, :])
+
+
+@triton.jit(do_not_specialize=["first_sample", "first_part"])
+def _gradients_kernel(
+    x, weight, df, dh, parts, first_sample, first_part, count, each, C: tl.constexpr, K: tl.constexpr,
+    PRECISION: tl.constexpr, FORM: tl.constexpr, WANT_W: tl.constexpr, WANT_B: tl.constexpr, IN_TURN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradients of ``each`` of ``count`` tiles from ``first_sample`` on.
+
+    Axes of the grid: tiles; blocks of channels, of which with IN_TURN each program takes all; blocks of narrow maps,
+    for the gradients of h and w.
+    """
+    program = tl.program_id(0)
+    # The last sample first: it is what the pass before has left in cache.
+    first = (tl.num_programs(0) - 1 - program) * each
+    tiles = tl.cdiv(x.positions, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    own = tl.program_id(2) * BLOCK_K + k
+    dtype: tl.constexpr = x.hidden.data.dtype.element_ty
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    w = _weight(weight, channel, k, C, K, dtype)
+    w_own = _weight(weight, channel, own, C, K, dtype) if K > BLOCK_K else w
+    dw = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+    db = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for tile in range(first, tl.minimum(first + each, count)):
+        sample = (first_sample + tile // tiles).to(tl.int64)
+        position, exists = _place(tile % tiles, x.positions, BLOCK_M)
+        h = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
+        product = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+        for start in range(0, C if IN_TURN else BLOCK_C, BLOCK_C):
+            if IN_TURN:
+                channel = start + tl.arange(0, BLOCK_C)
+                w = _weight(weight, channel, k, C, K, dtype)
+                w_own = _weight(weight, channel, own, C, K, dtype) if K > BLOCK_K else w
+            logits = _logits(h, w, x, weight, sample, position, exists, channel, C, K, PRECISION)
+            if FORM != "positions":
+                logits = _over_channels(logits, x, channel, C)
+            dl = _logits_gradient(logits, x, df, sample, position, exists, channel, C, FORM)
+            if dh.data is not None:
+                product = dot(w_own, tl.trans(cast(dl, dtype)), product, PRECISION)
+            if WANT_W:
+                h_own = _load(x.hidden, sample, position, exists, own, x.positions, K, "") if K > BLOCK_K else h
+                dw = dot(tl.trans(cast(dl, dtype)), h_own, dw, PRECISION)
+            if WANT_B:
+                db += dl
+        if dh.data is not None:
+            _store(dh, tl.trans(product), sample, position, _inside(exists, own, K), own, x.positions, K)
+    # A row of parts has the gradient of the weight, then that of the bias, whichever are wanted.
+    WEIGHTS: tl.constexpr = C * K if WANT_W else 0
+    row = parts + (first_part + program).to(tl.int64) * (WEIGHTS + (C if WANT_B else 0))
+    if WANT_W:
+        tl.store(row + channel[:, None] * K + own[None, :], dw, mask=(channel < C)[:, None] & (own < K)[None, :])
+    if WANT_B:
+        tl.store(row + WEIGHTS + channel, tl.sum(db, 0), mask=(channel < C) & (tl.program_id(2) == 0))
+
+
+@triton.jit
+def _sum_parts_kernel(
+    parts, dw, db, count, WEIGHTS: tl.constexpr, RESULTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add up rows of WIDTH: the first WEIGHTS numbers for the weight, those to RESULTS for the bias, 0 beyond WIDTH."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < count)[:, None] & (at < WIDTH)[None, :]
+        total += tl.load(parts + row.to(tl.int64)[:, None] * WIDTH + at[None, :], mask=inside, other=0.0)
+    result = tl.sum(total, 0)
+    if WEIGHTS > 0:
+        tl.store(dw + at, cast(result, dw.dtype.element_ty), mask=at < WEIGHTS)
+    if RESULTS > WEIGHTS:
+        tl.store(db + at - WEIGHTS, cast(result, db.dtype.element_ty), mask=(at >= WEIGHTS) & (at < RESULTS))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x, or a copy, whose positions follow each other at one distance."""
+    if x.shape[2] == 1 or x.shape[3] == 1 or x.stride(2) == x.shape[3] * x.stride(3):
+        return x
+    return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
+
+
+def _map(x: Tensor) -> Map:
+    samples, channels, height, width = x.shape
+    sample, channel, row, column = x.stride()
+    position = column if width > 1 else row
+    dense = (channels == 1 or channel == 1) and (height * width == 1 or position == channels)
+    if dense and (samples == 1 or sample == height * width * channels):
+        return Map(x, None, None, None)
+    return Map(x, sample, position, channel)
+
+
+class _Call:
+    """What the launches of one call share."""
+
+    def __init__(
+        self, features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str
+    ) -> None:
+        self.features, self.hidden, self.weight = _flat(features), _flat(hidden), weight.contiguous()
+        self.samples, self.channels, height, width = features.shape
+        self.positions = height * width
+        self.over_channels = form == "channel"
+        self.constants = {"C": self.channels, "K": weight.shape[1], "PRECISION": precision(hidden.dtype)}
+        factor = float(scale * self.positions if form == "spatial_mean1" else scale)
+        bias = bias.contiguous() if bias is not None and self.over_channels else None
+        maps = _map(self.features), _map(self.hidden)
+        self.operands = Operands(*maps, bias, self.samples, self.positions, factor)
+
+    def choose(self, kernel: str) -> config.Launch:
+        """The configuration of a kernel."""
+        return config.choose(
+            f"spatial_attention_{kernel}",
+            architecture(self.hidden),
+            torch.promote_types(self.features.dtype, self.hidden.dtype),
+            channels=next_power_of_2(self.channels),
+            hidden=next_power_of_2(self.constants["K"]),
+            positions=next_power_of_2(self.positions),
+            over_channels=int(self.over_channels),
+            vectors=int(self.operands.features.position is None and self.channels % 8 == 0),
+        )
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], *arguments: Any, chosen: config.Launch, **constants: Any
+    ) -> None:
+        """Launch a kernel that takes the operands."""
+        # Of the tile, the kernel's own sizes alone: the rest is the launcher's.
+        tile = {name: size for name, size in chosen.tile.items() if name.startswith("BLOCK")}
+        constants |= self.constants
+        launch(kernel, grid, self.operands, self.weight, *arguments, config=replace(chosen, tile=tile), **constants)
+
+    def chunks(self, chosen: config.Launch, samples: int) -> tuple[int, int]:
+        """How many chunks the positions of a sample make, and of how many tiles: enough of them to fill the device."""
+        tiles = cdiv(self.positions, chosen.tile["BLOCK_M"])
+        beside = samples * cdiv(self.channels, chosen.tile["BLOCK_C"])
+        each = cdiv(tiles, max(processors(self.features) // beside, cdiv(tiles, chosen.tile["TILES"])))
+        return cdiv(tiles, each), each
+
+    def merge(self, parts: Tensor, merged: Tensor, first: int, samples: int, chunks: int, *, maxima: bool) -> None:
+        """Merge the chunks of some samples."""
+        grid = (samples, cdiv(self.channels, _MERGE.tile["BLOCK"]))
+        arguments = (parts, merged, first, self.samples, chunks)
+        launch(_merge_kernel, grid, *arguments, config=_MERGE, MAXIMA=maxima, C=self.channels)
+
+    def slopes(self, group: int) -> Callable[[int, int], None]:
+        """Fill the slopes of (first sample, number of samples), which come in groups of so many."""
+        chosen = self.choose("slopes")
+        chunks, each = self.chunks(chosen, group)
+        slopes = self.weight.new_empty((self.samples, self.channels), dtype=torch.float32)
+        parts = slopes if chunks == 1 else slopes.new_empty((self.samples * chunks, self.channels))
+        self.operands = self.operands._replace(slopes=slopes)
+
+        def fill(first: int, samples: int) -> None:
+            grid = (samples * chunks * cdiv(self.channels, chosen.tile["BLOCK_C"]),)
+            self.launch(_slopes_kernel, grid, parts, first, chunks, each, chosen=chosen)
+            if chunks > 1:
+                self.merge(parts, slopes, first, samples, chunks, maxima=False)
+
+        return fill
+
+    def softmax_of(self, chosen: config.Launch) -> str:
+        """Where a kernel has its softmax from, see ``_softmax``; sums along the rows are made where it needs them."""
+        if not self.over_channels:
+            return "positions"
+        if self.channels <= chosen.tile["BLOCK_C"]:
+            return "whole"
+        sums = self.weight.new_empty((3, self.samples, self.positions), dtype=torch.float32)
+        self.operands = self.operands._replace(saved=sums, slopes=sums[2])
+        chosen = self.choose("rows")
+        self.launch(_rows_kernel, (self.samples * cdiv(self.positions, chosen.tile["BLOCK_M"]),), chosen=chosen)
+        return "channels"
+
+
+def forward(
+    features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str, out: Tensor,
+    saved: Tensor,
+) -> None:  # fmt: skip
+    """The gated features.
+
+    Args:
+        features: (N, C, H, W).
+        hidden: (N, K, H, W), in the type of the products.
+        weight: (C, K).
+        bias: (C,) or None.
+        scale: factor of the softmax.
+        form: as the op's.
+        out: like features, any strides.
+        saved: (2, N, C), float32, for :func:`backward`; unused by form "channel".
+    """
+    if features.shape[0] == 0:
+        return
+    call = _Call(features, hidden, weight, bias, scale, form)
+    if not call.over_channels:
+        chosen = call.choose("statistics")
+        chunks, each = call.chunks(chosen, call.samples)
+        rows = call.samples * chunks
+        parts = saved if chunks == 1 else saved.new_empty((2, rows, call.channels))
+        grid = (rows * cdiv(call.channels, chosen.tile["BLOCK_C"]),)
+        call.launch(_statistics_kernel, grid, parts, chunks, each, chosen=chosen)
+        if chunks > 1:
+            call.merge(parts, saved, 0, call.samples, chunks, maxima=True)
+        call.operands = call.operands._replace(saved=saved)
+    chosen = call.choose("gate")
+    where = call.softmax_of(chosen)
+    tiles = call.samples * cdiv(call.positions, chosen.tile["BLOCK_M"])
+    result = out if _flat(out) is out else torch.empty_like(out, memory_format=torch.contiguous_format)
+    grid = (tiles * cdiv(call.channels, chosen.tile["BLOCK_C"]),)
+    call.launch(_gate_kernel, grid, _map(result), chosen=chosen, FORM=where)
+    if result is not out:
+        out.copy_(result)
+
+
+def backward(
+    upstream: Tensor, features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, saved: Tensor,
+    scale: float, form: str, df: Tensor | None, dh: Tensor | None, dw: Tensor | None, db: Tensor | None,
+) -> None:  # fmt: skip
+    """Gradients of :func:`forward`.
+
+    Args:
+        upstream: gradient of ``out``, any strides.
+        features: as there.
+        hidden: as there.
+        weight: as there.
+        bias: as there.
+        saved: as there.
+        scale: as there.
+        form: as there.
+        df: gradient of features, to be filled, contiguous or channels-last; None where not wanted.
+        dh: likewise of hidden.
+        dw: likewise of weight, contiguous.
+        db: likewise of bias.
+    """
+    call = _Call(features, hidden, weight, bias, scale, form)
+    call.operands = call.operands._replace(upstream=_map(_flat(upstream)), saved=saved)
+    chosen = call.choose("gradients")
+    tiles = cdiv(call.positions, chosen.tile["BLOCK_M"])
+    wide = cdiv(call.channels, chosen.tile["BLOCK_C"])
+    narrow = 1 if dh is None and dw is None else cdiv(weight.shape[1], chosen.tile["BLOCK_K"])
+    weights = 0 if dw is None else weight.numel()
+    width = weights + (call.channels if db is not None and call.over_channels else 0)
+    wanted = {"WANT_W": weights > 0, "WANT_B": width > weights}
+    maps = [_NO_MAP if m is None else _map(m) for m in (df, dh)]
+    passes = [(maps, {**wanted, "IN_TURN": False})]
+    if dh is not None and wide > 1:
+        passes = [(maps, {"WANT_W": False, "WANT_B": False, "IN_TURN": True})]
+        passes += [([_NO_MAP, _NO_MAP], {**wanted, "IN_TURN": False})] if width else []
+    elif df is None and dh is None and not width:
+        passes = []
+
+    group = max(call.samples, 1)
+    if chosen.tile["MEGABYTES"] and not call.over_channels:
+        slab = call.positions * (2 * call.channels * features.itemsize + weight.shape[1] * hidden.itemsize)
+        group = min(group, max(1, (chosen.tile["MEGABYTES"] << 20) // slab))
+    each = cdiv(group * tiles, max(1, chosen.tile["PROGRAMS"] * processors(features) // (wide * narrow)))
+    groups = [(first, min(group, call.samples - first)) for first in range(0, call.samples, group) if passes]
+    parts = weight.new_empty((sum(cdiv(samples * tiles, each) for _, samples in groups), width), dtype=torch.float32)
+    fill_slopes = None
+    if groups and not call.over_channels and (dh is not None or width):
+        fill_slopes = call.slopes(group)
+    softmax = call.softmax_of(chosen) if groups else ""
+    done = 0
+    for first, samples in groups:
+        if fill_slopes is not None:
+            fill_slopes(first, samples)
+        programs = cdiv(samples * tiles, each)
+        for (to_f, to_h), constants in passes:
+            grid = (programs, 1 if constants["IN_TURN"] else wide, narrow)
+            arguments = (to_f, to_h, parts, first, done, samples * tiles, each)
+            call.launch(_gradients_kernel, grid, *arguments, chosen=chosen, FORM=softmax, **constants)
+        done += programs
+    results = weights + (0 if db is None else call.channels)
+    if results:
+        grid = (cdiv(results, _SUM.tile["BLOCK"]),)
+        launch(_sum_parts_kernel, grid, parts, dw, db, done, config=_SUM, WEIGHTS=weights, RESULTS=results, WIDTH=width)
