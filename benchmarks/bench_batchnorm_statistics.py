@@ -143,4 +143,5 @@ BENCHMARK = Benchmark(
         _alone("statistics alone 3x37x5x7", [_Layer((3, 37, 5, 7))], shapes="odd"),
         _alone("statistics alone 7x19x333", [_Layer((7, 19, 333))], shapes="odd"),
     ],
+    make=_single,
 )

@@ -54,4 +54,5 @@ BENCHMARK = Benchmark(
         _case(4, 256, 14, 14, mode="per_order", shapes="odd"),
         _case(4, 512, 14, 14, mode="per_order", shapes="odd"),
     ],
+    make=_case,
 )

@@ -70,4 +70,5 @@ BENCHMARK = Benchmark(
         *(make(shape, shapes="odd") for shape in _ODD for make in (_pool, _unpool)),
         _pool((3, 24, 13, 9), relu=False, shapes="odd"),
     ],
+    make=lambda *shape, unpool=False, **more: (_unpool if unpool else _pool)(shape, **more),
 )

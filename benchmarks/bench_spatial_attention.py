@@ -7,7 +7,7 @@ from cache. Logits are formed twice forward and once backward, then dh and dw: 2
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def _case(
     w: int,
     *,
     k: int | None = None,
-    form: str = "spatial",
+    form: Literal["spatial", "spatial_mean1", "channel"] = "spatial",
     bias: bool = False,
     channels_last: bool = True,
     **more: Any,

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dfkd_fast.kernels import config
-from dfkd_fast.kernels.common import architecture, cast, cdiv, launch, next_power_of_2, processors
+from dfkd_fast.kernels.common import INTERPRETED, architecture, cast, cdiv, launch, next_power_of_2, processors
 from dfkd_fast.kernels.config import Launch
 
 __all__ = [
@@ -149,14 +149,24 @@ def _packed(passes, PLANES: tl.constexpr, SLOTS: tl.constexpr, REPEATS: tl.const
 
 
 @triton.jit
+def _total(x, AXIS: tl.constexpr):
+    """The sum along an axis of two. The interpreter adds rows up one by one, and so less exactly than threads do."""
+    if INTERPRETED and AXIS == 0:
+        return tl.sum(tl.sum(tl.reshape(x, [8, x.shape[0] // 8, x.shape[1]]), 1), 0)
+    else:
+        return tl.sum(x, AXIS)
+
+
+@triton.jit
 def _merged(count, total, mean, squares, AXIS: tl.constexpr):
     """Mean and sum of squared deviations of several groups along an axis as those of one of ``total`` values."""
-    near = tl.sum(count * mean, AXIS) / total
+    # Near the mean, with few enough digits that differences from it are exact for half-precision values: else they are
+    # rounded alike, and the mean is off by that.
+    near = ((_total(count * mean, AXIS) / total).to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)
     away = mean - tl.expand_dims(near, AXIS)
-    # What the rounding of the first sum left out.
-    rest = tl.sum(count * away, AXIS)
+    rest = _total(count * away, AXIS)
     share = rest / total
-    return near + share, tl.sum(squares + count * away * away, AXIS) - rest * share
+    return near + share, _total(squares + count * away * away, AXIS) - rest * share
 
 
 @triton.jit

@@ -158,15 +158,23 @@ def _high_order(tried: list[tuple[int, int, int, int, int]], hidden: int) -> lis
     ]
 
 
-def _high_order_split(arch: int, dtype: torch.dtype, order: int) -> list[tuple[int, int, int, int, int]]:
-    """Tiles of the form in which no program has all channels. Four factors at once leave room for half as many units."""
+def _high_order_split(
+    arch: int, dtype: torch.dtype, order: int, gates: int, ragged: int
+) -> list[tuple[int, int, int, int, int]]:
+    """Tiles of the form in which no program has all channels.
+
+    Four factors at once, or addresses that are not vectors of channels, leave room for smaller ones alone.
+    """
     if dtype == torch.float32:
-        tried = [(32, 32, 32, 4, 2), (64, 32, 16, 4, 2), (32, 32, 16, 4, 2)]
-        return tried if order <= 3 else tried[2:]
-    stages = 3 if shared_memory(arch) > 128 * 1024 else 2
-    if order > 3:
-        return [(64, 64, 16, 4, stages), (64, 64, 32, 8, stages)]
-    return [(64, 64, 32, 4, stages), (64, 64, 64, 4, 2), (128, 64, 32, 8, stages), (64, 128, 32, 8, 2)]
+        tried = [(32, 32, 32, 4, 2), (32, 32, 16, 4, 2), (32, 16, 16, 4, 2)]
+        return [(16, 16, 16, 4, 2)] if order > 3 else tried[(arch >= 100) * (1 + (gates > 1)) :]
+    if order > 3 or ragged:
+        return [(32, 32, 16, 4, 2), (64, 32, 16, 4, 2), (64, 64, 16, 8, 2)]
+    stages = 3 if arch == 90 else 2
+    tried = [(64, 64, 32, 4, stages), (64, 64, 64, 4, 2), (128, 64, 32, 8, stages), (64, 128, 32, 8, 2)]
+    if arch >= 100:
+        tried = [tried[2], *tried[:2]]
+    return tried if gates == 1 else [(64, 32, 32, 4, 2), *tried]
 
 
 @rule("high_order_attention")
@@ -179,7 +187,7 @@ def _high_order_attention(
     channels are no whole vectors.
     """
     whole = max(16, channels)
-    tried = _high_order_split(arch, dtype, order)
+    tried = _high_order_split(arch, dtype, order, gates, ragged)
     if dtype != torch.float32 and order <= 3 and not ragged:
         if whole <= 64:
             tried = [(128, whole, 16, 8, 2), (64, whole, 16, 4, 2), *tried]
@@ -192,12 +200,10 @@ def _high_order_attention(
 def _high_order_attention_backward(
     arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, ragged: int
 ) -> list[Launch]:
-    """As forward; 256 channels spill."""
+    """As forward; 256 channels spill, and so does more than one gate."""
     whole = max(16, channels)
-    tried = _high_order_split(arch, dtype, order)
-    if dtype != torch.float32 and whole <= 64 and (order > 3 or gates > 1 or ragged):
-        tried = [(64, whole, 16, 8, 2), (32, whole, 16, 4, 2), (32, 32, 16, 4, 2)]
-    elif dtype != torch.float32 and order <= 3 and not ragged:
+    tried = _high_order_split(arch, dtype, order, gates, ragged)
+    if dtype != torch.float32 and order <= 3 and gates == 1 and not ragged:
         if whole <= 64:
             tried = [(64, whole, 16, 4, 2), (128, whole, 16, 8, 2), *tried]
         elif whole == 128:
@@ -210,10 +216,13 @@ def _high_order_attention_weights(
     arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, ragged: int
 ) -> list[Launch]:
     """The gradients of the weights: BLOCK_C channels by BLOCK_K hidden units, BLOCK_M positions a step."""
+    stages = 3 if arch == 90 else 2
     if dtype == torch.float32:
         tried = [(32, 32, 32, 4, 2), (32, 64, 32, 4, 2), (16, 32, 32, 4, 2)]
+    elif ragged or arch == 100:
+        tried = [(32, 64, 32, 4, 2), (32, 32, 32, 4, 2), (64, 64, 64, 8, 2)]
     else:
-        tried = [(64, 64, 64, 4, 3), (64, 128, 64, 8, 3), (128, 64, 64, 4, 2), (64, 64, 128, 8, 3)]
+        tried = [(64, 64, 64, 4, stages), (64, 128, 64, 8, stages), (128, 64, 64, 4, 2), (64, 64, 128, 8, stages)]
     return _high_order([(m, max(16, min(c, channels)), k, w, s) for m, c, k, w, s in tried], hidden)
 
 
@@ -249,17 +258,26 @@ def _spatial_attention_room(dtype: torch.dtype, hidden: int, vectors: int) -> bo
     return dtype.itemsize == 2 and hidden <= 32 and bool(vectors)
 
 
+def _spatial_attention_narrow(arch: int, dtype: torch.dtype, hidden: int) -> int:
+    """Narrow maps of a tile: fewer where products read both sides from registers, and few outside tensor cores."""
+    most = 64 if arch // 10 in (9, 10) else 32
+    return max(16, min(hidden, most if dtype.itemsize == 2 else 16))
+
+
 @rule("spatial_attention_statistics")
 @rule("spatial_attention_slopes")
 def _spatial_attention_sums(
     arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
 ) -> list[Launch]:
     """Sums along positions. ``TILES``, of a program at most: with fewer, more chunks are left to merge."""
-    sizes = max(16, min(channels, 64)), max(16, min(hidden, 64 if dtype.itemsize == 2 else 16)), positions
-    tried = [(16, 3, 16), (16, 3, 8), (16, 2, 16), (16, 3, 32), (16, 4, 16)]
+    halves = dtype.itemsize == 2
+    sizes = max(16, min(channels, 64)), _spatial_attention_narrow(arch, dtype, hidden), positions
+    each = 16 if halves else 8
+    tried = [(each, 3, 16), (each, 3, 8), (each, 2, 16), (each, 3, 32), (each, 4, 16)]
     if _spatial_attention_room(dtype, hidden, vectors):
         tried += [(32, 3, 16), (32, 3, 8)]
-    return _spatial_attention(sizes, [(each, stages, {"TILES": tiles}) for each, stages, tiles in tried], at_least=64)
+    wanted = [(each, stages, {"TILES": tiles}) for each, stages, tiles in tried]
+    return _spatial_attention(sizes, wanted, at_least=64 if halves else 32)
 
 
 @rule("spatial_attention_gate")
@@ -270,7 +288,7 @@ def _spatial_attention_gate(
     """A softmax over channels wants all of them in a tile, if they are up to 256."""
     block = max(16, channels if over_channels and channels <= 256 else min(channels, 64))
     each = 32 if _spatial_attention_room(dtype, hidden, vectors) else 16
-    sizes = block, max(16, min(hidden, 64 if dtype.itemsize == 2 else 16)), positions
+    sizes = block, _spatial_attention_narrow(arch, dtype, hidden), positions
     return _spatial_attention(sizes, [(each, 2, {}), (each // 2, 2, {}), (each // 4, 2, {})])
 
 
@@ -293,8 +311,17 @@ def _spatial_attention_gradients(
         each = 16 if over_channels or block == 128 else 32
     else:
         each = 8 if halves or block == channels else 4
-    narrow = max(16, min(hidden, 64 if from_shared else 32 if halves else 16))
-    tried = ((each, 2, 3, 0), (each, 2, 2, 0), (each, 3, 2, 0), (each // 2, 2, 4, 0), (each, 2, 3, 28), (each, 1, 4, 0))
+    narrow = _spatial_attention_narrow(arch, dtype, hidden)
+    # As many as run at once: more of them only add to the sums.
+    n = max(1, min(3, 256 // block))
+    tried = (
+        (each, 2, n, 0),
+        (each, 3, n, 0),
+        (each, 2, 2 * n, 0),
+        (each // 2, 2, n, 0),
+        (each, 2, n, 28),
+        (each, 1, n, 0),
+    )
     wanted = [
         (each, stages, {"PROGRAMS": programs, "MEGABYTES": megabytes}) for each, stages, programs, megabytes in tried
     ]
@@ -322,13 +349,13 @@ def _contrastive_loss(arch: int, dtype: torch.dtype, *, dim: int) -> list[Launch
     """
     if dtype == torch.float32:
         step = min(dim, 32)
-        tried = ((64, 32, 8), (64, 64, 4), (128, 64, 8))
+        tried = [(64, 32, 8), (64, 64, 4), (128, 64, 8)]
         return [
             Launch(tile={"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": step}, num_warps=warps, num_stages=2)
             for m, n, warps in tried
         ]
     if dim > 256:
-        tried = ((128, 128, 8), (128, 64, 4), (64, 128, 4))
+        tried = [(128, 128, 8), (128, 64, 4), (64, 128, 4)]
         return [
             Launch(tile={"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": 64}, num_warps=warps, num_stages=3)
             for m, n, warps in tried
@@ -349,13 +376,13 @@ def _contrastive_loss_backward(arch: int, dtype: torch.dtype, *, dim: int) -> li
     """As above; BLOCK_O dimensions of the gradient a program, all of them where their sums fit in registers."""
     if dtype == torch.float32:
         step, outputs = min(dim, 32), min(dim, 128)
-        tried = ((64, 32, 8), (64, 64, 8), (32, 32, 4))
+        tried = [(64, 32, 8), (64, 64, 8), (32, 32, 4)]
         return [
             Launch(tile={"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": step, "BLOCK_O": outputs}, num_warps=warps)
             for m, n, warps in tried
         ]
     if dim > 256:
-        tried = ((128, 64, 8), (64, 64, 4))
+        tried = [(128, 64, 8), (64, 64, 4)]
         return [
             Launch(tile={"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": 64, "BLOCK_O": 128}, num_warps=warps, num_stages=2)
             for m, n, warps in tried
@@ -369,7 +396,7 @@ def _contrastive_loss_backward(arch: int, dtype: torch.dtype, *, dim: int) -> li
 def _contrastive_loss_rows(arch: int, dtype: torch.dtype, *, dim: int) -> list[Launch]:
     """For the kernels that take whole rows one by one: ``dim`` is a power of two."""
     warps = max(4, min(16, dim // 512))
-    return [Launch(tile={"ROWS": max(1, each // dim), "BLOCK": dim}, num_warps=warps) for each in (4096, 2048, 1024)]
+    return [Launch(tile={"ROWS": max(1, each // dim), "BLOCK": dim}, num_warps=warps) for each in (2048, 4096, 1024)]
 
 
 @rule("contrastive_loss_small")
@@ -382,10 +409,10 @@ def _contrastive_loss_small(arch: int, dtype: torch.dtype, *, rows: int, dim: in
 @rule("contrastive_loss_small_backward")
 def _contrastive_loss_small_backward(arch: int, dtype: torch.dtype, *, rows: int, dim: int) -> list[Launch]:
     """As above, each program with all vectors and BLOCK_M rows of the gradients."""
-    tried = ((32, 8), (32, 4), (64, 8), (16, 4)) if rows * max(rows, dim) > 64 * 64 else ((32, 4), (16, 4), (64, 8))
-    return [
-        Launch(tile={"ROWS": rows, "BLOCK": dim, "BLOCK_M": min(m, rows)}, num_warps=warps) for m, warps in tried
-    ]
+    tried = [(16, 8), (32, 8), (64, 8), (16, 4)] if rows * max(rows, dim) > 64 * 64 else [(32, 4), (16, 2), (64, 8)]
+    if rows == 16:
+        tried = [(16, 2), (16, 1)]
+    return [Launch(tile={"ROWS": rows, "BLOCK": dim, "BLOCK_M": min(m, rows)}, num_warps=warps) for m, warps in tried]
 
 
 # --- batchnorm_statistics, channel_statistics
@@ -406,7 +433,8 @@ def _channel_tiles(
         channels: a power of two.
         positions: a power of two.
         planes: whether positions lie together rather than channels.
-        unit: 1 where there are no vectors: there every element has its own address, and repeats would not fit.
+        unit: 1 where there are no vectors: there every element has its own address, so that repeats would not fit and
+            nothing can be fetched ahead.
         wanted: repeats, channels at most, warps and stages of each candidate. With planes the channels are what is
             left by the positions.
     """
@@ -419,7 +447,9 @@ def _channel_tiles(
         else:
             block = max(8, min(channels, at_most))
             slots = elements // block
-        fitting = max(1, min(repeats, positions // slots)) if unit > 1 else 1
+        if unit == 1:
+            repeats, stages = 1, 1
+        fitting = max(1, min(repeats, positions // slots))
         tile = {"REPEATS": fitting, "SLOTS": slots, "CHANNELS": block, "STAGES": stages}
         launch = Launch(tile=tile, num_warps=warps, num_stages=1)
         if launch not in found:
@@ -454,8 +484,10 @@ def _channel_statistics(
 def _batchnorm_statistics_backward(
     arch: int, dtype: torch.dtype, *, channels: int, positions: int, planes: int, unit: int, residual: int
 ) -> list[Launch]:
-    """As above; two maps are read."""
+    """As above; two maps are read. In float32 with a residual, what is fetched ahead made ptxas spill eight bytes."""
     wanted = [(2, 64, 4, 2), (2, 64, 4, 1), (4, 64, 4, 1), (1, 64, 4, 2), (2, 64, 8, 2), (2, 128, 4, 2)]
+    if residual and dtype == torch.float32:
+        wanted = [(2, 64, 4, 1), (1, 64, 4, 2), (2, 64, 8, 1), (4, 64, 4, 1)]
     return _channel_tiles(dtype, channels, positions, planes, unit, wanted)
 
 

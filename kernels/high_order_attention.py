@@ -258,9 +258,8 @@ def _whole_backward_kernel(
     g = _load(other, _at(row, positions, other_n, other_p, FLAT), inside, channel, other_c, C).to(tl.float32)
     if RESULT == "error":
         g = (gate * wide - g) * (scale * tl.load(upstream))
-    gradient = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    if GATES == 1 and WANT_X and RESULT != "map":
-        gradient = g * gate
+    added: tl.constexpr = GATES == 1 and WANT_X and RESULT != "map"
+    gradient = g * gate if added else tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for r in tl.static_range(1, ORDER + 1):
         if GATES > 1:
             logits = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -422,8 +421,9 @@ def _weights_kernel(
         for step in range(0, steps):
             row = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
             inside = row < count
-            left = _load(x, _at(row, positions, x_n, x_p, FLAT), inside, channel, x_c, C)
-            left = cast(left, factors.dtype.element_ty)
+            left = cast(
+                _load(x, _at(row, positions, x_n, x_p, FLAT), inside, channel, x_c, C), factors.dtype.element_ty
+            )
             result = dot(tl.trans(left), _load(factors, row * width, inside, column, 1, width), result, PRECISION)
         to = parts + column[None, :] * C + channel[:, None]
         tl.store(to, result, mask=(channel < C)[:, None] & (column < width)[None, :])

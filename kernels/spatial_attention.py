@@ -13,24 +13,21 @@ position. With g the upstream gradient::
 The product is narrow and cheap, features are wide: so logits are computed anew wherever they are needed, never written,
 and never rounded. Saved are the maximum and the sum of exponentials of each channel; over channels nothing is.
 
-spatial forward: every program takes a chunk of one sample's positions, first for the maximum, then for the sum of
-    exponentials below it, so that a reduction across threads comes once a program; chunks are merged, then each tile of
-    features is gated. Features are read and written once, h is read from memory once and from cache twice: 4PC + 2PK
-    bytes in a two-byte type.
-spatial backward: one pass over f and g for D, and one for the gradients, which takes the samples in reverse so as to
-    find in cache what was read last: 10PC bytes at most. Between 6PC and that lies where groups of samples, each small
-    enough for the cache, take turns (``MEGABYTES``), at the price of two or three launches a group.
-channels: a row lies in one program, forward and backward are one pass each. With more channels than ``BLOCK_C``, sums
-    along the row come first, by a kernel of their own.
+positions, forward: a program takes a chunk of a sample, first for its maximum, then for its sum of exponentials; chunks
+    are merged, then tiles are gated. f is read once, h once from memory and twice from cache: 4PC + 2PK bytes in a
+    two-byte type.
+positions, backward: a pass over f and g for D, one for the gradients, which takes the samples in reverse to find in
+    cache what was read last: 10PC bytes at most. Nearer to 6PC come groups of samples, each small enough for the cache,
+    that take turns (``MEGABYTES``), at two or three launches a group.
+channels: one pass each way; with more of them than ``BLOCK_C``, sums along them come first, by a kernel of their own.
 
-Backward adds up dw in registers over as many tiles as a program takes; programs are so few that their sums are little
-traffic, and one kernel adds those in a fixed order. If a sample has more channels than a program, dw comes from a
-second launch, since dh wants all channels of a tile in one program, and dw all tiles of a channel.
+dw is summed in registers over the tiles of a program, and over programs by a kernel in a fixed order. With channels in
+excess of ``BLOCK_C`` it takes a launch of its own: dh wants all channels of a tile in a program, dw all tiles of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -79,9 +76,10 @@ class Operands(NamedTuple):
 
 @triton.jit
 def _place(tile, positions, BLOCK_M: tl.constexpr):
-    """First position of a tile, and which of its positions exist."""
-    first = tl.cast(tile, tl.int64) * BLOCK_M
-    return first, first + tl.arange(0, BLOCK_M) < positions
+    """Sample and first position of a tile, of all samples' tiles in turn, and which of its positions exist."""
+    tiles = tl.cdiv(positions, BLOCK_M)
+    first = tl.cast(tile % tiles, tl.int64) * BLOCK_M
+    return tl.cast(tile // tiles, tl.int64), first, first + tl.arange(0, BLOCK_M) < positions
 
 
 @triton.jit
@@ -95,10 +93,9 @@ def _inside(exists, channel, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _pointers(m, sample, position, channel, positions, CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """A tile (position, channel) of a map; position is the first."""
+    """A tile (position, channel) of a map, from the first position. Within a dense one 32 bits suffice."""
     row = tl.arange(0, BLOCK_M)
     if m.position is None:
-        # Within a tile 32 bits suffice.
         return m.data + (sample * positions + position) * CHANNELS + (row[:, None] * CHANNELS + channel[None, :])
     else:
         at = (position + row) * m.position
@@ -108,9 +105,8 @@ def _pointers(m, sample, position, channel, positions, CHANNELS: tl.constexpr, B
 @triton.jit
 def _load(m, sample, position, exists, channel, positions, CHANNELS: tl.constexpr, EVICTION: tl.constexpr):
     """That tile, zero outside."""
-    inside = _inside(exists, channel, CHANNELS)
     at = _pointers(m, sample, position, channel, positions, CHANNELS, exists.shape[0])
-    return tl.load(at, mask=inside, other=0.0, eviction_policy=EVICTION)
+    return tl.load(at, mask=_inside(exists, channel, CHANNELS), other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -154,8 +150,8 @@ def _over_channels(logits, x, channel, C: tl.constexpr):
 def _softmax(logits, x, sample, position, exists, channel, C: tl.constexpr, FORM: tl.constexpr):
     """The softmax of a tile, 0 at positions that do not exist.
 
-    FORM says where maximum and sum come from: "positions", saved for each channel; "channels", saved for each
-    position; "whole", this tile itself, which holds all channels of its positions.
+    FORM says where maximum and sum come from: "positions", saved by channel; "channels", saved by position; "whole",
+    this tile itself, which holds all channels.
     """
     if FORM == "whole":
         e = tl.exp(logits - tl.max(logits, 1)[:, None])
@@ -177,16 +173,17 @@ def _softmax(logits, x, sample, position, exists, channel, C: tl.constexpr, FORM
 
 @triton.jit
 def _chunk(row, chunks, each, positions, BLOCK_M: tl.constexpr):
-    """Sample, first and last tile of a chunk."""
+    """First and last tile of a chunk."""
+    tiles = tl.cdiv(positions, BLOCK_M)
     first = row % chunks * each
-    return (row // chunks).to(tl.int64), first, tl.minimum(first + each, tl.cdiv(positions, BLOCK_M))
+    return row // chunks * tiles + first, row // chunks * tiles + tl.minimum(first + each, tiles)
 
 
 @triton.jit
-def _tile_logits(w, x, weight, sample, tile, channel, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+def _tile_logits(w, x, weight, tile, channel, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
                  BLOCK_M: tl.constexpr):  # fmt: skip
     """Logits of a tile, minus infinity at positions that do not exist."""
-    position, exists = _place(tile, x.positions, BLOCK_M)
+    sample, position, exists = _place(tile, x.positions, BLOCK_M)
     h = _load(x.hidden, sample, position, exists, tl.arange(0, w.shape[0]), x.positions, K, "")
     logits = _logits(h, w, x, weight, sample, position, exists, channel, C, K, PRECISION)
     return tl.where(exists[:, None], logits, float("-inf"))
@@ -200,16 +197,16 @@ def _statistics_kernel(
     """Maximum of the logits and sum of exponentials below it, a chunk of ``each`` tiles and channel."""
     row = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
     channel = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sample, first, last = _chunk(row, chunks, each, x.positions, BLOCK_M)
+    first, last = _chunk(row, chunks, each, x.positions, BLOCK_M)
     w = _weight(weight, channel, tl.arange(0, BLOCK_K), C, K, x.hidden.data.dtype.element_ty)
     # One number a place of the tile until the end: that spares a reduction across threads in each tile.
     top = tl.full([BLOCK_M, BLOCK_C], float("-inf"), tl.float32)
     for tile in range(first, last):
-        top = tl.maximum(top, _tile_logits(w, x, weight, sample, tile, channel, C, K, PRECISION, BLOCK_M))
+        top = tl.maximum(top, _tile_logits(w, x, weight, tile, channel, C, K, PRECISION, BLOCK_M))
     largest = tl.max(top, 0)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for tile in range(first, last):
-        logits = _tile_logits(w, x, weight, sample, tile, channel, C, K, PRECISION, BLOCK_M)
+        logits = _tile_logits(w, x, weight, tile, channel, C, K, PRECISION, BLOCK_M)
         total += tl.exp(logits - largest[None, :])
     wide = row.to(tl.int64)
     tl.store(parts + wide * C + channel, largest, mask=channel < C)
@@ -256,12 +253,12 @@ def _slopes_kernel(
     """D, the sum of s q over positions, a chunk and channel."""
     row = first_sample * chunks + tl.program_id(0) // tl.cdiv(C, BLOCK_C)
     channel = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sample, first, last = _chunk(row, chunks, each, x.positions, BLOCK_M)
+    first, last = _chunk(row, chunks, each, x.positions, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     w = _weight(weight, channel, k, C, K, x.hidden.data.dtype.element_ty)
     slope = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for tile in range(first, last):
-        position, exists = _place(tile, x.positions, BLOCK_M)
+        sample, position, exists = _place(tile, x.positions, BLOCK_M)
         g = _load(x.upstream, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
         f = _load(x.features, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
         h = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
@@ -280,9 +277,7 @@ def _rows_kernel(
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Maximum, sum of exponentials and, where there is an upstream gradient, D of each position."""
-    tiles = tl.cdiv(x.positions, BLOCK_M)
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    position, exists = _place(tl.program_id(0) % tiles, x.positions, BLOCK_M)
+    sample, position, exists = _place(tl.program_id(0), x.positions, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     h = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -319,10 +314,7 @@ def _gate_kernel(
 ):  # fmt: skip
     """The result, tile by tile."""
     channel = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tile = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
-    tiles = tl.cdiv(x.positions, BLOCK_M)
-    sample = (tile // tiles).to(tl.int64)
-    position, exists = _place(tile % tiles, x.positions, BLOCK_M)
+    sample, position, exists = _place(tl.program_id(0) // tl.cdiv(C, BLOCK_C), x.positions, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     f = _load(x.features, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
     h = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
@@ -356,21 +348,20 @@ def _logits_gradient(logits, x, df, sample, position, exists, channel, C: tl.con
         return s * (q - tl.load(x.slopes + sample * C + channel, mask=channel < C, other=0.0)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_sample", "first_part"])
+@triton.jit(do_not_specialize=["first_tile", "first_part"])
 def _gradients_kernel(
-    x, weight, df, dh, parts, first_sample, first_part, count, each, C: tl.constexpr, K: tl.constexpr,
+    x, weight, df, dh, parts, first_tile, first_part, count, each, C: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr, FORM: tl.constexpr, WANT_W: tl.constexpr, WANT_B: tl.constexpr, IN_TURN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of ``each`` of ``count`` tiles from ``first_sample`` on.
+    """Gradients of ``each`` of ``count`` tiles from ``first_tile`` on.
 
     Axes of the grid: tiles; blocks of channels, of which with IN_TURN each program takes all; blocks of narrow maps,
     for the gradients of h and w.
     """
     program = tl.program_id(0)
     # The last sample first: it is what the pass before has left in cache.
-    first = (tl.num_programs(0) - 1 - program) * each
-    tiles = tl.cdiv(x.positions, BLOCK_M)
+    first = first_tile + (tl.num_programs(0) - 1 - program) * each
     k = tl.arange(0, BLOCK_K)
     own = tl.program_id(2) * BLOCK_K + k
     dtype: tl.constexpr = x.hidden.data.dtype.element_ty
@@ -379,9 +370,8 @@ def _gradients_kernel(
     w_own = _weight(weight, channel, own, C, K, dtype) if K > BLOCK_K else w
     dw = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
     db = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for tile in range(first, tl.minimum(first + each, count)):
-        sample = (first_sample + tile // tiles).to(tl.int64)
-        position, exists = _place(tile % tiles, x.positions, BLOCK_M)
+    for tile in range(first, tl.minimum(first + each, first_tile + count)):
+        sample, position, exists = _place(tile, x.positions, BLOCK_M)
         h = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
         product = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
         for start in range(0, C if IN_TURN else BLOCK_C, BLOCK_C):
@@ -479,8 +469,7 @@ class _Call:
     def launch(
         self, kernel: Any, grid: tuple[int, ...], *arguments: Any, chosen: config.Launch, **constants: Any
     ) -> None:
-        """Launch a kernel that takes the operands."""
-        # Of the tile, the kernel's own sizes alone: the rest is the launcher's.
+        """Launch a kernel that takes the operands, with its own sizes: the rest of the tile is the launcher's."""
         tile = {name: size for name, size in chosen.tile.items() if name.startswith("BLOCK")}
         constants |= self.constants
         launch(kernel, grid, self.operands, self.weight, *arguments, config=replace(chosen, tile=tile), **constants)
@@ -498,21 +487,15 @@ class _Call:
         arguments = (parts, merged, first, self.samples, chunks)
         launch(_merge_kernel, grid, *arguments, config=_MERGE, MAXIMA=maxima, C=self.channels)
 
-    def slopes(self, group: int) -> Callable[[int, int], None]:
-        """Fill the slopes of (first sample, number of samples), which come in groups of so many."""
-        chosen = self.choose("slopes")
+    def slopes(self, chosen: config.Launch, group: int, first: int, samples: int) -> None:
+        """Sum up the slopes of some samples, which come in groups of so many."""
         chunks, each = self.chunks(chosen, group)
-        slopes = self.weight.new_empty((self.samples, self.channels), dtype=torch.float32)
+        slopes = self.operands.slopes
         parts = slopes if chunks == 1 else slopes.new_empty((self.samples * chunks, self.channels))
-        self.operands = self.operands._replace(slopes=slopes)
-
-        def fill(first: int, samples: int) -> None:
-            grid = (samples * chunks * cdiv(self.channels, chosen.tile["BLOCK_C"]),)
-            self.launch(_slopes_kernel, grid, parts, first, chunks, each, chosen=chosen)
-            if chunks > 1:
-                self.merge(parts, slopes, first, samples, chunks, maxima=False)
-
-        return fill
+        grid = (samples * chunks * cdiv(self.channels, chosen.tile["BLOCK_C"]),)
+        self.launch(_slopes_kernel, grid, parts, first, chunks, each, chosen=chosen)
+        if chunks > 1:
+            self.merge(parts, slopes, first, samples, chunks, maxima=False)
 
     def softmax_of(self, chosen: config.Launch) -> str:
         """Where a kernel has its softmax from, see ``_softmax``; sums along the rows are made where it needs them."""
@@ -549,82 +532,68 @@ def forward(
     if not call.over_channels:
         chosen = call.choose("statistics")
         chunks, each = call.chunks(chosen, call.samples)
-        rows = call.samples * chunks
-        parts = saved if chunks == 1 else saved.new_empty((2, rows, call.channels))
-        grid = (rows * cdiv(call.channels, chosen.tile["BLOCK_C"]),)
+        parts = saved if chunks == 1 else saved.new_empty((2, call.samples * chunks, call.channels))
+        grid = (call.samples * chunks * cdiv(call.channels, chosen.tile["BLOCK_C"]),)
         call.launch(_statistics_kernel, grid, parts, chunks, each, chosen=chosen)
         if chunks > 1:
             call.merge(parts, saved, 0, call.samples, chunks, maxima=True)
         call.operands = call.operands._replace(saved=saved)
     chosen = call.choose("gate")
     where = call.softmax_of(chosen)
-    tiles = call.samples * cdiv(call.positions, chosen.tile["BLOCK_M"])
     result = out if _flat(out) is out else torch.empty_like(out, memory_format=torch.contiguous_format)
-    grid = (tiles * cdiv(call.channels, chosen.tile["BLOCK_C"]),)
+    grid = (call.samples * cdiv(call.positions, chosen.tile["BLOCK_M"]) * cdiv(call.channels, chosen.tile["BLOCK_C"]),)
     call.launch(_gate_kernel, grid, _map(result), chosen=chosen, FORM=where)
     if result is not out:
         out.copy_(result)
 
 
-def backward(
-    upstream: Tensor, features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, saved: Tensor,
-    scale: float, form: str, df: Tensor | None, dh: Tensor | None, dw: Tensor | None, db: Tensor | None,
-) -> None:  # fmt: skip
+def backward(upstream: Tensor, saved: Tensor, gradients: Sequence[Tensor | None], *arguments: Any) -> None:
     """Gradients of :func:`forward`.
 
     Args:
         upstream: gradient of ``out``, any strides.
-        features: as there.
-        hidden: as there.
-        weight: as there.
-        bias: as there.
         saved: as there.
-        scale: as there.
-        form: as there.
-        df: gradient of features, to be filled, contiguous or channels-last; None where not wanted.
-        dh: likewise of hidden.
-        dw: likewise of weight, contiguous.
-        db: likewise of bias.
+        gradients: to be filled, of features, hidden, weight and bias, without gaps; None where not wanted.
+        *arguments: those there from features to form.
     """
-    call = _Call(features, hidden, weight, bias, scale, form)
+    df, dh, dw, db = gradients
+    call = _Call(*arguments)
     call.operands = call.operands._replace(upstream=_map(_flat(upstream)), saved=saved)
     chosen = call.choose("gradients")
     tiles = cdiv(call.positions, chosen.tile["BLOCK_M"])
     wide = cdiv(call.channels, chosen.tile["BLOCK_C"])
-    narrow = 1 if dh is None and dw is None else cdiv(weight.shape[1], chosen.tile["BLOCK_K"])
-    weights = 0 if dw is None else weight.numel()
+    narrow = 1 if dh is None and dw is None else cdiv(call.constants["K"], chosen.tile["BLOCK_K"])
+    weights = 0 if dw is None else dw.numel()
     width = weights + (call.channels if db is not None and call.over_channels else 0)
-    wanted = {"WANT_W": weights > 0, "WANT_B": width > weights}
-    maps = [_NO_MAP if m is None else _map(m) for m in (df, dh)]
-    passes = [(maps, {**wanted, "IN_TURN": False})]
+    sums = {"WANT_W": weights > 0, "WANT_B": width > weights, "IN_TURN": False}
+    maps = tuple(_NO_MAP if m is None else _map(m) for m in (df, dh))
+    passes = [(maps, sums)] if df is not None or dh is not None or width else []
     if dh is not None and wide > 1:
         passes = [(maps, {"WANT_W": False, "WANT_B": False, "IN_TURN": True})]
-        passes += [([_NO_MAP, _NO_MAP], {**wanted, "IN_TURN": False})] if width else []
-    elif df is None and dh is None and not width:
-        passes = []
-
+        passes += [((_NO_MAP, _NO_MAP), sums)] if width else []
     group = max(call.samples, 1)
     if chosen.tile["MEGABYTES"] and not call.over_channels:
-        slab = call.positions * (2 * call.channels * features.itemsize + weight.shape[1] * hidden.itemsize)
-        group = min(group, max(1, (chosen.tile["MEGABYTES"] << 20) // slab))
-    each = cdiv(group * tiles, max(1, chosen.tile["PROGRAMS"] * processors(features) // (wide * narrow)))
+        a_position = 2 * call.channels * call.features.itemsize + call.constants["K"] * call.hidden.itemsize
+        group = min(group, max(1, (chosen.tile["MEGABYTES"] << 20) // (a_position * call.positions)))
+    each = cdiv(group * tiles, max(1, chosen.tile["PROGRAMS"] * processors(upstream) // (wide * narrow)))
     groups = [(first, min(group, call.samples - first)) for first in range(0, call.samples, group) if passes]
-    parts = weight.new_empty((sum(cdiv(samples * tiles, each) for _, samples in groups), width), dtype=torch.float32)
-    fill_slopes = None
-    if groups and not call.over_channels and (dh is not None or width):
-        fill_slopes = call.slopes(group)
+    parts = saved.new_empty((sum(cdiv(samples * tiles, each) for _, samples in groups), width))
     softmax = call.softmax_of(chosen) if groups else ""
+    with_slopes = softmax == "positions" and (dh is not None or width > 0)
+    if with_slopes:
+        call.operands = call.operands._replace(slopes=saved.new_empty((call.samples, call.channels)))
     done = 0
     for first, samples in groups:
-        if fill_slopes is not None:
-            fill_slopes(first, samples)
+        if with_slopes:
+            call.slopes(call.choose("slopes"), group, first, samples)
         programs = cdiv(samples * tiles, each)
         for (to_f, to_h), constants in passes:
             grid = (programs, 1 if constants["IN_TURN"] else wide, narrow)
-            arguments = (to_f, to_h, parts, first, done, samples * tiles, each)
-            call.launch(_gradients_kernel, grid, *arguments, chosen=chosen, FORM=softmax, **constants)
+            numbers = (first * tiles, done, samples * tiles, each)
+            call.launch(_gradients_kernel, grid, to_f, to_h, parts, *numbers, chosen=chosen, FORM=softmax, **constants)
         done += programs
     results = weights + (0 if db is None else call.channels)
     if results:
-        grid = (cdiv(results, _SUM.tile["BLOCK"]),)
-        launch(_sum_parts_kernel, grid, parts, dw, db, done, config=_SUM, WEIGHTS=weights, RESULTS=results, WIDTH=width)
+        count = cdiv(results, _SUM.tile["BLOCK"])
+        sizes = {"WEIGHTS": weights, "RESULTS": results, "WIDTH": width}
+        launch(_sum_parts_kernel, (count,), parts, dw, db, done, config=_SUM, **sizes)

@@ -25,15 +25,14 @@ FLAGS = [(symmetric, normalize) for symmetric in (False, True) for normalize in 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["one program", "tiles", "split"])
+@pytest.fixture(params=["one program", "tiles"])
 def form(request, monkeypatch):
-    """How the kernels work: few vectors in one program, tiles, or tiles whose columns several programs share."""
+    """How the kernels work: few vectors in one program, or tiles with columns split over many programs."""
     from dfkd_fast.kernels import contrastive_loss as kernels
 
-    if request.param != "one program":
+    if request.param == "tiles":
         monkeypatch.setattr(kernels, "SMALL", 0)
-    if request.param == "split":
-        monkeypatch.setattr(kernels, "_span", lambda blocks, tiles, available: 1)
+        monkeypatch.setattr(kernels, "tiles_a_program", lambda blocks, tiles, available: 1)
     return request.param
 
 
@@ -51,7 +50,7 @@ def loss(**options):
 @pytest.mark.parametrize(("symmetric", "normalize"), FLAGS)
 def test_kernels_are_no_worse_than_the_reference(kernel_device, form, symmetric, normalize, dtype):
     options = {"symmetric": symmetric, "normalize": normalize, "temperature": 0.1 if normalize else 1.0}
-    make = pairs(kernel_device, dtype, *((40, 12) if form == "split" else (5, 7)))
+    make = pairs(kernel_device, dtype, *((40, 12) if form == "tiles" else (5, 7)))
     assert_backend_no_worse(loss(**options), make, draws=2)
 
 
@@ -66,6 +65,16 @@ def test_kernel_reductions(kernel_device, form, reduction, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_shapes(kernel_device, n, dim, dtype):
     assert_backend_no_worse(loss(symmetric=n == 1), pairs(kernel_device, dtype, n, dim), draws=1 if dim > 256 else 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("options", "split"), [({}, 1), ({"symmetric": True}, 9), ({"temperature": 0.02}, 2)])
+def test_kernels_on_tiles_with_and_without_masks(kernel_device, monkeypatch, options, split, dtype):
+    """200 vectors a side: tiles without the anchors, their positives or the end among them."""
+    from dfkd_fast.kernels import contrastive_loss as kernels
+
+    monkeypatch.setattr(kernels, "tiles_a_program", lambda blocks, tiles, available: split)
+    assert_backend_no_worse(loss(**options), pairs(kernel_device, dtype, 200, 9), draws=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

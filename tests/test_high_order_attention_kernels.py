@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 
 import pytest
@@ -85,9 +86,9 @@ def test_error_is_no_larger_than_the_references(kernel_device, order, hidden, dt
 @pytest.mark.parametrize("shape", MAP_SHAPES.values(), ids=MAP_SHAPES)
 def test_every_shape(kernel_device, shape, dtype):
     inputs = drawn(shape, dtype=dtype, device=kernel_device)
-    # One element has an error by luck: it takes many to say how large it is.
+    # Few elements have an error by luck: it takes many to say how large it is.
     with in_tiles(16):
-        no_worse("features", "joint", inputs, draws=16 if shape == (1, 1, 1, 1) else 2)
+        no_worse("features", "joint", inputs, draws=16 if math.prod(shape) < 30 else 2)
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -81,8 +81,8 @@ def _launch_backward(
     from dfkd_fast.kernels import spatial_attention as kernels
 
     wanted = (want_features, want_hidden, want_weight, want_bias and bias is not None)
-    filled = (result if want else None for result, want in zip(results, wanted, strict=True))
-    kernels.backward(upstream, features, hidden, weight, bias, saved, scale, form, *filled)
+    filled = [result if want else None for result, want in zip(results, wanted, strict=True)]
+    kernels.backward(upstream, saved, filled, features, hidden, weight, bias, scale, form)
 
 
 _forward = operator(
