@@ -441,14 +441,14 @@ def _channel_tiles(
     found = []
     for repeats, at_most, warps, stages in wanted:
         elements = 32 * warps * 16 // dtype.itemsize
+        if unit == 1:
+            repeats, stages, elements = 1, 1, elements // 2
         if planes:
             slots = min(max(positions, 16), elements // 8)
             block = max(8, min(elements // slots, channels))
         else:
             block = max(8, min(channels, at_most))
-            slots = elements // block
-        if unit == 1:
-            repeats, stages = 1, 1
+            slots = max(8, elements // block)
         fitting = max(1, min(repeats, positions // slots))
         tile = {"REPEATS": fitting, "SLOTS": slots, "CHANNELS": block, "STAGES": stages}
         launch = Launch(tile=tile, num_warps=warps, num_stages=1)

@@ -579,12 +579,11 @@ def backward(upstream: Tensor, saved: Tensor, gradients: Sequence[Tensor | None]
     groups = [(first, min(group, call.samples - first)) for first in range(0, call.samples, group) if passes]
     parts = saved.new_empty((sum(cdiv(samples * tiles, each) for _, samples in groups), width))
     softmax = call.softmax_of(chosen) if groups else ""
-    with_slopes = softmax == "positions" and (dh is not None or width > 0)
-    if with_slopes:
+    if softmax == "positions":
         call.operands = call.operands._replace(slopes=saved.new_empty((call.samples, call.channels)))
     done = 0
     for first, samples in groups:
-        if with_slopes:
+        if softmax == "positions" and (dh is not None or width > 0):
             call.slopes(call.choose("slopes"), group, first, samples)
         programs = cdiv(samples * tiles, each)
         for (to_f, to_h), constants in passes:

@@ -137,7 +137,7 @@ def test_public_ops_follow_the_context():
         assert torch.equal(ops.distillation_kl(logits, -logits), wanted)
     with ops.backend("triton"):
         assert torch.equal(ops.distillation_kl(logits, -logits, backend="reference"), wanted)
-        with pytest.raises(RuntimeError, match="triton', asked for by dfkd_fast.ops.backend, cannot serve .*float64"):
+        with pytest.raises(RuntimeError, match="cannot serve distillation_kl: its kernels take"):
             ops.distillation_kl(logits.double(), -logits)
 
 
