@@ -173,7 +173,7 @@ def _high_order_split(
     stages = 3 if arch == 90 else 2
     tried = [(64, 64, 32, 4, stages), (64, 64, 64, 4, 2), (128, 64, 32, 8, stages), (64, 128, 32, 8, 2)]
     if arch >= 100:
-        tried = [tried[2], *tried[:2]]
+        tried = [tried[3], *tried[:3]]
     return tried if gates == 1 else [(64, 32, 32, 4, 2), *tried]
 
 
@@ -260,7 +260,7 @@ def _spatial_attention_room(dtype: torch.dtype, hidden: int, vectors: int) -> bo
 
 def _spatial_attention_narrow(arch: int, dtype: torch.dtype, hidden: int) -> int:
     """Narrow maps of a tile: fewer where products read both sides from registers, and few outside tensor cores."""
-    most = 64 if arch // 10 in (9, 10) else 32
+    most = 64 if arch // 10 == 9 else 32
     return max(16, min(hidden, most if dtype.itemsize == 2 else 16))
 
 
@@ -273,7 +273,8 @@ def _spatial_attention_sums(
     halves = dtype.itemsize == 2
     sizes = max(16, min(channels, 64)), _spatial_attention_narrow(arch, dtype, hidden), positions
     each = 16 if halves else 8
-    tried = [(each, 3, 16), (each, 3, 8), (each, 2, 16), (each, 3, 32), (each, 4, 16)]
+    stages = 3 if halves else 2
+    tried = [(each, stages, 16), (each, stages, 8), (each, 5 - stages, 16), (each, stages, 32), (each, stages + 1, 16)]
     if _spatial_attention_room(dtype, hidden, vectors):
         tried += [(32, 3, 16), (32, 3, 8)]
     wanted = [(each, stages, {"TILES": tiles}) for each, stages, tiles in tried]
@@ -287,7 +288,7 @@ def _spatial_attention_gate(
 ) -> list[Launch]:
     """A softmax over channels wants all of them in a tile, if they are up to 256."""
     block = max(16, channels if over_channels and channels <= 256 else min(channels, 64))
-    each = 32 if _spatial_attention_room(dtype, hidden, vectors) else 16
+    each = 32 if _spatial_attention_room(dtype, hidden, vectors) else 8 if dtype.itemsize == 2 else 16
     sizes = block, _spatial_attention_narrow(arch, dtype, hidden), positions
     return _spatial_attention(sizes, [(each, 2, {}), (each // 2, 2, {}), (each // 4, 2, {})])
 
@@ -306,7 +307,7 @@ def _spatial_attention_gradients(
     halves = dtype.itemsize == 2
     from_shared = halves and arch // 10 in (9, 10)
     most = 256 if from_shared else 64 if halves and over_channels else 128
-    block = max(16, channels if channels <= most else most // 2 if from_shared else 64)
+    block = max(16, channels if channels <= most else 64)
     if _spatial_attention_room(dtype, hidden, vectors):
         each = 16 if over_channels or block == 128 else 32
     else:
@@ -314,13 +315,14 @@ def _spatial_attention_gradients(
     narrow = _spatial_attention_narrow(arch, dtype, hidden)
     # As many as run at once: more of them only add to the sums.
     n = max(1, min(3, 256 // block))
+    stages = 1 if each == 4 else 2
     tried = (
-        (each, 2, n, 0),
+        (each, stages, n, 0),
         (each, 3, n, 0),
-        (each, 2, 2 * n, 0),
+        (each, stages, 2 * n, 0),
         (each // 2, 2, n, 0),
-        (each, 2, n, 28),
-        (each, 1, n, 0),
+        (each, stages, n, 28),
+        (each, 3 - stages, n, 0),
     )
     wanted = [
         (each, stages, {"PROGRAMS": programs, "MEGABYTES": megabytes}) for each, stages, programs, megabytes in tried

@@ -170,9 +170,8 @@ def _whole_logits(
 
 @triton.jit
 def _whole_gate(
-    x, proj, out, channel,
-    GATES: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x, proj, out, channel, GATES: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A for a tile of features, and its logits where they are one sum."""
     nothing = tl.zeros([x.shape[0], x.shape[1]], tl.float32)
@@ -529,11 +528,9 @@ def value(x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result
         y.copy_(filled)
 
 
-def _hidden(
-    x: Tensor, dl: Tensor, proj: Tensor, out: Tensor, to: Tensor, chosen: Launch, *at: int, **more: Any
-) -> None:
-    grid = (cdiv(at[0], chosen.tile["BLOCK_M"]), cdiv(out.shape[2], chosen.tile["BLOCK_K"]), out.shape[0])
-    launch(_split_hidden_kernel, grid, x, dl, proj, out, to, *at, config=chosen, **more)
+def _hidden(x: Tensor, dl: Tensor, proj: Tensor, out: Tensor, to: Tensor, how: Launch, *at: int, **more: Any) -> None:
+    grid = (cdiv(at[0], how.tile["BLOCK_M"]), cdiv(out.shape[2], how.tile["BLOCK_K"]), out.shape[0])
+    launch(_split_hidden_kernel, grid, x, dl, proj, out, to, *at, config=how, **more)
 
 
 def gradients(

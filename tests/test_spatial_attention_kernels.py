@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 
 import pytest
 import torch
@@ -51,7 +50,7 @@ def maker(shape, *, hidden=3, dtype=torch.float32, layout="contiguous", device="
     return make
 
 
-def no_worse(make, form, shape, *, scale=None, draws=2, **more):
+def no_worse(make, form, shape, *, scale=None, draws=4, **more):
     """out, what of it is added to the features, and the gradients."""
     scale = near(form, shape) if scale is None else scale
 
@@ -82,28 +81,27 @@ def test_kernels_are_no_worse_than_the_reference(kernel_device, dtype, form):
 
 
 @pytest.mark.parametrize("form", ["spatial", "channel"])
-@pytest.mark.parametrize(("dtype", "hidden"), [(torch.float32, 20), (torch.bfloat16, 7), (torch.float16, 20)])
+@pytest.mark.parametrize(("dtype", "hidden"), [(torch.float32, 20), (torch.bfloat16, 7)])
 def test_kernels_on_more_than_one_tile(kernel_device, dtype, hidden, form):
     """Chunks to merge, channels in turn, narrow maps in two blocks, tiles that are not full."""
     shape = (2, 19, 5, 4)
     make = maker(shape, hidden=hidden, dtype=dtype, layout="channels_last", device=kernel_device)
     for changed in ({}, {"BLOCK_C": 32}):
         with tiles(**changed):
-            no_worse(make, form, shape, factor=2.5)
+            no_worse(make, form, shape)
 
 
 def test_groups_of_samples_change_nothing(kernel_device):
     """Maps of a megabyte a sample, and groups of that size."""
-    inputs = maker((3, 128, 32, 64), dtype=torch.bfloat16, layout="channels_last", device=kernel_device)(0)
+    inputs = maker((2, 256, 32, 32), dtype=torch.bfloat16, layout="channels_last", device=kernel_device)(0)
     op = lambda *a: ops.spatial_attention(*a, scale=1000.0, backend="triton")  # noqa: E731
     results = []
-    for megabytes in (0, 1, 3):
-        with tiles(BLOCK_M=512, BLOCK_C=128, TILES=2, MEGABYTES=megabytes):
+    for megabytes in (0, 1):
+        with tiles(BLOCK_M=512, BLOCK_C=256, TILES=2, MEGABYTES=megabytes):
             results.append(value_and_gradients(op, inputs)[1])
-    for df, dh, dw, _ in results[1:]:
-        assert torch.equal(df, results[0][0])
-        assert torch.equal(dh, results[0][1])
-        assert_close(dw, results[0][2], atol=0.01 * float(dw.abs().max()))
+    # Groups differ in how D is summed, and the sums of programs in their number: a last digit of bfloat16 may turn.
+    for got, want in zip(results[1], results[0], strict=True):
+        assert_close(got, want, atol=1e-4 * float(want.abs().max()), rtol=torch.finfo(torch.bfloat16).eps)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -111,7 +109,7 @@ def test_groups_of_samples_change_nothing(kernel_device):
 def test_kernels_on_awkward_shapes(kernel_device, shape, form):
     for layout, dtype in (("contiguous", torch.bfloat16), ("channels_last", torch.float32)):
         make = maker(shape, hidden=1 if dtype == torch.float32 else 3, dtype=dtype, layout=layout, device=kernel_device)
-        no_worse(make, form, shape, scale=1.5, factor=3.0)
+        no_worse(make, form, shape, scale=1.5)
 
 
 @pytest.mark.parametrize("form", ["spatial", "channel"])
@@ -139,19 +137,19 @@ def test_kernels_take_any_layout(kernel_device, layout, form):
 @pytest.mark.parametrize("form", ["spatial", "channel"])
 def test_gradients_to_any_of_the_inputs(kernel_device, form):
     shape = (2, 19, 4, 3)
-    some = [only for size in (1, 2, 3) for only in itertools.combinations(range(4), size)]
+    some = ((0,), (1,), (2,), (3,), (0, 2), (1, 3), (0, 1, 2))
     whole = value_and_gradients(
         lambda *a: ops.spatial_attention(*a, scale=5.0, form=form, backend="triton"),
         maker(shape, device=kernel_device)(0),
     )[1]
-    for changed, only in itertools.product(({"BLOCK_C": 32}, {}), some):
-        with tiles(**changed):
+    for i, only in enumerate(some):
+        with tiles() if i % 2 else tiles(BLOCK_C=32):
             inputs = maker(shape, device=kernel_device, only=only)(0)
             op = lambda *a: ops.spatial_attention(*a, scale=5.0, form=form, backend="triton")  # noqa: E731
-            for i, gradient in enumerate(value_and_gradients(op, inputs)[1]):
-                assert (gradient is None) == (i not in only)
+            for j, gradient in enumerate(value_and_gradients(op, inputs)[1]):
+                assert (gradient is None) == (j not in only)
                 if gradient is not None:
-                    assert_close(gradient, whole[i], atol=1e-5, rtol=1e-5)
+                    assert_close(gradient, whole[j], atol=1e-5, rtol=1e-5)
     if form == "spatial":
         assert whole[3].abs().max() == 0
 
@@ -181,7 +179,7 @@ def test_a_bias_over_positions_counts_for_nothing_in_kernels_either(kernel_devic
 def test_two_runs_are_equal_to_the_bit(kernel_device, form):
     op = lambda *a: ops.spatial_attention(*a, scale=9.0, form=form, backend="triton")  # noqa: E731
     with tiles():
-        runs = [value_and_gradients(op, maker((2, 19, 7, 5), device=kernel_device)(0)) for _ in range(2)]
+        runs = [value_and_gradients(op, maker((2, 19, 5, 4), device=kernel_device)(0)) for _ in range(2)]
     for a, b in zip(*((*values, *gradients) for values, gradients in runs), strict=True):
         assert torch.equal(a, b)
 
@@ -212,7 +210,7 @@ def test_kernels_keep_inputs_and_two_numbers_a_channel(kernel_device):
 
 
 def test_a_named_backend_says_why_it_cannot_serve(kernel_device):
-    inputs = [t.to(kernel_device) for t in make()]
+    inputs = [t.to(kernel_device).double() for t in maker((1, 3, 2, 2))(0)]
     with pytest.raises(RuntimeError, match=r"cannot serve spatial_attention: its kernels take .*, not float64"):
         ops.spatial_attention(*inputs, backend="triton")
 
@@ -278,7 +276,7 @@ def test_function_transforms_of_kernels(kernel_device):
 def test_sweep(kernel_device, shape, hidden, dtype, layout, form, usual):
     make = maker(shape, hidden=hidden, dtype=dtype, layout=layout, device=kernel_device)
     with contextlib.nullcontext() if usual else tiles():
-        no_worse(make, form, shape, draws=2, factor=4.0)
+        no_worse(make, form, shape, draws=4)
 
 
 # --- on a card alone
