@@ -167,7 +167,7 @@ def _high_order_split(
     """
     if dtype == torch.float32:
         tried = [(32, 32, 32, 4, 2), (32, 32, 16, 4, 2), (32, 16, 16, 4, 2)]
-        return [(16, 16, 16, 4, 2)] if order > 3 else tried[(arch >= 100) * (1 + (gates > 1)) :]
+        return [(16, 16, 16, 4, 2)] if order > 3 else tried[(arch >= 100) * (1 + (gates > 1 or ragged)) :]
     if order > 3 or ragged:
         return [(32, 32, 16, 4, 2), (64, 32, 16, 4, 2), (64, 64, 16, 8, 2)]
     stages = 3 if arch == 90 else 2
@@ -309,7 +309,7 @@ def _spatial_attention_gradients(
     most = 256 if from_shared else 64 if halves and over_channels else 128
     block = max(16, channels if channels <= most else 64)
     if _spatial_attention_room(dtype, hidden, vectors):
-        each = 16 if over_channels or block == 128 else 32
+        each = 32 if block != 128 and not over_channels else 16 if from_shared or not over_channels else 8
     else:
         each = 8 if halves or block == channels else 4
     narrow = _spatial_attention_narrow(arch, dtype, hidden)
