@@ -13,6 +13,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes too, where the patched socket below does not reach
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -33,9 +34,15 @@ def _no_cuda() -> str | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    # The same examples each time: what fails, fails again.
+    hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
+    hypothesis.settings.load_profile("reproducible")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1200))
     reason = _no_cuda()
     if reason is not None:
         for item in items:

@@ -253,7 +253,7 @@ def test_autocast_leaves_the_kernels_in_float32(kernel_device):
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(0, 90),
     dim=st.integers(1, 300),
@@ -269,7 +269,8 @@ def test_sweep(kernel_device, n, dim, dtype, layout, flags, reduction, seed):
     make = pairs(kernel_device, dtype, n, dim, layout=layout, scale=1.0 if normalize else dim**-0.25)
     options = {"symmetric": symmetric, "normalize": normalize, "reduction": reduction}
     op = loss(temperature=0.1 if normalize else 0.5, **options)
-    assert_backend_no_worse(op, lambda i: make(seed + i), draws=3)
+    # A single number can be exact by luck.
+    assert_backend_no_worse(op, lambda i: make(seed + i), draws=3 if reduction == "none" else 16)
 
 
 # --- on a card alone
