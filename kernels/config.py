@@ -167,12 +167,14 @@ def _high_order_split(
     """
     if dtype == torch.float32:
         tried = [(32, 32, 32, 4, 2), (32, 32, 16, 4, 2), (32, 16, 16, 4, 2)]
-        return [(16, 16, 16, 4, 2)] if order > 3 else tried[(arch >= 100) * (1 + (gates > 1 or ragged)) :]
+        if order > 3 or (ragged and arch >= 100):
+            return [(16, 16, 16, 4, 2)]
+        return tried[(arch >= 100) * (1 + (gates > 1)) :]
     if order > 3 or ragged:
         return [(32, 32, 16, 4, 2), (64, 32, 16, 4, 2), (64, 64, 16, 8, 2)]
     stages = 3 if arch == 90 else 2
     tried = [(64, 64, 32, 4, stages), (64, 64, 64, 4, 2), (128, 64, 32, 8, stages), (64, 128, 32, 8, 2)]
-    if arch >= 100:
+    if 100 <= arch < 120:
         tried = [tried[3], *tried[:3]]
     return tried if gates == 1 else [(64, 32, 32, 4, 2), *tried]
 
