@@ -46,6 +46,7 @@ To measure on this machine's GPU:
     dfkd-fast bench distillation_kl --shapes mine.yaml  # or large; the file holds, for example,
                                                         # distillation_kl: [[512, 100], {{rows: 8, classes: 10}}]
     dfkd-fast bench --tune                              # find launch configurations first
+    pip install 'dfkd-fast[peers]'                      # sets Liger-Kernel and lightly beside them
     make gpu OUT=folder BUDGET=540                      # what the tables below are made from
 
 {}
