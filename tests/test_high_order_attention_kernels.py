@@ -267,13 +267,13 @@ def test_autocast(kernel_device, dtype):
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_shape(kernel_device, data):
-    # Few elements have an error by luck.
-    size = st.integers(2, 5)
-    shape = (data.draw(st.integers(1, 3)), data.draw(st.integers(8, 40)), data.draw(size), data.draw(size))
+    # Where few terms are added, the plain computation is exact to less than an ulp by luck.
+    size = st.integers(3, 6)
+    shape = (data.draw(st.integers(2, 3)), data.draw(st.integers(12, 40)), data.draw(size), data.draw(size))
     inputs = drawn(
         shape,
         order=data.draw(st.integers(1, 4)),
-        hidden=data.draw(st.integers(1, 35)),
+        hidden=data.draw(st.integers(4, 35)),
         dtype=data.draw(st.sampled_from(DTYPES)),
         layout=data.draw(st.sampled_from(LAYOUTS)),
         device=kernel_device,
