@@ -10,20 +10,21 @@ from torch import Tensor
 
 from dfkd_fast.reference.common import laid_out_as, pointwise, wide
 
-__all__ = ["high_order_attention", "high_order_attention_map"]
+__all__ = ["attention", "high_order_attention", "high_order_attention_map"]
 
 
 def high_order_attention(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> Tensor:
     """``A * x`` for x (N, C, H, W), proj_weight (R(R+1)/2, K, C), out_weight (R, C, K)."""
-    return laid_out_as((wide(x) * _attention(x, proj_weight, out_weight, mode)).to(x.dtype), x)
+    return laid_out_as((wide(x) * attention(x, proj_weight, out_weight, mode)).to(x.dtype), x)
 
 
 def high_order_attention_map(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> Tensor:
     """A alone."""
-    return laid_out_as(_attention(x, proj_weight, out_weight, mode).to(x.dtype), x)
+    return laid_out_as(attention(x, proj_weight, out_weight, mode).to(x.dtype), x)
 
 
-def _attention(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str) -> Tensor:
+def attention(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str) -> Tensor:
+    """A in the type of sums: float32, or float64 for float64."""
     factors, order = proj_weight.shape[0], out_weight.shape[0]
     # All projections are one product over stacked rows.
     projected = pointwise(x, proj_weight.flatten(0, 1))
