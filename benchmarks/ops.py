@@ -67,14 +67,14 @@ class Absent:
 
 
 def _kernel_modules(op: str) -> list[Path]:
-    """The kernel modules of an op: that of its name and those that it imports."""
+    """The kernel modules of an op: those of its name and those that they import."""
     from dfkd_fast import kernels
 
     folder = Path(str(kernels.__file__)).parent
     if not (folder / f"{op}.py").exists():
         return sorted(folder.glob("*.py"))
     seen: set[str] = set()
-    waiting = [op, "config"]
+    waiting = [op, f"{op}_fwd", f"{op}_bwd", "config"]
     while waiting:
         name = waiting.pop()
         if name in seen or not (folder / f"{name}.py").exists():

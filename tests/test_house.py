@@ -155,7 +155,7 @@ def test_one_op_one_name(name):
 def kernel_stems() -> set[str]:
     """Ops with a file in kernels/; a long one is split by direction."""
     stems = {p.stem for p in (ROOT / "kernels").glob("*.py")} - {"__init__", "common", "config"}
-    return {re.sub(r"_(forward|backward)$", "", stem) for stem in stems}
+    return {re.sub(r"_(fwd|bwd)$", "", stem) for stem in stems}
 
 
 def test_no_reference_or_kernel_without_its_op():

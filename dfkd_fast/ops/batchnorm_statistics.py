@@ -134,7 +134,7 @@ def _launch_backward(
     dbias: Tensor,
     dresidual: Tensor,
 ) -> None:
-    from dfkd_fast.kernels import batchnorm_statistics_backward as kernels
+    from dfkd_fast.kernels import batchnorm_statistics_bwd as kernels
 
     kernels.backward(
         dy,
@@ -171,7 +171,7 @@ def _allocate_statistics_backward(dmean: Tensor | None, dvar: Tensor | None, x: 
 
 
 def _launch_statistics_backward(dmean: Tensor | None, dvar: Tensor | None, x: Tensor, mean: Tensor, dx: Tensor) -> None:
-    from dfkd_fast.kernels import batchnorm_statistics_backward as kernels
+    from dfkd_fast.kernels import batchnorm_statistics_bwd as kernels
 
     kernels.backward(None, dmean, dvar, x, None, None, None, None, mean, None, 1.0, "none", dx, None, None, None)
 

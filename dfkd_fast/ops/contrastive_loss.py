@@ -48,7 +48,7 @@ def _allocate_backward(
 
 
 def _launch_backward(*arguments: Any) -> None:
-    from dfkd_fast.kernels import contrastive_loss_backward as kernels
+    from dfkd_fast.kernels import contrastive_loss_bwd as kernels
 
     kernels.backward(*arguments)
 
