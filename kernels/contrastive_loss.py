@@ -181,7 +181,8 @@ def _tile(vectors, row, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 @triton.jit
 def _product(a, b, products, PRECISION: tl.constexpr):
     """products + a b^T. A card gives the same bits for two vectors wherever in a tile they are, and numpy does not."""
-    if INTERPRETED:
+    # The interpreter, too, takes no tile of more than 2^20 numbers.
+    if INTERPRETED and a.shape[0] * b.shape[0] * a.shape[1] <= 2**20:
         return products + tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], 2)
     else:
         return dot(a, tl.trans(b), products, PRECISION)
