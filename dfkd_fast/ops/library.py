@@ -10,13 +10,12 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "OPERATORS", "Operator", "no_second_derivative", "operator", "recorded", "unserved"]
+__all__ = ["INTERPRETED", "no_second_derivative", "operator", "recorded", "unserved"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's kernels run in its interpreter, on the CPU; Triton reads the same variable, once, likewise."""
@@ -27,22 +26,6 @@ _LIBRARY = torch.library.Library("dfkd_fast", "FRAGMENT")
 
 Results = Tensor | tuple[Tensor, ...]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Operator:
-    """The two halves of an operator, by themselves.
-
-    Attributes:
-        allocate: takes the operator's arguments, returns its results, not filled.
-        launch: takes the arguments and the results, and fills them.
-    """
-
-    allocate: Callable[..., Results]
-    launch: Callable[..., None]
-
-
-OPERATORS: dict[str, Operator] = {}
-"""Every operator of the library, by name."""
 
 _recording = False
 
@@ -70,8 +53,9 @@ def operator(schema: str, allocate: Callable[..., Results], launch: Callable[...
 
     Args:
         schema: name, arguments and results, as torch.library takes them. Nothing may be mutated.
-        allocate: see :class:`Operator`; also run on fake tensors, so that it must not look at values.
-        launch: likewise; not run on fake tensors.
+        allocate: takes the operator's arguments, returns its results, not filled. Also run on fake tensors, so that it
+            must not look at values.
+        launch: takes the arguments and the results, and fills them.
 
     Returns:
         The operator, to be called with the arguments.
@@ -108,7 +92,6 @@ def operator(schema: str, allocate: Callable[..., Results], launch: Callable[...
     torch.library.register_fake(f"dfkd_fast::{name}", fake, lib=_LIBRARY)
     overload = getattr(torch.ops.dfkd_fast, name).default
     torch.library.register_vmap(f"dfkd_fast::{name}", one_by_one, lib=_LIBRARY)
-    OPERATORS[name] = Operator(allocate=allocate, launch=launch)
     return overload
 
 
