@@ -16,6 +16,7 @@ __all__ = [
     "DataConfig",
     "DemoConfig",
     "DistillConfig",
+    "EngineName",
     "ExperimentConfig",
     "GeneratorConfig",
     "KDConfig",
@@ -24,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "Precision",
     "SFCLConfig",
     "TeachConfig",
     "find",
@@ -33,6 +35,7 @@ __all__ = [
 
 Preset = Literal["dfkd-fgvc", "baseline", "dfad", "dafl", "zskt", "dfq"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+EngineName = Literal["auto", "eager", "compiled", "graph"]
 
 
 def _at_least(owner: object, **minimum: float) -> None:
@@ -280,6 +283,10 @@ class DistillConfig:
         mean: of the teacher's input normalisation, red, green, blue in [0, 1]; None takes the evaluation data's, else
             the teacher's own default.
         std: as mean.
+        engine: how a step is executed, by the same step functions: ``eager``; ``compiled``, networks and objectives
+            through torch.compile; ``graph``, a whole compiled step captured into one CUDA graph and replayed. ``auto``
+            is graph on a CUDA device (compiled in fp16) and eager elsewhere.
+        autotune: let torch.compile time variants of its kernels; compiling then takes minutes longer.
         precision: ``auto`` is bf16 autocast where the device computes in it, else fp32.
         channels_last: keep activations channels-last.
         device: ``auto`` is cuda where there is one.
@@ -295,6 +302,8 @@ class DistillConfig:
     image_size: int | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
+    engine: EngineName = "auto"
+    autotune: bool = False
     precision: Precision = "auto"
     channels_last: bool = True
     device: str = "auto"

@@ -20,7 +20,7 @@ from torch import nn
 
 import dfkd_fast
 from dfkd_fast.config import DistillConfig, ObjectiveConfig, OptimizerConfig
-from dfkd_fast.engine import CheckpointError, Checkpoints, NonFiniteError, loop
+from dfkd_fast.engine import CheckpointError, Checkpoints, NonFiniteError, engines, loop
 from dfkd_fast.engine.checkpoint import fingerprint
 from dfkd_fast.engine.progress import ProgressLine
 from dfkd_fast.models import create_model, extract, load_weights, read_metadata
@@ -121,7 +121,7 @@ def test_resumed_anywhere_ends_with_the_same_weights(
 
     with monkeypatch.context() as patch:
         for name in ("generator_step", "student_step"):
-            patch.setattr(loop, name, dying(getattr(loop, name)))
+            patch.setattr(engines, name, dying(getattr(engines, name)))
         with pytest.raises(Stopped):
             run(tmp_path / "broken", checkpoint_every=2)
     resumed = run(tmp_path / "broken", checkpoint_every=2, resume=True)
@@ -137,14 +137,14 @@ def test_a_signal_saves_before_leaving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, expected: type[BaseException]
 ) -> None:
     whole = run(tmp_path / "whole")
-    step, handler = loop.student_step, signal.getsignal(number)
+    step, handler = engines.student_step, signal.getsignal(number)
 
     def signalled(*arguments: Any) -> None:
         step(*arguments)
         os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "student_step", signalled)
+        patch.setattr(engines, "student_step", signalled)
         with pytest.raises(expected) as stopped:
             run(tmp_path / "stopped", checkpoint_every=100)
     if expected is SystemExit:
@@ -219,18 +219,18 @@ def test_a_folder_with_another_run_is_not_written_over(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, count = loop.student_step, 0
+    step, count = engines.student_step, 0
 
-    def poisoned(state: Any, row: int) -> None:
+    def poisoned(state: Any, networks: Any) -> None:
         nonlocal count
         count += 1
         keep = state.shift.clone()
         if count == 4:  # the second student step of the second round
             state.shift.fill_(float("nan"))
-        step(state, row)
+        step(state, networks)
         state.shift.copy_(keep)
 
-    monkeypatch.setattr(loop, "student_step", poisoned)
+    monkeypatch.setattr(engines, "student_step", poisoned)
     with pytest.raises(NonFiniteError, match=r"round 1, student step 1: kd, mhad, sfcl not finite"):
         run(tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["round-000001-step-0000.pt"]

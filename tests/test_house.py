@@ -23,16 +23,18 @@ LAYERS: dict[str, set[str]] = {
     "config": set(),
     "configs": set(),
     "kernels": set(),
+    "ranges": set(),
     "reference": set(),
     "testing": set(),
-    "ops": {"reference", "kernels"},
+    "ops": {"reference", "kernels", "ranges"},
     "nn": {"ops"},
     "models": {"ops", "config"},
     "objectives": {"nn", "ops", "models", "config"},
     "data": {"config"},
     "report": {"config"},
     "doctor": {"ops", "report"},
-    "engine": {"objectives", "nn", "ops", "models", "data", "report", "config"},
+    "engine": {"objectives", "nn", "ops", "models", "data", "report", "config", "ranges"},
+    "profiling": {"engine", "models", "report", "config", "ranges"},
 }
 DOORS = {"__init__", "__main__", "cli", "demo", "benchmarks"}  # users of everything; imported by nothing but each other
 

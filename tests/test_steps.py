@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.config import GeneratorConfig, ObjectiveConfig
-from dfkd_fast.engine import DistillState, generator_step, student_step, synthesize
+from dfkd_fast.engine import DistillState, EagerEngine, generator_step, student_step, synthesize
 
 from . import tiny
 
@@ -42,7 +42,7 @@ def test_generator_step_moves_the_generator_alone(state: DistillState) -> None:
     others = (state.teacher.model, state.student.model, state.student_objective)
     before, generator = tensors(*others), tensors(state.generator)
     flags = [(m, m.training) for m in state.student.modules()]
-    generator_step(state, 0)
+    generator_step(state)
     assert not moved(before, *others)
     assert no_gradients(*others)
     parameters = {f"0.{name}" for name, _ in state.generator.named_parameters()}
@@ -62,7 +62,7 @@ def test_student_step_moves_the_student_and_its_helpers_alone(state: DistillStat
         f"0.{name}" for name, parameter in state.student_objective.named_parameters() if not parameter.requires_grad
     }
     before, student, helpers = tensors(*others), tensors(state.student.model), tensors(state.student_objective)
-    student_step(state, state.config.loop.generator_steps)
+    student_step(state)
     assert not moved(before, *others)
     assert no_gradients(*others)
     assert moved(student, state.student.model) == set(student)  # every weight, every buffer
@@ -89,11 +89,11 @@ def test_no_weight_gradient_is_computed_in_frozen_networks(monkeypatch: pytest.M
 
     visited: set[object] = set()
     monkeypatch.setattr(Tensor, "backward", walk)
-    generator_step(state, 0)
+    generator_step(state)
     assert seen == {id(parameter) for parameter in state.generator.parameters()}
     seen.clear()
     visited.clear()
-    student_step(state, 2)
+    student_step(state)
     trained = [*state.student.model.parameters(), *state.student_objective.parameters()]
     assert seen == {id(parameter) for parameter in trained if parameter.requires_grad}
 
@@ -102,7 +102,7 @@ def test_no_weight_gradient_is_computed_in_frozen_networks(monkeypatch: pytest.M
 def test_students_batchnorms_in_the_generator_step(mode: str) -> None:
     state = tiny.state(tiny.config(student_in_generator_step=mode))
     before = tensors(state.student.model)
-    generator_step(state, 0)
+    generator_step(state)
     changed = moved(before, state.student.model)
     assert bool(changed) == (mode == "update")
     assert all("running" in name or "num_batches" in name for name in changed)
@@ -126,7 +126,7 @@ def test_generator_step_descends_its_objective() -> None:
     p = t.logits.softmax(1)
     kd = (p * (p.log() - student(inputs).log_softmax(1))).sum(1).mean()
     (0.3 * bn - kd).backward()
-    generator_step(state, 0)
+    generator_step(state)
     torch.testing.assert_close(state.trace[0, :2], torch.stack([bn.detach(), kd.detach()]), rtol=1e-4, atol=1e-5)
     for parameter, ours in zip(twin.parameters(), state.generator.parameters(), strict=True):
         assert parameter.grad is not None
@@ -177,12 +177,12 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(where: str) -> None
     state = tiny.state()
     parameters = [p.detach().clone() for p in state.generator.parameters()]
     undo = poison(state, where)
-    generator_step(state, 0)
+    generator_step(state)
     assert all(torch.equal(a, b) for a, b in zip(parameters, state.generator.parameters(), strict=True))
     row = state.trace[0]
     assert not torch.isfinite(row[:2]).all() if where == "loss" else row[-1] == 0
     undo()
-    generator_step(state, 1)
+    generator_step(state)
     assert torch.isfinite(state.trace[1]).all()
     assert state.trace[1, -1] == 1
     if where == "loss":  # the BatchNorm buffers of the skipped step have no say in the parameters
@@ -197,30 +197,34 @@ def test_the_first_student_step_may_be_skipped() -> None:
             if isinstance(norm, nn.BatchNorm2d):
                 norm.momentum = 0.0  # the skipped forward must not show in buffers
     undo = poison(state, "loss")
-    student_step(state, 2)
+    student_step(state)
     undo()
     for one in (state, twin):
         one.noise.manual_seed(7)
-        one.student_updates = 0
-        student_step(one, 3)
+        one.start_round()
+        student_step(one)
     for a, b in zip(state.student.model.parameters(), twin.student.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_bf16_autocast_runs_on_the_cpu() -> None:
     state = tiny.state(replace(tiny.config(), precision="bf16"))
-    generator_step(state, 0)
-    student_step(state, 2)
-    assert torch.isfinite(state.trace[[0, 2]]).all()
+    generator_step(state)
+    student_step(state)
+    assert torch.isfinite(state.trace[:2]).all()
     assert all(p.dtype == torch.float32 for p in state.student.parameters())
 
 
 def test_students_rate_is_a_cosine_over_the_runs_student_steps() -> None:
     state = tiny.state(tiny.config(epochs=2, rounds_per_epoch=2, student_steps=2))
+    engine = EagerEngine(state)
     rates = []
-    for _ in range(8):
-        student_step(state, 2)
-        rates.append(state.student_optimizer.param_groups[0]["lr"])
+    for _ in range(4):
+        state.position.step = state.config.loop.generator_steps
+        engine.start_round()
+        for _ in range(2):
+            engine.student_step()
+            rates.append(state.student_optimizer.param_groups[0]["lr"].item())
     wanted = 0.025 * (1 + torch.cos(torch.pi * torch.arange(8) / 8))
     torch.testing.assert_close(torch.tensor(rates), wanted)
 
@@ -229,13 +233,13 @@ def test_students_rate_is_a_cosine_over_the_runs_student_steps() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_steps_do_not_wait_for_the_device(precision: str) -> None:
     state = tiny.state(replace(tiny.config(), device="cuda", precision=precision))
-    for step, row in ((generator_step, 0), (student_step, 2)):
-        step(state, row)  # libraries choose their algorithms in the first step
+    generator_step(state)  # libraries choose their algorithms in the first step
+    student_step(state)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        generator_step(state, 1)
-        student_step(state, 3)
+        generator_step(state)
+        student_step(state)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(state.trace).all()

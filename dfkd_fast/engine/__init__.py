@@ -1,33 +1,52 @@
 """The engine: training with data, distilling without, evaluating, exporting."""
 
+from dfkd_fast.engine.capture import CaptureError
 from dfkd_fast.engine.checkpoint import CheckpointError, Checkpoints
+from dfkd_fast.engine.engines import (
+    CompiledEngine,
+    EagerEngine,
+    Engine,
+    GraphEngine,
+    create_engine,
+    resolve_engine,
+)
 from dfkd_fast.engine.evaluation import EvalResult, evaluate
 from dfkd_fast.engine.exporting import ExportError, ExportResult, export
 from dfkd_fast.engine.loop import DistillResult, NonFiniteError, agreement, distill
+from dfkd_fast.engine.networks import Networks, StepNetworks
 from dfkd_fast.engine.runtime import Runtime
 from dfkd_fast.engine.state import DistillState, Position, build_generator, build_state
 from dfkd_fast.engine.steps import generator_step, student_step, synthesize
 from dfkd_fast.engine.training import TeachResult, teach
 
 __all__ = [
+    "CaptureError",
     "CheckpointError",
     "Checkpoints",
+    "CompiledEngine",
     "DistillResult",
     "DistillState",
+    "EagerEngine",
+    "Engine",
     "EvalResult",
     "ExportError",
     "ExportResult",
+    "GraphEngine",
+    "Networks",
     "NonFiniteError",
     "Position",
     "Runtime",
+    "StepNetworks",
     "TeachResult",
     "agreement",
     "build_generator",
     "build_state",
+    "create_engine",
     "distill",
     "evaluate",
     "export",
     "generator_step",
+    "resolve_engine",
     "student_step",
     "synthesize",
     "teach",

@@ -23,7 +23,10 @@ __all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
 
 FORMAT = "dfkd_fast.checkpoint/1"
 # What may change between a run and its resumption without changing the weights it ends with.
-_FREE = (("out",), ("resume",), ("device",), *(("loop", name) for name in ("checkpoint_every", "keep_checkpoints")))
+_FREE = (
+    *((name,) for name in ("out", "resume", "device", "engine", "autotune")),
+    *(("loop", name) for name in ("checkpoint_every", "keep_checkpoints")),
+)
 
 log = logging.getLogger(__name__)
 

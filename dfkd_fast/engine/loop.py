@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +13,23 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 
 from dfkd_fast import report
 from dfkd_fast.config import DistillConfig, to_dict
 from dfkd_fast.data import ImageData
+from dfkd_fast.engine.background import Background, Job
 from dfkd_fast.engine.checkpoint import Checkpoints
+from dfkd_fast.engine.engines import Engine, create_engine
 from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.interrupt import StopRequest
 from dfkd_fast.engine.progress import ProgressLine
+from dfkd_fast.engine.rounds import NonFiniteError, Round, Rounds
 from dfkd_fast.engine.runtime import Runtime, new_run_folder
 from dfkd_fast.engine.state import DistillState, build_state
-from dfkd_fast.engine.steps import generator_step, student_step, synthesize
+from dfkd_fast.engine.steps import synthesize
 from dfkd_fast.models import FeatureModel, extract, frozen, load_weights, normalization, save_weights
 
 __all__ = ["DistillResult", "NonFiniteError", "agreement", "distill"]
@@ -34,10 +38,6 @@ log = logging.getLogger(__name__)
 
 _GRID = 64  # images at most in a picture of what the generator makes
 _AGREEMENT_BATCHES = 4
-
-
-class NonFiniteError(ArithmeticError):
-    """A step's loss or gradient was not finite; it never reached the weights. Names the first step and term."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,106 +85,105 @@ def agreement(state: DistillState) -> float:
     return same.item() / _AGREEMENT_BATCHES
 
 
-def _grid(state: DistillState) -> torch.Tensor:
-    noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 2)
-    return synthesize(state, state.draw(min(_GRID, state.config.loop.batch_size), noise)).float().cpu()
+@dataclass(frozen=True, kw_only=True)
+class _Epoch:
+    """An epoch that is over, and whose measurements may still be under way."""
 
-
-def _run_steps(state: DistillState, stop: StopRequest) -> None:
-    """The rest of the present round, step by step; ends early where a stop was asked for."""
-    loop = state.config.loop
-    while state.position.step < state.steps_per_round and stop.received is None:
-        step = state.position.step
-        (generator_step if step < loop.generator_steps else student_step)(state, step)
-        state.position.step += 1
-
-
-def _check(state: DistillState) -> dict[str, float]:
-    """Read the rows of the round's trace that are written, once, and return each term's mean over them.
-
-    Raises:
-        NonFiniteError: some step was skipped.
-    """
-    loop, trace = state.config.loop, state.trace[: state.position.step].cpu()
-    parts = {
-        "generator": (state.generator_objective.names, trace[: loop.generator_steps]),
-        "student": (state.student_objective.names, trace[loop.generator_steps :]),
-    }
-    means: dict[str, float] = {}
-    for side, (names, rows) in parts.items():
-        for step, row in enumerate(rows):
-            bad = [name for name, value in zip(names, row, strict=False) if not math.isfinite(value)]
-            if not bad and not row[-1]:
-                bad = ["gradient"]
-            if bad:
-                raise NonFiniteError(
-                    f"round {state.position.round}, {side} step {step}: {', '.join(bad)} not finite; "
-                    "the step was skipped and the last good checkpoint is kept"
-                )
-        if len(rows):
-            means |= {f"{side}/{name}": rows[:, column].mean().item() for column, name in enumerate(names)}
-    return means
-
-
-def _close_round(state: DistillState) -> dict[str, float]:
-    means = _check(state)
-    state.rounds.setdefault("round", []).append(state.position.round)
-    for name, value in means.items():
-        state.rounds.setdefault(name, []).append(value)
-    state.position.round += 1
-    state.position.step = 0
-    return means
+    number: int
+    agreement: float
+    student: nn.Module
+    accuracy: Job[float] | None
 
 
 class _Run:
-    """One call of :func:`distill`: the state, and what is written beside it."""
+    """One call of :func:`distill`: what is measured and written beside its steps."""
 
     def __init__(
         self, state: DistillState, folder: Path, checkpoints: Checkpoints, data: ImageData | None, meta: dict[str, str]
     ) -> None:
         self.state, self.folder, self.checkpoints, self.data, self.meta = state, folder, checkpoints, data, meta
+        # Two of them: a checkpoint does not wait for an evaluation.
+        self.files, self.measurements = Background(state.runtime.device), Background(state.runtime.device)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state.position.round or None)
         self.best = folder / "best_student.safetensors"
         self.saved: tuple[int, int] | None = None
+        self.open: _Epoch | None = None
 
     def save(self) -> None:
-        position = (self.state.position.round, self.state.position.step)
-        if position != self.saved:
-            self.checkpoints.save(self.state.state_dict())
-            self.saved = position
+        """Write a checkpoint of the state as it is now; the rounds so far must have been read back."""
+        position, per_epoch = self.state.position, self.state.config.loop.rounds_per_epoch
+        if (position.round, position.step) == self.saved:
+            return
+        if self.open is not None and (self.open.number * per_epoch, 0) != (position.round, position.step):
+            # Only at an epoch's very end are the weights at hand that its evaluation could be repeated with.
+            self.settle()
+        snapshot = tree_map_only(Tensor, Tensor.clone, self.state.state_dict())
+        self.files.submit(lambda: self.checkpoints.save(snapshot))
+        self.saved = (position.round, position.step)
 
-    def log_round(self, means: Mapping[str, float]) -> None:
-        for name, value in means.items():
-            self.writer.add_scalar(name, value, self.state.position.round)
-        self.writer.add_scalar("student/lr", self.state.student_lr(), self.state.position.round)
+    def catch_up(self) -> None:
+        """Measure the epoch that a resumed run has behind it, where its checkpoint was written before that was done."""
+        epoch, rest = divmod(self.state.position.round, self.state.config.loop.rounds_per_epoch)
+        if epoch and not rest and not self.state.position.step and epoch not in self.state.epochs.get("epoch", []):
+            self.close_epoch(epoch, last=self.state.position.round == self.state.total_rounds)
+
+    def log_round(self, finished: Round) -> None:
+        for name, value in finished.means.items():
+            self.writer.add_scalar(name, value, finished.number + 1)
+        self.writer.add_scalar("student/lr", finished.student_lr, finished.number + 1)
 
     def close_epoch(self, epoch: int, *, last: bool) -> None:
-        """Measure, keep the best where asked to, and paint what the generator makes."""
-        state, loop = self.state, self.state.config.loop
-        measured = {"agreement": agreement(state)}
+        """Begin to measure, and paint what the generator makes."""
+        self.settle()
+        state, loop, overlaps = self.state, self.state.config.loop, self.measurements.overlaps
         due = last or (loop.evaluate_every and epoch % loop.evaluate_every == 0)
+        student = copy.deepcopy(state.student.model) if overlaps else state.student.model
+        accuracy = None
         if self.data is not None and due:
-            measured["accuracy"] = self.accuracy(state.student.model)
-        state.epochs.setdefault("epoch", []).append(epoch)
-        for name, value in measured.items():
-            self.writer.add_scalar(f"epoch/{name}", value, epoch)
-        for name in ("agreement", *(["accuracy"] if self.data is not None else [])):
-            state.epochs.setdefault(name, []).append(measured.get(name, math.nan))
-        images = _grid(state)
+            accuracy = self.measurements.submit(lambda: self.accuracy(student))
+        self.open = _Epoch(number=epoch, agreement=agreement(state), student=student, accuracy=accuracy)
+        noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 2)
+        images = synthesize(state, state.draw(min(_GRID, loop.batch_size), noise)).float()
+        self.files.submit(lambda: self.paint(images, epoch))
+        if not overlaps:
+            self.settle()
+
+    def paint(self, images: Tensor, epoch: int) -> None:
         self.writer.add_images("generator", images / 2 + 0.5, epoch)
         report.save_image_grid(images, self.folder / "images" / f"epoch-{epoch:04d}.png")
         self.writer.flush()
-        criterion = {"agreement": "agreement", "test_accuracy": "accuracy"}.get(loop.select)
+
+    def settle(self) -> None:
+        """Write the open epoch down, and keep its student where it is the best so far."""
+        if self.open is None:
+            return
+        state, epoch, self.open = self.state, self.open, None
+        measured = {"agreement": epoch.agreement}
+        if epoch.accuracy is not None:
+            measured["accuracy"] = epoch.accuracy.result()
+        state.epochs.setdefault("epoch", []).append(epoch.number)
+        for name, value in measured.items():
+            self.writer.add_scalar(f"epoch/{name}", value, epoch.number)
+        for name in ("agreement", *(["accuracy"] if self.data is not None else [])):
+            state.epochs.setdefault(name, []).append(measured.get(name, math.nan))
+        criterion = {"agreement": "agreement", "test_accuracy": "accuracy"}.get(state.config.loop.select)
         if criterion in measured and measured[criterion] > state.best.get("score", -math.inf):
-            state.best = {"score": measured[criterion], "epoch": epoch}
-            save_weights(state.student.model, self.best, self.meta)
+            state.best = {"score": measured[criterion], "epoch": epoch.number}
+            save_weights(epoch.student, self.best, self.meta)
 
     def accuracy(self, student: nn.Module) -> float:
         assert self.data is not None
         return evaluate(student, self.data.test, num_classes=self.data.num_classes, runtime=self.state.runtime).top1
 
+    def finish(self) -> None:
+        """What is still under way, to its end."""
+        self.settle()
+        self.files.wait()
+
     def close(self) -> None:
         """Curves and histories, from what there is so far."""
+        self.measurements.close()
+        self.files.close()
         self.writer.close()
         report.save_curves(self.state.rounds, self.state.epochs, self.folder / "curves.png")
         history = {"rounds": self.state.rounds, "epochs": self.state.epochs}
@@ -253,21 +252,22 @@ def distill(
     try:
         with runtime.backends(), frozen(teacher_features):
             state = build_state(teacher_features, student_features, config, runtime, **sizes)
-            return _distill(state, data, sizes, dict(description or {}), dict(inputs or {}), progress)
+            return _distill(create_engine(state), data, sizes, dict(description or {}), dict(inputs or {}), progress)
     finally:
         for module, training in modes.items():
             module.training = training
 
 
 def _distill(
-    state: DistillState,
+    engine: Engine,
     data: ImageData | None,
     sizes: dict[str, Any],
     description: dict[str, str],
     inputs: dict[str, Any],
     progress: bool,
 ) -> DistillResult:
-    config, loop, runtime = state.config, state.config.loop, state.runtime
+    state, config = engine.state, engine.state.config
+    loop, runtime = config.loop, state.runtime
     folder = new_run_folder(config.out, "distill")
     checkpoints = Checkpoints(folder / "checkpoints", config, state.teacher_digest())
     if config.resume:
@@ -282,31 +282,35 @@ def _distill(
     meta |= {"num_classes": str(state.student.num_classes), "format": "dfkd_fast.student/1"}
 
     run = _Run(state, folder, checkpoints, data, meta)
-    images = seconds = 0.0
+    line = ProgressLine("distil", total=state.total_rounds, unit="rounds", enabled=progress)
+
+    def finished(done: Round) -> None:
+        run.log_round(done)
+        line.update(done.number + 1, done.means, rounds.images / rounds.seconds)
+
+    rounds = Rounds(engine, finished)
     try:
-        line = ProgressLine("distil", total=state.total_rounds, unit="rounds", enabled=progress)
         with StopRequest() as stop, line:
+            if state.position.round < state.total_rounds:
+                engine.prepare()
+            run.catch_up()
             while state.position.round < state.total_rounds:
-                steps, start = state.position.step, time.perf_counter()
-                _run_steps(state, stop)
-                runtime.synchronize()
-                seconds += time.perf_counter() - start
-                images += (state.position.step - steps) * loop.batch_size
-                if state.position.step < state.steps_per_round:
-                    _check(state)
-                    run.save()
-                    line.print(f"saved at round {state.position.round}, step {state.position.step}")
-                    stop.leave()
-                means = _close_round(state)
-                run.log_round(means)
-                line.update(state.position.round, means, images / seconds)
+                whole = rounds.run(lambda: stop.received is not None)
                 done = state.position.round == state.total_rounds
                 epoch, rest = divmod(state.position.round, loop.rounds_per_epoch)
-                if rest == 0:
+                due = done or stop.received is not None or state.position.round % loop.checkpoint_every == 0
+                if not (due or rest == 0):
+                    continue
+                rounds.drain()
+                if whole and rest == 0:
                     run.close_epoch(epoch, last=done)
-                if done or stop.received is not None or state.position.round % loop.checkpoint_every == 0:
+                if due:
                     run.save()
-                stop.leave()
+                if stop.received is not None:
+                    run.finish()
+                    line.print(f"saved at round {state.position.round}, step {state.position.step}")
+                    stop.leave()
+            run.finish()
     finally:
         run.close()
 
@@ -324,6 +328,6 @@ def _distill(
         run_dir=folder,
         accuracy=run.accuracy(student) if data is not None else None,
         agreement=agreement(state),
-        images_per_s=images / seconds if seconds else math.nan,
-        seconds=seconds,
+        images_per_s=rounds.images / rounds.seconds if rounds.seconds else math.nan,
+        seconds=rounds.seconds,
     )

@@ -76,11 +76,15 @@ class Runtime:
     def backends(self) -> Iterator[None]:
         """The process-wide switches of this precision, put back on leaving."""
         matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        benchmark = torch.backends.cudnn.benchmark
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
+        # Shapes do not change: it pays to time cuDNN's algorithms once for each.
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
         try:
             yield
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+            torch.backends.cudnn.benchmark = benchmark
 
     def synchronize(self) -> None:
         """Wait for the device, so that a host clock read next means something."""

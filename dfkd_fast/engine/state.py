@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +42,10 @@ class DistillState:
         noise: the random stream of z, its own so that nothing else that is random moves it.
         student_updates: student steps taken, which is what the schedule reads.
         trace: one row a step of the present round: each term's value, then 1 where the gradient was finite.
+        cursor: (1,) int64, the row of the step to come, which each step moves on. A number of the host would be
+            frozen into a captured graph.
+        rates: the student's rate in each row of the present round.
+        student_rate: 0-dim, what the student's optimiser reads.
     """
 
     config: DistillConfig
@@ -58,6 +64,9 @@ class DistillState:
     shift: Tensor
     noise: torch.Generator
     trace: Tensor
+    cursor: Tensor
+    rates: Tensor
+    student_rate: Tensor
     student_updates: int = 0
     position: Position = field(default_factory=Position)
     rounds: dict[str, list[float]] = field(default_factory=dict)
@@ -78,13 +87,72 @@ class DistillState:
             count, self.generator.latent_dim, device=self.runtime.device, generator=generator or self.noise
         )
 
-    def student_lr(self) -> float:
-        """The student's rate for its next step: a function of the steps taken, so nothing else has to be saved."""
+    def student_lr(self, ahead: int = 0) -> float:
+        """The student's rate for its next step: a function of the steps taken, so nothing else has to be saved.
+
+        Args:
+            ahead: steps after the next one.
+        """
         optimizer, loop = self.config.optimizer, self.config.loop
         if optimizer.student_schedule == "constant":
             return optimizer.student_lr
-        total = loop.epochs * loop.rounds_per_epoch * loop.student_steps
-        return optimizer.student_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, self.student_updates / max(1, total))))
+        total = max(1, loop.epochs * loop.rounds_per_epoch * loop.student_steps)
+        return optimizer.student_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (self.student_updates + ahead) / total)))
+
+    def start_round(self) -> None:
+        """Tell the device where in the round the run is, and the student's rates from there on.
+
+        Without waiting for it: all comes from pinned memory or as a kernel's argument.
+        """
+        first = max(self.position.step, self.config.loop.generator_steps)
+        rates = [self.student_lr(max(0, row - first)) for row in range(len(self.rates))]
+        pinned = self.runtime.device.type == "cuda"
+        self.rates.copy_(torch.tensor(rates, dtype=torch.float32, pin_memory=pinned), non_blocking=True)
+        self.cursor.fill_(self.position.step)
+
+    def changing(self) -> Iterator[Tensor]:
+        """Every tensor that a step may write to, each once."""
+        seen: set[int] = set()
+        modules = (self.student, self.generator, self.generator_objective, self.student_objective)
+        optimizers = (self.generator_optimizer, self.student_optimizer)
+        candidates = [
+            *(tensor for module in modules for tensor in (*module.parameters(), *module.buffers())),
+            *(
+                value
+                for optimizer in optimizers
+                for state in optimizer.state.values()
+                for value in state.values()
+                if isinstance(value, Tensor)
+            ),
+            *(self.trace, self.cursor, self.rates, self.student_rate),
+        ]
+        for tensor in candidates:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Whatever steps are taken inside leave no trace: tensors keep their addresses and get their values back.
+
+        Random streams are put back too, this run's own and torch's global ones.
+        """
+        tensors = list(self.changing())
+        values = [tensor.detach().clone() for tensor in tensors]
+        scalers = [(scaler, scaler.state_dict()) for scaler in (self.generator_scaler, self.student_scaler)]
+        noise = self.noise.get_state()
+        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for tensor, value in zip(tensors, values, strict=True):
+                        tensor.copy_(value)
+                for scaler, saved in scalers:
+                    if saved:
+                        scaler.load_state_dict(saved)
+                self.noise.set_state(noise)
 
     def _parts(self) -> dict[str, Any]:
         return {
@@ -114,9 +182,15 @@ class DistillState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`. The networks must have been built from the same config."""
+        """Go on from :meth:`state_dict`. The networks must have been built from the same config.
+
+        Tensors are written to where they are, since a captured graph knows their addresses alone.
+        """
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                _load_optimizer(part, state[name])
+            else:
+                part.load_state_dict(state[name])
         self.noise.set_state(state["noise"])
         torch.set_rng_state(state["rng_cpu"])
         if torch.cuda.is_available() and len(state["rng_cuda"]) == torch.cuda.device_count():
@@ -127,6 +201,7 @@ class DistillState:
         self.rounds = {name: list(values) for name, values in state["rounds"].items()}
         self.epochs = {name: list(values) for name, values in state["epochs"].items()}
         self.best = dict(state["best"])
+        self.start_round()
 
     def teacher_digest(self) -> str:
         """A hash of the teacher's weights: a checkpoint belongs to one teacher."""
@@ -151,10 +226,30 @@ def build_generator(config: GeneratorConfig, image_size: int) -> AttentionGenera
     )
 
 
-def _sgd(parameters: list[nn.Parameter], config: DistillConfig) -> torch.optim.Optimizer:
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """In place. Rates and other numbers are the config's, which a checkpoint must share."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(parameters):
+        for name, value in optimizer.state[parameter].items():
+            value.copy_(saved["state"][number][name])
+
+
+def _adam(parameters: list[nn.Parameter], config: DistillConfig, rate: Tensor) -> torch.optim.Optimizer:
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=config.optimizer.generator_betas, fused=True)
+    for parameter in parameters:
+        # What Adam makes in its first step: made here, a graph can be captured before that.
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def _sgd(parameters: list[nn.Parameter], config: DistillConfig, rate: Tensor) -> torch.optim.Optimizer:
     optimizer = torch.optim.SGD(
         parameters,
-        lr=config.optimizer.student_lr,
+        lr=rate,
         momentum=config.optimizer.student_momentum,
         weight_decay=config.optimizer.student_weight_decay,
         fused=True,
@@ -205,7 +300,11 @@ def build_state(
     def scaler() -> torch.amp.GradScaler:
         return torch.amp.GradScaler(runtime.device.type, enabled=runtime.autocast is torch.float16)
 
-    return DistillState(
+    def scalar(value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=runtime.device)
+
+    student_rate = scalar(config.optimizer.student_lr)
+    state = DistillState(
         config=config,
         runtime=runtime,
         teacher=teacher,
@@ -214,13 +313,8 @@ def build_state(
         generator=generator,
         generator_objective=objectives[0],
         student_objective=objectives[1],
-        generator_optimizer=torch.optim.Adam(
-            generator.parameters(),
-            lr=config.optimizer.generator_lr,
-            betas=config.optimizer.generator_betas,
-            fused=True,
-        ),
-        student_optimizer=_sgd(trained, config),
+        generator_optimizer=_adam(list(generator.parameters()), config, scalar(config.optimizer.generator_lr)),
+        student_optimizer=_sgd(trained, config, student_rate),
         generator_scaler=scaler(),
         student_scaler=scaler(),
         # (x / 2 + 1 / 2 - mean) / std as one multiplication and one addition
@@ -228,4 +322,9 @@ def build_state(
         shift=affine([(0.5 - m) / s for m, s in zip(mean, std, strict=True)]),
         noise=torch.Generator(device=runtime.device).manual_seed(config.seed),
         trace=torch.zeros(steps, width, device=runtime.device),
+        cursor=torch.zeros(1, dtype=torch.int64, device=runtime.device),
+        rates=torch.zeros(steps, device=runtime.device),
+        student_rate=student_rate,
     )
+    state.start_round()
+    return state

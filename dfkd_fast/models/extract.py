@@ -23,7 +23,7 @@ from dfkd_fast.models.fusion import Values, find
 from dfkd_fast.models.outputs import Outputs
 from dfkd_fast.models.tracing import Program, Root, Shape, Trace, compile_graph, default_stages, modes_kept, trace
 
-__all__ = ["FeatureModel", "extract"]
+__all__ = ["FeatureModel", "answer", "extract", "probe", "undisturbed"]
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class FeatureModel(nn.Module):
         other_batchnorms: paths of those that are used as they are, and follow their flags: of another kind than
             BatchNorm2d, without stored statistics, or inside a module that cannot be followed. All three are empty
             without statistics.
+        folded: paths of the BatchNorms that are part of the layer before them now, in network order; empty but in what
+            :func:`dfkd_fast.models.fold_batchnorm` gives.
     """
 
     stages: tuple[str, ...]
@@ -58,12 +60,13 @@ class FeatureModel(nn.Module):
     batchnorms: tuple[str, ...]
     fused: tuple[str, ...]
     other_batchnorms: tuple[str, ...]
+    folded: tuple[str, ...]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.rewritten = nn.ModuleList()
-        self.batchnorms = self.fused = self.other_batchnorms = ()
+        self.batchnorms = self.fused = self.other_batchnorms = self.folded = ()
         self.training = model.training
         self._training_program: Program = _delegate
         self._eval_program: Program = _delegate
@@ -86,18 +89,34 @@ def _delegate(owner: nn.Module, x: Tensor) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode, no gradients, and every random stream as it was afterwards."""
     devices = [device] if device.type == "cuda" else []
     with modes_kept(model, False), torch.no_grad(), torch.random.fork_rng(devices=devices):
         yield
 
 
-def _probe(model: nn.Module, image_size: int) -> Tensor:
+def probe(model: nn.Module, image_size: int) -> Tensor:
     """One random image of the network's type and device, from a random stream of its own."""
     tensor = next(model.parameters(), torch.zeros(()))
     image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     return image.to(device=tensor.device, dtype=tensor.dtype)
+
+
+def answer(model: nn.Module, image: Tensor) -> Any:
+    """What a network gives for an image, with nothing disturbed.
+
+    Raises:
+        ValueError: it does not take the image.
+    """
+    with undisturbed(model, image.device):
+        try:
+            return model(image)
+        except Exception as error:  # a forward may say in many ways that an image does not suit it
+            raise ValueError(
+                f"{type(model).__name__} does not take an image {tuple(image.shape)}; another image_size may do. "
+                f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            ) from error
 
 
 def extract(
@@ -133,15 +152,8 @@ def extract(
         raise TypeError(f"stages must be a sequence of module paths, got the string {stages!r}")
     if stages is not None and (not stages or len(set(stages)) < len(stages)):
         raise ValueError(f"stages must name at least one module, none of them twice, got {list(stages)}")
-    image = _probe(model, image_size)
-    with _undisturbed(model, image.device):
-        try:
-            plain = model(image)
-        except Exception as error:  # a forward may say in many ways that an image does not suit it
-            raise ValueError(
-                f"{type(model).__name__} does not take an image {tuple(image.shape)}; another image_size may do. "
-                f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            ) from error
+    image = probe(model, image_size)
+    plain = answer(model, image)
     if isinstance(plain, Outputs):
         return _as_it_is(model, plain, stages)
     if not isinstance(plain, Tensor) or plain.ndim != 2:
@@ -169,7 +181,7 @@ def _traced(
     root = Root(model)
     found = trace(root, training=False, evaluating=statistics)
     runner = Values(root, found.graph)
-    with _undisturbed(model, image.device):
+    with undisturbed(model, image.device):
         logits = runner.run(image)
     # In exact arithmetic these are equal; a graph that missed a branch is far off.
     tolerance = 1e-2 * plain.abs().max().item()

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-__all__ = ["Root", "Trace", "compile_graph", "default_stages", "modes_kept", "trace"]
+__all__ = ["Root", "Trace", "compile_graph", "default_stages", "follow", "modes_kept", "trace"]
 
 Shape = tuple[int, ...]
 Program = Callable[[nn.Module, Tensor], tuple[Any, ...]]
@@ -187,8 +187,8 @@ class Trace:
         return False
 
 
-def trace(root: Root, *, training: bool, evaluating: bool = False) -> Trace:
-    """Follow the network's forward in train or eval mode.
+def follow(root: Root, *, training: bool, evaluating: bool = False) -> tuple[fx.Graph, _Tracer]:
+    """The graph of the network's forward in train or eval mode, whatever it returns, and what was seen on the way.
 
     Args:
         root: holds the network.
@@ -201,7 +201,7 @@ def trace(root: Root, *, training: bool, evaluating: bool = False) -> Trace:
     tracer = _Tracer(evaluating=evaluating)
     try:
         with modes_kept(root.model, training):
-            graph = tracer.trace(root)
+            return tracer.trace(root), tracer
     except Exception as error:  # whatever a forward does when its input is no tensor
         where = tracer.inside[-1] if tracer.inside else "model"
         inner = root.get_submodule(where)
@@ -212,6 +212,15 @@ def trace(root: Root, *, training: bool, evaluating: bool = False) -> Trace:
             "Give a network whose forward returns dfkd_fast.models.Outputs(logits, features, penultimate) instead: it "
             "is used as it is."
         ) from error
+
+
+def trace(root: Root, *, training: bool, evaluating: bool = False) -> Trace:
+    """Follow a forward that returns logits; see :func:`follow`.
+
+    Raises:
+        ValueError: the forward cannot be followed, or its logits do not come from a linear layer.
+    """
+    graph, tracer = follow(root, training=training, evaluating=evaluating)
     return Trace(root, graph, tracer.outputs, tracer.inputs)
 
 

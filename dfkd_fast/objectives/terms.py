@@ -105,11 +105,16 @@ class BatchNormStatistics(Term):
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         if not teacher.statistics:
             raise ValueError("term 'bn' needs a teacher with BatchNorm layers; this one has none: set its weight to 0")
-        total = teacher.logits.new_zeros((), dtype=torch.float32)
+        # Layers of one width are stacked: a handful of kernels instead of four a layer, and as many on the way back.
+        of_width: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for layer in teacher.statistics:
-            total = total + torch.linalg.vector_norm(layer.mean - layer.running_mean.float())
-            total = total + torch.linalg.vector_norm(layer.var - layer.running_var.float())
-        return total
+            pairs = of_width.setdefault(len(layer.mean), [])
+            pairs += [(layer.mean, layer.running_mean), (layer.var, layer.running_var)]
+        distances = []
+        for pairs in of_width.values():
+            now, stored = (torch.stack(side).float() for side in zip(*pairs, strict=True))
+            distances.append(torch.linalg.vector_norm(now - stored, dim=1).sum())
+        return torch.stack(distances).sum()
 
 
 class OneHot(Term):

@@ -1,0 +1,153 @@
+"""Rounds of steps, queued ahead of the device, and their losses, read back while the next round runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfkd_fast.engine.engines import Engine
+from dfkd_fast.engine.state import DistillState
+from dfkd_fast.ranges import span
+
+__all__ = ["NonFiniteError", "Round", "Rounds"]
+
+
+class NonFiniteError(ArithmeticError):
+    """A step's loss or gradient was not finite; it never reached the weights. Names the first step and term."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """A round that is over.
+
+    Attributes:
+        number: from zero.
+        means: of each loss term over the round's steps, ``generator/bn`` and so on.
+        student_lr: the student's rate after it.
+    """
+
+    number: int
+    means: dict[str, float]
+    student_lr: float
+
+
+class _Readback:
+    """A trace on its way to the host."""
+
+    def __init__(self, state: DistillState) -> None:
+        trace = state.trace[: state.position.step]
+        self.number, self.student_lr = state.position.round, state.student_lr()
+        self._copied: torch.cuda.Event | None = None
+        if trace.device.type == "cuda":
+            self._trace = torch.empty(trace.shape, dtype=trace.dtype, pin_memory=True)
+            self._trace.copy_(trace, non_blocking=True)
+            self._copied = torch.cuda.Event(blocking=True)
+            self._copied.record()
+        else:
+            self._trace = trace.clone()
+
+    def get(self) -> Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._trace
+
+
+class Rounds:
+    """Takes a run's steps and hands over each round's losses.
+
+    One round is read back while the next is queued, so that the device never waits for the host to look. What needs the
+    state of a certain round - a checkpoint, an evaluation - calls :meth:`drain` first.
+
+    Args:
+        engine: executes the steps.
+        finished: called once a round, in order.
+
+    Attributes:
+        images: synthetic images that the generator or the student was trained on.
+    """
+
+    def __init__(self, engine: Engine, finished: Callable[[Round], None]) -> None:
+        self.engine, self.state, self.images = engine, engine.state, 0
+        self._finished = finished
+        self._pending: _Readback | None = None
+        self._seconds = 0.0
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the steps."""
+        return self._seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+    def run(self, stopped: Callable[[], bool]) -> bool:
+        """Queue the rest of the present round; False where it was stopped before its end."""
+        state = self.state
+        if self._since is None:
+            self._since = time.perf_counter()
+        with span("round", str(state.position.round)):
+            self.engine.start_round()
+            first = state.position.step
+            while state.position.step < state.steps_per_round and not stopped():
+                self.engine.step()
+        self.images += (state.position.step - first) * state.config.loop.batch_size
+        before, self._pending = self._pending, _Readback(state)
+        if before is not None:
+            self._collect(before)
+        whole = state.position.step == state.steps_per_round
+        if whole:
+            state.position.round += 1
+            state.position.step = 0
+        return whole
+
+    def drain(self) -> None:
+        """Wait for the device, and for the losses of all that it was given.
+
+        Raises:
+            NonFiniteError: some step was skipped.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._collect(pending)
+        self.state.runtime.synchronize()
+        self._seconds, self._since = self.seconds, None
+
+    def _collect(self, readback: _Readback) -> None:
+        state, trace = self.state, readback.get()
+        means = _means(state, readback.number, trace)
+        if len(trace) < state.steps_per_round:
+            return
+        state.rounds.setdefault("round", []).append(readback.number)
+        for name, value in means.items():
+            state.rounds.setdefault(name, []).append(value)
+        self._finished(Round(number=readback.number, means=means, student_lr=readback.student_lr))
+
+
+def _means(state: DistillState, number: int, trace: Tensor) -> dict[str, float]:
+    """Each term's mean over its steps.
+
+    Raises:
+        NonFiniteError: some step was skipped.
+    """
+    first = state.config.loop.generator_steps
+    parts = {
+        "generator": (state.generator_objective.names, trace[:first]),
+        "student": (state.student_objective.names, trace[first:]),
+    }
+    means: dict[str, float] = {}
+    for side, (names, rows) in parts.items():
+        for step, row in enumerate(rows):
+            bad = [name for name, value in zip(names, row, strict=False) if not math.isfinite(value)]
+            if not bad and not row[-1]:
+                bad = ["gradient"]
+            if bad:
+                raise NonFiniteError(
+                    f"round {number}, {side} step {step}: {', '.join(bad)} not finite; "
+                    "the step was skipped and the last good checkpoint is kept"
+                )
+        if len(rows):
+            means |= {f"{side}/{name}": rows[:, column].mean().item() for column, name in enumerate(names)}
+    return means

@@ -1,0 +1,421 @@
+"""Three ways to execute one algorithm: eager, compiled, captured. Here on the CPU, with a stand-in for graphs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dfkd_fast
+from dfkd_fast.config import DistillConfig, ObjectiveConfig
+from dfkd_fast.engine import (
+    CompiledEngine,
+    DistillState,
+    EagerEngine,
+    Engine,
+    GraphEngine,
+    NonFiniteError,
+    Runtime,
+    background,
+    create_engine,
+    engines,
+    resolve_engine,
+)
+from dfkd_fast.engine.background import Background
+from dfkd_fast.engine.networks import plain, ready
+from dfkd_fast.engine.rounds import Round, Rounds
+
+from . import tiny
+from .replay import ReplayRecorder
+
+# Folding a BatchNorm, and another order of summation, are all that compiled and captured steps differ by in float32.
+# After a few steps of Adam, whose first ones are as long where a gradient is noise as where it is not, that is:
+TOLERANCE = {"rtol": 2e-3, "atol": 1e-4}
+
+
+def take(engine: Engine, rounds: int) -> list[Tensor]:
+    """Whole rounds; the trace of each."""
+    traces = []
+    for _ in range(rounds):
+        engine.start_round()
+        while engine.state.position.step < engine.state.steps_per_round:
+            engine.step()
+        traces.append(engine.state.trace.clone())
+        engine.state.position.round += 1
+        engine.state.position.step = 0
+    return traces
+
+
+def values(state: DistillState) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in state.changing()]
+
+
+def graph(state: DistillState, *, as_it_is: bool = False) -> GraphEngine:
+    """The graph engine over uncompiled networks: what is looked at here is the recording."""
+    networks = plain(state) if as_it_is else ready(state).ranged()
+    return GraphEngine(state, networks, recorder=ReplayRecorder())
+
+
+def compiled(state: DistillState) -> CompiledEngine:
+    """All of torch.compile but its code generator, which takes minutes on a CPU."""
+    return CompiledEngine(state, backend="aot_eager")
+
+
+def assert_same_algorithm(one: DistillState, other: DistillState, traces: tuple[list[Tensor], list[Tensor]]) -> None:
+    """Every loss, weight, buffer and optimiser state.
+
+    But for what nothing sees: the generator's biases before a BatchNorm, whose mean takes them with it, and before a
+    softmax over positions. Their gradients are zero but for rounding, and Adam's step has a length of its own.
+    """
+    unseen = ("attention.expand.bias", "project.bias", "upsample.bias")
+    biases = [p for name, p in one.generator.named_parameters() if name.endswith(unseen)]
+    moments = [value for p in biases for value in one.generator_optimizer.state[p].values()]
+    norms = [one.generator.project_norm, *(block.norm for block in one.generator.blocks)]  # type: ignore[union-attr]
+    skipped = {id(tensor) for tensor in [*biases, *moments, *(norm.running_mean for norm in norms)]}
+    for a, b in zip(*traces, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+    for a, b in zip(one.changing(), other.changing(), strict=True):
+        if id(a) not in skipped:
+            torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", ["batch", "update", "eval"])
+def test_a_recorded_step_is_the_same_algorithm(mode: str) -> None:
+    """Three rounds from the same start, the teacher made ready."""
+    eager, other = (tiny.state(tiny.config(student_in_generator_step=mode)) for _ in range(2))
+    engine = graph(other)
+    engine.prepare()
+    assert_same_algorithm(eager, other, (take(EagerEngine(eager), 3), take(engine, 3)))
+    assert other.position == eager.position
+    assert other.student_updates == eager.student_updates
+
+
+def test_a_compiled_step_is_the_same_algorithm_without_a_graph_break() -> None:
+    """Each region is compiled once; preparing leaves no trace; three rounds agree."""
+    eager, other = tiny.state(), tiny.state()
+    engine, counters = compiled(other), torch._dynamo.utils.counters
+    counters.clear()
+    with leaves_no_trace(other):
+        engine.prepare()
+    assert counters["stats"]["unique_graphs"] == 8  # generator, teacher, student, objective; in each kind of step
+    assert_same_algorithm(eager, other, (take(EagerEngine(eager), 3), take(engine, 3)))
+    assert counters["stats"]["unique_graphs"] == 8
+    assert not counters["graph_break"]
+    assert not counters["recompile_limit"]
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_generated_code_is_the_same_algorithm(precision: Any) -> None:
+    """With Inductor, whose C++ takes minutes to compile."""
+    eager, other = (tiny.state(replace(tiny.config(), precision=precision)) for _ in range(2))
+    engine = CompiledEngine(other)
+    engine.prepare()
+    traces = take(EagerEngine(eager), 3), take(engine, 3)
+    if precision == "fp32":
+        assert_same_algorithm(eager, other, traces)
+    else:
+        torch.testing.assert_close(torch.stack(traces[0]), torch.stack(traces[1]), rtol=0.1, atol=0.05)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("preset", ["baseline", "dfad", "dafl", "zskt", "dfq"])
+def test_every_objective_can_be_recorded(preset: Any) -> None:
+    eager, other = (tiny.state(tiny.config(objective=ObjectiveConfig(preset=preset))) for _ in range(2))
+    engine = graph(other, as_it_is=True)
+    engine.prepare()
+    traces = take(EagerEngine(eager), 2), take(engine, 2)
+    for a, b in zip(*traces, strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(eager.changing(), other.changing(), strict=True))
+
+
+def test_a_replay_is_the_recorded_step_bit_for_bit() -> None:
+    """Rates, rows of the trace, noise, power iterations and buffers move on from replay to replay."""
+    eager, other = tiny.state(), tiny.state()
+    engine = graph(other, as_it_is=True)
+    engine.prepare()
+    traces = take(EagerEngine(eager), 3), take(engine, 3)
+    assert len({tuple(row.tolist()) for trace in traces[1] for row in trace}) == 3 * other.steps_per_round
+    for a, b in zip(*traces, strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(eager.changing(), other.changing(), strict=True))
+    assert torch.equal(eager.noise.get_state(), other.noise.get_state())
+
+
+@contextmanager
+def leaves_no_trace(state: DistillState) -> Iterator[None]:
+    before, addresses = values(state), [tensor.data_ptr() for tensor in state.changing()]
+    streams = state.noise.get_state(), torch.get_rng_state()
+    flags = [(module.training, getattr(module, "track_running_stats", None)) for module in state.student.modules()]
+    groups = [{**group, "params": None} for group in state.generator_optimizer.param_groups]
+    position = copy.copy(state.position), state.student_updates
+    yield
+    assert all(torch.equal(a, b) for a, b in zip(before, state.changing(), strict=True))
+    assert addresses == [tensor.data_ptr() for tensor in state.changing()]
+    assert torch.equal(streams[0], state.noise.get_state())
+    assert torch.equal(streams[1], torch.get_rng_state())
+    assert flags == [(m.training, getattr(m, "track_running_stats", None)) for m in state.student.modules()]
+    assert groups == [{**group, "params": None} for group in state.generator_optimizer.param_groups]
+    assert position == (state.position, state.student_updates)
+    assert all(p.grad is None for p in [*state.student.parameters(), *state.generator.parameters()])
+    assert not hasattr(state.generator_optimizer, "found_inf")
+
+
+def test_preparing_leaves_no_trace() -> None:
+    state = tiny.state()
+    take(EagerEngine(state), 1)  # momentum, moments and buffers that are not what they started as
+    engine = graph(state)
+    with leaves_no_trace(state):
+        engine.prepare()
+
+
+def test_prepared_in_the_middle_of_a_round() -> None:
+    """Where a resumed run stands, no row of the trace may be left for a rehearsal."""
+    eager, other = tiny.state(), tiny.state()
+    for state in (eager, other):
+        engine = EagerEngine(state)
+        engine.start_round()
+        for _ in range(3):
+            engine.step()
+    for engine in (EagerEngine(eager), graph(other, as_it_is=True)):
+        engine.prepare()
+        engine.start_round()
+        engine.step()
+    assert all(torch.equal(a, b) for a, b in zip(eager.changing(), other.changing(), strict=True))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before capture", "into a captured engine"])
+def test_resumed_in_the_graph_form_goes_on_with_the_same_random_stream(late: bool) -> None:
+    whole, broken = tiny.state(), tiny.state()
+    engine = graph(whole)
+    wanted = take(engine, 3)
+    take(graph(broken), 1)
+    saved = copy.deepcopy(broken.state_dict())
+    fresh = tiny.state(replace(tiny.config(), seed=5))  # other weights, other noise: all of it comes from the file
+    resumed = graph(fresh)
+    if late:
+        take(resumed, 1)
+    fresh.load_state_dict(saved)
+    found = take(resumed, 2)
+    assert resumed._recorder.recordings == 2  # type: ignore[attr-defined]  # tensors were written to where they are
+    for a, b in zip(wanted[1:], found, strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(whole.changing(), fresh.changing(), strict=True))
+
+
+def test_what_a_graph_has_frozen_is_recorded_again_where_it_changed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    eager, other = tiny.state(), tiny.state()
+    engines_ = EagerEngine(eager), graph(other)
+    for engine in engines_:
+        take(engine, 1)
+    recorder = engines_[1]._recorder  # type: ignore[attr-defined]
+    take(engines_[1], 1)
+    take(engines_[0], 1)
+    assert recorder.recordings == 2
+    assert not caplog.records
+    for engine in engines_:
+        loop = replace(engine.state.config.loop, batch_size=4)
+        engine.state.config = replace(engine.state.config, loop=loop)
+    traces = [take(engine, 1) for engine in engines_]
+    assert recorder.recordings == 4
+    assert [record.getMessage() for record in caplog.records] == ["capturing again: batch size changed"]
+    assert_same_algorithm(eager, other, (traces[0], traces[1]))
+    other.student_optimizer.param_groups[0]["weight_decay"] = 0.0
+    other.student.model.conv1.weight.data = other.student.model.conv1.weight.data.clone()
+    engines_[1].start_round()
+    assert "capturing again: optimisers, tensors of the state changed" in caplog.text
+
+
+class _Reading(nn.Module):
+    """A network that looks at its activations on the host."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Any:
+        outputs = self.network(x)
+        assert outputs.logits.sum().item() < 1e9
+        return outputs
+
+
+def test_what_cannot_be_recorded_is_an_error() -> None:
+    state = tiny.state()
+    engine = graph(state, as_it_is=True)
+    step = replace(engine.networks.student_step, student=_Reading(state.student))
+    engine.networks = replace(engine.networks, student_step=step)
+    before = values(state)
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        engine.prepare()
+    assert all(torch.equal(a, b) for a, b in zip(before, state.changing(), strict=True))
+
+
+def test_a_batchnorm_that_counts_on_the_host_is_refused() -> None:
+    state = tiny.state()
+    state.student.model.bn1.momentum = None
+    with pytest.raises(ValueError, match=r"cannot run model\.bn1 of the student.*momentum=None"):
+        graph(state)
+
+
+def test_engines_by_name() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+
+    def runtime(device: torch.device, autocast: torch.dtype | None) -> Runtime:
+        return Runtime(device=device, autocast=autocast, tf32=False, channels_last=True)
+
+    assert resolve_engine("auto", runtime(cuda, torch.bfloat16)) == "graph"
+    assert resolve_engine("auto", runtime(cuda, None)) == "graph"
+    assert resolve_engine("auto", runtime(cuda, torch.float16)) == "compiled"  # loss scaling has no graph
+    assert resolve_engine("auto", runtime(cpu, None)) == "eager"
+    assert resolve_engine("compiled", runtime(cpu, None)) == "compiled"
+    with pytest.raises(ValueError, match="engine must be one of auto, eager, compiled, graph, got 'fast'"):
+        resolve_engine("fast", runtime(cpu, None))  # type: ignore[arg-type]
+    assert type(create_engine(tiny.state())) is EagerEngine
+    with pytest.raises(ValueError, match="engine 'graph' needs a CUDA device, got 'cpu'"):
+        create_engine(tiny.state(replace(tiny.config(), engine="graph")))
+    with pytest.raises(ValueError, match="loss scaling"):
+        GraphEngine(tiny.state(replace(tiny.config(), precision="fp16")), recorder=ReplayRecorder())
+
+
+def curve(state: DistillState, engine: Engine, rounds: int) -> Tensor:
+    """The student's distillation loss and the generator's statistics loss, a round."""
+    traces = torch.stack(take(engine, rounds))
+    first = state.config.loop.generator_steps
+    return torch.stack([traces[:, first:, 0].mean(1), traces[:, :first, 0].mean(1)])
+
+
+def test_in_bf16_loss_curves_agree_within_their_seed_to_seed_spread() -> None:
+    def states(**changes: Any) -> list[DistillState]:
+        return [tiny.state(replace(tiny.config(), seed=seed, **changes)) for seed in range(4)]
+
+    exact = torch.stack([curve(state, EagerEngine(state), 6) for state in states()])
+    rough = torch.stack([curve(state, graph(state), 6) for state in states(precision="bf16")])
+    spread = exact.std(0)
+    assert ((rough - exact).mean(0).abs() <= spread).all()
+    assert ((rough - exact).abs().mean(0) <= 2 * spread).all()
+
+
+def test_a_skipped_step_is_told_with_its_round_step_and_term() -> None:
+    state = tiny.state()
+    finished: list[Round] = []
+    rounds = Rounds(graph(state, as_it_is=True), finished.append)
+    assert rounds.run(lambda: False)
+    rounds.drain()
+    shift, parameters = state.shift.clone(), [p.detach().clone() for p in state.student.parameters()]
+    state.shift.fill_(float("nan"))  # a replay reads it from memory
+    assert rounds.run(lambda: False)
+    state.shift.copy_(shift)
+    with pytest.raises(NonFiniteError, match=r"round 1, generator step 0: .*not finite"):
+        rounds.drain()
+    assert [done.number for done in finished] == [0]
+    assert all(torch.equal(a, b) for a, b in zip(parameters, state.student.parameters(), strict=True))
+
+
+def test_losses_are_read_a_round_late_and_in_order() -> None:
+    state, finished = tiny.state(), []  # type: tuple[DistillState, list[Round]]
+    rounds = Rounds(EagerEngine(state), finished.append)
+    for number in range(3):
+        assert rounds.run(lambda: False)
+        assert [done.number for done in finished] == list(range(number))
+    rounds.drain()
+    assert [done.number for done in finished] == state.rounds["round"] == [0, 1, 2]
+    assert set(finished[0].means) == set(state.rounds) - {"round"}
+    assert finished[-1].student_lr < finished[0].student_lr < 0.05
+    assert rounds.images == 3 * state.steps_per_round * state.config.loop.batch_size
+    assert rounds.seconds > 0
+
+
+def run(out: Path, **changes: Any) -> dfkd_fast.DistillResult:
+    config: DistillConfig = tiny.config(out, **changes)
+    return dfkd_fast.distill(tiny.teacher(), tiny.network(), config, data=tiny.data(), progress=False)
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in the background, as on a GPU."""
+    start = Background.__init__
+    monkeypatch.setattr(background.Background, "__init__", lambda self, device: start(self, device, overlap=True))
+
+
+@pytest.mark.parametrize("select", ["last", "agreement", "test_accuracy"])
+def test_work_in_the_background_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str) -> None:
+    inline = run(tmp_path / "inline", select=select)
+    overlapping(monkeypatch)
+    beside = run(tmp_path / "beside", select=select)
+    assert same_weights(inline.student, beside.student)
+    assert inline.rounds == beside.rounds
+    assert inline.epochs == beside.epochs
+    files = [sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.p*")) for folder in tmp_path.iterdir()]
+    assert files[0] == files[1]
+
+
+def test_a_checkpoint_does_not_wait_for_an_evaluation_that_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while an epoch is evaluated: its checkpoint is there, and resumed the epoch is measured from it."""
+    whole = run(tmp_path / "whole", checkpoint_every=2, select="test_accuracy")
+    overlapping(monkeypatch)
+    evaluate, calls = dfkd_fast.engine.loop.evaluate, 0
+    written = tmp_path / "broken" / "checkpoints" / "round-000002-step-0000.pt"
+
+    def dying(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            while not written.exists():
+                time.sleep(0.01)
+            raise KeyError("the first epoch's evaluation")
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dfkd_fast.engine.loop, "evaluate", dying)
+        with pytest.raises(KeyError, match="the first epoch's evaluation"):
+            run(tmp_path / "broken", checkpoint_every=2, select="test_accuracy")
+    assert list(written.parent.iterdir()) == [written]
+    resumed = run(tmp_path / "broken", checkpoint_every=2, select="test_accuracy", resume=True)
+    assert resumed.epochs == whole.epochs
+    assert resumed.rounds == whole.rounds
+    assert same_weights(resumed.student, whole.student)
+
+
+def test_a_background_job_that_fails_stops_the_run() -> None:
+    def fail() -> None:
+        raise OSError("no space left")
+
+    work = Background(torch.device("cpu"), overlap=True)
+    order: list[int] = []
+    for number in range(3):
+        work.submit(lambda number=number: order.append(number))  # type: ignore[misc]
+    work.wait()
+    assert order == [0, 1, 2]
+    work.submit(fail)
+    with pytest.raises(OSError, match="no space left"):
+        work.wait()
+    work.close()
+    with pytest.raises(OSError, match="no space left"):
+        Background(torch.device("cpu")).submit(fail)
+
+
+def test_distill_takes_an_engine_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = run(tmp_path / "eager")
+    monkeypatch.setitem(engines._ENGINES, "graph", graph)
+    result = run(tmp_path / "graph", engine="graph")
+    for term, losses in eager.rounds.items():
+        torch.testing.assert_close(torch.tensor(result.rounds[term]), torch.tensor(losses), **TOLERANCE)
+    for a, b in zip(eager.student.parameters(), result.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
