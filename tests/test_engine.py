@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import dfkd_fast
 from dfkd_fast.config import DistillConfig, ObjectiveConfig
 from dfkd_fast.engine import (
+    CaptureError,
     CompiledEngine,
     DistillState,
     EagerEngine,
@@ -31,7 +32,7 @@ from dfkd_fast.engine import (
     resolve_engine,
 )
 from dfkd_fast.engine.background import Background
-from dfkd_fast.engine.networks import plain, ready
+from dfkd_fast.engine.networks import Call, plain, ready
 from dfkd_fast.engine.rounds import Round, Rounds
 
 from . import tiny
@@ -254,7 +255,7 @@ class _Reading(nn.Module):
 def test_what_cannot_be_recorded_is_an_error() -> None:
     state = tiny.state()
     engine = graph(state, as_it_is=True)
-    step = replace(engine.networks.student_step, student=_Reading(state.student))
+    step = replace(engine.networks.student_step, student=Call(_Reading(state.student)))
     engine.networks = replace(engine.networks, student_step=step)
     before = values(state)
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
@@ -419,3 +420,98 @@ def test_distill_takes_an_engine_by_name(tmp_path: Path, monkeypatch: pytest.Mon
         torch.testing.assert_close(torch.tensor(result.rounds[term]), torch.tensor(losses), **TOLERANCE)
     for a, b in zip(eager.student.parameters(), result.student.parameters(), strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+def on_card(**changes: Any) -> DistillState:
+    return tiny.state(replace(tiny.config(), **{"device": "cuda", "precision": "fp32", **changes}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [CompiledEngine, GraphEngine])
+def test_on_a_card_every_form_is_the_same_algorithm(kind: type[CompiledEngine]) -> None:
+    eager, other = on_card(), on_card()
+    engine = kind(other)
+    with leaves_no_trace(other):
+        engine.prepare()
+    with eager.runtime.backends():
+        traces = take(EagerEngine(eager), 3), take(engine, 3)
+    assert_same_algorithm(eager, other, traces)
+    assert torch.equal(eager.noise.get_state(), other.noise.get_state())
+
+
+@pytest.mark.gpu
+def test_on_a_card_bf16_losses_are_those_of_float32() -> None:
+    exact, rough = on_card(), on_card(precision="bf16")
+    curves = curve(exact, EagerEngine(exact), 4), curve(rough, create_engine(rough), 4)
+    torch.testing.assert_close(curves[1], curves[0], rtol=0.1, atol=0.05)
+
+
+@pytest.mark.gpu
+def test_a_round_of_replays_neither_waits_nor_allocates() -> None:
+    state = on_card(precision="bf16")
+    engine = create_engine(state)
+    assert engine.name == "graph"
+    take(engine, 2)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.start_round()
+        for _ in range(state.steps_per_round):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.gpu
+def test_a_hundred_rounds_take_no_more_memory_than_ten() -> None:
+    state = on_card(precision="bf16")
+    rounds = Rounds(create_engine(state), lambda done: None)
+
+    def memory() -> tuple[int, int]:
+        for _ in range(10):
+            rounds.run(lambda: False)
+        rounds.drain()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    first = memory()
+    for _ in range(8):
+        memory()
+    assert memory() == first
+
+
+@pytest.mark.gpu
+def test_resumed_on_a_card_goes_on_with_the_same_random_stream() -> None:
+    whole, broken = on_card(), on_card()
+    take(create_engine(whole), 3)
+    take(create_engine(broken), 1)
+    fresh = on_card(seed=5)
+    engine = create_engine(fresh)
+    take(engine, 1)
+    fresh.load_state_dict(copy.deepcopy(broken.state_dict()))
+    take(engine, 2)
+    assert torch.equal(whole.noise.get_state(), fresh.noise.get_state())
+    for a, b in zip(whole.student.parameters(), fresh.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_captured_says_so_and_leaves_the_card_usable() -> None:
+    state = on_card()
+    networks = plain(state)
+    student = replace(networks.student_step, student=Call(_Reading(state.student)))
+    before = values(state)
+    with pytest.raises(CaptureError, match="could not be captured into a CUDA graph"):
+        GraphEngine(state, replace(networks, student_step=student)).prepare()
+    assert all(torch.equal(a, b) for a, b in zip(before, state.changing(), strict=True))
+    assert torch.isfinite(take(EagerEngine(state), 1)[0]).all()
+
+
+@pytest.mark.gpu
+def test_distill_on_a_card_evaluates_and_saves_beside_its_steps(tmp_path: Path) -> None:
+    result = run(tmp_path, device="cuda", precision="bf16", select="test_accuracy")
+    assert len(result.epochs["accuracy"]) == 2
+    again = run(tmp_path, device="cuda", precision="bf16", select="test_accuracy", resume=True)
+    assert again.epochs == result.epochs
+    assert same_weights(again.student, result.student)

@@ -176,14 +176,14 @@ class GraphEngine(CompiledEngine):
     def prepare(self) -> None:
         start, state = time.perf_counter(), self.state
         self._replays = {}
-        with state.undisturbed(), _capturable(state):
+        with state.undisturbed():
             for kind in self._kinds():
                 for _ in range(_WARM_UPS):
                     self._recorder.warm_up(partial(self._rehearse, kind))
             state.runtime.synchronize()
             log.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
-            for kind in self._kinds():
-                self._replays[kind] = self._recorder.record(partial(self._work, kind))
+            with _capturable(state):
+                self._replays = {kind: self._recorder.record(partial(self._work, kind)) for kind in self._kinds()}
         state.runtime.synchronize()
         self._frozen = _frozen_values(state)
         log.info("captured %d graphs; ready after %.1f s", len(self._replays), time.perf_counter() - start)

@@ -13,11 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfkd_fast.engine.masters import with_weights
 from dfkd_fast.engine.state import DistillState
-from dfkd_fast.models import FeatureModel, Outputs, fold_batchnorm, held_in
+from dfkd_fast.models import fold_batchnorm, held_in
 from dfkd_fast.ranges import span
 
 __all__ = ["Networks", "StepNetworks", "plain", "ready"]
+
+
+class Call:
+    """A call of a step, as a region that can be compiled and what goes before it.
+
+    Args:
+        region: what is called, with the results of ``first`` as its first argument where there is one.
+        first: stays as it is when the region is compiled.
+    """
+
+    def __init__(self, region: Callable[..., Any], first: Callable[[], Any] | None = None) -> None:
+        self.region, self.first = region, first
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.region(*arguments) if self.first is None else self.region(self.first(), *arguments)
+
+    def compiled(self, name: str, **options: Any) -> Call:
+        """The same with its region compiled, without a graph break and for the present shapes alone."""
+        return Call(torch.compile(_own_code(name, self.region), fullgraph=True, dynamic=False, **options), self.first)
+
+    def ranged(self, name: str) -> Call:
+        """The same inside of a range."""
+
+        def ranged(*arguments: Any) -> Any:
+            with span("network", name):
+                return self(*arguments)
+
+        return Call(ranged)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +60,12 @@ class StepNetworks:
         objective: both outputs to the scalar to descend and the terms' values.
     """
 
-    generator: Callable[[Tensor], Tensor]
-    teacher: Callable[[Tensor], Outputs]
-    student: Callable[[Tensor], Outputs]
-    objective: Callable[[Outputs, Outputs | None], tuple[Tensor, Tensor]]
+    generator: Call
+    teacher: Call
+    student: Call
+    objective: Call
 
-    def each(self, change: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> StepNetworks:
+    def each(self, change: Callable[[str, Call], Call]) -> StepNetworks:
         """The same with each call changed, given its name."""
         return replace(self, **{field.name: change(field.name, getattr(self, field.name)) for field in fields(self)})
 
@@ -48,31 +77,22 @@ class Networks:
     generator_step: StepNetworks
     student_step: StepNetworks
 
+    def each(self, change: Callable[[str, Call], Call]) -> Networks:
+        return Networks(generator_step=self.generator_step.each(change), student_step=self.student_step.each(change))
+
     def compiled(self, **options: Any) -> Networks:
-        """Each call compiled as a region of its own, without a graph break and for the present shapes alone.
+        """Each call compiled as a region of its own.
 
         Whole steps as one region would be fused a little more, and could not be told apart by network in a profile.
 
         Args:
             **options: of :func:`torch.compile`: ``mode``, ``backend``, ``options``.
         """
-
-        def change(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(_own_code(name, call), fullgraph=True, dynamic=False, **options)
-
-        return Networks(generator_step=self.generator_step.each(change), student_step=self.student_step.each(change))
+        return self.each(lambda name, call: call.compiled(name, **options))
 
     def ranged(self) -> Networks:
         """Each call inside of its range."""
-
-        def change(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-            def ranged(*arguments: Any) -> Any:
-                with span("network", name):
-                    return call(*arguments)
-
-            return ranged
-
-        return Networks(generator_step=self.generator_step.each(change), student_step=self.student_step.each(change))
+        return self.each(lambda name, call: call.ranged(name))
 
 
 def _own_code(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,41 +109,47 @@ def _own_code(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(code, region.__globals__, code.co_name, None, region.__closure__)
 
 
-def _painter(state: DistillState, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    generator, scale, shift = state.generator, state.scale, state.shift
+def _paint(state: DistillState, generate: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+    scale, shift = state.scale, state.shift
 
-    def paint(noise: Tensor) -> Tensor:
-        return (generator(noise).float() * scale + shift).to(dtype)
+    def paint(*arguments: Any) -> Tensor:
+        return (generate(*arguments).float() * scale + shift).to(dtype)
 
     return paint
 
 
-def _assemble(
-    state: DistillState, teachers: tuple[FeatureModel, FeatureModel], dtype: torch.dtype = torch.float32
-) -> Networks:
-    paint = _painter(state, dtype)
-    objectives = (state.generator_objective, state.student_objective)
-    steps = [
-        StepNetworks(generator=paint, teacher=teacher, student=state.student, objective=objective)
-        for teacher, objective in zip(teachers, objectives, strict=True)
-    ]
-    return Networks(generator_step=steps[0], student_step=steps[1])
-
-
 def plain(state: DistillState) -> Networks:
     """The networks as they are."""
-    return _assemble(state, (state.teacher_statistics or state.teacher, state.teacher)).ranged()
+    generator, student = Call(_paint(state, state.generator, torch.float32)), Call(state.student)
+    teachers = (state.teacher_statistics or state.teacher, state.teacher)
+    objectives = (state.generator_objective, state.student_objective)
+    steps = [
+        StepNetworks(generator=generator, teacher=Call(teacher), student=student, objective=Call(objective))
+        for teacher, objective in zip(teachers, objectives, strict=True)
+    ]
+    return Networks(generator_step=steps[0], student_step=steps[1]).ranged()
 
 
 def ready(state: DistillState) -> Networks:
-    """The same networks with the frozen one made ready, in copies of its own; not ranged.
+    """The same networks made ready for speed, not ranged.
 
-    Convolutions and linear layers of the teacher are held in the type that they are computed in. Where no statistics
-    are asked for, its BatchNorms are folded into the convolutions. Images are handed over in that type too: the first
-    thing that either network would do with them is to round them to it.
+    The frozen teacher is copied: its convolutions and linear layers are held in the type that they are computed in, and
+    where no statistics are asked for, its BatchNorms are folded into the convolutions. The weights of generator and
+    student are cast together. Images are handed over in the type that both networks would round them to first.
     """
     dtype = state.runtime.autocast or torch.float32
     folded = fold_batchnorm(state.teacher, dtype=dtype, image_size=state.generator.image_size)
-    with_statistics = state.teacher_statistics
-    first = held_in(with_statistics, dtype) if with_statistics is not None else folded
-    return _assemble(state, (first, folded), dtype)
+    measured = held_in(state.teacher_statistics, dtype) if state.teacher_statistics is not None else folded
+    if dtype == torch.float32:
+        generator, student = Call(_paint(state, state.generator, dtype)), Call(state.student)
+    else:
+        cast, generate = with_weights(state.generator, dtype)
+        generator = Call(_paint(state, generate, dtype), cast)
+        cast, call = with_weights(state.student, dtype)
+        student = Call(call, cast)
+    objectives = (state.generator_objective, state.student_objective)
+    steps = [
+        StepNetworks(generator=generator, teacher=Call(teacher), student=student, objective=Call(objective))
+        for teacher, objective in zip((measured, folded), objectives, strict=True)
+    ]
+    return Networks(generator_step=steps[0], student_step=steps[1])

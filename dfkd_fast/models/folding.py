@@ -69,8 +69,7 @@ def _is_plain(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Conv2d) and type(module)._conv_forward is not nn.Conv2d._conv_forward:
         return False
-    # Parametrised weights are no parameters; those of a lazy layer have no shape yet.
-    return all(name in module._parameters for name in ("weight", "bias")) and type(module.weight) is nn.Parameter
+    return all(name in module._parameters for name in ("weight", "bias"))  # not so where they are parametrised
 
 
 def _activation_after(layer: nn.Module, norm: nn.Module, values: Values, source: fx.Node) -> nn.Module | None:
@@ -122,7 +121,7 @@ def _find(made: FeatureModel, image: Tensor, dtype: torch.dtype) -> tuple[list[_
     kept: set[fx.Node] = set()
     if not delegated:
         found = Trace(root, graph, tracer.outputs, tracer.inputs)
-        kept = {found.stage(path) for path in made.stages} | {found.penultimate, found.logits}
+        kept = {found.stage(path) for path in made.stages}
     values = Values(root, graph)
     with undisturbed(made.model, image.device):
         values.run(image)
@@ -234,8 +233,8 @@ def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32
 
     It can where nothing else reads that layer's output, which is no stage either, both are called once, neither has
     hooks or computed weights, and ``dtype`` holds the product. What cannot be folded stays as it is. Folding computes
-    in float64 and rounds once, to ``dtype``; the other convolutions and linear layers are held in ``dtype`` too (see
-    :func:`held_in`), and all else stays as it is.
+    in float64 and rounds to ``dtype`` at the end. The other convolutions and linear layers are held in ``dtype`` too
+    (see :func:`held_in`), and all else stays as it is.
 
     A network whose forward gives :class:`Outputs` itself is folded if its forward can be followed and then gives the
     same for a probe; else its weights are cast and no more.
@@ -267,8 +266,8 @@ def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32
     wanted, unfolded, why = answer(made.model, image), made, ""
     try:
         pairs, delegated = _find(made, image, dtype)
-    except ValueError as error:
-        pairs, delegated, why = [], False, f": {error}"
+    except ValueError:
+        pairs, delegated, why = [], False, ": its forward cannot be followed by torch.fx"
     if delegated:
         unfolded = copy.deepcopy(made)
     _fold(made.model, pairs)
