@@ -1,4 +1,4 @@
-"""The commands, thin over the Python functions: teach, distill, evaluate, export, demo, bench and doctor."""
+"""The commands, thin over the Python functions: teach, distill, evaluate, export, demo, bench, profile and doctor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dfkd_fast.config import DataConfig, DistillConfig, ModelConfig, TeachConfig, find, to_dict
+from dfkd_fast.config import DataConfig, DistillConfig, EngineName, ModelConfig, Precision, TeachConfig, find, to_dict
 
 __all__ = ["main"]
 
@@ -93,6 +93,8 @@ def _distill(
     num_classes: int | None = None,
     teach: TeachConfig = _TEACH,
     distill: DistillConfig = _DISTILL,
+    engine: EngineName | None = None,
+    precision: Precision | None = None,
     out: str | None = None,
     resume: bool = False,
 ) -> None:
@@ -105,6 +107,8 @@ def _distill(
         num_classes: of the teacher, where neither the data nor the weights file says it.
         teach: not used here; part of an experiment's file.
         distill: the run.
+        engine: how steps are executed, see ``distill.engine``; over it.
+        precision: over ``distill.precision``.
         out: folder of the run; over ``distill.out``.
         resume: go on from the newest sound checkpoint in that folder.
     """
@@ -121,7 +125,8 @@ def _distill(
     classes = num_classes or (images.num_classes if images is not None else int(metadata.get("num_classes", 0)))
     if not classes:
         raise ValueError("--num_classes must be given: neither data nor the weights file says it")
-    config = distill if out is None else replace(distill, out=out)
+    given = {"out": out, "engine": engine, "precision": precision}
+    config = replace(distill, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     config = replace(config, resume=resume or config.resume)
     if images is None:
         known = {name: json.loads(metadata[name]) for name in ("image_size", "mean", "std") if name in metadata}
@@ -285,6 +290,67 @@ def _doctor(*, kernels: bool = False) -> None:
     raise SystemExit(doctor.kernels() if kernels else doctor.doctor())
 
 
+def _profile(
+    *,
+    teacher: ModelConfig,
+    student: ModelConfig,
+    data: DataConfig | None = None,
+    num_classes: int | None = None,
+    teach: TeachConfig = _TEACH,
+    distill: DistillConfig = _DISTILL,
+    engines: list[EngineName] | None = None,
+    steps: int = 10,
+    out: str | None = None,
+) -> None:
+    """Say where a step's time goes, by network and op, with what is lost between kernels.
+
+    Writes traces, which Perfetto and chrome://tracing open, ``anatomy.json`` and ``anatomy.png`` into a folder, and
+    prints tables.
+
+    Args:
+        teacher: the network that knows; without weights it gets random ones, and the times are the same.
+        student: the network that learns; likewise.
+        data: not loaded; says the number of classes and the size of the images.
+        num_classes: of the networks, where neither the data nor the weights file says it; else 200.
+        teach: not used here; part of an experiment's file.
+        distill: the run.
+        engines: what to run the steps with, as a list or with commas: ``eager,graph``; None is ``distill.engine``.
+        steps: how many of each kind to record.
+        out: folder; None makes a new one under ``runs/``.
+    """
+    import torch
+
+    from dfkd_fast.models import create_model, extract, read_metadata
+    from dfkd_fast.profiling import profile
+
+    metadata = read_metadata(teacher.weights) if teacher.weights is not None else {}
+    if teacher.weights is None:
+        print("no --teacher.weights: the teacher's are random, which changes no time")
+    known = {"digits": 10, "aircraft": 100, "cars196": 196, "cub200": 200}
+    if data is not None and data.name == "rendered":
+        known["rendered"] = data.classes
+    of_data = known.get(data.name) if data is not None else None
+    classes = num_classes or int(metadata.get("num_classes", 0)) or of_data or 200
+    size = distill.image_size or int(metadata.get("image_size", 0)) or (data.image_size if data is not None else 224)
+    torch.manual_seed(distill.seed)
+    teacher_network, student_network = (
+        extract(create_model(model, num_classes=classes), stages=model.stages, image_size=size)
+        for model in (teacher, student)
+    )
+    result = profile(
+        teacher_network,
+        student_network,
+        replace(distill, image_size=size),
+        engines=engines or [distill.engine],
+        steps=steps,
+        networks=(teacher.name, student.name),
+        out=out,
+    )
+    files = [result.folder / name for name in ("anatomy.json", "anatomy.png")]
+    traces = [(f"trace, {engine}", path) for engine, path in result.traces.items()]
+    _print_result("result", [("classes", classes), *((path.name, path) for path in files), *traces])
+
+
 COMMANDS: Any = {  # jsonargparse takes nested dicts, and mypy does not take a flat one for one
     "teach": _teach,
     "distill": _distill,
@@ -292,6 +358,7 @@ COMMANDS: Any = {  # jsonargparse takes nested dicts, and mypy does not take a f
     "export": _export,
     "demo": _demo,
     "bench": _bench,
+    "profile": _profile,
     "doctor": _doctor,
 }
 
@@ -326,6 +393,9 @@ def _prepare(arguments: Sequence[str]) -> list[str]:
             word = "--config=" + str(find(word.removeprefix("--config=")))
         elif word in ("--resume", "--kernels") and following.startswith("-"):
             word += "=true"
+        elif word.startswith("--engines=") or (index and arguments[index - 1] == "--engines"):
+            option, equals, names = word.rpartition("=")
+            word = option + equals + (names if names.startswith("[") else json.dumps(names.split(",")))
         prepared.append(word)
     return prepared
 

@@ -183,7 +183,9 @@ class GraphEngine(CompiledEngine):
             state.runtime.synchronize()
             log.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
             with _capturable(state):
-                self._replays = {kind: self._recorder.record(partial(self._work, kind)) for kind in self._kinds()}
+                for kind in self._kinds():
+                    state.cursor.zero_()
+                    self._replays[kind] = self._recorder.record(partial(self._work, kind))
         state.runtime.synchronize()
         self._frozen = _frozen_values(state)
         log.info("captured %d graphs; ready after %.1f s", len(self._replays), time.perf_counter() - start)

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from dfkd_fast.ops.checks import require_choice
+from dfkd_fast.ranges import span
 
 __all__ = ["NAMES", "VARIABLE", "Implementation", "backend", "backends", "dispatch", "register"]
 
@@ -132,7 +133,8 @@ def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
     if named is None:
         for name in NAMES:
             if name in table and table[name].unasked(*args, **kwargs):
-                return table[name].function(*args, **kwargs)
+                with span("op", op):
+                    return table[name].function(*args, **kwargs)
         raise RuntimeError(f"no backend can serve {op} for these arguments")
     name, source = named
     require_choice(source, name, NAMES)
@@ -143,4 +145,5 @@ def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
     reason = table[name].supports(*args, **kwargs)
     if reason is not None:
         raise RuntimeError(f"backend {name!r}, asked for by {source}, cannot serve {op}: {reason}")
-    return table[name].function(*args, **kwargs)
+    with span("op", op):
+        return table[name].function(*args, **kwargs)
