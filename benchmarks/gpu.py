@@ -207,7 +207,15 @@ def run_queue(stages: Sequence[Stage], *, out: Path, committed: Path, budget_s: 
 
 def stages() -> tuple[Stage, ...]:
     """The queue of this repository."""
-    from dfkd_fast.benchmarks import ablation, bench_step_parts, gpu_tests, ops
+    from dfkd_fast.benchmarks import (
+        ablation,
+        bench_step,
+        bench_step_parts,
+        engine_accuracy,
+        gpu_tests,
+        ops,
+        step_anatomy,
+    )
 
     def module(name: str, *arguments: str) -> tuple[str, ...]:
         return sys.executable, "-u", "-m", f"dfkd_fast.benchmarks.{name}", *arguments
@@ -227,6 +235,20 @@ def stages() -> tuple[Stage, ...]:
             carries=True,
         ),
         Stage(
+            name="step",
+            version=bench_step.VERSION,
+            command=module("bench_step"),
+            about="whole rounds: the field's loop, eager, torch.compile, ours",
+            least_s=150,
+        ),
+        Stage(
+            name="anatomy",
+            version=step_anatomy.VERSION,
+            command=module("step_anatomy"),
+            about="where a step's time goes, by network and op, before and after",
+            least_s=90,
+        ),
+        Stage(
             name="step_parts",
             version=bench_step_parts.VERSION,
             command=module("bench_step_parts"),
@@ -238,6 +260,13 @@ def stages() -> tuple[Stage, ...]:
             command=module("ablation"),
             about="the table of docs/ablation.md",
             least_s=150,
+        ),
+        Stage(
+            name="accuracy",
+            version=engine_accuracy.VERSION,
+            command=module("engine_accuracy"),
+            about="the demo's table on graphs in bf16 beside eager float32",
+            least_s=90,
         ),
     )
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dfkd_fast.benchmarks.ablation import CELLS
 from dfkd_fast.benchmarks.ops_report import ops_page
+from dfkd_fast.benchmarks.step_anatomy import anatomy_section
+from dfkd_fast.benchmarks.step_report import accuracy_section, step_section
 from dfkd_fast.report import read_results
 
 __all__ = ["ablation_table", "between_markers", "demo_table", "main"]
@@ -144,11 +146,34 @@ def _write_ops(root: Path) -> None:
     print(f"{page}: {len(parts)} devices")
 
 
+def _write_step(root: Path) -> None:
+    page = root / "docs" / "performance.md"
+    if not page.exists():
+        return
+    sections: dict[str, Callable[[dict[str, Any], str], str]] = {
+        "step": step_section,
+        "accuracy": accuracy_section,
+        "anatomy": lambda content, device: anatomy_section(content, device, page.parent / "images"),
+    }
+    text, counts = page.read_text(encoding="utf-8"), {}
+    for name, section in sections.items():
+        parts = []
+        for path in sorted((root / "benchmarks" / "results").glob(f"*/{name}.json")):
+            content = read_results(path)
+            if content is not None and content["rows"]:
+                parts.append(section(content, path.parent.name))
+        text = between_markers(text, name, "\n\n".join(parts) or "Nothing has been measured yet.")
+        counts[name] = len(parts)
+    page.write_text(text, encoding="utf-8")
+    print(f"{page}: " + ", ".join(f"{name} on {count} devices" for name, count in counts.items()))
+
+
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
-    """Write docs/benchmarks.md, the tables of docs/ablation.md (made where missing) and the demo's in README.md."""
+    """Write docs/benchmarks.md and the tables of docs/ablation.md (made if missing), performance.md and README.md."""
     del arguments
     _write_demo(root)
     _write_ops(root)
+    _write_step(root)
     parts = []
     for path in sorted((root / "benchmarks" / "results").glob("*/ablation*.json")):
         content = read_results(path)

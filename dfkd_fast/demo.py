@@ -19,7 +19,7 @@ from dfkd_fast.models import FeatureModel, create_model, extract
 __all__ = ["demo", "run"]
 
 
-def _objective(config: DemoConfig, preset: Preset) -> ObjectiveConfig:
+def objective_of(config: DemoConfig, preset: Preset) -> ObjectiveConfig:
     """The config's own objective, or another preset as published: weights tuned for one are not those of the other."""
     own = config.distill.objective
     return own if preset == own.preset else replace(own, preset=preset, student={})
@@ -75,7 +75,7 @@ def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progr
         result_ = distill(
             taught["teacher"],
             student,
-            replace(config.distill, objective=_objective(config, preset), out=str(folder / preset)),
+            replace(config.distill, objective=objective_of(config, preset), out=str(folder / preset)),
             data=images,  # the held-out half, for the accuracy curve
             description=config.student.metadata(),
             inputs={name: to_dict(getattr(config, name)) for name in ("data", "teacher", "student")},

@@ -1,6 +1,6 @@
 """Where a step's time goes: a torch.profiler trace of some steps, taken apart by network and op, gaps shown."""
 
-from dfkd_fast.profiling.anatomy import anatomy, events_of
+from dfkd_fast.profiling.anatomy import anatomy, events_of, summary_table, table
 from dfkd_fast.profiling.classes import GAP, op_class
 from dfkd_fast.profiling.figure import save_anatomy
 from dfkd_fast.profiling.run import ProfileResult, profile, record
@@ -19,5 +19,7 @@ __all__ = [
     "read_trace",
     "record",
     "save_anatomy",
+    "summary_table",
+    "table",
     "timeline",
 ]

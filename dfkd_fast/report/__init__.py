@@ -13,11 +13,12 @@ from dfkd_fast.report.results import (
     timestamp,
     write_results,
 )
-from dfkd_fast.report.tables import result_table
+from dfkd_fast.report.tables import markdown_table, result_table
 
 __all__ = [
     "device_slug",
     "environment",
+    "markdown_table",
     "read_compiled",
     "read_results",
     "result_table",

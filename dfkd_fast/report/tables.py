@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Tables for a terminal and for a page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["result_table"]
+__all__ = ["markdown_table", "result_table"]
 
 _NUMBER = re.compile(r"[+-]?[\d,.]+(e[+-]?\d+)?\s*(%|x|s|ms|us|GB/s|TFLOP/s)?( [±].*)?", re.IGNORECASE)
 
@@ -25,13 +25,32 @@ def result_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
         rows: the cells, by column name.
         title: above the table; empty for none.
     """
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [["" if row.get(name) is None else str(row[name]) for name in columns] for row in rows]
+    columns, cells, numeric = _laid_out(rows)
     table = Table(title=Text(title) if title else None, title_justify="left")
-    for index, name in enumerate(columns):
-        filled = [line[index] for line in cells if line[index]]
-        numeric = bool(filled) and all(_NUMBER.fullmatch(cell) for cell in filled)
-        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+    for name, right in zip(columns, numeric, strict=True):
+        table.add_column(Text(name), justify="right" if right else "left", overflow="fold")
     for line in cells:
         table.add_row(*(Text(cell) for cell in line))
     return table
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same table as lines of Markdown; see :func:`result_table`. No rows are no lines."""
+    columns, cells, numeric = _laid_out(rows)
+    if not columns:
+        return []
+    rule = "".join("---:|" if right else "---|" for right in numeric)
+    lines = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in [columns, *cells])
+    head, *body = (f"| {line} |" for line in lines)
+    return [head, f"|{rule}", *body]
+
+
+def _laid_out(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], list[bool]]:
+    """Columns, cells line by line, and which columns hold numbers."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [["" if row.get(name) is None else str(row[name]) for name in columns] for row in rows]
+    numeric = []
+    for index in range(len(columns)):
+        filled = [line[index] for line in cells if line[index]]
+        numeric.append(bool(filled) and all(_NUMBER.fullmatch(cell) for cell in filled))
+    return columns, cells, numeric
