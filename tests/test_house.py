@@ -20,15 +20,18 @@ MAPPED = ("kernels", "configs", "benchmarks")  # at the top of the repository, i
 
 # What each part may import of the package. A new folder or module at the top of it needs a line here.
 LAYERS: dict[str, set[str]] = {
+    "_C": set(),  # the CUDA extension's
     "config": set(),
     "configs": set(),
     "kernels": set(),
     "ranges": set(),
     "reference": set(),
     "testing": set(),
-    "ops": {"reference", "kernels", "ranges"},
+    "ops": {"reference", "kernels", "ranges", "_C"},
     "nn": {"ops"},
+    "compat": {"ops"},
     "models": {"ops", "config"},
+    "patching": {"compat", "models", "ops"},
     "objectives": {"nn", "ops", "models", "config"},
     "data": {"config"},
     "report": {"config"},
@@ -88,7 +91,7 @@ def part(name: str) -> str | None:
         return "__version__"
     # `from dfkd_fast import distill` goes through the front door, whatever it brings.
     there = any((ROOT / PACKAGE / each).exists() for each in (rest[0], f"{rest[0]}.py"))
-    return rest[0] if there or rest[0] in MAPPED else "__init__"
+    return rest[0] if there or rest[0] in (*MAPPED, "_C") else "__init__"
 
 
 def uphill(source: str, module: str) -> list[str]:
@@ -141,7 +144,7 @@ def test_an_import_that_points_down_is_allowed(module, source):
     assert not uphill(source, module)
 
 
-INFRASTRUCTURE = ("__init__", "backend", "checks", "library")
+INFRASTRUCTURE = ("__init__", "backend", "checks", "extension", "library")
 OPS = sorted(p.stem for p in (ROOT / PACKAGE / "ops").glob("*.py") if p.stem not in INFRASTRUCTURE)
 
 
@@ -160,16 +163,20 @@ def kernel_stems() -> set[str]:
     return {re.sub(r"_(fwd|bwd)$", "", stem) for stem in stems}
 
 
+def csrc_stems() -> set[str]:
+    """Ops with a file in csrc/, likewise; not what binds them and what they share."""
+    stems = {path.stem for path in (ROOT / "csrc").glob("*.[ch]*")} - {"ops", "info", "device", "launchers"}
+    return {re.sub(r"_(fwd|bwd)$", "", stem) for stem in stems}
+
+
 def test_no_reference_or_kernel_without_its_op():
     stems = {p.stem for p in (ROOT / PACKAGE / "reference").glob("*.py")} - {"__init__", "common"}
-    stems |= kernel_stems()
-    stems |= {re.sub(r"_(fwd|bwd)$", "", p.stem) for p in (ROOT / "csrc").glob("*.[ch]*")} - {"ops", "info"}
+    stems |= kernel_stems() | csrc_stems()
     assert stems <= set(OPS), f"no op of this name in dfkd_fast/ops: {sorted(stems - set(OPS))}"
 
 
 def test_every_kernel_has_its_benchmark():
-    kernels = kernel_stems()
-    kernels |= {re.sub(r"_(fwd|bwd)$", "", p.stem) for p in (ROOT / "csrc").glob("*.[ch]*")} - {"ops", "info"}
+    kernels = kernel_stems() | csrc_stems()
     missing = {name for name in kernels if not (ROOT / "benchmarks" / f"bench_{name}.py").is_file()}
     assert not missing, f"no benchmarks/bench_<name>.py for {sorted(missing)}"
 

@@ -1,0 +1,187 @@
+"""lightly's contrastive loss (lightly 1.6, ``loss/ntx_ent_loss.py`` and ``models/modules/memory_bank.py``).
+
+lightly need not be installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd_fast import ops
+from dfkd_fast.compat._checks import alike, floating, positive
+from dfkd_fast.compat._coverage import Case
+
+__all__ = ["COVERAGE", "MemoryBankModule", "NTXentLoss"]
+
+COVERAGE = (
+    Case("NTXentLoss", "no memory bank, one process", "contrastive_loss"),
+    Case("NTXentLoss", "negatives gathered from several processes", None),
+    Case("NTXentLoss", "memory bank", None),
+    Case("NTXentLoss", "negative temperature", None),
+    Case("MemoryBankModule", "always", None),
+)
+
+
+def _processes() -> tuple[int, int]:
+    """Rank of this process and number of processes; 0 and 1 where none are connected."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _gather(x: Tensor) -> Tensor:
+    """The rows of all processes, this one's differentiable through all of them."""
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x))
+
+
+class MemoryBankModule(nn.Module):
+    """A ring of features of earlier batches.
+
+    Args:
+        size: (number of features, dim), or 0 for no bank.
+        gather_distributed: keep the features of all processes.
+        feature_dim_first: give the bank as (dim, number), or else as (number, dim).
+
+    Attributes:
+        size: as a tuple.
+        bank: (number, dim), random unit rows at first. A buffer that is not saved, as ``bank_ptr``.
+        bank_ptr: (1,), the row that is written next.
+
+    Raises:
+        ValueError: a negative size; a number of features without their dim; neither 0 nor two numbers.
+    """
+
+    bank: Tensor
+    bank_ptr: Tensor
+
+    def __init__(
+        self, size: int | Sequence[int], gather_distributed: bool = False, feature_dim_first: bool = True
+    ) -> None:
+        super().__init__()
+        sizes = (size,) if isinstance(size, int) else tuple(size)
+        if min(sizes, default=0) < 0:
+            raise ValueError(f"Illegal memory bank size {size}, all entries must be non-negative")
+        if isinstance(size, int) and size > 0:
+            raise ValueError(f"Memory bank size {size} does not specify the feature dimension: pass ({size}, dim)")
+        if sizes != (0,) and len(sizes) != 2:
+            raise ValueError(f"Illegal memory bank size {size}: pass (number of features, dim), or 0 for no bank")
+        self.size = sizes
+        self.gather_distributed = gather_distributed
+        self.feature_dim_first = feature_dim_first
+        bank = torch.empty(0) if len(sizes) == 1 else F.normalize(torch.randn(sizes), dim=-1)
+        self.register_buffer("bank", bank, persistent=False)
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
+
+    def forward(
+        self, output: Tensor, labels: Tensor | None = None, update: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features (N, dim) and, beside them, a copy of the bank as it was before; None without a bank.
+
+        Args:
+            output: (N, dim), given back as it is.
+            labels: not used.
+            update: write the features into the bank.
+        """
+        if self.size[0] == 0:
+            return output, None
+        bank = self.bank.clone().detach()
+        if update:
+            self._enqueue(output.detach())
+        return output, bank.T if self.feature_dim_first else bank
+
+    @torch.no_grad()
+    def _enqueue(self, rows: Tensor) -> None:
+        if self.gather_distributed and _processes()[1] > 1:
+            rows = _gather(rows)
+        start = int(self.bank_ptr)
+        end = start + rows.shape[0]
+        # Rows past the end are not carried over to the start.
+        self.bank[start:end] = rows[: self.size[0] - start]
+        self.bank_ptr[0] = end if end < self.size[0] else 0
+
+
+class NTXentLoss(nn.Module):
+    """Normalised temperature-scaled cross entropy (SimCLR), with a memory bank that of MoCo.
+
+    Args:
+        temperature: of the cosine similarities.
+        memory_bank_size: (number of features, dim), or 0 for no bank.
+        gather_distributed: the vectors of all processes are negatives, and go into the bank.
+
+    Attributes:
+        memory_bank: the bank; it is written to where the first vectors require a gradient.
+
+    Raises:
+        ValueError: a temperature within 1e-8 of zero; a size that :class:`MemoryBankModule` does not take;
+            gather_distributed where PyTorch has no ``torch.distributed``.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.memory_bank = MemoryBankModule(size=memory_bank_size, gather_distributed=gather_distributed)
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+        self.cross_entropy = nn.CrossEntropyLoss(reduction="mean")
+        self.eps = 1e-8
+        if abs(temperature) < self.eps:
+            raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
+        if gather_distributed and not torch.distributed.is_available():
+            raise ValueError("gather_distributed is True but torch.distributed is not available")
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """Vectors (N, dim) of two views, row i of the one belonging to row i of the other, to a scalar.
+
+        Raises:
+            ValueError: out0 has not two dimensions.
+            IndexError: views of different N.
+            RuntimeError: N = 0, or views of different dim or dtype.
+        """
+        count, _ = out0.shape
+        rank, processes = _processes() if self.gather_distributed else (0, 1)
+        bank = self.memory_bank.size[0] > 0
+        mixed = out0.dtype != out1.dtype and not torch.is_autocast_enabled(out0.device.type)
+        if (
+            not bank
+            and processes == 1
+            and positive(self.temperature)
+            and count > 0
+            and floating(out0, 2)
+            and floating(out1, 2)
+            and alike(out0, out1)
+            and not mixed
+        ):
+            return ops.contrastive_loss(out0, out1, temperature=self.temperature, symmetric=True)
+        out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        if bank:
+            return self._against_bank(out0, out1)
+        if count == 0:
+            raise RuntimeError(f"there is no vector in out0 {tuple(out0.shape)}")
+        if out1.shape[0] != count:
+            raise IndexError(f"out0 and out1 must have the same number of rows, got {count} and {out1.shape[0]}")
+        if mixed:
+            raise RuntimeError(f"out0 and out1 must have the same dtype, got {out0.dtype} and {out1.dtype}")
+        all0, all1 = (_gather(out0), _gather(out1)) if processes > 1 else (out0, out1)
+        everything = torch.cat([all0, all1])
+        own = rank * count + torch.arange(count, device=out0.device)
+        itself, other = torch.cat([own, own + len(all0)]), torch.cat([own + len(all0), own])
+        similarity = torch.cat([out0, out1]) @ everything.T / self.temperature
+        return self.cross_entropy(similarity.scatter(1, itself[:, None], -torch.inf), other)
+
+    def _against_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """Each of out0 against its positive in out1, with the bank as negatives."""
+        out1, negatives = self.memory_bank(out1, update=out0.requires_grad)
+        similar = (out0 * out1).sum(1, keepdim=True)
+        logits = torch.cat([similar, out0 @ negatives.to(out0.device)], dim=1) / self.temperature
+        return self.cross_entropy(logits, logits.new_zeros(logits.shape[0], dtype=torch.long))

@@ -1,0 +1,59 @@
+"""Losses of RepDistiller (HobbitLong/RepDistiller, ``distiller_zoo/KD.py`` and ``distiller_zoo/AT.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from dfkd_fast.compat._attention import activation_map, stage_distance
+from dfkd_fast.compat._coverage import Case
+from dfkd_fast.compat._kl import softened_kl
+
+__all__ = ["COVERAGE", "Attention", "DistillKL"]
+
+COVERAGE = (
+    Case("DistillKL", "logits (N, classes) of one shape", "distillation_kl"),
+    Case("DistillKL", "other shapes", None),
+    Case("Attention", "always", None),
+)
+
+
+class DistillKL(nn.Module):
+    """Distillation loss on logits.
+
+    Args:
+        T: the temperature of both softmaxes.
+    """
+
+    def __init__(self, T: float) -> None:
+        super().__init__()
+        self.T = T
+
+    def forward(self, y_s: Tensor, y_t: Tensor) -> Tensor:
+        """Logits (N, classes) of student and teacher to KL(teacher || student) times T squared, mean over N."""
+        return softened_kl(y_s, y_t, self.T, "batchmean")
+
+
+class Attention(nn.Module):
+    """Attention transfer.
+
+    Args:
+        p: the power of the features whose mean over channels is a position's attention.
+    """
+
+    def __init__(self, p: float = 2) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, g_s: Iterable[Tensor], g_t: Iterable[Tensor]) -> list[Tensor]:
+        """Stages (N, C, H, W) of student and teacher, paired in order, to one loss a pair."""
+        return [self.at_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=False)]
+
+    def at_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
+        """Loss of one pair of stages; channels and heights may differ."""
+        return stage_distance(f_s, f_t, self.p)
+
+    def at(self, f: Tensor) -> Tensor:
+        """(N, C, H, W) to its attention as unit rows (N, H W)."""
+        return activation_map(f, self.p)

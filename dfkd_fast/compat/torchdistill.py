@@ -1,0 +1,181 @@
+"""torchdistill's losses on logits and activation maps (torchdistill 1.1, ``losses/mid_level.py``).
+
+Where torchdistill is installed, importing this module registers both under their names in place of its own, so that
+configurations that say ``key: 'KDLoss'`` get these; torchdistill's ``dependencies`` list is a place for the import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd_fast.compat._attention import activation_map
+from dfkd_fast.compat._coverage import Case
+from dfkd_fast.compat._kl import softened_kl
+
+__all__ = ["COVERAGE", "ATLoss", "KDLoss"]
+
+COVERAGE = (
+    Case("KDLoss", "logits (N, classes) of one shape, any reduction", "distillation_kl"),
+    Case("KDLoss", "logits (N, classes) of one shape, with targets", "distillation_kl"),
+    Case("KDLoss", "other shapes, such as maps of logits", None),
+    Case("ATLoss", "always", None),
+)
+
+
+def _registry() -> Callable[[type[nn.Module]], Any] | None:
+    """torchdistill's own registration; None where it is not installed."""
+    try:
+        # Before ours: its losses are registered when they are first imported, over what has their names.
+        from torchdistill.losses import mid_level, registry
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "torchdistill":
+            return None
+        raise
+    assert mid_level is not None
+    return registry.register_mid_level_loss
+
+
+class KDLoss(nn.KLDivLoss):
+    """Distillation loss on logits, with or without labels.
+
+    With labels and a weight alpha for them::
+
+        alpha * cross_entropy(student, targets) + beta * temperature^2 * KL(teacher || student)
+
+    Without labels, or with alpha None or 0, it is the divergence alone, not times temperature squared.
+
+    Args:
+        student_module_path: the module of the student whose logits these are.
+        student_module_io: "input" or "output" of it.
+        teacher_module_path: likewise of the teacher.
+        teacher_module_io: likewise.
+        temperature: of both softmaxes.
+        alpha: weight of the cross entropy.
+        beta: weight of the divergence; None is 1 - alpha.
+        reduction: of the divergence, as that of ``torch.nn.functional.kl_div``, and of the cross entropy, which is a
+            mean for "batchmean".
+        **kwargs: of ``torch.nn.CrossEntropyLoss``.
+
+    Raises:
+        TypeError: alpha and beta are both None, or there is an argument that ``CrossEntropyLoss`` does not take.
+    """
+
+    def __init__(
+        self,
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        temperature: float,
+        alpha: float | None = None,
+        beta: float | None = None,
+        reduction: str = "batchmean",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(reduction=reduction)
+        if alpha is None and beta is None:
+            raise TypeError("beta is 1 - alpha where it is not given, so that one of the two must be a number")
+        self.student_module_path = student_module_path
+        self.student_module_io = student_module_io
+        self.teacher_module_path = teacher_module_path
+        self.teacher_module_io = teacher_module_io
+        self.temperature = temperature
+        self.alpha = alpha
+        self.beta = 1 - alpha if beta is None and alpha is not None else beta
+        self.cross_entropy_loss = nn.CrossEntropyLoss(
+            reduction="mean" if reduction == "batchmean" else reduction, **kwargs
+        )
+
+    def forward(  # type: ignore[override]
+        self,
+        student_io_dict: Mapping[str, Mapping[str, Tensor]],
+        teacher_io_dict: Mapping[str, Mapping[str, Tensor]],
+        targets: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """What the hooked modules were given and gave, and labels (N,), to the loss.
+
+        Raises:
+            KeyError: a module or "input" or "output" of it is not there.
+        """
+        student = student_io_dict[self.student_module_path][self.student_module_io]
+        teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
+        if self.alpha is None or self.alpha == 0 or targets is None:
+            return softened_kl(student, teacher, self.temperature, self.reduction, squared=False)
+        assert self.beta is not None
+        soft = softened_kl(student, teacher, self.temperature, self.reduction)
+        return self.alpha * self.cross_entropy_loss(student, targets) + self.beta * soft
+
+
+class ATLoss(nn.Module):
+    """Attention transfer between pairs of maps (N, C, H, W).
+
+    Args:
+        at_pairs: for each pair ``student`` and ``teacher``, both with the ``path`` and ``io`` of a map, and a
+            ``weight``, 1 if left out.
+        mode: "code" is the mean squared difference of the normalised maps, "paper" the norm of that difference, mean
+            over the batch.
+        **kwargs: not used.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+
+    def __init__(self, at_pairs: Mapping[str, Mapping[str, Any]], mode: str = "code", **kwargs: Any) -> None:
+        super().__init__()
+        self.at_pairs = at_pairs
+        self.mode = mode
+        if mode not in ("code", "paper"):
+            raise ValueError(f"mode `{mode}` is not expected")
+
+    @staticmethod
+    def attention_transfer_paper(feature_map: Tensor) -> Tensor:
+        """(N, C, H, W) to unit rows (N, H W): the sum of squares over channels."""
+        return F.normalize(feature_map.square().sum(1).flatten(1))
+
+    def compute_at_loss_paper(self, student_feature_map: Tensor, teacher_feature_map: Tensor) -> Tensor:
+        """The norm of the difference, summed over N."""
+        student, teacher = map(self.attention_transfer_paper, (student_feature_map, teacher_feature_map))
+        return torch.linalg.vector_norm(student - teacher, dim=1).sum()
+
+    @staticmethod
+    def attention_transfer(feature_map: Tensor) -> Tensor:
+        """(N, C, H, W) to unit rows (N, H W): the mean of squares over channels."""
+        return activation_map(feature_map, 2)
+
+    def compute_at_loss(self, student_feature_map: Tensor, teacher_feature_map: Tensor) -> Tensor:
+        """The mean squared difference."""
+        student, teacher = map(self.attention_transfer, (student_feature_map, teacher_feature_map))
+        return (student - teacher).square().mean()
+
+    def forward(
+        self,
+        student_io_dict: Mapping[str, Mapping[str, Tensor]],
+        teacher_io_dict: Mapping[str, Mapping[str, Tensor]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """What the hooked modules were given and gave to the weighted sum over pairs."""
+        total: Any = 0
+        batch_size: Any = None
+        for pair in self.at_pairs.values():
+            student, teacher = (
+                io_dict[pair[side]["path"]][pair[side]["io"]]
+                for side, io_dict in (("student", student_io_dict), ("teacher", teacher_io_dict))
+            )
+            compare = self.compute_at_loss_paper if self.mode == "paper" else self.compute_at_loss
+            total = total + pair.get("weight", 1) * compare(student, teacher)
+            batch_size = len(student) if batch_size is None else batch_size
+        return total / batch_size if self.mode == "paper" else total
+
+
+_register = _registry()
+if _register is not None:
+    _register(KDLoss)
+    _register(ATLoss)

@@ -1,0 +1,225 @@
+"""``COVERAGE`` of each drop-in module says which op is behind which call: each line is called here, and watched."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+from torch import nn
+
+from dfkd_fast import compat, ops
+from dfkd_fast.compat import cpsc, datafree, deepinversion, lightly, mdistiller, repdistiller, torchdistill
+from dfkd_fast.testing import random
+
+NAMES = ("distillation_kl", "contrastive_loss", "channel_statistics", "batchnorm_statistics", "high_order_attention")
+LOGITS = random(4, 6), random(4, 6, seed=1)
+MAPS = random(4, 6, 2, 2), random(4, 6, 2, 2, seed=1)
+VIEWS = random(4, 2, 8)
+PATHS = ("a", "output", "b", "output")
+
+
+def io_dicts(pair):
+    return {"a": {"output": pair[0]}}, {"b": {"output": pair[1]}}
+
+
+def after_forward(hook, *arguments):
+    """Hook a BatchNorm and run it."""
+    module = nn.BatchNorm2d(6).eval()
+    hook(module, *arguments)
+    module(MAPS[0])
+
+
+def with_momentum():
+    module = nn.BatchNorm2d(6).eval()
+    hook = datafree.DeepInversionHook(module, 0.9)
+    module(MAPS[0])
+    hook.update_mmt()
+    module(MAPS[1])
+
+
+def sup_con(kind):
+    """The calls that ContrastLoss and SupConLoss have in common, by case."""
+    return {
+        'two views, no labels, no mask, contrast_mode "all"': lambda: kind()(VIEWS),
+        'two views, no labels, no mask, contrast_mode "one"': lambda: kind(contrast_mode="one")(VIEWS),
+        "labels": lambda: kind()(VIEWS, torch.tensor([0, 0, 1, 1])),
+        "mask": lambda: kind()(VIEWS, mask=torch.eye(4)),
+        "another number of views": lambda: kind()(random(4, 3, 8)),
+    }
+
+
+ONE_SHAPE, ANY_REDUCTION = "logits (N, classes) of one shape", "logits (N, classes) of one shape, any reduction"
+OTHERS, LOGIT_MAPS = "other shapes", "other shapes, such as maps of logits"
+REDUCTIONS = ("batchmean", "sum", "mean", "none")
+
+CALLS = {
+    datafree: {
+        ("kldiv", ANY_REDUCTION): lambda: [datafree.kldiv(*LOGITS, 2.0, r) for r in REDUCTIONS],
+        ("kldiv", LOGIT_MAPS): lambda: datafree.kldiv(*MAPS),
+        ("KLDiv", ANY_REDUCTION): lambda: [datafree.KLDiv(2.0, r)(*LOGITS) for r in REDUCTIONS],
+        ("KLDiv", LOGIT_MAPS): lambda: datafree.KLDiv()(*MAPS),
+        ("jsdiv", "always"): lambda: datafree.jsdiv(*LOGITS),
+        ("cross_entropy", "always"): lambda: datafree.cross_entropy(LOGITS[0], torch.arange(4)),
+        ("class_balance_loss", "always"): lambda: datafree.class_balance_loss(LOGITS[0]),
+        ("onehot_loss", "always"): lambda: datafree.onehot_loss(LOGITS[0]),
+        ("get_image_prior_losses", "always"): lambda: datafree.get_image_prior_losses(MAPS[0]),
+        ("DeepInversionHook", "maps (N, C, H, W)"): lambda: after_forward(datafree.DeepInversionHook),
+        ("DeepInversionHook", "maps (N, C, H, W), with mmt_rate"): with_momentum,
+        ("FeatureMeanVarHook", "maps (N, C, H, W), dim = [0, 2, 3]"): lambda: after_forward(
+            datafree.FeatureMeanVarHook
+        ),
+        ("FeatureMeanVarHook", "another dim"): lambda: after_forward(datafree.FeatureMeanVarHook, True, [2, 3]),
+        ("FeatureHook", "always"): lambda: after_forward(datafree.FeatureHook),
+        ("InstanceMeanHook", "always"): lambda: after_forward(datafree.InstanceMeanHook),
+        ("FeatureMeanHook", "always"): lambda: after_forward(datafree.FeatureMeanHook),
+        **{("ContrastLoss", case): call for case, call in sup_con(datafree.ContrastLoss).items()},
+        ("ContrastLoss", "return_logits"): lambda: datafree.ContrastLoss()(VIEWS, return_logits=True),
+    },
+    deepinversion: {
+        ("DeepInversionFeatureHook", "maps (N, C, H, W)"): lambda: after_forward(
+            deepinversion.DeepInversionFeatureHook
+        ),
+        ("get_image_prior_losses", "always"): lambda: deepinversion.get_image_prior_losses(MAPS[0]),
+    },
+    cpsc: {
+        ("kdloss", ONE_SHAPE): lambda: cpsc.kdloss(*LOGITS),
+        ("kdloss", OTHERS): lambda: cpsc.kdloss(*MAPS),
+        **{("SupConLoss", case): call for case, call in sup_con(cpsc.SupConLoss).items()},
+        ("DeepInversionFeatureHook", "maps (N, C, H, W)"): lambda: after_forward(cpsc.DeepInversionFeatureHook),
+    },
+    lightly: {
+        ("NTXentLoss", "no memory bank, one process"): lambda: lightly.NTXentLoss(0.1, 0, True)(*LOGITS),
+        ("NTXentLoss", "memory bank"): lambda: lightly.NTXentLoss(0.1, (8, 6))(*LOGITS),
+        ("NTXentLoss", "negative temperature"): lambda: lightly.NTXentLoss(-0.1)(*LOGITS),
+        ("MemoryBankModule", "always"): lambda: lightly.MemoryBankModule((8, 6))(LOGITS[0], update=True),
+    },
+    repdistiller: {
+        ("DistillKL", ONE_SHAPE): lambda: repdistiller.DistillKL(4)(*LOGITS),
+        ("DistillKL", OTHERS): lambda: repdistiller.DistillKL(4)(*MAPS),
+        ("Attention", "always"): lambda: repdistiller.Attention()(MAPS, MAPS),
+    },
+    mdistiller: {
+        ("kd_loss", ONE_SHAPE): lambda: mdistiller.kd_loss(*LOGITS, 4),
+        ("kd_loss", OTHERS): lambda: mdistiller.kd_loss(*MAPS, 4),
+        ("single_stage_at_loss", "always"): lambda: mdistiller.single_stage_at_loss(*MAPS, 2),
+        ("at_loss", "always"): lambda: mdistiller.at_loss(MAPS, MAPS, 2),
+    },
+    torchdistill: {
+        ("KDLoss", ANY_REDUCTION): lambda: [
+            torchdistill.KDLoss(*PATHS, 4, alpha=0, reduction=r)(*io_dicts(LOGITS)) for r in REDUCTIONS
+        ],
+        ("KDLoss", "logits (N, classes) of one shape, with targets"): lambda: torchdistill.KDLoss(*PATHS, 4, alpha=0.5)(
+            *io_dicts(LOGITS), torch.arange(4)
+        ),
+        ("KDLoss", LOGIT_MAPS): lambda: torchdistill.KDLoss(*PATHS, 4, alpha=0.5)(*io_dicts(MAPS)),
+        ("ATLoss", "always"): lambda: torchdistill.ATLoss(
+            {"pair": {"student": {"path": "a", "io": "output"}, "teacher": {"path": "b", "io": "output"}}}
+        )(*io_dicts(MAPS)),
+    },
+}
+ELSEWHERE = {
+    # Two processes run in test_compat_contrastive.py.
+    (lightly, "NTXentLoss", "negatives gathered from several processes"),
+}
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The names of the ops that are called."""
+    seen = []
+    for name in NAMES:
+        original = getattr(ops, name)
+
+        def watched(*args, name=name, original=original, **kwargs):
+            seen.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, watched)
+    return seen
+
+
+LINES = [(module, case) for module in CALLS for case in module.COVERAGE if (module, *case[:2]) not in ELSEWHERE]
+
+
+@pytest.mark.parametrize(
+    ("module", "case"),
+    LINES,
+    ids=[f"{module.__name__.split('.')[-1]}.{case.name}: {case.case}" for module, case in LINES],
+)
+def test_the_op_of_a_line_is_called_and_no_other(module, case, called):
+    CALLS[module][case.name, case.case]()
+    assert set(called) == ({case.op} if case.op else set())
+
+
+def test_metric_learning_lines(called):
+    pytest.importorskip("pytorch_metric_learning")
+    from pytorch_metric_learning.distances import LpDistance
+
+    module = import_module("dfkd_fast.compat.metric_learning")
+    wrap, nt_xent, sup_con_loss = module.SelfSupervisedLoss, module.NTXentLoss, module.SupConLoss
+    calls = {
+        ("SelfSupervisedLoss", "symmetric, of NTXentLoss with its defaults"): lambda: wrap(nt_xent())(*LOGITS),
+        ("SelfSupervisedLoss", "symmetric, of SupConLoss with its defaults"): lambda: wrap(sup_con_loss())(*LOGITS),
+        ("SelfSupervisedLoss", "not symmetric"): lambda: wrap(nt_xent(), symmetric=False)(*LOGITS),
+        ("SelfSupervisedLoss", "of another loss"): lambda: wrap(module.losses.TripletMarginLoss())(*LOGITS),
+        ("SelfSupervisedLoss", "of a temperature so low that the original loses digits"): lambda: [
+            wrap(nt_xent(0.02))(*LOGITS),
+            wrap(sup_con_loss(0.05))(*LOGITS),
+        ],
+        ("SelfSupervisedLoss", "of a loss with another distance, reducer or regulariser"): lambda: wrap(
+            nt_xent(distance=LpDistance())
+        )(*LOGITS),
+        ("NTXentLoss", "labels or pairs"): lambda: nt_xent()(LOGITS[0], torch.arange(4) % 2),
+        ("SupConLoss", "labels or pairs"): lambda: sup_con_loss()(LOGITS[0], torch.arange(4) % 2),
+    }
+    assert calls.keys() == {case[:2] for case in module.COVERAGE}
+    for case in module.COVERAGE:
+        called.clear()
+        calls[case[:2]]()
+        assert set(called) == ({case.op} if case.op else set()), case
+
+
+@pytest.mark.parametrize("module", CALLS, ids=lambda module: module.__name__.split(".")[-1])
+def test_every_name_has_its_lines(module):
+    lines = [case[:2] for case in module.COVERAGE]
+    assert len(set(lines)) == len(lines)
+    assert set(CALLS[module]) == {line for line in lines if (module, *line) not in ELSEWHERE}
+    public = set(module.__all__) - {"COVERAGE", "register_hooks"}
+    assert {case.name for case in module.COVERAGE} == public
+    assert all(isinstance(case, compat.Case) and case.op in (None, *NAMES) for case in module.COVERAGE)
+
+
+def test_the_table_names_every_module():
+    watched = {module.__name__.rpartition(".")[2] for module in CALLS} | {"metric_learning"}
+    assert set(compat.MODULES) == watched
+    assert all(f"``{name}``" in compat.__doc__ for name in compat.MODULES)
+
+
+def test_importing_brings_nothing_but_what_is_asked_for(tmp_path):
+    """The package brings no module of its own, and the modules none of the projects they stand for."""
+    code = (
+        "import sys, dfkd_fast.compat as c\n"
+        "print([name for name in sys.modules if name.startswith('dfkd_fast.compat.') and name[17] != '_'])\n"
+        "import dfkd_fast.compat.lightly, dfkd_fast.compat.datafree, dfkd_fast.compat.cpsc\n"
+        "theirs = ('lightly', 'pytorch_metric_learning', 'torchdistill', 'torchvision')\n"
+        "print([name for name in theirs if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["[]", "[]"]
+
+
+@pytest.mark.parametrize(
+    ("absent", "module", "works"),
+    [("torchdistill", "torchdistill", True), ("pytorch_metric_learning", "metric_learning", False)],
+)
+def test_where_a_project_is_not_installed(absent, module, works, tmp_path):
+    """torchdistill's losses do without it; pytorch-metric-learning's say what to install."""
+    code = f"import sys; sys.modules['{absent}'] = None; import dfkd_fast.compat.{module} as m; print(m.__all__)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (result.returncode == 0) == works, result.stderr
+    if not works:
+        assert "pip install pytorch-metric-learning" in result.stderr

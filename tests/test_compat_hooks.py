@@ -1,0 +1,213 @@
+"""Hooks of DataFree, DeepInversion and CPSC: what they keep at each forward, by its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dfkd_fast.compat import cpsc, datafree, deepinversion
+from dfkd_fast.testing import assert_close, random
+
+HOOKS = {
+    "CMI": datafree.DeepInversionHook,
+    "Fast-Datafree": lambda module: datafree.DeepInversionHook(module, 0.9),
+    "NVlabs": deepinversion.DeepInversionFeatureHook,
+    "CPSC": cpsc.DeepInversionFeatureHook,
+}
+
+
+def batchnorm(channels=5, seed=7):
+    """With stored statistics that are not those of a fresh one."""
+    bn = nn.BatchNorm2d(channels).eval().requires_grad_(False)
+    bn.running_mean.copy_(random(channels, seed=seed))
+    bn.running_var.copy_(random(channels, seed=seed + 1).abs() + 0.5)
+    return bn
+
+
+def statistics(x):
+    """Mean and biased variance from the definition, in float64."""
+    rows = x.double().transpose(0, 1).flatten(1)
+    mean = rows.sum(1) / rows.shape[1]
+    return mean, ((rows - mean[:, None]) ** 2).sum(1) / rows.shape[1]
+
+
+def distance(bn, mean, var):
+    return ((bn.running_var - var) ** 2).sum().sqrt() + ((bn.running_mean - mean) ** 2).sum().sqrt()
+
+
+def gradient(value, x):
+    return torch.autograd.grad(value, x, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3, 3), (1, 5, 1, 2), (2, 5, 1, 1), (7, 5, 4, 6)])
+@pytest.mark.parametrize("kind", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_r_feature_is_its_definition(kind, shape, layout):
+    bn = batchnorm()
+    hook = kind(bn)
+    x = random(*shape).contiguous(memory_format=layout).requires_grad_()
+    for scale in (1, 3):
+        y = bn(scale * x)
+        wanted = distance(bn, *statistics(scale * x))
+        assert_close(hook.r_feature, wanted, atol=1e-5, rtol=1e-5)
+        assert_close(gradient(hook.r_feature, x), gradient(wanted, x), atol=1e-5, rtol=1e-5)
+        assert torch.equal(y, nn.functional.batch_norm(scale * x, bn.running_mean, bn.running_var, bn.weight, bn.bias))
+
+
+def test_the_sum_over_a_network_is_what_the_loops_use():
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU()
+    ).eval()
+    norms = [network[1], network[4]]
+    hooks = [datafree.DeepInversionHook(norm) for norm in norms]
+    others = [deepinversion.DeepInversionFeatureHook(norm) for norm in norms]
+    x = random(2, 3, 8, 8).requires_grad_()
+    network(x)
+    total = sum(hook.r_feature for hook in hooks)
+    first = network[0](x)
+    wanted = distance(norms[0], *statistics(first)) + distance(
+        norms[1], *statistics(network[3](norms[0].forward(first).relu()))
+    )
+    assert_close(total, wanted, atol=1e-5, rtol=1e-5)
+    assert_close(gradient(total, x), gradient(wanted, x), atol=1e-5, rtol=1e-5)
+    assert_close(sum(hook.r_feature for hook in others), total, atol=0)
+
+
+@pytest.mark.parametrize("rate", [0.9, 0.0, 0.25])
+def test_a_momentum_mixes_what_was_kept_with_what_is_there(rate):
+    bn = batchnorm()
+    hook = datafree.DeepInversionHook(bn, rate)
+    assert (hook.module, hook.mmt_rate, hook.mmt, hook.tmp_val) == (bn, rate, None, None)
+    kept = None
+    for step in range(4):
+        x = random(3, 5, 4, 4, seed=step).requires_grad_()
+        bn(x)
+        mean, var = statistics(x)
+        mixed = (mean, var)
+        if kept is not None:
+            mixed = tuple((1 - rate) * new + rate * old for new, old in zip((mean, var), kept, strict=True))
+        wanted = distance(bn, *mixed)
+        assert_close(hook.r_feature, wanted, atol=1e-5, rtol=1e-5)
+        assert_close(gradient(hook.r_feature, x), gradient(wanted, x), atol=1e-5, rtol=1e-5)
+        for value, truth in zip(hook.tmp_val, (mean, var), strict=True):
+            assert_close(value, truth, atol=1e-5)
+            assert value.requires_grad
+        # Not at every step: without it nothing is kept.
+        if step != 1:
+            hook.update_mmt()
+            kept = tuple(v.detach() for v in (mixed if kept is not None else (mean, var)))
+        for value, truth in zip(hook.mmt, kept, strict=True):
+            assert_close(value, truth, atol=1e-5)
+            assert not value.requires_grad
+
+
+def test_without_a_rate_there_is_no_momentum():
+    bn = batchnorm()
+    hook = datafree.DeepInversionHook(bn)
+    bn(random(2, 5, 3, 3))
+    with pytest.raises(AttributeError):
+        hook.update_mmt()
+    with pytest.raises(TypeError):
+        datafree.DeepInversionHook(bn, 0.9).update_mmt()
+
+
+@pytest.mark.parametrize(("name", "kind"), HOOKS.items(), ids=HOOKS)
+def test_a_hook_comes_off(name, kind):
+    bn = batchnorm()
+    hook = kind(bn)
+    with pytest.raises(AttributeError):
+        _ = hook.r_feature
+    bn(random(2, 5, 3, 3))
+    before = hook.r_feature
+    assert len(bn._forward_hooks) == 1
+    hook.remove() if name in ("CMI", "Fast-Datafree") else hook.close()
+    assert not bn._forward_hooks
+    bn(random(2, 5, 3, 3, seed=1))
+    assert hook.r_feature is before
+
+
+@pytest.mark.parametrize("kind", HOOKS.values(), ids=HOOKS)
+def test_errors_are_those_of_pytorch(kind):
+    hooked = nn.BatchNorm1d(5).eval()
+    kind(hooked)
+    with pytest.raises(IndexError):
+        hooked(random(4, 5))
+    hooked = nn.BatchNorm2d(5, track_running_stats=False)
+    kind(hooked)
+    with pytest.raises(AttributeError):
+        hooked(random(4, 5, 2, 2))
+
+
+@pytest.mark.parametrize("kind", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_maps(kind, dtype):
+    bn = batchnorm()
+    hook = kind(bn)
+    x = random(4, 5, 6, 6).to(dtype).requires_grad_()
+    bn(x)
+    assert_close(hook.r_feature, distance(bn, *statistics(x)), atol=1e-5, rtol=1e-5)
+    assert gradient(hook.r_feature, x).dtype == dtype
+
+
+def test_a_hook_in_training_compares_with_what_the_forward_has_stored():
+    bn = batchnorm().train()
+    hook = datafree.DeepInversionHook(bn)
+    x = random(4, 5, 3, 3)
+    bn(x)
+    assert_close(hook.r_feature, distance(bn, *statistics(x)), atol=1e-5, rtol=1e-5)
+
+
+def test_feature_hooks_keep_what_a_module_gets_and_gives():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
+    hooks = datafree.register_hooks(network)
+    assert [type(hook) for hook in hooks] == [datafree.FeatureHook] * 2
+    x = random(2, 3, 8, 8)
+    y = network(x)
+    assert hooks[0].input is x
+    assert hooks[1].output is y
+    assert hooks[1].input is hooks[0].output
+    assert [hook.module for hook in hooks] == list(network)
+    assert repr(hooks[0]) == f"<Feature Hook>: {network[0]}"
+    for hook in hooks:
+        hook.remove()
+    network(random(2, 3, 8, 8, seed=1))
+    assert hooks[1].output is y
+
+
+@pytest.mark.parametrize("kind", [datafree.InstanceMeanHook, datafree.FeatureMeanHook])
+def test_instance_means(kind):
+    module = nn.Conv2d(3, 4, 1)
+    hook = kind(module)
+    assert repr(hook) == f"<Feature Hook>: {module}"
+    x = random(2, 3, 4, 5).requires_grad_()
+    module(x)
+    assert_close(hook.instance_mean, x.flatten(2).sum(2) / 20, atol=1e-6)
+    assert_close(gradient(hook.instance_mean.sum(), x), 1 / 20, atol=1e-6)
+    hook.remove()
+    assert not module._forward_hooks
+
+
+@pytest.mark.parametrize("on_input", [True, False])
+@pytest.mark.parametrize("dim", [[0, 2, 3], (0, 2, 3), [2, 3], [0], 1])
+def test_means_and_variances_of_what_a_module_gets_or_gives(on_input, dim):
+    module = nn.Conv2d(3, 4, 1)
+    hook = datafree.FeatureMeanVarHook(module, on_input, dim)
+    x = random(2, 3, 4, 5).requires_grad_()
+    y = module(x)
+    wanted_var, wanted_mean = torch.var_mean(x if on_input else y, dim=dim, unbiased=True)
+    for value, wanted in ((hook.mean, wanted_mean), (hook.var, wanted_var)):
+        assert_close(value, wanted, atol=1e-5)
+        assert_close(gradient(value.square().sum(), x), gradient(wanted.square().sum(), x), atol=1e-5, rtol=1e-5)
+    hook.remove()
+    assert hook.output is None
+    assert not module._forward_hooks
+
+
+def test_means_and_variances_outlive_what_changes_the_features_in_place():
+    module = nn.Conv2d(3, 4, 1)
+    hook = datafree.FeatureMeanVarHook(module, on_input=False)
+    assert hook.dim == [0, 2, 3]
+    x = random(2, 3, 4, 5).requires_grad_()
+    torch.relu_(module(x))
+    assert_close(gradient(hook.var.sum(), x), gradient(module(x).var([0, 2, 3]).sum(), x), atol=1e-5, rtol=1e-5)
