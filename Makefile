@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 		echo "'$(PYTHON)' lacks the venv module (Debian, Ubuntu: the package python3-venv)" >&2; exit 1; }
 	@echo "Installing into $(VENV) (the first time: some gigabytes of wheels, a few minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP_INSTALL) setuptools wheel
+	@$(PIP_INSTALL) setuptools wheel cmake ninja pybind11 torch
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 

@@ -40,6 +40,7 @@ def report() -> list[Item]:
         ("triton", _triton),
         ("nvcc", _nvcc),
         ("build tools", _build_tools),
+        ("CUDA extension", _extension),
         ("onnx export", _onnx),
         ("nvtx", _nvtx),
         ("ops", _ops),
@@ -237,6 +238,16 @@ def _build_tools() -> list[Item]:
         found.append(f"{name} {version[0]}" if version else name)
     detail = ", ".join(found) + (f"; not found: {', '.join(missing)}" if missing else "")
     return [Item("build tools", not missing, detail.removeprefix("; "))]
+
+
+def _extension() -> list[Item]:
+    from dfkd_fast.ops import extension
+
+    found = extension.build()
+    if found is None:
+        return [Item("CUDA extension", False, str(extension.UNAVAILABLE))]
+    code = ", ".join(found["architectures"])
+    return [Item("CUDA extension", True, f"CUDA {found['toolkit']}, code for {code}, commit {found['commit']}")]
 
 
 def _onnx() -> list[Item]:

@@ -20,9 +20,17 @@ def line(name: str) -> doctor.Item:
 def test_every_line_has_a_detail():
     lines = doctor.report()
     assert all(isinstance(item.ok, bool) and item.detail for item in lines)
-    assert {"python", "torch", "bf16 autocast", "triton", "nvcc", "build tools", "onnx export", "nvtx"} <= {
-        item.item for item in lines
-    }
+    assert {
+        "python",
+        "torch",
+        "bf16 autocast",
+        "triton",
+        "nvcc",
+        "build tools",
+        "CUDA extension",
+        "onnx export",
+        "nvtx",
+    } <= {item.item for item in lines}
 
 
 def test_versions_are_those_that_run():

@@ -5,7 +5,8 @@ The choice falls on the first of these that names a backend:
 1. the op's ``backend`` argument;
 2. the innermost ``with dfkd_fast.ops.backend(...)`` of the calling thread;
 3. the environment variable ``DFKD_FAST_BACKEND`` (for debugging; a compiled function keeps the value of its tracing);
-4. none: the best backend that serves these arguments, in the order of :data:`NAMES`.
+4. none: the best backend that serves these arguments, in the order of :data:`NAMES`. Kernels that were never measured
+   on a device, which those of ``cuda`` are so far, are not chosen there.
 
 A backend that was named is used or an error says why it cannot be; it is never replaced silently.
 """
@@ -43,15 +44,17 @@ class Implementation:
         function: takes the public function's arguments, checked, without ``backend``.
         supports: takes the same; None where ``function`` can serve them, else the reason why not, in words.
         interpreted: on the CPU it runs in an interpreter, for tests: there it serves when named, and never unasked.
+        measured: whether it has been found faster than what comes after it; else it serves when named alone.
     """
 
     function: Callable[..., Any]
     supports: Callable[..., str | None] = _serves_all
     interpreted: bool = False
+    measured: bool = True
 
     def unasked(self, *args: Any, **kwargs: Any) -> bool:
         """Whether the choice may fall on it where none was named."""
-        if self.interpreted and args[0].device.type == "cpu":
+        if not self.measured or (self.interpreted and args[0].device.type == "cpu"):
             return False
         return self.supports(*args, **kwargs) is None
 
@@ -71,7 +74,8 @@ def register(
         ValueError: no such backend name.
     """
     require_choice("name", name, NAMES)
-    _registry.setdefault(op, {})[name] = Implementation(function, supports, interpreted=name == "triton")
+    implementation = Implementation(function, supports, interpreted=name == "triton", measured=name != "cuda")
+    _registry.setdefault(op, {})[name] = implementation
 
 
 def backends() -> dict[str, tuple[str, ...]]:
