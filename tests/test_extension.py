@@ -12,21 +12,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfkd_fast.ops import backend, extension
+from dfkd_fast.ops import extension
+from dfkd_fast.ops.backend import Implementation
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = {"_operators.so", "libdfkd_kernels.so"}
 
 
-def can_build() -> str | None:
-    found = subprocess.run(
-        [sys.executable, "-c", "import setup; print(setup.missing() or '')"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+def missing(folder: Path = ROOT, **environment: str) -> str:
+    """What setup.py of a folder says is missing, in an environment."""
+    code = "import setuptools; setuptools.setup = lambda **given: None; import setup; print(setup.missing())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, **environment, "PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
     )
-    return found.stdout.strip() or None
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_it_is_here_or_says_why_not() -> None:
@@ -41,26 +45,44 @@ def test_it_is_here_or_says_why_not() -> None:
 
 
 def test_kernels_that_were_never_measured_serve_when_named_alone() -> None:
-    implementation = backend.Implementation(lambda x: x, measured=False)
+    implementation = Implementation(lambda x: x, measured=False)
     assert not implementation.unasked(torch.zeros(1))
     assert implementation.supports(torch.zeros(1)) is None
 
 
-def missing(folder: Path, **environment: str) -> str:
-    """What setup.py says is missing, in an environment."""
-    code = "import setuptools; setuptools.setup = lambda **given: None; import setup; print(setup.missing())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
-    assert missing(tmp_path, DFKD_FAST_CUDA="0") == "DFKD_FAST_CUDA is 0"
+    assert missing(DFKD_FAST_CUDA="0") == "DFKD_FAST_CUDA is 0"
     shutil.copyfile(ROOT / "setup.py", tmp_path / "setup.py")
-    assert missing(tmp_path, PYTHONPATH=str(tmp_path)) == "this source tree has no csrc/*.cu"
+    assert missing(tmp_path) == "this source tree has no csrc/*.cu"
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "op.cu").touch()
+    if not Path("/usr/local/cuda/bin/nvcc").exists():
+        assert missing(tmp_path, PATH="", CUDA_HOME="") == "no nvcc is on the PATH or under CUDA_HOME"
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_extension_or_is_pure(tmp_path: Path) -> None:
+    """From a copy of the sources, so that nothing that was built here is found."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    source = tmp_path / "source"
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, source / name)
+
+    def wheel(folder: str, **environment: str) -> Path:
+        command = ["pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", str(tmp_path / folder), "."]
+        subprocess.run([sys.executable, "-m", *command], cwd=source, env={**os.environ, **environment}, check=True)
+        (made,) = (tmp_path / folder).glob("*.whl")
+        return made
+
+    pure = wheel("pure", DFKD_FAST_CUDA="0")
+    assert pure.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(pure).namelist() if name.endswith(".so")]
+    reason = missing(source)
+    if reason != "None":
+        pytest.skip(f"the extension cannot be built here: {reason}")
+    full = wheel("full", DFKD_FAST_CUDA="1")
+    held = {Path(name).name for name in zipfile.ZipFile(full).namelist() if name.endswith(".so")}
+    assert held > LIBRARIES
+    assert any(name.startswith("_C.") for name in held)
