@@ -17,13 +17,43 @@ _EXPORTS = {
     "DistillResult": "dfkd_fast.engine",
     "DistillConfig": "dfkd_fast.config",
     "TeachConfig": "dfkd_fast.config",
+    "AttentionGenerator": "dfkd_fast.nn",
+    "HighOrderAttention": "dfkd_fast.nn",
+    "ProjectionHead": "dfkd_fast.nn",
+    "SemanticFeatureContrast": "dfkd_fast.nn",
+    "SpatialAttention": "dfkd_fast.nn",
+    "patch": "dfkd_fast.patching",
+    "unpatch": "dfkd_fast.patching",
 }
 
 if TYPE_CHECKING:
     from dfkd_fast.config import DistillConfig, TeachConfig
     from dfkd_fast.engine import DistillResult, distill, evaluate, teach
+    from dfkd_fast.nn import (
+        AttentionGenerator,
+        HighOrderAttention,
+        ProjectionHead,
+        SemanticFeatureContrast,
+        SpatialAttention,
+    )
+    from dfkd_fast.patching import patch, unpatch
 
-__all__ = ["DistillConfig", "DistillResult", "TeachConfig", "__version__", "distill", "evaluate", "teach"]
+__all__ = [
+    "AttentionGenerator",
+    "DistillConfig",
+    "DistillResult",
+    "HighOrderAttention",
+    "ProjectionHead",
+    "SemanticFeatureContrast",
+    "SpatialAttention",
+    "TeachConfig",
+    "__version__",
+    "distill",
+    "evaluate",
+    "patch",
+    "teach",
+    "unpatch",
+]
 
 
 def __getattr__(name: str) -> Any:

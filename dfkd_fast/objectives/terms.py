@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dfkd_fast import ops
 from dfkd_fast.config import KDConfig, MHADConfig, ObjectiveConfig, SFCLConfig
 from dfkd_fast.models import FeatureModel, Outputs
-from dfkd_fast.nn import HighOrderAttention, ProjectionHead
+from dfkd_fast.nn import HighOrderAttention
+from dfkd_fast.nn import SemanticFeatureContrast as FeatureContrast
 
 __all__ = [
     "TERMS",
@@ -226,8 +227,8 @@ class HighOrderAttentionDistillation(Term):
         return ops.high_order_attention_mse(x, *weights, wanted, mode=attention.mode).float()
 
 
-class SemanticFeatureContrast(Term):
-    """L_SFCL (Eq. 8, 9): the teacher's and the student's view of one image attract, all other views repel.
+class SemanticFeatureContrast(FeatureContrast, Term):
+    """L_SFCL (Eq. 8, 9) of the penultimate features: :class:`dfkd_fast.nn.SemanticFeatureContrast` as a term.
 
     Args:
         shapes: widths of the penultimate features of both networks.
@@ -237,19 +238,14 @@ class SemanticFeatureContrast(Term):
     needs = frozenset({"student"})
 
     def __init__(self, shapes: FeatureShapes, config: SFCLConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or SFCLConfig()
-        self.teacher_head = ProjectionHead(shapes.teacher_dim, config.dim)
-        self.student_head = ProjectionHead(shapes.student_dim, config.dim)
+        config = config or SFCLConfig()
+        super().__init__(shapes.teacher_dim, shapes.student_dim, config.dim, config.temperature, config.symmetric)
+        self.config = config
 
-    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
+    # By inheritance, so that the heads keep their names in checkpoints; a term is given outputs, not features.
+    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:  # type: ignore[override]
         assert student is not None
-        return ops.contrastive_loss(
-            self.teacher_head(teacher.penultimate.detach()),
-            self.student_head(student.penultimate),
-            temperature=self.config.temperature,
-            symmetric=self.config.symmetric,
-        )
+        return super().forward(teacher.penultimate, student.penultimate)
 
 
 class AttentionTransfer(Term):

@@ -1,0 +1,59 @@
+"""DeepInversion with fused BatchNorm statistics: images are optimised until a teacher knows what is on them.
+
+Yin et al., "Dreaming to Distill", CVPR 2020: the statistics of each BatchNorm's input are drawn to those it has stored.
+"""
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+from torchvision.models import resnet18
+
+from dfkd_fast.models import extract
+from dfkd_fast.objectives import BatchNormStatistics
+
+
+def trained_teacher(size, classes=100):
+    """Put your own here: this one has random weights, and BatchNorm statistics of random images."""
+    teacher = resnet18(num_classes=classes)
+    with torch.no_grad():
+        for _ in range(4):
+            teacher.train()(torch.randn(16, 3, size, size))
+    return teacher.eval().requires_grad_(False)
+
+
+def roughness(images):
+    """Mean squared difference of neighbours."""
+    return images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()
+
+
+def run(device, steps, size, batch, seed):
+    """The loss and the seconds of each step."""
+    torch.manual_seed(seed)
+    teacher = trained_teacher(size).to(device)
+    features, distance = extract(teacher, statistics=True, image_size=size), BatchNormStatistics()
+    images = torch.randn(batch, 3, size, size).to(device).requires_grad_()
+    targets = torch.arange(batch, device=device) % 100
+    optimizer = torch.optim.Adam([images], lr=0.05)
+    losses, seconds = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        outputs = features(images)
+        statistics = distance(outputs, None)
+        loss = F.cross_entropy(outputs.logits, targets) + 0.1 * statistics + 0.01 * roughness(images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return losses, seconds
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    for option, default in {"steps": 5, "size": 32, "batch": 32, "seed": 0}.items():
+        parser.add_argument(f"--{option}", type=int, default=default)
+    losses, seconds = run(**vars(parser.parse_args()))
+    print(f"last loss {losses[-1]:.5f}; {min(seconds):.3f} s a step")
