@@ -19,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) --maxprocesses 8
 
-.PHONY: help demo test test-all lint format gpu kernels report clean
+.PHONY: help demo test test-all lint format docs gpu kernels report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1|/' | column -t -s '|' 2>/dev/null \
@@ -54,6 +54,10 @@ lint: $(STAMP)  ## ruff (rules and format) and mypy
 format: $(STAMP)  ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: $(STAMP)  ## the documentation site, into out/site
+	@$(ONE_THREAD) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "out/site/index.html"
 
 # Installs in place, without network, into the Python that already has torch for this machine's GPU.
 gpu:  ## OUT=folder BUDGET=seconds: tests and measurements that need a GPU, until the budget is spent
