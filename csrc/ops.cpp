@@ -37,6 +37,17 @@ const void* optional(const std::optional<Tensor>& x) { return x.has_value() ? x-
 
 void require_cuda(const Tensor& x) { STD_TORCH_CHECK(x.is_cuda(), "dfkd_fast: a CUDA tensor is needed"); }
 
+void require_alike(const Tensor& x, const Tensor& y, const char* name) {
+  STD_TORCH_CHECK(x.dim() == y.dim() && x.size(0) == y.size(0) && x.size(1) == y.size(1), "dfkd_fast: ", name,
+                  " has another shape");
+  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "dfkd_fast: ", name, " has another dtype");
+  STD_TORCH_CHECK(x.get_device() == y.get_device(), "dfkd_fast: ", name, " is on another device");
+}
+
+void require_rows(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "dfkd_fast: ", name, " must be (N, H W, C), without gaps");
+}
+
 void* stream_of(const Tensor& x) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
@@ -54,3 +65,114 @@ void check(int status, const char* op) {
 }
 
 }  // namespace
+
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+int64_t stride_of(const Tensor& x, int64_t dim) { return x.dim() > dim ? x.stride(dim) : 0; }
+
+// ---- contrastive_loss -----------------------------------------------------------------------------------------------
+
+void contrastive_loss(const Tensor& anchors, const Tensor& positives, double temperature, bool symmetric,
+                      bool normalize, int64_t reduction, const Tensor& out, const Tensor& saved) {
+  require_cuda(anchors);
+  require_alike(anchors, positives, "positives");
+  const DeviceGuard guard(anchors.get_device());
+  const int64_t count = anchors.size(0), dim = anchors.size(1);
+  const Tensor scratch = scratch_of(anchors, dfkd_contrastive_loss_scratch(count, dim, symmetric));
+  check(dfkd_contrastive_loss(anchors.data_ptr(), positives.data_ptr(), count, dim, anchors.stride(0),
+                              anchors.stride(1), positives.stride(0), positives.stride(1), dtype_of(anchors),
+                              static_cast<float>(temperature), symmetric, normalize, static_cast<int>(reduction),
+                              out.mutable_data_ptr<float>(), saved.mutable_data_ptr<float>(), scratch.data_ptr(),
+                              stream_of(anchors)),
+        "contrastive_loss");
+}
+
+void contrastive_loss_backward(const Tensor& upstream, const Tensor& anchors, const Tensor& positives,
+                               const Tensor& saved, double temperature, bool symmetric, bool normalize,
+                               int64_t reduction, const Tensor& d_anchors, const Tensor& d_positives) {
+  require_cuda(anchors);
+  require_alike(anchors, positives, "positives");
+  const DeviceGuard guard(anchors.get_device());
+  const int64_t count = anchors.size(0), dim = anchors.size(1);
+  void *to_anchors = result(d_anchors), *to_positives = result(d_positives);
+  const Tensor scratch = scratch_of(anchors, dfkd_contrastive_loss_backward_scratch(
+                                                 count, dim, symmetric, to_anchors != nullptr, to_positives != nullptr));
+  check(dfkd_contrastive_loss_backward(
+            upstream.const_data_ptr<float>(), stride_of(upstream, 0), anchors.data_ptr(), positives.data_ptr(),
+            saved.const_data_ptr<float>(), count, dim, anchors.stride(0), anchors.stride(1), positives.stride(0),
+            positives.stride(1), dtype_of(anchors), static_cast<float>(temperature), symmetric, normalize,
+            static_cast<int>(reduction), to_anchors, to_positives, stride_of(d_anchors, 0), stride_of(d_anchors, 1),
+            stride_of(d_positives, 0), stride_of(d_positives, 1), scratch.data_ptr(), stream_of(anchors)),
+        "contrastive_loss_backward");
+}
+
+// ---- spatial_attention: maps as (N, H W, C) without gaps ------------------------------------------------------------
+
+void spatial_attention(const Tensor& features, const Tensor& hidden, const Tensor& weight,
+                       const std::optional<Tensor>& bias, double scale, int64_t form, const Tensor& out,
+                       const Tensor& saved) {
+  require_cuda(features);
+  require_rows(features, "features");
+  require_rows(hidden, "hidden");
+  require_rows(out, "out");
+  const DeviceGuard guard(features.get_device());
+  const int64_t samples = features.size(0), positions = features.size(1), channels = features.size(2);
+  const int64_t maps = hidden.size(2);
+  const int kind = static_cast<int>(form);
+  const Tensor scratch =
+      scratch_of(features, dfkd_spatial_attention_scratch(samples, channels, maps, positions, kind));
+  check(dfkd_spatial_attention(features.data_ptr(), hidden.data_ptr(), weight.data_ptr(), optional(bias), samples,
+                               channels, maps, positions, dtype_of(features), dtype_of(weight),
+                               dtype_of(bias.value_or(weight)), static_cast<float>(scale), kind,
+                               out.mutable_data_ptr(), result(saved), scratch.data_ptr(), stream_of(features)),
+        "spatial_attention");
+}
+
+void spatial_attention_backward(const Tensor& upstream, const Tensor& features, const Tensor& hidden,
+                                const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& saved,
+                                double scale, int64_t form, const Tensor& d_features, const Tensor& d_hidden,
+                                const Tensor& d_weight, const Tensor& d_bias) {
+  require_cuda(features);
+  require_rows(upstream, "upstream");
+  require_rows(features, "features");
+  require_rows(hidden, "hidden");
+  const DeviceGuard guard(features.get_device());
+  const int64_t samples = features.size(0), positions = features.size(1), channels = features.size(2);
+  const int64_t maps = hidden.size(2);
+  const int kind = static_cast<int>(form);
+  const Tensor scratch =
+      scratch_of(features, dfkd_spatial_attention_backward_scratch(samples, channels, maps, positions, kind));
+  check(dfkd_spatial_attention_backward(upstream.data_ptr(), features.data_ptr(), hidden.data_ptr(), weight.data_ptr(),
+                                        optional(bias), saved.data_ptr(), samples, channels, maps, positions,
+                                        dtype_of(features), dtype_of(weight), dtype_of(bias.value_or(weight)),
+                                        static_cast<float>(scale), kind, result(d_features), result(d_hidden),
+                                        result(d_weight), result(d_bias), scratch.data_ptr(), stream_of(features)),
+        "spatial_attention_backward");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(dfkd_fast_cuda, library) {
+  library.def(
+      "contrastive_loss(Tensor anchors, Tensor positives, float temperature, bool symmetric, bool normalize, "
+      "int reduction, Tensor(a!) out, Tensor(b!) saved) -> ()");
+  library.def(
+      "contrastive_loss_backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor saved, float temperature, "
+      "bool symmetric, bool normalize, int reduction, Tensor(a!) d_anchors, Tensor(b!) d_positives) -> ()");
+  library.def(
+      "spatial_attention(Tensor features, Tensor hidden, Tensor weight, Tensor? bias, float scale, int form, "
+      "Tensor(a!) out, Tensor(b!) saved) -> ()");
+  library.def(
+      "spatial_attention_backward(Tensor upstream, Tensor features, Tensor hidden, Tensor weight, Tensor? bias, "
+      "Tensor saved, float scale, int form, Tensor(a!) d_features, Tensor(b!) d_hidden, Tensor(c!) d_weight, "
+      "Tensor(d!) d_bias) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dfkd_fast_cuda, CUDA, library) {
+  library.impl("contrastive_loss", TORCH_BOX(&contrastive_loss));
+  library.impl("contrastive_loss_backward", TORCH_BOX(&contrastive_loss_backward));
+  library.impl("spatial_attention", TORCH_BOX(&spatial_attention));
+  library.impl("spatial_attention_backward", TORCH_BOX(&spatial_attention_backward));
+}
