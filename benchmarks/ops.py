@@ -103,11 +103,18 @@ def sources(op: str, backend: str) -> str:
 
     paths = [_HERE / f"bench_{op}.py"]
     if backend in ("triton", "cuda"):
-        paths += [Path(str(ops.__file__)).with_name(f"{op}.py"), *_kernel_modules(op)]
+        paths.append(Path(str(ops.__file__)).with_name(f"{op}.py"))
+        paths += _kernel_modules(op) if backend == "triton" else _cuda_sources(op)
     elif not backend.startswith("peer:"):
         folder = Path(str(reference.__file__)).parent
         paths += [folder / f"{op}.py", folder / "common.py"]
     return _digest(paths)
+
+
+def _cuda_sources(op: str = "") -> list[Path]:
+    """Files of csrc/ that an op, or any, is made of; none where this is not a checkout."""
+    csrc = _HERE.parent / "csrc"
+    return sorted({*csrc.glob(f"{op}*.cu"), *csrc.glob(f"{op}*.h"), *csrc.glob("device.h"), *csrc.glob("ops.cpp")})
 
 
 def version() -> str:
@@ -116,12 +123,13 @@ def version() -> str:
 
     folders = [Path(str(package.__file__)).parent for package in (kernels, ops, reference)]
     files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
-    return _digest([*sorted(_HERE.glob("bench_*.py")), *files, folders[0] / "tuned.json"])
+    return _digest([*sorted(_HERE.glob("bench_*.py")), *files, folders[0] / "tuned.json", *_cuda_sources()])
 
 
 def _providers(benchmark: Benchmark, case: Case, absent: dict[str, Absent]) -> dict[str, Callable[..., Any]]:
     """The functions of a case by provider."""
     from dfkd_fast import ops
+    from dfkd_fast.ops import extension
 
     def by(backend: str) -> Callable[..., Any]:
         return lambda *inputs: case.call(*inputs, backend=backend)
@@ -131,7 +139,10 @@ def _providers(benchmark: Benchmark, case: Case, absent: dict[str, Absent]) -> d
     for name, mode in _MODES.items():
         found[name] = torch.compile(plain, dynamic=False, mode=mode)
     for name in ops.backends().get(benchmark.op, ()):
-        found[name] = by(name)
+        if name == "cuda" and extension.UNAVAILABLE is not None:
+            absent.setdefault(name, Absent(backend=name, why=extension.UNAVAILABLE))
+        else:
+            found[name] = by(name)
     for name, peer in benchmark.peers.items():
         try:
             function = peer(case.name)

@@ -152,9 +152,56 @@ void spatial_attention_backward(const Tensor& upstream, const Tensor& features, 
         "spatial_attention_backward");
 }
 
+// ---- high_order_attention: maps as (N, H W, C) without gaps ---------------------------------------------------------
+
+constexpr int kAsSizesSuggest = 0;
+
+void high_order_attention(const Tensor& x, const Tensor& proj_weight, const Tensor& out_weight, int64_t mode,
+                          int64_t result_kind, const Tensor& y) {
+  require_cuda(x);
+  require_rows(x, "x");
+  require_rows(y, "y");
+  const DeviceGuard guard(x.get_device());
+  const int64_t positions = x.size(0) * x.size(1), channels = x.size(2);
+  const int64_t order = out_weight.size(0), hidden = out_weight.size(2);
+  const int kind = static_cast<int>(mode);
+  const Tensor scratch = scratch_of(
+      x, dfkd_high_order_attention_scratch(positions, channels, hidden, order, kind, kAsSizesSuggest));
+  check(dfkd_high_order_attention(x.data_ptr(), proj_weight.data_ptr(), out_weight.data_ptr(), positions, channels,
+                                  hidden, order, dtype_of(x), kind, static_cast<int>(result_kind), kAsSizesSuggest,
+                                  y.mutable_data_ptr(), scratch.data_ptr(), stream_of(x)),
+        "high_order_attention");
+}
+
+void high_order_attention_backward(const Tensor& upstream, const Tensor& x, const Tensor& proj_weight,
+                                   const Tensor& out_weight, int64_t mode, int64_t result_kind, const Tensor& dx,
+                                   const Tensor& dproj, const Tensor& dout) {
+  require_cuda(x);
+  require_rows(upstream, "upstream");
+  require_rows(x, "x");
+  const DeviceGuard guard(x.get_device());
+  const int64_t positions = x.size(0) * x.size(1), channels = x.size(2);
+  const int64_t order = out_weight.size(0), hidden = out_weight.size(2);
+  const int kind = static_cast<int>(mode);
+  void *to_x = result(dx), *to_proj = result(dproj), *to_out = result(dout);
+  const Tensor scratch = scratch_of(
+      x, dfkd_high_order_attention_backward_scratch(positions, channels, hidden, order, kind, to_x != nullptr,
+                                                    to_proj != nullptr, to_out != nullptr, kAsSizesSuggest));
+  check(dfkd_high_order_attention_backward(upstream.data_ptr(), x.data_ptr(), proj_weight.data_ptr(),
+                                           out_weight.data_ptr(), positions, channels, hidden, order, dtype_of(x),
+                                           kind, static_cast<int>(result_kind), kAsSizesSuggest, to_x, to_proj, to_out,
+                                           scratch.data_ptr(), stream_of(x)),
+        "high_order_attention_backward");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dfkd_fast_cuda, library) {
+  library.def(
+      "high_order_attention(Tensor x, Tensor proj_weight, Tensor out_weight, int mode, int result, Tensor(a!) y) -> ()");
+  library.def(
+      "high_order_attention_backward(Tensor upstream, Tensor x, Tensor proj_weight, Tensor out_weight, int mode, "
+      "int result, Tensor(a!) dx, Tensor(b!) dproj, Tensor(c!) dout) -> ()");
   library.def(
       "contrastive_loss(Tensor anchors, Tensor positives, float temperature, bool symmetric, bool normalize, "
       "int reduction, Tensor(a!) out, Tensor(b!) saved) -> ()");
@@ -171,6 +218,8 @@ STABLE_TORCH_LIBRARY(dfkd_fast_cuda, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dfkd_fast_cuda, CUDA, library) {
+  library.impl("high_order_attention", TORCH_BOX(&high_order_attention));
+  library.impl("high_order_attention_backward", TORCH_BOX(&high_order_attention_backward));
   library.impl("contrastive_loss", TORCH_BOX(&contrastive_loss));
   library.impl("contrastive_loss_backward", TORCH_BOX(&contrastive_loss_backward));
   library.impl("spatial_attention", TORCH_BOX(&spatial_attention));

@@ -269,5 +269,5 @@ def test_arguments_are_checked():
         op(f, h, w, b, form="both")
     with pytest.raises(ValueError, match="backend must be"):
         op(f, h, w, b, backend="")
-    with pytest.raises(RuntimeError, match="'cuda', asked for by backend, has no implementation of spatial_attention"):
+    with pytest.raises(RuntimeError, match="'cuda', asked for by backend, cannot serve spatial_attention"):
         op(f, h, w, b, backend="cuda")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
+from dfkd_fast.ops.extension import unserved_by_extension
 from dfkd_fast.ops.library import no_second_derivative, operator, unserved
 from dfkd_fast.reference import contrastive_loss as reference
 
@@ -67,20 +68,80 @@ _backward = operator(
 )
 
 
+_REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/launchers.h
+
+
+def _launch_cuda_forward(
+    anchors: Tensor,
+    positives: Tensor,
+    temperature: float,
+    symmetric: bool,
+    normalize: bool,
+    reduction: str,
+    out: Tensor,
+    saved: Tensor,
+) -> None:
+    code = _REDUCTIONS.index(reduction)
+    torch.ops.dfkd_fast_cuda.contrastive_loss(anchors, positives, temperature, symmetric, normalize, code, out, saved)
+
+
+def _launch_cuda_backward(
+    upstream: Tensor,
+    anchors: Tensor,
+    positives: Tensor,
+    saved: Tensor,
+    temperature: float,
+    symmetric: bool,
+    normalize: bool,
+    want_anchors: bool,
+    want_positives: bool,
+    mean: bool,
+    d_anchors: Tensor,
+    d_positives: Tensor,
+) -> None:
+    code = _REDUCTIONS.index("none" if upstream.ndim else "mean" if mean else "sum")
+    torch.ops.dfkd_fast_cuda.contrastive_loss_backward(
+        upstream, anchors, positives, saved, temperature, symmetric, normalize, code, d_anchors, d_positives
+    )
+
+
+_cuda_forward = operator(
+    "contrastive_loss_cuda(Tensor anchors, Tensor positives, float temperature, bool symmetric, bool normalize, "
+    "str reduction) -> (Tensor, Tensor)",
+    _allocate_forward,
+    _launch_cuda_forward,
+)
+_cuda_backward = operator(
+    "contrastive_loss_cuda_backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor saved, "
+    "float temperature, bool symmetric, bool normalize, bool want_anchors, bool want_positives, bool mean) "
+    "-> (Tensor, Tensor)",
+    _allocate_backward,
+    _launch_cuda_backward,
+)
+
+_OPERATORS = {"triton": (_forward, _backward), "cuda": (_cuda_forward, _cuda_backward)}
+
+
 class _ContrastiveLoss(torch.autograd.Function):
-    """The loss, and what backward needs of it: one logarithm of a sum an anchor."""
+    """The loss, and what backward needs of it: one logarithm of a sum an anchor. Either backend saves the same."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        anchors: Tensor, positives: Tensor, temperature: float, symmetric: bool, normalize: bool, reduction: str
+        anchors: Tensor,
+        positives: Tensor,
+        temperature: float,
+        symmetric: bool,
+        normalize: bool,
+        reduction: str,
+        kernels: str,
     ) -> tuple[Tensor, Tensor]:
-        return _forward(anchors, positives, temperature, symmetric, normalize, reduction)
+        return _OPERATORS[kernels][0](anchors, positives, temperature, symmetric, normalize, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        anchors, positives, ctx.temperature, ctx.symmetric, ctx.normalize, ctx.reduction = inputs
+        anchors, positives, ctx.temperature, ctx.symmetric, ctx.normalize, ctx.reduction, ctx.kernels = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(anchors, positives, output[1])
 
@@ -88,7 +149,7 @@ class _ContrastiveLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         anchors, positives, saved = ctx.saved_tensors
         want_anchors, want_positives, *_ = ctx.needs_input_grad
-        da, db = _backward(
+        da, db = _OPERATORS[ctx.kernels][1](
             upstream,
             anchors,
             positives,
@@ -102,21 +163,30 @@ class _ContrastiveLoss(torch.autograd.Function):
         )
         gradients = (da if want_anchors else None, db if want_positives else None)
         gradients = no_second_derivative("contrastive_loss", gradients, upstream, anchors, positives)
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
-def _triton(
-    anchors: Tensor, positives: Tensor, *, temperature: float, symmetric: bool, normalize: bool, reduction: str
-) -> Tensor:
-    return _ContrastiveLoss.apply(anchors, positives, float(temperature), symmetric, normalize, reduction)[0]
+def _with(kernels: str) -> Any:
+    def run(
+        anchors: Tensor, positives: Tensor, *, temperature: float, symmetric: bool, normalize: bool, reduction: str
+    ) -> Tensor:
+        options = (float(temperature), symmetric, normalize, reduction, kernels)
+        return _ContrastiveLoss.apply(anchors, positives, *options)[0]
+
+    return run
 
 
 def _served(anchors: Tensor, positives: Tensor, **options: Any) -> str | None:
     return unserved(anchors, positives)
 
 
+def _served_by_cuda(anchors: Tensor, positives: Tensor, **options: Any) -> str | None:
+    return unserved_by_extension(anchors, positives)
+
+
 register("contrastive_loss", "reference", reference.contrastive_loss)
-register("contrastive_loss", "triton", _triton, _served)
+register("contrastive_loss", "triton", _with("triton"), _served)
+register("contrastive_loss", "cuda", _with("cuda"), _served_by_cuda)
 
 
 def contrastive_loss(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_tensor
+from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, unserved_by_extension
 from dfkd_fast.ops.library import no_second_derivative, operator, unserved
 from dfkd_fast.reference import high_order_attention as reference
 
@@ -82,27 +83,74 @@ _backward = operator(
 )
 
 
+_MODES, _RESULTS = ("joint", "per_order"), ("features", "map")  # in the order of csrc/launchers.h
+
+
+def _launch_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str, y: Tensor) -> None:
+    with filled_as_rows(y) as rows:
+        torch.ops.dfkd_fast_cuda.high_order_attention(
+            as_rows(x), aligned(proj_weight), aligned(out_weight), _MODES.index(mode), _RESULTS.index(result), rows
+        )
+
+
+def _launch_cuda_backward(
+    upstream: Tensor,
+    x: Tensor,
+    proj_weight: Tensor,
+    out_weight: Tensor,
+    mode: str,
+    result: str,
+    want_x: bool,
+    want_proj: bool,
+    want_out: bool,
+    dx: Tensor,
+    dproj: Tensor,
+    dout: Tensor,
+) -> None:
+    codes = _MODES.index(mode), _RESULTS.index(result)
+    inputs = (as_rows(upstream), as_rows(x), aligned(proj_weight), aligned(out_weight))
+    with filled_as_rows(dx) as rows:
+        torch.ops.dfkd_fast_cuda.high_order_attention_backward(*inputs, *codes, rows, dproj, dout)
+
+
+_cuda_forward = operator(
+    "high_order_attention_cuda(Tensor x, Tensor proj_weight, Tensor out_weight, str mode, str result) -> Tensor",
+    _allocate,
+    _launch_cuda,
+)
+_cuda_backward = operator(
+    "high_order_attention_cuda_backward(Tensor upstream, Tensor x, Tensor proj_weight, Tensor out_weight, str mode, "
+    "str result, bool want_x, bool want_proj, bool want_out) -> (Tensor, Tensor, Tensor)",
+    _allocate_backward,
+    _launch_cuda_backward,
+)
+
+_OPERATORS = {"triton": (_forward, _backward), "cuda": (_cuda_forward, _cuda_backward)}
+
+
 class _HighOrderAttention(torch.autograd.Function):
     """The features that pass, or the gate; backward computes the maps anew from x."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str) -> Tensor:
-        return _forward(x, proj_weight, out_weight, mode, result)
+    def forward(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str, kernels: str) -> Tensor:
+        return _OPERATORS[kernels][0](x, proj_weight, out_weight, mode, result)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.mode, ctx.result = inputs
+        *tensors, ctx.mode, ctx.result, ctx.kernels = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         x, proj_weight, out_weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        computed = _backward(upstream, x, proj_weight, out_weight, ctx.mode, ctx.result, *wanted)
+        backward = _OPERATORS[ctx.kernels][1]
+        computed = backward(upstream, x, proj_weight, out_weight, ctx.mode, ctx.result, *wanted)
         gradients = [g if want else None for g, want in zip(computed, wanted, strict=True)]
-        return *no_second_derivative("high_order_attention", gradients, upstream, *ctx.saved_tensors), None, None
+        gradients = no_second_derivative("high_order_attention", gradients, upstream, *ctx.saved_tensors)
+        return *gradients, None, None, None
 
 
 def product_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -120,9 +168,9 @@ def unserved_order(out_weight: Tensor) -> str | None:
     return None if order <= 4 else f"its kernels go up to order 4, not {order}"
 
 
-def _triton(result: str) -> Any:
+def _with(kernels: str, result: str) -> Any:
     def run(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> Tensor:
-        return _HighOrderAttention.apply(x, *product_weights(x, proj_weight, out_weight), mode, result)
+        return _HighOrderAttention.apply(x, *product_weights(x, proj_weight, out_weight), mode, result, kernels)
 
     return run
 
@@ -131,10 +179,16 @@ def _served(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) ->
     return unserved(x) or unserved_order(out_weight)
 
 
+def _served_by_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
+    return unserved_by_extension(x, *product_weights(x, proj_weight, out_weight)) or unserved_order(out_weight)
+
+
 register("high_order_attention", "reference", reference.high_order_attention)
-register("high_order_attention", "triton", _triton("features"), _served)
+register("high_order_attention", "triton", _with("triton", "features"), _served)
+register("high_order_attention", "cuda", _with("cuda", "features"), _served_by_cuda)
 register("high_order_attention_map", "reference", reference.high_order_attention_map)
-register("high_order_attention_map", "triton", _triton("map"), _served)
+register("high_order_attention_map", "triton", _with("triton", "map"), _served)
+register("high_order_attention_map", "cuda", _with("cuda", "map"), _served_by_cuda)
 
 
 def high_order_attention(

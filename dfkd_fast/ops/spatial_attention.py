@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
+from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, unserved_by_extension
 from dfkd_fast.ops.library import no_second_derivative, operator, unserved
 from dfkd_fast.reference import spatial_attention as reference
 
@@ -100,47 +101,135 @@ _backward = operator(
 )
 
 
+_FORMS = ("spatial", "spatial_mean1", "channel")  # in the order of csrc/launchers.h
+
+
+def _launch_cuda_forward(
+    features: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    form: str,
+    result: Tensor,
+    saved: Tensor,
+) -> None:
+    with filled_as_rows(result) as rows:
+        torch.ops.dfkd_fast_cuda.spatial_attention(
+            as_rows(features), as_rows(hidden), *_parameters(weight, bias), scale, _FORMS.index(form), rows, saved
+        )
+
+
+def _launch_cuda_backward(
+    upstream: Tensor,
+    features: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    saved: Tensor,
+    scale: float,
+    form: str,
+    want_features: bool,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+    d_features: Tensor,
+    d_hidden: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor,
+) -> None:
+    inputs = (as_rows(upstream), as_rows(features), as_rows(hidden), *_parameters(weight, bias))
+    with filled_as_rows(d_features) as to_features, filled_as_rows(d_hidden) as to_hidden:
+        torch.ops.dfkd_fast_cuda.spatial_attention_backward(
+            *inputs, saved, scale, _FORMS.index(form), to_features, to_hidden, d_weight, d_bias
+        )
+
+
+def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return aligned(weight), None if bias is None else aligned(bias)
+
+
+_cuda_forward = operator(
+    "spatial_attention_cuda(Tensor features, Tensor hidden, Tensor weight, Tensor? bias, float scale, str form) "
+    "-> (Tensor, Tensor)",
+    _allocate_forward,
+    _launch_cuda_forward,
+)
+_cuda_backward = operator(
+    "spatial_attention_cuda_backward(Tensor upstream, Tensor features, Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor saved, float scale, str form, bool want_features, bool want_hidden, bool want_weight, bool want_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _allocate_backward,
+    _launch_cuda_backward,
+)
+
+_OPERATORS = {"triton": (_forward, _backward), "cuda": (_cuda_forward, _cuda_backward)}
+
+
 class _SpatialAttention(torch.autograd.Function):
-    """The gated features; backward computes logits anew, from two numbers a channel for softmaxes over positions."""
+    """The gated features; backward computes logits anew, from two numbers a channel for softmaxes over positions.
+
+    Either backend saves the same.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str
+        features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str, kernels: str
     ) -> tuple[Tensor, Tensor]:
-        return _forward(features, hidden, weight, bias, scale, form)
+        return _OPERATORS[kernels][0](features, hidden, weight, bias, scale, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.scale, ctx.form = inputs
+        *tensors, ctx.scale, ctx.form, ctx.kernels = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         wanted = ctx.needs_input_grad[:4]
-        computed = _backward(upstream, *ctx.saved_tensors, ctx.scale, ctx.form, *wanted)
+        backward = _OPERATORS[ctx.kernels][1]
+        computed = backward(upstream, *ctx.saved_tensors, ctx.scale, ctx.form, *wanted)
         gradients = [g if want else None for g, want in zip(computed, wanted, strict=True)]
-        return *no_second_derivative("spatial_attention", gradients, upstream, *ctx.saved_tensors[:4]), None, None
+        return *no_second_derivative("spatial_attention", gradients, upstream, *ctx.saved_tensors[:4]), None, None, None
 
 
-def _triton(
-    features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float, form: str
-) -> Tensor:
-    device = features.device.type
+def _in_product_type(hidden: Tensor) -> Tensor:
+    """The hidden maps in the type of the matrix product; the weight takes it inside the kernels."""
+    device = hidden.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
-        # The weight takes the type of hidden inside the kernels.
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    return _SpatialAttention.apply(features, hidden, weight, bias, float(scale), form)[0]
+        return hidden.to(torch.get_autocast_dtype(device))
+    return hidden
+
+
+def _with(kernels: str) -> Any:
+    def run(
+        features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float, form: str
+    ) -> Tensor:
+        hidden = _in_product_type(hidden)
+        return _SpatialAttention.apply(features, hidden, weight, bias, float(scale), form, kernels)[0]
+
+    return run
 
 
 def _served(features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> str | None:
     return unserved(features, hidden, weight, bias)
 
 
+def _served_by_cuda(
+    features: Tensor, hidden: Tensor, weight: Tensor, *rest: Any, form: str, **options: Any
+) -> str | None:
+    # What one block holds at once; csrc/launchers.h.
+    channels, maps = weight.shape
+    if maps > 128 or (form == "channel" and channels > (256 if maps <= 64 else 128)):
+        return f"its kernels take no {channels} channels from {maps} maps in the form {form!r}"
+    return unserved_by_extension(features, _in_product_type(hidden))
+
+
 register("spatial_attention", "reference", reference.spatial_attention)
-register("spatial_attention", "triton", _triton, _served)
+register("spatial_attention", "triton", _with("triton"), _served)
+register("spatial_attention", "cuda", _with("cuda"), _served_by_cuda)
 
 
 def spatial_attention(
