@@ -65,8 +65,9 @@ gpu:  ## OUT=folder BUDGET=seconds: tests and measurements that need a GPU, unti
 		--no-build-isolation --no-deps --no-index --editable .
 	@$(PYTHON) -m dfkd_fast.benchmarks.gpu --out '$(OUT)' --budget $(BUDGET)
 
-kernels: $(STAMP)  ## compile every kernel for every architecture, without a GPU, into kernels/compiled.json
+kernels: $(STAMP)  ## compile every kernel for every architecture, without a GPU, into {kernels,csrc}/compiled.json
 	@$(ONE_THREAD) $(BIN)/python -m dfkd_fast.benchmarks.compile_kernels --write --workers $$(nproc)
+	@$(BIN)/python -m dfkd_fast.benchmarks.compile_cuda --write
 
 report: $(STAMP)  ## write the tables of docs/ from benchmarks/results/
 	@$(BIN)/python -m dfkd_fast.benchmarks.report
