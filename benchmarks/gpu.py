@@ -215,6 +215,7 @@ def stages() -> tuple[Stage, ...]:
         gpu_tests,
         ops,
         step_anatomy,
+        swap,
     )
 
     def module(name: str, *arguments: str) -> tuple[str, ...]:
@@ -266,6 +267,13 @@ def stages() -> tuple[Stage, ...]:
             version=engine_accuracy.VERSION,
             command=module("engine_accuracy"),
             about="the demo's table on graphs in bf16 beside eager float32",
+            least_s=90,
+        ),
+        Stage(
+            name="swap",
+            version=swap.VERSION,
+            command=module("swap"),
+            about="the examples before and after, each drop-in beside its original",
             least_s=90,
         ),
     )

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_fast.benchmarks.ablation import CELLS
+from dfkd_fast.benchmarks.choose import write as write_choices
 from dfkd_fast.benchmarks.ops_report import ops_page
 from dfkd_fast.benchmarks.step_anatomy import anatomy_section
 from dfkd_fast.benchmarks.step_report import accuracy_section, step_section
+from dfkd_fast.benchmarks.swap import swap_section
 from dfkd_fast.report import read_results
 
 __all__ = ["ablation_table", "between_markers", "demo_table", "main"]
@@ -168,12 +170,30 @@ def _write_step(root: Path) -> None:
     print(f"{page}: " + ", ".join(f"{name} on {count} devices" for name, count in counts.items()))
 
 
+def _write_swap(root: Path) -> None:
+    page = root / "docs" / "swapping.md"
+    if not page.exists():
+        return
+    parts = []
+    for path in sorted((root / "benchmarks" / "results").glob("*/swap.json")):
+        content = read_results(path)
+        if content is not None and content["rows"]:
+            parts.append(swap_section(content, path.parent.name))
+    text = "\n\n".join(parts) or "Nothing has been measured yet."
+    page.write_text(between_markers(page.read_text(encoding="utf-8"), "swap", text), encoding="utf-8")
+    print(f"{page}: {len(parts)} devices")
+
+
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
-    """Write docs/benchmarks.md and the tables of docs/ablation.md (made if missing), performance.md and README.md."""
+    """Write docs/benchmarks.md and the tables of README and docs: ablation (made if missing), performance, swapping."""
     del arguments
     _write_demo(root)
     _write_ops(root)
     _write_step(root)
+    _write_swap(root)
+    if (root / "kernels").is_dir():
+        count = write_choices(root / "benchmarks" / "results", root / "kernels" / "choices.json")
+        print(f"{root / 'kernels' / 'choices.json'}: {count} classes of shapes")
     parts = []
     for path in sorted((root / "benchmarks" / "results").glob("*/ablation*.json")):
         content = read_results(path)

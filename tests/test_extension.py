@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from dfkd_fast.ops import extension
-from dfkd_fast.ops.backend import Implementation
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = {"_operators.so", "libdfkd_kernels.so"}
@@ -42,12 +41,6 @@ def test_it_is_here_or_says_why_not() -> None:
     else:
         assert extension.build() is None
         assert "CUDA" in extension.UNAVAILABLE
-
-
-def test_kernels_that_were_never_measured_serve_when_named_alone() -> None:
-    implementation = Implementation(lambda x: x, measured=False)
-    assert not implementation.unasked(torch.zeros(1))
-    assert implementation.supports(torch.zeros(1)) is None
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

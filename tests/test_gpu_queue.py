@@ -476,6 +476,7 @@ class TestCommand:
             "step_parts",
             "ablation",
             "accuracy",
+            "swap",
         ]
 
     def test_without_a_device_says_so(self, monkeypatch, capsys):

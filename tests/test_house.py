@@ -144,7 +144,7 @@ def test_an_import_that_points_down_is_allowed(module, source):
     assert not uphill(source, module)
 
 
-INFRASTRUCTURE = ("__init__", "backend", "checks", "extension", "library")
+INFRASTRUCTURE = ("__init__", "backend", "checks", "choices", "extension", "library")
 OPS = sorted(p.stem for p in (ROOT / PACKAGE / "ops").glob("*.py") if p.stem not in INFRASTRUCTURE)
 
 

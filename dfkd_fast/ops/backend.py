@@ -5,8 +5,8 @@ The choice falls on the first of these that names a backend:
 1. the op's ``backend`` argument;
 2. the innermost ``with dfkd_fast.ops.backend(...)`` of the calling thread;
 3. the environment variable ``DFKD_FAST_BACKEND`` (for debugging; a compiled function keeps the value of its tracing);
-4. none: the best backend that serves these arguments, in the order of :data:`NAMES`. Kernels that were never measured
-   on a device, which those of ``cuda`` are so far, are not chosen there.
+4. none: the best backend that serves these arguments, in the order of :data:`NAMES`; but ``cuda`` only for shapes for
+   which it has been measured to be faster (:mod:`dfkd_fast.ops.choices`).
 
 A backend that was named is used or an error says why it cannot be; it is never replaced silently.
 """
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from dfkd_fast.ops import choices
 from dfkd_fast.ops.checks import require_choice
 from dfkd_fast.ranges import span
 
@@ -44,17 +45,20 @@ class Implementation:
         function: takes the public function's arguments, checked, without ``backend``.
         supports: takes the same; None where ``function`` can serve them, else the reason why not, in words.
         interpreted: on the CPU it runs in an interpreter, for tests: there it serves when named, and never unasked.
-        measured: whether it has been found faster than what comes after it; else it serves when named alone.
+        faster: takes the arguments; whether it is known to be faster than what comes after it. Else it serves when
+            named alone.
     """
 
     function: Callable[..., Any]
     supports: Callable[..., str | None] = _serves_all
     interpreted: bool = False
-    measured: bool = True
+    faster: Callable[..., bool] | None = None
 
     def unasked(self, *args: Any, **kwargs: Any) -> bool:
         """Whether the choice may fall on it where none was named."""
-        if not self.measured or (self.interpreted and args[0].device.type == "cpu"):
+        if self.interpreted and args[0].device.type == "cpu":
+            return False
+        if self.faster is not None and not self.faster(*args, **kwargs):
             return False
         return self.supports(*args, **kwargs) is None
 
@@ -74,8 +78,12 @@ def register(
         ValueError: no such backend name.
     """
     require_choice("name", name, NAMES)
-    implementation = Implementation(function, supports, interpreted=name == "triton", measured=name != "cuda")
-    _registry.setdefault(op, {})[name] = implementation
+    _registry.setdefault(op, {})[name] = Implementation(
+        function,
+        supports,
+        interpreted=name == "triton",
+        faster=(lambda x, *_, **__: choices.faster(op, x) == "cuda") if name == "cuda" else None,
+    )
 
 
 def backends() -> dict[str, tuple[str, ...]]:
