@@ -1,9 +1,9 @@
 // What every kernel of csrc/ is written in: element types, reductions, matrix and copy instructions, launches.
 //
-// Compiled by nvcc these are CUDA's own; compiled as plain C++ with DFKD_HOST they are those of host/shim.h, with a body
-// in C++ for each instruction. A kernel uses nothing of CUDA but this header, threadIdx and its kin, __syncthreads and
-// the warp shuffles here, so that all of its index arithmetic runs in tests without a GPU. All its shared memory is
-// dynamic: shared_memory().
+// Compiled by nvcc these are CUDA's own; compiled as plain C++ with DFKD_HOST they are those of host/shim.h, with a
+// body in C++ for each instruction. A kernel uses nothing of CUDA but this header, threadIdx and its kin,
+// __syncthreads and the warp shuffles here, so that all of its index arithmetic runs in tests without a GPU. All its
+// shared memory is dynamic: shared_memory().
 #pragma once
 
 #ifdef DFKD_HOST
@@ -174,8 +174,9 @@ __device__ __forceinline__ void wait_copies() {
 template <typename T>
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
-// Four 8 x 8 matrices of 16-bit elements out of shared memory. Lane l names 16 aligned bytes: row l % 8 of matrix l / 8.
-// In r[i] it then holds of matrix i row l / 4, columns 2 (l % 4) and the next; transposed, column l / 4 of these rows.
+// Four 8 x 8 matrices of 16-bit elements out of shared memory. Lane l names 16 aligned bytes: row l % 8 of matrix
+// l / 8. In r[i] it then holds of matrix i row l / 4, columns 2 (l % 4) and the next; transposed, column l / 4 of
+// these rows.
 template <bool TRANSPOSED = false>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row);
 
@@ -289,8 +290,9 @@ int launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shar
   return 0;
 #else
   if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
   kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);

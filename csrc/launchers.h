@@ -16,6 +16,70 @@ enum dfkd_dtype { DFKD_FLOAT32 = 0, DFKD_FLOAT16 = 1, DFKD_BFLOAT16 = 2 };
 extern "C" {
 #endif
 
+/* ---- contrastive_loss: NT-Xent over 2N vectors of D elements, float16 or bfloat16 -------------------------------
+ *
+ * anchors, positives (N, D): any strides, in elements, and no alignment but to the type; fastest with rows of whole
+ * aligned pieces of 16 bytes. temperature above 0. reduction is a dfkd_reduction. out: a scalar, or (A,) for DFKD_NONE;
+ * saved (A,): L, for backward; A = N, or 2N where symmetric. scratch: dfkd_contrastive_loss_scratch bytes, which may be
+ * none. N = 0 fills out and leaves the rest. */
+enum dfkd_reduction { DFKD_MEAN = 0, DFKD_SUM = 1, DFKD_NONE = 2 };
+int64_t dfkd_contrastive_loss_scratch(int64_t count, int64_t dim, int symmetric);
+int dfkd_contrastive_loss(const void* anchors, const void* positives, int64_t count, int64_t dim, int64_t anchors_row,
+                          int64_t anchors_column, int64_t positives_row, int64_t positives_column, int dtype,
+                          float temperature, int symmetric, int normalize, int reduction, float* out, float* saved,
+                          void* scratch, void* stream);
+/* upstream: of out, with upstream_row between its elements where it has more than one. d_anchors, d_positives (N, D):
+ * in the dtype, any strides; null for one that nobody wants. */
+int64_t dfkd_contrastive_loss_backward_scratch(int64_t count, int64_t dim, int symmetric, int want_anchors,
+                                               int want_positives);
+int dfkd_contrastive_loss_backward(const float* upstream, int64_t upstream_row, const void* anchors,
+                                   const void* positives, const float* saved, int64_t count, int64_t dim,
+                                   int64_t anchors_row, int64_t anchors_column, int64_t positives_row,
+                                   int64_t positives_column, int dtype, float temperature, int symmetric, int normalize,
+                                   int reduction, void* d_anchors, void* d_positives, int64_t d_anchors_row,
+                                   int64_t d_anchors_column, int64_t d_positives_row, int64_t d_positives_column,
+                                   void* scratch, void* stream);
+
+/* spatial_attention. features, out, upstream, d_features (samples, positions, channels) and hidden, d_hidden (samples,
+ * positions, maps), all without gaps: channels-last maps; dtype is theirs, float16 or bfloat16. weight (channels, maps)
+ * and bias (channels) may have another type; no bias is null. form: 0 spatial, 1 spatial_mean1, 2 channel. saved
+ * (2, samples, channels) float32: maxima and sums of exponentials; not touched by form 2. scratch: as many bytes as the
+ * function of that name says. Up to 128 maps; form 2 up to 256 channels (128 with more than 64 maps). */
+int64_t dfkd_spatial_attention_scratch(int64_t samples, int64_t channels, int64_t maps, int64_t positions, int form);
+int dfkd_spatial_attention(const void* features, const void* hidden, const void* weight, const void* bias,
+                           int64_t samples, int64_t channels, int64_t maps, int64_t positions, int dtype,
+                           int weight_dtype, int bias_dtype, float scale, int form, void* out, void* saved,
+                           void* scratch, void* stream);
+/* Its gradients; null for those not wanted. d_weight and d_bias have the types of weight and bias; d_bias is zero but
+ * for form 2. */
+int64_t dfkd_spatial_attention_backward_scratch(int64_t samples, int64_t channels, int64_t maps, int64_t positions,
+                                                int form);
+int dfkd_spatial_attention_backward(const void* upstream, const void* features, const void* hidden, const void* weight,
+                                    const void* bias, const void* saved, int64_t samples, int64_t channels,
+                                    int64_t maps, int64_t positions, int dtype, int weight_dtype, int bias_dtype,
+                                    float scale, int form, void* d_features, void* d_hidden, void* d_weight,
+                                    void* d_bias, void* scratch, void* stream);
+
+/* high_order_attention. x, y, upstream, dx (positions, channels) without gaps: channels-last maps, positions = N H W;
+ * proj_weight, dproj (order (order + 1) / 2, hidden, channels), out_weight, dout (order, channels, hidden), contiguous.
+ * All of them are of one dtype, float16 or bfloat16. order up to 4. mode: 0 joint, 1 per_order. result: 0 features, 1
+ * the map. form: 0 as the sizes suggest; 1 whole (DFKD_INVALID for what it does not serve); 2 split; 3 split, in taller
+ * tiles. scratch: as many bytes as the function of that name says, for the same form; may be null for none. Fastest
+ * where channels and hidden are multiples of 8: other sizes are padded in scratch. */
+int64_t dfkd_high_order_attention_scratch(int64_t positions, int64_t channels, int64_t hidden, int64_t order, int mode,
+                                          int form);
+int dfkd_high_order_attention(const void* x, const void* proj_weight, const void* out_weight, int64_t positions,
+                              int64_t channels, int64_t hidden, int64_t order, int dtype, int mode, int result,
+                              int form, void* y, void* scratch, void* stream);
+/* upstream: the gradient of y, or of the map. dx, dproj, dout: null for those not wanted. No positions: dproj and dout
+ * are filled with zeros. */
+int64_t dfkd_high_order_attention_backward_scratch(int64_t positions, int64_t channels, int64_t hidden, int64_t order,
+                                                   int mode, int want_x, int want_proj, int want_out, int form);
+int dfkd_high_order_attention_backward(const void* upstream, const void* x, const void* proj_weight,
+                                       const void* out_weight, int64_t positions, int64_t channels, int64_t hidden,
+                                       int64_t order, int dtype, int mode, int result, int form, void* dx, void* dproj,
+                                       void* dout, void* scratch, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

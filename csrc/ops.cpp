@@ -97,8 +97,9 @@ void contrastive_loss_backward(const Tensor& upstream, const Tensor& anchors, co
   const DeviceGuard guard(anchors.get_device());
   const int64_t count = anchors.size(0), dim = anchors.size(1);
   void *to_anchors = result(d_anchors), *to_positives = result(d_positives);
-  const Tensor scratch = scratch_of(anchors, dfkd_contrastive_loss_backward_scratch(
-                                                 count, dim, symmetric, to_anchors != nullptr, to_positives != nullptr));
+  const int64_t bytes = dfkd_contrastive_loss_backward_scratch(count, dim, symmetric, to_anchors != nullptr,
+                                                               to_positives != nullptr);
+  const Tensor scratch = scratch_of(anchors, bytes);
   check(dfkd_contrastive_loss_backward(
             upstream.const_data_ptr<float>(), stride_of(upstream, 0), anchors.data_ptr(), positives.data_ptr(),
             saved.const_data_ptr<float>(), count, dim, anchors.stride(0), anchors.stride(1), positives.stride(0),
@@ -198,7 +199,8 @@ void high_order_attention_backward(const Tensor& upstream, const Tensor& x, cons
 
 STABLE_TORCH_LIBRARY(dfkd_fast_cuda, library) {
   library.def(
-      "high_order_attention(Tensor x, Tensor proj_weight, Tensor out_weight, int mode, int result, Tensor(a!) y) -> ()");
+      "high_order_attention(Tensor x, Tensor proj_weight, Tensor out_weight, int mode, int result, Tensor(a!) y) "
+      "-> ()");
   library.def(
       "high_order_attention_backward(Tensor upstream, Tensor x, Tensor proj_weight, Tensor out_weight, int mode, "
       "int result, Tensor(a!) dx, Tensor(b!) dproj, Tensor(c!) dout) -> ()");

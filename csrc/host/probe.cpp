@@ -14,6 +14,19 @@ __global__ void neighbour(int* out, int barrier) {
   out[static_cast<int>(blockIdx.x) * count + me] = shared[(me + 1) % count];
 }
 
+// Two warps read each other's numbers and write new ones, with or without the barrier between.
+__global__ void turns(int* out, int barrier) {
+  int* shared = reinterpret_cast<int*>(shared_memory());
+  const int me = static_cast<int>(threadIdx.x);
+  for (int turn = 0; turn < 2; ++turn) {
+    shared[me] = 100 * turn + me;
+    __syncthreads();
+    out[64 * turn + me] = shared[(me + 32) % 64];
+    __syncwarp();
+    if (barrier) __syncthreads();
+  }
+}
+
 __global__ void beyond(int* out, int index) {
   int* shared = reinterpret_cast<int*>(shared_memory());
   shared[index] = 1;
@@ -67,6 +80,7 @@ extern "C" {
 int probe_neighbour(int* out, int blocks, int threads, int barrier) {
   return launch(neighbour, blocks, threads, sizeof(int) * static_cast<size_t>(threads), nullptr, out, barrier);
 }
+int probe_turns(int* out, int barrier) { return launch(turns, 1, 64, 256, nullptr, out, barrier); }
 int probe_beyond(int* out, int index) { return launch(beyond, 1, 1, 64, nullptr, out, index); }
 int probe_never_all() { return launch(never_all, 1, 32, 0, nullptr); }
 int probe_copied(const float* in, float* out, int wait) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define DFKD_ASAN 1
 #else
@@ -35,9 +36,27 @@ struct Copy {
   int bytes, valid;
 };
 
+// Kept from block to block: new ones are slow to get.
+std::vector<std::unique_ptr<unsigned char[]>> stacks;
+
+std::unique_ptr<unsigned char[]> new_stack() {
+  if (stacks.empty()) return std::unique_ptr<unsigned char[]>(new unsigned char[kStack]);
+  auto stack = std::move(stacks.back());
+  stacks.pop_back();
+#if DFKD_ASAN
+  __asan_unpoison_memory_region(stack.get(), kStack);  // the frames that its last fiber never left
+#endif
+  return stack;
+}
+
 struct Fiber {
+  Fiber() = default;
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+  ~Fiber() { stacks.push_back(std::move(stack)); }
+
   ucontext_t context{};
-  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStack]};
+  std::unique_ptr<unsigned char[]> stack = new_stack();
   State state = State::ready;
   Place place{};
   int index = 0;
@@ -120,24 +139,38 @@ bool release(size_t first, size_t last, State at) {
 }
 
 void run_block(std::mt19937& random) {
-  std::vector<size_t> turns(block->fibers.size());
-  std::iota(turns.begin(), turns.end(), size_t{0});
-  for (;;) {
-    if (order == 1) std::sort(turns.rbegin(), turns.rend());
-    if (order > 1) std::shuffle(turns.begin(), turns.end(), random);
-    bool ran = false;
-    for (size_t turn : turns) {
-      if (block->fibers[turn]->state == State::ready) {
-        run_fiber(*block->fibers[turn]);
-        ran = true;
+  const size_t count = block->fibers.size();
+  std::vector<size_t> warps((count + kWarp - 1) / kWarp), lanes(kWarp);
+  std::iota(warps.begin(), warps.end(), size_t{0});
+  std::iota(lanes.begin(), lanes.end(), size_t{0});
+  if (order == 1) {
+    std::reverse(warps.begin(), warps.end());
+    std::reverse(lanes.begin(), lanes.end());
+  }
+  const bool one_warp_first = order % 2 == 1;
+  for (bool any = true; any;) {
+    any = false;
+    if (order > 1) std::shuffle(warps.begin(), warps.end(), random);
+    for (const size_t warp : warps) {
+      const size_t first = warp * kWarp, last = std::min(count, first + kWarp);
+      for (bool ran = true; ran;) {
+        ran = false;
+        if (order > 1) std::shuffle(lanes.begin(), lanes.end(), random);
+        for (const size_t lane : lanes) {
+          if (first + lane < last && block->fibers[first + lane]->state == State::ready) {
+            run_fiber(*block->fibers[first + lane]);
+            ran = true;
+          }
+        }
+        any |= ran;
+        if (!one_warp_first) break;
+        ran |= release(first, last, State::at_warp);
       }
     }
-    size_t count = block->fibers.size();
-    bool released = release(0, count, State::at_block);
-    for (size_t warp = 0; warp < count; warp += kWarp) {
-      released |= release(warp, std::min(count, warp + kWarp), State::at_warp);
+    if (!one_warp_first) {
+      for (const size_t warp : warps) any |= release(warp * kWarp, std::min(count, (warp + 1) * kWarp), State::at_warp);
     }
-    if (!ran && !released) break;
+    any |= release(0, count, State::at_block);
   }
   for (const auto& fiber : block->fibers) {
     if (fiber->state != State::ended) {

@@ -56,7 +56,8 @@ void wait_copies(int newest_left);
 // Run a grid. Aborts with a message where threads wait for each other for ever.
 void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& thread);
 
-// The order in which threads run: 0 forward, 1 backward, else a random one of this seed.
+// The order in which threads run: 0 forward, 1 backward, else a random one of this seed. Of even ones every warp takes
+// its turn from wait to wait; of odd ones one warp runs until it waits for its block, before another begins.
 extern unsigned order;
 
 template <typename T>

@@ -1,0 +1,400 @@
+"""The CUDA kernels of contrastive_loss, run on the CPU by the execution shim, against the reference."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dfkd_fast.reference.contrastive_loss import contrastive_loss as reference
+from dfkd_fast.testing import assert_close, assert_no_worse, extreme, random, unit_roundoff
+
+from .host_kernels import HostKernels, build, compiler
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler with sanitizers")
+
+CODES = {torch.float16: 1, torch.bfloat16: 2}
+DTYPES = tuple(CODES)
+REDUCTIONS = ("mean", "sum", "none")
+FLAGS = [(symmetric, normalize) for symmetric in (False, True) for normalize in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostKernels]:
+    sources = ["contrastive_loss.cu", "contrastive_loss_bwd.cu"]
+    running = HostKernels(build(tmp_path_factory.getbasetemp().parent / "host", sources))
+    yield running
+    running.close()
+
+
+class Planned:
+    """How launches are planned: for how many processors, and with how much shared memory for few vectors."""
+
+    def __init__(self, kernels: HostKernels) -> None:
+        self.kernels = kernels
+
+    def __call__(self, *, processors: int = 132, most_shared: int = 160 * 1024) -> None:
+        self.kernels("dfkd_host_contrastive_loss", processors, most_shared)
+
+
+@pytest.fixture
+def planned(kernels: HostKernels) -> Iterator[Planned]:
+    yield (plan := Planned(kernels))
+    plan()
+
+
+@pytest.fixture(params=["one launch", "tiles"])
+def form(request: pytest.FixtureRequest, planned: Planned) -> str:
+    """How few vectors are worked on."""
+    if request.param == "tiles":
+        planned(most_shared=0)
+    return request.param
+
+
+def memory(x: Tensor) -> tuple[np.ndarray, tuple[int, int]]:
+    """All of a tensor's memory from its first element on, as integers, and its strides. Strides must be positive."""
+    last = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    flat = x.detach().as_strided((last,), (1,))
+    return (flat if x.dtype == torch.float32 else flat.view(torch.int16)).numpy().copy(), x.stride()
+
+
+class Op:
+    """Forward and backward as the launchers do them."""
+
+    def __init__(self, kernels: HostKernels, **options: Any) -> None:
+        self.kernels = kernels
+        self.temperature = options.pop("temperature", 0.1)
+        self.symmetric = options.pop("symmetric", False)
+        self.normalize = options.pop("normalize", True)
+        self.reduction = options.pop("reduction", "mean")
+        self.order = options.pop("order", 0)
+        assert not options
+
+    def scratch(self, name: str, count: int, dim: int, *wanted: int) -> np.ndarray:
+        """As many bytes as asked for, NaN. The size comes back as what the launcher of a kernel would fail with."""
+        size = 0
+        try:
+            self.kernels(name, count, dim, int(self.symmetric), *wanted)
+        except ValueError as found:
+            size = int(re.findall(r"\d+", str(found))[-1])
+        return np.full(size, 0xFF, dtype=np.uint8)
+
+    def forward(self, anchors: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+        count, dim = anchors.shape
+        total = count * (2 if self.symmetric else 1)
+        out = np.full(total if self.reduction == "none" else 1, np.inf, dtype=np.float32)
+        saved = np.full(total, np.inf, dtype=np.float32)
+        (a, a_strides), (b, b_strides) = memory(anchors), memory(positives)
+        self.kernels(
+            "dfkd_contrastive_loss",
+            *(a, b, count, dim, *a_strides, *b_strides, CODES[anchors.dtype], self.temperature),
+            *(int(self.symmetric), int(self.normalize), REDUCTIONS.index(self.reduction), out, saved),
+            self.scratch("dfkd_contrastive_loss_scratch", count, dim),
+            None,
+            order=self.order,
+        )
+        value = torch.from_numpy(out)
+        return value if self.reduction == "none" else value[0], torch.from_numpy(saved)
+
+    def backward(
+        self,
+        upstream: Tensor,
+        anchors: Tensor,
+        positives: Tensor,
+        saved: Tensor,
+        want: tuple[bool, bool] = (True, True),
+        layout: Callable[[Tensor], Tensor] = torch.empty_like,
+    ) -> list[Tensor | None]:
+        count, dim = anchors.shape
+        (a, a_strides), (b, b_strides) = memory(anchors), memory(positives)
+        both = zip((anchors, positives), want, strict=True)
+        results = [layout(x).fill_(torch.nan) if wanted else None for x, wanted in both]
+        arrays: list[np.ndarray | None] = []
+        strides: list[int] = []
+        for result in results:
+            array, steps = memory(result) if result is not None else (None, (0, 0))
+            arrays.append(array)
+            strides.extend(steps)
+        self.kernels(
+            "dfkd_contrastive_loss_backward",
+            *(memory(upstream)[0], upstream.stride(0) if upstream.ndim else 0, a, b, saved.numpy()),
+            *(count, dim, *a_strides, *b_strides),
+            *(CODES[anchors.dtype], self.temperature, int(self.symmetric), int(self.normalize)),
+            *(REDUCTIONS.index(self.reduction), *arrays, *strides),
+            self.scratch("dfkd_contrastive_loss_backward_scratch", count, dim, *map(int, want)),
+            None,
+            order=self.order,
+        )
+        for result, array in zip(results, arrays, strict=True):
+            if result is not None:
+                values = torch.from_numpy(array).view(result.dtype)
+                result.copy_(values.as_strided(result.shape, result.stride()))
+        return results
+
+    def __call__(self, anchors: Tensor, positives: Tensor, upstream: Tensor, **options: Any) -> list[Tensor]:
+        value, saved = self.forward(anchors, positives)
+        return [value, *self.backward(upstream, anchors, positives, saved, **options)]
+
+    def reference(self, anchors: Tensor, positives: Tensor, upstream: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (anchors, positives)]
+        options = {name: getattr(self, name) for name in ("temperature", "symmetric", "normalize", "reduction")}
+        value = reference(*leaves, **options)
+        return [value.detach(), *torch.autograd.grad(value, leaves, upstream.to(value.dtype))]
+
+    def upstream(self, count: int, seed: int) -> Tensor:
+        shape = (count * (2 if self.symmetric else 1),) if self.reduction == "none" else ()
+        return random(*shape, seed=seed, shift=0.5)
+
+
+def pair(n: int, dim: int, dtype: torch.dtype, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
+    first, second = (random(n, dim, dtype=dtype, seed=seed + i, **options) for i in range(2))
+    return first, second
+
+
+def check(op: Op, make: Callable[[int], tuple[Tensor, Tensor]], draws: int = 4, **options: Any) -> None:
+    """Value and gradients err at most twice as far from float64 as the reference does in the same dtype.
+
+    Over several draws, since a single number can be exact by luck. One unit in the last place of the largest true value
+    is always allowed.
+    """
+    columns: list[list[tuple[Tensor, ...]]] = [[], [], []]
+    for seed in range(draws):
+        inputs = make(10 * seed)
+        upstream = op.upstream(inputs[0].shape[0], seed + 1)
+        mine = op(*inputs, upstream, **options)
+        plain = op.reference(*inputs, upstream)
+        truth = op.reference(*(x.double() for x in inputs), upstream.double())
+        for column, *row in zip(columns, mine, plain, truth, strict=True):
+            column.append(tuple(row))
+    for name, column in zip(("value", "d_anchors", "d_positives"), columns, strict=True):
+        mine, plain, truth = (torch.cat([x.flatten() for x in part]) for part in zip(*column, strict=True))
+        ulp = torch.finfo(mine.dtype).eps * float(truth.abs().max())
+        assert_no_worse(mine, than=plain, truth=truth, floor=ulp, name=name)
+
+
+def flags_and_types() -> list[Any]:
+    """Every combination; most of them among the slow tests."""
+    combinations = [(*flags, dtype) for flags in FLAGS for dtype in DTYPES]
+    quick = [(False, True, torch.bfloat16), (True, False, torch.float16)]
+    return [pytest.param(*c, marks=[] if c in quick else [pytest.mark.slow]) for c in combinations]
+
+
+def similar(normalize: bool, dim: int) -> dict[str, float]:
+    """Options for similarities of the order of ten: of far larger ones one rounding decides how draws compare."""
+    return {"scale": 1.0 if normalize else dim**-0.25}
+
+
+@pytest.mark.parametrize(("symmetric", "normalize", "dtype"), flags_and_types())
+def test_no_worse_than_the_reference(kernels, form, symmetric, normalize, dtype):
+    op = Op(kernels, symmetric=symmetric, normalize=normalize, temperature=0.1 if normalize else 1.0)
+    check(op, lambda seed: pair(5, 7, dtype, seed, **similar(normalize, 7)), 3)
+
+
+@pytest.mark.parametrize(("symmetric", "normalize", "dtype"), flags_and_types())
+def test_many_tiles(kernels, symmetric, normalize, dtype):
+    """More than one block of rows, tiles with and without masks, an end within a tile."""
+    op = Op(kernels, symmetric=symmetric, normalize=normalize, temperature=0.1 if normalize else 1.0)
+    dim = 70 if (symmetric, normalize) == (False, True) else 9
+    check(op, lambda seed: pair(130, dim, dtype, seed, **similar(normalize, dim)), 1)
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"temperature": 0.02}, marks=pytest.mark.slow)])
+def test_rows_wider_than_a_step(kernels, planned, options):
+    planned(most_shared=0)
+    check(Op(kernels, **options), lambda seed: pair(6, 135, torch.bfloat16, seed), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "dim"), [(50, 520), (131, 260)])
+def test_many_tiles_of_wide_rows(kernels, n, dim, dtype):
+    check(Op(kernels, symmetric=n == 50), lambda seed: pair(n, dim, dtype, seed), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "dim"), [(128, 70), (100, 200), (64, 512), (17, 300)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_as_many_as_one_launch_takes(kernels, n, dim, dtype):
+    check(Op(kernels, symmetric=n == 100), lambda seed: pair(n, dim, dtype, seed), 1)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_reductions(kernels, form, reduction):
+    check(Op(kernels, reduction=reduction, symmetric=True), lambda seed: pair(6, 5, torch.bfloat16, seed), 1)
+
+
+@pytest.mark.parametrize(("n", "dim"), [(1, 3), (1, 1), (2, 140), (33, 17)])
+def test_shapes(kernels, form, n, dim):
+    """Of one vector the partner is all there is to the sum: loss and gradients are exactly zero."""
+    check(Op(kernels, symmetric=n == 1), lambda seed: pair(n, dim, torch.bfloat16, seed), 1)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 1.7])
+def test_other_temperatures(kernels, form, temperature):
+    check(Op(kernels, temperature=temperature), lambda seed: pair(9, 6, torch.float16, seed), 2)
+
+
+@pytest.mark.parametrize(
+    ("processors", "n", "symmetric"),
+    [(1, 129, False), *(pytest.param(*c, marks=pytest.mark.slow) for c in [(2, 129, True), (5, 260, False)])],
+)
+def test_columns_split_otherwise(kernels, planned, processors, n, symmetric):
+    """As for few processors, so that a block takes all tiles, or some of them."""
+    planned(processors=processors)
+    check(Op(kernels, symmetric=symmetric, reduction="none"), lambda seed: pair(n, 9, torch.float16, seed), 1)
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed"])
+def test_any_layout(kernels, form, layout):
+    op = Op(kernels)
+    inputs, upstream = pair(5, 16, torch.bfloat16, layout=layout), torch.tensor(0.7)
+    wanted = op(*(x.contiguous() for x in inputs), upstream)
+    results = op(*inputs, upstream, layout=lambda x: x.new_empty(x.shape[::-1]).T)
+    assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+
+def test_broadcast_rows_and_gradients(kernels, form):
+    op, n = Op(kernels, reduction="none"), 7
+    t, s = random(1, 16, dtype=torch.bfloat16).expand(n, -1), random(n, 16, dtype=torch.bfloat16, seed=1)
+    results = op(t, s, torch.tensor([0.3]).expand(n), layout=lambda x: torch.empty(x.shape, dtype=x.dtype))
+    wanted = op(t.contiguous(), s, torch.full((n,), 0.3))
+    assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_gradients_that_are_asked_for(kernels, form, symmetric):
+    op = Op(kernels, symmetric=symmetric)
+    inputs, upstream = pair(17, 6, torch.bfloat16), torch.tensor(-1.3)
+    _, saved = op.forward(*inputs)
+    wanted = op.backward(upstream, *inputs, saved)
+    one, none = op.backward(upstream, *inputs, saved, want=(True, False))
+    assert torch.equal(one, wanted[0])
+    assert none is None
+    none, other = op.backward(upstream, *inputs, saved, want=(False, True))
+    assert torch.equal(other, wanted[1])
+    assert none is None
+    assert op.backward(upstream, *inputs, saved, want=(False, False)) == [None, None]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rows_of_zero_length(kernels, form, symmetric):
+    op, dtype = Op(kernels, symmetric=symmetric), DTYPES[symmetric]
+
+    def make(seed):
+        t, s = pair(5, 7, dtype, seed)
+        t[1], t[3], s[1], s[4] = 0, 0, 0, 0
+        return t, s
+
+    check(op, make, 2)
+    _, dt, ds = op(*make(0), torch.tensor(2.0))
+    for zero in (dt[1], dt[3], ds[1], ds[4]):
+        assert torch.equal(zero, torch.zeros_like(zero))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_rows(kernels, form, dtype):
+    """Very long and very short rows; the gradients of the short ones need not exist in the type."""
+    op, n = Op(kernels, reduction="none"), 12
+    t, s = extreme(n, 9, dtype=dtype), random(n, 9, dtype=dtype)
+    upstream = random(n, seed=1, shift=0.5)
+    value, *gradients = op(t, s, upstream)
+    wanted, *wanted_gradients = op.reference(t.double(), s.double(), upstream.double())
+    assert_close(value, wanted, atol=1e-4, rtol=1e-5)
+    assert not any(g.isnan().any() for g in gradients)
+    scale = float(wanted_gradients[1].abs().max())
+    assert_close(gradients[1], wanted_gradients[1], atol=2 * scale * max(unit_roundoff(dtype), 1e-5))
+    long = [row for row in range(n) if row % 6 < 4]
+    largest = wanted_gradients[0][long].abs().amax(1, keepdim=True)
+    tiny = torch.finfo(dtype).smallest_normal
+    assert_close(gradients[0][long], wanted_gradients[0][long], atol=4 * largest * unit_roundoff(dtype) * 64 + tiny)
+
+
+def test_the_length_of_a_row(kernels, form):
+    op, upstream = Op(kernels), torch.tensor(1.0)
+    t, s = pair(5, 7, torch.bfloat16)
+    wanted = op(t, s, upstream)
+    for factor in (2.0**-105, 2.0**100):
+        got = op(t * factor, s, upstream)
+        assert torch.equal(got[0], wanted[0])
+        assert torch.equal(got[2], wanted[2])
+
+
+@pytest.mark.parametrize(("upstream", "reduction"), [(1e-30, "none"), (0.0, "mean"), (0.0, "none"), (65536.0, "none")])
+def test_any_upstream_gradient(kernels, form, upstream, reduction):
+    """What is rounded to half precision must not depend on how large the gradient that comes in is."""
+    dtype = torch.bfloat16 if upstream < 1 else torch.float16
+    op = Op(kernels, reduction=reduction)
+    inputs, g = pair(5, 7, dtype), op.upstream(5, 4) * upstream
+    for got, wanted in zip(op(*inputs, g)[1:], op.reference(*inputs, g)[1:], strict=True):
+        largest = float(wanted.abs().max())
+        assert_close(got, wanted, atol=largest * 4 * unit_roundoff(dtype) * 4)
+
+
+@pytest.mark.parametrize(("n", "dim", "symmetric"), [(6, 140, True), (40, 9, False)])
+def test_what_forward_saves(kernels, form, n, dim, symmetric):
+    """The logarithm to base 2 of each anchor's sum, as the Triton kernels'."""
+    t, s = pair(n, dim, torch.bfloat16)
+    _, saved = Op(kernels, symmetric=symmetric, temperature=0.3).forward(t, s)
+    unit = torch.nn.functional.normalize(torch.cat([t, s]).double())
+    sums = (unit @ unit.T / 0.3).fill_diagonal_(-torch.inf).logsumexp(1) / np.log(2.0)
+    assert_close(saved, sums[: saved.shape[0]], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "dim", "symmetric"),
+    [(5, 9, True), pytest.param(3, 140, False, marks=pytest.mark.slow), pytest.param(70, 9, 0, marks=pytest.mark.slow)],
+)
+def test_the_order_of_threads_is_invisible(kernels, form, n, dim, symmetric):
+    inputs, runs = pair(n, dim, torch.bfloat16), []
+    for order in (0, 1, 7):
+        op = Op(kernels, symmetric=symmetric, reduction="none", order=order)
+        runs.append(op(*inputs, op.upstream(n, 3)))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_an_empty_batch(kernels):
+    t, s = pair(0, 4, torch.bfloat16)
+    assert Op(kernels).forward(t, s)[0].isnan()
+    assert Op(kernels, reduction="sum").forward(t, s)[0] == 0
+    op = Op(kernels, symmetric=True, reduction="none")
+    value, dt, ds = op(t, s, torch.zeros(0))
+    assert value.shape == (0,)
+    assert dt.shape == ds.shape == (0, 4)
+
+
+def test_rows_without_elements(kernels, form):
+    """All similarities are zero: log(2 N - 1)."""
+    t = torch.empty(3, 0, dtype=torch.float16)
+    value, _, _ = Op(kernels)(t, t, torch.tensor(1.0))
+    assert_close(value, float(np.log(5)), atol=1e-6)
+
+
+def test_what_is_refused(kernels):
+    with pytest.raises(ValueError, match="dfkd_contrastive_loss returned 1"):
+        Op(kernels, temperature=0.0).forward(*pair(3, 4, torch.float16))
+    arrays = [memory(x)[0] for x in pair(3, 4, torch.float16)]
+    for code in (0, 3):  # float32, and no type at all
+        numbers = (3, 4, 4, 1, 4, 1, code, 0.1, 0, 1, 0)
+        with pytest.raises(ValueError, match="returned 1"):
+            kernels("dfkd_contrastive_loss", *arrays, *numbers, np.zeros(1), np.zeros(3), None, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(24))
+def test_sweep(kernels, planned, seed):
+    draw = np.random.default_rng(seed)
+    n, dim = int(draw.integers(1, 180)), int(draw.integers(1, 200))
+    symmetric, normalize, half = (bool(draw.integers(2)) for _ in range(3))
+    planned(processors=int(draw.choice([1, 3, 8, 132])), most_shared=int(draw.choice([0, 160 * 1024])))
+    options = {"symmetric": symmetric, "normalize": normalize, "reduction": str(draw.choice(REDUCTIONS))}
+    op = Op(kernels, temperature=float(draw.choice([0.02, 0.1, 0.5])) if normalize else 0.5, **options)
+    layout = str(draw.choice(["contiguous", "strided", "transposed"]))
+    # A single number can be exact by luck.
+    draws = 4 if n < 20 else 2
+    check(op, lambda i: pair(n, dim, DTYPES[half], 100 * seed + i, layout=layout, **similar(normalize, dim)), draws)
