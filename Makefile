@@ -59,10 +59,12 @@ docs: $(STAMP)  ## the documentation site, into out/site
 	@$(ONE_THREAD) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "out/site/index.html"
 
-# Installs in place, without network, into the Python that already has torch for this machine's GPU.
+# Installs in place, without network, into the Python that already has torch for this machine's GPU; where the CUDA
+# extension does not build, without it: time on a GPU is better spent on all the rest than on nothing.
 gpu:  ## OUT=folder BUDGET=seconds: tests and measurements that need a GPU, until the budget is spent
-	@PIP_BREAK_SYSTEM_PACKAGES=1 $(PYTHON) -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation --no-deps --no-index --editable .
+	@export PIP_BREAK_SYSTEM_PACKAGES=1; \
+		install="$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --no-index"; \
+		$$install --editable . || DFKD_FAST_CUDA=0 $$install --editable .
 	@$(PYTHON) -m dfkd_fast.benchmarks.gpu --out '$(OUT)' --budget $(BUDGET)
 
 kernels: $(STAMP)  ## compile every kernel for every architecture, without a GPU, into {kernels,csrc}/compiled.json

@@ -80,8 +80,14 @@ class CMakeBuild(build_ext):
         assert cmake is not None
         options = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.run([cmake, "-S", str(ROOT), "-B", str(folder), *options, f"-DDFKD_OUTPUT={output}"], check=True)
-        subprocess.run([cmake, "--build", str(folder), "--parallel", jobs], check=True)
+        try:
+            subprocess.run([cmake, "-S", str(ROOT), "-B", str(folder), *options, f"-DDFKD_OUTPUT={output}"], check=True)
+            subprocess.run([cmake, "--build", str(folder), "--parallel", jobs], check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"dfkd_fast: the CUDA extension was not built: {error}; what failed stands above. "
+                "With DFKD_FAST_CUDA=0 in the environment the package installs without it"
+            ) from error
 
     def copy_extensions_to_source(self) -> None:
         """For an editable install: all three, of which setuptools knows one."""
