@@ -316,7 +316,8 @@ class TestClasses:
 
     def test_every_operator_of_the_project_names_its_op(self):
         for name in dir(torch.ops.dfkd_fast):
-            if hasattr(getattr(torch.ops.dfkd_fast, name), "default"):
+            # Other tests in this process define operators of their own.
+            if hasattr(getattr(torch.ops.dfkd_fast, name), "default") and not name.startswith("test_"):
                 assert op_class(activity(operators=(f"dfkd_fast::{name}",))) in ops.backends()
 
 
