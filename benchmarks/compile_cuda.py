@@ -23,7 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ARCHITECTURES", "CSRC", "TABLE", "compile_file", "digest", "find_nvcc", "main", "parse", "unsound"]
+from dfkd_fast.doctor import find_nvcc
+
+__all__ = ["ARCHITECTURES", "CSRC", "TABLE", "compile_file", "digest", "main", "parse", "unsound"]
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 TABLE = CSRC / "compiled.json"
@@ -32,15 +34,6 @@ ARCHITECTURES = ("80", "90a", "100f")
 _ENTRY = re.compile(r"Compiling entry function '(?P<symbol>[^']+)' for 'sm_(?P<arch>\w+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:, used (\d+) barriers)?(?:.*?(\d+) bytes smem)?")
-
-
-def find_nvcc() -> str | None:
-    """The CUDA compiler: of CUDA_HOME, on the PATH, at the usual place; None where there is none."""
-    home = os.environ.get("CUDA_HOME")
-    candidates = [Path(home) / "bin" / "nvcc"] if home else []
-    candidates += [Path(found)] if (found := shutil.which("nvcc")) else []
-    candidates += [Path("/usr/local/cuda/bin/nvcc")]
-    return next((str(path) for path in candidates if path.exists()), None)
 
 
 def digest(csrc: Path = CSRC) -> str:

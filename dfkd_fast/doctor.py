@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Item", "doctor", "kernels", "report"]
+__all__ = ["Item", "doctor", "find_nvcc", "kernels", "report"]
 
 
 class Item(NamedTuple):
@@ -201,7 +201,7 @@ def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
 
 
-def _find_nvcc() -> str | None:
+def find_nvcc() -> str | None:
     """Where torch's extension builder would look: CUDA_HOME, then PATH, then the usual place."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home and (Path(home) / "bin" / "nvcc").exists():
@@ -213,7 +213,7 @@ def _find_nvcc() -> str | None:
 def _nvcc() -> list[Item]:
     import torch
 
-    path = _find_nvcc()
+    path = find_nvcc()
     if path is None:
         return [Item("nvcc", False, "not on PATH, nor under CUDA_HOME or /usr/local/cuda; CUDA C++ is not compiled")]
     found = re.search(r"release (\d+)\.(\d+)", _run(path, "--version"))

@@ -8,6 +8,7 @@ import pytest
 
 from dfkd_fast.benchmarks import compile_cuda
 from dfkd_fast.benchmarks.compile_cuda import ARCHITECTURES, CSRC, TABLE
+from dfkd_fast.doctor import find_nvcc
 
 FILES = sorted(path.name for path in CSRC.glob("*.cu"))
 LOG = """\
@@ -41,10 +42,10 @@ def test_the_table_is_of_these_sources() -> None:
     assert not [row for row in content["rows"] if compile_cuda.unsound(row)]
 
 
-@pytest.mark.skipif(compile_cuda.find_nvcc() is None, reason="no nvcc")
+@pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 @pytest.mark.parametrize("name", FILES)
 def test_every_kernel_compiles_for_every_architecture(name: str) -> None:
-    nvcc = compile_cuda.find_nvcc()
+    nvcc = find_nvcc()
     assert nvcc is not None
     rows = compile_cuda.compile_file(nvcc, CSRC / name)
     assert {row["arch"] for row in rows} == set(ARCHITECTURES)

@@ -57,7 +57,7 @@ def test_a_look_that_fails_is_a_line(monkeypatch):
         raise subprocess.CalledProcessError(3, command)
 
     monkeypatch.setattr(doctor, "_run", broken)
-    monkeypatch.setattr(doctor, "_find_nvcc", lambda: "/somewhere/nvcc")
+    monkeypatch.setattr(doctor, "find_nvcc", lambda: "/somewhere/nvcc")
     item = line("nvcc")
     assert not item.ok
     assert "CalledProcessError" in item.detail
@@ -91,7 +91,7 @@ class TestNvcc:
     )
     def test_against_torch(self, monkeypatch, built, ok, word):
         monkeypatch.setattr(torch.version, "cuda", built)
-        monkeypatch.setattr(doctor, "_find_nvcc", lambda: "/somewhere/nvcc")
+        monkeypatch.setattr(doctor, "find_nvcc", lambda: "/somewhere/nvcc")
         release = "Cuda compilation tools, release 13.1, V13.1.2"
         monkeypatch.setattr(doctor, "_run", lambda *command: release if "nvcc" in command[0] else "tool 1.0")
         item = line("nvcc")
@@ -99,14 +99,14 @@ class TestNvcc:
         assert word in item.detail
 
     def test_missing(self, monkeypatch):
-        monkeypatch.setattr(doctor, "_find_nvcc", lambda: None)
+        monkeypatch.setattr(doctor, "find_nvcc", lambda: None)
         assert "not on PATH" in line("nvcc").detail
 
     def test_cuda_home_comes_first(self, monkeypatch, tmp_path):
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / "nvcc").touch()
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-        assert doctor._find_nvcc() == str(tmp_path / "bin" / "nvcc")
+        assert doctor.find_nvcc() == str(tmp_path / "bin" / "nvcc")
 
 
 def test_missing_onnx_packages_are_named(monkeypatch):
