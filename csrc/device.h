@@ -147,7 +147,7 @@ void wait_copies() {
 #else
 
 __device__ __forceinline__ unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
 }
 // 16 bytes from global to shared memory, both aligned to 16; zeros where it is not valid, and then nothing is read.
@@ -280,7 +280,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-// Launch a kernel; the arguments are converted to its parameters' types. Returns a cudaError_t, 0 for success.
+// Launch a kernel, or write it down where a record is set (launchers.h); the arguments are converted to its parameters'
+// types. Returns a cudaError_t, 0 for success.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, void* stream,
            Arguments... arguments) {
@@ -289,6 +290,13 @@ int launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shar
   host::run(blocks, threads, shared, [=] { kernel(static_cast<Parameters>(arguments)...); });
   return 0;
 #else
+  const dfkd_launch noted{reinterpret_cast<const void*>(kernel),
+                          {blocks.x, blocks.y, blocks.z},
+                          {threads.x, threads.y, threads.z},
+                          static_cast<int64_t>(shared),
+                          1,
+                          0};
+  if (dfkd_note(&noted)) return 0;
   if (shared > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -75,7 +75,7 @@ def build(folder: Path, sources: Sequence[str]) -> Path:
 
 def _compile(found: str, sources: Sequence[str], library: Path) -> None:
     partial = library.with_suffix(".partial")
-    inputs = [str(CSRC / name) for name in ("host/shim.cpp", *sources)]
+    inputs = [str(CSRC / name) for name in ("host/shim.cpp", "host/hopper.cpp", *sources)]
     command = [found, *_FLAGS, *_QUIET, *_SANITIZERS, "-shared", "-x", "c++", *inputs, "-o", str(partial)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

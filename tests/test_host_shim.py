@@ -1,4 +1,4 @@
-"""The execution shim is as strict as a GPU where it matters: barriers, bounds, copies under way."""
+"""The execution shim is as strict as a GPU where it matters: barriers, bounds, copies and products under way."""
 
 from __future__ import annotations
 
@@ -93,3 +93,110 @@ def test_reductions_over_a_warp_and_its_groups(kernels: HostKernels) -> None:
     assert np.isnan(largest[8:16]).all()
     kept = [0, 2, 3]
     assert (largest.reshape(4, 8)[kept] == groups[kept].max(1, keepdims=True)).all()
+
+
+@pytest.fixture
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostKernels]:
+    running = HostKernels(build(tmp_path_factory.getbasetemp().parent / "host", ["host/probe_hopper.cpp"]))
+    yield running
+    running.close()
+
+
+@pytest.mark.parametrize(("columns_a", "columns_b"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize(("n", "width", "order"), [(16, 16, 6), (96, 32, 0), (128, 64, 1)])
+def test_products_of_a_warpgroup(
+    hopper: HostKernels, n: int, width: int, columns_a: int, columns_b: int, order: int
+) -> None:
+    torch.manual_seed(0)
+    for dtype, code in ((torch.float16, 1), (torch.bfloat16, 2)):
+        a, b = torch.randn(64, 128).to(dtype), torch.randn(128, n).to(dtype)
+        stored_a = (a.T if columns_a else a).contiguous().view(torch.int16).numpy()
+        stored_b = (b if columns_b else b.T).contiguous().view(torch.int16).numpy()
+        for registers in (0, 1):
+            c = np.zeros((64, n), dtype=np.float32)
+            hopper(
+                "probe_wgmma", stored_a, stored_b, c, code, n, width, columns_a, columns_b, registers, 1, order=order
+            )
+            torch.testing.assert_close(torch.from_numpy(c), a.float() @ b.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_products_under_way_are_not_there_yet(hopper: HostKernels) -> None:
+    a, b = (torch.randn(rows, 128).bfloat16().view(torch.int16).numpy() for rows in (64, 128))
+    c = np.zeros((64, 128), dtype=np.float32)
+    hopper("probe_wgmma", a, b, c, 2, 128, 64, 0, 0, 0, 0)
+    assert np.isnan(c).all()
+
+
+@pytest.mark.parametrize("width", [64, 0])
+@pytest.mark.parametrize("order", [0, 1, 6])
+def test_tiles_end_where_their_tensor_does(hopper: HostKernels, width: int, order: int) -> None:
+    there = np.random.default_rng(0).integers(1, 1000, (3, 5, 72)).astype(np.int16)
+    wide = width or 24
+    for x, y, z in ((0, 0, 0), (8, 2, 1), (56, 4, 2), (-8, -1, -1)):
+        both = np.stack([there, np.zeros_like(there)])
+        hopper("probe_tile", both, 72, 5, 3, x, y, z, width, 1, order=order)
+        inside = np.zeros(there.shape, dtype=bool)
+        inside[max(z, 0) : z + 2, max(y, 0) : y + 3, max(x, 0) : x + wide] = True
+        assert (both[1] == np.where(inside, there, 0)).all()
+
+
+def test_tiles_under_way_are_not_there_yet(hopper: HostKernels) -> None:
+    both = np.ones((2, 3, 5, 72), dtype=np.int16)
+    hopper("probe_tile", both, 72, 5, 3, 0, 0, 0, 64, 0)
+    assert (both[1, :2, :3, :64] == -1).all()  # what shared memory begins as
+
+
+@pytest.mark.parametrize("order", [0, 1, 6])
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_blocks_of_a_cluster_reach_each_other(hopper: HostKernels, mode: int, order: int) -> None:
+    rows = np.array([[100 * rank + lane for lane in range(32)] for rank in range(4)], dtype=np.int32)
+    out = np.zeros((4, 4, 32), dtype=np.int32)
+    hopper("probe_sent", rows, out, 2, 4, mode, 1, order=order)
+    assert (out == rows).all()
+
+
+def test_a_block_that_has_ended_is_not_written_to(hopper: HostKernels) -> None:
+    rows, out = np.zeros((2, 32), dtype=np.int32), np.zeros((2, 2, 32), dtype=np.int32)
+    with pytest.raises(HostError, match="block 0 of the cluster has ended, and block 1 uses its shared memory"):
+        hopper("probe_sent", rows, out, 1, 2, 0, 0)
+
+
+@pytest.mark.parametrize("order", [0, 1, 6, 7])
+def test_a_ring_of_stages(hopper: HostKernels, order: int) -> None:
+    values = np.arange(32 * 7, dtype=np.float32)
+    out = np.zeros_like(values)
+    hopper("probe_ring", values, out, 7, 1, order=order)
+    assert (out == values).all()
+
+
+def test_a_ring_that_is_filled_too_early(hopper: HostKernels) -> None:
+    values = np.arange(32 * 7, dtype=np.float32)
+    wrong = 0
+    for order in (0, 1, 6, 7):
+        out = np.zeros_like(values)
+        try:
+            hopper("probe_ring", values, out, 7, 0, order=order)
+        except HostError:
+            wrong += 1
+            break
+        wrong += int((out != values).any())
+    assert wrong
+
+
+def test_a_wait_that_never_ends_is_told(hopper: HostKernels) -> None:
+    with pytest.raises(HostError, match="waits for a barrier's phase, which never comes"):
+        hopper("probe_ring", np.zeros(32 * 3, dtype=np.float32), np.zeros(32 * 3, dtype=np.float32), 3, 2)
+
+
+@pytest.mark.parametrize("order", [0, 1, 6])
+def test_some_warps_wait(hopper: HostKernels, order: int) -> None:
+    out = np.zeros(64, dtype=np.int32)
+    hopper("probe_some", out, order=order)
+    assert (out == 64 + np.arange(64) % 32).all()
+
+
+@pytest.mark.parametrize("order", [0, 1, 6])
+def test_blocks_of_a_cooperative_launch_run_together(hopper: HostKernels, order: int) -> None:
+    numbers, counter, out = (np.zeros(size, dtype=np.int32) for size in (5, 1, 5))
+    hopper("probe_grid", numbers, counter, out, 5, order=order)
+    assert (out == (np.arange(5) + 1) % 5 + 1).all()

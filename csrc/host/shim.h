@@ -1,10 +1,11 @@
 // CUDA's execution model on a CPU, for tests alone: the kernels of csrc/ compile against this as plain C++.
 //
-// A block's threads are fibers of one host thread. One runs until it waits - for its block, its warp or an
-// asynchronous copy - and then another one does, in an order that the test picks: a result that depends on the order
-// lacks a barrier. Blocks run one after the other, so nothing here finds a race between blocks. Shared memory is
-// exactly as large as the launch asked for and begins as NaN; AddressSanitizer knows its ends, and those of everything
-// else.
+// A block's threads are fibers of one host thread. One runs until it waits - for its block, its warp, its cluster or
+// something asynchronous - and then another one does, in an order that the test picks: a result that depends on the
+// order lacks a barrier. What is asynchronous happens at once or as late as it can, as the test picks too. Blocks run
+// one after the other, but for those of a cluster or of a cooperative launch, so nothing here finds a race between
+// others. Shared memory is exactly as large as the launch asked for and begins as NaN; AddressSanitizer knows its ends,
+// and those of everything else.
 #pragma once
 
 #include <cmath>
@@ -48,16 +49,52 @@ int lane();
 unsigned char* shared_memory();
 size_t shared_bytes();
 
-// Copies that begin now and may end at any time until they are waited for: here, not before.
+// Copies that begin now and may end at any time until they are waited for.
 void copy_later(void* to, const void* from, int bytes, int valid);
 void commit_copies();
 void wait_copies(int newest_left);
 
-// Run a grid. Aborts with a message where threads wait for each other for ever.
-void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& thread);
+// Run a grid: blocks one after the other, or those of a cluster (neighbours along x) together, or all where cooperative.
+// Aborts with a message where threads wait for each other for ever.
+void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& thread, int cluster = 1,
+         bool cooperative = false);
+
+// ---- what host/hopper.cpp builds on -----------------------------------------------------------------------------
+
+// Wait until something is so.
+void wait_until(const char* what, std::function<bool()> ready);
+// Whether something asynchronous is to happen at once.
+bool at_once();
+// Do something at once, or when nobody can go on without it, or sometime between.
+void later(std::function<void()> work);
+
+// Several threads meet: the last one acts for all, and then they go on.
+struct Meeting {
+  int arrived = 0;
+  unsigned turn = 0;
+};
+void meet(Meeting& meeting, int threads, bool wait, const char* what, const std::function<void()>& act = {});
+
+int thread_index();
+// The cluster's blocks are numbered from 0; memory of another one's at the place that this address is of ours.
+int cluster_rank();
+int cluster_size();
+void* at_rank(const void* mine, int rank);
+void cluster_arrive();
+void cluster_wait();
+// Kept for each block as long as it runs; the first time it is asked for it is made. A thread that ends asks it, where
+// it is there, whether something is left over.
+struct Extension {
+  virtual ~Extension() = default;
+  virtual const char* left_over() const = 0;
+};
+Extension* extension(Extension* (*make)());
+
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // The order in which threads run: 0 forward, 1 backward, else a random one of this seed. Of even ones every warp takes
-// its turn from wait to wait; of odd ones one warp runs until it waits for its block, before another begins.
+// its turn from wait to wait; of odd ones one warp runs until it waits for its block, before another begins. What is
+// asynchronous happens late in order 0, at once in order 1, at random in others.
 extern unsigned order;
 
 template <typename T>

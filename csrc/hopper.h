@@ -1,0 +1,558 @@
+// The instructions of sm_90a: barriers that count bytes, bulk copies, products of warpgroups, clusters.
+//
+// Files whose name ends in _hopper are compiled for sm_90a alone and may use this beside device.h. Compiled with
+// DFKD_HOST each instruction has a body in host/hopper.cpp, where what is asynchronous here may happen at once or as
+// late as it can, as the test wants it.
+//
+// Operands of products lie in shared memory in panels: rows of WIDTH (16, 32 or 64) elements, each 16-byte chunk
+// exchanged with another of its 128 bytes (swizzled()), which is also what tile copies through a TensorMap of the same
+// width write. A panel begins at a multiple of 16 * WIDTH bytes: 1024, 512 or 256.
+#pragma once
+
+#include <type_traits>
+
+#include "device.h"
+
+#ifdef DFKD_HOST
+#include "host/hopper.h"
+#define __grid_constant__
+#else
+#include <cuda.h>
+#endif
+
+namespace dfkd::hopper {
+
+constexpr int kWarpgroup = 128;  // threads: four warps, the first of a number divisible by four
+
+// ---- panels ---------------------------------------------------------------------------------------------------------
+
+// The element of a panel where a chunk of 8 elements begins.
+template <int WIDTH>
+__host__ __device__ __forceinline__ constexpr int swizzled(int row, int chunk) {
+  static_assert(WIDTH == 16 || WIDTH == 32 || WIDTH == 64);
+  const int number = row * (WIDTH / 8) + chunk;
+  return (number ^ (number / 8 % (WIDTH / 8))) * 8;
+}
+
+// What a product is told of an operand. rows_of: the panel's rows are those of a, or the columns of b; their WIDTH
+// elements are WIDTH / 16 steps, 32 bytes apart. columns_of: its rows are the columns of a, or the rows of b; 16 of
+// them are a step, and where M or N is more than WIDTH, further panels follow at a distance of so many bytes.
+template <int WIDTH>
+__device__ __forceinline__ uint64_t describe(const void* panel, int leading) {
+  constexpr uint64_t kMode = WIDTH == 64 ? 1 : WIDTH == 32 ? 2 : 3, kEightRows = 16 * WIDTH;
+#ifdef DFKD_HOST
+  const uint64_t place = static_cast<uint64_t>(static_cast<const unsigned char*>(panel) - shared_memory());
+#else
+  const uint64_t place = __cvta_generic_to_shared(panel);
+#endif
+  return (kMode << 62) | ((kEightRows / 16) << 32) | (static_cast<uint64_t>(leading / 16) << 16) |
+         ((place & 0x3ffff) / 16);
+}
+template <int WIDTH>
+__device__ __forceinline__ uint64_t rows_of(const void* panel) {
+  return describe<WIDTH>(panel, 16);
+}
+template <int WIDTH>
+__device__ __forceinline__ uint64_t columns_of(const void* panel, int panel_bytes) {
+  return describe<WIDTH>(panel, panel_bytes);
+}
+// The same so many bytes further.
+__device__ __forceinline__ uint64_t further(uint64_t operand, int bytes) {
+  return operand + static_cast<uint64_t>(bytes / 16);
+}
+
+// ---- maps of tensors for tile copies --------------------------------------------------------------------------------
+
+// A tensor of 16-bit elements in memory and the tile that one copy brings, at most three dimensions each, the innermost
+// first. A kernel takes it as `const __grid_constant__ TensorMap`. What a tile has outside of the tensor is zeros, and
+// is not written.
+struct TensorMap {
+#ifdef DFKD_HOST
+  host::TensorMap map;
+#else
+  CUtensorMap map;
+#endif
+};
+
+struct Shape {
+  int64_t x, y, z;
+};
+
+// sizes and tile in elements; strides (y and z) in elements, multiples of 8; base aligned to 16 bytes. The tile's width
+// is that of a panel, or with WIDTH = 0 any multiple of 8, and its rows then lie without exchanged chunks. Returns a
+// cudaError_t.
+template <int WIDTH>
+int make_tensor_map(TensorMap* to, const void* base, Shape sizes, int64_t stride_y, int64_t stride_z, Shape tile) {
+#ifdef DFKD_HOST
+  const int64_t all[3] = {sizes.x, sizes.y, sizes.z}, tiles[3] = {tile.x, tile.y, tile.z};
+  return host::make_tensor_map(&to->map, base, all, stride_y, stride_z, tiles, WIDTH) ? 0 : DFKD_INVALID;
+#else
+  static_assert(WIDTH == 0 || WIDTH == 16 || WIDTH == 32 || WIDTH == 64);
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status;
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+  if (error != cudaSuccess) return error;
+  if (status != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  const cuuint64_t all[3] = {static_cast<cuuint64_t>(sizes.x), static_cast<cuuint64_t>(sizes.y),
+                             static_cast<cuuint64_t>(sizes.z)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(2 * stride_y), static_cast<cuuint64_t>(2 * stride_z)};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(tile.x), static_cast<cuuint32_t>(tile.y),
+                             static_cast<cuuint32_t>(tile.z)};
+  const cuuint32_t every[3] = {1, 1, 1};
+  const CUtensorMapSwizzle mode = WIDTH == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                                  : WIDTH == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                  : WIDTH == 16 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                                : CU_TENSOR_MAP_SWIZZLE_NONE;
+  // Of 16-bit elements only the size matters: nothing here computes with them.
+  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
+      &to->map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(base), all, strides, box, every,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, mode, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? 0 : DFKD_INVALID;
+#endif
+}
+
+// ---- barriers in shared memory --------------------------------------------------------------------------------------
+
+// Counts arrivals, and bytes that copies bring. A phase ends when as many have arrived as it was made for and all bytes
+// that were announced are there; then the next one begins. Phases are told apart by parity, the first being 0.
+struct alignas(8) Barrier {
+  uint64_t state;
+};
+
+#ifdef DFKD_HOST
+
+inline void init(Barrier* barrier, int arrivals) { host::barrier_init(&barrier->state, arrivals); }
+inline void show_barriers() {}
+inline void arrive(Barrier* barrier) { host::barrier_arrive(&barrier->state, 0); }
+inline void arrive_and_expect(Barrier* barrier, int bytes) { host::barrier_arrive(&barrier->state, bytes); }
+inline void arrive_at(Barrier* barrier, int rank) {
+  host::barrier_arrive(static_cast<uint64_t*>(host::at_rank(&barrier->state, rank)), 0);
+}
+inline void wait(Barrier* barrier, int parity) { host::barrier_wait(&barrier->state, parity); }
+inline void wait_cluster(Barrier* barrier, int parity) { host::barrier_wait(&barrier->state, parity); }
+inline void fence_async() {}
+
+#else
+
+__device__ __forceinline__ uint32_t place_of(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+// By one thread; then show_barriers() by it, and a barrier of the block, or of the cluster where others use it.
+__device__ __forceinline__ void init(Barrier* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(place_of(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void arrive(Barrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(place_of(barrier)) : "memory");
+}
+// One arrival, and the bytes that copies of this phase will bring beside those announced already.
+__device__ __forceinline__ void arrive_and_expect(Barrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(place_of(barrier)), "r"(bytes)
+               : "memory");
+}
+// At the barrier in the same place of another block of the cluster, or of this one.
+__device__ __forceinline__ void arrive_at(Barrier* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(place_of(barrier)),
+      "r"(rank)
+      : "memory");
+}
+// Until the phase of this parity has ended.
+__device__ __forceinline__ void wait(Barrier* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(place_of(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// The same where other blocks arrive with what they wrote.
+__device__ __forceinline__ void wait_cluster(Barrier* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(place_of(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// By each thread that wrote shared memory which products or bulk copies read next, before the barrier between.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+#endif
+
+// ---- bulk copies ----------------------------------------------------------------------------------------------------
+// Each by one thread. Places in shared memory are aligned to 128 bytes for tiles, else 16, as are memory and sizes.
+// `full` gets the bytes of a tile as the map has it, also where some of it is outside of the tensor.
+
+#ifdef DFKD_HOST
+
+inline void copy_bulk(void* shared, const void* global, int bytes, Barrier* full) {
+  host::copy_bulk(shared, global, bytes, &full->state);
+}
+inline void copy_to_rank(void* there, const void* here, int bytes, Barrier* full, int rank) {
+  host::copy_bulk(host::at_rank(there, rank), here, bytes, static_cast<uint64_t*>(host::at_rank(&full->state, rank)));
+}
+inline void load_tile(void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
+  host::load_tile(shared, map.map, x, y, z, &full->state);
+}
+inline void load_tile_for(unsigned ranks, void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
+  for (int rank = 0; rank < 16; ++rank) {
+    if (ranks >> rank & 1u) {
+      host::load_tile(host::at_rank(shared, rank), map.map, x, y, z,
+                      static_cast<uint64_t*>(host::at_rank(&full->state, rank)));
+    }
+  }
+}
+inline void store_tile(const TensorMap& map, const void* shared, int x, int y, int z) {
+  host::store_tile(map.map, shared, x, y, z);
+}
+inline void store_bulk(void* global, const void* shared, int bytes) { host::store_bulk(global, shared, bytes); }
+inline void commit_stores() { host::commit_stores(); }
+template <int NEWEST_LEFT>
+void wait_stores_read() {
+  host::wait_stores(NEWEST_LEFT);
+}
+template <int NEWEST_LEFT>
+void wait_stores() {
+  host::wait_stores(NEWEST_LEFT);
+}
+inline void prefetch(const TensorMap&) {}
+
+#else
+
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, Barrier* full) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(place_of(shared)),
+      "l"(global), "r"(bytes), "r"(place_of(full))
+      : "memory");
+}
+// From this block's shared memory to the same or another place of another's, whose barrier in the place of `full`
+// counts.
+__device__ __forceinline__ void copy_to_rank(void* there, const void* here, int bytes, Barrier* full, int rank) {
+  asm volatile(
+      "{\n.reg .b32 to, counts;\n"
+      "mapa.shared::cluster.u32 to, %0, %4;\n"
+      "mapa.shared::cluster.u32 counts, %3, %4;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [%1], %2, [counts];\n}" ::"r"(
+          place_of(there)),
+      "r"(place_of(here)), "r"(bytes), "r"(place_of(full)), "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ void load_tile(void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(place_of(shared)),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(place_of(full))
+      : "memory");
+}
+// To the same place of each block of the cluster whose bit is set, and counted by each one's barrier.
+__device__ __forceinline__ void load_tile_for(unsigned ranks, void* shared, const TensorMap& map, int x, int y, int z,
+                                              Barrier* full) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(place_of(shared)),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(place_of(full)), "h"(static_cast<uint16_t>(ranks))
+      : "memory");
+}
+__device__ __forceinline__ void store_tile(const TensorMap& map, const void* shared, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+               "r"(place_of(shared)), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+__device__ __forceinline__ void store_bulk(void* global, const void* shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(place_of(shared)),
+               "r"(bytes)
+               : "memory");
+}
+// Of the calling thread: a group of stores ends here; wait until all but the newest groups have been read from shared
+// memory, or are in memory. A thread waits for its own before it ends.
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int NEWEST_LEFT>
+__device__ __forceinline__ void wait_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(NEWEST_LEFT) : "memory");
+}
+template <int NEWEST_LEFT>
+__device__ __forceinline__ void wait_stores() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(NEWEST_LEFT) : "memory");
+}
+__device__ __forceinline__ void prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+#endif
+
+// ---- warps with roles -----------------------------------------------------------------------------------------------
+
+// Barriers 1 to 15 of some of a block's warps: `threads` of them, 32 a warp, wait or arrive.
+#ifdef DFKD_HOST
+inline void sync_some(int barrier, int threads) { host::sync_some(barrier, threads, true); }
+inline void arrive_some(int barrier, int threads) { host::sync_some(barrier, threads, false); }
+template <int REGISTERS>
+void take_registers() {}
+template <int REGISTERS>
+void give_registers() {}
+#else
+__device__ __forceinline__ void sync_some(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void arrive_some(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// By all of a warpgroup: have so many registers a thread, more or fewer than the launch gave.
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+#endif
+
+// ---- clusters -------------------------------------------------------------------------------------------------------
+// Neighbouring blocks along x that run at the same time and see each other's shared memory.
+
+#ifdef DFKD_HOST
+inline int cluster_rank() { return host::cluster_rank(); }
+inline int cluster_size() { return host::cluster_size(); }
+inline void cluster_arrive() { host::cluster_arrive(); }
+inline void cluster_wait() { host::cluster_wait(); }
+template <typename T>
+T* at_rank(T* mine, int rank) {
+  return static_cast<T*>(host::at_rank(mine, rank));
+}
+inline void arrive_global(unsigned* counter) { host::arrive_global(counter); }
+inline void wait_global(const unsigned* counter, unsigned arrivals) { host::wait_global(counter, arrivals); }
+#else
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+__device__ __forceinline__ int cluster_size() {
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+}
+// By every thread of the cluster. A block must not end while others use its shared memory.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// The same place in another block's shared memory, to be read and written as any.
+template <typename T>
+__device__ __forceinline__ T* at_rank(T* mine, int rank) {
+  uint64_t there;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(rank));
+  return reinterpret_cast<T*>(there);
+}
+// Between blocks of a cooperative launch, through a counter in memory that begins at 0: one thread of a block after a
+// barrier of its block; and until so many have arrived, before one.
+__device__ __forceinline__ void arrive_global(unsigned* counter) {
+  asm volatile("fence.acq_rel.gpu;\nred.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ void wait_global(const unsigned* counter, unsigned arrivals) {
+  unsigned found;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+  } while (found < arrivals);
+}
+#endif
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// ---- products of a warpgroup ----------------------------------------------------------------------------------------
+
+// d = a b, or d += a b, for a (64 x 16), b (16 x N) and d (64 x N) float32, by all 128 threads. Thread 32 w + l holds of
+// d in d[n] what mma_16x8x16 has for rows 16 w to + 15 and columns 8 n to + 7, and so it does with a in registers. It
+// goes on asynchronously: between fence_products() and wait_products() nothing touches d, a in registers or what is in
+// shared memory; hold() keeps the compiler from doing so.
+template <typename T, int N, bool COLUMNS_A = false, bool COLUMNS_B = false>
+__device__ __forceinline__ void multiply(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add);
+template <typename T, int N, bool COLUMNS_B = false>
+__device__ __forceinline__ void multiply(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add);
+
+#ifdef DFKD_HOST
+
+template <typename T, int N, bool COLUMNS_A, bool COLUMNS_B>
+void multiply(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
+  host::multiply({&d[0][0], nullptr, a, b, N, std::is_same_v<T, bfloat16>, COLUMNS_A, COLUMNS_B, add});
+}
+template <typename T, int N, bool COLUMNS_B>
+void multiply(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  host::multiply({&d[0][0], a, 0, b, N, std::is_same_v<T, bfloat16>, false, COLUMNS_B, add});
+}
+inline void fence_products() {}
+inline void commit_products() { host::commit_products(); }
+template <int NEWEST_LEFT>
+void wait_products() {
+  host::wait_products(NEWEST_LEFT);
+}
+template <int N>
+void hold(float (&)[N][4]) {}
+template <int N>
+void hold(uint32_t (&)[N][4]) {}
+
+#else
+
+// Before the first product, and where registers that products use have been written since.
+__device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until all but the newest groups are done.
+template <int NEWEST_LEFT>
+__device__ __forceinline__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NEWEST_LEFT) : "memory");
+}
+template <int N>
+__device__ __forceinline__ void hold(float (&d)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * N; ++i) asm volatile("" : "+f"(d[i / 4][i % 4])::"memory");
+}
+template <int N>
+__device__ __forceinline__ void hold(uint32_t (&a)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * N; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
+// Lists of registers, by tens: "%0, %1, ...", the tens' digit being t.
+#define DFKD_TEN(t) \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
+#define DFKD_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define DFKD_16 DFKD_TEN() ", %10, %11, %12, %13, %14, %15"
+#define DFKD_24 DFKD_TEN() ", " DFKD_TEN(1) ", %20, %21, %22, %23"
+#define DFKD_32 DFKD_TEN() ", " DFKD_TEN(1) ", " DFKD_TEN(2) ", %30, %31"
+#define DFKD_40 DFKD_TEN() ", " DFKD_TEN(1) ", " DFKD_TEN(2) ", " DFKD_TEN(3)
+#define DFKD_48 DFKD_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define DFKD_64 DFKD_40 ", " DFKD_TEN(4) ", " DFKD_TEN(5) ", %60, %61, %62, %63"
+#define DFKD_80 DFKD_40 ", " DFKD_TEN(4) ", " DFKD_TEN(5) ", " DFKD_TEN(6) ", " DFKD_TEN(7)
+#define DFKD_96 DFKD_80 ", " DFKD_TEN(8) ", %90, %91, %92, %93, %94, %95"
+#define DFKD_128 \
+  DFKD_80 ", " DFKD_TEN(8) ", " DFKD_TEN(9) ", " DFKD_TEN(10) ", " DFKD_TEN(11) \
+  ", %120, %121, %122, %123, %124, %125, %126, %127"
+
+#define DFKD_D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define DFKD_D8(i) DFKD_D4(i), DFKD_D4(i + 1)
+#define DFKD_D16(i) DFKD_D8(i), DFKD_D8(i + 2)
+#define DFKD_D24(i) DFKD_D16(i), DFKD_D8(i + 4)
+#define DFKD_D32(i) DFKD_D16(i), DFKD_D16(i + 4)
+#define DFKD_D48(i) DFKD_D32(i), DFKD_D16(i + 8)
+#define DFKD_D64(i) DFKD_D32(i), DFKD_D32(i + 8)
+#define DFKD_D96(i) DFKD_D64(i), DFKD_D32(i + 16)
+#define DFKD_D128(i) DFKD_D64(i), DFKD_D64(i + 16)
+
+// With R registers of d, further operands are numbers R to R + 6.
+#define DFKD_SHARED(TYPE, N, R, A, B, P, TA, TB)                                                                     \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P ", 0;\n"                                                  \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" DFKD_##R "}, %" #A ", %" #B      \
+               ", add, 1, 1, %" #TA ", %" #TB ";\n}"                                                                 \
+               : DFKD_D##R(0)                                                                                        \
+               : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(COLUMNS_A ? 1 : 0), "n"(COLUMNS_B ? 1 : 0))
+#define DFKD_REGISTERS(TYPE, N, R, A0, A1, A2, A3, B, P, TB)                                                         \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P ", 0;\n"                                                  \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" DFKD_##R "}, {%" #A0 ", %" #A1   \
+               ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, %" #TB ";\n}"                                             \
+               : DFKD_D##R(0)                                                                                        \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),                     \
+                 "n"(COLUMNS_B ? 1 : 0))
+#define DFKD_CASE(KIND, N, ...)                       \
+  if constexpr (std::is_same_v<T, bfloat16>) {        \
+    KIND("bf16", N, __VA_ARGS__);                     \
+  } else {                                            \
+    KIND("f16", N, __VA_ARGS__);                      \
+  }
+
+template <typename T, int N, bool COLUMNS_A, bool COLUMNS_B>
+__device__ __forceinline__ void multiply(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
+  static_assert(sizeof(T) == 2);
+  if constexpr (N == 16) {
+    DFKD_CASE(DFKD_SHARED, 16, 8, 8, 9, 10, 11, 12)
+  } else if constexpr (N == 32) {
+    DFKD_CASE(DFKD_SHARED, 32, 16, 16, 17, 18, 19, 20)
+  } else if constexpr (N == 48) {
+    DFKD_CASE(DFKD_SHARED, 48, 24, 24, 25, 26, 27, 28)
+  } else if constexpr (N == 64) {
+    DFKD_CASE(DFKD_SHARED, 64, 32, 32, 33, 34, 35, 36)
+  } else if constexpr (N == 96) {
+    DFKD_CASE(DFKD_SHARED, 96, 48, 48, 49, 50, 51, 52)
+  } else if constexpr (N == 128) {
+    DFKD_CASE(DFKD_SHARED, 128, 64, 64, 65, 66, 67, 68)
+  } else if constexpr (N == 192) {
+    DFKD_CASE(DFKD_SHARED, 192, 96, 96, 97, 98, 99, 100)
+  } else {
+    static_assert(N == 256);
+    DFKD_CASE(DFKD_SHARED, 256, 128, 128, 129, 130, 131, 132)
+  }
+}
+
+template <typename T, int N, bool COLUMNS_B>
+__device__ __forceinline__ void multiply(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  static_assert(sizeof(T) == 2);
+  if constexpr (N == 16) {
+    DFKD_CASE(DFKD_REGISTERS, 16, 8, 8, 9, 10, 11, 12, 13, 14)
+  } else if constexpr (N == 32) {
+    DFKD_CASE(DFKD_REGISTERS, 32, 16, 16, 17, 18, 19, 20, 21, 22)
+  } else if constexpr (N == 48) {
+    DFKD_CASE(DFKD_REGISTERS, 48, 24, 24, 25, 26, 27, 28, 29, 30)
+  } else if constexpr (N == 64) {
+    DFKD_CASE(DFKD_REGISTERS, 64, 32, 32, 33, 34, 35, 36, 37, 38)
+  } else if constexpr (N == 96) {
+    DFKD_CASE(DFKD_REGISTERS, 96, 48, 48, 49, 50, 51, 52, 53, 54)
+  } else if constexpr (N == 128) {
+    DFKD_CASE(DFKD_REGISTERS, 128, 64, 64, 65, 66, 67, 68, 69, 70)
+  } else if constexpr (N == 192) {
+    DFKD_CASE(DFKD_REGISTERS, 192, 96, 96, 97, 98, 99, 100, 101, 102)
+  } else {
+    static_assert(N == 256);
+    DFKD_CASE(DFKD_REGISTERS, 256, 128, 128, 129, 130, 131, 132, 133, 134)
+  }
+}
+
+#endif
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+// As launch() of device.h, in clusters of so many blocks along x; or, where cooperative, all blocks at the same time.
+template <typename... Parameters, typename... Arguments>
+int launch_together(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, int cluster,
+                    bool cooperative, void* stream, Arguments... arguments) {
+#ifdef DFKD_HOST
+  (void)stream;
+  host::run(blocks, threads, shared, [=] { kernel(static_cast<Parameters>(arguments)...); }, cluster, cooperative);
+  return 0;
+#else
+  const dfkd_launch noted{reinterpret_cast<const void*>(kernel),
+                          {blocks.x, blocks.y, blocks.z},
+                          {threads.x, threads.y, threads.z},
+                          static_cast<int64_t>(shared),
+                          cluster,
+                          cooperative};
+  if (dfkd_note(&noted)) return 0;
+  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error == cudaSuccess && cluster > 8) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed,
+                                 1);
+  }
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeCooperative;
+  attributes[1].val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = cooperative ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+#endif
+}
+
+}  // namespace dfkd::hopper
