@@ -8,10 +8,15 @@ same run. A provider that runs out of memory has a row that says so (``status``)
 
 Rows stand for the sources that they were measured with (``sources``): a change of one op's kernel outdates that op's
 rows of ``triton``, and no others.
+
+The stage measures in a child process (guard.py): a kernel that never ends, or takes the device from its process, is a
+row that says so and not the end of the others.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
 import gc
 import hashlib
@@ -28,8 +33,9 @@ import torch
 from dfkd_fast.benchmarks.cases import Benchmark, Case, Make
 from dfkd_fast.benchmarks.common import Clock, Key, Results, stage_arguments
 from dfkd_fast.benchmarks.compile_kernels import benchmarks, digest
+from dfkd_fast.benchmarks.guard import Journal, supervise
 from dfkd_fast.benchmarks.measure import CACHES, PASSES, Ceilings, Measurement, Trial, ceilings, tensors
-from dfkd_fast.report import environment
+from dfkd_fast.report import environment, read_results
 
 __all__ = ["KEY", "Absent", "Subject", "main", "measure", "open_results", "row_of", "sources", "subjects", "version"]
 
@@ -37,9 +43,11 @@ VERSION = "1"  # of how things are timed
 
 KEY = ("op", "case", "dtype", "backend", "pass", "l2")
 
-_ORDER = ("triton", "cuda", "compile", "reference", "peer", "compile_max_autotune")  # what decides most comes first
-_OURS = ("reference", "triton", "cuda")  # where these fail, something is to be mended
+_ORDER = ("triton", "hopper", "cuda", "compile", "reference", "peer", "compile_max_autotune")  # what decides most comes first
+_OURS = ("reference", "triton", "cuda", "hopper")  # where these fail, something is to be mended
 _MODES = {"compile": None, "compile_max_autotune": "max-autotune-no-cudagraphs"}
+
+_LIMIT_S, _COMPILE_LIMIT_S = 60.0, 180.0  # after which a subject is taken for lost
 
 _CPU_BYTES, _CPU_FLOPS = 64e6, 5e9  # on a CPU, cases that need more are left out
 
@@ -271,6 +279,7 @@ def measure(
     tell: Callable[[dict[str, Any]], None] = lambda row: None,
     complain: Callable[[str], None] = print,
     trial: Callable[..., Any] = Trial,
+    journal: Journal | None = None,
 ) -> bool:
     """Measure what has no row yet, as far as time allows.
 
@@ -284,6 +293,7 @@ def measure(
         tell: given each row.
         complain: given each failure, in words.
         trial: makes a trial.
+        journal: told what is under way.
 
     Returns:
         Whether all that should work did: a failure of torch.compile or of a public kernel is a row with that status,
@@ -298,45 +308,75 @@ def measure(
         if clock is not None and not clock.fits():
             break
         start = time.perf_counter()
-        torch.compiler.reset()
-        made, out_of_memory = None, False
-        # Timing backward on its own keeps the graph, which torch.compile allows only without this.
-        with torch._functorch.config.patch(donated_buffer=False):
-            for key in keys:
-                measured, status, complaint = None, "ok", ""
-                try:
-                    if made is None and not out_of_memory:
-                        made = trial(subject.case, subject.dtype, device, subject.function)
-                    if made is None:
-                        status = "out of memory"
-                    elif key[KEY.index("pass")] not in made.passes:
-                        status = "no gradient"
-                    else:
-                        measured = made.measure(*key[KEY.index("pass") :])
-                except torch.OutOfMemoryError:
-                    status, out_of_memory = "out of memory", made is None
-                except Exception as error:  # one that fails must not hide the others
-                    first = (str(error).strip().splitlines() or [""])[0]
-                    status = complaint = f"{type(error).__name__}: {first}"[:300]
-                if measured is None and device.type == "cuda":
-                    gc.collect()
-                    torch.cuda.synchronize(device)  # where it fails, the device is lost to this process
-                    torch.cuda.empty_cache()
-                if complaint:
-                    complain(f"{' '.join(key)}: {complaint}")
-                    if subject.backend in _OURS:
-                        sound = False
-                        continue
-                row = row_of(subject, key, measured, rates, status)
-                results.add(row)
-                tell(row)
-        del made
-        if device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        limit = _COMPILE_LIMIT_S if subject.backend in _MODES else _LIMIT_S
+        with journal.begun(keys, limit) if journal is not None else contextlib.nullcontext():
+            sound &= _measure_one(subject, keys, results, device, rates, tell, complain, trial)
         if clock is not None:
             clock.took(time.perf_counter() - start)
     return sound
+
+
+def _measure_one(
+    subject: Subject,
+    keys: Sequence[Key],
+    results: Results,
+    device: torch.device,
+    rates: Ceilings,
+    tell: Callable[[dict[str, Any]], None],
+    complain: Callable[[str], None],
+    trial: Callable[..., Any],
+) -> bool:
+    """The rows of one subject; whether it works where it should."""
+    sound = True
+    torch.compiler.reset()
+    made, out_of_memory = None, False
+    # Timing backward on its own keeps the graph, which torch.compile allows only without this.
+    with torch._functorch.config.patch(donated_buffer=False):
+        for key in keys:
+            measured, status, complaint = None, "ok", ""
+            try:
+                if made is None and not out_of_memory:
+                    made = trial(subject.case, subject.dtype, device, subject.function)
+                if made is None:
+                    status = "out of memory"
+                elif key[KEY.index("pass")] not in made.passes:
+                    status = "no gradient"
+                else:
+                    measured = made.measure(*key[KEY.index("pass") :])
+            except torch.OutOfMemoryError:
+                status, out_of_memory = "out of memory", made is None
+            except Exception as error:  # one that fails must not hide the others
+                first = (str(error).strip().splitlines() or [""])[0]
+                status = complaint = f"{type(error).__name__}: {first}"[:300]
+            if measured is None and device.type == "cuda":
+                gc.collect()
+                torch.cuda.synchronize(device)  # where it fails, the device is lost to this process
+                torch.cuda.empty_cache()
+            if complaint:
+                complain(f"{' '.join(key)}: {complaint}")
+                if subject.backend in _OURS:
+                    sound = False
+                    continue
+            row = row_of(subject, key, measured, rates, status)
+            results.add(row)
+            tell(row)
+    del made
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    return sound
+
+
+def _lose(path: Path, found: Sequence[Subject], keys: Sequence[Sequence[str]], why: str) -> None:
+    """Rows for what a child was at when it was lost."""
+    by_key = {key: subject for subject in found for key in subject.keys}
+    known = read_results(path)
+    assert known is not None, "a child opens its results before it measures"
+    rates = Ceilings(**{name: known["device"][name] for name in ("copy_gbps", "matmul_tflops")})
+    results = open_results(path, rates)
+    for key in results.todo(tuple(key) for key in keys):
+        print(f"{' '.join(key)}: lost: {why}", flush=True)
+        results.add(row_of(by_key[key], key, None, rates, f"lost: {why}"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -344,10 +384,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = stage_arguments(__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--ops", nargs="+", default=None, help="these alone")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
 
-    device, clock = torch.device(options.device), Clock(options.seconds)
+    device, clock, journal = torch.device(options.device), Clock(options.seconds), Journal(options.out)
     everything, absent = subjects(list(benchmarks().values()), device)
+    if not options.child:
+        command = [sys.executable, "-u", "-m", "dfkd_fast.benchmarks.ops", *(arguments or sys.argv[1:]), "--child"]
+        return supervise(command, journal, clock, lambda keys, why: _lose(options.out, everything, keys, why))
     for each in absent:
         print(f"{each.backend} is not here: {each.why}", flush=True)
     asked = [subject for subject in everything if options.ops is None or subject.op in options.ops]
@@ -358,9 +402,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = f"{row['median_us']:.4g} us" if row["median_us"] is not None else row["status"]
         print(f"{' '.join(str(row[name]) for name in KEY)}: {said}", flush=True)
 
-    sound = measure(asked, results, device=device, rates=rates, clock=clock, since=options.since, tell=tell)
+    sound = measure(
+        asked, results, device=device, rates=rates, clock=clock, since=options.since, tell=tell, journal=journal
+    )
     results.finish(complete=not results.todo(key for subject in everything for key in subject.keys))
-    return int(not sound)
+    return int(not sound or any(row["status"].startswith("lost") for row in results.rows))
 
 
 if __name__ == "__main__":

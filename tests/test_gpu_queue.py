@@ -494,9 +494,12 @@ class TestCommand:
         tests = tmp_path / "tests"
         tests.mkdir()
         (tests / "test_a.py").write_text(
-            "import pytest\n"
+            "import os, time, pytest\n"
             "@pytest.mark.gpu\ndef test_good(): pass\n"
             "@pytest.mark.gpu\ndef test_bad(): assert 1 == 2\n"
+            "@pytest.mark.gpu\n@pytest.mark.timeout(1)\ndef test_endless(): time.sleep(60)\n"
+            "@pytest.mark.gpu\ndef test_fatal(): os.abort()\n"
+            "@pytest.mark.gpu\ndef test_last(): pass\n"
             "def test_other(): assert False\n"
         )
         (tests / "test_b.py").write_text("import no_such_module\n")
@@ -511,6 +514,9 @@ class TestCommand:
         assert outcomes == {
             "test_a.py::test_good": "passed",
             "test_a.py::test_bad": "failed",
+            "test_a.py::test_endless": "failed",
+            "test_a.py::test_fatal": "failed",
+            "test_a.py::test_last": "passed",
             "test_b.py": "not collected",
         }
         assert content["complete"]
