@@ -1,10 +1,11 @@
 """Every op by every provider, beside its floor: what ``dfkd-fast bench`` and the stage "ops" of ``make gpu`` measure.
 
 Providers, the ``backend`` of a row: ``reference`` is eager PyTorch; ``compile`` and ``compile_max_autotune`` are
-torch.compile (default mode, and max-autotune-no-cudagraphs) of the best PyTorch formulation known; ``triton`` and
-``cuda`` are this project's; ``peer:NAME`` is a public kernel, where its library is installed. The floor of a row is the
-larger of its least bytes over the copy bandwidth and its operations over the bf16 matrix rate, both measured in the
-same run. A provider that runs out of memory has a row that says so (``status``) and no numbers.
+torch.compile (default mode, and max-autotune-no-cudagraphs) of the best PyTorch formulation known; ``triton``, ``cuda``
+and ``hopper`` are this project's; ``peer:NAME`` is a public kernel, where its library is installed. The floor of a row
+is the larger of its least bytes over the copy bandwidth and its operations over the bf16 matrix rate, both measured in
+the same run. A provider that runs out of memory, or does not serve a case, has a row that says so (``status``) and no
+numbers.
 
 Rows stand for the sources that they were measured with (``sources``): a change of one op's kernel outdates that op's
 rows of ``triton``, and no others.
@@ -43,8 +44,10 @@ VERSION = "1"  # of how things are timed
 
 KEY = ("op", "case", "dtype", "backend", "pass", "l2")
 
-_ORDER = ("triton", "hopper", "cuda", "compile", "reference", "peer", "compile_max_autotune")  # what decides most comes first
-_OURS = ("reference", "triton", "cuda", "hopper")  # where these fail, something is to be mended
+# What decides most comes first.
+_ORDER = ("triton", "hopper", "cuda", "compile", "reference", "peer", "compile_max_autotune")
+_EXTENSION = ("cuda", "hopper")
+_OURS = ("reference", "triton", *_EXTENSION)  # where these fail, something is to be mended
 _MODES = {"compile": None, "compile_max_autotune": "max-autotune-no-cudagraphs"}
 
 _LIMIT_S, _COMPILE_LIMIT_S = 60.0, 180.0  # after which a subject is taken for lost
@@ -110,19 +113,24 @@ def sources(op: str, backend: str) -> str:
     from dfkd_fast import ops, reference
 
     paths = [_HERE / f"bench_{op}.py"]
-    if backend in ("triton", "cuda"):
+    if backend in ("triton", *_EXTENSION):
         paths.append(Path(str(ops.__file__)).with_name(f"{op}.py"))
-        paths += _kernel_modules(op) if backend == "triton" else _cuda_sources(op)
+        paths += _kernel_modules(op) if backend == "triton" else _cuda_sources(op, backend)
     elif not backend.startswith("peer:"):
         folder = Path(str(reference.__file__)).parent
         paths += [folder / f"{op}.py", folder / "common.py"]
     return _digest(paths)
 
 
-def _cuda_sources(op: str = "") -> list[Path]:
-    """Files of csrc/ that an op, or any, is made of; none where this is not a checkout."""
+def _cuda_sources(op: str = "", backend: str = "hopper") -> list[Path]:
+    """Files of csrc/ that an op, or any, is made of by a backend; none where this is not a checkout.
+
+    The forms for sm_90a use parts of the plain ones, and not the other way round.
+    """
     csrc = _HERE.parent / "csrc"
-    return sorted({*csrc.glob(f"{op}*.cu"), *csrc.glob(f"{op}*.h"), *csrc.glob("device.h"), *csrc.glob("ops.cpp")})
+    shared = (csrc / name for name in ("device.h", "hopper.h", "ops.cpp"))
+    found = {*csrc.glob(f"{op}*.cu"), *csrc.glob(f"{op}*.h"), *shared}
+    return sorted(path for path in found if backend == "hopper" or "hopper" not in path.name)
 
 
 def version() -> str:
@@ -147,8 +155,8 @@ def _providers(benchmark: Benchmark, case: Case, absent: dict[str, Absent]) -> d
     for name, mode in _MODES.items():
         found[name] = torch.compile(plain, dynamic=False, mode=mode)
     for name in ops.backends().get(benchmark.op, ()):
-        if name == "cuda" and extension.UNAVAILABLE is not None:
-            absent.setdefault(name, Absent(backend=name, why=extension.UNAVAILABLE))
+        if name in _EXTENSION and (why := extension.unavailable(name)) is not None:
+            absent.setdefault(name, Absent(backend=name, why=why))
         else:
             found[name] = by(name)
     for name, peer in benchmark.peers.items():
@@ -297,7 +305,7 @@ def measure(
 
     Returns:
         Whether all that should work did: a failure of torch.compile or of a public kernel is a row with that status,
-        one of an op's own backends leaves no row.
+        one of an op's own backends leaves no row, unless it says that it does not serve the case.
     """
     by_key = {key: subject for subject in found for key in subject.keys}
     groups: dict[Subject, list[Key]] = {}
@@ -327,24 +335,27 @@ def _measure_one(
     trial: Callable[..., Any],
 ) -> bool:
     """The rows of one subject; whether it works where it should."""
+    from dfkd_fast.ops.backend import Unserved
+
     sound = True
     torch.compiler.reset()
-    made, out_of_memory = None, False
+    made, lost = None, ""
     # Timing backward on its own keeps the graph, which torch.compile allows only without this.
     with torch._functorch.config.patch(donated_buffer=False):
         for key in keys:
             measured, status, complaint = None, "ok", ""
             try:
-                if made is None and not out_of_memory:
+                if made is None and not lost:
                     made = trial(subject.case, subject.dtype, device, subject.function)
                 if made is None:
-                    status = "out of memory"
+                    status = lost
                 elif key[KEY.index("pass")] not in made.passes:
                     status = "no gradient"
                 else:
                     measured = made.measure(*key[KEY.index("pass") :])
-            except torch.OutOfMemoryError:
-                status, out_of_memory = "out of memory", made is None
+            except (torch.OutOfMemoryError, Unserved) as error:
+                status = "not served" if isinstance(error, Unserved) else "out of memory"
+                lost = status if made is None else ""
             except Exception as error:  # one that fails must not hide the others
                 first = (str(error).strip().splitlines() or [""])[0]
                 status = complaint = f"{type(error).__name__}: {first}"[:300]

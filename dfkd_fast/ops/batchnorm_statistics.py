@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
-from dfkd_fast.ops.library import no_second_derivative, operator, unserved
+from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
 from dfkd_fast.reference import batchnorm_statistics as reference
 
 __all__ = ["batchnorm_statistics", "channel_statistics"]
@@ -210,10 +210,8 @@ def _missing_stay_missing(ctx: Any) -> None:
         ctx.set_materialize_grads(False)
 
 
-class _BatchNormStatistics(torch.autograd.Function):
+class _BatchNormStatistics(FusedFunction):
     """The op, and what backward needs of it: x, the vectors and, with a residual, where the activation passes."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -278,10 +276,8 @@ class _BatchNormStatistics(torch.autograd.Function):
         return dx, None, None, dweight, dbias, None, None, dresidual, None
 
 
-class _ChannelStatistics(torch.autograd.Function):
+class _ChannelStatistics(FusedFunction):
     """The op, and what backward needs of it: x and its mean."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
-from dfkd_fast.ops.library import no_second_derivative, operator, unserved
+from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
 from dfkd_fast.reference import distillation_kl as reference
 
 __all__ = ["distillation_kl"]
@@ -61,10 +61,8 @@ _backward = operator(
 )
 
 
-class _DistillationKL(torch.autograd.Function):
+class _DistillationKL(FusedFunction):
     """KL(softmax(a) || softmax(b)), and what backward needs of it."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, temperature: float, reduction: str) -> tuple[Tensor, Tensor]:

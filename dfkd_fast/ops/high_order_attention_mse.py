@@ -15,7 +15,7 @@ from dfkd_fast.ops.high_order_attention import (
     require_arguments,
     unserved_order,
 )
-from dfkd_fast.ops.library import no_second_derivative, operator, unserved
+from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
 from dfkd_fast.reference import high_order_attention_mse as reference
 
 __all__ = ["high_order_attention_mse"]
@@ -64,10 +64,8 @@ _backward = operator(
 )
 
 
-class _HighOrderAttentionMSE(torch.autograd.Function):
+class _HighOrderAttentionMSE(FusedFunction):
     """The error; backward computes the maps anew from x."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, proj_weight: Tensor, out_weight: Tensor, target: Tensor, mode: str) -> Tensor:

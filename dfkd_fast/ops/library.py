@@ -7,6 +7,7 @@ An operator is functional: it allocates its results and has a kernel fill them. 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "no_second_derivative", "operator", "recorded", "unserved"]
+__all__ = ["INTERPRETED", "FusedFunction", "no_second_derivative", "operator", "recorded", "unserved"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's kernels run in its interpreter, on the CPU; Triton reads the same variable, once, likewise."""
@@ -95,10 +96,19 @@ def operator(schema: str, allocate: Callable[..., Results], launch: Callable[...
     return overload
 
 
-class _Once(torch.autograd.Function):
-    """The identity on gradients; going back through it is an error."""
+class FusedFunction(torch.autograd.Function):
+    """What the fused backends derive their autograd Functions from: for function transforms too, and quick to call."""
 
     generate_vmap_rule = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # torch binds the arguments of every call to forward's signature, and would work that out each time.
+        vars(cls)["forward"].__func__.__signature__ = inspect.signature(cls.forward)
+
+
+class _Once(FusedFunction):
+    """The identity on gradients; going back through it is an error."""
 
     @staticmethod
     def forward(op: str, gradient: Tensor, *origins: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_tensor
-from dfkd_fast.ops.library import no_second_derivative, operator, unserved
+from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
 from dfkd_fast.reference import max_pool2x2 as reference
 
 __all__ = ["max_pool2x2", "max_unpool2x2"]
@@ -73,10 +73,8 @@ _gather = operator(
 )
 
 
-class _MaxPool(torch.autograd.Function):
+class _MaxPool(FusedFunction):
     """Pooling; its gradient needs the code alone."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
@@ -97,10 +95,8 @@ class _MaxPool(torch.autograd.Function):
         return *no_second_derivative("max_pool2x2", (dx,), upstream), None
 
 
-class _MaxUnpool(torch.autograd.Function):
+class _MaxUnpool(FusedFunction):
     """Unpooling; its gradient needs the code alone."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(y: Tensor, code: Tensor, height: int, width: int) -> Tensor:
