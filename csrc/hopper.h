@@ -78,6 +78,19 @@ struct Shape {
   int64_t x, y, z;
 };
 
+#ifndef DFKD_HOST
+// The driver's function, which nothing is linked to; null where there is none.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  static const auto found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  return found;
+}
+#endif
+
 // sizes and tile in elements; strides (y and z) in elements, multiples of 8; base aligned to 16 bytes. The tile's width
 // is that of a panel, or with WIDTH = 0 any multiple of 8, and its rows then lie without exchanged chunks. Returns a
 // cudaError_t.
@@ -88,12 +101,9 @@ int make_tensor_map(TensorMap* to, const void* base, Shape sizes, int64_t stride
   return host::make_tensor_map(&to->map, base, all, stride_y, stride_z, tiles, WIDTH) ? 0 : DFKD_INVALID;
 #else
   static_assert(WIDTH == 0 || WIDTH == 16 || WIDTH == 32 || WIDTH == 64);
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult status;
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
-  if (error != cudaSuccess) return error;
-  if (status != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  if (dfkd_recorded() >= 0) return 0;  // nothing will be launched, and there may be no driver
+  const auto encode = tensor_map_encoder();
+  if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t all[3] = {static_cast<cuuint64_t>(sizes.x), static_cast<cuuint64_t>(sizes.y),
                              static_cast<cuuint64_t>(sizes.z)};
   const cuuint64_t strides[2] = {static_cast<cuuint64_t>(2 * stride_y), static_cast<cuuint64_t>(2 * stride_z)};
@@ -105,7 +115,7 @@ int make_tensor_map(TensorMap* to, const void* base, Shape sizes, int64_t stride
                                   : WIDTH == 16 ? CU_TENSOR_MAP_SWIZZLE_32B
                                                 : CU_TENSOR_MAP_SWIZZLE_NONE;
   // Of 16-bit elements only the size matters: nothing here computes with them.
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
+  const CUresult result = encode(
       &to->map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(base), all, strides, box, every,
       CU_TENSOR_MAP_INTERLEAVE_NONE, mode, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? 0 : DFKD_INVALID;
@@ -129,9 +139,10 @@ inline void arrive_and_expect(Barrier* barrier, int bytes) { host::barrier_arriv
 inline void arrive_at(Barrier* barrier, int rank) {
   host::barrier_arrive(static_cast<uint64_t*>(host::at_rank(&barrier->state, rank)), 0);
 }
+inline void arrive_lightly(Barrier* barrier, int rank) { arrive_at(barrier, rank); }
 inline void wait(Barrier* barrier, int parity) { host::barrier_wait(&barrier->state, parity); }
 inline void wait_cluster(Barrier* barrier, int parity) { host::barrier_wait(&barrier->state, parity); }
-inline void fence_async() {}
+inline void fence_async() { host::fence_asynchronous(); }
 
 #else
 
@@ -160,6 +171,16 @@ __device__ __forceinline__ void arrive_at(Barrier* barrier, int rank) {
       "r"(rank)
       : "memory");
 }
+// The same where nothing is to be read there: it tells that something here has been read. Without the wait for what
+// the thread stored.
+__device__ __forceinline__ void arrive_lightly(Barrier* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(place_of(barrier)),
+      "r"(rank)
+      : "memory");
+}
 // Until the phase of this parity has ended.
 __device__ __forceinline__ void wait(Barrier* barrier, int parity) {
   asm volatile(
@@ -181,12 +202,12 @@ __device__ __forceinline__ void wait_cluster(Barrier* barrier, int parity) {
       : "memory");
 }
 // By each thread that wrote shared memory which products or bulk copies read next, before the barrier between.
-__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 #endif
 
 // ---- bulk copies ----------------------------------------------------------------------------------------------------
-// Each by one thread. Places in shared memory are aligned to 128 bytes for tiles, else 16, as are memory and sizes.
+// Each by one thread, but store_to_rank(). Places in shared memory are aligned to 128 bytes for tiles, else 16, as are memory and sizes.
 // `full` gets the bytes of a tile as the map has it, also where some of it is outside of the tensor.
 
 #ifdef DFKD_HOST
@@ -196,6 +217,9 @@ inline void copy_bulk(void* shared, const void* global, int bytes, Barrier* full
 }
 inline void copy_to_rank(void* there, const void* here, int bytes, Barrier* full, int rank) {
   host::copy_bulk(host::at_rank(there, rank), here, bytes, static_cast<uint64_t*>(host::at_rank(&full->state, rank)));
+}
+inline void store_to_rank(void* there, const uint32_t (&values)[4], Barrier* full, int rank) {
+  host::store_later(host::at_rank(there, rank), values, static_cast<uint64_t*>(host::at_rank(&full->state, rank)));
 }
 inline void load_tile(void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
   host::load_tile(shared, map.map, x, y, z, &full->state);
@@ -241,6 +265,17 @@ __device__ __forceinline__ void copy_to_rank(void* there, const void* here, int 
       "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [%1], %2, [counts];\n}" ::"r"(
           place_of(there)),
       "r"(place_of(here)), "r"(bytes), "r"(place_of(full)), "r"(rank)
+      : "memory");
+}
+// By any thread: 16 bytes to the same place of another block, whose barrier in the place of `full` counts them.
+__device__ __forceinline__ void store_to_rank(void* there, const uint32_t (&values)[4], Barrier* full, int rank) {
+  asm volatile(
+      "{\n.reg .b32 to, counts;\n"
+      "mapa.shared::cluster.u32 to, %0, %6;\n"
+      "mapa.shared::cluster.u32 counts, %5, %6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%1, %2, %3, %4}, [counts];\n}" ::"r"(
+          place_of(there)),
+      "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(place_of(full)), "r"(rank)
       : "memory");
 }
 __device__ __forceinline__ void load_tile(void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {

@@ -40,6 +40,24 @@ int dfkd_contrastive_loss_backward(const float* upstream, int64_t upstream_row, 
                                    int64_t d_anchors_column, int64_t d_positives_row, int64_t d_positives_column,
                                    void* scratch, void* stream);
 
+/* The same for sm_90a. DFKD_INVALID for what this form does not serve: it takes float16 and bfloat16, normalize other
+ * than 0, log2(e) / temperature <= 48 (temperatures from 0.0300562 on), 1 <= dim <= 128 and 128 < count <= 2^23; any
+ * strides, alignment and reduction, symmetric or not. scratch is 0 for sizes that are not served. */
+int64_t dfkd_contrastive_loss_hopper_scratch(int64_t count, int64_t dim, int symmetric);
+int dfkd_contrastive_loss_hopper(const void* anchors, const void* positives, int64_t count, int64_t dim,
+                                 int64_t anchors_row, int64_t anchors_column, int64_t positives_row,
+                                 int64_t positives_column, int dtype, float temperature, int symmetric, int normalize,
+                                 int reduction, float* out, float* saved, void* scratch, void* stream);
+int64_t dfkd_contrastive_loss_hopper_backward_scratch(int64_t count, int64_t dim, int symmetric, int want_anchors,
+                                                      int want_positives);
+int dfkd_contrastive_loss_hopper_backward(const float* upstream, int64_t upstream_row, const void* anchors,
+                                          const void* positives, const float* saved, int64_t count, int64_t dim,
+                                          int64_t anchors_row, int64_t anchors_column, int64_t positives_row,
+                                          int64_t positives_column, int dtype, float temperature, int symmetric,
+                                          int normalize, int reduction, void* d_anchors, void* d_positives,
+                                          int64_t d_anchors_row, int64_t d_anchors_column, int64_t d_positives_row,
+                                          int64_t d_positives_column, void* scratch, void* stream);
+
 /* spatial_attention. features, out, upstream, d_features (samples, positions, channels) and hidden, d_hidden (samples,
  * positions, maps), all without gaps: channels-last maps; dtype is theirs, float16 or bfloat16. weight (channels, maps)
  * and bias (channels) may have another type; no bias is null. form: 0 spatial, 1 spatial_mean1, 2 channel. saved
@@ -59,6 +77,21 @@ int dfkd_spatial_attention_backward(const void* upstream, const void* features, 
                                     int64_t maps, int64_t positions, int dtype, int weight_dtype, int bias_dtype,
                                     float scale, int form, void* d_features, void* d_hidden, void* d_weight,
                                     void* d_bias, void* scratch, void* stream);
+/* The same for sm_90a: forms 0 and 1, channels and maps multiples of 8, up to 256 channels and 64 maps. Backward wants
+ * 132 multiprocessors. */
+int64_t dfkd_spatial_attention_hopper_scratch(int64_t samples, int64_t channels, int64_t maps, int64_t positions,
+                                              int form);
+int dfkd_spatial_attention_hopper(const void* features, const void* hidden, const void* weight, const void* bias,
+                                  int64_t samples, int64_t channels, int64_t maps, int64_t positions, int dtype,
+                                  int weight_dtype, int bias_dtype, float scale, int form, void* out, void* saved,
+                                  void* scratch, void* stream);
+int64_t dfkd_spatial_attention_hopper_backward_scratch(int64_t samples, int64_t channels, int64_t maps,
+                                                       int64_t positions, int form);
+int dfkd_spatial_attention_hopper_backward(const void* upstream, const void* features, const void* hidden,
+                                           const void* weight, const void* bias, const void* saved, int64_t samples,
+                                           int64_t channels, int64_t maps, int64_t positions, int dtype,
+                                           int weight_dtype, int bias_dtype, float scale, int form, void* d_features,
+                                           void* d_hidden, void* d_weight, void* d_bias, void* scratch, void* stream);
 
 /* high_order_attention. x, y, upstream, dx (positions, channels) without gaps: channels-last maps, positions = N H W;
  * proj_weight, dproj (order (order + 1) / 2, hidden, channels), out_weight, dout (order, channels, hidden), contiguous.
@@ -79,6 +112,55 @@ int dfkd_high_order_attention_backward(const void* upstream, const void* x, cons
                                        const void* out_weight, int64_t positions, int64_t channels, int64_t hidden,
                                        int64_t order, int dtype, int mode, int result, int form, void* dx, void* dproj,
                                        void* dout, void* scratch, void* stream);
+/* The backward for sm_90a: the same arguments. It serves float16 and bfloat16, orders up to 3, both modes and results,
+ * channels up to 512 and hidden up to 128 that are multiples of 8, and up to 2^30 positions. form: 0 as the sizes
+ * suggest; 1 everything in one pass, joint with channels <= 128 and hidden <= 32 alone; 2 the chain of products, through
+ * memory; 3 that in taller tiles, joint and bfloat16 alone. */
+int64_t dfkd_high_order_attention_hopper_backward_scratch(int64_t positions, int64_t channels, int64_t hidden,
+                                                          int64_t order, int mode, int want_x, int want_proj,
+                                                          int want_out, int form);
+int dfkd_high_order_attention_hopper_backward(const void* upstream, const void* x, const void* proj_weight,
+                                              const void* out_weight, int64_t positions, int64_t channels,
+                                              int64_t hidden, int64_t order, int dtype, int mode, int result, int form,
+                                              void* dx, void* dproj, void* dout, void* scratch, void* stream);
+
+/* The forms for sm_90a; arguments as above, form 0 alone. They serve float16 and bfloat16, order up to 3, both modes and
+ * results, up to 2^30 positions, channels up to 512 and hidden up to a quarter of the next of 64, 128, 256 and 512, both
+ * multiples of 8. Forward takes no scratch. */
+int64_t dfkd_high_order_attention_hopper_scratch(int64_t positions, int64_t channels, int64_t hidden, int64_t order,
+                                                 int mode, int form);
+int dfkd_high_order_attention_hopper(const void* x, const void* proj_weight, const void* out_weight, int64_t positions,
+                                     int64_t channels, int64_t hidden, int64_t order, int dtype, int mode, int result,
+                                     int form, void* y, void* scratch, void* stream);
+
+/* ---- what would be launched -------------------------------------------------------------------------------------
+ *
+ * While a record is set on the calling thread, every function above writes down what it would launch, and launches
+ * nothing: its pointers need not be valid, but null or aligned as they would be. Neither a device nor a driver is
+ * needed. null ends a record. */
+typedef struct dfkd_launch {
+  const void* kernel; /* as cudaFuncGetAttributes takes it, of the runtime that is linked here */
+  uint32_t grid[3], block[3];
+  int64_t shared;      /* dynamic, bytes */
+  int32_t cluster;     /* blocks along x, 1 for none */
+  int32_t cooperative; /* 0 or 1 */
+} dfkd_launch;
+void dfkd_record(dfkd_launch* to, int64_t capacity);
+/* How many launches since then, which may be more than capacity; -1 without a record. */
+int64_t dfkd_recorded(void);
+/* For a launcher: 0 without a record, else 1, and the launch is in it. */
+int dfkd_note(const dfkd_launch* launch);
+/* The kernel's name as the compiler mangled it; null for what is none of ours. */
+const char* dfkd_kernel_name(const void* kernel);
+/* What a launch takes of the current device; blocks and clusters are those that run at the same time on one
+ * multiprocessor, and on all of them. Returns a cudaError_t. */
+typedef struct dfkd_resources {
+  int32_t registers;
+  int64_t static_shared, local; /* bytes: a block's, a thread's */
+  int32_t blocks_per_multiprocessor, active_clusters;
+  int32_t threads_per_multiprocessor, multiprocessors; /* of the device */
+} dfkd_resources;
+int dfkd_resources_of(const dfkd_launch* launch, dfkd_resources* to);
 
 #ifdef __cplusplus
 }

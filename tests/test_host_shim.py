@@ -151,14 +151,20 @@ def test_tiles_under_way_are_not_there_yet(hopper: HostKernels) -> None:
 def test_blocks_of_a_cluster_reach_each_other(hopper: HostKernels, mode: int, order: int) -> None:
     rows = np.array([[100 * rank + lane for lane in range(32)] for rank in range(4)], dtype=np.int32)
     out = np.zeros((4, 4, 32), dtype=np.int32)
-    hopper("probe_sent", rows, out, 2, 4, mode, 1, order=order)
+    hopper("probe_sent", rows, out, 2, 4, mode, 1, 1, order=order)
     assert (out == rows).all()
+
+
+def test_what_was_stored_without_a_fence_is_not_copied(hopper: HostKernels) -> None:
+    rows, out = np.zeros((2, 32), dtype=np.int32), np.zeros((2, 2, 32), dtype=np.int32)
+    hopper("probe_sent", rows, out, 1, 2, 0, 1, 0)
+    assert (out == -1).all()  # what shared memory begins as
 
 
 def test_a_block_that_has_ended_is_not_written_to(hopper: HostKernels) -> None:
     rows, out = np.zeros((2, 32), dtype=np.int32), np.zeros((2, 2, 32), dtype=np.int32)
     with pytest.raises(HostError, match="block 0 of the cluster has ended, and block 1 uses its shared memory"):
-        hopper("probe_sent", rows, out, 1, 2, 0, 0)
+        hopper("probe_sent", rows, out, 1, 2, 0, 0, 1)
 
 
 @pytest.mark.parametrize("order", [0, 1, 6, 7])

@@ -1,7 +1,8 @@
 // Barriers that count bytes, bulk copies and products of warpgroups in the execution shim; see csrc/hopper.h.
 //
 // Each is done when the shim lets it happen (later(), at_once()): what is under way reads its sources at that time, not
-// when it was asked for, and accumulators of products under way read as NaN.
+// when it was asked for, and accumulators of products under way read as NaN. What ordinary stores left in shared memory
+// it sees after a fence alone.
 #include "hopper.h"
 
 #include <algorithm>
@@ -165,7 +166,8 @@ __attribute__((no_sanitize("address", "undefined"), optimize("O3"))) void multip
   }
 }
 
-void perform(const Operation& operation, const unsigned char* memory) {
+void perform(const Operation& operation, const unsigned char* shared) {
+  const unsigned char* memory = asynchronous_view(shared);
   const Product& first = operation.parts[0];
   const int n = first.n;
   const auto columns = static_cast<size_t>(n);
@@ -225,8 +227,19 @@ void copy_bulk(void* to, const void* from, int bytes, uint64_t* full) {
     fail("a bulk copy that is not aligned to 16 bytes");
   }
   later([=] {
-    std::memcpy(to, from, static_cast<size_t>(bytes));
+    const unsigned char* read = asynchronous_view(from);
+    std::memcpy(asynchronous_view(to), read, static_cast<size_t>(bytes));
+    std::memcpy(to, read, static_cast<size_t>(bytes));
     update(full, 0, -bytes);
+  });
+}
+
+void store_later(void* to, const uint32_t (&values)[4], uint64_t* full) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail("a store of 16 bytes that is not aligned to them");
+  later([=, first = values[0], second = values[1], third = values[2], fourth = values[3]] {
+    const uint32_t all[4] = {first, second, third, fourth};
+    std::memcpy(to, all, sizeof(all));  // ordinary, if late: products see it after a fence
+    update(full, 0, -static_cast<int>(sizeof(all)));
   });
 }
 
@@ -249,11 +262,14 @@ void load_tile(void* shared, const TensorMap& map, int x, int y, int z, uint64_t
   if (reinterpret_cast<uintptr_t>(shared) % 128 != 0) fail("a tile that is not aligned to 128 bytes");
   later([=] {
     unsigned char* to = static_cast<unsigned char*>(shared);
+    unsigned char* view = asynchronous_view(shared);
     const uintptr_t phase = reinterpret_cast<uintptr_t>(to) % 1024;  // chunks are exchanged by their address
     for_chunks(map, x, y, z, [&](size_t place, int64_t element, bool inside) {
       uint16_t bits = 0;
       if (inside) std::memcpy(&bits, map.base + 2 * element, 2);
-      std::memcpy(to + swizzle(place + phase, map.width) - phase, &bits, 2);
+      const size_t offset = swizzle(place + phase, map.width) - phase;
+      std::memcpy(to + offset, &bits, 2);
+      std::memcpy(view + offset, &bits, 2);
     });
     update(full, 0, -static_cast<int>(2 * map.tile[0] * map.tile[1] * map.tile[2]));
   });
@@ -263,8 +279,8 @@ void store_tile(const TensorMap& map, const void* shared, int x, int y, int z) {
   if (reinterpret_cast<uintptr_t>(shared) % 128 != 0) fail("a tile that is not aligned to 128 bytes");
   auto& open = hopper().stores[thread_index()].open;
   open.push_back([=] {
-    const unsigned char* from = static_cast<const unsigned char*>(shared);
-    const uintptr_t phase = reinterpret_cast<uintptr_t>(from) % 1024;
+    const unsigned char* from = asynchronous_view(shared);
+    const uintptr_t phase = reinterpret_cast<uintptr_t>(shared) % 1024;
     for_chunks(map, x, y, z, [&](size_t place, int64_t element, bool inside) {
       if (inside) std::memcpy(map.base + 2 * element, from + swizzle(place + phase, map.width) - phase, 2);
     });
@@ -278,7 +294,7 @@ void store_bulk(void* global, const void* shared, int bytes) {
     fail("a bulk copy that is not aligned to 16 bytes");
   }
   auto& open = hopper().stores[thread_index()].open;
-  open.push_back([=] { std::memcpy(global, shared, static_cast<size_t>(bytes)); });
+  open.push_back([=] { std::memcpy(global, asynchronous_view(shared), static_cast<size_t>(bytes)); });
   if (at_once()) perform_all(open);
 }
 

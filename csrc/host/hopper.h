@@ -19,6 +19,7 @@ void barrier_arrive(uint64_t* barrier, int bytes);
 void barrier_wait(uint64_t* barrier, int parity);
 
 void copy_bulk(void* to, const void* from, int bytes, uint64_t* full);
+void store_later(void* to, const uint32_t (&values)[4], uint64_t* full);
 void load_tile(void* shared, const TensorMap& map, int x, int y, int z, uint64_t* full);
 void store_tile(const TensorMap& map, const void* shared, int x, int y, int z);
 void store_bulk(void* global, const void* shared, int bytes);

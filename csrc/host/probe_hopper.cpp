@@ -96,8 +96,9 @@ __global__ void tile(const __grid_constant__ TensorMap from, const __grid_consta
   }
 }
 
-// Each block of a cluster sends its row to all others, by bulk copies, through pointers, and as tiles for all.
-__global__ void sent(const __grid_constant__ TensorMap rows, int* out, int mode, int stay) {
+// Each block of a cluster sends its row to all others, by bulk copies, through pointers, and as tiles for all; fence: 0
+// does not tell the copies of what was stored.
+__global__ void sent(const __grid_constant__ TensorMap rows, int* out, int mode, int stay, int fence) {
   int* mine = reinterpret_cast<int*>(shared_memory());  // one row of 32 and room for everybody's
   int* all = mine + 32;
   const int rank = cluster_rank(), size = cluster_size(), thread = static_cast<int>(threadIdx.x);
@@ -108,7 +109,7 @@ __global__ void sent(const __grid_constant__ TensorMap rows, int* out, int mode,
     show_barriers();
     arrive_and_expect(full, mode == 1 ? 0 : 128 * size);
   }
-  fence_async();
+  if (fence) fence_async();
   cluster_sync();
   if (mode == 0 && thread == 0) {
     for (int other = 0; other < size; ++other) copy_to_rank(all + 32 * rank, mine, 128, full, other);
@@ -223,11 +224,11 @@ int probe_tile(void* tensor, int64_t size_x, int64_t size_y, int64_t size_z, int
   return width == 64 ? run(std::integral_constant<int, 64>{}) : run(std::integral_constant<int, 0>{});
 }
 
-int probe_sent(const void* rows, int* out, int clusters, int size, int mode, int stay) {
+int probe_sent(const void* rows, int* out, int clusters, int size, int mode, int stay, int fence) {
   TensorMap map;
   if (make_tensor_map<0>(&map, rows, {64, size, 1}, 64, int64_t{64} * size, {64, 1, 1})) return DFKD_INVALID;
   return launch_together(sent, static_cast<unsigned>(clusters * size), 32,
-                         static_cast<size_t>(128 * (size + 1) + 8), size, false, nullptr, map, out, mode, stay);
+                         static_cast<size_t>(128 * (size + 1) + 8), size, false, nullptr, map, out, mode, stay, fence);
 }
 
 int probe_ring(const float* in, float* out, int steps, int careful) {

@@ -98,6 +98,8 @@ struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<unsigned char> slots;
   std::unique_ptr<unsigned char[], AlignedDelete> shared;
+  std::unique_ptr<unsigned char[], AlignedDelete> view;  // of the asynchronous units, once one has looked
+  bool fenced = false;                                   // since it was last brought up to date
   size_t shared_bytes = 0;
   Cluster* cluster = nullptr;
   int rank = 0;
@@ -117,6 +119,7 @@ const void* scheduler_stack = nullptr;
 size_t scheduler_size = 0;
 std::mt19937 random_source;
 std::deque<std::function<void()>> under_way;
+std::vector<std::unique_ptr<Block>> together;  // the blocks that run now
 
 void to_scheduler(bool for_ever) {
   Fiber* self = running;
@@ -195,8 +198,8 @@ void perform_one() {
   work();
 }
 
-[[noreturn]] void tell_who_waits(const std::vector<std::unique_ptr<Block>>& blocks) {
-  for (const auto& block : blocks) {
+[[noreturn]] void tell_who_waits() {
+  for (const auto& block : together) {
     for (const auto& fiber : block->fibers) {
       if (fiber->state == State::until) {
         fail("thread %d of block %u waits for %s, which never comes", fiber->index, fiber->place.block.x, fiber->what);
@@ -208,11 +211,11 @@ void perform_one() {
 }
 
 // Run blocks that run together to their end.
-void run_together(const std::vector<std::unique_ptr<Block>>& blocks) {
+void run_together() {
   std::vector<Warp> warps;
   std::vector<size_t> lanes(kWarp);
   std::iota(lanes.begin(), lanes.end(), size_t{0});
-  for (const auto& block : blocks) {
+  for (const auto& block : together) {
     const size_t count = block->fibers.size();
     for (size_t first = 0; first < count; first += kWarp) {
       warps.push_back({block.get(), first, std::min(count, first + kWarp)});
@@ -244,14 +247,14 @@ void run_together(const std::vector<std::unique_ptr<Block>>& blocks) {
     if (!one_warp_first) {
       for (const Warp& warp : warps) any |= release(warp, State::at_warp);
     }
-    for (const auto& block : blocks) any |= release({block.get(), 0, block->fibers.size()}, State::at_block);
+    for (const auto& block : together) any |= release({block.get(), 0, block->fibers.size()}, State::at_block);
     if (!under_way.empty() && (!any || (order > 1 && random_source() % 4 == 0))) {
       perform_one();
       any = true;
     }
   }
-  for (const auto& block : blocks) {
-    if (!block->ended()) tell_who_waits(blocks);
+  for (const auto& block : together) {
+    if (!block->ended()) tell_who_waits();
   }
 }
 
@@ -337,6 +340,25 @@ void meet(Meeting& meeting, int threads, bool wait, const char* what, const std:
   }
 }
 
+unsigned char* asynchronous_view(const void* address) {
+  auto* place = static_cast<unsigned char*>(const_cast<void*>(address));
+  for (const auto& block : together) {
+    const std::ptrdiff_t offset = place - block->shared.get();
+    if (offset < 0 || offset >= static_cast<std::ptrdiff_t>(block->shared_bytes)) continue;
+    if (!block->view) {
+      block->view.reset(static_cast<unsigned char*>(::operator new[](block->shared_bytes, kSharedAlignment)));
+      std::memset(block->view.get(), 0xff, block->shared_bytes);
+    }
+    if (block->fenced) std::memcpy(block->view.get(), block->shared.get(), block->shared_bytes);
+    block->fenced = false;
+    return block->view.get() + offset;
+  }
+  return place;
+}
+void fence_asynchronous() {
+  for (const auto& block : together) block->fenced = true;
+}
+
 Extension* extension(Extension* (*make)()) {
   auto& here = running->block->extension;
   if (!here) here.reset(make());
@@ -388,10 +410,9 @@ void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& 
   program = &thread;
   const auto width = static_cast<unsigned>(cluster);
   if (blocks.x % width != 0) fail("a grid of %u blocks in clusters of %d", blocks.x, cluster);
-  std::vector<std::unique_ptr<Block>> together;
   std::vector<std::unique_ptr<Cluster>> clusters;
   const auto run_these = [&] {
-    run_together(together);
+    run_together();
     if (!under_way.empty()) fail("blocks ended with copies under way");
     together.clear();
     clusters.clear();

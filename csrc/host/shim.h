@@ -76,6 +76,10 @@ struct Meeting {
 void meet(Meeting& meeting, int threads, bool wait, const char* what, const std::function<void()>& act = {});
 
 int thread_index();
+// Shared memory as the asynchronous units see it: what ordinary instructions wrote shows there after a fence of any
+// thread alone. The place there of an address in shared memory, and itself for any other.
+unsigned char* asynchronous_view(const void* address);
+void fence_asynchronous();
 // The cluster's blocks are numbered from 0; memory of another one's at the place that this address is of ours.
 int cluster_rank();
 int cluster_size();

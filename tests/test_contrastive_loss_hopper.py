@@ -1,0 +1,324 @@
+"""The Hopper kernels of contrastive_loss, run on the CPU by the execution shim, against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dfkd_fast.testing import assert_close, extreme, random, unit_roundoff
+
+from . import test_contrastive_loss_cuda as plain
+from .host_kernels import HostKernels, build, compiler
+from .test_contrastive_loss_cuda import DTYPES, REDUCTIONS, check, memory, pair
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler with sanitizers")
+
+
+class Op(plain.Op):
+    """The same launchers by their names for this form."""
+
+    class Renamed:
+        def __init__(self, kernels: HostKernels) -> None:
+            self.kernels = kernels
+
+        def __call__(self, name: str, *arguments: Any, **options: Any) -> None:
+            self.kernels(name.replace("contrastive_loss", "contrastive_loss_hopper"), *arguments, **options)
+
+    def __init__(self, kernels: HostKernels, **options: Any) -> None:
+        super().__init__(self.Renamed(kernels), **options)  # type: ignore[arg-type]
+
+
+class Planned:
+    """How launches are planned: for how many processors, at least how many vectors, and what stays in the cache."""
+
+    def __init__(self, kernels: HostKernels) -> None:
+        self.kernels = kernels
+
+    def __call__(self, *, processors: int = 132, smallest: int = 257, cached_bytes: int = 20 << 20) -> None:
+        self.kernels("dfkd_host_contrastive_loss_hopper", processors, smallest, cached_bytes)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostKernels]:
+    sources = ["contrastive_loss_hopper.cu", "contrastive_loss_hopper_bwd.cu"]
+    running = HostKernels(build(tmp_path_factory.getbasetemp().parent / "host", sources))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def planned(kernels: HostKernels) -> Iterator[Planned]:
+    yield (plan := Planned(kernels))
+    plan()
+
+
+@pytest.fixture
+def few(planned: Planned) -> None:
+    """Serve few vectors too, in few blocks."""
+    planned(processors=2, smallest=2)
+
+
+def flags_and_types() -> list[Any]:
+    """Every combination; most of them among the slow tests."""
+    combinations = [(symmetric, dtype) for symmetric in (False, True) for dtype in DTYPES]
+    quick = [(False, torch.bfloat16), (True, torch.float16)]
+    return [pytest.param(*c, marks=[] if c in quick else [pytest.mark.slow]) for c in combinations]
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(("symmetric", "dtype"), flags_and_types())
+def test_no_worse_than_the_reference(kernels, symmetric, dtype):
+    check(Op(kernels, symmetric=symmetric), lambda seed: pair(5, 7, dtype, seed), 3)
+
+
+@pytest.mark.parametrize(("symmetric", "dtype"), flags_and_types())
+def test_many_tiles(kernels, planned, symmetric, dtype):
+    """More than one block and tile in each direction, tiles with and without masks, ends within tiles; both widths."""
+    planned(processors=3)
+    check(Op(kernels, symmetric=symmetric), lambda seed: pair(131, 70 if symmetric else 9, dtype, seed), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("symmetric", "dtype"), flags_and_types())
+@pytest.mark.parametrize("dim", [64, 128])
+def test_more_tiles_than_stages(kernels, planned, symmetric, dtype, dim):
+    """One block, which goes round its stages several times, and begins new rows in the midst of them."""
+    planned(processors=1)
+    check(Op(kernels, symmetric=symmetric), lambda seed: pair(300, dim, dtype, seed), 1)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_reductions(kernels, reduction):
+    check(Op(kernels, reduction=reduction, symmetric=True), lambda seed: pair(6, 5, torch.bfloat16, seed), 1)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(("n", "dim"), [(1, 3), (1, 1), (2, 128), (33, 65)])
+def test_shapes(kernels, n, dim):
+    """Of one vector the partner is all there is to the sum: loss and gradients are exactly zero."""
+    check(Op(kernels, symmetric=n == 1), lambda seed: pair(n, dim, torch.bfloat16, seed), 1)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("temperature", [0.0301, 1.7])
+def test_other_temperatures(kernels, temperature):
+    check(Op(kernels, temperature=temperature), lambda seed: pair(9, 6, torch.float16, seed), 2)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_partner_that_is_all_there_is(kernels):
+    """What is left of the loss must not be what is left of rounding."""
+    first = torch.zeros(4, 8)
+    first[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    first[:, 1] = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    first = (first + random(4, 8, seed=3, scale=0.03)).to(torch.bfloat16)
+    second = (first + random(4, 8, seed=4, scale=0.03)).to(torch.bfloat16)
+    op = Op(kernels, temperature=0.035, reduction="none", symmetric=True)
+    upstream = op.upstream(4, 5)
+    mine, truth = op(first, second, upstream), op.reference(first.double(), second.double(), upstream.double())
+    assert float(truth[0].max()) < 1e-9
+    assert_close(mine[0], truth[0], atol=5e-15)  # an ulp of the logarithm of the sum, in float64
+    for got, wanted in zip(mine[1:], truth[1:], strict=True):
+        assert_close(got, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("processors", "cached_bytes", "n", "symmetric"),
+    [
+        (1, 20 << 20, 129, False),
+        (5, 20 << 20, 200, False),
+        *(
+            pytest.param(*c, marks=pytest.mark.slow)
+            for c in [(2, 0, 129, True), (1, 0, 300, False), (4, 20 << 20, 300, True), (7, 20 << 20, 260, False)]
+        ),
+    ],
+)
+def test_work_dealt_out_otherwise(kernels, planned, processors, cached_bytes, n, symmetric):
+    """As for few processors, so that blocks end in the midst of rows, or have several; or in step, by whole rows."""
+    planned(processors=processors, cached_bytes=cached_bytes)
+    check(Op(kernels, symmetric=symmetric, reduction="none"), lambda seed: pair(n, 9, torch.float16, seed), 1)
+
+
+@pytest.mark.slow
+def test_more_anchors_than_one_cluster_merges(kernels, planned):
+    planned(processors=2, smallest=2)
+    op, (t, s) = Op(kernels, symmetric=True), pair(4100, 3, torch.bfloat16)
+    value, saved = op.forward(t, s)
+    wanted = op.reference(t, s, torch.tensor(1.0))[0]
+    assert saved.shape == (8200,)
+    assert_close(value, wanted, atol=2e-6)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("layout", ["strided", "transposed"])
+def test_any_layout(kernels, layout):
+    op = Op(kernels)
+    inputs, upstream = pair(5, 16, torch.bfloat16, layout=layout), torch.tensor(0.7)
+    wanted = op(*(x.contiguous() for x in inputs), upstream)
+    results = op(*inputs, upstream, layout=lambda x: x.new_empty(x.shape[::-1]).T)
+    assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+
+@pytest.mark.usefixtures("few")
+def test_broadcast_rows_and_gradients(kernels):
+    op, n = Op(kernels, reduction="none"), 7
+    t, s = random(1, 16, dtype=torch.bfloat16).expand(n, -1), random(n, 16, dtype=torch.bfloat16, seed=1)
+    results = op(t, s, torch.tensor([0.3]).expand(n), layout=lambda x: torch.empty(x.shape, dtype=x.dtype))
+    wanted = op(t.contiguous(), s, torch.full((n,), 0.3))
+    assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "n"), [(False, 17), (True, 17), pytest.param(False, 150, marks=pytest.mark.slow)]
+)
+def test_the_gradients_that_are_asked_for(kernels, planned, symmetric, n):
+    """Equal to the bit where a row's columns are not split otherwise."""
+    planned(processors=1, smallest=2, cached_bytes=0)
+    op = Op(kernels, symmetric=symmetric)
+    inputs, upstream = pair(n, 6, torch.bfloat16), torch.tensor(-1.3)
+    _, saved = op.forward(*inputs)
+    wanted = op.backward(upstream, *inputs, saved)
+    one, none = op.backward(upstream, *inputs, saved, want=(True, False))
+    assert torch.equal(one, wanted[0])
+    assert none is None
+    none, other = op.backward(upstream, *inputs, saved, want=(False, True))
+    assert torch.equal(other, wanted[1])
+    assert none is None
+    assert op.backward(upstream, *inputs, saved, want=(False, False)) == [None, None]
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rows_of_zero_length(kernels, symmetric):
+    op, dtype = Op(kernels, symmetric=symmetric), DTYPES[symmetric]
+
+    def make(seed):
+        t, s = pair(5, 7, dtype, seed)
+        t[1], t[3], s[1], s[4] = 0, 0, 0, 0
+        return t, s
+
+    check(op, make, 2)
+    _, dt, ds = op(*make(0), torch.tensor(2.0))
+    for zero in (dt[1], dt[3], ds[1], ds[4]):
+        assert torch.equal(zero, torch.zeros_like(zero))
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_rows(kernels, dtype):
+    """Very long and very short rows; the gradients of the short ones need not exist in the type."""
+    op, n = Op(kernels, reduction="none"), 12
+    t, s = extreme(n, 9, dtype=dtype), random(n, 9, dtype=dtype)
+    upstream = random(n, seed=1, shift=0.5)
+    value, *gradients = op(t, s, upstream)
+    wanted, *wanted_gradients = op.reference(t.double(), s.double(), upstream.double())
+    assert_close(value, wanted, atol=1e-4, rtol=1e-5)
+    assert not any(g.isnan().any() for g in gradients)
+    scale = float(wanted_gradients[1].abs().max())
+    assert_close(gradients[1], wanted_gradients[1], atol=2 * scale * max(unit_roundoff(dtype), 1e-5))
+    long = [row for row in range(n) if row % 6 < 4]
+    largest = wanted_gradients[0][long].abs().amax(1, keepdim=True)
+    tiny = torch.finfo(dtype).smallest_normal
+    assert_close(gradients[0][long], wanted_gradients[0][long], atol=4 * largest * unit_roundoff(dtype) * 64 + tiny)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_what_is_no_number_shows(kernels, bad):
+    """In a tile with masks or without, by the instruction or the polynomial."""
+    t, s = pair(5, 7, torch.bfloat16)
+    t[2, 3] = bad
+    value, dt, _ = Op(kernels, reduction="none")(t, s, torch.ones(5))
+    assert value.isnan().all()
+    assert dt[2].isnan().any()
+
+
+def test_what_is_no_number_shows_far_away(kernels):
+    t, s = pair(260, 7, torch.bfloat16)
+    s[259, 3] = torch.nan
+    assert Op(kernels, reduction="none").forward(t, s)[0].isnan().all()
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(("upstream", "reduction"), [(1e-30, "none"), (0.0, "mean"), (0.0, "none"), (65536.0, "none")])
+def test_any_upstream_gradient(kernels, upstream, reduction):
+    """What is rounded to half precision must not depend on how large the gradient that comes in is."""
+    dtype = torch.bfloat16 if upstream < 1 else torch.float16
+    op = Op(kernels, reduction=reduction)
+    inputs, g = pair(5, 7, dtype), op.upstream(5, 4) * upstream
+    for got, wanted in zip(op(*inputs, g)[1:], op.reference(*inputs, g)[1:], strict=True):
+        largest = float(wanted.abs().max())
+        assert_close(got, wanted, atol=largest * 4 * unit_roundoff(dtype) * 4)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(("n", "dim", "symmetric"), [(6, 120, True), (40, 9, False)])
+def test_what_forward_saves(kernels, n, dim, symmetric):
+    """The logarithm to base 2 of each anchor's sum, as the other kernels'."""
+    t, s = pair(n, dim, torch.bfloat16)
+    _, saved = Op(kernels, symmetric=symmetric, temperature=0.3).forward(t, s)
+    unit = torch.nn.functional.normalize(torch.cat([t, s]).double())
+    sums = (unit @ unit.T / 0.3).fill_diagonal_(-torch.inf).logsumexp(1) / np.log(2.0)
+    assert_close(saved, sums[: saved.shape[0]], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "dim", "symmetric"),
+    [(130, 9, False), *(pytest.param(*c, marks=pytest.mark.slow) for c in [(140, 128, True), (300, 9, False)])],
+)
+def test_the_order_of_threads_is_invisible(kernels, planned, n, dim, symmetric):
+    planned(processors=2)
+    inputs, runs = pair(n, dim, torch.bfloat16), []
+    for order in (0, 1, 7):
+        op = Op(kernels, symmetric=symmetric, reduction="none", order=order)
+        runs.append(op(*inputs, op.upstream(n, 3)))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_what_is_refused(kernels):
+    def arguments(n=129, dim=4, code=1, temperature=0.1, normalize=1):
+        t, s = (memory(x)[0] for x in pair(max(n, 1), max(dim, 1), torch.float16))
+        return t, s, n, dim, dim, 1, dim, 1, code, temperature, 0, normalize, 0
+
+    def forward(*given):
+        kernels("dfkd_contrastive_loss_hopper", *given, np.zeros(1), np.zeros(300), np.zeros(1 << 20, np.uint8), None)
+
+    def backward(*given):
+        t, s, n, dim, *rest = given
+        sizes = (n, dim, *rest[:4])
+        outs = (np.zeros_like(t), np.zeros_like(s), *rest[:4], np.zeros(1 << 24, np.uint8), None)
+        upstream = np.zeros(1, np.float32)
+        kernels("dfkd_contrastive_loss_hopper_backward", upstream, 0, t, s, np.zeros(300, np.float32), *sizes,
+                *rest[4:], *outs)  # fmt: skip
+
+    forward(*arguments())
+    backward(*arguments())
+    wrong = [{"n": 128}, {"n": 0}, {"dim": 0}, {"dim": 129}, {"code": 0}, {"code": 3}, {"normalize": 0}]
+    for change in [*wrong, {"temperature": 0.03}, {"temperature": 0.0}]:
+        for call in (forward, backward):
+            with pytest.raises(ValueError, match="returned 1"):
+                call(*arguments(**change))
+    for n, dim in [(128, 4), (129, 129), (129, 0)]:
+        assert Op(kernels).scratch("dfkd_contrastive_loss_scratch", n, dim).size == 0
+        assert Op(kernels).scratch("dfkd_contrastive_loss_backward_scratch", n, dim, 1, 1).size == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(24))
+def test_sweep(kernels, planned, seed):
+    draw = np.random.default_rng(seed)
+    n, dim = int(draw.integers(1, 400)), int(draw.integers(1, 129))
+    planned(processors=int(draw.choice([1, 3, 8, 132])), smallest=2, cached_bytes=int(draw.choice([0, 20 << 20])))
+    symmetric, half = (bool(draw.integers(2)) for _ in range(2))
+    options = {"symmetric": symmetric, "reduction": str(draw.choice(REDUCTIONS))}
+    op = Op(kernels, temperature=float(draw.choice([0.031, 0.1, 0.5])), order=int(draw.integers(8)), **options)
+    layout = str(draw.choice(["contiguous", "strided", "transposed"]))
+    # A single number can be exact by luck.
+    draws = 4 if n < 20 else 2 if n < 100 else 1
+    check(op, lambda i: pair(n, dim, DTYPES[half], 100 * seed + i, layout=layout), draws)
