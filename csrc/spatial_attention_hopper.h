@@ -1,0 +1,270 @@
+// What the Hopper forms of spatial_attention, forward and backward, have in common: tiles, panels, the expand product.
+//
+// A block of four warpgroups takes tiles of one sample's positions by all channels, at most 256, in `panels` of 64:
+// each warpgroup has one panel of 64 positions by 64 channels, warpgroup w that of channels 64 (w % panels) on and
+// positions 64 (w / panels) on. Panels arrive by tile copies as products want them (hopper.h), 8 KB each.
+//
+// A lane's accumulators are two columns of each eight. The weight's rows, the products' columns, are therefore put into
+// shared memory in such an order (channel_of) that a lane holds 16 neighbouring channels of two positions, two chunks
+// of 16 bytes, and that eight neighbouring lanes, two positions of 64 channels, meet in no bank.
+#pragma once
+
+#include "hopper.h"
+#include "spatial_attention.h"
+
+namespace dfkd::spatial_hopper {
+
+using namespace dfkd::hopper;
+using namespace dfkd::spatial;
+
+constexpr int kGroups = 4, kConsumers = kGroups * kWarpgroup, kConsumerWarps = kConsumers / kLanes;
+constexpr int kBlockThreads = kConsumers + kWarpgroup;  // one more warpgroup, of which single threads copy
+constexpr int kCopyRegisters = 32, kConsumerRegisters = 112;
+constexpr int kPanel = 64, kPanelBytes = 2 * kPanel * kPanel;
+constexpr int kTileBytes = kGroups * kPanelBytes;  // of one map
+constexpr int kMostChannels = 256, kMostNarrow = 64;
+constexpr int kSharedMemory = 232448;  // of a block
+
+// How a call is cut into tiles.
+struct Cut {
+  int positions, tiles;  // of a sample
+  int samples, channels, maps;
+  int panels;  // 1, 2 or 4
+  int strips;  // of 64 positions, that a tile has: the warpgroups that share a panel
+  int narrow;  // width of a panel of narrow maps: 16, 32 or 64
+
+  __host__ __device__ int rows() const { return kPanel * strips; }
+  __host__ __device__ int width() const { return kPanel * panels; }
+  __host__ __device__ int narrow_bytes() const { return 2 * kPanel * narrow; }  // of 64 positions or 64 channels
+  __host__ __device__ int hidden_bytes() const { return strips * narrow_bytes(); }
+  __host__ __device__ int weight_bytes() const { return panels * narrow_bytes(); }
+};
+
+inline bool served(int64_t samples, int64_t channels, int64_t maps, int64_t positions, int form) {
+  return supported(samples, channels, maps, positions, form) && form != kChannel && channels % 8 == 0 &&
+         channels <= kMostChannels && maps % 8 == 0 && maps <= kMostNarrow && positions < (int64_t{1} << 30) &&
+         samples * ((positions + kPanel - 1) / kPanel) < (int64_t{1} << 30);
+}
+
+inline Cut cut_tiles(int64_t samples, int64_t channels, int64_t maps, int64_t positions) {
+  Cut x{};
+  x.positions = static_cast<int>(positions);
+  x.samples = static_cast<int>(samples);
+  x.channels = static_cast<int>(channels);
+  x.maps = static_cast<int>(maps);
+  x.panels = channels <= kPanel ? 1 : channels <= 2 * kPanel ? 2 : 4;
+  x.strips = kGroups / x.panels;
+  x.narrow = maps <= 16 ? 16 : maps <= 32 ? 32 : 64;
+  x.tiles = (positions + x.rows() - 1) / x.rows();
+  return x;
+}
+
+// Of a channels-last map (samples, positions, channels), in tiles of so many positions.
+template <int WIDTH>
+int map_of(TensorMap* to, const void* base, const Cut& x, int channels, int rows) {
+  return make_tensor_map<WIDTH>(to, base, {channels, x.positions, x.samples}, channels,
+                                static_cast<int64_t>(x.positions) * channels,
+                                {WIDTH, rows, 1});
+}
+
+// Call f with the width of a panel of narrow maps as a constant.
+template <typename F>
+int with_width(int narrow, F f) {
+  switch (narrow) {
+    case 16:
+      return f(std::integral_constant<int, 16>{});
+    case 32:
+      return f(std::integral_constant<int, 32>{});
+    default:
+      return f(std::integral_constant<int, 64>{});
+  }
+}
+
+// The channel of its panel that a column of products has. A lane's columns 8 n + 2 t + e, for n < 8 and e < 2, are
+// channels 16 t + 2 n + e.
+__device__ __forceinline__ int channel_of(int column) {
+  return 16 * (column % 8 / 2) + 2 * (column / 8) + column % 2;
+}
+
+// The weight in panels of 64 columns, by all consumers; then fence_panels() and a barrier.
+template <typename T, int NARROW>
+__device__ __forceinline__ void write_weight(const Cut& x, const void* weight, int dtype, T* to) {
+  constexpr int kChunks = NARROW / 8;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < x.width() * kChunks; i += kConsumers) {
+    const int column = i / kChunks, chunk = i % kChunks, panel = column / kPanel;
+    const int channel = kPanel * panel + channel_of(column % kPanel);
+    float values[8];
+    const bool valid = channel < x.channels && 8 * chunk < x.maps;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      values[k] = valid ? read_as(weight, static_cast<int64_t>(channel) * x.maps + 8 * chunk + k, dtype) : 0.0f;
+    }
+    T* at = to + panel * (kPanel * NARROW) + swizzled<NARROW>(column % kPanel, chunk);
+    *reinterpret_cast<Vector*>(at) = round_all<T>(values);
+  }
+}
+
+// A consumer's place.
+struct Seat {
+  int group, warp, lane, g, t;  // warp: of the warpgroup; g and t: row and pair of columns of a fragment
+  int panel, strip;             // of the warpgroup: which 64 channels, which 64 positions
+  int number;                   // of the thread in its block
+
+  __device__ __forceinline__ explicit Seat(const Cut& x) {
+    number = static_cast<int>(threadIdx.x);
+    group = __shfl_sync(kAll, number / kWarpgroup, 0);  // which compilers then know to be the same for a warp
+    warp = number % kWarpgroup / kLanes;
+    lane = number % kLanes;
+    g = lane / 4;
+    t = lane % 4;
+    panel = group % x.panels;
+    strip = group / x.panels;
+  }
+  // The same, but that compilers do not keep what follows from it in registers over a loop.
+  __device__ __forceinline__ Seat anew() const {
+    Seat at = *this;
+#ifndef DFKD_HOST
+    asm volatile("" : "+r"(at.g), "+r"(at.t), "+r"(at.warp));
+#endif
+    return at;
+  }
+  // Of the lane's first row within the warpgroup's; the second is 8 further.
+  __device__ __forceinline__ int row() const { return 16 * warp + g; }
+};
+
+// Logits of a warpgroup: logits[n][2 half + e] is row() + 8 half, channel 16 t + 2 n + e of its panel.
+template <typename T, int NARROW>
+__device__ __forceinline__ void expand(float (&logits)[8][4], const void* hidden, const void* weight) {
+  const uint64_t a = rows_of<NARROW>(hidden), b = rows_of<NARROW>(weight);
+  hold(logits);
+  fence_products();
+#pragma unroll
+  for (int step = 0; step < NARROW / 16; ++step) {
+    multiply<T, kPanel>(logits, further(a, 32 * step), further(b, 32 * step), step > 0);
+  }
+  commit_products();
+  wait_products<0>();
+  hold(logits);
+}
+
+// Logits of positions that there are not to minus infinity, for no share in a softmax. left: of the lane's first row.
+__device__ __forceinline__ void leave_out(float (&logits)[8][4], int left) {
+  if (left > 8) return;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    if (8 * (i % 4 / 2) >= left) logits[i / 4][i % 4] = -kInfinity;
+  }
+}
+
+// As fence_async(), for shared memory alone: that also waits until other blocks could see what was written to memory.
+__device__ __forceinline__ void fence_panels() {
+#ifdef DFKD_HOST
+  fence_async();
+#else
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// The lane's chunk of a panel: row() + 8 half, channels 16 t + 8 which on.
+__device__ __forceinline__ Vector* chunk_of(unsigned char* panel, const Seat& at, int half, int which) {
+  return reinterpret_cast<Vector*>(panel + 2 * swizzled<kPanel>(at.row() + 8 * half, 2 * at.t + which));
+}
+
+// Where among numbers of channels that of one is: so that the four channels of which lanes of one row want numbers at
+// the same time, 16 apart, meet in no bank. Four neighbouring ones, from a multiple of four on, stay neighbours.
+__device__ __forceinline__ int place_of_number(int channel) { return channel ^ (channel / 32 % 2 * 4); }
+
+// Numbers of the lane's channels 16 t + 4 quad on of its panel.
+__device__ __forceinline__ Numbers numbers_of(const float* numbers, const Seat& at, int quad) {
+  return *reinterpret_cast<const Numbers*>(numbers + kPanel * at.panel + place_of_number(16 * at.t + 4 * quad));
+}
+
+// Stages of a ring in turn, and the parity of the phase in which each is full; of the one in which it was emptied
+// before, the other.
+struct Turn {
+  int stage = 0, parity = 0;
+  __device__ __forceinline__ void next(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// ---- what backward alone wants: in a stage dl lies where f was, then comes g, and narrow maps are last --------------
+
+struct alignas(8) Pair {
+  float at[2];
+};
+
+// Over two lanes, each of which is left with one half of the COUNT * 2 channels: after 8, 4 and 2 lanes of eight rows
+// have 2 g and the next of them.
+template <int COUNT>
+__device__ __forceinline__ void fold(float (&sums)[16], int lane) {
+  const bool upper = (lane & (2 * COUNT)) != 0;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const float kept = upper ? sums[i + COUNT] : sums[i], sent = upper ? sums[i] : sums[i + COUNT];
+    sums[i] = kept + __shfl_xor_sync(kAll, sent, 2 * COUNT);
+  }
+}
+
+// Where in a stage a warp leaves its sums, in its own rows of f: of the panel's 64 channels.
+__device__ __forceinline__ float* sums_of(unsigned char* stage, int group, int warp) {
+  return reinterpret_cast<float*>(stage + group * kPanelBytes + warp * (kPanelBytes / 4));
+}
+
+// dw of the warpgroup's channels and positions, added to what there is.
+template <typename T, int NARROW>
+__device__ __forceinline__ void add_weight(const Cut& x, const Seat& at, unsigned char* stage,
+                                           float (&dw)[NARROW / 8][4]) {
+  const uint64_t a = columns_of<kPanel>(stage + at.group * kPanelBytes, kPanelBytes);
+  const uint64_t b = columns_of<NARROW>(stage + 2 * kTileBytes + at.strip * x.narrow_bytes(), kPanelBytes);
+  hold(dw);
+  fence_products();
+#pragma unroll
+  for (int step = 0; step < kPanel / 16; ++step) {
+    multiply<T, NARROW, true, true>(dw, further(a, 32 * kPanel * step), further(b, 32 * NARROW * step), true);
+  }
+  commit_products();
+  wait_products<0>();
+  hold(dw);
+}
+
+// dh of all the strip's positions, by one warpgroup for all channels.
+template <typename T, int NARROW>
+__device__ __forceinline__ void make_hidden(const Cut& x, const Seat& at, unsigned char* stage,
+                                            const unsigned char* weight, int row, T* to) {
+  float dh[NARROW / 8][4];
+#pragma unroll
+  for (int i = 0; i < NARROW / 2; ++i) dh[i / 4][i % 4] = 0.0f;
+#pragma unroll 1
+  for (int panel = 0; panel < x.panels; ++panel) {
+    hold(dh);
+    fence_products();
+    const uint64_t a = rows_of<kPanel>(stage + (at.strip * x.panels + panel) * kPanelBytes);
+    const uint64_t b = columns_of<NARROW>(weight + panel * x.narrow_bytes(), kPanelBytes);
+#pragma unroll
+    for (int step = 0; step < kPanel / 16; ++step) {
+      multiply<T, NARROW, false, true>(dh, further(a, 32 * step), further(b, 32 * NARROW * step), true);
+    }
+    commit_products();
+    wait_products<0>();
+    hold(dh);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int position = row + at.row() + 8 * half;
+    if (position >= x.positions) continue;
+    T* const out = to + static_cast<int64_t>(position) * x.maps + 2 * at.t;
+#pragma unroll
+    for (int n = 0; n < NARROW / 8; ++n) {
+      if (8 * n < x.maps) {
+        *reinterpret_cast<uint32_t*>(out + 8 * n) = round_pair<T>(dh[n][2 * half], dh[n][2 * half + 1]);
+      }
+    }
+  }
+}
+
+}  // namespace dfkd::spatial_hopper
