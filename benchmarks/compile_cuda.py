@@ -1,8 +1,9 @@
 """Compile the CUDA kernels of csrc/ for every architecture, without a GPU, and keep what the assembler says of them.
 
 ``csrc/compiled.json`` has a row a kernel and architecture: registers of a thread, bytes of stack and spills, barriers,
-static shared memory. It is written by ``--write`` where all of them are sound: no stack, no spill. A digest of the
-sources says what it was made from.
+static shared memory, and the number of wgmma instructions in its code. It is written by ``--write`` where all of them
+are sound: no stack, no spill, and where a kernel's name ends in ``_hopper``, wgmma that run one beside the other. A
+digest of the sources says what it was made from. Files whose name has ``_hopper`` are for sm_90a alone.
 
     python -m dfkd_fast.benchmarks.compile_cuda [--write] [--check] [--workers N] [FILE.cu ...]
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -24,13 +26,30 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_fast.doctor import find_nvcc
+from dfkd_fast.ops.extension import kernel_name
 
-__all__ = ["ARCHITECTURES", "CSRC", "TABLE", "compile_file", "digest", "main", "parse", "unsound"]
+__all__ = [
+    "ARCHITECTURES",
+    "CSRC",
+    "TABLE",
+    "architectures",
+    "compile_file",
+    "count_wgmma",
+    "digest",
+    "disassembler",
+    "main",
+    "parse",
+    "unsound",
+]
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 TABLE = CSRC / "compiled.json"
 ARCHITECTURES = ("80", "90a", "100f")
 
+_WGMMA = "90a"  # the one architecture that has it
+_SERIALISED = re.compile(r"wgmma\.mma_async instructions are serialized.* in (?:the )?function '([^']+)'")
+_INSTRUCTION = re.compile(r"\bHGMMA\b|\bwgmma\.mma_async\b")
+_KERNEL = re.compile(r"Function : (\S+)|^\s*\.text\.(\S+):|^\s*(?:\.\w+ )*\.entry (\w+)")
 _ENTRY = re.compile(r"Compiling entry function '(?P<symbol>[^']+)' for 'sm_(?P<arch>\w+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(?:, used (\d+) barriers)?(?:.*?(\d+) bytes smem)?")
@@ -44,8 +63,16 @@ def digest(csrc: Path = CSRC) -> str:
     return content.hexdigest()
 
 
+def architectures(name: str) -> tuple[str, ...]:
+    """What a file of csrc/ is compiled for."""
+    return (_WGMMA,) if "_hopper" in name else ARCHITECTURES
+
+
 def parse(log: str) -> list[dict[str, Any]]:
-    """Rows of what ``ptxas -v`` prints: ``kernel`` (its symbol), ``arch``, and its numbers."""
+    """Rows of what ``ptxas -v`` prints: ``kernel`` (its symbol), ``arch``, its numbers, and ``complaints``.
+
+    Those are of the kernel, or of one of its file where the assembler does not name it.
+    """
     rows: list[dict[str, Any]] = []
     for line in log.splitlines():
         if found := _ENTRY.search(line):
@@ -55,7 +82,42 @@ def parse(log: str) -> list[dict[str, Any]]:
         elif rows and (found := _USED.search(line)):
             registers, barriers, shared = (int(number or 0) for number in found.groups())
             rows[-1] |= {"registers": registers, "barriers": barriers, "static_shared": shared}
-    return rows
+    serialised = set(_SERIALISED.findall(log))
+    unnamed = ["setmaxnreg ignored in this file"] if "'setmaxnreg' ignored" in log else []
+    return [{**row, "complaints": ["wgmma serialised"] * (row["kernel"] in serialised) + unnamed} for row in rows]
+
+
+def count_wgmma(code: str) -> dict[str, int]:
+    """How many wgmma instructions each kernel has, by its symbol.
+
+    Args:
+        code: as cuobjdump or nvdisasm print it, or PTX.
+    """
+    found: dict[str, int] = {}
+    kernel = ""
+    for line in code.splitlines():
+        if begun := _KERNEL.search(line):
+            kernel = begun[begun.lastindex or 0]
+            found.setdefault(kernel, 0)
+        elif kernel:
+            found[kernel] += len(_INSTRUCTION.findall(line))
+    return found
+
+
+def disassembler(nvcc: str) -> tuple[list[str], str] | None:
+    """A command that prints the machine code of a file, and in which form it wants that: an object or a cubin.
+
+    The toolkit's, else the one that comes with Triton; None where there is none.
+    """
+    folders = [Path(nvcc).resolve().parent]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    for name, words, suffix in (("cuobjdump", ["-sass"], "o"), ("nvdisasm", list[str](), "cubin")):
+        for folder in folders:
+            if (folder / name).exists():
+                return [str(folder / name), *words], suffix
+    return None
 
 
 def _readable(symbols: Iterable[str]) -> dict[str, str]:
@@ -67,27 +129,41 @@ def _readable(symbols: Iterable[str]) -> dict[str, str]:
     done = subprocess.run([filt], input="\n".join(symbols), capture_output=True, text=True, check=True)
     names = {}
     for symbol, name in zip(symbols, done.stdout.splitlines(), strict=True):
-        name = re.sub(r"\(anonymous namespace\)::|dfkd::|_GLOBAL__N__\w+::", "", name)
-        name = name.partition("(")[0] if "<" not in name else re.sub(r">\(.*", ">", name)
-        names[symbol] = name.removeprefix("void ").strip()
+        names[symbol] = kernel_name(name)
     return names
 
 
+def _wgmma(nvcc: str, folder: Path) -> dict[str, int]:
+    """Of what was compiled into a folder, with what it went through."""
+    found = disassembler(nvcc)
+    if found is None:
+        return count_wgmma("\n".join(path.read_text() for path in folder.glob("*.ptx")))
+    command, suffix = found
+    (path,) = folder.glob(f"*.{suffix}")
+    return count_wgmma(subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout)
+
+
 def compile_file(nvcc: str, path: Path) -> list[dict[str, Any]]:
-    """Compile one file for every architecture, and read what the assembler says.
+    """Compile one file for each of its architectures, and read what the assembler says.
 
     Raises:
         RuntimeError: it does not compile; the message is the compiler's.
     """
     rows = []
-    with tempfile.TemporaryDirectory(prefix="dfkd_fast_nvcc_") as folder:
-        for arch in ARCHITECTURES:
+    for arch in architectures(path.name):
+        with tempfile.TemporaryDirectory(prefix="dfkd_fast_nvcc_") as folder:
             command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-c", str(path)]
-            command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", str(Path(folder) / "object")]
+            command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", f"{folder}/{path.stem}.o"]
+            # Also the cubin and the PTX, which a disassembler or its absence asks for.
+            command += ["--keep", f"--keep-dir={folder}"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{path.name} for sm_{arch}:\n{done.stderr[-4000:]}")
-            rows += [{"file": path.name, **row, "arch": arch} for row in parse(done.stderr)]
+            counted = _wgmma(nvcc, Path(folder)) if arch == _WGMMA else {}
+            rows += [
+                {"file": path.name, **row, "arch": arch, "wgmma": counted.get(row["kernel"], 0)}
+                for row in parse(done.stdout + done.stderr)
+            ]
     names = _readable(dict.fromkeys(row["kernel"] for row in rows))
     return [{**row, "kernel": names[row["kernel"]]} for row in rows]
 
@@ -95,6 +171,10 @@ def compile_file(nvcc: str, path: Path) -> list[dict[str, Any]]:
 def unsound(row: dict[str, Any]) -> str | None:
     """What is wrong with a kernel's code; None where nothing is."""
     wrong = [f"{row[name]} bytes of {name}" for name in ("stack", "spill_stores", "spill_loads") if row[name]]
+    name = row["kernel"].partition("<")[0]
+    if name.endswith("_hopper") or (name.startswith("_Z") and "_hopper" in name):
+        wrong += [] if row["wgmma"] else ["no wgmma"]
+    wrong += row.get("complaints", [])
     return ", ".join(wrong) or None
 
 
@@ -128,12 +208,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in rows:
         wrong = unsound(row)
         bad += wrong is not None
-        print(f"{row['kernel']} sm_{row['arch']}: {row['registers']} registers{', ' + wrong if wrong else ''}")
+        words = [f"{row['registers']} registers", *([f"{row['wgmma']} wgmma"] if row["wgmma"] else [])]
+        print(f"{row['kernel']} sm_{row['arch']}: {', '.join([*words, *([wrong] if wrong else [])])}")
     if options.write and not options.files and not bad:
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
         release = re.search(r"release ([\d.]+)", version)
-        content = {"nvcc": release[1] if release else None, "digest": digest(), "rows": rows}
-        lines = ",\n  ".join(json.dumps(row) for row in rows)
+        counted = "PTX" if disassembler(nvcc) is None else "SASS"
+        content = {"nvcc": release[1] if release else None, "wgmma": counted, "digest": digest(), "rows": rows}
+        kept = [{name: value for name, value in row.items() if name != "complaints"} for row in rows]
+        lines = ",\n  ".join(json.dumps(row) for row in kept)
         head = json.dumps({**content, "rows": []}, indent=1).removesuffix("[]\n}")
         TABLE.write_text(f"{head}[\n  {lines}\n ]\n}}\n", encoding="utf-8")
     return int(bad > 0)

@@ -14,7 +14,8 @@ __all__ = ["means", "ops_page", "save_plot", "speedups", "terminal_rows"]
 Row = dict[str, Any]
 Group = dict[str, Row]  # of one case and pass, by backend
 
-_OURS = ("triton", "cuda")
+_EXTENSION = ("cuda", "hopper")
+_OURS = ("triton", *_EXTENSION)
 _COMPILED = ("compile", "compile_max_autotune")
 _PASSES = ("forward", "backward", "both")
 
@@ -71,7 +72,7 @@ def _cell(row: Row | None) -> str:
         return ""
     if row["median_us"] is not None:
         return _us(row["median_us"])
-    return row["status"] if row["status"] in ("out of memory", "no gradient") else "failed"
+    return row["status"] if row["status"] in ("out of memory", "no gradient", "not served") else "failed"
 
 
 def _mib(row: Row | None) -> str:
@@ -180,6 +181,35 @@ def _means_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _lead_table(rows: Sequence[Row]) -> list[str]:
+    """Forward and backward of the kernels of csrc/ beside Triton's: the better of the plain and the Hopper form."""
+    times: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    paper = [row for row in rows if row["shapes"] == "paper" and row["dtype"] == "bfloat16"]
+    for (op, case, _, which, _), group in _grouped(paper, "cold").items():
+        for name, row in group.items():
+            if name in _OURS and which != "both" and row["median_us"] is not None:
+                times.setdefault((op, case), {}).setdefault(name, {})[which] = row["median_us"]
+    found: dict[str, list[tuple[float, str, str]]] = {}
+    for (op, case), each in times.items():
+        sums = {name: sum(passes.values()) for name, passes in each.items() if len(passes) == 2}
+        ours = [name for name in _EXTENSION if name in sums]
+        if ours and "triton" in sums:
+            best = min(ours, key=lambda name: sums[name])
+            found.setdefault(op, []).append((sums["triton"] / sums[best], best, case))
+    if not found:
+        return []
+    lines = ["| op | ahead at | mean | with hopper | with cuda |", "|---|---:|---:|---|---|"]
+    for op, cases in found.items():
+        ahead = sum(ratio > 1 for ratio, _, _ in cases)
+        mean = statistics.geometric_mean(ratio for ratio, _, _ in cases)
+        hopper, cuda = (
+            ", ".join(f"{case} {ratio:.2f} x" for ratio, best, case in cases if best == name)
+            for name in ("hopper", "cuda")
+        )
+        lines.append(f"| {op} | {ahead} of {len(cases)} | {mean:.2f} x | {hopper} | {cuda} |")
+    return lines
+
+
 def _missed(rows: Sequence[Row]) -> list[str]:
     lines = []
     for (op, case, dtype, which, _), group in _grouped(rows, "cold").items():
@@ -232,6 +262,14 @@ def ops_page(content: dict[str, Any], folder: str) -> str:
         slower = _slower(rows)
         if slower:
             parts += ["Slower than the faster torch.compile:", "\n".join(slower)]
+    lead = _lead_table(rows)
+    if lead:
+        parts += [
+            "### CUDA C++ beside Triton",
+            "Forward and backward at the paper's shapes, bf16, cold L2, of the better of the backends `cuda` and "
+            "`hopper`; above 1 is faster than Triton.",
+            "\n".join(lead),
+        ]
     for op in dict.fromkeys(row["op"] for row in rows):
         parts += [f"### {op}", "\n".join(_op_table(op, rows, with_targets))]
     if with_targets:

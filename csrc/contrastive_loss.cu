@@ -58,7 +58,7 @@ __device__ __forceinline__ void add_plain(Sums& sums, const float (&s)[2][8][4],
       for (int i = 0; i < 8; ++i) {
         const int r = i / 2;
         const float x = s[r / 2][n][i % 4] * (i % 2 ? other.y : other.x);
-        sum[r] += power_of_two(x * (inverse[r] * bend) - sums.top[r]);
+        sum[r] += exp2_flushed(x * (inverse[r] * bend) - sums.top[r]);
       }
     }
 #pragma unroll
@@ -78,8 +78,8 @@ __device__ __forceinline__ void add_plain(Sums& sums, const float (&s)[2][8][4],
       }
       float sum = 0.0f;
 #pragma unroll
-      for (int n = 0; n < 16; ++n) sum += power_of_two(scaled[n] - higher);
-      sums.total[r] = sums.total[r] * power_of_two(sums.top[r] - higher) + sum;
+      for (int n = 0; n < 16; ++n) sum += exp2_flushed(scaled[n] - higher);
+      sums.total[r] = sums.total[r] * exp2_flushed(sums.top[r] - higher) + sum;
       sums.top[r] = higher;
     }
   }
@@ -105,8 +105,8 @@ __device__ __forceinline__ void add_masked(Sums& sums, const float (&s)[2][8][4]
     }
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) sum += power_of_two(scaled[i] - higher);
-    sums.total[r] = sums.total[r] * power_of_two(sums.top[r] - higher) + sum;
+    for (int i = 0; i < 16; ++i) sum += exp2_flushed(scaled[i] - higher);
+    sums.total[r] = sums.total[r] * exp2_flushed(sums.top[r] - higher) + sum;
     sums.top[r] = higher;
   }
 }
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kLanes* kWarps<WIDE>, WIDE ? 2 : 1)
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const float top = warp_max<4>(sums.top[r]);
-    const float total = warp_sum<4>(sums.total[r] * power_of_two(sums.top[r] - top));
+    const float total = warp_sum<4>(sums.total[r] * exp2_flushed(sums.top[r] - top));
     const float positive = warp_sum<4>(sums.positive[r]);
     const int here = local + 8 * r + lane / 4;
     if (lane % 4 == 0 && here < count) {
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge(const float* parts, float
     const float* from = parts + anchor;
     for (int chunk = 0; chunk < chunks; ++chunk, from += 3 * static_cast<int64_t>(anchors)) {
       const float higher = larger(top, from[0]);
-      total = total * power_of_two(top - higher) + from[anchors] * power_of_two(from[0] - higher);
+      total = total * exp2_flushed(top - higher) + from[anchors] * exp2_flushed(from[0] - higher);
       positive += from[2 * static_cast<int64_t>(anchors)];
       top = higher;
     }
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kSmallThreads)
       }
       top = warp_max<4>(top);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) total += power_of_two(s[0][e / 2][half * 2 + e % 2] - top);
+      for (int e = 0; e < 8; ++e) total += exp2_flushed(s[0][e / 2][half * 2 + e % 2] - top);
       total = warp_sum<4>(total);
       positive = warp_sum<4>(positive);
       if (t == 0) {
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kSmallThreads)
     for (int group = 0; group < groups; ++group) top = larger(top, found[(group * rows + thread) * 3]);
     for (int group = 0; group < groups; ++group) {
       const float* here = found + (group * rows + thread) * 3;
-      total += here[1] * power_of_two(here[0] - top);
+      total += here[1] * exp2_flushed(here[0] - top);
       positive += here[2];
     }
     loss = finish(top, total, positive, saved + thread);

@@ -29,7 +29,6 @@ inline float float_of(uint32_t bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
-inline float power_of_two(float x) { return std::exp2(x); }
 inline float logarithm(float x) { return std::log2(x); }
 
 #else
@@ -39,12 +38,6 @@ constexpr int processors = 132;
 constexpr int64_t most_shared = 160 * 1024;
 __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
-// Denormal results are zero: none of them counts in a sum that holds the largest term.
-__device__ __forceinline__ float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 // By the row, not by the element: exact where one term is all there is.
 __device__ __forceinline__ float logarithm(float x) { return log2f(x); }
 
@@ -340,12 +333,13 @@ __device__ __forceinline__ void scale_all(T* y, float* inverses, int* powers, in
 // Arrays of `padded` numbers: r, and for backward k, g over its unit, L, g 2^-L, and that times r.
 enum Number { kInverse = 0, kPower = 1, kGain = 2, kLevel = 3, kShare = 4, kScaledShare = 5, kNumbers = 6 };
 
-// One group of lanes a row; rows past the last vector are zeros for a tile to end in.
+// One group of lanes a row; rows past the last vector are zeros for a tile to end in. Static: each file that launches
+// it has its own, for its own architectures.
 template <typename T>
-__global__ void __launch_bounds__(256) prepare(Sides<const T> from, T* vectors, float* numbers, const float* saved,
-                                               const float* upstream, int64_t upstream_stride, const float* unit,
-                                               int anchors, int width, int padded, int group, int normalize,
-                                               int elementwise) {
+static __global__ void __launch_bounds__(256)
+    prepare(Sides<const T> from, T* vectors, float* numbers, const float* saved, const float* upstream,
+            int64_t upstream_stride, const float* unit, int anchors, int width, int padded, int group, int normalize,
+            int elementwise) {
   const int row = static_cast<int>((blockIdx.x * int64_t{256} + threadIdx.x) / group);
   const int member = static_cast<int>(threadIdx.x) % group;
   float inverse = 1.0f;
@@ -376,7 +370,7 @@ __global__ void __launch_bounds__(256) prepare(Sides<const T> from, T* vectors, 
   numbers[kPower * static_cast<int64_t>(padded) + row] = static_cast<float>(k);
   numbers[kGain * static_cast<int64_t>(padded) + row] = gain;
   numbers[kLevel * static_cast<int64_t>(padded) + row] = level;
-  const float share = gain * power_of_two(-level);
+  const float share = gain * exp2_flushed(-level);
   numbers[kShare * static_cast<int64_t>(padded) + row] = share * kLift;
   numbers[kScaledShare * static_cast<int64_t>(padded) + row] = share * (inverse * kLift);
 }

@@ -83,8 +83,8 @@ __device__ __forceinline__ void weigh_partners(const T* vectors, const float* nu
     if (at >= inside) continue;
     const float x = g % 2 ? s[n][n % 2 * 2 + 1] : s[n][n % 2 * 2];
     const float scaled = x * ((numbers[i] * numbers[j]) * bend);
-    pairs[at] = (power_of_two(scaled - levels[i]) - 1.0f) * gains[i] +
-                (power_of_two(scaled - levels[j]) - 1.0f) * gains[j];
+    pairs[at] = (exp2_flushed(scaled - levels[i]) - 1.0f) * gains[i] +
+                (exp2_flushed(scaled - levels[j]) - 1.0f) * gains[j];
   }
 }
 
@@ -111,11 +111,11 @@ __device__ __forceinline__ void weigh(float (&s)[M][N][4], int k, const float* r
       const float inverse_b = i % 2 ? inverses.y : inverses.x, share_b = i % 2 ? second.y : second.x;
       float& x = s[r / 2][2 * k + half][i % 4];
       if constexpr (BOUNDED) {
-        x = power_of_two((x * inverse_b) * (inverse[r] * bend)) * (share[r] * inverse_b + share_b);
+        x = exp2_flushed((x * inverse_b) * (inverse[r] * bend)) * (share[r] * inverse_b + share_b);
       } else {
         const float scaled = x * ((inverse[r] * inverse_b) * bend);
         const float level_b = i % 2 ? levels.y : levels.x;
-        const float w = power_of_two(scaled - level[r]) * share[r] + power_of_two(scaled - level_b) * share_b;
+        const float w = exp2_flushed(scaled - level[r]) * share[r] + exp2_flushed(scaled - level_b) * share_b;
         x = w * (inverse_b * kLift);
       }
     }
@@ -399,7 +399,7 @@ __global__ void __launch_bounds__(kSmallThreads)
       const int j = column + e % 8 / 2 * 8 + 2 * t + e % 2;
       float& x = s[0][e % 8 / 2][e / 8 * 2 + e % 2];
       const float scaled = x * ((inverses[i] * inverses[j]) * bend);
-      const float to_a = power_of_two(scaled - levels[i]), to_b = power_of_two(scaled - levels[j]);
+      const float to_a = exp2_flushed(scaled - levels[i]), to_b = exp2_flushed(scaled - levels[j]);
       if (j == partner) pairs[local] = (to_a - 1.0f) * gains[i] + (to_b - 1.0f) * gains[j];
       const float w = (to_a * gains[i] + to_b * gains[j]) * (inverses[j] * kLift);
       x = j == partner || j == i || j >= 2 * count ? 0.0f : w;

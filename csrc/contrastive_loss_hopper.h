@@ -22,26 +22,10 @@ constexpr int kFetching = 24, kMultiplying = 240;  // registers of their threads
 #ifdef DFKD_HOST
 // Tests set them: fewer vectors are served, fewer processors split the work otherwise, and less cache.
 inline int64_t smallest = 257, cached_bytes = int64_t{20} << 20;
-inline uint32_t pack_two(float16, float low, float high) {
-  return pack(from_float<float16>(low), from_float<float16>(high));
-}
-inline uint32_t pack_two(bfloat16, float low, float high) {
-  return pack(from_float<bfloat16>(low), from_float<bfloat16>(high));
-}
 #else
 constexpr int64_t smallest = 257;  // vectors; fewer are the business of the form of one launch
 // So many bytes of vectors stay in either half of the second-level cache, wherever blocks are in them.
 constexpr int64_t cached_bytes = int64_t{20} << 20;
-__device__ __forceinline__ uint32_t pack_two(float16, float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-__device__ __forceinline__ uint32_t pack_two(bfloat16, float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
 #endif
 
 // ---- what is served -------------------------------------------------------------------------------------------------

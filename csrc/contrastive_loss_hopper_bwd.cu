@@ -75,7 +75,7 @@ __device__ __forceinline__ void weigh(float (&s)[kTile / 8][4], const float* col
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float inverse_b = i % 2 ? inverses.y : inverses.x, share_b = i % 2 ? shares.y : shares.x;
-      s[n][i] = power_of_two((s[n][i] * inverse_b) * scale[i / 2]) * (share[i / 2] * inverse_b + share_b);
+      s[n][i] = exp2_flushed((s[n][i] * inverse_b) * scale[i / 2]) * (share[i / 2] * inverse_b + share_b);
     }
   }
 }
@@ -105,8 +105,8 @@ __device__ __forceinline__ void weigh_partners(const float (&s)[kTile / 8][4], i
     const float* gains = numbers + kGain * padded;
     const float* levels = numbers + kLevel * padded;
     const float scaled = x * ((numbers[i] * numbers[j]) * bend);
-    pairs[8 * r] = (power_of_two(scaled - levels[i]) - 1.0f) * gains[i] +
-                   (power_of_two(scaled - levels[j]) - 1.0f) * gains[j];
+    pairs[8 * r] = (exp2_flushed(scaled - levels[i]) - 1.0f) * gains[i] +
+                   (exp2_flushed(scaled - levels[j]) - 1.0f) * gains[j];
   }
 }
 
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kRoles, 1)
 #pragma unroll
         for (int i = 0; i < kTile / 4; ++i) {
           const float(&from)[4] = s[i / 4 * 2 + i % 4 / 2];
-          weights[i / 4][i % 4] = pack_two(T{}, from[i % 2 * 2], from[i % 2 * 2 + 1]);
+          weights[i / 4][i % 4] = pack_rounded<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
         }
       };
 

@@ -18,6 +18,8 @@
 #include <cstring>
 #endif
 
+#include <type_traits>
+
 #include "launchers.h"
 
 namespace dfkd {
@@ -67,8 +69,7 @@ inline bfloat16 from_float<bfloat16>(float x) {
   return {static_cast<uint16_t>(bits >> 16)};
 }
 
-inline float exp2_fast(float x) { return std::exp2(x); }
-inline float log2_fast(float x) { return std::log2(x); }
+inline float exp2_flushed(float x) { return std::exp2(x); }
 inline float exp_fast(float x) { return std::exp(x); }
 inline float rsqrt_exact(float x) { return 1.0f / std::sqrt(x); }
 inline float divide_fast(float a, float b) { return a / b; }
@@ -93,8 +94,12 @@ __device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 }
 
-__device__ __forceinline__ float exp2_fast(float x) { return exp2f(x); }  // ex2.approx, with denormals right
-__device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
+// 2^x, where denormal results may be zero: beside larger terms of a sum, or added to one.
+__device__ __forceinline__ float exp2_flushed(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 __device__ __forceinline__ float exp_fast(float x) { return __expf(x); }
 __device__ __forceinline__ float rsqrt_exact(float x) { return 1.0f / sqrtf(x); }
 __device__ __forceinline__ float divide_fast(float a, float b) { return __fdividef(a, b); }
@@ -106,6 +111,22 @@ template <typename T>
 __device__ __forceinline__ uint32_t pack(T low, T high) {
   static_assert(sizeof(T) == 2);
   return static_cast<uint32_t>(low.bits) | (static_cast<uint32_t>(high.bits) << 16);
+}
+// The same of two numbers, rounded to nearest.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_rounded(float low, float high) {
+  static_assert(sizeof(T) == 2);
+#ifdef DFKD_HOST
+  return pack(from_float<T>(low), from_float<T>(high));
+#else
+  uint32_t result;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  }
+  return result;
+#endif
 }
 
 // ---- warps --------------------------------------------------------------------------------------------------------

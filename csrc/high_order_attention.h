@@ -4,8 +4,6 @@
 // at 16 bytes: the launchers copy maps and weights to padded ones where they are not.
 #pragma once
 
-#include <type_traits>
-
 #include "device.h"
 
 namespace dfkd::high_order {
@@ -138,10 +136,6 @@ template <typename T>
 __device__ __forceinline__ void unpack(uint32_t pair, float (&values)[2]) {
   values[0] = to_float(T{static_cast<uint16_t>(pair & 0xffffu)});
   values[1] = to_float(T{static_cast<uint16_t>(pair >> 16)});
-}
-template <typename T>
-__device__ __forceinline__ uint32_t pack_rounded(float low, float high) {
-  return pack(from_float<T>(low), from_float<T>(high));
 }
 
 // ---- the formulas --------------------------------------------------------------------------------------------------

@@ -21,29 +21,18 @@ constexpr int kSquare = kGroupRows * 64;                    // elements of a pan
 
 // ---- numbers -------------------------------------------------------------------------------------------------------
 
-// Two numbers, rounded, in one register; and back.
-#ifdef DFKD_HOST
 template <typename T>
-uint32_t pack_pair(float low, float high) {
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   return pack_rounded<T>(low, high);
 }
+// Two numbers out of one register.
+#ifdef DFKD_HOST
 template <typename T>
 void unpack_pair(uint32_t pair, float (&values)[2]) {
   unpack<T>(pair, values);
 }
-inline float exp2_flushed(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 #else
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  uint32_t pair;
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  }
-  return pair;
-}
 template <typename T>
 __device__ __forceinline__ void unpack_pair(uint32_t pair, float (&values)[2]) {
   if constexpr (std::is_same_v<T, bfloat16>) {
@@ -53,12 +42,7 @@ __device__ __forceinline__ void unpack_pair(uint32_t pair, float (&values)[2]) {
     unpack<T>(pair, values);
   }
 }
-// Without the steps that keep denormal numbers: where the results are added to one, or follow from more than one.
-__device__ __forceinline__ float exp2_flushed(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
+// Without the steps that keep denormal numbers.
 __device__ __forceinline__ float reciprocal_fast(float x) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

@@ -9,8 +9,6 @@
 // width write. A panel begins at a multiple of 16 * WIDTH bytes: 1024, 512 or 256.
 #pragma once
 
-#include <type_traits>
-
 #include "device.h"
 
 #ifdef DFKD_HOST

@@ -43,15 +43,7 @@ struct alignas(16) Numbers {
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }  // a NaN counts for nothing
 
 // exp(x) for x <= 0 without the care for denormal results, which are nothing beside the 1 that every softmax has.
-__device__ __forceinline__ float exp_below(float x) {
-#ifdef DFKD_HOST
-  return std::exp2(x * kLog2E);
-#else
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * kLog2E));
-  return result;
-#endif
-}
+__device__ __forceinline__ float exp_below(float x) { return exp2_flushed(x * kLog2E); }
 
 // A product that is rounded: not one half of a fused operation.
 __device__ __forceinline__ float rounded_product(float a, float b) {
@@ -66,25 +58,6 @@ __device__ __forceinline__ float rounded_product(float a, float b) {
 __device__ __forceinline__ float base_of(float top) { return top == -kInfinity ? 0.0f : top; }
 
 template <typename T>
-__device__ __forceinline__ uint32_t round_pair(float low, float high) {
-  return pack(from_float<T>(low), from_float<T>(high));
-}
-#ifndef DFKD_HOST
-template <>
-__device__ __forceinline__ uint32_t round_pair<bfloat16>(float low, float high) {
-  uint32_t result;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  return result;
-}
-template <>
-__device__ __forceinline__ uint32_t round_pair<float16>(float low, float high) {
-  uint32_t result;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  return result;
-}
-#endif
-
-template <typename T>
 __device__ __forceinline__ void unpack(float (&values)[8], const Vector& from) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -97,7 +70,7 @@ template <typename T>
 __device__ __forceinline__ Vector round_all(const float (&values)[8]) {
   Vector to;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) to.words[i] = round_pair<T>(values[2 * i], values[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) to.words[i] = pack_rounded<T>(values[2 * i], values[2 * i + 1]);
   return to;
 }
 

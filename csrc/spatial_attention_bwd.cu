@@ -161,7 +161,7 @@ __device__ __forceinline__ void hidden_gradient(const Problem<T>& x, const Place
           out[0] = sums[2 * half];
           if (k + 1 < x.maps) out[1] = sums[2 * half + 1];
         } else if (x.maps % 2 == 0) {
-          *reinterpret_cast<uint32_t*>(to.hidden + place) = round_pair<T>(sums[2 * half], sums[2 * half + 1]);
+          *reinterpret_cast<uint32_t*>(to.hidden + place) = pack_rounded<T>(sums[2 * half], sums[2 * half + 1]);
         } else {
           to.hidden[place] = from_float<T>(sums[2 * half]);
           if (k + 1 < x.maps) to.hidden[place + 1] = from_float<T>(sums[2 * half + 1]);

@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   } else {
     take_registers<kConsumerRegisters>();
     write_weight<T, NARROW>(x.cut, weight, x.weight_dtype, reinterpret_cast<T*>(memory.weight));
-    fence_panels();
+    fence_async();
     sync_some(1, kConsumers);
     const Seat at(x.cut);
     const unsigned char* mine = memory.weight + at.panel * x.cut.narrow_bytes();
@@ -338,13 +338,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                 // Not f * (1 + gate): next to 1 a gate of 1e-6 would lose most of its digits.
                 y[e] += y[e] * (exp_below(logit - top.at[2 * (i % 2) + e]) * factor.at[2 * (i % 2) + e]);
               }
-              f[half].words[word] = round_pair<T>(y[0], y[1]);
+              f[half].words[word] = pack_rounded<T>(y[0], y[1]);
             }
           }
 #pragma unroll
           for (int half = 0; half < 2; ++half) *chunk_of(panel, at, half, which) = f[half];
         }
-        fence_panels();
+        fence_async();
         __syncwarp();
         if (at.lane == 0) {
           if (row < x.cut.positions && kPanel * at.panel < x.cut.channels) {

@@ -86,7 +86,7 @@ __device__ __forceinline__ int channel_of(int column) {
   return 16 * (column % 8 / 2) + 2 * (column / 8) + column % 2;
 }
 
-// The weight in panels of 64 columns, by all consumers; then fence_panels() and a barrier.
+// The weight in panels of 64 columns, by all consumers; then fence_async() and a barrier.
 template <typename T, int NARROW>
 __device__ __forceinline__ void write_weight(const Cut& x, const void* weight, int dtype, T* to) {
   constexpr int kChunks = NARROW / 8;
@@ -155,15 +155,6 @@ __device__ __forceinline__ void leave_out(float (&logits)[8][4], int left) {
   for (int i = 0; i < 32; ++i) {
     if (8 * (i % 4 / 2) >= left) logits[i / 4][i % 4] = -kInfinity;
   }
-}
-
-// As fence_async(), for shared memory alone: that also waits until other blocks could see what was written to memory.
-__device__ __forceinline__ void fence_panels() {
-#ifdef DFKD_HOST
-  fence_async();
-#else
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
 }
 
 // The lane's chunk of a panel: row() + 8 half, channels 16 t + 8 which on.
@@ -261,7 +252,7 @@ __device__ __forceinline__ void make_hidden(const Cut& x, const Seat& at, unsign
 #pragma unroll
     for (int n = 0; n < NARROW / 8; ++n) {
       if (8 * n < x.maps) {
-        *reinterpret_cast<uint32_t*>(out + 8 * n) = round_pair<T>(dh[n][2 * half], dh[n][2 * half + 1]);
+        *reinterpret_cast<uint32_t*>(out + 8 * n) = pack_rounded<T>(dh[n][2 * half], dh[n][2 * half + 1]);
       }
     }
   }

@@ -200,7 +200,7 @@ __device__ __forceinline__ void add_slopes(const Plan& x, const Seat& at, unsign
   fold<2>(sums, at.lane);
   __syncwarp();
   *reinterpret_cast<Pair*>(sums_of(stage, at.group, at.warp) + 16 * at.t + 2 * at.g) = {{sums[0], sums[1]}};
-  fence_panels();
+  fence_async();
   __syncwarp();
   if (at.lane == 0) arrive(summed);
 }
@@ -292,8 +292,8 @@ __device__ __forceinline__ void make_slopes(const Plan& x, const Seat& at, unsig
           to_features[e] = u + u * s;
           to_logits[e] = s * (u * v - slope.at[c]);
         }
-        g[half].words[word] = round_pair<T>(to_features[0], to_features[1]);
-        slopes[half][which].words[word] = round_pair<T>(to_logits[0], to_logits[1]);
+        g[half].words[word] = pack_rounded<T>(to_features[0], to_features[1]);
+        slopes[half][which].words[word] = pack_rounded<T>(to_logits[0], to_logits[1]);
       }
     }
 #pragma unroll
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   } else {
     take_registers<kConsumerRegisters>();
     write_weight<T, NARROW>(x.cut, weight, x.weight_dtype, reinterpret_cast<T*>(memory.weight));
-    fence_panels();
+    fence_async();
     sync_some(kEverybody, kConsumers);
     const Seat at(x.cut);
     float dw[NARROW / 8][4];
@@ -386,7 +386,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         wait(&barriers.full[which], item / x.stages & 1);
         make_slopes<T, NARROW>(x, at.anew(), stage, memory.slot(item), memory.weight,
                                x.cut.positions - row - at.row());
-        fence_panels();
+        fence_async();
         __syncwarp();
         if (at.lane == 0 && x.want_features) {
           const int first = 16 * at.warp, channel = kPanel * at.panel;

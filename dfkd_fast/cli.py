@@ -269,8 +269,8 @@ def _bench(
         out: folder of the results; what it holds of other ops stays.
         tune: first try every launch configuration of the ops' kernels on these shapes, and write those that beat the
             first guess into ``kernels/tuned.json``.
-        backends: ``reference``, ``compile``, ``compile_max_autotune``, ``triton``, ``cuda`` or ``peer:NAME``; None is
-            all that there are.
+        backends: ``reference``, ``compile``, ``compile_max_autotune``, ``triton``, ``cuda``, ``hopper`` or
+            ``peer:NAME``; None is all that there are.
         device: ``cpu`` is for trying this out: the reference and torch.compile, on cases that are small enough.
     """
     from dfkd_fast.benchmarks.command import bench
@@ -279,15 +279,16 @@ def _bench(
         raise SystemExit(1)
 
 
-def _doctor(*, kernels: bool = False) -> None:
+def _doctor(*, kernels: bool = False, launches: bool = False) -> None:
     """Say what is and is not available on this machine, and why.
 
     Args:
         kernels: show registers, shared memory, spills and matrix instructions of the compiled kernels instead.
+        launches: show what the CUDA extension launches at the paper's shapes instead, and what that takes of the GPU.
     """
     from dfkd_fast import doctor
 
-    raise SystemExit(doctor.kernels() if kernels else doctor.doctor())
+    raise SystemExit(doctor.kernels() if kernels else doctor.launches() if launches else doctor.doctor())
 
 
 def _profile(
@@ -391,7 +392,7 @@ def _prepare(arguments: Sequence[str]) -> list[str]:
             word = str(find(word))
         elif word.startswith("--config="):
             word = "--config=" + str(find(word.removeprefix("--config=")))
-        elif word in ("--resume", "--kernels") and following.startswith("-"):
+        elif word in ("--resume", "--kernels", "--launches") and following.startswith("-"):
             word += "=true"
         elif word.startswith("--engines=") or (index and arguments[index - 1] == "--engines"):
             option, equals, names = word.rpartition("=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -13,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Item", "doctor", "find_nvcc", "kernels", "report"]
+__all__ = ["Item", "doctor", "find_nvcc", "kernels", "launches", "report"]
 
 
 class Item(NamedTuple):
@@ -114,6 +115,81 @@ def kernels() -> int:
     if installed is not None and content["triton"] not in (None, installed):
         console.print(f"triton {installed} is installed; it may use other numbers of registers")
     return 0
+
+
+# The paper's shapes, by the words of ops.extension.launches.
+_PAPER: dict[str, dict[str, dict[str, Any]]] = {
+    "high_order_attention": {
+        f"64x{c}x{side}x{side}": {"positions": 64 * side * side, "channels": c, "hidden": c // 4}
+        for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))
+    },
+    "spatial_attention": {
+        f"64x{c}x{side}x{side}": {"samples": 64, "channels": c, "maps": c // 8, "positions": side * side}
+        for c, side in ((256, 28), (128, 56), (64, 112), (64, 224))
+    },
+    "contrastive_loss": {
+        f"{vectors:,} x 128": {"count": vectors // 2, "dim": 128} for vectors in (128, 8192, 65536, 131072)
+    },
+}
+
+
+def launches() -> int:
+    """Print what the CUDA extension launches at the paper's shapes, in bfloat16, and what that takes of the GPU.
+
+    For each kernel the blocks, in clusters of how many, their threads and shared memory; registers of a thread, bytes
+    of it in local memory, blocks at a time on a multiprocessor and the share of its threads that these are. Without a
+    GPU the last four stay empty.
+
+    Returns:
+        0.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from dfkd_fast.ops import extension
+
+    console = Console()
+    if extension.UNAVAILABLE is not None:
+        console.print(extension.UNAVAILABLE)
+        return 0
+    absent = extension.unavailable("hopper")
+    without: RuntimeError | None = None
+    for op, shapes in _PAPER.items():
+        table = Table(title=f"{op}, bfloat16", title_justify="left", box=None, pad_edge=False)
+        for name in ("shape", "pass", "backend", "kernel"):
+            table.add_column(name, overflow="fold")
+        for name in ("blocks", "cluster", "threads", "shared KB", "registers", "local B", "at a time", "occupancy"):
+            table.add_column(name, justify="right")
+        for shape, sizes in shapes.items():
+            for backend in ("cuda", "hopper")[: 2 if absent is None else 1]:
+                for which, name in (("forward", op), ("backward", f"{op}_backward")):
+                    if not extension.supported(name, backend, **sizes):
+                        table.add_row(shape, which, backend, "not served")
+                        continue
+                    try:
+                        found = extension.launches(name, backend, resources=without is None, **sizes)
+                    except RuntimeError as error:
+                        without = error
+                        found = extension.launches(name, backend, resources=False, **sizes)
+                    for number, each in enumerate(found):
+                        names = (shape, which, backend) if number == 0 else ("", "", "")
+                        table.add_row(*names, *_launch_cells(each))
+        console.print(table)
+    for reason in (absent, without):
+        if reason is not None:
+            console.print(str(reason))
+    return 0
+
+
+def _launch_cells(launch: dict[str, Any]) -> list[str]:
+    grid = [size for size in launch["grid"] if size > 1] or [1]
+    shared = launch["dynamic_shared"] + launch.get("static_shared", 0)
+    cells = [launch["kernel"], " x ".join(map(str, grid)), str(launch["cluster"]) if launch["cluster"] > 1 else ""]
+    cells += [str(math.prod(launch["block"])), f"{shared / 1024:.1f}"]
+    if "registers" in launch:
+        cells += [str(launch[name]) for name in ("registers", "local", "blocks_per_multiprocessor")]
+        cells.append(f"{launch['occupancy']:.0%}")
+    return cells
 
 
 def _version(distribution: str) -> str | None:

@@ -58,29 +58,31 @@ def build(folder: Path, sources: Sequence[str]) -> Path:
     Raises:
         RuntimeError: they do not compile; the message is the compiler's.
     """
+    objects = [_made(folder, ("-c",), [CSRC / name], ".o") for name in ("host/shim.cpp", "host/hopper.cpp", *sources)]
+    return _made(folder, ("-shared",), objects, ".so")
+
+
+def _made(folder: Path, how: Sequence[str], inputs: Sequence[Path], suffix: str) -> Path:
+    """What the compiler makes of files, once."""
     found = compiler()
     assert found is not None
-    digest = hashlib.sha256(repr((_FLAGS, _SANITIZERS, tuple(sources))).encode())
+    digest = hashlib.sha256(repr((_FLAGS, _SANITIZERS, tuple(map(str, inputs)))).encode())
     for path in sorted(CSRC.rglob("*")):
-        if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
+        if path in inputs or path.suffix == ".h":
             digest.update(path.read_bytes())
-    library = folder / f"{digest.hexdigest()[:24]}.so"
+    made = folder / f"{digest.hexdigest()[:24]}{suffix}"
     folder.mkdir(parents=True, exist_ok=True)
-    with library.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes ask for the same library at the same time
-        if not library.exists():
-            _compile(found, sources, library)
-    return library
-
-
-def _compile(found: str, sources: Sequence[str], library: Path) -> None:
-    partial = library.with_suffix(".partial")
-    inputs = [str(CSRC / name) for name in ("host/shim.cpp", "host/hopper.cpp", *sources)]
-    command = [found, *_FLAGS, *_QUIET, *_SANITIZERS, "-shared", "-x", "c++", *inputs, "-o", str(partial)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-6000:])
-    os.replace(partial, library)
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes ask for the same at the same time
+        if not made.exists():
+            partial = made.with_suffix(".partial")
+            language = ("-x", "c++") if suffix == ".o" else ()
+            command = [found, *_FLAGS, *_QUIET, *_SANITIZERS, *how, *language, *map(str, inputs), "-o", str(partial)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr[-6000:])
+            os.replace(partial, made)
+    return made
 
 
 class HostKernels:

@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles for every architecture, without stack or spills, and the table says what to."""
+"""Every CUDA kernel compiles for each of its architectures, without stack or spills, and the table says what to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dfkd_fast.benchmarks import compile_cuda
-from dfkd_fast.benchmarks.compile_cuda import ARCHITECTURES, CSRC, TABLE
+from dfkd_fast.benchmarks.compile_cuda import CSRC, TABLE, architectures
 from dfkd_fast.doctor import find_nvcc
 
 FILES = sorted(path.name for path in CSRC.glob("*.cu"))
@@ -28,26 +28,96 @@ def test_the_assemblers_words_are_read() -> None:
     first, second = compile_cuda.parse(LOG)
     assert first == {
         **{"kernel": "_ZN4dfkd3addIfEEvPT_", "arch": "90a", "stack": 8, "spill_stores": 4, "spill_loads": 12},
-        **{"registers": 40, "barriers": 1, "static_shared": 2048},
+        **{"registers": 40, "barriers": 1, "static_shared": 2048, "complaints": []},
     }
     assert compile_cuda.unsound(first) == "8 bytes of stack, 4 bytes of spill_stores, 12 bytes of spill_loads"
     assert second["registers"] == 12
     assert compile_cuda.unsound(second) is None
 
 
+def test_a_product_that_waits_for_the_one_before_is_not_sound() -> None:
+    for said in (
+        "(C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient register "
+        "resources for the wgmma pipeline in the function '_ZN4dfkd3subEv'",
+        "(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma instructions "
+        "defining accumulator registers in function '_ZN4dfkd3subEv'",
+    ):
+        first, second = compile_cuda.parse(f"ptxas info    : {said}\n{LOG}")
+        assert not first["complaints"]
+        assert compile_cuda.unsound(second) == "wgmma serialised"
+
+
+def test_registers_that_stay_where_they_are_are_told_of_all_the_file() -> None:
+    said = "(C7508) Potential Performance Loss: 'setmaxnreg' ignored; unable to determine register count at entry."
+    _, second = compile_cuda.parse(f"ptxas info    : {said}\n{LOG}")
+    assert compile_cuda.unsound(second) == "setmaxnreg ignored in this file"
+
+
+SASS = """\
+\t\tFunction : _Z4goodv
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;  /* 0x01e00000041879f0 */
+        /*0100*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ; /* 0x01e00000041879f0 */
+\t\tFunction : _Z4nonev
+        /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+"""
+NVDISASM = """\
+//--------------------- .text._Z4goodv --------------------------
+\t.section\t.text._Z4goodv,"ax",@progbits
+.text._Z4goodv:
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
+        /*0100*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+.text._Z4nonev:
+        /*0050*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+"""
+PTX = """\
+.visible .entry _Z4goodv(
+\t.param .u64 .ptr .align 1 _Z4goodv_param_0
+wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, add, 1, 1, 0, 0;
+wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, add, 1, 1, 0, 0;
+.entry _Z4nonev(
+mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1};
+"""
+
+
+@pytest.mark.parametrize("code", [SASS, NVDISASM, PTX], ids=["cuobjdump", "nvdisasm", "PTX"])
+def test_products_of_warpgroups_are_counted(code: str) -> None:
+    assert compile_cuda.count_wgmma(code) == {"_Z4goodv": 2, "_Z4nonev": 0}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wgmma", "wrong"),
+    [
+        ("sums_hopper<bfloat16, 128>", 8, None),
+        ("sums_hopper<bfloat16, 128>", 0, "no wgmma"),
+        ("contrastive::sums_hopper", 0, "no wgmma"),
+        ("_ZN4dfkd11sums_hopperEv", 0, "no wgmma"),
+        ("prepare<kind_hopper>", 0, None),
+        ("hopper_parts", 0, None),
+    ],
+)
+def test_a_hopper_kernel_has_them(kernel: str, wgmma: int, wrong: str | None) -> None:
+    row = {"kernel": kernel, "stack": 0, "spill_stores": 0, "spill_loads": 0, "wgmma": wgmma}
+    assert compile_cuda.unsound(row) == wrong
+
+
+def test_hopper_files_are_for_hopper_alone() -> None:
+    assert architectures("contrastive_loss_hopper_bwd.cu") == ("90a",)
+    assert architectures("contrastive_loss_bwd.cu") == compile_cuda.ARCHITECTURES
+
+
 def test_the_table_is_of_these_sources() -> None:
     content = json.loads(TABLE.read_text())
     assert content["digest"] == compile_cuda.digest(), "python -m dfkd_fast.benchmarks.compile_cuda --write"
-    assert {(row["file"], row["arch"]) for row in content["rows"]} == {(f, a) for f in FILES for a in ARCHITECTURES}
+    assert {(row["file"], row["arch"]) for row in content["rows"]} == {(f, a) for f in FILES for a in architectures(f)}
     assert not [row for row in content["rows"] if compile_cuda.unsound(row)]
 
 
 @pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 @pytest.mark.parametrize("name", FILES)
-def test_every_kernel_compiles_for_every_architecture(name: str) -> None:
+def test_every_kernel_compiles_for_every_architecture_of_its_own(name: str) -> None:
     nvcc = find_nvcc()
     assert nvcc is not None
     rows = compile_cuda.compile_file(nvcc, CSRC / name)
-    assert {row["arch"] for row in rows} == set(ARCHITECTURES)
+    assert {row["arch"] for row in rows} == set(architectures(name))
     wrong = {(row["kernel"], row["arch"]): why for row in rows if (why := compile_cuda.unsound(row))}
     assert not wrong

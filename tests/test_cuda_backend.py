@@ -1,8 +1,8 @@
-"""The cuda backend on a card: the kernels of csrc/ through torch, at real shapes."""
+"""The cuda and hopper backends on a card: the kernels of csrc/ through torch, at real shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dfkd_fast import ops
 from dfkd_fast.ops import extension
-from dfkd_fast.testing import assert_backend_no_worse, random
+from dfkd_fast.ops.backend import Unserved
+from dfkd_fast.testing import assert_backend_no_worse, assert_close, random
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,16 +22,17 @@ pytestmark = [
 DTYPES = (torch.bfloat16, torch.float16)
 
 Maker = Callable[[int], list[Any]]
+Case = tuple[Callable[..., Tensor], Maker]
 
 
-def contrast(count: int, dim: int, dtype: torch.dtype) -> tuple[Callable[..., Tensor], Maker]:
+def contrast(count: int, dim: int, dtype: torch.dtype) -> Case:
     def make(seed: int) -> list[Any]:
         return [random(count, dim, seed=seed + i, dtype=dtype, device="cuda").requires_grad_() for i in range(2)]
 
     return ops.contrastive_loss, make
 
 
-def spatial(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> tuple[Callable[..., Tensor], Maker]:
+def spatial(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> Case:
     n, c, h, w = shape
     k = max(1, c // 8)
 
@@ -48,7 +50,7 @@ def spatial(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> tuple[Call
     return op, make
 
 
-def high_order(shape: tuple[int, ...], dtype: torch.dtype, mode: str) -> tuple[Callable[..., Tensor], Maker]:
+def high_order(shape: tuple[int, ...], dtype: torch.dtype, mode: str) -> Case:
     n, c, h, w = shape
     k = max(1, c // 4)
 
@@ -65,37 +67,74 @@ def high_order(shape: tuple[int, ...], dtype: torch.dtype, mode: str) -> tuple[C
     return op, make
 
 
-CASES = {
+CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "contrast, 128 vectors": lambda dtype: contrast(64, 128, dtype),
     "contrast, 250 vectors": lambda dtype: contrast(125, 100, dtype),
+    "contrast, 602 vectors": lambda dtype: contrast(301, 100, dtype),
     "contrast, 8192 vectors": lambda dtype: contrast(4096, 128, dtype),
     **{
         f"{form} of {shape[1]} maps": lambda dtype, shape=shape, form=form: spatial(shape, dtype, form)
-        for shape in ((8, 256, 28, 28), (8, 64, 112, 112), (3, 40, 15, 17))
+        for shape in ((8, 256, 28, 28), (4, 128, 56, 56), (8, 64, 112, 112), (3, 192, 9, 7), (3, 40, 15, 17))
         for form in ("spatial", "spatial_mean1", "channel")
     },
     **{
         f"{mode} of {shape[1]} channels": lambda dtype, shape=shape, mode=mode: high_order(shape, dtype, mode)
-        for shape in ((8, 64, 56, 56), (64, 512, 7, 7), (3, 36, 5, 6))
+        for shape in (
+            *((8, 64, 56, 56), (16, 128, 28, 28), (32, 256, 14, 14), (64, 512, 7, 7)),
+            *((3, 36, 5, 6),),
+        )
         for mode in ("joint", "per_order")
     },
 }
+# Too few vectors, no softmax over channels, sizes that are no multiples of 8.
+UNSERVED_BY_HOPPER = {
+    *("contrast, 128 vectors", "contrast, 250 vectors"),
+    *(name for name in CASES if name.startswith("channel of") or " of 40 " in name or " of 36 " in name),
+}
+
+
+def each_backend() -> Iterator[Any]:
+    yield from ((backend, name) for backend in ("cuda", "hopper") for name in CASES)
+
+
+def skip_unless_here(backend: str) -> None:
+    reason = extension.unavailable(backend)
+    if reason is not None:
+        pytest.skip(reason)
+    if backend == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for compute capability 9.0")
+
+
+def skip_unless_served(backend: str, name: str) -> None:
+    skip_unless_here(backend)
+    if backend == "hopper" and name in UNSERVED_BY_HOPPER:
+        pytest.skip("not served by these kernels")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("name", CASES)
-def test_no_worse_than_the_reference(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("backend", "name"), each_backend())
+def test_no_worse_than_the_reference(backend: str, name: str, dtype: torch.dtype) -> None:
+    skip_unless_served(backend, name)
     op, make = CASES[name](dtype)
-    assert_backend_no_worse(op, make, backend="cuda", draws=2)
+    assert_backend_no_worse(op, make, backend=backend, draws=2)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_same_bits_every_time_and_in_a_graph(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(UNSERVED_BY_HOPPER))
+def test_what_is_not_served_is_refused_in_words(name: str) -> None:
+    skip_unless_here("hopper")
+    op, make = CASES[name](torch.bfloat16)
+    with pytest.raises(Unserved, match="its kernels take"):
+        op(*make(0), backend="hopper")
+
+
+@pytest.mark.parametrize(("backend", "name"), each_backend())
+def test_the_same_bits_every_time_and_in_a_graph(backend: str, name: str) -> None:
+    skip_unless_served(backend, name)
     op, make = CASES[name](torch.bfloat16)
     inputs, others = make(0), make(10)
 
     def work() -> list[Tensor]:
-        out = op(*inputs, backend="cuda")
+        out = op(*inputs, backend=backend)
         return [out, *torch.autograd.grad(out.float().sum(), inputs)]
 
     stream = torch.cuda.Stream()
@@ -115,14 +154,85 @@ def test_the_same_bits_every_time_and_in_a_graph(name: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_other_layouts_and_offsets_are_copied_where_they_must_be() -> None:
-    op, make = spatial((3, 16, 6, 5), torch.bfloat16, "spatial_mean1")
+@pytest.mark.parametrize("backend", ["cuda", "hopper"])
+@pytest.mark.parametrize("name", ["contrast, 602 vectors", "spatial_mean1 of 192 maps", "joint of 64 channels"])
+def test_compiles_without_graph_breaks(name: str, backend: str) -> None:
+    skip_unless_here(backend)
+    op, make = CASES[name](torch.bfloat16)
+    inputs = make(0)
+
+    def work(function: Callable[..., Tensor]) -> list[Tensor]:
+        out = function(*inputs)
+        return [out, *torch.autograd.grad(out.float().sum(), inputs)]
+
+    plain = work(lambda *tensors: op(*tensors, backend=backend))
+    compiled = work(torch.compile(lambda *tensors: op(*tensors, backend=backend), fullgraph=True, backend="aot_eager"))
+    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cuda", "hopper"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_many_vectors_in_little_memory(symmetric: bool, backend: str) -> None:
+    """131,072 vectors: at most 1 GiB beyond inputs and gradients; a few anchors against float64."""
+    skip_unless_here(backend)
+    count = 65_536
+    op, make = contrast(count, 128, torch.bfloat16)
+    t, s = make(0)
+
+    def work() -> list[Tensor]:
+        value = op(t, s, symmetric=symmetric, reduction="none", backend=backend)
+        return [value, *torch.autograd.grad(value.mean(), (t, s))]
+
+    work()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    value, dt, ds = work()
+    results = sum(x.numel() * x.element_size() for x in (dt, ds))
+    assert torch.cuda.max_memory_allocated() - before <= results + 2**30
+    unit = torch.nn.functional.normalize(torch.cat([t, s]).detach().double())
+    some = torch.arange(0, count, 1_021, device="cuda")
+    similarity = unit[some] @ unit.T / 0.1
+    similarity[torch.arange(len(some), device="cuda"), some] = -torch.inf
+    wanted = similarity.logsumexp(1) - similarity.gather(1, (some + count)[:, None])[:, 0]
+    assert_close(value[some], wanted, atol=1e-4)
+    assert dt.isfinite().all()
+    assert ds.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "hopper"])
+def test_opcheck(backend: str) -> None:
+    skip_unless_here(backend)
+    library = torch.ops.dfkd_fast
+
+    def check(name: str, *arguments: Any) -> Any:
+        given = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+        operator = getattr(library, name).default
+        torch.library.opcheck(operator, tuple(given))
+        return operator(*given)
+
+    t, s = contrast(200, 64, torch.bfloat16)[1](0)
+    out, saved = check(f"contrastive_loss_{backend}", t, s, 0.1, False, True, "mean")
+    check(f"contrastive_loss_{backend}_backward", out, t, s, saved, 0.1, False, True, True, False, True)
+    given = spatial((2, 64, 9, 7), torch.bfloat16, "spatial_mean1")[1](0)
+    out, saved = check(f"spatial_attention_{backend}", *given, 0.05, "spatial_mean1")
+    wanted = (True, True, True, False)
+    check(f"spatial_attention_{backend}_backward", out, *given, saved, 0.05, "spatial_mean1", *wanted)
+    given = high_order((2, 64, 9, 7), torch.bfloat16, "joint")[1](0)
+    out = check(f"high_order_attention_{backend}", *given, "joint", "features")
+    check(f"high_order_attention_{backend}_backward", out, *given, "joint", "features", True, False, True)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "hopper"])
+def test_other_layouts_and_offsets_are_copied_where_they_must_be(backend: str) -> None:
+    skip_unless_here(backend)
+    op, make = spatial((3, 64, 6, 5), torch.bfloat16, "spatial_mean1")
     inputs = [tensor.detach() for tensor in make(0)]
-    wanted = op(*inputs, backend="cuda")
+    wanted = op(*inputs, backend=backend)
     plain = [inputs[0].contiguous(), inputs[1].contiguous(), *inputs[2:]]
-    found = op(*plain, backend="cuda")
+    found = op(*plain, backend=backend)
     assert found.is_contiguous()
     assert torch.equal(found, wanted)
     shifted = torch.empty(inputs[0].numel() + 1, dtype=torch.bfloat16, device="cuda")[1:]
-    rows = shifted.view(3, 6, 5, 16).copy_(inputs[0].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    assert torch.equal(op(rows, *inputs[1:], backend="cuda"), wanted)
+    rows = shifted.view(3, 6, 5, 64).copy_(inputs[0].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    assert torch.equal(op(rows, *inputs[1:], backend=backend), wanted)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,10 +38,49 @@ def test_it_is_here_or_says_why_not() -> None:
         found = extension.build()
         assert found is not None
         assert found["architectures"]
+        assert found["hopper"] == extension.HOPPER == ("9.0a" in found["architectures"])
         assert hasattr(torch.ops, "dfkd_fast_cuda")
+        assert all("bool hopper" in str(operator.default._schema) for operator in operators())
     else:
         assert extension.build() is None
+        assert not extension.HOPPER
         assert "CUDA" in extension.UNAVAILABLE
+
+
+def operators() -> list[Any]:
+    names = ("contrastive_loss", "spatial_attention", "high_order_attention")
+    return [getattr(torch.ops.dfkd_fast_cuda, name + end) for name in names for end in ("", "_backward")]
+
+
+def test_each_backend_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "UNAVAILABLE", None)
+    monkeypatch.setattr(extension, "HOPPER", False)
+    assert extension.unavailable("cuda") is None
+    assert "without code for sm_90a" in str(extension.unavailable("hopper"))
+    monkeypatch.setattr(extension, "HOPPER", True)
+    x = torch.zeros(2, 2, dtype=torch.bfloat16)
+    for backend in ("cuda", "hopper"):
+        assert extension.unavailable(backend) is None
+        assert extension.unserved_by_extension(backend, x) == "its kernels run on CUDA devices, not on cpu"
+    monkeypatch.setattr(extension, "UNAVAILABLE", "it is not built")
+    assert extension.unavailable("hopper") == extension.unserved_by_extension("hopper", x) == "it is not built"
+
+
+@pytest.mark.parametrize(
+    ("capability", "served"), [((7, 5), ()), ((8, 0), ("cuda",)), ((9, 0), ("cuda", "hopper")), ((10, 0), ("cuda",))]
+)
+def test_devices_have_what_their_architecture_runs(
+    capability: tuple[int, int], served: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnDevice:
+        is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
+
+    monkeypatch.setattr(extension, "UNAVAILABLE", None)
+    monkeypatch.setattr(extension, "HOPPER", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for backend in ("cuda", "hopper"):
+        reason = extension.unserved_by_extension(backend, OnDevice())  # type: ignore[arg-type]
+        assert (reason is None) == (backend in served), reason
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

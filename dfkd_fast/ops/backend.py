@@ -5,8 +5,11 @@ The choice falls on the first of these that names a backend:
 1. the op's ``backend`` argument;
 2. the innermost ``with dfkd_fast.ops.backend(...)`` of the calling thread;
 3. the environment variable ``DFKD_FAST_BACKEND`` (for debugging; a compiled function keeps the value of its tracing);
-4. none: the best backend that serves these arguments, in the order of :data:`NAMES`; but ``cuda`` only for shapes for
-   which it has been measured to be faster (:mod:`dfkd_fast.ops.choices`).
+4. none: the best backend that serves these arguments, in the order of :data:`NAMES`; but ``hopper`` and ``cuda`` only
+   for shapes for which they have been measured to be the fastest (:mod:`dfkd_fast.ops.choices`).
+
+``cuda`` and ``hopper`` are both CUDA C++ (csrc/): the plain kernels, for any device from sm_80 on, and those in the
+instructions of sm_90a, for Hopper GPUs and fewer shapes.
 
 A backend that was named is used or an error says why it cannot be; it is never replaced silently.
 """
@@ -24,13 +27,20 @@ from dfkd_fast.ops import choices
 from dfkd_fast.ops.checks import require_choice
 from dfkd_fast.ranges import span
 
-__all__ = ["NAMES", "VARIABLE", "Implementation", "backend", "backends", "dispatch", "register"]
+__all__ = ["NAMES", "VARIABLE", "Implementation", "Unserved", "backend", "backends", "dispatch", "register"]
 
-NAMES = ("cuda", "triton", "reference")
+NAMES = ("hopper", "cuda", "triton", "reference")
 """The backends, best first."""
 
 VARIABLE = "DFKD_FAST_BACKEND"
 """The environment variable."""
+
+
+_MEASURED = ("hopper", "cuda")  # chosen unasked where choices.json says that they are the fastest, and nowhere else
+
+
+class Unserved(RuntimeError):
+    """The backend that was asked for cannot serve these arguments; the message says why."""
 
 
 def _serves_all(*args: Any, **kwargs: Any) -> str | None:
@@ -78,11 +88,15 @@ def register(
         ValueError: no such backend name.
     """
     require_choice("name", name, NAMES)
+
+    def fastest(x: Any, *args: Any, **kwargs: Any) -> bool:
+        return choices.faster(op, x) == name
+
     _registry.setdefault(op, {})[name] = Implementation(
         function,
         supports,
         interpreted=name == "triton",
-        faster=(lambda x, *_, **__: choices.faster(op, x) == "cuda") if name == "cuda" else None,
+        faster=fastest if name in _MEASURED else None,
     )
 
 
@@ -97,7 +111,7 @@ class backend:
     Blocks nest, the innermost counts, and an op's own ``backend`` argument beats them all.
 
     Args:
-        name: ``"cuda"``, ``"triton"`` or ``"reference"``.
+        name: ``"hopper"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
 
     Raises:
         ValueError: no such backend name.
@@ -138,7 +152,8 @@ def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         ValueError: an unknown backend name was asked for.
-        RuntimeError: the backend asked for has no implementation of this op, or cannot serve these arguments.
+        RuntimeError: the backend asked for has no implementation of this op, or (:class:`Unserved`) cannot serve these
+            arguments.
     """
     table = _registry[op]
     named = _named(requested)
@@ -156,6 +171,6 @@ def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
         )
     reason = table[name].supports(*args, **kwargs)
     if reason is not None:
-        raise RuntimeError(f"backend {name!r}, asked for by {source}, cannot serve {op}: {reason}")
+        raise Unserved(f"backend {name!r}, asked for by {source}, cannot serve {op}: {reason}")
     with span("op", op):
         return table[name].function(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""Which backend is the faster one for which shapes, by measurement: the table that dispatch reads.
+"""Which backend is the fastest for which shapes, by measurement: the table that dispatch reads.
 
-``kernels/choices.json`` is written by ``benchmarks/choose.py`` from committed results, where both ``cuda`` and
-``triton`` have been measured on a device. What is not in it has not been measured, and is not chosen.
+``kernels/choices.json`` is written by ``benchmarks/choose.py`` from committed results, where ``triton`` and ``cuda``,
+``hopper`` or both have been measured on a device. What is not in it has not been measured, and is not chosen.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def shape_class(x: Tensor) -> tuple[int, ...]:
 
 
 def read_choices(path: Path) -> dict[Key, str]:
-    """The faster backend by op, architecture, dtype and class of shapes; empty where there is no such file."""
+    """The fastest backend by op, architecture, dtype and class of shapes; empty where there is no such file."""
     if not path.exists():
         return {}
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
@@ -52,7 +52,7 @@ def _architecture(index: int) -> int:
 
 
 def faster(op: str, x: Tensor) -> str | None:
-    """The backend that was measured to be the faster for tensors like ``x``; None where none was.
+    """The backend that was measured to be the fastest for tensors like ``x``; None where none was.
 
     Args:
         op: its name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_tensor
 from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, unserved_by_extension
-from dfkd_fast.ops.library import no_second_derivative, operator, unserved
+from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
 from dfkd_fast.reference import high_order_attention as reference
 
 __all__ = [
@@ -86,14 +87,18 @@ _backward = operator(
 _MODES, _RESULTS = ("joint", "per_order"), ("features", "map")  # in the order of csrc/launchers.h
 
 
-def _launch_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str, y: Tensor) -> None:
+def _launch_cuda(
+    hopper: bool, x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str, y: Tensor
+) -> None:
+    codes = _MODES.index(mode), _RESULTS.index(result)
     with filled_as_rows(y) as rows:
         torch.ops.dfkd_fast_cuda.high_order_attention(
-            as_rows(x), aligned(proj_weight), aligned(out_weight), _MODES.index(mode), _RESULTS.index(result), rows
+            as_rows(x), aligned(proj_weight), aligned(out_weight), *codes, hopper, rows
         )
 
 
 def _launch_cuda_backward(
+    hopper: bool,
     upstream: Tensor,
     x: Tensor,
     proj_weight: Tensor,
@@ -110,28 +115,36 @@ def _launch_cuda_backward(
     codes = _MODES.index(mode), _RESULTS.index(result)
     inputs = (as_rows(upstream), as_rows(x), aligned(proj_weight), aligned(out_weight))
     with filled_as_rows(dx) as rows:
-        torch.ops.dfkd_fast_cuda.high_order_attention_backward(*inputs, *codes, rows, dproj, dout)
+        torch.ops.dfkd_fast_cuda.high_order_attention_backward(*inputs, *codes, hopper, rows, dproj, dout)
 
 
-_cuda_forward = operator(
-    "high_order_attention_cuda(Tensor x, Tensor proj_weight, Tensor out_weight, str mode, str result) -> Tensor",
-    _allocate,
-    _launch_cuda,
-)
-_cuda_backward = operator(
-    "high_order_attention_cuda_backward(Tensor upstream, Tensor x, Tensor proj_weight, Tensor out_weight, str mode, "
-    "str result, bool want_x, bool want_proj, bool want_out) -> (Tensor, Tensor, Tensor)",
-    _allocate_backward,
-    _launch_cuda_backward,
-)
+def _by_extension(backend: str) -> tuple[Any, Any]:
+    hopper = backend == "hopper"
+    return (
+        operator(
+            f"high_order_attention_{backend}(Tensor x, Tensor proj_weight, Tensor out_weight, str mode, str result) "
+            "-> Tensor",
+            _allocate,
+            partial(_launch_cuda, hopper),
+        ),
+        operator(
+            f"high_order_attention_{backend}_backward(Tensor upstream, Tensor x, Tensor proj_weight, "
+            "Tensor out_weight, str mode, str result, bool want_x, bool want_proj, bool want_out) "
+            "-> (Tensor, Tensor, Tensor)",
+            _allocate_backward,
+            partial(_launch_cuda_backward, hopper),
+        ),
+    )
 
-_OPERATORS = {"triton": (_forward, _backward), "cuda": (_cuda_forward, _cuda_backward)}
+
+_OPERATORS = {
+    "triton": (_forward, _backward),
+    **{backend: _by_extension(backend) for backend in ("cuda", "hopper")},
+}
 
 
-class _HighOrderAttention(torch.autograd.Function):
+class _HighOrderAttention(FusedFunction):
     """The features that pass, or the gate; backward computes the maps anew from x."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str, kernels: str) -> Tensor:
@@ -180,15 +193,29 @@ def _served(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) ->
 
 
 def _served_by_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
-    return unserved_by_extension(x, *product_weights(x, proj_weight, out_weight)) or unserved_order(out_weight)
+    weights = product_weights(x, proj_weight, out_weight)
+    return unserved_by_extension("cuda", x, *weights) or unserved_order(out_weight)
+
+
+def _served_by_hopper(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
+    # csrc/launchers.h.
+    order, channels, hidden = out_weight.shape
+    if not 0 < order <= 3 or channels % 8 or hidden % 8 or not 0 < channels <= 512 or not 0 < hidden <= 128:
+        return (
+            "its kernels take up to 3 orders, 512 channels and 128 hidden maps, both multiples of 8, "
+            f"not {order} orders of {channels} channels and {hidden} maps"
+        )
+    return unserved_by_extension("hopper", x, *product_weights(x, proj_weight, out_weight))
 
 
 register("high_order_attention", "reference", reference.high_order_attention)
 register("high_order_attention", "triton", _with("triton", "features"), _served)
 register("high_order_attention", "cuda", _with("cuda", "features"), _served_by_cuda)
+register("high_order_attention", "hopper", _with("hopper", "features"), _served_by_hopper)
 register("high_order_attention_map", "reference", reference.high_order_attention_map)
 register("high_order_attention_map", "triton", _with("triton", "map"), _served)
 register("high_order_attention_map", "cuda", _with("cuda", "map"), _served_by_cuda)
+register("high_order_attention_map", "hopper", _with("hopper", "map"), _served_by_hopper)
 
 
 def high_order_attention(
@@ -212,7 +239,8 @@ def high_order_attention(
         proj_weight: (R(R+1)/2, K, C), any floating dtype, factors ordered (1, 1), (2, 1), (2, 2), (3, 1), ...
         out_weight: (R, C, K), any floating dtype.
         mode: one sigmoid over all orders, or the mean of one an order.
-        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
+        backend: ``"hopper"``, ``"cuda"``, ``"triton"``, ``"reference"`` or None; see
+            :class:`dfkd_fast.ops.backend`.
 
     Returns:
         y, (N, C, H, W), in the dtype and memory format of x. The two matrix products run in the autocast type, without

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
-from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, unserved_by_extension
-from dfkd_fast.ops.library import no_second_derivative, operator, unserved
+from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, unserved_by_extension, unserved_processors
+from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
 from dfkd_fast.reference import spatial_attention as reference
 
 __all__ = ["spatial_attention"]
@@ -105,6 +106,7 @@ _FORMS = ("spatial", "spatial_mean1", "channel")  # in the order of csrc/launche
 
 
 def _launch_cuda_forward(
+    hopper: bool,
     features: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -116,11 +118,13 @@ def _launch_cuda_forward(
 ) -> None:
     with filled_as_rows(result) as rows:
         torch.ops.dfkd_fast_cuda.spatial_attention(
-            as_rows(features), as_rows(hidden), *_parameters(weight, bias), scale, _FORMS.index(form), rows, saved
+            *(as_rows(features), as_rows(hidden), *_parameters(weight, bias)),
+            *(scale, _FORMS.index(form), hopper, rows, saved),
         )
 
 
 def _launch_cuda_backward(
+    hopper: bool,
     upstream: Tensor,
     features: Tensor,
     hidden: Tensor,
@@ -141,7 +145,7 @@ def _launch_cuda_backward(
     inputs = (as_rows(upstream), as_rows(features), as_rows(hidden), *_parameters(weight, bias))
     with filled_as_rows(d_features) as to_features, filled_as_rows(d_hidden) as to_hidden:
         torch.ops.dfkd_fast_cuda.spatial_attention_backward(
-            *inputs, saved, scale, _FORMS.index(form), to_features, to_hidden, d_weight, d_bias
+            *inputs, saved, scale, _FORMS.index(form), hopper, to_features, to_hidden, d_weight, d_bias
         )
 
 
@@ -149,30 +153,36 @@ def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | N
     return aligned(weight), None if bias is None else aligned(bias)
 
 
-_cuda_forward = operator(
-    "spatial_attention_cuda(Tensor features, Tensor hidden, Tensor weight, Tensor? bias, float scale, str form) "
-    "-> (Tensor, Tensor)",
-    _allocate_forward,
-    _launch_cuda_forward,
-)
-_cuda_backward = operator(
-    "spatial_attention_cuda_backward(Tensor upstream, Tensor features, Tensor hidden, Tensor weight, Tensor? bias, "
-    "Tensor saved, float scale, str form, bool want_features, bool want_hidden, bool want_weight, bool want_bias) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _allocate_backward,
-    _launch_cuda_backward,
-)
+def _by_extension(backend: str) -> tuple[Any, Any]:
+    hopper = backend == "hopper"
+    return (
+        operator(
+            f"spatial_attention_{backend}(Tensor features, Tensor hidden, Tensor weight, Tensor? bias, float scale, "
+            "str form) -> (Tensor, Tensor)",
+            _allocate_forward,
+            partial(_launch_cuda_forward, hopper),
+        ),
+        operator(
+            f"spatial_attention_{backend}_backward(Tensor upstream, Tensor features, Tensor hidden, Tensor weight, "
+            "Tensor? bias, Tensor saved, float scale, str form, bool want_features, bool want_hidden, "
+            "bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+            _allocate_backward,
+            partial(_launch_cuda_backward, hopper),
+        ),
+    )
 
-_OPERATORS = {"triton": (_forward, _backward), "cuda": (_cuda_forward, _cuda_backward)}
+
+_OPERATORS = {
+    "triton": (_forward, _backward),
+    **{backend: _by_extension(backend) for backend in ("cuda", "hopper")},
+}
 
 
-class _SpatialAttention(torch.autograd.Function):
+class _SpatialAttention(FusedFunction):
     """The gated features; backward computes logits anew, from two numbers a channel for softmaxes over positions.
 
-    Either backend saves the same.
+    All backends save the same.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -224,12 +234,26 @@ def _served_by_cuda(
     channels, maps = weight.shape
     if maps > 128 or (form == "channel" and channels > (256 if maps <= 64 else 128)):
         return f"its kernels take no {channels} channels from {maps} maps in the form {form!r}"
-    return unserved_by_extension(features, _in_product_type(hidden))
+    return unserved_by_extension("cuda", features, _in_product_type(hidden))
+
+
+def _served_by_hopper(
+    features: Tensor, hidden: Tensor, weight: Tensor, *rest: Any, form: str, **options: Any
+) -> str | None:
+    # csrc/launchers.h.
+    channels, maps = weight.shape
+    if form == "channel" or channels % 8 or maps % 8 or not 0 < channels <= 256 or not 0 < maps <= 64:
+        return (
+            "its kernels take up to 256 channels from up to 64 maps, multiples of 8, in the spatial forms, not "
+            f"{channels} from {maps} in the form {form!r}"
+        )
+    return unserved_by_extension("hopper", features, _in_product_type(hidden)) or unserved_processors(features)
 
 
 register("spatial_attention", "reference", reference.spatial_attention)
 register("spatial_attention", "triton", _with("triton"), _served)
 register("spatial_attention", "cuda", _with("cuda"), _served_by_cuda)
+register("spatial_attention", "hopper", _with("hopper"), _served_by_hopper)
 
 
 def spatial_attention(
@@ -257,7 +281,8 @@ def spatial_attention(
         bias: (C,) or None. The two spatial forms do not depend on it: its gradient there is exactly zero.
         scale: lambda, any finite number.
         form: which softmax.
-        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
+        backend: ``"hopper"``, ``"cuda"``, ``"triton"``, ``"reference"`` or None; see
+            :class:`dfkd_fast.ops.backend`.
 
     Returns:
         (N, C, H, W), in the dtype and memory format of features. The matrix product runs in the autocast type, without

@@ -1,0 +1,67 @@
+"""compute-sanitizer finds nothing in any CUDA kernel: no access out of bounds, no race, nothing read unwritten."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfkd_fast.ops import extension
+
+from . import kernel_cases
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(extension.UNAVAILABLE is not None, reason=str(extension.UNAVAILABLE)),
+]
+
+TOOLS = {
+    "memcheck": [],
+    "racecheck": ["--racecheck-report", "analysis"],
+    "initcheck": [],
+    "synccheck": [],
+}
+
+
+def sanitizer() -> str | None:
+    """The program, or None."""
+    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    places = [home / folder / "compute-sanitizer" for home in homes for folder in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or next((str(path) for path in places if path.is_file()), None)
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("backend", ["cuda", "hopper"])
+@pytest.mark.parametrize("op", kernel_cases.OPS)
+def test_finds_nothing(op: str, backend: str, tool: str) -> None:
+    program = sanitizer()
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    if backend == "hopper" and (reason := extension.unavailable("hopper")) is not None:
+        pytest.skip(reason)
+    if backend == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for compute capability 9.0")
+    options = ["--tool", tool, *TOOLS[tool], "--target-processes", "all", "--error-exitcode", "86"]
+    options += ["--print-limit", "20"]
+    # Each tensor an allocation of its own, so that its ends are known.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(
+        [program, *options, sys.executable, kernel_cases.__file__, op, backend],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=115,
+    )
+    said = done.stdout + done.stderr
+    if "Device not supported" in said:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert done.returncode == 0, said[-6000:]
+    assert "done" in done.stdout
+    assert "ERROR SUMMARY: 0 errors" in said or "RACECHECK SUMMARY: 0 hazards" in said, said[-2000:]
