@@ -132,6 +132,8 @@ _PAPER: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+_LAUNCHES_WIDTH = 150
+
 
 def launches() -> int:
     """Print what the CUDA extension launches at the paper's shapes, in bfloat16, and what that takes of the GPU.
@@ -149,6 +151,7 @@ def launches() -> int:
     from dfkd_fast.ops import extension
 
     console = Console()
+    console = Console(width=max(console.width, _LAUNCHES_WIDTH))  # a wrapped table of this cannot be read
     if extension.UNAVAILABLE is not None:
         console.print(extension.UNAVAILABLE)
         return 0
@@ -184,7 +187,8 @@ def launches() -> int:
 def _launch_cells(launch: dict[str, Any]) -> list[str]:
     grid = [size for size in launch["grid"] if size > 1] or [1]
     shared = launch["dynamic_shared"] + launch.get("static_shared", 0)
-    cells = [launch["kernel"], " x ".join(map(str, grid)), str(launch["cluster"]) if launch["cluster"] > 1 else ""]
+    kernel = re.sub(r"\w+::", "", launch["kernel"])
+    cells = [kernel, " x ".join(map(str, grid)), str(launch["cluster"]) if launch["cluster"] > 1 else ""]
     cells += [str(math.prod(launch["block"])), f"{shared / 1024:.1f}"]
     if "registers" in launch:
         cells += [str(launch[name]) for name in ("registers", "local", "blocks_per_multiprocessor")]

@@ -112,7 +112,7 @@ def skip_unless_served(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
-@pytest.mark.parametrize(("backend", "name"), each_backend())
+@pytest.mark.parametrize(("backend", "name"), list(each_backend()))
 def test_no_worse_than_the_reference(backend: str, name: str, dtype: torch.dtype) -> None:
     skip_unless_served(backend, name)
     op, make = CASES[name](dtype)
@@ -127,7 +127,7 @@ def test_what_is_not_served_is_refused_in_words(name: str) -> None:
         op(*make(0), backend="hopper")
 
 
-@pytest.mark.parametrize(("backend", "name"), each_backend())
+@pytest.mark.parametrize(("backend", "name"), list(each_backend()))
 def test_the_same_bits_every_time_and_in_a_graph(backend: str, name: str) -> None:
     skip_unless_served(backend, name)
     op, make = CASES[name](torch.bfloat16)
