@@ -167,7 +167,7 @@ int launch_chain(const Problem& p, const Buffers<T>& at, const Arguments<T>& giv
 template <typename T, int RANKS>
 int launch_chain_of(const Problem& p, int way, const Buffers<T>& at, const Arguments<T>& given, void* stream) {
   if (p.gates > 1) return launch_chain<T, RANKS, 2, true>(p, at, given, stream);
-  if constexpr (RANKS > 1 && std::is_same_v<T, bfloat16>) {  // float16 has no registers for a third warpgroup
+  if constexpr (RANKS > 1) {
     if (groups_of(p, way) == 3) return launch_chain<T, RANKS, 3, false>(p, at, given, stream);
   }
   return way == kTallChain ? DFKD_INVALID : launch_chain<T, RANKS, 2, false>(p, at, given, stream);

@@ -46,21 +46,6 @@ __device__ __forceinline__ int thread_anew() {
 #endif
 }
 
-// As arrive_at(), by threads that have read what may be overwritten then, but have written nothing that is read there:
-// without the fence of all that they wrote, for which every step of a product would wait.
-__device__ __forceinline__ void free_at(Barrier* barrier, int rank) {
-#ifdef DFKD_HOST
-  arrive_at(barrier, rank);
-#else
-  asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(place_of(barrier)),
-      "r"(rank)
-      : "memory");
-#endif
-}
-
 // Pairs of neighbouring elements of a thread's fragments in a panel of 64 rows of WIDTH: row 16 w + g of its warpgroup,
 // or the one 8 further, columns 8 n + 2 t and the next. Only exclusive or puts n into place: no address need be kept.
 template <int WIDTH>
@@ -287,7 +272,7 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
         };
         const auto wait_ready = [&](int which) {
           wait_cluster(ready + which, parity);
-          fence_async();
+          fence_async_memory();
         };
         for (int panel = 0; panel < Sizes::kPanels; ++panel) left(maps.x, 64, 64 * panel);
         wait_ready(0);
@@ -328,7 +313,7 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
         if (thread_anew() % kLanes == 0) arrive(empty + stage);
       } else {
         const int other = thread_anew() % kLanes;
-        if (other < RANKS) free_at(empty + stage, other);
+        if (other < RANKS) arrive_lightly(empty + stage, other);
       }
     };
     // d += the sum of so many steps: issue(left, right) asks for the products of one.
@@ -366,7 +351,7 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
         commit_stores();
         if (tell >= 0) {
           wait_stores<0>();
-          fence_async();
+          fence_async_memory();
         }
       }
       const int other = thread_anew() % kWarpgroup;
@@ -383,8 +368,8 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
 #pragma unroll 1
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
       const auto row0 = [=] { return Sizes::kRows * tile + 64 * mine(); };
-      // In registers, of two units: n and the half are the last index. Where these are few, two factors lie where dl and
-      // dx are not and their gradients will be.
+      // In registers, of two units: n and the half are the last index. Where these are few, two factors lie where dl is
+      // not and their gradients will be.
       constexpr int kInRegisters = GROUPS == 2 ? kFactors : kFactors - 2;
       uint32_t factors[kInRegisters * 2][4];
       const auto in_factors = [&] {
@@ -436,7 +421,6 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
             unsigned char* const g_panel = x_panel + Sizes::kLeft;
             const Pairs<64> wide;
             unsigned char* const dl_panel = panels() + p * kPanelBytes;
-            constexpr int kBatch = GROUPS == 2 ? 4 : 1;
             const auto use = [&](int n, int half, uint32_t x_pair, uint32_t g_pair) {
               float value[2], g[2], dl[2], opened[2];
               unpack_pair<T>(x_pair, value);
@@ -458,7 +442,7 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
                 through[4 * p + n / 2][n % 2 * 2 + half] = pack_pair<T>(g[0] * opened[0], g[1] * opened[1]);
               }
             };
-            each_pair<T, kBatch>(wide, x_panel, g_panel, features, use);
+            each_pair<T, 8>(wide, x_panel, g_panel, features, use);
             __syncwarp();
             release(ring.stage());
             ring.next();

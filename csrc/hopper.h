@@ -141,6 +141,7 @@ inline void arrive_lightly(Barrier* barrier, int rank) { arrive_at(barrier, rank
 inline void wait(Barrier* barrier, int parity) { host::barrier_wait(&barrier->state, parity); }
 inline void wait_cluster(Barrier* barrier, int parity) { host::barrier_wait(&barrier->state, parity); }
 inline void fence_async() { host::fence_asynchronous(); }
+inline void fence_async_memory() {}
 
 #else
 
@@ -201,6 +202,9 @@ __device__ __forceinline__ void wait_cluster(Barrier* barrier, int parity) {
 }
 // By each thread that wrote shared memory which products or bulk copies read next, before the barrier between.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same for memory of the device that bulk copies of the same kernel read: by the thread that wrote it or waited for
+// its stores, and by the one that copies, after the barrier between.
+__device__ __forceinline__ void fence_async_memory() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 #endif
 

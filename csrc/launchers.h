@@ -115,7 +115,7 @@ int dfkd_high_order_attention_backward(const void* upstream, const void* x, cons
 /* The backward for sm_90a: the same arguments. It serves float16 and bfloat16, orders up to 3, both modes and results,
  * channels up to 512 and hidden up to 128 that are multiples of 8, and up to 2^30 positions. form: 0 as the sizes
  * suggest; 1 everything in one pass, joint with channels <= 128 and hidden <= 32 alone; 2 the chain of products,
- * through memory; 3 that in taller tiles, joint, bfloat16 and channels > 128 or hidden > 32 alone. */
+ * through memory; 3 that in taller tiles, joint with channels > 128 or hidden > 32 alone. */
 int64_t dfkd_high_order_attention_hopper_backward_scratch(int64_t positions, int64_t channels, int64_t hidden,
                                                           int64_t order, int mode, int want_x, int want_proj,
                                                           int want_out, int form);
