@@ -104,8 +104,8 @@ def count_wgmma(code: str) -> dict[str, int]:
     return found
 
 
-def disassembler(nvcc: str) -> tuple[list[str], str] | None:
-    """A command that prints the machine code of a file, and in which form it wants that: an object or a cubin.
+def disassembler(nvcc: str) -> list[str] | None:
+    """A command that prints the machine code of a cubin.
 
     The toolkit's, else the one that comes with Triton; None where there is none.
     """
@@ -113,10 +113,10 @@ def disassembler(nvcc: str) -> tuple[list[str], str] | None:
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
         folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    for name, words, suffix in (("cuobjdump", ["-sass"], "o"), ("nvdisasm", list[str](), "cubin")):
+    for name, words in (("cuobjdump", ["-sass"]), ("nvdisasm", list[str]())):
         for folder in folders:
             if (folder / name).exists():
-                return [str(folder / name), *words], suffix
+                return [str(folder / name), *words]
     return None
 
 
@@ -135,11 +135,10 @@ def _readable(symbols: Iterable[str]) -> dict[str, str]:
 
 def _wgmma(nvcc: str, folder: Path) -> dict[str, int]:
     """Of what was compiled into a folder, with what it went through."""
-    found = disassembler(nvcc)
-    if found is None:
+    command = disassembler(nvcc)
+    if command is None:
         return count_wgmma("\n".join(path.read_text() for path in folder.glob("*.ptx")))
-    command, suffix = found
-    (path,) = folder.glob(f"*.{suffix}")
+    (path,) = folder.glob("*.cubin")
     return count_wgmma(subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout)
 
 
@@ -152,10 +151,11 @@ def compile_file(nvcc: str, path: Path) -> list[dict[str, Any]]:
     rows = []
     for arch in architectures(path.name):
         with tempfile.TemporaryDirectory(prefix="dfkd_fast_nvcc_") as folder:
-            command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-c", str(path)]
-            command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", f"{folder}/{path.stem}.o"]
-            # Also the cubin and the PTX, which a disassembler or its absence asks for.
-            command += ["--keep", f"--keep-dir={folder}"]
+            command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", str(path)]
+            # The device's code alone: compiling the host's as often would take a third longer.
+            command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", f"{folder}/{path.stem}.cubin"]
+            if arch == _WGMMA and disassembler(nvcc) is None:
+                command += ["--keep", f"--keep-dir={folder}"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{path.name} for sm_{arch}:\n{done.stderr[-4000:]}")

@@ -21,10 +21,6 @@ constexpr int kSquare = kGroupRows * 64;                    // elements of a pan
 
 // ---- numbers -------------------------------------------------------------------------------------------------------
 
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  return pack_rounded<T>(low, high);
-}
 // Two numbers out of one register.
 #ifdef DFKD_HOST
 template <typename T>
@@ -93,8 +89,8 @@ __device__ __forceinline__ void rectify(const float (&u)[kFactors * UNITS / 8][4
         z[e] = positive(product, product);
       }
       uint32_t(&operand)[4] = a[(kOrder - 1) * (UNITS / 16) + n / 2];
-      operand[n % 2 * 2] = pack_pair<T>(z[0], z[1]);
-      operand[n % 2 * 2 + 1] = pack_pair<T>(z[2], z[3]);
+      operand[n % 2 * 2] = pack_rounded<T>(z[0], z[1]);
+      operand[n % 2 * 2 + 1] = pack_rounded<T>(z[2], z[3]);
     }
   });
 }
@@ -152,7 +148,7 @@ __device__ __forceinline__ void open_gate(const float (&logits)[EACH ? kOrders :
       }
       if (!map) unpack_pair<T>(pairs[i], value);
       *reinterpret_cast<uint32_t*>(panel + (mine ^ (8 * n)) + 512 * half + pair) =
-          pack_pair<T>(value[0] * gate[0], value[1] * gate[1]);
+          pack_rounded<T>(value[0] * gate[0], value[1] * gate[1]);
     }
   }
 }

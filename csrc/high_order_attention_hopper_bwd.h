@@ -86,7 +86,7 @@ template <typename T, int R>
 __device__ __forceinline__ void factor_gradients(const float (&u)[2][R], const float (&da)[2], uint32_t (&du)[R]) {
   const float dz[2] = {positive(product_of(u[0]), da[0]), positive(product_of(u[1]), da[1])};
 #pragma unroll
-  for (int i = 0; i < R; ++i) du[i] = pack_pair<T>(dz[0] * others(u[0], i), dz[1] * others(u[1], i));
+  for (int i = 0; i < R; ++i) du[i] = pack_rounded<T>(dz[0] * others(u[0], i), dz[1] * others(u[1], i));
 }
 
 // From a warpgroup's factors of 8 CHUNKS hidden units of each: a to chunks from `first` on of three panels of 64 x 32,
@@ -110,11 +110,11 @@ __device__ __forceinline__ void rectify_slice(const float (&u)[kFactors * CHUNKS
           z[e] = product_of(mine);
         }
         *narrow.at(panels + (kOrder - 1) * 64 * 32 * 2, half, first + n) =
-            pack_pair<T>(positive(z[0], z[0]), positive(z[1], z[1]));
+            pack_rounded<T>(positive(z[0], z[0]), positive(z[1], z[1]));
       });
 #pragma unroll
       for (int f = 0; f < kFactors; ++f) {
-        keep(f, n, half) = pack_pair<T>(u[CHUNKS * f + n][2 * half], u[CHUNKS * f + n][2 * half + 1]);
+        keep(f, n, half) = pack_rounded<T>(u[CHUNKS * f + n][2 * half], u[CHUNKS * f + n][2 * half + 1]);
       }
     }
   }
@@ -437,9 +437,9 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
                   if (r == kOrders - 1) sum *= g[e];
                 }
               }
-              *wide.at(dl_panel, half, n) = pack_pair<T>(dl[0], dl[1]);
+              *wide.at(dl_panel, half, n) = pack_rounded<T>(dl[0], dl[1]);
               if constexpr (!EACH) {
-                through[4 * p + n / 2][n % 2 * 2 + half] = pack_pair<T>(g[0] * opened[0], g[1] * opened[1]);
+                through[4 * p + n / 2][n % 2 * 2 + half] = pack_rounded<T>(g[0] * opened[0], g[1] * opened[1]);
               }
             };
             each_pair<T, 8>(wide, x_panel, g_panel, features, use);
@@ -459,7 +459,7 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
           for (int n = 0; n < 16; ++n) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              through[n / 2][n % 2 * 2 + half] = pack_pair<T>(gates[n][2 * half], gates[n][2 * half + 1]);
+              through[n / 2][n % 2 * 2 + half] = pack_rounded<T>(gates[n][2 * half], gates[n][2 * half + 1]);
             }
           }
         }
@@ -520,7 +520,7 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
           float before[2];
           unpack_pair<T>(through[n / 2][n % 2 * 2 + half] & features, before);
           *wide.at(dx_panels + n / 8 * kPanelBytes, half, n % 8) =
-              pack_pair<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
+              pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
         }
       }
       end_panels(-1, [&] {

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
             for (int j = 0; j < kOrder; ++j) mine[j] = u[2 * (kFirst + j) + i / 2][2 * (i % 2) + e];
             z[e] = product_of(mine);
           }
-          a[kOrder - 1][i] = pack_pair<T>(positive(z[0], z[0]), positive(z[1], z[1]));
+          a[kOrder - 1][i] = pack_rounded<T>(positive(z[0], z[0]), positive(z[1], z[1]));
           *narrow.at(a_panels + (kOrder - 1) * kUnitPanel, i % 2, i / 2) = a[kOrder - 1][i];
         });
       }
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
           dl[e] = g[e] * value[e] * slope;
           g[e] *= gate;
         }
-        *wide.at(dx_panel, half, n) = pack_pair<T>(g[0], g[1]) & features;
-        slopes[n / 2][n % 2 * 2 + half] = pack_pair<T>(dl[0], dl[1]);
+        *wide.at(dx_panel, half, n) = pack_rounded<T>(g[0], g[1]) & features;
+        slopes[n / 2][n % 2 * 2 + half] = pack_rounded<T>(dl[0], dl[1]);
         *wide.at(g_panel, half, n) = slopes[n / 2][n % 2 * 2 + half];
       });
 
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
           uint32_t* const pair = wide.at(dx_panel, half, n);
           float before[2];
           unpack_pair<T>(*pair, before);
-          *pair = pack_pair<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
+          *pair = pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
         }
       }
       fence_async();
@@ -375,8 +375,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
             dl[e] = g[e] * value[e] * slope;
             g[e] *= gate;
           }
-          *wide.at(g_panel, half, n) = pack_pair<T>(dl[0], dl[1]);
-          *wide.at(dx_panel, half, n) = pack_pair<T>(g[0], g[1]) & features;
+          *wide.at(g_panel, half, n) = pack_rounded<T>(dl[0], dl[1]);
+          *wide.at(dx_panel, half, n) = pack_rounded<T>(g[0], g[1]) & features;
         });
       }
       fence_async();
@@ -420,7 +420,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
           uint32_t* const pair = wide.at(dx_panel, half, n);
           float before[2];
           unpack_pair<T>(*pair, before);
-          *pair = pack_pair<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
+          *pair = pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
         }
       }
       fence_async();

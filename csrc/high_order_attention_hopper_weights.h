@@ -197,8 +197,8 @@ __global__ void __launch_bounds__(kLanes * 16)
     for (int e = 0; e < 4; ++e) sum.values[e] += part.values[e];
   }
   uint32_t* const to = reinterpret_cast<uint32_t*>(j < 0 ? first.to + 4 * i : second.to + 4 * j);
-  to[0] = pack_pair<T>(sum.values[0], sum.values[1]);
-  to[1] = pack_pair<T>(sum.values[2], sum.values[3]);
+  to[0] = pack_rounded<T>(sum.values[0], sum.values[1]);
+  to[1] = pack_rounded<T>(sum.values[2], sum.values[3]);
 }
 
 // From parts of dproj (6, K, C), then dout (3, C, K), padded to other sizes; both in each part, or what is wanted.

@@ -209,7 +209,8 @@ __device__ __forceinline__ void fence_async_memory() { asm volatile("fence.proxy
 #endif
 
 // ---- bulk copies ----------------------------------------------------------------------------------------------------
-// Each by one thread, but store_to_rank(). Places in shared memory are aligned to 128 bytes for tiles, else 16, as are memory and sizes.
+// Each by one thread, but store_to_rank(). Places in shared memory are aligned to 128 bytes for tiles, else 16, as are
+// memory and sizes.
 // `full` gets the bytes of a tile as the map has it, also where some of it is outside of the tensor.
 
 #ifdef DFKD_HOST
@@ -405,10 +406,10 @@ __device__ __forceinline__ void cluster_sync() {
 
 // ---- products of a warpgroup ----------------------------------------------------------------------------------------
 
-// d = a b, or d += a b, for a (64 x 16), b (16 x N) and d (64 x N) float32, by all 128 threads. Thread 32 w + l holds of
-// d in d[n] what mma_16x8x16 has for rows 16 w to + 15 and columns 8 n to + 7, and so it does with a in registers. It
-// goes on asynchronously: between fence_products() and wait_products() nothing touches d, a in registers or what is in
-// shared memory; hold() keeps the compiler from doing so.
+// d = a b, or d += a b, for a (64 x 16), b (16 x N) and d (64 x N) float32, by all 128 threads. Thread 32 w + l holds
+// of d in d[n] what mma_16x8x16 has for rows 16 w to + 15 and columns 8 n to + 7, and so it does with a in registers.
+// It goes on asynchronously: between fence_products() and wait_products() nothing touches d, a in registers or what is
+// in shared memory; hold() keeps the compiler from doing so.
 template <typename T, int N, bool COLUMNS_A = false, bool COLUMNS_B = false>
 __device__ __forceinline__ void multiply(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add);
 template <typename T, int N, bool COLUMNS_B = false>

@@ -124,9 +124,9 @@ int dfkd_high_order_attention_hopper_backward(const void* upstream, const void* 
                                               int64_t hidden, int64_t order, int dtype, int mode, int result, int form,
                                               void* dx, void* dproj, void* dout, void* scratch, void* stream);
 
-/* The forms for sm_90a; arguments as above, form 0 alone. They serve float16 and bfloat16, order up to 3, both modes and
- * results, up to 2^30 positions, channels up to 512 and hidden up to a quarter of the next of 64, 128, 256 and 512, both
- * multiples of 8. Forward takes no scratch. */
+/* The forms for sm_90a; arguments as above, form 0 alone. They serve float16 and bfloat16, order up to 3, both modes
+ * and results, up to 2^30 positions, channels up to 512 and hidden up to a quarter of the next of 64, 128, 256 and 512,
+ * both multiples of 8. Forward takes no scratch. */
 int64_t dfkd_high_order_attention_hopper_scratch(int64_t positions, int64_t channels, int64_t hidden, int64_t order,
                                                  int mode, int form);
 int dfkd_high_order_attention_hopper(const void* x, const void* proj_weight, const void* out_weight, int64_t positions,
