@@ -51,6 +51,7 @@ _OURS = ("reference", "triton", *_EXTENSION)  # where these fail, something is t
 _MODES = {"compile": None, "compile_max_autotune": "max-autotune-no-cudagraphs"}
 
 _LIMIT_S, _COMPILE_LIMIT_S = 60.0, 180.0  # after which a subject is taken for lost
+_MOST_LOST = 2  # subjects of an op's backend; after that its others are left for when it has been mended
 
 _CPU_BYTES, _CPU_FLOPS = 64e6, 5e9  # on a CPU, cases that need more are left out
 
@@ -315,6 +316,9 @@ def measure(
     for subject, keys in groups.items():
         if clock is not None and not clock.fits():
             break
+        if _is_given_up(results, subject):
+            sound = False
+            continue
         start = time.perf_counter()
         limit = _COMPILE_LIMIT_S if subject.backend in _MODES else _LIMIT_S
         with journal.begun(keys, limit) if journal is not None else contextlib.nullcontext():
@@ -322,6 +326,16 @@ def measure(
         if clock is not None:
             clock.took(time.perf_counter() - start)
     return sound
+
+
+def _is_given_up(results: Results, subject: Subject) -> bool:
+    """Whether too much was lost to this provider of this op: each costs a limit, and some a device."""
+    lost = {
+        (row["case"], row["dtype"])
+        for row in results.rows
+        if row["status"].startswith("lost") and (row["op"], row["backend"]) == (subject.op, subject.backend)
+    }
+    return len(lost) >= _MOST_LOST
 
 
 def _measure_one(

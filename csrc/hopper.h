@@ -180,26 +180,22 @@ __device__ __forceinline__ void arrive_lightly(Barrier* barrier, int rank) {
       "r"(rank)
       : "memory");
 }
-// Until the phase of this parity has ended.
-__device__ __forceinline__ void wait(Barrier* barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(place_of(barrier)),
-      "r"(parity)
-      : "memory");
-}
-// The same where other blocks arrive with what they wrote.
-__device__ __forceinline__ void wait_cluster(Barrier* barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(place_of(barrier)),
-      "r"(parity)
-      : "memory");
-}
+#ifdef DFKD_WATCH  // for finding faults: who waits for ever ends the kernel
+#define DFKD_BEGIN_WAIT ".reg .u32 tries;\nmov.u32 tries, 0;\n"
+#define DFKD_WAIT_AGAIN \
+  "@done bra over;\nadd.u32 tries, tries, 1;\nsetp.lt.u32 done, tries, 4000000;\n@done bra again;\ntrap;\nover:\n"
+#else
+#define DFKD_BEGIN_WAIT ""
+#define DFKD_WAIT_AGAIN "@!done bra again;\n"
+#endif
+#define DFKD_WAIT(words)                                                                                             \
+  asm volatile("{\n.reg .pred done;\n" DFKD_BEGIN_WAIT "again:\nmbarrier.try_wait.parity" words                     \
+               ".shared::cta.b64 done, [%0], %1;\n" DFKD_WAIT_AGAIN "}" ::"r"(place_of(barrier)),                    \
+               "r"(parity)                                                                                           \
+               : "memory")
+// Until the phase of this parity has ended; in a cluster, where other blocks arrive with what they wrote.
+__device__ __forceinline__ void wait(Barrier* barrier, int parity) { DFKD_WAIT(""); }
+__device__ __forceinline__ void wait_cluster(Barrier* barrier, int parity) { DFKD_WAIT(".acquire.cluster"); }
 // By each thread that wrote shared memory which products or bulk copies read next, before the barrier between.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // The same for memory of the device that bulk copies of the same kernel read: by the thread that wrote it or waited for
@@ -394,8 +390,12 @@ __device__ __forceinline__ void arrive_global(unsigned* counter) {
 }
 __device__ __forceinline__ void wait_global(const unsigned* counter, unsigned arrivals) {
   unsigned found;
+  [[maybe_unused]] unsigned tries = 0;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+#ifdef DFKD_WATCH
+    if (++tries == 100000000) asm volatile("trap;");
+#endif
   } while (found < arrivals);
 }
 #endif

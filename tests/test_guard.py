@@ -28,7 +28,7 @@ CHILD = """
         known = json.loads(done.read_text()) if done.exists() else {}
         if work in known:
             continue
-        with journal.begun(work, 1.0):
+        with journal.begun(work, 4.0):
             if work == "endless":
                 time.sleep(60)
             if work == "fatal":
@@ -55,7 +55,7 @@ def test_what_was_under_way_is_lost_and_the_rest_goes_on(child: list[str]) -> No
     assert supervise(child, journal, Clock(60), lose) == 1
     assert json.loads(Path("done.json").read_text()) == {
         "first": "done",
-        "endless": "did not end within 1 s",
+        "endless": "did not end within 4 s",
         "fatal": "the process ended by SIGABRT",
         "failing": "the process ended with exit status 1",
         "last": "done",
@@ -92,3 +92,16 @@ def test_a_lost_subject_has_rows_that_say_so(monkeypatch: pytest.MonkeyPatch) ->
     ]
     assert len(subject.keys) > 1
     assert all(row["median_us"] is None for row in content["rows"])
+
+
+def test_a_backend_that_loses_much_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = stage.subjects([benchmarks()["distillation_kl"]], torch.device("cpu"), backends=["reference"])
+    path, rates = Path("ops.json"), Ceilings(copy_gbps=4000.0, matmul_tflops=700.0)
+    results = stage.open_results(path, rates)
+    for subject in found[:2]:
+        assert not stage._is_given_up(results, found[2])
+        results.add(stage.row_of(subject, subject.keys[0], None, rates, "lost: did not end within 60 s"))
+    assert len({(subject.case.name, subject.dtype) for subject in found[:2]}) == 2
+    begun: list[str] = []
+    sound = stage.measure(found, results, device=torch.device("cpu"), rates=rates, trial=lambda *_: begun.append("one"))
+    assert (sound, begun) == (False, [])
