@@ -3,7 +3,7 @@
 ``csrc/compiled.json`` has a row a kernel and architecture: registers of a thread, bytes of stack and spills, barriers,
 static shared memory, and the number of wgmma instructions in its code. It is written by ``--write`` where all of them
 are sound: no stack, no spill, and where a kernel's name ends in ``_hopper``, wgmma that run one beside the other. A
-digest of the sources says what it was made from. Files whose name has ``_hopper`` are for sm_90a alone.
+digest of the sources says what it was made from. The files of csrc/hopper/ are for sm_90a alone.
 
     python -m dfkd_fast.benchmarks.compile_cuda [--write] [--check] [--workers N] [FILE.cu ...]
 """
@@ -39,6 +39,7 @@ __all__ = [
     "disassembler",
     "main",
     "parse",
+    "sources",
     "unsound",
 ]
 
@@ -58,14 +59,20 @@ _USED = re.compile(r"Used (\d+) registers(?:, used (\d+) barriers)?(?:.*?(\d+) b
 def digest(csrc: Path = CSRC) -> str:
     """Of everything that decides what the kernels compile to, but the compiler."""
     content = hashlib.sha256(repr(ARCHITECTURES).encode())
-    for path in sorted([*csrc.glob("*.cu"), *csrc.glob("*.cuh"), *csrc.glob("*.h")]):
-        content.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    headers = [path for folder in (csrc, csrc / "hopper") for path in folder.glob("*.h")]
+    for path in sorted([*sources(csrc), *headers]):
+        content.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return content.hexdigest()
+
+
+def sources(csrc: Path = CSRC) -> list[Path]:
+    """The files that are compiled."""
+    return sorted([*csrc.glob("*.cu"), *csrc.glob("hopper/*.cu")])
 
 
 def architectures(name: str) -> tuple[str, ...]:
     """What a file of csrc/ is compiled for."""
-    return (_WGMMA,) if "_hopper" in name else ARCHITECTURES
+    return (_WGMMA,) if name.startswith("hopper/") else ARCHITECTURES
 
 
 def parse(log: str) -> list[dict[str, Any]]:
@@ -149,7 +156,8 @@ def compile_file(nvcc: str, path: Path) -> list[dict[str, Any]]:
         RuntimeError: it does not compile; the message is the compiler's.
     """
     rows = []
-    for arch in architectures(path.name):
+    name = path.relative_to(CSRC).as_posix()
+    for arch in architectures(name):
         with tempfile.TemporaryDirectory(prefix="dfkd_fast_nvcc_") as folder:
             command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", str(path)]
             # The device's code alone: compiling the host's as often would take a third longer.
@@ -158,10 +166,10 @@ def compile_file(nvcc: str, path: Path) -> list[dict[str, Any]]:
                 command += ["--keep", f"--keep-dir={folder}"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(f"{path.name} for sm_{arch}:\n{done.stderr[-4000:]}")
+                raise RuntimeError(f"{name} for sm_{arch}:\n{done.stderr[-4000:]}")
             counted = _wgmma(nvcc, Path(folder)) if arch == _WGMMA else {}
             rows += [
-                {"file": path.name, **row, "arch": arch, "wgmma": counted.get(row["kernel"], 0)}
+                {"file": name, **row, "arch": arch, "wgmma": counted.get(row["kernel"], 0)}
                 for row in parse(done.stdout + done.stderr)
             ]
     names = _readable(dict.fromkeys(row["kernel"] for row in rows))
@@ -200,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if nvcc is None:
         print("no nvcc under CUDA_HOME, on the PATH or in /usr/local/cuda", file=sys.stderr)
         return 2
-    paths = [CSRC / name for name in options.files] or sorted(CSRC.glob("*.cu"))
+    paths = [CSRC / name for name in options.files] or sources()
     with ThreadPoolExecutor(options.workers) as pool:
         rows = [row for found in pool.map(lambda path: compile_file(nvcc, path), paths) for row in found]
     rows.sort(key=lambda row: (row["file"], row["kernel"], row["arch"]))

@@ -129,9 +129,11 @@ def _cuda_sources(op: str = "", backend: str = "hopper") -> list[Path]:
     The forms for sm_90a use parts of the plain ones, and not the other way round.
     """
     csrc = _HERE.parent / "csrc"
-    shared = (csrc / name for name in ("device.h", "hopper.h", "ops.cpp"))
-    found = {*csrc.glob(f"{op}*.cu"), *csrc.glob(f"{op}*.h"), *shared}
-    return sorted(path for path in found if backend == "hopper" or "hopper" not in path.name)
+    folders, shared = [csrc], ["device.h", "ops.cpp"]
+    if backend == "hopper":
+        folders, shared = [csrc, csrc / "hopper"], [*shared, "hopper.h"]
+    found = {path for folder in folders for kind in ("cu", "h") for path in folder.glob(f"{op}*.{kind}")}
+    return sorted({*found, *(path for name in shared for path in csrc.glob(name))})
 
 
 def version() -> str:

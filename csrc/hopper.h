@@ -1,6 +1,6 @@
 // The instructions of sm_90a: barriers that count bytes, bulk copies, products of warpgroups, clusters.
 //
-// Files whose name ends in _hopper are compiled for sm_90a alone and may use this beside device.h. Compiled with
+// The files of csrc/hopper/ are compiled for sm_90a alone and may use this beside device.h. Compiled with
 // DFKD_HOST each instruction has a body in host/hopper.cpp, where what is asynchronous here may happen at once or as
 // late as it can, as the test wants it.
 //

@@ -10,7 +10,7 @@ from dfkd_fast.benchmarks import compile_cuda
 from dfkd_fast.benchmarks.compile_cuda import CSRC, TABLE, architectures
 from dfkd_fast.doctor import find_nvcc
 
-FILES = sorted(path.name for path in CSRC.glob("*.cu"))
+FILES = [path.relative_to(CSRC).as_posix() for path in compile_cuda.sources()]
 LOG = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN4dfkd3addIfEEvPT_' for 'sm_90a'
@@ -101,7 +101,7 @@ def test_a_hopper_kernel_has_them(kernel: str, wgmma: int, wrong: str | None) ->
 
 
 def test_hopper_files_are_for_hopper_alone() -> None:
-    assert architectures("contrastive_loss_hopper_bwd.cu") == ("90a",)
+    assert architectures("hopper/contrastive_loss_bwd.cu") == ("90a",)
     assert architectures("contrastive_loss_bwd.cu") == compile_cuda.ARCHITECTURES
 
 

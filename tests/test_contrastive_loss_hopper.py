@@ -44,7 +44,7 @@ class Planned:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostKernels]:
-    sources = ["contrastive_loss_hopper.cu", "contrastive_loss_hopper_bwd.cu"]
+    sources = ["hopper/contrastive_loss.cu", "hopper/contrastive_loss_bwd.cu"]
     running = HostKernels(build(tmp_path_factory.getbasetemp().parent / "host", sources))
     yield running
     running.close()

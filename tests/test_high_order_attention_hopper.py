@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler with
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostKernels]:
-    running = HostKernels(build(tmp_path_factory.getbasetemp().parent / "host", ["high_order_attention_hopper.cu"]))
+    running = HostKernels(build(tmp_path_factory.getbasetemp().parent / "host", ["hopper/high_order_attention.cu"]))
     yield running
     running.close()
 

@@ -17,7 +17,7 @@ from .test_high_order_attention_cuda import CODES, DTYPES, MODES, RESULTS, codes
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler with sanitizers")
 
-SOURCES = ["high_order_attention_hopper_bwd.cu"]
+SOURCES = ["hopper/high_order_attention_bwd.cu"]
 BY_SIZE, ONCE, CHAIN, TALL = 0, 1, 2, 3
 
 

@@ -164,10 +164,10 @@ def kernel_stems() -> set[str]:
 
 
 def csrc_stems() -> set[str]:
-    """Ops with a file in csrc/, likewise, and by form; not what binds them and what they share."""
+    """Ops with a file in csrc/ or csrc/hopper/, likewise; not what binds them and what they share."""
     shared = {"ops", "info", "forms", "device", "hopper", "launchers"}
-    stems = {path.stem for path in (ROOT / "csrc").glob("*.[ch]*")} - shared
-    return {re.sub(r"_(fwd|bwd)$|_hopper(_\w+)?$", "", stem) for stem in stems}
+    paths = [*(ROOT / "csrc").glob("*.[ch]*"), *(ROOT / "csrc" / "hopper").glob("*.cu")]
+    return {re.sub(r"_(fwd|bwd)$", "", stem) for stem in {path.stem for path in paths} - shared}
 
 
 def test_no_reference_or_kernel_without_its_op():

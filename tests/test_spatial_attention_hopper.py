@@ -37,7 +37,7 @@ class Hopper:
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hopper]:
     folder = tmp_path_factory.getbasetemp().parent / "host"
-    running = HostKernels(build(folder, ["spatial_attention_hopper.cu", "spatial_attention_hopper_bwd.cu"]))
+    running = HostKernels(build(folder, ["hopper/spatial_attention.cu", "hopper/spatial_attention_bwd.cu"]))
     yield Hopper(running)
     running.close()
 

@@ -18,7 +18,7 @@
 // the same span at about the same time. Sums over a span go to scratch, 4 bytes an anchor.
 //
 // Not yet run on a card.
-#include "contrastive_loss_hopper.h"
+#include "contrastive_loss.h"
 
 namespace {
 

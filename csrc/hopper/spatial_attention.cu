@@ -20,7 +20,7 @@
 //   the fewer positions are beyond the end of tiles (plan()). 2, 4, 4 and 8 at the paper's shapes with 64 samples.
 //
 // Serves C up to 256 and K up to 64, multiples of 8. Not yet run on a card.
-#include "spatial_attention_hopper.h"
+#include "spatial_attention.h"
 
 #include <atomic>
 

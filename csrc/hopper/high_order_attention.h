@@ -8,8 +8,8 @@
 #ifdef DFKD_HOST
 #endif
 
-#include "high_order_attention.h"
-#include "hopper.h"
+#include "../high_order_attention.h"
+#include "../hopper.h"
 
 namespace dfkd::high_order {
 

@@ -1,10 +1,10 @@
 // Mixed high-order attention, backward on sm_90a: gradients of the weights from activations in memory.
 //
 // dproj = sum over positions of du x^T and dout_r = sum over positions of dl_r a_r^T: both operands have positions as
-// rows, and are taken by columns. Sizes inside are padded as in high_order_attention_hopper_bwd.h.
+// rows, and are taken by columns. Sizes inside are padded as in high_order_attention_bwd.h.
 #pragma once
 
-#include "high_order_attention_hopper_bwd.h"
+#include "high_order_attention_bwd.h"
 
 namespace dfkd::high_order::back {
 

@@ -9,7 +9,7 @@
 //
 // Two forms, of which neither computes anything twice:
 //
-// one pass, high_order_attention_hopper_once.h: joint gates, up to 128 channels and 32 hidden units. Each processor has
+// one pass, high_order_attention_once.h: joint gates, up to 128 channels and 32 hidden units. Each processor has
 //   the weights in shared memory and their gradients in registers while it walks over positions, so that it moves those
 //   6 P C bytes and, at its end, a part of the weights' gradients: 36 KB with 64 channels, 144 KB with 128. 64
 //   channels: what is done with each logit limits it beside memory; two warpgroups go through their own tiles without
@@ -17,13 +17,13 @@
 //   over positions take 144 registers of two warpgroups. Two others, which have the registers that are left, halve
 //   units and channels of a tile between them; how long the chain of their four products is, is the limit.
 //
-// the chain, high_order_attention_hopper_bwd.h, for all else: blocks of 128 channels and 32 hidden units each, 1, 2 or
+// the chain, high_order_attention_bwd.h, for all else: blocks of 128 channels and 32 hidden units each, 1, 2 or
 //   4 of which are a cluster that has 128 or 192 positions: with 7 x 7 maps of 512 channels 100 blocks, with 14 x 14 of
 //   256 channels 132. a, dl and du, which all blocks of the cluster need, go to memory, where the sums over positions
 //   find them, and come back from the cache for the whole cluster at once, each block fetching its share. Of those 3.25
 //   P C numbers nothing else leaves registers. Its phases wait for each other: what limits it is the time that a, dl
 //   and du take there and back, and then the weights that each block reads from cache, 4.5 C^2 / RANKS numbers a tile.
-//   The sums, high_order_attention_hopper_weights.h, are 128 x 192 tiles of both gradients, split over positions into
+//   The sums, high_order_attention_weights.h, are 128 x 192 tiles of both gradients, split over positions into
 //   as many blocks as there are processors.
 //
 // a, dl and du are rounded to the type of the weights before they are multiplied, and so are g A before dx is added to
@@ -31,8 +31,8 @@
 //
 // The parts of the weights' gradients are float32 and added in a fixed order: two runs give the same bits. How many
 // there are follows from the sizes alone.
-#include "high_order_attention_hopper_once.h"
-#include "high_order_attention_hopper_weights.h"
+#include "high_order_attention_once.h"
+#include "high_order_attention_weights.h"
 
 namespace {
 

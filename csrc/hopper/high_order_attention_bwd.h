@@ -4,7 +4,7 @@
 // where there is nothing, and factors that are zero have gradients that are.
 #pragma once
 
-#include "high_order_attention_hopper.h"
+#include "high_order_attention.h"
 
 namespace dfkd::high_order::back {
 

@@ -3,7 +3,7 @@
 // weights' gradients of each block.
 #pragma once
 
-#include "high_order_attention_hopper_bwd.h"
+#include "high_order_attention_bwd.h"
 
 namespace dfkd::high_order::back {
 

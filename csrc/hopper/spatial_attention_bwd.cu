@@ -1,5 +1,5 @@
 // The gate of the spatial attention modules, backward, for sm_90a: the two softmaxes over positions. With logits l and
-// softmax s as in spatial_attention_hopper.cu, made anew, and g the upstream gradient:
+// softmax s as in spatial_attention.cu, made anew, and g the upstream gradient:
 //
 //   q = g f      D = sum of s q over positions      dl = scale s (q - D)
 //   df = g + g scale s      dh = w^T dl      dw = sum over positions of dl h
@@ -25,7 +25,7 @@
 // and add up and publish what the others' warps leave of D, for which these so need not wait for each other or for
 // memory.
 // Serves C up to 256 and K up to 64, multiples of 8. Not yet run on a card.
-#include "spatial_attention_hopper.h"
+#include "spatial_attention.h"
 
 namespace {
 

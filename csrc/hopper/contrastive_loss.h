@@ -6,8 +6,8 @@
 // each way. Rows come the same way, from the ring into registers, where they are the products' left operand.
 #pragma once
 
-#include "contrastive_loss.h"
-#include "hopper.h"
+#include "../contrastive_loss.h"
+#include "../hopper.h"
 
 namespace dfkd::contrastive {
 

@@ -5,7 +5,7 @@
 // bytes of weights, and 4.5 P C^2 operations: the six first products are one of 1.5 C columns, the three second ones
 // one that sums over 0.75 C units. A gate costs two instructions of the unit that does 16 a clock, so that P C gates
 // take a processor as long as the products do at C = 128: they must run beside products or copies. Two forms, both with
-// a warp that copies and warpgroups that have 64 positions each (see high_order_attention_hopper.h); a is rounded to
+// a warp that copies and warpgroups that have 64 positions each (see high_order_attention.h); a is rounded to
 // the type of the weights, as the reference rounds it, and nothing else is. Fewer units, channels or orders than a form
 // is made for are filled up with zeros by the copies.
 //
@@ -24,7 +24,7 @@
 //   first 64 channels run beside products for the next 64, and one warpgroup's beside another's.
 //   256 channels: 192 positions a block, two blocks a cluster, so that 12,544 positions are 132 blocks.
 //   512 channels: 128 positions a block, four blocks to a tile and two tiles a cluster: 3,136 positions are 104 blocks.
-#include "high_order_attention_hopper.h"
+#include "high_order_attention.h"
 
 namespace {
 

@@ -9,8 +9,8 @@
 // of 16 bytes, and that eight neighbouring lanes, two positions of 64 channels, meet in no bank.
 #pragma once
 
-#include "hopper.h"
-#include "spatial_attention.h"
+#include "../hopper.h"
+#include "../spatial_attention.h"
 
 namespace dfkd::spatial_hopper {
 
