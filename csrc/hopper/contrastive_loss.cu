@@ -1,4 +1,4 @@
-// NT-Xent over 2N vectors without their similarity matrix, on Hopper: forward. Formulas: contrastive_loss.cu.
+// NT-Xent over 2N vectors without their similarity matrix, on Hopper: forward. Formulas: ../contrastive_loss.cu.
 //
 // Serves 16-bit vectors of up to 128 elements, normalised, with a temperature that keeps |s| below 48, and more than
 // 256 of them. Three launches, four for more than 8192 anchors: rows are scaled into scratch (prepare(), shared); a

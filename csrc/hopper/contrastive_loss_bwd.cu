@@ -1,5 +1,5 @@
 // NT-Xent over 2N vectors without their similarity matrix, on Hopper: gradients of both sides. Formulas:
-// contrastive_loss.cu and contrastive_loss_bwd.cu; what is served: hopper/contrastive_loss.cu.
+// ../contrastive_loss.cu and ../contrastive_loss_bwd.cu; what is served: contrastive_loss.cu.
 //
 // Three launches, four with an upstream gradient for every anchor: rows are scaled into scratch (prepare(), shared); a
 // block of weighted_sums_hopper takes pieces of 128 rows by neighbouring tiles of 128 columns; a row's pieces are added

@@ -1,5 +1,5 @@
 // Mixed high-order attention on sm_90a: what its Hopper kernels share. Formulas and fragments of panels are those of
-// high_order_attention.h.
+// ../high_order_attention.h.
 //
 // A warpgroup has 64 positions. One product gives all six factors of some hidden units, units of a factor side by side,
 // so that their accumulators, multiplied and rectified, are the left operand of the second product as they lie.
