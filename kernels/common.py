@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dfkd_fast.kernels import plans
 from dfkd_fast.kernels.config import Launch
 
 __all__ = [
@@ -70,9 +71,11 @@ def next_power_of_2(n: int) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """How matrices of this type are multiplied: float32 in TF32 only where torch.backends.cuda.matmul allows it."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
-        return "ieee"
-    return "tf32"
+    if dtype != torch.float32:
+        return "tf32"
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    plans.note_precision(tf32)
+    return "tf32" if tf32 else "ieee"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +152,10 @@ def launch(
     first = next(a for a in args if isinstance(a, Tensor))
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
-            kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
+            compiled = kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
     else:
-        kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
+        compiled = kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
+    plans.note_launch(compiled, grid, args, [meta[name] for name in kernel.arg_names[len(args) :]])
 
 
 @triton.jit

@@ -119,6 +119,7 @@ def _by_extension(backend: str) -> tuple[Any, Any]:
             "bool normalize, str reduction) -> (Tensor, Tensor)",
             _allocate_forward,
             partial(_launch_cuda_forward, hopper),
+            planned=False,
         ),
         operator(
             f"contrastive_loss_{backend}_backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor saved, "
@@ -126,6 +127,7 @@ def _by_extension(backend: str) -> tuple[Any, Any]:
             "-> (Tensor, Tensor)",
             _allocate_backward,
             partial(_launch_cuda_backward, hopper),
+            planned=False,
         ),
     )
 

@@ -126,6 +126,7 @@ def _by_extension(backend: str) -> tuple[Any, Any]:
             "-> Tensor",
             _allocate,
             partial(_launch_cuda, hopper),
+            planned=False,
         ),
         operator(
             f"high_order_attention_{backend}_backward(Tensor upstream, Tensor x, Tensor proj_weight, "
@@ -133,6 +134,7 @@ def _by_extension(backend: str) -> tuple[Any, Any]:
             "-> (Tensor, Tensor, Tensor)",
             _allocate_backward,
             partial(_launch_cuda_backward, hopper),
+            planned=False,
         ),
     )
 

@@ -6,6 +6,7 @@ An operator is functional: it allocates its results and has a kernel fill them. 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import os
@@ -49,7 +50,9 @@ def recorded(arch: int) -> Iterator[list[Any]]:
         _recording = False
 
 
-def operator(schema: str, allocate: Callable[..., Results], launch: Callable[..., None]) -> Any:
+def operator(
+    schema: str, allocate: Callable[..., Results], launch: Callable[..., None], *, planned: bool = True
+) -> Any:
     """Define an operator.
 
     Args:
@@ -57,15 +60,26 @@ def operator(schema: str, allocate: Callable[..., Results], launch: Callable[...
         allocate: takes the operator's arguments, returns its results, not filled. Also run on fake tensors, so that it
             must not look at values.
         launch: takes the arguments and the results, and fills them.
+        planned: whether Triton's launches are repeated from a plan; see :mod:`dfkd_fast.kernels.plans`.
 
     Returns:
         The operator, to be called with the arguments.
     """
     name = schema.partition("(")[0]
 
+    @functools.cache
+    def plans() -> Callable[[Sequence[Any], Sequence[Tensor]], None]:
+        from dfkd_fast.kernels.plans import Plans
+
+        return Plans(launch)
+
     def run(*arguments: Any) -> Results:
         results = allocate(*arguments)
-        launch(*arguments, *((results,) if isinstance(results, Tensor) else results))
+        each = (results,) if isinstance(results, Tensor) else results
+        if planned:
+            plans()(arguments, each)
+        else:
+            launch(*arguments, *each)
         return results
 
     def fake(*arguments: Any) -> Results:
@@ -96,6 +110,9 @@ def operator(schema: str, allocate: Callable[..., Results], launch: Callable[...
     return overload
 
 
+_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
 class FusedFunction(torch.autograd.Function):
     """What the fused backends derive their autograd Functions from: for function transforms too, and quick to call."""
 
@@ -103,8 +120,15 @@ class FusedFunction(torch.autograd.Function):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # torch binds the arguments of every call to forward's signature, and would work that out each time.
+        # torch binds the arguments of calls under transforms to forward's signature, and works that out each time.
         vars(cls)["forward"].__func__.__signature__ = inspect.signature(cls.forward)
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        """As torch's, which fills in defaults first; ours are called with all arguments in their places."""
+        if _transforms_active():
+            return super().apply(*arguments)
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
 
 class _Once(FusedFunction):

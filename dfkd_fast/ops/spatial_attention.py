@@ -161,6 +161,7 @@ def _by_extension(backend: str) -> tuple[Any, Any]:
             "str form) -> (Tensor, Tensor)",
             _allocate_forward,
             partial(_launch_cuda_forward, hopper),
+            planned=False,
         ),
         operator(
             f"spatial_attention_{backend}_backward(Tensor upstream, Tensor features, Tensor hidden, Tensor weight, "
@@ -168,6 +169,7 @@ def _by_extension(backend: str) -> tuple[Any, Any]:
             "bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor, Tensor)",
             _allocate_backward,
             partial(_launch_cuda_backward, hopper),
+            planned=False,
         ),
     )
 
