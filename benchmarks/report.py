@@ -9,11 +9,13 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dfkd_fast.benchmarks.ablation import CELLS
 from dfkd_fast.benchmarks.choose import write as write_choices
+from dfkd_fast.benchmarks.host_time import host_section
 from dfkd_fast.benchmarks.ops_report import ops_page
 from dfkd_fast.benchmarks.step_anatomy import anatomy_section
 from dfkd_fast.benchmarks.step_report import accuracy_section, step_section
@@ -148,19 +150,20 @@ def _write_ops(root: Path) -> None:
     print(f"{page}: {len(parts)} devices")
 
 
-def _write_step(root: Path) -> None:
-    page = root / "docs" / "performance.md"
+def _write_page(page: Path, sections: dict[str, Callable[[dict[str, Any], str], str]]) -> None:
+    """Fill a page's tables.
+
+    Args:
+        page: of docs/; nothing is done where it is not there.
+        sections: by the name of the result file and of the markers, what makes a device's part of its content.
+    """
     if not page.exists():
         return
-    sections: dict[str, Callable[[dict[str, Any], str], str]] = {
-        "step": step_section,
-        "accuracy": accuracy_section,
-        "anatomy": lambda content, device: anatomy_section(content, device, page.parent / "images"),
-    }
+    results = page.parents[1] / "benchmarks" / "results"
     text, counts = page.read_text(encoding="utf-8"), {}
     for name, section in sections.items():
         parts = []
-        for path in sorted((root / "benchmarks" / "results").glob(f"*/{name}.json")):
+        for path in sorted(results.glob(f"*/{name}.json")):
             content = read_results(path)
             if content is not None and content["rows"]:
                 parts.append(section(content, path.parent.name))
@@ -170,27 +173,15 @@ def _write_step(root: Path) -> None:
     print(f"{page}: " + ", ".join(f"{name} on {count} devices" for name, count in counts.items()))
 
 
-def _write_swap(root: Path) -> None:
-    page = root / "docs" / "swapping.md"
-    if not page.exists():
-        return
-    parts = []
-    for path in sorted((root / "benchmarks" / "results").glob("*/swap.json")):
-        content = read_results(path)
-        if content is not None and content["rows"]:
-            parts.append(swap_section(content, path.parent.name))
-    text = "\n\n".join(parts) or "Nothing has been measured yet."
-    page.write_text(between_markers(page.read_text(encoding="utf-8"), "swap", text), encoding="utf-8")
-    print(f"{page}: {len(parts)} devices")
-
-
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     """Write docs/benchmarks.md and the tables of README and docs: ablation (made if missing), performance, swapping."""
     del arguments
     _write_demo(root)
     _write_ops(root)
-    _write_step(root)
-    _write_swap(root)
+    docs = root / "docs"
+    anatomy = partial(anatomy_section, images=docs / "images")
+    _write_page(docs / "performance.md", {"step": step_section, "accuracy": accuracy_section, "anatomy": anatomy})
+    _write_page(docs / "swapping.md", {"host_time": host_section, "swap": swap_section})
     if (root / "kernels").is_dir():
         count = write_choices(root / "benchmarks" / "results", root / "kernels" / "choices.json")
         print(f"{root / 'kernels' / 'choices.json'}: {count} classes of shapes")
