@@ -82,7 +82,7 @@ __device__ __forceinline__ void weigh_partners(const T* vectors, const float* nu
     const int at = 8 * n + g, i = row + at, j = partner + at;
     if (at >= inside) continue;
     const float x = g % 2 ? s[n][n % 2 * 2 + 1] : s[n][n % 2 * 2];
-    const float scaled = x * ((numbers[i] * numbers[j]) * bend);
+    const float scaled = rounded_product(x, (numbers[i] * numbers[j]) * bend);  // as in forward
     pairs[at] = (exp2_flushed(scaled - levels[i]) - 1.0f) * gains[i] +
                 (exp2_flushed(scaled - levels[j]) - 1.0f) * gains[j];
   }
@@ -398,7 +398,7 @@ __global__ void __launch_bounds__(kSmallThreads)
       const int local = e / 8 * 8 + g, i = first + local, partner = i < count ? i + count : i - count;
       const int j = column + e % 8 / 2 * 8 + 2 * t + e % 2;
       float& x = s[0][e % 8 / 2][e / 8 * 2 + e % 2];
-      const float scaled = x * ((inverses[i] * inverses[j]) * bend);
+      const float scaled = rounded_product(x, (inverses[i] * inverses[j]) * bend);
       const float to_a = exp2_flushed(scaled - levels[i]), to_b = exp2_flushed(scaled - levels[j]);
       if (j == partner) pairs[local] = (to_a - 1.0f) * gains[i] + (to_b - 1.0f) * gains[j];
       const float w = (to_a * gains[i] + to_b * gains[j]) * (inverses[j] * kLift);

@@ -69,6 +69,7 @@ inline bfloat16 from_float<bfloat16>(float x) {
   return {static_cast<uint16_t>(bits >> 16)};
 }
 
+inline float rounded_product(float a, float b) { return a * b; }
 inline float exp2_flushed(float x) { return std::exp2(x); }
 inline float exp_fast(float x) { return std::exp(x); }
 inline float rsqrt_exact(float x) { return 1.0f / std::sqrt(x); }
@@ -94,6 +95,8 @@ __device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 }
 
+// A product that is rounded: not one half of a fused operation.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 // 2^x, where denormal results may be zero: beside larger terms of a sum, or added to one.
 __device__ __forceinline__ float exp2_flushed(float x) {
   float result;

@@ -181,9 +181,11 @@ __device__ __forceinline__ void arrive_lightly(Barrier* barrier, int rank) {
       : "memory");
 }
 #ifdef DFKD_WATCH  // for finding faults: who waits for ever ends the kernel
-#define DFKD_BEGIN_WAIT ".reg .u32 tries;\nmov.u32 tries, 0;\n"
-#define DFKD_WAIT_AGAIN \
-  "@done bra over;\nadd.u32 tries, tries, 1;\nsetp.lt.u32 done, tries, 4000000;\n@done bra again;\ntrap;\nover:\n"
+// By the clock, two seconds: how long one try takes is the card's business.
+#define DFKD_BEGIN_WAIT ".reg .u32 began, now;\nmov.u32 began, %%globaltimer_lo;\n"
+#define DFKD_WAIT_AGAIN                                                                                             \
+  "@done bra over;\nmov.u32 now, %%globaltimer_lo;\nsub.u32 now, now, began;\nsetp.lt.u32 done, now, 2000000000;\n" \
+  "@done bra again;\ntrap;\nover:\n"
 #else
 #define DFKD_BEGIN_WAIT ""
 #define DFKD_WAIT_AGAIN "@!done bra again;\n"
@@ -578,17 +580,17 @@ int launch_together(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, si
   }
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  attributes[1].id = cudaLaunchAttributeCooperative;
-  attributes[1].val.cooperative = 1;
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = cooperative ? 2 : 1;
+  config.attrs = cooperative ? attributes : attributes + 1;
+  config.numAttrs = cooperative && cluster > 1 ? 2 : 1;  // single blocks at the same time: a launch without clusters
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 #endif
 }

@@ -45,15 +45,6 @@ __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); 
 // exp(x) for x <= 0 without the care for denormal results, which are nothing beside the 1 that every softmax has.
 __device__ __forceinline__ float exp_below(float x) { return exp2_flushed(x * kLog2E); }
 
-// A product that is rounded: not one half of a fused operation.
-__device__ __forceinline__ float rounded_product(float a, float b) {
-#ifdef DFKD_HOST
-  return a * b;
-#else
-  return __fmul_rn(a, b);
-#endif
-}
-
 // What to measure exponentials from: the maximum, unless there is none yet.
 __device__ __forceinline__ float base_of(float top) { return top == -kInfinity ? 0.0f : top; }
 

@@ -207,6 +207,7 @@ constexpr int kMergeThreads = 512, kMergeCluster = 8;
 __global__ void __launch_bounds__(kMergeThreads) merge(const float* parts, const float* positives, float* out,
                                                        float* saved, int anchors, int chunks, int rows, float scale,
                                                        int elementwise) {
+  cluster_arrive();  // a block has shared memory only from when it runs
   float* sums = reinterpret_cast<float*>(shared_memory() + 128);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * rows;
   float sum = 0.0f;
@@ -221,6 +222,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge(const float* parts, const
     sum += loss;
   }
   sum = block_sum(sum);
+  cluster_wait();
   if (threadIdx.x == 0) *at_rank(sums + cluster_rank(), 0) = sum;
   cluster_sync();
   if (elementwise || threadIdx.x != 0 || cluster_rank() != 0) return;

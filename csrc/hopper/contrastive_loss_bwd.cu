@@ -104,7 +104,7 @@ __device__ __forceinline__ void weigh_partners(const float (&s)[kTile / 8][4], i
     const int i = row + 8 * r, j = partner + 8 * r;
     const float* gains = numbers + kGain * padded;
     const float* levels = numbers + kLevel * padded;
-    const float scaled = x * ((numbers[i] * numbers[j]) * bend);
+    const float scaled = rounded_product(x, (numbers[i] * numbers[j]) * bend);
     pairs[8 * r] = (exp2_flushed(scaled - levels[i]) - 1.0f) * gains[i] +
                    (exp2_flushed(scaled - levels[j]) - 1.0f) * gains[j];
   }

@@ -409,10 +409,9 @@ template <int UNITS>
 int make_maps(Maps& to, const Problem& p, const void* x, const void* proj, const void* out, void* y, int rows,
               int factors) {
   const int64_t channels = p.channels, hidden = p.hidden;
-  int error = make_tensor_map<64>(&to.x, x, {channels, p.count, 1}, channels, channels, {64, rows, 1});
-  if (!error) {
-    error = make_tensor_map<64>(&to.y, y, {channels, p.count, 1}, channels, channels, {64, kGroupRows, 1});
-  }
+  const int64_t all = channels * p.count;  // what the map's third dimension of one would step by
+  int error = make_tensor_map<64>(&to.x, x, {channels, p.count, 1}, channels, all, {64, rows, 1});
+  if (!error) error = make_tensor_map<64>(&to.y, y, {channels, p.count, 1}, channels, all, {64, kGroupRows, 1});
   if (!error) {
     error = make_tensor_map<64>(&to.proj, proj, {channels, hidden, factors_of(p.order)}, channels, channels * hidden,
                                 {64, UNITS, factors});
