@@ -59,11 +59,15 @@ docs: $(STAMP)  ## the documentation site, into out/site
 	@$(ONE_THREAD) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "out/site/index.html"
 
-# Installs in place, without network, into the Python that already has torch for this machine's GPU; where the CUDA
-# extension does not build, without it: time on a GPU is better spent on all the rest than on nothing.
+# Installs in place, without network, into the Python that already has torch for this machine's GPU, with code for that
+# GPU alone; where the CUDA extension does not build, without it: time on a GPU is better spent on all the rest than on
+# nothing. WHEELS=folder is installed first: what that Python lacks. DFKD_FAST_INSTALLED=1: all is, by an earlier call.
 gpu:  ## OUT=folder BUDGET=seconds: tests and measurements that need a GPU, until the budget is spent
-	@export PIP_BREAK_SYSTEM_PACKAGES=1; \
+	@test -z "$${DFKD_FAST_INSTALLED:-}" || exit 0; export PIP_BREAK_SYSTEM_PACKAGES=1; \
+		own="$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^9\.0$$/9.0a/;1p' || true)"; \
+		[ -z "$$own" ] || export DFKD_CUDA_ARCHITECTURES="$${DFKD_CUDA_ARCHITECTURES:-$$own}"; \
 		install="$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --no-index"; \
+		for wheel in $(if $(WHEELS),'$(WHEELS)'/*.whl); do $$install "$$wheel"; done; \
 		$$install --editable . || DFKD_FAST_CUDA=0 $$install --editable .
 	@$(PYTHON) -m dfkd_fast.benchmarks.gpu --out '$(OUT)' --budget $(BUDGET)
 

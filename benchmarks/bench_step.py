@@ -27,11 +27,13 @@ from dfkd_fast.benchmarks.common import Clock, Key, Results, stage_arguments
 from dfkd_fast.benchmarks.step_variants import SIZES, VARIANTS, Size
 from dfkd_fast.report import environment, source_digest
 
-__all__ = ["KEY", "REPEATS", "VERSION", "kept_runs", "main", "row_of", "todo"]
+__all__ = ["KEY", "REPEATS", "TURNS", "VERSION", "kept_runs", "main", "row_of", "todo"]
 
 VERSION = "1"
 KEY = ("kind", "variant", "batch")
 REPEATS = 3
+# What is compiled longest comes last: a session may end in it, and should have measured all others by then.
+TURNS = ("peer", "eager", "dfkd_fast", "compile_reduce_overhead", "compile_max_autotune")
 
 _CUTS = 2  # measurements of a row that ran out of most of a session's time, after which all others go first
 _LEAST_S = 40.0  # that a measurement is given which has never been made
@@ -80,11 +82,11 @@ def todo(size: Size, results: Results, since: str | None) -> list[Key]:
         late = cut.get(_name(key), 0) >= _CUTS
         at, place, first = order
         for repeat in range(len(have), repeats):
-            turn = (place - repeat - at) % len(VARIANTS)
+            turn = (place - repeat - at) % len(TURNS)
             found.append(((late, at, first + repeat, turn), key))
 
     for at, batch in enumerate(size.batches):
-        for place, variant in enumerate(VARIANTS):
+        for place, variant in enumerate(TURNS):
             want(("step", variant, batch), REPEATS, at, place, 0)
     # After the most important batch size.
     want(("endurance", "dfkd_fast", SIZES["small"].batches[0]), 1, 0, 0, REPEATS)

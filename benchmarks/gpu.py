@@ -221,12 +221,14 @@ def stages() -> tuple[Stage, ...]:
     def module(name: str, *arguments: str) -> tuple[str, ...]:
         return sys.executable, "-u", "-m", f"dfkd_fast.benchmarks.{name}", *arguments
 
+    # A session is three calls or so of nine minutes: each stage gets a turn in it, and those that need more another.
     return (
         Stage(
             name="tests",
             version=gpu_tests.version(),
             command=module("gpu_tests"),
             about="tests marked gpu",
+            limit_s=300,
         ),
         Stage(
             name="ops",
@@ -234,40 +236,7 @@ def stages() -> tuple[Stage, ...]:
             command=module("ops"),
             about="every op beside eager PyTorch, torch.compile, public kernels and its floor",
             carries=True,
-        ),
-        Stage(
-            name="step",
-            version=bench_step.VERSION,
-            command=module("bench_step"),
-            about="whole rounds: the field's loop, eager, torch.compile, ours",
-            least_s=150,
-        ),
-        Stage(
-            name="anatomy",
-            version=step_anatomy.VERSION,
-            command=module("step_anatomy"),
-            about="where a step's time goes, by network and op, before and after",
-            least_s=90,
-        ),
-        Stage(
-            name="step_parts",
-            version=bench_step_parts.VERSION,
-            command=module("bench_step_parts"),
-            about="what a training step is made of, part by part",
-        ),
-        Stage(
-            name="ablation",
-            version=ablation.VERSION,
-            command=module("ablation"),
-            about="the table of docs/ablation.md",
-            least_s=150,
-        ),
-        Stage(
-            name="accuracy",
-            version=engine_accuracy.VERSION,
-            command=module("engine_accuracy"),
-            about="the demo's table on graphs in bf16 beside eager float32",
-            least_s=90,
+            limit_s=300,
         ),
         Stage(
             name="swap",
@@ -275,6 +244,45 @@ def stages() -> tuple[Stage, ...]:
             command=module("swap"),
             about="the examples before and after, each drop-in beside its original",
             least_s=90,
+            limit_s=240,
+        ),
+        Stage(
+            name="step",
+            version=bench_step.VERSION,
+            command=module("bench_step"),
+            about="whole rounds: the field's loop, eager, torch.compile, ours",
+            least_s=150,
+            limit_s=300,
+        ),
+        Stage(
+            name="anatomy",
+            version=step_anatomy.VERSION,
+            command=module("step_anatomy"),
+            about="where a step's time goes, by network and op, before and after",
+            least_s=90,
+            limit_s=180,
+        ),
+        Stage(
+            name="accuracy",
+            version=engine_accuracy.VERSION,
+            command=module("engine_accuracy"),
+            about="the demo's table on graphs in bf16 beside eager float32",
+            least_s=90,
+            limit_s=240,
+        ),
+        Stage(
+            name="step_parts",
+            version=bench_step_parts.VERSION,
+            command=module("bench_step_parts"),
+            about="what a training step is made of, part by part",
+            limit_s=180,
+        ),
+        Stage(
+            name="ablation",
+            version=ablation.VERSION,
+            command=module("ablation"),
+            about="the table of docs/ablation.md",
+            least_s=150,
         ),
     )
 

@@ -8,6 +8,7 @@ The stage's version is a digest of sources and tests, so a change of either asks
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 _TEST_LIMIT_S = 120
 _MOST_WORKERS = 8
+_MOST_KEPT = 2**30  # bytes of the device that a worker keeps from one test to the next
 _KNOWN = "DFKD_FAST_KNOWN_TESTS"  # the file that names those which have a row
 
 
@@ -53,11 +55,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Any:
-    """After each test: a process that has lost its device would fail all the others."""
+    """After each test: a process that has lost its device would fail all the others; and so would one that keeps much
+    of its memory, which no other process can then have.
+    """
     result = yield
     if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
+            if torch.cuda.memory_reserved() > _MOST_KEPT:
+                gc.collect()
+                torch.cuda.empty_cache()
         except RuntimeError:
             os._exit(70)
     return result

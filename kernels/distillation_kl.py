@@ -224,8 +224,8 @@ def forward(a: Tensor, b: Tensor, temperature: float, reduction: str, out: Tenso
     chosen = config.choose("distillation_kl", architecture(a), a.dtype, classes=next_power_of_2(classes))
     tiles = cdiv(count, chosen.tile["ROWS"])
     elementwise = reduction == "none"
-    # Few logits are one program's work, and then its sum needs no second launch.
-    programs = 1 if count * classes <= 2**15 and not elementwise else min(tiles, 4 * processors(a))
+    # A few tiles, one after the other, take one program no longer than a second launch for its sum would.
+    programs = 1 if tiles <= 4 and not elementwise else min(tiles, 4 * processors(a))
     scale = _scale(temperature, reduction, count, classes)
     parts = out if programs == 1 or elementwise else out.new_empty(programs)
     launch(

@@ -251,7 +251,7 @@ class TestStage:
         assert processes.started[0] == "limits"
         rounds = [runs[:5], runs[5:10], runs[10:15]]
         assert all(sorted(each) == sorted(VARIANTS) for each in rounds)
-        assert rounds[0] == list(VARIANTS)
+        assert rounds[0] == list(bench_step.TURNS)
         assert len({each[0] for each in rounds}) == 3
         assert runs[15:] == ["endurance"]
         content = read_results("step.json")

@@ -471,12 +471,12 @@ class TestCommand:
         assert [stage.name for stage in stages] == [
             "tests",
             "ops",
+            "swap",
             "step",
             "anatomy",
+            "accuracy",
             "step_parts",
             "ablation",
-            "accuracy",
-            "swap",
         ]
 
     def test_without_a_device_says_so(self, monkeypatch, capsys):

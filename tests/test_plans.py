@@ -145,6 +145,10 @@ CASES: dict[str, Any] = {
     "contrast of views": (_views, (normal(35, 2, 20),)),
     "statistics": _case(ops.channel_statistics, normal(3, 5, 4, 6)),
     "statistics, channels-last": _case(ops.channel_statistics, channels_last(3, 5, 4, 6)),
+    "distance of statistics": _case(ops.statistics_distance, normal(3, 8, 4, 6), normal(8), positive(8)),
+    "distance of statistics, merged": _case(
+        ops.statistics_distance, channels_last(40, 24, 7, 5), normal(24), positive(24)
+    ),
     "BatchNorm": (
         lambda x, m, v, w, b, r: ops.batchnorm_statistics(
             x, m.detach(), v.detach(), w, b, 1e-5, activation="relu", residual=r, backend="triton"
