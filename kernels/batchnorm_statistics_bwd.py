@@ -50,6 +50,7 @@ def _backward_kernel(
     dy,
     dmean,
     dvar,
+    upstream,
     x,
     mask,
     running_mean,
@@ -117,6 +118,8 @@ def _backward_kernel(
             offset = per_channel(bias, channel, channel_in, PLANES)
     if dx is not None:
         dx = pointers(dx, row, column, dx_p, dx_c, PLANES, UNIT)
+    if upstream is not None:
+        over *= tl.load(upstream).to(tl.float32)
     if dmean is not None:
         constant = per_channel(dmean, channel, channel_in, PLANES) * over
     if dvar is not None:
@@ -209,6 +212,7 @@ def backward(
     dweight: Tensor | None,
     dbias: Tensor | None,
     dresidual: Tensor | None,
+    upstream: Tensor | None = None,
 ) -> None:
     """Gradients of the forward and of the statistics alone.
 
@@ -229,6 +233,7 @@ def backward(
         dweight: (C,), any floating dtype.
         dbias: (C,), likewise.
         dresidual: of the shape of x, contiguous or channels-last, any floating dtype.
+        upstream: a scalar that dmean and dvar are multiplied by; None for one.
     """
     channels = x.shape[1]
     if x.shape[0] == 0 or dy is None:
@@ -262,6 +267,7 @@ def backward(
         dy,
         dmean,
         dvar,
+        upstream,
         read,
         mask,
         *vectors,

@@ -500,6 +500,21 @@ def _batchnorm_statistics_backward(
     return _channel_tiles(dtype, channels, positions, planes, unit, wanted)
 
 
+# --- statistics_distance
+
+
+@rule("statistics_distance")
+def _statistics_distance(arch: int, dtype: torch.dtype, *, channels: int) -> list[Launch]:
+    """``channels`` is a power of two. All are in registers up to 4,096, more are read in pieces of that size.
+
+    One program has them all, and waits for memory and for its own barriers alone: few channels a thread, few warps.
+    """
+    block = max(32, min(channels, 4096))
+    warps = max(1, min(8, block // 128))
+    tried = (warps, max(1, warps // 2), 2 * warps)
+    return [Launch(tile={"BLOCK": block}, num_warps=each) for each in dict.fromkeys(tried) if 32 * each <= block]
+
+
 # --- max_pool2x2, max_unpool2x2
 
 

@@ -14,7 +14,14 @@ from dfkd_fast import compat, ops
 from dfkd_fast.compat import cpsc, datafree, deepinversion, lightly, mdistiller, repdistiller, torchdistill
 from dfkd_fast.testing import random
 
-NAMES = ("distillation_kl", "contrastive_loss", "channel_statistics", "batchnorm_statistics", "high_order_attention")
+NAMES = (
+    "distillation_kl",
+    "contrastive_loss",
+    "channel_statistics",
+    "statistics_distance",
+    "batchnorm_statistics",
+    "high_order_attention",
+)
 LOGITS = random(4, 6), random(4, 6, seed=1)
 MAPS = random(4, 6, 2, 2), random(4, 6, 2, 2, seed=1)
 VIEWS = random(4, 2, 8)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dfkd_fast.compat._contrast import contrast
 from dfkd_fast.compat._coverage import Case
 from dfkd_fast.compat._kl import softened_kl
-from dfkd_fast.compat._statistics import distance, input_statistics
+from dfkd_fast.compat._statistics import input_distance
 from dfkd_fast.compat.deepinversion import DeepInversionFeatureHook as _FeatureHook
 
 __all__ = ["COVERAGE", "DeepInversionFeatureHook", "SupConLoss", "kdloss"]
@@ -22,7 +22,7 @@ COVERAGE = (
     Case("SupConLoss", "labels", None),
     Case("SupConLoss", "mask", None),
     Case("SupConLoss", "another number of views", None),
-    Case("DeepInversionFeatureHook", "maps (N, C, H, W)", "channel_statistics"),
+    Case("DeepInversionFeatureHook", "maps (N, C, H, W)", "statistics_distance"),
 )
 
 
@@ -78,6 +78,4 @@ class DeepInversionFeatureHook(_FeatureHook):
     """As that of :mod:`dfkd_fast.compat.deepinversion`, with the stored statistics in the type of the batch's."""
 
     def hook_fn(self, module: Any, input: tuple[Tensor, ...], output: Any) -> None:
-        mean, var = input_statistics(input[0])
-        stored_mean, stored_var = module.running_mean.detach(), module.running_var.detach()
-        self.r_feature = distance(stored_mean.to(mean), stored_var.to(var), mean, var)
+        self.r_feature = input_distance(input[0], module.running_mean, module.running_var, moved=True)

@@ -19,7 +19,7 @@ from dfkd_fast.compat._contrast import contrast
 from dfkd_fast.compat._coverage import Case
 from dfkd_fast.compat._image_prior import differences
 from dfkd_fast.compat._kl import kl_div, softened_kl
-from dfkd_fast.compat._statistics import distance, input_statistics
+from dfkd_fast.compat._statistics import distance, input_distance, input_statistics
 
 __all__ = [
     "COVERAGE",
@@ -49,7 +49,7 @@ COVERAGE = (
     Case("class_balance_loss", "always", None),
     Case("onehot_loss", "always", None),
     Case("get_image_prior_losses", "always", None),
-    Case("DeepInversionHook", "maps (N, C, H, W)", "channel_statistics"),
+    Case("DeepInversionHook", "maps (N, C, H, W)", "statistics_distance"),
     Case("DeepInversionHook", "maps (N, C, H, W), with mmt_rate", "channel_statistics"),
     Case("FeatureMeanVarHook", "maps (N, C, H, W), dim = [0, 2, 3]", "channel_statistics"),
     Case("FeatureMeanVarHook", "another dim", None),
@@ -234,11 +234,12 @@ class DeepInversionHook(_Hook):
         self.tmp_val: tuple[Tensor, Tensor] | None = None
 
     def hook_fn(self, module: Any, input: tuple[Tensor, ...], output: Any) -> None:
-        mean, var = input_statistics(input[0])
-        if self.mmt_rate is not None:
-            self.tmp_val = (mean, var)
-            if self.mmt is not None:
-                mean, var = self._smoothed(mean, var)
+        if self.mmt_rate is None:
+            self.r_feature = input_distance(input[0], module.running_mean, module.running_var)
+            return
+        self.tmp_val = mean, var = input_statistics(input[0])
+        if self.mmt is not None:
+            mean, var = self._smoothed(mean, var)
         self.r_feature = distance(module.running_mean.detach(), module.running_var.detach(), mean, var)
 
     def _smoothed(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

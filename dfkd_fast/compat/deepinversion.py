@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from dfkd_fast.compat._coverage import Case
 from dfkd_fast.compat._image_prior import differences
-from dfkd_fast.compat._statistics import distance, input_statistics
+from dfkd_fast.compat._statistics import input_distance
 
 __all__ = ["COVERAGE", "DeepInversionFeatureHook", "get_image_prior_losses"]
 
 COVERAGE = (
-    Case("DeepInversionFeatureHook", "maps (N, C, H, W)", "channel_statistics"),
+    Case("DeepInversionFeatureHook", "maps (N, C, H, W)", "statistics_distance"),
     Case("get_image_prior_losses", "always", None),
 )
 
@@ -37,8 +37,7 @@ class DeepInversionFeatureHook:
         self.hook = module.register_forward_hook(self.hook_fn)
 
     def hook_fn(self, module: Any, input: tuple[Tensor, ...], output: Any) -> None:
-        mean, var = input_statistics(input[0])
-        self.r_feature = distance(module.running_mean.detach(), module.running_var.detach(), mean, var)
+        self.r_feature = input_distance(input[0], module.running_mean, module.running_var)
 
     def close(self) -> None:
         """Take the hook off the module."""

@@ -12,7 +12,7 @@ from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
 from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
 from dfkd_fast.reference import batchnorm_statistics as reference
 
-__all__ = ["batchnorm_statistics", "channel_statistics"]
+__all__ = ["batchnorm_statistics", "channel_statistics", "new_map"]
 
 
 def _channels_last(x: Tensor) -> torch.memory_format | None:
@@ -27,7 +27,7 @@ def _channels_last(x: Tensor) -> torch.memory_format | None:
     return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
 
 
-def _new_map(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def new_map(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Of the shape of x: channels-last where x is, else contiguous."""
     return torch.empty_like(x, dtype=dtype, memory_format=_channels_last(x) or torch.contiguous_format)
 
@@ -57,7 +57,7 @@ def _allocate_forward(
         mask = x.new_empty((count, positions, octets), dtype=torch.uint8)
     else:
         mask = x.new_empty((count, octets, positions), dtype=torch.uint8)
-    return _new_map(x), _new_vector(x), _new_vector(x), mask
+    return new_map(x), _new_vector(x), _new_vector(x), mask
 
 
 def _octets_second(x: Tensor, mask: Tensor) -> Tensor:
@@ -105,10 +105,10 @@ def _allocate_backward(
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        _new_map(x) if want_x else x.new_empty(0),
+        new_map(x) if want_x else x.new_empty(0),
         weight.new_empty(weight.shape) if want_weight and weight is not None else x.new_empty(0),
         bias.new_empty(bias.shape) if want_bias and bias is not None else x.new_empty(0),
-        _new_map(x, residual_dtype) if residual_dtype is not None else x.new_empty(0),
+        new_map(x, residual_dtype) if residual_dtype is not None else x.new_empty(0),
     )
 
 
@@ -167,7 +167,7 @@ def _launch_statistics(x: Tensor, mean: Tensor, var: Tensor) -> None:
 
 
 def _allocate_statistics_backward(dmean: Tensor | None, dvar: Tensor | None, x: Tensor, mean: Tensor) -> Tensor:
-    return _new_map(x)
+    return new_map(x)
 
 
 def _launch_statistics_backward(dmean: Tensor | None, dvar: Tensor | None, x: Tensor, mean: Tensor, dx: Tensor) -> None:

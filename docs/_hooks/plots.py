@@ -212,6 +212,32 @@ def batchnorm_statistics() -> Figure:
     return figure
 
 
+def statistics_distance() -> Figure:
+    """The distance over mean and standard deviation of one channel, and its gradient on the way through zero."""
+    figure = _figure()
+    left, right = figure.subplots(1, 2)
+    stored_mean, stored_var = torch.tensor([0.5]), torch.tensor([0.25])
+    batch = torch.randn(512, 1, generator=torch.Generator().manual_seed(0))
+    batch = (batch - batch.mean()) / batch.std(correction=0)
+
+    def distance(mean: Tensor, deviation: Tensor) -> Tensor:
+        return ops.statistics_distance(batch * deviation + mean, stored_mean, stored_var, backend="reference")
+
+    means, deviations = torch.linspace(-0.5, 1.5, 61), torch.linspace(0, 1, 61)
+    plane = torch.stack([torch.stack([distance(m, d) for m in means]) for d in deviations])
+    drawn = left.contourf(means.numpy(), deviations.numpy(), plane.numpy(), levels=12, cmap="viridis_r")
+    left.plot(0.5, 0.5, "k+", markersize=10)
+    left.set(xlabel="mean of the batch", ylabel="standard deviation", xticks=[-0.5, 0, 0.5, 1, 1.5])
+    figure.colorbar(drawn, ax=left)
+
+    moved = torch.linspace(-0.5, 1.5, 60).requires_grad_()
+    values = torch.stack([distance(m, torch.tensor(0.5)) for m in moved])
+    (slopes,) = torch.autograd.grad(values.sum(), moved)
+    _lines(right, moved.detach(), distance=values.detach(), its_gradient=slopes)
+    right.set(xlabel="mean of the batch; standard deviation 0.5")
+    return figure
+
+
 def max_pool2x2() -> Figure:
     """A map, its maxima with their codes, and the maxima back in their places."""
     figure = _figure(height=2.7)
@@ -253,6 +279,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
         contrastive_loss,
         distillation_kl,
         batchnorm_statistics,
+        statistics_distance,
         max_pool2x2,
     )
 }
