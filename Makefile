@@ -19,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) --maxprocesses 8
 
-.PHONY: help demo test test-all lint format docs gpu kernels report clean
+.PHONY: help demo test test-all lint format docs gpu wheels kernels report clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1|/' | column -t -s '|' 2>/dev/null \
@@ -70,6 +70,15 @@ gpu:  ## OUT=folder BUDGET=seconds: tests and measurements that need a GPU, unti
 		for wheel in $(if $(WHEELS),'$(WHEELS)'/*.whl); do $$install "$$wheel"; done; \
 		$$install --editable . || DFKD_FAST_CUDA=0 $$install --editable .
 	@$(PYTHON) -m dfkd_fast.benchmarks.gpu --out '$(OUT)' --budget $(BUDGET)
+
+# What such a machine may lack; each without what it depends on, which torch's company has already.
+OFFLINE := docstring-parser jsonargparse lightly liger-kernel nvtx pytorch-metric-learning torchdistill typeshed-client
+FOR ?= 3.12
+
+wheels: $(STAMP)  ## FOR=3.12: download into out/wheels what `make gpu WHEELS=out/wheels` installs without network
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version $(FOR) \
+		--constraint constraints.txt --dest out/wheels $(OFFLINE)
+	@ls out/wheels
 
 kernels: $(STAMP)  ## compile every kernel for every architecture, without a GPU, into {kernels,csrc}/compiled.json
 	@$(ONE_THREAD) $(BIN)/python -m dfkd_fast.benchmarks.compile_kernels --write --workers $$(nproc)

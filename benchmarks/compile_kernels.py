@@ -53,9 +53,23 @@ def benchmarks() -> dict[str, Benchmark]:
     return found
 
 
-def digest(source: str) -> str:
-    """Twelve hex digits that change with what a module does, and not with its comments, docstrings or layout."""
+def _for_device(node: ast.stmt) -> bool:
+    """Whether what stands at the top of a module may be part of a kernel: a function for the device, or a constant."""
+    if isinstance(node, ast.FunctionDef):
+        return any("jit" in ast.dump(decorator) for decorator in node.decorator_list)
+    return isinstance(node, ast.Assign | ast.AnnAssign)
+
+
+def digest(source: str, *, kernels: bool = False) -> str:
+    """Twelve hex digits that change with what a module does, and not with its comments, docstrings or layout.
+
+    Args:
+        source: of the module.
+        kernels: only with what its kernels do. What its launchers choose is in a :class:`Row`.
+    """
     tree = ast.parse(source)
+    if kernels:
+        tree.body = [node for node in tree.body if _for_device(node)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
             body = node.body
@@ -66,7 +80,7 @@ def digest(source: str) -> str:
 
 @functools.cache
 def _sources(module: str) -> str:
-    """The digest of a kernel module and of the kernel modules that it imports."""
+    """What the kernels of a module are made of: its digest, and those of the kernel modules that it imports."""
     from dfkd_fast import kernels
 
     folder = Path(str(kernels.__file__)).parent
@@ -77,7 +91,7 @@ def _sources(module: str) -> str:
         if name in seen or name in ("config", "__init__"):
             continue
         source = (folder / f"{name}.py").read_text(encoding="utf-8")
-        seen[name] = digest(source)
+        seen[name] = digest(source, kernels=True)
         waiting += re.findall(r"^from dfkd_fast\.kernels\.(\w+) import", source, re.MULTILINE)
     return "-".join(seen[name] for name in sorted(seen))
 

@@ -192,7 +192,7 @@ class TestRows:
 
     def test_sources_are_those_that_the_provider_runs(self, monkeypatch):
         names = {path.name for path in stage._kernel_modules("distillation_kl")}
-        assert names == {"distillation_kl.py", "common.py", "config.py", "tuned.json"}
+        assert names == {"distillation_kl.py", "common.py", "config.py", "plans.py", "tuned.json"}
         assert stage.sources("distillation_kl", "triton") != stage.sources("distillation_kl", "reference")
         assert stage.sources("distillation_kl", "compile") == stage.sources("distillation_kl", "reference")
 

@@ -99,3 +99,12 @@ def test_the_digest_sees_what_a_module_does_alone():
     source = 'def f(x):\n    """Doc."""\n    return x + 1\n'
     assert digest(source) == digest("# A comment.\n\n\ndef f(x):\n    return (x + 1)  # more\n")
     assert digest(source) != digest(source.replace("+ 1", "+ 2"))
+
+
+def test_the_digest_of_kernels_leaves_their_launchers_out():
+    source = "import triton\nSIZE = 4\n@triton.jit\ndef _k(x):\n    return x + SIZE\ndef launch(x):\n    _k[(1,)](x)\n"
+    changed = source.replace("(1,)", "(2,)").replace("import triton", "import torch\nimport triton")
+    assert digest(source) != digest(changed)
+    assert digest(source, kernels=True) == digest(changed, kernels=True)
+    for old, new in (("x + SIZE", "x - SIZE"), ("SIZE = 4", "SIZE = 8")):
+        assert digest(source, kernels=True) != digest(source.replace(old, new), kernels=True)
