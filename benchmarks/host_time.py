@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_fast.benchmarks import originals
@@ -145,11 +146,31 @@ def _hook(kind: Any, momentum: bool = False) -> Loss:
 
 
 def _mean(loss: Any) -> Loss:
-    return lambda features: loss(features).mean()
+    """What is not averaged yet is, as its callers do."""
+
+    def call(features: Tensor) -> Tensor:
+        value: Tensor = loss(features)
+        return value.mean() if value.ndim else value
+
+    return call
 
 
 def _rows(s: Tensor, t: Tensor) -> Tensor:
     return originals.kldiv(s, t, 4.0, "none").sum(1).mean()
+
+
+def _kd_loss() -> Loss:
+    """torchdistill's loss without labels, which is not times temperature squared."""
+    from dfkd_fast.compat.torchdistill import KDLoss
+
+    side = ("fc", "output")
+    loss = KDLoss(*side, *side, temperature=4.0, alpha=0.0)
+    return lambda s, t: loss({"fc": {"output": s}}, {"fc": {"output": t}})
+
+
+def _soft(s: Tensor, t: Tensor, temperature: float) -> Tensor:
+    p = F.softmax(t / temperature, dim=1)
+    return F.kl_div(F.log_softmax(s / temperature, dim=1), p, reduction="batchmean")
 
 
 Case = tuple[str, tuple[int, ...], tuple[int, ...], tuple[bool, ...], Callable[[], tuple[Loss, Loss]]]
@@ -164,6 +185,7 @@ def cases() -> Iterator[Case]:
     module = originals.Module(originals.kldiv, temperature=4.0)
     yield "repdistiller.DistillKL", LOGITS, (1, 4), student, lambda: (repdistiller.DistillKL(4.0), module)
     yield "mdistiller.kd_loss", LOGITS, (1, 4), student, lambda: (partial(mdistiller.kd_loss, temperature=4.0), _rows)
+    yield "torchdistill.KDLoss", LOGITS, (1, 4), student, lambda: (_kd_loss(), partial(_soft, temperature=4.0))
     if installed("lightly"):
         from lightly.loss.ntx_ent_loss import NTXentLoss
 

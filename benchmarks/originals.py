@@ -140,7 +140,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, mode: str = "code") -> Tensor:
-    """Distance of the attention (Zagoruyko and Komodakis, ICLR 2017) of maps (N, C, H, W) of one height.
+    """Distance of the attention (Zagoruyko and Komodakis, ICLR 2017) of maps (N, C, H, W).
 
     Args:
         student: the student's maps.
@@ -150,6 +150,11 @@ def attention_transfer(student: Tensor, teacher: Tensor, mode: str = "code") -> 
     if mode == "paper":
         a, b = (F.normalize(x.pow(2).sum(1).flatten(1)) for x in (student, teacher))
         return torch.linalg.vector_norm(a - b, dim=1).sum() / len(student)
+    height, other = student.shape[2], teacher.shape[2]
+    if height > other:
+        student = F.adaptive_avg_pool2d(student, (other, other))
+    elif height < other:
+        teacher = F.adaptive_avg_pool2d(teacher, (height, height))
     a, b = (F.normalize(x.pow(2).mean(1).flatten(1)) for x in (student, teacher))
     return (a - b).pow(2).mean()
 

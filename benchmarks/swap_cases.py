@@ -245,12 +245,16 @@ def _logits(setting: Setting) -> Table:
 
 
 def _contrast(setting: Setting, kind: Any, mode: str = "all", labelled: bool = False) -> Both:
-    """SupConLoss and ContrastLoss; what is not reduced is averaged, as its callers do."""
+    """SupConLoss, which averages, and ContrastLoss, whose callers do."""
     ours, original = kind(contrast_mode=mode), originals.Module(originals.contrast_loss, mode=mode)
     labels = setting.labels(10) if labelled else None
 
     def stacked(loss: Loss) -> Loss:
-        return lambda a, b: loss(torch.stack([F.normalize(a), F.normalize(b)], 1)).mean()
+        def call(a: Tensor, b: Tensor) -> Tensor:
+            value = loss(torch.stack([F.normalize(a), F.normalize(b)], 1))
+            return value.mean() if value.ndim else value
+
+        return call
 
     return stacked(lambda x: ours(x, labels)), stacked(lambda x: original(x, labels))
 

@@ -199,20 +199,23 @@ def _backward_kernel(
             tl.store(db + at, cast(to_b * scale, db.dtype.element_ty), mask=inside)
 
 
-def _scale(temperature: float, reduction: str, count: int, classes: int) -> float:
+def _scale(temperature: float, squared: bool, reduction: str, count: int, classes: int) -> float:
     """What the sum of the terms is multiplied by."""
     over = {"batchmean": count, "mean": count * classes}.get(reduction, 1)
-    return temperature**2 / over
+    return (temperature**2 if squared else 1.0) / over
 
 
-def forward(a: Tensor, b: Tensor, temperature: float, reduction: str, out: Tensor, saved: Tensor) -> None:
+def forward(
+    a: Tensor, b: Tensor, temperature: float, squared: bool, reduction: str, out: Tensor, saved: Tensor
+) -> None:
     """KL(softmax(a) || softmax(b)).
 
     Args:
         a: (N, classes) logits, any strides.
         b: likewise.
         temperature: above 0.
-        reduction: as the op's.
+        squared: as the op's.
+        reduction: likewise.
         out: float32, a scalar, or (N, classes), contiguous, for "none".
         saved: (5, N), float32, for :func:`backward`.
     """
@@ -226,7 +229,7 @@ def forward(a: Tensor, b: Tensor, temperature: float, reduction: str, out: Tenso
     elementwise = reduction == "none"
     # A few tiles, one after the other, take one program no longer than a second launch for its sum would.
     programs = 1 if tiles <= 4 and not elementwise else min(tiles, 4 * processors(a))
-    scale = _scale(temperature, reduction, count, classes)
+    scale = _scale(temperature, squared, reduction, count, classes)
     parts = out if programs == 1 or elementwise else out.new_empty(programs)
     launch(
         _forward_kernel,
@@ -255,6 +258,7 @@ def backward(
     b: Tensor,
     saved: Tensor,
     temperature: float,
+    squared: bool,
     reduction: str,
     want_a: bool,
     want_b: bool,
@@ -269,6 +273,7 @@ def backward(
         b: as there.
         saved: as there.
         temperature: as there.
+        squared: as there.
         reduction: as there.
         want_a: whether to fill ``da``.
         want_b: whether to fill ``db``.
@@ -295,7 +300,7 @@ def backward(
         *(db.stride() if want_b else (0, 0)),
         *(upstream.stride() if elementwise else (0, 0)),
         temperature,
-        _scale(temperature, reduction, max(count, 1), classes) / temperature,
+        _scale(temperature, squared, reduction, max(count, 1), classes) / temperature,
         config=chosen,
         ELEMENTWISE=elementwise,
         WANT_A=want_a,

@@ -75,10 +75,7 @@ CALLS = {
         ("get_image_prior_losses", "always"): lambda: datafree.get_image_prior_losses(MAPS[0]),
         ("DeepInversionHook", "maps (N, C, H, W)"): lambda: after_forward(datafree.DeepInversionHook),
         ("DeepInversionHook", "maps (N, C, H, W), with mmt_rate"): with_momentum,
-        ("FeatureMeanVarHook", "maps (N, C, H, W), dim = [0, 2, 3]"): lambda: after_forward(
-            datafree.FeatureMeanVarHook
-        ),
-        ("FeatureMeanVarHook", "another dim"): lambda: after_forward(datafree.FeatureMeanVarHook, True, [2, 3]),
+        ("FeatureMeanVarHook", "always"): lambda: after_forward(datafree.FeatureMeanVarHook),
         ("FeatureHook", "always"): lambda: after_forward(datafree.FeatureHook),
         ("InstanceMeanHook", "always"): lambda: after_forward(datafree.InstanceMeanHook),
         ("FeatureMeanHook", "always"): lambda: after_forward(datafree.FeatureMeanHook),

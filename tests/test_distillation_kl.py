@@ -83,6 +83,17 @@ def test_reductions_are_those_of_torch(reduction):
     assert_close(ops.distillation_kl(s, t, temperature=3, reduction=reduction), wanted, atol=1e-13)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_without_temperature_squared(direction, reduction):
+    options = {"temperature": 3.0, "direction": direction, "reduction": reduction}
+    values, gradients = value_and_gradients(lambda *a: ops.distillation_kl(*a, **options, squared=False), make())
+    wanted, wanted_gradients = value_and_gradients(lambda *a: definition(*a, **options) / 9, make())
+    assert_close(values[0], wanted[0], atol=1e-13, rtol=1e-12)
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        assert_close(got, want, atol=1e-13, rtol=1e-12)
+
+
 def test_gradient_by_the_derived_formula():
     """The backward that a fused kernel computes, for both sides."""
     s, t = make(5, 6)
@@ -294,7 +305,7 @@ def test_kernels_are_no_worse_than_the_reference(kernel_device, shape, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernels_take_every_layout_and_option(kernel_device, layout, direction, reduction):
     inputs = pair(5, 33, kernel_device, layout=layout)
-    options = {"temperature": 0.5, "direction": direction, "reduction": reduction}
+    options = {"temperature": 0.5, "direction": direction, "reduction": reduction, "squared": direction == "forward"}
     assert_backend_no_worse(fused(**options), inputs, draws=draws(reduction))
 
 
@@ -408,11 +419,11 @@ def test_second_derivatives_are_a_clear_error(kernel_device, side):
 def test_opcheck(kernel_device, reduction, layout):
     a, b = pair(3, 5, kernel_device, layout=layout, dtypes=(torch.float32, torch.bfloat16))(0)
     library = torch.ops.dfkd_fast
-    torch.library.opcheck(library.distillation_kl.default, (a, b, 2.0, reduction))
-    out, saved = library.distillation_kl(a, b, 2.0, reduction)
+    torch.library.opcheck(library.distillation_kl.default, (a, b, 2.0, True, reduction))
+    out, saved = library.distillation_kl(a, b, 2.0, True, reduction)
     upstream = random(*out.shape, layout=layout if out.ndim else "contiguous", device=kernel_device)
     for want_a, want_b in ((True, True), (True, False), (False, True)):
-        arguments = (upstream, a, b, saved, 2.0, reduction, want_a, want_b)
+        arguments = (upstream, a, b, saved, 2.0, True, reduction, want_a, want_b)
         torch.library.opcheck(library.distillation_kl_backward.default, arguments)
 
 

@@ -69,10 +69,10 @@ def contrast(
     vectors = features.transpose(0, 1).flatten(0, 1)
     anchor_views = views if contrast_mode == "all" else 1
     similarity = vectors[: anchor_views * count] @ vectors.T / temperature
-    itself = torch.eye(*similarity.shape, dtype=torch.bool, device=similarity.device)
-    positives = positives.repeat(anchor_views, views).masked_fill(itself, 0)
-    log_sum = similarity.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
-    log_likelihood = (positives * (similarity - log_sum)).sum(1) / positives.sum(1)
+    # Out of every sum of exponentials; not infinite, since it is multiplied by zero.
+    itself = torch.zeros_like(similarity).fill_diagonal_(torch.finfo(similarity.dtype).min / 2)
+    positives = positives.repeat(anchor_views, views).fill_diagonal_(0)
+    log_likelihood = (positives * (similarity + itself).log_softmax(1)).sum(1) / positives.sum(1)
     loss = (-(temperature / base_temperature) * log_likelihood).view(anchor_views, count)
     return (loss.mean() if reduction == "mean" else loss), similarity
 

@@ -35,8 +35,7 @@ def softened_kl(student: Tensor, teacher: Tensor, temperature: Any, reduction: A
         squared: times temperature squared.
     """
     if covered(student, teacher, temperature, reduction):
-        loss = ops.distillation_kl(student, teacher, temperature=temperature, reduction=reduction)
-        return loss if squared or temperature == 1 else loss / temperature**2
+        return ops.distillation_kl(student, teacher, temperature=temperature, reduction=reduction, squared=squared)
     log_q = F.log_softmax(student / temperature, dim=1)
     loss = kl_div(log_q, F.softmax(teacher / temperature, dim=1), reduction)
     return loss * temperature**2 if squared else loss

@@ -15,7 +15,7 @@ from dfkd_fast.reference import distillation_kl as reference
 __all__ = ["distillation_kl"]
 
 
-def _allocate_forward(a: Tensor, b: Tensor, temperature: float, reduction: str) -> tuple[Tensor, Tensor]:
+def _allocate_forward(a: Tensor, b: Tensor, temperature: float, squared: bool, reduction: str) -> tuple[Tensor, Tensor]:
     shape = a.shape if reduction == "none" else ()
     return a.new_empty(shape, dtype=torch.float32), a.new_empty((5, a.shape[0]), dtype=torch.float32)
 
@@ -32,6 +32,7 @@ def _allocate_backward(
     b: Tensor,
     saved: Tensor,
     temperature: float,
+    squared: bool,
     reduction: str,
     want_a: bool,
     want_b: bool,
@@ -49,13 +50,13 @@ def _launch_backward(*arguments: Any) -> None:
 
 
 _forward = operator(
-    "distillation_kl(Tensor a, Tensor b, float temperature, str reduction) -> (Tensor, Tensor)",
+    "distillation_kl(Tensor a, Tensor b, float temperature, bool squared, str reduction) -> (Tensor, Tensor)",
     _allocate_forward,
     _launch_forward,
 )
 _backward = operator(
-    "distillation_kl_backward(Tensor upstream, Tensor a, Tensor b, Tensor saved, float temperature, str reduction, "
-    "bool want_a, bool want_b) -> (Tensor, Tensor)",
+    "distillation_kl_backward(Tensor upstream, Tensor a, Tensor b, Tensor saved, float temperature, bool squared, "
+    "str reduction, bool want_a, bool want_b) -> (Tensor, Tensor)",
     _allocate_backward,
     _launch_backward,
 )
@@ -65,12 +66,12 @@ class _DistillationKL(FusedFunction):
     """KL(softmax(a) || softmax(b)), and what backward needs of it."""
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor, temperature: float, reduction: str) -> tuple[Tensor, Tensor]:
-        return _forward(a, b, temperature, reduction)
+    def forward(a: Tensor, b: Tensor, temperature: float, squared: bool, reduction: str) -> tuple[Tensor, Tensor]:
+        return _forward(a, b, temperature, squared, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        a, b, ctx.temperature, ctx.reduction = inputs
+        a, b, ctx.temperature, ctx.squared, ctx.reduction = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(a, b, output[1])
 
@@ -78,18 +79,24 @@ class _DistillationKL(FusedFunction):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         a, b, saved = ctx.saved_tensors
         want_a, want_b, *_ = ctx.needs_input_grad
-        da, db = _backward(upstream, a, b, saved, ctx.temperature, ctx.reduction, want_a, want_b)
+        da, db = _backward(upstream, a, b, saved, ctx.temperature, ctx.squared, ctx.reduction, want_a, want_b)
         gradients = no_second_derivative(
             "distillation_kl", (da if want_a else None, db if want_b else None), upstream, a, b
         )
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 def _triton(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, direction: str, reduction: str
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float,
+    direction: str,
+    reduction: str,
+    squared: bool,
 ) -> Tensor:
     a, b = (teacher_logits, student_logits) if direction == "forward" else (student_logits, teacher_logits)
-    return _DistillationKL.apply(a, b, float(temperature), reduction)[0]
+    return _DistillationKL.apply(a, b, float(temperature), squared, reduction)[0]
 
 
 def _served(student_logits: Tensor, teacher_logits: Tensor, **options: Any) -> str | None:
@@ -107,6 +114,7 @@ def distillation_kl(
     temperature: float = 1.0,
     direction: Literal["forward", "reverse"] = "forward",
     reduction: Literal["batchmean", "sum", "mean", "none"] = "batchmean",
+    squared: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """KL divergence between the softened class probabilities, times temperature squared (paper, Eq. 2; Hinton et al.).
@@ -126,6 +134,7 @@ def distillation_kl(
         direction: which of the two.
         reduction: as ``torch.nn.functional.kl_div``: "batchmean" divides the sum by N, "mean" by N times classes, both
             NaN for N = 0; "none" is (N, classes), the terms of the sum.
+        squared: times temperature squared, which keeps gradients of one size; False leaves that out.
         backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
@@ -151,4 +160,5 @@ def distillation_kl(
         temperature=temperature,
         direction=direction,
         reduction=reduction,
+        squared=bool(squared),
     )

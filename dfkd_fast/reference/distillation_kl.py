@@ -10,7 +10,13 @@ __all__ = ["distillation_kl"]
 
 
 def distillation_kl(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, direction: str, reduction: str
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float,
+    direction: str,
+    reduction: str,
+    squared: bool = True,
 ) -> Tensor:
     """KL divergence of the softened probabilities of two (N, classes) logits, times temperature squared."""
     log_p = (wide(teacher_logits) / temperature).log_softmax(1)
@@ -20,7 +26,9 @@ def distillation_kl(
     p = log_p.exp()
     # 0 log 0 = 0; masked before the product, where the gradient of 0 * inf would be NaN as well.
     absent = p == 0
-    terms = p * (log_p.masked_fill(absent, 0) - log_q.masked_fill(absent, 0)) * temperature**2
+    terms = p * (log_p.masked_fill(absent, 0) - log_q.masked_fill(absent, 0))
+    if squared:
+        terms = terms * temperature**2
     if reduction == "none":
         return terms
     if reduction == "mean":
