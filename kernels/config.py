@@ -153,6 +153,13 @@ def _distillation_kl(arch: int, dtype: torch.dtype, *, classes: int) -> list[Lau
     return [Launch(tile={"ROWS": r, "BLOCK": block}, num_warps=w) for r, w in dict.fromkeys(tried) if w <= 16]
 
 
+@rule("distillation_kl_alone")
+def _distillation_kl_alone(arch: int, dtype: torch.dtype, *, classes: int) -> list[Launch]:
+    """One program for all rows, as large as registers allow: what it waits for is memory, tile after tile."""
+    block = max(16, min(classes, 4096))
+    return [Launch(tile={"ROWS": max(1, 256 * warps // block), "BLOCK": block}, num_warps=warps) for warps in (16, 8)]
+
+
 # --- high_order_attention, high_order_attention_mse
 
 

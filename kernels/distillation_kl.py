@@ -224,11 +224,13 @@ def forward(
         # As torch's mean of nothing.
         out.fill_(float("nan") if reduction in ("batchmean", "mean") else 0.0)
         return
-    chosen = config.choose("distillation_kl", architecture(a), a.dtype, classes=next_power_of_2(classes))
-    tiles = cdiv(count, chosen.tile["ROWS"])
     elementwise = reduction == "none"
-    # A few tiles, one after the other, take one program no longer than a second launch for its sum would.
-    programs = 1 if tiles <= 4 and not elementwise else min(tiles, 4 * processors(a))
+    width = next_power_of_2(classes)
+    # Few logits are one program's work, and then its sum needs no second launch.
+    alone = not elementwise and count * width <= 2**15
+    kernel = "distillation_kl_alone" if alone else "distillation_kl"
+    chosen = config.choose(kernel, architecture(a), a.dtype, classes=width)
+    programs = 1 if alone else min(cdiv(count, chosen.tile["ROWS"]), 4 * processors(a))
     scale = _scale(temperature, squared, reduction, count, classes)
     parts = out if programs == 1 or elementwise else out.new_empty(programs)
     launch(

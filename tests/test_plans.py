@@ -267,7 +267,7 @@ def _planned(count: Count, device: str) -> Callable[[], int]:
 def test_a_forced_configuration_is_followed(count, kernel_device):
     again = _planned(count, kernel_device)
     chosen = config.Launch(tile={"ROWS": 2, "BLOCK": 16}, num_warps=1)
-    with config.forced("distillation_kl", chosen):
+    with config.forced("distillation_kl_alone", chosen):
         assert again() == 0
     with config.asked() as asked:
         assert again() == 0

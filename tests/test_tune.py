@@ -115,7 +115,7 @@ class TestDecision:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels in the interpreter")
 class TestKernels:
     def test_what_kernels_ask_for_is_found_once_with_its_passes(self):
-        benchmark = benchmark_of(a_case("2x20"), a_case("2x30"), a_case("2x60"), a_case("2x5", shapes="odd"))
+        benchmark = benchmark_of(a_case("1100x20"), a_case("1100x30"), a_case("600x60"), a_case("2x5", shapes="odd"))
         found = tune.choices(benchmark, CPU)
         assert [choice.key for choice in found] == [
             config.key("distillation_kl", 90, torch.bfloat16, {"classes": classes}) for classes in (32, 64)
@@ -129,7 +129,7 @@ class TestKernels:
             return 5.0 if config.choose(kernel, arch, dtype, **sizes) == choice.candidates()[1] else 10.0
 
         path = Path("tuned.json")
-        benchmark = benchmark_of(a_case("2x20", dtypes=(torch.float32,)))
+        benchmark = benchmark_of(a_case("1100x20", dtypes=(torch.float32,)))
         (tried,) = tune.tune(benchmark, CPU, where="here", timer=timer, path=path)
         assert tried.refused == 0
         assert list(json.loads(path.read_text())) == ["distillation_kl/sm_90/float32/classes=32"]
