@@ -10,7 +10,8 @@ all temporaries, and the bare launches.
 A plan is kept only where it is sure to do the same: where the launching function did nothing on the device but launch,
 and each pointer is into exactly one argument, result or temporary. What else it read is checked or in the way: the
 precision of float32 products is compared at each call; a forced or observed configuration, hooks of a profiler and
-pointers that are not aligned take the ordinary way. With ``DFKD_FAST_PLANS=0`` in the environment all do.
+pointers that are not aligned take the ordinary way. With ``DFKD_FAST_PLANS=0`` in the environment all do. Who changes
+Triton's knobs, or constants of a kernel module, calls :func:`forget` after it.
 """
 
 from __future__ import annotations
@@ -53,10 +54,11 @@ _state = _State()
 
 @contextmanager
 def ordinary() -> Iterator[None]:
-    """Inside, in this thread, every launch is made the ordinary way."""
+    """Inside, in this thread, every launch is made the ordinary way; backward too, which stays in it."""
     before, _state.ordinary = _state.ordinary, True
     try:
-        yield
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
     finally:
         _state.ordinary = before
 
@@ -95,8 +97,10 @@ class _Recording(TorchDispatchMode):
         self.launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...], tuple[Any, ...]]] = []
         self.tf32: bool | None = None
         self.computes = False
+        self.sees = False  # not where dispatch to modes is off
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.sees = True
         result = func(*args, **(kwargs or {}))
         if func._schema.name not in _ALLOCATE:
             inputs = {_storage(a) for a in args if isinstance(a, Tensor)}
@@ -140,6 +144,7 @@ class _Plan:
         self._temporaries: dict[int, int] = {}
         self.workspace = 0
         self.launches = [self._launch(*launch) for launch in recording.launches]
+        self._kept = [compiled for compiled, *_ in recording.launches]  # Triton unloads what nobody holds
         del self._tensors, self._owners, self._starts, self._temporaries
 
     def _launch(
@@ -233,53 +238,55 @@ class Plans:
         self._launch = launch
         self._known: dict[tuple[Any, ...], _Plan | None] = {}  # None where there is none: launched the ordinary way
         self._seen: set[tuple[Any, ...]] = set()
+        self._failed: set[tuple[Any, ...]] = set()
         _operators.add(self)
 
     def clear(self) -> None:
         """Begin anew."""
         self._seen.clear()
         self._known.clear()
+        self._failed.clear()
 
     def __call__(self, arguments: Sequence[Any], results: Sequence[Tensor]) -> None:
         """Fill the results: by a plan where there is one."""
         kinds: list[Any] = []
         pointers: list[int] = []
         bits = 0
-        first: Tensor | None = None
+        like: Tensor | None = None
         for argument in arguments:
             if isinstance(argument, Tensor):
-                first = argument
+                like = argument
                 pointer = argument.data_ptr()
                 bits |= pointer
                 pointers.append(pointer)
-                kinds += (argument.dtype, argument.shape, argument.stride())
+                kinds += (argument.dtype, argument.shape, argument.stride(), argument.get_device())
             else:
                 kinds.append(argument)
-        assert first is not None
-        index = first.get_device()
-        kinds.append(index)
+        assert like is not None
         kind = tuple(kinds)
         plan = self._known.get(kind)
+        if plan is not None and plan.tf32 is not None and plan.tf32 != _tf32():
+            kind = ("the other precision", *kind)
+            plan = self._known.get(kind)
         if plan is None:
             if kind in self._known or not self._again(kind):
                 self._launch(*arguments, *results)
             else:
                 self._record(kind, arguments, results)
             return
-        active = driver.active
+        active, index = driver.active, like.get_device()
         if (
             bits % _ALIGNMENT
             or active.get_current_device() != index
             or _state.ordinary
             or not config.settled()
             or _hooked()
-            or (plan.tf32 is not None and plan.tf32 != _tf32())
         ):
             self._launch(*arguments, *results)
             return
         for result in results:
             pointers.append(result.data_ptr())
-        plan.run(pointers, first, active.get_current_stream(index))
+        plan.run(pointers, like, active.get_current_stream(index))
 
     def _again(self, kind: tuple[Any, ...]) -> bool:
         """Whether this kind was there before, and may be recorded now."""
@@ -293,19 +300,25 @@ class Plans:
         return False
 
     def _record(self, kind: tuple[Any, ...], arguments: Sequence[Any], results: Sequence[Tensor]) -> None:
-        """Launch the ordinary way, and write down what is done."""
+        """Launch the ordinary way, and write down what is done; the next time, if this call is not fit for it."""
         tensors = [x for x in (*arguments, *results) if isinstance(x, Tensor)]
-        one_by_one = len({id(x) for x in tensors}) == len(tensors)
+        if any(x.data_ptr() % _ALIGNMENT for x in tensors) or len({id(x) for x in tensors}) < len(tensors):
+            self._launch(*arguments, *results)
+            return
         with _Recording() as recording:
             _state.recording = recording
+            tensors[0].new_empty(0)  # whether anything is seen
             try:
                 self._launch(*arguments, *results)
             finally:
                 _state.recording = None
-        if any(x.data_ptr() % _ALIGNMENT for x in tensors) or not one_by_one:
-            return  # this time; the next of this kind may do
+        if not recording.sees:
+            return
         plan = None
         if recording.launches and not recording.computes:
             with suppress(_Unplannable):
                 plan = _Plan(recording, tensors)
+        if plan is None and kind not in self._failed:
+            self._failed.add(kind)  # once more: a finaliser may have computed something in between
+            return
         self._known[kind] = plan

@@ -180,6 +180,11 @@ def _results(call: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
     return [x.detach() for x in out] + [g for g in gradients if g is not None]
 
 
+def _inputs(name: str, device: str) -> tuple[Callable[..., Any], list[Tensor]]:
+    call, makes = CASES[name]
+    return call, [make(device) for make in makes]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_plan_repeats_what_was_launched(count, kernel_device, name):
     call, makes = CASES[name]
@@ -312,6 +317,13 @@ def test_the_precision_of_products_is_compared_at_each_call(count, kernel_device
         call()
         assert count.planned == planned
         assert count.ordinary > ordinary
+        call()
+        ordinary = count.ordinary
+        call()
+        assert count.ordinary == ordinary, "there is a plan for either precision"
+        matmul.fp32_precision = "ieee"
+        call()
+        assert count.ordinary == ordinary
     finally:
         matmul.fp32_precision = before
 
@@ -341,6 +353,66 @@ def test_what_computes_by_other_means_is_never_planned(count, kernel_device, fil
         torch.testing.assert_close(out, expected(x).expand(5))
     assert list(kept._known.values()) == [None]
     assert count.planned == 0
+
+
+def test_what_cannot_be_watched_is_not_recorded(count, kernel_device):
+    """Where dispatch to modes is off, a copy that a launcher makes would pass for a temporary that kernels fill."""
+    stored = torch.randn(8, 2, device=kernel_device)
+    call = lambda x: ops.statistics_distance(x, stored[:, 0], stored[:, 1], backend="triton")  # noqa: E731
+    make = lambda: torch.randn(3, 8, 2, 2, device=kernel_device)  # noqa: E731
+    call(make())
+    with torch._C._DisableTorchDispatch():
+        call(make())
+    x = make()
+    for _ in range(3):
+        with plans.ordinary():
+            expected = call(x)
+        assert torch.equal(call(x), expected)
+
+
+def test_one_failure_is_not_for_good(count, kernel_device):
+    computes = [False, True, False, False]
+
+    def fill(x: Tensor, out: Tensor) -> None:
+        from dfkd_fast.kernels import distillation_kl as kernels
+
+        if computes.pop(0):
+            torch.zeros(1, device=x.device)  # as a finaliser might
+        kernels.forward(x, x[:], 1.0, True, "batchmean", out, x.new_empty(5, len(x)))
+
+    kept = plans.Plans(fill)
+    for _ in range(3):
+        x = torch.randn(6, 10, device=kernel_device)
+        kept((x,), (x.new_empty(()),))
+    assert count.planned == 0
+    kept((x,), (x.new_empty(()),))
+    assert count.planned == 1
+
+
+def test_a_tensor_that_has_outlived_its_transform_keeps_its_gradient(kernel_device):
+    kept: list[Tensor] = []
+
+    def function(a: Tensor) -> Tensor:
+        kept.append(a)
+        return a.square().sum()
+
+    x = torch.randn(3, 4, device=kernel_device, requires_grad=True)
+    torch.func.grad(function)(x)
+    y = torch.randn(3, 4, device=kernel_device)
+    gradient = torch.autograd.grad(ops.distillation_kl(kept[0], y, backend="triton"), x)
+    torch.testing.assert_close(gradient, torch.autograd.grad(ops.distillation_kl(x, y), x))
+
+
+@pytest.mark.gpu
+def test_the_ordinary_way_holds_for_backward_too(count, kernel_device):
+    again = lambda: _results(*_inputs("kl", kernel_device))  # noqa: E731
+    for _ in range(3):
+        again()
+    planned = count.planned
+    assert planned > 0
+    with plans.ordinary():
+        again()
+    assert count.planned == planned
 
 
 def test_a_view_of_shared_memory_is_not_guessed_at(count, kernel_device):

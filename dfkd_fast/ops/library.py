@@ -110,7 +110,13 @@ def operator(
     return overload
 
 
-_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+try:
+    from torch._C import _are_functorch_transforms_active as _transforms_active
+    from torch._C._functorch import is_functorch_wrapped_tensor as _wrapped
+except ImportError:  # then the longer way is always taken
+
+    def _transforms_active() -> bool:
+        return True
 
 
 class FusedFunction(torch.autograd.Function):
@@ -128,6 +134,9 @@ class FusedFunction(torch.autograd.Function):
         """As torch's, which fills in defaults first; ours are called with all arguments in their places."""
         if _transforms_active():
             return super().apply(*arguments)
+        for argument in arguments:
+            if isinstance(argument, Tensor) and _wrapped(argument):  # has outlived its transform
+                return super().apply(*arguments)
         return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
 
