@@ -221,7 +221,7 @@ def stages() -> tuple[Stage, ...]:
     def module(name: str, *arguments: str) -> tuple[str, ...]:
         return sys.executable, "-u", "-m", f"dfkd_fast.benchmarks.{name}", *arguments
 
-    # A session is three calls or so of nine minutes: each stage gets a turn in it, and those that need more another.
+    # Limits that give each stage a turn within half an hour; those that need more get another.
     return (
         Stage(
             name="tests",
