@@ -19,27 +19,36 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_fast.benchmarks import originals
 from dfkd_fast.benchmarks.common import Clock, Results, stage_arguments
-from dfkd_fast.benchmarks.swap_cases import installed
-from dfkd_fast.compat import cpsc, datafree, deepinversion, lightly, mdistiller, repdistiller
+from dfkd_fast.benchmarks.swap_cases import (
+    HOOKS,
+    SIZES,
+    Both,
+    Loss,
+    Setting,
+    averaged,
+    hooked,
+    installed,
+    logits,
+    nt_xent,
+    self_supervised,
+)
+from dfkd_fast.compat import cpsc, datafree
 from dfkd_fast.report import markdown_table
 
-__all__ = ["KEY", "VERSION", "host_section", "main", "stand_in"]
+__all__ = ["KEY", "VERSION", "Case", "cases", "host_section", "main", "stand_in"]
 
 VERSION = "1"
 KEY = ("case", "shape")
 
 LOGITS, FEATURES, MAPS = (64, 200), (64, 128), (4, 32, 8, 8)
 """(N, classes), (N, dim) and what a BatchNorm is given: small, since what PyTorch still computes takes the CPU time."""
-
-Loss = Callable[..., Tensor]
 
 
 class _Launcher:
@@ -119,10 +128,6 @@ def stand_in() -> Iterator[None]:
         plans.forget()
 
 
-def _two(shape: tuple[int, ...], grads: tuple[bool, ...]) -> list[Tensor]:
-    return [torch.randn(shape, requires_grad=grad) for grad in grads]
-
-
 class _Norm(nn.BatchNorm2d):
     """A BatchNorm without its own work, which is the same on both sides."""
 
@@ -130,94 +135,75 @@ class _Norm(nn.BatchNorm2d):
         return input
 
 
-def _hook(kind: Any, momentum: bool = False) -> Loss:
-    """What a hook on one BatchNorm keeps of what that is given."""
-    norm = _Norm(MAPS[1]).eval().requires_grad_(False)
-    hook = kind(norm)
+class Case(NamedTuple):
+    """A drop-in and its original.
 
-    def loss(x: Tensor) -> Tensor:
-        norm(x)
-        if momentum:
-            hook.update_mmt()
-        value: Tensor = hook.r_feature
-        return value
+    Attributes:
+        name: of the drop-in.
+        shape: of its inputs.
+        few: shape of the original's.
+        grads: which of the inputs want a gradient.
+        make: makes both.
+    """
 
-    return loss
-
-
-def _mean(loss: Any) -> Loss:
-    """What is not averaged yet is, as its callers do."""
-
-    def call(features: Tensor) -> Tensor:
-        value: Tensor = loss(features)
-        return value.mean() if value.ndim else value
-
-    return call
+    name: str
+    shape: tuple[int, ...]
+    few: tuple[int, ...]
+    grads: tuple[bool, ...]
+    make: Callable[[], Both]
 
 
-def _rows(s: Tensor, t: Tensor) -> Tensor:
-    return originals.kldiv(s, t, 4.0, "none").sum(1).mean()
+def _setting(shape: tuple[int, ...]) -> Setting:
+    return Setting(device=torch.device("cpu"), dtype=torch.float32, shape=shape, size=SIZES["small"])
 
 
-def _kd_loss() -> Loss:
-    """torchdistill's loss without labels, which is not times temperature squared."""
-    from dfkd_fast.compat.torchdistill import KDLoss
-
-    side = ("fc", "output")
-    loss = KDLoss(*side, *side, temperature=4.0, alpha=0.0)
-    return lambda s, t: loss({"fc": {"output": s}}, {"fc": {"output": t}})
+def _each(make: Callable[[Setting], Both], shape: tuple[int, ...], few: tuple[int, ...]) -> Both:
+    """The drop-in made for one shape, the original for another: some keep labels of as many samples."""
+    return make(_setting(shape))[0], make(_setting(few))[1]
 
 
-def _soft(s: Tensor, t: Tensor, temperature: float) -> Tensor:
-    p = F.softmax(t / temperature, dim=1)
-    return F.kl_div(F.log_softmax(s / temperature, dim=1), p, reduction="batchmean")
+def _logits(name: str, setting: Setting) -> Both:
+    return logits(setting)[name]()
 
 
-Case = tuple[str, tuple[int, ...], tuple[int, ...], tuple[bool, ...], Callable[[], tuple[Loss, Loss]]]
+def _contrast(kind: Any, mode: str) -> Both:
+    """Of two views that are stacked and of unit length already."""
+    return averaged(kind(contrast_mode=mode)), averaged(originals.Module(originals.contrast_loss, mode=mode))
+
+
+def _hook(name: str) -> Both:
+    *kinds, read = HOOKS[name]
+
+    def side(kind: Any) -> Loss:
+        return hooked([_Norm(MAPS[1]).eval().requires_grad_(False)], kind, read, name.endswith("mmt_rate"))
+
+    ours, original = map(side, kinds)
+    return ours, original
 
 
 def cases() -> Iterator[Case]:
-    """Name, shape of the drop-in's inputs and of the original's, which of them want gradients, and the pair."""
-    student, both = (True, False), (True, True)
-    kl = partial(originals.kldiv, temperature=4.0)
-    yield "datafree.kldiv", LOGITS, (1, 4), student, lambda: (partial(datafree.kldiv, T=4.0), kl)
-    yield "datafree.kldiv, both gradients", LOGITS, (1, 4), both, lambda: (partial(datafree.kldiv, T=4.0), kl)
-    module = originals.Module(originals.kldiv, temperature=4.0)
-    yield "repdistiller.DistillKL", LOGITS, (1, 4), student, lambda: (repdistiller.DistillKL(4.0), module)
-    yield "mdistiller.kd_loss", LOGITS, (1, 4), student, lambda: (partial(mdistiller.kd_loss, temperature=4.0), _rows)
-    yield "torchdistill.KDLoss", LOGITS, (1, 4), student, lambda: (_kd_loss(), partial(_soft, temperature=4.0))
-    if installed("lightly"):
-        from lightly.loss.ntx_ent_loss import NTXentLoss
-
-        yield "lightly.NTXentLoss", FEATURES, (2, 4), both, lambda: (lightly.NTXentLoss(), NTXentLoss())
+    """What ops serve at the shapes of losses, of what the stage ``swap`` compares."""
+    few = (1, 4)
+    for name in ("datafree.kldiv", "datafree.kldiv, both gradients", "repdistiller.DistillKL", "mdistiller.kd_loss",
+                 "torchdistill.KDLoss"):  # fmt: skip
+        make = partial(_each, partial(_logits, name), LOGITS, few)
+        yield Case(name, LOGITS, few, (True, name.endswith("both gradients")), make)
+    few = (2, 4)
+    yield Case("lightly.NTXentLoss", FEATURES, few, (True, True), partial(_each, nt_xent, FEATURES, few))
     if installed("pytorch-metric-learning"):
-        from pytorch_metric_learning import losses
-
-        from dfkd_fast.compat import metric_learning
-
-        def pair() -> tuple[Loss, Loss]:
-            ours, original = (x.SelfSupervisedLoss(x.NTXentLoss()) for x in (metric_learning, losses))
-            return ours, original
-
-        yield "metric_learning.SelfSupervisedLoss, NTXentLoss", FEATURES, (2, 4), both, pair
-    views, few = (FEATURES[0], 2, FEATURES[1]), (2, 2, 4)
-    for mode in ("all", "one"):
-        original = originals.Module(originals.contrast_loss, mode=mode)
-        suffix = "" if mode == "all" else ", one"
+        make = partial(self_supervised, "NTXentLoss")
+        yield Case("metric_learning.SelfSupervisedLoss, NTXentLoss", FEATURES, few, (True, True), make)
+    views = (FEATURES[0], 2, FEATURES[1])
+    for mode, suffix in (("all", ""), ("one", ", one")):
         for name, kind in (("cpsc.SupConLoss", cpsc.SupConLoss), ("datafree.ContrastLoss", datafree.ContrastLoss)):
-            ours = kind(contrast_mode=mode)
-            yield name + suffix, views, few, (True,), lambda o=ours, t=original: (_mean(o), _mean(t))  # type: ignore[misc]
-    hooks: dict[str, tuple[Any, Any]] = {
-        "datafree.DeepInversionHook": (datafree.DeepInversionHook, originals.DeepInversionHook),
-        "datafree.DeepInversionHook, mmt_rate": (
-            partial(datafree.DeepInversionHook, mmt_rate=0.9),
-            partial(originals.DeepInversionHook, rate=0.9),
-        ),
-        "deepinversion.DeepInversionFeatureHook": (deepinversion.DeepInversionFeatureHook, originals.DeepInversionHook),
-    }
-    for name, kinds in hooks.items():
-        make = tuple(partial(_hook, kind, name.endswith("mmt_rate")) for kind in kinds)
-        yield name, MAPS, MAPS, (True,), lambda make=make: (make[0](), make[1]())  # type: ignore[misc]
+            yield Case(name + suffix, views, (2, 2, 4), (True,), partial(_contrast, kind, mode))
+    for name in HOOKS:
+        if "DeepInversion" in name:
+            yield Case(name, MAPS, MAPS, (True,), partial(_hook, name))
+
+
+def _inputs(shape: tuple[int, ...], grads: tuple[bool, ...]) -> list[Tensor]:
+    return [torch.randn(shape, requires_grad=grad) for grad in grads]
 
 
 def _microseconds(loss: Loss, inputs: Sequence[Tensor], *, calls: int, repeats: int) -> tuple[float, float]:
@@ -233,9 +219,8 @@ def _microseconds(loss: Loss, inputs: Sequence[Tensor], *, calls: int, repeats: 
 
 
 def _measured(case: Case, calls: int, repeats: int) -> dict[str, Any]:
-    _, shape, small, grads, make = case
-    ours, original = make()
-    inputs, few = _two(shape, grads), _two(small, grads)
+    ours, original = case.make()
+    inputs, few = _inputs(case.shape, case.grads), _inputs(case.few, case.grads)
     torch.autograd.grad(original(*few), [x for x in few if x.requires_grad])
     with stand_in():
         for _ in range(4):  # compilation, then a plan, then what is repeated
@@ -281,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     clock = Clock(options.seconds)
     results = Results(options.out, stage="host_time", version=VERSION, key=KEY)
-    work = {(case[0], "x".join(map(str, case[1]))): case for case in cases()}
+    work = {(case.name, "x".join(map(str, case.shape))): case for case in cases()}
     for key in results.todo(work, options.since):
         if not clock.fits():
             break

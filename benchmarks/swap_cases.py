@@ -18,7 +18,24 @@ from dfkd_fast.compat import cpsc, datafree, deepinversion, lightly, mdistiller,
 from dfkd_fast.config import ModelConfig
 from dfkd_fast.models import create_model
 
-__all__ = ["DTYPES", "SIZES", "Case", "Pair", "Setting", "Size", "cases"]
+__all__ = [
+    "DTYPES",
+    "HOOKS",
+    "SIZES",
+    "Both",
+    "Case",
+    "Loss",
+    "Pair",
+    "Setting",
+    "Size",
+    "averaged",
+    "cases",
+    "hooked",
+    "installed",
+    "logits",
+    "nt_xent",
+    "self_supervised",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -208,7 +225,7 @@ def _cross_entropy(setting: Setting) -> Both:
     return lambda s, t: datafree.cross_entropy(s, targets), lambda s, t: originals.cross_entropy(s, targets)
 
 
-def _logits(setting: Setting) -> Table:
+def logits(setting: Setting) -> Table:
     def kl(ours: Loss, original: Loss) -> Callable[[], Both]:
         return lambda: (ours, original)
 
@@ -244,22 +261,28 @@ def _logits(setting: Setting) -> Table:
 # Losses of features (N, dim) of two views.
 
 
+def averaged(loss: Loss) -> Loss:
+    """A loss whose values are averaged where it has not done so itself."""
+
+    def call(*inputs: Tensor) -> Tensor:
+        value = loss(*inputs)
+        return value.mean() if value.ndim else value
+
+    return call
+
+
 def _contrast(setting: Setting, kind: Any, mode: str = "all", labelled: bool = False) -> Both:
     """SupConLoss, which averages, and ContrastLoss, whose callers do."""
     ours, original = kind(contrast_mode=mode), originals.Module(originals.contrast_loss, mode=mode)
     labels = setting.labels(10) if labelled else None
 
     def stacked(loss: Loss) -> Loss:
-        def call(a: Tensor, b: Tensor) -> Tensor:
-            value = loss(torch.stack([F.normalize(a), F.normalize(b)], 1))
-            return value.mean() if value.ndim else value
-
-        return call
+        return lambda a, b: averaged(loss)(torch.stack([F.normalize(a), F.normalize(b)], 1))
 
     return stacked(lambda x: ours(x, labels)), stacked(lambda x: original(x, labels))
 
 
-def _nt_xent(setting: Setting, bank: bool = False) -> Both:
+def nt_xent(setting: Setting, bank: bool = False) -> Both:
     """lightly's; the two banks begin with the same vectors."""
     size = (setting.size.bank, setting.shape[1]) if bank else 0
 
@@ -274,7 +297,7 @@ def _nt_xent(setting: Setting, bank: bool = False) -> Both:
     return made(lightly.NTXentLoss), made(NTXentLoss)
 
 
-def _self_supervised(name: str) -> Both:
+def self_supervised(name: str) -> Both:
     from pytorch_metric_learning import losses
 
     from dfkd_fast.compat import metric_learning
@@ -291,10 +314,10 @@ def _features(setting: Setting) -> Table:
             f"{name}, one": partial(_contrast, setting, kind, "one"),
             f"{name}, labels": partial(_contrast, setting, kind, labelled=True),
         }
-    found["lightly.NTXentLoss"] = partial(_nt_xent, setting)
-    found[_BANK] = partial(_nt_xent, setting, bank=True)
+    found["lightly.NTXentLoss"] = partial(nt_xent, setting)
+    found[_BANK] = partial(nt_xent, setting, bank=True)
     for name in ("NTXentLoss", "SupConLoss"):
-        found[f"metric_learning.SelfSupervisedLoss, {name}"] = partial(_self_supervised, name)
+        found[f"metric_learning.SelfSupervisedLoss, {name}"] = partial(self_supervised, name)
     return found
 
 
@@ -319,7 +342,7 @@ def _network(size: Size) -> tuple[list[tuple[nn.BatchNorm2d, torch.Size]], list[
     return norms, stages
 
 
-def _hooked(norms: list[nn.BatchNorm2d], kind: Any, read: Callable[[Any], Tensor], momentum: bool) -> Loss:
+def hooked(norms: list[nn.BatchNorm2d], kind: Any, read: Callable[[Any], Tensor], momentum: bool) -> Loss:
     """All BatchNorms on their maps, a hook on each, and the sum of what the hooks keep."""
     hooks = [kind(norm) for norm in norms]
 
@@ -340,7 +363,7 @@ def _r_feature(hook: Any) -> Tensor:
     return hook.r_feature
 
 
-_HOOKS: dict[str, tuple[Any, Any, Callable[[Any], Tensor]]] = {
+HOOKS: dict[str, tuple[Any, Any, Callable[[Any], Tensor]]] = {
     "datafree.DeepInversionHook": (datafree.DeepInversionHook, originals.DeepInversionHook, _r_feature),
     "datafree.DeepInversionHook, mmt_rate": (
         partial(datafree.DeepInversionHook, mmt_rate=0.9),
@@ -368,7 +391,7 @@ _HOOKS: dict[str, tuple[Any, Any, Callable[[Any], Tensor]]] = {
 
 def _batchnorms(setting: Setting, name: str) -> Pair:
     found, _ = _network(setting.size)
-    ours, original, read = _HOOKS[name]
+    ours, original, read = HOOKS[name]
 
     def side(kind: Any) -> Loss:
         # Afresh, without the hook by which they were found.
@@ -377,7 +400,7 @@ def _batchnorms(setting: Setting, name: str) -> Pair:
             own = nn.BatchNorm2d(norm.num_features).eval().requires_grad_(False)
             own.load_state_dict(norm.state_dict())
             norms.append(own.to(setting.device))
-        return _hooked(norms, kind, read, name.endswith("mmt_rate"))
+        return hooked(norms, kind, read, name.endswith("mmt_rate"))
 
     def inputs() -> Inputs:
         return tuple(setting.tensor(setting.size.batch, *shape[1:]) for _, shape in found)
@@ -477,9 +500,9 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
             return Setting(device=device, dtype=torch_dtype, shape=shape, size=size)
 
         for shape in size.logits:
-            for name in _logits(setting(shape)):
+            for name in logits(setting(shape)):
                 grads = (True, name.endswith("both gradients"))
-                setup = partial(pair, _logits, setting(shape), name, grads)
+                setup = partial(pair, logits, setting(shape), name, grads)
                 yield Case(kind="logits", case=name, shape=_times(shape), dtype=dtype, setup=setup)
         for shape in size.features:
             for name in _features(setting(shape)):
@@ -487,7 +510,7 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
                 needs = _LIBRARIES[name.partition(".")[0]] if name == _BANK or name.startswith("metric") else None
                 yield Case(kind="features", case=name, shape=_times(shape), dtype=dtype, setup=setup, needs=needs)
         where = f"{size.network} at {_times(whole)}"
-        for name in _HOOKS:
+        for name in HOOKS:
             setup = partial(_batchnorms, setting(whole), name)
             yield Case(kind="BatchNorms", case=name, shape=where, dtype=dtype, setup=setup)
         for name in _maps():

@@ -73,9 +73,7 @@ def precision(dtype: torch.dtype) -> str:
     """How matrices of this type are multiplied: float32 in TF32 only where torch.backends.cuda.matmul allows it."""
     if dtype != torch.float32:
         return "tf32"
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    plans.note_precision(tf32)
-    return "tf32" if tf32 else "ieee"
+    return "tf32" if plans.tf32_allowed() else "ieee"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +153,7 @@ def launch(
             compiled = kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
     else:
         compiled = kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
-    plans.note_launch(compiled, grid, args, [meta[name] for name in kernel.arg_names[len(args) :]])
+    plans.note_launch(compiled, kernel, grid, args, meta)
 
 
 @triton.jit

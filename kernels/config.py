@@ -155,7 +155,10 @@ def _distillation_kl(arch: int, dtype: torch.dtype, *, classes: int) -> list[Lau
 
 @rule("distillation_kl_alone")
 def _distillation_kl_alone(arch: int, dtype: torch.dtype, *, classes: int) -> list[Launch]:
-    """One program for all rows, as large as registers allow: what it waits for is memory, tile after tile."""
+    """One program for all rows, as large as registers allow: what it waits for is memory, tile after tile.
+
+    Eight logits of each side a thread here too: 256 a warp. With 32 warps, ptxas spills.
+    """
     block = max(16, min(classes, 4096))
     return [Launch(tile={"ROWS": max(1, 256 * warps // block), "BLOCK": block}, num_warps=warps) for warps in (16, 8)]
 

@@ -32,7 +32,7 @@ from triton.runtime import driver
 
 from dfkd_fast.kernels import config
 
-__all__ = ["Plans", "forget", "note_launch", "note_precision", "ordinary"]
+__all__ = ["Plans", "forget", "note_launch", "ordinary", "tf32_allowed"]
 
 _ALIGNMENT = 16  # bytes; Triton compiles a kernel of its own for pointers that have less
 _SEGMENT = 512  # bytes; what PyTorch's allocator aligns to, and so each temporary
@@ -63,23 +63,29 @@ def ordinary() -> Iterator[None]:
         _state.ordinary = before
 
 
-def note_launch(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: Sequence[Any]) -> None:
+def note_launch(
+    compiled: Any, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]
+) -> None:
     """Write a launch that was made into the plan that is being recorded, if one is.
 
     Args:
         compiled: what Triton's launch returned; None from its interpreter.
+        kernel: the ``triton.jit`` function.
         grid: programs along each axis.
         arguments: the kernel's, up to its compile-time constants.
-        constants: these, in the order of the kernel's signature.
+        constants: these, by name.
     """
     if _state.recording is not None:
-        _state.recording.launches.append((compiled, grid, tuple(arguments), tuple(constants)))
+        last = [constants[name] for name in kernel.arg_names[len(arguments) :]]
+        _state.recording.launches.append((compiled, grid, (*arguments, *last)))
 
 
-def note_precision(tf32: bool) -> None:
-    """Write down that a choice was made by whether float32 products may be TF32."""
+def tf32_allowed() -> bool:
+    """Whether float32 products may be TF32; a plan that is being recorded is then one for that."""
+    allowed: bool = torch.backends.cuda.matmul.fp32_precision == "tf32"
     if _state.recording is not None:
-        _state.recording.tf32 = tf32
+        _state.recording.tf32 = allowed
+    return allowed
 
 
 def _storage(x: Tensor) -> int:
@@ -94,7 +100,7 @@ class _Recording(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...], tuple[Any, ...]]] = []
+        self.launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
         self.tf32: bool | None = None
         self.computes = False
         self.sees = False  # not where dispatch to modes is off
@@ -131,54 +137,41 @@ def _filled(template: _Template, pointers: list[int]) -> list[Any]:
     return arguments
 
 
-class _Plan:
-    """The launches of one operator for one kind of arguments."""
+class _Memory:
+    """Where everything lies that a recorded launch pointed to.
 
-    def __init__(self, recording: _Recording, tensors: list[Tensor]) -> None:
-        self.tf32 = recording.tf32
-        self._tensors = {id(x): slot for slot, x in enumerate(tensors)}
+    Args:
+        tensors: the operator's arguments and results. What is in none of them is a temporary.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.workspace = 0  # bytes of all temporaries
+        self._slots = {id(x): slot for slot, x in enumerate(tensors)}
+        self._starts = [x.data_ptr() for x in tensors]
         self._owners: dict[int, list[int]] = {}
         for slot, x in enumerate(tensors):
             self._owners.setdefault(_storage(x), []).append(slot)
-        self._starts = [x.data_ptr() for x in tensors]
         self._temporaries: dict[int, int] = {}
-        self.workspace = 0
-        self.launches = [self._launch(*launch) for launch in recording.launches]
-        self._kept = [compiled for compiled, *_ in recording.launches]  # Triton unloads what nobody holds
-        del self._tensors, self._owners, self._starts, self._temporaries
 
-    def _launch(
-        self, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: tuple[Any, ...]
-    ) -> tuple[Callable[..., None], _Template]:
-        if compiled is None:
-            raise _Unplannable
-        grid = (*grid, 1, 1)[:3]
-        # The stream is put in at each call; no metadata and no hooks, for which there is the ordinary way.
-        head = [*grid, 0, compiled.function, compiled.packed_metadata, None, None, None]
-        fixed, places, nested = self._template((*arguments, *constants))
-        shift = len(head)
-        places = [(at + shift, slot, offset) for at, slot, offset in places]
-        return compiled.run, (head + fixed, places, [(at + shift, inner) for at, inner in nested])
-
-    def _template(self, arguments: Sequence[Any]) -> _Template:
+    def template(self, arguments: Sequence[Any]) -> _Template:
+        """A launch's arguments, with places for pointers."""
         fixed: list[Any] = []
         places: list[_Pointer] = []
         nested: list[tuple[int, _Template]] = []
         for at, argument in enumerate(arguments):
-            fixed.append(None if isinstance(argument, (Tensor, tuple)) else argument)
-            if isinstance(argument, Tensor):
-                if argument.data_ptr() == 0:
-                    fixed[at] = 0
-                else:
-                    places.append((at, *self._place(argument)))
-            elif isinstance(argument, tuple):
-                nested.append((at, self._template(argument)))
+            fixed.append(0 if isinstance(argument, Tensor) else argument)
+            if isinstance(argument, tuple):
+                inner = self.template(argument)
+                if inner[1] or inner[2]:
+                    nested.append((at, inner))
+            elif isinstance(argument, Tensor) and argument.data_ptr():
+                places.append((at, *self._place(argument)))
         return fixed, places, nested
 
     def _place(self, x: Tensor) -> tuple[int, int]:
         """The slot that a tensor lies in, and how many bytes from its start."""
-        if id(x) in self._tensors:
-            return self._tensors[id(x)], 0
+        if id(x) in self._slots:
+            return self._slots[id(x)], 0
         storage = _storage(x)
         owners = self._owners.get(storage)
         if owners is None:
@@ -191,6 +184,26 @@ class _Plan:
             raise _Unplannable  # a view of memory that two arguments share: of which of them?
         return owners[0], x.data_ptr() - self._starts[owners[0]]
 
+
+_STREAM = 3  # where it stands in what a compiled kernel is called with
+
+
+class _Plan:
+    """The launches of one operator for one kind of arguments."""
+
+    def __init__(self, recording: _Recording, tensors: list[Tensor]) -> None:
+        self.tf32 = recording.tf32
+        memory = _Memory(tensors)
+        self._launches: list[tuple[Any, _Template]] = []
+        for compiled, grid, arguments in recording.launches:
+            if compiled is None:
+                raise _Unplannable
+            # The stream is put in at each call; no metadata and no hooks, for which there is the ordinary way.
+            head = [*(*grid, 1, 1)[:3], None, compiled.function, compiled.packed_metadata, None, None, None]
+            # The compiled kernel, and not its method alone: Triton unloads what nobody holds.
+            self._launches.append((compiled, memory.template((*head, *arguments))))
+        self._workspace = memory.workspace
+
     def run(self, pointers: list[int], like: Tensor, stream: int) -> None:
         """Make the launches.
 
@@ -199,23 +212,19 @@ class _Plan:
             like: any of them, for the device.
             stream: to launch on.
         """
-        if self.workspace:
-            workspace = like.new_empty(self.workspace, dtype=torch.uint8)
+        if self._workspace:
+            workspace = like.new_empty(self._workspace, dtype=torch.uint8)
             pointers.append(workspace.data_ptr())
-        for launch, template in self.launches:
+        for compiled, template in self._launches:
             arguments = _filled(template, pointers)
-            arguments[3] = stream
-            launch(*arguments)
+            arguments[_STREAM] = stream
+            compiled.run(*arguments)
 
 
 def _hooked() -> bool:
     """Whether somebody wants to be told of launches, as Triton's profiler does."""
     runtime = knobs.runtime
     return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
-
-
-def _tf32() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 _operators: weakref.WeakSet[Plans] = weakref.WeakSet()
@@ -265,7 +274,7 @@ class Plans:
         assert like is not None
         kind = tuple(kinds)
         plan = self._known.get(kind)
-        if plan is not None and plan.tf32 is not None and plan.tf32 != _tf32():
+        if plan is not None and plan.tf32 is not None and plan.tf32 != tf32_allowed():
             kind = ("the other precision", *kind)
             plan = self._known.get(kind)
         if plan is None:

@@ -28,7 +28,7 @@ def test_interpreted_kernels_cannot_stand_in():
 
 
 def test_cases_have_names_of_their_own():
-    names = [(case[0], case[1]) for case in cases()]
+    names = [(case.name, case.shape) for case in cases()]
     assert len(set(names)) == len(names)
     assert any(name.startswith("datafree.DeepInversionHook") for name, _ in names)
 
