@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import triton
@@ -125,6 +125,19 @@ def processors(x: Tensor) -> int:
     return 2 if INTERPRETED and _recorder is None else 132
 
 
+def _refuse_arguments(kernel: Any, count: int, expected: Sequence[str], meta: dict[str, Any]) -> NoReturn:
+    problems = []
+    if count > len(kernel.arg_names):
+        problems.append(f"takes {len(kernel.arg_names)} arguments, got {count} positional ones")
+    if missing := [name for name in expected if name not in meta]:
+        problems.append(f"is missing {', '.join(missing)}")
+    if unknown := [name for name in meta if name not in kernel.arg_names]:
+        problems.append(f"has no argument {', '.join(unknown)}")
+    if twice := [name for name in meta if name in kernel.arg_names[:count]]:
+        problems.append(f"got {', '.join(twice)} twice")
+    raise TypeError(f"{kernel.fn.__name__} {'; '.join(problems)}")
+
+
 def launch(
     kernel: Any, grid: Sequence[int] | Callable[..., Sequence[int]], *args: Any, config: Launch, **constants: Any
 ) -> None:
@@ -136,11 +149,18 @@ def launch(
         *args: the kernel's arguments up to its compile-time constants.
         config: gives ``num_warps``, ``num_stages`` and, from its tile, constants.
         **constants: the further compile-time constants.
+
+    Raises:
+        TypeError: the arguments are not exactly the kernel's. Triton's interpreter and its ahead-of-time compiler would
+            ignore an unknown constant that its just-in-time compiler refuses.
     """
-    grid = tuple(grid) if not callable(grid) else tuple(grid({**config.tile, **constants}))
+    meta = {**config.tile, **constants}
+    expected = kernel.arg_names[len(args) :]
+    if len(expected) != len(meta) or not meta.keys() >= set(expected):
+        _refuse_arguments(kernel, len(args), expected, meta)
+    grid = tuple(grid(meta)) if callable(grid) else tuple(grid)
     if 0 in grid:
         return
-    meta = {**config.tile, **constants}
     if _recorder is not None:
         names = kernel.arg_names[: len(args)]
         _recorder[1].append(

@@ -574,9 +574,11 @@ def gradients(
         if want_x or want_proj:
             _hidden(x, dl, proj, out, du, chosen, count, positions, *x_strides, GRADIENT=True, **constants)
         if want_x:
+            # One product over all factors: it does not depend on the number of gates.
+            product = {name: value for name, value in constants.items() if name != "GATES"}
             launch(
                 _split_input_kernel, (tiles, blocks), du, proj, filled, count, positions, *dx_strides,
-                ADD=result != "map", config=chosen, **constants,
+                ADD=result != "map", config=chosen, **product,
             )  # fmt: skip
     if want_x and filled is not dx:
         dx.copy_(filled)
