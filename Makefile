@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= auto
 OUT ?= out/gpu
-BUDGET ?= 540
+CALL ?= 1
 
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # One thread a worker: the workers are the parallelism, and results do not depend on the number of cores.
@@ -59,19 +59,15 @@ docs: $(STAMP)  ## the documentation site, into out/site
 	@$(ONE_THREAD) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "out/site/index.html"
 
-# Installs in place, without network, into the Python that already has torch for this machine's GPU, with code for that
-# GPU alone; where the CUDA extension does not build, without it: time on a GPU is better spent on all the rest than on
-# nothing. WHEELS=folder is installed first: what that Python lacks. DFKD_FAST_INSTALLED=1: all is, by an earlier call.
-gpu:  ## OUT=folder BUDGET=seconds: tests and measurements that need a GPU, until the budget is spent
-	@test -z "$${DFKD_FAST_INSTALLED:-}" || exit 0; export PIP_BREAK_SYSTEM_PACKAGES=1; \
-		own="$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^9\.0$$/9.0a/;1p' || true)"; \
-		[ -z "$$own" ] || export DFKD_CUDA_ARCHITECTURES="$${DFKD_CUDA_ARCHITECTURES:-$$own}"; \
+# Installs in place and without network, into the Python that has torch for this machine's GPU, without the CUDA
+# extension: call 2 builds it while other jobs run. WHEELS=folder: installed first, what that Python lacks.
+gpu:  ## CALL=1 or 2, OUT=folder: the two calls of benchmarks/plan.py, checks and measurements on a GPU
+	@export PIP_BREAK_SYSTEM_PACKAGES=1 DFKD_FAST_CUDA=0; \
 		install="$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --no-index"; \
-		for wheel in $(if $(WHEELS),'$(WHEELS)'/*.whl); do $$install "$$wheel"; done; \
-		$$install --editable . || DFKD_FAST_CUDA=0 $$install --editable .
-	@$(PYTHON) -m dfkd_fast.benchmarks.gpu --out '$(OUT)' --budget $(BUDGET)
+		for wheel in $(if $(WHEELS),'$(WHEELS)'/*.whl); do $$install "$$wheel"; done; $$install --editable .
+	@$(PYTHON) -m dfkd_fast.benchmarks.plan --call $(CALL) --out '$(OUT)'
 
-# What such a machine may lack; each without what it depends on, which torch's company has already.
+# Packages that such a machine may lack. Their dependencies are there.
 OFFLINE := docstring-parser jsonargparse lightly liger-kernel nvtx pytorch-metric-learning torchdistill typeshed-client
 FOR ?= 3.12
 
@@ -80,9 +76,9 @@ wheels: $(STAMP)  ## FOR=3.12: download into out/wheels what `make gpu WHEELS=ou
 		--constraint constraints.txt --dest out/wheels $(OFFLINE)
 	@ls out/wheels
 
-kernels: $(STAMP)  ## compile every kernel for every architecture, without a GPU, into {kernels,csrc}/compiled.json
-	@$(ONE_THREAD) $(BIN)/python -m dfkd_fast.benchmarks.compile_kernels --write --workers $$(nproc)
-	@$(BIN)/python -m dfkd_fast.benchmarks.compile_cuda --write
+kernels: $(STAMP)  ## compile every kernel for every architecture, without a GPU, and print its resources
+	@$(ONE_THREAD) $(BIN)/python -m dfkd_fast.benchmarks.ops.compile_kernels --workers $$(nproc)
+	@$(BIN)/python -m dfkd_fast.benchmarks.ops.compile_cuda
 
 report: $(STAMP)  ## write the tables of docs/ from benchmarks/results/
 	@$(BIN)/python -m dfkd_fast.benchmarks.report

@@ -1,4 +1,4 @@
-"""What the method's parts and open choices are worth: the cells of docs/ablation.md, as a stage.
+"""What the method's parts and open choices are worth: the cells of docs/ablation.md, one table.
 
 Each cell is the method with one choice changed. It is distilled from the same teacher, which never saw the held-out
 images, with every seed; seeds go round the cells, so that a table with fewer seeds is there early. On a GPU several
@@ -9,10 +9,12 @@ cells run at a time, each in a process of its own: one alone leaves most of the 
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures as futures
 import ctypes
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -27,7 +29,7 @@ from typing import Any
 
 import torch
 
-from dfkd_fast.benchmarks.common import Clock, Results, stage_arguments
+from dfkd_fast.benchmarks.results import Results
 from dfkd_fast.config import (
     DataConfig,
     DistillConfig,
@@ -39,9 +41,8 @@ from dfkd_fast.config import (
     to_dict,
 )
 
-__all__ = ["CELLS", "PROFILES", "SEEDS", "VERSION", "Profile", "main", "override", "run_cell", "trained_teacher"]
+__all__ = ["CELLS", "PROFILES", "SEEDS", "Profile", "main", "override", "run_cell", "trained_teacher"]
 
-VERSION = "1"
 SEEDS = (0, 1, 2)
 
 Overrides = Mapping[str, Any]
@@ -238,59 +239,52 @@ def _start_worker() -> None:
 
 
 def run_cells(
-    profile: Profile, keys: Sequence[tuple[str, int]], results: Results, clock: Clock, *, device: str, jobs: int
-) -> bool:
-    """Run cells, ``jobs`` at a time, while one as long as the longest so far would still end in time.
-
-    Returns:
-        Whether all of them ran.
-    """
+    profile: Profile, keys: Sequence[tuple[str, int]], results: Results, *, device: str, jobs: int, seconds: float
+) -> None:
+    """Run cells, ``jobs`` at a time. None is started after so many seconds."""
     from dfkd_fast import data
 
-    data.load(profile.data)  # drawn and cached before several processes ask for it
+    start = time.monotonic()
+    data.load(profile.data)  # drawn and cached before several processes need it
     teacher, accuracy = trained_teacher(profile, device)
     print(f"teacher: {profile.teacher.name}, top-1 {accuracy:.1%}", flush=True)
     waiting = list(keys)
-    running: dict[futures.Future[dict[str, Any]], float] = {}
+    running: set[futures.Future[dict[str, Any]]] = set()
     context = multiprocessing.get_context("spawn")
     with futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
-        while running or (waiting and clock.fits()):
-            while waiting and len(running) < jobs and clock.fits():
+        while waiting or running:
+            while waiting and len(running) < jobs and time.monotonic() - start < seconds:
                 cell, seed = waiting.pop(0)
-                future = pool.submit(run_cell, profile, cell, seed, device, teacher, accuracy)
-                running[future] = time.monotonic()
-            for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
-                clock.took(time.monotonic() - running.pop(future))
+                running.add(pool.submit(run_cell, profile, cell, seed, device, teacher, accuracy))
+            if not running:
+                return
+            done, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
+            for future in done:
                 row = future.result()
                 results.add(row)
                 top1 = "not finite" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
                 print(f"{row['cell']}, seed {row['seed']}: {top1} ({row['seconds']:.0f} s)", flush=True)
-    return not waiting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what has no row yet, as far as time allows."""
-    parser = stage_arguments(__doc__)
+    """Run the cells that have no row yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="result file; its rows are not run again")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no cell after this")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--size", choices=list(PROFILES), default="full")
-    parser.add_argument(
-        "--jobs", type=int, default=None, help="cells at a time (default: the cores, on a GPU at most 6)"
-    )
+    parser.add_argument("--jobs", type=int, default=None, help="processes (default: the cores, on a GPU at most 6)")
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS), metavar="CELL")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     options = parser.parse_args(arguments)
 
-    profile = PROFILES[options.size]
-    version = VERSION if options.size == "full" else f"{VERSION}-{options.size}"
-    results = Results(options.out, stage="ablation", version=version, key=("cell", "seed"))
-    keys = [(cell, seed) for seed in options.seeds for cell in options.cells]
+    results = Results(options.out, key=("cell", "seed"))
+    known = {results.key_of(row) for row in results.rows}
+    keys = [(cell, seed) for seed in options.seeds for cell in options.cells if (cell, seed) not in known]
     jobs = options.jobs or min(os.cpu_count() or 1, 6 if options.device == "cuda" else 64)
-    todo = results.todo(keys, options.since)
-    clock = Clock(options.seconds)
-    if todo:
-        run_cells(profile, [(cell, seed) for cell, seed in todo], results, clock, device=options.device, jobs=jobs)
-    everything = [(cell, seed) for seed in SEEDS for cell in CELLS]
-    results.finish(complete=not results.todo(everything))
+    if keys:
+        profile = PROFILES[options.size]
+        run_cells(profile, keys, results, device=options.device, jobs=jobs, seconds=options.seconds)
     return 0
 
 

@@ -1,7 +1,4 @@
-"""Tables of README and docs/ from the committed results.
-
-They stand between markers, and the rest of a page is left as it is; docs/benchmarks.md is written whole.
-"""
+"""Writes the tables of README and docs/ from the committed results, between markers: `make report`."""
 
 from __future__ import annotations
 
@@ -9,54 +6,20 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dfkd_fast.benchmarks.ablation import CELLS
-from dfkd_fast.benchmarks.choose import write as write_choices
-from dfkd_fast.benchmarks.host_time import host_section
-from dfkd_fast.benchmarks.ops_report import ops_page
-from dfkd_fast.benchmarks.step_anatomy import anatomy_section
-from dfkd_fast.benchmarks.step_report import accuracy_section, step_section
-from dfkd_fast.benchmarks.swap import swap_section
-from dfkd_fast.report import read_results
+from dfkd_fast.benchmarks.ops.drop_ins import drop_ins_section
+from dfkd_fast.benchmarks.ops.tables import ops_section, write_choices
+from dfkd_fast.benchmarks.step.accuracy import accuracy_section
+from dfkd_fast.benchmarks.step.breakdown import breakdown_section
+from dfkd_fast.benchmarks.step.variants import VARIANTS
+from dfkd_fast.report import markdown_table, read_results
 
 __all__ = ["ablation_table", "between_markers", "demo_table", "main"]
 
 ROOT = Path(__file__).resolve().parents[1]
-
-_PAGE = """# Ablation
-
-What the method's parts and open choices are worth. Written by `make report` from `benchmarks/results/`.
-
-<!-- begin: ablation -->
-<!-- end: ablation -->
-"""
-
-_OPS_PAGE = """# Microbenchmarks
-
-Each op of `dfkd_fast.ops` beside eager PyTorch (`reference`), torch.compile (`compile`, the faster of its default mode
-and max-autotune-no-cudagraphs, of the best PyTorch formulation known), public kernels (`peer:`) and its floor. Written
-by `make report` from `benchmarks/results/`.
-
-Times are medians in microseconds with a cold L2; `warm` is the time of the project's kernel with a warm one. Forward
-is with gradients asked for, as in training; backward is to every input of the op. The floor is the larger of the bytes
-that must be moved over the measured copy bandwidth and the operations over the measured bf16 matrix rate; `of the
-floor` is floor over time, for the project's kernel, as is the peak of memory beyond inputs and upstream gradients.
-bf16 where nothing else is said.
-
-To measure on this machine's GPU:
-
-    dfkd-fast bench                                     # every op at the paper's shapes
-    dfkd-fast bench distillation_kl --shapes mine.yaml  # or large; the file holds, for example,
-                                                        # distillation_kl: [[512, 100], {{rows: 8, classes: 10}}]
-    dfkd-fast bench --tune                              # find launch configurations first
-    pip install 'dfkd-fast[peers]'                      # sets Liger-Kernel and lightly beside them
-    make gpu OUT=folder BUDGET=540                      # what the tables below are made from
-
-{}
-"""
 
 
 def between_markers(page: str, name: str, text: str) -> str:
@@ -128,75 +91,98 @@ def demo_table(contents: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", "One seed. " + " ".join(notes)])
 
 
-def _write_demo(root: Path) -> None:
-    found = [read_results(path) for path in sorted((root / "benchmarks" / "results").glob("*/demo_*.json"))]
-    contents = [content for content in found if content is not None]
-    page = root / "README.md"
-    if contents and page.exists():
-        text = between_markers(page.read_text(encoding="utf-8"), "demo", demo_table(contents))
-        page.write_text(text, encoding="utf-8")
-        print(f"{page}: {len(contents)} experiments of the demo")
+def step_section(content: dict[str, Any], folder: str) -> str:
+    """One device's tables for docs/performance.md, one per batch size, from its ``step.json``: medians over runs."""
+    rows, parts = content["rows"], [f"### {folder}"]
+    for batch in sorted({row["batch"] for row in rows}):
+        of = {
+            name: [r for r in rows if (r["variant"], r["batch"]) == (name, batch)] for name in ("roofline", *VARIANTS)
+        }
+        least = of["roofline"][0] if of["roofline"] else None
+        table = []
+        if least:
+            table.append({"variant": "roofline", "ms per round": f"{least['round_ms']:.1f}"})
+            table[0] |= {f"{k} step, ms": f"{least[f'{k}_step_ms']:.2f}" for k in ("generator", "student")}
+        speed: dict[str, float] = {}
+        for variant in VARIANTS:
+            runs = [row for row in of[variant] if row["status"] == "ok"]
+            if not runs:
+                if of[variant]:
+                    table.append({"variant": variant, "images/s": of[variant][0]["status"]})
+                continue
+
+            def median(name: str, runs: list[dict[str, Any]] = runs) -> float | None:
+                values = [row[name] for row in runs if row.get(name) is not None]
+                return statistics.median(values) if values else None
+
+            speed[variant] = median("images_per_s") or 0.0
+            each = [row["images_per_s"] for row in runs]
+            peak, busy = median("peak_bytes"), median("gpu_busy")
+            table.append(
+                {
+                    "variant": variant,
+                    "images/s": f"{speed[variant]:,.0f} ({min(each):,.0f} to {max(each):,.0f}, n = {len(each)})",
+                    "ms per round": f"{median('round_ms'):.1f}",
+                    "generator step, ms": f"{median('generator_step_ms'):.2f}",
+                    "student step, ms": f"{median('student_step_ms'):.2f}",
+                    "share of roofline": f"{least['round_ms'] / median('round_ms'):.1%}" if least else "",
+                    "GPU busy": f"{busy:.1%}" if busy else "",
+                    "peak, GiB": f"{peak / 2**30:.2f}" if peak else "",
+                    "compile and capture, s": f"{median('prepare_s'):.1f}",
+                    "hours for 350,000 steps": f"{median('hours_per_350k_steps'):.1f}",
+                }
+            )
+        columns = list(dict.fromkeys(name for line in table for name in line))
+        parts += ["", f"Batch {batch}:", "", *markdown_table([{n: line.get(n, "") for n in columns} for line in table])]
+        others = [
+            f"{speed['dfkd_fast'] / v:.2f} x `{n}`"
+            for n, v in speed.items()
+            if n != "dfkd_fast" and "dfkd_fast" in speed
+        ]
+        if others:
+            parts += ["", f"Images per second of `dfkd_fast`: {', '.join(others)}."]
+    block = content["environments"][-1]
+    where = f"{block['device']['name']}, torch {block['torch']}, commit {(block['commit'] or block['source'])[:12]}"
+    return "\n".join([*parts, "", f"Measured on {where}."])
 
 
-def _write_ops(root: Path) -> None:
-    parts = []
-    for path in sorted((root / "benchmarks" / "results").glob("*/ops.json")):
-        content = read_results(path)
-        if content is not None and content["rows"]:
-            parts.append(ops_page(content, path.parent.name))
-    page = root / "docs" / "benchmarks.md"
-    page.parent.mkdir(exist_ok=True)
-    page.write_text(_OPS_PAGE.format("\n\n".join(parts) or "Nothing has been measured yet."), encoding="utf-8")
-    print(f"{page}: {len(parts)} devices")
-
-
-def _write_page(page: Path, sections: dict[str, Callable[[dict[str, Any], str], str]]) -> None:
-    """Fill a page's tables.
-
-    Args:
-        page: of docs/; nothing is done where it is not there.
-        sections: by the name of the result file and of the markers, what makes a device's part of its content.
-    """
-    if not page.exists():
-        return
-    results = page.parents[1] / "benchmarks" / "results"
-    text, counts = page.read_text(encoding="utf-8"), {}
-    for name, section in sections.items():
-        parts = []
-        for path in sorted(results.glob(f"*/{name}.json")):
-            content = read_results(path)
-            if content is not None and content["rows"]:
-                parts.append(section(content, path.parent.name))
-        text = between_markers(text, name, "\n\n".join(parts) or "Nothing has been measured yet.")
-        counts[name] = len(parts)
-    page.write_text(text, encoding="utf-8")
-    print(f"{page}: " + ", ".join(f"{name} on {count} devices" for name, count in counts.items()))
+SECTIONS: dict[str, dict[str, Callable[[dict[str, Any], str], str]]] = {
+    "docs/benchmarks.md": {"ops": ops_section},
+    "docs/performance.md": {"step": step_section, "accuracy": accuracy_section, "breakdown": breakdown_section},
+    "docs/swapping.md": {"drop_ins": drop_ins_section},
+    "docs/ablation.md": {"ablation": lambda content, folder: f"### {folder}\n\n{ablation_table(content)}"},
+}
+"""What stands between the markers of each page: by the name of the result file, a device's section."""
 
 
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
-    """Write docs/benchmarks.md and the tables of README and docs: ablation (made if missing), performance, swapping."""
+    """Write all tables, and ``kernels/choices.json``."""
     del arguments
-    _write_demo(root)
-    _write_ops(root)
-    docs = root / "docs"
-    anatomy = partial(anatomy_section, images=docs / "images")
-    _write_page(docs / "performance.md", {"step": step_section, "accuracy": accuracy_section, "anatomy": anatomy})
-    _write_page(docs / "swapping.md", {"host_time": host_section, "swap": swap_section})
+    results = root / "benchmarks" / "results"
+    for name, sections in SECTIONS.items():
+        page = root / name
+        if not page.exists():
+            continue
+        text = page.read_text(encoding="utf-8")
+        for kind, section in sections.items():
+            parts = []
+            for path in sorted(results.glob(f"*/{kind}.json")):
+                content = read_results(path)
+                if content is not None and content["rows"]:
+                    parts.append(section(content, path.parent.name))
+            text = between_markers(text, kind, "\n\n".join(parts) or "Nothing has been measured yet.")
+        page.write_text(text, encoding="utf-8")
+        print(page)
+    found = [read_results(path) for path in sorted(results.glob("*/demo_*.json"))]
+    contents = [content for content in found if content is not None]
+    page = root / "README.md"
+    if contents and page.exists():
+        page.write_text(
+            between_markers(page.read_text(encoding="utf-8"), "demo", demo_table(contents)), encoding="utf-8"
+        )
+        print(page)
     if (root / "kernels").is_dir():
-        count = write_choices(root / "benchmarks" / "results", root / "kernels" / "choices.json")
-        print(f"{root / 'kernels' / 'choices.json'}: {count} classes of shapes")
-    parts = []
-    for path in sorted((root / "benchmarks" / "results").glob("*/ablation*.json")):
-        content = read_results(path)
-        if content is not None and content["rows"]:
-            state = "" if content["complete"] else " (not complete)"
-            parts.append(f"### {path.parent.name}{state}\n\n{ablation_table(content)}")
-    page = root / "docs" / "ablation.md"
-    text = page.read_text(encoding="utf-8") if page.exists() else _PAGE
-    page.parent.mkdir(exist_ok=True)
-    text = between_markers(text, "ablation", "\n\n".join(parts) or "No results yet.")
-    page.write_text(text, encoding="utf-8")
-    print(f"{page}: {len(parts)} tables")
+        write_choices(results, root / "kernels" / "choices.json")
     return 0
 
 

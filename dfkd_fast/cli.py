@@ -273,7 +273,7 @@ def _bench(
             ``peer:NAME``; None is all that there are.
         device: ``cpu`` is for trying this out: the reference and torch.compile, on cases that are small enough.
     """
-    from dfkd_fast.benchmarks.command import bench
+    from dfkd_fast.benchmarks.ops.bench import bench
 
     if not bench(ops, shapes=shapes, out=out, tune=tune, backends=backends, device=device):
         raise SystemExit(1)

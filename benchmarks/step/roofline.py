@@ -32,12 +32,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.benchmarks.measure import Ceilings
+from dfkd_fast.benchmarks.ops.measure import Ceilings
 from dfkd_fast.engine import DistillState
 from dfkd_fast.nn import HighOrderAttention, SpatialAttention
 from dfkd_fast.objectives import HighOrderAttentionDistillation, SemanticFeatureContrast
 
-__all__ = ["Floor", "Layer", "Work", "floor", "layers", "round_work"]
+__all__ = ["Layer", "Roofline", "Work", "layers", "roofline", "round_work"]
 
 _BF16, _FLOAT = 2, 4
 _ADAM, _SGD = 3 * 2 * _FLOAT, 2 * 2 * _FLOAT  # bytes a parameter: it and its moments, read and written
@@ -76,7 +76,7 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Floor:
+class Roofline:
     """Least milliseconds of either step and of a round."""
 
     generator_step_ms: float
@@ -220,7 +220,7 @@ def round_work(state: DistillState, *, image_size: int) -> tuple[Work, Work]:
     return for_generator, for_student
 
 
-def floor(work: tuple[Work, Work], rates: Ceilings, *, generator_steps: int, student_steps: int) -> Floor:
+def roofline(work: tuple[Work, Work], rates: Ceilings, *, generator_steps: int, student_steps: int) -> Roofline:
     """The least time of a round, given what the device does at best.
 
     Args:
@@ -229,6 +229,6 @@ def floor(work: tuple[Work, Work], rates: Ceilings, *, generator_steps: int, stu
         generator_steps: t, of a round.
         student_steps: k, of a round.
     """
-    generator, student = (rates.floor_us(each.bytes, each.flops) / 1e3 for each in work)
+    generator, student = (rates.roofline_us(each.bytes, each.flops) / 1e3 for each in work)
     total = generator_steps * generator + student_steps * student
-    return Floor(generator_step_ms=generator, student_step_ms=student, round_ms=total)
+    return Roofline(generator_step_ms=generator, student_step_ms=student, round_ms=total)

@@ -1,15 +1,18 @@
-"""One variant of the distillation loop, measured in this process; `bench_step` starts one process a measurement.
+"""Whole distillation steps by different implementations of the same loop, measured in one process each.
 
-The variants run the same algorithm on the same networks, from the same seed:
+The variants run the same algorithm on the same networks from the same seed:
 
-- ``peer``: the loop as the field writes it (`peer_loop`);
-- ``eager``: this project's eager engine with the plain ops, channels-last, bf16, nothing computed in frozen networks
-  that is not needed;
-- ``compile_max_autotune`` and ``compile_reduce_overhead``: every network and every objective of ``eager`` through
-  torch.compile in that mode, both of which capture what they compile into CUDA graphs;
-- ``dfkd_fast``: what ``dfkd-fast distill`` runs on this device, ops and engine chosen by themselves.
+- ``peer``: the loop as published code writes it (:mod:`~dfkd_fast.benchmarks.step.peer_loop`);
+- ``eager``: this project's eager engine with the reference ops, channels-last, bf16, without gradients of frozen
+  weights;
+- ``compile_max_autotune`` and ``compile_reduce_overhead``: the networks and objectives of ``eager`` through
+  torch.compile in these modes, both of which capture CUDA graphs;
+- ``dfkd_fast``: what ``dfkd-fast distill`` runs on the device.
 
-``cudnn.benchmark`` is on in all of them.
+``cudnn.benchmark`` is on in all of them. ``roofline`` measures the device's peak rates and writes the least time of
+each step.
+
+    python -m dfkd_fast.benchmarks.step.variants dfkd_fast --out step.json --batch 64
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
+import itertools
 import math
 import statistics
 import sys
@@ -33,16 +36,18 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import ops
-from dfkd_fast.benchmarks.measure import ceilings
-from dfkd_fast.benchmarks.peer_loop import PeerLoop
-from dfkd_fast.benchmarks.step_floor import floor, round_work
-from dfkd_fast.benchmarks.timeline import Timeline, profile_once
+from dfkd_fast.benchmarks.ops.measure import ceilings
+from dfkd_fast.benchmarks.results import Results
+from dfkd_fast.benchmarks.step.peer_loop import PeerLoop
+from dfkd_fast.benchmarks.step.roofline import roofline, round_work
 from dfkd_fast.config import DistillConfig, GeneratorConfig, LoopConfig, ModelConfig
 from dfkd_fast.engine import DistillState, EagerEngine, Runtime, build_state, create_engine
 from dfkd_fast.engine.networks import plain
 from dfkd_fast.models import FeatureModel, create_model, extract, frozen
 
-__all__ = ["SIZES", "VARIANTS", "Loop", "Size", "build", "main", "make_loop", "measure", "run_round"]
+__all__ = ["KEY", "SIZES", "VARIANTS", "Loop", "Size", "build", "main", "make_loop", "measure", "run_round"]
+
+KEY = ("variant", "batch", "run")
 
 VARIANTS = ("peer", "eager", "compile_max_autotune", "compile_reduce_overhead", "dfkd_fast")
 
@@ -59,7 +64,7 @@ class Size:
         teacher, student: the networks; weights are random.
         image: height and width.
         classes: number of classes.
-        batches: images a step, the most important first.
+        batch: images per step.
         generator: the generator.
         steps: t and k, generator and student steps a round.
         warm_ups: rounds before the timed ones.
@@ -71,7 +76,7 @@ class Size:
     student: ModelConfig
     image: int
     classes: int
-    batches: tuple[int, ...]
+    batch: int
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     steps: tuple[int, int] = (20, 15)
     warm_ups: int = 2
@@ -87,14 +92,14 @@ SIZES: Mapping[str, Size] = MappingProxyType(
             student=ModelConfig(name="timm:resnet18"),
             image=224,
             classes=200,
-            batches=(64, 128, 256),
+            batch=64,
         ),
         "small": Size(
             teacher=ModelConfig(name="resnet8", options={"widths": [8, 8, 16, 16]}),
             student=ModelConfig(name="resnet8", options={"widths": [4, 4, 8, 8]}),
             image=32,
             classes=10,
-            batches=(4,),
+            batch=4,
             generator=GeneratorConfig(latent_dim=8, channels=(8, 8, 8, 8, 8)),
             steps=(2, 2),
             warm_ups=1,
@@ -278,50 +283,59 @@ def run_round(loop: Loop, steps: tuple[int, int], mark: Callable[[], None] = lam
     loop.end_round()
 
 
-def _timed(loop: Loop, size: Size, timeline: Timeline, rounds: int) -> dict[str, Any]:
-    timeline.start()
+def _timed(loop: Loop, size: Size, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Medians over rounds. Rounds are queued back to back; events mark their beginnings and their student steps."""
+    events: list[Any] = []
+
+    def mark() -> None:
+        if device.type == "cuda":
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+        else:
+            events.append(time.perf_counter())
+
     for _ in range(rounds):
-        run_round(loop, size.steps, timeline.mark)
-    timeline.mark()
-    times = timeline.intervals_ms()
-    firsts, seconds = times[::2], times[1::2]
-    whole = [first + second for first, second in zip(firsts, seconds, strict=True)]
+        run_round(loop, size.steps, mark)
+    mark()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        times = [first.elapsed_time(second) for first, second in itertools.pairwise(events)]
+    else:
+        times = [1e3 * (second - first) for first, second in itertools.pairwise(events)]
+    generator, student = times[::2], times[1::2]
+    whole = [first + second for first, second in zip(generator, student, strict=True)]
     deciles = statistics.quantiles(whole, n=10, method="inclusive")
     return {
         "round_ms": statistics.median(whole),
         "round_p10_ms": deciles[0],
         "round_p90_ms": deciles[-1],
-        "generator_step_ms": statistics.median(firsts) / size.steps[0],
-        "student_step_ms": statistics.median(seconds) / size.steps[1],
+        "generator_step_ms": statistics.median(generator) / size.steps[0],
+        "student_step_ms": statistics.median(student) / size.steps[1],
         "rounds": rounds,
     }
 
 
-def _pool_bytes() -> int:
-    """Bytes that private pools of captured graphs hold and that the allocator does not count as allocated.
-
-    A tensor made during capture dies with it; its memory is used in every replay all the same.
-    """
-    segments = torch.cuda.memory_snapshot()
-    return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
-
-
-def _cache() -> str | None:
-    """Whether torch.compile found all that it made in its cache; None where it made nothing."""
-    from torch._dynamo.utils import counters
-
-    found = {
-        what: sum(
-            count
-            for group, names in counters.items()
-            for name, count in names.items()
-            if group in ("inductor", "aot_autograd") and name in (f"fxgraph_cache_{what}", f"autograd_cache_{what}")
-        )
-        for what in ("hit", "miss")
-    }
-    if not any(found.values()):
-        return None
-    return "cold" if found["miss"] else "warm"
+def _profiled(loop: Loop, size: Size, synchronize: Callable[[], None]) -> dict[str, Any]:
+    """Share of a round in which the GPU was busy, and the number of its kernels, copies and fills per step."""
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], schedule=schedule) as profiler:
+        run_round(loop, size.steps)
+        synchronize()
+        profiler.step()
+        start = time.perf_counter()
+        run_round(loop, size.steps)
+        synchronize()
+        wall_us = 1e6 * (time.perf_counter() - start)
+    kernels = [
+        event
+        for event in profiler.events() or ()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+    busy, reached = 0.0, -math.inf
+    for event in sorted(kernels, key=lambda event: event.time_range.start):
+        busy += max(0.0, event.time_range.end - max(event.time_range.start, reached))
+        reached = max(reached, event.time_range.end)
+    return {"gpu_busy": busy / wall_us, "kernels_per_step": len(kernels) / sum(size.steps)}
 
 
 def measure(
@@ -332,16 +346,21 @@ def measure(
     *,
     started: float,
     compile_options: Mapping[str, Any] | None = None,
+    compile_only: bool = False,
 ) -> dict[str, Any]:
-    """All that is measured of a variant in one process.
+    """Measure a variant.
 
     Args:
         variant: one of :data:`VARIANTS`.
         size: the experiment.
-        batch: images a step.
+        batch: images per step.
         device: where to run.
-        started: when this process was started, as ``time.time()`` counts.
-        compile_options: see :func:`make_loop`.
+        started: Unix time at which this process started.
+        compile_options: of torch.compile, in place of the variant's mode.
+        compile_only: stop after the first step of each kind, which fills the compilers' caches.
+
+    Returns:
+        Times in milliseconds, images per second, peak memory in bytes, and seconds until the first step.
 
     Raises:
         RuntimeError: a loss was not finite.
@@ -349,18 +368,20 @@ def measure(
     cuda = device.type == "cuda"
     with make_loop(variant, size, batch, device, compile_options=compile_options) as (loop, state):
         synchronize = state.runtime.synchronize
+        begin = time.time()
         loop.prepare()
         loop.start_round()
         loop.generator_step()
         synchronize()
-        first_step = time.time() - started
-        for _ in range(size.steps[0] - 1):
+        row: dict[str, Any] = {"seconds_to_first_step": time.time() - started, "prepare_s": time.time() - begin}
+        for _ in range(0 if compile_only else size.steps[0] - 1):
             loop.generator_step()
-        for _ in range(size.steps[1]):
+        for _ in range(1 if compile_only else size.steps[1]):
             loop.student_step()
-        loop.end_round()
         synchronize()
-        first_round = time.time() - started
+        if compile_only:
+            return row
+        loop.end_round()
         took = math.inf
         for _ in range(size.warm_ups):
             start = time.perf_counter()
@@ -368,65 +389,79 @@ def measure(
             synchronize()
             took = min(took, time.perf_counter() - start)
         gc.collect()
-        before = torch.cuda.max_memory_allocated(device) if cuda else None
-        reserved = torch.cuda.max_memory_reserved(device) if cuda else 0
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        rounds = max(size.least, min(size.most, round(size.seconds / took)))
-        row = _timed(loop, size, Timeline(device), rounds)
+        row |= _timed(loop, size, device, max(size.least, min(size.most, round(size.seconds / took))))
         row["images_per_s"] = 1e3 * sum(size.steps) * batch / row["round_ms"]
-        row |= {"peak_bytes": None, "steady_bytes": None, "reserved_bytes": None}
-        if before is not None:
-            steady = torch.cuda.max_memory_allocated(device) + _pool_bytes()
-            row["peak_bytes"], row["steady_bytes"] = max(before, steady), steady
-            row["reserved_bytes"] = max(reserved, torch.cuda.max_memory_reserved(device))
-        row |= profile_once(lambda: run_round(loop, size.steps), synchronize, device=device, steps=sum(size.steps))
+        row["hours_per_350k_steps"] = row["round_ms"] * 350_000 / sum(size.steps) / 3.6e6
+        if cuda:
+            row["peak_bytes"] = torch.cuda.max_memory_allocated(device) + _pool_bytes()
+            row["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+            row |= _profiled(loop, size, synchronize)
         if not torch.isfinite(loop.losses()).all():
             raise RuntimeError(f"{variant}: a loss or a gradient was not finite")
-    row |= {"seconds_to_first_step": first_step, "seconds_to_first_round": first_round, "cache": _cache()}
-    row |= {"engine": loop.name, "status": "ok"}
-    return row
+        return row | {"engine": loop.name, "status": "ok"}
 
 
-def limits(size: Size, device: torch.device) -> dict[str, Any]:
-    """What rows are set against: the device's ceilings, and the least work of a round at each batch size."""
+def _pool_bytes() -> int:
+    """Bytes in private pools of captured graphs that the allocator does not count as allocated, but replays use."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
+
+
+def rooflines(size: Size, batch: int, device: torch.device) -> dict[str, Any]:
+    """The least time of each step at the device's measured peak rates, with the work behind it."""
     rates = ceilings(device)
-    floors = {}
-    for batch in size.batches:
-        state, _ = build(size, batch, device)
-        work = round_work(state, image_size=size.image)
-        least = floor(work, rates, generator_steps=size.steps[0], student_steps=size.steps[1])
-        floors[str(batch)] = {
-            "generator_step": {**asdict(work[0]), "floor_ms": least.generator_step_ms},
-            "student_step": {**asdict(work[1]), "floor_ms": least.student_step_ms},
-            "round_ms": least.round_ms,
-        }
-    return {"copy_gbps": rates.copy_gbps, "matmul_tflops": rates.matmul_tflops, "floors": floors}
+    state, _ = build(size, batch, device)
+    work = round_work(state, image_size=size.image)
+    least = roofline(work, rates, generator_steps=size.steps[0], student_steps=size.steps[1])
+    return {
+        **asdict(least),
+        "copy_gbps": rates.copy_gbps,
+        "matmul_tflops": rates.matmul_tflops,
+        "generator_step": asdict(work[0]),
+        "student_step": asdict(work[1]),
+        "status": "ok",
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure one variant, or what all are set against, and write it to a file."""
+    """Measure one variant, or the roofline, and add its row to a result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*VARIANTS, "limits"])
-    parser.add_argument("--out", type=Path, required=True, help="a JSON file")
+    parser.add_argument("variant", choices=[*VARIANTS, "roofline"])
+    parser.add_argument("--out", type=Path, required=True, help="result file")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--size", choices=list(SIZES), default="full")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--started", type=float, default=None, help="when the process was started, in Unix seconds")
+    parser.add_argument("--batch", type=int, default=None, help="images per step; the size's by default")
+    parser.add_argument("--run", type=int, default=1, help="number of this repeat")
+    parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and time nothing")
     parser.add_argument("--compile-backend", default=None, help="of torch.compile, in place of the variant's mode")
     options = parser.parse_args(arguments)
 
-    started = options.started if options.started is not None else time.time()
-    device, size = torch.device(options.device), SIZES[options.size]
-    if options.what == "limits":
-        found = limits(size, device)
+    started, device, size = time.time(), torch.device(options.device), SIZES[options.size]
+    batch = options.batch or size.batch
+    if options.variant == "roofline":
+        row = rooflines(size, batch, device)
     else:
-        given = {"backend": options.compile_backend} if options.compile_backend else None
+        # Inductor takes minutes on a CPU.
+        backend = options.compile_backend or ("eager" if options.device == "cpu" else None)
+        given = {"backend": backend} if backend else None
         try:
-            found = measure(options.what, size, options.batch, device, started=started, compile_options=given)
+            row = measure(
+                options.variant,
+                size,
+                batch,
+                device,
+                started=started,
+                compile_options=given,
+                compile_only=options.compile_only,
+            )
         except torch.OutOfMemoryError:
-            found = {"status": "out of memory"}
-    options.out.write_text(json.dumps(found))
+            row = {"status": "out of memory"}
+    row = {"variant": options.variant, "batch": batch, "run": options.run, **row}
+    print({name: row.get(name) for name in ("variant", "batch", "images_per_s", "round_ms", "prepare_s")}, flush=True)
+    if not options.compile_only:
+        Results(options.out, key=KEY).add(row)
     return 0
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfkd_fast.benchmarks.cases import Benchmark, Case, Make
-from dfkd_fast.benchmarks.measure import Trial, tensors
+from dfkd_fast.benchmarks.ops.cases import Benchmark, Case, Make, tensors
+from dfkd_fast.benchmarks.ops.measure import Trial
 from dfkd_fast.kernels import config
-from dfkd_fast.report import write_results
+from dfkd_fast.report import environment, write_results
 
-__all__ = ["GAIN", "Choice", "Tried", "choices", "decide", "difference", "tune"]
+__all__ = ["GAIN", "Choice", "Tried", "choices", "decide", "difference", "tune", "tune_all"]
 
 GAIN = 0.03
 """By how much a candidate must beat the first one."""
@@ -83,7 +83,7 @@ def choices(benchmark: Benchmark, device: torch.device, *, shapes: Sequence[str]
         if case.shapes not in shapes:
             continue
         for dtype in case.dtypes:
-            inputs = case.inputs(Make(device, dtype, seed=case.seed()))
+            inputs = case.inputs(Make(device, dtype, seed=case.seed))
             with config.asked() as forward:
                 outputs = tensors(case.call(*inputs, backend="triton"))
             with config.asked() as backward:
@@ -126,7 +126,7 @@ def difference(actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torc
 
 
 def _results(choice: Choice, device: torch.device) -> list[Tensor]:
-    inputs = choice.case.inputs(Make(device, choice.dtype, seed=choice.case.seed()))
+    inputs = choice.case.inputs(Make(device, choice.dtype, seed=choice.case.seed))
     outputs = tensors(choice.case.call(*inputs, backend="triton"))
     return [*(output.detach() for output in outputs), *_backward(outputs, inputs)]
 
@@ -248,3 +248,23 @@ def tune(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return found
+
+
+def tune_all(
+    chosen: Sequence[Benchmark], device: torch.device, shapes: str, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Tune several ops; table rows for the terminal."""
+    here = environment()
+    where = f"{here['device']['name']}, {(here['commit'] or here['source'])[:12]}"
+    return [
+        {
+            "choice": tried.key,
+            "first, us": f"{tried.first_us:.4g}",
+            "best, us": f"{tried.best_us:.4g}",
+            "tried": tried.tried,
+            "refused": tried.refused,
+            "chosen": str(tried.winner.tile) if tried.winner else "the first",
+        }
+        for benchmark in chosen
+        for tried in tune(benchmark, device, where=where, shapes=(shapes,), tell=tell)
+    ]

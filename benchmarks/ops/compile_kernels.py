@@ -1,0 +1,192 @@
+"""Compiles every launch of the benchmark cases for each architecture, on a machine without a GPU: `make kernels`.
+
+The cases run on tensors without data. Each launch that they would make is recorded with the configuration that the
+architecture gets, then compiled by Triton and ptxas. A launch is sound if it does not spill, needs no stack and fits
+the architecture's shared memory.
+
+    python -m dfkd_fast.benchmarks.ops.compile_kernels [--op OP ...] [--arch 90 ...] [--dtype bfloat16 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, tensors
+
+__all__ = ["ARCHITECTURES", "DTYPES", "Compilation", "compilations", "compile_one", "main", "run_on_meta"]
+
+ARCHITECTURES = (80, 86, 90, 100, 120)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compilation:
+    """One kernel with the types and constants of one launch.
+
+    Attributes:
+        case: op, case and dtype that launch it.
+        kernel: module and name of the function.
+        arch: 90 for sm_90.
+        signature: type of each argument by name, ``constexpr`` for constants.
+        constants: the constants, by path.
+        attributes: known divisibility by 16, by path.
+        num_warps: per block.
+        num_stages: of the software pipeline.
+    """
+
+    case: str
+    kernel: str
+    arch: int
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    num_warps: int
+    num_stages: int
+
+    def key(self) -> str:
+        """The same for launches that need the same binary."""
+        named = [(path, str(value)) for path, value in self.constants.items()]
+        parts = (self.kernel, self.arch, self.signature, named, list(self.attributes.items()))
+        return json.dumps([*parts, self.num_warps, self.num_stages])
+
+
+def run_on_meta(case: Case, make: Make) -> None:
+    """Forward and backward of a case on inputs without data."""
+    inputs = case.inputs(make)
+    results = [t for t in tensors(case.call(*inputs, backend="triton")) if t.requires_grad]
+    leaves = [t for t in tensors(list(inputs)) if t.requires_grad]
+    if results and leaves:
+        torch.autograd.grad(results, leaves, [torch.empty_like(t) for t in results], allow_unused=True)
+
+
+def compilations(benchmark: Benchmark, arch: int, dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Compilation]:
+    """Every different compilation that the cases of an op need."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from dfkd_fast.ops.library import recorded
+
+    backend, seen = make_backend(GPUTarget("cuda", arch, 32)), set()
+    for dtype in dtypes:
+        for case in benchmark.cases:
+            with recorded(arch) as launches:
+                run_on_meta(case, Make("meta", dtype))
+            for launch in launches:
+                # As Triton's own launcher specialises the arguments.
+                kernel = launch.kernel
+                bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+                options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+                bound, special, rest = bind(**launch.arguments, **launch.constants, **options)
+                _, signature, constants, attributes = kernel._pack_args(backend, options, bound, special, rest)
+                found = Compilation(
+                    case=f"{benchmark.op} {case.name} {str(dtype).removeprefix('torch.')}",
+                    kernel=f"{kernel.fn.__module__}.{kernel.fn.__name__}",
+                    arch=arch,
+                    signature=signature,
+                    constants=constants,
+                    attributes=attributes,
+                    **options,
+                )
+                if found.key() not in seen:
+                    seen.add(found.key())
+                    yield found
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory of the kernel in a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reports no registers: {text}")
+    return {"registers": int(found[1]), "stack": int(found[2]), "local": int(found[3])}
+
+
+def compile_one(what: Compilation) -> dict[str, Any]:
+    """Compile.
+
+    Returns:
+        ``registers``, ``stack``, ``local`` and ``shared`` bytes, the number of ``wgmma`` and ``mma`` instructions, and
+        ``error``, why the launch is not sound; empty if it is.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dfkd_fast.kernels.config import shared_memory
+
+    module, _, name = what.kernel.rpartition(".")
+    kernel = getattr(importlib.import_module(module), name)
+    options = {"num_warps": what.num_warps, "num_stages": what.num_stages}
+    tiles = {kernel.arg_names[path[0]]: value for path, value in what.constants.items()}
+    row: dict[str, Any] = {"kernel": name, "arch": what.arch, "case": what.case, **options, "error": ""}
+    row["constants"] = " ".join(f"{k}={v}" for k, v in tiles.items() if k.isupper() and isinstance(v, int | str))
+    source = ASTSource(kernel, what.signature, what.constants, what.attributes)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", what.arch, 32), options=options)
+    except Exception as error:  # any error of the compiler is the launch's
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return {**row, "error": f"{type(error).__name__}: {' | '.join(lines[-3:])[:400]}"}
+    ptx = compiled.asm["ptx"]
+    row |= _resources(compiled.asm["cubin"])
+    row["shared"], row["wgmma"] = compiled.metadata.shared, len(re.findall(r"wgmma\.mma_async", ptx))
+    row["mma"] = len(re.findall(r"\bmma\.sync|tcgen05\.mma", ptx))
+    if row["stack"] or row["local"]:
+        row["error"] = f"spills: {row['stack']} bytes of stack, {row['local']} of local memory"
+    elif row["shared"] > (most := shared_memory(what.arch)):
+        row["error"] = f"needs {row['shared']} bytes of shared memory, sm_{what.arch} has {most}"
+    return row
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile and print. Returns 1 where a launch is not sound."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
+    parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES, help="90 for sm_90")
+    parser.add_argument("--dtype", nargs="+", default=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    options = parser.parse_args(arguments)
+    if os.environ.pop("TRITON_INTERPRET", None):
+        # Triton read the variable when it was imported: start again without it.
+        os.execv(sys.executable, [sys.executable, "-m", "dfkd_fast.benchmarks.ops.compile_kernels", *sys.argv[1:]])
+
+    dtypes = [getattr(torch, name) for name in options.dtype]
+    every = {
+        each.key(): each
+        for op in options.op
+        for arch in options.arch
+        for each in compilations(BENCHMARKS[op], arch, dtypes)
+    }
+    bad = 0
+    with multiprocessing.get_context("spawn").Pool(options.workers, torch.set_num_threads, (1,)) as pool:
+        for row in pool.imap_unordered(compile_one, every.values()):
+            bad += bool(row["error"])
+            used = "{registers} registers, {shared} B shared, {wgmma} wgmma, {mma} mma" if "registers" in row else ""
+            what = "{kernel} sm_{arch} [{case}] {constants} warps={num_warps} stages={num_stages}: "
+            print((what + used + " {error}").format(**row), flush=True)
+    print(f"{len(every)} compilations, {bad} not sound")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

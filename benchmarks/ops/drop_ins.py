@@ -1,0 +1,355 @@
+"""Every drop-in of ``dfkd_fast.compat`` against its original: forward and backward, eager, launches included.
+
+Drop-in and original run on the same inputs, which rotate past the L2 cache, in turns that alternate which goes first.
+The original is the library where it is installed, else its definition in plain PyTorch
+(:mod:`~dfkd_fast.benchmarks.ops.originals`). Losses of student and teacher compute the student's gradient, losses of
+two views both.
+
+    python -m dfkd_fast.benchmarks.ops.drop_ins --out drop_ins.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.util
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd_fast.benchmarks.ops import originals
+from dfkd_fast.benchmarks.ops.measure import time_calls
+from dfkd_fast.benchmarks.results import Results
+from dfkd_fast.compat import cpsc, datafree, deepinversion, lightly, mdistiller, metric_learning, repdistiller
+from dfkd_fast.compat import torchdistill as td
+from dfkd_fast.report import markdown_table
+
+__all__ = ["KEY", "DropIn", "compare", "drop_ins", "drop_ins_section", "main"]
+
+KEY = ("drop_in", "shape", "dtype")
+
+Loss = Callable[..., Tensor]
+Shapes = tuple[tuple[int, ...], ...]
+
+LOGITS: Shapes = ((256, 100), (64, 200))
+FEATURES: Shapes = ((256, 512), (64, 128))
+MAPS: Shapes = ((256, 32, 32, 32), (256, 64, 16, 16), (256, 128, 8, 8))  # the stages of WRN-40-2 at 32 x 32
+IMAGES: Shapes = ((256, 3, 32, 32),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropIn:
+    """A drop-in and its original.
+
+    Attributes:
+        name: module and name in ``dfkd_fast.compat``.
+        ours: makes the drop-in, given the device.
+        original: makes the original.
+        shapes: of all inputs together (maps of several stages), or of each, one comparison per shape.
+        inputs: number of inputs per shape.
+        trained: how many of them require a gradient.
+        together: whether all shapes are the inputs of one call.
+        library: whose class the original is; None for a definition in plain PyTorch.
+    """
+
+    name: str
+    ours: Callable[[torch.device], Loss]
+    original: Callable[[torch.device], Loss]
+    shapes: Shapes
+    inputs: int = 2
+    trained: int = 1
+    together: bool = False
+    library: str | None = None
+
+
+def _installed(library: str) -> bool:
+    return importlib.util.find_spec(library.replace("-", "_")) is not None
+
+
+def _constant(loss: Loss) -> Callable[[torch.device], Loss]:
+    return lambda device: loss
+
+
+def _first(loss: Loss) -> Loss:
+    return lambda s, t: loss(s)
+
+
+def _stacked(loss: Loss) -> Loss:
+    """Two views as the (N, 2, dim) of SupConLoss, normalised; the mean where the loss returns one value per anchor."""
+
+    def call(a: Tensor, b: Tensor) -> Tensor:
+        value = loss(torch.stack([F.normalize(a), F.normalize(b)], 1))
+        return value.mean() if value.ndim else value
+
+    return call
+
+
+def _total(values: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, values)
+
+
+def _pairs(distance: Loss) -> Loss:
+    """A distance of maps, summed over stages: the student's maps come first, then the teacher's."""
+    return lambda *maps: _total(map(distance, maps[: len(maps) // 2], maps[len(maps) // 2 :]))
+
+
+def _kd_loss(kind: Any) -> Loss:
+    side = ("fc", "output")
+    loss = kind(*side, *side, temperature=4.0, alpha=0.0)
+    return lambda s, t: loss({"fc": {"output": s}}, {"fc": {"output": t}}, None)
+
+
+def _hooked(kind: Any, read: Callable[[Any], Tensor]) -> Callable[[torch.device], Loss]:
+    """A frozen BatchNorm on each map, a hook on each, and the sum of what the hooks store."""
+
+    def make(device: torch.device) -> Loss:
+        norms = [nn.BatchNorm2d(shape[1]).to(device).eval().requires_grad_(False) for shape in MAPS]
+        hooks = [kind(norm) for norm in norms]
+
+        def loss(*maps: Tensor) -> Tensor:
+            for norm, x in zip(norms, maps, strict=True):
+                norm(x)
+            return _total(read(hook) for hook in hooks)
+
+        return loss
+
+    return make
+
+
+def _r_feature(hook: Any) -> Tensor:
+    return hook.r_feature
+
+
+def drop_ins() -> Iterator[DropIn]:
+    """Every comparison that the installed libraries allow."""
+    kl = partial(originals.kldiv, temperature=4.0)
+
+    def logits(name: str, ours: Loss, original: Loss, **more: Any) -> DropIn:
+        return DropIn(
+            name=name, ours=_constant(ours), original=_constant(original), shapes=more.pop("shapes", LOGITS), **more
+        )
+
+    yield logits("datafree.kldiv", partial(datafree.kldiv, T=4.0), kl)
+    yield logits("datafree.kldiv, both gradients", partial(datafree.kldiv, T=4.0), kl, trained=2)
+    yield logits("datafree.KLDiv", datafree.KLDiv(T=4.0), originals.Module(kl))
+    yield logits("datafree.jsdiv", partial(datafree.jsdiv, T=4.0), partial(originals.jsdiv, temperature=4.0))
+    yield logits(
+        "datafree.class_balance_loss", _first(datafree.class_balance_loss), _first(originals.class_balance_loss)
+    )
+    yield logits("datafree.onehot_loss", _first(datafree.onehot_loss), _first(originals.onehot_loss))
+    yield logits("cpsc.kdloss", cpsc.kdloss, originals.kldiv)
+    yield logits("repdistiller.DistillKL", repdistiller.DistillKL(4.0), originals.Module(kl))
+    yield logits("mdistiller.kd_loss", partial(mdistiller.kd_loss, temperature=4.0), kl)
+    if _installed("torchdistill"):
+        from torchdistill.losses.mid_level import KDLoss
+
+        yield logits("torchdistill.KDLoss", _kd_loss(td.KDLoss), _kd_loss(KDLoss), library="torchdistill")
+
+    for name, kind in (("datafree.ContrastLoss", datafree.ContrastLoss), ("cpsc.SupConLoss", cpsc.SupConLoss)):
+        for mode in ("all", "one"):
+            original = _stacked(originals.Module(originals.contrast_loss, mode=mode))
+            yield logits(
+                f"{name}, {mode}", _stacked(kind(contrast_mode=mode)), original, shapes=FEATURES, trained=2
+            )  # fmt: skip
+    theirs, library = originals.Module(originals.nt_xent), None
+    if _installed("lightly"):
+        from lightly.loss.ntx_ent_loss import NTXentLoss
+
+        theirs, library = NTXentLoss(), "lightly"
+    yield logits("lightly.NTXentLoss", lightly.NTXentLoss(), theirs, shapes=FEATURES, trained=2, library=library)
+    if _installed("pytorch-metric-learning"):
+        from pytorch_metric_learning import losses
+
+        for name in ("NTXentLoss", "SupConLoss"):
+            ours, theirs = (m.SelfSupervisedLoss(getattr(m, name)()) for m in (metric_learning, losses))
+            name = f"metric_learning.SelfSupervisedLoss, {name}"
+            yield logits(name, ours, theirs, shapes=FEATURES, trained=2, library="pytorch-metric-learning")
+
+    def hooks(name: str, ours: Any, original: Any, read: Callable[[Any], Tensor] = _r_feature) -> DropIn:
+        pair = _hooked(ours, read), _hooked(original, read)
+        return DropIn(name=name, ours=pair[0], original=pair[1], shapes=MAPS, inputs=1, together=True)
+
+    yield hooks("datafree.DeepInversionHook", datafree.DeepInversionHook, originals.DeepInversionHook)
+    yield hooks(
+        "deepinversion.DeepInversionFeatureHook", deepinversion.DeepInversionFeatureHook, originals.DeepInversionHook
+    )
+    yield hooks("cpsc.DeepInversionFeatureHook", cpsc.DeepInversionFeatureHook, originals.DeepInversionHook)
+    yield hooks(
+        "datafree.FeatureMeanVarHook",
+        datafree.FeatureMeanVarHook,
+        originals.FeatureMeanVarHook,
+        lambda hook: hook.mean.square().sum() + hook.var.square().sum(),
+    )
+    yield hooks(
+        "datafree.InstanceMeanHook",
+        datafree.InstanceMeanHook,
+        originals.InstanceMeanHook,
+        lambda hook: hook.instance_mean.square().sum(),
+    )
+
+    attention, transfer = repdistiller.Attention(), _pairs(originals.attention_transfer)
+    maps_losses: dict[str, Loss] = {
+        "repdistiller.Attention": lambda *maps: _total(attention(maps[:3], maps[3:])),
+        "mdistiller.at_loss": lambda *maps: torch.as_tensor(mdistiller.at_loss(maps[:3], maps[3:], 2)),
+        "mdistiller.single_stage_at_loss": _pairs(partial(mdistiller.single_stage_at_loss, p=2)),
+    }
+    for name, ours in maps_losses.items():
+        yield logits(name, ours, transfer, shapes=MAPS, together=True)
+    yield logits(
+        "datafree.get_image_prior_losses",
+        datafree.get_image_prior_losses,
+        originals.absolute_variation,
+        shapes=IMAGES,
+        inputs=1,
+    )
+    yield logits(
+        "deepinversion.get_image_prior_losses",
+        lambda x: _total(deepinversion.get_image_prior_losses(x)),
+        originals.image_prior,
+        shapes=IMAGES,
+        inputs=1,
+    )
+
+
+def _step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A loss and its gradients."""
+    value = loss(*inputs)
+    return value, *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
+
+
+def compare(
+    drop_in: DropIn,
+    shapes: Shapes,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    turns: int = 5,
+    seconds: float = 0.05,
+    least: int = 10,
+) -> dict[str, Any]:
+    """Time a drop-in and its original.
+
+    Args:
+        drop_in: both.
+        shapes: of the inputs of one call, each ``drop_in.inputs`` times.
+        device: where they run.
+        dtype: of the inputs.
+        turns: how often the two take turns.
+        seconds: approximate duration of one turn of one of them.
+        least: the smallest number of calls in a turn.
+
+    Returns:
+        ``ours_us`` and ``original_us``, medians over turns; ``ratios`` of original to ours by turn; ``difference``, the
+        largest relative difference of the value and the gradients.
+    """
+
+    def inputs() -> list[Tensor]:
+        return [
+            torch.randn(shape, device=device).to(dtype).requires_grad_(number < drop_in.trained)
+            for number in range(drop_in.inputs)
+            for shape in shapes
+        ]
+
+    losses = {"ours": drop_in.ours(device), "original": drop_in.original(device)}
+    first = inputs()
+    results = {name: _step(loss, first) for name, loss in losses.items()}
+    difference = max(
+        float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-8))
+        for a, b in zip(results["ours"], results["original"], strict=True)
+    )
+    del results
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    sets = [first]
+    while len(sets) < min(16, math.ceil(2 * cache / sum(x.nbytes for x in first))):
+        sets.append(inputs())
+    times: dict[str, list[float]] = {name: [] for name in losses}
+    for turn in range(turns):
+        for name in sorted(losses, reverse=bool(turn % 2)):
+            loss = losses[name]
+            timed = time_calls(
+                lambda number, loss=loss: _step(loss, sets[number % len(sets)]),
+                device,
+                seconds=seconds,
+                least=least,
+            )
+            times[name].append(timed.median_us)
+    ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["original"], strict=True)]
+    source = f"{drop_in.library} {importlib.metadata.version(drop_in.library)}" if drop_in.library else "plain PyTorch"
+    return {
+        "original": source,
+        "difference": difference,
+        "ratios": ratios,
+        **{f"{name}_us": statistics.median(each) for name, each in times.items()},
+    }
+
+
+def drop_ins_section(content: dict[str, Any], folder: str) -> str:
+    """One device's table for docs/swapping.md, from its ``drop_ins.json``."""
+    table = [
+        {
+            "drop-in": row["drop_in"],
+            "shape": row["shape"],
+            "dtype": row["dtype"],
+            "original, us": f"{row['original_us']:.1f}",
+            "drop-in, us": f"{row['ours_us']:.1f}",
+            "speed-up": f"{row['original_us'] / row['ours_us']:.2f} x "
+            f"({min(row['ratios']):.2f} to {max(row['ratios']):.2f})",
+            "original is": row["original"],
+        }
+        for row in content["rows"]
+    ]
+    slower = sum(max(row["ratios"]) < 1 for row in content["rows"])
+    block = content["environments"][-1]
+    where = f"{block['device']['name']}, torch {block['torch']}, commit {(block['commit'] or block['source'])[:12]}"
+    return "\n".join(
+        [f"### {folder}", "", *markdown_table(table), "", f"Slower in every turn: {slower} of {len(table)}. {where}."]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare as far as time allows. Returns 1 where a comparison failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="result file")
+    parser.add_argument("--seconds", type=float, default=None, help="start no comparison after this")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--size", choices=["full", "small"], default="full", help="small: batches of 4")
+    options = parser.parse_args(arguments)
+
+    device, start, failed = torch.device(options.device), time.monotonic(), False
+    results = Results(options.out, key=KEY)
+    quick: dict[str, Any] = {"turns": 2, "seconds": 0.0, "least": 2} if options.size == "small" else {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for drop_in in drop_ins():
+            for shapes in [drop_in.shapes] if drop_in.together else [(shape,) for shape in drop_in.shapes]:
+                if options.seconds is not None and time.monotonic() - start > options.seconds:
+                    return int(failed)
+                if quick:
+                    shapes = tuple((4, *shape[1:]) for shape in shapes)
+                name = ", ".join("x".join(map(str, shape)) for shape in shapes)
+                key = {"drop_in": drop_in.name, "shape": name, "dtype": str(dtype).removeprefix("torch.")}
+                torch.manual_seed(0)
+                try:
+                    row = compare(drop_in, shapes, device, dtype, **quick)
+                except Exception as error:  # the others go on
+                    # Some originals do not take bfloat16.
+                    failed |= dtype == torch.float32
+                    print(f"{' '.join(key.values())}: {type(error).__name__}: {error}", flush=True)
+                    continue
+                results.add({**key, **row})
+                print(" ".join(key.values()), f"{row['original_us']:.5g} us, ours {row['ours_us']:.5g}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

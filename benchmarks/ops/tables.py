@@ -1,0 +1,205 @@
+"""Tables and a plot from ``ops.json``, and the table of fastest backends that dispatch reads."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Make
+from dfkd_fast.report import markdown_table, read_results
+
+__all__ = ["choices", "ops_section", "save_plot", "speedups", "terminal_rows", "write_choices"]
+
+Row = dict[str, Any]
+
+_KERNELS = ("triton", "cuda")
+_COMPILED = ("compile", "compile_max_autotune")
+
+
+def _grouped(rows: Iterable[Row], l2: str | None = None) -> dict[tuple[str, ...], dict[str, Row]]:
+    """Rows by (op, case, dtype, pass, l2), then by backend."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        if l2 is None or row["l2"] == l2:
+            key = (row["op"], row["case"], row["dtype"], row["pass"], row["l2"])
+            found.setdefault(key, {})[row["backend"]] = row
+    return found
+
+
+def _fastest(group: dict[str, Row], backends: Iterable[str]) -> Row | None:
+    timed = [group[name] for name in backends if name in group and group[name]["median_us"] is not None]
+    return min(timed, key=lambda row: row["median_us"], default=None)
+
+
+def _us(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["median_us"] is not None:
+        return _us(row["median_us"])
+    return row["status"] if row["status"] in ("out of memory", "not supported") else "failed"
+
+
+def _backends(rows: Iterable[Row]) -> list[str]:
+    order = ["reference", *_COMPILED, *_KERNELS]
+    named = {row["backend"] for row in rows}
+    return [name for name in order if name in named] + sorted(named - set(order))
+
+
+def terminal_rows(rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:
+    """For each op, one line per case, pass and cache: microseconds by provider and the share of the roofline.
+
+    Share and peak memory are those of the fastest kernel of this project, or of the fastest provider without one.
+    """
+    names = _backends(rows)
+    tables: dict[str, list[dict[str, str]]] = {}
+    for (op, case, dtype, which, l2), group in _grouped(rows).items():
+        best = _fastest(group, _KERNELS) or _fastest(group, names)
+        peak = best["peak_bytes"] if best else None
+        tables.setdefault(op, []).append(
+            {
+                "case": case if dtype == "bfloat16" else f"{case} {dtype}",
+                "pass": which,
+                "L2": l2,
+                **{name.replace("_", " "): _cell(group.get(name)) for name in names},
+                "roofline": _us(next(iter(group.values()))["roofline_us"]),
+                "share": f"{best['fraction']:.0%}" if best else "",
+                "MiB": "" if peak is None else f"{peak / 2**20:,.1f}",
+            }
+        )
+    return tables
+
+
+def save_plot(rows: Sequence[Row], path: Path) -> Path:
+    """Plot the share of the roofline that each provider reaches, one panel per op; cold cache where measured."""
+    from matplotlib.figure import Figure
+
+    l2 = "cold" if any(row["l2"] == "cold" for row in rows) else "warm"
+    groups, names = _grouped(rows, l2), _backends(rows)
+    ops = list(dict.fromkeys(key[0] for key in groups))
+    figure = Figure(figsize=(14, 1 + 4 * max(len(ops), 1)), layout="constrained")
+    for place, op in enumerate(ops):
+        axes = figure.add_subplot(len(ops), 1, place + 1)
+        cases = [key for key in groups if key[0] == op]
+        width = 0.8 / max(len(names), 1)
+        for index, name in enumerate(names):
+            heights = [(groups[key].get(name) or {}).get("fraction") or 0.0 for key in cases]
+            at = [i + (index - (len(names) - 1) / 2) * width for i in range(len(cases))]
+            axes.bar(at, heights, width, label=name)
+        axes.set_xticks(range(len(cases)), [" ".join(key[1:4]) for key in cases], fontsize=7, rotation=90)
+        axes.set_ylabel(f"roofline / time, {l2} L2")
+        axes.set_title(op, loc="left")
+        axes.axhline(1.0, color="0.5", linewidth=0.8)
+        if place == 0:
+            axes.legend(fontsize=8, ncols=3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def speedups(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """Geometric means of the speed-up over the faster torch.compile by op, then by pass.
+
+    Of the paper's shapes in bfloat16 with a cold cache, where both were timed.
+    """
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    paper = [row for row in rows if row["shapes"] == "paper" and row["dtype"] == "bfloat16"]
+    for (op, _, _, which, _), group in _grouped(paper, "cold").items():
+        kernel, compiled = _fastest(group, _KERNELS), _fastest(group, _COMPILED)
+        if kernel is not None and compiled is not None:
+            found[op][which].append(compiled["median_us"] / kernel["median_us"])
+    return {op: {which: statistics.geometric_mean(v) for which, v in each.items()} for op, each in found.items()}
+
+
+def ops_section(content: dict[str, Any], folder: str) -> str:
+    """One device's part of docs/benchmarks.md, from its ``ops.json``."""
+    rows = content["rows"]
+    blocks = [content["environments"][index] for index in sorted({row["environment"] for row in rows})]
+    commits = sorted({(block["commit"] or f"sources {block['source']}")[:12] for block in blocks})
+    last = blocks[-1]
+    parts = [
+        f"## {folder}",
+        f"{last['device']['name']}, driver {last['device'].get('driver')}, torch {last['torch']}, triton "
+        f"{last['triton']}, CUDA {last['cuda']}; commit {', '.join(commits)}; {rows[-1]['date'][:10]}. Measured peaks: "
+        f"copy {last['copy_gbps']:,.0f} GB/s, bf16 matmul {last['matmul_tflops']:,.0f} TFLOP/s.",
+    ]
+    means = speedups(rows)
+    if means:
+        passes = ("forward", "backward", "both")
+        table = [{"op": op, **{p: f"{m[p]:.2f} x" if p in m else "" for p in passes}} for op, m in means.items()]
+        parts += [
+            "Speed-up over the faster torch.compile, geometric mean over the paper's shapes, bf16, cold L2:",
+            "\n".join(markdown_table(table)),
+        ]
+    for op, lines in terminal_rows(rows).items():
+        parts += [f"### {op}", "\n".join(markdown_table(lines))]
+    return "\n\n".join(parts)
+
+
+def choices(content: dict[str, Any], arch: int) -> list[dict[str, Any]]:
+    """The fastest backend for each op, dtype and class of shapes, from one ``ops.json``.
+
+    Cases of one class are weighted by the geometric mean of the ratio to Triton's time, forward plus backward, cold.
+
+    Args:
+        content: of ``ops.json``.
+        arch: compute capability of its device, 90 for sm_90.
+    """
+    from dfkd_fast.ops.choices import shape_class
+
+    times: dict[tuple[str, str, str], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in content["rows"]:
+        if row["status"] == "ok" and row["l2"] == "cold" and row["backend"] in _KERNELS and row["pass"] != "both":
+            times[row["op"], row["case"], row["dtype"]][row["backend"]][row["pass"]] = row["median_us"]
+    classes: dict[tuple[str, str, tuple[int, ...]], list[float]] = defaultdict(list)
+    for (op, name, dtype), each in times.items():
+        case = next((case for case in BENCHMARKS[op].cases if case.name == name), None)
+        if case is None or not all(len(each[backend]) == 2 for backend in _KERNELS):
+            continue
+        first = next(t for t in case.inputs(Make("meta", getattr(torch, dtype))) if isinstance(t, torch.Tensor))
+        ratio = sum(each["cuda"].values()) / sum(each["triton"].values())
+        classes[op, dtype, shape_class(first)].append(ratio)
+    return [
+        {
+            "op": op,
+            "arch": arch,
+            "dtype": dtype,
+            "shape_class": list(shapes),
+            "backend": "cuda" if (mean := statistics.geometric_mean(ratios)) < 1 else "triton",
+            "cuda_over_triton": float(f"{mean:.4g}"),
+            "cases": len(ratios),
+        }
+        for (op, dtype, shapes), ratios in sorted(classes.items())
+    ]
+
+
+def write_choices(results: Path, table: Path) -> int:
+    """Write ``choices.json`` from the results of every device; removed where nothing was measured.
+
+    Returns:
+        The number of its rows.
+    """
+    rows: list[dict[str, Any]] = []
+    for path in sorted(results.glob("*/ops.json")):
+        content = read_results(path)
+        capability = content and content["rows"] and content["environments"][-1]["device"].get("capability")
+        if content and capability:
+            major, _, minor = str(capability).partition(".")
+            rows += choices(content, 10 * int(major) + int(minor))
+    if not rows:
+        table.unlink(missing_ok=True)
+        return 0
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    table.write_text(f'{{"rows": [\n  {lines}\n]}}\n', encoding="utf-8")
+    return len(rows)

@@ -1,0 +1,73 @@
+"""Result files of the benchmarks: JSON rows with the machine and the versions that they were measured with."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dfkd_fast.report import environment, read_results, timestamp, write_results
+
+__all__ = ["Key", "Results", "rounded"]
+
+Key = tuple[Any, ...]
+
+_environment = functools.cache(environment)
+
+
+def rounded(value: Any, digits: int = 5) -> Any:
+    """Floats in nested dicts and lists, rounded to significant digits."""
+    if isinstance(value, dict):
+        return {name: rounded(each, digits) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each, digits) for each in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+class Results:
+    """Rows of one result file, written to disk one by one. Several processes may write to the same file.
+
+    A file holds ``environments`` (machine, versions, commit), ``rows`` and further facts. A row has the fields of its
+    key, the measurements, ``date`` and ``environment``, an index into ``environments``. A new row replaces the one with
+    the same key.
+
+    Args:
+        path: the file. Existing rows are kept.
+        key: names of the fields that identify a row.
+        facts: added to the file's top level and to the environment of this process's rows, for example measured
+            ceilings.
+    """
+
+    def __init__(self, path: Path, *, key: Sequence[str], facts: dict[str, Any] | None = None) -> None:
+        self.path, self.key, self.facts = Path(path), tuple(key), facts or {}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of the file, those of other processes included."""
+        return self._read()["rows"]
+
+    def key_of(self, row: dict[str, Any]) -> Key:
+        """The key of a row."""
+        return tuple(row[name] for name in self.key)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write one row, with its date and environment."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_name(f".{self.path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            content = {**self._read(), **self.facts}
+            here = {**_environment(), **self.facts}
+            known = content["environments"]
+            same = [i for i, other in enumerate(known) if {**other, "date": None} == {**here, "date": None}]
+            if not same:
+                known.append(here)
+            index = same[0] if same else len(known) - 1
+            key = self.key_of(row)
+            content["rows"] = [other for other in content["rows"] if self.key_of(other) != key]
+            content["rows"].append({**rounded(row), "date": timestamp(), "environment": index})
+            write_results(self.path, content)
+
+    def _read(self) -> dict[str, Any]:
+        return read_results(self.path) or {"environments": [], "rows": []}

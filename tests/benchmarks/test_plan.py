@@ -1,0 +1,197 @@
+"""The plan of `make gpu`, rehearsed on a stand-in machine with a clock."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dfkd_fast.benchmarks import plan
+from dfkd_fast.benchmarks.plan import BUDGETS, FAILED_BUDGET, JOBS, Job, previous_failures, run_plan
+from dfkd_fast.report import read_results, write_results
+
+
+class Machine:
+    """Runs jobs in simulated time: each takes its seconds and ends with its status."""
+
+    def __init__(self, seconds: dict[str, float] | float = 5.0, status: dict[str, int] | None = None) -> None:
+        self.now, self.seconds, self.status = 0.0, seconds, status or {}
+        self.started: dict[str, float] = {}
+        self.ended: dict[str, float] = {}
+        self.outcomes: dict[str, str] = {}
+
+    def start(self, job: Job) -> object:
+        assert job.name not in self.started, f"{job.name} runs twice"
+        self.started[job.name] = begin = self.now
+        took = self.seconds.get(job.name, 5.0) if isinstance(self.seconds, dict) else self.seconds
+
+        class Process:
+            def poll(process) -> int | None:
+                return self.status.get(job.name, 0) if self.now >= begin + took else None
+
+        return Process()
+
+    def stop(self, job: Job, process: object) -> None:
+        self.ended[job.name] = self.now
+
+    def run(self, jobs: tuple[Job, ...] | list[Job], budget_s: float) -> bool:
+        def sleep(seconds: float) -> None:
+            self.now += seconds
+
+        def record(job: Job, status: str, seconds: float) -> None:
+            assert job.name not in self.outcomes
+            self.outcomes[job.name] = status
+
+        return run_plan(jobs, budget_s=budget_s, machine=self, record=record, clock=lambda: self.now, sleep=sleep)
+
+
+# Guesses of an honest run: the contact checks and the compilers take a while, a timed step half a minute.
+CALL_1 = {
+    **{job.name: 90.0 for job in JOBS[1] if job.phase == "parallel"},
+    **{job.name: 25.0 for job in JOBS[1] if job.name.startswith(("step", "baseline"))},
+    **{"peaks": 15.0, "compile dfkd_fast": 120.0, "ops": 65.0, "breakdown": 40.0, "tests": 100.0},
+}
+
+
+def names(phase: str, after: str = "passed", call: int = 1) -> list[str]:
+    return [job.name for job in JOBS[call] if job.phase == phase and job.after == after]
+
+
+class TestCall1:
+    def test_peaks_then_everything_parallel_then_quiet_one_by_one(self):
+        machine = Machine(CALL_1)
+        machine.run(JOBS[1], BUDGETS[1])
+        parallel = names("parallel")
+        assert list(machine.started)[: 1 + len(parallel)] == ["peaks", *parallel]
+        assert len({machine.started[name] for name in parallel}) == 1
+        assert machine.started[parallel[0]] >= machine.ended["peaks"]
+        quiet = [name for name in names("quiet") if name in machine.started]
+        assert machine.started[quiet[0]] >= max(machine.ended[name] for name in parallel)
+        for before, after in itertools.pairwise(quiet):
+            assert machine.started[after] >= machine.ended[before], "two timed jobs overlap"
+        assert all(machine.outcomes[name] == "skipped" for name in names("quiet", "failed"))
+
+    def test_an_honest_run_measures_every_variant_and_the_ops_within_the_budget(self):
+        machine = Machine(CALL_1)
+        machine.run(JOBS[1], BUDGETS[1])
+        assert max(machine.ended.values()) <= BUDGETS[1]
+        measured = {name for name, status in machine.outcomes.items() if status == "ok"}
+        assert {"step dfkd_fast", "step peer", "step compile_reduce_overhead", "step eager", "ops"} <= measured
+
+    def test_nothing_runs_over_the_budget_whatever_hangs(self):
+        machine = Machine(10_000.0)
+        assert not machine.run(JOBS[1], BUDGETS[1])
+        assert max(machine.ended.values()) <= BUDGETS[1] + 1
+        assert machine.outcomes["peaks"] == "stopped after 40 s"
+
+    @pytest.mark.parametrize("hangs", [False, True])
+    def test_a_failed_contact_check_turns_to_correctness_and_ends_early(self, hangs):
+        name = "contact spatial_attention"
+        machine = Machine({**CALL_1, **({name: 10_000.0} if hangs else {})}, {} if hangs else {name: 1})
+        assert not machine.run(JOBS[1], BUDGETS[1])
+        assert all(machine.outcomes[each] == "skipped" for each in names("quiet"))
+        assert machine.outcomes["baseline peer"] == "ok"
+        assert max(machine.ended.values()) <= FAILED_BUDGET + 1
+
+    def test_correctness_runs_in_full_after_an_early_failure(self):
+        quick = dict.fromkeys((job.name for job in JOBS[1]), 20.0)
+        machine = Machine(quick, {"contact engine": 1})
+        machine.run(JOBS[1], BUDGETS[1])
+        assert [machine.outcomes[name] for name in names("quiet", "failed")] == ["ok", "ok", "ok"]
+
+    @pytest.mark.parametrize("broken", ["memcheck", "compile dfkd_fast", "step dfkd_fast", "ops"])
+    def test_a_failing_job_costs_no_other_job_its_turn(self, broken):
+        quick = dict.fromkeys((job.name for job in JOBS[1]), 10.0)
+        machine = Machine(quick, {broken: 3})
+        assert not machine.run(JOBS[1], BUDGETS[1])
+        ran = {name: status for name, status in machine.outcomes.items() if status != "skipped"}
+        assert ran.pop(broken) == "failed (exit status 3)"
+        assert set(ran.values()) == {"ok"}
+
+    def test_a_job_is_not_started_when_too_little_time_is_left(self):
+        jobs = [Job("a", ("x",), limit_s=50), Job("b", ("x",), least_s=20), Job("c", ("x",), least_s=5)]
+        machine = Machine({"a": 45.0, "c": 3.0})
+        assert machine.run(jobs, 60)
+        assert machine.outcomes == {"a": "ok", "b": "no time left", "c": "ok"}
+
+
+class TestCall2:
+    def test_what_failed_in_call_1_comes_first(self, tmp_path):
+        statuses = {
+            "peaks": "ok",
+            "step peer": "failed (exit status 1)",
+            "ops": "no time left",
+            "contact engine": "stopped after 150 s",
+            "step dfkd_fast": "skipped",
+        }
+        rows = [{"call": 1, "job": name, "status": status} for name, status in statuses.items()]
+        write_results(tmp_path / "plan.json", {"rows": [*rows, {"call": 2, "job": "accuracy", "status": "failed"}]})
+        assert previous_failures(tmp_path) == ["step peer", "ops", "contact engine", "step dfkd_fast"]
+        assert previous_failures(tmp_path / "nowhere") == []
+
+    def test_a_run_without_failures_measures_everything_within_the_budget(self):
+        seconds = {"build extension": 70.0, "all tests": 60.0, "accuracy": 32.0, "drop-ins": 14.0, "cuda tests": 12.0}
+        machine = Machine({**seconds, "step dfkd_fast batch 256": 35.0, "step peer batch 256": 25.0})
+        machine.run(JOBS[2], BUDGETS[2])
+        assert max(machine.ended.values()) <= BUDGETS[2]
+        assert machine.outcomes["accuracy"] == machine.outcomes["drop-ins"] == "ok"
+        assert list(machine.started)[-1] == "cuda ops"  # the CUDA extension comes last
+
+
+def test_both_calls_and_two_machine_starts_fit_into_fifteen_minutes():
+    assert sum(BUDGETS.values()) + 2 * 60 <= 15 * 60
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_call_writes_at_most_six_result_files_and_one_log(call):
+    files = {"plan.json"}
+    for job in JOBS[call]:
+        files |= set(re.findall(r"\{out\}/([\w.]+)", " ".join(job.command)))
+        files |= {"checks.json"} if job.command[0] == "pytest" else set()
+    assert len(files) <= 6
+
+
+def test_every_job_is_a_module_of_the_benchmarks(repository):
+    for job in (*JOBS[1], *JOBS[2]):
+        module = job.command[0].replace(".", "/")
+        assert module == "pytest" or (repository / "benchmarks" / f"{module}.py").exists()
+
+
+@pytest.mark.timeout(240)
+def test_every_gpu_test_is_reached_by_a_job_or_left_out_with_a_reason(repository):
+    def collected(expression: str, *arguments: str) -> set[str]:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", expression]
+        done = subprocess.run(
+            [*command, *arguments], cwd=repository, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode in (0, 5), done.stdout + done.stderr
+        return {line for line in done.stdout.splitlines() if "::" in line}
+
+    every = collected("gpu")
+    jobs = [job.command for job in JOBS[2] if job.command[0] == "pytest"]
+    reached = set()
+    for command in jobs:
+        place = [part.replace("{tests}", str(repository / "tests")) for part in command[1 : command.index("-m")]]
+        reached |= collected(command[command.index("-m") + 1], *place)
+    left_out = set().union(*(collected(expression) for expression in plan.LEFT_OUT))
+    assert every
+    assert all(plan.LEFT_OUT.values())
+    assert every == reached | left_out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("call", ["1", "2"])
+def test_every_measurement_runs_on_the_cpu_in_small(tmp_path, call):
+    """The real commands with small sizes, kernels in the interpreter. Jobs that need a GPU's tools may fail."""
+    command = [sys.executable, "-m", "dfkd_fast.benchmarks.plan", "--rehearse", "--call", call, "--budget", "1500"]
+    subprocess.run([*command, "--out", str(tmp_path)], check=False, timeout=1700)
+    rows = read_results(tmp_path / "plan.json")["rows"]
+    statuses = {row["job"]: row["status"] for row in rows}
+    bad = {name: status for name, status in statuses.items() if status not in ("ok", "skipped")}
+    assert bad.keys() <= {"memcheck"}, (bad, (tmp_path / "plan.log").read_text()[-5000:])
+    assert len(list(Path(tmp_path).iterdir())) <= 8
