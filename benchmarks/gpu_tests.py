@@ -1,4 +1,4 @@
-"""The tests marked ``gpu``, as a stage: one row a test, written when it ends.
+"""The tests marked ``gpu`` and not ``slow``, as a stage: one row a test, written when it ends.
 
 Several worker processes run them side by side, since most of a test's time goes into compilers. A kernel that never
 ends or takes the device from its process costs that test alone: the worker ends, and another goes on.
@@ -45,7 +45,7 @@ def version() -> str:
 # ---- in the workers: this module is a plugin of theirs ---------------------------------------------------------------
 
 
-@pytest.hookimpl(trylast=True)  # after `-m gpu` has chosen
+@pytest.hookimpl(trylast=True)  # after `-m` has chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what has a row."""
     known = set(json.loads(Path(os.environ[_KNOWN]).read_text(encoding="utf-8")))
@@ -127,8 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ[_KNOWN] = str(listed)
         status = pytest.main(
             [
-                *(str(TESTS), f"--rootdir={TESTS.parent}", "-m", "gpu", "-q", "--continue-on-collection-errors"),
-                *("-p", "dfkd_fast.benchmarks.gpu_tests", "-n", str(workers), "--max-worker-restart", "100"),
+                *(str(TESTS), f"--rootdir={TESTS.parent}", "-m", "gpu and not slow", "-q"),
+                *("--continue-on-collection-errors", "-p", "dfkd_fast.benchmarks.gpu_tests"),
+                *("-n", str(workers), "--max-worker-restart", "100"),
                 # The only way that ends a process which waits for its device.
                 *("-o", f"timeout={_TEST_LIMIT_S}", "-o", "timeout_method=thread"),
             ],

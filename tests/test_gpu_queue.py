@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -501,6 +502,7 @@ class TestCommand:
             "@pytest.mark.gpu\ndef test_fatal(): os.abort()\n"
             "@pytest.mark.gpu\ndef test_last(): pass\n"
             "def test_other(): assert False\n"
+            "@pytest.mark.gpu\n@pytest.mark.slow\ndef test_slow(): assert False\n"
         )
         (tests / "test_b.py").write_text("import no_such_module\n")
         code = (
@@ -520,6 +522,19 @@ class TestCommand:
             "test_b.py": "not collected",
         }
         assert content["complete"]
+
+    def test_its_tests_are_collected_without_what_the_machine_may_lack(self, tmp_path, repository):
+        """The wheels that `make wheels` downloads for it, and what only documentation and browsers need."""
+        offline = re.search(r"(?m)^OFFLINE := (.*)$", (repository / "Makefile").read_text())
+        lacking = [name.replace("-", "_") for name in (*offline[1].split(), "latex2mathml", "mkdocs", "playwright")]
+        assert {"jsonargparse", "nvtx", "pytorch_metric_learning"} < set(lacking)
+        (tmp_path / "lacking.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({lacking}))\n")
+        command = [sys.executable, "-P", "-m", "pytest", "-p", "lacking", "-p", "no:cacheprovider", "-n", "0"]
+        command += ["--collect-only", "-q", "-m", "gpu and not slow", "tests"]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert "tests/test_engine.py::" in done.stdout
 
     def test_a_change_of_a_test_asks_for_a_new_run(self, monkeypatch, tmp_path):
         monkeypatch.setattr(gpu_tests, "TESTS", tmp_path)
