@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
 import random
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=f"needs a CUDA device: {reason}"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout's: a test's limit does not count the wait
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Run tests marked ``large_memory`` one at a time, and give back the memory that they used.
+
+    A lock, which ends with its process, since the xdist_group of pytest-xdist 3.8 hangs when a worker process dies
+    (pytest-xdist issues 1323 and 1378), as happens in the tests of a GPU.
+    """
+    if item.get_closest_marker("large_memory") is None:
+        return (yield)
+    with open(Path(tempfile.gettempdir()) / f"dfkd_fast_large_memory_{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return (yield)
+        finally:
+            if torch.cuda.is_initialized():
+                gc.collect()
+                torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["ReplayRecorder"]
+__all__ = ["READS_BACK", "ReplayRecorder"]
 
 aten = torch.ops.aten
-_OF_THE_HOST = {
+READS_BACK = {
     aten._local_scalar_dense.default: "reads a value back to the host",
-    aten.lift_fresh.default: "copies a value from the host",
     aten.equal.default: "reads a value back to the host",
     aten.nonzero.default: "has a result whose size only the device knows",
 }
+_OF_THE_HOST = {**READS_BACK, aten.lift_fresh.default: "copies a value from the host"}
 
 
 class _Recording(TorchDispatchMode):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import threading
 
 import pytest
@@ -128,6 +130,12 @@ def test_every_op_has_its_reference():
     for names in listed.values():
         assert names[-1] == "reference"
         assert list(names) == sorted(names, key=NAMES.index)
+
+
+@pytest.mark.parametrize("name", ops.backends())
+def test_docstrings_name_the_registered_backends(name):
+    documented = re.search(r"(?s)\n *backend: (.*?) or None; see", inspect.getdoc(getattr(ops, name)))
+    assert tuple(re.findall(r'``"(\w+)"``', documented[1])) == ops.backends()[name]
 
 
 def test_public_ops_follow_the_context():

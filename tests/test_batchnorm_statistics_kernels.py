@@ -369,6 +369,7 @@ def test_in_a_graph_with_changed_inputs():
 
 
 @pytest.mark.gpu
+@pytest.mark.large_memory
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_more_than_two_to_the_31_elements(layout):
     memory = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[layout]

@@ -309,6 +309,7 @@ def test_many_vectors_in_little_memory(symmetric):
 
 
 @pytest.mark.gpu
+@pytest.mark.large_memory
 def test_more_elements_than_32_bits_count():
     dim = 1_100_000
     x = torch.randn(2_000, dim, dtype=torch.float16, device="cuda")

@@ -523,6 +523,7 @@ def test_a_captured_graph_follows_its_inputs(shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.large_memory
 def test_more_logits_than_32_bits_count():
     shape = (2**21 + 3, 1_025)
     logits = [torch.empty(shape, dtype=torch.float16, device="cuda").normal_().requires_grad_() for _ in range(2)]

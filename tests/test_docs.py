@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from jsonargparse import auto_parser
 
 import dfkd_fast
 from dfkd_fast import cli, ops
@@ -132,7 +131,8 @@ def test_python_is_said_to_be_python():
 
 @pytest.fixture(scope="module")
 def parser():
-    return auto_parser(cli.COMMANDS, as_positional=False, exit_on_error=False)
+    jsonargparse = pytest.importorskip("jsonargparse")
+    return jsonargparse.auto_parser(cli.COMMANDS, as_positional=False, exit_on_error=False)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dfkd_fast
 from dfkd_fast.config import DistillConfig, ObjectiveConfig
@@ -32,24 +35,26 @@ from dfkd_fast.engine import (
     resolve_engine,
 )
 from dfkd_fast.engine.background import Background
-from dfkd_fast.engine.networks import Call, plain, ready
+from dfkd_fast.engine.capture import CudaRecorder
+from dfkd_fast.engine.networks import Call, Networks, plain, ready
 from dfkd_fast.engine.rounds import Round, Rounds
 
 from . import tiny
-from .replay import ReplayRecorder
+from .replay import READS_BACK, ReplayRecorder
 
 # Folding a BatchNorm, and another order of summation, are all that compiled and captured steps differ by in float32.
 # After a few steps of Adam, whose first ones are as long where a gradient is noise as where it is not, that is:
 TOLERANCE = {"rtol": 2e-3, "atol": 1e-4}
 
 
-def take(engine: Engine, rounds: int) -> list[Tensor]:
+def take(engine: Engine, rounds: int, after_step: Callable[[], object] = lambda: None) -> list[Tensor]:
     """Whole rounds; the trace of each."""
     traces = []
     for _ in range(rounds):
         engine.start_round()
         while engine.state.position.step < engine.state.steps_per_round:
             engine.step()
+            after_step()
         traces.append(engine.state.trace.clone())
         engine.state.position.round += 1
         engine.state.position.step = 0
@@ -152,19 +157,6 @@ def test_every_objective_can_be_recorded(preset: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(eager.changing(), other.changing(), strict=True))
 
 
-def test_a_replay_is_the_recorded_step_bit_for_bit() -> None:
-    """Rates, rows of the trace, noise, power iterations and buffers move on from replay to replay."""
-    eager, other = tiny.state(), tiny.state()
-    engine = graph(other, as_it_is=True)
-    engine.prepare()
-    traces = take(EagerEngine(eager), 3), take(engine, 3)
-    assert len({tuple(row.tolist()) for trace in traces[1] for row in trace}) == 3 * other.steps_per_round
-    for a, b in zip(*traces, strict=True):
-        assert torch.equal(a, b)
-    assert all(torch.equal(a, b) for a, b in zip(eager.changing(), other.changing(), strict=True))
-    assert torch.equal(eager.noise.get_state(), other.noise.get_state())
-
-
 @contextmanager
 def leaves_no_trace(state: DistillState) -> Iterator[None]:
     before, addresses = values(state), [tensor.data_ptr() for tensor in state.changing()]
@@ -248,6 +240,270 @@ def test_what_a_graph_has_frozen_is_recorded_again_where_it_changed(caplog: pyte
     other.student.model.conv1.weight.data = other.student.model.conv1.weight.data.clone()
     engines_[1].start_round()
     assert "capturing again: optimisers, tensors of the state changed" in caplog.text
+
+
+# ---- hazards of captured steps: with the stand-in on the CPU, with CUDA graphs on a card ----------------------------
+
+
+class _CountingRecorder(CudaRecorder):
+    """Counts its recordings, as the stand-in does."""
+
+    recordings = 0
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.recordings += 1
+        return super().record(work)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def state_on(device: str, **changes: Any) -> DistillState:
+    return tiny.state(replace(tiny.config(), **{"device": device, "precision": "fp32", **changes}))
+
+
+def on_card(**changes: Any) -> DistillState:
+    return state_on("cuda", **changes)
+
+
+def captured(state: DistillState, networks: Networks | None = None) -> GraphEngine:
+    """The graph engine over uncompiled networks."""
+    where = state.runtime.device
+    recorder = ReplayRecorder() if where.type == "cpu" else _CountingRecorder(where, [state.noise])
+    return GraphEngine(state, networks or plain(state), recorder=recorder)
+
+
+def recordings(engine: Engine) -> int:
+    return engine._recorder.recordings  # type: ignore[attr-defined]
+
+
+def assert_same_run(eager: DistillState, other: DistillState, traces: tuple[list[Tensor], list[Tensor]]) -> None:
+    """Bit for bit on the CPU. A card sums gradients of convolutions in an order that varies."""
+    if eager.runtime.device.type == "cuda":
+        assert_same_algorithm(eager, other, traces)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(*traces, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(eager.changing(), other.changing(), strict=True))
+
+
+def streams(state: DistillState) -> list[Tensor]:
+    """States of the run's random stream and of the device's default one."""
+    cuda = state.runtime.device.type == "cuda"
+    return [state.noise.get_state(), torch.cuda.get_rng_state() if cuda else torch.get_rng_state()]
+
+
+def watched(state: DistillState) -> tuple[Networks, Tensor]:
+    """The state's networks, and a tensor into which each step, replayed or not, copies the noise that it drew."""
+    seen = torch.zeros(state.config.loop.batch_size, state.generator.latent_dim, device=state.runtime.device)
+
+    def watch(name: str, call: Call) -> Call:
+        return Call(lambda noise: call(seen.copy_(noise))) if name == "generator" else call
+
+    return plain(state).each(watch), seen
+
+
+def test_replays_draw_new_noise(device: str) -> None:
+    """The noise of eager steps, bit for bit; rates, rows of the trace and buffers move on from replay to replay too."""
+    eager, other = state_on(device), state_on(device)
+    noise: dict[str, list[Tensor]] = {"eager": [], "graph": []}
+    traces = []
+    for state, create in ((eager, EagerEngine), (other, captured)):
+        networks, seen = watched(state)
+        engine = create(state, networks)
+        engine.prepare()
+        traces.append(take(engine, 3, lambda drawn=noise[engine.name], seen=seen: drawn.append(seen.clone())))  # type: ignore[misc]
+    steps = 3 * other.steps_per_round
+    assert len({tuple(z.flatten().tolist()) for z in noise["graph"]}) == len(noise["graph"]) == steps
+    assert all(torch.equal(a, b) for a, b in zip(*noise.values(), strict=True))
+    assert len({tuple(row.tolist()) for trace in traces[1] for row in trace}) == steps
+    assert_same_run(eager, other, (traces[0], traces[1]))
+
+
+class _Dropping(nn.Module):
+    """A network that draws from the device's default stream."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Any:
+        return self.network(nn.functional.dropout(x, 0.25))
+
+
+def test_random_streams_advance_as_in_eager_mode(device: str) -> None:
+    """The run's own and the default one, also over a checkpoint that is loaded into a captured engine."""
+
+    def engine_of(state: DistillState, create: Callable[[DistillState, Networks], Engine]) -> Engine:
+        dropping = Call(_Dropping(state.student))
+        engine = create(state, plain(state).each(lambda name, call: dropping if name == "student" else call))
+        engine.prepare()
+        torch.manual_seed(3)
+        return engine
+
+    eager, other = state_on(device), state_on(device)
+    start = streams(eager)
+    wanted = take(engine_of(eager, EagerEngine), 3)
+    after = streams(eager)
+    assert not any(torch.equal(a, b) for a, b in zip(start, after, strict=True))
+
+    engine = engine_of(other, captured)
+    found = take(engine, 2)
+    saved = copy.deepcopy(other.state_dict())
+    found += take(engine, 1)
+    assert all(torch.equal(a, b) for a, b in zip(after, streams(other), strict=True))
+    assert_same_run(eager, other, (wanted, found))
+
+    resumed = state_on(device, seed=5)
+    engine = engine_of(resumed, captured)
+    take(engine, 1)
+    resumed.load_state_dict(saved)
+    found[2:] = take(engine, 1)
+    assert recordings(engine) == 2
+    assert all(torch.equal(a, b) for a, b in zip(after, streams(resumed), strict=True))
+    assert_same_run(eager, resumed, (wanted, found))
+
+
+def test_replays_follow_the_students_schedule(device: str) -> None:
+    """Step by step within a round, and from a rate that the config is given between rounds."""
+    state = state_on(device)
+    engine, rates = captured(state), []  # type: tuple[GraphEngine, list[float]]
+
+    def note() -> None:
+        if state.position.step > state.config.loop.generator_steps:
+            rates.append(state.student_optimizer.param_groups[0]["lr"].item())
+
+    take(engine, 1, note)
+    state.config = replace(state.config, optimizer=replace(state.config.optimizer, student_lr=0.5))
+    take(engine, 1, note)
+    wanted = [lr / 2 * (1 + math.cos(math.pi * step / 8)) for step, lr in enumerate((0.05, 0.05, 0.5, 0.5))]
+    assert rates == pytest.approx(wanted, rel=1e-6)
+    assert recordings(engine) == 2
+
+
+@pytest.mark.parametrize("way", ["a scheduler's step", "written in place"])
+def test_replays_follow_a_changed_learning_rate(device: str, way: str) -> None:
+    """The generator's optimiser reads its rate from memory. At a rate of zero, weights stay as they are."""
+    eager, other = state_on(device), state_on(device)
+    traces: list[list[Tensor]] = []
+    for state, create in ((eager, EagerEngine), (other, captured)):
+        optimizer = state.generator_optimizer
+        # Zero after its second step.
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: (1.0, 0.1, 0.0)[count])
+        engine = create(state)
+        losses = take(engine, 1)
+        for factor in (0.1, 0.0):
+            if way == "written in place":
+                optimizer.param_groups[0]["lr"].fill_(factor * state.config.optimizer.generator_lr)
+            else:
+                scheduler.step()
+            before = [p.detach().clone() for p in state.generator.parameters()]
+            losses += take(engine, 1)
+            after = state.generator.parameters()
+            moved = [(a - b).abs().max().item() for a, b in zip(before, after, strict=True)]
+            steps = state.config.loop.generator_steps
+            # Adam's step is at most (1 - 0.5) / sqrt(1 - 0.99) = 5 times its rate, with these betas.
+            assert max(moved) <= 5 * steps * factor * state.config.optimizer.generator_lr
+            assert (max(moved) > 0) == (factor > 0)
+        traces.append(losses)
+    assert recordings(engine) == 2
+    assert_same_run(eager, other, (traces[0], traces[1]))
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+@pytest.mark.parametrize("side", ["generator", "student"])
+def test_a_replaced_learning_rate_is_captured_again(
+    device: str, side: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A graph holds the address of the rate that it was captured with: another one takes effect in the next round."""
+    caplog.set_level(logging.WARNING)
+    eager, other = state_on(device), state_on(device)
+    traces: list[list[Tensor]] = []
+    for state, create in ((eager, EagerEngine), (other, captured)):
+        engine = create(state)
+        losses = take(engine, 1)
+        optimizer = {"generator": state.generator_optimizer, "student": state.student_optimizer}[side]
+        optimizer.param_groups[0]["lr"] = 0.0 if kind == "number" else torch.zeros((), device=device)
+        before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+        traces.append(losses + take(engine, 2))
+        after = [p for group in optimizer.param_groups for p in group["params"]]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert [record.getMessage() for record in caplog.records] == ["capturing again: learning rates changed"]
+    assert recordings(engine) == 4
+    assert_same_run(eager, other, (traces[0], traces[1]))
+
+
+class _HostReads(TorchDispatchMode):
+    """Refuses what makes the host wait for values of the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in READS_BACK, f"{func} {READS_BACK[func]}"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_waiting(device: str) -> Iterator[None]:
+    """Fail where the host waits for the device, or a graph's replay allocates memory of it."""
+    if device == "cpu":
+        with _HostReads():
+            yield
+        return
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def fastest(device: str) -> GraphEngine:
+    """The engine that a card is given, Inductor's code in bf16; on the CPU the stand-in."""
+    engine = create_engine(on_card(precision="bf16")) if device == "cuda" else captured(state_on(device))
+    assert isinstance(engine, GraphEngine)
+    return engine
+
+
+def test_a_round_of_replays_neither_waits_nor_allocates(device: str) -> None:
+    """From the start of the round to the queued copy of its losses, which are read when the next round is queued."""
+    finished: list[Round] = []
+    rounds = Rounds(fastest(device), finished.append)
+    for _ in range(2):
+        rounds.run(lambda: False)
+    rounds.drain()
+    with without_waiting(device):
+        rounds.run(lambda: False)
+    if device == "cuda":  # reading them waits for an event of the round before, not for the device
+        with without_waiting(device):
+            rounds.run(lambda: False)
+    rounds.drain()
+    assert [done.number for done in finished] == list(range(3 if device == "cpu" else 4))
+
+
+def test_host_reads_are_refused() -> None:
+    with pytest.raises(AssertionError, match="reads a value back to the host"), without_waiting("cpu"):
+        torch.ones(()).item()
+
+
+def test_memory_is_flat_over_replays(device: str) -> None:
+    """Device memory, or the number of live tensors; no tensor of the state is replaced."""
+    engine = fastest(device)
+    rounds = Rounds(engine, lambda done: None)
+
+    def memory_after(count: int) -> tuple[Any, ...]:
+        for _ in range(count):
+            rounds.run(lambda: False)
+        rounds.drain()
+        gc.collect()
+        addresses = [tensor.data_ptr() for tensor in engine.state.changing()]
+        if device == "cuda":
+            return addresses, torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        return addresses, sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    first = memory_after(3)
+    assert memory_after(27) == first
 
 
 class _Reading(nn.Module):
@@ -433,10 +689,6 @@ def test_distill_takes_an_engine_by_name(tmp_path: Path, monkeypatch: pytest.Mon
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
-def on_card(**changes: Any) -> DistillState:
-    return tiny.state(replace(tiny.config(), **{"device": "cuda", "precision": "fp32", **changes}))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [CompiledEngine, GraphEngine])
 def test_on_a_card_every_form_is_the_same_algorithm(kind: type[CompiledEngine]) -> None:
@@ -455,41 +707,6 @@ def test_on_a_card_bf16_losses_are_those_of_float32() -> None:
     exact, rough = on_card(), on_card(precision="bf16")
     curves = curve(exact, EagerEngine(exact), 4), curve(rough, create_engine(rough), 4)
     torch.testing.assert_close(curves[1], curves[0], rtol=0.1, atol=0.05)
-
-
-@pytest.mark.gpu
-def test_a_round_of_replays_neither_waits_nor_allocates() -> None:
-    state = on_card(precision="bf16")
-    engine = create_engine(state)
-    assert engine.name == "graph"
-    take(engine, 2)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        engine.start_round()
-        for _ in range(state.steps_per_round):
-            engine.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-
-
-@pytest.mark.gpu
-def test_a_hundred_rounds_take_no_more_memory_than_ten() -> None:
-    state = on_card(precision="bf16")
-    rounds = Rounds(create_engine(state), lambda done: None)
-
-    def memory() -> tuple[int, int]:
-        for _ in range(10):
-            rounds.run(lambda: False)
-        rounds.drain()
-        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-
-    first = memory()
-    for _ in range(8):
-        memory()
-    assert memory() == first
 
 
 @pytest.mark.gpu

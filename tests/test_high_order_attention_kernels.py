@@ -324,6 +324,7 @@ def test_a_graph_replays_with_other_inputs(shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.large_memory
 @pytest.mark.parametrize("channels", [64, 512])
 def test_more_than_two_to_the_31_elements(channels):
     n, side = 2**31 // (channels * 2**10) + 3, 32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -193,6 +194,54 @@ def test_ops_need_torch_and_nothing_else():
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
+
+
+def test_only_the_command_line_and_files_of_configs_need_jsonargparse():
+    """It and nvtx are missing on some machines with a GPU; everything imports there, the command line's module too."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['jsonargparse', 'nvtx']))\n"
+        "import dfkd_fast, dfkd_fast.cli, dfkd_fast.demo, dfkd_fast.doctor, dfkd_fast.profiling\n"
+        "import dfkd_fast.benchmarks.gpu, dfkd_fast.benchmarks.gpu_tests\n"
+        "[getattr(dfkd_fast, name) for name in dfkd_fast.__all__]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    sources = (*walk(ROOT / "dfkd_fast"), *walk(ROOT / "benchmarks"))
+    pattern = re.compile(r"(?m)^\s*(?:import|from) jsonargparse\b")
+    users = {path.name for path in sources if path.suffix == ".py" and pattern.search(path.read_text(encoding="utf-8"))}
+    assert users == {"cli.py", "config.py"}
+
+
+def test_tests_above_32_bits_of_elements_are_marked_large_memory():
+    found = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and "2 ** 31" in ast.unparse(node):
+                marks = [ast.unparse(mark) for mark in node.decorator_list]
+                if "pytest.mark.gpu" in marks:
+                    found[f"{path.name}::{node.name}"] = "pytest.mark.large_memory" in marks
+    assert len(found) >= 6
+    assert all(found.values()), [name for name, marked in found.items() if not marked]
+
+
+def test_large_memory_tests_run_one_at_a_time(tmp_path):
+    """Whatever the number of processes; a process that dies gives way to the next."""
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_large.py").write_text(
+        "import os, time, pytest\n"
+        "@pytest.mark.large_memory\n"
+        "@pytest.mark.parametrize('number', range(4))\n"
+        "def test_large(number):\n"
+        "    os.close(os.open(__file__ + '.running', os.O_CREAT | os.O_EXCL))\n"
+        "    time.sleep(0.5)\n"
+        "    os.remove(__file__ + '.running')\n"
+        "    if number == 1:\n"
+        "        os.abort()\n"
+    )
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-n", "2", f"--basetemp={tmp_path / 'temporary'}", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert re.search("1 failed, 3 passed", done.stdout), done.stdout[-2000:] + done.stderr[-2000:]
+    assert "crashed while running 'test_large.py::test_large[1]'" in done.stdout
 
 
 def test_no_path_of_a_machine():

@@ -441,6 +441,7 @@ def test_a_captured_graph_follows_its_inputs():
 
 
 @pytest.mark.gpu
+@pytest.mark.large_memory
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_more_elements_than_32_bits_count(layout):
     shape = (2, 16, 8_193, 8_195)

@@ -347,6 +347,7 @@ def test_a_captured_graph_follows_its_inputs(form):
 
 
 @pytest.mark.gpu
+@pytest.mark.large_memory
 @pytest.mark.parametrize("form", ["spatial", "channel"])
 @pytest.mark.parametrize("shape", [(43, 64, 1024, 768), (2, 64, 4096, 4224)], ids=["many samples", "large samples"])
 def test_more_elements_than_32_bits_count(shape, form):

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_fast.config import EngineName
@@ -137,7 +138,9 @@ class GraphEngine(CompiledEngine):
     """A whole compiled step - forward, backward, optimiser - as one graph, replayed.
 
     A step then costs the host one launch. What a graph has frozen (shapes, precision, the addresses of the state's
-    tensors) is compared at the start of each round; where it changed, the steps are captured again.
+    tensors) is compared at the start of each round; where it changed, the steps are captured again. A learning rate
+    that is written in place, as a scheduler does, takes effect in the next replay; one that is replaced by another
+    tensor or a number takes effect from the next round on.
 
     Args:
         state: what is trained.
@@ -243,6 +246,10 @@ def _frozen_values(state: DistillState) -> dict[str, Any]:
         "student_in_generator_step": loop.student_in_generator_step,
         "precision": (runtime.autocast, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
         "optimisers": [{n: v for n, v in g.items() if n not in ("params", "lr", "capturable")} for g in groups],
+        # A rate that is a tensor is read at each replay, from its address; a number is part of the graph.
+        "learning rates": [
+            (lr.data_ptr(), lr.dtype) if isinstance(lr, Tensor) else lr for lr in (group["lr"] for group in groups)
+        ],
         "loss weights": (dict(state.generator_objective.weights), dict(state.student_objective.weights)),
         "training mode": [module.training for module in modules],
         "which weights are trained": [p.requires_grad for network in networks for p in network.parameters()],

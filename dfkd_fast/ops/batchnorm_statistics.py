@@ -352,7 +352,7 @@ def batchnorm_statistics(
         eps: above 0.
         activation: what follows the norm, after the residual is added.
         residual: shape of x, or None for zero.
-        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
+        backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         y, in shape, dtype and memory format of x; mean and var, (C,), in float32 (float64 for float64), NaN for N = 0.
@@ -396,7 +396,7 @@ def channel_statistics(x: Tensor, *, backend: str | None = None) -> tuple[Tensor
 
     Args:
         x: (N, C, ...), float16, bfloat16, float32 or float64; N may be 0.
-        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
+        backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         mean and var, (C,), in float32 (float64 for float64), NaN for N = 0. Differentiable.

@@ -135,7 +135,7 @@ def distillation_kl(
         reduction: as ``torch.nn.functional.kl_div``: "batchmean" divides the sum by N, "mean" by N times classes, both
             NaN for N = 0; "none" is (N, classes), the terms of the sum.
         squared: times temperature squared, which keeps gradients of one size; False leaves that out.
-        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
+        backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         A scalar or (N, classes), in float32 (float64 where an input is). Differentiable in both tensors.

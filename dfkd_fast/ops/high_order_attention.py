@@ -273,7 +273,8 @@ def high_order_attention_map(
         proj_weight: (R(R+1)/2, K, C).
         out_weight: (R, C, K).
         mode: as there.
-        backend: as there.
+        backend: ``"hopper"``, ``"cuda"``, ``"triton"``, ``"reference"`` or None; see
+            :class:`dfkd_fast.ops.backend`.
 
     Returns:
         A, (N, C, H, W), in the dtype and memory format of x. Differentiable in all three tensors.

@@ -119,7 +119,7 @@ def high_order_attention_mse(
         out_weight: (R, C, K), any floating dtype.
         target: (N, C, H, W), any floating dtype: a constant, which gets no gradient.
         mode: as there.
-        backend: as there.
+        backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         A scalar, in float32 (float64 where x is), NaN for N = 0. Differentiable in x and both weights.

@@ -145,7 +145,7 @@ def max_pool2x2(x: Tensor, *, relu: bool = False, backend: str | None = None) ->
     Args:
         x: (N, C, H, W), float16, bfloat16, float32 or float64; H and W at least 2, N may be 0.
         relu: pool max(0, x). The result is that of ``F.relu`` before, ties at zero and gradients included.
-        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
+        backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         Both (N, C, H // 2, W // 2), channels-last where x is. First the maxima, in the dtype of x, differentiable; NaN
@@ -173,7 +173,7 @@ def max_unpool2x2(
         y: (N, C, h, w), float16, bfloat16, float32 or float64; N may be 0.
         code: (N, C, h, w), uint8, as :func:`max_pool2x2` returns it; of a code the lowest two bits count.
         output_size: H and W of the result: 2 h or 2 h + 1 and 2 w or 2 w + 1; None is the even ones.
-        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
+        backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         (N, C, H, W) in the dtype of y, channels-last where y is. Differentiable in y.

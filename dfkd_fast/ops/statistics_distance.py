@@ -92,7 +92,7 @@ def statistics_distance(x: Tensor, running_mean: Tensor, running_var: Tensor, *,
         x: (N, C, ...), float16, bfloat16, float32 or float64; N may be 0.
         running_mean: (C,), any floating dtype; a constant, which gets no gradient.
         running_var: (C,), likewise; compared with the biased variance.
-        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
+        backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         A scalar, in float32 (float64 for float64), NaN for N = 0. Differentiable in x.
