@@ -33,9 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfkd_fast.benchmarks.cases import Benchmark, Make
+from dfkd_fast.benchmarks.cases import Benchmark, Case, Make
 
-__all__ = ["ARCHITECTURES", "DTYPES", "Row", "benchmarks", "compile_row", "digest", "main", "rows_of"]
+__all__ = ["ARCHITECTURES", "DTYPES", "Row", "benchmarks", "compile_row", "digest", "main", "rows_of", "run_on_meta"]
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -143,9 +143,14 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for each in value for t in _tensors(each)] if isinstance(value, tuple | list) else []
 
 
-def _run_on_meta(case: Any, dtype: torch.dtype) -> None:
-    """Forward and backward of a case without data."""
-    inputs = case.inputs(Make("meta", dtype))
+def run_on_meta(case: Case, make: Make) -> None:
+    """Forward and backward of a case without data.
+
+    Args:
+        case: any.
+        make: makes its inputs, on the meta device.
+    """
+    inputs = case.inputs(make)
     results = [t for t in _tensors(case.call(*inputs, backend="triton")) if t.requires_grad]
     wanted = [t for t in _tensors(list(inputs)) if t.requires_grad]
     if results and wanted:
@@ -175,7 +180,7 @@ def rows_of(benchmark: Benchmark, arch: int, dtypes: Sequence[torch.dtype] = DTY
     for dtype in dtypes:
         for case in benchmark.cases:
             with recorded(arch) as launches:
-                _run_on_meta(case, dtype)
+                run_on_meta(case, Make("meta", dtype))
             for launch in launches:
                 signature, constants, attributes = _specialised(launch, arch)
                 row = Row(
