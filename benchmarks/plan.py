@@ -70,7 +70,7 @@ def _step(variant: str, *arguments: str) -> tuple[str, ...]:
 
 def _tests(expression: str, workers: int, *paths: str) -> tuple[str, ...]:
     """GPU tests in several workers. A lost device or a hang ends one worker and fails one test."""
-    options = ("--dist", "loadgroup", "--timeout", "90", "--timeout-method", "thread", "--max-worker-restart", "40")
+    options = ("--timeout", "90", "--timeout-method", "thread", "--max-worker-restart", "40")
     plugin = ("-p", "dfkd_fast.benchmarks.record_tests", f"--rootdir={ROOT}")
     return "pytest", *(paths or ("{tests}",)), "-m", expression, "-q", "-n", str(workers), *options, *plugin
 

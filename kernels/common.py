@@ -125,15 +125,16 @@ def processors(x: Tensor) -> int:
     return 2 if INTERPRETED and _recorder is None else 132
 
 
-def _refuse_arguments(kernel: Any, count: int, expected: Sequence[str], meta: dict[str, Any]) -> NoReturn:
+def _refuse_arguments(kernel: Any, count: int, tile: dict[str, int], constants: dict[str, Any]) -> NoReturn:
+    meta = {**tile, **constants}
     problems = []
     if count > len(kernel.arg_names):
         problems.append(f"takes {len(kernel.arg_names)} arguments, got {count} positional ones")
-    if missing := [name for name in expected if name not in meta]:
+    if missing := [name for name in kernel.arg_names[count:] if name not in meta]:
         problems.append(f"is missing {', '.join(missing)}")
     if unknown := [name for name in meta if name not in kernel.arg_names]:
         problems.append(f"has no argument {', '.join(unknown)}")
-    if twice := [name for name in meta if name in kernel.arg_names[:count]]:
+    if twice := [name for name in meta if name in kernel.arg_names[:count] or (name in tile and name in constants)]:
         problems.append(f"got {', '.join(twice)} twice")
     raise TypeError(f"{kernel.fn.__name__} {'; '.join(problems)}")
 
@@ -155,9 +156,9 @@ def launch(
             ignore an unknown constant that its just-in-time compiler refuses.
     """
     meta = {**config.tile, **constants}
-    expected = kernel.arg_names[len(args) :]
-    if len(expected) != len(meta) or not meta.keys() >= set(expected):
-        _refuse_arguments(kernel, len(args), expected, meta)
+    given = len(args) + len(config.tile) + len(constants)
+    if given != len(kernel.arg_names) or not meta.keys() >= set(kernel.arg_names[len(args) :]):
+        _refuse_arguments(kernel, len(args), config.tile, constants)
     grid = tuple(grid(meta)) if callable(grid) else tuple(grid)
     if 0 in grid:
         return
