@@ -1,4 +1,4 @@
-"""The tests marked ``gpu``, as a stage: one row a test, written when it ends.
+"""The tests marked ``gpu``, as a stage: one row per test, written when it ends, with the properties it recorded.
 
 Several worker processes run them side by side, since most of a test's time goes into compilers. A kernel that never
 ends or takes the device from its process costs that test alone: the worker ends, and another goes on.
@@ -105,6 +105,7 @@ class _Recorder:
 
     def _add(self, report: pytest.TestReport | pytest.CollectReport, outcome: str, seconds: float) -> None:
         row = {"test": report.nodeid, "outcome": outcome, "seconds": seconds}
+        row |= dict(getattr(report, "user_properties", ()))  # a failed collection has none
         if outcome == "skipped" and isinstance(report.longrepr, tuple):
             row["reason"] = report.longrepr[2]
         elif outcome != "passed":

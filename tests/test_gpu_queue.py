@@ -499,7 +499,7 @@ class TestCommand:
             "@pytest.mark.gpu\ndef test_bad(): assert 1 == 2\n"
             "@pytest.mark.gpu\n@pytest.mark.timeout(1)\ndef test_endless(): time.sleep(60)\n"
             "@pytest.mark.gpu\ndef test_fatal(): os.abort()\n"
-            "@pytest.mark.gpu\ndef test_last(): pass\n"
+            "@pytest.mark.gpu\ndef test_last(record_property): record_property('ratio', 1.25)\n"
             "def test_other(): assert False\n"
         )
         (tests / "test_b.py").write_text("import no_such_module\n")
@@ -518,6 +518,9 @@ class TestCommand:
             "test_a.py::test_fatal": "failed",
             "test_a.py::test_last": "passed",
             "test_b.py": "not collected",
+        }
+        assert {row["test"].rsplit("::")[-1]: row["ratio"] for row in content["rows"] if "ratio" in row} == {
+            "test_last": 1.25
         }
         assert content["complete"]
 
