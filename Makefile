@@ -59,13 +59,11 @@ docs: $(STAMP)  ## the documentation site, into out/site
 	@$(ONE_THREAD) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "out/site/index.html"
 
-# Installs in place, without network, into the Python that already has torch for this machine's GPU, with code for that
-# GPU alone; where the CUDA extension does not build, without it: time on a GPU is better spent on all the rest than on
-# nothing. WHEELS=folder is installed first: what that Python lacks. DFKD_FAST_INSTALLED=1: all is, by an earlier call.
+# Installs in place, without network, into the Python that already has torch for this machine's GPU; where the CUDA
+# extension does not build, without it: time on a GPU is better spent on all the rest than on nothing. WHEELS=folder is
+# installed first: what that Python lacks. DFKD_FAST_INSTALLED=1: all is, by an earlier call.
 gpu:  ## OUT=folder BUDGET=seconds: tests and measurements that need a GPU, until the budget is spent
 	@test -z "$${DFKD_FAST_INSTALLED:-}" || exit 0; export PIP_BREAK_SYSTEM_PACKAGES=1; \
-		own="$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^9\.0$$/9.0a/;1p' || true)"; \
-		[ -z "$$own" ] || export DFKD_CUDA_ARCHITECTURES="$${DFKD_CUDA_ARCHITECTURES:-$$own}"; \
 		install="$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --no-index"; \
 		for wheel in $(if $(WHEELS),'$(WHEELS)'/*.whl); do $$install "$$wheel"; done; \
 		$$install --editable . || DFKD_FAST_CUDA=0 $$install --editable .
@@ -80,9 +78,9 @@ wheels: $(STAMP)  ## FOR=3.12: download into out/wheels what `make gpu WHEELS=ou
 		--constraint constraints.txt --dest out/wheels $(OFFLINE)
 	@ls out/wheels
 
-kernels: $(STAMP)  ## compile every kernel for every architecture, without a GPU, into {kernels,csrc}/compiled.json
+kernels: $(STAMP)  ## compile every kernel for every architecture, without a GPU; Triton's into kernels/compiled.json
 	@$(ONE_THREAD) $(BIN)/python -m dfkd_fast.benchmarks.compile_kernels --write --workers $$(nproc)
-	@$(BIN)/python -m dfkd_fast.benchmarks.compile_cuda --write
+	@$(BIN)/python -m dfkd_fast.benchmarks.compile_cuda
 
 report: $(STAMP)  ## write the tables of docs/ from benchmarks/results/
 	@$(BIN)/python -m dfkd_fast.benchmarks.report

@@ -1,8 +1,8 @@
 """Write the table of fastest backends that dispatch reads, from committed results: ``make report`` does it.
 
-Where an op's cases were measured both with Triton's kernels and with those of csrc/ (``cuda``, ``hopper``), forward and
-backward and with a cold cache, the fastest is written down for the class of their shapes. Cases of one class are
-weighed by the geometric mean of their ratios to Triton's times; a backend takes part that has times for all of them.
+Where an op's cases were measured both with Triton's kernels and with those of csrc/ (``cuda``), forward and backward
+and with a cold cache, the faster is written down for the class of their shapes. Cases of one class are weighed by the
+geometric mean of their ratios to Triton's times.
 """
 
 from __future__ import annotations
@@ -23,20 +23,18 @@ from dfkd_fast.report import read_results
 
 __all__ = ["choices", "write"]
 
-RIVALS = ("hopper", "cuda")  # of triton
-
 
 def _times(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, float]]:
-    """Microseconds of forward and backward by op, case and dtype, of each backend; where Triton's and another's are."""
+    """Microseconds of forward and backward by op, case and dtype, of ``triton`` and ``cuda``; where both are."""
     passes: dict[tuple[str, str, str, str], dict[str, float]] = defaultdict(dict)
     for row in rows:
-        if row["status"] == "ok" and row["l2"] == "cold" and row["backend"] in (*RIVALS, "triton"):
+        if row["status"] == "ok" and row["l2"] == "cold" and row["backend"] in ("cuda", "triton"):
             passes[row["op"], row["case"], row["dtype"], row["backend"]][row["pass"]] = row["median_us"]
     found: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
     for (op, case, dtype, backend), each in passes.items():
         if {"forward", "backward"} <= each.keys():
             found[op, case, dtype][backend] = each["forward"] + each["backward"]
-    return {key: times for key, times in found.items() if "triton" in times and len(times) > 1}
+    return {key: times for key, times in found.items() if len(times) == 2}
 
 
 def choices(content: dict[str, Any], arch: int) -> list[dict[str, Any]]:
@@ -56,22 +54,15 @@ def choices(content: dict[str, Any], arch: int) -> list[dict[str, Any]]:
         classes[op, dtype, shape_class(first)].append(times)
     rows = []
     for (op, dtype, shapes), each in sorted(classes.items()):
-        ratios = {
-            backend: statistics.geometric_mean(times[backend] / times["triton"] for times in each)
-            for backend in RIVALS
-            if all(backend in times for times in each)
-        }
-        if not ratios:
-            continue
-        best = min(ratios, key=lambda backend: ratios[backend])
+        ratio = statistics.geometric_mean(times["cuda"] / times["triton"] for times in each)
         rows.append(
             {
                 "op": op,
                 "arch": arch,
                 "dtype": dtype,
                 "shape_class": list(shapes),
-                "backend": best if ratios[best] < 1 else "triton",
-                **{f"{backend}_over_triton": float(f"{ratio:.4g}") for backend, ratio in ratios.items()},
+                "backend": "cuda" if ratio < 1 else "triton",
+                "cuda_over_triton": float(f"{ratio:.4g}"),
                 "cases": len(each),
             }
         )

@@ -1,10 +1,10 @@
 """Every op by every provider, beside its floor: what ``dfkd-fast bench`` and the stage "ops" of ``make gpu`` measure.
 
 Providers, the ``backend`` of a row: ``reference`` is eager PyTorch; ``compile`` and ``compile_max_autotune`` are
-torch.compile (default mode, and max-autotune-no-cudagraphs) of the best PyTorch formulation known; ``triton``, ``cuda``
-and ``hopper`` are this project's; ``peer:NAME`` is a public kernel, where its library is installed. The floor of a row
-is the larger of its least bytes over the copy bandwidth and its operations over the bf16 matrix rate, both measured in
-the same run. A provider that runs out of memory, or does not serve a case, has a row that says so (``status``) and no
+torch.compile (default mode, and max-autotune-no-cudagraphs) of the best PyTorch formulation known; ``triton`` and
+``cuda`` are this project's; ``peer:NAME`` is a public kernel, where its library is installed. The floor of a row is the
+larger of its least bytes over the copy bandwidth and its operations over the bf16 matrix rate, both measured in the
+same run. A provider that runs out of memory, or does not serve a case, has a row that says so (``status``) and no
 numbers.
 
 Rows stand for the sources that they were measured with (``sources``): a change of one op's kernel outdates that op's
@@ -45,9 +45,8 @@ VERSION = "1"  # of how things are timed
 KEY = ("op", "case", "dtype", "backend", "pass", "l2")
 
 # What decides most comes first.
-_ORDER = ("triton", "hopper", "cuda", "compile", "reference", "peer", "compile_max_autotune")
-_EXTENSION = ("cuda", "hopper")
-_OURS = ("reference", "triton", *_EXTENSION)  # where these fail, something is to be mended
+_ORDER = ("triton", "cuda", "compile", "reference", "peer", "compile_max_autotune")
+_OURS = ("reference", "triton", "cuda")  # where these fail, something is to be mended
 _MODES = {"compile": None, "compile_max_autotune": "max-autotune-no-cudagraphs"}
 
 _LIMIT_S, _COMPILE_LIMIT_S = 60.0, 180.0  # after which a subject is taken for lost
@@ -114,26 +113,19 @@ def sources(op: str, backend: str) -> str:
     from dfkd_fast import ops, reference
 
     paths = [_HERE / f"bench_{op}.py"]
-    if backend in ("triton", *_EXTENSION):
+    if backend in ("triton", "cuda"):
         paths.append(Path(str(ops.__file__)).with_name(f"{op}.py"))
-        paths += _kernel_modules(op) if backend == "triton" else _cuda_sources(op, backend)
+        paths += _kernel_modules(op) if backend == "triton" else _cuda_sources(op)
     elif not backend.startswith("peer:"):
         folder = Path(str(reference.__file__)).parent
         paths += [folder / f"{op}.py", folder / "common.py"]
     return _digest(paths)
 
 
-def _cuda_sources(op: str = "", backend: str = "hopper") -> list[Path]:
-    """Files of csrc/ that an op, or any, is made of by a backend; none where this is not a checkout.
-
-    The forms for sm_90a use parts of the plain ones, and not the other way round.
-    """
+def _cuda_sources(op: str = "") -> list[Path]:
+    """Files of csrc/ that an op, or any, is compiled from; none where this is not a checkout."""
     csrc = _HERE.parent / "csrc"
-    folders, shared = [csrc], ["device.h", "ops.cpp"]
-    if backend == "hopper":
-        folders, shared = [csrc, csrc / "hopper"], [*shared, "hopper.h"]
-    found = {path for folder in folders for kind in ("cu", "h") for path in folder.glob(f"{op}*.{kind}")}
-    return sorted({*found, *(path for name in shared for path in csrc.glob(name))})
+    return sorted({path for name in (f"{op}*.cu", f"{op}*.h", "sm90.h", "ops.cpp") for path in csrc.glob(name)})
 
 
 def version() -> str:
@@ -158,8 +150,8 @@ def _providers(benchmark: Benchmark, case: Case, absent: dict[str, Absent]) -> d
     for name, mode in _MODES.items():
         found[name] = torch.compile(plain, dynamic=False, mode=mode)
     for name in ops.backends().get(benchmark.op, ()):
-        if name in _EXTENSION and (why := extension.unavailable(name)) is not None:
-            absent.setdefault(name, Absent(backend=name, why=why))
+        if name == "cuda" and extension.UNAVAILABLE is not None:
+            absent.setdefault(name, Absent(backend=name, why=extension.UNAVAILABLE))
         else:
             found[name] = by(name)
     for name, peer in benchmark.peers.items():

@@ -1,8 +1,15 @@
-// NT-Xent over 2N vectors without their similarity matrix, on Hopper: forward. Formulas: ../contrastive_loss.cu.
+// NT-Xent over 2N vectors v, anchors then positives, without their similarity matrix: forward.
 //
-// Serves 16-bit vectors of up to 128 elements, normalised, with a temperature that keeps |s| below 48, and more than
-// 256 of them. Three launches, four for more than 8192 anchors: rows are scaled into scratch (prepare(), shared); a
-// block of similarity_sums_hopper takes units of 256 rows by a span of columns, 128 at a time; their sums are merged.
+// With y_i = 2^k_i v_i the rows scaled by a power of two, which rounds nothing, and r_i = 1 / |y_i| (0 for a zero row):
+//
+//   s_ij = (y_i . y_j) r_i r_j log2(e) / tau      L_i = log2(sum over j != i of 2^s_ij)
+//   loss_i = log(2) (L_i - s_{i, partner of i})
+//
+// The tensor cores multiply the rows in the type they came in, in which they are exact; scaling follows in float32.
+// Cosines bound s, so that sums need no running maximum. L is what backward needs. What is served: launchers.h.
+//
+// Three launches, four for more than 8192 anchors: rows are scaled into scratch (prepare(), shared); a
+// block of similarity_sums_wgmma takes units of 256 rows by a span of columns, 128 at a time; their sums are merged.
 //
 // With A anchors, M = 2N vectors and up to 128 dimensions: 2 A M D operations by wgmma and A M exponentials. At D = 128
 // a processor takes as long for either, 512 cycles for 64 x 128 similarities: what counts is that both go on at the
@@ -109,15 +116,15 @@ struct Unit {
 
 template <typename T, int SLAB>
 __global__ void __launch_bounds__(kRoles, 1)
-    similarity_sums_hopper(const __grid_constant__ TensorMap vectors, const float* numbers, float* parts,
+    similarity_sums_wgmma(const __grid_constant__ TensorMap vectors, const float* numbers, float* parts,
                            float* positives, int count, int anchors, int span, int units, float bend) {
   Ring<SLAB, 1> ring;
   ring.begin();
   const int warpgroup = my_warpgroup(), sides = anchors / count;
   if (warpgroup == 0) {
-    give_registers<kFetching>();
+    warpgroup_reg_dealloc<kFetching>();
     if (threadIdx.x == 0) {
-      prefetch(vectors);
+      prefetch_tensormap(vectors);
       const float* const arrays[1] = {numbers};
       for (int number = static_cast<int>(blockIdx.x); number < units; number += static_cast<int>(gridDim.x)) {
         const Unit unit(number, count, sides, span);
@@ -127,7 +134,7 @@ __global__ void __launch_bounds__(kRoles, 1)
       }
     }
   } else {
-    take_registers<kMultiplying>();
+    warpgroup_reg_alloc<kMultiplying>();
     begin_turns(warpgroup);
     uint32_t own[2][SLAB / 16][4];
     float s[2][kTile / 8][4];
@@ -166,21 +173,21 @@ __global__ void __launch_bounds__(kRoles, 1)
       for (int tile = unit.begin; tile < unit.end; ++tile) {
         ring.wait_full();
         await_turn(warpgroup);
-        hold(own[0]);
-        hold(own[1]);
-        hold(s[0]);
-        hold(s[1]);
-        fence_products();
+        warpgroup_fence_operand(own[0]);
+        warpgroup_fence_operand(own[1]);
+        warpgroup_fence_operand(s[0]);
+        warpgroup_fence_operand(s[1]);
+        warpgroup_arrive();
         multiply_rows<T, SLAB>(s[0], own[0], ring.tile());
-        commit_products();
+        warpgroup_commit_batch();
         multiply_rows<T, SLAB>(s[1], own[1], ring.tile());
-        commit_products();
+        warpgroup_commit_batch();
         pass_turn(warpgroup);
-        wait_products<1>();
-        hold(s[0]);
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(s[0]);
         add(0, tile);
-        wait_products<0>();
-        hold(s[1]);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(s[1]);
         add(1, tile);
         ring.release();
         ring.advance();
@@ -223,7 +230,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge(const float* parts, const
   }
   sum = block_sum(sum);
   cluster_wait();
-  if (threadIdx.x == 0) *at_rank(sums + cluster_rank(), 0) = sum;
+  if (threadIdx.x == 0) *map_shared_rank(sums + cluster_rank(), 0) = sum;
   cluster_sync();
   if (elementwise || threadIdx.x != 0 || cluster_rank() != 0) return;
   sum = 0.0f;
@@ -278,7 +285,7 @@ int launch_sums(const Plan& plan, int64_t count, float bend, void* scratch, void
   if (status) return status;
   const int64_t units = plan.blocks * plan.chunks;
   const dim3 grid(static_cast<unsigned>(units < processors ? units : processors));
-  return launch(similarity_sums_hopper<T, SLAB>, grid, kRoles, Ring<SLAB, 1>::kBytes, stream, map,
+  return launch(similarity_sums_wgmma<T, SLAB>, grid, kRoles, Ring<SLAB, 1>::kBytes, stream, map,
                 reinterpret_cast<const float*>(memory + plan.numbers), reinterpret_cast<float*>(memory + plan.parts),
                 reinterpret_cast<float*>(memory + plan.extra), count, plan.anchors, plan.span, units, bend);
 }
@@ -290,7 +297,7 @@ int forward(const Sides<const T>& from, int64_t count, int64_t dim, double tempe
   const Plan plan = plan_forward(count, dim, symmetric);
   const float scale = reduction == DFKD_MEAN ? static_cast<float>(1.0 / static_cast<double>(plan.anchors)) : 1.0f;
   unsigned char* memory = static_cast<unsigned char*>(scratch);
-  int status = launch_prepare<T>(plan, from, scratch, nullptr, nullptr, 0, nullptr, true, false, stream);
+  int status = launch_prepare<T>(plan, from, scratch, nullptr, nullptr, 0, nullptr, false, stream);
   if (status) return status;
   const auto sums = plan.slab == 64 ? launch_sums<T, 64> : launch_sums<T, 128>;
   status = sums(plan, count, static_cast<float>(kLog2OfE / temperature), scratch, stream);
@@ -299,10 +306,10 @@ int forward(const Sides<const T>& from, int64_t count, int64_t dim, double tempe
   const bool direct = elementwise || merging.clusters == 1;
   const float* positives = reinterpret_cast<const float*>(memory + plan.extra);
   float* partial = reinterpret_cast<float*>(memory + plan.extra) + plan.anchors;
-  status = launch_together(merge, static_cast<unsigned>(merging.clusters * kMergeCluster), kMergeThreads,
-                           128 + kMergeCluster * 4, kMergeCluster, false, stream,
-                           reinterpret_cast<const float*>(memory + plan.parts), positives, direct ? out : partial,
-                           saved, plan.anchors, plan.chunks, merging.rows, direct ? scale : 1.0f, elementwise);
+  status = launch_cluster(merge, static_cast<unsigned>(merging.clusters * kMergeCluster), kMergeThreads,
+                          128 + kMergeCluster * 4, kMergeCluster, false, stream,
+                          reinterpret_cast<const float*>(memory + plan.parts), positives, direct ? out : partial,
+                          saved, plan.anchors, plan.chunks, merging.rows, direct ? scale : 1.0f, elementwise);
   if (status || direct) return status;
   return launch(total, 1, 256, 128, stream, partial, out, merging.clusters, scale);
 }
@@ -311,29 +318,26 @@ int forward(const Sides<const T>& from, int64_t count, int64_t dim, double tempe
 
 extern "C" {
 
-int64_t dfkd_contrastive_loss_hopper_scratch(int64_t count, int64_t dim, int symmetric) {
-  return served(count, dim) ? plan_forward(count, dim, symmetric).bytes : 0;
+int64_t dfkd_contrastive_loss_scratch(int64_t count, int64_t dim, int symmetric) {
+  return require_sizes(count, dim) == 0 ? plan_forward(count, dim, symmetric).bytes : 0;
 }
 
-int dfkd_contrastive_loss_hopper(const void* anchors, const void* positives, int64_t count, int64_t dim,
-                                 int64_t anchors_row, int64_t anchors_column, int64_t positives_row,
-                                 int64_t positives_column, int dtype, float temperature, int symmetric, int normalize,
-                                 int reduction, float* out, float* saved, void* scratch, void* stream) {
-  if (!served(count, dim) || !served(temperature, normalize, dtype)) return DFKD_INVALID;
-  return with_type(dtype, [&](auto type) -> int {
+int dfkd_contrastive_loss(const void* anchors, const void* positives, int64_t count, int64_t dim,
+                          int64_t anchors_row, int64_t anchors_column, int64_t positives_row,
+                          int64_t positives_column, int dtype, float temperature, int symmetric, int normalize,
+                          int reduction, float* out, float* saved, void* scratch, void* stream) {
+  if (const int status = require_sizes(count, dim)) return status;
+  if (const int status = require_options(temperature, normalize)) return status;
+  return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    if constexpr (sizeof(T) == 2) {
-      const auto from = sides(static_cast<const T*>(anchors), static_cast<const T*>(positives), anchors_row,
-                              anchors_column, positives_row, positives_column, count, dim);
-      return forward<T>(from, count, dim, temperature, symmetric, reduction, out, saved, scratch, stream);
-    } else {
-      return DFKD_INVALID;
-    }
+    const auto from = sides(static_cast<const T*>(anchors), static_cast<const T*>(positives), anchors_row,
+                            anchors_column, positives_row, positives_column, count, dim);
+    return forward<T>(from, count, dim, temperature, symmetric, reduction, out, saved, scratch, stream);
   });
 }
 
 #ifdef DFKD_HOST
-int dfkd_host_contrastive_loss_hopper(int64_t processors, int64_t smallest, int64_t cached_bytes) {
+int dfkd_host_contrastive_loss(int64_t processors, int64_t smallest, int64_t cached_bytes) {
   dfkd::contrastive::processors = static_cast<int>(processors);
   dfkd::contrastive::smallest = smallest;
   dfkd::contrastive::cached_bytes = cached_bytes;

@@ -1,8 +1,16 @@
-// NT-Xent over 2N vectors without their similarity matrix, on Hopper: gradients of both sides. Formulas:
-// ../contrastive_loss.cu and ../contrastive_loss_bwd.cu; what is served: contrastive_loss.cu.
+// NT-Xent over 2N vectors without their similarity matrix: gradients of both sides. Notation: contrastive_loss.cu.
+//
+// For every row a, with g the upstream gradient of an anchor (0 for other vectors):
+//
+//   w_ab = g_a 2^(s_ab - L_a) + g_b 2^(s_ab - L_b) - [b is the partner of a] (g_a + g_b)        w_aa = 0
+//   G_a = sum over b of w_ab y_b r_b / tau        d v_a = 2^k_a r_a (G_a - (G_a . u_a) u_a)     u_a = r_a y_a
+//
+// w is rounded to the type of y for the second product, but for the partner's, whose difference of nearly equal numbers
+// is kept in float32. One exponential serves both terms: 2^s_ab (g_a 2^-L_a + g_b 2^-L_b). Where the positives are no
+// anchors their rows meet only the anchors.
 //
 // Three launches, four with an upstream gradient for every anchor: rows are scaled into scratch (prepare(), shared); a
-// block of weighted_sums_hopper takes pieces of 128 rows by neighbouring tiles of 128 columns; a row's pieces are added
+// block of weighted_sums_wgmma takes pieces of 128 rows by neighbouring tiles of 128 columns; a row's pieces are added
 // up in order and go back through the normalisation.
 //
 // With M = 2N and up to 128 dimensions: 3 M^2 D operations by wgmma and 0.75 M^2 exponentials, with all vectors as
@@ -114,7 +122,7 @@ __device__ __forceinline__ void weigh_partners(const float (&s)[kTile / 8][4], i
 
 template <typename T, int SLAB>
 __global__ void __launch_bounds__(kRoles, 1)
-    weighted_sums_hopper(const __grid_constant__ TensorMap vectors, const float* numbers, float* parts, float* pairs,
+    weighted_sums_wgmma(const __grid_constant__ TensorMap vectors, const float* numbers, float* parts, float* pairs,
                          const __grid_constant__ Work work, int padded, int symmetric, float bend) {
   using Stages = Ring<SLAB, 2>;
   Stages ring;
@@ -122,9 +130,9 @@ __global__ void __launch_bounds__(kRoles, 1)
   const int warpgroup = my_warpgroup(), count = work.count;
   const int tiles = work.mine();
   if (warpgroup == 0) {
-    give_registers<kFetching>();
+    warpgroup_reg_dealloc<kFetching>();
     if (threadIdx.x == 0) {
-      prefetch(vectors);
+      prefetch_tensormap(vectors);
       const float* const arrays[2] = {numbers, numbers + static_cast<int64_t>(kScaledShare) * padded};
       for (int done = 0; done < tiles;) {
         const Piece piece(work, done);
@@ -134,7 +142,7 @@ __global__ void __launch_bounds__(kRoles, 1)
       }
     }
   } else {
-    take_registers<kMultiplying>();
+    warpgroup_reg_alloc<kMultiplying>();
     begin_turns(warpgroup);
     uint32_t own[SLAB / 16][4], weights[kTile / 16][4];
     float s[kTile / 8][4], sums[SLAB / 8][4];
@@ -155,19 +163,19 @@ __global__ void __launch_bounds__(kRoles, 1)
       ring.advance();
 
       const auto ask_similarities = [&](const Stages& stage) {
-        hold(own);
-        hold(s);
-        fence_products();
+        warpgroup_fence_operand(own);
+        warpgroup_fence_operand(s);
+        warpgroup_arrive();
         multiply_rows<T, SLAB>(s, own, stage.tile());
-        commit_products();
+        warpgroup_commit_batch();
       };
       const auto ask_sums = [&](const Stages& stage) {
-        const uint64_t columns = columns_of<64>(stage.tile(), kPanelBytes);
+        const uint64_t columns = make_smem_desc<64>(stage.tile(), kPanelBytes);
 #pragma unroll
         for (int k = 0; k < kTile / 16; ++k) {
-          hopper::multiply<T, SLAB, true>(sums, weights[k], further(columns, k * 16 * 128), true);
+          wgmma<T, SLAB, true>(sums, weights[k], advance_desc(columns, k * 16 * 128), true);
         }
-        commit_products();
+        warpgroup_commit_batch();
       };
       const auto weigh_all = [&](const Stages& stage, int tile) {
         const int column = tile * kTile;
@@ -195,8 +203,8 @@ __global__ void __launch_bounds__(kRoles, 1)
       await_turn(warpgroup);
       ask_similarities(ring);
       pass_turn(warpgroup);
-      wait_products<0>();
-      hold(s);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(s);
       weigh_all(ring, piece.begin);
       pack_all();
       Stages last = ring;  // with the tile that weights are of
@@ -206,30 +214,30 @@ __global__ void __launch_bounds__(kRoles, 1)
       for (int tile = piece.begin + 1; tile < piece.end; ++tile) {
         ring.wait_full();
         await_turn(warpgroup);
-        hold(weights);
-        hold(sums);
+        warpgroup_fence_operand(weights);
+        warpgroup_fence_operand(sums);
         ask_similarities(ring);
         ask_sums(last);
         pass_turn(warpgroup);
-        wait_products<1>();
-        hold(s);
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(s);
         weigh_all(ring, tile);
-        wait_products<0>();
-        hold(sums);
-        hold(weights);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(sums);
+        warpgroup_fence_operand(weights);
         last.release();
-        last.slot = ring.slot;
+        last.index = ring.index;
         ring.advance();
         pack_all();
       }
       await_turn(warpgroup);
-      hold(weights);
-      hold(sums);
-      fence_products();
+      warpgroup_fence_operand(weights);
+      warpgroup_fence_operand(sums);
+      warpgroup_arrive();
       ask_sums(last);
       pass_turn(warpgroup);
-      wait_products<0>();
-      hold(sums);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(sums);
       last.release();
 
 #pragma unroll
@@ -351,7 +359,7 @@ int launch_sums(const BackwardPlan& plan, int symmetric, float bend, void* scrat
   TensorMap map;
   const int status = map_vectors(&map, plan, memory);
   if (status) return status;
-  return launch(weighted_sums_hopper<T, SLAB>, static_cast<unsigned>(plan.grid), kRoles, Ring<SLAB, 2>::kBytes, stream,
+  return launch(weighted_sums_wgmma<T, SLAB>, static_cast<unsigned>(plan.grid), kRoles, Ring<SLAB, 2>::kBytes, stream,
                 map, reinterpret_cast<const float*>(memory + plan.numbers),
                 reinterpret_cast<float*>(memory + plan.parts), reinterpret_cast<float*>(memory + plan.extra + 16),
                 plan.work, plan.padded, symmetric, bend);
@@ -372,7 +380,7 @@ int backward(const float* upstream, int64_t upstream_row, const Sides<const T>& 
   int status = 0;
   if (elementwise) status = launch(largest, 1, 1024, 128, stream, upstream, upstream_row, found, plan.anchors);
   if (status) return status;
-  status = launch_prepare<T>(plan, from, scratch, saved, upstream, upstream_row, unit, true, elementwise, stream);
+  status = launch_prepare<T>(plan, from, scratch, saved, upstream, upstream_row, unit, elementwise, stream);
   if (status) return status;
   const auto sums = plan.slab == 64 ? launch_sums<T, 64> : launch_sums<T, 128>;
   status = sums(plan, symmetric, static_cast<float>(kLog2OfE / temperature), scratch, stream);
@@ -387,31 +395,28 @@ int backward(const float* upstream, int64_t upstream_row, const Sides<const T>& 
 
 extern "C" {
 
-int64_t dfkd_contrastive_loss_hopper_backward_scratch(int64_t count, int64_t dim, int symmetric, int want_anchors,
-                                                      int want_positives) {
-  if (!served(count, dim) || (!want_anchors && !want_positives)) return 0;
+int64_t dfkd_contrastive_loss_backward_scratch(int64_t count, int64_t dim, int symmetric, int want_anchors,
+                                               int want_positives) {
+  if (require_sizes(count, dim) || (!want_anchors && !want_positives)) return 0;
   return plan_backward(count, dim, symmetric, want_anchors, want_positives).bytes;
 }
 
-int dfkd_contrastive_loss_hopper_backward(const float* upstream, int64_t upstream_row, const void* anchors,
-                                          const void* positives, const float* saved, int64_t count, int64_t dim,
-                                          int64_t anchors_row, int64_t anchors_column, int64_t positives_row,
-                                          int64_t positives_column, int dtype, float temperature, int symmetric,
-                                          int normalize, int reduction, void* d_anchors, void* d_positives,
-                                          int64_t d_anchors_row, int64_t d_anchors_column, int64_t d_positives_row,
-                                          int64_t d_positives_column, void* scratch, void* stream) {
-  if (!served(count, dim) || !served(temperature, normalize, dtype)) return DFKD_INVALID;
-  return with_type(dtype, [&](auto type) -> int {
+int dfkd_contrastive_loss_backward(const float* upstream, int64_t upstream_row, const void* anchors,
+                                   const void* positives, const float* saved, int64_t count, int64_t dim,
+                                   int64_t anchors_row, int64_t anchors_column, int64_t positives_row,
+                                   int64_t positives_column, int dtype, float temperature, int symmetric,
+                                   int normalize, int reduction, void* d_anchors, void* d_positives,
+                                   int64_t d_anchors_row, int64_t d_anchors_column, int64_t d_positives_row,
+                                   int64_t d_positives_column, void* scratch, void* stream) {
+  if (const int status = require_sizes(count, dim)) return status;
+  if (const int status = require_options(temperature, normalize)) return status;
+  return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    if constexpr (sizeof(T) == 2) {
-      const auto from = sides(static_cast<const T*>(anchors), static_cast<const T*>(positives), anchors_row,
-                              anchors_column, positives_row, positives_column, count, dim);
-      const auto to = sides(static_cast<T*>(d_anchors), static_cast<T*>(d_positives), d_anchors_row, d_anchors_column,
-                            d_positives_row, d_positives_column, count, dim);
-      return backward<T>(upstream, upstream_row, from, to, saved, temperature, symmetric, reduction, scratch, stream);
-    } else {
-      return DFKD_INVALID;
-    }
+    const auto from = sides(static_cast<const T*>(anchors), static_cast<const T*>(positives), anchors_row,
+                            anchors_column, positives_row, positives_column, count, dim);
+    const auto to = sides(static_cast<T*>(d_anchors), static_cast<T*>(d_positives), d_anchors_row, d_anchors_column,
+                          d_positives_row, d_positives_column, count, dim);
+    return backward<T>(upstream, upstream_row, from, to, saved, temperature, symmetric, reduction, scratch, stream);
   });
 }
 }

@@ -54,7 +54,7 @@ constexpr size_t resident_shared(int panels) {
 // PANELS of 64 channels, 16 PANELS hidden units; EACH: a gate an order.
 template <typename T, int PANELS, bool EACH>
 __global__ void __launch_bounds__((resident_groups(PANELS, EACH) + 1) * kWarpgroup, 1)
-    resident_hopper(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
+    resident_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
                     const __grid_constant__ TensorMap proj_map, const __grid_constant__ TensorMap out_map, int tiles,
                     int order, int map) {
   constexpr int kUnits = 16 * PANELS, kColumns = kFactors * kUnits, kSlots = resident_slots(PANELS);
@@ -70,68 +70,68 @@ __global__ void __launch_bounds__((resident_groups(PANELS, EACH) + 1) * kWarpgro
 
   if (thread == 0) {
     for (int i = 0; i < kSlots; ++i) {
-      init(full + i, 1);
-      init(empty + i, 1);
+      mbarrier_init(full + i, 1);
+      mbarrier_init(empty + i, 1);
     }
-    init(weights, 1);
-    show_barriers();
+    mbarrier_init(weights, 1);
+    fence_barrier_init();
   }
   __syncthreads();
 
   if (group == kGroups) {
-    give_registers<24>();
+    warpgroup_reg_dealloc<24>();
     if (thread % kWarpgroup == 0) {
-      prefetch(x_map);
-      prefetch(y_map);
-      arrive_and_expect(weights, 2 * (resident_proj(PANELS) + resident_out(PANELS)));
+      prefetch_tensormap(x_map);
+      prefetch_tensormap(y_map);
+      mbarrier_arrive_expect_tx(weights, 2 * (resident_proj(PANELS) + resident_out(PANELS)));
 #pragma unroll
       for (int p = 0; p < PANELS; ++p) {
-        load_tile(proj_tile + p * kColumns * 64, proj_map, 64 * p, 0, 0, weights);
-        load_tile(out_tile + p * kOrders * 64 * kUnits, out_map, 0, 64 * p, 0, weights);
+        tma_load(proj_tile + p * kColumns * 64, proj_map, 64 * p, 0, 0, weights);
+        tma_load(out_tile + p * kOrders * 64 * kUnits, out_map, 0, 64 * p, 0, weights);
       }
-      Turn<kSlots> turn;
+      PipelineState state;
       bool again = false;
       for (int tile = first; tile < tiles; tile += step) {
-        if (again) wait(empty + turn.slot, turn.parity ^ 1);
-        arrive_and_expect(full + turn.slot, 2 * PANELS * kSquare);
+        if (again) mbarrier_wait(empty + state.index, state.phase ^ 1);
+        mbarrier_arrive_expect_tx(full + state.index, 2 * PANELS * kSquare);
 #pragma unroll
         for (int p = 0; p < PANELS; ++p) {
-          load_tile(x_tiles + (turn.slot * PANELS + p) * kSquare, x_map, 64 * p, tile * kGroupRows, 0,
-                    full + turn.slot);
+          tma_load(x_tiles + (state.index * PANELS + p) * kSquare, x_map, 64 * p, tile * kGroupRows, 0,
+                   full + state.index);
         }
-        turn.advance();
-        again = again || turn.slot == 0;
+        state.advance(kSlots);
+        again = again || state.index == 0;
       }
     }
   } else {
-    take_registers<kGroups == 3 ? 160 : 240>();
+    warpgroup_reg_alloc<kGroups == 3 ? 160 : 240>();
     const bool speaker = thread % kWarpgroup == 0;
     const float share = 1.0f / static_cast<float>(order);
     int before = -1;  // the slot that this warpgroup had before
-    Turn<kSlots> turn;
-    turn.advance(group);
-    wait(weights, 0);
+    PipelineState state;
+    state.advance(kSlots, group);
+    mbarrier_wait(weights, 0);
     for (int tile = first + group * step; tile < tiles; tile += kGroups * step) {
-      T* const x_tile = x_tiles + turn.slot * PANELS * kSquare;
+      T* const x_tile = x_tiles + state.index * PANELS * kSquare;
       uint32_t a[kOrders * PANELS][4];
       {
         float u[kColumns / 8][4];
-        wait(full + turn.slot, turn.parity);
-        hold(u);
-        fence_products();
+        mbarrier_wait(full + state.index, state.phase);
+        warpgroup_fence_operand(u);
+        warpgroup_arrive();
 #pragma unroll
         for (int k = 0; k < 4 * PANELS; ++k) {
-          multiply<T, kColumns>(u, further(rows_of<64>(x_tile + k / 4 * kSquare), 32 * (k % 4)),
-                                further(rows_of<64>(proj_tile + k / 4 * kColumns * 64), 32 * (k % 4)), k > 0);
+          wgmma<T, kColumns>(u, advance_desc(make_smem_desc<64>(x_tile + k / 4 * kSquare), 32 * (k % 4)),
+                             advance_desc(make_smem_desc<64>(proj_tile + k / 4 * kColumns * 64), 32 * (k % 4)), k > 0);
         }
-        commit_products();
+        warpgroup_commit_batch();
         if (speaker && before >= 0) {
-          wait_stores_read<0>();
-          arrive(empty + before);
+          tma_store_wait_read<0>();
+          mbarrier_arrive(empty + before);
         }
         __syncwarp();
-        wait_products<0>();
-        hold(u);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(u);
         rectify<T, kUnits>(u, a);
       }
       if constexpr (EACH) {
@@ -139,44 +139,44 @@ __global__ void __launch_bounds__((resident_groups(PANELS, EACH) + 1) * kWarpgro
         for (int p = 0; p < PANELS; ++p) {
           float logits[kOrders][8][4];
           hold_all(logits);
-          hold(a);
-          fence_products();
+          warpgroup_fence_operand(a);
+          warpgroup_arrive();
           add_logits<T, kUnits, true>(logits, a, out_tile + p * kOrders * 64 * kUnits, false);
-          commit_products();
-          wait_products<0>();
+          warpgroup_commit_batch();
+          warpgroup_wait<0>();
           hold_all(logits);
           open_gate<T, true>(logits, x_tile + p * kSquare, order, map, share);
         }
       } else {
         float logits[PANELS][1][8][4];
-        hold(a);
+        warpgroup_fence_operand(a);
 #pragma unroll
         for (int p = 0; p < PANELS; ++p) {
           hold_all(logits[p]);
-          fence_products();
+          warpgroup_arrive();
           add_logits<T, kUnits, false>(logits[p], a, out_tile + p * kOrders * 64 * kUnits, false);
-          commit_products();
+          warpgroup_commit_batch();
         }
-        wait_products<PANELS - 1>();
+        warpgroup_wait<PANELS - 1>();
         hold_all(logits[0]);
         open_gate<T, false>(logits[0], x_tile, order, map, share);
         if constexpr (PANELS == 2) {
-          wait_products<0>();
+          warpgroup_wait<0>();
           hold_all(logits[1]);
           open_gate<T, false>(logits[1], x_tile + kSquare, order, map, share);
         }
       }
-      fence_async();
-      sync_some(1 + group, kWarpgroup);
+      fence_proxy_async();
+      named_barrier_sync(1 + group, kWarpgroup);
       if (speaker) {
 #pragma unroll
-        for (int p = 0; p < PANELS; ++p) store_tile(y_map, x_tile + p * kSquare, 64 * p, tile * kGroupRows, 0);
-        commit_stores();
+        for (int p = 0; p < PANELS; ++p) tma_store(y_map, x_tile + p * kSquare, 64 * p, tile * kGroupRows, 0);
+        tma_store_commit();
       }
-      before = turn.slot;
-      turn.advance(kGroups);
+      before = state.index;
+      state.advance(kSlots, kGroups);
     }
-    if (speaker) wait_stores<0>();
+    if (speaker) tma_store_wait<0>();
   }
 }
 
@@ -196,7 +196,7 @@ constexpr size_t spread_shared(int parts, int groups) {
 // 128 PARTS channels, 32 PARTS hidden units; GROUPS warpgroups.
 template <typename T, int PARTS, int TILES, int GROUPS, bool EACH>
 __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
-    spread_hopper(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
+    spread_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
                   const __grid_constant__ TensorMap proj_map, const __grid_constant__ TensorMap out_map, int order,
                   int map) {
   constexpr int kPanels = 2 * PARTS, kPanel = GROUPS * kSquare, kSlots = spread_slots(PARTS, GROUPS);
@@ -215,40 +215,40 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
   const auto other = [=](int i) { return (part + i) & (PARTS - 1); };
 
   if (thread == 0) {
-    for (int i = 0; i < kPanels; ++i) init(x_full + i, 1);
+    for (int i = 0; i < kPanels; ++i) mbarrier_init(x_full + i, 1);
     for (int i = 0; i < kSlots; ++i) {
-      init(full + i, 1);
-      init(empty + i, 4 * GROUPS * TILES);
+      mbarrier_init(full + i, 1);
+      mbarrier_init(empty + i, 4 * GROUPS * TILES);
     }
     for (int i = 0; i < GROUPS; ++i) {
-      init(spent + i, 4 * (PARTS - 1));
-      init(given + i, 1);
+      mbarrier_init(spent + i, 4 * (PARTS - 1));
+      mbarrier_init(given + i, 1);
     }
-    show_barriers();
-    for (int i = 0; i < GROUPS; ++i) arrive_and_expect(given + i, (PARTS - 1) * 16 * kSteps * kWarpgroup);
-    prefetch(x_map);
-    prefetch(y_map);
-    prefetch(proj_map);
-    prefetch(out_map);
+    fence_barrier_init();
+    for (int i = 0; i < GROUPS; ++i) mbarrier_arrive_expect_tx(given + i, (PARTS - 1) * 16 * kSteps * kWarpgroup);
+    prefetch_tensormap(x_map);
+    prefetch_tensormap(y_map);
+    prefetch_tensormap(proj_map);
+    prefetch_tensormap(out_map);
   }
   cluster_sync();
 
   if (group == GROUPS) {
-    give_registers<24>();
+    warpgroup_reg_dealloc<24>();
     if (thread % kWarpgroup == 0) {
       // Every block begins with the panels of x that it copies itself.
       const unsigned team_ranks = ((1u << PARTS) - 1) << team, twins = (1u << part) | (1u << (part + PARTS));
-      for (int i = 0; i < kPanels; ++i) arrive_and_expect(x_full + i, 2 * kPanel);
+      for (int i = 0; i < kPanels; ++i) mbarrier_arrive_expect_tx(x_full + i, 2 * kPanel);
 #pragma unroll 1
       for (int i = 0; i < kPieces; ++i) {
         if (i < 2) {
           const int panel = 2 * part + i;
-          load_tile_for(team_ranks, x_tile + panel * kPanel, x_map, 64 * panel, tile * GROUPS * kGroupRows, 0,
-                        x_full + panel);
+          tma_load_multicast(team_ranks, x_tile + panel * kPanel, x_map, 64 * panel, tile * GROUPS * kGroupRows, 0,
+                             x_full + panel);
         }
         const int slot = i % kSlots;
-        if (i >= kSlots) wait(empty + slot, (i / kSlots - 1) % 2);
-        arrive_and_expect(full + slot, 2 * kPiece);
+        if (i >= kSlots) mbarrier_wait(empty + slot, (i / kSlots - 1) % 2);
+        mbarrier_arrive_expect_tx(full + slot, 2 * kPiece);
         const bool down = i < kPanels;
         const int channel = 64 * ((i + 2 * part) & (kPanels - 1)), unit = kPartUnits * other(i - kPanels);
 #pragma unroll
@@ -258,48 +258,50 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
           const int x = down ? channel : unit, y = down ? kPartUnits * part : 128 * part + 64 * half;
           const int z = down ? kFactors / 2 * half : 0;
           if constexpr (TILES == 1) {
-            load_tile(to, from, x, y, z, full + slot);
+            tma_load(to, from, x, y, z, full + slot);
           } else {
-            if (half == twin) load_tile_for(twins, to, from, x, y, z, full + slot);
+            if (half == twin) tma_load_multicast(twins, to, from, x, y, z, full + slot);
           }
         }
       }
     }
   } else {
-    take_registers<GROUPS == 3 ? 160 : 240>();
+    warpgroup_reg_alloc<GROUPS == 3 ? 160 : 240>();
     const auto piece_at = [=](int i) { return pieces + i % kSlots * kPiece; };
     const auto group_panel = [=](int panel) { return x_tile + panel * kPanel + group * kSquare; };
     // This warp has done with a piece whose slot will be filled again.
     const auto release = [&](int i) {
-      if (i + kSlots < kPieces && lane < TILES) arrive_lightly(empty + i % kSlots, part + lane * PARTS);
+      if (i + kSlots < kPieces && lane < TILES) {
+        mbarrier_arrive_cluster_relaxed(empty + i % kSlots, part + lane * PARTS);
+      }
       __syncwarp();
     };
     const float share = 1.0f / static_cast<float>(order);
     uint32_t a[PARTS][kSteps][4], mine[kSteps][4];
     {
       float u[kPartColumns / 8][4];
-      hold(u);
+      warpgroup_fence_operand(u);
 #pragma unroll
       for (int i = 0; i < kPanels; ++i) {
         const int panel = (i + 2 * part) & (kPanels - 1);
-        wait(x_full + panel, 0);
-        wait(full + i % kSlots, i / kSlots % 2);
-        fence_products();
+        mbarrier_wait(x_full + panel, 0);
+        mbarrier_wait(full + i % kSlots, i / kSlots % 2);
+        warpgroup_arrive();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          multiply<T, kPartColumns>(u, further(rows_of<64>(group_panel(panel)), 32 * k),
-                                    further(rows_of<64>(piece_at(i)), 32 * k), i + k > 0);
+          wgmma<T, kPartColumns>(u, advance_desc(make_smem_desc<64>(group_panel(panel)), 32 * k),
+                                 advance_desc(make_smem_desc<64>(piece_at(i)), 32 * k), i + k > 0);
         }
-        commit_products();
+        warpgroup_commit_batch();
         if (i > 0) {
-          wait_products<1>();
+          warpgroup_wait<1>();
           release(i - 1);
         }
       }
-      wait_products<0>();
-      hold(u);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(u);
       release(kPanels - 1);
-      if (lane < PARTS - 1) arrive_lightly(spent + group, team + other(1 + lane));
+      if (lane < PARTS - 1) mbarrier_arrive_cluster_relaxed(spent + group, team + other(1 + lane));
       __syncwarp();
       rectify<T, kPartUnits>(u, a[0]);
     }
@@ -309,7 +311,7 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
 #pragma unroll
       for (int e = 0; e < 4; ++e) mine[i][e] = a[0][i][e];
     }
-    hold(mine);
+    warpgroup_fence_operand(mine);
 
     float logits[EACH ? 1 : 2][EACH ? kOrders : 1][8][4];
     using Logits = float (&)[EACH ? kOrders : 1][8][4];
@@ -317,25 +319,25 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
       if (begin == 0) hold_all(to);
 #pragma unroll
       for (int i = begin; i < end; ++i) {
-        wait(full + (kPanels + i) % kSlots, (kPanels + i) / kSlots % 2);
-        fence_products();
+        mbarrier_wait(full + (kPanels + i) % kSlots, (kPanels + i) / kSlots % 2);
+        warpgroup_arrive();
         add_logits<T, kPartUnits, EACH>(to, a[i], piece_at(kPanels + i) + half * (kPiece / 2), i > 0);
       }
-      commit_products();
+      warpgroup_commit_batch();
     };
     const auto finish = [&](Logits from, int half) {
       T* const panel = group_panel(2 * part + half);
       open_gate<T, EACH>(from, panel, order, map, share);
-      fence_async();
-      sync_some(1 + group, kWarpgroup);
+      fence_proxy_async();
+      named_barrier_sync(1 + group, kWarpgroup);
       if (thread % kWarpgroup == 0) {
-        store_tile(y_map, panel, 128 * part + 64 * half, (tile * GROUPS + group) * kGroupRows, 0);
-        commit_stores();
+        tma_store(y_map, panel, 128 * part + 64 * half, (tile * GROUPS + group) * kGroupRows, 0);
+        tma_store_commit();
       }
       __syncwarp();
     };
 
-    hold(a[0]);
+    warpgroup_fence_operand(a[0]);
     add_parts_of(logits[0], 0, 0, 1);
     if constexpr (!EACH) add_parts_of(logits[1], 1, 0, 1);
 
@@ -344,15 +346,15 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
     const auto exchange_at = [=](int of, int i) {
       return group_panel(2 * of + i / 4) + i % 4 * kWarpgroup * 8 + place;
     };
-    wait(spent + group, 0);
+    mbarrier_wait(spent + group, 0);
 #pragma unroll
     for (int j = 1; j < PARTS; ++j) {
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
-        store_to_rank(exchange_at(part, i), mine[i], given + group, team + other(j));
+        st_async(exchange_at(part, i), mine[i], given + group, team + other(j));
       }
     }
-    wait_cluster(given + group, 0);
+    mbarrier_wait_cluster(given + group, 0);
 #pragma unroll
     for (int j = 1; j < PARTS; ++j) {
 #pragma unroll
@@ -361,30 +363,30 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
 #pragma unroll
         for (int e = 0; e < 4; ++e) a[j][i][e] = chunk.words[e];
       }
-      hold(a[j]);
+      warpgroup_fence_operand(a[j]);
     }
     // One warpgroup after the other, so that the gates of the first begin early: they take longer than the products.
-    if (group > 0) sync_some(GROUPS + group, 2 * kWarpgroup);
+    if (group > 0) named_barrier_sync(GROUPS + group, 2 * kWarpgroup);
     add_parts_of(logits[0], 0, 1, PARTS);
     if constexpr (!EACH) add_parts_of(logits[1], 1, 1, PARTS);
-    if (group < GROUPS - 1) arrive_some(GROUPS + group + 1, 2 * kWarpgroup);
+    if (group < GROUPS - 1) named_barrier_arrive(GROUPS + group + 1, 2 * kWarpgroup);
     if constexpr (EACH) {
-      wait_products<0>();
+      warpgroup_wait<0>();
       hold_all(logits[0]);
       finish(logits[0], 0);
       add_parts_of(logits[0], 1, 0, PARTS);
-      wait_products<0>();
+      warpgroup_wait<0>();
       hold_all(logits[0]);
       finish(logits[0], 1);
     } else {
-      wait_products<1>();
+      warpgroup_wait<1>();
       hold_all(logits[0]);
       finish(logits[0], 0);
-      wait_products<0>();
+      warpgroup_wait<0>();
       hold_all(logits[1]);
       finish(logits[1], 1);
     }
-    if (thread % kWarpgroup == 0) wait_stores<0>();
+    if (thread % kWarpgroup == 0) tma_store_wait<0>();
     __syncwarp();
   }
   cluster_sync();
@@ -392,12 +394,12 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
 
 // ---- launches ------------------------------------------------------------------------------------------------------
 
-// A form's channels: the next of 64, 128, 256, 512; 0 where there is none.
+// The channels that a kernel is made for: the next of 64, 128, 256, 512.
 int width_of(int64_t channels, int64_t hidden) {
-  for (const int width : {64, 128, 256, 512}) {
+  for (const int width : {64, 128, 256}) {
     if (channels <= width && hidden <= width / 4) return width;
   }
-  return 0;
+  return kMostChannels;
 }
 
 struct Maps {
@@ -429,7 +431,7 @@ int launch_resident(const Problem& p, const void* x, const void* proj, const voi
   if (const int error = make_maps<16 * PANELS>(maps, p, x, proj, out, y, kGroupRows, kFactors)) return error;
   const int64_t tiles = divide_up(p.count, kGroupRows);
   const dim3 blocks(static_cast<unsigned>(tiles < kResidentBlocks ? tiles : kResidentBlocks));
-  return launch(resident_hopper<T, PANELS, EACH>, blocks, dim3((resident_groups(PANELS, EACH) + 1) * kWarpgroup),
+  return launch(resident_wgmma<T, PANELS, EACH>, blocks, dim3((resident_groups(PANELS, EACH) + 1) * kWarpgroup),
                 resident_shared(PANELS), stream, maps.x, maps.y, maps.proj, maps.out, tiles, p.order, p.map);
 }
 
@@ -440,10 +442,10 @@ int launch_spread(const Problem& p, const void* x, const void* proj, const void*
     return error;
   }
   const int64_t clusters = divide_up(p.count, TILES * GROUPS * kGroupRows);
-  return launch_together(spread_hopper<T, PARTS, TILES, GROUPS, EACH>,
-                         dim3(static_cast<unsigned>(clusters * PARTS * TILES)), dim3((GROUPS + 1) * kWarpgroup),
-                         spread_shared(PARTS, GROUPS), PARTS * TILES, false, stream, maps.x, maps.y, maps.proj,
-                         maps.out, p.order, p.map);
+  return launch_cluster(spread_wgmma<T, PARTS, TILES, GROUPS, EACH>,
+                        dim3(static_cast<unsigned>(clusters * PARTS * TILES)), dim3((GROUPS + 1) * kWarpgroup),
+                        spread_shared(PARTS, GROUPS), PARTS * TILES, false, stream, maps.x, maps.y, maps.proj,
+                        maps.out, p.order, p.map);
 }
 
 // A gate an order takes more registers: two warpgroups.
@@ -465,26 +467,17 @@ int forward(const Problem& p, const void* x, const void* proj, const void* out, 
 
 extern "C" {
 
-int64_t dfkd_high_order_attention_hopper_scratch(int64_t, int64_t, int64_t, int64_t, int, int) { return 0; }
-
-int dfkd_high_order_attention_hopper(const void* x, const void* proj_weight, const void* out_weight, int64_t positions,
-                                     int64_t channels, int64_t hidden, int64_t order, int dtype, int mode, int result,
-                                     int form, void* y, void*, void* stream) {
-  if (positions < 0 || positions > (int64_t{1} << 30) || channels <= 0 || hidden <= 0 || order <= 0 ||
-      order > kOrders || channels % 8 != 0 || hidden % 8 != 0 || width_of(channels, hidden) == 0 || form != 0) {
-    return DFKD_INVALID;
-  }
+int dfkd_high_order_attention(const void* x, const void* proj_weight, const void* out_weight, int64_t positions,
+                              int64_t channels, int64_t hidden, int64_t order, int dtype, int mode, int result,
+                              void* y, void* stream) {
+  if (const int status = require_sizes(positions, channels, hidden, order)) return status;
   const int orders = static_cast<int>(order);
   const Problem p{positions, static_cast<int>(channels), static_cast<int>(hidden), orders, mode ? orders : 1, result};
   return with_type(dtype, [=](auto type) {
     using T = decltype(type);
-    if constexpr (sizeof(T) == 2) {
-      if (positions == 0) return 0;
-      return mode ? forward<T, true>(p, x, proj_weight, out_weight, y, stream)
-                  : forward<T, false>(p, x, proj_weight, out_weight, y, stream);
-    } else {
-      return DFKD_INVALID;
-    }
+    if (positions == 0) return 0;
+    return mode ? forward<T, true>(p, x, proj_weight, out_weight, y, stream)
+                : forward<T, false>(p, x, proj_weight, out_weight, y, stream);
   });
 }
 }

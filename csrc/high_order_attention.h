@@ -1,23 +1,94 @@
-// Mixed high-order attention on sm_90a: what its Hopper kernels share. Formulas and fragments of panels are those of
-// ../high_order_attention.h.
+// Mixed high-order attention: what its kernels share.
 //
 // A warpgroup has 64 positions. One product gives all six factors of some hidden units, units of a factor side by side,
 // so that their accumulators, multiplied and rectified, are the left operand of the second product as they lie.
 #pragma once
 
-#ifdef DFKD_HOST
-#endif
-
-#include "../high_order_attention.h"
-#include "../hopper.h"
+#include "sm90.h"
 
 namespace dfkd::high_order {
 
-using namespace dfkd::hopper;
+#ifdef DFKD_HOST
+constexpr int kProcessors = 1;  // so that small tests reach every loop
+#else
+// Of the card that this is written for: the same bits wherever they run.
+constexpr int kProcessors = 132;
+#endif
+
+__host__ __device__ constexpr int factors_of(int order) { return order * (order + 1) / 2; }
 
 constexpr int kOrders = 3, kFactors = factors_of(kOrders);  // of fewer orders the rest is zeros
 constexpr int kGroupRows = 64;                              // positions of a warpgroup
 constexpr int kSquare = kGroupRows * 64;                    // elements of a panel of 64 rows and 64 columns
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
+struct alignas(8) FloatPair {
+  float first, second;
+};
+
+// ---- the formulas --------------------------------------------------------------------------------------------------
+
+// x where z is not at or below zero: a NaN in z passes, as torch's relu lets it.
+__device__ __forceinline__ float positive(float z, float x) { return z <= 0.0f ? 0.0f : x; }
+
+// The product of the factors of one order, all or all but one.
+template <int R>
+__device__ __forceinline__ float product_of(const float (&u)[R]) {
+  float z = u[0];
+#pragma unroll
+  for (int i = 1; i < R; ++i) z *= u[i];
+  return z;
+}
+template <int R>
+__device__ __forceinline__ float others(const float (&u)[R], int but) {
+  float z = 1.0f;
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    if (i != but) z *= u[i];
+  }
+  return z;
+}
+
+// Call f with every order from 1 to R as a constant, and where its first factor is.
+template <int R, typename F>
+__device__ __forceinline__ void for_orders(F f) {
+  if constexpr (R > 1) for_orders<R - 1>(f);
+  f(std::integral_constant<int, R>{}, std::integral_constant<int, factors_of(R - 1)>{});
+}
+
+constexpr int kMostChannels = 512, kMostHidden = 128;
+
+// 0 where sizes are served, otherwise DFKD_INVALID with the reason.
+inline int require_sizes(int64_t positions, int64_t channels, int64_t hidden, int64_t order) {
+  int status = require_size("R of out_weight (R, C, K)", order, 1, kOrders);
+  if (!status) status = require_size("C of out_weight (R, C, K)", channels, 8, kMostChannels, 8);
+  if (!status) status = require_size("K of out_weight (R, C, K)", hidden, 8, kMostHidden, 8);
+  if (!status) status = require_size("N H W of x (N, C, H, W)", positions, 0, int64_t{1} << 30);
+  return status;
+}
+
+struct Problem {
+  int64_t count;
+  int channels, hidden, order, gates, map;
+};
+
+// Parts of the scratch one after the other; without a base only their size.
+struct Parts {
+  unsigned char* base;
+  int64_t used = 0;
+
+  template <typename T>
+  T* take(int64_t elements) {
+    T* const part = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += round_up(elements * static_cast<int64_t>(sizeof(T)), 16);
+    return part;
+  }
+};
 
 // ---- numbers -------------------------------------------------------------------------------------------------------
 
@@ -25,7 +96,8 @@ constexpr int kSquare = kGroupRows * 64;                    // elements of a pan
 #ifdef DFKD_HOST
 template <typename T>
 void unpack_pair(uint32_t pair, float (&values)[2]) {
-  unpack<T>(pair, values);
+  values[0] = to_float(T{static_cast<uint16_t>(pair & 0xffffu)});
+  values[1] = to_float(T{static_cast<uint16_t>(pair >> 16)});
 }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 #else
@@ -35,7 +107,8 @@ __device__ __forceinline__ void unpack_pair(uint32_t pair, float (&values)[2]) {
     values[0] = __uint_as_float(pair << 16);
     values[1] = __uint_as_float(pair & 0xffff0000u);
   } else {
-    unpack<T>(pair, values);
+    values[0] = to_float(T{static_cast<uint16_t>(pair & 0xffffu)});
+    values[1] = to_float(T{static_cast<uint16_t>(pair >> 16)});
   }
 }
 // Without the steps that keep denormal numbers.
@@ -48,25 +121,8 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// sigmoid(): two of the slow instructions and two others.
+// The sigmoid: two of the slow instructions and two others.
 __device__ __forceinline__ float opened(float logit) { return reciprocal_fast(1.0f + exp2_flushed(-kLog2E * logit)); }
-
-// ---- rings of buffers ----------------------------------------------------------------------------------------------
-
-// The use of a ring's buffers in turn: `slot` is filled when its barrier `full` has ended the phase of this parity, and
-// free for it when `empty` has ended the one of the other parity: at once in the first round.
-template <int SLOTS>
-struct Turn {
-  int slot = 0, parity = 0;
-
-  __device__ __forceinline__ void advance(int by = 1) {
-    slot += by;
-    if (slot >= SLOTS) {
-      slot -= SLOTS;
-      parity ^= 1;
-    }
-  }
-};
 
 // ---- the two products of a warpgroup's positions -------------------------------------------------------------------
 
@@ -98,7 +154,7 @@ __device__ __forceinline__ void rectify(const float (&u)[kFactors * UNITS / 8][4
 template <int MANY>
 __device__ __forceinline__ void hold_all(float (&logits)[MANY][8][4]) {
 #pragma unroll
-  for (int r = 0; r < MANY; ++r) hold(logits[r]);
+  for (int r = 0; r < MANY; ++r) warpgroup_fence_operand(logits[r]);
 }
 
 // Begin to add to the logits of 64 channels what UNITS units give: panels (orders, 64, UNITS). EACH: logits of each
@@ -109,11 +165,11 @@ __device__ __forceinline__ void add_logits(float (&logits)[EACH ? kOrders : 1][8
   constexpr int kSteps = UNITS / 16;
 #pragma unroll
   for (int r = 0; r < kOrders; ++r) {
-    const uint64_t columns = rows_of<UNITS>(panels + r * 64 * UNITS);
+    const uint64_t columns = make_smem_desc<UNITS>(panels + r * 64 * UNITS);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      multiply<T, 64>(logits[EACH ? r : 0], a[r * kSteps + k], further(columns, 32 * k),
-                      add || (EACH ? k : r + k) > 0);
+      wgmma<T, 64>(logits[EACH ? r : 0], a[r * kSteps + k], advance_desc(columns, 32 * k),
+                   add || (EACH ? k : r + k) > 0);
     }
   }
 }
@@ -126,11 +182,11 @@ __device__ __forceinline__ void open_gate(const float (&logits)[EACH ? kOrders :
   const int warp = static_cast<int>(threadIdx.x) % kWarpgroup / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
   // Chunks of a row are exchanged by its number alone: another chunk is a change of the same bits.
   const int row = 16 * warp + lane / 4, pair = 2 * (lane % 4);
-  const int mine = at<64>(row, 0), of_matrix = at<64>(16 * warp + lane % 16, lane / 16);
+  const int mine = swizzled<64>(row, 0), of_matrix = swizzled<64>(16 * warp + lane % 16, lane / 16);
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     uint32_t pairs[4] = {};
-    if (!map) load_matrices(pairs, panel + (of_matrix ^ (16 * c)));
+    if (!map) ldmatrix(pairs, panel + (of_matrix ^ (16 * c)));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int n = 2 * c + i / 2, half = i % 2;

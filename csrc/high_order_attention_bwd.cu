@@ -61,12 +61,18 @@ bool once_here(int64_t channels, int64_t hidden, int mode) {
   return channels <= kWideChannels && hidden <= kWideUnits && mode == 0;
 }
 
-// What this form serves, beside dtypes of 16 bits.
-bool served_here(int64_t positions, int64_t channels, int64_t hidden, int64_t order, int way, int mode) {
-  return positions >= 0 && positions <= (1 << 30) && order > 0 && order <= kOrders && channels > 0 &&
-         channels % 8 == 0 && channels <= 4 * kSliceChannels && hidden > 0 && hidden % 8 == 0 &&
-         hidden <= 4 * kSliceUnits && way >= kBySize && way <= kTallChain && (way != kTallChain || mode == 0) &&
-         (way != kOnce || once_here(channels, hidden, mode));
+// 0 where sizes and way are served, otherwise DFKD_INVALID with the reason.
+int require_served(int64_t positions, int64_t channels, int64_t hidden, int64_t order, int way, int mode) {
+  static_assert(kMostChannels == 4 * kSliceChannels && kMostHidden == 4 * kSliceUnits);
+  int status = require_sizes(positions, channels, hidden, order);
+  if (!status) status = require_size("form of the backward", way, kBySize, kTallChain);
+  if (status) return status;
+  const bool once = once_here(channels, hidden, mode);
+  if (way == kOnce && !once) return dfkd_refuse("one pass serves joint gates of up to 128 channels and 32 hidden maps");
+  if (way == kTallChain && (mode != 0 || ranks_of(channels, hidden) == 1)) {
+    return dfkd_refuse("taller tiles serve joint gates of more than 128 channels or 32 hidden maps");
+  }
+  return 0;
 }
 
 // Warpgroups of a block of the chain: as the rounds of all blocks are shorter.
@@ -159,9 +165,9 @@ int launch_chain(const Problem& p, const Buffers<T>& at, const Arguments<T>& giv
   if (make.error) return make.error;
   const int64_t tiles = divide_up(p.count, Sizes::kRows), most = clusters_of(RANKS);
   const int64_t clusters = tiles < most ? tiles : most;
-  return launch_together(chain_hopper<T, RANKS, GROUPS, EACH>, dim3(static_cast<unsigned>(clusters * RANKS)),
-                         dim3(Sizes::kThreads), Sizes::kShared, RANKS, false, stream, maps, tiles, p.order,
-                         features_of(p), want_factors, want_x);
+  return launch_cluster(chain_wgmma<T, RANKS, GROUPS, EACH>, dim3(static_cast<unsigned>(clusters * RANKS)),
+                        dim3(Sizes::kThreads), Sizes::kShared, RANKS, false, stream, maps, tiles, p.order,
+                        features_of(p), want_factors, want_x);
 }
 
 template <typename T, int RANKS>
@@ -170,7 +176,7 @@ int launch_chain_of(const Problem& p, int way, const Buffers<T>& at, const Argum
   if constexpr (RANKS > 1) {
     if (groups_of(p, way) == 3) return launch_chain<T, RANKS, 3, false>(p, at, given, stream);
   }
-  return way == kTallChain ? DFKD_INVALID : launch_chain<T, RANKS, 2, false>(p, at, given, stream);
+  return launch_chain<T, RANKS, 2, false>(p, at, given, stream);
 }
 
 template <typename T>
@@ -184,9 +190,9 @@ int launch_weights(const Problem& p, const Buffers<T>& at, const Arguments<T>& g
   make.rows<64>(maps.a, at.a, p.count, kOrders * jobs.units, 64, 64);
   if (jobs.projections > 0) make.rows<64>(maps.factors, at.factors, p.count, kFactors * jobs.units, 64, 64);
   if (make.error) return make.error;
-  return launch_together(weights_hopper<T>,
-                         dim3(static_cast<unsigned>(jobs.total), static_cast<unsigned>(jobs.splits)),
-                         dim3(kWeightThreads), kWeightShared, 1, false, stream, maps, at.parts, p.count, jobs);
+  return launch_cluster(weights_wgmma<T>,
+                        dim3(static_cast<unsigned>(jobs.total), static_cast<unsigned>(jobs.splits)),
+                        dim3(kWeightThreads), kWeightShared, 1, false, stream, maps, at.parts, p.count, jobs);
 }
 
 template <typename T>
@@ -204,17 +210,17 @@ int launch_once(const Problem& p, const Buffers<T>& at, const Arguments<T>& give
   const int64_t tiles = divide_up(p.count, 64);
   const int want_x = given.dx != nullptr;
   if (at.narrow) {
-    return launch_together(once_narrow_hopper<T>, blocks, dim3(kNarrowThreads), kNarrowShared, 1, false, stream, maps,
-                           at.parts, tiles, features_of(p), want_x);
+    return launch_cluster(once_narrow_wgmma<T>, blocks, dim3(kNarrowThreads), kNarrowShared, 1, false, stream, maps,
+                          at.parts, tiles, features_of(p), want_x);
   }
-  return launch_together(once_wide_hopper<T>, blocks, dim3(kWideThreads), kWideShared, 1, false, stream, maps, at.parts,
-                         tiles, features_of(p), want_x);
+  return launch_cluster(once_wide_wgmma<T>, blocks, dim3(kWideThreads), kWideShared, 1, false, stream, maps, at.parts,
+                        tiles, features_of(p), want_x);
 }
 
 template <typename T>
 int backward(const Problem& p, int way, const Arguments<T>& given, void* scratch, void* stream) {
   const Buffers<T> at(p, way, given.dx != nullptr, given.dproj != nullptr, given.dout != nullptr, scratch);
-  if (at.bytes > 0 && scratch == nullptr) return DFKD_INVALID;
+  if (at.bytes > 0 && scratch == nullptr) return dfkd_refuse("scratch is null");
   int error = 0;
   if (p.count > 0 && at.blocks > 0) {
     error = launch_once(p, at, given, stream);
@@ -244,33 +250,28 @@ int backward(const Problem& p, int way, const Arguments<T>& given, void* scratch
 
 extern "C" {
 
-int64_t dfkd_high_order_attention_hopper_backward_scratch(int64_t positions, int64_t channels, int64_t hidden,
-                                                          int64_t order, int mode, int want_x, int want_proj,
-                                                          int want_out, int form) {
-  if (!served_here(positions, channels, hidden, order, form, mode)) return 0;
+int64_t dfkd_high_order_attention_backward_scratch(int64_t positions, int64_t channels, int64_t hidden, int64_t order,
+                                                   int mode, int want_x, int want_proj, int want_out, int form) {
+  if (require_served(positions, channels, hidden, order, form, mode)) return 0;
   const Problem p{positions,          static_cast<int>(channels), static_cast<int>(hidden), static_cast<int>(order),
                   mode ? kOrders : 1, 0};
   return Buffers<float16>(p, form, want_x != 0, want_proj != 0, want_out != 0, nullptr).bytes;
 }
 
-int dfkd_high_order_attention_hopper_backward(const void* upstream, const void* x, const void* proj_weight,
-                                              const void* out_weight, int64_t positions, int64_t channels,
-                                              int64_t hidden, int64_t order, int dtype, int mode, int result, int form,
-                                              void* dx, void* dproj, void* dout, void* scratch, void* stream) {
-  if (!served_here(positions, channels, hidden, order, form, mode)) return DFKD_INVALID;
+int dfkd_high_order_attention_backward(const void* upstream, const void* x, const void* proj_weight,
+                                       const void* out_weight, int64_t positions, int64_t channels, int64_t hidden,
+                                       int64_t order, int dtype, int mode, int result, int form, void* dx, void* dproj,
+                                       void* dout, void* scratch, void* stream) {
+  if (const int status = require_served(positions, channels, hidden, order, form, mode)) return status;
   const Problem p{positions,          static_cast<int>(channels), static_cast<int>(hidden), static_cast<int>(order),
                   mode ? kOrders : 1, result};
   return with_type(dtype, [=](auto type) {
     using T = decltype(type);
-    if constexpr (sizeof(T) == 2) {
-      const Arguments<T> given{static_cast<const T*>(upstream),    static_cast<const T*>(x),
-                               static_cast<const T*>(proj_weight), static_cast<const T*>(out_weight),
-                               static_cast<T*>(dx),                static_cast<T*>(dproj),
-                               static_cast<T*>(dout)};
-      return backward(p, form, given, scratch, stream);
-    } else {
-      return DFKD_INVALID;
-    }
+    const Arguments<T> given{static_cast<const T*>(upstream),    static_cast<const T*>(x),
+                             static_cast<const T*>(proj_weight), static_cast<const T*>(out_weight),
+                             static_cast<T*>(dx),                static_cast<T*>(dproj),
+                             static_cast<T*>(dout)};
+    return backward(p, form, given, scratch, stream);
   });
 }
 }

@@ -11,9 +11,9 @@ namespace dfkd::high_order::back {
 constexpr int kSliceChannels = 128, kSliceUnits = 32;  // of each block of a cluster
 constexpr int kPanelBytes = 64 * 64 * 2;               // 64 rows of 64 elements
 
-// Where a producer or a consumer is in a ring of STAGES: one number, as registers are few.
+// A PipelineState of STAGES in one number, as registers are few.
 template <int STAGES>
-struct Ring {
+struct PackedPipelineState {
   unsigned place = 0;  // 2 stage + parity
 
   __device__ __forceinline__ int stage() const { return static_cast<int>(place / 2); }
@@ -178,7 +178,7 @@ struct Chain {
 
 template <typename T, int RANKS, int GROUPS, bool EACH>
 __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
-    chain_hopper(const __grid_constant__ ChainMaps maps, int tiles, int order, uint32_t features, int want_factors,
+    chain_wgmma(const __grid_constant__ ChainMaps maps, int tiles, int order, uint32_t features, int want_factors,
                  int want_x) {
   using Sizes = Chain<RANKS, GROUPS, EACH>;
   const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup, lane = thread % kLanes;
@@ -191,11 +191,11 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
 
   if (thread == 0) {
     for (int i = 0; i < Sizes::kStages; ++i) {
-      init(full + i, 2);
-      init(empty + i, 4 * GROUPS * RANKS);
+      mbarrier_init(full + i, 2);
+      mbarrier_init(empty + i, 4 * GROUPS * RANKS);
     }
-    for (int i = 0; i < 3; ++i) init(ready + i, GROUPS * RANKS);
-    show_barriers();
+    for (int i = 0; i < 3; ++i) mbarrier_init(ready + i, GROUPS * RANKS);
+    fence_barrier_init();
   }
   if constexpr (RANKS == 1) {
     __syncthreads();
@@ -203,27 +203,27 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
     cluster_sync();
   }
 
-  Ring<Sizes::kStages> ring;
+  PackedPipelineState<Sizes::kStages> ring;
   if (group == GROUPS) {
-    give_registers<GROUPS == 2 ? 40 : 32>();
+    warpgroup_reg_dealloc<GROUPS == 2 ? 40 : 32>();
     const int rank = RANKS == 1 ? 0 : cluster_rank();
     // One thread brings left operands, which wait for other blocks, and one the right ones ahead of it.
     const auto acquire = [&](int bytes) {
-      wait(empty + ring.stage(), ring.parity() ^ 1);
-      arrive_and_expect(full + ring.stage(), bytes);
+      mbarrier_wait(empty + ring.stage(), ring.parity() ^ 1);
+      mbarrier_arrive_expect_tx(full + ring.stage(), bytes);
       return memory + ring.stage() * Sizes::kStage;
     };
     if (warp == 0 && lane == 0) {
-      prefetch(maps.proj_units);
-      prefetch(maps.out_channels);
-      prefetch(maps.upstream);
-      prefetch(maps.out_units);
-      prefetch(maps.proj_channels);
+      prefetch_tensormap(maps.proj_units);
+      prefetch_tensormap(maps.out_channels);
+      prefetch_tensormap(maps.upstream);
+      prefetch_tensormap(maps.out_units);
+      prefetch_tensormap(maps.proj_channels);
       const int channel = kSliceChannels * rank, unit = kSliceUnits * rank;
       for (int tile = first_tile; tile < tiles; tile += tile_step) {
         const auto right = [&](const TensorMap& from, int bytes, int x, int y, int z) {
           unsigned char* const to = acquire(bytes) + Sizes::kLeft;
-          load_tile(to, from, x, y, z, full + ring.stage());
+          tma_load(to, from, x, y, z, full + ring.stage());
           ring.next();
         };
         for (int panel = 0; panel < Sizes::kPanels; ++panel) {
@@ -247,16 +247,16 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
           unsigned char* const to = acquire(2 * kPanelBytes) + Sizes::kLeft;
           const int y = 64 * step % Sizes::kUnits, z = 64 * step / Sizes::kUnits;
           for (int p = 0; p < 2; ++p) {
-            load_tile(to + p * kPanelBytes, maps.proj_channels, channel + 64 * p, y, z, full + ring.stage());
+            tma_load(to + p * kPanelBytes, maps.proj_channels, channel + 64 * p, y, z, full + ring.stage());
           }
           ring.next();
         }
       }
     } else if (warp == 1 && lane == 0) {
-      prefetch(maps.x);
-      prefetch(maps.a);
-      prefetch(maps.x_slice);
-      prefetch(maps.slopes);
+      prefetch_tensormap(maps.x);
+      prefetch_tensormap(maps.a);
+      prefetch_tensormap(maps.x_slice);
+      prefetch_tensormap(maps.slopes);
       int parity = 0;
       for (int tile = first_tile; tile < tiles; tile += tile_step, parity ^= 1) {
         // Each block of the cluster brings its part of what all of them need.
@@ -264,15 +264,15 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
           const int part = rank * Sizes::kRowsOfRank, row = Sizes::kRows * tile + part;
           unsigned char* const to = acquire(Sizes::kRows * width * 2) + part * width * 2;
           if constexpr (RANKS == 1) {
-            load_tile(to, from, x, row, 0, full + ring.stage());
+            tma_load(to, from, x, row, 0, full + ring.stage());
           } else {
-            load_tile_for((1u << RANKS) - 1, to, from, x, row, 0, full + ring.stage());
+            tma_load_multicast((1u << RANKS) - 1, to, from, x, row, 0, full + ring.stage());
           }
           ring.next();
         };
         const auto wait_ready = [&](int which) {
-          wait_cluster(ready + which, parity);
-          fence_async_memory();
+          mbarrier_wait_cluster(ready + which, parity);
+          fence_proxy_async_global();
         };
         for (int panel = 0; panel < Sizes::kPanels; ++panel) left(maps.x, 64, 64 * panel);
         wait_ready(0);
@@ -283,8 +283,8 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
           if (!EACH && r < kOrders - 1) continue;
           for (int panel = 0; panel < 2; ++panel) {
             unsigned char* const to = acquire(Sizes::kLeft);
-            load_tile(to, maps.x_slice, kSliceChannels * rank + 64 * panel, Sizes::kRows * tile, 0,
-                      full + ring.stage());
+            tma_load(to, maps.x_slice, kSliceChannels * rank + 64 * panel, Sizes::kRows * tile, 0,
+                     full + ring.stage());
             ring.next();
           }
         }
@@ -297,23 +297,23 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
       }
     }
   } else {
-    take_registers<GROUPS == 2 ? 232 : 160>();
+    warpgroup_reg_alloc<GROUPS == 2 ? 232 : 160>();
     // Which warpgroup this is, and what it stores; read where they are used, as registers are few.
     const auto mine = [] { return thread_anew() / kWarpgroup; };
     const auto panels = [=] { return memory + Sizes::kKept + mine() * Sizes::kKeptOfGroup; };
     const auto slice = [] { return RANKS == 1 ? 0 : cluster_rank(); };
     const auto elected = [] { return thread_anew() % kWarpgroup == 0; };
     if (thread % kWarpgroup == 0) {
-      prefetch(maps.a_to);
-      prefetch(maps.slopes_to);
+      prefetch_tensormap(maps.a_to);
+      prefetch_tensormap(maps.slopes_to);
     }
 
     const auto release = [&](int stage) {
       if constexpr (RANKS == 1) {
-        if (thread_anew() % kLanes == 0) arrive(empty + stage);
+        if (thread_anew() % kLanes == 0) mbarrier_arrive(empty + stage);
       } else {
         const int other = thread_anew() % kLanes;
-        if (other < RANKS) arrive_lightly(empty + stage, other);
+        if (other < RANKS) mbarrier_arrive_cluster_relaxed(empty + stage, other);
       }
     };
     // d += the sum of so many steps: issue(left, right) asks for the products of one.
@@ -321,46 +321,46 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
       int before = 0;
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
-        wait(full + ring.stage(), ring.parity());
+        mbarrier_wait(full + ring.stage(), ring.parity());
         unsigned char* const at_stage = memory + ring.stage() * Sizes::kStage;
-        hold(d);
-        fence_products();
+        warpgroup_fence_operand(d);
+        warpgroup_arrive();
         issue(at_stage, at_stage + Sizes::kLeft);
-        commit_products();
+        warpgroup_commit_batch();
         if (step > 0) {
-          wait_products<1>();
+          warpgroup_wait<1>();
           release(before);
         }
         before = ring.stage();
         ring.next();
       }
-      wait_products<0>();
-      hold(d);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(d);
       release(before);
     };
     // Before panels of this warpgroup are written, and after it: store them, and tell the cluster where they are next.
     const auto begin_panels = [&] {
-      if (elected()) wait_stores_read<0>();
-      sync_some(1 + mine(), kWarpgroup);
+      if (elected()) tma_store_wait_read<0>();
+      named_barrier_sync(1 + mine(), kWarpgroup);
     };
     const auto end_panels = [&](int tell, auto store) {
-      fence_async();
-      sync_some(1 + mine(), kWarpgroup);
+      fence_proxy_async();
+      named_barrier_sync(1 + mine(), kWarpgroup);
       if (elected()) {
         store();
-        commit_stores();
+        tma_store_commit();
         if (tell >= 0) {
-          wait_stores<0>();
-          fence_async_memory();
+          tma_store_wait<0>();
+          fence_proxy_async_global();
         }
       }
       const int other = thread_anew() % kWarpgroup;
       if (tell >= 0 && other < kLanes) {
         __syncwarp();
         if constexpr (RANKS == 1) {
-          if (other == 0) arrive(ready + tell);
+          if (other == 0) mbarrier_arrive(ready + tell);
         } else {
-          if (other < RANKS) arrive_at(ready + tell, other);
+          if (other < RANKS) mbarrier_arrive_cluster(ready + tell, other);
         }
       }
     };
@@ -381,18 +381,19 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
       {
         float u[kFactors * kSliceUnits / 8][4] = {};
         products(u, Sizes::kPanels, [&](unsigned char* left, unsigned char* right) {
-          const uint64_t a = rows_of<64>(left + mine() * kPanelBytes), b = rows_of<64>(right);
+          const uint64_t a = make_smem_desc<64>(left + mine() * kPanelBytes), b = make_smem_desc<64>(right);
 #pragma unroll
-          for (int k = 0; k < 4; ++k) multiply<T, kFactors * kSliceUnits>(u, further(a, 32 * k), further(b, 32 * k),
-                                                                          true);
+          for (int k = 0; k < 4; ++k) {
+            wgmma<T, kFactors * kSliceUnits>(u, advance_desc(a, 32 * k), advance_desc(b, 32 * k), true);
+          }
         });
         begin_panels();
         rectify_slice<T, 4>(u, panels(), 0, in_factors());
-        hold(factors);  // rounded here, not where they are used
+        warpgroup_fence_operand(factors);  // rounded here, not where they are used
         end_panels(0, [&] {
           for (int r = 0; r < kOrders; ++r) {
-            store_tile(maps.a_to, panels() + r * 64 * kSliceUnits * 2, r * Sizes::kUnits + kSliceUnits * slice(),
-                       row0(), 0);
+            tma_store(maps.a_to, panels() + r * 64 * kSliceUnits * 2, r * Sizes::kUnits + kSliceUnits * slice(),
+                      row0(), 0);
           }
         });
       }
@@ -407,16 +408,17 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
           products(logits, (EACH ? 1 : kOrders) * Sizes::kLogitSteps,
                    [&](unsigned char* left, unsigned char* right) {
                      constexpr int kWidth = Sizes::kUnitWidth;
-                     const uint64_t a = rows_of<kWidth>(left + mine() * 64 * kWidth * 2), b = rows_of<kWidth>(right);
+                     const uint64_t a = make_smem_desc<kWidth>(left + mine() * 64 * kWidth * 2);
+                     const uint64_t b = make_smem_desc<kWidth>(right);
 #pragma unroll
                      for (int k = 0; k < kWidth / 16; ++k) {
-                       multiply<T, kSliceChannels>(logits, further(a, 32 * k), further(b, 32 * k), true);
+                       wgmma<T, kSliceChannels>(logits, advance_desc(a, 32 * k), advance_desc(b, 32 * k), true);
                      }
                    });
           begin_panels();
 #pragma unroll
           for (int p = 0; p < 2; ++p) {
-            wait(full + ring.stage(), ring.parity());
+            mbarrier_wait(full + ring.stage(), ring.parity());
             unsigned char* const x_panel = memory + ring.stage() * Sizes::kStage + mine() * kPanelBytes;
             unsigned char* const g_panel = x_panel + Sizes::kLeft;
             const Pairs<64> wide;
@@ -449,8 +451,8 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
           }
           end_panels(r == Sizes::kGates - 1 ? 1 : -1, [&] {
             for (int p = 0; p < 2; ++p) {
-              store_tile(maps.slopes_to, panels() + p * kPanelBytes,
-                         r * Sizes::kChannels + kSliceChannels * slice() + 64 * p, row0(), 0);
+              tma_store(maps.slopes_to, panels() + p * kPanelBytes,
+                        r * Sizes::kChannels + kSliceChannels * slice() + 64 * p, row0(), 0);
             }
           });
         }
@@ -463,7 +465,7 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
             }
           }
         }
-        hold(through);
+        warpgroup_fence_operand(through);
       }
       if (!want_factors) continue;
 
@@ -474,20 +476,20 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
 #pragma unroll
           for (int r = 0; r < kOrders; ++r) {
             products(da[r], Sizes::kPanels, [&](unsigned char* left, unsigned char* right) {
-              const uint64_t a = rows_of<64>(left + mine() * kPanelBytes), b = columns_of<32>(right, 4096);
+              const uint64_t a = make_smem_desc<64>(left + mine() * kPanelBytes), b = make_smem_desc<32>(right, 4096);
 #pragma unroll
               for (int k = 0; k < 4; ++k) {
-                multiply<T, kSliceUnits, false, true>(da[r], further(a, 32 * k), further(b, 1024 * k), true);
+                wgmma<T, kSliceUnits, false, true>(da[r], advance_desc(a, 32 * k), advance_desc(b, 1024 * k), true);
               }
             });
           }
         } else {
           products(all, Sizes::kPanels, [&](unsigned char* left, unsigned char* right) {
-            const uint64_t a = rows_of<64>(left + mine() * kPanelBytes), b = columns_of<32>(right, 4096);
+            const uint64_t a = make_smem_desc<64>(left + mine() * kPanelBytes), b = make_smem_desc<32>(right, 4096);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-              multiply<T, kOrders * kSliceUnits, false, true>(all, further(a, 32 * k), further(b, 1024 * k),
-                                                              true);
+              wgmma<T, kOrders * kSliceUnits, false, true>(all, advance_desc(a, 32 * k), advance_desc(b, 1024 * k),
+                                                           true);
             }
           });
         }
@@ -495,8 +497,8 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
         factor_gradients_slice<T, 4>(in_factors(), all, panels(), 0);
         end_panels(2, [&] {
           for (int f = 0; f < kFactors; ++f) {
-            store_tile(maps.factors_to, panels() + f * 64 * kSliceUnits * 2,
-                       f * Sizes::kUnits + kSliceUnits * slice(), row0(), 0);
+            tma_store(maps.factors_to, panels() + f * 64 * kSliceUnits * 2,
+                      f * Sizes::kUnits + kSliceUnits * slice(), row0(), 0);
           }
         });
       }
@@ -504,10 +506,10 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
 
       float dx[16][4] = {};
       products(dx, Sizes::kInputSteps, [&](unsigned char* left, unsigned char* right) {
-        const uint64_t a = rows_of<64>(left + mine() * kPanelBytes), b = columns_of<64>(right, kPanelBytes);
+        const uint64_t a = make_smem_desc<64>(left + mine() * kPanelBytes), b = make_smem_desc<64>(right, kPanelBytes);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          multiply<T, kSliceChannels, false, true>(dx, further(a, 32 * k), further(b, 2048 * k), true);
+          wgmma<T, kSliceChannels, false, true>(dx, advance_desc(a, 32 * k), advance_desc(b, 2048 * k), true);
         }
       });
       begin_panels();
@@ -525,11 +527,11 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
       }
       end_panels(-1, [&] {
         for (int p = 0; p < 2; ++p) {
-          store_tile(maps.dx_to, panels() + p * kPanelBytes, kSliceChannels * slice() + 64 * p, row0(), 0);
+          tma_store(maps.dx_to, panels() + p * kPanelBytes, kSliceChannels * slice() + 64 * p, row0(), 0);
         }
       });
     }
-    if (elected()) wait_stores<0>();
+    if (elected()) tma_store_wait<0>();
   }
   if constexpr (RANKS > 1) cluster_sync();
 }

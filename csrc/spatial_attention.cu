@@ -27,7 +27,7 @@
 namespace {
 
 using namespace dfkd;
-using namespace dfkd::spatial_hopper;
+using namespace dfkd::spatial;
 
 constexpr int kMostTeam = 8;
 constexpr int kMostHiddenStages = 3;
@@ -175,7 +175,7 @@ __device__ __forceinline__ void merge(const Plan& x, const Memory& to, const Sea
       out[1] = sum;
     }
   }
-  sync_some(1, kConsumers);
+  named_barrier_sync(1, kConsumers);
   const int c = at.number;
   float* const here = to.exchange + round % 2 * x.team * 2 * width;
   if (c < width) {
@@ -192,13 +192,13 @@ __device__ __forceinline__ void merge(const Plan& x, const Memory& to, const Sea
     }
 #pragma unroll 1
     for (int rank = 0; rank < x.team; ++rank) {
-      float* there = at_rank(here + share.rank * 2 * width, rank);
+      float* there = map_shared_rank(here + share.rank * 2 * width, rank);
       there[c] = top;
       there[width + c] = sum;
     }
     __syncwarp();
-    if (at.lane < x.team) arrive_at(&barriers.merged, at.lane);
-    wait_cluster(&barriers.merged, round % 2);
+    if (at.lane < x.team) mbarrier_arrive_cluster(&barriers.merged, at.lane);
+    mbarrier_wait_cluster(&barriers.merged, round % 2);
     top = -kInfinity;
     sum = 0.0f;
 #pragma unroll 1
@@ -216,87 +216,87 @@ __device__ __forceinline__ void merge(const Plan& x, const Memory& to, const Sea
       saved[static_cast<int64_t>(x.cut.samples) * x.cut.channels + place] = sum;
     }
   }
-  sync_some(1, kConsumers);
+  named_barrier_sync(1, kConsumers);
 }
 
 template <typename T, int NARROW>
 __global__ void __launch_bounds__(kBlockThreads, 1)
-    gate_hopper(Plan x, const __grid_constant__ TensorMap features, const __grid_constant__ TensorMap hidden,
+    gate_wgmma(Plan x, const __grid_constant__ TensorMap features, const __grid_constant__ TensorMap hidden,
                 const __grid_constant__ TensorMap out, const void* weight, float* saved) {
   const Memory memory(x);
   const Share share(x);
   Barriers& barriers = *memory.barriers;
   const int thread = static_cast<int>(threadIdx.x), strips = x.cut.strips;
   if (thread == kConsumers) {
-    prefetch(features);
-    prefetch(hidden);
-    prefetch(out);
+    prefetch_tensormap(features);
+    prefetch_tensormap(hidden);
+    prefetch_tensormap(out);
 #pragma unroll 1
     for (int i = 0; i < x.stages; ++i) {
-      init(&barriers.full[i], 1);
-      init(&barriers.empty[i], kConsumerWarps);
+      mbarrier_init(&barriers.full[i], 1);
+      mbarrier_init(&barriers.empty[i], kConsumerWarps);
     }
 #pragma unroll 1
     for (int i = 0; i < x.hidden_stages; ++i) {
-      init(&barriers.hidden_full[i], 1);
-      init(&barriers.hidden_empty[i], kConsumerWarps);
+      mbarrier_init(&barriers.hidden_full[i], 1);
+      mbarrier_init(&barriers.hidden_empty[i], kConsumerWarps);
     }
-    init(&barriers.merged, x.team * x.cut.width() / kLanes);
-    show_barriers();
+    mbarrier_init(&barriers.merged, x.team * x.cut.width() / kLanes);
+    fence_barrier_init();
   }
   cluster_sync();
 
   if (thread >= kConsumers) {
-    give_registers<kCopyRegisters>();
+    warpgroup_reg_dealloc<kCopyRegisters>();
     const int warp = thread / kLanes - kConsumerWarps;
     const bool for_gate = warp == 0;
     if (warp < 2 && thread % kLanes == 0) {
-      Turn turn;
+      PipelineState state;
 #pragma unroll 1
       for (int sample = share.team; sample < x.cut.samples; sample += x.teams) {
 #pragma unroll 1
         for (int tile = 0; tile < share.tiles; ++tile) {
           const int row = (share.first_tile + tile) * x.cut.rows();
           if (for_gate) {
-            unsigned char* stage = memory.stages + turn.stage * x.stage_bytes();
-            Barrier* full = &barriers.full[turn.stage];
-            wait(&barriers.empty[turn.stage], turn.parity ^ 1);
-            arrive_and_expect(full, x.stage_bytes());
+            unsigned char* stage = memory.stages + state.index * x.stage_bytes();
+            Barrier* full = &barriers.full[state.index];
+            mbarrier_wait(&barriers.empty[state.index], state.phase ^ 1);
+            mbarrier_arrive_expect_tx(full, x.stage_bytes());
 #pragma unroll 1
             for (int strip = 0; strip < strips; ++strip) {
-              load_tile(stage + kTileBytes + strip * x.cut.narrow_bytes(), hidden, 0, row + kPanel * strip, sample,
-                        full);
+              tma_load(stage + kTileBytes + strip * x.cut.narrow_bytes(), hidden, 0, row + kPanel * strip, sample,
+                       full);
             }
 #pragma unroll 1
             for (int group = 0; group < kGroups; ++group) {
-              load_tile(stage + group * kPanelBytes, features, kPanel * (group % x.cut.panels),
-                        row + kPanel * (group / x.cut.panels), sample, full);
+              tma_load(stage + group * kPanelBytes, features, kPanel * (group % x.cut.panels),
+                       row + kPanel * (group / x.cut.panels), sample, full);
             }
-            turn.next(x.stages);
+            state.advance(x.stages);
           } else {
-            unsigned char* stage = memory.hidden + turn.stage * x.cut.hidden_bytes();
-            wait(&barriers.hidden_empty[turn.stage], turn.parity ^ 1);
-            arrive_and_expect(&barriers.hidden_full[turn.stage], x.cut.hidden_bytes());
+            unsigned char* stage = memory.hidden + state.index * x.cut.hidden_bytes();
+            mbarrier_wait(&barriers.hidden_empty[state.index], state.phase ^ 1);
+            mbarrier_arrive_expect_tx(&barriers.hidden_full[state.index], x.cut.hidden_bytes());
 #pragma unroll 1
             for (int strip = 0; strip < strips; ++strip) {
-              load_tile(stage + strip * x.cut.narrow_bytes(), hidden, 0, row + kPanel * strip, sample,
-                        &barriers.hidden_full[turn.stage]);
+              tma_load(stage + strip * x.cut.narrow_bytes(), hidden, 0, row + kPanel * strip, sample,
+                       &barriers.hidden_full[state.index]);
             }
-            turn.next(x.hidden_stages);
+            state.advance(x.hidden_stages);
           }
         }
       }
     }
   } else {
-    take_registers<kConsumerRegisters>();
+    warpgroup_reg_alloc<kConsumerRegisters>();
     write_weight<T, NARROW>(x.cut, weight, x.weight_dtype, reinterpret_cast<T*>(memory.weight));
-    fence_async();
-    sync_some(1, kConsumers);
+    fence_proxy_async();
+    named_barrier_sync(1, kConsumers);
     const Seat at(x.cut);
     const unsigned char* mine = memory.weight + at.panel * x.cut.narrow_bytes();
     const int width = x.cut.width();
     const int to_strip = at.strip * x.cut.narrow_bytes();
-    Turn gate, statistics;
+    PipelineState gate, statistics;
     Running running;
     for (int round = 0, sample = share.team; sample - x.teams < x.cut.samples; ++round, sample += x.teams) {
       const int gated = sample - x.teams;  // the sample before, if there is one
@@ -305,18 +305,18 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         const int row = (share.first_tile + tile) * x.cut.rows() + kPanel * at.strip + 16 * at.warp;
         float logits[8][4];
         if (sample < x.cut.samples) {
-          wait(&barriers.hidden_full[statistics.stage], statistics.parity);
-          expand<T, NARROW>(logits, memory.hidden + statistics.stage * x.cut.hidden_bytes() + to_strip, mine);
+          mbarrier_wait(&barriers.hidden_full[statistics.index], statistics.phase);
+          expand<T, NARROW>(logits, memory.hidden + statistics.index * x.cut.hidden_bytes() + to_strip, mine);
           __syncwarp();
-          if (at.lane == 0) arrive(&barriers.hidden_empty[statistics.stage]);
-          statistics.next(x.hidden_stages);
+          if (at.lane == 0) mbarrier_arrive(&barriers.hidden_empty[statistics.index]);
+          statistics.advance(x.hidden_stages);
           leave_out(logits, x.cut.positions - row - at.g);
           running.add(logits);
         }
         if (gated < 0) continue;
-        unsigned char* stage = memory.stages + gate.stage * x.stage_bytes();
+        unsigned char* stage = memory.stages + gate.index * x.stage_bytes();
         unsigned char* panel = stage + at.group * kPanelBytes;
-        wait(&barriers.full[gate.stage], gate.parity);
+        mbarrier_wait(&barriers.full[gate.index], gate.phase);
         expand<T, NARROW>(logits, stage + kTileBytes + to_strip, mine);
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
@@ -344,24 +344,24 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #pragma unroll
           for (int half = 0; half < 2; ++half) *chunk_of(panel, at, half, which) = f[half];
         }
-        fence_async();
+        fence_proxy_async();
         __syncwarp();
         if (at.lane == 0) {
           if (row < x.cut.positions && kPanel * at.panel < x.cut.channels) {
-            store_tile(out, panel + 2 * kPanel * 16 * at.warp, kPanel * at.panel, row, gated);
+            tma_store(out, panel + 2 * kPanel * 16 * at.warp, kPanel * at.panel, row, gated);
           }
-          commit_stores();
+          tma_store_commit();
           // The stage before this one: its stores have had a tile's time.
-          wait_stores_read<1>();
+          tma_store_wait_read<1>();
           if (tile > 0 || gated >= x.teams) {
-            arrive(&barriers.empty[gate.stage == 0 ? x.stages - 1 : gate.stage - 1]);
+            mbarrier_arrive(&barriers.empty[gate.index == 0 ? x.stages - 1 : gate.index - 1]);
           }
         }
-        gate.next(x.stages);
+        gate.advance(x.stages);
       }
       if (sample < x.cut.samples) merge(x, memory, at, share, running, sample, round, saved);
     }
-    if (at.lane == 0) wait_stores<0>();
+    if (at.lane == 0) tma_store_wait<0>();
   }
   cluster_sync();
 }
@@ -375,7 +375,7 @@ int most_teams(const Plan& x) {
   return x.teams;
 #else
   static std::atomic<int> known[kMostTeam + 1];  // by the size of a team: one block fills a multiprocessor always
-  const auto kernel = gate_hopper<T, NARROW>;
+  const auto kernel = gate_wgmma<T, NARROW>;
   int found = known[x.team].load(std::memory_order_relaxed);
   if (found == 0) {
     cudaLaunchAttribute cluster{};
@@ -408,37 +408,29 @@ int run(Plan x, const void* features, const void* hidden, const void* weight, vo
   if (error == 0) error = map_of<kPanel>(&of_out, out, x.cut, x.cut.channels, 16);
   if (error != 0) return error;
   x.teams = most_teams<T, NARROW>(x);
-  return launch_together(gate_hopper<T, NARROW>, dim3(static_cast<unsigned>(x.teams * x.team)), kBlockThreads,
-                         static_cast<size_t>(x.bytes()), x.team, false, stream, x, of_features, of_hidden, of_out,
-                         weight, static_cast<float*>(saved));
+  return launch_cluster(gate_wgmma<T, NARROW>, dim3(static_cast<unsigned>(x.teams * x.team)), kBlockThreads,
+                        static_cast<size_t>(x.bytes()), x.team, false, stream, x, of_features, of_hidden, of_out,
+                        weight, static_cast<float*>(saved));
 }
 
 }  // namespace
 
 extern "C" {
 
-int64_t dfkd_spatial_attention_hopper_scratch(int64_t, int64_t, int64_t, int64_t, int) { return 0; }
-
-int dfkd_spatial_attention_hopper(const void* features, const void* hidden, const void* weight, const void* bias,
-                                  int64_t samples, int64_t channels, int64_t maps, int64_t positions, int dtype,
-                                  int weight_dtype, int bias_dtype, float scale, int form, void* out, void* saved,
-                                  void* scratch, void* stream) {
-  (void)bias, (void)bias_dtype, (void)scratch;  // the bias cancels
-  if (!served(samples, channels, maps, positions, form)) return DFKD_INVALID;
+int dfkd_spatial_attention(const void* features, const void* hidden, const void* weight, int64_t samples,
+                           int64_t channels, int64_t maps, int64_t positions, int dtype, int weight_dtype, float scale,
+                           int form, void* out, void* saved, void* stream) {
+  if (const int status = require_served(samples, channels, maps, positions, form)) return status;
+  if (const int status = require_parameter("weight", weight_dtype)) return status;
   return with_type(dtype, [=](auto type) {
     using T = decltype(type);
-    if constexpr (sizeof(T) != 2) {
-      return DFKD_INVALID;
-    } else {
-      if (samples == 0) return 0;
-      Plan x = plan(cut_tiles(samples, channels, maps, positions));
-      x.weight_dtype = weight_dtype;
-      const double by = form == kSpatialMean1 ? static_cast<double>(positions) : 1.0;
-      x.scale = static_cast<float>(static_cast<double>(scale) * by);
-      return with_width(x.cut.narrow, [=](auto narrow) {
-        return run<T, decltype(narrow)::value>(x, features, hidden, weight, out, saved, stream);
-      });
-    }
+    if (samples == 0) return 0;
+    Plan x = plan(cut_tiles(samples, channels, maps, positions));
+    x.weight_dtype = weight_dtype;
+    x.scale = scale_of(scale, form, positions);
+    return with_width(x.cut.narrow, [=](auto narrow) {
+      return run<T, decltype(narrow)::value>(x, features, hidden, weight, out, saved, stream);
+    });
   });
 }
 }

@@ -1,21 +1,74 @@
-// What the Hopper forms of spatial_attention, forward and backward, have in common: tiles, panels, the expand product.
+// What the kernels of spatial_attention, forward and backward, share: tiles, panels, the expand product.
 //
 // A block of four warpgroups takes tiles of one sample's positions by all channels, at most 256, in `panels` of 64:
 // each warpgroup has one panel of 64 positions by 64 channels, warpgroup w that of channels 64 (w % panels) on and
-// positions 64 (w / panels) on. Panels arrive by tile copies as products want them (hopper.h), 8 KB each.
+// positions 64 (w / panels) on. TMA brings panels as wgmma takes them (sm90.h), 8 KB each.
 //
 // A lane's accumulators are two columns of each eight. The weight's rows, the products' columns, are therefore put into
 // shared memory in such an order (channel_of) that a lane holds 16 neighbouring channels of two positions, two chunks
 // of 16 bytes, and that eight neighbouring lanes, two positions of 64 channels, meet in no bank.
 #pragma once
 
-#include "../hopper.h"
-#include "../spatial_attention.h"
+#include "sm90.h"
 
-namespace dfkd::spatial_hopper {
+namespace dfkd::spatial {
 
-using namespace dfkd::hopper;
-using namespace dfkd::spatial;
+enum Form { kSpatial = 0, kSpatialMean1 = 1, kChannel = 2 };
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kInfinity = __builtin_huge_valf();
+
+struct alignas(16) Vector {
+  uint32_t words[4];
+};
+struct alignas(16) Numbers {
+  float at[4];
+};
+
+// ---- arithmetic ---------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }  // a NaN counts for nothing
+
+// exp(x) for x <= 0 without the care for denormal results, which are nothing beside the 1 that every softmax has.
+__device__ __forceinline__ float exp_below(float x) { return exp2_flushed(x * kLog2E); }
+
+// What to measure exponentials from: the maximum, unless there is none yet.
+__device__ __forceinline__ float base_of(float top) { return top == -kInfinity ? 0.0f : top; }
+
+template <typename T>
+__device__ __forceinline__ void unpack(float (&values)[8], const Vector& from) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[2 * i] = to_float(T{static_cast<uint16_t>(from.words[i])});
+    values[2 * i + 1] = to_float(T{static_cast<uint16_t>(from.words[i] >> 16)});
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ Vector round_all(const float (&values)[8]) {
+  Vector to;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to.words[i] = pack_rounded<T>(values[2 * i], values[2 * i + 1]);
+  return to;
+}
+
+// Parameters may be of another type than maps: a network's own, under autocast.
+__device__ __forceinline__ float read_as(const void* from, int64_t at, int dtype) {
+  if (dtype == DFKD_FLOAT32) return static_cast<const float*>(from)[at];
+  if (dtype == DFKD_FLOAT16) return to_float(static_cast<const float16*>(from)[at]);
+  return to_float(static_cast<const bfloat16*>(from)[at]);
+}
+__device__ __forceinline__ void write_as(void* to, int64_t at, int dtype, float value) {
+  if (dtype == DFKD_FLOAT32) {
+    static_cast<float*>(to)[at] = value;
+  } else if (dtype == DFKD_FLOAT16) {
+    static_cast<float16*>(to)[at] = from_float<float16>(value);
+  } else {
+    static_cast<bfloat16*>(to)[at] = from_float<bfloat16>(value);
+  }
+}
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
 
 constexpr int kGroups = 4, kConsumers = kGroups * kWarpgroup, kConsumerWarps = kConsumers / kLanes;
 constexpr int kBlockThreads = kConsumers + kWarpgroup;  // one more warpgroup, of which single threads copy
@@ -40,11 +93,32 @@ struct Cut {
   __host__ __device__ int weight_bytes() const { return panels * narrow_bytes(); }
 };
 
-inline bool served(int64_t samples, int64_t channels, int64_t maps, int64_t positions, int form) {
-  return supported(samples, channels, maps, positions, form) && form != kChannel && channels % 8 == 0 &&
-         channels <= kMostChannels && maps % 8 == 0 && maps <= kMostNarrow && positions < (int64_t{1} << 30) &&
-         samples * ((positions + kPanel - 1) / kPanel) < (int64_t{1} << 30);
+// All that the softmax is multiplied by.
+inline float scale_of(float scale, int form, int64_t positions) {
+  const double by = form == kSpatialMean1 ? static_cast<double>(positions) : 1.0;
+  return static_cast<float>(static_cast<double>(scale) * by);
 }
+
+inline int require_parameter(const char* name, int dtype) {
+  if (dtype >= DFKD_FLOAT32 && dtype <= DFKD_BFLOAT16) return 0;
+  return dfkd_refuse("dtype of %s must be float32, float16 or bfloat16", name);
+}
+
+// 0 where sizes and form are served, otherwise DFKD_INVALID with the reason.
+inline int require_served(int64_t samples, int64_t channels, int64_t maps, int64_t positions, int form) {
+  constexpr int64_t kMost = (int64_t{1} << 30) - 1;  // tiles and positions are counted in 32 bits
+  if (form == kChannel) return dfkd_refuse("form is 'channel'; the kernel serves 'spatial' and 'spatial_mean1'");
+  int status = require_size("form", form, kSpatial, kSpatialMean1);
+  if (!status) status = require_size("N of features (N, C, H, W)", samples, 0, (1 << 24) - 1);
+  if (!status) status = require_size("C of features (N, C, H, W)", channels, 8, kMostChannels, 8);
+  if (!status) status = require_size("K of hidden (N, K, H, W)", maps, 8, kMostNarrow, 8);
+  if (!status) status = require_size("H W of features (N, C, H, W)", positions, 1, kMost);
+  if (!status) status = require_size("N H W / 64 of features", samples * ((positions + kPanel - 1) / kPanel), 0, kMost);
+  return status;
+}
+
+// Scratch memory comes in parts that begin at 16 bytes.
+constexpr int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
 inline Cut cut_tiles(int64_t samples, int64_t channels, int64_t maps, int64_t positions) {
   Cut x{};
@@ -86,7 +160,7 @@ __device__ __forceinline__ int channel_of(int column) {
   return 16 * (column % 8 / 2) + 2 * (column / 8) + column % 2;
 }
 
-// The weight in panels of 64 columns, by all consumers; then fence_async() and a barrier.
+// The weight in panels of 64 columns, by all consumers; then fence_proxy_async() and a barrier.
 template <typename T, int NARROW>
 __device__ __forceinline__ void write_weight(const Cut& x, const void* weight, int dtype, T* to) {
   constexpr int kChunks = NARROW / 8;
@@ -136,16 +210,16 @@ struct Seat {
 // Logits of a warpgroup: logits[n][2 half + e] is row() + 8 half, channel 16 t + 2 n + e of its panel.
 template <typename T, int NARROW>
 __device__ __forceinline__ void expand(float (&logits)[8][4], const void* hidden, const void* weight) {
-  const uint64_t a = rows_of<NARROW>(hidden), b = rows_of<NARROW>(weight);
-  hold(logits);
-  fence_products();
+  const uint64_t a = make_smem_desc<NARROW>(hidden), b = make_smem_desc<NARROW>(weight);
+  warpgroup_fence_operand(logits);
+  warpgroup_arrive();
 #pragma unroll
   for (int step = 0; step < NARROW / 16; ++step) {
-    multiply<T, kPanel>(logits, further(a, 32 * step), further(b, 32 * step), step > 0);
+    wgmma<T, kPanel>(logits, advance_desc(a, 32 * step), advance_desc(b, 32 * step), step > 0);
   }
-  commit_products();
-  wait_products<0>();
-  hold(logits);
+  warpgroup_commit_batch();
+  warpgroup_wait<0>();
+  warpgroup_fence_operand(logits);
 }
 
 // Logits of positions that there are not to minus infinity, for no share in a softmax. left: of the lane's first row.
@@ -171,19 +245,14 @@ __device__ __forceinline__ Numbers numbers_of(const float* numbers, const Seat& 
   return *reinterpret_cast<const Numbers*>(numbers + kPanel * at.panel + place_of_number(16 * at.t + 4 * quad));
 }
 
-// Stages of a ring in turn, and the parity of the phase in which each is full; of the one in which it was emptied
-// before, the other.
-struct Turn {
-  int stage = 0, parity = 0;
-  __device__ __forceinline__ void next(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
+// ---- for backward only: in a stage dl lies where f was, then comes g, and narrow maps are last --------------
 
-// ---- what backward alone wants: in a stage dl lies where f was, then comes g, and narrow maps are last --------------
+// Sums over positions: over the rows of a warp.
+__device__ __forceinline__ float column_sum(float x) {
+#pragma unroll
+  for (int distance = 4; distance < kLanes; distance *= 2) x += __shfl_xor_sync(kAll, x, distance);
+  return x;
+}
 
 struct alignas(8) Pair {
   float at[2];
@@ -210,17 +279,17 @@ __device__ __forceinline__ float* sums_of(unsigned char* stage, int group, int w
 template <typename T, int NARROW>
 __device__ __forceinline__ void add_weight(const Cut& x, const Seat& at, unsigned char* stage,
                                            float (&dw)[NARROW / 8][4]) {
-  const uint64_t a = columns_of<kPanel>(stage + at.group * kPanelBytes, kPanelBytes);
-  const uint64_t b = columns_of<NARROW>(stage + 2 * kTileBytes + at.strip * x.narrow_bytes(), kPanelBytes);
-  hold(dw);
-  fence_products();
+  const uint64_t a = make_smem_desc<kPanel>(stage + at.group * kPanelBytes, kPanelBytes);
+  const uint64_t b = make_smem_desc<NARROW>(stage + 2 * kTileBytes + at.strip * x.narrow_bytes(), kPanelBytes);
+  warpgroup_fence_operand(dw);
+  warpgroup_arrive();
 #pragma unroll
   for (int step = 0; step < kPanel / 16; ++step) {
-    multiply<T, NARROW, true, true>(dw, further(a, 32 * kPanel * step), further(b, 32 * NARROW * step), true);
+    wgmma<T, NARROW, true, true>(dw, advance_desc(a, 32 * kPanel * step), advance_desc(b, 32 * NARROW * step), true);
   }
-  commit_products();
-  wait_products<0>();
-  hold(dw);
+  warpgroup_commit_batch();
+  warpgroup_wait<0>();
+  warpgroup_fence_operand(dw);
 }
 
 // dh of all the strip's positions, by one warpgroup for all channels.
@@ -232,17 +301,17 @@ __device__ __forceinline__ void make_hidden(const Cut& x, const Seat& at, unsign
   for (int i = 0; i < NARROW / 2; ++i) dh[i / 4][i % 4] = 0.0f;
 #pragma unroll 1
   for (int panel = 0; panel < x.panels; ++panel) {
-    hold(dh);
-    fence_products();
-    const uint64_t a = rows_of<kPanel>(stage + (at.strip * x.panels + panel) * kPanelBytes);
-    const uint64_t b = columns_of<NARROW>(weight + panel * x.narrow_bytes(), kPanelBytes);
+    warpgroup_fence_operand(dh);
+    warpgroup_arrive();
+    const uint64_t a = make_smem_desc<kPanel>(stage + (at.strip * x.panels + panel) * kPanelBytes);
+    const uint64_t b = make_smem_desc<NARROW>(weight + panel * x.narrow_bytes(), kPanelBytes);
 #pragma unroll
     for (int step = 0; step < kPanel / 16; ++step) {
-      multiply<T, NARROW, false, true>(dh, further(a, 32 * step), further(b, 32 * NARROW * step), true);
+      wgmma<T, NARROW, false, true>(dh, advance_desc(a, 32 * step), advance_desc(b, 32 * NARROW * step), true);
     }
-    commit_products();
-    wait_products<0>();
-    hold(dh);
+    warpgroup_commit_batch();
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(dh);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -258,4 +327,4 @@ __device__ __forceinline__ void make_hidden(const Cut& x, const Seat& at, unsign
   }
 }
 
-}  // namespace dfkd::spatial_hopper
+}  // namespace dfkd::spatial

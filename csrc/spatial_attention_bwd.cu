@@ -30,7 +30,7 @@
 namespace {
 
 using namespace dfkd;
-using namespace dfkd::spatial_hopper;
+using namespace dfkd::spatial;
 
 #ifdef DFKD_HOST
 constexpr int kBlocks = 3;
@@ -111,17 +111,17 @@ __device__ __forceinline__ void bring_tile(const Plan& x, const Memory& memory, 
   const int row = items.tile % x.cut.tiles * x.cut.rows();
   unsigned char* stage = memory.stages + which * x.stage_bytes();
   Barrier* full = &memory.barriers->full[which];
-  wait(&memory.barriers->empty[which], (items.number / x.stages & 1) ^ 1);
-  arrive_and_expect(full, x.stage_bytes());
+  mbarrier_wait(&memory.barriers->empty[which], (items.number / x.stages & 1) ^ 1);
+  mbarrier_arrive_expect_tx(full, x.stage_bytes());
 #pragma unroll 1
   for (int strip = 0; strip < x.cut.strips; ++strip) {
-    load_tile(stage + 2 * kTileBytes + strip * x.cut.narrow_bytes(), hidden, 0, row + kPanel * strip, sample, full);
+    tma_load(stage + 2 * kTileBytes + strip * x.cut.narrow_bytes(), hidden, 0, row + kPanel * strip, sample, full);
   }
 #pragma unroll 1
   for (int group = 0; group < kGroups; ++group) {
     const int channel = kPanel * (group % x.cut.panels), first = row + kPanel * (group / x.cut.panels);
-    load_tile(stage + group * kPanelBytes, features, channel, first, sample, full);
-    load_tile(stage + kTileBytes + group * kPanelBytes, upstream, channel, first, sample, full);
+    tma_load(stage + group * kPanelBytes, features, channel, first, sample, full);
+    tma_load(stage + kTileBytes + group * kPanelBytes, upstream, channel, first, sample, full);
   }
 }
 
@@ -133,7 +133,7 @@ __device__ __forceinline__ void bring_numbers(const Plan& x, const Memory& memor
   const int before = items.number - kSlots;
   const bool with_slopes = items.second() && x.narrow;
   if (lane == 0) {
-    if (before >= 0) wait(&memory.barriers->empty[before % x.stages], before / x.stages & 1);
+    if (before >= 0) mbarrier_wait(&memory.barriers->empty[before % x.stages], before / x.stages & 1);
     if (with_slopes) wait_global(common.slopes_done + sample, x.summing_warps);
   }
   __syncwarp();
@@ -164,7 +164,7 @@ __device__ __forceinline__ void bring_numbers(const Plan& x, const Memory& memor
     *reinterpret_cast<Numbers*>(to + 2 * kMostChannels) = slope;
   }
   __syncwarp();
-  if (lane == 0) arrive(&memory.barriers->full[items.number % x.stages]);
+  if (lane == 0) mbarrier_arrive(&memory.barriers->full[items.number % x.stages]);
 }
 
 // ---- D --------------------------------------------------------------------------------------------------------------
@@ -200,9 +200,9 @@ __device__ __forceinline__ void add_slopes(const Plan& x, const Seat& at, unsign
   fold<2>(sums, at.lane);
   __syncwarp();
   *reinterpret_cast<Pair*>(sums_of(stage, at.group, at.warp) + 16 * at.t + 2 * at.g) = {{sums[0], sums[1]}};
-  fence_async();
+  fence_proxy_async();
   __syncwarp();
-  if (at.lane == 0) arrive(summed);
+  if (at.lane == 0) mbarrier_arrive(summed);
 }
 
 // By a warp: a tile's part of D from sums of the consumers' warps. Its stage is free then.
@@ -221,7 +221,7 @@ __device__ __forceinline__ void publish_slopes(const Plan& x, const Memory& memo
     if (c < x.cut.channels) part[c] = sum;
   }
   __syncwarp();
-  if (lane < kConsumerWarps) arrive(&memory.barriers->empty[which]);
+  if (lane < kConsumerWarps) mbarrier_arrive(&memory.barriers->empty[which]);
   if (lane == 0) arrive_global(common.parts_done + tile / x.cut.tiles);
 }
 
@@ -313,28 +313,28 @@ __device__ __forceinline__ void make_slopes(const Plan& x, const Seat& at, unsig
 
 template <typename T, int NARROW>
 __global__ void __launch_bounds__(kBlockThreads, 1)
-    gradients_hopper(Plan x, const __grid_constant__ TensorMap features, const __grid_constant__ TensorMap upstream,
+    gradients_wgmma(Plan x, const __grid_constant__ TensorMap features, const __grid_constant__ TensorMap upstream,
                      const __grid_constant__ TensorMap hidden, const __grid_constant__ TensorMap d_features,
                      const void* weight, const float* saved, T* d_hidden, Common common) {
   const Memory memory(x);
   Barriers& barriers = *memory.barriers;
   const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
   if (thread == kConsumers) {
-    prefetch(features);
-    prefetch(upstream);
-    prefetch(hidden);
-    prefetch(d_features);
+    prefetch_tensormap(features);
+    prefetch_tensormap(upstream);
+    prefetch_tensormap(hidden);
+    prefetch_tensormap(d_features);
     for (int i = 0; i < x.stages; ++i) {
-      init(&barriers.full[i], x.cut.panels == kGroups ? 3 : 2);  // tiles, and numbers of each 128 channels
-      init(&barriers.empty[i], kConsumerWarps);
-      init(&barriers.summed[i], kConsumerWarps);
+      mbarrier_init(&barriers.full[i], x.cut.panels == kGroups ? 3 : 2);  // tiles, and numbers of each 128 channels
+      mbarrier_init(&barriers.empty[i], kConsumerWarps);
+      mbarrier_init(&barriers.summed[i], kConsumerWarps);
     }
-    show_barriers();
+    fence_barrier_init();
   }
   __syncthreads();
 
   if (thread >= kConsumers) {
-    give_registers<kCopyRegisters>();
+    warpgroup_reg_dealloc<kCopyRegisters>();
     const int warp = (thread - kConsumers) / kLanes;
     Items items;
     if (thread == kConsumers) {
@@ -350,16 +350,16 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       while (items.next(x)) {
         if (items.second()) continue;
         const int which = items.number % x.stages;
-        wait(&barriers.summed[which], static_cast<int>(parities >> which & 1));
+        mbarrier_wait(&barriers.summed[which], static_cast<int>(parities >> which & 1));
         parities ^= 1u << which;
         publish_slopes(x, memory, which, items.tile, common);
       }
     }
   } else {
-    take_registers<kConsumerRegisters>();
+    warpgroup_reg_alloc<kConsumerRegisters>();
     write_weight<T, NARROW>(x.cut, weight, x.weight_dtype, reinterpret_cast<T*>(memory.weight));
-    fence_async();
-    sync_some(kEverybody, kConsumers);
+    fence_proxy_async();
+    named_barrier_sync(kEverybody, kConsumers);
     const Seat at(x.cut);
     float dw[NARROW / 8][4];
 #pragma unroll
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       if (first_reading) {
         const int row = tile % x.cut.tiles * x.cut.rows() + kPanel * at.strip + at.row();
         const int which = item % x.stages;
-        wait(&barriers.full[which], item / x.stages & 1);
+        mbarrier_wait(&barriers.full[which], item / x.stages & 1);
         add_slopes<T, NARROW>(x, at.anew(), memory.stages + which * x.stage_bytes(), memory.slot(item),
                               memory.weight, x.cut.positions - row, &barriers.summed[which]);
         ++item;
@@ -383,20 +383,20 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         const int row = behind % x.cut.tiles * x.cut.rows() + kPanel * at.strip;
         const int which = item % x.stages;
         unsigned char* stage = memory.stages + which * x.stage_bytes();
-        wait(&barriers.full[which], item / x.stages & 1);
+        mbarrier_wait(&barriers.full[which], item / x.stages & 1);
         make_slopes<T, NARROW>(x, at.anew(), stage, memory.slot(item), memory.weight,
                                x.cut.positions - row - at.row());
-        fence_async();
+        fence_proxy_async();
         __syncwarp();
         if (at.lane == 0 && x.want_features) {
           const int first = 16 * at.warp, channel = kPanel * at.panel;
           if (row + first < x.cut.positions && channel < x.cut.channels) {
             const unsigned char* from = stage + kTileBytes + at.group * kPanelBytes + 2 * kPanel * first;
-            store_tile(d_features, from, channel, row + first, sample);
+            tma_store(d_features, from, channel, row + first, sample);
           }
-          commit_stores();
+          tma_store_commit();
         }
-        if (x.narrow) sync_some(1 + at.strip, kWarpgroup * x.cut.panels);
+        if (x.narrow) named_barrier_sync(1 + at.strip, kWarpgroup * x.cut.panels);
         if (x.want_weight) add_weight<T, NARROW>(x.cut, at, stage, dw);
         if (x.want_hidden && (step & (x.cut.panels - 1)) == at.panel) {
           make_hidden<T, NARROW>(x.cut, at.anew(), stage, memory.weight, row,
@@ -404,8 +404,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         }
         __syncwarp();
         if (at.lane == 0) {
-          wait_stores_read<0>();
-          arrive(&barriers.empty[which]);
+          tma_store_wait_read<0>();
+          mbarrier_arrive(&barriers.empty[which]);
         }
         ++item;
       }
@@ -413,10 +413,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         merge_slopes(x, at, tile / x.cut.tiles, common);
       }
     }
-    if (at.lane == 0) wait_stores<0>();
+    if (at.lane == 0) tma_store_wait<0>();
     if (x.want_weight) {
       float* room = reinterpret_cast<float*>(memory.stages);
-      sync_some(kEverybody, kConsumers);
+      named_barrier_sync(kEverybody, kConsumers);
 #pragma unroll
       for (int n = 0; n < NARROW / 8; ++n) {
 #pragma unroll
@@ -425,7 +425,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
           room[line * NARROW + 8 * n + 2 * at.t + i % 2] = dw[n][i];
         }
       }
-      sync_some(kEverybody, kConsumers);
+      named_barrier_sync(kEverybody, kConsumers);
       float* part = common.weight_parts + static_cast<int64_t>(block) * x.cut.channels * x.cut.maps;
       for (int i = thread; i < x.cut.width() * NARROW; i += kConsumers) {
         const int column = i / NARROW, k = i % NARROW;
@@ -519,62 +519,58 @@ int run(const Plan& x, const void* upstream, const void* features, const void* h
                    stream, common.parts_done, counters);
   }
   if (error != 0) return error;
-  return launch_together(gradients_hopper<T, NARROW>, dim3(static_cast<unsigned>(x.blocks)), kBlockThreads,
-                         static_cast<size_t>(x.bytes()), 1, true, stream, x, of_features, of_upstream, of_hidden,
-                         of_results, weight, static_cast<const float*>(saved), static_cast<T*>(d_hidden), common);
+  return launch_cluster(gradients_wgmma<T, NARROW>, dim3(static_cast<unsigned>(x.blocks)), kBlockThreads,
+                        static_cast<size_t>(x.bytes()), 1, true, stream, x, of_features, of_upstream, of_hidden,
+                        of_results, weight, static_cast<const float*>(saved), static_cast<T*>(d_hidden), common);
 }
 
 }  // namespace
 
 extern "C" {
 
-int64_t dfkd_spatial_attention_hopper_backward_scratch(int64_t samples, int64_t channels, int64_t maps,
-                                                       int64_t positions, int form) {
-  if (!served(samples, channels, maps, positions, form)) return 0;
+int64_t dfkd_spatial_attention_backward_scratch(int64_t samples, int64_t channels, int64_t maps, int64_t positions,
+                                                int form) {
+  if (require_served(samples, channels, maps, positions, form)) return 0;
   return Scratch(cut_tiles(samples, channels, maps, positions)).all();
 }
 
-int dfkd_spatial_attention_hopper_backward(const void* upstream, const void* features, const void* hidden,
-                                           const void* weight, const void* bias, const void* saved, int64_t samples,
-                                           int64_t channels, int64_t maps, int64_t positions, int dtype,
-                                           int weight_dtype, int bias_dtype, float scale, int form, void* d_features,
-                                           void* d_hidden, void* d_weight, void* d_bias, void* scratch, void* stream) {
-  (void)bias;
-  if (!served(samples, channels, maps, positions, form)) return DFKD_INVALID;
+int dfkd_spatial_attention_backward(const void* upstream, const void* features, const void* hidden, const void* weight,
+                                    const void* saved, int64_t samples, int64_t channels, int64_t maps,
+                                    int64_t positions, int dtype, int weight_dtype, int bias_dtype, float scale,
+                                    int form, void* d_features, void* d_hidden, void* d_weight, void* d_bias,
+                                    void* scratch, void* stream) {
+  if (const int status = require_served(samples, channels, maps, positions, form)) return status;
+  if (const int status = require_parameter("weight", weight_dtype)) return status;
+  if (const int status = require_parameter("bias", bias_dtype)) return status;
   return with_type(dtype, [=](auto type) {
     using T = decltype(type);
-    if constexpr (sizeof(T) != 2) {
-      return DFKD_INVALID;
-    } else {
-      const bool narrow = d_hidden != nullptr || d_weight != nullptr;
-      Plan x = plan(cut_tiles(samples, channels, maps, positions), narrow);
-      x.weight_dtype = weight_dtype;
-      const double by = form == kSpatialMean1 ? static_cast<double>(positions) : 1.0;
-      x.scale = static_cast<float>(static_cast<double>(scale) * by);
-      x.want_features = d_features != nullptr;
-      x.want_hidden = d_hidden != nullptr;
-      x.want_weight = d_weight != nullptr;
-      const Scratch room(x.cut);
-      Common common{};
-      common.parts_done = static_cast<unsigned*>(scratch);
-      common.slopes_done = common.parts_done + samples;
-      common.parts = static_cast<float*>(scratch) + room.counters / 4;
-      common.slopes = common.parts + room.parts / 4;
-      common.weight_parts = common.slopes + room.slopes / 4;
-      if (x.tiles > 0 && (narrow || x.want_features)) {
-        const int error = with_width(x.cut.narrow, [=](auto width) {
-          return run<T, decltype(width)::value>(x, upstream, features, hidden, weight, saved, d_features, d_hidden,
-                                                common, stream);
-        });
-        if (error != 0) return error;
-      }
-      const int weights = d_weight == nullptr ? 0 : x.cut.channels * x.cut.maps;
-      const int biases = d_bias == nullptr ? 0 : x.cut.channels;
-      if (weights + biases == 0) return 0;
-      return launch(add_parts, dim3(static_cast<unsigned>((weights + biases + kLanes - 1) / kLanes)), kSumThreads,
-                    static_cast<size_t>(4 * kSumThreads), stream, common.weight_parts, x.blocks, weights, biases,
-                    d_weight, d_bias, weight_dtype, bias_dtype);
+    const bool narrow = d_hidden != nullptr || d_weight != nullptr;
+    Plan x = plan(cut_tiles(samples, channels, maps, positions), narrow);
+    x.weight_dtype = weight_dtype;
+    x.scale = scale_of(scale, form, positions);
+    x.want_features = d_features != nullptr;
+    x.want_hidden = d_hidden != nullptr;
+    x.want_weight = d_weight != nullptr;
+    const Scratch room(x.cut);
+    Common common{};
+    common.parts_done = static_cast<unsigned*>(scratch);
+    common.slopes_done = common.parts_done + samples;
+    common.parts = static_cast<float*>(scratch) + room.counters / 4;
+    common.slopes = common.parts + room.parts / 4;
+    common.weight_parts = common.slopes + room.slopes / 4;
+    if (x.tiles > 0 && (narrow || x.want_features)) {
+      const int error = with_width(x.cut.narrow, [=](auto width) {
+        return run<T, decltype(width)::value>(x, upstream, features, hidden, weight, saved, d_features, d_hidden,
+                                              common, stream);
+      });
+      if (error != 0) return error;
     }
+    const int weights = d_weight == nullptr ? 0 : x.cut.channels * x.cut.maps;
+    const int biases = d_bias == nullptr ? 0 : x.cut.channels;
+    if (weights + biases == 0) return 0;
+    return launch(add_parts, dim3(static_cast<unsigned>((weights + biases + kLanes - 1) / kLanes)), kSumThreads,
+                  static_cast<size_t>(4 * kSumThreads), stream, common.weight_parts, x.blocks, weights, biases,
+                  d_weight, d_bias, weight_dtype, bias_dtype);
   });
 }
 }
