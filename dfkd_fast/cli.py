@@ -269,8 +269,8 @@ def _bench(
         out: folder of the results; what it holds of other ops stays.
         tune: first try every launch configuration of the ops' kernels on these shapes, and write those that beat the
             first guess into ``kernels/tuned.json``.
-        backends: ``reference``, ``compile``, ``compile_max_autotune``, ``triton``, ``cuda``, ``hopper`` or
-            ``peer:NAME``; None is all that there are.
+        backends: ``reference``, ``compile``, ``compile_max_autotune``, ``triton``, ``cuda`` or ``peer:NAME``; None
+            is all that there are.
         device: ``cpu`` is for trying this out: the reference and torch.compile, on cases that are small enough.
     """
     from dfkd_fast.benchmarks.ops.bench import bench

@@ -155,32 +155,29 @@ def launches() -> int:
     if extension.UNAVAILABLE is not None:
         console.print(extension.UNAVAILABLE)
         return 0
-    absent = extension.unavailable("hopper")
     without: RuntimeError | None = None
     for op, shapes in _PAPER.items():
         table = Table(title=f"{op}, bfloat16", title_justify="left", box=None, pad_edge=False)
-        for name in ("shape", "pass", "backend", "kernel"):
+        for name in ("shape", "pass", "kernel"):
             table.add_column(name, overflow="fold")
         for name in ("blocks", "cluster", "threads", "shared KB", "registers", "local B", "at a time", "occupancy"):
             table.add_column(name, justify="right")
         for shape, sizes in shapes.items():
-            for backend in ("cuda", "hopper")[: 2 if absent is None else 1]:
-                for which, name in (("forward", op), ("backward", f"{op}_backward")):
-                    if not extension.supported(name, backend, **sizes):
-                        table.add_row(shape, which, backend, "not served")
-                        continue
-                    try:
-                        found = extension.launches(name, backend, resources=without is None, **sizes)
-                    except RuntimeError as error:
-                        without = error
-                        found = extension.launches(name, backend, resources=False, **sizes)
-                    for number, each in enumerate(found):
-                        names = (shape, which, backend) if number == 0 else ("", "", "")
-                        table.add_row(*names, *_launch_cells(each))
+            for which, name in (("forward", op), ("backward", f"{op}_backward")):
+                if (reason := extension.unsupported_reason(name, **sizes)) is not None:
+                    table.add_row(shape, which, f"not served: {reason}")
+                    continue
+                try:
+                    found = extension.launches(name, resources=without is None, **sizes)
+                except RuntimeError as error:
+                    without = error
+                    found = extension.launches(name, resources=False, **sizes)
+                for number, each in enumerate(found):
+                    names = (shape, which) if number == 0 else ("", "")
+                    table.add_row(*names, *_launch_cells(each))
         console.print(table)
-    for reason in (absent, without):
-        if reason is not None:
-            console.print(str(reason))
+    if without is not None:
+        console.print(str(without))
     return 0
 
 
@@ -326,8 +323,8 @@ def _extension() -> list[Item]:
     found = extension.build()
     if found is None:
         return [Item("CUDA extension", False, str(extension.UNAVAILABLE))]
-    code = ", ".join(found["architectures"])
-    return [Item("CUDA extension", True, f"CUDA {found['toolkit']}, code for {code}, commit {found['commit']}")]
+    built = f"CUDA {found['toolkit']}, {found['architecture']}, commit {found['commit']}"
+    return [Item("CUDA extension", True, f"{built}; for devices of compute capability 9.0, others run Triton")]
 
 
 def _onnx() -> list[Item]:

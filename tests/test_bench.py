@@ -20,6 +20,7 @@ from dfkd_fast.benchmarks.cases import Benchmark, Case, Work
 from dfkd_fast.benchmarks.common import Clock
 from dfkd_fast.benchmarks.compile_kernels import benchmarks
 from dfkd_fast.cli import main as cli
+from dfkd_fast.ops.backend import Unserved
 from dfkd_fast.report import read_results
 
 CPU = torch.device("cpu")
@@ -240,6 +241,15 @@ class TestRows:
         assert len(said) == 8
         assert "distillation_kl 4x6 bfloat16 triton backward cold: RuntimeError: broken" in said
 
+    def test_a_case_that_a_backend_does_not_serve_is_a_row_and_no_failure(self, fake):
+        fake.times = {"forward": Unserved("not this one")}
+        said = []
+        sound, content = run(found_on("cuda")[0][:1], fake, complain=said.append)
+        assert sound
+        assert not said
+        rows = [row for row in content["rows"] if row["pass"] == "forward"]
+        assert {(row["status"], row["median_us"]) for row in rows} == {("not served", None)}
+
     def test_a_peer_without_a_gradient_says_so(self, fake, monkeypatch):
         monkeypatch.setattr(fake, "measure", lambda self, which, l2: pytest.fail("must not be timed"))
         subject = found_on("cuda")[0][0]
@@ -452,3 +462,28 @@ def test_the_paper_cases_of_an_op():
     assert stage.measure(found, results, device=device, rates=RATES)
     assert len(results.rows) == 12
     assert {row["timer"] for row in results.rows} == {"graph"}
+
+
+def test_rows_of_the_extension_stand_for_the_sources_of_their_op():
+    names = {path.name for path in stage._cuda_sources("contrastive_loss")}
+    assert names == {"contrastive_loss.cu", "contrastive_loss_bwd.cu", "contrastive_loss.h", "sm90.h", "ops.cpp"}
+
+
+def test_the_extension_compared_with_triton():
+    times = {
+        ("128", "triton"): (4, 4), ("128", "cuda"): (None, None),
+        ("8192", "triton"): (30, 60), ("8192", "cuda"): (20, 40),
+        ("65536", "triton"): (30, 60), ("65536", "cuda"): (40, 60),
+        ("131072", "cuda"): (1, 1),
+    }  # fmt: skip
+    rows = [
+        row(backend, us, which=which, case=case)
+        for (case, backend), each in times.items()
+        for which, us in zip(("forward", "backward"), each, strict=True)
+    ]
+    rows += [row("cuda", 1, which="both", case="128"), row("cuda", 1, case="8192", l2="warm")]
+    head, _, line = ops_report._lead_table(rows)
+    assert head == "| op | ahead at | mean | by case |"
+    assert line == "| distillation_kl | 1 of 2 | 1.16 x | 8192 1.50 x, 65536 0.90 x |"
+    assert ops_report._lead_table([each for each in rows if each["backend"] != "triton"]) == []
+    assert ops_report._cell(row("cuda", None, status="not served")) == "not served"

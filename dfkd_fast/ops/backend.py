@@ -5,11 +5,11 @@ The choice falls on the first of these that names a backend:
 1. the op's ``backend`` argument;
 2. the innermost ``with dfkd_fast.ops.backend(...)`` of the calling thread;
 3. the environment variable ``DFKD_FAST_BACKEND`` (for debugging; a compiled function keeps the value of its tracing);
-4. none: the best backend that serves these arguments, in the order of :data:`NAMES`; but ``hopper`` and ``cuda`` only
-   for shapes for which they have been measured to be the fastest (:mod:`dfkd_fast.ops.choices`).
+4. none: the best backend that serves these arguments, in the order of :data:`NAMES`; but ``cuda`` only for shapes for
+   which it has been measured to be the fastest (:mod:`dfkd_fast.ops.choices`).
 
-``cuda`` and ``hopper`` are both CUDA C++ (csrc/): the plain kernels, for any device from sm_80 on, and those in the
-instructions of sm_90a, for Hopper GPUs and fewer shapes.
+``cuda`` is CUDA C++ (csrc/) for devices of compute capability 9.0: wgmma, TMA, clusters and grid-wide barriers. Its
+launchers serve fewer shapes than ``triton``, and say why they refuse one.
 
 A backend that was named is used or an error says why it cannot be; it is never replaced silently.
 """
@@ -29,14 +29,11 @@ from dfkd_fast.ranges import span
 
 __all__ = ["NAMES", "VARIABLE", "Implementation", "Unserved", "backend", "backends", "dispatch", "register"]
 
-NAMES = ("hopper", "cuda", "triton", "reference")
+NAMES = ("cuda", "triton", "reference")
 """The backends, best first."""
 
 VARIABLE = "DFKD_FAST_BACKEND"
 """The environment variable."""
-
-
-_MEASURED = ("hopper", "cuda")  # chosen unasked where choices.json says that they are the fastest, and nowhere else
 
 
 class Unserved(RuntimeError):
@@ -96,7 +93,7 @@ def register(
         function,
         supports,
         interpreted=name == "triton",
-        faster=fastest if name in _MEASURED else None,
+        faster=fastest if name == "cuda" else None,
     )
 
 
@@ -111,7 +108,7 @@ class backend:
     Blocks nest, the innermost counts, and an op's own ``backend`` argument beats them all.
 
     Args:
-        name: ``"hopper"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+        name: ``"cuda"``, ``"triton"`` or ``"reference"``.
 
     Raises:
         ValueError: no such backend name.

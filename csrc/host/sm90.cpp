@@ -1,9 +1,9 @@
-// Barriers that count bytes, bulk copies and products of warpgroups in the execution shim; see csrc/hopper.h.
+// Barriers that count bytes, bulk copies and products of warpgroups in the execution shim; see csrc/sm90.h.
 //
 // Each is done when the shim lets it happen (later(), at_once()): what is under way reads its sources at that time, not
 // when it was asked for, and accumulators of products under way read as NaN. What ordinary stores left in shared memory
 // it sees after a fence alone.
-#include "hopper.h"
+#include "sm90.h"
 
 #include <algorithm>
 #include <deque>
@@ -11,7 +11,7 @@
 #include <map>
 #include <vector>
 
-#include "../device.h"
+#include "../sm90.h"
 
 namespace dfkd::host {
 
@@ -78,7 +78,7 @@ struct Stores {
   std::deque<std::vector<std::function<void()>>> groups;
 };
 
-struct Hopper final : Extension {
+struct Asynchronous final : Extension {
   std::map<int, Warpgroup> warpgroups;
   std::map<int, Stores> stores;
   std::map<int, Meeting> some;
@@ -94,8 +94,8 @@ struct Hopper final : Extension {
   }
 };
 
-Hopper& hopper() {
-  return *static_cast<Hopper*>(extension([]() -> Extension* { return new Hopper; }));
+Asynchronous& asynchronous() {
+  return *static_cast<Asynchronous*>(extension([]() -> Extension* { return new Asynchronous; }));
 }
 
 void perform_all(std::vector<std::function<void()>>& works) {
@@ -205,7 +205,7 @@ void perform(const Operation& operation, const unsigned char* shared) {
   }
 }
 
-Warpgroup& warpgroup() { return hopper().warpgroups[thread_index() / kGroup]; }
+Warpgroup& warpgroup() { return asynchronous().warpgroups[thread_index() / kGroup]; }
 
 }  // namespace
 
@@ -277,7 +277,7 @@ void load_tile(void* shared, const TensorMap& map, int x, int y, int z, uint64_t
 
 void store_tile(const TensorMap& map, const void* shared, int x, int y, int z) {
   if (reinterpret_cast<uintptr_t>(shared) % 128 != 0) fail("a tile that is not aligned to 128 bytes");
-  auto& open = hopper().stores[thread_index()].open;
+  auto& open = asynchronous().stores[thread_index()].open;
   open.push_back([=] {
     const unsigned char* from = asynchronous_view(shared);
     const uintptr_t phase = reinterpret_cast<uintptr_t>(shared) % 1024;
@@ -288,24 +288,14 @@ void store_tile(const TensorMap& map, const void* shared, int x, int y, int z) {
   if (at_once()) perform_all(open);
 }
 
-void store_bulk(void* global, const void* shared, int bytes) {
-  if (bytes <= 0 || bytes % 16 != 0) fail("a bulk copy of %d bytes", bytes);
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || reinterpret_cast<uintptr_t>(shared) % 16 != 0) {
-    fail("a bulk copy that is not aligned to 16 bytes");
-  }
-  auto& open = hopper().stores[thread_index()].open;
-  open.push_back([=] { std::memcpy(global, asynchronous_view(shared), static_cast<size_t>(bytes)); });
-  if (at_once()) perform_all(open);
-}
-
 void commit_stores() {
-  Stores& stores = hopper().stores[thread_index()];
+  Stores& stores = asynchronous().stores[thread_index()];
   stores.groups.push_back(std::move(stores.open));
   stores.open.clear();
 }
 
 void wait_stores(int newest_left) {
-  Stores& stores = hopper().stores[thread_index()];
+  Stores& stores = asynchronous().stores[thread_index()];
   while (static_cast<int>(stores.groups.size()) > newest_left) {
     perform_all(stores.groups.front());
     stores.groups.pop_front();
@@ -314,7 +304,7 @@ void wait_stores(int newest_left) {
 
 void sync_some(int barrier, int threads, bool wait) {
   if (barrier < 1 || barrier > 15 || threads % kWarp != 0) fail("barrier %d of %d threads", barrier, threads);
-  meet(hopper().some[barrier], threads, wait, "some of its block");
+  meet(asynchronous().some[barrier], threads, wait, "some of its block");
 }
 
 void arrive_global(unsigned* counter) { ++*counter; }

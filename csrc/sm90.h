@@ -1,26 +1,198 @@
-// The instructions of sm_90a: barriers that count bytes, bulk copies, products of warpgroups, clusters.
+// What the kernels are written in: element types, PTX instructions of sm_90a under CUTLASS's names, launches.
 //
-// The files of csrc/hopper/ are compiled for sm_90a alone and may use this beside device.h. Compiled with
-// DFKD_HOST each instruction has a body in host/hopper.cpp, where what is asynchronous here may happen at once or as
-// late as it can, as the test wants it.
+// Compiled by nvcc these are CUDA's own; compiled as plain C++ with DFKD_HOST they are those of host/, with a body in
+// C++ for each instruction, where asynchronous work happens at once or as late as possible, as the test chooses. A
+// kernel uses nothing of CUDA but this header, threadIdx and its kin, __syncthreads and the warp shuffles here, so that
+// all of its index arithmetic runs in tests without a GPU. All its shared memory is dynamic: shared_memory().
 //
-// Operands of products lie in shared memory in panels: rows of WIDTH (16, 32 or 64) elements, each 16-byte chunk
-// exchanged with another of its 128 bytes (swizzled()), which is also what tile copies through a TensorMap of the same
-// width write. A panel begins at a multiple of 16 * WIDTH bytes: 1024, 512 or 256.
+// Operands of wgmma lie in shared memory in panels: rows of WIDTH (16, 32 or 64) elements, whose 16-byte chunks are
+// permuted within each 128 bytes (swizzled()), which is also what TMA loads through a TensorMap of the same width
+// write. A panel begins at a multiple of 16 * WIDTH bytes: 1024, 512 or 256.
 #pragma once
 
-#include "device.h"
-
 #ifdef DFKD_HOST
-#include "host/hopper.h"
+#include "host/sm90.h"
 #define __grid_constant__
 #else
 #include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
 #endif
 
-namespace dfkd::hopper {
+#include <type_traits>
 
+#include "launchers.h"
+
+namespace dfkd {
+
+// ---- element types ----------------------------------------------------------------------------------------------
+
+struct alignas(2) float16 {
+  uint16_t bits;
+};
+struct alignas(2) bfloat16 {
+  uint16_t bits;
+};
+
+#ifdef DFKD_HOST
+
+inline float to_float(float x) { return x; }
+inline float to_float(float16 x) {
+  _Float16 value;
+  std::memcpy(&value, &x, 2);
+  return static_cast<float>(value);
+}
+inline float to_float(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+template <typename T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline float16 from_float<float16>(float x) {
+  const _Float16 value = static_cast<_Float16>(x);
+  float16 result;
+  std::memcpy(&result, &value, 2);
+  return result;
+}
+template <>
+inline bfloat16 from_float<bfloat16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (std::isnan(x)) return {0x7fff};
+  bits += 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+
+inline float rounded_product(float a, float b) { return a * b; }
+inline float exp2_flushed(float x) { return std::exp2(x); }
+inline float rsqrt_exact(float x) { return 1.0f / std::sqrt(x); }
+inline float divide_fast(float a, float b) { return a / b; }
+
+#else
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ float to_float(bfloat16 x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ float16 from_float<float16>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+template <>
+__device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+
+// A product that is rounded: not one half of a fused operation.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+// 2^x, where denormal results may be zero: beside larger terms of a sum, or added to one.
+__device__ __forceinline__ float exp2_flushed(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ float rsqrt_exact(float x) { return 1.0f / sqrtf(x); }
+__device__ __forceinline__ float divide_fast(float a, float b) { return __fdividef(a, b); }
+
+#endif
+
+// Two elements in one register, the first in its low half, as the matrix instructions take them.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(T low, T high) {
+  static_assert(sizeof(T) == 2);
+  return static_cast<uint32_t>(low.bits) | (static_cast<uint32_t>(high.bits) << 16);
+}
+// The same of two numbers, rounded to nearest.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_rounded(float low, float high) {
+  static_assert(sizeof(T) == 2);
+#ifdef DFKD_HOST
+  return pack(from_float<T>(low), from_float<T>(high));
+#else
+  uint32_t result;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  }
+  return result;
+#endif
+}
+
+// ---- warps --------------------------------------------------------------------------------------------------------
+
+constexpr int kLanes = 32;
 constexpr int kWarpgroup = 128;  // threads: four warps, the first of a number divisible by four
+constexpr unsigned kAll = 0xffffffffu;
+
+// Over groups of WIDTH neighbouring lanes; every lane of a group has the result, and all lanes of the warp take part.
+template <int WIDTH = kLanes>
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int distance = WIDTH / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAll, x, distance);
+  return x;
+}
+template <int WIDTH = kLanes>
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int distance = WIDTH / 2; distance > 0; distance /= 2) {
+    const float other = __shfl_xor_sync(kAll, x, distance);
+    x = other > x || other != other ? other : x;  // a NaN stays
+  }
+  return x;
+}
+
+// ---- shared memory --------------------------------------------------------------------------------------------------
+
+#ifdef DFKD_HOST
+
+inline unsigned char* shared_memory() { return host::shared_memory(); }
+#else
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  return memory;
+}
+__device__ __forceinline__ uint32_t smem_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+#endif
+
+// Four 8 x 8 matrices of 16-bit elements out of shared memory. Lane l names 16 aligned bytes: row l % 8 of matrix
+// l / 8. In r[i] it then holds of matrix i row l / 4, columns 2 (l % 4) and the next.
+#ifdef DFKD_HOST
+inline void ldmatrix(uint32_t (&r)[4], const void* row) {
+  std::memcpy(host::slot(host::lane()), row, 16);
+  host::warp_barrier();
+  const int g = host::lane() / 4, t = host::lane() % 4;
+  for (int i = 0; i < 4; ++i) std::memcpy(&r[i], host::slot(8 * i + g) + 4 * t, 4);
+  host::warp_barrier();
+}
+#else
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(smem_address(row))
+               : "memory");
+}
+#endif
 
 // ---- panels ---------------------------------------------------------------------------------------------------------
 
@@ -32,30 +204,22 @@ __host__ __device__ __forceinline__ constexpr int swizzled(int row, int chunk) {
   return (number ^ (number / 8 % (WIDTH / 8))) * 8;
 }
 
-// What a product is told of an operand. rows_of: the panel's rows are those of a, or the columns of b; their WIDTH
-// elements are WIDTH / 16 steps, 32 bytes apart. columns_of: its rows are the columns of a, or the rows of b; 16 of
-// them are a step, and where M or N is more than WIDTH, further panels follow at a distance of so many bytes.
+// An operand of wgmma in panels of WIDTH. K-major (the panel's rows are those of a, or the columns of b): its WIDTH
+// elements are WIDTH / 16 steps, 32 bytes apart. MN-major (the panel's rows are the columns of a, or the rows of b): 16
+// of them are a step, and where M or N is more than WIDTH, further panels follow at a distance of `leading` bytes.
 template <int WIDTH>
-__device__ __forceinline__ uint64_t describe(const void* panel, int leading) {
+__device__ __forceinline__ uint64_t make_smem_desc(const void* panel, int leading = 16) {
   constexpr uint64_t kMode = WIDTH == 64 ? 1 : WIDTH == 32 ? 2 : 3, kEightRows = 16 * WIDTH;
 #ifdef DFKD_HOST
   const uint64_t place = static_cast<uint64_t>(static_cast<const unsigned char*>(panel) - shared_memory());
 #else
-  const uint64_t place = __cvta_generic_to_shared(panel);
+  const uint64_t place = smem_address(panel);
 #endif
   return (kMode << 62) | ((kEightRows / 16) << 32) | (static_cast<uint64_t>(leading / 16) << 16) |
          ((place & 0x3ffff) / 16);
 }
-template <int WIDTH>
-__device__ __forceinline__ uint64_t rows_of(const void* panel) {
-  return describe<WIDTH>(panel, 16);
-}
-template <int WIDTH>
-__device__ __forceinline__ uint64_t columns_of(const void* panel, int panel_bytes) {
-  return describe<WIDTH>(panel, panel_bytes);
-}
 // The same so many bytes further.
-__device__ __forceinline__ uint64_t further(uint64_t operand, int bytes) {
+__device__ __forceinline__ uint64_t advance_desc(uint64_t operand, int bytes) {
   return operand + static_cast<uint64_t>(bytes / 16);
 }
 
@@ -130,53 +294,52 @@ struct alignas(8) Barrier {
 
 #ifdef DFKD_HOST
 
-inline void init(Barrier* barrier, int arrivals) { host::barrier_init(&barrier->state, arrivals); }
-inline void show_barriers() {}
-inline void arrive(Barrier* barrier) { host::barrier_arrive(&barrier->state, 0); }
-inline void arrive_and_expect(Barrier* barrier, int bytes) { host::barrier_arrive(&barrier->state, bytes); }
-inline void arrive_at(Barrier* barrier, int rank) {
+inline void mbarrier_init(Barrier* barrier, int arrivals) { host::barrier_init(&barrier->state, arrivals); }
+inline void fence_barrier_init() {}
+inline void mbarrier_arrive(Barrier* barrier) { host::barrier_arrive(&barrier->state, 0); }
+inline void mbarrier_arrive_expect_tx(Barrier* barrier, int bytes) { host::barrier_arrive(&barrier->state, bytes); }
+inline void mbarrier_arrive_cluster(Barrier* barrier, int rank) {
   host::barrier_arrive(static_cast<uint64_t*>(host::at_rank(&barrier->state, rank)), 0);
 }
-inline void arrive_lightly(Barrier* barrier, int rank) { arrive_at(barrier, rank); }
-inline void wait(Barrier* barrier, int parity) { host::barrier_wait(&barrier->state, parity); }
-inline void wait_cluster(Barrier* barrier, int parity) { host::barrier_wait(&barrier->state, parity); }
-inline void fence_async() { host::fence_asynchronous(); }
-inline void fence_async_memory() {}
+inline void mbarrier_arrive_cluster_relaxed(Barrier* barrier, int rank) { mbarrier_arrive_cluster(barrier, rank); }
+inline void mbarrier_wait(Barrier* barrier, int parity) { host::barrier_wait(&barrier->state, parity); }
+inline void mbarrier_wait_cluster(Barrier* barrier, int parity) { host::barrier_wait(&barrier->state, parity); }
+inline void fence_proxy_async() { host::fence_asynchronous(); }
+inline void fence_proxy_async_global() {}
 
 #else
 
-__device__ __forceinline__ uint32_t place_of(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+// By one thread; then fence_barrier_init() by it, and a barrier of the block, or of the cluster where others use it.
+__device__ __forceinline__ void mbarrier_init(Barrier* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals) : "memory");
 }
-// By one thread; then show_barriers() by it, and a barrier of the block, or of the cluster where others use it.
-__device__ __forceinline__ void init(Barrier* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(place_of(barrier)), "r"(arrivals) : "memory");
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void arrive(Barrier* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(place_of(barrier)) : "memory");
+__device__ __forceinline__ void mbarrier_arrive(Barrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 // One arrival, and the bytes that copies of this phase will bring beside those announced already.
-__device__ __forceinline__ void arrive_and_expect(Barrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(place_of(barrier)), "r"(bytes)
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(Barrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
                : "memory");
 }
 // At the barrier in the same place of another block of the cluster, or of this one.
-__device__ __forceinline__ void arrive_at(Barrier* barrier, int rank) {
+__device__ __forceinline__ void mbarrier_arrive_cluster(Barrier* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(place_of(barrier)),
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(smem_address(barrier)),
       "r"(rank)
       : "memory");
 }
 // The same where nothing is to be read there: it tells that something here has been read. Without the wait for what
 // the thread stored.
-__device__ __forceinline__ void arrive_lightly(Barrier* barrier, int rank) {
+__device__ __forceinline__ void mbarrier_arrive_cluster_relaxed(Barrier* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(place_of(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(smem_address(barrier)),
       "r"(rank)
       : "memory");
 }
@@ -192,40 +355,51 @@ __device__ __forceinline__ void arrive_lightly(Barrier* barrier, int rank) {
 #endif
 #define DFKD_WAIT(words)                                                                                             \
   asm volatile("{\n.reg .pred done;\n" DFKD_BEGIN_WAIT "again:\nmbarrier.try_wait.parity" words                     \
-               ".shared::cta.b64 done, [%0], %1;\n" DFKD_WAIT_AGAIN "}" ::"r"(place_of(barrier)),                    \
+               ".shared::cta.b64 done, [%0], %1;\n" DFKD_WAIT_AGAIN "}" ::"r"(smem_address(barrier)),                \
                "r"(parity)                                                                                           \
                : "memory")
 // Until the phase of this parity has ended; in a cluster, where other blocks arrive with what they wrote.
-__device__ __forceinline__ void wait(Barrier* barrier, int parity) { DFKD_WAIT(""); }
-__device__ __forceinline__ void wait_cluster(Barrier* barrier, int parity) { DFKD_WAIT(".acquire.cluster"); }
+__device__ __forceinline__ void mbarrier_wait(Barrier* barrier, int parity) { DFKD_WAIT(""); }
+__device__ __forceinline__ void mbarrier_wait_cluster(Barrier* barrier, int parity) { DFKD_WAIT(".acquire.cluster"); }
 // By each thread that wrote shared memory which products or bulk copies read next, before the barrier between.
-__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // The same for memory of the device that bulk copies of the same kernel read: by the thread that wrote it or waited for
 // its stores, and by the one that copies, after the barrier between.
-__device__ __forceinline__ void fence_async_memory() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 #endif
 
+// A stage of a circular buffer, and the parity of the phase that ends when the stage is full. A producer waits for the
+// other parity, of the phase that ended when the stage was emptied: at once in the first round.
+struct PipelineState {
+  int index = 0, phase = 0;
+
+  __device__ __forceinline__ void advance(int stages, int by = 1) {
+    index += by;
+    if (index >= stages) {
+      index -= stages;
+      phase ^= 1;
+    }
+  }
+};
+
 // ---- bulk copies ----------------------------------------------------------------------------------------------------
-// Each by one thread, but store_to_rank(). Places in shared memory are aligned to 128 bytes for tiles, else 16, as are
+// Each by one thread, but st_async(). Places in shared memory are aligned to 128 bytes for tiles, else 16, as are
 // memory and sizes.
 // `full` gets the bytes of a tile as the map has it, also where some of it is outside of the tensor.
 
 #ifdef DFKD_HOST
 
-inline void copy_bulk(void* shared, const void* global, int bytes, Barrier* full) {
+inline void cp_async_bulk(void* shared, const void* global, int bytes, Barrier* full) {
   host::copy_bulk(shared, global, bytes, &full->state);
 }
-inline void copy_to_rank(void* there, const void* here, int bytes, Barrier* full, int rank) {
-  host::copy_bulk(host::at_rank(there, rank), here, bytes, static_cast<uint64_t*>(host::at_rank(&full->state, rank)));
-}
-inline void store_to_rank(void* there, const uint32_t (&values)[4], Barrier* full, int rank) {
+inline void st_async(void* there, const uint32_t (&values)[4], Barrier* full, int rank) {
   host::store_later(host::at_rank(there, rank), values, static_cast<uint64_t*>(host::at_rank(&full->state, rank)));
 }
-inline void load_tile(void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
+inline void tma_load(void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
   host::load_tile(shared, map.map, x, y, z, &full->state);
 }
-inline void load_tile_for(unsigned ranks, void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
+inline void tma_load_multicast(unsigned ranks, void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
   for (int rank = 0; rank < 16; ++rank) {
     if (ranks >> rank & 1u) {
       host::load_tile(host::at_rank(shared, rank), map.map, x, y, z,
@@ -233,90 +407,73 @@ inline void load_tile_for(unsigned ranks, void* shared, const TensorMap& map, in
     }
   }
 }
-inline void store_tile(const TensorMap& map, const void* shared, int x, int y, int z) {
+inline void tma_store(const TensorMap& map, const void* shared, int x, int y, int z) {
   host::store_tile(map.map, shared, x, y, z);
 }
-inline void store_bulk(void* global, const void* shared, int bytes) { host::store_bulk(global, shared, bytes); }
-inline void commit_stores() { host::commit_stores(); }
+inline void tma_store_commit() { host::commit_stores(); }
 template <int NEWEST_LEFT>
-void wait_stores_read() {
+void tma_store_wait_read() {
   host::wait_stores(NEWEST_LEFT);
 }
 template <int NEWEST_LEFT>
-void wait_stores() {
+void tma_store_wait() {
   host::wait_stores(NEWEST_LEFT);
 }
-inline void prefetch(const TensorMap&) {}
+inline void prefetch_tensormap(const TensorMap&) {}
 
 #else
 
-__device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, Barrier* full) {
+__device__ __forceinline__ void cp_async_bulk(void* shared, const void* global, int bytes, Barrier* full) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(place_of(shared)),
-      "l"(global), "r"(bytes), "r"(place_of(full))
-      : "memory");
-}
-// From this block's shared memory to the same or another place of another's, whose barrier in the place of `full`
-// counts.
-__device__ __forceinline__ void copy_to_rank(void* there, const void* here, int bytes, Barrier* full, int rank) {
-  asm volatile(
-      "{\n.reg .b32 to, counts;\n"
-      "mapa.shared::cluster.u32 to, %0, %4;\n"
-      "mapa.shared::cluster.u32 counts, %3, %4;\n"
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [%1], %2, [counts];\n}" ::"r"(
-          place_of(there)),
-      "r"(place_of(here)), "r"(bytes), "r"(place_of(full)), "r"(rank)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          smem_address(shared)),
+      "l"(global), "r"(bytes), "r"(smem_address(full))
       : "memory");
 }
 // By any thread: 16 bytes to the same place of another block, whose barrier in the place of `full` counts them.
-__device__ __forceinline__ void store_to_rank(void* there, const uint32_t (&values)[4], Barrier* full, int rank) {
+__device__ __forceinline__ void st_async(void* there, const uint32_t (&values)[4], Barrier* full, int rank) {
   asm volatile(
       "{\n.reg .b32 to, counts;\n"
       "mapa.shared::cluster.u32 to, %0, %6;\n"
       "mapa.shared::cluster.u32 counts, %5, %6;\n"
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%1, %2, %3, %4}, [counts];\n}" ::"r"(
-          place_of(there)),
-      "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(place_of(full)), "r"(rank)
+          smem_address(there)),
+      "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(smem_address(full)), "r"(rank)
       : "memory");
 }
-__device__ __forceinline__ void load_tile(void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
+__device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
-      "[%5];" ::"r"(place_of(shared)),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(place_of(full))
+      "[%5];" ::"r"(smem_address(shared)),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(smem_address(full))
       : "memory");
 }
 // To the same place of each block of the cluster whose bit is set, and counted by each one's barrier.
-__device__ __forceinline__ void load_tile_for(unsigned ranks, void* shared, const TensorMap& map, int x, int y, int z,
-                                              Barrier* full) {
+__device__ __forceinline__ void tma_load_multicast(unsigned ranks, void* shared, const TensorMap& map, int x, int y,
+                                                   int z, Barrier* full) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(place_of(shared)),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(place_of(full)), "h"(static_cast<uint16_t>(ranks))
+      "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(smem_address(shared)),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(smem_address(full)), "h"(static_cast<uint16_t>(ranks))
       : "memory");
 }
-__device__ __forceinline__ void store_tile(const TensorMap& map, const void* shared, int x, int y, int z) {
+__device__ __forceinline__ void tma_store(const TensorMap& map, const void* shared, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
-               "r"(place_of(shared)), "r"(x), "r"(y), "r"(z)
-               : "memory");
-}
-__device__ __forceinline__ void store_bulk(void* global, const void* shared, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(place_of(shared)),
-               "r"(bytes)
+               "r"(smem_address(shared)), "r"(x), "r"(y), "r"(z)
                : "memory");
 }
 // Of the calling thread: a group of stores ends here; wait until all but the newest groups have been read from shared
 // memory, or are in memory. A thread waits for its own before it ends.
-__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int NEWEST_LEFT>
-__device__ __forceinline__ void wait_stores_read() {
+__device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(NEWEST_LEFT) : "memory");
 }
 template <int NEWEST_LEFT>
-__device__ __forceinline__ void wait_stores() {
+__device__ __forceinline__ void tma_store_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(NEWEST_LEFT) : "memory");
 }
-__device__ __forceinline__ void prefetch(const TensorMap& map) {
+__device__ __forceinline__ void prefetch_tensormap(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
@@ -326,26 +483,26 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
 
 // Barriers 1 to 15 of some of a block's warps: `threads` of them, 32 a warp, wait or arrive.
 #ifdef DFKD_HOST
-inline void sync_some(int barrier, int threads) { host::sync_some(barrier, threads, true); }
-inline void arrive_some(int barrier, int threads) { host::sync_some(barrier, threads, false); }
+inline void named_barrier_sync(int barrier, int threads) { host::sync_some(barrier, threads, true); }
+inline void named_barrier_arrive(int barrier, int threads) { host::sync_some(barrier, threads, false); }
 template <int REGISTERS>
-void take_registers() {}
+void warpgroup_reg_alloc() {}
 template <int REGISTERS>
-void give_registers() {}
+void warpgroup_reg_dealloc() {}
 #else
-__device__ __forceinline__ void sync_some(int barrier, int threads) {
+__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void arrive_some(int barrier, int threads) {
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 // By all of a warpgroup: have so many registers a thread, more or fewer than the launch gave.
 template <int REGISTERS>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 template <int REGISTERS>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 #endif
@@ -359,7 +516,7 @@ inline int cluster_size() { return host::cluster_size(); }
 inline void cluster_arrive() { host::cluster_arrive(); }
 inline void cluster_wait() { host::cluster_wait(); }
 template <typename T>
-T* at_rank(T* mine, int rank) {
+T* map_shared_rank(T* mine, int rank) {
   return static_cast<T*>(host::at_rank(mine, rank));
 }
 inline void arrive_global(unsigned* counter) { host::arrive_global(counter); }
@@ -380,7 +537,7 @@ __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // The same place in another block's shared memory, to be read and written as any.
 template <typename T>
-__device__ __forceinline__ T* at_rank(T* mine, int rank) {
+__device__ __forceinline__ T* map_shared_rank(T* mine, int rank) {
   uint64_t there;
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(rank));
   return reinterpret_cast<T*>(there);
@@ -409,52 +566,55 @@ __device__ __forceinline__ void cluster_sync() {
 // ---- products of a warpgroup ----------------------------------------------------------------------------------------
 
 // d = a b, or d += a b, for a (64 x 16), b (16 x N) and d (64 x N) float32, by all 128 threads. Thread 32 w + l holds
-// of d in d[n] what mma_16x8x16 has for rows 16 w to + 15 and columns 8 n to + 7, and so it does with a in registers.
-// It goes on asynchronously: between fence_products() and wait_products() nothing touches d, a in registers or what is
-// in shared memory; hold() keeps the compiler from doing so.
+// in d[n] of columns 8 n + 2 (l % 4) and the next those of row 16 w + l / 4, then those of the row 8 further. a in
+// registers: a[0] that row's columns 2 (l % 4) and the next, a[1] those of the row 8 further, a[2] and a[3] the same 8
+// columns further. It is asynchronous: between warpgroup_arrive() and warpgroup_wait() nothing may touch d, a in
+// registers or the operands in shared memory; warpgroup_fence_operand() keeps the compiler from doing so.
 template <typename T, int N, bool COLUMNS_A = false, bool COLUMNS_B = false>
-__device__ __forceinline__ void multiply(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add);
+__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add);
 template <typename T, int N, bool COLUMNS_B = false>
-__device__ __forceinline__ void multiply(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add);
+__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add);
 
 #ifdef DFKD_HOST
 
 template <typename T, int N, bool COLUMNS_A, bool COLUMNS_B>
-void multiply(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
+void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
   host::multiply({&d[0][0], nullptr, a, b, N, std::is_same_v<T, bfloat16>, COLUMNS_A, COLUMNS_B, add});
 }
 template <typename T, int N, bool COLUMNS_B>
-void multiply(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   host::multiply({&d[0][0], a, 0, b, N, std::is_same_v<T, bfloat16>, false, COLUMNS_B, add});
 }
-inline void fence_products() {}
-inline void commit_products() { host::commit_products(); }
+inline void warpgroup_arrive() {}
+inline void warpgroup_commit_batch() { host::commit_products(); }
 template <int NEWEST_LEFT>
-void wait_products() {
+void warpgroup_wait() {
   host::wait_products(NEWEST_LEFT);
 }
 template <int N>
-void hold(float (&)[N][4]) {}
+void warpgroup_fence_operand(float (&)[N][4]) {}
 template <int N>
-void hold(uint32_t (&)[N][4]) {}
+void warpgroup_fence_operand(uint32_t (&)[N][4]) {}
 
 #else
 
 // Before the first product, and where registers that products use have been written since.
-__device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void warpgroup_commit_batch() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 // Until all but the newest groups are done.
 template <int NEWEST_LEFT>
-__device__ __forceinline__ void wait_products() {
+__device__ __forceinline__ void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NEWEST_LEFT) : "memory");
 }
 template <int N>
-__device__ __forceinline__ void hold(float (&d)[N][4]) {
+__device__ __forceinline__ void warpgroup_fence_operand(float (&d)[N][4]) {
 #pragma unroll
   for (int i = 0; i < 4 * N; ++i) asm volatile("" : "+f"(d[i / 4][i % 4])::"memory");
 }
 template <int N>
-__device__ __forceinline__ void hold(uint32_t (&a)[N][4]) {
+__device__ __forceinline__ void warpgroup_fence_operand(uint32_t (&a)[N][4]) {
 #pragma unroll
   for (int i = 0; i < 4 * N; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
@@ -507,7 +667,7 @@ __device__ __forceinline__ void hold(uint32_t (&a)[N][4]) {
   }
 
 template <typename T, int N, bool COLUMNS_A, bool COLUMNS_B>
-__device__ __forceinline__ void multiply(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
+__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
   static_assert(sizeof(T) == 2);
   if constexpr (N == 16) {
     DFKD_CASE(DFKD_SHARED, 16, 8, 8, 9, 10, 11, 12)
@@ -530,7 +690,7 @@ __device__ __forceinline__ void multiply(float (&d)[N / 8][4], uint64_t a, uint6
 }
 
 template <typename T, int N, bool COLUMNS_B>
-__device__ __forceinline__ void multiply(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   static_assert(sizeof(T) == 2);
   if constexpr (N == 16) {
     DFKD_CASE(DFKD_REGISTERS, 16, 8, 8, 9, 10, 11, 12, 13, 14)
@@ -556,43 +716,75 @@ __device__ __forceinline__ void multiply(float (&d)[N / 8][4], const uint32_t (&
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-// As launch() of device.h, in clusters of so many blocks along x; or, where cooperative, all blocks at the same time.
+// Launch a kernel in clusters of so many blocks along x, or, if cooperative, with all blocks resident; or write the
+// launch down where a record is set (launchers.h). Arguments are converted to the parameters' types. Returns a
+// cudaError_t, 0 for success.
 template <typename... Parameters, typename... Arguments>
-int launch_together(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, int cluster,
-                    bool cooperative, void* stream, Arguments... arguments) {
+int launch_cluster(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, int cluster,
+                   bool cooperative, void* stream, Arguments... arguments) {
 #ifdef DFKD_HOST
   (void)stream;
   host::run(blocks, threads, shared, [=] { kernel(static_cast<Parameters>(arguments)...); }, cluster, cooperative);
   return 0;
 #else
-  const dfkd_launch noted{reinterpret_cast<const void*>(kernel),
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  const dfkd_launch noted{address,
                           {blocks.x, blocks.y, blocks.z},
                           {threads.x, threads.y, threads.z},
                           static_cast<int64_t>(shared),
                           cluster,
                           cooperative};
   if (dfkd_note(&noted)) return 0;
-  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  cudaError_t error = cudaSuccess;
+  if (shared > 48 * 1024) {
+    error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  }
   if (error == cudaSuccess && cluster > 8) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed,
-                                 1);
+    error = cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = cooperative ? attributes : attributes + 1;
-  config.numAttrs = cooperative && cluster > 1 ? 2 : 1;  // single blocks at the same time: a launch without clusters
+  config.attrs = attributes;
+  if (cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 #endif
 }
 
-}  // namespace dfkd::hopper
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, void* stream,
+           Arguments... arguments) {
+  return launch_cluster(kernel, blocks, threads, shared, 1, false, stream, arguments...);
+}
+
+// Call f with a value of the 16-bit element type that a dtype names; DFKD_INVALID with the reason for another dtype.
+template <typename F>
+int with_type(int dtype, F f) {
+  if (dtype == DFKD_FLOAT16) return f(float16{});
+  if (dtype == DFKD_BFLOAT16) return f(bfloat16{});
+  return dfkd_refuse("dtype must be float16 or bfloat16");
+}
+
+// 0 for a size that a kernel serves; otherwise DFKD_INVALID, with a reason that names the size and its limits.
+inline int require_size(const char* name, int64_t value, int64_t least, int64_t most, int multiple_of = 1) {
+  if (value >= least && value <= most && value % multiple_of == 0) return 0;
+  const auto number = [](int64_t x) { return static_cast<long long>(x); };
+  if (multiple_of == 1) {
+    return dfkd_refuse("%s is %lld; the kernel serves %lld to %lld", name, number(value), number(least), number(most));
+  }
+  return dfkd_refuse("%s is %lld; the kernel serves multiples of %d up to %lld", name, number(value), multiple_of,
+                     number(most));
+}
+
+}  // namespace dfkd

@@ -28,7 +28,7 @@ struct OnceMaps {
 // dproj (6, 16, 64) and dout (3, 64, 16)). dx, where wanted. features: all bits, or none where the result is the map.
 template <typename T>
 __global__ void __launch_bounds__(kNarrowThreads, 1)
-    once_narrow_hopper(const __grid_constant__ OnceMaps maps, float* parts, int tiles, uint32_t features, int want_x) {
+    once_narrow_wgmma(const __grid_constant__ OnceMaps maps, float* parts, int tiles, uint32_t features, int want_x) {
   const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup, lane = thread % kLanes;
   const int warp = thread / kLanes % 4;
   unsigned char* const proj = shared_memory();   // (6, 16) rows of 64
@@ -38,63 +38,63 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
   const int tile_step = static_cast<int>(gridDim.x) * kNarrowGroups;
 
   if (thread == 0) {
-    init(weights, 1);
+    mbarrier_init(weights, 1);
     for (int i = 0; i < kNarrowGroups * kNarrowStages; ++i) {
-      init(weights + 1 + 2 * i, 1);
-      init(weights + 2 + 2 * i, 4);
+      mbarrier_init(weights + 1 + 2 * i, 1);
+      mbarrier_init(weights + 2 + 2 * i, 4);
     }
-    show_barriers();
+    fence_barrier_init();
   }
   __syncthreads();
 
-  Ring<kNarrowStages> ring;
+  PackedPipelineState<kNarrowStages> ring;
   if (group == kNarrowGroups) {
-    give_registers<40>();
+    warpgroup_reg_dealloc<40>();
     if (warp < kNarrowGroups && lane == 0) {
       if (warp == 0) {
-        arrive_and_expect(weights, kProjBytes + kOutBytes);
-        load_tile(proj, maps.proj, 0, 0, 0, weights);
-        load_tile(out, maps.out, 0, 0, 0, weights);
+        mbarrier_arrive_expect_tx(weights, kProjBytes + kOutBytes);
+        tma_load(proj, maps.proj, 0, 0, 0, weights);
+        tma_load(out, maps.out, 0, 0, 0, weights);
       }
       for (int tile = static_cast<int>(blockIdx.x) * kNarrowGroups + warp; tile < tiles; tile += tile_step) {
         Barrier* const full = weights + 1 + 2 * (warp * kNarrowStages + ring.stage());
         unsigned char* const to = groups + warp * kNarrowGroup + kNarrowKept + ring.stage() * 2 * kPanelBytes;
-        wait(full + 1, ring.parity() ^ 1);
-        arrive_and_expect(full, 2 * kPanelBytes);
-        load_tile(to, maps.x, 0, 64 * tile, 0, full);
-        load_tile(to + kPanelBytes, maps.upstream, 0, 64 * tile, 0, full);
+        mbarrier_wait(full + 1, ring.parity() ^ 1);
+        mbarrier_arrive_expect_tx(full, 2 * kPanelBytes);
+        tma_load(to, maps.x, 0, 64 * tile, 0, full);
+        tma_load(to + kPanelBytes, maps.upstream, 0, 64 * tile, 0, full);
         ring.next();
       }
     }
   } else {
-    take_registers<232>();
+    warpgroup_reg_alloc<232>();
     unsigned char* const du_panels = groups + group * kNarrowGroup;     // 3 of two factors
     unsigned char* const a_panels = du_panels + kFactors * kUnitPanel;  // one an order
     unsigned char* const dx_panel = a_panels + kOrders * kUnitPanel;
     unsigned char* const stages = groups + group * kNarrowGroup + kNarrowKept;
     Barrier* const barriers = weights + 1 + 2 * group * kNarrowStages;
     float dproj[kFactors * 2][4] = {}, dout[kOrders * 2][4] = {};  // (channels, units of each factor or order)
-    wait(weights, 0);
+    mbarrier_wait(weights, 0);
 
 #pragma unroll 1
     for (int tile = static_cast<int>(blockIdx.x) * kNarrowGroups + group; tile < tiles; tile += tile_step) {
       unsigned char* const x_panel = stages + ring.stage() * 2 * kPanelBytes;
       unsigned char* const g_panel = x_panel + kPanelBytes;  // dl replaces the gradient
-      wait(barriers + 2 * ring.stage(), ring.parity());
+      mbarrier_wait(barriers + 2 * ring.stage(), ring.parity());
 
       float u[kFactors * 2][4];
-      hold(u);
-      fence_products();
+      warpgroup_fence_operand(u);
+      warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        multiply<T, kFactors * kNarrowUnits>(u, further(rows_of<64>(x_panel), 32 * k),
-                                             further(rows_of<64>(proj), 32 * k), k > 0);
+        wgmma<T, kFactors * kNarrowUnits>(u, advance_desc(make_smem_desc<64>(x_panel), 32 * k),
+                                          advance_desc(make_smem_desc<64>(proj), 32 * k), k > 0);
       }
-      commit_products();
-      wait_products<0>();
-      hold(u);
-      if (thread % kWarpgroup == 0) wait_stores_read<0>();
-      sync_some(1 + group, kWarpgroup);  // the dx before is stored
+      warpgroup_commit_batch();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(u);
+      if (thread % kWarpgroup == 0) tma_store_wait_read<0>();
+      named_barrier_sync(1 + group, kWarpgroup);  // the dx before is stored
 
       uint32_t a[kOrders][4];
       const Pairs<16> narrow;
@@ -115,15 +115,15 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
         });
       }
       float logits[8][4];
-      hold(logits);
-      hold(a);
-      fence_products();
+      warpgroup_fence_operand(logits);
+      warpgroup_fence_operand(a);
+      warpgroup_arrive();
 #pragma unroll
-      for (int r = 0; r < kOrders; ++r) multiply<T, 64>(logits, a[r], rows_of<16>(out + r * kUnitPanel), r > 0);
-      commit_products();
-      wait_products<0>();
-      hold(logits);
-      hold(a);
+      for (int r = 0; r < kOrders; ++r) wgmma<T, 64>(logits, a[r], make_smem_desc<16>(out + r * kUnitPanel), r > 0);
+      warpgroup_commit_batch();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(logits);
+      warpgroup_fence_operand(a);
 
       uint32_t slopes[4][4];
       const Pairs<64> wide;
@@ -144,18 +144,18 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
       });
 
       float da[kOrders * 2][4];
-      hold(da);
-      hold(slopes);
-      fence_products();
+      warpgroup_fence_operand(da);
+      warpgroup_fence_operand(slopes);
+      warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        multiply<T, kOrders * kNarrowUnits, true>(da, slopes[k], further(columns_of<16>(out, kUnitPanel), 512 * k),
-                                                  k > 0);
+        wgmma<T, kOrders * kNarrowUnits, true>(da, slopes[k],
+                                               advance_desc(make_smem_desc<16>(out, kUnitPanel), 512 * k), k > 0);
       }
-      commit_products();
-      wait_products<0>();
-      hold(da);
-      hold(slopes);
+      warpgroup_commit_batch();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(da);
+      warpgroup_fence_operand(slopes);
 
       uint32_t du[kFactors][4];
       const Pairs<32> pairs;
@@ -181,32 +181,35 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
           }
         });
       }
-      fence_async();
+      fence_proxy_async();
       float dx[8][4];
-      hold(dx);
-      hold(du);
-      fence_products();
+      warpgroup_fence_operand(dx);
+      warpgroup_fence_operand(du);
+      warpgroup_arrive();
 #pragma unroll
       for (int f = 0; f < kFactors; ++f) {
-        multiply<T, 64, true>(dx, du[f], further(columns_of<64>(proj, kPanelBytes), f * kNarrowUnits * 128), f > 0);
+        wgmma<T, 64, true>(dx, du[f], advance_desc(make_smem_desc<64>(proj, kPanelBytes), f * kNarrowUnits * 128),
+                           f > 0);
       }
-      commit_products();
-      sync_some(1 + group, kWarpgroup);  // du, a and dl are there
-      hold(dproj);
-      hold(dout);
-      fence_products();
+      warpgroup_commit_batch();
+      named_barrier_sync(1 + group, kWarpgroup);  // du, a and dl are there
+      warpgroup_fence_operand(dproj);
+      warpgroup_fence_operand(dout);
+      warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        multiply<T, kFactors * kNarrowUnits, true, true>(dproj, further(columns_of<64>(x_panel, kPanelBytes), 2048 * k),
-                                                         further(columns_of<32>(du_panels, kFactorsPanel), 1024 * k),
-                                                         true);
-        multiply<T, kOrders * kNarrowUnits, true, true>(dout, further(columns_of<64>(g_panel, kPanelBytes), 2048 * k),
-                                                        further(columns_of<16>(a_panels, kUnitPanel), 512 * k), true);
+        const uint64_t x = make_smem_desc<64>(x_panel, kPanelBytes), g = make_smem_desc<64>(g_panel, kPanelBytes);
+        const uint64_t du_operand = make_smem_desc<32>(du_panels, kFactorsPanel);
+        const uint64_t a_operand = make_smem_desc<16>(a_panels, kUnitPanel);
+        wgmma<T, kFactors * kNarrowUnits, true, true>(dproj, advance_desc(x, 2048 * k),
+                                                      advance_desc(du_operand, 1024 * k), true);
+        wgmma<T, kOrders * kNarrowUnits, true, true>(dout, advance_desc(g, 2048 * k), advance_desc(a_operand, 512 * k),
+                                                     true);
       }
-      commit_products();
-      wait_products<1>();
-      hold(dx);
-      hold(du);
+      warpgroup_commit_batch();
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(dx);
+      warpgroup_fence_operand(du);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
 #pragma unroll
@@ -217,19 +220,19 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
           *pair = pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
         }
       }
-      fence_async();
-      wait_products<0>();
-      hold(dproj);
-      hold(dout);
-      if (lane == 0) arrive(barriers + 2 * ring.stage() + 1);
+      fence_proxy_async();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(dproj);
+      warpgroup_fence_operand(dout);
+      if (lane == 0) mbarrier_arrive(barriers + 2 * ring.stage() + 1);
       ring.next();
-      sync_some(1 + group, kWarpgroup);  // dx is there, and no warp's products read a and du any more
+      named_barrier_sync(1 + group, kWarpgroup);  // dx is there, and no warp's products read a and du any more
       if (want_x && thread % kWarpgroup == 0) {
-        store_tile(maps.dx, dx_panel, 0, 64 * tile, 0);
-        commit_stores();
+        tma_store(maps.dx, dx_panel, 0, 64 * tile, 0);
+        tma_store_commit();
       }
     }
-    if (thread % kWarpgroup == 0) wait_stores<0>();
+    if (thread % kWarpgroup == 0) tma_store_wait<0>();
 
     // One warpgroup's sums to the other's.
     float* const sums = reinterpret_cast<float*>(groups) + thread % kWarpgroup;
@@ -239,9 +242,9 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
 #pragma unroll
       for (int i = 0; i < kOrders * 8; ++i) f(dout[i / 4][i % 4], kFactors * 8 + i);
     };
-    sync_some(3, kNarrowGroups * kWarpgroup);
+    named_barrier_sync(3, kNarrowGroups * kWarpgroup);
     if (group == 1) each_sum([&](float sum, int i) { sums[i * kWarpgroup] = sum; });
-    sync_some(3, kNarrowGroups * kWarpgroup);
+    named_barrier_sync(3, kNarrowGroups * kWarpgroup);
     if (group == 0) {
       each_sum([&](float& sum, int i) { sum += sums[i * kWarpgroup]; });
       float* const to_proj = parts + blockIdx.x * kNarrowParts;
@@ -285,7 +288,7 @@ constexpr int64_t kWideParts = (kFactors + kOrders) * kWideChannels * kWideUnits
 // for 64 channels: parts (blocks, dproj (6, 32, 128) and dout (3, 128, 32)).
 template <typename T>
 __global__ void __launch_bounds__(kWideThreads, 1)
-    once_wide_hopper(const __grid_constant__ OnceMaps maps, float* parts, int tiles, uint32_t features, int want_x) {
+    once_wide_wgmma(const __grid_constant__ OnceMaps maps, float* parts, int tiles, uint32_t features, int want_x) {
   const int thread = static_cast<int>(threadIdx.x);
   unsigned char* const proj = shared_memory();
   unsigned char* const out = proj + 2 * kProjPanel;
@@ -297,23 +300,23 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   const auto tile_of = [](int round) { return static_cast<int>(blockIdx.x + round * gridDim.x); };
 
   if (thread == 0) {
-    init(weights, 1);
+    mbarrier_init(weights, 1);
     for (int i = 0; i < kWideStages; ++i) {
-      init(loaded + i, 1);
-      init(filled + i, 8);
-      init(empty + i, 8);
+      mbarrier_init(loaded + i, 1);
+      mbarrier_init(filled + i, 8);
+      mbarrier_init(empty + i, 8);
     }
-    show_barriers();
+    fence_barrier_init();
   }
   __syncthreads();
 
   if (thread < 2 * kWarpgroup) {
-    give_registers<80>();
+    warpgroup_reg_dealloc<80>();
     // Which half is this warpgroup's; read where it is used, as all else that registers need not hold.
     const auto part = [] { return thread_anew() / kWarpgroup % 2; };
     const auto elected = [](int threads) { return thread_anew() % threads == 0; };
     const auto dx_panel_of = [=] { return stages + kWideStages * kWideStage + part() * kPanelBytes; };
-    wait(weights, 0);
+    mbarrier_wait(weights, 0);
 #pragma unroll 1
     for (int round = 0; tile_of(round) < tiles; ++round) {
       const int stage = round % kWideStages, parity = round / kWideStages % 2;
@@ -321,7 +324,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       unsigned char* const g_panels = x_panels + 2 * kPanelBytes;
       unsigned char* const a_panels = g_panels + 2 * kPanelBytes;
       unsigned char* const du_panels = a_panels + kOrders * kUnitsPanel;
-      wait(loaded + stage, parity);
+      mbarrier_wait(loaded + stage, parity);
 
       // Factors lie there until du takes their place.
       const auto in_du = [&] {
@@ -331,35 +334,35 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       };
       {
         float u[kFactors * 2][4];
-        const uint64_t a = rows_of<64>(x_panels), b = rows_of<64>(proj + part() * kProjHalf);
-        hold(u);
-        fence_products();
+        const uint64_t a = make_smem_desc<64>(x_panels), b = make_smem_desc<64>(proj + part() * kProjHalf);
+        warpgroup_fence_operand(u);
+        warpgroup_arrive();
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          multiply<T, kFactors * 16>(u, further(a, k / 4 * kPanelBytes + k % 4 * 32),
-                                     further(b, k / 4 * kProjPanel + k % 4 * 32), k > 0);
+          wgmma<T, kFactors * 16>(u, advance_desc(a, k / 4 * kPanelBytes + k % 4 * 32),
+                                  advance_desc(b, k / 4 * kProjPanel + k % 4 * 32), k > 0);
         }
-        commit_products();
-        wait_products<0>();
-        hold(u);
+        warpgroup_commit_batch();
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(u);
         rectify_slice<T, 2>(u, a_panels, 2 * part(), in_du());
       }
-      if (elected(kWarpgroup)) wait_stores_read<0>();
-      fence_async();
-      sync_some(1, 2 * kWarpgroup);  // a is there, and the dx before is stored
+      if (elected(kWarpgroup)) tma_store_wait_read<0>();
+      fence_proxy_async();
+      named_barrier_sync(1, 2 * kWarpgroup);  // a is there, and the dx before is stored
       {
         float logits[8][4];
-        const uint64_t a = rows_of<32>(a_panels), b = rows_of<16>(out + part() * 64 * 16 * 2);
-        hold(logits);
-        fence_products();
+        const uint64_t a = make_smem_desc<32>(a_panels), b = make_smem_desc<16>(out + part() * 64 * 16 * 2);
+        warpgroup_fence_operand(logits);
+        warpgroup_arrive();
 #pragma unroll
         for (int k = 0; k < kOrders * 2; ++k) {
-          multiply<T, 64>(logits, further(a, k / 2 * kUnitsPanel + k % 2 * 32),
-                          further(b, k % 2 * kOutHalf + k / 2 * kOutPanel), k > 0);
+          wgmma<T, 64>(logits, advance_desc(a, k / 2 * kUnitsPanel + k % 2 * 32),
+                       advance_desc(b, k % 2 * kOutHalf + k / 2 * kOutPanel), k > 0);
         }
-        commit_products();
-        wait_products<0>();
-        hold(logits);
+        warpgroup_commit_batch();
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(logits);
         const Pairs<64> wide;
         unsigned char* const dx_panel = dx_panel_of();
         unsigned char* const x_panel = x_panels + part() * kPanelBytes;
@@ -379,38 +382,38 @@ __global__ void __launch_bounds__(kWideThreads, 1)
           *wide.at(dx_panel, half, n) = pack_rounded<T>(g[0], g[1]) & features;
         });
       }
-      fence_async();
-      sync_some(1, 2 * kWarpgroup);
+      fence_proxy_async();
+      named_barrier_sync(1, 2 * kWarpgroup);
       {
         float da[kOrders * 2][4];
-        const uint64_t a = rows_of<64>(g_panels), b = columns_of<16>(out + part() * kOutHalf, kOutPanel);
-        hold(da);
-        fence_products();
+        const uint64_t a = make_smem_desc<64>(g_panels), b = make_smem_desc<16>(out + part() * kOutHalf, kOutPanel);
+        warpgroup_fence_operand(da);
+        warpgroup_arrive();
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          multiply<T, kOrders * 16, false, true>(da, further(a, k / 4 * kPanelBytes + k % 4 * 32),
-                                                 further(b, 512 * k), k > 0);
+          wgmma<T, kOrders * 16, false, true>(da, advance_desc(a, k / 4 * kPanelBytes + k % 4 * 32),
+                                              advance_desc(b, 512 * k), k > 0);
         }
-        commit_products();
-        wait_products<0>();
-        hold(da);
+        warpgroup_commit_batch();
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(da);
         factor_gradients_slice<T, 2>(in_du(), da, du_panels, 2 * part());
       }
-      fence_async();
-      sync_some(1, 2 * kWarpgroup);
+      fence_proxy_async();
+      named_barrier_sync(1, 2 * kWarpgroup);
       float dx[8][4];
-      const uint64_t a = rows_of<32>(du_panels), b = columns_of<64>(proj + part() * kProjPanel, kPanelBytes);
-      hold(dx);
-      fence_products();
+      const uint64_t a = make_smem_desc<32>(du_panels), b = make_smem_desc<64>(proj + part() * kProjPanel, kPanelBytes);
+      warpgroup_fence_operand(dx);
+      warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < kFactors * 2; ++k) {
-        multiply<T, 64, false, true>(dx, further(a, k / 2 * kUnitsPanel + k % 2 * 32),
-                                     further(b, k % 2 * kProjHalf + k / 2 * 2048), k > 0);
+        wgmma<T, 64, false, true>(dx, advance_desc(a, k / 2 * kUnitsPanel + k % 2 * 32),
+                                  advance_desc(b, k % 2 * kProjHalf + k / 2 * 2048), k > 0);
       }
-      commit_products();
-      if (elected(kLanes)) arrive(filled + stage);  // the sums after these products, which come next in the chain
-      wait_products<0>();
-      hold(dx);
+      warpgroup_commit_batch();
+      if (elected(kLanes)) mbarrier_arrive(filled + stage);  // the sums follow the chain's next products
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(dx);
       const Pairs<64> wide;
       unsigned char* const dx_panel = dx_panel_of();
 #pragma unroll
@@ -423,34 +426,34 @@ __global__ void __launch_bounds__(kWideThreads, 1)
           *pair = pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
         }
       }
-      fence_async();
-      sync_some(2 + part(), kWarpgroup);
+      fence_proxy_async();
+      named_barrier_sync(2 + part(), kWarpgroup);
       if (want_x && elected(kWarpgroup)) {
-        store_tile(maps.dx, dx_panel, 64 * part(), 64 * tile_of(round), 0);
-        commit_stores();
+        tma_store(maps.dx, dx_panel, 64 * part(), 64 * tile_of(round), 0);
+        tma_store_commit();
       }
     }
-    if (elected(kWarpgroup)) wait_stores<0>();
+    if (elected(kWarpgroup)) tma_store_wait<0>();
   } else {
-    take_registers<176>();
+    warpgroup_reg_alloc<176>();
     const int part = thread / kWarpgroup % 2, warp = thread / kLanes % 4, lane = thread % kLanes;
     const bool fetches = thread == 2 * kWarpgroup;
     const auto fetch = [&](int stage, int tile) {
       unsigned char* const to = stages + stage * kWideStage;
-      arrive_and_expect(loaded + stage, 4 * kPanelBytes);
+      mbarrier_arrive_expect_tx(loaded + stage, 4 * kPanelBytes);
       for (int p = 0; p < 2; ++p) {
-        load_tile(to + p * kPanelBytes, maps.x, 64 * p, 64 * tile, 0, loaded + stage);
-        load_tile(to + (2 + p) * kPanelBytes, maps.upstream, 64 * p, 64 * tile, 0, loaded + stage);
+        tma_load(to + p * kPanelBytes, maps.x, 64 * p, 64 * tile, 0, loaded + stage);
+        tma_load(to + (2 + p) * kPanelBytes, maps.upstream, 64 * p, 64 * tile, 0, loaded + stage);
       }
     };
     if (fetches) {
       fetch(0, tile_of(0));  // there is one for each block
-      arrive_and_expect(weights, kWideWeights);
+      mbarrier_arrive_expect_tx(weights, kWideWeights);
       for (int half = 0; half < 2; ++half) {
         for (int p = 0; p < 2; ++p) {
-          load_tile(proj + p * kProjPanel + half * kProjHalf, maps.proj, 64 * p, 16 * half, 0, weights);
+          tma_load(proj + p * kProjPanel + half * kProjHalf, maps.proj, 64 * p, 16 * half, 0, weights);
         }
-        load_tile(out + half * kOutHalf, maps.out, 16 * half, 0, 0, weights);
+        tma_load(out + half * kOutHalf, maps.out, 16 * half, 0, 0, weights);
       }
       if (tile_of(1) < tiles) fetch(1, tile_of(1));
     }
@@ -463,25 +466,25 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       unsigned char* const g_panel = x_panel + 2 * kPanelBytes;
       unsigned char* const a_panels = stages + stage * kWideStage + 4 * kPanelBytes;
       unsigned char* const du_panels = a_panels + kOrders * kUnitsPanel;
-      wait(loaded + stage, parity);
-      wait(filled + stage, parity);
-      hold(dproj);
-      hold(dout);
-      fence_products();
+      mbarrier_wait(loaded + stage, parity);
+      mbarrier_wait(filled + stage, parity);
+      warpgroup_fence_operand(dproj);
+      warpgroup_fence_operand(dout);
+      warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        multiply<T, kFactors * 32, true, true>(dproj, further(columns_of<64>(x_panel, kPanelBytes), 2048 * k),
-                                               further(columns_of<32>(du_panels, kUnitsPanel), 1024 * k), true);
-        multiply<T, kOrders * 32, true, true>(dout, further(columns_of<64>(g_panel, kPanelBytes), 2048 * k),
-                                              further(columns_of<32>(a_panels, kUnitsPanel), 1024 * k), true);
+        wgmma<T, kFactors * 32, true, true>(dproj, advance_desc(make_smem_desc<64>(x_panel, kPanelBytes), 2048 * k),
+                                            advance_desc(make_smem_desc<32>(du_panels, kUnitsPanel), 1024 * k), true);
+        wgmma<T, kOrders * 32, true, true>(dout, advance_desc(make_smem_desc<64>(g_panel, kPanelBytes), 2048 * k),
+                                           advance_desc(make_smem_desc<32>(a_panels, kUnitsPanel), 1024 * k), true);
       }
-      commit_products();
-      wait_products<0>();
-      hold(dproj);
-      hold(dout);
-      if (lane == 0) arrive(empty + stage);
+      warpgroup_commit_batch();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(dproj);
+      warpgroup_fence_operand(dout);
+      if (lane == 0) mbarrier_arrive(empty + stage);
       if (fetches && tile_of(round + kWideStages) < tiles) {
-        wait(empty + stage, parity);
+        mbarrier_wait(empty + stage, parity);
         fetch(stage, tile_of(round + kWideStages));
       }
       __syncwarp();

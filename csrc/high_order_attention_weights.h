@@ -50,7 +50,7 @@ struct WeightMaps {
 // parts (splits, dproj (6, K, C) and dout (3, C, K)), of what is wanted. Two warpgroups with 64 channels each.
 template <typename T>
 __global__ void __launch_bounds__(kWeightThreads, 1)
-    weights_hopper(const __grid_constant__ WeightMaps maps, float* parts, int64_t count, Jobs jobs) {
+    weights_wgmma(const __grid_constant__ WeightMaps maps, float* parts, int64_t count, Jobs jobs) {
   const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup, lane = thread % kLanes;
   unsigned char* const memory = shared_memory();
   Barrier* const full = reinterpret_cast<Barrier*>(memory + kWeightStages * kWeightStage);
@@ -69,29 +69,29 @@ __global__ void __launch_bounds__(kWeightThreads, 1)
 
   if (thread == 0) {
     for (int i = 0; i < kWeightStages; ++i) {
-      init(full + i, 1);
-      init(empty + i, 8);
+      mbarrier_init(full + i, 1);
+      mbarrier_init(empty + i, 8);
     }
-    show_barriers();
+    fence_barrier_init();
   }
   __syncthreads();
 
-  Ring<kWeightStages> ring;
+  PackedPipelineState<kWeightStages> ring;
   if (group == 2) {
     if (lane == 0) {
       const TensorMap& left = projection ? maps.x : maps.slopes;
       const TensorMap& right = projection ? maps.factors : maps.a;
       const int x = gate * jobs.channels + channel0, y = gate * columns + first_column;
       for (int step = 0; step < steps; ++step) {
-        wait(empty + ring.stage(), ring.parity() ^ 1);
-        arrive_and_expect(full + ring.stage(), kWeightStage);
+        mbarrier_wait(empty + ring.stage(), ring.parity() ^ 1);
+        mbarrier_arrive_expect_tx(full + ring.stage(), kWeightStage);
         unsigned char* const to = memory + ring.stage() * kWeightStage;
         const int position = static_cast<int>(step0 + step) * 64;
         for (int p = 0; p < kJobRows / 64; ++p) {
-          load_tile(to + p * kPanelBytes, left, x + 64 * p, position, 0, full + ring.stage());
+          tma_load(to + p * kPanelBytes, left, x + 64 * p, position, 0, full + ring.stage());
         }
         for (int p = 0; p < kJobColumns / 64; ++p) {
-          load_tile(to + (kJobRows / 64 + p) * kPanelBytes, right, y + 64 * p, position, 0, full + ring.stage());
+          tma_load(to + (kJobRows / 64 + p) * kPanelBytes, right, y + 64 * p, position, 0, full + ring.stage());
         }
         ring.next();
       }
@@ -102,26 +102,26 @@ __global__ void __launch_bounds__(kWeightThreads, 1)
   float sum[kJobColumns / 8][4];
   int before = 0;
   for (int step = 0; step < steps; ++step) {
-    wait(full + ring.stage(), ring.parity());
+    mbarrier_wait(full + ring.stage(), ring.parity());
     unsigned char* const panel = memory + ring.stage() * kWeightStage;
-    const uint64_t a = columns_of<64>(panel + group * kPanelBytes, kPanelBytes);
-    const uint64_t b = columns_of<64>(panel + kJobRows / 64 * kPanelBytes, kPanelBytes);
-    hold(sum);
-    fence_products();
+    const uint64_t a = make_smem_desc<64>(panel + group * kPanelBytes, kPanelBytes);
+    const uint64_t b = make_smem_desc<64>(panel + kJobRows / 64 * kPanelBytes, kPanelBytes);
+    warpgroup_fence_operand(sum);
+    warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      multiply<T, kJobColumns, true, true>(sum, further(a, 2048 * k), further(b, 2048 * k), step > 0 || k > 0);
+      wgmma<T, kJobColumns, true, true>(sum, advance_desc(a, 2048 * k), advance_desc(b, 2048 * k), step > 0 || k > 0);
     }
-    commit_products();
+    warpgroup_commit_batch();
     if (step > 0) {
-      wait_products<1>();
-      if (lane == 0) arrive(empty + before);
+      warpgroup_wait<1>();
+      if (lane == 0) mbarrier_arrive(empty + before);
     }
     before = ring.stage();
     ring.next();
   }
-  wait_products<0>();
-  hold(sum);
+  warpgroup_wait<0>();
+  warpgroup_fence_operand(sum);
 
   float* const to = parts + blockIdx.y * jobs.size + (projection ? 0 : jobs.projection_size);
   const int channel = channel0 + 64 * group + 16 * (thread / kLanes % 4) + lane / 4;

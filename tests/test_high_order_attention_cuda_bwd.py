@@ -1,7 +1,8 @@
-"""The Hopper form of high_order_attention's backward under the execution shim, against the reference in float64."""
+"""high_order_attention's backward kernels under the execution shim, against the reference in float64."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import Tensor
 from dfkd_fast.testing import assert_no_worse
 
 from .host_kernels import HostKernels, build, compiler
-from .test_high_order_attention_cuda import CODES, DTYPES, MODES, RESULTS, codes, drawn, like, reference, rows, scratch
+from .test_high_order_attention_cuda import CODES, DTYPES, MODES, RESULTS, codes, drawn, like, rows
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler with sanitizers")
 
-SOURCES = ["hopper/high_order_attention_bwd.cu"]
+SOURCES = ["high_order_attention_bwd.cu"]
 BY_SIZE, ONCE, CHAIN, TALL = 0, 1, 2, 3
 
 
@@ -26,6 +27,15 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostKernels]:
     running = HostKernels(build(tmp_path_factory.getbasetemp().parent / "host", SOURCES))
     yield running
     running.close()
+
+
+def scratch(kernels: HostKernels, name: str, *arguments: int) -> np.ndarray | None:
+    """As many bytes as a function asks for, no number in any of them; what it returns is told as a refusal."""
+    try:
+        kernels(name, *arguments)
+    except ValueError as told:
+        return np.full(int(re.findall(r"returned (\d+)", str(told))[0]), 0xFF, dtype=np.uint8)
+    return None
 
 
 def backward(
@@ -42,11 +52,18 @@ def backward(
     asked = (*codes(x, out), MODES.index(mode), *map(int, wanted), form)
     gradients = [np.full_like(rows(t), -1) if want else None for t, want in zip((x, proj, out), wanted, strict=True)]
     kernels(
-        "dfkd_high_order_attention_hopper_backward", *map(rows, (upstream, x, proj, out)), *codes(x, out),
+        "dfkd_high_order_attention_backward", *map(rows, (upstream, x, proj, out)), *codes(x, out),
         CODES[x.dtype], MODES.index(mode), list(RESULTS).index(result), form, *gradients,
-        scratch(kernels, "dfkd_high_order_attention_hopper_backward_scratch", *asked), None, order=thread_order,
+        scratch(kernels, "dfkd_high_order_attention_backward_scratch", *asked), None, order=thread_order,
     )  # fmt: skip
     return [None if g is None else like(g, t) for g, t in zip(gradients, (x, proj, out), strict=True)]
+
+
+def reference(given: tuple[Tensor, ...], mode: Any, result: str, *, exact: bool) -> list[Tensor]:
+    *leaves, upstream = [t.detach().double() if exact else t.detach() for t in given]
+    leaves = [t.requires_grad_() for t in leaves]
+    y = RESULTS[result](*leaves, mode=mode, backend="reference")
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
 
 
 def check(
@@ -212,24 +229,24 @@ def test_no_positions(kernels: HostKernels, channels: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("channels", "hidden", "order", "mode", "dtype", "form"),
+    ("channels", "hidden", "order", "mode", "dtype", "form", "said"),
     [
-        (64, 16, 3, "joint", torch.float32, BY_SIZE),
-        (64, 16, 4, "joint", torch.bfloat16, BY_SIZE),
-        (64, 16, 3, "joint", torch.bfloat16, 4),
-        (64, 16, 3, "per_order", torch.bfloat16, ONCE),
-        (256, 16, 3, "per_order", torch.bfloat16, TALL),
-        (128, 32, 3, "joint", torch.bfloat16, TALL),
-        (136, 16, 3, "joint", torch.bfloat16, ONCE),
-        (64, 40, 3, "joint", torch.bfloat16, ONCE),
-        (60, 16, 3, "joint", torch.bfloat16, BY_SIZE),
-        (64, 12, 3, "joint", torch.bfloat16, BY_SIZE),
-        (520, 16, 3, "joint", torch.bfloat16, BY_SIZE),
-        (512, 136, 3, "joint", torch.bfloat16, BY_SIZE),
+        (64, 16, 3, "joint", torch.float32, BY_SIZE, "dtype must be float16 or bfloat16"),
+        (64, 16, 4, "joint", torch.bfloat16, BY_SIZE, "R of out_weight .* is 4"),
+        (64, 16, 3, "joint", torch.bfloat16, 4, "form of the backward is 4"),
+        (64, 16, 3, "per_order", torch.bfloat16, ONCE, "one pass serves joint gates"),
+        (256, 16, 3, "per_order", torch.bfloat16, TALL, "taller tiles serve joint gates"),
+        (128, 32, 3, "joint", torch.bfloat16, TALL, "more than 128 channels or 32 hidden maps"),
+        (136, 16, 3, "joint", torch.bfloat16, ONCE, "up to 128 channels and 32 hidden maps"),
+        (64, 40, 3, "joint", torch.bfloat16, ONCE, "up to 128 channels and 32 hidden maps"),
+        (60, 16, 3, "joint", torch.bfloat16, BY_SIZE, "C of out_weight .* is 60"),
+        (64, 12, 3, "joint", torch.bfloat16, BY_SIZE, "K of out_weight .* is 12"),
+        (520, 16, 3, "joint", torch.bfloat16, BY_SIZE, "C of out_weight .* is 520"),
+        (512, 136, 3, "joint", torch.bfloat16, BY_SIZE, "K of out_weight .* is 136"),
     ],
 )
-def test_what_it_does_not_serve(
-    kernels: HostKernels, channels: int, hidden: int, order: int, mode: str, dtype: torch.dtype, form: int
+def test_what_is_not_served_is_refused(
+    kernels: HostKernels, channels: int, hidden: int, order: int, mode: str, dtype: torch.dtype, form: int, said: str
 ) -> None:
-    with pytest.raises(ValueError, match="returned 1"):
+    with pytest.raises(ValueError, match=f"returned 1: .*{said}"):
         backward(kernels, drawn((1, channels, 1, 2), hidden=hidden, order=order, dtype=dtype), mode, form=form)

@@ -1,4 +1,4 @@
-// The instructions of sm_90a in the execution shim: what csrc/hopper.h calls when it is compiled as plain C++.
+// The instructions of sm_90a in the execution shim: what csrc/sm90.h calls when it is compiled as plain C++.
 #pragma once
 
 #include "shim.h"
@@ -22,7 +22,6 @@ void copy_bulk(void* to, const void* from, int bytes, uint64_t* full);
 void store_later(void* to, const uint32_t (&values)[4], uint64_t* full);
 void load_tile(void* shared, const TensorMap& map, int x, int y, int z, uint64_t* full);
 void store_tile(const TensorMap& map, const void* shared, int x, int y, int z);
-void store_bulk(void* global, const void* shared, int bytes);
 void commit_stores();
 void wait_stores(int newest_left);
 
