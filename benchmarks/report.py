@@ -9,7 +9,6 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +178,8 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     _write_demo(root)
     _write_ops(root)
     docs = root / "docs"
-    anatomy = partial(anatomy_section, images=docs / "images")
-    _write_page(docs / "performance.md", {"step": step_section, "accuracy": accuracy_section, "anatomy": anatomy})
+    sections = {"step": step_section, "accuracy": accuracy_section, "anatomy": anatomy_section}
+    _write_page(docs / "performance.md", sections)
     _write_page(docs / "swapping.md", {"host_time": host_section, "swap": swap_section})
     if (root / "kernels").is_dir():
         count = write_choices(root / "benchmarks" / "results", root / "kernels" / "choices.json")

@@ -1,7 +1,6 @@
 """The anatomy of a step, before and after: a stage. Where the time goes in the eager, compiled and captured form.
 
-The configuration is that of `bench_step` at its most important batch size. A row is one engine; all come of one
-session, since the graph's kernels are told apart by those of the compiled form.
+The configuration is that of `bench_step` at its most important batch size. A row is one engine.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +15,12 @@ import torch
 from dfkd_fast.benchmarks.common import Results, stage_arguments
 from dfkd_fast.benchmarks.step_variants import SIZES, build
 from dfkd_fast.config import EngineName
-from dfkd_fast.profiling import profile, save_anatomy, summary_table, table
+from dfkd_fast.profiling import profile, summary_table, table
 from dfkd_fast.report import markdown_table
 
 __all__ = ["ENGINES", "KEY", "VERSION", "anatomy_section", "main"]
 
-VERSION = "1"
+VERSION = "2"
 KEY = ("engine",)
 ENGINES: tuple[EngineName, ...] = ("eager", "compiled", "graph")
 
@@ -33,20 +31,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--steps", type=int, default=5, help="of each kind, of which the median is taken")
+    parser.add_argument("--steps", type=int, default=5, help="of each kind, of which the mean is taken")
     options = parser.parse_args(arguments)
 
     size, device = SIZES[options.size], torch.device(options.device)
     version = VERSION if options.size == "full" else f"{VERSION}-{options.size}"
     results = Results(options.out, stage="anatomy", version=version, key=KEY)
-    if results.todo([(engine,) for engine in options.engines], options.since):
+    todo = [engine for (engine,) in results.todo([(engine,) for engine in options.engines], options.since)]
+    if todo:
         state, teacher = build(size, size.batches[0], device)
         with tempfile.TemporaryDirectory(prefix="dfkd_fast_anatomy_") as folder:
             content = profile(
                 teacher,
                 state.student,
                 state.config,
-                engines=options.engines,
+                engines=todo,
                 steps=options.steps,
                 networks=(size.teacher.name, size.student.name),
                 out=folder,
@@ -58,46 +57,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def anatomy_section(content: dict[str, Any], device: str, images: Path) -> str:
-    """One device's part of the page: a figure, drawn from its result file alone, and tables.
+def anatomy_section(content: dict[str, Any], device: str) -> str:
+    """One device's tables on the page: all engines, then the time by network of each kind of step.
 
     Args:
         content: of the result file.
         device: name of its folder.
-        images: folder of the page's pictures.
     """
-    order = {engine: place for place, engine in enumerate(ENGINES)}
-    engines = sorted(content["rows"], key=lambda row: order[row["engine"]])
-    environment = content["environments"][engines[-1]["environment"]]
-    picture = save_anatomy(
-        {**content["run"], "environment": environment, "engines": engines}, images / f"anatomy-{device}.png"
-    )
-    run, last = content["run"], engines[-1]
+    del device
+    engines = sorted(content["rows"], key=lambda row: ENGINES.index(row["engine"]))
+    run, environment = content["run"], content["environments"][engines[-1]["environment"]]
     lines = [
         f"### {environment['device']['name']}",
         "",
         f"{run['networks']['teacher']} to {run['networks']['student']}, batch {run['batch']}, {run['image_size']} x "
         f"{run['image_size']}, {run['precision']}.",
         "",
-        f"![Where the time of a step goes, by engine](images/{picture.name})",
-        "",
         *markdown_table(summary_table(engines)),
     ]
-    for step in last["steps"]:
-        lines += [
-            "",
-            f"Engine `{last['engine']}`, {step['step']} step:",
-            "",
-            *markdown_table(table(last, step["step"])),
-        ]
-    named = [row for row in last["rows"] if row["share"] > 0]
-    if named:
-        largest = max(named, key=lambda row: row["microseconds"])
-        lines += [
-            "",
-            f"The largest item: {largest['op_class']} of the {largest['network']} ({largest['direction']}, "
-            f"{largest['step']} step), {largest['share']:.0%} of that step.",
-        ]
+    for engine in engines:
+        if engine["engine"] == "graph":
+            continue  # the kernels of a replayed graph belong to no network: its totals are in the table above
+        for step in engine["steps"]:
+            lines += ["", f"Engine `{engine['engine']}`, {step['step']} step:", ""]
+            lines += markdown_table(table(engine, step["step"]))
     return "\n".join(lines)
 
 

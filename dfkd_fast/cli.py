@@ -303,10 +303,9 @@ def _profile(
     steps: int = 10,
     out: str | None = None,
 ) -> None:
-    """Say where a step's time goes, by network and op, with what is lost between kernels.
+    """Print where a step's time goes, by network and op.
 
-    Writes traces, which Perfetto and chrome://tracing open, ``anatomy.json`` and ``anatomy.png`` into a folder, and
-    prints tables.
+    Writes ``anatomy.json`` and Chrome traces, which Perfetto and chrome://tracing open, into a folder.
 
     Args:
         teacher: the network that knows; without weights it gets random ones, and the times are the same.
@@ -347,9 +346,8 @@ def _profile(
         networks=(teacher.name, student.name),
         out=out,
     )
-    files = [result.folder / name for name in ("anatomy.json", "anatomy.png")]
-    traces = [(f"trace, {engine}", path) for engine, path in result.traces.items()]
-    _print_result("result", [("classes", classes), *((path.name, path) for path in files), *traces])
+    traces = [(f"trace, {name}", path) for name, path in result.traces.items()]
+    _print_result("result", [("classes", classes), ("anatomy.json", result.folder / "anatomy.json"), *traces])
 
 
 COMMANDS: Any = {  # jsonargparse takes nested dicts, and mypy does not take a flat one for one
