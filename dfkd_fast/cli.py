@@ -320,16 +320,14 @@ def _profile(
     """
     import torch
 
+    from dfkd_fast import data as datasets
     from dfkd_fast.models import create_model, extract, read_metadata
     from dfkd_fast.profiling import profile
 
     metadata = read_metadata(teacher.weights) if teacher.weights is not None else {}
     if teacher.weights is None:
         print("no --teacher.weights: the teacher's are random, which changes no time")
-    known = {"digits": 10, "aircraft": 100, "cars196": 196, "cub200": 200}
-    if data is not None and data.name == "rendered":
-        known["rendered"] = data.classes
-    of_data = known.get(data.name) if data is not None else None
+    of_data = datasets.num_classes(data) if data is not None else None
     classes = num_classes or int(metadata.get("num_classes", 0)) or of_data or 200
     size = distill.image_size or int(metadata.get("image_size", 0)) or (data.image_size if data is not None else 224)
     torch.manual_seed(distill.seed)
