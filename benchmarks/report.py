@@ -5,6 +5,7 @@ They stand between markers, and the rest of a page is left as it is; docs/benchm
 
 from __future__ import annotations
 
+import ast
 import re
 import statistics
 import sys
@@ -19,9 +20,9 @@ from dfkd_fast.benchmarks.ops_report import ops_page
 from dfkd_fast.benchmarks.step_anatomy import anatomy_section
 from dfkd_fast.benchmarks.step_report import accuracy_section, step_section
 from dfkd_fast.benchmarks.swap import swap_section
-from dfkd_fast.report import read_results
+from dfkd_fast.report import markdown_table, read_results
 
-__all__ = ["ablation_table", "between_markers", "demo_table", "main"]
+__all__ = ["ablation_table", "between_markers", "demo_table", "drop_in_tables", "main"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,14 +46,7 @@ that must be moved over the measured copy bandwidth and the operations over the 
 floor` is floor over time, for the project's kernel, as is the peak of memory beyond inputs and upstream gradients.
 bf16 where nothing else is said.
 
-To measure on this machine's GPU:
-
-    dfkd-fast bench                                     # every op at the paper's shapes
-    dfkd-fast bench distillation_kl --shapes mine.yaml  # or large; the file holds, for example,
-                                                        # distillation_kl: [[512, 100], {{rows: 8, classes: 10}}]
-    dfkd-fast bench --tune                              # find launch configurations first
-    pip install 'dfkd-fast[peers]'                      # sets Liger-Kernel and lightly beside them
-    make gpu OUT=folder BUDGET=540                      # what the tables below are made from
+How to measure on your own machine: [Measuring](measuring.md#one-op).
 
 {}
 """
@@ -127,6 +121,32 @@ def demo_table(contents: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", "One seed. " + " ".join(notes)])
 
 
+def drop_in_tables(compat: Path) -> str:
+    """One table per module of dfkd_fast.compat. They are parsed, not imported: some need the project they stand for.
+
+    Args:
+        compat: folder of the package.
+    """
+
+    def assigned(module: str, name: str) -> Any:
+        body = ast.parse((compat / f"{module}.py").read_text(encoding="utf-8")).body
+        return next(
+            node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
+        )
+
+    parts = []
+    for module in ast.literal_eval(assigned("__init__", "MODULES")):
+        rows, before = [], ""
+        for case in assigned(module, "COVERAGE").elts:
+            name, called_with, op = (ast.literal_eval(argument) for argument in case.args)
+            page = "batchnorm_statistics" if op == "channel_statistics" else op
+            by = f"[`{op}`](ops/{page}.md)" if op else "plain PyTorch"
+            rows.append({"drop-in": f"`{name}`" * (name != before), "called with": called_with, "computed by": by})
+            before = name
+        parts.append("\n".join([f"### dfkd_fast.compat.{module}", "", *markdown_table(rows)]))
+    return "\n\n".join(parts)
+
+
 def _write_demo(root: Path) -> None:
     found = [read_results(path) for path in sorted((root / "benchmarks" / "results").glob("*/demo_*.json"))]
     contents = [content for content in found if content is not None]
@@ -180,7 +200,12 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     docs = root / "docs"
     sections = {"step": step_section, "accuracy": accuracy_section, "anatomy": anatomy_section}
     _write_page(docs / "performance.md", sections)
-    _write_page(docs / "swapping.md", {"host_time": host_section, "swap": swap_section})
+    swapping = docs / "swapping.md"
+    if swapping.exists():
+        tables = drop_in_tables(root / "dfkd_fast" / "compat")
+        text = between_markers(swapping.read_text(encoding="utf-8"), "drop-ins", tables)
+        swapping.write_text(text, encoding="utf-8")
+    _write_page(swapping, {"host_time": host_section, "swap": swap_section})
     if (root / "kernels").is_dir():
         count = write_choices(root / "benchmarks" / "results", root / "kernels" / "choices.json")
         print(f"{root / 'kernels' / 'choices.json'}: {count} classes of shapes")
