@@ -11,7 +11,8 @@ import latex2mathml.converter
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md"}  # pages that are files of the repository
+PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+"""Pages of the site that are files of the repository."""
 
 _MATH = re.compile(r'(?s)<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>')
 _ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):<code>~?([\w.]+)</code>")
@@ -27,8 +28,10 @@ def on_files(files: Files, *, config: Any) -> Files:
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Make the links to and from these pages those of the site."""
     if page.file.src_uri in PAGES:
-        markdown = markdown.replace("](docs/", "](").replace("](CONTRIBUTING.md", "](contributing.md")
-    return markdown.replace("](../README.md", "](index.md").replace("](../CONTRIBUTING.md", "](contributing.md")
+        markdown = markdown.replace("](docs/", "](")
+    for target, source in PAGES.items():
+        markdown = markdown.replace(f"](../{source}", f"]({target}").replace(f"]({source}", f"]({target}")
+    return markdown
 
 
 def _mathml(match: re.Match[str]) -> str:
