@@ -303,10 +303,9 @@ def _profile(
     steps: int = 10,
     out: str | None = None,
 ) -> None:
-    """Say where a step's time goes, by network and op, with what is lost between kernels.
+    """Print where a step's time goes, by network and op.
 
-    Writes traces, which Perfetto and chrome://tracing open, ``anatomy.json`` and ``anatomy.png`` into a folder, and
-    prints tables.
+    Writes ``anatomy.json`` and Chrome traces, which Perfetto and chrome://tracing open, into a folder.
 
     Args:
         teacher: the network that knows; without weights it gets random ones, and the times are the same.
@@ -321,16 +320,14 @@ def _profile(
     """
     import torch
 
+    from dfkd_fast import data as datasets
     from dfkd_fast.models import create_model, extract, read_metadata
     from dfkd_fast.profiling import profile
 
     metadata = read_metadata(teacher.weights) if teacher.weights is not None else {}
     if teacher.weights is None:
         print("no --teacher.weights: the teacher's are random, which changes no time")
-    known = {"digits": 10, "aircraft": 100, "cars196": 196, "cub200": 200}
-    if data is not None and data.name == "rendered":
-        known["rendered"] = data.classes
-    of_data = known.get(data.name) if data is not None else None
+    of_data = datasets.num_classes(data) if data is not None else None
     classes = num_classes or int(metadata.get("num_classes", 0)) or of_data or 200
     size = distill.image_size or int(metadata.get("image_size", 0)) or (data.image_size if data is not None else 224)
     torch.manual_seed(distill.seed)
@@ -347,9 +344,8 @@ def _profile(
         networks=(teacher.name, student.name),
         out=out,
     )
-    files = [result.folder / name for name in ("anatomy.json", "anatomy.png")]
-    traces = [(f"trace, {engine}", path) for engine, path in result.traces.items()]
-    _print_result("result", [("classes", classes), *((path.name, path) for path in files), *traces])
+    traces = [(f"trace, {name}", path) for name, path in result.traces.items()]
+    _print_result("result", [("classes", classes), ("anatomy.json", result.folder / "anatomy.json"), *traces])
 
 
 COMMANDS: Any = {  # jsonargparse takes nested dicts, and mypy does not take a flat one for one

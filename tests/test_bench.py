@@ -331,7 +331,7 @@ class TestPage:
         report.main(root=tmp_path)
         page = tmp_path / "docs" / "benchmarks.md"
         assert "Nothing has been measured yet." in page.read_text()
-        assert "dfkd-fast bench --tune" in page.read_text()
+        assert "measuring.md#one-op" in page.read_text()
         folder = tmp_path / "benchmarks" / "results" / "nvidia-h200"
         folder.mkdir(parents=True)
         (folder / "ops.json").write_text(json.dumps(content(*self.rows())))

@@ -148,3 +148,8 @@ def test_torch_files_are_weights_too(experiment: str, tmp_path: Path, capsys: py
         ["evaluate", "--weights", "s.pt", "--config", experiment, "--model.name", "resnet8", "--model.options", widths]
     )
     assert "top-1" in capsys.readouterr().out
+
+
+def test_engines_of_profile_take_commas():
+    assert _prepare(["profile", "--engines", "eager,graph"])[2] == '["eager", "graph"]'
+    assert _prepare(["profile", "--engines=eager"])[1] == '--engines=["eager"]'

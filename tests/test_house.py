@@ -38,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "report": {"config"},
     "doctor": {"ops", "report"},
     "engine": {"objectives", "nn", "ops", "models", "data", "report", "config", "ranges"},
-    "profiling": {"engine", "models", "ops", "report", "config", "ranges"},
+    "profiling": {"engine", "models", "report", "config", "ranges"},
 }
 DOORS = {"__init__", "__main__", "cli", "demo", "benchmarks"}  # users of everything; imported by nothing but each other
 

@@ -46,8 +46,6 @@ def test_the_stage_writes_what_the_page_is_made_of(
     report.main([], root=tmp_path)
     page = (tmp_path / "docs" / "performance.md").read_text()
     section = page.partition("<!-- begin: anatomy -->")[2].partition("<!-- end: anatomy -->")[0]
-    assert "![Where the time of a step goes, by engine](images/anatomy-cpu.png)" in section
-    assert (tmp_path / "docs" / "images" / "anatomy-cpu.png").stat().st_size > 10_000
     assert "| eager | generator |" in section
     assert "Engine `eager`, student step:" in section
-    assert "The largest item: " in section
+    assert "| generator | backward |" in section

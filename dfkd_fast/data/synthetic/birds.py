@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from dfkd_fast.data.bird_parts import PARTS, parts
+from dfkd_fast.data.synthetic.bird_parts import PARTS, parts
 
 __all__ = [
     "DRAWING_VERSION",

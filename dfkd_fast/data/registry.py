@@ -1,19 +1,63 @@
-"""Checks of a data set's tree before anything is read from it, and the error that says what is missing."""
+"""The data sets by name, and the checks of a published tree before anything is read from it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from dfkd_fast.config import DataConfig
+from dfkd_fast.data.image_data import ImageData
 
-__all__ = ["DatasetNotFound", "Layout"]
+__all__ = ["DATASETS", "DatasetNotFound", "ImageSet", "Layout", "register"]
+
+
+class ImageSet:
+    """A labelled set of images. Subclass it in a module of this folder and register it under its name.
+
+    Attributes:
+        classes: the number of classes; None where only the files tell.
+        layout: the tree that the set is read from; a set that reads no tree has none.
+    """
+
+    classes: ClassVar[int | None] = None
+    layout: ClassVar[Layout]
+
+    @classmethod
+    def num_classes(cls, config: DataConfig) -> int | None:
+        """The number of classes before anything is read; None where only the files tell."""
+        return cls.classes
+
+    @classmethod
+    def load(cls, config: DataConfig) -> ImageData:
+        """Read or draw the set.
+
+        Raises:
+            DatasetNotFound: a part of the tree is missing.
+            ValueError: a field that the set cannot take, or annotations that do not fit together.
+        """
+        raise NotImplementedError
+
+
+DATASETS: dict[str, type[ImageSet]] = {}
+"""The registered sets, by ``DataConfig.name``."""
+
+
+def register(name: str) -> Callable[[type[ImageSet]], type[ImageSet]]:
+    """Decorator: make a set known as ``DataConfig(name=name)``."""
+
+    def add(cls: type[ImageSet]) -> type[ImageSet]:
+        DATASETS[name] = cls
+        return cls
+
+    return add
 
 
 class DatasetNotFound(FileNotFoundError):
-    """A data set is not where it was said to be, or a part of it is missing.
+    """A data set, or a part of it, is missing.
 
     Args:
         missing: the first file or folder that is not there; also in ``filename``.
@@ -21,7 +65,7 @@ class DatasetNotFound(FileNotFoundError):
     """
 
     def __init__(self, missing: Path, layout: Layout) -> None:
-        tree = "\n".join(f"  {line}" for line in layout.tree.strip("\n").splitlines())
+        tree = textwrap.indent(textwrap.dedent(layout.tree).strip(), "  ")
         super().__init__(
             f"{layout.title}: {missing} is missing.\nExpected under DataConfig.root:\n{tree}\n{layout.source}"
         )
@@ -37,11 +81,11 @@ class DatasetNotFound(FileNotFoundError):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a data set lies on disk.
+    """The files of a data set.
 
     Args:
         title: name of the set.
-        tree: the files and folders under the root, as a drawing of a few lines.
+        tree: the files and folders under the root, as a drawing of a few lines; common indentation is removed.
         source: where the set is published.
     """
 
