@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfkd_fast.kernels import plans
 from dfkd_fast.kernels.config import Launch
 
 __all__ = [
@@ -132,7 +131,7 @@ def precision(dtype: torch.dtype) -> str:
     """How matrices of this type are multiplied: float32 in TF32 only where torch.backends.cuda.matmul allows it."""
     if dtype != torch.float32:
         return "tf32"
-    return "tf32" if plans.tf32_allowed() else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,10 +229,9 @@ def launch(
     first = next(a for a in args if isinstance(a, Tensor))
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
-            compiled = kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
+            kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
     else:
-        compiled = kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
-    plans.note_launch(compiled, kernel, grid, args, meta)
+        kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 @triton.jit

@@ -207,9 +207,6 @@ def save(found: Sequence[Tried], where: str, path: Path | None = None) -> None:
             table[each.key] = config.entry(each.winner, why)
     write_results(path, dict(sorted(table.items())))
     config._tuned.cache_clear()
-    from dfkd_fast.kernels import plans  # here, where there is Triton
-
-    plans.forget()
 
 
 def tune(

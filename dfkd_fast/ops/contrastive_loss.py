@@ -113,7 +113,6 @@ _OPERATORS = {
             "bool normalize, str reduction) -> (Tensor, Tensor)",
             _allocate_forward,
             _launch_cuda_forward,
-            planned=False,
         ),
         operator(
             "contrastive_loss_cuda_backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor saved, "
@@ -121,7 +120,6 @@ _OPERATORS = {
             "-> (Tensor, Tensor)",
             _allocate_backward,
             _launch_cuda_backward,
-            planned=False,
         ),
     ),
 }

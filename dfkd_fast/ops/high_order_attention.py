@@ -122,14 +122,12 @@ _OPERATORS = {
             "-> Tensor",
             _allocate,
             _launch_cuda,
-            planned=False,
         ),
         operator(
             "high_order_attention_cuda_backward(Tensor upstream, Tensor x, Tensor proj_weight, Tensor out_weight, "
             "str mode, str result, bool want_x, bool want_proj, bool want_out) -> (Tensor, Tensor, Tensor)",
             _allocate_backward,
             _launch_cuda_backward,
-            planned=False,
         ),
     ),
 }
@@ -254,8 +252,7 @@ def high_order_attention_map(
         proj_weight: (R(R+1)/2, K, C).
         out_weight: (R, C, K).
         mode: as there.
-        backend: ``"hopper"``, ``"cuda"``, ``"triton"``, ``"reference"`` or None; see
-            :class:`dfkd_fast.ops.backend`.
+        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         A, (N, C, H, W), in the dtype and memory format of x. Differentiable in all three tensors.

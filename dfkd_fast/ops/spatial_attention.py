@@ -153,7 +153,6 @@ _OPERATORS = {
             "str form) -> (Tensor, Tensor)",
             _allocate_forward,
             _launch_cuda_forward,
-            planned=False,
         ),
         operator(
             "spatial_attention_cuda_backward(Tensor upstream, Tensor features, Tensor hidden, Tensor weight, "
@@ -161,7 +160,6 @@ _OPERATORS = {
             "bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor, Tensor)",
             _allocate_backward,
             _launch_cuda_backward,
-            planned=False,
         ),
     ),
 }
