@@ -1,6 +1,6 @@
 """A process that takes an H100 for granted: whole steps on fake CUDA tensors, traced and compiled without a GPU.
 
-Run as a script, it takes both steps of a variant of `benchmarks/step_variants.py` through Dynamo, AOTAutograd and, with
+Run as a script, it takes both steps of a variant of `benchmarks/step/variants.py` through Dynamo, AOTAutograd and, with
 ``--code``, Inductor's code generation, and writes a report. Nothing is computed: tensors have shapes, strides, dtypes
 and a device, but no values. :func:`trace` starts such a process. It has to be one of its own, because the tests' own
 process runs Triton in its interpreter, and because of the library that it loads first (:data:`_NO_ACCELERATOR`).
@@ -290,15 +290,15 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
     The state is built on the CPU, since building looks at values, and copied.
     """
     from dfkd_fast import ops
-    from dfkd_fast.benchmarks import step_variants
-    from dfkd_fast.benchmarks.peer_loop import PeerLoop
+    from dfkd_fast.benchmarks.step import variants as step_variants
+    from dfkd_fast.benchmarks.step.peer_loop import PeerLoop
     from dfkd_fast.engine import CompiledEngine, networks
     from dfkd_fast.models import fold_batchnorm, frozen
 
     cpu, half = torch.device("cpu"), (0.5, 0.5, 0.5)
     # BatchNorm statistics do not matter, and take seconds.
     with mock.patch.object(step_variants, "_settled", lambda model, size, device: model.eval()):
-        state, teacher = step_variants.build(size, size.batches[0], cpu, channels_last=variant != "peer")
+        state, teacher = step_variants.build(size, size.batch, cpu, channels_last=variant != "peer")
     folded = fold_batchnorm(state.teacher, dtype=state.runtime.autocast, image_size=size.image)
     mode = stack.enter_context(fake_cuda())
     with _CopyToCuda(mode):
@@ -362,7 +362,7 @@ _FAULTS: dict[str, tuple[Callable[[Any], None], ...]] = {
 def _report(variant: str, code: bool) -> dict[str, Any]:
     from torch._dynamo.utils import counters
 
-    from dfkd_fast.benchmarks.step_variants import SIZES
+    from dfkd_fast.benchmarks.step.variants import SIZES
 
     torch._dynamo.reset()
     counters.clear()
