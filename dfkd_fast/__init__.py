@@ -22,8 +22,8 @@ _EXPORTS = {
     "ProjectionHead": "dfkd_fast.nn",
     "SemanticFeatureContrast": "dfkd_fast.nn",
     "SpatialAttention": "dfkd_fast.nn",
-    "patch": "dfkd_fast.patching",
-    "unpatch": "dfkd_fast.patching",
+    "patch": "dfkd_fast.graph",
+    "unpatch": "dfkd_fast.graph",
 }
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         SemanticFeatureContrast,
         SpatialAttention,
     )
-    from dfkd_fast.patching import patch, unpatch
+    from dfkd_fast.graph import patch, unpatch
 
 __all__ = [
     "AttentionGenerator",

@@ -19,7 +19,7 @@ import dfkd_fast
 from dfkd_fast import ops, patch, unpatch
 from dfkd_fast.config import ModelConfig
 from dfkd_fast.models import create_model, extract
-from dfkd_fast.patching import PatchReport
+from dfkd_fast.graph import PatchReport
 
 
 def unsettled(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Context managers for how a network behaves in a step: which weights get gradients, which statistics it uses."""
+"""Context managers for the state of a network in a step: gradients of its weights, statistics of its BatchNorms."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batchnorm_mode", "frozen"]
+__all__ = ["batchnorm_mode", "frozen", "modes_kept", "undisturbed"]
 
 _MODES = ("batch", "update", "eval")
 
@@ -32,14 +33,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def batchnorm_mode(model: nn.Module, mode: Literal["batch", "update", "eval"]) -> Iterator[None]:
-    """How the BatchNorms of ``model`` behave inside; nothing else of it changes, and all is put back on leaving.
+    """Set the mode of every BatchNorm of ``model`` inside; nothing else changes, and leaving restores all of it.
 
     Args:
         model: any network; BatchNorms of every kind that derive from torch's (1d, 2d, 3d, synchronised, timm's).
         mode: ``batch`` uses the batch's statistics and leaves ``running_mean``, ``running_var`` and
             ``num_batches_tracked`` untouched; ``update`` uses the batch's statistics and updates the buffers, as
-            training does; ``eval`` uses the stored ones. A layer that was built without stored statistics uses the
-            batch's in each mode.
+            training does; ``eval`` uses the stored ones. A layer without stored statistics uses the batch's in each
+            mode.
 
     Raises:
         ValueError: another mode.
@@ -58,3 +59,23 @@ def batchnorm_mode(model: nn.Module, mode: Literal["batch", "update", "eval"]) -
         for module, training, track in saved:
             module.training = training
             module.track_running_stats = track
+
+
+@contextmanager
+def modes_kept(model: nn.Module, training: bool) -> Iterator[None]:
+    """``model`` in train or eval mode inside; leaving restores every module's flag."""
+    saved = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in saved:
+            module.training = flag
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode and no gradients inside; leaving restores flags and random streams."""
+    devices = [device] if device.type == "cuda" else []
+    with modes_kept(model, False), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        yield
