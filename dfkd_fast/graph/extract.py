@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dfkd_fast.graph.fusion import find, fuse
 from dfkd_fast.graph.outputs import Outputs
-from dfkd_fast.graph.tracing import Root, Trace, answer, compile_graph, follow, probe, run
+from dfkd_fast.graph.tracing import Root, Trace, alike, answer, compile_graph, follow, probe, run
 
 __all__ = ["FeatureModel", "extract"]
 
@@ -151,8 +151,7 @@ def _as_it_is(model: nn.Module, outputs: Outputs, stages: Sequence[str] | None) 
     made.batchnorms = tuple(str(i) for i in range(len(outputs.statistics)))
     made.fused = ("",) * len(made.batchnorms)
     shapes = [tuple(outputs.features[int(stage)].shape) for stage in made.stages]
-    _describe(made, tuple(outputs.logits.shape), shapes, tuple(outputs.penultimate.shape))
-    return made
+    return _described(made, tuple(outputs.logits.shape), shapes, tuple(outputs.penultimate.shape))
 
 
 def _traced(
@@ -161,10 +160,7 @@ def _traced(
     root, name = Root(model), type(model).__name__
     found = _follow(root, training=False, evaluating=statistics)
     head = _find_head(found)
-    logits = run(root, found.graph, image)
-    # In exact arithmetic these are equal; a graph that missed a branch is far off.
-    tolerance = 1e-2 * plain.abs().max().item()
-    if not torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=tolerance, equal_nan=True):
+    if not alike(run(root, found.graph, image), plain, 1e-2):  # a graph that missed a branch is far off
         raise ValueError(
             f"the forward of {name} depends on something that torch.fx does not see: the graph gives other logits. "
             f"{_INSTEAD}"
@@ -174,7 +170,7 @@ def _traced(
     nodes = [found.stage(path) for path in made.stages]
     penultimate: tuple[int, ...] = head.penultimate.meta["shape"]
     flat = (penultimate[0], math.prod(penultimate[1:]))
-    _describe(made, tuple(plain.shape), [node.meta.get("shape", ()) for node in nodes], flat)
+    _described(made, tuple(plain.shape), [node.meta.get("shape", ()) for node in nodes], flat)
     classifier = found.module(head.classifier)
     reads = getattr(classifier, "in_features", getattr(classifier, "in_channels", flat[1]))
     if reads != flat[1]:
@@ -182,9 +178,7 @@ def _traced(
             f"the last linear layer of {name} is applied at many places, so that its input {penultimate} is no "
             f"penultimate vector (N, {reads})"
         )
-    given: list[fx.Node] = []
-    if statistics:
-        given = _fuse_batchnorms(made, found, {*nodes, head.penultimate, head.logits})
+    given = _fuse_batchnorms(made, found, {*nodes, head.penultimate, head.logits}) if statistics else []
     made.programs[False] = made.programs[True] = _program(made, found, head, given)
     if not statistics:
         found = _follow(root, training=True)
@@ -236,40 +230,36 @@ def _find_head(found: Trace) -> _Head:
 def _default_stages(found: Trace, head: _Head) -> tuple[str, ...]:
     """The last map of each resolution, the deepest four; the deepest is the map that is pooled for the classifier.
 
-    Candidates are modules that halve the resolution at most, not what they hold: blocks, or stages of blocks. A trunk
-    that halves it more often is looked into.
+    Candidates are the outermost modules that keep or halve the resolution: layers, blocks, and stages of blocks.
 
     Raises:
         ValueError: what is pooled is no map (N, C, H, W).
     """
 
-    def size(node: Any) -> int:
-        shape = node.meta.get("shape", ()) if isinstance(node, fx.Node) else ()
+    def size(node: fx.Node | None) -> int:
+        shape = node.meta.get("shape", ()) if node is not None else ()
         return shape[2] if len(shape) == 4 and shape[2] == shape[3] else 0
 
-    def is_pool(node: fx.Node) -> bool:
+    def pools(node: fx.Node) -> bool:
         module = found.module(node)
         name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
         return "pool" in name.lower() or name in ("mean", "amax")
 
-    last: Any = head.penultimate
-    while isinstance(last, fx.Node) and last.args and not is_pool(last):
-        last = last.args[0]
-    last = last.args[0] if isinstance(last, fx.Node) and last.args else head.penultimate
-    while isinstance(last, fx.Node) and isinstance(found.module(last), nn.Identity):
-        last = last.args[0]
-    order = {node: i for i, node in enumerate(found.graph.nodes)}
+    chain = [head.penultimate]
+    while chain[-1].args and isinstance(before := chain[-1].args[0], fx.Node):
+        chain.append(before)
+    pool = next((i for i, node in enumerate(chain) if pools(node)), -1)
+    last = next(node for node in chain[pool + 1 :] if not isinstance(found.module(node), nn.Identity))
     blocks = {
         path
         for path, node in found.outputs.items()
         if node.target == f"model.{path}" or size(node) <= size(found.inputs.get(path)) <= 2 * size(node) + 1
     }
+    order = {node: i for i, node in enumerate(found.graph.nodes)}
     ends: dict[int, str] = {}
     for path, node in found.outputs.items():
-        outer = path.split(".")[:-1]
-        if path not in blocks or any(".".join(outer[: i + 1]) in blocks for i in range(len(outer))):
-            continue
-        if order[node] <= order.get(last, -1) and size(node) >= size(last) > 0:
+        outer = any(path[:i] in blocks for i, letter in enumerate(path) if letter == ".")
+        if path in blocks and not outer and order[node] <= order[last] and size(node) >= size(last) > 0:
             if not isinstance(found.module(node), nn.Identity):
                 ends[size(node)] = path
     if not ends:
@@ -280,9 +270,9 @@ def _default_stages(found: Trace, head: _Head) -> tuple[str, ...]:
     return tuple(ends[at] for at in sorted(ends, reverse=True)[-4:])
 
 
-def _describe(
+def _described(
     made: FeatureModel, logits: tuple[int, ...], features: Sequence[tuple[int, ...]], penultimate: tuple[int, ...]
-) -> None:
+) -> FeatureModel:
     name = type(made.model).__name__
     for stage, shape in zip(made.stages, features, strict=True):
         # The image is square, so a map (N, C, H, W) is too; (N, H, W, C) shows by not being.
@@ -297,6 +287,7 @@ def _describe(
         )
     made.feature_channels = tuple(shape[1] for shape in features)
     made.penultimate_dim, made.num_classes = penultimate[1], logits[1]
+    return made
 
 
 def _fuse_batchnorms(made: FeatureModel, found: Trace, kept: set[fx.Node]) -> list[fx.Node]:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils._pytree import tree_leaves
 
-from dfkd_fast.graph.batchnorm import gives_statistics, with_activation
 from dfkd_fast.graph.extract import FeatureModel
-from dfkd_fast.graph.tracing import Root, answer, follow, hooked, library, probe, run
+from dfkd_fast.graph.fusion import gives_statistics, with_activation
+from dfkd_fast.graph.tracing import Root, alike, answer, follow, hooked, library, probe, run
 
 __all__ = ["fold_batchnorm", "held_in"]
 
@@ -29,7 +29,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _Pair(NamedTuple):
-    """A layer, the BatchNorm that only reads its output, at ``path``, and both as one layer in float64."""
+    """A layer, the BatchNorm at ``path`` that only reads its output, and both as one layer in float64."""
 
     path: str
     layer: Any
@@ -38,26 +38,19 @@ class _Pair(NamedTuple):
     bias: Tensor
 
     def fold(self, dtype: torch.dtype) -> None:
-        weight = torch.empty_like(self.layer.weight, dtype=dtype).copy_(self.weight)  # of the same memory format
+        weight = torch.empty_like(self.layer.weight, dtype=dtype).copy_(self.weight)  # keeps the memory format
         self.layer.weight = nn.Parameter(weight, requires_grad=False)
         self.layer.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a convolution or linear layer reads its own weight and bias: no parametrization, weight norm or hook."""
+    """Whether a convolution or linear layer uses its own weight and bias: not computed ones, and without hooks."""
     timm: Any = library("timm.layers")
-    forwards = [kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)]
-    forwards += [timm.Conv2dSame.forward, timm.Linear.forward] if timm is not None else []
-    own = getattr(type(module), "_conv_forward", None) in (
-        None,
-        *(k._conv_forward for k in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
-    )
-    return (
-        type(module).forward in forwards
-        and own
-        and not hooked(module)
-        and {"weight", "bias"} <= module._parameters.keys()
-    )
+    kinds: list[type] = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear]
+    kinds += [] if timm is None else [timm.Conv2dSame, timm.Linear]
+    forwards = [(kind.forward, getattr(kind, "_conv_forward", None)) for kind in kinds]
+    known = (type(module).forward, getattr(type(module), "_conv_forward", None)) in forwards
+    return known and {"weight", "bias"} <= module._parameters.keys() and not hooked(module)
 
 
 def _can_fold(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> bool:
@@ -65,8 +58,8 @@ def _can_fold(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> bool
         return False
     if isinstance(layer, nn.Conv2d) and gives_statistics(norm):
         return not with_activation(norm) or isinstance(norm.drop, nn.Identity)
-    plain = type(norm).forward is _BatchNorm.forward and norm.running_mean is not None and norm.running_var is not None
-    return isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d) and plain and len(shape) == 2
+    vectors = isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d) and len(shape) == 2
+    return vectors and type(norm).forward is _BatchNorm.forward and norm.running_mean is not None
 
 
 def _find(made: FeatureModel, image: Tensor, dtype: torch.dtype) -> list[_Pair]:
@@ -75,32 +68,29 @@ def _find(made: FeatureModel, image: Tensor, dtype: torch.dtype) -> list[_Pair]:
     Raises:
         ValueError: the forward cannot be followed.
     """
-    root: nn.Module = made
-    if made.programs:
-        graph = made.programs[False].graph
-    else:
-        root = Root(made.model)
-        graph = follow(root, training=False).graph
+    root: Any = made if made.programs else Root(made.model)
+    graph = made.programs[False].graph if made.programs else follow(root, training=False).graph
     run(root, graph, image)
     called = {node: root.get_submodule(str(node.target)) for node in graph.find_nodes(op="call_module")}
     # A module may also be called by another one that the graph holds whole, and its tensors be read without a call.
     uses = Counter(inner for module in called.values() for inner in module.modules())
-    read = {id(fx.graph_module._get_attr(root, str(node.target))) for node in graph.find_nodes(op="get_attr")}
+    read = {id(operator.attrgetter(str(node.target))(root)) for node in graph.find_nodes(op="get_attr")}
 
     def once(module: nn.Module) -> bool:
         return uses[module] == 1 and read.isdisjoint(map(id, [*module.parameters(), *module.buffers()]))
 
     pairs = []
     for node, norm in called.items():
-        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        source: Any = node.args[0] if len(node.args) == 1 and not node.kwargs else None
         if source not in called or list(source.users) != [node] or not once(called[source]) or not once(norm):
             continue
-        layer = called[source]
+        layer: Any = called[source]
         if not _can_fold(layer, norm, source.meta["shape"]):
             continue
-        tensors = (layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        bn: Any = norm
+        tensors = (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
         w, b, mean, var, scale, shift = (None if t is None else t.detach().double() for t in tensors)
-        weight, bias = (t.detach() for t in fuse_conv_bn_weights(w, b, mean, var, norm.eps, scale, shift))
+        weight, bias = (t.detach() for t in fuse_conv_bn_weights(w, b, mean, var, bn.eps, scale, shift))
         # Rounding must cost no channel more than the type's precision: float16 may overflow, or lose small weights.
         error = (weight.to(dtype).double() - weight).flatten(1).norm(dim=1)
         kept = error <= torch.finfo(dtype).eps * weight.flatten(1).norm(dim=1)
@@ -121,15 +111,11 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _gives(model: nn.Module, image: Tensor, expected: Any) -> bool:
-    """Whether a network gives some Outputs, up to rounding: after a wrong fold it is far off."""
+    """Whether a network gives some outputs up to rounding; after a wrong fold it is far off."""
     try:
-        found = answer(model, image)
+        return alike(answer(model, image), expected, 1e-2)
     except ValueError:  # it needs something of a BatchNorm that is gone
         return False
-    return all(
-        torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2 * b.abs().max().item(), equal_nan=True)
-        for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True)
-    )
 
 
 def _copy(features: FeatureModel, dtype: torch.dtype) -> FeatureModel:

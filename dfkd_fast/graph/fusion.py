@@ -1,7 +1,7 @@
-"""Fusing a BatchNorm with the operations that follow it, in one pass over the map.
+"""BatchNorm that also returns the statistics of its input, fused with the operations that follow it.
 
 The pattern is ``activation(batchnorm(x) + residual)``, each of the two optional, where nothing else reads the values in
-between.
+between: one pass over the map.
 """
 
 from __future__ import annotations
@@ -9,26 +9,53 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfkd_fast.graph.batchnorm import (
-    Activation,
-    activation_of,
-    batchnorm_with_statistics,
-    gives_statistics,
-    with_activation,
-)
-from dfkd_fast.graph.tracing import Trace
+from dfkd_fast import ops
+from dfkd_fast.graph.outputs import LayerStatistics
+from dfkd_fast.graph.tracing import Trace, hooked, library
 
-__all__ = ["Fusion", "find", "fuse"]
+__all__ = ["Fusion", "find", "fuse", "gives_statistics", "with_activation"]
 
+Activation = Literal["none", "relu", "relu6"]
 _RELU: set[Any] = {F.relu, torch.relu, F.relu_, torch.relu_, Tensor.relu, Tensor.relu_, "relu", "relu_"}
 _ADD: set[Any] = {operator.add, torch.add, Tensor.add, "add"}
 _ADD_IN_PLACE: set[Any] = {operator.iadd, Tensor.add_, "add_"}
+
+
+def with_activation(module: nn.Module | None) -> bool:
+    """Whether a module is timm's BatchNorm with dropout and activation inside."""
+    timm: Any = library("timm.layers")
+    return timm is not None and isinstance(module, timm.BatchNormAct2d)
+
+
+def gives_statistics(module: nn.Module | None) -> bool:
+    """Whether :func:`batchnorm_with_statistics` can stand for a module: not for a subclass with its own forward."""
+    if not isinstance(module, nn.BatchNorm2d) or module.running_mean is None or module.running_var is None:
+        return False
+    timm: Any = library("timm.layers")
+    return type(module).forward is (timm.BatchNormAct2d if with_activation(module) else nn.BatchNorm2d).forward
+
+
+def batchnorm_with_statistics(
+    bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation
+) -> tuple[Tensor, LayerStatistics]:
+    """``activation(bn(x) + residual)`` in eval mode, and the statistics of x (N, C, H, W) (the paper, Eq. 3)."""
+    mean, var = bn.running_mean, bn.running_var
+    assert mean is not None
+    assert var is not None
+    # Other shapes and dtypes are broadcast and promoted, as the network's addition does it.
+    apart = residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype)
+    fused: Any = {} if apart else {"activation": activation, "residual": residual}
+    y, batch_mean, batch_var = ops.batchnorm_statistics(x, mean, var, bn.weight, bn.bias, bn.eps, **fused)
+    if apart:
+        y = y + residual
+        y = y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y)
+    return y, LayerStatistics(batch_mean, batch_var, mean.to(batch_mean.dtype), var.to(batch_var.dtype))
 
 
 @dataclass(kw_only=True)
@@ -40,8 +67,7 @@ class Fusion:
         last: the node whose value the fused call gives; ``norm`` where nothing follows.
         activation: the fused activation, after the norm or inside of its module.
         act: path of an activation inside of its module that cannot be fused, or None.
-        add: the node of the addition, or None.
-        residual: the node of the other summand.
+        add, residual: nodes of the addition and of its other summand, or None.
         between: nodes from ``norm`` to before ``last``, in network order.
     """
 
@@ -59,77 +85,72 @@ class Fusion:
         return "+".join(["add", *activation] if self.residual is not None else activation)
 
 
+def _module_activation(module: nn.Module) -> Activation | None:
+    """The activation that a module computes, if it can be fused; None otherwise."""
+    if hooked(module):
+        return None
+    if type(module) in (nn.ReLU6, nn.Hardtanh):
+        return "relu6" if (module.min_val, module.max_val) == (0, 6) else None
+    return "none" if type(module) is nn.Identity else "relu" if type(module) is nn.ReLU else None
+
+
 def _activation(found: Trace, node: fx.Node, value: fx.Node) -> Activation | None:
-    """The activation that a node applies to a value, None for another operation."""
+    """The activation that a node applies to a value, if it can be fused; None otherwise."""
+    options = {name: option for name, option in node.kwargs.items() if name != "inplace"}
     if not node.args or node.args[0] is not value:
         return None
     if node.op == "call_module":
         module = found.module(node)
-        return None if module is None or len(node.args) > 1 or node.kwargs else activation_of(module)
-    options = {name: option for name, option in node.kwargs.items() if name != "inplace"}
-    if node.target in _RELU and not options:
-        return "relu"
-    if node.target is F.relu6 and not options:
-        return "relu6"
+        return None if module is None or len(node.args) > 1 or node.kwargs else _module_activation(module)
     if node.target in (F.hardtanh, F.hardtanh_):
-        limits = dict(zip(("min_val", "max_val"), node.args[1:3], strict=False)) | options
-        return "relu6" if limits == {"min_val": 0, "max_val": 6} else None
-    return None
-
-
-def _added(node: fx.Node, value: fx.Node) -> fx.Node | None:
-    """The node that an addition adds to a value; None for another operation.
-
-    An addition that writes into the other summand does not count: others may read that.
-    """
-    if len(node.args) != 2 or node.kwargs:
+        options |= zip(("min_val", "max_val"), node.args[1:3], strict=False)
+        return "relu6" if options == {"min_val": 0, "max_val": 6} else None
+    if options:
         return None
-    left, right = node.args
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
+    return "relu" if node.target in _RELU else "relu6" if node.target is F.relu6 else None
+
+
+def _summand(found: Trace, norm: fx.Node, value: fx.Node, add: fx.Node) -> fx.Node | None:
+    """The node that ``add`` adds to the value of a norm, if that can be fused; None otherwise."""
+    if len(add.args) != 2 or add.kwargs or add.args[0] is add.args[1]:
         return None
-    if left is value and node.target in _ADD | _ADD_IN_PLACE:
-        return right
-    return left if right is value and node.target in _ADD else None
-
-
-def _can_add(found: Trace, norm: fx.Node, add: fx.Node, other: fx.Node) -> bool:
-    """Whether both summands have one shape and dtype, and the norm's input can still be read at the addition."""
-    if any(name not in norm.meta or norm.meta[name] != other.meta.get(name) for name in ("shape", "dtype")):
-        return False
+    left, right = add.args
+    # An addition that writes into the other summand is left: others may read that.
+    other = right if left is value else left
+    if not isinstance(other, fx.Node) or add.target not in (_ADD | _ADD_IN_PLACE if left is value else _ADD):
+        return None
+    if any(norm.meta.get(name, ()) != other.meta.get(name) for name in ("shape", "dtype")):
+        return None
+    # The fused call reads the norm's input at the addition: it must not be overwritten before.
     node = norm.next
     while node is not add:
         if found.writes_in_place(node):
-            return False
+            return None
         node = node.next
-    return True
+    return other
 
 
 def _follow(found: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.Node | None = None) -> Fusion:
     """As much after a BatchNorm as can be fused with it, without the addition ``taken``."""
     fusion, module = Fusion(norm=norm, last=norm), found.module(norm)
-    assert module is not None
-    if with_activation(module):  # the dropout inside does nothing in eval mode
-        inside = activation_of(module.get_submodule("act"))
-        if inside is None:
-            fusion.act = f"{norm.target}.act"
-        elif inside != "none":
-            fusion.activation = inside
+    if module is not None and with_activation(module):  # the dropout inside does nothing in eval mode
+        inside = _module_activation(module.get_submodule("act"))
+        fusion.act = f"{norm.target}.act" if inside is None else None
+        fusion.activation = inside or "none"
         if inside != "none":
             return fusion
     node, passed = norm, [norm]
-    while len(node.users) == 1 and node not in kept:
+    while len(node.users) == 1 and node not in kept and fusion.activation == "none":
         user = next(iter(node.users))
-        activation, other = _activation(found, user, node), None
+        activation = _activation(found, user, node)
         if activation is None:
-            other = _added(user, node) if fusion.add is None and user is not taken else None
-            if other is None or not _can_add(found, norm, user, other):
+            other = _summand(found, norm, node, user) if fusion.add is None and user is not taken else None
+            if other is None:
                 break
             fusion.add, fusion.residual = user, other
         if activation != "none":
             fusion.last, fusion.between = user, list(passed)
-        if activation in ("relu", "relu6"):
-            fusion.activation = activation
-            break
+            fusion.activation = activation or "none"
         passed.append(user)
         node = user
     return fusion
@@ -141,37 +162,35 @@ def find(found: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
     Where both summands of an addition are BatchNorms, the left one takes the other as its residual.
 
     Args:
-        found: a graph that :func:`dfkd_fast.graph.tracing.run` ran in eval mode.
+        found: a graph that :func:`dfkd_fast.graph.tracing.run` ran.
         kept: nodes whose values must stay.
     """
     norms = [node for node in found.graph.nodes if gives_statistics(found.module(node))]
     fusions = {norm: _follow(found, kept, norm) for norm in norms}
     rivals: dict[fx.Node, Fusion] = {}
-    for norm, fusion in fusions.items():
-        if fusion.add is None:
-            continue
+    for fusion in list(fusions.values()):
         if fusion.add in rivals:
-            other = rivals[fusion.add]
-            right = norm if fusion.residual is fusion.add.args[0] else other.norm
-            fusions[right] = _follow(found, kept, right, taken=fusion.add)
-        rivals[fusion.add] = fusion
+            right = fusion if fusion.residual is fusion.add.args[0] else rivals[fusion.add]
+            fusions[right.norm] = _follow(found, kept, right.norm, taken=fusion.add)
+        elif fusion.add is not None:
+            rivals[fusion.add] = fusion
     return list(fusions.values())
 
 
 def fuse(graph: fx.Graph, fusion: Fusion) -> fx.Node:
     """Put the fused call into a graph; returns the node of the statistics. ``fusion.last`` keeps its users."""
+    last = fusion.last
     # At the addition, since the other summand may be computed after the norm, and written into after the addition.
     with graph.inserting_before(fusion.add if fusion.add is not None else fusion.norm):
         norm = graph.get_attr(str(fusion.norm.target))
         arguments = (norm, fusion.norm.all_input_nodes[0], fusion.residual, fusion.activation)
         call = graph.call_function(batchnorm_with_statistics, arguments)
-        statistics = graph.call_function(operator.getitem, (call, 1))
-    last = fusion.last
-    last.op, last.target, last.args, last.kwargs = "call_function", operator.getitem, (call, 0), {}
+        y, statistics = (graph.call_function(operator.getitem, (call, i)) for i in (0, 1))
     if fusion.act is not None:
-        with graph.inserting_before(last):
-            y = graph.call_function(operator.getitem, (call, 0))
-        last.op, last.target, last.args = "call_module", fusion.act, (y,)
+        last.op, last.target, last.args, last.kwargs = "call_module", fusion.act, (y,), {}
+    else:
+        last.op, last.target, last.args, last.kwargs = "call_function", operator.getitem, (call, 0), {}
+        graph.erase_node(y)
     for node in reversed(fusion.between):
         graph.erase_node(node)
     return statistics

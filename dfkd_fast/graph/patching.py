@@ -24,14 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from dfkd_fast import ops
-from dfkd_fast.graph.batchnorm import gives_statistics
 from dfkd_fast.graph.extract import FeatureModel
-from dfkd_fast.graph.fusion import find, fuse
+from dfkd_fast.graph.fusion import find, fuse, gives_statistics
 from dfkd_fast.graph.modes import undisturbed
-from dfkd_fast.graph.tracing import Root, Trace, compile_graph, first_line, follow, hooked, run
+from dfkd_fast.graph.tracing import Root, Trace, alike, compile_graph, first_line, follow, hooked, run
 
 __all__ = ["Left", "PatchReport", "Replaced", "patch", "unpatch"]
 
@@ -41,12 +39,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # they have no forward
 
 @dataclass(frozen=True, kw_only=True)
 class Replaced:
-    """A module that :func:`patch` replaced.
-
-    Attributes:
-        path: of the module, in the model.
-        by: the op, and what it computes besides.
-    """
+    """A module that :func:`patch` replaced: its path in the model, and the op, with the operations fused into it."""
 
     path: str
     by: str
@@ -54,12 +47,7 @@ class Replaced:
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """A module that :func:`patch` recognised and left.
-
-    Attributes:
-        path: of the module, in the model.
-        why: the reason, in words.
-    """
+    """A module that :func:`patch` recognised and left: its path in the model, and the reason."""
 
     path: str
     why: str
@@ -88,29 +76,25 @@ class _Refused(Exception):
 class _PatchedForward:
     """The forward of one module with fused ops in it; an entry of the module's ``__dict__``.
 
-    The class's forward runs instead where this one does not hold: for other arguments than one map, with a norm in
-    training mode, or with a hook on a module whose own forward would not run.
+    The class's forward runs instead for other arguments than one map, with a norm in training mode, or with a hook on a
+    module that would be skipped.
     """
 
     def __init__(self, found: Trace, replaced: dict[nn.Module, str], skipped: list[nn.Module], eval_only: bool) -> None:
         self.model, self.replaced, self.skipped, self.eval_only = found.root.model, replaced, skipped, eval_only
-        self.norms = [module for module in replaced if isinstance(module, _BatchNorm)]
         # As a function, so that copies share it; its paths start from this object.
         self.program: Callable[..., Any] = type(compile_graph(found.root, found.graph)).forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (
-            _is_map(args, kwargs)
-            and not (self.eval_only and self.model.training)
-            and not any(norm.training for norm in self.norms)
-            and not any(hooked(module) for module in self.skipped)
-        ):
-            return self.program(self, args[0])
-        return type(self.model).forward(self.model, *args, **kwargs)
+        training = any(module.training and isinstance(module, _BatchNorm) for module in self.skipped)
+        training |= self.eval_only and self.model.training
+        if training or not _is_map(args, kwargs) or any(map(hooked, self.skipped)):
+            return type(self.model).forward(self.model, *args, **kwargs)
+        return self.program(self, args[0])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PatchedForward:
         made = memo[id(self)] = object.__new__(type(self))
-        made.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 
     def __reduce__(self) -> Any:
@@ -124,9 +108,9 @@ def _is_map(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[set[str]]:
-    """Leaving undoes what a forward set on its modules, and puts the names of that into the set that is yielded."""
+    """Undo on leaving what a forward sets on its modules, and put the names of that into the set that is yielded."""
     saved = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
-    for now, before in saved:  # inside, a forward writes into copies
+    for now, before in saved:  # a forward writes into copies
         now.update({name: copy.copy(held) for name, held in before.items() if type(held) in (list, dict, set)})
     written: set[str] = set()
     try:
@@ -145,16 +129,16 @@ def _same(a: Any, b: Any) -> bool:
     return left == right
 
 
-def _is_2x2(module: nn.Module | None, kind: type) -> bool:
-    def pair(value: Any) -> tuple[Any, ...]:
-        return value if isinstance(value, tuple) else (value, value)
+def _indexed(module: nn.Module) -> bool:
+    return isinstance(module, nn.MaxUnpool2d) or (isinstance(module, nn.MaxPool2d) and module.return_indices)
 
-    if module is None or type(module) is not kind or hooked(module):
+
+def _is_2x2(module: Any, kind: type) -> bool:
+    if type(module) is not kind or hooked(module):
         return False
-    sizes: Any = module
-    if [pair(each) for each in (sizes.kernel_size, sizes.stride, sizes.padding)] != [(2, 2), (2, 2), (0, 0)]:
-        return False
-    return kind is nn.MaxUnpool2d or (sizes.return_indices and pair(sizes.dilation) == (1, 1) and not sizes.ceil_mode)
+    sizes = [module.kernel_size, module.stride, module.padding, getattr(module, "dilation", 1)]
+    pairs = [each if isinstance(each, tuple) else (each, each) for each in sizes]
+    return pairs == [(2, 2), (2, 2), (0, 0), (1, 1)] and _indexed(module) and not getattr(module, "ceil_mode", False)
 
 
 def _unpool(y: Tensor, code: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
@@ -163,19 +147,21 @@ def _unpool(y: Tensor, code: Tensor, output_size: Sequence[int] | None = None) -
 
 
 def _fuse_pools(found: Trace) -> dict[nn.Module, str]:
-    """Each pooling whose indices only unpoolings read, and those: with uint8 codes instead of indices."""
+    """Replace poolings whose indices only unpoolings read, and those, by the pair with uint8 codes."""
     replaced: dict[nn.Module, str] = {}
     for node in found.graph.find_nodes(op="call_module"):
         pool, parts = found.module(node), list(node.users)
         if not _is_2x2(pool, nn.MaxPool2d) or len(node.args) != 1 or node.kwargs:
             continue
         users = [(part, user) for part in parts if part.args[1:] == (1,) for user in part.users]
-        if not users or any(part.target is not operator.getitem for part in parts):
-            continue
-        if all(
-            _is_2x2(found.module(user), nn.MaxUnpool2d)
-            and (user.args[0] is not part and user.args[1:2] == (part,) and user.kwargs.keys() <= {"output_size"})
-            for part, user in users
+        if (
+            users
+            and all(part.target is operator.getitem for part in parts)
+            and all(_is_2x2(found.module(user), nn.MaxUnpool2d) for _, user in users)
+            and all(
+                u.args[1:] == (part,) and u.args[0] is not part and u.kwargs.keys() <= {"output_size"}
+                for part, u in users
+            )
         ):
             replaced |= {pool: "max_pool2x2"} | {found.module(user): "max_unpool2x2" for _, user in users}
             for each, function in [(node, ops.max_pool2x2), *((user, _unpool) for _, user in users)]:
@@ -183,8 +169,23 @@ def _fuse_pools(found: Trace) -> dict[nn.Module, str]:
     return replaced
 
 
-def _indexed(module: nn.Module) -> bool:
-    return isinstance(module, nn.MaxUnpool2d) or (isinstance(module, nn.MaxPool2d) and module.return_indices)
+def _fuse_norms(found: Trace, x: Tensor) -> tuple[dict[nn.Module, str], list[nn.Module]]:
+    """Fuse BatchNorms with what follows them; returns them, and the modules that are skipped with them."""
+    replaced: dict[nn.Module, str] = {}
+    skipped: list[nn.Module] = []
+    try:
+        run(found.root, found.graph, x.clone())
+    except Exception as error:  # a graph that took the wrong turn may fail in any way
+        name = type(found.root.model).__name__
+        raise _Refused(f"the graph of {name} does not run on the example: {first_line(error)}") from error
+    for fusion in find(found):
+        norm = found.module(fusion.norm)
+        if norm is not None and str(fusion) and not hooked(norm):
+            replaced[norm] = f"batchnorm_statistics ({fusion})"
+            after = [found.module(node) for node in (*fusion.between, fusion.last)]
+            skipped += [inner for each in after if each is not None for inner in each.modules()]
+            found.graph.erase_node(fuse(found.graph, fusion))
+    return replaced, skipped
 
 
 def _fused(module: nn.Module, x: Tensor, unfrozen: str | None, training: bool) -> _PatchedForward | None:
@@ -205,52 +206,28 @@ def _fused(module: nn.Module, x: Tensor, unfrozen: str | None, training: bool) -
         raise _Refused(f"the forward of {name} makes tensors of its own")
     eval_only = unfrozen is None or str(found.graph) != str(other.graph)
     replaced = {} if training and eval_only else _fuse_pools(found)
-    skipped: list[nn.Module] = []
-    if unfrozen is None:
-        try:
-            run(found.root, found.graph, x.clone())
-        except Exception as error:  # a graph that took the wrong turn may fail in any way
-            raise _Refused(f"the graph of {name} does not run on the example: {first_line(error)}") from error
-        for fusion in find(found):
-            norm = found.module(fusion.norm)
-            if norm is not None and str(fusion) and not hooked(norm):
-                replaced[norm] = f"batchnorm_statistics ({fusion})"
-                after = [found.module(node) for node in (*fusion.between, fusion.last)]
-                skipped += [inner for each in after if each is not None for inner in each.modules()]
-                found.graph.erase_node(fuse(found.graph, fusion))
-    if not replaced:
+    norms, skipped = _fuse_norms(found, x) if unfrozen is None else ({}, [])
+    if not replaced | norms:
         return None
-    forward = _PatchedForward(found, replaced, [*skipped, *replaced], eval_only)
+    forward = _PatchedForward(found, replaced | norms, [*skipped, *replaced, *norms], eval_only)
     try:
-        expected, given = (tree_leaves(f(x.clone())) for f in (own, lambda y: forward.program(forward, y)))
+        expected, given = own(x.clone()), forward.program(forward, x.clone())
     except Exception as error:
         raise _Refused(f"{name} cannot be tried: {first_line(error)}") from error
-    if len(given) != len(expected) or not all(map(_close, given, expected)):
+    # Convolutions may run in TF32 on CUDA devices; wrong values are further off than that.
+    if not alike(given, expected, 1e-4 if x.dtype in (torch.float32, torch.float64) and not x.is_cuda else 2e-2):
         raise _Refused(f"the fused form of {name} gives other values on the example")
     return forward
-
-
-def _close(found: Any, expected: Any) -> bool:
-    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
-        return bool(found == expected)
-    # Convolutions may run in TF32 on CUDA devices; wrong values are further off than that.
-    exact = expected.dtype in (torch.float32, torch.float64) and not expected.is_cuda
-    scale = expected.float().nan_to_num(0, 0, 0).abs().max().item() if expected.numel() else 0.0
-    return (found.shape, found.dtype) == (expected.shape, expected.dtype) and torch.allclose(
-        found.float(), expected.float(), rtol=0, atol=(1e-4 if exact else 2e-2) * scale, equal_nan=True
-    )
 
 
 def _images(model: nn.Module) -> list[tuple[Any, ...]]:
     """Two random images of each of some sizes, if the model begins with a layer of images."""
     kinds = (nn.modules.conv._ConvNd, nn.Linear, _BatchNorm)
-    first = next((module for module in model.modules() if isinstance(module, kinds)), None)
-    if isinstance(first, nn.Conv2d):
-        channels, like = first.in_channels, first.weight
-    elif isinstance(first, nn.BatchNorm2d) and first.running_mean is not None:
-        channels, like = first.num_features, first.running_mean
-    else:
+    first: Any = next((module for module in model.modules() if isinstance(module, kinds)), None)
+    if not isinstance(first, nn.Conv2d | nn.BatchNorm2d):
         return []
+    channels = first.in_channels if isinstance(first, nn.Conv2d) else first.num_features
+    like = next((*first.parameters(), *first.buffers(), torch.zeros(())).__iter__())
     generator = torch.Generator().manual_seed(0)
     return [(torch.randn(2, channels, size, size, generator=generator).to(like),) for size in _SIZES]
 
@@ -264,9 +241,8 @@ def _inputs(model: nn.Module, owners: Sequence[nn.Module], example: Any) -> dict
     seen: dict[nn.Module, Tensor | str] = {}
 
     def record(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module not in seen:
-            wrong = f"{type(module).__name__} is called with something else than one map (N, C, H, W)"
-            seen[module] = args[0].detach().clone() if _is_map(args, kwargs) else wrong
+        wrong = f"{type(module).__name__} is called with something else than one map (N, C, H, W)"
+        seen.setdefault(module, args[0].detach().clone() if _is_map(args, kwargs) else wrong)
 
     examples = _images(model) if example is None else [example if isinstance(example, tuple) else (example,)]
     handles = [owner.register_forward_pre_hook(record, with_kwargs=True) for owner in owners]
@@ -305,13 +281,12 @@ def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
     without the patch.
 
     Values and gradients are those of before up to rounding; fused backends have no second derivative. The fused ops are
-    for CUDA devices; elsewhere plain PyTorch computes the same values in more passes. A second call starts anew: it is
-    needed after modules were exchanged or an attribute was set that steers a forward. Not for ``nn.DataParallel``,
-    whose replicas would all run the first one's forward; nor does TorchScript follow it.
+    for CUDA devices; elsewhere plain PyTorch computes the same values in more passes. Patch anew after modules were
+    exchanged or an attribute was set that steers a forward. Not for ``nn.DataParallel``, whose replicas would all run
+    the first one's forward, nor for TorchScript.
 
     Args:
-        model: any module. Every part of it is looked at, so that a module may hold a frozen teacher, which is patched,
-            and a student that is left.
+        model: any module; it may hold a frozen teacher, which is patched, and a student, which is left.
         example: an input of the model, to try the fused forms in eval mode: a tensor or a tuple of arguments. None is
             random images of 64, 32 or 224 pixels a side, the first size that the model takes.
 
@@ -325,60 +300,46 @@ def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
     unpatch(model)
     if isinstance(model, FeatureModel):
         raise TypeError("model must be a plain network, got a FeatureModel, which runs a graph of its own")
-    flags = {module: module.training for module in model.modules()}
-    known = {module for module in flags if isinstance(module, _BatchNorm) or _indexed(module)}
+    paths = {module: path for path, module in model.named_modules()}
+    flags = {module: module.training for module in paths}
+    known = {module for module in paths if isinstance(module, _BatchNorm) or _indexed(module)}
+    owners = [m for m in paths if m not in known and not isinstance(m, _CONTAINERS) and known.intersection(m.modules())]
+    unfrozen = {owner: _unfrozen(owner, flags) for owner in owners}
+    tried = [owner for owner in owners if unfrozen[owner] is None or any(map(_indexed, owner.modules()))]
     why: dict[nn.Module, str] = {}
-    unfrozen: dict[nn.Module, str | None] = {}
-    for module in flags.keys() - known:
-        if not isinstance(module, _CONTAINERS) and not known.isdisjoint(module.modules()):
-            reason = _unfrozen(module, flags)
-            if reason is None or any(map(_indexed, module.modules())):
-                unfrozen[module] = reason
-            else:
-                why[module] = reason
     forwards: list[_PatchedForward] = []
     with _attributes_kept(model), undisturbed(model, next(model.parameters(), torch.zeros(())).device):
-        for module, x in _inputs(model, list(unfrozen), example).items():
+        for owner, x in _inputs(model, tried, example).items():
             try:
                 if isinstance(x, str):
                     raise _Refused(x)
-                if forward := _fused(module, x, unfrozen[module], flags[module]):
+                if forward := _fused(owner, x, unfrozen[owner], flags[owner]):
                     forwards.append(forward)
             except _Refused as refused:
-                why[module] = str(refused)
+                why[owner] = str(refused)
     replaced: dict[nn.Module, str] = {}
     for forward in forwards:
         forward.model.__dict__["forward"] = forward
         replaced |= forward.replaced
-    report: tuple[list[Replaced], list[Left]] = [], []
-    for path, module in model.named_modules():
-        if module in replaced:
-            report[0].append(Replaced(path=path, by=replaced[module]))
-        elif module in known:
-            report[1].append(Left(path=path, why=_reason(model, path, why, flags)))
-    return PatchReport(replaced=tuple(report[0]), left=tuple(report[1]))
 
+    def reason(module: nn.Module) -> str:
+        path, owner, norm = paths[module], module, isinstance(module, _BatchNorm)
+        while path and (owner is module or isinstance(owner, _CONTAINERS)):
+            path = path.rpartition(".")[0]
+            owner = model.get_submodule(path)
+        if norm and not gives_statistics(module):
+            return "not a BatchNorm2d with stored statistics and its own forward"
+        if hooked(module):
+            return "a hook watches it"
+        if norm:
+            return unfrozen.get(owner) or why.get(owner) or "nothing follows it that is computed with it"
+        return why.get(owner) or "its indices go elsewhere, or it is not a 2 x 2 pooling"
 
-def _reason(model: nn.Module, path: str, why: dict[nn.Module, str], flags: dict[nn.Module, bool]) -> str:
-    """Why a norm or a pooling is left."""
-    module = model.get_submodule(path)
-    norm = isinstance(module, _BatchNorm)
-    if norm and not gives_statistics(module):
-        return "not a BatchNorm2d with stored statistics and its own forward"
-    if hooked(module):
-        return "a hook watches it"
-    if norm and (unfrozen := _unfrozen(module, flags)) is not None:
-        return unfrozen
-    owner = module
-    while path and (owner is module or (isinstance(owner, _CONTAINERS) and owner not in why)):
-        path = path.rpartition(".")[0]
-        owner = model.get_submodule(path)
-    default = (
-        "nothing follows it that is computed with it"
-        if norm
-        else "its indices go elsewhere, or it is not a 2 x 2 pooling"
+    left = [module for module in paths if module in known and module not in replaced]
+    return PatchReport(
+        replaced=tuple(Replaced(path=paths[module], by=replaced[module]) for module in paths if module in replaced),
+        left=tuple(Left(path=paths[module], why=reason(module)) for module in left),
     )
-    return why.get(owner, default)
 
 
 def unpatch(model: nn.Module) -> None:

@@ -14,21 +14,23 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
 
 from dfkd_fast.graph.modes import modes_kept, undisturbed
 
-__all__ = ["Root", "Trace", "answer", "compile_graph", "first_line", "follow", "hooked", "library", "probe", "run"]
-
-
-class Root(nn.Module):
-    """The module to trace, under the path ``model``, without the further arguments of its forward."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Any:
-        return self.model(x)
+__all__ = [
+    "Root",
+    "Trace",
+    "alike",
+    "answer",
+    "compile_graph",
+    "first_line",
+    "follow",
+    "hooked",
+    "library",
+    "probe",
+    "run",
+]
 
 
 def library(name: str) -> ModuleType | None:
@@ -45,12 +47,21 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(filter(str.strip, str(error).splitlines()), '')}"
 
 
+class Root(nn.Module):
+    """The module to trace, under the path ``model``, without the further arguments of its forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x)
+
+
 class _Tracer(fx.Tracer):
     """Records the node of each module's output and first input.
 
-    Modules whose behaviour depends on their training flag are leaves, so that the flag acts when the graph runs. With
-    ``evaluating`` dropouts are followed instead, and vanish from a graph of eval mode. With ``shallow`` every module
-    below the traced one is a leaf.
+    Modules whose behaviour depends on their training flag are leaves, so that the flag acts when the graph runs.
     """
 
     def __init__(self, *, evaluating: bool, shallow: bool) -> None:
@@ -59,7 +70,7 @@ class _Tracer(fx.Tracer):
             autowrap_modules=(math,) if torchvision is None else (math, torchvision),
             autowrap_functions=() if timm is None else tuple(timm.get_notrace_functions()),
         )
-        leaves: tuple[type, ...] = (_BatchNorm, nn.Linear)
+        leaves: tuple[type, ...] = (nn.Module,) if shallow else (_BatchNorm, nn.Linear)
         dropouts: tuple[type, ...] = (_DropoutNd,)
         if timm is not None:
             leaves += tuple(timm.get_notrace_modules())
@@ -67,20 +78,15 @@ class _Tracer(fx.Tracer):
         if torchvision is not None:
             leaves += (torchvision.FrozenBatchNorm2d,)
             dropouts += (torchvision.StochasticDepth,)
-        self.shallow = shallow
         self.leaves, self.followed = (leaves, dropouts) if evaluating else (leaves + dropouts, ())
         self.outputs: dict[str, fx.Node] = {}
         self.inputs: dict[str, fx.Node] = {}
         self.inside: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name == "model":
+        if module_qualified_name == "model" or isinstance(m, self.followed):
             return False
-        if self.shallow:
-            return True
-        return not isinstance(m, self.followed) and (
-            isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
-        )
+        return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         path = self.path_of_module(m)
@@ -103,9 +109,8 @@ class Trace:
     Attributes:
         root: the traced module.
         graph: its graph.
-        outputs: the node that is the output of each module, by the module's path in the network, in network order,
-            inner modules first.
-        inputs: the node that is the first argument of each of them.
+        outputs: the output node of each module by its path in the network, in network order, inner modules first.
+        inputs: the first argument of each of them.
     """
 
     root: Root
@@ -135,13 +140,28 @@ class Trace:
 
     def writes_in_place(self, node: fx.Node) -> bool:
         """Whether a node writes into its first argument."""
+        if node.op == "call_module":
+            return bool(getattr(self.module(node), "inplace", False))
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
         return (
-            bool(getattr(self.module(node), "inplace", False))
-            or any(option is True for option in (*node.args[1:], node.kwargs.get("inplace")))  # F.relu(x, True)
-            or (node.op != "call_module" and name.endswith("_") and not name.endswith("__"))
+            any(option is True for option in (*node.args[1:], node.kwargs.get("inplace")))  # F.relu(x, True)
+            or (name.endswith("_") and not name.endswith("__"))
             or name in ("iadd", "imul", "isub", "itruediv")
         )
+
+
+class _Interpreter(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["shape"], n.meta["dtype"] = tuple(result.shape), result.dtype
+        return result
+
+
+def run(root: nn.Module, graph: fx.Graph, image: Tensor) -> Any:
+    """The output of a graph for an image in eval mode; nodes keep shape and dtype of their tensors in ``meta``."""
+    with undisturbed(root, image.device):
+        return _Interpreter(root, graph=graph).run(image)
 
 
 def follow(root: Root, *, training: bool, evaluating: bool = False, shallow: bool = False) -> Trace:
@@ -150,7 +170,7 @@ def follow(root: Root, *, training: bool, evaluating: bool = False, shallow: boo
     Args:
         root: holds the network.
         training: the mode.
-        evaluating: the graph computes eval mode whatever the modules' flags are when it runs.
+        evaluating: leave out dropouts, so that the graph computes eval mode whatever the modules' flags are.
         shallow: do not follow the modules below the network.
 
     Raises:
@@ -173,31 +193,32 @@ def follow(root: Root, *, training: bool, evaluating: bool = False, shallow: boo
 def compile_graph(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """A graph as a module that shares the submodules and tensors of ``root``, where its paths start."""
     program = fx.GraphModule(root, graph)
-    # GraphModule copies the references to what the graph uses. With root's own tables instead, a parameter, buffer or
-    # module that is replaced in the network is replaced here too.
+    # GraphModule copies the references that the graph uses. With root's own tables, what is replaced in the network
+    # (a buffer by ``.double()``, a parameter by ``load_state_dict(assign=True)``) is replaced here too.
     program._modules, program._parameters, program._buffers = root._modules, root._parameters, root._buffers
     return program
 
 
-class _Shapes(fx.Interpreter):
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            n.meta["shape"], n.meta["dtype"] = tuple(result.shape), result.dtype
-        return result
+def alike(found: Any, expected: Any, tolerance: float) -> bool:
+    """Whether all tensors have the same shapes and dtypes, and values within ``tolerance`` of the largest."""
+    left, right = tree_leaves(found), tree_leaves(expected)
+    return len(left) == len(right) and all(
+        (a.shape, a.dtype) == (b.shape, b.dtype)
+        and torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance * _largest(b), equal_nan=True)
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else a == b
+        for a, b in zip(left, right, strict=True)
+    )
 
 
-def run(root: nn.Module, graph: fx.Graph, image: Tensor) -> Any:
-    """The output of a graph for an image in eval mode; nodes keep shape and dtype of their tensors in ``meta``."""
-    with undisturbed(root, image.device):
-        return _Shapes(root, graph=graph).run(image)
+def _largest(x: Tensor) -> float:
+    return x.float().nan_to_num(0, 0, 0).abs().max().item() if x.numel() else 0.0
 
 
 def probe(model: nn.Module, image_size: int) -> Tensor:
     """A random image of the network's dtype and device; the global random streams are not used."""
     tensor = next(model.parameters(), torch.zeros(()))
-    image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    return image.to(device=tensor.device, dtype=tensor.dtype)
+    return torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(tensor)
 
 
 def answer(model: nn.Module, image: Tensor) -> Any:
