@@ -29,6 +29,7 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from dfkd_fast.config import DistillConfig, TeachConfig
     from dfkd_fast.engine import DistillResult, distill, evaluate, teach
+    from dfkd_fast.graph import patch, unpatch
     from dfkd_fast.nn import (
         AttentionGenerator,
         HighOrderAttention,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
         SemanticFeatureContrast,
         SpatialAttention,
     )
-    from dfkd_fast.graph import patch, unpatch
 
 __all__ = [
     "AttentionGenerator",

@@ -237,7 +237,7 @@ def _default_stages(found: Trace, head: _Head) -> tuple[str, ...]:
     """
 
     def size(node: fx.Node | None) -> int:
-        shape = node.meta.get("shape", ()) if node is not None else ()
+        shape: tuple[int, ...] = node.meta.get("shape", ()) if node is not None else ()
         return shape[2] if len(shape) == 4 and shape[2] == shape[3] else 0
 
     def pools(node: fx.Node) -> bool:
@@ -259,9 +259,9 @@ def _default_stages(found: Trace, head: _Head) -> tuple[str, ...]:
     ends: dict[int, str] = {}
     for path, node in found.outputs.items():
         outer = any(path[:i] in blocks for i, letter in enumerate(path) if letter == ".")
-        if path in blocks and not outer and order[node] <= order[last] and size(node) >= size(last) > 0:
-            if not isinstance(found.module(node), nn.Identity):
-                ends[size(node)] = path
+        inside = order[node] <= order[last] and not isinstance(found.module(node), nn.Identity)
+        if path in blocks and not outer and inside and size(node) >= size(last) > 0:
+            ends[size(node)] = path
     if not ends:
         raise ValueError(
             f"stages must be named for {type(found.root.model).__name__}: what it pools for the classifier is no map "

@@ -46,7 +46,7 @@ class _Pair(NamedTuple):
 def _is_plain(module: nn.Module) -> bool:
     """Whether a convolution or linear layer uses its own weight and bias: not computed ones, and without hooks."""
     timm: Any = library("timm.layers")
-    kinds: list[type] = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear]
+    kinds: list[Any] = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear]
     kinds += [] if timm is None else [timm.Conv2dSame, timm.Linear]
     forwards = [(kind.forward, getattr(kind, "_conv_forward", None)) for kind in kinds]
     known = (type(module).forward, getattr(type(module), "_conv_forward", None)) in forwards
@@ -89,8 +89,8 @@ def _find(made: FeatureModel, image: Tensor, dtype: torch.dtype) -> list[_Pair]:
             continue
         bn: Any = norm
         tensors = (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
-        w, b, mean, var, scale, shift = (None if t is None else t.detach().double() for t in tensors)
-        weight, bias = (t.detach() for t in fuse_conv_bn_weights(w, b, mean, var, bn.eps, scale, shift))
+        w, b, mean, var, *affine = (None if t is None else t.detach().double() for t in tensors)
+        weight, bias = (t.detach() for t in fuse_conv_bn_weights(w, b, mean, var, bn.eps, *affine))  # type: ignore
         # Rounding must cost no channel more than the type's precision: float16 may overflow, or lose small weights.
         error = (weight.to(dtype).double() - weight).flatten(1).norm(dim=1)
         kept = error <= torch.finfo(dtype).eps * weight.flatten(1).norm(dim=1)
@@ -130,20 +130,19 @@ def held_in(features: FeatureModel, dtype: torch.dtype) -> FeatureModel:
     """A frozen copy for use under ``torch.autocast(device, dtype)``, which then has no weight to cast at every call.
 
     Weights and biases of convolutions and linear layers are held in ``dtype``. Everything else stays as it is:
-    BatchNorms, and layers whose weight is computed at every call (spectral norm) or that have hooks, which autocast
-    casts. The copy gives the outputs of ``features`` under the same autocast.
+    BatchNorms, and layers whose weight is computed at every call (spectral norm) or that have hooks. The copy gives the
+    outputs of ``features`` under the same autocast.
 
     Args:
         features: any network with or without statistics, in either mode.
-        dtype: autocast's.
+        dtype: of autocast: float16, bfloat16, float32 or float64.
 
     Returns:
-        A copy that shares no tensor with ``features`` and requires no gradient; flags, stages and memory format are
-        those of ``features``.
+        A copy that shares no tensor with ``features`` and requires no gradient, in the same modes and memory format.
 
     Raises:
         TypeError: features is not a FeatureModel.
-        ValueError: dtype is not one of float16, bfloat16, float32 and float64.
+        ValueError: another dtype.
     """
     made = _copy(features, dtype)
     _cast(made.model, dtype)
@@ -154,15 +153,13 @@ def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32
     """A frozen copy with each BatchNorm folded into the convolution or linear layer before it, where that is possible.
 
     It is where only the BatchNorm reads that layer's output, which is not a stage, both are called once, neither has
-    hooks or computed weights, and ``dtype`` holds the product. Folding computes in float64 and rounds to ``dtype`` at
-    the end. The other convolutions and linear layers are held in ``dtype`` too (see :func:`held_in`).
-
-    A network whose forward gives :class:`Outputs` itself is folded if its forward can be followed and then gives the
-    same for a random image; otherwise its weights are only cast.
+    hooks or computed weights, and ``dtype`` holds the product, which is computed in float64. The other convolutions and
+    linear layers are held in ``dtype`` too (see :func:`held_in`). A network whose forward gives :class:`Outputs` itself
+    is folded if its forward can be followed and then gives the same for a random image.
 
     Args:
         features: a network in eval mode, without statistics.
-        dtype: autocast's, or the network's own without autocast.
+        dtype: of autocast, or of the network: float16, bfloat16, float32 or float64.
         image_size: height and width of the random image that is sent through the copy.
 
     Returns:
@@ -171,8 +168,8 @@ def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32
 
     Raises:
         TypeError: features is not a FeatureModel.
-        ValueError: a network in training mode or with statistics, a dtype that is not one of float16, bfloat16, float32
-            and float64, or an image size that the network does not take.
+        ValueError: a network in training mode or with statistics, another dtype, or an image size that the network does
+            not take.
     """
     made, pairs, why = _copy(features, dtype), [], ""
     name = type(made.model).__name__

@@ -1,13 +1,13 @@
-"""BatchNorm that also returns the statistics of its input, fused with the operations that follow it.
+"""Patterns of a graph that one fused op computes.
 
-The pattern is ``activation(batchnorm(x) + residual)``, each of the two optional, where nothing else reads the values in
-between: one pass over the map.
+``activation(batchnorm(x) + residual)``, each of the two optional, where nothing else reads the values in between: one
+pass over the map, which also gives the statistics of x. And max pooling with its unpooling.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from dfkd_fast import ops
 from dfkd_fast.graph.outputs import LayerStatistics
 from dfkd_fast.graph.tracing import Trace, hooked, library
 
-__all__ = ["Fusion", "find", "fuse", "gives_statistics", "with_activation"]
+__all__ = ["Fusion", "find", "fuse", "fuse_pools", "gives_statistics", "indexed", "with_activation"]
 
 Activation = Literal["none", "relu", "relu6"]
 _RELU: set[Any] = {F.relu, torch.relu, F.relu_, torch.relu_, Tensor.relu, Tensor.relu_, "relu", "relu_"}
@@ -49,10 +49,10 @@ def batchnorm_with_statistics(
     assert mean is not None
     assert var is not None
     # Other shapes and dtypes are broadcast and promoted, as the network's addition does it.
-    apart = residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype)
-    fused: Any = {} if apart else {"activation": activation, "residual": residual}
+    alike = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    fused: Any = {"activation": activation, "residual": residual} if alike else {}
     y, batch_mean, batch_var = ops.batchnorm_statistics(x, mean, var, bn.weight, bn.bias, bn.eps, **fused)
-    if apart:
+    if residual is not None and not alike:
         y = y + residual
         y = y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y)
     return y, LayerStatistics(batch_mean, batch_var, mean.to(batch_mean.dtype), var.to(batch_var.dtype))
@@ -194,3 +194,40 @@ def fuse(graph: fx.Graph, fusion: Fusion) -> fx.Node:
     for node in reversed(fusion.between):
         graph.erase_node(node)
     return statistics
+
+
+def indexed(module: nn.Module) -> bool:
+    return isinstance(module, nn.MaxUnpool2d) or (isinstance(module, nn.MaxPool2d) and module.return_indices)
+
+
+def _is_2x2(module: Any, kind: type) -> bool:
+    if not isinstance(module, nn.Module) or type(module) is not kind or hooked(module):
+        return False
+    sizes: list[Any] = [module.kernel_size, module.stride, module.padding, getattr(module, "dilation", 1)]
+    pairs = [each if isinstance(each, tuple) else (each, each) for each in sizes]
+    return pairs == [(2, 2), (2, 2), (0, 0), (1, 1)] and indexed(module) and not getattr(module, "ceil_mode", False)
+
+
+def _unpool(y: Tensor, code: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    """MaxUnpool2d's arguments: its size may have all four dimensions."""
+    return ops.max_unpool2x2(y, code, None if output_size is None else tuple(output_size)[-2:])
+
+
+def fuse_pools(found: Trace) -> dict[nn.Module, str]:
+    """Replace poolings whose indices only unpoolings read, and those, by the pair with uint8 codes."""
+    replaced: dict[nn.Module, str] = {}
+    for node in found.graph.find_nodes(op="call_module"):
+        pool, users = found.module(node), [(part, user) for part in node.users for user in part.users]
+        users = [(part, user) for part, user in users if part.args[1:] == (1,)]
+        fits = _is_2x2(pool, nn.MaxPool2d) and len(node.args) == 1 and not node.kwargs and len(users) > 0
+        fits = fits and all(part.target is operator.getitem for part in node.users)
+        for part, user in users:
+            fits = fits and _is_2x2(found.module(user), nn.MaxUnpool2d) and user.kwargs.keys() <= {"output_size"}
+            fits = fits and user.args[1:] == (part,) and user.args[0] is not part
+        if fits:
+            for each, function in [(node, ops.max_pool2x2), *((user, _unpool) for _, user in users)]:
+                module = found.module(each)
+                if module is not None:
+                    replaced[module] = "max_pool2x2" if each is node else "max_unpool2x2"
+                each.op, each.target = "call_function", function
+    return replaced

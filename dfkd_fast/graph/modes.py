@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batchnorm_mode", "frozen", "modes_kept", "undisturbed"]
+__all__ = ["attributes_kept", "batchnorm_mode", "frozen", "modes_kept", "undisturbed"]
 
 _MODES = ("batch", "update", "eval")
 
@@ -79,3 +80,26 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with modes_kept(model, False), torch.no_grad(), torch.random.fork_rng(devices=devices):
         yield
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[set[str]]:
+    """Undo on leaving what a forward sets on its modules, and put the names of that into the set that is yielded."""
+    saved = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    for now, before in saved:  # a forward writes into copies
+        now.update({name: copy.copy(held) for name, held in before.items() if type(held) in (list, dict, set)})
+    written: set[str] = set()
+    try:
+        yield written
+    finally:
+        for now, before in saved:
+            written |= {name for name in now.keys() | before.keys() if not _same(now.get(name), before.get(name))}
+            now.clear()
+            now.update(before)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b) or type(a) not in (list, dict, set):
+        return a is b
+    left, right = ([*map(id, each), *map(id, each.values() if type(each) is dict else ())] for each in (a, b))
+    return left == right

@@ -1,19 +1,11 @@
 """Fused ops in a user's model: :func:`patch` and :func:`unpatch`.
 
-Only the ``forward`` of single modules is replaced, on the instance: modules, parameters, buffers, their names and their
-flags stay the same. These patterns are recognised in a module's forward:
-
-* a BatchNorm2d (or timm's BatchNormAct2d) with the addition, ReLU or ReLU6 that follows it. The module and all below it
-  must be frozen and in eval mode;
-* ``MaxPool2d(2, return_indices=True)`` whose indices only go to ``MaxUnpool2d(2)``, in any mode, trainable or not.
-
-A fused forward takes the place of the original only after it gave the same values for an example.
+Only the ``forward`` of single modules is replaced, on the instance, and only after the fused one gave the same values.
 """
 
 from __future__ import annotations
 
 import copy
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dfkd_fast import ops
 from dfkd_fast.graph.extract import FeatureModel
-from dfkd_fast.graph.fusion import find, fuse, gives_statistics
-from dfkd_fast.graph.modes import undisturbed
+from dfkd_fast.graph.fusion import find, fuse, fuse_pools, gives_statistics, indexed
+from dfkd_fast.graph.modes import attributes_kept, undisturbed
 from dfkd_fast.graph.tracing import Root, Trace, alike, compile_graph, first_line, follow, hooked, run
 
 __all__ = ["Left", "PatchReport", "Replaced", "patch", "unpatch"]
@@ -73,6 +65,15 @@ class _Refused(Exception):
     """The reason why a module is left."""
 
 
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """A forward may fail in any way, as may a graph that took the wrong turn."""
+    try:
+        yield
+    except Exception as error:
+        raise _Refused(f"{what}: {first_line(error)}") from error
+
+
 class _PatchedForward:
     """The forward of one module with fused ops in it; an entry of the module's ``__dict__``.
 
@@ -88,7 +89,7 @@ class _PatchedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         training = any(module.training and isinstance(module, _BatchNorm) for module in self.skipped)
         training |= self.eval_only and self.model.training
-        if training or not _is_map(args, kwargs) or any(map(hooked, self.skipped)):
+        if training or kwargs or not _is_map(args) or any(map(hooked, self.skipped)):
             return type(self.model).forward(self.model, *args, **kwargs)
         return self.program(self, args[0])
 
@@ -102,82 +103,16 @@ class _PatchedForward:
         return getattr, (self.model, "forward")
 
 
-def _is_map(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].ndim == 4
-
-
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[set[str]]:
-    """Undo on leaving what a forward sets on its modules, and put the names of that into the set that is yielded."""
-    saved = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
-    for now, before in saved:  # a forward writes into copies
-        now.update({name: copy.copy(held) for name, held in before.items() if type(held) in (list, dict, set)})
-    written: set[str] = set()
-    try:
-        yield written
-    finally:
-        for now, before in saved:
-            written |= {name for name in now.keys() | before.keys() if not _same(now.get(name), before.get(name))}
-            now.clear()
-            now.update(before)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if type(a) is not type(b) or type(a) not in (list, dict, set):
-        return a is b
-    left, right = ([*map(id, each), *map(id, each.values() if type(each) is dict else ())] for each in (a, b))
-    return left == right
-
-
-def _indexed(module: nn.Module) -> bool:
-    return isinstance(module, nn.MaxUnpool2d) or (isinstance(module, nn.MaxPool2d) and module.return_indices)
-
-
-def _is_2x2(module: Any, kind: type) -> bool:
-    if type(module) is not kind or hooked(module):
-        return False
-    sizes = [module.kernel_size, module.stride, module.padding, getattr(module, "dilation", 1)]
-    pairs = [each if isinstance(each, tuple) else (each, each) for each in sizes]
-    return pairs == [(2, 2), (2, 2), (0, 0), (1, 1)] and _indexed(module) and not getattr(module, "ceil_mode", False)
-
-
-def _unpool(y: Tensor, code: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-    """MaxUnpool2d's arguments: its size may have all four dimensions."""
-    return ops.max_unpool2x2(y, code, None if output_size is None else tuple(output_size)[-2:])
-
-
-def _fuse_pools(found: Trace) -> dict[nn.Module, str]:
-    """Replace poolings whose indices only unpoolings read, and those, by the pair with uint8 codes."""
-    replaced: dict[nn.Module, str] = {}
-    for node in found.graph.find_nodes(op="call_module"):
-        pool, parts = found.module(node), list(node.users)
-        if not _is_2x2(pool, nn.MaxPool2d) or len(node.args) != 1 or node.kwargs:
-            continue
-        users = [(part, user) for part in parts if part.args[1:] == (1,) for user in part.users]
-        if (
-            users
-            and all(part.target is operator.getitem for part in parts)
-            and all(_is_2x2(found.module(user), nn.MaxUnpool2d) for _, user in users)
-            and all(
-                u.args[1:] == (part,) and u.args[0] is not part and u.kwargs.keys() <= {"output_size"}
-                for part, u in users
-            )
-        ):
-            replaced |= {pool: "max_pool2x2"} | {found.module(user): "max_unpool2x2" for _, user in users}
-            for each, function in [(node, ops.max_pool2x2), *((user, _unpool) for _, user in users)]:
-                each.op, each.target = "call_function", function
-    return replaced
+def _is_map(args: tuple[Any, ...]) -> bool:
+    return len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim == 4
 
 
 def _fuse_norms(found: Trace, x: Tensor) -> tuple[dict[nn.Module, str], list[nn.Module]]:
     """Fuse BatchNorms with what follows them; returns them, and the modules that are skipped with them."""
     replaced: dict[nn.Module, str] = {}
     skipped: list[nn.Module] = []
-    try:
+    with _refusing(f"the graph of {type(found.root.model).__name__} does not run on the example"):
         run(found.root, found.graph, x.clone())
-    except Exception as error:  # a graph that took the wrong turn may fail in any way
-        name = type(found.root.model).__name__
-        raise _Refused(f"the graph of {name} does not run on the example: {first_line(error)}") from error
     for fusion in find(found):
         norm = found.module(fusion.norm)
         if norm is not None and str(fusion) and not hooked(norm):
@@ -190,13 +125,14 @@ def _fuse_norms(found: Trace, x: Tensor) -> tuple[dict[nn.Module, str], list[nn.
 
 def _fused(module: nn.Module, x: Tensor, unfrozen: str | None, training: bool) -> _PatchedForward | None:
     """A module's forward with everything fused that can be; None where nothing can."""
-    name, own = type(module).__name__, MethodType(type(module).forward, module)
-    if module.__dict__.get("forward", own) != own:
-        raise _Refused(f"the forward of {name} was set on the instance")
+    name = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         raise _Refused(f"{name} is compiled by TorchScript")
+    own = MethodType(type(module).forward, module)
+    if module.__dict__.get("forward", own) != own:
+        raise _Refused(f"the forward of {name} was set on the instance")
     try:
-        with _attributes_kept(module) as written:
+        with attributes_kept(module) as written:
             found, other = (follow(Root(module), training=mode, shallow=True) for mode in (False, True))
     except ValueError as error:
         raise _Refused(str(error)) from error
@@ -205,62 +141,54 @@ def _fused(module: nn.Module, x: Tensor, unfrozen: str | None, training: bool) -
     if any(not str(node.target).startswith("model.") for node in found.graph.find_nodes(op="get_attr")):
         raise _Refused(f"the forward of {name} makes tensors of its own")
     eval_only = unfrozen is None or str(found.graph) != str(other.graph)
-    replaced = {} if training and eval_only else _fuse_pools(found)
+    replaced = {} if training and eval_only else fuse_pools(found)
     norms, skipped = _fuse_norms(found, x) if unfrozen is None else ({}, [])
     if not replaced | norms:
         return None
     forward = _PatchedForward(found, replaced | norms, [*skipped, *replaced, *norms], eval_only)
-    try:
+    with _refusing(f"{name} cannot be tried"):
         expected, given = own(x.clone()), forward.program(forward, x.clone())
-    except Exception as error:
-        raise _Refused(f"{name} cannot be tried: {first_line(error)}") from error
     # Convolutions may run in TF32 on CUDA devices; wrong values are further off than that.
     if not alike(given, expected, 1e-4 if x.dtype in (torch.float32, torch.float64) and not x.is_cuda else 2e-2):
         raise _Refused(f"the fused form of {name} gives other values on the example")
     return forward
 
 
-def _images(model: nn.Module) -> list[tuple[Any, ...]]:
+def _images(model: nn.Module) -> list[tuple[Tensor]]:
     """Two random images of each of some sizes, if the model begins with a layer of images."""
     kinds = (nn.modules.conv._ConvNd, nn.Linear, _BatchNorm)
     first: Any = next((module for module in model.modules() if isinstance(module, kinds)), None)
     if not isinstance(first, nn.Conv2d | nn.BatchNorm2d):
         return []
+    like = next(iter([*first.parameters(), *first.buffers()]), torch.zeros(()))
     channels = first.in_channels if isinstance(first, nn.Conv2d) else first.num_features
-    like = next((*first.parameters(), *first.buffers(), torch.zeros(())).__iter__())
     generator = torch.Generator().manual_seed(0)
     return [(torch.randn(2, channels, size, size, generator=generator).to(like),) for size in _SIZES]
 
 
 def _inputs(model: nn.Module, owners: Sequence[nn.Module], example: Any) -> dict[nn.Module, Tensor | str]:
-    """The map that each module is called with first, or why there is none.
-
-    Raises:
-        ValueError: the model does not take the example.
-    """
+    """The map that each module is called with first, or why there is none."""
     seen: dict[nn.Module, Tensor | str] = {}
 
-    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
-        wrong = f"{type(module).__name__} is called with something else than one map (N, C, H, W)"
-        seen.setdefault(module, args[0].detach().clone() if _is_map(args, kwargs) else wrong)
+    def record(module: nn.Module, args: Any) -> None:
+        if module in owners and module not in seen:
+            wrong = f"{type(module).__name__} is called with something else than one map (N, C, H, W)"
+            seen[module] = args[0].detach().clone() if _is_map(args) else wrong
 
     examples = _images(model) if example is None else [example if isinstance(example, tuple) else (example,)]
-    handles = [owner.register_forward_pre_hook(record, with_kwargs=True) for owner in owners]
-    try:
+    missing = f"the model takes no random image of {', '.join(map(str, _SIZES))} pixels: give an example"
+    with register_module_forward_pre_hook(record):
         for each in examples if owners else []:
             try:
-                seen.clear()
                 model(*each)
-                return {owner: f"the example does not reach {type(owner).__name__}" for owner in owners} | seen
+                missing = "the example does not reach it"
+                break
             except Exception as error:  # a forward may fail in many ways on an image that does not suit it
+                seen.clear()
                 if example is not None:
                     name = type(model).__name__
                     raise ValueError(f"{name} does not take the example. {first_line(error)}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    sizes = ", ".join(map(str, _SIZES))
-    return dict.fromkeys(owners, f"the model takes no random image of {sizes} pixels: give an example")
+    return {owner: seen.get(owner, missing) for owner in owners}
 
 
 def _unfrozen(module: nn.Module, flags: dict[nn.Module, bool]) -> str | None:
@@ -273,12 +201,16 @@ def _unfrozen(module: nn.Module, flags: dict[nn.Module, bool]) -> str | None:
 
 
 def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
-    """Replace patterns in a model by fused ops; see :mod:`dfkd_fast.graph.patching` for the list.
+    """Replace patterns in the forwards of a model's modules by fused ops:
 
-    The model stays the same object, as do all modules in it: state dict, names, flags and hooks are untouched. Only the
-    ``forward`` of some modules is another. It steps aside for the class's own in training mode, for further arguments,
-    and for hooks on a module that it would skip. A copy (``copy.deepcopy``) is patched too; a pickled model is loaded
-    without the patch.
+    * a BatchNorm2d (or timm's BatchNormAct2d) with the addition, ReLU or ReLU6 that follows it, in a module that is
+      frozen and in eval mode with all below it: :func:`dfkd_fast.ops.batchnorm_statistics`;
+    * ``MaxPool2d(2, return_indices=True)`` whose indices only go to ``MaxUnpool2d(2)``, in any mode, trainable or not:
+      :func:`dfkd_fast.ops.max_pool2x2`.
+
+    The model stays the same object, as do all modules in it: state dict, names, flags and hooks are untouched. A
+    patched forward steps aside for the class's own in training mode, for further arguments, and for hooks on a module
+    that it would skip. A copy (``copy.deepcopy``) is patched too; a pickled model is loaded without the patch.
 
     Values and gradients are those of before up to rounding; fused backends have no second derivative. The fused ops are
     for CUDA devices; elsewhere plain PyTorch computes the same values in more passes. Patch anew after modules were
@@ -302,13 +234,13 @@ def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
         raise TypeError("model must be a plain network, got a FeatureModel, which runs a graph of its own")
     paths = {module: path for path, module in model.named_modules()}
     flags = {module: module.training for module in paths}
-    known = {module for module in paths if isinstance(module, _BatchNorm) or _indexed(module)}
+    known = {module for module in paths if isinstance(module, _BatchNorm) or indexed(module)}
     owners = [m for m in paths if m not in known and not isinstance(m, _CONTAINERS) and known.intersection(m.modules())]
     unfrozen = {owner: _unfrozen(owner, flags) for owner in owners}
-    tried = [owner for owner in owners if unfrozen[owner] is None or any(map(_indexed, owner.modules()))]
+    tried = [owner for owner in owners if unfrozen[owner] is None or any(map(indexed, owner.modules()))]
     why: dict[nn.Module, str] = {}
     forwards: list[_PatchedForward] = []
-    with _attributes_kept(model), undisturbed(model, next(model.parameters(), torch.zeros(())).device):
+    with attributes_kept(model), undisturbed(model, next(model.parameters(), torch.zeros(())).device):
         for owner, x in _inputs(model, tried, example).items():
             try:
                 if isinstance(x, str):
@@ -317,28 +249,28 @@ def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
                     forwards.append(forward)
             except _Refused as refused:
                 why[owner] = str(refused)
-    replaced: dict[nn.Module, str] = {}
+    replaced = {module: by for forward in forwards for module, by in forward.replaced.items()}
     for forward in forwards:
         forward.model.__dict__["forward"] = forward
-        replaced |= forward.replaced
 
     def reason(module: nn.Module) -> str:
-        path, owner, norm = paths[module], module, isinstance(module, _BatchNorm)
+        path, owner = paths[module], module
         while path and (owner is module or isinstance(owner, _CONTAINERS)):
             path = path.rpartition(".")[0]
             owner = model.get_submodule(path)
+        norm = isinstance(module, _BatchNorm)
         if norm and not gives_statistics(module):
             return "not a BatchNorm2d with stored statistics and its own forward"
         if hooked(module):
             return "a hook watches it"
-        if norm:
-            return unfrozen.get(owner) or why.get(owner) or "nothing follows it that is computed with it"
-        return why.get(owner) or "its indices go elsewhere, or it is not a 2 x 2 pooling"
+        default = (
+            "nothing follows it that can be fused" if norm else "its indices go elsewhere, or it is not a 2 x 2 pooling"
+        )
+        return (unfrozen.get(owner) if norm else None) or why.get(owner) or default
 
-    left = [module for module in paths if module in known and module not in replaced]
     return PatchReport(
         replaced=tuple(Replaced(path=paths[module], by=replaced[module]) for module in paths if module in replaced),
-        left=tuple(Left(path=paths[module], why=reason(module)) for module in left),
+        left=tuple(Left(path=paths[m], why=reason(m)) for m in paths if m in known and m not in replaced),
     )
 
 

@@ -66,10 +66,9 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, *, evaluating: bool, shallow: bool) -> None:
         timm, torchvision = library("timm.layers"), library("torchvision.ops")
-        super().__init__(
-            autowrap_modules=(math,) if torchvision is None else (math, torchvision),
-            autowrap_functions=() if timm is None else tuple(timm.get_notrace_functions()),
-        )
+        modules: Any = (math,) if torchvision is None else (math, torchvision)
+        functions = () if timm is None else tuple(timm.get_notrace_functions())
+        super().__init__(autowrap_modules=modules, autowrap_functions=functions)
         leaves: tuple[type, ...] = (nn.Module,) if shallow else (_BatchNorm, nn.Linear)
         dropouts: tuple[type, ...] = (_DropoutNd,)
         if timm is not None:
