@@ -96,19 +96,24 @@ def _conv_format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format
 def fake_cuda() -> Iterator[FakeTensorMode]:
     """Inside, torch takes this machine for one with an H100; yields the mode that makes tensors fake, not yet on."""
     from torch._dynamo import device_interface
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
 
-    interface = device_interface.CudaInterface
-    answers = [
-        # What torch, Dynamo, Inductor and our ops ask about the device.
-        *((torch.cuda, name, lambda *a, **k: True) for name in ("is_available", "is_bf16_supported", "is_initialized")),
-        *(
-            (torch.cuda, name, lambda *a: 0)
-            for name in ("current_device", "_exchange_device", "_maybe_exchange_device")
-        ),
-        (torch.cuda, "device_count", lambda: 1),
+    device: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "exchange_device": lambda index: 0,
+        "maybe_exchange_device": lambda index: 0,
+        "get_device_properties": lambda device=None: _H100,
+    }
+    answers: list[tuple[Any, str, Any]] = [
+        # What torch, Dynamo, Inductor and our ops ask about the device; Dynamo's interface keeps copies.
+        *((torch.cuda, f"_{name}" if "exchange" in name else name, answer) for name, answer in device.items()),
+        *((device_interface.CudaInterface, name, staticmethod(answer)) for name, answer in device.items()),
+        (device_interface.CudaInterface.Worker, "get_device_properties", staticmethod(device["get_device_properties"])),
         (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
-        (torch.cuda, "get_device_properties", lambda device=None: _H100),
-        (interface.Worker, "get_device_properties", staticmethod(lambda device=None: _H100)),
         # Optimizers ask whether a graph is being captured.
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         # Dynamo saves and restores CUDA's random stream around a trace, and asks for the current stream.
@@ -118,6 +123,8 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         # cuDNN's choice of a memory format, which the fake convolution asks the missing device for.
         (torch._C, "_select_conv_backend", lambda *a, **k: torch._C._ConvBackend.Cudnn),
         (torch._C, "_conv_determine_backend_memory_format", _conv_format),
+        # The architecture that Inductor's Triton kernels are written for.
+        (driver, "_active", SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))),
         # Fake tensors that take the device as available make a real tensor on it first.
         (FakeTensorMode, "avoid_device_init", True),
         (fake_tensor, "init_gpu_context", lambda device: None),
