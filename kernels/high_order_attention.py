@@ -40,6 +40,7 @@ from dfkd_fast.kernels.common import (
     divide,
     dot,
     exp,
+    fma,
     launch,
     next_power_of_2,
     precision,
@@ -135,7 +136,7 @@ def _positive(z, x):
 def _slope(g, x, logits, dtype: tl.constexpr, RESULT: tl.constexpr):
     """Gradient of the logits. A (1 - A) from the exponential below one: 1 - A would lose the digits of a shut gate."""
     e = exp(-tl.abs(logits), dtype)
-    spread = divide(e, (1.0 + e) * (1.0 + e), dtype)
+    spread = divide(e, fma(e, 2.0 + e, 1.0), dtype)  # over (1 + e)^2
     return g * spread if RESULT == "map" else g * x * spread
 
 
