@@ -410,7 +410,7 @@ def test_what_computes_or_watches_its_weight_is_not_held() -> None:
 
 
 def test_compiled() -> None:
-    features = network("wrn_10_2")
+    features = network("resnet8")
     folded = fold_batchnorm(features, dtype=torch.bfloat16, image_size=SIZE)
     held = held_in(extract(features, statistics=True, image_size=SIZE), torch.bfloat16)
     torch._dynamo.reset()
