@@ -562,14 +562,13 @@ LONG = ["timm:resnet18", "timm:convnext_atto", "torchvision:mobilenet_v2", "timm
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "statistics"),
     [
-        ("resnet8", NARROW),
-        ("timm:resnet18", NARROW_TIMM),
-        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in LONG),
+        ("resnet8", NARROW, True),
+        ("timm:resnet18", NARROW_TIMM, False),
+        *(pytest.param(name, {}, each, marks=pytest.mark.slow) for name in LONG for each in (False, True)),
     ],
 )
-@pytest.mark.parametrize("statistics", [False, True])
 def test_compiles_without_graph_breaks(name: str, options: dict[str, Any], statistics: bool) -> None:
     model = _Flat(extract(network(name, **options), statistics=statistics))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
