@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Item", "doctor", "find_nvcc", "kernels", "launches", "report"]
+__all__ = ["Item", "doctor", "find_nvcc", "launches", "report"]
 
 
 class Item(NamedTuple):
@@ -70,50 +70,6 @@ def doctor() -> int:
         mark = Text("yes", style="green") if ok else Text("no", style="yellow")
         table.add_row(mark, Text(name, style="bold"), Text(detail, overflow="fold"))
     Console().print(table)
-    return 0
-
-
-def kernels() -> int:
-    """Print what is known of the compiled kernels: one line a kernel and architecture, the largest of each column.
-
-    Registers are a thread's, shared memory is a block's; matrix instructions are wgmma on sm_90, mma or tcgen05
-    elsewhere, counted in the kernel's code. All of it comes from ``kernels/compiled.json``.
-
-    Only sound launches are in it: without a spill, and within the architecture's shared memory.
-
-    Returns:
-        0.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    from dfkd_fast.report import read_compiled
-
-    content = read_compiled()
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for row in content["rows"]:
-        groups.setdefault((row["op"], row["kernel"], row["arch"]), []).append(row)
-    table = Table(title=f"kernels compiled ahead of time, triton {content['triton']}", box=None, pad_edge=False)
-    for name in ("kernel", "for"):
-        table.add_column(name, no_wrap=True)
-    for name in ("launches", "registers", "shared KB", "wgmma", "mma", "spilled B"):
-        table.add_column(name, justify="right")
-    for (op, kernel, arch), rows in sorted(groups.items()):
-
-        def most(name: str, rows: list[dict[str, Any]] = rows) -> int:
-            return max(row[name] for row in rows)
-
-        spilled = max(row["stack"] + row["local"] for row in rows)
-        values = (len(rows), most("registers"), round(most("shared") / 1024, 1), most("wgmma"), most("mma"), spilled)
-        name = f"{op} {kernel.strip('_').removesuffix('_kernel')}"
-        table.add_row(name, f"sm_{arch}", *map(str, values))
-    console = Console()
-    console.print(table)
-    if not groups:
-        console.print("no kernel was compiled yet: python -m dfkd_fast.benchmarks.compile_kernels --write")
-    installed = _version("triton")
-    if installed is not None and content["triton"] not in (None, installed):
-        console.print(f"triton {installed} is installed; it may use other numbers of registers")
     return 0
 
 
