@@ -258,7 +258,7 @@ def _bench(
     backends: list[str] | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> None:
-    """Time the functional ops beside eager PyTorch, torch.compile, public kernels and the physical floor.
+    """Time the functional ops against eager PyTorch, torch.compile, public kernels and the roofline.
 
     Writes ``ops.json`` and a plot, ``ops.png``, into a folder, and prints a table.
 
@@ -283,12 +283,16 @@ def _doctor(*, kernels: bool = False, launches: bool = False) -> None:
     """Say what is and is not available on this machine, and why.
 
     Args:
-        kernels: show registers, shared memory, spills and matrix instructions of the compiled kernels instead.
+        kernels: compile the kernels instead, and show their registers, shared memory, spills and matrix instructions.
         launches: show what the CUDA extension launches at the paper's shapes instead, and what that takes of the GPU.
     """
     from dfkd_fast import doctor
 
-    raise SystemExit(doctor.kernels() if kernels else doctor.launches() if launches else doctor.doctor())
+    if kernels:
+        from dfkd_fast.benchmarks.ops.compile_kernels import compile_for_this_gpu
+
+        raise SystemExit(compile_for_this_gpu())
+    raise SystemExit(doctor.launches() if launches else doctor.doctor())
 
 
 def _profile(

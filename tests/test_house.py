@@ -178,6 +178,10 @@ def test_no_reference_or_kernel_without_its_op():
     assert stems <= set(OPS), f"no op of this name in dfkd_fast/ops: {sorted(stems - set(OPS))}"
 
 
+def test_every_kernel_has_its_benchmark():
+    assert kernel_stems() | csrc_stems() <= BENCHMARKS.keys(), "no cases in benchmarks/ops/cases.py"
+
+
 def test_ops_need_torch_and_nothing_else():
     """In a fresh interpreter, since this one has long imported everything."""
     foreign = ["torchvision", "timm", "jsonargparse", "rich", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard"]
