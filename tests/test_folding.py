@@ -362,7 +362,7 @@ def test_networks_that_give_outputs_themselves(
     rule: Callable[[Any, Tensor], Outputs], folded: tuple[str, ...], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     features = extract(unsettled(_Classifier(rule)), image_size=SIZE)
-    with caplog.at_level(logging.INFO, "dfkd_fast.models.folding"):
+    with caplog.at_level(logging.INFO, "dfkd_fast.graph.folding"):
         made = fold_batchnorm(features, dtype=torch.bfloat16, image_size=SIZE)
     assert made.folded == folded
     (record,) = caplog.records

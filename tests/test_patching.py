@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import dfkd_fast
 from dfkd_fast import ops, patch, unpatch
 from dfkd_fast.config import ModelConfig
+from dfkd_fast.graph import PatchReport
 from dfkd_fast.models import create_model, extract
-from dfkd_fast.patching import PatchReport
 
 
 def unsettled(model: nn.Module) -> nn.Module:
@@ -154,7 +154,7 @@ def test_report_says_what_and_why() -> None:
     assert str(report).splitlines() == [
         "replaced 7, left 2",
         *(f"  {one.path}: {one.by}" for one in report.replaced),
-        "  left blocks.0.norms.3 and 1 more: nothing follows it that is computed with it",
+        "  left blocks.0.norms.3 and 1 more: nothing follows it that can be fused",
     ]
 
 

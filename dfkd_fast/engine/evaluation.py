@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from dfkd_fast.data import loader
 from dfkd_fast.engine.runtime import Runtime
-from dfkd_fast.models import Outputs
+from dfkd_fast.graph import Outputs
 
 __all__ = ["EvalResult", "evaluate"]
 

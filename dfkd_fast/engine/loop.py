@@ -30,7 +30,8 @@ from dfkd_fast.engine.rounds import NonFiniteError, Round, Rounds
 from dfkd_fast.engine.runtime import Runtime, new_run_folder
 from dfkd_fast.engine.state import DistillState, build_state
 from dfkd_fast.engine.steps import synthesize
-from dfkd_fast.models import FeatureModel, extract, frozen, load_weights, normalization, save_weights
+from dfkd_fast.graph import FeatureModel, extract, frozen
+from dfkd_fast.models import load_weights, normalization, save_weights
 
 __all__ = ["DistillResult", "NonFiniteError", "agreement", "distill"]
 

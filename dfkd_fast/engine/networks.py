@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfkd_fast.engine.masters import with_weights
 from dfkd_fast.engine.state import DistillState
-from dfkd_fast.models import fold_batchnorm, held_in
+from dfkd_fast.graph import fold_batchnorm, held_in
 from dfkd_fast.ranges import span
 
 __all__ = ["Networks", "StepNetworks", "plain", "ready"]

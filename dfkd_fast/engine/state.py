@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.config import DistillConfig, GeneratorConfig
 from dfkd_fast.engine.runtime import Runtime
-from dfkd_fast.models import FeatureModel, extract
+from dfkd_fast.graph import FeatureModel, extract
 from dfkd_fast.nn import AttentionGenerator
 from dfkd_fast.objectives import Objective, generator_objective, student_objective
 

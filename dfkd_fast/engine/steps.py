@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.engine.networks import StepNetworks, plain
 from dfkd_fast.engine.state import DistillState
-from dfkd_fast.models import batchnorm_mode, frozen
+from dfkd_fast.graph import batchnorm_mode, frozen
 from dfkd_fast.nn import spectral_norm_held
 from dfkd_fast.ranges import span
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from dfkd_fast.config import DistillConfig, EngineName
 from dfkd_fast.engine import Engine, Position, Runtime, build_state, create_engine, resolve_engine
 from dfkd_fast.engine.runtime import new_run_folder
-from dfkd_fast.models import FeatureModel, frozen, normalization
+from dfkd_fast.graph import FeatureModel, frozen
+from dfkd_fast.models import normalization
 from dfkd_fast.profiling.anatomy import anatomy, summary_table, table
 from dfkd_fast.profiling.figure import save_anatomy
 from dfkd_fast.profiling.timeline import Timeline, attribute_by_order, read_trace, timeline
