@@ -20,12 +20,12 @@ from torch import nn
 from dfkd_fast import ops, profiling
 from dfkd_fast.cli import _prepare, main
 from dfkd_fast.models import extract
+from dfkd_fast.nvtx import nvtx_range
 from dfkd_fast.ops.backend import Implementation, _registry, dispatch
 from dfkd_fast.profiling import Activity, Timeline, anatomy, attribute_by_order, events_of, op_class, record
 from dfkd_fast.profiling.anatomy import summary_table, table
 from dfkd_fast.profiling.classes import GAP, OURS, kernel_ops
 from dfkd_fast.profiling.timeline import OUTSIDE, UNKNOWN
-from dfkd_fast.ranges import span
 
 from . import tiny
 
@@ -331,16 +331,16 @@ class Small:
         self.call = torch.compile(self.student, fullgraph=True, backend="aot_eager") if compiled else self.student
 
     def __call__(self) -> None:
-        with span("step", "student"):
+        with nvtx_range("step", "student"):
             images = torch.randn(2, 3, 8, 8)
-            with span("network", "teacher"):
+            with nvtx_range("network", "teacher"):
                 target = self.teacher(images)
-            with span("network", "student"):
+            with nvtx_range("network", "student"):
                 output = self.call(images)
-            with span("network", "objective"):
+            with nvtx_range("network", "objective"):
                 loss = dispatch("squared", None, output, target)
             loss.backward()
-            with span("network", "optimizer"):
+            with nvtx_range("network", "optimizer"):
                 self.optimizer.step()
             self.optimizer.zero_grad()
 

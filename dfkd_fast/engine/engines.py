@@ -19,7 +19,7 @@ from dfkd_fast.engine.networks import Networks, plain, ready
 from dfkd_fast.engine.runtime import Runtime
 from dfkd_fast.engine.state import DistillState
 from dfkd_fast.engine.steps import generator_step, student_step
-from dfkd_fast.ranges import span
+from dfkd_fast.nvtx import nvtx_range
 
 __all__ = ["CompiledEngine", "EagerEngine", "Engine", "GraphEngine", "create_engine", "resolve_engine"]
 
@@ -60,13 +60,13 @@ class EagerEngine:
 
     def generator_step(self) -> None:
         """One generator step, queued on the device."""
-        with span("step", "generator"):
+        with nvtx_range("step", "generator"):
             self._execute("generator")
         self.state.position.step += 1
 
     def student_step(self) -> None:
         """One student step, queued on the device."""
-        with span("step", "student"):
+        with nvtx_range("step", "student"):
             self._execute("student")
         self.state.position.step += 1
         self.state.student_updates += 1

@@ -16,7 +16,7 @@ from torch import Tensor
 from dfkd_fast.engine.masters import with_weights
 from dfkd_fast.engine.state import DistillState
 from dfkd_fast.graph import fold_batchnorm, held_in
-from dfkd_fast.ranges import span
+from dfkd_fast.nvtx import nvtx_range
 
 __all__ = ["Networks", "StepNetworks", "plain", "ready"]
 
@@ -43,7 +43,7 @@ class Call:
         """The same inside of a range."""
 
         def ranged(*arguments: Any) -> Any:
-            with span("network", name):
+            with nvtx_range("network", name):
                 return self(*arguments)
 
         return Call(ranged)

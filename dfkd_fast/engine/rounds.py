@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfkd_fast.engine.engines import Engine
 from dfkd_fast.engine.state import DistillState
-from dfkd_fast.ranges import span
+from dfkd_fast.nvtx import nvtx_range
 
 __all__ = ["NonFiniteError", "Round", "Rounds"]
 
@@ -88,7 +88,7 @@ class Rounds:
         state = self.state
         if self._since is None:
             self._since = time.perf_counter()
-        with span("round", str(state.position.round)):
+        with nvtx_range("round", str(state.position.round)):
             self.engine.start_round()
             first = state.position.step
             while state.position.step < state.steps_per_round and not stopped():

@@ -18,7 +18,7 @@ from dfkd_fast.engine.networks import StepNetworks, plain
 from dfkd_fast.engine.state import DistillState
 from dfkd_fast.graph import batchnorm_mode, frozen
 from dfkd_fast.nn import spectral_norm_held
-from dfkd_fast.ranges import span
+from dfkd_fast.nvtx import nvtx_range
 
 __all__ = ["generator_step", "student_step", "synthesize"]
 
@@ -44,7 +44,7 @@ def _descend(
     state: DistillState, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, total: Tensor, values: Tensor
 ) -> None:
     scaler.scale(total).backward()
-    with span("network", "optimizer"):
+    with nvtx_range("network", "optimizer"):
         if scaler.is_enabled():
             # The scaler's first gradients overflow by design: it skips the step and backs off. A loss that is not
             # finite is still told by its value.

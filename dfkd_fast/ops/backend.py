@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from dfkd_fast.nvtx import nvtx_range
 from dfkd_fast.ops import choices
 from dfkd_fast.ops.checks import require_choice
-from dfkd_fast.ranges import span
 
 __all__ = ["NAMES", "VARIABLE", "Implementation", "Unserved", "backend", "backends", "dispatch", "register"]
 
@@ -160,7 +160,7 @@ def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
     if named is None:
         for name in NAMES:
             if name in table and table[name].unasked(*args, **kwargs):
-                with span("op", op):
+                with nvtx_range("op", op):
                     return table[name].function(*args, **kwargs)
         raise RuntimeError(f"no backend can serve {op} for these arguments")
     name, source = named
@@ -172,5 +172,5 @@ def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
     reason = table[name].supports(*args, **kwargs)
     if reason is not None:
         raise Unserved(f"backend {name!r}, asked for by {source}, cannot serve {op}: {reason}")
-    with span("op", op):
+    with nvtx_range("op", op):
         return table[name].function(*args, **kwargs)

@@ -1,6 +1,6 @@
 """A trace of torch.profiler, read back as work on the device: what ran when, for which step, network and op.
 
-On a GPU the work is its kernels, copies and fills. A kernel belongs to the ranges (:mod:`dfkd_fast.ranges`) that were
+On a GPU the work is its kernels, copies and fills. A kernel belongs to the ranges (:mod:`dfkd_fast.nvtx`) that were
 open on the host when it was launched; in backward, which autograd runs on a thread of its own, to those of the forward
 operator with the same sequence number. On the CPU the work is what the host's operators do themselves, without what
 they call.
@@ -21,7 +21,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from dfkd_fast.ranges import PREFIX
+from dfkd_fast.nvtx import PREFIX
 
 __all__ = ["OUTSIDE", "UNKNOWN", "Activity", "Timeline", "attribute_by_order", "read_trace", "timeline"]
 
