@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfkd_fast.engine.masters import with_weights
+from dfkd_fast.engine.weight_cast import weight_cast
 from dfkd_fast.engine.state import DistillState
 from dfkd_fast.graph import fold_batchnorm, held_in
 from dfkd_fast.nvtx import nvtx_range
@@ -143,9 +143,9 @@ def ready(state: DistillState) -> Networks:
     if dtype == torch.float32:
         generator, student = Call(_paint(state, state.generator, dtype)), Call(state.student)
     else:
-        cast, generate = with_weights(state.generator, dtype)
+        cast, generate = weight_cast(state.generator, dtype)
         generator = Call(_paint(state, generate, dtype), cast)
-        cast, call = with_weights(state.student, dtype)
+        cast, call = weight_cast(state.student, dtype)
         student = Call(call, cast)
     objectives = (state.generator_objective, state.student_objective)
     steps = [
