@@ -17,7 +17,7 @@ from . import tiny
 @pytest.mark.parametrize("which", ["student", "generator"])
 def test_values_and_gradients_are_autocasts_bit_for_bit(which: str) -> None:
     state = tiny.state(replace(tiny.config(), precision="bf16"))
-    module: nn.Module = getattr(state, which)
+    module = state.sides[which].module
     x = torch.randn(6, 3, 16, 16) if which == "student" else torch.randn(6, 6)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     found: list[list[Tensor]] = []

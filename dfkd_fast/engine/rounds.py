@@ -133,12 +133,9 @@ def _means(state: DistillState, number: int, trace: Tensor) -> dict[str, float]:
         NonFiniteError: some step was skipped.
     """
     first = state.config.loop.generator_steps
-    parts = {
-        "generator": (state.generator_objective.names, trace[:first]),
-        "student": (state.student_objective.names, trace[first:]),
-    }
     means: dict[str, float] = {}
-    for side, (names, rows) in parts.items():
+    for (side, trained), rows in zip(state.sides.items(), (trace[:first], trace[first:]), strict=True):
+        names = trained.objective.names
         for step, row in enumerate(rows):
             bad = [name for name, value in zip(names, row, strict=False) if not math.isfinite(value)]
             if not bad and not row[-1]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from dfkd_fast.config import DistillConfig, EngineName
 from dfkd_fast.engine import Engine, Position, Runtime, build_state, create_engine, resolve_engine
 from dfkd_fast.engine.runtime import new_run_folder
-from dfkd_fast.graph import FeatureModel, frozen
+from dfkd_fast.graph import FeatureModel, frozen, modes_kept
 from dfkd_fast.models import normalization
 from dfkd_fast.profiling.anatomy import anatomy, summary_table, table
 from dfkd_fast.profiling.figure import save_anatomy
@@ -176,30 +176,16 @@ def _run(
 ) -> tuple[Timeline, dict[str, float]]:
     """Record one engine; also microseconds a step of each kind without the profiler."""
     assert config.image_size is not None
-    modes = {module: module.training for module in teacher.model.modules()}
-    teacher.eval()
     student.train()
     mean, std = normalization(teacher.model)
-    try:
-        with runtime.backends(), frozen(teacher):
-            state = build_state(
-                teacher,
-                student,
-                config,
-                runtime,
-                image_size=config.image_size,
-                mean=config.mean or mean,
-                std=config.std or std,
-            )
-            engine = create_engine(state)
-            engine.prepare()
-            _round(engine)
-            unprofiled = _round(engine)
-            cuda = runtime.device.type == "cuda"
-            return record(lambda: _round(engine), _trace(folder, config.engine), cuda=cuda), unprofiled
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    sizes: dict[str, Any] = {"image_size": config.image_size, "mean": config.mean or mean, "std": config.std or std}
+    with runtime.backends(), frozen(teacher), modes_kept(teacher, False):
+        engine = create_engine(build_state(teacher, student, config, runtime, **sizes))
+        engine.prepare()
+        _round(engine)
+        unprofiled = _round(engine)
+        cuda = runtime.device.type == "cuda"
+        return record(lambda: _round(engine), _trace(folder, config.engine), cuda=cuda), unprofiled
 
 
 def _trace(folder: Path, engine: str) -> Path:
