@@ -1,4 +1,4 @@
-"""Where the time of a step goes: torch.profiler over the ranges of :mod:`dfkd_fast.ranges`.
+"""Where the time of a step goes: torch.profiler over the ranges of :mod:`dfkd_fast.nvtx`.
 
 Times are sums over the events of ``torch.profiler.profile.events()``: device time of kernels, copies and fills on CUDA,
 self CPU time on the CPU. The backward of an operator is attributed to the network and the op of its forward, through
@@ -24,7 +24,7 @@ from dfkd_fast.config import DistillConfig, EngineName
 from dfkd_fast.engine import Engine, Position, Runtime, build_state, create_engine, resolve_engine
 from dfkd_fast.engine.runtime import new_run_folder
 from dfkd_fast.models import FeatureModel, frozen, normalization
-from dfkd_fast.ranges import PREFIX
+from dfkd_fast.nvtx import PREFIX
 from dfkd_fast.report import environment, result_table, write_results
 
 __all__ = ["OUTSIDE", "REPLAYED", "ProfileResult", "attribute", "profile", "summary_table", "table", "time_by_range"]

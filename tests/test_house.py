@@ -26,10 +26,10 @@ LAYERS: dict[str, set[str]] = {
     "config": set(),
     "configs": set(),
     "kernels": set(),
-    "ranges": set(),
+    "nvtx": set(),
     "reference": set(),
     "testing": set(),
-    "ops": {"reference", "kernels", "ranges", "_C"},
+    "ops": {"reference", "kernels", "nvtx", "_C"},
     "nn": {"ops"},
     "compat": {"ops"},
     "graph": {"ops"},
@@ -38,8 +38,8 @@ LAYERS: dict[str, set[str]] = {
     "data": {"config"},
     "report": {"config"},
     "doctor": {"ops", "report"},
-    "engine": {"objectives", "nn", "ops", "graph", "models", "data", "report", "config", "ranges"},
-    "profiling": {"engine", "graph", "models", "report", "config", "ranges"},
+    "engine": {"objectives", "nn", "ops", "graph", "models", "data", "report", "config", "nvtx"},
+    "profiling": {"engine", "graph", "models", "report", "config", "nvtx"},
 }
 DOORS = {"__init__", "__main__", "cli", "demo", "benchmarks"}  # users of everything; imported by nothing but each other
 

@@ -24,6 +24,7 @@ __all__ = [
     "alike",
     "answer",
     "compile_graph",
+    "dropouts",
     "first_line",
     "follow",
     "hooked",
@@ -36,6 +37,14 @@ __all__ = [
 def library(name: str) -> ModuleType | None:
     """A library if it is loaded: a network that was made with it has loaded it."""
     return sys.modules.get(name)
+
+
+def dropouts() -> tuple[type[nn.Module], ...]:
+    """Modules that return their input in eval mode."""
+    timm, torchvision = library("timm.layers"), library("torchvision.ops")
+    found: tuple[type[nn.Module], ...] = (_DropoutNd,)
+    found += () if timm is None else (timm.DropPath,)
+    return found if torchvision is None else (*found, torchvision.StochasticDepth)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -70,14 +79,11 @@ class _Tracer(fx.Tracer):
         functions = () if timm is None else tuple(timm.get_notrace_functions())
         super().__init__(autowrap_modules=modules, autowrap_functions=functions)
         leaves: tuple[type, ...] = (nn.Module,) if shallow else (_BatchNorm, nn.Linear)
-        dropouts: tuple[type, ...] = (_DropoutNd,)
         if timm is not None:
             leaves += tuple(timm.get_notrace_modules())
-            dropouts += (timm.DropPath,)
         if torchvision is not None:
             leaves += (torchvision.FrozenBatchNorm2d,)
-            dropouts += (torchvision.StochasticDepth,)
-        self.leaves, self.followed = (leaves, dropouts) if evaluating else (leaves + dropouts, ())
+        self.leaves, self.followed = (leaves, dropouts()) if evaluating else (leaves + dropouts(), ())
         self.outputs: dict[str, fx.Node] = {}
         self.inputs: dict[str, fx.Node] = {}
         self.inside: list[str] = []
@@ -112,7 +118,7 @@ class Trace:
         inputs: the first argument of each of them.
     """
 
-    root: Root
+    root: Any
     graph: fx.Graph
     outputs: dict[str, fx.Node]
     inputs: dict[str, fx.Node]
