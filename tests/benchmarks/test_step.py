@@ -45,25 +45,25 @@ class TestPeer:
             for row in range(6):
                 engine.step()
                 total, terms = (peer.generator_step if row < 3 else peer.student_step)()
-                objective = ours.generator_objective if row < 3 else ours.student_objective
+                objective = (ours.generator if row < 3 else ours.student).objective
                 values = torch.stack([terms[name] for name in objective.names])
                 torch.testing.assert_close(values, ours.trace[row, : len(values)], rtol=1e-5, atol=1e-5)
                 expected = sum(objective.weights[name] * float(terms[name]) for name in objective.names)
                 assert total == pytest.approx(expected, rel=1e-5)
             ours.position.round, ours.position.step = ours.position.round + 1, 0
-        for name, value in ours.student.model.state_dict().items():
-            torch.testing.assert_close(theirs.student.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+        for name, value in ours.student.module.model.state_dict().items():
+            torch.testing.assert_close(theirs.student.module.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
     def test_it_has_the_traits_of_published_loops(self):
         state = tiny.state(tiny.config())
         peer = PeerLoop(state, mean=tiny.HALF, std=tiny.HALF)
-        before = {name: value.clone() for name, value in state.student.model.named_buffers()}
+        before = {name: value.clone() for name, value in state.student.module.model.named_buffers()}
         with ops.backend("cuda"):  # any op of this project would raise an error here
             assert isinstance(peer.generator_step()[0], float)
-            moved = {n for n, value in state.student.model.named_buffers() if not torch.equal(value, before[n])}
+            moved = {n for n, value in state.student.module.model.named_buffers() if not torch.equal(value, before[n])}
             assert moved == set(before)
-            dropped = [*state.teacher.model.parameters(), *state.student.model.parameters()]
-            assert all(parameter.requires_grad for parameter in state.student.model.parameters())
+            dropped = [*state.teacher.model.parameters(), *state.student.module.model.parameters()]
+            assert all(parameter.requires_grad for parameter in state.student.module.model.parameters())
             assert all(p.grad is not None for p in dropped if p.requires_grad)
             assert isinstance(peer.student_step()[0], float)
 
@@ -80,10 +80,10 @@ class TestRoofline:
         """PyTorch's counter sees the same convolutions and products in the eager engine's steps. State stays as is."""
         state, teacher = variants.build(SMALL, 8, CPU, precision="fp32")
         before = [tensor.clone() for tensor in state.changing()]
-        modes = [module.training for module in state.student.modules()]
+        modes = [module.training for module in state.student.module.modules()]
         work = round_work(state, image_size=SMALL.image)
         assert all(torch.equal(a, b) for a, b in zip(before, state.changing(), strict=True))
-        assert modes == [module.training for module in state.student.modules()]
+        assert modes == [module.training for module in state.student.module.modules()]
         with frozen(teacher), ops.backend("reference"):
             engine = EagerEngine(state)
             engine.start_round()
@@ -149,7 +149,7 @@ class TestVariants:
 
         def poisoned(*arguments: Any, **more: Any) -> Any:
             state, teacher = build(*arguments, **more)
-            state.shift.fill_(float("nan"))
+            state.normalize.shift.fill_(float("nan"))
             return state, teacher
 
         monkeypatch.setattr(variants, "build", poisoned)
