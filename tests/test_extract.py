@@ -295,7 +295,7 @@ REWRITES: dict[str, Callable[[nn.Module], FeatureModel]] = {
     "make",
     [
         lambda: network("timm:resnet18", **NARROW_TIMM),
-        lambda: network("wrn_10_1"),
+        lambda: network("wrn_40_2"),
         lambda: network("resnet8", **NARROW),
         lambda: unsettled(_Functional()),
     ],

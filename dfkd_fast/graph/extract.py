@@ -6,7 +6,6 @@ torch.fx traces the forward once, and the graph gets more outputs. Hooks work in
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections import Counter
@@ -21,7 +20,19 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dfkd_fast.graph.fusion import find, fuse
 from dfkd_fast.graph.outputs import Outputs
-from dfkd_fast.graph.tracing import Root, Trace, alike, answer, compile_graph, dropouts, follow, probe, run
+from dfkd_fast.graph.tracing import (
+    Root,
+    Trace,
+    alike,
+    answer,
+    compile_graph,
+    dropouts,
+    follow,
+    graph_from_list,
+    graph_to_list,
+    probe,
+    run,
+)
 
 __all__ = ["FeatureModel", "extract"]
 
@@ -88,12 +99,13 @@ class FeatureModel(nn.Module):
         return Outputs(logits, tuple(features), penultimate, tuple(statistics))
 
     def __getstate__(self) -> dict[str, Any]:
-        graphs = {training: copy.deepcopy(program.graph) for training, program in self.programs.items()}
+        graphs = {training: graph_to_list(program.graph) for training, program in self.programs.items()}
         return {**self.__dict__, "programs": graphs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.programs = {training: compile_graph(self, graph) for training, graph in state["programs"].items()}
+        graphs: dict[bool, Any] = state["programs"]
+        self.programs = {training: compile_graph(self, graph_from_list(graph)) for training, graph in graphs.items()}
 
     def extra_repr(self) -> str:
         return f"stages={self.stages}, penultimate_dim={self.penultimate_dim}, batchnorms={len(self.batchnorms)}"

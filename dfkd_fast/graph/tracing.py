@@ -204,6 +204,38 @@ def compile_graph(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return program
 
 
+@dataclass(frozen=True)
+class _Reference:
+    name: str
+
+
+def graph_to_list(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """The nodes of a graph as plain values: a graph is a linked list, which pickle follows to Python's recursion limit.
+
+    The shapes and dtypes of :func:`run` are not kept.
+    """
+
+    def refer(value: Any) -> Any:
+        return _Reference(value.name) if isinstance(value, fx.Node) else value
+
+    map_nodes: Any = fx.node.map_aggregate
+    return [(n.name, n.op, n.target, map_nodes(n.args, refer), map_nodes(n.kwargs, refer)) for n in graph.nodes]
+
+
+def graph_from_list(nodes: list[tuple[Any, ...]]) -> fx.Graph:
+    """The graph of :func:`graph_to_list`."""
+    graph, made = fx.Graph(), dict[str, fx.Node]()
+
+    def resolve(value: Any) -> Any:
+        return made[value.name] if isinstance(value, _Reference) else value
+
+    map_references: Any = fx.node.map_aggregate
+    for name, op, target, args, kwargs in nodes:
+        given = map_references(args, resolve), map_references(kwargs, resolve)
+        made[name] = graph.create_node(op, target, *given, name)
+    return graph
+
+
 def alike(found: Any, expected: Any, tolerance: float) -> bool:
     """Whether all tensors have the same shapes and dtypes, and values within ``tolerance`` of the largest."""
     left, right = tree_leaves(found), tree_leaves(expected)
