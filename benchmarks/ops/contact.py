@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Case, Make, tensors
 from dfkd_fast.benchmarks.results import Results
@@ -84,6 +85,10 @@ def _ratio(actual: Tensor, reference: Tensor, truth: Tensor, name: str) -> float
     return ratio
 
 
+def _double(x: Tensor) -> Tensor:
+    return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+
 def _draw(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> tuple[tuple[Any, ...], list[Tensor]]:
     """Inputs, and output gradients with the strides of the outputs."""
     make = Make(device, dtype, seed=case.seed + seed)
@@ -115,12 +120,7 @@ def check_case(case: Case, device: torch.device, dtype: torch.dtype, *, backend:
             if device.type == "cuda" and not columns and _NO_CACHING not in os.environ:
                 assert all(map(_same, first, _captured(case, inputs, grads, backend))), "a graph's replay differs"
             reference = _outputs(case, inputs, grads, "reference")
-            exact = [
-                x.detach().double().requires_grad_(x.requires_grad)
-                if isinstance(x, Tensor) and x.is_floating_point()
-                else x
-                for x in inputs
-            ]
+            exact = tree_map_only(Tensor, _double, inputs)
             truth = _outputs(case, exact, [g.double() for g in grads], "reference")
             columns.append([first, reference, truth])
             if all(result.numel() > 1 for result in first):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Make
+from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Make, tensors
 from dfkd_fast.report import markdown_table, read_results
 
 __all__ = ["choices", "ops_section", "save_plot", "speedups", "terminal_rows", "write_choices"]
@@ -167,7 +167,7 @@ def choices(content: dict[str, Any], arch: int) -> list[dict[str, Any]]:
         case = next((case for case in BENCHMARKS[op].cases if case.name == name), None)
         if case is None or not all(len(each[backend]) == 2 for backend in _KERNELS):
             continue
-        first = next(t for t in case.inputs(Make("meta", getattr(torch, dtype))) if isinstance(t, torch.Tensor))
+        first = tensors(case.inputs(Make("meta", getattr(torch, dtype))))[0]
         ratio = sum(each["cuda"].values()) / sum(each["triton"].values())
         classes[op, dtype, shape_class(first)].append(ratio)
     return [
