@@ -44,18 +44,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """One kernel with the types and constants of one launch.
-
-    Attributes:
-        case: op, case and dtype that launch it.
-        kernel: module and name of the function.
-        arch: 90 for sm_90.
-        signature: type of each argument by name, ``constexpr`` for constants.
-        constants: the constants, by path.
-        attributes: known divisibility by 16, by path.
-        num_warps: per block.
-        num_stages: of the software pipeline.
-    """
+    """One kernel with the types and constants of one launch, as Triton's compiler takes them; ``arch`` 90 is sm_90."""
 
     case: str
     kernel: str

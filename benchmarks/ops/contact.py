@@ -10,7 +10,6 @@ under compute-sanitizer.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import subprocess
@@ -18,7 +17,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Case, Make, tensors
-from dfkd_fast.benchmarks.results import Results
+from dfkd_fast.benchmarks.results import Results, parser
 
 __all__ = ["check_case", "check_engine", "main"]
 
@@ -98,17 +96,11 @@ def _draw(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> tu
 
 
 def check_case(case: Case, device: torch.device, dtype: torch.dtype, *, backend: str = "triton") -> dict[str, Any]:
-    """Check one case.
-
-    Args:
-        case: the case.
-        device: where to run. Graphs are checked on CUDA only.
-        dtype: of the inputs.
-        backend: whose kernels.
+    """Check one case; CUDA graphs only on CUDA.
 
     Returns:
-        ``ratio``, the largest error over the reference's, of all results and gradients; ``status``, "ok" or what is
-        wrong; and ``seconds``.
+        ``ratio``, the largest error over the reference's, of all results and gradients; ``status``, "ok" or the first
+        fault; and ``seconds``.
     """
     start, ratio = time.monotonic(), 0.0
     try:
@@ -183,14 +175,11 @@ def memcheck(op: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check one op, or the engines; one row per case. Returns 1 where a check failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*BENCHMARKS, "engine", "memcheck"])
-    parser.add_argument("--out", type=Path, default=None, help="result file; none is written by default")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=["full", "small"], default="full", help="small: awkward shapes, all dtypes")
-    parser.add_argument("--dtypes", nargs="+", default=None, choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--backend", choices=["triton", "cuda"], default="triton")
-    options = parser.parse_args(arguments)
+    command = parser(__doc__, small="awkward shapes, all dtypes", out=False)
+    command.add_argument("what", choices=[*BENCHMARKS, "engine", "memcheck"])
+    command.add_argument("--dtypes", nargs="+", default=None, choices=["float32", "bfloat16", "float16"])
+    command.add_argument("--backend", choices=["triton", "cuda"], default="triton")
+    options = command.parse_args(arguments)
 
     device = torch.device(options.device)
     results = Results(options.out, key=("check",)) if options.out else None

@@ -10,7 +10,6 @@ two views both.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.metadata
 import importlib.util
@@ -21,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.benchmarks.ops import originals
 from dfkd_fast.benchmarks.ops.measure import time_calls
-from dfkd_fast.benchmarks.results import Results, measured_on
+from dfkd_fast.benchmarks.results import Results, dtype_name, measured_on, parser
 from dfkd_fast.compat import cpsc, datafree, deepinversion, lightly, mdistiller, metric_learning, repdistiller
 from dfkd_fast.compat import torchdistill as td
 from dfkd_fast.report import markdown_table
@@ -261,6 +259,10 @@ def _step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
 
 
+def _numbered(loss: Loss, sets: Sequence[Sequence[Tensor]], number: int) -> object:
+    return _step(loss, sets[number % len(sets)])
+
+
 def compare(
     drop_in: DropIn,
     shapes: Shapes,
@@ -302,14 +304,8 @@ def compare(
     times: dict[str, list[float]] = {name: [] for name in losses}
     for turn in range(turns):
         for name in sorted(losses, reverse=bool(turn % 2)):
-            loss = losses[name]
-            timed = time_calls(
-                lambda number, loss=loss: _step(loss, sets[number % len(sets)]),
-                device,
-                seconds=seconds,
-                least=least,
-            )
-            times[name].append(timed.median_us)
+            call = partial(_numbered, losses[name], sets)
+            times[name].append(time_calls(call, device, seconds=seconds, least=least).median_us)
     ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["original"], strict=True)]
     return {
         "original": drop_in.source,
@@ -341,12 +337,9 @@ def drop_ins_section(content: dict[str, Any], folder: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare as far as time allows. Returns 1 where a comparison failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="result file")
-    parser.add_argument("--seconds", type=float, default=None, help="start no comparison after this")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=["full", "small"], default="full", help="small: batches of 4")
-    options = parser.parse_args(arguments)
+    command = parser(__doc__, small="batches of 4")
+    command.add_argument("--seconds", type=float, default=math.inf, help="start no comparison after this")
+    options = command.parse_args(arguments)
 
     device, start, failed = torch.device(options.device), time.monotonic(), False
     results = Results(options.out, key=KEY)
@@ -354,18 +347,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for dtype in (torch.float32, torch.bfloat16):
         for drop_in in drop_ins(device):
             for shapes in [drop_in.shapes] if drop_in.together else [(shape,) for shape in drop_in.shapes]:
-                if options.seconds is not None and time.monotonic() - start > options.seconds:
+                if time.monotonic() - start > options.seconds:
                     return int(failed)
                 if quick:
                     shapes = tuple((4, *shape[1:]) for shape in shapes)
                 name = ", ".join("x".join(map(str, shape)) for shape in shapes)
-                key = {"drop_in": drop_in.name, "shape": name, "dtype": str(dtype).removeprefix("torch.")}
+                key = {"drop_in": drop_in.name, "shape": name, "dtype": dtype_name(dtype)}
                 torch.manual_seed(0)
                 try:
                     row = compare(drop_in, shapes, device, dtype, **quick)
                 except Exception as error:  # the others go on
-                    # Some originals do not take bfloat16.
-                    failed |= dtype == torch.float32
+                    failed |= dtype == torch.float32  # some originals do not take bfloat16
                     print(f"{' '.join(key.values())}: {type(error).__name__}: {error}", flush=True)
                     continue
                 results.add({**key, **row})

@@ -106,8 +106,8 @@ def time_calls(
 ) -> Measurement:
     """Time ``call(0)``, ``call(1)``, ... one by one, launches included, after three calls to warm up.
 
-    There are ``least`` to ``most`` calls, about ``seconds`` in all. The argument of ``call`` selects the inputs. On CUDA,
-    events surround each call, and all calls are queued before the first event is read.
+    There are ``least`` to ``most`` calls, about ``seconds`` in all. The argument of ``call`` selects the inputs.
+    On CUDA, events surround each call, and all calls are queued before the first event is read.
     """
     for number in range(_WARM_UP):
         call(number)

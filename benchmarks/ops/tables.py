@@ -148,13 +148,9 @@ def ops_section(content: dict[str, Any], folder: str) -> str:
 
 
 def choices(content: dict[str, Any], arch: int) -> list[dict[str, Any]]:
-    """The fastest backend for each op, dtype and class of shapes, from one ``ops.json``.
+    """The fastest backend for each op, dtype and class of shapes, from the ``ops.json`` of a device; ``arch`` 90 is sm_90.
 
     Cases of one class are weighted by the geometric mean of the ratio to Triton's time, forward plus backward, cold.
-
-    Args:
-        content: of ``ops.json``.
-        arch: compute capability of its device, 90 for sm_90.
     """
     from dfkd_fast.ops.choices import shape_class
 
@@ -185,11 +181,7 @@ def choices(content: dict[str, Any], arch: int) -> list[dict[str, Any]]:
 
 
 def write_choices(results: Path, table: Path) -> int:
-    """Write ``choices.json`` from the results of every device; removed where nothing was measured.
-
-    Returns:
-        The number of its rows.
-    """
+    """Write ``choices.json`` from the results of every device, or remove it without any. Returns its number of rows."""
     rows: list[dict[str, Any]] = []
     for path in sorted(results.glob("*/ops.json")):
         content = read_results(path)
