@@ -369,9 +369,9 @@ def _batchnorm(name: str, layers: Sequence[_Layer], **more: Any) -> Case:
 
     def call(*given: Inputs, backend: str | None) -> tuple[Tensor, ...]:
         results: list[Tensor] = []
-        for layer, (*each, residual) in zip(layers, given, strict=True):
-            options = {"activation": layer.activation, "residual": residual, "backend": backend}
-            results += ops.batchnorm_statistics(*each, 1e-5, **options)
+        for layer, (x, mean, var, weight, bias, residual) in zip(layers, given, strict=True):
+            options: dict[str, Any] = {"activation": layer.activation, "residual": residual, "backend": backend}
+            results += ops.batchnorm_statistics(x, mean, var, weight, bias, 1e-5, **options)
         return tuple(results)
 
     return Case(

@@ -310,7 +310,8 @@ class Trial:
         return peak, once_us
 
     def _passes_of(self, which: str) -> list[Callable[[_Call], object]]:
-        return {"forward": [self._forward], "backward": [self._backward]}.get(which, [self._forward, self._backward])
+        both = {"forward": self._forward, "backward": self._backward}
+        return [both[which]] if which in both else list(both.values())
 
     def _graph_times(self, which: str, l2: str, calls: int) -> list[float]:
         """Times of graph replays; empty where no graph can be captured, also for lack of memory."""

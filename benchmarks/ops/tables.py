@@ -148,7 +148,7 @@ def ops_section(content: dict[str, Any], folder: str) -> str:
 
 
 def choices(content: dict[str, Any], arch: int) -> list[dict[str, Any]]:
-    """The fastest backend for each op, dtype and class of shapes, from the ``ops.json`` of a device; ``arch`` 90 is sm_90.
+    """The fastest backend by op, dtype and class of shapes, from the ``ops.json`` of a device; ``arch`` 90 is sm_90.
 
     Cases of one class are weighted by the geometric mean of the ratio to Triton's time, forward plus backward, cold.
     """

@@ -32,7 +32,7 @@ __all__ = ["PeerLoop", "PlainGate", "PlainHighOrderAttention"]
 
 
 class PlainGate(nn.Module):
-    """The spatial attention module with PyTorch's pooling and softmax, over the layers of ``gate`` of form ``spatial``."""
+    """Spatial attention with PyTorch's pooling and softmax, over the layers of a gate of form ``spatial``."""
 
     def __init__(self, gate: SpatialAttention) -> None:
         super().__init__()
@@ -135,9 +135,9 @@ class _Watched:
 class PeerLoop:
     """Generator and student steps of the preset ``dfkd-fgvc``, with their optimisers.
 
-    The loop uses the networks, heads, loss weights and noise of ``state``: its networks get hooks, its generator's gates
-    are replaced by plain ones over the same layers, and the weights of its attention modules are copied. ``mean`` and
-    ``std`` are those of the teacher's input.
+    The loop uses the networks, heads, loss weights and noise of ``state``: its networks get hooks, its generator's
+    gates are replaced by plain ones over the same layers, and the weights of its attention modules are copied.
+    ``mean`` and ``std`` are those of the teacher's input.
 
     Raises:
         ValueError: terms that this loop does not have.

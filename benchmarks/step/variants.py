@@ -101,7 +101,6 @@ SIZES = {
 def _with_statistics(model: nn.Module, size: Size, device: torch.device) -> nn.Module:
     """Set BatchNorm statistics to those of random images, so that the teacher is like a trained one."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = None  # the mean over all batches
     model.to(device).train()
@@ -109,8 +108,8 @@ def _with_statistics(model: nn.Module, size: Size, device: torch.device) -> nn.M
     with torch.no_grad():
         for _ in range(2):
             model(torch.randn(8, 3, size.image, size.image, device=device, generator=images))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    for norm in norms:
+        norm.momentum = 0.1  # the default
     return model.eval()
 
 
@@ -139,7 +138,7 @@ def build(
     return state, features[0]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Loop:
     """A variant. Steps queue device work, ``end_round`` queues the copy that a training loop would read.
 
@@ -166,26 +165,24 @@ class _MarkedEngine(EagerEngine):
 def _peer_loop(state: DistillState) -> Loop:
     peer = PeerLoop(state, mean=_HALF, std=_HALF)
     for optimizer in (state.generator_optimizer, state.student_optimizer):
-        optimizer.state.clear()  # the loop has optimisers of its own: their memory would be counted twice
+        optimizer.state.clear()  # the loop has other optimisers: this memory would be counted twice
     read: deque[float] = deque(maxlen=_KEPT * state.steps_per_round)
 
-    def step(which: Callable[[], tuple[float, object]]) -> None:
-        read.append(which()[0])
+    def nothing() -> None:
+        pass
 
-    return Loop(
-        name="peer",
-        prepare=lambda: None,
-        start_round=lambda: None,
-        generator_step=lambda: step(peer.generator_step),
-        student_step=lambda: step(peer.student_step),
-        end_round=lambda: None,
-        losses=lambda: torch.tensor(list(read)),
-    )
+    def generator_step() -> None:
+        read.append(peer.generator_step()[0])
+
+    def student_step() -> None:
+        read.append(peer.student_step()[0])
+
+    return Loop("peer", nothing, nothing, generator_step, student_step, nothing, lambda: torch.tensor(list(read)))
 
 
 def _engine_loop(engine: EagerEngine) -> Loop:
     state = engine.state
-    # Made once: the host waits where it pins memory.
+    # Allocated once, because pinning memory waits for the device.
     read = torch.zeros(_KEPT, *state.trace.shape, pin_memory=state.runtime.device.type == "cuda")
 
     def end_round() -> None:
@@ -198,15 +195,8 @@ def _engine_loop(engine: EagerEngine) -> Loop:
         trace = read[: state.position.round].flatten(0, 1)
         return torch.where(trace[:, -1:] == 1, trace, torch.nan)
 
-    return Loop(
-        name=engine.name,
-        prepare=engine.prepare,
-        start_round=engine.start_round,
-        generator_step=engine.generator_step,
-        student_step=engine.student_step,
-        end_round=end_round,
-        losses=losses,
-    )
+    steps = engine.generator_step, engine.student_step
+    return Loop(engine.name, engine.prepare, engine.start_round, *steps, end_round, losses)
 
 
 @contextlib.contextmanager
