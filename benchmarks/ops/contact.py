@@ -2,8 +2,8 @@
 
 Each op's kernels are compared with float64, by the rule of the tests: at most twice the error of the reference in the
 same dtype. A second run and the replay of a CUDA graph must give the same bits. ``engine`` runs three rounds of a tiny
-distillation on the graph engine and on the eager one from the same seed. ``memcheck`` runs every op at small shapes
-under compute-sanitizer.
+distillation on the graph engine and on the eager one. ``memcheck`` runs every op at small shapes under
+compute-sanitizer.
 
     python -m dfkd_fast.benchmarks.ops.contact spatial_attention --out checks.json
 """

@@ -39,6 +39,7 @@ KEY = ("drop_in", "shape", "dtype")
 
 Loss = Callable[..., Tensor]
 Shapes = tuple[tuple[int, ...], ...]
+Table = dict[str, tuple[Loss, Loss]]
 
 LOGITS: Shapes = ((256, 100), (64, 200))
 FEATURES: Shapes = ((256, 512), (64, 128))
@@ -52,13 +53,8 @@ _LIBRARIES = {"lightly": "lightly", "metric_learning": "pytorch-metric-learning"
 class DropIn:
     """A drop-in and its original.
 
-    Attributes:
-        name: module and name in ``dfkd_fast.compat``.
-        ours, original: the two.
-        shapes: of the inputs, one comparison per shape; of one call where ``together``, as for maps of several stages.
-        inputs: number of inputs per shape.
-        trained: how many of them require a gradient.
-        together: whether all shapes are the inputs of one call.
+    Each of ``shapes`` has ``inputs`` inputs, the first ``trained`` of which require a gradient. It is one comparison,
+    unless all shapes are inputs of one call: ``together``, as for maps of several stages.
     """
 
     name: str
@@ -146,10 +142,10 @@ def _hooked(kind: Any, read: Callable[[Any], Tensor], device: torch.device) -> L
     return loss
 
 
-def _logits() -> dict[str, tuple[Loss, Loss]]:
+def _logits() -> Table:
     """Losses of the logits of student and teacher: drop-in and original by name."""
     kl, js = (partial(f, temperature=4.0) for f in (originals.kldiv, originals.jsdiv))
-    found: dict[str, tuple[Loss, Loss]] = {
+    found: Table = {
         "datafree.kldiv": (partial(datafree.kldiv, T=4.0), kl),
         "datafree.kldiv, both gradients": (partial(datafree.kldiv, T=4.0), kl),
         "datafree.KLDiv": (datafree.KLDiv(T=4.0), originals.Module(kl)),
@@ -168,16 +164,13 @@ def _logits() -> dict[str, tuple[Loss, Loss]]:
     return found
 
 
-def _features() -> dict[str, tuple[Loss, Loss]]:
+def _features() -> Table:
     """Losses of the features of two views."""
-    found: dict[str, tuple[Loss, Loss]] = {
-        f"{name}, {mode}": (
-            _stacked(kind(contrast_mode=mode)),
-            _stacked(originals.Module(originals.contrast_loss, mode=mode)),
-        )
-        for name, kind in (("datafree.ContrastLoss", datafree.ContrastLoss), ("cpsc.SupConLoss", cpsc.SupConLoss))
-        for mode in ("all", "one")
-    }
+    found: Table = {}
+    for name, kind in (("datafree.ContrastLoss", datafree.ContrastLoss), ("cpsc.SupConLoss", cpsc.SupConLoss)):
+        for mode in ("all", "one"):
+            original = originals.Module(originals.contrast_loss, mode=mode)
+            found[f"{name}, {mode}"] = _stacked(kind(contrast_mode=mode)), _stacked(original)
     theirs = originals.Module(originals.nt_xent)
     if _library("lightly.NTXentLoss"):
         from lightly.loss.ntx_ent_loss import NTXentLoss
@@ -193,10 +186,10 @@ def _features() -> dict[str, tuple[Loss, Loss]]:
     return found
 
 
-def _maps() -> dict[str, tuple[Loss, Loss]]:
+def _maps() -> Table:
     """Losses of the stages of student and teacher."""
     attention, transfer, half = repdistiller.Attention(), _pairs(originals.attention_transfer), len(MAPS)
-    found: dict[str, tuple[Loss, Loss]] = {
+    found: Table = {
         "repdistiller.Attention": (lambda *maps: _total(attention(maps[:half], maps[half:])), transfer),
         "mdistiller.at_loss": (lambda *m: torch.as_tensor(mdistiller.at_loss(m[:half], m[half:], 2)), transfer),
         "mdistiller.single_stage_at_loss": (_pairs(partial(mdistiller.single_stage_at_loss, p=2)), transfer),
@@ -208,7 +201,7 @@ def _maps() -> dict[str, tuple[Loss, Loss]]:
     return found
 
 
-def _hooks(device: torch.device) -> dict[str, tuple[Loss, Loss]]:
+def _hooks(device: torch.device) -> Table:
     """Hooks on BatchNorms."""
 
     def distance(hook: Any) -> Tensor:
@@ -217,40 +210,39 @@ def _hooks(device: torch.device) -> dict[str, tuple[Loss, Loss]]:
     def squares(hook: Any) -> Tensor:
         return hook.mean.square().sum() + hook.var.square().sum()
 
+    def mean(hook: Any) -> Tensor:
+        return hook.instance_mean.square().sum()
+
+    theirs, inversion = originals.DeepInversionHook, deepinversion.DeepInversionFeatureHook
     table: dict[str, tuple[Any, Any, Callable[[Any], Tensor]]] = {
-        "datafree.DeepInversionHook": (datafree.DeepInversionHook, originals.DeepInversionHook, distance),
-        "deepinversion.DeepInversionFeatureHook": (
-            *(deepinversion.DeepInversionFeatureHook, originals.DeepInversionHook, distance),
-        ),
-        "cpsc.DeepInversionFeatureHook": (cpsc.DeepInversionFeatureHook, originals.DeepInversionHook, distance),
+        "datafree.DeepInversionHook": (datafree.DeepInversionHook, theirs, distance),
+        "deepinversion.DeepInversionFeatureHook": (inversion, theirs, distance),
+        "cpsc.DeepInversionFeatureHook": (cpsc.DeepInversionFeatureHook, theirs, distance),
         "datafree.FeatureMeanVarHook": (datafree.FeatureMeanVarHook, originals.FeatureMeanVarHook, squares),
-        "datafree.InstanceMeanHook": (
-            *(datafree.InstanceMeanHook, originals.InstanceMeanHook, lambda hook: hook.instance_mean.square().sum()),
-        ),
+        "datafree.InstanceMeanHook": (datafree.InstanceMeanHook, originals.InstanceMeanHook, mean),
     }
     return {name: (_hooked(a, read, device), _hooked(b, read, device)) for name, (a, b, read) in table.items()}
 
 
-def _images() -> dict[str, tuple[Loss, Loss]]:
-    ours: Loss = lambda x: _total(deepinversion.get_image_prior_losses(x))  # noqa: E731
-    return {
-        "datafree.get_image_prior_losses": (datafree.get_image_prior_losses, originals.absolute_variation),
-        "deepinversion.get_image_prior_losses": (ours, originals.image_prior),
-    }
-
-
 def drop_ins(device: torch.device) -> Iterator[DropIn]:
     """Every comparison that the installed libraries allow."""
-    for table, more in (
+    images: Table = {
+        "datafree.get_image_prior_losses": (datafree.get_image_prior_losses, originals.absolute_variation),
+        "deepinversion.get_image_prior_losses": (
+            *(lambda x: _total(deepinversion.get_image_prior_losses(x)), originals.image_prior),
+        ),
+    }
+    groups: list[tuple[Table, dict[str, Any]]] = [
         (_logits(), {"shapes": LOGITS}),
         (_features(), {"shapes": FEATURES, "trained": 2}),
         (_hooks(device), {"shapes": MAPS, "inputs": 1, "together": True}),
         (_maps(), {"shapes": MAPS, "together": True}),
-        (_images(), {"shapes": IMAGES, "inputs": 1}),
-    ):
+        (images, {"shapes": IMAGES, "inputs": 1}),
+    ]
+    for table, more in groups:
         for name, (ours, original) in table.items():
-            trained = {"trained": 2} if name.endswith("both gradients") else {}
-            yield DropIn(name=name, ours=ours, original=original, **more, **trained)  # type: ignore[arg-type]
+            both: dict[str, Any] = {"trained": 2} if name.endswith("both gradients") else {}
+            yield DropIn(name=name, ours=ours, original=original, **more, **both)
 
 
 def _step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -264,18 +256,11 @@ def _numbered(loss: Loss, sets: Sequence[Sequence[Tensor]], number: int) -> obje
 
 
 def compare(
-    drop_in: DropIn,
-    shapes: Shapes,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    turns: int = 5,
-    seconds: float = 0.05,
-    least: int = 10,
+    drop_in: DropIn, shapes: Shapes, device: torch.device, dtype: torch.dtype, *, turns: int = 5, **per_turn: Any
 ) -> dict[str, Any]:
     """Time a drop-in and its original.
 
-    ``turns`` is how often the two take turns; a turn of one of them is at least ``least`` calls and about ``seconds``.
+    The two take turns ``turns`` times; ``seconds`` and ``least`` of :func:`time_calls` are per turn.
 
     Returns:
         ``ours_us`` and ``original_us``, medians over turns; ``ratios`` of original to ours by turn; ``difference``, the
@@ -305,7 +290,7 @@ def compare(
     for turn in range(turns):
         for name in sorted(losses, reverse=bool(turn % 2)):
             call = partial(_numbered, losses[name], sets)
-            times[name].append(time_calls(call, device, seconds=seconds, least=least).median_us)
+            times[name].append(time_calls(call, device, **{"seconds": 0.05, "least": 10, **per_turn}).median_us)
     ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["original"], strict=True)]
     return {
         "original": drop_in.source,

@@ -43,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse_args(arguments)
 
     size, device = SIZES[options.size], torch.device(options.device)
-    results = Results(options.out, key=("engine",))
+    results, steps = Results(options.out, key=("engine",)), 5 if device.type == "cuda" else 1
     for engine in options.engines or (ENGINES if device.type == "cuda" else ("eager",)):
         state, teacher = build(size, size.batch, device)
         with tempfile.TemporaryDirectory(prefix="dfkd_fast_breakdown_") as folder:
             names = (size.teacher.name, size.student.name)
-            found = profile(teacher, state.student, state.config, engines=[engine], steps=5, networks=names, out=folder)
+            found = profile(teacher, state.student, state.config, engines=[engine], steps=steps, networks=names, out=folder)
         for row in found.content["engines"]:
             results.add(row)
     return 0

@@ -9,6 +9,7 @@ float32. Everything pointwise counts as fused into its neighbours.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -88,30 +89,24 @@ def layers(model: nn.Module, example: Tensor) -> list[Layer]:
     """The layers that a network runs on one input, in their order, in eval mode. ``example`` is a batch of one."""
     found: list[Layer] = []
 
-    def note(name: str) -> object:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0]
-            if isinstance(module, SpatialAttention):  # whose last convolution is part of its op
-                module, positions = module.expand, x[0, 0].numel()
-                weights = module.weight.numel()
-                flops, inside = 2.0 * weights * positions, module.in_channels * positions
-                found.append(Layer(name=name, inputs=inside, weights=weights, outputs=output.numel(), flops=flops))
-                return
-            assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
-            weights = module.weight.numel()
-            if isinstance(module, nn.Linear):
-                flops = 2.0 * weights
-            else:
-                # An output of a plain convolution, and an input of a transposed one, meets the weights of a channel.
-                spread = x if isinstance(module, nn.ConvTranspose2d) else output
-                flops = 2.0 * weights * spread[0, 0].numel()
-            found.append(Layer(name=name, inputs=x.numel(), weights=weights, outputs=output.numel(), flops=flops))
-
-        return hook
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x, outputs = inputs[0], output.numel()
+        # An output of a plain convolution, and an input of a transposed one, meets the weights of a channel.
+        positions = 1 if isinstance(module, nn.Linear) else output[0, 0].numel()
+        if isinstance(module, nn.ConvTranspose2d):
+            positions = x[0, 0].numel()
+        elements = x.numel()
+        if isinstance(module, SpatialAttention):  # its last convolution is part of its op
+            module = module.expand
+            elements = module.in_channels * positions
+        assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
+        weights = module.weight.numel()
+        flops = 2.0 * weights * positions
+        found.append(Layer(name=name, inputs=elements, weights=weights, outputs=outputs, flops=flops))
 
     kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, SpatialAttention)
     handles = [
-        module.register_forward_hook(note(name))  # type: ignore[arg-type]
+        module.register_forward_hook(functools.partial(note, name))
         for name, module in model.named_modules()
         if isinstance(module, kinds)
     ]
