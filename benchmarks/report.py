@@ -75,7 +75,7 @@ def ablation_table(content: dict[str, Any]) -> str:
 
 
 def demo_table(contents: Sequence[dict[str, Any]]) -> str:
-    """What `make demo` measured: one row a network, and the machine, from its ``results.json`` files."""
+    """Results of `make demo`, one row per network, and the machine, from its ``results.json`` files."""
     lines = ["| set | network | learned from | top-1 | of the teacher's |", "|---|---|---|---:|---:|"]
     notes = []
     for content in contents:
