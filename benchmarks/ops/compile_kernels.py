@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, tensors
+from dfkd_fast.benchmarks.results import dtype_name
 
 __all__ = [
     "ARCHITECTURES",
@@ -42,20 +43,9 @@ ARCHITECTURES = (80, 86, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Compilation:
-    """One kernel with the types and constants of one launch.
-
-    Attributes:
-        case: op, case and dtype that launch it.
-        kernel: module and name of the function.
-        arch: 90 for sm_90.
-        signature: type of each argument by name, ``constexpr`` for constants.
-        constants: the constants, by path.
-        attributes: known divisibility by 16, by path.
-        num_warps: per block.
-        num_stages: of the software pipeline.
-    """
+    """One kernel with the types and constants of one launch, as Triton's compiler takes them; ``arch`` 90 is sm_90."""
 
     case: str
     kernel: str
@@ -103,12 +93,9 @@ def compilations(benchmark: Benchmark, arch: int, dtypes: Sequence[torch.dtype] 
                 bound, special, rest = bind(**launch.arguments, **launch.constants, **options)
                 _, signature, constants, attributes = kernel._pack_args(backend, options, bound, special, rest)
                 found = Compilation(
-                    case=f"{benchmark.op} {case.name} {str(dtype).removeprefix('torch.')}",
-                    kernel=f"{kernel.fn.__module__}.{kernel.fn.__name__}",
-                    arch=arch,
-                    signature=signature,
-                    constants=constants,
-                    attributes=attributes,
+                    f"{benchmark.op} {case.name} {dtype_name(dtype)}",
+                    f"{kernel.fn.__module__}.{kernel.fn.__name__}",
+                    *(arch, signature, constants, attributes),
                     **options,
                 )
                 if found.key() not in seen:
@@ -172,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES, help="90 for sm_90")
-    parser.add_argument("--dtype", nargs="+", default=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
+    parser.add_argument("--dtype", nargs="+", default=[dtype_name(dtype) for dtype in DTYPES])
     parser.add_argument("--workers", type=int, default=1, help="processes")
     options = parser.parse_args(arguments)
     if os.environ.pop("TRITON_INTERPRET", None):
@@ -188,12 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
     dtypes = [getattr(torch, name) for name in options.dtype]
-    every = {
-        each.key(): each
-        for op in options.op
-        for arch in options.arch
-        for each in compilations(BENCHMARKS[op], arch, dtypes)
-    }
+    found = (each for op in options.op for arch in options.arch for each in compilations(BENCHMARKS[op], arch, dtypes))
+    every = {each.key(): each for each in found}
     bad = 0
     with multiprocessing.get_context("spawn").Pool(options.workers, torch.set_num_threads, (1,)) as pool:
         for row in pool.imap_unordered(compile_one, every.values()):

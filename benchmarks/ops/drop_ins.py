@@ -10,7 +10,6 @@ two views both.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.metadata
 import importlib.util
@@ -21,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.benchmarks.ops import originals
 from dfkd_fast.benchmarks.ops.measure import time_calls
-from dfkd_fast.benchmarks.results import Results, measured_on
+from dfkd_fast.benchmarks.results import Results, dtype_name, measured_on, parser
 from dfkd_fast.compat import cpsc, datafree, deepinversion, lightly, mdistiller, metric_learning, repdistiller
 from dfkd_fast.compat import torchdistill as td
 from dfkd_fast.report import markdown_table
@@ -41,6 +39,7 @@ KEY = ("drop_in", "shape", "dtype")
 
 Loss = Callable[..., Tensor]
 Shapes = tuple[tuple[int, ...], ...]
+Table = dict[str, tuple[Loss, Loss]]
 
 LOGITS: Shapes = ((256, 100), (64, 200))
 FEATURES: Shapes = ((256, 512), (64, 128))
@@ -54,13 +53,8 @@ _LIBRARIES = {"lightly": "lightly", "metric_learning": "pytorch-metric-learning"
 class DropIn:
     """A drop-in and its original.
 
-    Attributes:
-        name: module and name in ``dfkd_fast.compat``.
-        ours, original: the two.
-        shapes: of the inputs, one comparison per shape; of one call where ``together``, as for maps of several stages.
-        inputs: number of inputs per shape.
-        trained: how many of them require a gradient.
-        together: whether all shapes are the inputs of one call.
+    Each of ``shapes`` has ``inputs`` inputs, the first ``trained`` of which require a gradient. It is one comparison,
+    unless all shapes are inputs of one call: ``together``, as for maps of several stages.
     """
 
     name: str
@@ -148,10 +142,10 @@ def _hooked(kind: Any, read: Callable[[Any], Tensor], device: torch.device) -> L
     return loss
 
 
-def _logits() -> dict[str, tuple[Loss, Loss]]:
+def _logits() -> Table:
     """Losses of the logits of student and teacher: drop-in and original by name."""
     kl, js = (partial(f, temperature=4.0) for f in (originals.kldiv, originals.jsdiv))
-    found: dict[str, tuple[Loss, Loss]] = {
+    found: Table = {
         "datafree.kldiv": (partial(datafree.kldiv, T=4.0), kl),
         "datafree.kldiv, both gradients": (partial(datafree.kldiv, T=4.0), kl),
         "datafree.KLDiv": (datafree.KLDiv(T=4.0), originals.Module(kl)),
@@ -170,16 +164,13 @@ def _logits() -> dict[str, tuple[Loss, Loss]]:
     return found
 
 
-def _features() -> dict[str, tuple[Loss, Loss]]:
+def _features() -> Table:
     """Losses of the features of two views."""
-    found: dict[str, tuple[Loss, Loss]] = {
-        f"{name}, {mode}": (
-            _stacked(kind(contrast_mode=mode)),
-            _stacked(originals.Module(originals.contrast_loss, mode=mode)),
-        )
-        for name, kind in (("datafree.ContrastLoss", datafree.ContrastLoss), ("cpsc.SupConLoss", cpsc.SupConLoss))
-        for mode in ("all", "one")
-    }
+    found: Table = {}
+    for name, kind in (("datafree.ContrastLoss", datafree.ContrastLoss), ("cpsc.SupConLoss", cpsc.SupConLoss)):
+        for mode in ("all", "one"):
+            original = originals.Module(originals.contrast_loss, mode=mode)
+            found[f"{name}, {mode}"] = _stacked(kind(contrast_mode=mode)), _stacked(original)
     theirs = originals.Module(originals.nt_xent)
     if _library("lightly.NTXentLoss"):
         from lightly.loss.ntx_ent_loss import NTXentLoss
@@ -195,10 +186,10 @@ def _features() -> dict[str, tuple[Loss, Loss]]:
     return found
 
 
-def _maps() -> dict[str, tuple[Loss, Loss]]:
+def _maps() -> Table:
     """Losses of the stages of student and teacher."""
     attention, transfer, half = repdistiller.Attention(), _pairs(originals.attention_transfer), len(MAPS)
-    found: dict[str, tuple[Loss, Loss]] = {
+    found: Table = {
         "repdistiller.Attention": (lambda *maps: _total(attention(maps[:half], maps[half:])), transfer),
         "mdistiller.at_loss": (lambda *m: torch.as_tensor(mdistiller.at_loss(m[:half], m[half:], 2)), transfer),
         "mdistiller.single_stage_at_loss": (_pairs(partial(mdistiller.single_stage_at_loss, p=2)), transfer),
@@ -210,7 +201,7 @@ def _maps() -> dict[str, tuple[Loss, Loss]]:
     return found
 
 
-def _hooks(device: torch.device) -> dict[str, tuple[Loss, Loss]]:
+def _hooks(device: torch.device) -> Table:
     """Hooks on BatchNorms."""
 
     def distance(hook: Any) -> Tensor:
@@ -219,40 +210,39 @@ def _hooks(device: torch.device) -> dict[str, tuple[Loss, Loss]]:
     def squares(hook: Any) -> Tensor:
         return hook.mean.square().sum() + hook.var.square().sum()
 
+    def mean(hook: Any) -> Tensor:
+        return hook.instance_mean.square().sum()
+
+    theirs, inversion = originals.DeepInversionHook, deepinversion.DeepInversionFeatureHook
     table: dict[str, tuple[Any, Any, Callable[[Any], Tensor]]] = {
-        "datafree.DeepInversionHook": (datafree.DeepInversionHook, originals.DeepInversionHook, distance),
-        "deepinversion.DeepInversionFeatureHook": (
-            *(deepinversion.DeepInversionFeatureHook, originals.DeepInversionHook, distance),
-        ),
-        "cpsc.DeepInversionFeatureHook": (cpsc.DeepInversionFeatureHook, originals.DeepInversionHook, distance),
+        "datafree.DeepInversionHook": (datafree.DeepInversionHook, theirs, distance),
+        "deepinversion.DeepInversionFeatureHook": (inversion, theirs, distance),
+        "cpsc.DeepInversionFeatureHook": (cpsc.DeepInversionFeatureHook, theirs, distance),
         "datafree.FeatureMeanVarHook": (datafree.FeatureMeanVarHook, originals.FeatureMeanVarHook, squares),
-        "datafree.InstanceMeanHook": (
-            *(datafree.InstanceMeanHook, originals.InstanceMeanHook, lambda hook: hook.instance_mean.square().sum()),
-        ),
+        "datafree.InstanceMeanHook": (datafree.InstanceMeanHook, originals.InstanceMeanHook, mean),
     }
     return {name: (_hooked(a, read, device), _hooked(b, read, device)) for name, (a, b, read) in table.items()}
 
 
-def _images() -> dict[str, tuple[Loss, Loss]]:
-    ours: Loss = lambda x: _total(deepinversion.get_image_prior_losses(x))  # noqa: E731
-    return {
-        "datafree.get_image_prior_losses": (datafree.get_image_prior_losses, originals.absolute_variation),
-        "deepinversion.get_image_prior_losses": (ours, originals.image_prior),
-    }
-
-
 def drop_ins(device: torch.device) -> Iterator[DropIn]:
     """Every comparison that the installed libraries allow."""
-    for table, more in (
+    images: Table = {
+        "datafree.get_image_prior_losses": (datafree.get_image_prior_losses, originals.absolute_variation),
+        "deepinversion.get_image_prior_losses": (
+            *(lambda x: _total(deepinversion.get_image_prior_losses(x)), originals.image_prior),
+        ),
+    }
+    groups: list[tuple[Table, dict[str, Any]]] = [
         (_logits(), {"shapes": LOGITS}),
         (_features(), {"shapes": FEATURES, "trained": 2}),
         (_hooks(device), {"shapes": MAPS, "inputs": 1, "together": True}),
         (_maps(), {"shapes": MAPS, "together": True}),
-        (_images(), {"shapes": IMAGES, "inputs": 1}),
-    ):
+        (images, {"shapes": IMAGES, "inputs": 1}),
+    ]
+    for table, more in groups:
         for name, (ours, original) in table.items():
-            trained = {"trained": 2} if name.endswith("both gradients") else {}
-            yield DropIn(name=name, ours=ours, original=original, **more, **trained)  # type: ignore[arg-type]
+            both: dict[str, Any] = {"trained": 2} if name.endswith("both gradients") else {}
+            yield DropIn(name=name, ours=ours, original=original, **more, **both)
 
 
 def _step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -261,19 +251,16 @@ def _step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
 
 
+def _numbered(loss: Loss, sets: Sequence[Sequence[Tensor]], number: int) -> object:
+    return _step(loss, sets[number % len(sets)])
+
+
 def compare(
-    drop_in: DropIn,
-    shapes: Shapes,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    turns: int = 5,
-    seconds: float = 0.05,
-    least: int = 10,
+    drop_in: DropIn, shapes: Shapes, device: torch.device, dtype: torch.dtype, *, turns: int = 5, **per_turn: Any
 ) -> dict[str, Any]:
     """Time a drop-in and its original.
 
-    ``turns`` is how often the two take turns; a turn of one of them is at least ``least`` calls and about ``seconds``.
+    The two take turns ``turns`` times; ``seconds`` and ``least`` of :func:`time_calls` are per turn.
 
     Returns:
         ``ours_us`` and ``original_us``, medians over turns; ``ratios`` of original to ours by turn; ``difference``, the
@@ -302,14 +289,8 @@ def compare(
     times: dict[str, list[float]] = {name: [] for name in losses}
     for turn in range(turns):
         for name in sorted(losses, reverse=bool(turn % 2)):
-            loss = losses[name]
-            timed = time_calls(
-                lambda number, loss=loss: _step(loss, sets[number % len(sets)]),
-                device,
-                seconds=seconds,
-                least=least,
-            )
-            times[name].append(timed.median_us)
+            call = partial(_numbered, losses[name], sets)
+            times[name].append(time_calls(call, device, **{"seconds": 0.05, "least": 10, **per_turn}).median_us)
     ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["original"], strict=True)]
     return {
         "original": drop_in.source,
@@ -341,12 +322,9 @@ def drop_ins_section(content: dict[str, Any], folder: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare as far as time allows. Returns 1 where a comparison failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="result file")
-    parser.add_argument("--seconds", type=float, default=None, help="start no comparison after this")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=["full", "small"], default="full", help="small: batches of 4")
-    options = parser.parse_args(arguments)
+    command = parser(__doc__, small="batches of 4")
+    command.add_argument("--seconds", type=float, default=math.inf, help="start no comparison after this")
+    options = command.parse_args(arguments)
 
     device, start, failed = torch.device(options.device), time.monotonic(), False
     results = Results(options.out, key=KEY)
@@ -354,18 +332,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for dtype in (torch.float32, torch.bfloat16):
         for drop_in in drop_ins(device):
             for shapes in [drop_in.shapes] if drop_in.together else [(shape,) for shape in drop_in.shapes]:
-                if options.seconds is not None and time.monotonic() - start > options.seconds:
+                if time.monotonic() - start > options.seconds:
                     return int(failed)
                 if quick:
                     shapes = tuple((4, *shape[1:]) for shape in shapes)
                 name = ", ".join("x".join(map(str, shape)) for shape in shapes)
-                key = {"drop_in": drop_in.name, "shape": name, "dtype": str(dtype).removeprefix("torch.")}
+                key = {"drop_in": drop_in.name, "shape": name, "dtype": dtype_name(dtype)}
                 torch.manual_seed(0)
                 try:
                     row = compare(drop_in, shapes, device, dtype, **quick)
                 except Exception as error:  # the others go on
-                    # Some originals do not take bfloat16.
-                    failed |= dtype == torch.float32
+                    failed |= dtype == torch.float32  # some originals do not take bfloat16
                     print(f"{' '.join(key.values())}: {type(error).__name__}: {error}", flush=True)
                     continue
                 results.add({**key, **row})

@@ -6,6 +6,7 @@ torch.fx traces the forward once, and the graph gets more outputs. Hooks work in
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections import Counter
