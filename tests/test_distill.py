@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
         "round-000003-step-0000.pt",
         "round-000004-step-0000.pt",
     ]
-    fresh = create_model_like(student)
+    fresh = tiny.network(seed=99)
     load_weights(fresh, tmp_path / "student.safetensors")
     assert same(fresh, student)
     assert set(load_file(tmp_path / "student.safetensors")) == set(student.state_dict())  # the plain network alone
@@ -77,16 +78,18 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["distill"]["loop"]["batch_size"] == 6
 
 
-def create_model_like(model: nn.Module) -> nn.Module:
-    return tiny.network(seed=99)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dfkd_fast.DistillResult:
+    """A run that was not stopped, for tests that only read it."""
+    return run(tmp_path_factory.mktemp("whole"))
 
 
-def test_a_seed_is_a_run(tmp_path: Path) -> None:
-    one, two = run(tmp_path / "a"), run(tmp_path / "b")
-    assert same(one.student, two.student)
-    assert same(one.generator, two.generator)
-    assert one.rounds == two.rounds
-    assert not same(one.generator, run(tmp_path / "c", seed=1).generator)
+def test_a_seed_is_a_run(tmp_path: Path, whole: dfkd_fast.DistillResult) -> None:
+    again = run(tmp_path / "again")
+    assert same(again.student, whole.student)
+    assert same(again.generator, whole.generator)
+    assert again.rounds == whole.rounds
+    assert not same(run(tmp_path / "other", seed=1).generator, whole.generator)
 
 
 def test_a_user_gives_stages_or_a_network_of_their_own(tmp_path: Path) -> None:
@@ -102,11 +105,10 @@ class Stopped(BaseException):
     """As if the process had died here."""
 
 
-@pytest.mark.parametrize("step", [0, 3, 9, 14])
+@pytest.mark.parametrize("step", [3, 14], ids=["before the first checkpoint", "in a round after one"])
 def test_resumed_anywhere_ends_with_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, whole: dfkd_fast.DistillResult
 ) -> None:
-    whole = run(tmp_path / "whole", checkpoint_every=2)
     calls = 0
 
     def dying(original: Any) -> Any:
@@ -134,9 +136,12 @@ def test_resumed_anywhere_ends_with_the_same_weights(
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_saves_before_leaving(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, expected: type[BaseException]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    expected: type[BaseException],
+    whole: dfkd_fast.DistillResult,
 ) -> None:
-    whole = run(tmp_path / "whole")
     step, handler = engines.student_step, signal.getsignal(number)
 
     def signalled(*arguments: Any) -> None:
@@ -156,8 +161,10 @@ def test_a_signal_saves_before_leaving(
     assert resumed.rounds == whole.rounds
 
 
-def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    whole = run(tmp_path)
+def test_a_torn_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, whole: dfkd_fast.DistillResult
+) -> None:
+    shutil.copytree(whole.run_dir, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / "round-000004-step-0000.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2])
@@ -172,8 +179,8 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog: p
     assert caplog.text.count("is torn") == 2
 
 
-def test_a_foreign_checkpoint_is_refused_with_its_reason(tmp_path: Path) -> None:
-    run(tmp_path)
+def test_a_foreign_checkpoint_is_refused_with_its_reason(tmp_path: Path, whole: dfkd_fast.DistillResult) -> None:
+    shutil.copytree(whole.run_dir, tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "checkpoints"
     with pytest.raises(CheckpointError, match="written with another config"):
         run(tmp_path, resume=True, optimizer=OptimizerConfig(student_lr=0.1))
@@ -210,10 +217,27 @@ def test_what_may_change_between_a_run_and_its_resumption() -> None:
         assert fingerprint(bound) != fingerprint(config)
 
 
-def test_a_folder_with_another_run_is_not_written_over(tmp_path: Path) -> None:
-    run(tmp_path)
+def test_a_folder_with_another_run_is_not_written_over(whole: dfkd_fast.DistillResult) -> None:
     with pytest.raises(ValueError, match="holds checkpoints of a run already"):
-        run(tmp_path)
+        run(whole.run_dir)
+
+
+def test_the_format_of_a_checkpoint_is_that_of_its_first_version() -> None:
+    """Files of a run that was stopped under an earlier version go on."""
+    state = tiny.state()
+    parts = {
+        *("student", "generator"),
+        *(f"{side}_{part}" for side in ("generator", "student") for part in ("objective", "optimizer", "scaler")),
+    }
+    rest = {"noise", "rng_cpu", "rng_cuda", "student_updates", "position", "trace", "rounds", "epochs", "best"}
+    saved = state.state_dict()
+    assert saved.keys() == parts | rest
+    assert saved["student"].keys() == tiny.network().state_dict().keys()
+    assert {"blocks.0.attention.expand.weight", "project.weight"} <= saved["generator"].keys()
+    assert all(name.startswith("terms.") for name in saved["student_objective"])
+    fresh = tiny.state(replace(tiny.config(), seed=5))
+    fresh.load_state_dict(saved)
+    assert all(torch.equal(a, b) for a, b in zip(state.changing(), fresh.changing(), strict=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,10 +66,15 @@ def config(out: Path | None = None, **changes: Any) -> DistillConfig:
     return replace(base, loop=replace(base.loop, **loop), **changes)
 
 
+@functools.cache
+def _traced() -> tuple[FeatureModel, FeatureModel]:
+    return extract(teacher(), image_size=SIZE), extract(network(), image_size=SIZE)
+
+
 def state(changed: DistillConfig | None = None) -> DistillState:
     """A state ready for its first step."""
     run = changed or config()
-    features: list[FeatureModel] = [extract(teacher(), image_size=SIZE), extract(network(), image_size=SIZE)]
+    features = copy.deepcopy(_traced())
     features[0].eval()
     features[0].requires_grad_(False)
     features[1].train()

@@ -118,20 +118,8 @@ def profile(
     Raises:
         ValueError: no engine, less than one step, or a config that does not fit.
     """
-    if not engines or steps < 1:
-        raise ValueError(f"at least one engine and one step are needed, got {len(engines)} engines, {steps} steps")
-    if config.image_size is None:
-        raise ValueError("DistillConfig.image_size must be given: a profile has no data to take it from")
-    runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
-    names = list(dict.fromkeys(resolve_engine(name, runtime) for name in engines))
-    if "graph" in names and runtime.device.type != "cuda":
-        raise ValueError(f"engine 'graph' needs a CUDA device, got {str(runtime.device)!r}")
-    loop = replace(
-        config.loop,
-        generator_steps=steps if config.loop.generator_steps else 0,
-        student_steps=steps if config.loop.student_steps else 0,
-    )
-    config = replace(config, loop=loop)
+    config, runtime, names = _checked(config, engines, steps)
+    loop = config.loop
     folder = new_run_folder(out, "profile")
     console = console or Console()
     timelines: dict[EngineName, Timeline] = {}
@@ -169,6 +157,24 @@ def profile(
     save_anatomy(content, folder / "anatomy.png")
     _print(console, content)
     return ProfileResult(folder=folder, traces={name: _trace(folder, name) for name in timelines}, content=content)
+
+
+def _checked(
+    config: DistillConfig, engines: Sequence[EngineName], steps: int
+) -> tuple[DistillConfig, Runtime, list[EngineName]]:
+    """The config with ``steps`` of each kind that it has, where to run, and the engines without repetition."""
+    if not engines or steps < 1:
+        raise ValueError(f"at least one engine and one step are needed, got {len(engines)} engines, {steps} steps")
+    if config.image_size is None:
+        raise ValueError("DistillConfig.image_size must be given: a profile has no data to take it from")
+    runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
+    names = list(dict.fromkeys(resolve_engine(name, runtime) for name in engines))
+    if "graph" in names and runtime.device.type != "cuda":
+        raise ValueError(f"engine 'graph' needs a CUDA device, got {str(runtime.device)!r}")
+    counts: dict[str, Any] = {
+        name: steps for name in ("generator_steps", "student_steps") if getattr(config.loop, name)
+    }
+    return replace(config, loop=replace(config.loop, **counts)), runtime, names
 
 
 def _run(
