@@ -29,12 +29,6 @@ from dfkd_fast.models import create_model, extract, load_weights, read_metadata
 from . import tiny
 
 
-def run(out: Path, **changes: Any) -> dfkd_fast.DistillResult:
-    return dfkd_fast.distill(
-        tiny.teacher(), tiny.network(), tiny.config(out, **changes), data=tiny.data(), progress=False
-    )
-
-
 def same(one: nn.Module, other: nn.Module) -> bool:
     a, b = one.state_dict(), other.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -78,18 +72,12 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["distill"]["loop"]["batch_size"] == 6
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dfkd_fast.DistillResult:
-    """A run that was not stopped, for tests that only read it."""
-    return run(tmp_path_factory.mktemp("whole"))
-
-
 def test_a_seed_is_a_run(tmp_path: Path, whole: dfkd_fast.DistillResult) -> None:
-    again = run(tmp_path / "again")
+    again = tiny.run(tmp_path / "again")
     assert same(again.student, whole.student)
     assert same(again.generator, whole.generator)
     assert again.rounds == whole.rounds
-    assert not same(run(tmp_path / "other", seed=1).generator, whole.generator)
+    assert not same(tiny.run(tmp_path / "other", seed=1).generator, whole.generator)
 
 
 def test_a_user_gives_stages_or_a_network_of_their_own(tmp_path: Path) -> None:
@@ -125,8 +113,8 @@ def test_resumed_anywhere_ends_with_the_same_weights(
         for name in ("generator_step", "student_step"):
             patch.setattr(engines, name, dying(getattr(engines, name)))
         with pytest.raises(Stopped):
-            run(tmp_path / "broken", checkpoint_every=2)
-    resumed = run(tmp_path / "broken", checkpoint_every=2, resume=True)
+            tiny.run(tmp_path / "broken", checkpoint_every=2)
+    resumed = tiny.run(tmp_path / "broken", checkpoint_every=2, resume=True)
     assert same(resumed.student, whole.student)
     assert same(resumed.generator, whole.generator)
     assert resumed.rounds == whole.rounds
@@ -151,12 +139,12 @@ def test_a_signal_saves_before_leaving(
     with monkeypatch.context() as patch:
         patch.setattr(engines, "student_step", signalled)
         with pytest.raises(expected) as stopped:
-            run(tmp_path / "stopped", checkpoint_every=100)
+            tiny.run(tmp_path / "stopped", checkpoint_every=100)
     if expected is SystemExit:
         assert stopped.value.code == 143
     assert signal.getsignal(number) == handler
     assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["round-000000-step-0003.pt"]
-    resumed = run(tmp_path / "stopped", resume=True, checkpoint_every=100)
+    resumed = tiny.run(tmp_path / "stopped", resume=True, checkpoint_every=100)
     assert same(resumed.student, whole.student)
     assert resumed.rounds == whole.rounds
 
@@ -168,14 +156,14 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(
     newest = tmp_path / "checkpoints" / "round-000004-step-0000.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2])
-    again = run(tmp_path, resume=True)
+    again = tiny.run(tmp_path, resume=True)
     assert "round-000004-step-0000.pt is torn" in caplog.text
     assert same(again.student, whole.student)
     flipped = bytearray(newest.read_bytes())
     for index in range(len(flipped) // 2, len(flipped) // 2 + 256):  # more than the padding between two records
         flipped[index] ^= 0xFF
     newest.write_bytes(flipped)
-    assert same(run(tmp_path, resume=True).student, whole.student)
+    assert same(tiny.run(tmp_path, resume=True).student, whole.student)
     assert caplog.text.count("is torn") == 2
 
 
@@ -183,7 +171,7 @@ def test_a_foreign_checkpoint_is_refused_with_its_reason(tmp_path: Path, whole: 
     shutil.copytree(whole.run_dir, tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "checkpoints"
     with pytest.raises(CheckpointError, match="written with another config"):
-        run(tmp_path, resume=True, optimizer=OptimizerConfig(student_lr=0.1))
+        tiny.run(tmp_path, resume=True, optimizer=OptimizerConfig(student_lr=0.1))
     with pytest.raises(CheckpointError, match="written with another teacher"):
         dfkd_fast.distill(
             tiny.network((4, 4, 8, 12), seed=5), tiny.network(), tiny.config(tmp_path, resume=True), progress=False
@@ -191,7 +179,7 @@ def test_a_foreign_checkpoint_is_refused_with_its_reason(tmp_path: Path, whole: 
     for path in folder.iterdir():
         torch.save({"state_dict": {"weight": torch.zeros(3)}}, path)
     with pytest.raises(CheckpointError, match=r"is foreign: it is not a dfkd_fast.checkpoint/1 file"):
-        run(tmp_path, resume=True)
+        tiny.run(tmp_path, resume=True)
 
 
 def test_a_checkpoint_is_never_unpickled(tmp_path: Path) -> None:
@@ -219,7 +207,7 @@ def test_what_may_change_between_a_run_and_its_resumption() -> None:
 
 def test_a_folder_with_another_run_is_not_written_over(whole: dfkd_fast.DistillResult) -> None:
     with pytest.raises(ValueError, match="holds checkpoints of a run already"):
-        run(whole.run_dir)
+        tiny.run(whole.run_dir)
 
 
 def test_the_format_of_a_checkpoint_is_that_of_its_first_version() -> None:
@@ -256,7 +244,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
     monkeypatch.setattr(engines, "student_step", poisoned)
     with pytest.raises(NonFiniteError, match=r"round 1, student step 1: kd, mhad, sfcl not finite"):
-        run(tmp_path)
+        tiny.run(tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["round-000001-step-0000.pt"]
 
 
@@ -275,7 +263,7 @@ def test_the_best_student_by_the_criterion_asked_for_is_returned(
         monkeypatch.setattr(loop, "agreement", lambda state: score(state.student.module.model))
     else:
         monkeypatch.setattr(loop._Run, "accuracy", lambda self, student: score(student))
-    result = run(tmp_path, select=select)
+    result = tiny.run(tmp_path, select=select)
     assert all(torch.equal(tensor, result.student.state_dict()[name]) for name, tensor in students[0].items())
     assert not all(torch.equal(tensor, result.student.state_dict()[name]) for name, tensor in students[1].items())
 

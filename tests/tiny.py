@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from dfkd_fast.config import DistillConfig, GeneratorConfig, LoopConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from dfkd_fast.data import ImageData
-from dfkd_fast.engine import DistillState, Runtime, build_state
+from dfkd_fast.engine import DistillResult, DistillState, Runtime, build_state, distill
 from dfkd_fast.models import FeatureModel, create_model, extract
 
 CLASSES = 5
@@ -64,6 +64,11 @@ def config(out: Path | None = None, **changes: Any) -> DistillConfig:
     )
     loop = {name: changes.pop(name) for name in list(changes) if hasattr(base.loop, name)}
     return replace(base, loop=replace(base.loop, **loop), **changes)
+
+
+def run(out: Path, **changes: Any) -> DistillResult:
+    """A run from its start to its end, with data to evaluate on."""
+    return distill(teacher(), network(), config(out, **changes), data=data(), progress=False)
 
 
 @functools.cache
