@@ -6,20 +6,25 @@
 //   loss_i = log(2) (L_i - s_{i, partner of i})
 //
 // The tensor cores multiply the rows in the type they came in, in which they are exact; scaling follows in float32.
-// Without normalisation k = 0 and r = 1. L is what backward needs.
+// Cosines bound s, so that sums need no running maximum. L is what backward needs. What is served: launchers.h.
 //
-// Any number of vectors: rows are scaled once into scratch; a block then holds 256 anchors' rows in registers (of wide
-// rows 128 anchors, through shared memory, 128 dimensions a step) and streams tiles of 64 vectors past them by
-// asynchronous copies. Every thread keeps sums of its own columns, and nothing is exchanged before the end. Cosines
-// bound s, and then (BOUNDED) no running maximum is needed, but in a tile with the anchor itself, its partner or the
-// end of the vectors in it. Few row blocks have their columns split over blocks; partial sums are merged in order.
-// With A anchors and M = 2N: 2 A M D operations and A M exponentials; reads and writes 2 M D elements once, and every
-// block of anchors reads M D from the second-level cache. Limited by the matrix instructions (mma.sync does not reach
-// the full rate of sm_90), next by the exponentials and by shared memory's reads.
+// Three launches, four for more than 8192 anchors: rows are scaled into scratch (prepare(), shared); a
+// block of similarity_sums_wgmma takes units of 256 rows by a span of columns, 128 at a time; their sums are merged.
 //
-// Up to 256 vectors that fit into shared memory: one block and one launch do all. Limited by latencies.
+// With A anchors, M = 2N vectors and up to 128 dimensions: 2 A M D operations by wgmma and A M exponentials. At D = 128
+// a processor takes as long for either, 512 cycles for 64 x 128 similarities: what counts is that both go on at the
+// same time. So
+//  - two warpgroups of 128 rows ask for a tile's products in turn, 1024 cycles each, and have 1024 of the other's for
+//    their exponentials. These begin earlier, with the first of two accumulators of 64 x 128.
+//  - one exponential in kEvery is a polynomial of degree 5 (relative error below 2.2e-7, about that of the
+//    instruction) on the multipliers, which four instructions an element leave half idle.
+//  - rows are held in registers, as left operands: shared memory, of whose rate two operands would take three quarters,
+//    is read for columns alone.
+// Reads and writes 2 M D elements once. Every unit reads its columns from the second-level cache, A M D / 128 bytes in
+// all (8.6 GB with A = 65536, M = 2 A, D = 128: 16 bytes a cycle and processor at the tensor cores' rate); blocks walk
+// the same span at about the same time. Sums over a span go to scratch, 4 bytes an anchor.
 //
-// Not yet run on a card.
+// Not yet run on a GPU.
 #include "contrastive_loss.h"
 
 namespace {
@@ -27,223 +32,210 @@ namespace {
 using namespace dfkd;
 using namespace dfkd::contrastive;
 
-// ---- any number of vectors ------------------------------------------------------------------------------------------
+constexpr int kRows = 2 * kTile;  // of a unit
+template <int SLAB>
+constexpr int kEvery = SLAB == 128 ? 5 : 4;
 
-template <bool WIDE>
-constexpr int kWarps = WIDE ? 4 : 8;  // of 32 anchors
-template <bool WIDE>
-constexpr int kStages = WIDE ? 2 : 4;
-
-template <typename T, int SLAB, bool WIDE>
-constexpr int stage_bytes() {
-  return ((WIDE ? 32 * kWarps<WIDE> : 0) + kColumns) * pitch(SLAB) * static_cast<int>(sizeof(T)) + kColumns * 4;
+// sum + 2^x for |x| up to about kBound: 2^x = p 2^n with p = 2^f of |f| <= 1/2, as two factors. A NaN stays: p is one.
+__device__ __forceinline__ float add_power_of_two(float sum, float x) {
+  constexpr float kShift = 12582912.0f + 127.0f;  // to where units are the last place, and n 127 more than it is
+  const float shifted = x + kShift;
+  const float f = x - (shifted - kShift);
+  float p = 0.0013276472454890609f;
+  p = p * f + 0.009675540961325169f;
+  p = p * f + 0.05550713092088699f;
+  p = p * f + 0.24022120237350464f;
+  p = p * f + 0.6931469440460205f;
+  p = p * f + 1.0000001192092896f;
+  return p * float_of(bits_of(shifted) << 23) + sum;
 }
 
-// What a thread knows of its four rows.
-struct Sums {
-  float top[4], total[4], positive[4];
+// Adds 2^s of the thread's 32 columns in each of two rows, 8 apart.
+template <int SLAB>
+__device__ __forceinline__ void add_plain(float (&totals)[2], const float (&s)[kTile / 8][4], const float* inverses,
+                                          const float (&scale)[2]) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  float sum[2] = {};  // of the tile first: a sum of tens of thousands, one by one, loses digits
+#pragma unroll
+  for (int n = 0; n < kTile / 8; ++n) {
+    const Two other = *reinterpret_cast<const Two*>(inverses + 8 * n + 2 * t);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = i / 2;
+      const float x = (s[n][i] * (i % 2 ? other.y : other.x)) * scale[r];
+      if ((4 * n + i) % kEvery<SLAB> == kEvery<SLAB> / 2) {
+        sum[r] = add_power_of_two(sum[r], x);
+      } else {
+        sum[r] += exp2_flushed(x);
+      }
+    }
+  }
+  totals[0] += sum[0];
+  totals[1] += sum[1];
+}
+
+// The same for a tile with the rows themselves, their partners or the end, `limit`, among its columns: all of these are
+// left out. What a partner has goes to `positives`, those of `rows` rows.
+__device__ __forceinline__ void add_masked(float (&totals)[2], const float (&s)[kTile / 8][4], const float* inverses,
+                                           const float* row_inverses, float bend, int column, int row, int partner,
+                                           int limit, float* positives, int rows) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  inverses += 2 * t;
+  column += 2 * t;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int own = row + 8 * r - column, beside = partner + 8 * r - column, end = limit - column;
+    const float inverse = row_inverses[8 * r];
+    float positive = 0.0f, sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kTile / 4; ++i) {
+      const int at = i / 2 * 8 + i % 2;
+      // Alike from either side, so that backward finds the same to the bit.
+      const float x = s[i / 2][2 * r + i % 2] * ((inverse * inverses[at]) * bend);
+      positive = at == beside ? x : positive;
+      sum += at == own || at == beside || at >= end ? 0.0f : exp2_flushed(x);
+    }
+    if (beside >= 0 && beside < kTile && beside % 8 < 2 && 8 * r < rows) positives[8 * r] = positive;
+    totals[r] += sum;
+  }
+}
+
+// A unit: 256 rows of a side by `span` tiles of columns. All rows come first for some columns, then for the next.
+struct Unit {
+  int chunk, side, first, begin, end;  // of tiles of columns
+
+  __device__ __forceinline__ Unit(int number, int count, int sides, int span) {
+    const int blocks = (count + kRows - 1) / kRows, all = (2 * count + kTile - 1) / kTile;
+    chunk = number / (blocks * sides);
+    side = number / blocks % sides;
+    first = number % blocks * kRows;
+    begin = chunk * span;
+    end = begin + span < all ? begin + span : all;
+  }
 };
 
-// The thread's 16 columns a row of a tile. `column` is its first vector.
-template <bool BOUNDED>
-__device__ __forceinline__ void add_plain(Sums& sums, const float (&s)[2][8][4], const float* inverses,
-                                          const float (&inverse)[4], float bend) {
-  const int t = static_cast<int>(threadIdx.x) % 4;
-  if constexpr (BOUNDED) {
-    float sum[4] = {};  // of the tile first: a sum of tens of thousands, one by one, loses digits
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const Two other = *reinterpret_cast<const Two*>(inverses + 8 * n + 2 * t);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int r = i / 2;
-        const float x = s[r / 2][n][i % 4] * (i % 2 ? other.y : other.x);
-        sum[r] += exp2_flushed(x * (inverse[r] * bend) - sums.top[r]);
+template <typename T, int SLAB>
+__global__ void __launch_bounds__(kRoles, 1)
+    similarity_sums_wgmma(const __grid_constant__ TensorMap vectors, const float* numbers, float* parts,
+                           float* positives, int count, int anchors, int span, int units, float bend) {
+  Ring<SLAB, 1> ring;
+  ring.begin();
+  const int warpgroup = my_warpgroup(), sides = anchors / count;
+  if (warpgroup == 0) {
+    warpgroup_reg_dealloc<kFetching>();
+    if (threadIdx.x == 0) {
+      prefetch_tensormap(vectors);
+      const float* const arrays[1] = {numbers};
+      for (int number = static_cast<int>(blockIdx.x); number < units; number += static_cast<int>(gridDim.x)) {
+        const Unit unit(number, count, sides, span);
+        ring.fetch(vectors, unit.side * count + unit.first);
+        ring.fetch(vectors, unit.side * count + unit.first + kTile);
+        for (int tile = unit.begin; tile < unit.end; ++tile) ring.fetch(vectors, tile * kTile, arrays);
       }
     }
-#pragma unroll
-    for (int r = 0; r < 4; ++r) sums.total[r] += sum[r];
   } else {
+    warpgroup_reg_alloc<kMultiplying>();
+    begin_turns(warpgroup);
+    uint32_t own[2][SLAB / 16][4];
+    float s[2][kTile / 8][4];
+    for (int number = static_cast<int>(blockIdx.x); number < units; number += static_cast<int>(gridDim.x)) {
+      const Unit unit(number, count, sides, span);
+      const int local = unit.first + (warpgroup - 1) * kTile;
+      const int row = unit.side * count + local, partner = (1 - unit.side) * count + local;
+      const int place = my_row();
+      float scale[2][2], totals[2][2] = {};
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      float scaled[16];
-      float higher = sums.top[r];
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const Two other = *reinterpret_cast<const Two*>(inverses + 8 * n + 2 * t);
-        // Alike from either side, so that backward finds the same to the bit: L has no digits to spare if large.
-        scaled[2 * n] = s[r / 2][n][r % 2 * 2] * ((inverse[r] * other.x) * bend);
-        scaled[2 * n + 1] = s[r / 2][n][r % 2 * 2 + 1] * ((inverse[r] * other.y) * bend);
-        higher = larger(higher, larger(scaled[2 * n], scaled[2 * n + 1]));
+      for (int i = 0; i < 4; ++i) {
+        scale[i / 2][i % 2] = numbers[row + place + i / 2 * 64 + i % 2 * 8] * bend;
       }
-      float sum = 0.0f;
 #pragma unroll
-      for (int n = 0; n < 16; ++n) sum += exp2_flushed(scaled[n] - higher);
-      sums.total[r] = sums.total[r] * exp2_flushed(sums.top[r] - higher) + sum;
-      sums.top[r] = higher;
+      for (int of = 1; of <= 2; ++of) {
+        ring.wait_full();
+        if (warpgroup == of) {
+          load_rows<SLAB>(own[0], ring.offset(), place / 16 * 16);
+          load_rows<SLAB>(own[1], ring.offset(), 64 + place / 16 * 16);
+        }
+        ring.release();
+        ring.advance();
+      }
+      const auto add = [&](int half, int tile) {
+        const int column = tile * kTile, row_here = row + 64 * half, partner_here = partner + 64 * half;
+        if (column + kTile > 2 * count || meet(column, kTile, row_here, 64) ||
+            meet(column, kTile, partner_here, 64)) {
+          const int mine = row_here + place;
+          add_masked(totals[half], s[half], ring.numbers(), numbers + mine, bend, column, mine, partner_here + place,
+                     2 * count, positives + mine, count - local - 64 * half - place);
+        } else {
+          add_plain<SLAB>(totals[half], s[half], ring.numbers(), scale[half]);
+        }
+      };
+
+      for (int tile = unit.begin; tile < unit.end; ++tile) {
+        ring.wait_full();
+        await_turn(warpgroup);
+        warpgroup_fence_operand(own[0]);
+        warpgroup_fence_operand(own[1]);
+        warpgroup_fence_operand(s[0]);
+        warpgroup_fence_operand(s[1]);
+        warpgroup_arrive();
+        multiply_rows<T, SLAB>(s[0], own[0], ring.tile());
+        warpgroup_commit_batch();
+        multiply_rows<T, SLAB>(s[1], own[1], ring.tile());
+        warpgroup_commit_batch();
+        pass_turn(warpgroup);
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(s[0]);
+        add(0, tile);
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(s[1]);
+        add(1, tile);
+        ring.release();
+        ring.advance();
+      }
+
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float total = warp_sum<4>(totals[i / 2][i % 2]);
+        const int here = local + place + i / 2 * 64 + i % 2 * 8;
+        if (threadIdx.x % 4 == 0 && here < count) {
+          parts[static_cast<int64_t>(unit.chunk) * anchors + (unit.side * count + here)] = total;
+        }
+      }
     }
+    end_turns(warpgroup);
   }
 }
 
-// The same for a tile with the rows themselves, their partners or the end, `limit`, among its columns.
-__device__ __forceinline__ void add_masked(Sums& sums, const float (&s)[2][8][4], const float* inverses,
-                                           const float (&inverse)[4], float bend, int column, int row, int partner,
-                                           int limit) {
-  const int g = static_cast<int>(threadIdx.x) % kLanes / 4, t = static_cast<int>(threadIdx.x) % 4;
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    float scaled[16];
-    float higher = sums.top[r];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int at = i / 2 * 8 + 2 * t + i % 2, j = column + at;
-      float x = s[r / 2][i / 2][r % 2 * 2 + i % 2] * ((inverse[r] * inverses[at]) * bend);
-      if (j == row + 8 * r + g || j >= limit) x = -infinity();
-      if (j == partner + 8 * r + g) sums.positive[r] += x;
-      higher = larger(higher, x);
-      scaled[i] = x;
-    }
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) sum += exp2_flushed(scaled[i] - higher);
-    sums.total[r] = sums.total[r] * exp2_flushed(sums.top[r] - higher) + sum;
-    sums.top[r] = higher;
-  }
-}
+// ---- what the spans found -------------------------------------------------------------------------------------------
 
-// Block (x, y): rows 32 kWarps x.. of one side, tiles of columns from span y on.
-template <typename T, int SLAB, bool WIDE, bool BOUNDED>
-__global__ void __launch_bounds__(kLanes* kWarps<WIDE>, WIDE ? 2 : 1)
-    similarity_sums(const T* vectors, const float* numbers, float* parts, int count, int anchors, int width, int span,
-                    float bend) {
-  constexpr int kThreads = kLanes * kWarps<WIDE>, kRows = 32 * kWarps<WIDE>;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
-  const int blocks = (count + kRows - 1) / kRows;
-  const int side = static_cast<int>(blockIdx.x) / blocks, first = static_cast<int>(blockIdx.x) % blocks * kRows;
-  const int local = first + 32 * warp;
-  const int row = side * count + local, partner = (1 - side) * count + local;
-  const int all = (2 * count + kColumns - 1) / kColumns;
-  const int begin = static_cast<int>(blockIdx.y) * span, end = begin + span < all ? begin + span : all;
-  const int slabs = WIDE ? width / SLAB : 1, steps = (end - begin) * slabs;
+constexpr int kMergeThreads = 512, kMergeCluster = 8;
 
-  const auto stage = [&](int step) {
-    return reinterpret_cast<T*>(shared_memory() + step % kStages<WIDE> * stage_bytes<T, SLAB, WIDE>());
-  };
-  const auto fetch = [&](int step) {
-    if (step < steps) {
-      const int column = (begin + step / slabs) * kColumns, slab = step % slabs;
-      T* to = stage(step);
-      copy_tile<kColumns, SLAB, kThreads>(to, vectors + (static_cast<int64_t>(column) * width + slab * SLAB), width);
-      if constexpr (WIDE) {
-        const T* rows = vectors + (static_cast<int64_t>(side * count + first) * width + slab * SLAB);
-        copy_tile<kRows, SLAB, kThreads>(to + kColumns * pitch(SLAB), rows, width);
-      }
-      if (slab == slabs - 1) {
-        const float* const arrays[1] = {numbers};
-        copy_numbers<1>(reinterpret_cast<float*>(to + ((WIDE ? kRows : 0) + kColumns) * pitch(SLAB)), arrays, column);
-      }
-    }
-    commit_copies();
-  };
-#pragma unroll
-  for (int step = 0; step < kStages<WIDE> - 1; ++step) fetch(step);
-
-  uint32_t own[WIDE ? 1 : SLAB / 16][2][4];
-  if constexpr (!WIDE) {
-    const T* from = vectors + static_cast<int64_t>(row + lane / 4) * SLAB + 2 * (lane % 4);
-#pragma unroll
-    for (int k = 0; k < SLAB / 16; ++k) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        own[k][i / 4][i % 4] =
-            *reinterpret_cast<const uint32_t*>(from + (i / 4 * 16 + i % 2 * 8) * SLAB + 16 * k + i % 4 / 2 * 8);
-      }
-    }
-  }
-  float inverse[4];
-  Sums sums;
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    inverse[r] = numbers[row + 8 * r + lane / 4];
-    sums.top[r] = BOUNDED ? -bend : kLowest;
-    sums.total[r] = 0.0f;
-    sums.positive[r] = 0.0f;
-  }
-
-  float s[2][8][4];
-  for (int step = 0; step < steps; ++step) {
-    wait_copies<kStages<WIDE> - 2>();
-    __syncthreads();  // this step's copies are there, and all are done with the stage that the next ones fill
-    fetch(step + kStages<WIDE> - 1);
-    T* b = stage(step);
-    const int slab = step % slabs, column = (begin + step / slabs) * kColumns;
-    if (slab == 0) clear(s);
-#pragma unroll
-    for (int k = 0; k < SLAB / 16; ++k) {
-      if constexpr (WIDE) {
-        uint32_t left[2][4];
-        load_left(left[0], b + kColumns * pitch(SLAB), 32 * warp, k, SLAB);
-        load_left(left[1], b + kColumns * pitch(SLAB), 32 * warp + 16, k, SLAB);
-        multiply<T>(s, left, b, 0, k, SLAB);
-      } else {
-        multiply<T>(s, own[k], b, 0, k, SLAB);
-      }
-    }
-    if (slab != slabs - 1) continue;
-    const float* inverses = reinterpret_cast<const float*>(b + ((WIDE ? kRows : 0) + kColumns) * pitch(SLAB));
-    if (column + kColumns > 2 * count || meet(column, kColumns, row, 32) || meet(column, kColumns, partner, 32)) {
-      add_masked(sums, s, inverses, inverse, bend, column, row, partner, 2 * count);
-    } else {
-      add_plain<BOUNDED>(sums, s, inverses, inverse, bend);
-    }
-  }
-  wait_copies<0>();
-
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const float top = warp_max<4>(sums.top[r]);
-    const float total = warp_sum<4>(sums.total[r] * exp2_flushed(sums.top[r] - top));
-    const float positive = warp_sum<4>(sums.positive[r]);
-    const int here = local + 8 * r + lane / 4;
-    if (lane % 4 == 0 && here < count) {
-      float* to = parts + static_cast<int64_t>(blockIdx.y) * 3 * anchors + (side * count + here);
-      to[0] = top;
-      to[anchors] = total;
-      to[2 * static_cast<int64_t>(anchors)] = positive;
-    }
-  }
-}
-
-constexpr int kMergeThreads = 1024, kMergeRows = 4096;  // at most, of a block
-
-// The loss of an anchor, and L. The difference first: where the partner is all there is to the sum, exactly nothing is
-// left of it.
-__device__ __forceinline__ float finish(float top, float total, float positive, float* saved) {
-  const float above = logarithm(total);
-  *saved = top + above;
-  return ((top - positive) + above) * kLog2;
-}
-
-// What the chunks of columns found, in order; then losses, or their sum over each block's rows.
-__global__ void __launch_bounds__(kMergeThreads) merge(const float* parts, float* out, float* saved, int anchors,
-                                                       int chunks, float scale, int elementwise) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kMergeRows;
+// The spans in order, `rows` anchors a block: losses, or their sum over the rows of each cluster.
+__global__ void __launch_bounds__(kMergeThreads) merge(const float* parts, const float* positives, float* out,
+                                                       float* saved, int anchors, int chunks, int rows, float scale,
+                                                       int elementwise) {
+  cluster_arrive();  // a block has shared memory only from when it runs
+  float* sums = reinterpret_cast<float*>(shared_memory() + 128);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * rows;
   float sum = 0.0f;
-  for (int64_t anchor = first + threadIdx.x; anchor < first + kMergeRows && anchor < anchors; anchor += blockDim.x) {
-    float top = kLowest, total = 0.0f, positive = 0.0f;
-    const float* from = parts + anchor;
-    for (int chunk = 0; chunk < chunks; ++chunk, from += 3 * static_cast<int64_t>(anchors)) {
-      const float higher = larger(top, from[0]);
-      total = total * exp2_flushed(top - higher) + from[anchors] * exp2_flushed(from[0] - higher);
-      positive += from[2 * static_cast<int64_t>(anchors)];
-      top = higher;
-    }
-    const float loss = finish(top, total, positive, saved + anchor);
+  for (int64_t anchor = first + threadIdx.x; anchor < first + rows && anchor < anchors; anchor += kMergeThreads) {
+    float total = 0.0f;
+#pragma unroll 8
+    for (int chunk = 0; chunk < chunks; ++chunk) total += parts[static_cast<int64_t>(chunk) * anchors + anchor];
+    // The partner apart from all others: where it is nearly all there is, the loss is what they are beside it.
+    const float positive = positives[anchor], loss = log1pf(total * exp2_flushed(-positive));
+    saved[anchor] = positive + loss * static_cast<float>(kLog2OfE);
     if (elementwise) out[anchor] = loss;
     sum += loss;
   }
   sum = block_sum(sum);
-  if (!elementwise && threadIdx.x == 0) out[blockIdx.x] = sum * scale;
+  cluster_wait();
+  if (threadIdx.x == 0) *map_shared_rank(sums + cluster_rank(), 0) = sum;
+  cluster_sync();
+  if (elementwise || threadIdx.x != 0 || cluster_rank() != 0) return;
+  sum = 0.0f;
+  for (int rank = 0; rank < cluster_size(); ++rank) sum += sums[rank];
+  out[static_cast<int>(blockIdx.x) / cluster_size()] = sum * scale;
 }
 
 // The sum of few numbers, in one block.
@@ -254,152 +246,72 @@ __global__ void __launch_bounds__(256) total(const float* sums, float* out, int 
   if (threadIdx.x == 0) *out = sum * scale;
 }
 
-__global__ void fill(float* out, float value) { *out = value; }
-
-// ---- few vectors, one launch ----------------------------------------------------------------------------------------
-
-constexpr int kSmallThreads = 512, kSmallColumns = 32;
-
-// Shared memory: y; r; of each group of columns (top, total, positive) of each anchor; the block's sums.
-int64_t small_shared(int64_t rows, int64_t width) {
-  return rows * pitch(static_cast<int>(width)) * 2 + rows * 4 + rows / kSmallColumns * rows * 12 + 128;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kSmallThreads)
-    small_forward(Sides<const T> from, float* out, float* saved, int anchors, int rows, int width, float bend,
-                  float scale, int normalize, int elementwise) {
-  T* y = reinterpret_cast<T*>(shared_memory() + 128);
-  float* inverses = reinterpret_cast<float*>(y + rows * pitch(width));
-  float* found = inverses + rows;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes, warp = thread / kLanes;
-  const int g = lane / 4, t = lane % 4, count = from.count;
-  fetch_all(y, from, rows, width);
-  wait_copies<0>();
-  __syncthreads();
-  scale_all(y, inverses, nullptr, rows, width, normalize);
-  __syncthreads();
-
-  const int groups = rows / kSmallColumns;
-  for (int unit = warp; unit < (anchors + 15) / 16 * groups; unit += kSmallThreads / kLanes) {
-    const int row = unit / groups * 16, column = unit % groups * kSmallColumns;
-    float s[1][4][4];
-    clear(s);
-    for (int k = 0; k < width / 16; ++k) {
-      uint32_t left[1][4];
-      load_left(left[0], y, row, k, width);
-      multiply<T>(s, left, y, column, k, width);
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int i = row + 8 * half + g, partner = i < count ? i + count : i - count;
-      float top = kLowest, total = 0.0f, positive = 0.0f;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const int j = column + e / 2 * 8 + 2 * t + e % 2;
-        float& x = s[0][e / 2][half * 2 + e % 2];
-        x *= (inverses[i] * inverses[j]) * bend;
-        if (j == i || j >= 2 * count) x = -infinity();
-        if (j == partner) positive += x;
-        top = larger(top, x);
-      }
-      top = warp_max<4>(top);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) total += exp2_flushed(s[0][e / 2][half * 2 + e % 2] - top);
-      total = warp_sum<4>(total);
-      positive = warp_sum<4>(positive);
-      if (t == 0) {
-        float* to = found + (unit % groups * rows + i) * 3;
-        to[0] = top;
-        to[1] = total;
-        to[2] = positive;
-      }
-    }
-  }
-  __syncthreads();
-
-  float loss = 0.0f;
-  if (thread < anchors) {
-    float top = kLowest, total = 0.0f, positive = 0.0f;
-    for (int group = 0; group < groups; ++group) top = larger(top, found[(group * rows + thread) * 3]);
-    for (int group = 0; group < groups; ++group) {
-      const float* here = found + (group * rows + thread) * 3;
-      total += here[1] * exp2_flushed(here[0] - top);
-      positive += here[2];
-    }
-    loss = finish(top, total, positive, saved + thread);
-    if (elementwise) out[thread] = loss;
-  }
-  loss = block_sum(loss);
-  if (!elementwise && thread == 0) *out = loss * scale;
-}
-
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-bool is_small(int64_t count, int64_t dim) {
-  return 2 * count <= 256 && dim <= 512 &&
-         small_shared(round_up(2 * count, kSmallColumns), round_up(dim ? dim : 1, 64)) <= most_shared;
+struct Merging {
+  int64_t rows, clusters;  // of a block; of blocks
+};
+// One cluster, as long as its blocks need few rounds.
+Merging plan_merging(int64_t anchors) {
+  const bool few = anchors <= kMergeCluster * 2 * kMergeThreads;
+  const int64_t rows = few ? divide_up(anchors, kMergeCluster) : kMergeThreads / 2;
+  return {rows, divide_up(anchors, rows * kMergeCluster)};
 }
 
 Plan plan_forward(int64_t count, int64_t dim, int symmetric) {
   Plan plan = plan_rows(count, dim, symmetric);
-  plan.rows = 32 * (plan.wide ? kWarps<true> : kWarps<false>);
-  plan.blocks = divide_up(count, plan.rows);
-  const int64_t tiles[2] = {divide_up(2 * count, kColumns), divide_up(2 * count, kColumns)};
-  plan.span = tiles_a_block(plan.blocks, symmetric ? 2 : 1, tiles, processors * (plan.wide ? 2 : 1));
-  plan.chunks = divide_up(tiles[0], plan.span);
+  plan.rows = kRows;
+  plan.blocks = divide_up(count, kRows) * (symmetric ? 2 : 1);
+  const int64_t tiles = divide_up(2 * count, kTile);
+  int64_t best_time = 0;
+  for (int64_t chunks = 1; chunks <= 64 && chunks <= tiles; ++chunks) {
+    const int64_t span = divide_up(tiles, chunks);
+    // A unit's beginning and end cost about a tile's time.
+    const int64_t time = divide_up(plan.blocks * divide_up(tiles, span), processors) * (span + 1);
+    if (chunks == 1 || time < best_time) plan.span = span, best_time = time;
+  }
+  plan.chunks = divide_up(tiles, plan.span);
   plan.parts = plan.numbers + plan.padded * 4;
-  plan.extra = plan.parts + round_up(plan.chunks * 3 * plan.anchors * 4, 16);
-  plan.bytes = plan.extra + round_up(divide_up(plan.anchors, kMergeRows) * 4, 16);
+  plan.extra = plan.parts + round_up(plan.chunks * plan.anchors * 4, 16);
+  plan.bytes = plan.extra + round_up((plan.anchors + plan_merging(plan.anchors).clusters) * 4, 16);
   return plan;
 }
 
-template <typename T, int SLAB, bool WIDE, bool BOUNDED>
-int launch_sums(const Plan& plan, int sides, int64_t count, float bend, void* scratch, void* stream) {
+template <typename T, int SLAB>
+int launch_sums(const Plan& plan, int64_t count, float bend, void* scratch, void* stream) {
   unsigned char* memory = static_cast<unsigned char*>(scratch);
-  const dim3 grid(static_cast<unsigned>(plan.blocks * sides), static_cast<unsigned>(plan.chunks));
-  return launch(similarity_sums<T, SLAB, WIDE, BOUNDED>, grid, kLanes * kWarps<WIDE>,
-                kStages<WIDE> * stage_bytes<T, SLAB, WIDE>(), stream, reinterpret_cast<const T*>(memory),
+  TensorMap map;
+  const int status = map_vectors(&map, plan, memory);
+  if (status) return status;
+  const int64_t units = plan.blocks * plan.chunks;
+  const dim3 grid(static_cast<unsigned>(units < processors ? units : processors));
+  return launch(similarity_sums_wgmma<T, SLAB>, grid, kRoles, Ring<SLAB, 1>::kBytes, stream, map,
                 reinterpret_cast<const float*>(memory + plan.numbers), reinterpret_cast<float*>(memory + plan.parts),
-                count, plan.anchors, plan.width, plan.span, bend);
+                reinterpret_cast<float*>(memory + plan.extra), count, plan.anchors, plan.span, units, bend);
 }
 
 template <typename T>
-int forward(const Sides<const T>& from, int64_t count, int64_t dim, double temperature, int symmetric, int normalize,
-            int reduction, float* out, float* saved, void* scratch, void* stream) {
-  const int64_t anchors = symmetric ? 2 * count : count;
+int forward(const Sides<const T>& from, int64_t count, int64_t dim, double temperature, int symmetric, int reduction,
+            float* out, float* saved, void* scratch, void* stream) {
   const bool elementwise = reduction == DFKD_NONE;
-  const float scale = reduction == DFKD_MEAN ? static_cast<float>(1.0 / static_cast<double>(anchors)) : 1.0f;
-  const double exact_bend = kLog2OfE / temperature;
-  const float bend = static_cast<float>(exact_bend);
-  if (is_small(count, dim)) {
-    const int64_t rows = round_up(2 * count, kSmallColumns), width = round_up(dim ? dim : 1, 64);
-    return launch(small_forward<T>, 1, kSmallThreads, static_cast<size_t>(small_shared(rows, width)), stream, from, out,
-                  saved, anchors, rows, width, bend, scale, normalize, elementwise);
-  }
   const Plan plan = plan_forward(count, dim, symmetric);
+  const float scale = reduction == DFKD_MEAN ? static_cast<float>(1.0 / static_cast<double>(plan.anchors)) : 1.0f;
   unsigned char* memory = static_cast<unsigned char*>(scratch);
-  int status = launch_prepare<T>(plan, from, scratch, nullptr, nullptr, 0, nullptr, normalize, false, stream);
+  int status = launch_prepare<T>(plan, from, scratch, nullptr, nullptr, 0, nullptr, false, stream);
   if (status) return status;
-  const bool bounded = normalize && exact_bend <= kBound;
-  const auto sums = [&](auto kernel_bounded) {
-    constexpr bool kBounded = decltype(kernel_bounded)::value;
-    auto* with = launch_sums<T, 128, false, kBounded>;
-    if (plan.slab == 64) with = launch_sums<T, 64, false, kBounded>;
-    if (plan.wide) with = launch_sums<T, 128, true, kBounded>;
-    return with(plan, symmetric ? 2 : 1, count, bend, scratch, stream);
-  };
-  status = bounded ? sums(Constant<true>{}) : sums(Constant<false>{});
+  const auto sums = plan.slab == 64 ? launch_sums<T, 64> : launch_sums<T, 128>;
+  status = sums(plan, count, static_cast<float>(kLog2OfE / temperature), scratch, stream);
   if (status) return status;
-  const int64_t merging = divide_up(anchors, kMergeRows);
-  const bool direct = elementwise || merging == 1;
-  float* partial = reinterpret_cast<float*>(memory + plan.extra);
-  const int64_t threads = anchors < kMergeThreads ? round_up(anchors, kLanes) : kMergeThreads;
-  status = launch(merge, static_cast<unsigned>(merging), static_cast<unsigned>(threads), 128, stream,
-                  reinterpret_cast<const float*>(memory + plan.parts), direct ? out : partial, saved, anchors,
-                  plan.chunks, direct ? scale : 1.0f, elementwise);
+  const Merging merging = plan_merging(plan.anchors);
+  const bool direct = elementwise || merging.clusters == 1;
+  const float* positives = reinterpret_cast<const float*>(memory + plan.extra);
+  float* partial = reinterpret_cast<float*>(memory + plan.extra) + plan.anchors;
+  status = launch_cluster(merge, static_cast<unsigned>(merging.clusters * kMergeCluster), kMergeThreads,
+                          128 + kMergeCluster * 4, kMergeCluster, false, stream,
+                          reinterpret_cast<const float*>(memory + plan.parts), positives, direct ? out : partial,
+                          saved, plan.anchors, plan.chunks, merging.rows, direct ? scale : 1.0f, elementwise);
   if (status || direct) return status;
-  return launch(total, 1, 256, 128, stream, partial, out, merging, scale);
+  return launch(total, 1, 256, 128, stream, partial, out, merging.clusters, scale);
 }
 
 }  // namespace
@@ -407,34 +319,28 @@ int forward(const Sides<const T>& from, int64_t count, int64_t dim, double tempe
 extern "C" {
 
 int64_t dfkd_contrastive_loss_scratch(int64_t count, int64_t dim, int symmetric) {
-  if (count <= 0 || !sizes_fit(count, dim) || is_small(count, dim)) return 0;
-  return plan_forward(count, dim, symmetric).bytes;
+  return require_sizes(count, dim) == 0 ? plan_forward(count, dim, symmetric).bytes : 0;
 }
 
-int dfkd_contrastive_loss(const void* anchors, const void* positives, int64_t count, int64_t dim, int64_t anchors_row,
-                          int64_t anchors_column, int64_t positives_row, int64_t positives_column, int dtype,
-                          float temperature, int symmetric, int normalize, int reduction, float* out, float* saved,
-                          void* scratch, void* stream) {
-  if (!sizes_fit(count, dim) || !(temperature > 0) || dtype == DFKD_FLOAT32) return DFKD_INVALID;
-  if (count == 0 && reduction == DFKD_NONE) return 0;
-  // As torch's mean of nothing.
-  if (count == 0) return launch(fill, 1, 1, 0, stream, out, reduction == DFKD_MEAN ? NAN : 0.0f);
-  return with_type(dtype, [&](auto type) -> int {
+int dfkd_contrastive_loss(const void* anchors, const void* positives, int64_t count, int64_t dim,
+                          int64_t anchors_row, int64_t anchors_column, int64_t positives_row,
+                          int64_t positives_column, int dtype, float temperature, int symmetric, int normalize,
+                          int reduction, float* out, float* saved, void* scratch, void* stream) {
+  if (const int status = require_sizes(count, dim)) return status;
+  if (const int status = require_options(temperature, normalize)) return status;
+  return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    if constexpr (sizeof(T) == 2) {
-      const auto from = sides(static_cast<const T*>(anchors), static_cast<const T*>(positives), anchors_row,
-                              anchors_column, positives_row, positives_column, count, dim);
-      return forward<T>(from, count, dim, temperature, symmetric, normalize, reduction, out, saved, scratch, stream);
-    } else {
-      return DFKD_INVALID;
-    }
+    const auto from = sides(static_cast<const T*>(anchors), static_cast<const T*>(positives), anchors_row,
+                            anchors_column, positives_row, positives_column, count, dim);
+    return forward<T>(from, count, dim, temperature, symmetric, reduction, out, saved, scratch, stream);
   });
 }
 
 #ifdef DFKD_HOST
-int dfkd_host_contrastive_loss(int64_t processors, int64_t most_shared) {
+int dfkd_host_contrastive_loss(int64_t processors, int64_t smallest, int64_t cached_bytes) {
   dfkd::contrastive::processors = static_cast<int>(processors);
-  dfkd::contrastive::most_shared = most_shared;
+  dfkd::contrastive::smallest = smallest;
+  dfkd::contrastive::cached_bytes = cached_bytes;
   return 0;
 }
 #endif

@@ -1,24 +1,40 @@
-// What the two directions of contrastive_loss share: rows in, tiles, plans of launches. Formulas: contrastive_loss.cu.
+// What the two directions of contrastive_loss share: what they serve, rows in, and tiles on their way to the tensor
+// cores.
+//
+// One warp of a block fetches, two warpgroups multiply. The vectors that prepare() left in memory come in tiles of 128
+// by copies through one map: in panels of 64 elements as products take them, through a ring of stages with a barrier
+// each way. Rows come the same way, from the ring into registers, where they are the products' left operand.
 #pragma once
 
-#include "device.h"
+#include "sm90.h"
 
 namespace dfkd::contrastive {
 
-constexpr double kLog2OfE = 1.4426950408889634;
-constexpr float kLog2 = 0.6931471805599453f;
-// Keeps weights of a softmax over a million vectors among float16's normal numbers, and a weight of two below its end.
-constexpr float kLift = 16384.0f;
-constexpr float kLowest = -3.0e38f;
-// Below this bound of |s|, sums of 2^(2 s) over any number of vectors are far from the ends of float32.
-constexpr double kBound = 48.0;
-constexpr int kColumns = 64;  // vectors in a tile of columns
+constexpr int kTile = 128;                      // vectors in a tile, of rows as of columns
+constexpr int kPanelBytes = kTile * 64 * 2;
+constexpr int kNumberBytes = kTile * 4;         // of one number of each vector of a tile
+constexpr int kRoles = 3 * kWarpgroup;          // threads: those that fetch, of which one does, and two warpgroups
+constexpr int kFetching = 24, kMultiplying = 240;  // registers of their threads
 
 #ifdef DFKD_HOST
-
-// Tests set them: fewer processors split columns otherwise, less shared memory leaves few vectors to the general form.
+// Tests set them: fewer multiprocessors split the work otherwise, fewer vectors are served, and less fits in cache.
 inline int processors = 132;
-inline int64_t most_shared = 160 * 1024;
+inline int64_t smallest = 129, cached_bytes = int64_t{20} << 20;
+#else
+// Of an H200. The scratch that a launch needs must not depend on the card, and fewer or more cost little.
+constexpr int processors = 132;
+constexpr int64_t smallest = 129;  // N; fewer vectors are left to Triton
+// So many bytes of vectors stay in either half of the second-level cache, wherever blocks are in them.
+constexpr int64_t cached_bytes = int64_t{20} << 20;
+#endif
+
+constexpr double kLog2OfE = 1.4426950408889634;
+// Keeps weights of a softmax over a million vectors among float16's normal numbers, and a weight of two below its end.
+constexpr float kLift = 16384.0f;
+// Below this bound of |s|, sums of 2^s over any number of vectors are far from the ends of float32.
+constexpr double kBound = 48.0;
+
+#ifdef DFKD_HOST
 inline uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -29,27 +45,13 @@ inline float float_of(uint32_t bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
-inline float logarithm(float x) { return std::log2(x); }
-
 #else
-
-// Of an H200. What scratch a launch needs must not depend on the card, and fewer or more processors cost little.
-constexpr int processors = 132;
-constexpr int64_t most_shared = 160 * 1024;
 __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
-// By the row, not by the element: exact where one term is all there is.
-__device__ __forceinline__ float logarithm(float x) { return log2f(x); }
-
 #endif
 
 __device__ __forceinline__ float infinity() { return float_of(0x7f800000u); }
 __device__ __forceinline__ float larger(float a, float b) { return b > a || b != b ? b : a; }  // a NaN stays
-
-template <bool VALUE>
-struct Constant {
-  static constexpr bool value = VALUE;
-};
 
 struct alignas(8) Two {
   float x, y;
@@ -163,92 +165,6 @@ __device__ __forceinline__ float gain_of(const float* upstream, int64_t stride, 
   return unit == 0.0f ? 0.0f : upstream[row * stride] / unit;
 }
 
-// ---- tiles in shared memory -----------------------------------------------------------------------------------------
-
-// Rows of a multiple of 64 elements lie 16 bytes further apart, so that eight rows of one column of 16-byte pieces fall
-// into different banks. Exchanging pieces within rows would do without these bytes, but costs registers for addresses.
-constexpr int pitch(int width) { return width + 8; }
-template <typename T>
-__device__ __forceinline__ T* piece_at(T* tile, int row, int piece, int width) {
-  return tile + row * pitch(width) + 8 * piece;
-}
-
-template <int ROWS, int SLAB, int THREADS, typename T>
-__device__ __forceinline__ void copy_tile(T* to, const T* from, int width) {
-  constexpr int kPieces = SLAB / 8;
-  static_assert(ROWS * kPieces % THREADS == 0 && THREADS % kPieces == 0);
-  const int row = static_cast<int>(threadIdx.x) / kPieces, piece = static_cast<int>(threadIdx.x) % kPieces;
-  from += static_cast<int64_t>(row) * width + 8 * piece;
-  to = piece_at(to, row, piece, SLAB);
-  const int64_t step = static_cast<int64_t>(THREADS / kPieces) * width;
-#pragma unroll 4
-  for (int i = 0; i < ROWS * kPieces / THREADS; ++i) {  // not all at once: their addresses take registers
-    copy_async_16(to, from, true);
-    from += step;
-    to = piece_at(to, THREADS / kPieces, 0, SLAB);
-  }
-}
-
-// The numbers of a tile's columns, ARRAYS of them, each at its own distance.
-template <int ARRAYS>
-__device__ __forceinline__ void copy_numbers(float* to, const float* const (&from)[ARRAYS], int column) {
-  constexpr int kPieces = kColumns / 4;
-  const int array = static_cast<int>(threadIdx.x) / kPieces, piece = static_cast<int>(threadIdx.x) % kPieces;
-#pragma unroll
-  for (int a = 0; a < ARRAYS; ++a) {
-    if (array == a) copy_async_16(to + a * kColumns + 4 * piece, from[a] + column + 4 * piece, true);
-  }
-}
-
-// Rows of a from ROW on, 16 elements from STEP * 16 on, as the left operand.
-template <typename T>
-__device__ __forceinline__ void load_left(uint32_t (&r)[4], T* tile, int row, int step, int width) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  load_matrices(r, piece_at(tile, row + lane % 16, 2 * step + lane / 16, width));
-}
-// 16 rows of b as 16 columns of the right operand b^T: r[0], r[1] of the first eight, r[2], r[3] of the others.
-template <typename T>
-__device__ __forceinline__ void load_right(uint32_t (&r)[4], T* tile, int row, int step, int width) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  load_matrices(r, piece_at(tile, row + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2, width));
-}
-// 16 rows of b and its columns from 8 * PIECE on as they are: r[0], r[1] of the first eight columns, r[2], r[3].
-template <typename T>
-__device__ __forceinline__ void load_right_as_is(uint32_t (&r)[4], T* tile, int row, int piece, int width) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  load_matrices<true>(r, piece_at(tile, row + lane % 16, piece + lane / 16, width));
-}
-
-// s += a b^T over 16 elements, for 16 M rows of a, as left operands, and 8 N of b from ROW on.
-template <typename T, int M, int N>
-__device__ __forceinline__ void multiply(float (&s)[M][N][4], const uint32_t (&left)[M][4], T* b, int row, int step,
-                                         int width) {
-  static_assert(N % 2 == 0);
-#pragma unroll
-  for (int n = 0; n < N; n += 2) {
-    uint32_t r[4];
-    load_right(r, b, row + 8 * n, step, width);
-    const uint32_t even[2] = {r[0], r[1]}, odd[2] = {r[2], r[3]};
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      mma_16x8x16<T>(s[m][n], left[m], even);
-      mma_16x8x16<T>(s[m][n + 1], left[m], odd);
-    }
-  }
-}
-
-template <int M, int N>
-__device__ __forceinline__ void clear(float (&s)[M][N][4]) {
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[m][n][i] = 0.0f;
-    }
-  }
-}
-
 // Whether [a, a + a_length) and [b, b + b_length) have something in common.
 __device__ __forceinline__ bool meet(int a, int a_length, int b, int b_length) {
   return a < b + b_length && b < a + a_length;
@@ -278,90 +194,38 @@ __device__ __forceinline__ float block_largest(const float* values, int64_t stri
   return warp_max(thread % kLanes < threads / kLanes ? shared[thread % kLanes] : 0.0f);
 }
 
-// ---- few vectors: all of them in one block's shared memory ----------------------------------------------------------
-
-// Begins to fetch v, ROWS rows of WIDTH elements, zero outside; wait_copies<0>() and a barrier end it.
-template <typename T>
-__device__ __forceinline__ void fetch_all(T* y, const Sides<const T>& from, int rows, int width) {
-  const int pieces = width / 8;
-  for (int i = static_cast<int>(threadIdx.x); i < rows * pieces; i += static_cast<int>(blockDim.x)) {
-    const int row = i / pieces, piece = i % pieces;
-    T* to = piece_at(y, row, piece, width);
-    if (from.aligned) {
-      const bool valid = row < 2 * from.count && 8 * piece < from.dim;
-      copy_async_16(to, valid ? from.at(row, 8 * piece) : from.first, valid);
-    } else {
-      *reinterpret_cast<Eight<T>*>(to) = load_eight(from, row, 8 * piece);
-    }
-  }
-  commit_copies();
-}
-
-// v becomes y where it lies; r and, where wanted, k of each row.
-template <typename T>
-__device__ __forceinline__ void scale_all(T* y, float* inverses, int* powers, int rows, int width, bool normalize) {
-  int group = 1;
-  while (group < kLanes && 8 * group < width) group *= 2;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, member = lane % group, at_once = kLanes / group;
-  const int warp = static_cast<int>(threadIdx.x) / kLanes, warps = static_cast<int>(blockDim.x) / kLanes;
-  for (int base = warp * at_once; base < rows; base += warps * at_once) {  // rows is a multiple of 32
-    const int row = base + lane / group;
-    float inverse = 1.0f;
-    int k = 0;
-    if (normalize) {
-      float largest = 0.0f, square = 0.0f;
-      for (int piece = member; piece < width / 8; piece += group) {
-        largest = largest_of(*reinterpret_cast<const Eight<T>*>(piece_at(y, row, piece, width)), largest);
-      }
-      largest = group_max(largest, group);
-      k = -exponent(largest);
-      for (int piece = member; piece < width / 8; piece += group) {
-        Eight<T>* here = reinterpret_cast<Eight<T>*>(piece_at(y, row, piece, width));
-        *here = scale_eight(*here, k, square);
-      }
-      inverse = inverse_length(group_sum(square, group), largest);
-    }
-    if (member == 0) {
-      inverses[row] = inverse;
-      if (powers != nullptr) powers[row] = k;
-    }
-  }
-}
-
 // ---- any number of vectors: y and numbers of each row in memory -----------------------------------------------------
 
 // Arrays of `padded` numbers: r, and for backward k, g over its unit, L, g 2^-L, and that times r.
 enum Number { kInverse = 0, kPower = 1, kGain = 2, kLevel = 3, kShare = 4, kScaledShare = 5, kNumbers = 6 };
 
-// One group of lanes a row; rows past the last vector are zeros for a tile to end in. Static: each file that launches
-// it has its own, for its own architectures.
+// One group of lanes per row; rows past the last vector are zeros for a tile to end in. Static: each file that launches
+// it has its own.
 template <typename T>
 static __global__ void __launch_bounds__(256)
     prepare(Sides<const T> from, T* vectors, float* numbers, const float* saved, const float* upstream,
-            int64_t upstream_stride, const float* unit, int anchors, int width, int padded, int group, int normalize,
+            int64_t upstream_stride, const float* unit, int anchors, int width, int padded, int group,
             int elementwise) {
   const int row = static_cast<int>((blockIdx.x * int64_t{256} + threadIdx.x) / group);
   const int member = static_cast<int>(threadIdx.x) % group;
-  float inverse = 1.0f;
-  int k = 0;
   const bool here = row < padded;
   T* to = vectors + static_cast<int64_t>(here ? row : 0) * width;
   float largest = 0.0f, square = 0.0f;
-  if (here && normalize) {
+  if (here) {
     for (int column = 8 * member; column < width; column += 8 * group) {
       largest = largest_of(load_eight(from, row, column), largest);
     }
   }
   largest = group_max(largest, group);
-  if (normalize) k = -exponent(largest);
+  const int k = -exponent(largest);
   if (here) {
     for (int column = 8 * member; column < width; column += 8 * group) {
       const Eight<T> piece = load_eight(from, row, column);
-      *reinterpret_cast<Eight<T>*>(to + column) = normalize ? scale_eight(piece, k, square) : piece;
+      *reinterpret_cast<Eight<T>*>(to + column) = scale_eight(piece, k, square);
     }
   }
   square = group_sum(square, group);
-  if (normalize) inverse = inverse_length(square, largest);
+  const float inverse = inverse_length(square, largest);
   if (!here || member != 0) return;
   numbers[kInverse * static_cast<int64_t>(padded) + row] = inverse;
   if (saved == nullptr) return;
@@ -380,58 +244,165 @@ static __global__ void __launch_bounds__(256)
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// How many tiles of columns a block takes: of those of each side, the times are estimated for up to 32 chunks.
-inline int64_t tiles_a_block(int64_t blocks, int sides, const int64_t (&tiles)[2], int64_t available) {
-  const int64_t longest = sides == 2 && tiles[1] > tiles[0] ? tiles[1] : tiles[0];
-  if (blocks * sides >= 2 * available) return longest;
-  int64_t best = longest, best_time = 0;
-  for (int64_t chunks = 1; chunks <= 32; ++chunks) {
-    const int64_t span = divide_up(longest, chunks);
-    int64_t programs = 0;
-    for (int side = 0; side < sides; ++side) programs += blocks * divide_up(tiles[side], span);
-    const int64_t time = divide_up(programs, available) * (span + 4);  // a block's start costs some tiles' time
-    if (chunks == 1 || time < best_time) best = span, best_time = time;
-  }
-  return best;
-}
-
-// Sizes of the general form, and where its parts lie in scratch.
+// Sizes, and where parts lie in scratch.
 struct Plan {
   int64_t anchors, width, padded;
-  int slab;          // elements of a row in shared memory at a time: all, or 128 of a wide row
-  bool wide;
-  int rows;          // of a block
-  int64_t blocks;    // of rows, on each side
-  int64_t span, chunks, chunks_of[2];
+  int slab;                            // elements of a padded row: 64 or 128
+  int rows;                            // of a block
+  int64_t blocks;                      // of rows, on each side
+  int64_t span, chunks;                // tiles of columns in a unit; units of a row block
   int64_t numbers, parts, extra, bytes;  // offsets in scratch, where the vectors come first
 };
 
 inline Plan plan_rows(int64_t count, int64_t dim, int symmetric) {
   Plan plan{};
   plan.anchors = symmetric ? 2 * count : count;
-  plan.wide = dim > 128;
   plan.slab = dim <= 64 ? 64 : 128;
-  plan.width = plan.wide ? round_up(dim, 128) : plan.slab;
-  plan.padded = round_up(2 * count + 256, kColumns);  // a tile of rows begins before 2 N
+  plan.width = plan.slab;
+  plan.padded = round_up(2 * count + 256, 64);  // a tile of rows begins before 2 N
   plan.numbers = plan.padded * plan.width * 2;
   return plan;
 }
 
 template <typename T>
 int launch_prepare(const Plan& plan, const Sides<const T>& from, void* scratch, const float* saved,
-                   const float* upstream, int64_t upstream_stride, const float* unit, bool normalize, bool elementwise,
+                   const float* upstream, int64_t upstream_stride, const float* unit, bool elementwise,
                    void* stream) {
   int group = 8;
   while (group < kLanes && 8 * group < plan.width) group *= 2;
   unsigned char* memory = static_cast<unsigned char*>(scratch);
   return launch(prepare<T>, static_cast<unsigned>(divide_up(plan.padded * group, 256)), 256, 0, stream, from,
                 reinterpret_cast<T*>(memory), reinterpret_cast<float*>(memory + plan.numbers), saved, upstream,
-                upstream_stride, unit, plan.anchors, plan.width, plan.padded, group, normalize, elementwise);
+                upstream_stride, unit, plan.anchors, plan.width, plan.padded, group, elementwise);
 }
 
-// Sizes that the kernels' 32-bit indices of rows hold.
-inline bool sizes_fit(int64_t count, int64_t dim) {
-  return count >= 0 && dim >= 0 && count <= (int64_t{1} << 29) && dim <= (int64_t{1} << 30);
+// ---- what is served -------------------------------------------------------------------------------------------------
+
+constexpr int64_t kMostCount = int64_t{1} << 23;  // a block's tiles are counted in 32 bits
+
+// 0 where sizes and options are served, otherwise DFKD_INVALID with the reason.
+inline int require_sizes(int64_t count, int64_t dim) {
+  const int status = require_size("N of anchors (N, D)", count, smallest, kMostCount);
+  return status ? status : require_size("D of anchors (N, D)", dim, 1, 128);
+}
+inline int require_options(double temperature, int normalize) {
+  if (!normalize) return dfkd_refuse("normalize is False; the kernel serves True");
+  if (temperature > 0 && kLog2OfE / temperature <= kBound) return 0;
+  return dfkd_refuse("temperature is %g; the kernel serves %.7g and more", temperature, kLog2OfE / kBound);
+}
+
+// ---- the ring -------------------------------------------------------------------------------------------------------
+
+// Where a role is in it. A stage: a tile of SLAB / 64 panels, and ARRAYS numbers of each of its vectors.
+template <int SLAB, int ARRAYS>
+struct Ring : PipelineState {
+  static constexpr int kStages = SLAB == 128 ? 6 : 8;
+  static constexpr int kTileBytes = SLAB / 64 * kPanelBytes;
+  static constexpr int kBytes = kStages * (kTileBytes + ARRAYS * kNumberBytes + 2 * static_cast<int>(sizeof(Barrier)));
+
+  __device__ __forceinline__ int offset() const { return index * kTileBytes; }
+  __device__ __forceinline__ unsigned char* tile() const { return shared_memory() + offset(); }
+  __device__ __forceinline__ float* numbers() const {
+    return reinterpret_cast<float*>(shared_memory() + kStages * kTileBytes + index * ARRAYS * kNumberBytes);
+  }
+  __device__ __forceinline__ Barrier* full() const {
+    return reinterpret_cast<Barrier*>(shared_memory() + kStages * (kTileBytes + ARRAYS * kNumberBytes)) + index;
+  }
+  __device__ __forceinline__ Barrier* empty() const { return full() + kStages; }
+
+  __device__ __forceinline__ void advance() { PipelineState::advance(kStages); }
+
+  // By all threads of the block, before anything else.
+  __device__ __forceinline__ void begin() const {
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int stage = 0; stage < kStages; ++stage) {
+        mbarrier_init(full() + stage, 1);
+        mbarrier_init(empty() + stage, 2 * kWarpgroup / kLanes);
+      }
+      fence_barrier_init();
+    }
+    __syncthreads();
+  }
+
+  // By one thread: vectors from `row` on, and numbers of theirs, or the vectors alone.
+  __device__ __forceinline__ void fetch(const TensorMap& map, int row, const float* const (&arrays)[ARRAYS]) {
+    begin_tile(map, row, ARRAYS * kNumberBytes);
+#pragma unroll
+    for (int array = 0; array < ARRAYS; ++array) {
+      cp_async_bulk(numbers() + array * kTile, arrays[array] + row, kNumberBytes, full());
+    }
+    advance();
+  }
+  __device__ __forceinline__ void fetch(const TensorMap& map, int row) {
+    begin_tile(map, row, 0);
+    advance();
+  }
+  __device__ __forceinline__ void begin_tile(const TensorMap& map, int row, int more) const {
+    mbarrier_wait(empty(), phase ^ 1);
+    mbarrier_arrive_expect_tx(full(), kTileBytes + more);
+#pragma unroll
+    for (int panel = 0; panel < SLAB / 64; ++panel) {
+      tma_load(tile() + panel * kPanelBytes, map, 64 * panel, row, 0, full());
+    }
+  }
+
+  // By the threads that multiply.
+  __device__ __forceinline__ void wait_full() const { mbarrier_wait(full(), phase); }
+  __device__ __forceinline__ void release() const {
+    __syncwarp();
+    if (threadIdx.x % kLanes == 0) mbarrier_arrive(empty());
+  }
+};
+
+// 16 rows of the tile at an offset in shared memory, from ROW on, as a warp's part of the left operand.
+template <int SLAB>
+__device__ __forceinline__ void load_rows(uint32_t (&own)[SLAB / 16][4], int tile, int row) {
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int first = tile + 2 * swizzled<64>(row + lane % 16, lane / 16);  // two chunks further is this with other bits
+#pragma unroll
+  for (int k = 0; k < SLAB / 16; ++k) {
+    ldmatrix(own[k], shared_memory() + (first ^ (k % 4 * 32)) + k / 4 * kPanelBytes);
+  }
+}
+
+// s = rows times the tile's vectors, asynchronously.
+template <typename T, int SLAB>
+__device__ __forceinline__ void multiply_rows(float (&s)[kTile / 8][4], uint32_t (&own)[SLAB / 16][4],
+                                              const unsigned char* tile) {
+#pragma unroll
+  for (int k = 0; k < SLAB / 16; ++k) {
+    wgmma<T, kTile>(s, own[k], advance_desc(make_smem_desc<64>(tile + k / 4 * kPanelBytes), k % 4 * 32), k > 0);
+  }
+}
+
+// Which warpgroup this is, in a way that tells the compiler that a warp agrees; and the first of the thread's rows in
+// 64 of its warpgroup.
+__device__ __forceinline__ int my_warpgroup() {
+  return __shfl_sync(kAll, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+}
+__device__ __forceinline__ int my_row() {
+  return static_cast<int>(threadIdx.x) % kWarpgroup / kLanes * 16 + static_cast<int>(threadIdx.x) % kLanes / 4;
+}
+
+// The two warpgroups ask for products in turn, each for all that it can: left to themselves they may do the same at the
+// same time, and the tensor cores wait while both take exponentials. The second one lets the first begin, which awaits
+// the turn that nobody takes.
+__device__ __forceinline__ void await_turn(int warpgroup) { named_barrier_sync(warpgroup, 2 * kWarpgroup); }
+__device__ __forceinline__ void pass_turn(int warpgroup) { named_barrier_arrive(3 - warpgroup, 2 * kWarpgroup); }
+__device__ __forceinline__ void begin_turns(int warpgroup) {
+  if (warpgroup == 2) pass_turn(warpgroup);
+}
+__device__ __forceinline__ void end_turns(int warpgroup) {
+  if (warpgroup == 1) await_turn(warpgroup);
+}
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+// Of the vectors in scratch, in tiles.
+inline int map_vectors(TensorMap* map, const Plan& plan, const void* vectors) {
+  return make_tensor_map<64>(map, vectors, {plan.width, plan.padded, 1}, plan.width, plan.width * plan.padded,
+                             {64, kTile, 1});
 }
 
 }  // namespace dfkd::contrastive

@@ -1,349 +1,249 @@
-// Mixed high-order attention, backward: gradients of x and of both weights from x and the gradient of the result alone.
+// Mixed high-order attention, backward on sm_90a: gradients of x and of both weights from x and the gradient of the
+// result alone.
 //
-// Not yet run on a card. With g that gradient, for P positions of C channels, K = C / 4 and order 3: 6 P C bytes in a
-// two-byte type, weights apart, and 13.5 P C^2 operations, the maps of forward among them (16.5 here: the
-// factors are computed twice):
+// Not yet run on a GPU. With g that gradient, for P positions of C channels, K = C / 4 and order 3: 6 P C bytes in a
+// two-byte type, weights apart, and 13.5 P C^2 operations, the maps of forward among them:
 //
 //   dl = g x A (1 - A)       da_r = out_r^T dl       du_i = da_r [z_r > 0] prod over j != i of u_j
 //   dx = g A + sum proj^T du       dproj = sum over P of du x^T       dout_r = sum over P of dl a_r^T
 //
-// Two forms. whole, for joint gates of order 3 with up to 64 channels and 16 hidden units, where memory is the limit:
-// one pass, in high_order_attention_bwd.h. split, for all others, where the products are (7 x 7 with 512 channels).
+// Two forms, of which neither computes anything twice:
 //
-// split: hidden activations go through memory: a, then dl and the part g A of dx, then du, then dx, then the products
-// over positions, each a matrix product with one end of the formula before or behind it. What they write and read, 3.25
-// P C numbers and more than once, lies in cache where maps are small.
-// a, dl and du are rounded to the type of the weights before they are multiplied, and g A before dx is added to it.
+// one pass, high_order_attention_once.h: joint gates, up to 128 channels and 32 hidden units. Each processor has
+//   the weights in shared memory and their gradients in registers while it walks over positions, so that it moves those
+//   6 P C bytes and, at its end, a part of the weights' gradients: 36 KB with 64 channels, 144 KB with 128. 64
+//   channels: what is done with each logit limits it beside memory; two warpgroups go through their own tiles without
+//   waiting for each other, so that one computes while the other one's products are under way. 128 channels: the sums
+//   over positions take 144 registers of two warpgroups. Two others, which have the registers that are left, halve
+//   units and channels of a tile between them; how long the chain of their four products is, is the limit.
 //
-// The sums over positions are split over blocks, whose float32 parts are added in a fixed order: two runs give the same
-// bits. How many there are follows from the sizes alone.
-#include "high_order_attention_bwd.h"
+// the chain, high_order_attention_bwd.h, for all else: blocks of 128 channels and 32 hidden units each, 1, 2 or
+//   4 of which are a cluster that has 128 or 192 positions: with 7 x 7 maps of 512 channels 100 blocks, with 14 x 14 of
+//   256 channels 132. a, dl and du, which all blocks of the cluster need, go to memory, where the sums over positions
+//   find them, and come back from the cache for the whole cluster at once, each block fetching its share. Of those 3.25
+//   P C numbers nothing else leaves registers. Its phases wait for each other: what limits it is the time that a, dl
+//   and du take there and back, and then the weights that each block reads from cache, 4.5 C^2 / RANKS numbers a tile.
+//   The sums, high_order_attention_weights.h, are 128 x 192 tiles of both gradients, split over positions into
+//   as many blocks as there are processors.
+//
+// a, dl and du are rounded to the type of the weights before they are multiplied, and so are g A before dx is added to
+// it and, but with 64 channels, the factors that du is computed from.
+//
+// The parts of the weights' gradients are float32 and added in a fixed order: two runs give the same bits. How many
+// there are follows from the sizes alone.
+#include "high_order_attention_once.h"
+#include "high_order_attention_weights.h"
 
 namespace {
 
 using namespace dfkd;
 using namespace dfkd::high_order;
+using namespace dfkd::high_order::back;
 
-// ---- dx ------------------------------------------------------------------------------------------------------------
+// ---- launches -------------------------------------------------------------------------------------------------------
 
-constexpr int kInputStage = (kBlockRows + kBlockColumns) * kDepth;
-constexpr size_t kInputShared = 2 * static_cast<size_t>(kStages * kInputStage + kBlockRows * kBlockColumns);
+enum Way { kBySize = 0, kOnce = 1, kChain = 2, kTallChain = 3 };
 
-// dx (count, C) from du (count, width) and proj (width, C), ADDed to what it holds or not. Four warps of 32 x 64.
-template <typename T, bool ADD>
-__global__ void __launch_bounds__(128, 2)
-    input_kernel(const T* factors, const T* proj, T* dx, int64_t count, int channels, int width) {
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kLanes, lane = thread % kLanes;
-  const int warp_row = warp / 2 * 32, panel = warp % 2;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kBlockRows;
-  const int column0 = static_cast<int>(blockIdx.y) * kBlockColumns;
-  T* memory = reinterpret_cast<T*>(shared_memory());
-  T* tile = memory + kStages * kInputStage;
-  float sum[2][8][4] = {};
+// Blocks or clusters at the same time: of four blocks, four find room in each group of 16 or 18 processors.
+#ifdef DFKD_HOST
+constexpr int clusters_of(int) { return 2; }
+#else
+constexpr int clusters_of(int ranks) { return ranks == 4 ? 32 : kProcessors / ranks; }
+#endif
 
-  if constexpr (ADD) {  // arrives with the first step
-#pragma unroll
-    for (int p = 0; p < 2; ++p) {
-      load_rows<64>(tile + p * kBlockRows * 64, kBlockRows, dx + row0 * channels + column0 + 64 * p, channels,
-                    count - row0, channels - column0 - 64 * p, thread, 128, dx);
-    }
-  }
-  const auto load = [&](int stage, int step) {
-    T* a_panel = memory + stage * kInputStage;
-    const int unit = step * kDepth;
-    load_rows<kDepth>(a_panel, kBlockRows, factors + row0 * width + unit, width, count - row0, width - unit, thread,
-                      128, factors);
-#pragma unroll
-    for (int p = 0; p < 2; ++p) {
-      load_rows<64>(a_panel + kBlockRows * kDepth + p * kDepth * 64, kDepth,
-                    proj + static_cast<int64_t>(unit) * channels + column0 + 64 * p, channels, width - unit,
-                    channels - column0 - 64 * p, thread, 128, proj);
-    }
-  };
-  const auto use = [&](int stage, int) {
-    const T* a_panel = memory + stage * kInputStage;
-    const T* b_panel = a_panel + kBlockRows * kDepth + panel * kDepth * 64;
-#pragma unroll
-    for (int k = 0; k < kDepth / 16; ++k) {
-      uint32_t a[2][4], b[2][2];
-      load_a<kDepth>(a[0], a_panel, warp_row, 2 * k);
-      load_a<kDepth>(a[1], a_panel, warp_row + 16, 2 * k);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        load_b_transposed<64>(b, b_panel, 16 * k, 2 * n);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          mma_16x8x16<T>(sum[m][2 * n], a[m], b[0]);
-          mma_16x8x16<T>(sum[m][2 * n + 1], a[m], b[1]);
-        }
-      }
-    }
-  };
-  pipeline((width + kDepth - 1) / kDepth, load, use);
-
-  T* const my_tile = tile + panel * kBlockRows * 64;
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t* const pair = pair_at(my_tile, warp_row + 16 * m + 8 * half + lane / 4, 8 * n + 2 * (lane % 4));
-        float before[2] = {0.0f, 0.0f};
-        if constexpr (ADD) unpack<T>(*pair, before);
-        *pair = pack_rounded<T>(before[0] + sum[m][n][2 * half], before[1] + sum[m][n][2 * half + 1]);
-      }
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (int p = 0; p < 2; ++p) {
-    store_rows(tile + p * kBlockRows * 64, kBlockRows, dx + row0 * channels + column0 + 64 * p, channels, count - row0,
-               channels - column0 - 64 * p, thread, 128);
-  }
+// Blocks of a cluster of the chain.
+int ranks_of(int64_t channels, int64_t hidden) {
+  const auto fit = [=](int ranks) { return channels <= ranks * kSliceChannels && hidden <= ranks * kSliceUnits; };
+  return fit(1) ? 1 : fit(2) ? 2 : 4;
 }
 
-// ---- gradients of the weights: products over positions -------------------------------------------------------------
+bool once_here(int64_t channels, int64_t hidden, int mode) {
+  return channels <= kWideChannels && hidden <= kWideUnits && mode == 0;
+}
 
-constexpr int kWeightRows = 128, kWeightColumns = 64;
-constexpr int kWeightStage = (kWeightRows + kWeightColumns) * kDepth;
+// 0 where sizes and way are served, otherwise DFKD_INVALID with the reason.
+int require_served(int64_t positions, int64_t channels, int64_t hidden, int64_t order, int way, int mode) {
+  static_assert(kMostChannels == 4 * kSliceChannels && kMostHidden == 4 * kSliceUnits);
+  int status = require_sizes(positions, channels, hidden, order);
+  if (!status) status = require_size("form of the backward", way, kBySize, kTallChain);
+  if (status) return status;
+  const bool once = once_here(channels, hidden, mode);
+  if (way == kOnce && !once) return dfkd_refuse("one pass serves joint gates of up to 128 channels and 32 hidden maps");
+  if (way == kTallChain && (mode != 0 || ranks_of(channels, hidden) == 1)) {
+    return dfkd_refuse("taller tiles serve joint gates of more than 128 channels or 32 hidden maps");
+  }
+  return 0;
+}
 
-// The tiles of dproj (width, C), then those of each dout_r (C, K), and into how many sums each is split.
-struct Jobs {
-  int projection_columns, projections, out_columns, out_tiles, total;
-  int64_t steps, splits, projection_size, size;
+// Warpgroups of a block of the chain: as the rounds of all blocks are shorter.
+int groups_of(const Problem& p, int way) {
+  if (p.gates > 1 || way == kChain) return 2;
+  if (way == kTallChain) return 3;
+  const auto time = [&](int groups) {
+    return divide_up(divide_up(p.count, 64 * groups) * ranks_of(p.channels, p.hidden), kProcessors) * groups;
+  };
+  return time(3) <= time(2) ? 3 : 2;
+}
 
-  Jobs(const Problem& p, bool want_proj, bool want_out) {
-    const int width = factors_of(p.order) * p.hidden;
-    projection_columns = static_cast<int>(divide_up(p.channels, kWeightColumns));
-    projections = static_cast<int>(divide_up(width, kWeightRows)) * projection_columns;
-    out_columns = static_cast<int>(divide_up(p.hidden, kWeightColumns));
-    out_tiles = static_cast<int>(divide_up(p.channels, kWeightRows)) * out_columns;
-    // The same whatever is wanted, so that each gradient is too.
-    const int64_t rows = divide_up(p.count, kDepth);
-    steps = divide_up(rows, divide_up(kSums, projections + p.order * out_tiles));
-    splits = steps > 0 ? divide_up(rows, steps) : 0;
-    projections = want_proj ? projections : 0;
-    total = projections + (want_out ? p.order * out_tiles : 0);
-    projection_size = want_proj ? static_cast<int64_t>(width) * p.channels : 0;
-    size = projection_size + (want_out ? static_cast<int64_t>(p.order) * p.channels * p.hidden : 0);
+struct Maps {
+  int error = 0;
+
+  // (outer, rows, columns), contiguous.
+  template <int WIDTH, typename T>
+  void weights(TensorMap& to, const T* base, int64_t outer, int64_t rows, int64_t columns, Shape tile) {
+    if (!error) error = make_tensor_map<WIDTH>(&to, base, {columns, rows, outer}, columns, rows * columns, tile);
+  }
+  // A matrix (rows, columns) in tiles.
+  template <int WIDTH, typename T>
+  void rows(TensorMap& to, const T* base, int64_t count, int64_t columns, int64_t tile_columns, int64_t tile_rows) {
+    weights<WIDTH>(to, base, 1, count, columns, {tile_columns, tile_rows, 1});
   }
 };
 
-// Sums over steps x kDepth positions of du x^T, then of dl_r a_r^T. Four warps of 64 x 32.
-template <typename T>
-__global__ void __launch_bounds__(128, 2)
-    weights_kernel(const T* x, const T* slopes, const T* rectified, const T* factors, float* parts, int64_t count,
-                   int channels, int hidden, int order, int gates, Jobs jobs) {
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kLanes, lane = thread % kLanes;
-  T* memory = reinterpret_cast<T*>(shared_memory());
-  const bool projection = static_cast<int>(blockIdx.x) < jobs.projections;
-  const int job = static_cast<int>(blockIdx.x) - (projection ? 0 : jobs.projections);
-  const int across = projection ? jobs.projection_columns : jobs.out_columns;
-  const int r = projection ? 0 : job / jobs.out_tiles, tile = projection ? job : job % jobs.out_tiles;
-  const int first_row = tile / across * kWeightRows, first_column = tile % across * kWeightColumns;
-  const int result_rows = projection ? factors_of(order) * hidden : channels;
-  const int result_columns = projection ? channels : hidden;
-  // Both operands have positions as rows.
-  const T* const left = projection ? factors + first_row : slopes + (gates > 1 ? r : 0) * channels + first_row;
-  const T* const right = projection ? x + first_column : rectified + r * hidden + first_column;
-  const int64_t left_stride = projection ? result_rows : static_cast<int64_t>(gates) * channels;
-  const int64_t right_stride = projection ? channels : static_cast<int64_t>(order) * hidden;
-  const int64_t position0 = static_cast<int64_t>(blockIdx.y) * jobs.steps * kDepth;
-  const int64_t position_end = position0 + jobs.steps * kDepth < count ? position0 + jobs.steps * kDepth : count;
-  float sum[4][4][4] = {};
-
-  const auto load = [&](int stage, int step) {
-    T* panel = memory + stage * kWeightStage;
-    const int64_t position = position0 + static_cast<int64_t>(step) * kDepth, inside = position_end - position;
-#pragma unroll
-    for (int p = 0; p < 2; ++p) {
-      load_rows<64>(panel + p * kDepth * 64, kDepth, left + position * left_stride + 64 * p, left_stride, inside,
-                    result_rows - first_row - 64 * p, thread, 128, x);
-    }
-    load_rows<64>(panel + 2 * kDepth * 64, kDepth, right + position * right_stride, right_stride, inside,
-                  result_columns - first_column, thread, 128, x);
-  };
-  const auto use = [&](int stage, int) {
-    const T* panel = memory + stage * kWeightStage;
-#pragma unroll
-    for (int k = 0; k < kDepth / 16; ++k) {
-      uint32_t a[4][4], b[2][2];
-#pragma unroll
-      for (int m = 0; m < 4; ++m) load_a_transposed<64>(a[m], panel + warp / 2 * kDepth * 64, 16 * k, 2 * m);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        load_b_transposed<64>(b, panel + 2 * kDepth * 64, 16 * k, warp % 2 * 4 + 2 * n);
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          mma_16x8x16<T>(sum[m][2 * n], a[m], b[0]);
-          mma_16x8x16<T>(sum[m][2 * n + 1], a[m], b[1]);
-        }
-      }
-    }
-  };
-  pipeline(static_cast<int>((position_end - position0 + kDepth - 1) / kDepth), load, use);
-
-  float* const to = parts + blockIdx.y * jobs.size +
-                    (projection ? 0 : jobs.projection_size + static_cast<int64_t>(r) * channels * hidden);
-#pragma unroll
-  for (int m = 0; m < 4; ++m) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_row + warp / 2 * 64 + 16 * m + 8 * half + lane / 4;
-        const int column = first_column + warp % 2 * 32 + 8 * n + 2 * (lane % 4);
-        if (row < result_rows && column < result_columns) {
-          *reinterpret_cast<FloatPair*>(to + static_cast<int64_t>(row) * result_columns + column) = {
-              sum[m][n][2 * half], sum[m][n][2 * half + 1]};
-        }
-      }
-    }
-  }
-}
-
-constexpr int kAdded = 32, kAdders = 8;  // elements of a block, and threads that share the parts of one
-
-// A gradient (outer, rows, columns) from the parts of one that is padded to (outer, rows_from, columns_from).
-template <typename T>
-__global__ void __launch_bounds__(kAdded * kAdders)
-    add_parts_kernel(const float* parts, T* to, int64_t size, int64_t rows, int64_t columns, int64_t rows_from,
-                     int64_t columns_from, int64_t splits, int64_t stride) {
-  float* const sums = reinterpret_cast<float*>(shared_memory());
-  const int element = static_cast<int>(threadIdx.x) % kAdded, adder = static_cast<int>(threadIdx.x) / kAdded;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kAdded + element;
-  float sum = 0.0f;
-  if (i < size) {
-    const int64_t column = i % columns, row = i / columns % rows, outer = i / columns / rows;
-    const float* const from = parts + (outer * rows_from + row) * columns_from + column;
-#pragma unroll 8
-    for (int64_t split = adder; split < splits; split += kAdders) sum += from[split * stride];
-  }
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  if (adder != 0 || i >= size) return;
-#pragma unroll
-  for (int other = 1; other < kAdders; ++other) sum += sums[other * kAdded + element];
-  to[i] = from_float<T>(sum);
-}
-
-template <typename T>
-int add_parts(const float* parts, T* to, int64_t outer, int64_t rows, int64_t columns, int64_t rows_from,
-              int64_t columns_from, int64_t splits, int64_t stride, void* stream) {
-  const int64_t size = outer * rows * columns;
-  return launch(add_parts_kernel<T>, dim3(static_cast<unsigned>(divide_up(size, kAdded))), dim3(kAdded * kAdders),
-                sizeof(float) * kAdded * kAdders, stream, parts, to, size, rows, columns, rows_from, columns_from,
-                splits, stride);
-}
-
-// ---- launchers -----------------------------------------------------------------------------------------------------
-
-// What lies in the scratch; sizes inside are padded.
+// What lies in the scratch.
 template <typename T>
 struct Buffers {
-  Problem padded;
-  bool channels_off, weights_off;
-  T *x, *upstream, *dx, *proj, *out, *rectified, *slopes, *factors;
+  Jobs jobs;
+  int64_t blocks = 0;  // of one pass, 0 where it is not taken
+  bool narrow = false;
+  T *a = nullptr, *slopes = nullptr, *factors = nullptr;
   float* parts;
-  int64_t once, bytes;  // blocks of the whole form, 0 where it does not serve
+  int64_t bytes;
 
-  Buffers(const Problem& p, int form, bool want_x, bool want_proj, bool want_out, void* scratch) : padded(p) {
-    padded.channels = static_cast<int>(round_up(p.channels, 8));
-    padded.hidden = static_cast<int>(round_up(p.hidden, 8));
-    channels_off = padded.channels != p.channels;
-    weights_off = channels_off || padded.hidden != p.hidden;
-    const int64_t features = p.count * padded.channels, weight = static_cast<int64_t>(padded.hidden) * padded.channels;
+  Buffers(const Problem& p, int way, bool want_x, bool want_proj, bool want_out, void* scratch)
+      : jobs(p.count, ranks_of(p.channels, p.hidden), p.gates, want_proj, want_out) {
     Parts place{static_cast<unsigned char*>(scratch)};
-    x = place.template take<T>(channels_off ? features : 0);
-    upstream = place.template take<T>(channels_off ? features : 0);
-    dx = place.template take<T>(channels_off && want_x ? features : 0);
-    proj = place.template take<T>(weights_off ? factors_of(p.order) * weight : 0);
-    out = place.template take<T>(weights_off ? p.order * weight : 0);
-    once = once_blocks(padded, form);
-    const bool through = once == 0;
-    rectified = place.template take<T>(through ? p.count * p.order * padded.hidden : 0);
-    slopes = place.template take<T>(through ? features * p.gates : 0);
-    const bool through_factors = through && (want_x || want_proj);
-    factors = place.template take<T>(through_factors ? p.count * factors_of(p.order) * padded.hidden : 0);
-    const Jobs jobs(padded, want_proj, want_out);
-    parts = place.template take<float>((through ? jobs.splits : once) * jobs.size);
+    if (way <= kOnce && once_here(p.channels, p.hidden, p.gates - 1)) {
+      narrow = p.channels <= kNarrowChannels && p.hidden <= kNarrowUnits;
+      const int64_t needed = divide_up(p.count, narrow ? 64 * kNarrowGroups : 64);
+      blocks = needed < clusters_of(1) ? needed : clusters_of(1);
+      parts = place.template take<float>(blocks * (narrow ? kNarrowParts : kWideParts));
+      bytes = place.used;
+      return;
+    }
+    a = place.template take<T>(p.count * kOrders * jobs.units);
+    slopes = place.template take<T>(p.count * p.gates * jobs.channels);
+    factors = place.template take<T>(want_x || want_proj ? p.count * kFactors * jobs.units : 0);
+    parts = place.template take<float>(jobs.splits * jobs.size);
     bytes = place.used;
   }
 };
 
-// The split form, from padded arguments to dx and the parts of the weights' gradients.
+uint32_t features_of(const Problem& p) { return p.map ? 0u : ~0u; }
+
 template <typename T>
-int through(const Buffers<T>& at, const Jobs& jobs, int form, const T* upstream, const T* x, const T* proj,
-            const T* out, T* dx, void* stream) {
-  const Problem& p = at.padded;
-  const bool want_x = dx != nullptr, want_factors = want_x || jobs.projections > 0;
-  T* const none = nullptr;
-  int error = rectified(p, form, x, proj, out, at.rectified, stream);
-  if (!error) error = launch_gate<T, true>(p, upstream, x, at.rectified, out, p.map ? none : dx, at.slopes, stream);
-  if (!error && want_factors) error = launch_hidden<T, true>(p, form, x, at.slopes, proj, out, at.factors, stream);
-  if (!error && want_x) {
-    const dim3 blocks(static_cast<unsigned>(divide_up(p.count, kBlockRows)),
-                      static_cast<unsigned>(divide_up(p.channels, kBlockColumns)));
-    error = launch(p.map ? input_kernel<T, false> : input_kernel<T, true>, blocks, dim3(128), kInputShared, stream,
-                   at.factors, proj, dx, p.count, p.channels, factors_of(p.order) * p.hidden);
+struct Arguments {
+  const T *upstream, *x, *proj, *out;
+  T *dx, *dproj, *dout;
+};
+
+template <typename T, int RANKS, int GROUPS, bool EACH>
+int launch_chain(const Problem& p, const Buffers<T>& at, const Arguments<T>& given, void* stream) {
+  using Sizes = Chain<RANKS, GROUPS, EACH>;
+  const bool want_x = given.dx != nullptr, want_factors = want_x || given.dproj != nullptr;
+  constexpr int kUnits = Sizes::kUnits;
+  ChainMaps maps{};
+  Maps make;
+  make.rows<64>(maps.x, given.x, p.count, p.channels, 64, Sizes::kRowsOfRank);
+  make.rows<64>(maps.x_slice, given.x, p.count, p.channels, 64, Sizes::kRows);
+  make.rows<64>(maps.upstream, given.upstream, p.count, p.channels, 64, Sizes::kRows);
+  make.weights<64>(maps.proj_units, given.proj, factors_of(p.order), p.hidden, p.channels, {64, kSliceUnits, kFactors});
+  make.weights<64>(maps.proj_channels, given.proj, factors_of(p.order), p.hidden, p.channels,
+                   {64, RANKS == 1 ? 32 : 64, RANKS == 1 ? 2 : 1});
+  make.weights<Sizes::kUnitWidth>(maps.out_channels, given.out, p.order, p.channels, p.hidden,
+                                  {Sizes::kUnitWidth, kSliceChannels, 1});
+  make.weights<32>(maps.out_units, given.out, p.order, p.channels, p.hidden, {kSliceUnits, 64, EACH ? 1 : kOrders});
+  make.rows<Sizes::kUnitWidth>(maps.a, at.a, p.count, kOrders * kUnits, Sizes::kUnitWidth, Sizes::kRowsOfRank);
+  make.rows<32>(maps.a_to, at.a, p.count, kOrders * kUnits, kSliceUnits, 64);
+  make.rows<64>(maps.slopes, at.slopes, p.count, Sizes::kGates * Sizes::kChannels, 64, Sizes::kRowsOfRank);
+  make.rows<64>(maps.slopes_to, at.slopes, p.count, Sizes::kGates * Sizes::kChannels, 64, 64);
+  if (want_factors) {
+    make.rows<64>(maps.factors, at.factors, p.count, kFactors * kUnits, 64, Sizes::kRowsOfRank);
+    make.rows<32>(maps.factors_to, at.factors, p.count, kFactors * kUnits, kSliceUnits, 64);
   }
-  if (!error && jobs.total > 0) {
-    error = launch(weights_kernel<T>, dim3(static_cast<unsigned>(jobs.total), static_cast<unsigned>(jobs.splits)),
-                   dim3(128), 2 * static_cast<size_t>(kStages * kWeightStage), stream, x, at.slopes, at.rectified,
-                   at.factors, at.parts, p.count, p.channels, p.hidden, p.order, p.gates, jobs);
+  if (want_x) make.rows<64>(maps.dx_to, given.dx, p.count, p.channels, 64, 64);
+  if (make.error) return make.error;
+  const int64_t tiles = divide_up(p.count, Sizes::kRows), most = clusters_of(RANKS);
+  const int64_t clusters = tiles < most ? tiles : most;
+  return launch_cluster(chain_wgmma<T, RANKS, GROUPS, EACH>, dim3(static_cast<unsigned>(clusters * RANKS)),
+                        dim3(Sizes::kThreads), Sizes::kShared, RANKS, false, stream, maps, tiles, p.order,
+                        features_of(p), want_factors, want_x);
+}
+
+template <typename T, int RANKS>
+int launch_chain_of(const Problem& p, int way, const Buffers<T>& at, const Arguments<T>& given, void* stream) {
+  if (p.gates > 1) return launch_chain<T, RANKS, 2, true>(p, at, given, stream);
+  if constexpr (RANKS > 1) {
+    if (groups_of(p, way) == 3) return launch_chain<T, RANKS, 3, false>(p, at, given, stream);
   }
-  return error;
+  return launch_chain<T, RANKS, 2, false>(p, at, given, stream);
 }
 
 template <typename T>
-int backward(const Problem& p, int form, const T* upstream, const T* x, const T* proj, const T* out, T* dx, T* dproj,
-             T* dout, void* scratch, void* stream) {
-  const bool want_x = dx != nullptr, want_proj = dproj != nullptr, want_out = dout != nullptr;
-  const Buffers<T> at(p, form, want_x, want_proj, want_out, scratch);
-  if ((at.bytes > 0 && scratch == nullptr) || (form == kWhole && p.count > 0 && at.once == 0)) return DFKD_INVALID;
-  const Problem& padded = at.padded;
-  const Jobs jobs(padded, want_proj, want_out);
-  const int64_t splits = at.once > 0 ? at.once : jobs.splits;
-  T* dx_to = dx;
+int launch_weights(const Problem& p, const Buffers<T>& at, const Arguments<T>& given, void* stream) {
+  const Jobs& jobs = at.jobs;
+  if (jobs.total == 0) return 0;
+  WeightMaps maps{};
+  Maps make;
+  make.rows<64>(maps.x, given.x, p.count, p.channels, 64, 64);
+  make.rows<64>(maps.slopes, at.slopes, p.count, jobs.gates * jobs.channels, 64, 64);
+  make.rows<64>(maps.a, at.a, p.count, kOrders * jobs.units, 64, 64);
+  if (jobs.projections > 0) make.rows<64>(maps.factors, at.factors, p.count, kFactors * jobs.units, 64, 64);
+  if (make.error) return make.error;
+  return launch_cluster(weights_wgmma<T>,
+                        dim3(static_cast<unsigned>(jobs.total), static_cast<unsigned>(jobs.splits)),
+                        dim3(kWeightThreads), kWeightShared, 1, false, stream, maps, at.parts, p.count, jobs);
+}
+
+template <typename T>
+int launch_once(const Problem& p, const Buffers<T>& at, const Arguments<T>& given, void* stream) {
+  OnceMaps maps{};
+  Maps make;
+  make.rows<64>(maps.x, given.x, p.count, p.channels, 64, 64);
+  make.rows<64>(maps.upstream, given.upstream, p.count, p.channels, 64, 64);
+  make.weights<64>(maps.proj, given.proj, factors_of(p.order), p.hidden, p.channels, {64, 16, kFactors});
+  make.weights<16>(maps.out, given.out, p.order, p.channels, p.hidden,
+                   {16, at.narrow ? kNarrowChannels : kWideChannels, kOrders});
+  if (given.dx != nullptr) make.rows<64>(maps.dx, given.dx, p.count, p.channels, 64, 64);
+  if (make.error) return make.error;
+  const dim3 blocks(static_cast<unsigned>(at.blocks));
+  const int64_t tiles = divide_up(p.count, 64);
+  const int want_x = given.dx != nullptr;
+  if (at.narrow) {
+    return launch_cluster(once_narrow_wgmma<T>, blocks, dim3(kNarrowThreads), kNarrowShared, 1, false, stream, maps,
+                          at.parts, tiles, features_of(p), want_x);
+  }
+  return launch_cluster(once_wide_wgmma<T>, blocks, dim3(kWideThreads), kWideShared, 1, false, stream, maps, at.parts,
+                        tiles, features_of(p), want_x);
+}
+
+template <typename T>
+int backward(const Problem& p, int way, const Arguments<T>& given, void* scratch, void* stream) {
+  const Buffers<T> at(p, way, given.dx != nullptr, given.dproj != nullptr, given.dout != nullptr, scratch);
+  if (at.bytes > 0 && scratch == nullptr) return dfkd_refuse("scratch is null");
   int error = 0;
-  if (p.count > 0) {
-    if (at.channels_off) {
-      error = resize(x, at.x, 1, p.count, p.channels, p.count, padded.channels, stream);
-      if (!error) error = resize(upstream, at.upstream, 1, p.count, p.channels, p.count, padded.channels, stream);
-      x = at.x;
-      upstream = at.upstream;
-      dx_to = want_x ? at.dx : nullptr;
+  if (p.count > 0 && at.blocks > 0) {
+    error = launch_once(p, at, given, stream);
+  } else if (p.count > 0) {
+    switch (at.jobs.ranks) {
+      case 1:
+        error = launch_chain_of<T, 1>(p, way, at, given, stream);
+        break;
+      case 2:
+        error = launch_chain_of<T, 2>(p, way, at, given, stream);
+        break;
+      default:
+        error = launch_chain_of<T, 4>(p, way, at, given, stream);
     }
-    if (at.weights_off) {
-      if (!error) {
-        error = resize(proj, at.proj, factors_of(p.order), p.hidden, p.channels, padded.hidden, padded.channels,
-                       stream);
-      }
-      if (!error) error = resize(out, at.out, p.order, p.channels, p.hidden, padded.channels, padded.hidden, stream);
-      proj = at.proj;
-      out = at.out;
-    }
-    if (!error && at.once > 0) {
-      error = launch(once_kernel<T>, dim3(static_cast<unsigned>(at.once)), dim3(128), kOnceShared, stream, upstream, x,
-                     proj, out, dx_to, at.parts, p.count, padded.channels, padded.hidden, p.map, want_proj, want_out,
-                     jobs.projection_size, jobs.size);
-    } else if (!error) {
-      error = through(at, jobs, form, upstream, x, proj, out, dx_to, stream);
-    }
-    if (!error && at.channels_off && want_x) {
-      error = resize(at.dx, dx, 1, p.count, padded.channels, p.count, p.channels, stream);
-    }
+    if (!error) error = launch_weights(p, at, given, stream);
   }
-  if (!error && want_proj) {
-    error = add_parts(at.parts, dproj, factors_of(p.order), p.hidden, p.channels, padded.hidden, padded.channels,
-                      splits, jobs.size, stream);
+  if (error) return error;
+  if (at.blocks > 0) {
+    return add_parts(at.parts, p, at.narrow ? kNarrowChannels : kWideChannels, at.narrow ? kNarrowUnits : kWideUnits,
+                     given.dproj, given.dout, at.blocks, true, stream);
   }
-  if (!error && want_out) {
-    error = add_parts(at.parts + jobs.projection_size, dout, p.order, p.channels, p.hidden, padded.channels,
-                      padded.hidden, splits, jobs.size, stream);
-  }
-  return error;
+  return add_parts(at.parts, p, at.jobs.channels, at.jobs.units, given.dproj, given.dout, at.jobs.splits, false,
+                   stream);
 }
 
 }  // namespace
@@ -352,9 +252,9 @@ extern "C" {
 
 int64_t dfkd_high_order_attention_backward_scratch(int64_t positions, int64_t channels, int64_t hidden, int64_t order,
                                                    int mode, int want_x, int want_proj, int want_out, int form) {
-  if (!served(positions, channels, hidden, order)) return 0;
-  const int orders = static_cast<int>(order);
-  const Problem p{positions, static_cast<int>(channels), static_cast<int>(hidden), orders, mode ? orders : 1, 0};
+  if (require_served(positions, channels, hidden, order, form, mode)) return 0;
+  const Problem p{positions,          static_cast<int>(channels), static_cast<int>(hidden), static_cast<int>(order),
+                  mode ? kOrders : 1, 0};
   return Buffers<float16>(p, form, want_x != 0, want_proj != 0, want_out != 0, nullptr).bytes;
 }
 
@@ -362,18 +262,16 @@ int dfkd_high_order_attention_backward(const void* upstream, const void* x, cons
                                        const void* out_weight, int64_t positions, int64_t channels, int64_t hidden,
                                        int64_t order, int dtype, int mode, int result, int form, void* dx, void* dproj,
                                        void* dout, void* scratch, void* stream) {
-  if (!served(positions, channels, hidden, order)) return DFKD_INVALID;
-  const int orders = static_cast<int>(order);
-  const Problem p{positions, static_cast<int>(channels), static_cast<int>(hidden), orders, mode ? orders : 1, result};
+  if (const int status = require_served(positions, channels, hidden, order, form, mode)) return status;
+  const Problem p{positions,          static_cast<int>(channels), static_cast<int>(hidden), static_cast<int>(order),
+                  mode ? kOrders : 1, result};
   return with_type(dtype, [=](auto type) {
     using T = decltype(type);
-    if constexpr (sizeof(T) == 2) {
-      return backward(p, form, static_cast<const T*>(upstream), static_cast<const T*>(x),
-                      static_cast<const T*>(proj_weight), static_cast<const T*>(out_weight), static_cast<T*>(dx),
-                      static_cast<T*>(dproj), static_cast<T*>(dout), scratch, stream);
-    } else {
-      return DFKD_INVALID;
-    }
+    const Arguments<T> given{static_cast<const T*>(upstream),    static_cast<const T*>(x),
+                             static_cast<const T*>(proj_weight), static_cast<const T*>(out_weight),
+                             static_cast<T*>(dx),                static_cast<T*>(dproj),
+                             static_cast<T*>(dout)};
+    return backward(p, form, given, scratch, stream);
   });
 }
 }

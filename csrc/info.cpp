@@ -8,31 +8,27 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "forms.h"
+#include "launchers.h"
 
 namespace py = pybind11;
 
 namespace {
 
 py::dict build() {
-  std::vector<std::string> architectures;
-  std::istringstream list(DFKD_ARCHITECTURES);
-  for (std::string each; std::getline(list, each, ',');) architectures.push_back(each);
   py::dict found;
   found["toolkit"] = DFKD_TOOLKIT;
-  found["architectures"] = architectures;
+  found["architecture"] = "sm_90a";
   found["commit"] = DFKD_COMMIT;
-  found["hopper"] = kHopper;
   return found;
 }
 
-// What a caller said of a call: each word is asked for once, and one that nobody asked for is an error.
+// The keyword arguments of a call: one that the op does not read is an error.
 class Options {
  public:
   explicit Options(const py::kwargs& given) : given_(given) {}
@@ -48,8 +44,11 @@ class Options {
     if (found == words.end()) throw py::value_error("no " + std::string(name) + " '" + word + "'");
     return static_cast<int>(found - words.begin());
   }
+  // A dfkd_dtype, or -1, which launchers refuse with their reason.
   int dtype(const char* name, const std::string& otherwise = "bfloat16") const {
-    return one_of(name, {"float32", "float16", "bfloat16"}, otherwise);
+    const auto word = get(name, otherwise);
+    if (word == "float32") return DFKD_FLOAT32;
+    return word == "float16" ? DFKD_FLOAT16 : word == "bfloat16" ? DFKD_BFLOAT16 : -1;
   }
   std::string word(const char* name, const std::string& otherwise) const { return get(name, otherwise); }
 
@@ -76,33 +75,34 @@ class Options {
   mutable std::set<std::string> asked_;
 };
 
-// Where a tensor would be. Nothing is there, and launchers that write down look at null and at alignment alone.
+// Where a tensor would be. Nothing is there: launchers that only record look at null and at alignment.
 template <typename T = void>
 T* somewhere(bool there = true) {
   return there ? reinterpret_cast<T*>(uintptr_t{1} << 20) : nullptr;
 }
 
-int contrastive_loss(const Options& given, bool hopper, bool backward) {
+int contrastive_loss(const Options& given, bool backward) {
   const int64_t count = given.size("count"), dim = given.size("dim");
   const int64_t row = given.size("row", dim), column = given.size("column", 1);
   const int dtype = given.dtype("dtype");
   const auto temperature = static_cast<float>(given.number("temperature", 0.1));
   const bool symmetric = given.flag("symmetric", false), normalize = given.flag("normalize", true);
   const int reduction = given.one_of("reduction", {"mean", "sum", "none"}, "mean");
-  const auto form = dfkd_contrastive_loss_form(hopper);
   if (!backward) {
     given.finish();
-    return form.forward(somewhere(), somewhere(), count, dim, row, column, row, column, dtype, temperature, symmetric,
-                        normalize, reduction, somewhere<float>(), somewhere<float>(), somewhere(), nullptr);
+    return dfkd_contrastive_loss(somewhere(), somewhere(), count, dim, row, column, row, column, dtype, temperature,
+                                 symmetric, normalize, reduction, somewhere<float>(), somewhere<float>(), somewhere(),
+                                 nullptr);
   }
   const bool anchors = given.flag("want_anchors", true), positives = given.flag("want_positives", true);
   given.finish();
-  return form.backward(somewhere<float>(), reduction == DFKD_NONE, somewhere(), somewhere(), somewhere<float>(), count,
-                       dim, row, column, row, column, dtype, temperature, symmetric, normalize, reduction,
-                       somewhere(anchors), somewhere(positives), dim, 1, dim, 1, somewhere(), nullptr);
+  return dfkd_contrastive_loss_backward(somewhere<float>(), reduction == DFKD_NONE, somewhere(), somewhere(),
+                                        somewhere<float>(), count, dim, row, column, row, column, dtype, temperature,
+                                        symmetric, normalize, reduction, somewhere(anchors), somewhere(positives), dim,
+                                        1, dim, 1, somewhere(), nullptr);
 }
 
-int spatial_attention(const Options& given, bool hopper, bool backward) {
+int spatial_attention(const Options& given, bool backward) {
   const int64_t samples = given.size("samples"), channels = given.size("channels"), maps = given.size("maps");
   const int64_t positions = given.size("positions");
   const int dtype = given.dtype("dtype");
@@ -111,50 +111,45 @@ int spatial_attention(const Options& given, bool hopper, bool backward) {
   const bool bias = given.flag("bias", true);
   const auto scale = static_cast<float>(given.number("scale", 0.05));
   const int softmax = given.one_of("form", {"spatial", "spatial_mean1", "channel"}, "spatial");
-  const auto form = dfkd_spatial_attention_form(hopper);
   if (!backward) {
     given.finish();
-    return form.forward(somewhere(), somewhere(), somewhere(), somewhere(bias), samples, channels, maps, positions,
-                        dtype, weight_dtype, bias_dtype, scale, softmax, somewhere(), somewhere(softmax != 2),
-                        somewhere(), nullptr);
+    return dfkd_spatial_attention(somewhere(), somewhere(), somewhere(), samples, channels, maps, positions, dtype,
+                                  weight_dtype, scale, softmax, somewhere(), somewhere(), nullptr);
   }
   const bool features = given.flag("want_features", true), hidden = given.flag("want_hidden", true);
   const bool weight = given.flag("want_weight", true), to_bias = given.flag("want_bias", true);
   given.finish();
-  return form.backward(somewhere(), somewhere(), somewhere(), somewhere(), somewhere(bias), somewhere(softmax != 2),
-                       samples, channels, maps, positions, dtype, weight_dtype, bias_dtype, scale, softmax,
-                       somewhere(features), somewhere(hidden), somewhere(weight), somewhere(bias && to_bias),
-                       somewhere(), nullptr);
+  return dfkd_spatial_attention_backward(somewhere(), somewhere(), somewhere(), somewhere(), somewhere(), samples,
+                                         channels, maps, positions, dtype, weight_dtype, bias_dtype, scale, softmax,
+                                         somewhere(features), somewhere(hidden), somewhere(weight),
+                                         somewhere(bias && to_bias), somewhere(), nullptr);
 }
 
-int high_order_attention(const Options& given, bool hopper, bool backward) {
+int high_order_attention(const Options& given, bool backward) {
   const int64_t positions = given.size("positions"), channels = given.size("channels");
   const int64_t hidden = given.size("hidden"), order = given.size("order", 3);
   const int dtype = given.dtype("dtype");
   const int mode = given.one_of("mode", {"joint", "per_order"}, "joint");
   const int result = given.one_of("result", {"features", "map"}, "features");
-  const int way = static_cast<int>(given.size("way", 0));  // form in launchers.h; the operators have 0
-  const auto form = dfkd_high_order_attention_form(hopper);
   if (!backward) {
     given.finish();
-    return form.forward(somewhere(), somewhere(), somewhere(), positions, channels, hidden, order, dtype, mode, result,
-                        way, somewhere(), somewhere(), nullptr);
+    return dfkd_high_order_attention(somewhere(), somewhere(), somewhere(), positions, channels, hidden, order, dtype,
+                                     mode, result, somewhere(), nullptr);
   }
+  const int way = static_cast<int>(given.size("way", 0));  // form in launchers.h; the operators have 0
   const bool x = given.flag("want_x", true), proj = given.flag("want_proj", true), out = given.flag("want_out", true);
   given.finish();
-  return form.backward(somewhere(), somewhere(), somewhere(), somewhere(), positions, channels, hidden, order, dtype,
-                       mode, result, way, somewhere(x), somewhere(proj), somewhere(out), somewhere(), nullptr);
+  return dfkd_high_order_attention_backward(somewhere(), somewhere(), somewhere(), somewhere(), positions, channels,
+                                            hidden, order, dtype, mode, result, way, somewhere(x), somewhere(proj),
+                                            somewhere(out), somewhere(), nullptr);
 }
 
 // What a launcher would launch, and its status.
-int recorded(const std::string& op, const std::string& backend, const py::kwargs& given,
-             std::vector<dfkd_launch>* launches) {
-  using Call = int (*)(const Options&, bool, bool);
+int recorded(const std::string& op, const py::kwargs& given, std::vector<dfkd_launch>* launches) {
+  using Call = int (*)(const Options&, bool);
   static const std::map<std::string, Call> calls = {{"contrastive_loss", &contrastive_loss},
                                                     {"spatial_attention", &spatial_attention},
                                                     {"high_order_attention", &high_order_attention}};
-  if (backend != "cuda" && backend != "hopper") throw py::value_error("no backend '" + backend + "' of kernels here");
-  if (backend == "hopper" && !kHopper) throw std::runtime_error("this build has no kernels for sm_90a");
   const std::string ending = "_backward";
   const bool backward = op.size() > ending.size() && op.compare(op.size() - ending.size(), ending.size(), ending) == 0;
   const auto call = calls.find(backward ? op.substr(0, op.size() - ending.size()) : op);
@@ -162,7 +157,7 @@ int recorded(const std::string& op, const std::string& backend, const py::kwargs
   launches->resize(64);
   dfkd_record(launches->data(), static_cast<int64_t>(launches->size()));
   const std::unique_ptr<void, void (*)(void*)> ended(launches, [](void*) { dfkd_record(nullptr, 0); });
-  const int status = call->second(Options(given), backend == "hopper", backward);
+  const int status = call->second(Options(given), backward);
   if (dfkd_recorded() > static_cast<int64_t>(launches->size())) throw std::runtime_error("more launches than expected");
   launches->resize(static_cast<size_t>(dfkd_recorded()));
   return status;
@@ -177,12 +172,22 @@ void require_success(int status) {
                                    : "CUDA error " + std::to_string(status) + ": " + cudaGetErrorString(error));
 }
 
-bool supported(const std::string& op, const std::string& backend, const py::kwargs& given) {
+// Why a launcher does not serve a call on a device with so many multiprocessors, or nothing if it does. Blocks that wait
+// for each other have one each.
+std::optional<std::string> unsupported_reason(const std::string& op, std::optional<int64_t> num_sms,
+                                              const py::kwargs& given) {
   std::vector<dfkd_launch> launches;
-  const int status = recorded(op, backend, given, &launches);
-  if (status == DFKD_INVALID) return false;
+  const int status = recorded(op, given, &launches);
+  if (status == DFKD_INVALID) return dfkd_reason();
   require_success(status);
-  return true;
+  for (const dfkd_launch& each : launches) {
+    const int64_t blocks = int64_t{each.grid[0]} * each.grid[1] * each.grid[2];
+    if (num_sms && each.cooperative && blocks > *num_sms) {
+      return op + " takes " + std::to_string(blocks) + " multiprocessors at once; the device has " +
+             std::to_string(*num_sms);
+    }
+  }
+  return std::nullopt;
 }
 
 std::string readable(const char* symbol) {
@@ -194,11 +199,10 @@ std::string readable(const char* symbol) {
 
 py::tuple three(const uint32_t (&size)[3]) { return py::make_tuple(size[0], size[1], size[2]); }
 
-std::vector<py::dict> launches(const std::string& op, const std::string& backend, bool resources,
-                               const py::kwargs& given) {
+std::vector<py::dict> launches(const std::string& op, bool resources, const py::kwargs& given) {
   std::vector<dfkd_launch> found;
-  const int status = recorded(op, backend, given, &found);
-  if (status == DFKD_INVALID) throw py::value_error(backend + " does not serve " + op + " of these sizes and options");
+  const int status = recorded(op, given, &found);
+  if (status == DFKD_INVALID) throw py::value_error(op + ": " + dfkd_reason());
   require_success(status);
   std::vector<py::dict> told;
   for (const dfkd_launch& each : found) {
@@ -226,16 +230,26 @@ std::vector<py::dict> launches(const std::string& op, const std::string& backend
   return told;
 }
 
+std::vector<std::string> kernels() {
+  std::vector<const char*> symbols(static_cast<size_t>(dfkd_kernel_names(nullptr, 0)));
+  dfkd_kernel_names(symbols.data(), static_cast<int64_t>(symbols.size()));
+  std::vector<std::string> names(symbols.size());
+  std::transform(symbols.begin(), symbols.end(), names.begin(), readable);
+  return names;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "What the CUDA extension of dfkd_fast is made of, what it serves and what it launches.";
-  module.def("build", &build, "Toolkit, architectures and commit of this build, and whether it has forms for sm_90a.");
-  module.def("supported", &supported, py::arg("op"), py::arg("backend") = "cuda",
-             "Whether a backend's launcher serves an op (or op_backward) of these sizes and options; needs no GPU.");
-  module.def("launches", &launches, py::arg("op"), py::arg("backend") = "cuda", py::arg("resources") = true,
+  module.def("build", &build, "Toolkit, architecture and commit of this build.");
+  module.def("kernels", &kernels, "The names of all kernels of this build.");
+  module.def("unsupported_reason", &unsupported_reason, py::arg("op"), py::arg("num_sms") = py::none(),
+             "Why the launcher of an op (or op_backward) does not serve these sizes and options; None if it does. "
+             "Needs no GPU.");
+  module.def("launches", &launches, py::arg("op"), py::arg("resources") = true,
              "What that launcher would launch: for each kernel its name, grid, block, cluster and dynamic shared "
              "memory, and, unless resources is False, what it takes of the present GPU's multiprocessors.\n\n"
-             "Raises ValueError where the backend does not serve these sizes, RuntimeError where resources are wanted "
+             "Raises ValueError if the launcher does not serve these sizes, RuntimeError if resources are asked for "
              "and there is no GPU.");
 }

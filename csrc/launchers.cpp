@@ -1,6 +1,29 @@
-// What launchers would launch, written down, and what that takes of a device: the last part of launchers.h.
+// Why a launcher refused, what launchers would launch and what that takes of a device; see launchers.h.
 #include "launchers.h"
 
+#include <cstdarg>
+#include <cstdio>
+
+namespace {
+
+thread_local char reason[256] = "";
+
+}  // namespace
+
+extern "C" {
+
+const char* dfkd_reason(void) { return reason; }
+
+int dfkd_refuse(const char* format, ...) {
+  std::va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(reason, sizeof(reason), format, arguments);
+  va_end(arguments);
+  return DFKD_INVALID;
+}
+}
+
+#ifndef DFKD_HOST  // with the execution shim nothing is recorded
 #include <cuda_runtime.h>
 
 #include <cstddef>
@@ -55,6 +78,15 @@ const char* dfkd_kernel_name(const void* kernel) {
   return found == names().end() ? nullptr : found->second;
 }
 
+int64_t dfkd_kernel_names(const char** to, int64_t capacity) {
+  int64_t count = 0;
+  for (const auto& [kernel, name] : names()) {
+    if (count < capacity) to[count] = name;
+    ++count;
+  }
+  return count;
+}
+
 int dfkd_resources_of(const dfkd_launch* launch, dfkd_resources* to) {
   *to = {};
   cudaFuncAttributes kernel{};
@@ -96,3 +128,4 @@ int dfkd_resources_of(const dfkd_launch* launch, dfkd_resources* to) {
 }
 
 }  // extern "C"
+#endif

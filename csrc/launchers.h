@@ -1,8 +1,12 @@
-/* The CUDA kernels of dfkd_fast, to be launched from any language: raw pointers, sizes, a stream.
+/* The CUDA kernels of dfkd_fast, for devices of compute capability 9.0, callable from any language: raw pointers,
+ * sizes, a stream.
  *
  * Pointers are to device memory, aligned to 16 bytes, of contiguous tensors unless strides are arguments; nothing is
  * allocated, and nothing waits. Each function returns a cudaError_t: 0, or why nothing was launched. The formulas are
  * those of dfkd_fast.ops, whose docstrings define them.
+ *
+ * A launcher serves only some sizes and options, listed at each. For others it returns DFKD_INVALID, and dfkd_reason()
+ * names the argument and its limit; the functions that return bytes of scratch then return 0.
  */
 #pragma once
 
@@ -16,12 +20,21 @@ enum dfkd_dtype { DFKD_FLOAT32 = 0, DFKD_FLOAT16 = 1, DFKD_BFLOAT16 = 2 };
 extern "C" {
 #endif
 
+/* Why the last call on this thread that returned DFKD_INVALID did so. */
+const char* dfkd_reason(void);
+/* For a launcher: records the reason, formatted as by printf, and returns DFKD_INVALID. */
+#ifdef __GNUC__
+__attribute__((format(printf, 1, 2)))
+#endif
+int dfkd_refuse(const char* format, ...);
+
 /* ---- contrastive_loss: NT-Xent over 2N vectors of D elements, float16 or bfloat16 -------------------------------
  *
  * anchors, positives (N, D): any strides, in elements, and no alignment but to the type; fastest with rows of whole
- * aligned pieces of 16 bytes. temperature above 0. reduction is a dfkd_reduction. out: a scalar, or (A,) for DFKD_NONE;
- * saved (A,): L, for backward; A = N, or 2N where symmetric. scratch: dfkd_contrastive_loss_scratch bytes, which may be
- * none. N = 0 fills out and leaves the rest. */
+ * aligned pieces of 16 bytes. reduction is a dfkd_reduction. out: a scalar, or (A,) for DFKD_NONE; saved (A,): L, for
+ * backward; A = N, or 2N where symmetric. scratch: dfkd_contrastive_loss_scratch bytes.
+ * Serves N from 129 to 2^23, D up to 128, normalize other than 0, and log2(e) / temperature <= 48 (temperatures from
+ * 0.0300562 on). */
 enum dfkd_reduction { DFKD_MEAN = 0, DFKD_SUM = 1, DFKD_NONE = 2 };
 int64_t dfkd_contrastive_loss_scratch(int64_t count, int64_t dim, int symmetric);
 int dfkd_contrastive_loss(const void* anchors, const void* positives, int64_t count, int64_t dim, int64_t anchors_row,
@@ -29,7 +42,7 @@ int dfkd_contrastive_loss(const void* anchors, const void* positives, int64_t co
                           float temperature, int symmetric, int normalize, int reduction, float* out, float* saved,
                           void* scratch, void* stream);
 /* upstream: of out, with upstream_row between its elements where it has more than one. d_anchors, d_positives (N, D):
- * in the dtype, any strides; null for one that nobody wants. */
+ * in the dtype, any strides; null where no gradient is needed. */
 int64_t dfkd_contrastive_loss_backward_scratch(int64_t count, int64_t dim, int symmetric, int want_anchors,
                                                int want_positives);
 int dfkd_contrastive_loss_backward(const float* upstream, int64_t upstream_row, const void* anchors,
@@ -40,98 +53,45 @@ int dfkd_contrastive_loss_backward(const float* upstream, int64_t upstream_row, 
                                    int64_t d_anchors_column, int64_t d_positives_row, int64_t d_positives_column,
                                    void* scratch, void* stream);
 
-/* The same for sm_90a. DFKD_INVALID for what this form does not serve: it takes float16 and bfloat16, normalize other
- * than 0, log2(e) / temperature <= 48 (temperatures from 0.0300562 on), 1 <= dim <= 128 and 128 < count <= 2^23; any
- * strides, alignment and reduction, symmetric or not. scratch is 0 for sizes that are not served. */
-int64_t dfkd_contrastive_loss_hopper_scratch(int64_t count, int64_t dim, int symmetric);
-int dfkd_contrastive_loss_hopper(const void* anchors, const void* positives, int64_t count, int64_t dim,
-                                 int64_t anchors_row, int64_t anchors_column, int64_t positives_row,
-                                 int64_t positives_column, int dtype, float temperature, int symmetric, int normalize,
-                                 int reduction, float* out, float* saved, void* scratch, void* stream);
-int64_t dfkd_contrastive_loss_hopper_backward_scratch(int64_t count, int64_t dim, int symmetric, int want_anchors,
-                                                      int want_positives);
-int dfkd_contrastive_loss_hopper_backward(const float* upstream, int64_t upstream_row, const void* anchors,
-                                          const void* positives, const float* saved, int64_t count, int64_t dim,
-                                          int64_t anchors_row, int64_t anchors_column, int64_t positives_row,
-                                          int64_t positives_column, int dtype, float temperature, int symmetric,
-                                          int normalize, int reduction, void* d_anchors, void* d_positives,
-                                          int64_t d_anchors_row, int64_t d_anchors_column, int64_t d_positives_row,
-                                          int64_t d_positives_column, void* scratch, void* stream);
-
-/* spatial_attention. features, out, upstream, d_features (samples, positions, channels) and hidden, d_hidden (samples,
- * positions, maps), all without gaps: channels-last maps; dtype is theirs, float16 or bfloat16. weight (channels, maps)
- * and bias (channels) may have another type; no bias is null. form: 0 spatial, 1 spatial_mean1, 2 channel. saved
- * (2, samples, channels) float32: maxima and sums of exponentials; not touched by form 2. scratch: as many bytes as the
- * function of that name says. Up to 128 maps; form 2 up to 256 channels (128 with more than 64 maps). */
-int64_t dfkd_spatial_attention_scratch(int64_t samples, int64_t channels, int64_t maps, int64_t positions, int form);
-int dfkd_spatial_attention(const void* features, const void* hidden, const void* weight, const void* bias,
-                           int64_t samples, int64_t channels, int64_t maps, int64_t positions, int dtype,
-                           int weight_dtype, int bias_dtype, float scale, int form, void* out, void* saved,
-                           void* scratch, void* stream);
-/* Its gradients; null for those not wanted. d_weight and d_bias have the types of weight and bias; d_bias is zero but
- * for form 2. */
+/* ---- spatial_attention ------------------------------------------------------------------------------------------
+ *
+ * features, out, upstream, d_features (samples, positions, channels) and hidden, d_hidden (samples, positions, maps),
+ * all contiguous: channels-last maps; dtype is theirs, float16 or bfloat16. weight (channels, maps) may have another
+ * type; a bias cancels. form: 0 spatial, 1 spatial_mean1 (2, channel, is not served). saved (2, samples, channels)
+ * float32: maxima and sums of exponentials.
+ * Serves channels up to 256 and maps up to 64, both multiples of 8. Backward is a cooperative launch of 132 blocks. */
+int dfkd_spatial_attention(const void* features, const void* hidden, const void* weight, int64_t samples,
+                           int64_t channels, int64_t maps, int64_t positions, int dtype, int weight_dtype, float scale,
+                           int form, void* out, void* saved, void* stream);
+/* Its gradients; null for those not needed. d_weight has the type of weight, d_bias that of bias and is zero. scratch:
+ * as many bytes as the function of that name says. */
 int64_t dfkd_spatial_attention_backward_scratch(int64_t samples, int64_t channels, int64_t maps, int64_t positions,
                                                 int form);
 int dfkd_spatial_attention_backward(const void* upstream, const void* features, const void* hidden, const void* weight,
-                                    const void* bias, const void* saved, int64_t samples, int64_t channels,
-                                    int64_t maps, int64_t positions, int dtype, int weight_dtype, int bias_dtype,
-                                    float scale, int form, void* d_features, void* d_hidden, void* d_weight,
-                                    void* d_bias, void* scratch, void* stream);
-/* The same for sm_90a: forms 0 and 1, channels and maps multiples of 8, up to 256 channels and 64 maps. Backward wants
- * 132 multiprocessors. */
-int64_t dfkd_spatial_attention_hopper_scratch(int64_t samples, int64_t channels, int64_t maps, int64_t positions,
-                                              int form);
-int dfkd_spatial_attention_hopper(const void* features, const void* hidden, const void* weight, const void* bias,
-                                  int64_t samples, int64_t channels, int64_t maps, int64_t positions, int dtype,
-                                  int weight_dtype, int bias_dtype, float scale, int form, void* out, void* saved,
-                                  void* scratch, void* stream);
-int64_t dfkd_spatial_attention_hopper_backward_scratch(int64_t samples, int64_t channels, int64_t maps,
-                                                       int64_t positions, int form);
-int dfkd_spatial_attention_hopper_backward(const void* upstream, const void* features, const void* hidden,
-                                           const void* weight, const void* bias, const void* saved, int64_t samples,
-                                           int64_t channels, int64_t maps, int64_t positions, int dtype,
-                                           int weight_dtype, int bias_dtype, float scale, int form, void* d_features,
-                                           void* d_hidden, void* d_weight, void* d_bias, void* scratch, void* stream);
+                                    const void* saved, int64_t samples, int64_t channels, int64_t maps,
+                                    int64_t positions, int dtype, int weight_dtype, int bias_dtype, float scale,
+                                    int form, void* d_features, void* d_hidden, void* d_weight, void* d_bias,
+                                    void* scratch, void* stream);
 
-/* high_order_attention. x, y, upstream, dx (positions, channels) without gaps: channels-last maps, positions = N H W;
- * proj_weight, dproj (order (order + 1) / 2, hidden, channels), out_weight, dout (order, channels, hidden), contiguous.
- * All of them are of one dtype, float16 or bfloat16. order up to 4. mode: 0 joint, 1 per_order. result: 0 features, 1
- * the map. form: 0 as the sizes suggest; 1 whole (DFKD_INVALID for what it does not serve); 2 split; 3 split, in taller
- * tiles. scratch: as many bytes as the function of that name says, for the same form; may be null for none. Fastest
- * where channels and hidden are multiples of 8: other sizes are padded in scratch. */
-int64_t dfkd_high_order_attention_scratch(int64_t positions, int64_t channels, int64_t hidden, int64_t order, int mode,
-                                          int form);
+/* ---- high_order_attention ---------------------------------------------------------------------------------------
+ *
+ * x, y, upstream, dx (positions, channels) contiguous: channels-last maps, positions = N H W; proj_weight, dproj
+ * (order (order + 1) / 2, hidden, channels), out_weight, dout (order, channels, hidden), contiguous. All of them are of
+ * one dtype, float16 or bfloat16. mode: 0 joint, 1 per_order. result: 0 features, 1 the map.
+ * Serves order up to 3, up to 2^30 positions, channels up to 512 and hidden up to 128, both multiples of 8. */
 int dfkd_high_order_attention(const void* x, const void* proj_weight, const void* out_weight, int64_t positions,
                               int64_t channels, int64_t hidden, int64_t order, int dtype, int mode, int result,
-                              int form, void* y, void* scratch, void* stream);
-/* upstream: the gradient of y, or of the map. dx, dproj, dout: null for those not wanted. No positions: dproj and dout
- * are filled with zeros. */
+                              void* y, void* stream);
+/* upstream: the gradient of y, or of the map. dx, dproj, dout: null for those not needed. No positions: dproj and dout
+ * are filled with zeros. form: 0 as the sizes suggest; 1 everything in one pass, joint with channels <= 128 and
+ * hidden <= 32 only; 2 the chain of products, through memory; 3 that in taller tiles, joint with channels > 128 or
+ * hidden > 32 only. scratch: as many bytes as the function of that name says. */
 int64_t dfkd_high_order_attention_backward_scratch(int64_t positions, int64_t channels, int64_t hidden, int64_t order,
                                                    int mode, int want_x, int want_proj, int want_out, int form);
 int dfkd_high_order_attention_backward(const void* upstream, const void* x, const void* proj_weight,
                                        const void* out_weight, int64_t positions, int64_t channels, int64_t hidden,
                                        int64_t order, int dtype, int mode, int result, int form, void* dx, void* dproj,
                                        void* dout, void* scratch, void* stream);
-/* The backward for sm_90a: the same arguments. It serves float16 and bfloat16, orders up to 3, both modes and results,
- * channels up to 512 and hidden up to 128 that are multiples of 8, and up to 2^30 positions. form: 0 as the sizes
- * suggest; 1 everything in one pass, joint with channels <= 128 and hidden <= 32 alone; 2 the chain of products,
- * through memory; 3 that in taller tiles, joint with channels > 128 or hidden > 32 alone. */
-int64_t dfkd_high_order_attention_hopper_backward_scratch(int64_t positions, int64_t channels, int64_t hidden,
-                                                          int64_t order, int mode, int want_x, int want_proj,
-                                                          int want_out, int form);
-int dfkd_high_order_attention_hopper_backward(const void* upstream, const void* x, const void* proj_weight,
-                                              const void* out_weight, int64_t positions, int64_t channels,
-                                              int64_t hidden, int64_t order, int dtype, int mode, int result, int form,
-                                              void* dx, void* dproj, void* dout, void* scratch, void* stream);
-
-/* The forms for sm_90a; arguments as above, form 0 alone. They serve float16 and bfloat16, order up to 3, both modes
- * and results, up to 2^30 positions, channels up to 512 and hidden up to a quarter of the next of 64, 128, 256 and 512,
- * both multiples of 8. Forward takes no scratch. */
-int64_t dfkd_high_order_attention_hopper_scratch(int64_t positions, int64_t channels, int64_t hidden, int64_t order,
-                                                 int mode, int form);
-int dfkd_high_order_attention_hopper(const void* x, const void* proj_weight, const void* out_weight, int64_t positions,
-                                     int64_t channels, int64_t hidden, int64_t order, int dtype, int mode, int result,
-                                     int form, void* y, void* scratch, void* stream);
 
 /* ---- what would be launched -------------------------------------------------------------------------------------
  *
@@ -150,8 +110,10 @@ void dfkd_record(dfkd_launch* to, int64_t capacity);
 int64_t dfkd_recorded(void);
 /* For a launcher: 0 without a record, else 1, and the launch is in it. */
 int dfkd_note(const dfkd_launch* launch);
-/* The kernel's name as the compiler mangled it; null for what is none of ours. */
+/* The kernel's name as the compiler mangled it; null for another address. */
 const char* dfkd_kernel_name(const void* kernel);
+/* Writes the names of all kernels, as mangled, as far as capacity goes; returns how many there are. */
+int64_t dfkd_kernel_names(const char** to, int64_t capacity);
 /* What a launch takes of the current device; blocks and clusters are those that run at the same time on one
  * multiprocessor, and on all of them. Returns a cudaError_t. */
 typedef struct dfkd_resources {

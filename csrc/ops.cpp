@@ -2,20 +2,19 @@
 //
 // On torch's stable ABI, so that one build serves torch 2.11 and later. Python keeps defining dfkd_fast::op with its
 // autograd and fake implementations; its launch functions call these, which fill results that were allocated there.
-// hopper picks the form for sm_90a, whose launchers refuse what they do not serve.
+// A launcher that does not serve a call raises with its reason.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
-
-#include "forms.h"
+#include "launchers.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
+using torch::stable::accelerator::DeviceGuard;
 using torch::stable::Tensor;
 
 int dtype_of(const Tensor& x) {
@@ -32,15 +31,10 @@ int dtype_of(const Tensor& x) {
   return -1;
 }
 
-// Of a result that is not wanted, which has no elements, there is no pointer.
+// Null for a result without elements, which stands for one that is not needed.
 void* result(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; }
-const void* optional(const std::optional<Tensor>& x) { return x.has_value() ? x->data_ptr() : nullptr; }
 
 void require_cuda(const Tensor& x) { STD_TORCH_CHECK(x.is_cuda(), "dfkd_fast: a CUDA tensor is needed"); }
-
-void require_form(bool hopper) {
-  STD_TORCH_CHECK(kHopper || !hopper, "dfkd_fast: this build has no kernels for sm_90a");
-}
 
 void require_alike(const Tensor& x, const Tensor& y, const char* name) {
   STD_TORCH_CHECK(x.dim() == y.dim() && x.size(0) == y.size(0) && x.size(1) == y.size(1), "dfkd_fast: ", name,
@@ -65,100 +59,85 @@ Tensor scratch_of(const Tensor& x, int64_t bytes) {
 }
 
 void check(int status, const char* op) {
-  STD_TORCH_CHECK(status != DFKD_INVALID, "dfkd_fast: ", op, " does not support these arguments");
+  STD_TORCH_CHECK(status != DFKD_INVALID, "dfkd_fast: ", op, ": ", dfkd_reason());
   STD_TORCH_CHECK(status == 0, "dfkd_fast: ", op, " was not launched, CUDA error ", status);
 }
-
-}  // namespace
-
-namespace {
-
-using torch::stable::accelerator::DeviceGuard;
 
 int64_t stride_of(const Tensor& x, int64_t dim) { return x.dim() > dim ? x.stride(dim) : 0; }
 
 // ---- contrastive_loss -----------------------------------------------------------------------------------------------
 
 void contrastive_loss(const Tensor& anchors, const Tensor& positives, double temperature, bool symmetric,
-                      bool normalize, int64_t reduction, bool hopper, const Tensor& out, const Tensor& saved) {
+                      bool normalize, int64_t reduction, const Tensor& out, const Tensor& saved) {
   require_cuda(anchors);
-  require_form(hopper);
   require_alike(anchors, positives, "positives");
   const DeviceGuard guard(anchors.get_device());
   const int64_t count = anchors.size(0), dim = anchors.size(1);
-  const auto form = dfkd_contrastive_loss_form(hopper);
-  const Tensor scratch = scratch_of(anchors, form.scratch(count, dim, symmetric));
-  check(form.forward(anchors.data_ptr(), positives.data_ptr(), count, dim, anchors.stride(0), anchors.stride(1),
-                     positives.stride(0), positives.stride(1), dtype_of(anchors), static_cast<float>(temperature),
-                     symmetric, normalize, static_cast<int>(reduction), out.mutable_data_ptr<float>(),
-                     saved.mutable_data_ptr<float>(), scratch.data_ptr(), stream_of(anchors)),
+  const Tensor scratch = scratch_of(anchors, dfkd_contrastive_loss_scratch(count, dim, symmetric));
+  check(dfkd_contrastive_loss(anchors.data_ptr(), positives.data_ptr(), count, dim, anchors.stride(0),
+                              anchors.stride(1), positives.stride(0), positives.stride(1), dtype_of(anchors),
+                              static_cast<float>(temperature), symmetric, normalize, static_cast<int>(reduction),
+                              out.mutable_data_ptr<float>(), saved.mutable_data_ptr<float>(), scratch.data_ptr(),
+                              stream_of(anchors)),
         "contrastive_loss");
 }
 
 void contrastive_loss_backward(const Tensor& upstream, const Tensor& anchors, const Tensor& positives,
                                const Tensor& saved, double temperature, bool symmetric, bool normalize,
-                               int64_t reduction, bool hopper, const Tensor& d_anchors, const Tensor& d_positives) {
+                               int64_t reduction, const Tensor& d_anchors, const Tensor& d_positives) {
   require_cuda(anchors);
-  require_form(hopper);
   require_alike(anchors, positives, "positives");
   const DeviceGuard guard(anchors.get_device());
   const int64_t count = anchors.size(0), dim = anchors.size(1);
   void *to_anchors = result(d_anchors), *to_positives = result(d_positives);
-  const auto form = dfkd_contrastive_loss_form(hopper);
   const int64_t bytes =
-      form.backward_scratch(count, dim, symmetric, to_anchors != nullptr, to_positives != nullptr);
+      dfkd_contrastive_loss_backward_scratch(count, dim, symmetric, to_anchors != nullptr, to_positives != nullptr);
   const Tensor scratch = scratch_of(anchors, bytes);
-  check(form.backward(upstream.const_data_ptr<float>(), stride_of(upstream, 0), anchors.data_ptr(),
-                      positives.data_ptr(), saved.const_data_ptr<float>(), count, dim, anchors.stride(0),
-                      anchors.stride(1), positives.stride(0), positives.stride(1), dtype_of(anchors),
-                      static_cast<float>(temperature), symmetric, normalize, static_cast<int>(reduction), to_anchors,
-                      to_positives, stride_of(d_anchors, 0), stride_of(d_anchors, 1), stride_of(d_positives, 0),
-                      stride_of(d_positives, 1), scratch.data_ptr(), stream_of(anchors)),
+  check(dfkd_contrastive_loss_backward(
+            upstream.const_data_ptr<float>(), stride_of(upstream, 0), anchors.data_ptr(), positives.data_ptr(),
+            saved.const_data_ptr<float>(), count, dim, anchors.stride(0), anchors.stride(1), positives.stride(0),
+            positives.stride(1), dtype_of(anchors), static_cast<float>(temperature), symmetric, normalize,
+            static_cast<int>(reduction), to_anchors, to_positives, stride_of(d_anchors, 0), stride_of(d_anchors, 1),
+            stride_of(d_positives, 0), stride_of(d_positives, 1), scratch.data_ptr(), stream_of(anchors)),
         "contrastive_loss_backward");
 }
 
 // ---- spatial_attention: maps as (N, H W, C) without gaps ------------------------------------------------------------
 
-void spatial_attention(const Tensor& features, const Tensor& hidden, const Tensor& weight,
-                       const std::optional<Tensor>& bias, double scale, int64_t softmax, bool hopper,
+void spatial_attention(const Tensor& features, const Tensor& hidden, const Tensor& weight, double scale, int64_t form,
                        const Tensor& out, const Tensor& saved) {
   require_cuda(features);
-  require_form(hopper);
   require_rows(features, "features");
   require_rows(hidden, "hidden");
   require_rows(out, "out");
   const DeviceGuard guard(features.get_device());
   const int64_t samples = features.size(0), positions = features.size(1), channels = features.size(2);
-  const int64_t maps = hidden.size(2);
-  const int kind = static_cast<int>(softmax);
-  const auto form = dfkd_spatial_attention_form(hopper);
-  const Tensor scratch = scratch_of(features, form.scratch(samples, channels, maps, positions, kind));
-  check(form.forward(features.data_ptr(), hidden.data_ptr(), weight.data_ptr(), optional(bias), samples, channels,
-                     maps, positions, dtype_of(features), dtype_of(weight), dtype_of(bias.value_or(weight)),
-                     static_cast<float>(scale), kind, out.mutable_data_ptr(), result(saved), scratch.data_ptr(),
-                     stream_of(features)),
+  check(dfkd_spatial_attention(features.data_ptr(), hidden.data_ptr(), weight.data_ptr(), samples, channels,
+                               hidden.size(2), positions, dtype_of(features), dtype_of(weight),
+                               static_cast<float>(scale), static_cast<int>(form), out.mutable_data_ptr(),
+                               result(saved), stream_of(features)),
         "spatial_attention");
 }
 
 void spatial_attention_backward(const Tensor& upstream, const Tensor& features, const Tensor& hidden,
-                                const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& saved,
-                                double scale, int64_t softmax, bool hopper, const Tensor& d_features,
-                                const Tensor& d_hidden, const Tensor& d_weight, const Tensor& d_bias) {
+                                const Tensor& weight, const Tensor& saved, double scale, int64_t form,
+                                const Tensor& d_features, const Tensor& d_hidden, const Tensor& d_weight,
+                                const Tensor& d_bias) {
   require_cuda(features);
-  require_form(hopper);
   require_rows(upstream, "upstream");
   require_rows(features, "features");
   require_rows(hidden, "hidden");
   const DeviceGuard guard(features.get_device());
   const int64_t samples = features.size(0), positions = features.size(1), channels = features.size(2);
   const int64_t maps = hidden.size(2);
-  const int kind = static_cast<int>(softmax);
-  const auto form = dfkd_spatial_attention_form(hopper);
-  const Tensor scratch = scratch_of(features, form.backward_scratch(samples, channels, maps, positions, kind));
-  check(form.backward(upstream.data_ptr(), features.data_ptr(), hidden.data_ptr(), weight.data_ptr(), optional(bias),
-                      saved.data_ptr(), samples, channels, maps, positions, dtype_of(features), dtype_of(weight),
-                      dtype_of(bias.value_or(weight)), static_cast<float>(scale), kind, result(d_features),
-                      result(d_hidden), result(d_weight), result(d_bias), scratch.data_ptr(), stream_of(features)),
+  const int kind = static_cast<int>(form);
+  const Tensor scratch =
+      scratch_of(features, dfkd_spatial_attention_backward_scratch(samples, channels, maps, positions, kind));
+  check(dfkd_spatial_attention_backward(upstream.data_ptr(), features.data_ptr(), hidden.data_ptr(), weight.data_ptr(),
+                                        saved.data_ptr(), samples, channels, maps, positions, dtype_of(features),
+                                        dtype_of(weight), dtype_of(d_bias), static_cast<float>(scale), kind,
+                                        result(d_features), result(d_hidden), result(d_weight), result(d_bias),
+                                        scratch.data_ptr(), stream_of(features)),
         "spatial_attention_backward");
 }
 
@@ -167,28 +146,23 @@ void spatial_attention_backward(const Tensor& upstream, const Tensor& features, 
 constexpr int kAsSizesSuggest = 0;
 
 void high_order_attention(const Tensor& x, const Tensor& proj_weight, const Tensor& out_weight, int64_t mode,
-                          int64_t result_kind, bool hopper, const Tensor& y) {
+                          int64_t result_kind, const Tensor& y) {
   require_cuda(x);
-  require_form(hopper);
   require_rows(x, "x");
   require_rows(y, "y");
   const DeviceGuard guard(x.get_device());
   const int64_t positions = x.size(0) * x.size(1), channels = x.size(2);
   const int64_t order = out_weight.size(0), hidden = out_weight.size(2);
-  const int kind = static_cast<int>(mode);
-  const auto form = dfkd_high_order_attention_form(hopper);
-  const Tensor scratch = scratch_of(x, form.scratch(positions, channels, hidden, order, kind, kAsSizesSuggest));
-  check(form.forward(x.data_ptr(), proj_weight.data_ptr(), out_weight.data_ptr(), positions, channels, hidden, order,
-                     dtype_of(x), kind, static_cast<int>(result_kind), kAsSizesSuggest, y.mutable_data_ptr(),
-                     scratch.data_ptr(), stream_of(x)),
+  check(dfkd_high_order_attention(x.data_ptr(), proj_weight.data_ptr(), out_weight.data_ptr(), positions, channels,
+                                  hidden, order, dtype_of(x), static_cast<int>(mode), static_cast<int>(result_kind),
+                                  y.mutable_data_ptr(), stream_of(x)),
         "high_order_attention");
 }
 
 void high_order_attention_backward(const Tensor& upstream, const Tensor& x, const Tensor& proj_weight,
-                                   const Tensor& out_weight, int64_t mode, int64_t result_kind, bool hopper,
-                                   const Tensor& dx, const Tensor& dproj, const Tensor& dout) {
+                                   const Tensor& out_weight, int64_t mode, int64_t result_kind, const Tensor& dx,
+                                   const Tensor& dproj, const Tensor& dout) {
   require_cuda(x);
-  require_form(hopper);
   require_rows(upstream, "upstream");
   require_rows(x, "x");
   const DeviceGuard guard(x.get_device());
@@ -196,13 +170,14 @@ void high_order_attention_backward(const Tensor& upstream, const Tensor& x, cons
   const int64_t order = out_weight.size(0), hidden = out_weight.size(2);
   const int kind = static_cast<int>(mode);
   void *to_x = result(dx), *to_proj = result(dproj), *to_out = result(dout);
-  const auto form = dfkd_high_order_attention_form(hopper);
-  const Tensor scratch =
-      scratch_of(x, form.backward_scratch(positions, channels, hidden, order, kind, to_x != nullptr,
-                                          to_proj != nullptr, to_out != nullptr, kAsSizesSuggest));
-  check(form.backward(upstream.data_ptr(), x.data_ptr(), proj_weight.data_ptr(), out_weight.data_ptr(), positions,
-                      channels, hidden, order, dtype_of(x), kind, static_cast<int>(result_kind), kAsSizesSuggest, to_x,
-                      to_proj, to_out, scratch.data_ptr(), stream_of(x)),
+  const int64_t bytes =
+      dfkd_high_order_attention_backward_scratch(positions, channels, hidden, order, kind, to_x != nullptr,
+                                                 to_proj != nullptr, to_out != nullptr, kAsSizesSuggest);
+  const Tensor scratch = scratch_of(x, bytes);
+  check(dfkd_high_order_attention_backward(upstream.data_ptr(), x.data_ptr(), proj_weight.data_ptr(),
+                                           out_weight.data_ptr(), positions, channels, hidden, order, dtype_of(x),
+                                           kind, static_cast<int>(result_kind), kAsSizesSuggest, to_x, to_proj, to_out,
+                                           scratch.data_ptr(), stream_of(x)),
         "high_order_attention_backward");
 }
 
@@ -210,25 +185,24 @@ void high_order_attention_backward(const Tensor& upstream, const Tensor& x, cons
 
 STABLE_TORCH_LIBRARY(dfkd_fast_cuda, library) {
   library.def(
-      "high_order_attention(Tensor x, Tensor proj_weight, Tensor out_weight, int mode, int result, bool hopper, "
-      "Tensor(a!) y) -> ()");
-  library.def(
-      "high_order_attention_backward(Tensor upstream, Tensor x, Tensor proj_weight, Tensor out_weight, int mode, "
-      "int result, bool hopper, Tensor(a!) dx, Tensor(b!) dproj, Tensor(c!) dout) -> ()");
-  library.def(
-      "contrastive_loss(Tensor anchors, Tensor positives, float temperature, bool symmetric, bool normalize, "
-      "int reduction, bool hopper, Tensor(a!) out, Tensor(b!) saved) -> ()");
-  library.def(
-      "contrastive_loss_backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor saved, float temperature, "
-      "bool symmetric, bool normalize, int reduction, bool hopper, Tensor(a!) d_anchors, Tensor(b!) d_positives) "
+      "high_order_attention(Tensor x, Tensor proj_weight, Tensor out_weight, int mode, int result, Tensor(a!) y) "
       "-> ()");
   library.def(
-      "spatial_attention(Tensor features, Tensor hidden, Tensor weight, Tensor? bias, float scale, int form, "
-      "bool hopper, Tensor(a!) out, Tensor(b!) saved) -> ()");
+      "high_order_attention_backward(Tensor upstream, Tensor x, Tensor proj_weight, Tensor out_weight, int mode, "
+      "int result, Tensor(a!) dx, Tensor(b!) dproj, Tensor(c!) dout) -> ()");
   library.def(
-      "spatial_attention_backward(Tensor upstream, Tensor features, Tensor hidden, Tensor weight, Tensor? bias, "
-      "Tensor saved, float scale, int form, bool hopper, Tensor(a!) d_features, Tensor(b!) d_hidden, "
-      "Tensor(c!) d_weight, Tensor(d!) d_bias) -> ()");
+      "contrastive_loss(Tensor anchors, Tensor positives, float temperature, bool symmetric, bool normalize, "
+      "int reduction, Tensor(a!) out, Tensor(b!) saved) -> ()");
+  library.def(
+      "contrastive_loss_backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor saved, float temperature, "
+      "bool symmetric, bool normalize, int reduction, Tensor(a!) d_anchors, Tensor(b!) d_positives) -> ()");
+  library.def(
+      "spatial_attention(Tensor features, Tensor hidden, Tensor weight, float scale, int form, Tensor(a!) out, "
+      "Tensor(b!) saved) -> ()");
+  library.def(
+      "spatial_attention_backward(Tensor upstream, Tensor features, Tensor hidden, Tensor weight, Tensor saved, "
+      "float scale, int form, Tensor(a!) d_features, Tensor(b!) d_hidden, Tensor(c!) d_weight, Tensor(d!) d_bias) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dfkd_fast_cuda, CUDA, library) {

@@ -1,22 +1,30 @@
-// The gate of the spatial attention modules, backward. With logits l and softmax s as in spatial_attention.cu, made
-// anew, and g the upstream gradient:
+// The gate of the spatial attention modules, backward, for sm_90a: the two softmaxes over positions. With logits l and
+// softmax s as in spatial_attention.cu, made anew, and g the upstream gradient:
 //
-//   q = scale g f      D = sum of s q over the softmax      dl = s (q - D)
-//   df = g + g scale s      dh = w^T dl      dw = sum over positions of dl h      db = sum over positions of dl
+//   q = g f      D = sum of s q over positions      dl = scale s (q - D)
+//   df = g + g scale s      dh = w^T dl      dw = sum over positions of dl h
 //
-//   over positions  slopes     D of each chunk of a sample's positions: reads f, g and h
-//                   gradients  merges the chunks', then all the rest, in reverse: what slopes read last is in cache
-//   over channels   gradients  alone, where D is a sum within the block
-//   sum_parts       adds up the blocks' dw and db; sum_blocks their dh, where channels take more than one block
+// In a two-byte type 6 N C P bytes of f, g and df, 4 N C P more to read f and g again, which come from cache; 6 N K P
+// of narrow maps; 8 N C P K operations and 2 N C P exponentials. Memory is the limit while the second reading stays in
+// cache, and the way from cache to multiprocessors is next.
 //
-// dl is rounded to the type of the maps, as the products that follow it in PyTorch take it, and passes through shared
-// memory: from there dh wants all channels of a position, which are with several warps, and dw wants it transposed.
-// In a two-byte type 10 N C P bytes of features and gradients (6 where the second pass is from cache), 6 N K P of
-// narrow ones, 4 C K written and read a chunk for dw; 8 N C P K operations and 2 N C P exponentials. Memory is the
-// limit. At the paper's shapes blocks use 79 to 112 KB of shared memory, most of it two tiles of f and g, and at most
-// 128 registers a thread: two blocks of a multiprocessor with 227 KB.
+//   clear      counters
+//   gradients  one cooperative launch. All tiles of all samples in a row are dealt to blocks in turn: in step i block b
+//              makes D of tile i B + b, its own part of it, and then gradients of the tile `lag` steps before, of which
+//              the sample's D is known by then. So all blocks are always at work on few neighbouring samples, however
+//              large one is, and what waits in cache between the readings is lag B tiles: 17 MB of f and g, 26 where a
+//              sample has more tiles than there are blocks. Parts of D are added up by the block that had the last tile
+//              of a sample, as soon as a counter says that all are there; another counter tells that D is known.
+//              dl replaces f in shared memory, in the order of columns that products have, and df replaces g: from
+//              there products take dl twice, by positions and by channels, and a tile store takes df. dw stays in
+//              accumulators over all tiles of a block.
+//   add_parts  adds up the blocks' dw
 //
-// The plain form, for sm_80 and later: mma.sync and cp.async. Not yet run on a card.
+// dl is rounded to the type of the maps, as the products that follow it in PyTorch take it. Four warpgroups do all
+// this, with 112 registers a thread. Warps of a fifth bring tiles, two or three ahead, bring numbers of their channels,
+// and add up and publish what the others' warps leave of D, for which these so need not wait for each other or for
+// memory.
+// Serves C up to 256 and K up to 64, multiples of 8. Not yet run on a GPU.
 #include "spatial_attention.h"
 
 namespace {
@@ -24,423 +32,496 @@ namespace {
 using namespace dfkd;
 using namespace dfkd::spatial;
 
-constexpr int kRows = 2;   // times 16 positions a warp
-constexpr int kWaves = 2;  // blocks of a multiprocessor
+#ifdef DFKD_HOST
+constexpr int kBlocks = 3;
+#else
+constexpr int kBlocks = 132;
+#endif
+constexpr int kMostStages = 3, kSlots = 2;
+constexpr int kEverybody = 5;  // the barrier of all consumers; 1 to 4 are those of one strip of positions
 
-template <typename T>
-int slopes_bytes(const Problem<T>& x) {
-  return 2 * ring_bytes<kRows>(2) + 2 * x.hidden_bytes(kRows) + x.weight_bytes() + 2 * 4 * x.width();
-}
+// Shared memory for barriers and for numbers of channels: maxima, what to multiply exponentials by, D / scale.
+constexpr int kBarrierBytes = 1024, kNumberBytes = kSlots * 4 * 3 * kMostChannels;
+constexpr int kFixedBytes = kBarrierBytes + kNumberBytes;
+static_assert(kFixedBytes % 1024 == 0);
 
-// Maximum and 1 / sum of a block's channels, from what forward saved.
-template <typename T>
-__device__ __forceinline__ void read_saved(const Problem<T>& x, const Place& at, const float* saved, float* tops,
-                                           float* inverses) {
-  const int c = static_cast<int>(threadIdx.x), channel = at.channel + c;
-  if (c < x.width()) {
-    const bool valid = channel < x.channels;
-    tops[c] = valid ? saved[at.sample * x.channels + channel] : 0.0f;
-    inverses[c] = valid ? 1.0f / saved[(x.samples + at.sample) * x.channels + channel] : 0.0f;
-  }
-}
+struct Plan {
+  Cut cut;
+  int tiles, blocks;  // of all samples
+  int steps, lag;     // steps in which there are tiles, and how many later their gradients are made
+  int stages;
+  unsigned summing_warps;  // which add up D of a sample: for each strip of a tile one of each 16 channels
+  int weight_dtype;
+  float scale;
+  bool narrow, want_features, want_hidden, want_weight;  // narrow: more than df
 
-// Sums over a warp's positions to those over the block's: out[c] of its channels. sums: room for 32 a warp.
-template <typename T>
-__device__ __forceinline__ void add_columns(const Problem<T>& x, const Place& at, const float (&columns)[8],
-                                            float* sums, float* out) {
-#pragma unroll
-  for (int c = 0; c < 8; ++c) {
-    const float sum = column_sum(columns[c]);
-    if (at.g == 0) sums[kSlice * at.warp + 8 * at.t + c] = sum;
-  }
-  __syncthreads();
-  const int c = static_cast<int>(threadIdx.x);
-  if (c < x.width() && at.channel + c < x.channels) {
-    float sum = 0.0f;
-    for (int i = c; i < kWarps * kSlice; i += x.width()) sum += sums[i];
-    out[at.channel + c] = sum;
-  }
-}
-
-// parts: D, (samples, chunks, channels).
-template <typename T>
-__global__ void __launch_bounds__(kThreads, kWaves) slopes(Problem<T> x, const float* saved, float* parts) {
-  unsigned char* ring = shared_memory();
-  T* hidden = reinterpret_cast<T*>(ring + 2 * ring_bytes<kRows>(2));
-  T* weight = hidden + x.hidden_bytes(kRows);
-  float* tops = reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(weight) + x.weight_bytes());
-  float* inverses = tops + x.width();
-  const Place at = find_place(x, kRows, false);
-  fetch<2, kRows>(x, at, at.first, ring, hidden);
-  fetch_weight(x, at, weight);
-  read_saved(x, at, saved, tops, inverses);
-  float slope[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  for (int tile = 0; tile < at.count; ++tile) {
-    wait_copies<0>();
-    __syncthreads();
-    if (tile + 1 < at.count) {
-      const int buffer = (tile + 1) % 2;
-      fetch<2, kRows>(x, at, at.first + tile + 1, ring + buffer * ring_bytes<kRows>(2),
-                      hidden + buffer * (x.hidden_bytes(kRows) / 2));
-    }
-    unsigned char* maps = ring + tile % 2 * ring_bytes<kRows>(2);
-    float logits[kRows][4][4];
-    multiply<kRows>(logits, x, at, 0, hidden + tile % 2 * (x.hidden_bytes(kRows) / 2), weight);
-    float top[8], inverse[8];
-    read_numbers(top, tops + at.column());
-    read_numbers(inverse, inverses + at.column());
-    const int left = rows_left<kRows>(x, at, at.first + tile);
-#pragma unroll
-    for (int i = 0; i < 2 * kRows; ++i) {
-      if (8 * i < left) {
-        float q[8];
-        read_q<kRows, T>(q, maps, at, i, x.scale);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          slope[j] += exp_below(logits[i / 2][j / 2][2 * (i % 2) + j % 2] - top[j]) * inverse[j] * q[j];
-        }
-      }
-    }
-  }
-  __syncthreads();
-  add_columns(x, at, slope, reinterpret_cast<float*>(ring), parts + (at.sample * x.chunks + at.chunk) * x.channels);
-}
-
-// Where results go; null for what is not wanted.
-template <typename T>
-struct Results {
-  T *features, *hidden;
-  float* hidden_blocks;  // (blocks of channels, samples, positions, maps) in place of hidden, where they are several
-  float* parts;          // a row a chunk: gradient of the weight, then of the bias
-  int want_weight, want_bias;
+  __host__ __device__ int stage_bytes() const { return 2 * kTileBytes + cut.hidden_bytes(); }
+  __host__ __device__ int bytes() const { return kFixedBytes + cut.weight_bytes() + stages * stage_bytes(); }
 };
 
-// dl of a block's tile, (position, channel), in units of 16 bytes, so placed that neither the lanes that write them nor
-// matrix loads along positions meet in a bank.
-template <typename T>
-__device__ __forceinline__ T* unit_at(T* tile, const Problem<T>& x, int row, int unit) {
-  const int turned = unit ^ (((row >> 1) & 3) | ((row & 1) << 2));
-  return tile + (row * 4 * x.slices + turned) * 8;
-}
+// What blocks tell each other, in scratch.
+struct Common {
+  unsigned *parts_done, *slopes_done;  // counters of each sample: tiles, and warps that have added up
+  float *parts, *slopes;               // D of tiles (tiles, channels), of samples (samples, strips, channels)
+  float* weight_parts;                 // dw of blocks
+};
 
-template <typename T>
-int gradients_bytes(const Problem<T>& x, bool over_channels) {
-  return slopes_bytes(x) + 4 * x.width() + 2 * x.rows(kRows) * x.width() + (over_channels ? kSharesBytes : 0);
-}
+struct Barriers {
+  Barrier full[kMostStages], empty[kMostStages];
+  Barrier summed[kMostStages];  // their consumers have left the sums of a first reading there
+};
 
-// The gradient of a block's narrow maps: each warp takes 16 positions by 8 maps at a time, over all channels.
-template <int COLUMNS, typename T>
-__device__ __forceinline__ void hidden_gradient(const Problem<T>& x, const Place& at, int tile, T* slopes,
-                                                const T* weight, const Results<T>& to) {
-  const int rows = x.rows(kRows) / 16, first_map = 8 * COLUMNS * static_cast<int>(blockIdx.z);
-  const int columns = (x.maps - first_map + 7) / 8 < COLUMNS ? (x.maps - first_map + 7) / 8 : COLUMNS;
-  for (int task = at.warp; task < rows * columns; task += kWarps) {
-    const int row = 16 * (task % rows), map = first_map + 8 * (task / rows);
-    float sums[4] = {0, 0, 0, 0};
-    for (int channel = 0; channel < x.width(); channel += 32) {
-      uint32_t left[2][4], right[4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        load_matrices(left[i], unit_at(slopes, x, row + at.lane % 16, channel / 8 + 2 * i + at.lane / 16));
-      }
-      load_matrices<true>(right, weight + (weight_row(x, channel + at.lane) + map));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t both[2] = {right[2 * i], right[2 * i + 1]};
-        mma_16x8x16<T>(sums, left[i], both);
+struct Memory {
+  Barriers* barriers;
+  float* numbers;
+  unsigned char *weight, *stages;
+
+  __device__ __forceinline__ explicit Memory(const Plan& x) {
+    barriers = reinterpret_cast<Barriers*>(shared_memory());
+    numbers = reinterpret_cast<float*>(shared_memory() + kBarrierBytes);
+    weight = shared_memory() + kFixedBytes;
+    stages = weight + x.cut.weight_bytes();
+  }
+  __device__ __forceinline__ float* slot(int item) const { return numbers + item % kSlots * 3 * kMostChannels; }
+};
+
+// What a block reads, one after the other: in each step a tile for D and one for gradients, where there are such.
+struct Items {
+  int number = -1, tile = 0, turn = -1;
+
+  __device__ __forceinline__ bool second() const { return turn % 2 == 1; }
+  __device__ __forceinline__ bool next(const Plan& x) {
+    while (++turn < 2 * (x.steps + x.lag)) {
+      tile = static_cast<int>(blockIdx.x) + (turn / 2 - (second() ? x.lag : 0)) * x.blocks;
+      if ((second() || x.narrow) && tile >= 0 && tile < x.tiles) {
+        ++number;
+        return true;
       }
     }
+    return false;
+  }
+};
+
+// ---- bringing tiles -------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void bring_tile(const Plan& x, const Memory& memory, const Items& items,
+                                           const TensorMap& features, const TensorMap& upstream,
+                                           const TensorMap& hidden) {
+  const int which = items.number % x.stages, sample = items.tile / x.cut.tiles;
+  const int row = items.tile % x.cut.tiles * x.cut.rows();
+  unsigned char* stage = memory.stages + which * x.stage_bytes();
+  Barrier* full = &memory.barriers->full[which];
+  mbarrier_wait(&memory.barriers->empty[which], (items.number / x.stages & 1) ^ 1);
+  mbarrier_arrive_expect_tx(full, x.stage_bytes());
+#pragma unroll 1
+  for (int strip = 0; strip < x.cut.strips; ++strip) {
+    tma_load(stage + 2 * kTileBytes + strip * x.cut.narrow_bytes(), hidden, 0, row + kPanel * strip, sample, full);
+  }
+#pragma unroll 1
+  for (int group = 0; group < kGroups; ++group) {
+    const int channel = kPanel * (group % x.cut.panels), first = row + kPanel * (group / x.cut.panels);
+    tma_load(stage + group * kPanelBytes, features, channel, first, sample, full);
+    tma_load(stage + kTileBytes + group * kPanelBytes, upstream, channel, first, sample, full);
+  }
+}
+
+// By a warp: numbers of 128 channels, its own four from c on, of a tile's sample; for the second reading D too, when it
+// is known.
+__device__ __forceinline__ void bring_numbers(const Plan& x, const Memory& memory, const Items& items, int c,
+                                              const float* saved, const Common& common) {
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, sample = items.tile / x.cut.tiles;
+  const int before = items.number - kSlots;
+  const bool with_slopes = items.second() && x.narrow;
+  if (lane == 0) {
+    if (before >= 0) mbarrier_wait(&memory.barriers->empty[before % x.stages], before / x.stages & 1);
+    if (with_slopes) wait_global(common.slopes_done + sample, x.summing_warps);
+  }
+  __syncwarp();
+  if (c < x.cut.width()) {
+    Numbers top = {{0, 0, 0, 0}}, factor = top, slope = top;
+    if (c < x.cut.channels) {
+      const float* const from = saved + (static_cast<int64_t>(sample) * x.cut.channels + c);
+      top = *reinterpret_cast<const Numbers*>(from);
+      factor = *reinterpret_cast<const Numbers*>(from + static_cast<int64_t>(x.cut.samples) * x.cut.channels);
+      if (with_slopes) {
+        const float* part = common.slopes + (static_cast<int64_t>(sample) * x.cut.strips * x.cut.channels + c);
+#pragma unroll 1
+        for (int i = 0; i < x.cut.strips; ++i, part += x.cut.channels) {
+          const Numbers more = *reinterpret_cast<const Numbers*>(part);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) slope.at[k] += more.at[k];
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        slope.at[k] = divide_fast(slope.at[k], factor.at[k]);
+        factor.at[k] = divide_fast(x.scale, factor.at[k]);
+      }
+    }
+    float* const to = memory.slot(items.number) + place_of_number(c);
+    *reinterpret_cast<Numbers*>(to) = top;
+    *reinterpret_cast<Numbers*>(to + kMostChannels) = factor;
+    *reinterpret_cast<Numbers*>(to + 2 * kMostChannels) = slope;
+  }
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(&memory.barriers->full[items.number % x.stages]);
+}
+
+// ---- D --------------------------------------------------------------------------------------------------------------
+
+// A tile's part of D but for the factors 1 / total.
+template <typename T, int NARROW>
+__device__ __forceinline__ void add_slopes(const Plan& x, const Seat& at, unsigned char* stage, const float* numbers,
+                                           const unsigned char* weight, int left, Barrier* summed) {
+  float logits[8][4], sums[16];
+  expand<T, NARROW>(logits, stage + 2 * kTileBytes + at.strip * x.cut.narrow_bytes(),
+                    weight + at.panel * x.cut.narrow_bytes());
+  leave_out(logits, left);
+  unsigned char* const features = stage + at.group * kPanelBytes;
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    const Numbers tops[2] = {numbers_of(numbers, at, 2 * which), numbers_of(numbers, at, 2 * which + 1)};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[8 * which + i] = 0.0f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t position = static_cast<int64_t>(tile) * x.rows(kRows) + row + 8 * half + at.g;
-      const int k = map + 2 * at.t;
-      if (position < x.positions && k < x.maps) {
-        const int64_t place = (at.sample * x.positions + position) * x.maps + k;
-        if (to.hidden_blocks != nullptr) {
-          float* out = to.hidden_blocks + blockIdx.y * (x.samples * x.positions * x.maps) + place;
-          out[0] = sums[2 * half];
-          if (k + 1 < x.maps) out[1] = sums[2 * half + 1];
-        } else if (x.maps % 2 == 0) {
-          *reinterpret_cast<uint32_t*>(to.hidden + place) = pack_rounded<T>(sums[2 * half], sums[2 * half + 1]);
-        } else {
-          to.hidden[place] = from_float<T>(sums[2 * half]);
-          if (k + 1 < x.maps) to.hidden[place + 1] = from_float<T>(sums[2 * half + 1]);
+      float f[8], g[8];
+      unpack<T>(f, *chunk_of(features, at, half, which));
+      unpack<T>(g, *chunk_of(features + kTileBytes, at, half, which));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float e = exp_below(logits[4 * which + i / 2][2 * half + i % 2] - tops[i / 4].at[i % 4]);
+        sums[8 * which + i] += e * (g[i] * f[i]);
+      }
+    }
+  }
+  fold<8>(sums, at.lane);
+  fold<4>(sums, at.lane);
+  fold<2>(sums, at.lane);
+  __syncwarp();
+  *reinterpret_cast<Pair*>(sums_of(stage, at.group, at.warp) + 16 * at.t + 2 * at.g) = {{sums[0], sums[1]}};
+  fence_proxy_async();
+  __syncwarp();
+  if (at.lane == 0) mbarrier_arrive(summed);
+}
+
+// By a warp: a tile's part of D from sums of the consumers' warps. Its stage is free then.
+__device__ __forceinline__ void publish_slopes(const Plan& x, const Memory& memory, int which, int tile,
+                                               const Common& common) {
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  float* const part = common.parts + static_cast<int64_t>(tile) * x.cut.channels;
+#pragma unroll 2
+  for (int c = lane; c < x.cut.width(); c += kLanes) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int i = 0; i < 4 * x.cut.strips; ++i) {
+      const int group = i / 4 * x.cut.panels + c / kPanel;
+      sum += sums_of(memory.stages + which * x.stage_bytes(), group, i % 4)[c % kPanel];
+    }
+    if (c < x.cut.channels) part[c] = sum;
+  }
+  __syncwarp();
+  if (lane < kConsumerWarps) mbarrier_arrive(&memory.barriers->empty[which]);
+  if (lane == 0) arrive_global(common.parts_done + tile / x.cut.tiles);
+}
+
+// D of a sample from its tiles' parts, but for the factors: each warp by itself for 16 channels and its share of tiles,
+// four lanes side by side and eight of them along tiles.
+__device__ __forceinline__ void merge_slopes(const Plan& x, const Seat& at, int sample, const Common& common) {
+  const int warp = at.number / kLanes, share = warp / (4 * x.cut.panels);
+  const int first = warp % (4 * x.cut.panels) * 16, channel = first + 4 * at.t;
+  if (first >= x.cut.channels) return;
+  if (at.lane == 0) wait_global(common.parts_done + sample, static_cast<unsigned>(x.cut.tiles));
+  __syncwarp();
+  float sums[4] = {0, 0, 0, 0};
+  const bool valid = channel < x.cut.channels;
+  if (valid) {
+    const float* from = common.parts + static_cast<int64_t>(sample) * x.cut.tiles * x.cut.channels + channel;
+#pragma unroll 8
+    for (int tile = 8 * share + at.g; tile < x.cut.tiles; tile += 8 * x.cut.strips) {
+      const Numbers part = *reinterpret_cast<const Numbers*>(from + static_cast<int64_t>(tile) * x.cut.channels);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[i] += part.at[i];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[i] = column_sum(sums[i]);
+  if (valid && at.g == 0) {
+    const int64_t place = (static_cast<int64_t>(sample) * x.cut.strips + share) * x.cut.channels + channel;
+    *reinterpret_cast<Numbers*>(common.slopes + place) = {{sums[0], sums[1], sums[2], sums[3]}};
+  }
+  __syncwarp();
+  if (at.lane == 0) arrive_global(common.slopes_done + sample);
+}
+
+// ---- gradients ------------------------------------------------------------------------------------------------------
+
+// A tile of f to dl, its columns in the order of products, and of g to df.
+template <typename T, int NARROW>
+__device__ __forceinline__ void make_slopes(const Plan& x, const Seat& at, unsigned char* stage, const float* numbers,
+                                            const unsigned char* weight, int left) {
+  float logits[8][4];
+  expand<T, NARROW>(logits, stage + 2 * kTileBytes + at.strip * x.cut.narrow_bytes(),
+                    weight + at.panel * x.cut.narrow_bytes());
+  leave_out(logits, left);
+  unsigned char* const features = stage + at.group * kPanelBytes;
+  Vector slopes[2][2];
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    Vector f[2], g[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      f[half] = *chunk_of(features, at, half, which);
+      g[half] = *chunk_of(features + kTileBytes, at, half, which);
+    }
+#pragma unroll
+    for (int quad = 0; quad < 2; ++quad) {
+      const Numbers top = numbers_of(numbers, at, 2 * which + quad);
+      const Numbers factor = numbers_of(numbers + kMostChannels, at, 2 * which + quad);
+      const Numbers slope = numbers_of(numbers + 2 * kMostChannels, at, 2 * which + quad);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int half = i / 2, word = 2 * quad + i % 2;
+        float to_features[2], to_logits[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int c = 2 * (i % 2) + e;
+          const float s = exp_below(logits[4 * which + word][2 * half + e] - top.at[c]) * factor.at[c];  // times scale
+          const float u = to_float(T{static_cast<uint16_t>(g[half].words[word] >> (16 * e))});
+          const float v = to_float(T{static_cast<uint16_t>(f[half].words[word] >> (16 * e))});
+          to_features[e] = u + u * s;
+          to_logits[e] = s * (u * v - slope.at[c]);
         }
+        g[half].words[word] = pack_rounded<T>(to_features[0], to_features[1]);
+        slopes[half][which].words[word] = pack_rounded<T>(to_logits[0], to_logits[1]);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) *chunk_of(features + kTileBytes, at, half, which) = g[half];
+  }
+  if (!x.narrow) return;
+  __syncwarp();  // all lanes of a row have read it
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      unsigned char* const to = features + 2 * swizzled<kPanel>(at.row() + 8 * half, n) + 4 * at.t;
+      *reinterpret_cast<uint32_t*>(to) = slopes[half][n / 4].words[n % 4];
+    }
+  }
+}
+
+template <typename T, int NARROW>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    gradients_wgmma(Plan x, const __grid_constant__ TensorMap features, const __grid_constant__ TensorMap upstream,
+                     const __grid_constant__ TensorMap hidden, const __grid_constant__ TensorMap d_features,
+                     const void* weight, const float* saved, T* d_hidden, Common common) {
+  const Memory memory(x);
+  Barriers& barriers = *memory.barriers;
+  const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+  if (thread == kConsumers) {
+    prefetch_tensormap(features);
+    prefetch_tensormap(upstream);
+    prefetch_tensormap(hidden);
+    prefetch_tensormap(d_features);
+    for (int i = 0; i < x.stages; ++i) {
+      mbarrier_init(&barriers.full[i], x.cut.panels == kGroups ? 3 : 2);  // tiles, and numbers of each 128 channels
+      mbarrier_init(&barriers.empty[i], kConsumerWarps);
+      mbarrier_init(&barriers.summed[i], kConsumerWarps);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  if (thread >= kConsumers) {
+    warpgroup_reg_dealloc<kCopyRegisters>();
+    const int warp = (thread - kConsumers) / kLanes;
+    Items items;
+    if (thread == kConsumers) {
+#pragma unroll 1
+      while (items.next(x)) bring_tile(x, memory, items, features, upstream, hidden);
+    } else if (warp == 2 || (warp == 3 && x.cut.panels == kGroups)) {
+      const int channel = 4 * (thread % kLanes) + (warp == 3 ? 4 * kLanes : 0);
+#pragma unroll 1
+      while (items.next(x)) bring_numbers(x, memory, items, channel, saved, common);
+    } else if (warp == 1) {
+      unsigned parities = 0;  // of each stage, as not all that it holds is for a first reading
+#pragma unroll 1
+      while (items.next(x)) {
+        if (items.second()) continue;
+        const int which = items.number % x.stages;
+        mbarrier_wait(&barriers.summed[which], static_cast<int>(parities >> which & 1));
+        parities ^= 1u << which;
+        publish_slopes(x, memory, which, items.tile, common);
+      }
+    }
+  } else {
+    warpgroup_reg_alloc<kConsumerRegisters>();
+    write_weight<T, NARROW>(x.cut, weight, x.weight_dtype, reinterpret_cast<T*>(memory.weight));
+    fence_proxy_async();
+    named_barrier_sync(kEverybody, kConsumers);
+    const Seat at(x.cut);
+    float dw[NARROW / 8][4];
+#pragma unroll
+    for (int i = 0; i < NARROW / 2; ++i) dw[i / 4][i % 4] = 0.0f;
+    int item = 0;
+#pragma unroll 1
+    for (int step = 0; step < x.steps + x.lag; ++step) {
+      const int tile = step * x.blocks + block;
+      const bool first_reading = x.narrow && tile < x.tiles;
+      if (first_reading) {
+        const int row = tile % x.cut.tiles * x.cut.rows() + kPanel * at.strip + at.row();
+        const int which = item % x.stages;
+        mbarrier_wait(&barriers.full[which], item / x.stages & 1);
+        add_slopes<T, NARROW>(x, at.anew(), memory.stages + which * x.stage_bytes(), memory.slot(item),
+                              memory.weight, x.cut.positions - row, &barriers.summed[which]);
+        ++item;
+      }
+      const int behind = tile - x.lag * x.blocks;
+      if (behind >= 0 && behind < x.tiles) {
+        const int sample = behind / x.cut.tiles;
+        const int row = behind % x.cut.tiles * x.cut.rows() + kPanel * at.strip;
+        const int which = item % x.stages;
+        unsigned char* stage = memory.stages + which * x.stage_bytes();
+        mbarrier_wait(&barriers.full[which], item / x.stages & 1);
+        make_slopes<T, NARROW>(x, at.anew(), stage, memory.slot(item), memory.weight,
+                               x.cut.positions - row - at.row());
+        fence_proxy_async();
+        __syncwarp();
+        if (at.lane == 0 && x.want_features) {
+          const int first = 16 * at.warp, channel = kPanel * at.panel;
+          if (row + first < x.cut.positions && channel < x.cut.channels) {
+            const unsigned char* from = stage + kTileBytes + at.group * kPanelBytes + 2 * kPanel * first;
+            tma_store(d_features, from, channel, row + first, sample);
+          }
+          tma_store_commit();
+        }
+        if (x.narrow) named_barrier_sync(1 + at.strip, kWarpgroup * x.cut.panels);
+        if (x.want_weight) add_weight<T, NARROW>(x.cut, at, stage, dw);
+        if (x.want_hidden && (step & (x.cut.panels - 1)) == at.panel) {
+          make_hidden<T, NARROW>(x.cut, at.anew(), stage, memory.weight, row,
+                                 d_hidden + static_cast<int64_t>(sample) * x.cut.positions * x.cut.maps);
+        }
+        __syncwarp();
+        if (at.lane == 0) {
+          tma_store_wait_read<0>();
+          mbarrier_arrive(&barriers.empty[which]);
+        }
+        ++item;
+      }
+      if (first_reading && tile % x.cut.tiles == x.cut.tiles - 1) {
+        merge_slopes(x, at, tile / x.cut.tiles, common);
+      }
+    }
+    if (at.lane == 0) tma_store_wait<0>();
+    if (x.want_weight) {
+      float* room = reinterpret_cast<float*>(memory.stages);
+      named_barrier_sync(kEverybody, kConsumers);
+#pragma unroll
+      for (int n = 0; n < NARROW / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int line = thread / kWarpgroup * kPanel + at.row() + 8 * (i / 2);
+          room[line * NARROW + 8 * n + 2 * at.t + i % 2] = dw[n][i];
+        }
+      }
+      named_barrier_sync(kEverybody, kConsumers);
+      float* part = common.weight_parts + static_cast<int64_t>(block) * x.cut.channels * x.cut.maps;
+      for (int i = thread; i < x.cut.width() * NARROW; i += kConsumers) {
+        const int column = i / NARROW, k = i % NARROW;
+        const int channel = column / kPanel * kPanel + channel_of(column % kPanel);
+        if (channel >= x.cut.channels || k >= x.cut.maps) continue;
+        float sum = 0.0f;
+        for (int strip = 0; strip < x.cut.strips; ++strip) sum += room[strip * x.cut.width() * NARROW + i];
+        part[channel * x.cut.maps + k] = sum;
       }
     }
   }
 }
 
-// Eight COLUMNS of narrow maps a block for the gradients of narrow maps and weight: with more of them than that, blocks
-// along z share out a tile.
-template <typename T, bool CHANNEL, int COLUMNS>
-__global__ void __launch_bounds__(kThreads, kWaves)
-    gradients(Problem<T> x, const float* saved, const float* slope_parts, Results<T> to) {
-  unsigned char* ring = shared_memory();
-  T* hidden = reinterpret_cast<T*>(ring + 2 * ring_bytes<kRows>(2));
-  T* weight = hidden + x.hidden_bytes(kRows);
-  T* tile_slopes = reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(weight) + x.weight_bytes());
-  float* tops = reinterpret_cast<float*>(tile_slopes + x.rows(kRows) * x.width());
-  float *inverses = tops + x.width(), *sums = inverses + x.width();
-  const Place at = find_place(x, kRows, true);
-  fetch<2, kRows>(x, at, at.first, ring, hidden);
-  fetch_weight(x, at, weight);
-  const bool narrow = to.hidden != nullptr || to.hidden_blocks != nullptr || to.parts != nullptr;
-  const int c = static_cast<int>(threadIdx.x);
-  if constexpr (CHANNEL) {
-    if (c < x.width()) {
-      const bool valid = x.bias != nullptr && at.channel + c < x.channels;
-      tops[c] = valid ? read_as(x.bias, at.channel + c, x.bias_dtype) : 0.0f;
-    }
-  } else {
-    read_saved(x, at, saved, tops, inverses);
-    if (c < x.width()) {
-      float sum = 0.0f;
-      if (narrow && at.channel + c < x.channels) {
-        const float* from = slope_parts + at.sample * x.chunks * x.channels + at.channel + c;
-#pragma unroll 4
-        for (int i = 0; i < x.chunks; ++i) sum += from[static_cast<int64_t>(i) * x.channels];
-      }
-      sums[c] = sum;
-    }
-  }
-  const int channel = at.channel + at.column(), first_map = 8 * COLUMNS * static_cast<int>(blockIdx.z);
-  float dw[2][COLUMNS][4];
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int n = 0; n < COLUMNS; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) dw[m][n][i] = 0.0f;
-    }
-  }
-  float db[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  for (int tile = 0; tile < at.count; ++tile) {
-    wait_copies<0>();
-    __syncthreads();
-    if (tile + 1 < at.count) {
-      const int buffer = (tile + 1) % 2;
-      fetch<2, kRows>(x, at, at.first + tile + 1, ring + buffer * ring_bytes<kRows>(2),
-                      hidden + buffer * (x.hidden_bytes(kRows) / 2));
-    }
-    unsigned char* maps = ring + tile % 2 * ring_bytes<kRows>(2);
-    const T* narrow_maps = hidden + tile % 2 * (x.hidden_bytes(kRows) / 2);
-    const int left = rows_left<kRows>(x, at, at.first + tile);
-    const int64_t first_out = first_element<kRows>(x, at, at.first + tile);
-    // 16 rows at a time, which leaves registers for the rest.
-#pragma unroll 1
-    for (int r = 0; r < kRows; ++r) {
-      float logits[1][4][4], slope[1][2];
-      multiply<kRows>(logits, x, at, r, narrow_maps, weight);
-      float top[8], inverse[8], column_slope[8];
-      if constexpr (CHANNEL) {
-        add_bias(logits, x, at, tops);
-        softmax_over_channels<true, kRows>(logits, slope, x, at, r, maps, shares(sums + x.width()));
-      } else {
-        read_numbers(top, tops + at.column());
-        read_numbers(inverse, inverses + at.column());
-        read_numbers(column_slope, sums + at.column());
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int line = 2 * r + i;  // of eight rows
-        float values[8];
-        Vector rounded = {{0, 0, 0, 0}};
-        if (8 * line < left) {
-          if constexpr (!CHANNEL) {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-              float& s = logits[0][j / 2][2 * i + j % 2];
-              s = exp_below(s - top[j]) * inverse[j];
-            }
-          }
-          if (to.features != nullptr && blockIdx.z == 0 && channel < x.channels) {
-            unpack<T>(values, *reinterpret_cast<const Vector*>(slot<kRows>(maps, at, 1, line)));
-#pragma unroll
-            for (int j = 0; j < 8; ++j) values[j] += values[j] * (x.scale * logits[0][j / 2][2 * i + j % 2]);
-            write_row<T>(to.features + first_out + 8 * line * x.channels, round_all<T>(values), x.channels, channel);
-          }
-          if (narrow) {
-            read_q<kRows, T>(values, maps, at, line, x.scale);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-              const float d = CHANNEL ? slope[0][i] : column_slope[j];
-              values[j] = logits[0][j / 2][2 * i + j % 2] * (values[j] - d);
-              if constexpr (CHANNEL) db[j] += values[j];
-            }
-            rounded = round_all<T>(values);
-          }
-        }
-        if (narrow) {
-          const int to_row = 16 * kRows * at.group + 8 * line + at.g;
-          *reinterpret_cast<Vector*>(unit_at(tile_slopes, x, to_row, 4 * at.slice + at.t)) = rounded;
-        }
-      }
-    }
-    if (!narrow) continue;
-    __syncthreads();
-    if (to.hidden != nullptr || to.hidden_blocks != nullptr) {
-      hidden_gradient<COLUMNS>(x, at, at.first + tile, tile_slopes, weight, to);
-    }
-    if (to.want_weight) {
-      const int row = 16 * kRows * at.group + at.lane % 8, which = at.lane / 8;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        uint32_t a[2][4];
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          const int unit = 4 * at.slice + 2 * m + which % 2;
-          load_matrices<true>(a[m], unit_at(tile_slopes, x, row + 16 * r + 8 * (which / 2), unit));
-        }
-#pragma unroll
-        for (int n = 0; n < COLUMNS; n += 2) {
-          const int map = first_map + 8 * n;
-          if (map >= x.maps) continue;
-          uint32_t b[4];
-          const int line = row + 16 * r + 8 * (which % 2);
-          load_matrices<true>(b, narrow_maps + (line * x.stride() + map + 8 * (which / 2)));
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const uint32_t both[2] = {b[2 * i], b[2 * i + 1]};
-#pragma unroll
-            for (int m = 0; m < 2; ++m) mma_16x8x16<T>(dw[m][n + i], a[m], both);
-          }
-        }
-      }
-    }
-  }
-  if (to.parts == nullptr) return;
-  __syncthreads();
-  const int64_t weights = to.want_weight ? static_cast<int64_t>(x.channels) * x.maps : 0;
-  float* part = to.parts + (at.sample * x.chunks + at.chunk) * (weights + (CHANNEL && to.want_bias ? x.channels : 0));
-  float* room = reinterpret_cast<float*>(ring);
-  if (to.want_weight) {
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-#pragma unroll
-      for (int n = 0; n < COLUMNS; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int line = kSlice * at.warp + 16 * m + 8 * (i / 2) + at.g;
-          room[line * 8 * COLUMNS + 8 * n + 2 * at.t + i % 2] = dw[m][n][i];
-        }
-      }
-    }
-    __syncthreads();
-    for (int i = c; i < x.width() * 8 * COLUMNS; i += kThreads) {
-      const int line = i / (8 * COLUMNS), map = first_map + i % (8 * COLUMNS);
-      if (at.channel + line >= x.channels || map >= x.maps) continue;
-      float sum = 0.0f;
-      for (int group = 0; group < kWarps / x.slices; ++group) sum += room[group * x.width() * 8 * COLUMNS + i];
-      part[static_cast<int64_t>(at.channel + line) * x.maps + map] = sum;
-    }
-    __syncthreads();
-  }
-  if constexpr (CHANNEL) {
-    if (to.want_bias && blockIdx.z == 0) add_columns(x, at, db, room, part + weights);
-  }
-}
+// ---- before and after -----------------------------------------------------------------------------------------------
 
 constexpr int kSumThreads = 512;
 
-// Add up `count` rows of `width`: first `weights` numbers for the weight, then `biases` for the bias, 0 beyond `width`.
-__global__ void __launch_bounds__(kSumThreads) sum_parts(const float* parts, int64_t count, int64_t width,
-                                                         int64_t weights, int64_t biases, void* d_weight,
-                                                         void* d_bias, int weight_dtype, int bias_dtype) {
+__global__ void __launch_bounds__(kSumThreads) clear(unsigned* counters, int64_t count) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kSumThreads + static_cast<int>(threadIdx.x);
+  if (at < count) counters[at] = 0;
+}
+
+// Add up `count` rows of `width` numbers for the weight's gradient; zeros for the bias's.
+__global__ void __launch_bounds__(kSumThreads) add_parts(const float* parts, int count, int width, int biases,
+                                                         void* d_weight, void* d_bias, int weight_dtype,
+                                                         int bias_dtype) {
   float* sums = reinterpret_cast<float*>(shared_memory());
   const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kLanes + lane;
+  const int at = static_cast<int>(blockIdx.x) * kLanes + lane;
   float sum = 0.0f;
   if (at < width) {
-#pragma unroll 8
-    for (int64_t row = warp; row < count; row += kSumThreads / kLanes) sum += parts[row * width + at];
+#pragma unroll 4
+    for (int row = warp; row < count; row += kSumThreads / kLanes) sum += parts[static_cast<int64_t>(row) * width + at];
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
-  if (warp == 0 && at < weights + biases) {
+  if (warp != 0) return;
+  if (at < width) {
     float total = 0.0f;
     for (int i = 0; i < kSumThreads / kLanes; ++i) total += sums[i * kLanes + lane];
-    if (at < weights) {
-      write_as(d_weight, at, weight_dtype, total);
-    } else {
-      write_as(d_bias, at - weights, bias_dtype, total);
-    }
+    write_as(d_weight, at, weight_dtype, total);
+  } else if (at - width < biases) {
+    write_as(d_bias, at - width, bias_dtype, 0.0f);
   }
 }
 
-// The narrow maps' gradient from that of each block of channels.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) sum_blocks(const float* parts, int blocks, int64_t count, T* out) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
-  if (at >= count) return;
-  float sum = 0.0f;
-  for (int i = 0; i < blocks; ++i) sum += parts[i * count + at];
-  out[at] = from_float<T>(sum);
-}
-
-// Bytes of scratch: D of chunks, the gradients of the weight and bias of chunks, those of narrow maps of blocks.
-template <typename T>
+// Bytes of scratch.
 struct Scratch {
-  int64_t slopes, parts, hidden;
+  int64_t counters, parts, slopes, weight_parts;
 
-  explicit Scratch(const Problem<T>& x) {
-    const int64_t chunks = x.samples * x.chunks, channels = x.channels;
-    slopes = aligned(4 * chunks * channels);
-    parts = aligned(4 * chunks * channels * (x.maps + 1));
-    hidden = x.blocks() > 1 ? aligned(4 * x.samples * x.positions * x.maps * x.blocks()) : 0;
+  explicit Scratch(const Cut& x) {
+    const int64_t samples = x.samples, channels = x.channels;
+    counters = aligned(2 * 4 * samples);
+    parts = aligned(4 * samples * x.tiles * channels);
+    slopes = aligned(4 * samples * channels * x.strips);
+    weight_parts = aligned(4 * kBlocks * channels * x.maps);
   }
+  int64_t all() const { return counters + parts + slopes + weight_parts; }
 };
 
-// Blocks along z: for each eight COLUMNS of narrow maps.
-int shares_of_maps(int64_t maps) { return static_cast<int>((maps + 31) / 32); }
+Plan plan(const Cut& cut, bool narrow) {
+  Plan x{};
+  x.cut = cut;
+  x.tiles = cut.samples * cut.tiles;
+  x.blocks = x.tiles < kBlocks ? x.tiles : kBlocks;
+  x.narrow = narrow;
+  x.summing_warps = static_cast<unsigned>(cut.strips * ((cut.channels + 15) / 16));
+  if (x.tiles > 0) {
+    x.steps = (x.tiles + x.blocks - 1) / x.blocks;
+    // A tile's sample ends so many steps later at most; D is known after that.
+    x.lag = narrow ? (cut.tiles - 1 + x.blocks - 1) / x.blocks + 1 : 0;
+  }
+  x.stages = (kSharedMemory - kFixedBytes - cut.weight_bytes()) / x.stage_bytes();
+  x.stages = x.stages < kMostStages ? x.stages : kMostStages;
+  return x;
+}
 
-template <typename T>
-int run(Problem<T>& x, int form, const float* saved, void* d_features, void* d_hidden, void* d_weight, void* d_bias,
-        void* scratch, void* stream) {
-  const bool over_channels = form == kChannel, want_bias = over_channels && d_bias != nullptr;
-  const unsigned beside = static_cast<unsigned>(x.blocks());
-  const Scratch<T> room(x);
-  float* slope_parts = static_cast<float*>(scratch);
-  float* parts = slope_parts + room.slopes / 4;
-  const bool sums = d_weight != nullptr || want_bias;
-  Results<T> to{};
-  to.features = static_cast<T*>(d_features);
-  if (x.blocks() > 1 && d_hidden != nullptr) {
-    to.hidden_blocks = parts + room.parts / 4;
-  } else {
-    to.hidden = static_cast<T*>(d_hidden);
+template <typename T, int NARROW>
+int run(const Plan& x, const void* upstream, const void* features, const void* hidden, const void* weight,
+        const void* saved, void* d_features, void* d_hidden, const Common& common, void* stream) {
+  TensorMap of_features, of_upstream, of_hidden, of_results;
+  int error = map_of<kPanel>(&of_features, features, x.cut, x.cut.channels, kPanel);
+  if (error == 0) error = map_of<kPanel>(&of_upstream, upstream, x.cut, x.cut.channels, kPanel);
+  if (error == 0) error = map_of<NARROW>(&of_hidden, hidden, x.cut, x.cut.maps, kPanel);
+  if (error == 0) {
+    error = map_of<kPanel>(&of_results, x.want_features ? d_features : features, x.cut, x.cut.channels, 16);
   }
-  to.parts = sums ? parts : nullptr;
-  to.want_weight = d_weight != nullptr;
-  to.want_bias = want_bias;
-  const bool narrow = d_hidden != nullptr || sums;
-  const unsigned chunks = static_cast<unsigned>(x.samples * x.chunks);
-  int error = 0;
-  if (chunks > 0 && narrow && !over_channels) {
-    error = launch(slopes<T>, dim3(chunks, beside), kThreads, static_cast<size_t>(slopes_bytes(x)), stream, x, saved,
-                   slope_parts);
-    if (error != 0) return error;
+  if (error == 0 && x.narrow) {
+    const int64_t counters = 2 * static_cast<int64_t>(x.cut.samples);
+    error = launch(clear, dim3(static_cast<unsigned>((counters + kSumThreads - 1) / kSumThreads)), kSumThreads, 0,
+                   stream, common.parts_done, counters);
   }
-  if (chunks > 0 && (narrow || d_features != nullptr)) {
-    const auto kernel = over_channels ? (x.maps <= 16 ? gradients<T, true, 2> : gradients<T, true, 4>)
-                                      : (x.maps <= 16 ? gradients<T, false, 2> : gradients<T, false, 4>);
-    const unsigned shared_out = narrow ? static_cast<unsigned>(shares_of_maps(x.maps)) : 1u;
-    error = launch(kernel, dim3(chunks, beside, shared_out), kThreads,
-                   static_cast<size_t>(gradients_bytes(x, over_channels)), stream, x, saved, slope_parts, to);
-    if (error != 0) return error;
-  }
-  if (to.hidden_blocks != nullptr && chunks > 0) {
-    const int64_t count = x.samples * x.positions * x.maps;
-    error = launch(sum_blocks<T>, dim3(static_cast<unsigned>((count + kThreads - 1) / kThreads)), kThreads, 0, stream,
-                   to.hidden_blocks, x.blocks(), count, static_cast<T*>(d_hidden));
-    if (error != 0) return error;
-  }
-  const int64_t weights = d_weight == nullptr ? 0 : static_cast<int64_t>(x.channels) * x.maps;
-  const int64_t biases = d_bias == nullptr ? 0 : x.channels, width = weights + (want_bias ? biases : 0);
-  if (weights + biases == 0) return 0;
-  return launch(sum_parts, dim3(static_cast<unsigned>((weights + biases + kLanes - 1) / kLanes)), kSumThreads,
-                static_cast<size_t>(4 * kSumThreads), stream, parts, x.samples * x.chunks, width, weights, biases,
-                d_weight, d_bias, x.weight_dtype, x.bias_dtype);
+  if (error != 0) return error;
+  return launch_cluster(gradients_wgmma<T, NARROW>, dim3(static_cast<unsigned>(x.blocks)), kBlockThreads,
+                        static_cast<size_t>(x.bytes()), 1, true, stream, x, of_features, of_upstream, of_hidden,
+                        of_results, weight, static_cast<const float*>(saved), static_cast<T*>(d_hidden), common);
 }
 
 }  // namespace
@@ -449,30 +530,47 @@ extern "C" {
 
 int64_t dfkd_spatial_attention_backward_scratch(int64_t samples, int64_t channels, int64_t maps, int64_t positions,
                                                 int form) {
-  if (!supported(samples, channels, maps, positions, form)) return 0;
-  Problem<float16> x = problem<float16>(nullptr, nullptr, nullptr, nullptr, nullptr, samples, channels, maps,
-                                        positions, 0, 0, 0.0, form);
-  cut(x, kRows, samples * x.blocks() * shares_of_maps(maps), kWaves);
-  const Scratch<float16> room(x);
-  return room.slopes + room.parts + room.hidden;
+  if (require_served(samples, channels, maps, positions, form)) return 0;
+  return Scratch(cut_tiles(samples, channels, maps, positions)).all();
 }
 
 int dfkd_spatial_attention_backward(const void* upstream, const void* features, const void* hidden, const void* weight,
-                                    const void* bias, const void* saved, int64_t samples, int64_t channels,
-                                    int64_t maps, int64_t positions, int dtype, int weight_dtype, int bias_dtype,
-                                    float scale, int form, void* d_features, void* d_hidden, void* d_weight,
-                                    void* d_bias, void* scratch, void* stream) {
-  if (!supported(samples, channels, maps, positions, form)) return DFKD_INVALID;
+                                    const void* saved, int64_t samples, int64_t channels, int64_t maps,
+                                    int64_t positions, int dtype, int weight_dtype, int bias_dtype, float scale,
+                                    int form, void* d_features, void* d_hidden, void* d_weight, void* d_bias,
+                                    void* scratch, void* stream) {
+  if (const int status = require_served(samples, channels, maps, positions, form)) return status;
+  if (const int status = require_parameter("weight", weight_dtype)) return status;
+  if (const int status = require_parameter("bias", bias_dtype)) return status;
   return with_type(dtype, [=](auto type) {
     using T = decltype(type);
-    if constexpr (sizeof(T) != 2) {
-      return DFKD_INVALID;
-    } else {
-      Problem<T> x = problem<T>(features, hidden, upstream, weight, bias, samples, channels, maps, positions,
-                                weight_dtype, bias_dtype, scale, form);
-      cut(x, kRows, samples * x.blocks() * shares_of_maps(maps), kWaves);
-      return run(x, form, static_cast<const float*>(saved), d_features, d_hidden, d_weight, d_bias, scratch, stream);
+    const bool narrow = d_hidden != nullptr || d_weight != nullptr;
+    Plan x = plan(cut_tiles(samples, channels, maps, positions), narrow);
+    x.weight_dtype = weight_dtype;
+    x.scale = scale_of(scale, form, positions);
+    x.want_features = d_features != nullptr;
+    x.want_hidden = d_hidden != nullptr;
+    x.want_weight = d_weight != nullptr;
+    const Scratch room(x.cut);
+    Common common{};
+    common.parts_done = static_cast<unsigned*>(scratch);
+    common.slopes_done = common.parts_done + samples;
+    common.parts = static_cast<float*>(scratch) + room.counters / 4;
+    common.slopes = common.parts + room.parts / 4;
+    common.weight_parts = common.slopes + room.slopes / 4;
+    if (x.tiles > 0 && (narrow || x.want_features)) {
+      const int error = with_width(x.cut.narrow, [=](auto width) {
+        return run<T, decltype(width)::value>(x, upstream, features, hidden, weight, saved, d_features, d_hidden,
+                                              common, stream);
+      });
+      if (error != 0) return error;
     }
+    const int weights = d_weight == nullptr ? 0 : x.cut.channels * x.cut.maps;
+    const int biases = d_bias == nullptr ? 0 : x.cut.channels;
+    if (weights + biases == 0) return 0;
+    return launch(add_parts, dim3(static_cast<unsigned>((weights + biases + kLanes - 1) / kLanes)), kSumThreads,
+                  static_cast<size_t>(4 * kSumThreads), stream, common.weight_parts, x.blocks, weights, biases,
+                  d_weight, d_bias, weight_dtype, bias_dtype);
   });
 }
 }

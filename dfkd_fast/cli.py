@@ -241,7 +241,7 @@ def _bench(
     backends: str | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> None:
-    """Time the functional ops next to eager PyTorch, torch.compile, public kernels and the roofline.
+    """Time the functional ops against eager PyTorch, torch.compile, public kernels and the roofline.
 
     Writes ``ops.json`` and a plot, ``ops.png``, into a folder, and prints a table.
 
@@ -252,8 +252,8 @@ def _bench(
         out: folder of the results; results of other ops in it stay.
         tune: first try every launch configuration of the ops' kernels on these shapes, and write those that beat the
             default into ``kernels/tuned.json``.
-        backends: ``reference``, ``compile``, ``compile_max_autotune``, ``triton``, ``cuda``, ``hopper`` or
-            ``peer:NAME``, separated by commas; None is all.
+        backends: ``reference``, ``compile``, ``compile_max_autotune``, ``triton``, ``cuda`` or ``peer:NAME``, separated
+            by commas; None is all.
         device: ``cpu`` is for trying the command out: the reference and torch.compile, on small cases.
     """
     from dfkd_fast.benchmarks.ops.bench import bench
@@ -267,12 +267,16 @@ def _doctor(*, kernels: bool = False, launches: bool = False) -> None:
     """Say what is and is not available on this machine, and why.
 
     Args:
-        kernels: show registers, shared memory, spills and matrix instructions of the compiled kernels instead.
+        kernels: compile the kernels instead, and show their registers, shared memory, spills and matrix instructions.
         launches: show what the CUDA extension launches at the paper's shapes instead, and its use of the GPU.
     """
     from dfkd_fast import doctor
 
-    raise SystemExit(doctor.kernels() if kernels else doctor.launches() if launches else doctor.doctor())
+    if kernels:
+        from dfkd_fast.benchmarks.ops.compile_kernels import compile_for_this_gpu
+
+        raise SystemExit(compile_for_this_gpu())
+    raise SystemExit(doctor.launches() if launches else doctor.doctor())
 
 
 def _profile(
@@ -283,11 +287,11 @@ def _profile(
     steps: int = 10,
     out: str | None = None,
 ) -> None:
-    """Say where a step's time goes, by network and op, with the gaps between kernels.
+    """Print where a step's time goes, by network and op.
 
-    Writes traces, which Perfetto and chrome://tracing open, ``anatomy.json`` and ``anatomy.png`` into a folder, and
-    prints tables. Networks without weights get random ones; the times are the same. The data are not loaded: they only
-    say the number of classes and the size of the images.
+    Writes ``anatomy.json`` and Chrome traces, which Perfetto and chrome://tracing open, into a folder. Networks without
+    weights get random ones; the times are the same. The data are not loaded: they only give the number of classes and
+    the size of the images.
 
     Args:
         experiment: networks, the run and data.
@@ -296,6 +300,7 @@ def _profile(
         steps: number of steps of each kind to record.
         out: folder; None makes a new one under ``runs/``.
     """
+    from dfkd_fast import data as datasets
     from dfkd_fast.models import read_metadata
     from dfkd_fast.profiling import profile
 
@@ -303,10 +308,7 @@ def _profile(
     metadata = read_metadata(teacher.weights) if teacher.weights is not None else {}
     if teacher.weights is None:
         print("no --teacher.weights: the teacher's are random, which changes no time")
-    known = {"digits": 10, "aircraft": 100, "cars196": 196, "cub200": 200}
-    if data is not None and data.name == "rendered":
-        known["rendered"] = data.classes
-    of_data = known.get(data.name) if data is not None else None
+    of_data = datasets.num_classes(data) if data is not None else None
     classes = num_classes or int(metadata.get("num_classes", 0)) or of_data or 200
     size = config.image_size or int(metadata.get("image_size", 0)) or (data.image_size if data is not None else 224)
     result = profile(
@@ -317,9 +319,8 @@ def _profile(
         networks=(teacher.name, _required(experiment, "student").name),
         out=out,
     )
-    files = [result.folder / name for name in ("anatomy.json", "anatomy.png")]
-    traces = [(f"trace, {engine}", path) for engine, path in result.traces.items()]
-    _print_result(("classes", classes), *((path.name, path) for path in files), *traces)
+    traces = [(f"trace, {name}", path) for name, path in result.traces.items()]
+    _print_result(("classes", classes), ("anatomy.json", result.folder / "anatomy.json"), *traces)
 
 
 # Each command, and the fields of an ExperimentConfig that it reads, if it takes one.

@@ -50,7 +50,8 @@ class DataConfig:
     """Labelled images: for teacher training and evaluation, never for distillation.
 
     Args:
-        name: the set: ``digits`` and ``rendered`` need no download, ``folder`` is any ImageFolder tree.
+        name: a registered set: ``aircraft``, ``cars196``, ``cub200``, ``digits`` and ``rendered``, which need no
+            download, or ``folder``, any ImageFolder tree.
         root: folder that holds the published tree (``rendered``: its cache; None is the user's cache folder).
         image_size: height and width in pixels.
         classes: number of subcategories (``rendered`` alone).
@@ -61,7 +62,7 @@ class DataConfig:
         workers: loader processes.
     """
 
-    name: Literal["digits", "rendered", "aircraft", "cars196", "cub200", "folder"] = "rendered"
+    name: str = "rendered"
     root: str | None = None
     image_size: int = 224
     classes: int = 10

@@ -1,4 +1,4 @@
-"""What this machine offers, in a few lines with reasons. Nothing here is needed to train: the CPU always works."""
+"""What this machine has and why something is missing. Nothing here is needed to train: the CPU always works."""
 
 from __future__ import annotations
 
@@ -9,21 +9,30 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Item", "doctor", "find_nvcc", "kernels", "launches", "report"]
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dfkd_fast import ops
+from dfkd_fast.ops import extension
+from dfkd_fast.report import result_table
+
+__all__ = ["Item", "doctor", "find_nvcc", "launches", "report"]
 
 
 class Item(NamedTuple):
     """One line of the report.
 
     Attributes:
-        item: what was looked for.
-        ok: True where it is there and fits, False where it is missing or does not fit.
-        detail: version and place, or why not.
+        item: the name.
+        ok: whether it is present and usable.
+        detail: version and place, or the reason.
     """
 
     item: str
@@ -32,25 +41,12 @@ class Item(NamedTuple):
 
 
 def report() -> list[Item]:
-    """Look at the machine; never raises. A look that fails becomes a line that says how."""
-    looks: list[tuple[str, Callable[[], list[Item]]]] = [
-        ("python", _python),
-        ("torch", _torch),
-        ("device", _devices),
-        ("bf16", _bf16),
-        ("triton", _triton),
-        ("nvcc", _nvcc),
-        ("build tools", _build_tools),
-        ("CUDA extension", _extension),
-        ("onnx export", _onnx),
-        ("nvtx", _nvtx),
-        ("ops", _ops),
-    ]
+    """Look at the machine. Never raises: a look that fails becomes a line with the error."""
     lines: list[Item] = []
-    for name, look in looks:
+    for name, look in _LOOKS.items():
         try:
             lines += look()
-        except Exception as error:  # a diagnosis must survive what it diagnoses
+        except Exception as error:
             lines.append(Item(name, False, f"{type(error).__name__}: {error}"))
     return lines
 
@@ -61,59 +57,11 @@ def doctor() -> int:
     Returns:
         0, whatever is missing: absence is an answer.
     """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, ok, detail in report():
         mark = Text("yes", style="green") if ok else Text("no", style="yellow")
         table.add_row(mark, Text(name, style="bold"), Text(detail, overflow="fold"))
     Console().print(table)
-    return 0
-
-
-def kernels() -> int:
-    """Print what is known of the compiled kernels: one line a kernel and architecture, the largest of each column.
-
-    Registers are a thread's, shared memory is a block's; matrix instructions are wgmma on sm_90, mma or tcgen05
-    elsewhere, counted in the kernel's code. All of it comes from ``kernels/compiled.json``.
-
-    Only sound launches are in it: without a spill, and within the architecture's shared memory.
-
-    Returns:
-        0.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    from dfkd_fast.report import read_compiled
-
-    content = read_compiled()
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for row in content["rows"]:
-        groups.setdefault((row["op"], row["kernel"], row["arch"]), []).append(row)
-    table = Table(title=f"kernels compiled ahead of time, triton {content['triton']}", box=None, pad_edge=False)
-    for name in ("kernel", "for"):
-        table.add_column(name, no_wrap=True)
-    for name in ("launches", "registers", "shared KB", "wgmma", "mma", "spilled B"):
-        table.add_column(name, justify="right")
-    for (op, kernel, arch), rows in sorted(groups.items()):
-
-        def most(name: str, rows: list[dict[str, Any]] = rows) -> int:
-            return max(row[name] for row in rows)
-
-        spilled = max(row["stack"] + row["local"] for row in rows)
-        values = (len(rows), most("registers"), round(most("shared") / 1024, 1), most("wgmma"), most("mma"), spilled)
-        name = f"{op} {kernel.strip('_').removesuffix('_kernel')}"
-        table.add_row(name, f"sm_{arch}", *map(str, values))
-    console = Console()
-    console.print(table)
-    if not groups:
-        console.print("no kernel was compiled yet: python -m dfkd_fast.benchmarks.compile_kernels --write")
-    installed = _version("triton")
-    if installed is not None and content["triton"] not in (None, installed):
-        console.print(f"triton {installed} is installed; it may use other numbers of registers")
     return 0
 
 
@@ -132,67 +80,55 @@ _PAPER: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-_LAUNCHES_WIDTH = 150
+_MIN_WIDTH = 150  # narrower, the wide tables wrap in every cell
+
+
+def _print(*parts: Any) -> int:
+    console = Console()
+    Console(width=max(console.width, _MIN_WIDTH)).print(*parts, sep="\n")
+    return 0
 
 
 def launches() -> int:
-    """Print what the CUDA extension launches at the paper's shapes, in bfloat16, and what that takes of the GPU.
+    """Print what the CUDA extension launches at the paper's shapes in bfloat16, and its use of the GPU.
 
-    For each kernel the blocks, in clusters of how many, their threads and shared memory; registers of a thread, bytes
-    of it in local memory, blocks at a time on a multiprocessor and the share of its threads that these are. Without a
-    GPU the last four stay empty.
+    For each kernel: blocks, cluster size, threads and shared memory per block; with a GPU also registers and bytes of
+    local memory per thread, blocks per multiprocessor and occupancy.
 
     Returns:
         0.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    from dfkd_fast.ops import extension
-
-    console = Console()
-    console = Console(width=max(console.width, _LAUNCHES_WIDTH))  # a wrapped table of this cannot be read
     if extension.UNAVAILABLE is not None:
-        console.print(extension.UNAVAILABLE)
-        return 0
-    absent = extension.unavailable("hopper")
-    without: RuntimeError | None = None
+        return _print(extension.UNAVAILABLE)
+    resources = torch.cuda.is_available()
+    tables = []
     for op, shapes in _PAPER.items():
-        table = Table(title=f"{op}, bfloat16", title_justify="left", box=None, pad_edge=False)
-        for name in ("shape", "pass", "backend", "kernel"):
-            table.add_column(name, overflow="fold")
-        for name in ("blocks", "cluster", "threads", "shared KB", "registers", "local B", "at a time", "occupancy"):
-            table.add_column(name, justify="right")
+        rows: list[dict[str, Any]] = []
         for shape, sizes in shapes.items():
-            for backend in ("cuda", "hopper")[: 2 if absent is None else 1]:
-                for which, name in (("forward", op), ("backward", f"{op}_backward")):
-                    if not extension.supported(name, backend, **sizes):
-                        table.add_row(shape, which, backend, "not served")
-                        continue
-                    try:
-                        found = extension.launches(name, backend, resources=without is None, **sizes)
-                    except RuntimeError as error:
-                        without = error
-                        found = extension.launches(name, backend, resources=False, **sizes)
-                    for number, each in enumerate(found):
-                        names = (shape, which, backend) if number == 0 else ("", "", "")
-                        table.add_row(*names, *_launch_cells(each))
-        console.print(table)
-    for reason in (absent, without):
-        if reason is not None:
-            console.print(str(reason))
-    return 0
+            for which, name in (("forward", op), ("backward", f"{op}_backward")):
+                row = {"shape": shape, "pass": which}
+                if (reason := extension.unsupported_reason(name, **sizes)) is not None:
+                    rows.append({**row, "kernel": f"not supported: {reason}"})
+                else:
+                    found = extension.launches(name, resources=resources, **sizes)
+                    rows += [{**row, **_launch_cells(each)} for each in found]
+        tables.append(result_table(rows, f"{op}, bfloat16"))
+    without = [] if resources else ["registers and occupancy: the CUDA runtime needs a GPU and its driver"]
+    return _print(*tables, *without)
 
 
-def _launch_cells(launch: dict[str, Any]) -> list[str]:
-    grid = [size for size in launch["grid"] if size > 1] or [1]
-    shared = launch["dynamic_shared"] + launch.get("static_shared", 0)
-    kernel = re.sub(r"\w+::", "", launch["kernel"])
-    cells = [kernel, " x ".join(map(str, grid)), str(launch["cluster"]) if launch["cluster"] > 1 else ""]
-    cells += [str(math.prod(launch["block"])), f"{shared / 1024:.1f}"]
+def _launch_cells(launch: dict[str, Any]) -> dict[str, Any]:
+    cells = {
+        "kernel": re.sub(r"\w+::", "", launch["kernel"]),
+        "blocks": " x ".join(str(size) for size in launch["grid"] if size > 1) or "1",
+        "cluster": launch["cluster"] if launch["cluster"] > 1 else None,
+        "threads": math.prod(launch["block"]),
+        "shared KB": f"{(launch['dynamic_shared'] + launch.get('static_shared', 0)) / 1024:.1f}",
+    }
+    columns = {"registers": "registers", "local": "local B", "blocks_per_multiprocessor": "at a time"}
     if "registers" in launch:
-        cells += [str(launch[name]) for name in ("registers", "local", "blocks_per_multiprocessor")]
-        cells.append(f"{launch['occupancy']:.0%}")
+        cells |= {title: launch[name] for name, title in columns.items()}
+        cells["occupancy"] = f"{launch['occupancy']:.0%}"
     return cells
 
 
@@ -203,78 +139,51 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _python() -> list[Item]:
+def _python() -> Iterator[Item]:
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [Item("python", True, f"{platform.python_version()}, {platform.machine()}, {threads} CPU threads to run on")]
-
-
-def _torch() -> list[Item]:
-    import torch
-
+    yield Item("python", True, f"{platform.python_version()}, {platform.machine()}, {threads} CPU threads to run on")
     build = f"built with CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    return [Item("torch", True, f"{torch.__version__}, {build}, {torch.get_num_threads()} threads")]
+    yield Item("torch", True, f"{torch.__version__}, {build}, {torch.get_num_threads()} threads")
 
 
 def _no_device() -> str:
     """Why torch sees no CUDA device."""
-    import torch
-
     if torch.version.cuda is None:
         return "this torch is built without CUDA; a CUDA build is needed"
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return "CUDA_VISIBLE_DEVICES hides every device"
-    if not Path("/proc/driver/nvidia/version").exists() and not Path("/dev/nvidiactl").exists():
-        return "no NVIDIA driver is loaded"
     try:
         torch.cuda.init()
     except RuntimeError as error:
-        return str(error).splitlines()[0]
+        return str(error).splitlines()[0].split(". ")[0]
     return "the driver is loaded, but offers no device"
 
 
-def _devices() -> list[Item]:
-    import torch
-
+def _devices() -> Iterator[Item]:
     if not torch.cuda.is_available():
-        return [Item("CUDA device", False, f"{_no_device()}; everything runs on the CPU")]
+        yield Item("CUDA device", False, f"{_no_device()}; everything runs on the CPU")
+        yield Item("bf16 autocast", False, "not on the CPU by default: float32 is used there")
+        return
     built = torch.cuda.get_arch_list()
-    lines = []
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         fits = any(int(re.sub(r"\D", "", arch)) <= 10 * device.major + device.minor for arch in built)
-        detail = (
-            f"{device.name}, compute capability {device.major}.{device.minor}, {device.total_memory / 2**30:.0f} GiB, "
-            f"{device.multi_processor_count} multiprocessors"
-        )
-        if not fits:
-            detail += f"; this torch is built for {', '.join(built)}"
-        lines.append(Item(f"CUDA device {index}", fits, detail))
-    return lines
+        detail = f"{device.name}, compute capability {device.major}.{device.minor}, "
+        detail += f"{device.total_memory / 2**30:.0f} GiB, {device.multi_processor_count} multiprocessors"
+        detail += "" if fits else f"; this torch is built for {', '.join(built)}"
+        yield Item(f"CUDA device {index}", fits, detail)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    emulated = "the device would only emulate it (needs compute capability 8.0); float32 is used"
+    yield Item("bf16 autocast", bf16, "computed by the device; the default precision" if bf16 else emulated)
 
 
-def _bf16() -> list[Item]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return [Item("bf16 autocast", False, "not on the CPU by default: float32 is used there")]
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return [Item("bf16 autocast", True, "computed by the device; the default precision")]
-    return [
-        Item("bf16 autocast", False, "the device would only emulate it (needs compute capability 8.0); float32 is used")
-    ]
-
-
-def _triton() -> list[Item]:
-    import torch
-
+def _triton() -> Iterator[Item]:
     version = _version("triton")
-    if version is None:
-        return [Item("triton", False, "not installed; comes with torch's CUDA builds for Linux")]
-    if importlib.util.find_spec("triton") is None:
-        return [Item("triton", False, f"{version} is installed but cannot be found")]
-    if not torch.cuda.is_available():
-        return [Item("triton", False, f"{version} is installed; its kernels need a CUDA device")]
-    return [Item("triton", True, version)]
+    if version is None or importlib.util.find_spec("triton") is None:
+        yield Item("triton", False, "not installed; comes with torch's CUDA builds for Linux")
+    else:
+        cuda = torch.cuda.is_available()
+        yield Item("triton", cuda, version if cuda else f"{version} is installed; its kernels need a CUDA device")
 
 
 def _run(*command: str) -> str:
@@ -282,77 +191,77 @@ def _run(*command: str) -> str:
 
 
 def find_nvcc() -> str | None:
-    """Where torch's extension builder would look: CUDA_HOME, then PATH, then the usual place."""
+    """Where torch's extension builder would look: CUDA_HOME, CUDA_PATH, then PATH, then the usual place."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home and (Path(home) / "bin" / "nvcc").exists():
             return str(Path(home) / "bin" / "nvcc")
-    usual = Path("/usr/local/cuda/bin/nvcc")
-    return shutil.which("nvcc") or (str(usual) if usual.exists() else None)
+    usual = "/usr/local/cuda/bin/nvcc"
+    return shutil.which("nvcc") or (usual if Path(usual).exists() else None)
 
 
-def _nvcc() -> list[Item]:
-    import torch
-
-    path = find_nvcc()
+def _nvcc() -> Iterator[Item]:
+    path, torch_cuda = find_nvcc(), torch.version.cuda
     if path is None:
-        return [Item("nvcc", False, "not on PATH, nor under CUDA_HOME or /usr/local/cuda; CUDA C++ is not compiled")]
-    found = re.search(r"release (\d+)\.(\d+)", _run(path, "--version"))
+        yield Item("nvcc", False, "not on PATH, nor under CUDA_HOME or /usr/local/cuda; CUDA C++ is not compiled")
+        return
+    found = re.search(r"release ((\d+)\.\d+)", _run(path, "--version"))
     if found is None:
-        return [Item("nvcc", False, f"{path} does not say its version")]
-    version, torch_cuda = f"{found[1]}.{found[2]}", torch.version.cuda
-    if torch_cuda is None:
-        return [Item("nvcc", False, f"{version} at {path}, but this torch is built without CUDA")]
-    same = found[1] == torch_cuda.split(".")[0]
-    # Across major versions torch refuses to build; minor versions are compatible with each other.
-    suffix = f"torch is built with {torch_cuda}" + ("" if same else ": another major version, which torch refuses")
-    return [Item("nvcc", same, f"{version} at {path}; {suffix}")]
+        yield Item("nvcc", False, f"{path} does not say its version")
+    elif torch_cuda is None:
+        yield Item("nvcc", False, f"{found[1]} at {path}, but this torch is built without CUDA")
+    else:
+        # Across major versions torch refuses to build; minor versions are compatible with each other.
+        same = found[2] == torch_cuda.split(".")[0]
+        suffix = "" if same else ": another major version, which torch refuses"
+        yield Item("nvcc", same, f"{found[1]} at {path}; torch is built with {torch_cuda}{suffix}")
 
 
-def _build_tools() -> list[Item]:
-    found, missing = [], []
+def _build_tools() -> Iterator[Item]:
+    details, missing = [], []
     for name in ("g++", "cmake", "ninja"):
         if shutil.which(name) is None:
             missing.append(name)
-            continue
-        version = re.search(r"\d+(\.\d+)+", _run(name, "--version").splitlines()[0])
-        found.append(f"{name} {version[0]}" if version else name)
-    detail = ", ".join(found) + (f"; not found: {', '.join(missing)}" if missing else "")
-    return [Item("build tools", not missing, detail.removeprefix("; "))]
+        else:
+            version = re.search(r"\d+(\.\d+)+", _run(name, "--version"))
+            details.append(f"{name} {version[0]}" if version else name)
+    if missing:
+        details.append(f"not found: {', '.join(missing)}")
+    yield Item("build tools", not missing, ", ".join(details))
 
 
-def _extension() -> list[Item]:
-    from dfkd_fast.ops import extension
-
+def _extension() -> Iterator[Item]:
     found = extension.build()
     if found is None:
-        return [Item("CUDA extension", False, str(extension.UNAVAILABLE))]
-    code = ", ".join(found["architectures"])
-    return [Item("CUDA extension", True, f"CUDA {found['toolkit']}, code for {code}, commit {found['commit']}")]
+        yield Item("CUDA extension", False, str(extension.UNAVAILABLE))
+    else:
+        built = f"CUDA {found['toolkit']}, {found['architecture']}, commit {found['commit']}"
+        yield Item("CUDA extension", True, f"{built}; for devices of compute capability 9.0, others run Triton")
 
 
-def _onnx() -> list[Item]:
-    names = ("onnx", "onnxscript", "onnxruntime")
-    versions = {name: _version(name) for name in names}
-    missing = [name for name, version in versions.items() if version is None]
-    if missing:
-        return [Item("onnx export", False, f"not installed: {', '.join(missing)} (pip install 'dfkd-fast[onnx]')")]
-    return [Item("onnx export", True, ", ".join(f"{name} {version}" for name, version in versions.items()))]
+def _extras() -> Iterator[Item]:
+    extras = {"onnx export": ("onnx", ["onnx", "onnxscript", "onnxruntime"]), "nvtx": ("nvtx", ["nvtx"])}
+    for item, (extra, names) in extras.items():
+        missing = [name for name in names if _version(name) is None]
+        absent = f"not installed: {', '.join(missing)} (pip install 'dfkd-fast[{extra}]')"
+        yield Item(item, not missing, absent if missing else ", ".join(f"{name} {_version(name)}" for name in names))
 
 
-def _nvtx() -> list[Item]:
-    version = _version("nvtx")
-    return [
-        Item("nvtx", version is not None, version or "not installed (pip install 'dfkd-fast[nvtx]'); marks profiles")
-    ]
-
-
-def _ops() -> list[Item]:
-    """Which backends the ops have, as :mod:`dfkd_fast.ops` itself tells; one line for those that have the same."""
-    from dfkd_fast import ops
-
+def _ops() -> Iterator[Item]:
+    """The backends of the ops; one line for those that have the same."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for name, backends in ops.backends().items():
         alike.setdefault(backends, []).append(name)
-    return [
-        Item("ops", bool(backends), f"{', '.join(backends)}: {', '.join(names)}") for backends, names in alike.items()
-    ]
+    for backends, names in alike.items():
+        yield Item("ops", bool(backends), f"{', '.join(backends)}: {', '.join(names)}")
+
+
+_LOOKS = {
+    "python": _python,
+    "CUDA device": _devices,
+    "triton": _triton,
+    "nvcc": _nvcc,
+    "build tools": _build_tools,
+    "CUDA extension": _extension,
+    "extras": _extras,
+    "ops": _ops,
+}

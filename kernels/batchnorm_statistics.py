@@ -165,7 +165,7 @@ def _merged(count, total, mean, squares, AXIS: tl.constexpr):
     near = ((_total(count * mean, AXIS) / total).to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)
     away = mean - tl.expand_dims(near, AXIS)
     rest = _total(count * away, AXIS)
-    share = rest / total
+    share = tl.div_rn(rest, total)
     return near + share, _total(squares + count * away * away, AXIS) - rest * share
 
 
@@ -289,7 +289,7 @@ def _forward_kernel(
     spread = tl.where(spread < 0, 0.0, spread)
     if DIRECT:
         tl.store(means + channel, whole, mask=channel_in)
-        tl.store(spreads + channel, spread / total, mask=channel_in)
+        tl.store(spreads + channel, tl.div_rn(spread, total), mask=channel_in)
     else:
         at = chunk.to(tl.int64) * channels + channel
         tl.store(means + at, whole, mask=channel_in)
@@ -323,7 +323,7 @@ def _merge_kernel(means, spreads, counts, mean, var, chunks, channels, CHUNKS: t
         whole += away * share
         count += further
     tl.store(mean + channel, whole, mask=channel_in)
-    tl.store(var + channel, spread / count, mask=channel_in)
+    tl.store(var + channel, tl.div_rn(spread, count), mask=channel_in)
 
 
 Strides = tuple[int, int, int]

@@ -1,12 +1,19 @@
 """What the kernels share: the one place where any is launched, and device functions that the interpreter gets right.
 
-Triton 3.6's interpreter multiplies bfloat16 matrices wrongly and cuts bfloat16 off where it should round, so kernels
-use :func:`dot` and :func:`cast` in place of ``tl.dot`` and ``.to``.
+Triton 3.6's interpreter multiplies bfloat16 matrices wrongly, cuts bfloat16 off where it should round, and rounds the
+product of a fused multiply-add, so kernels use :func:`dot`, :func:`cast` and :func:`fma` in place of ``tl.dot``,
+``.to`` and ``tl.fma``.
+
+Float32 functions. Compiled for a GPU, ``tl.log`` and ``tl.log2`` are good to one ulp, and ``tl.div_rn`` and
+``tl.sqrt_rn`` are rounded correctly. ``tl.exp2`` is one instruction with a relative error of 2^-22.5; ``tl.exp(x)`` is
+that of a rounded product, whose error of x 2^-24 comes on top; ``/`` errs by two ulp. PyTorch's functions have none of
+this, so where float32 results depend on it kernels use :func:`exp`, :func:`sigmoid`, :func:`divide` or ``tl.div_rn``.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +25,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfkd_fast.kernels import plans
 from dfkd_fast.kernels.config import Launch
 
 __all__ = [
@@ -27,16 +33,24 @@ __all__ = [
     "architecture",
     "cast",
     "cdiv",
+    "divide",
     "dot",
+    "exp",
+    "fma",
     "launch",
     "next_power_of_2",
     "precision",
     "processors",
     "recording",
+    "sigmoid",
     "sum_of",
 ]
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+_LOG2_E = tl.constexpr(1.44269502162933349609375)  # in float32
+_LOG2_E_REST = tl.constexpr(1.92596299112661746887e-8)  # log2(e) less that
+_LOG_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -59,6 +73,50 @@ def dot(a, b, acc, precision: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=precision)
 
 
+@triton.jit
+def fma(x, y, z):
+    """``x * y + z``, float32, rounded once."""
+    if INTERPRETED:
+        return (tl.cast(x, tl.float64) * y + z).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
+@triton.jit
+def divide(a, b, dtype: tl.constexpr):
+    """a / b, with the accuracy that results of ``dtype`` need."""
+    if dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def exp(x, dtype: tl.constexpr):
+    """e^x for x <= 0, with the accuracy that results of ``dtype`` need: float32's is 2^(x log2(e)) corrected by the
+    rounding error of the product.
+    """
+    if dtype == tl.float32:
+        # The error of minus infinity would be NaN.
+        x = tl.maximum(x, -128.0, propagate_nan=tl.PropagateNan.ALL)
+        scaled = x * _LOG2_E
+        error = fma(x, _LOG2_E_REST, fma(x, _LOG2_E, -scaled))
+        e = tl.exp2(scaled)
+        return fma(e, error * _LOG_2, e)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def sigmoid(x, dtype: tl.constexpr):
+    """1 / (1 + e^-x), with the accuracy that results of ``dtype`` need."""
+    if dtype == tl.float32:
+        e = exp(-tl.abs(x), dtype)
+        return tl.div_rn(tl.where(x < 0, e, 1.0), 1.0 + e)
+    else:
+        return tl.sigmoid(x)
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
@@ -73,7 +131,7 @@ def precision(dtype: torch.dtype) -> str:
     """How matrices of this type are multiplied: float32 in TF32 only where torch.backends.cuda.matmul allows it."""
     if dtype != torch.float32:
         return "tf32"
-    return "tf32" if plans.tf32_allowed() else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +229,9 @@ def launch(
     first = next(a for a in args if isinstance(a, Tensor))
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
-            compiled = kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
+            kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
     else:
-        compiled = kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
-    plans.note_launch(compiled, kernel, grid, args, meta)
+        kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 @triton.jit

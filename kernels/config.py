@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Launch", "asked", "candidates", "choose", "forced", "key", "rule", "settled", "shared_memory"]
+__all__ = ["Launch", "asked", "candidates", "choose", "forced", "key", "rule", "shared_memory"]
 
 TUNED = Path(__file__).with_name("tuned.json")
 
@@ -101,11 +101,6 @@ def choose(kernel: str, arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
         if entry is not None:
             return Launch(tile=entry["tile"], num_warps=entry["num_warps"], num_stages=entry["num_stages"])
     return _RULES[kernel](arch, dtype, **sizes)[0]
-
-
-def settled() -> bool:
-    """Whether :func:`choose` goes by the rules and ``tuned.json`` alone: nothing is forced, and nobody listens."""
-    return not _forced and _asked is None
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def _gain(upstream, unit, rows, inside, stride, ELEMENTWISE: tl.constexpr):
     if ELEMENTWISE:
         g = tl.load(upstream + rows.to(tl.int64) * stride, mask=inside, other=0.0)
         largest = tl.load(unit)
-        return tl.where(largest == 0, 0.0, g / largest)
+        return tl.where(largest == 0, 0.0, tl.div_rn(g, largest))
     else:
         return tl.where(inside, 1.0, 0.0)
 

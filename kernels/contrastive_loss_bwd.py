@@ -256,8 +256,8 @@ def _small_backward_kernel(
         g = tl.load(upstream + i.to(tl.int64) * upstream_row, mask=i < anchors, other=0.0)
         g_b = tl.load(upstream + j.to(tl.int64) * upstream_row, mask=j < anchors, other=0.0)
         unit = tl.max(tl.abs(g_b))
-        gain = tl.where(unit == 0, 0.0, g / unit)
-        gain_b = tl.where(unit == 0, 0.0, g_b / unit)
+        gain = tl.where(unit == 0, 0.0, tl.div_rn(g, unit))
+        gain_b = tl.where(unit == 0, 0.0, tl.div_rn(g_b, unit))
     else:
         unit = tl.load(upstream)
         gain = tl.where(i < anchors, 1.0, 0.0)

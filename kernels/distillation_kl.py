@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dfkd_fast.kernels import config
-from dfkd_fast.kernels.common import architecture, cast, cdiv, launch, next_power_of_2, processors, sum_of
+from dfkd_fast.kernels.common import architecture, cast, cdiv, exp, launch, next_power_of_2, processors, sum_of
 
 __all__ = ["backward", "forward"]
 
@@ -30,7 +30,7 @@ def _logits(base, rows, columns, rows_in, columns_in, stride_row, stride_column,
     """A tile of logits over the temperature, minus infinity outside."""
     at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     x = tl.load(base + at, mask=rows_in[:, None] & columns_in[None, :], other=float("-inf"))
-    return x.to(tl.float32) / temperature
+    return tl.div_rn(x.to(tl.float32), temperature)
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _online(largest, total, x):
     top = tl.maximum(largest, tl.max(x, 1))
     # A row that was all minus infinity so far has nothing to rescale.
     safe = tl.where(top == float("-inf"), 0.0, top)
-    return top, total * tl.exp(largest - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
+    return top, total * exp(largest - safe, tl.float32) + tl.sum(exp(x - safe[:, None], tl.float32), 1)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _log_softmax(x, largest, log_total):
 @triton.jit
 def _terms(log_p, log_q):
     """The terms p (log p - log q), with 0 log 0 = 0."""
-    p = tl.exp(log_p)
+    p = exp(log_p, tl.float32)
     return tl.where(p == 0, 0.0, p * (log_p - log_q))
 
 
@@ -169,7 +169,7 @@ def _backward_kernel(
             log_p = _log_softmax(x, top_a, log_a)
             at = rows.to(tl.int64)[:, None] * upstream_row + columns.to(tl.int64)[None, :] * upstream_column
             g = tl.load(upstream + at, mask=inside, other=0.0)
-            p = tl.where(inside, tl.exp(log_p), 0.0)
+            p = tl.where(inside, exp(log_p, tl.float32), 0.0)
             sum_p += tl.sum(g * p, 1)
             sum_d += tl.sum(g * (_terms(log_p, _log_softmax(y, top_b, log_b)) + p), 1)
     else:
@@ -181,16 +181,16 @@ def _backward_kernel(
         y = _logits(b, rows, columns, rows_in, columns < classes, b_row, b_column, temperature)
         log_p = _log_softmax(x, top_a, log_a)
         log_q = _log_softmax(y, top_b, log_b)
-        p = tl.exp(log_p)
+        p = exp(log_p, tl.float32)
         terms = _terms(log_p, log_q)
         if ELEMENTWISE:
             at = rows.to(tl.int64)[:, None] * upstream_row + columns.to(tl.int64)[None, :] * upstream_column
             g = tl.load(upstream + at, mask=inside, other=0.0)
             to_a = g * (terms + p) - p * sum_d[:, None]
-            to_b = tl.exp(log_q) * sum_p[:, None] - g * p
+            to_b = exp(log_q, tl.float32) * sum_p[:, None] - g * p
         else:
             to_a = whole * (terms - p * row[:, None])
-            to_b = whole * (tl.exp(log_q) - p)
+            to_b = whole * (exp(log_q, tl.float32) - p)
         if WANT_A:
             at = rows.to(tl.int64)[:, None] * da_row + columns.to(tl.int64)[None, :] * da_column
             tl.store(da + at, cast(to_a * scale, da.dtype.element_ty), mask=inside)

@@ -37,11 +37,15 @@ from dfkd_fast.kernels.common import (
     architecture,
     cast,
     cdiv,
+    divide,
     dot,
+    exp,
+    fma,
     launch,
     next_power_of_2,
     precision,
     processors,
+    sigmoid,
     sum_of,
 )
 from dfkd_fast.kernels.config import Launch
@@ -129,10 +133,10 @@ def _positive(z, x):
 
 
 @triton.jit
-def _slope(g, x, logits, RESULT: tl.constexpr):
+def _slope(g, x, logits, dtype: tl.constexpr, RESULT: tl.constexpr):
     """Gradient of the logits. A (1 - A) from the exponential below one: 1 - A would lose the digits of a shut gate."""
-    e = tl.exp(-tl.abs(logits))
-    spread = e / ((1.0 + e) * (1.0 + e))
+    e = exp(-tl.abs(logits), dtype)
+    spread = divide(e, fma(e, 2.0 + e, 1.0), dtype)  # over (1 + e)^2
     return g * spread if RESULT == "map" else g * x * spread
 
 
@@ -179,12 +183,13 @@ def _whole_gate(
         logits = nothing
         for r in tl.static_range(1, ORDER + 1):
             logits = _whole_logits(logits, x, proj, out, channel, r, C, K, PRECISION, BLOCK_K)
-        return tl.sigmoid(logits), logits
+        return sigmoid(logits, x.dtype), logits
     else:
         gate = nothing
         for r in tl.static_range(1, ORDER + 1):
-            gate += tl.sigmoid(_whole_logits(nothing, x, proj, out, channel, r, C, K, PRECISION, BLOCK_K))
-        return gate / ORDER, nothing
+            logits = _whole_logits(nothing, x, proj, out, channel, r, C, K, PRECISION, BLOCK_K)
+            gate += sigmoid(logits, x.dtype)
+        return gate * (1.0 / ORDER), nothing
 
 
 @triton.jit
@@ -264,9 +269,9 @@ def _whole_backward_kernel(
             logits = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
             logits = _whole_logits(logits, tile, proj, out, channel, r, C, K, PRECISION, BLOCK_K)
             if WANT_X and RESULT != "map":
-                gradient += g * tl.sigmoid(logits) / ORDER
+                gradient += g * sigmoid(logits, tile.dtype) * (1.0 / ORDER)
         if r <= GATES:
-            dl = _slope(g, wide, logits, RESULT) / GATES
+            dl = _slope(g, wide, logits, tile.dtype, RESULT) * (1.0 / GATES)
             if WANT_OUT:
                 _store(slopes + (r - 1) * C, row * (GATES * C), inside, channel, 1, dl, C)
         gradient = _whole_order_backward(
@@ -348,8 +353,8 @@ def _split_gate_kernel(
         else:
             logits = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
             logits = _split_logits(logits, rectified, out, row, inside, channel, r, ORDER, C, K, PRECISION, BLOCK_K)
-            gate += tl.sigmoid(logits)
-    gate = tl.sigmoid(joint) if GATES == 1 else gate / ORDER
+            gate += sigmoid(logits, out.dtype.element_ty)
+    gate = sigmoid(joint, out.dtype.element_ty) if GATES == 1 else gate * (1.0 / ORDER)
     wide = _load(x, _at(row, positions, x_n, x_p, FLAT), inside, channel, x_c, C).to(tl.float32)
     given = wide
     if GRADIENT or RESULT == "error":
@@ -365,7 +370,7 @@ def _split_gate_kernel(
             if GATES > 1:
                 joint = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
                 joint = _split_logits(joint, rectified, out, row, inside, channel, r, ORDER, C, K, PRECISION, BLOCK_K)
-            dl = _slope(g, wide, joint, RESULT) / GATES
+            dl = _slope(g, wide, joint, out.dtype.element_ty, RESULT) * (1.0 / GATES)
             _store(slopes + (r - 1) * C, row * (GATES * C), inside, channel, 1, dl, C)
     else:
         part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)

@@ -37,7 +37,18 @@ import triton.language as tl
 from torch import Tensor
 
 from dfkd_fast.kernels import config
-from dfkd_fast.kernels.common import architecture, cast, cdiv, dot, launch, next_power_of_2, precision, processors
+from dfkd_fast.kernels.common import (
+    architecture,
+    cast,
+    cdiv,
+    divide,
+    dot,
+    exp,
+    launch,
+    next_power_of_2,
+    precision,
+    processors,
+)
 
 __all__ = ["backward", "forward"]
 
@@ -153,18 +164,19 @@ def _softmax(logits, x, sample, position, exists, channel, C: tl.constexpr, FORM
     FORM says where maximum and sum come from: "positions", saved by channel; "channels", saved by position; "whole",
     this tile itself, which holds all channels.
     """
+    dtype: tl.constexpr = x.hidden.data.dtype.element_ty
     if FORM == "whole":
-        e = tl.exp(logits - tl.max(logits, 1)[:, None])
-        s = e * (1.0 / tl.sum(e, 1))[:, None]
+        e = exp(logits - tl.max(logits, 1)[:, None], dtype)
+        s = e * divide(1.0, tl.sum(e, 1), dtype)[:, None]
     elif FORM == "channels":
         row = tl.arange(0, exists.shape[0])
         top = tl.load(x.saved + sample * x.positions + position + row, mask=exists, other=0.0)
         total = tl.load(x.saved + (x.samples + sample) * x.positions + position + row, mask=exists, other=1.0)
-        s = tl.exp(logits - top[:, None]) * (1.0 / total)[:, None]
+        s = exp(logits - top[:, None], dtype) * divide(1.0, total, dtype)[:, None]
     else:
         top = tl.load(x.saved + sample * C + channel, mask=channel < C, other=0.0)
         total = tl.load(x.saved + (x.samples + sample) * C + channel, mask=channel < C, other=1.0)
-        s = tl.exp(logits - top[None, :]) * (1.0 / total)[None, :]
+        s = exp(logits - top[None, :], dtype) * divide(1.0, total, dtype)[None, :]
     return tl.where(exists[:, None], s, 0.0)
 
 
@@ -198,7 +210,8 @@ def _statistics_kernel(
     row = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
     channel = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     first, last = _chunk(row, chunks, each, x.positions, BLOCK_M)
-    w = _weight(weight, channel, tl.arange(0, BLOCK_K), C, K, x.hidden.data.dtype.element_ty)
+    dtype: tl.constexpr = x.hidden.data.dtype.element_ty
+    w = _weight(weight, channel, tl.arange(0, BLOCK_K), C, K, dtype)
     # One number a place of the tile until the end: that spares a reduction across threads in each tile.
     top = tl.full([BLOCK_M, BLOCK_C], float("-inf"), tl.float32)
     for tile in range(first, last):
@@ -207,7 +220,7 @@ def _statistics_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for tile in range(first, last):
         logits = _tile_logits(w, x, weight, tile, channel, C, K, PRECISION, BLOCK_M)
-        total += tl.exp(logits - largest[None, :])
+        total += exp(logits - largest[None, :], dtype)
     wide = row.to(tl.int64)
     tl.store(parts + wide * C + channel, largest, mask=channel < C)
     tl.store(parts + (x.samples * chunks + wide) * C + channel, tl.sum(total, 0), mask=channel < C)
@@ -240,7 +253,7 @@ def _merge_kernel(
         part = tl.load(parts + at, mask=inside, other=0.0)
         if MAXIMA:
             at = (sample * chunks + chunk)[:, None] * C + channel[None, :]
-            part *= tl.exp(tl.load(parts + at, mask=inside, other=float("-inf")) - largest[None, :])
+            part *= exp(tl.load(parts + at, mask=inside, other=float("-inf")) - largest[None, :], tl.float32)
         total += tl.where(inside, part, 0.0)
     tl.store(merged + (sums + sample) * C + channel, tl.sum(total, 0), mask=channel < C)
 
@@ -289,8 +302,8 @@ def _rows_kernel(
         logits = _logits(h, w, x, weight, sample, position, exists, channel, C, K, PRECISION)
         logits = _over_channels(logits, x, channel, C)
         top = tl.maximum(largest, tl.max(logits, 1))
-        e = tl.exp(logits - top[:, None])
-        below = tl.exp(largest - top)
+        e = exp(logits - top[:, None], h.dtype)
+        below = exp(largest - top, h.dtype)
         total = total * below + tl.sum(e, 1)
         if x.upstream.data is not None:
             g = _load(x.upstream, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
@@ -301,7 +314,7 @@ def _rows_kernel(
     tl.store(x.saved + sample * x.positions + position + row, largest, mask=exists)
     tl.store(x.saved + (x.samples + sample) * x.positions + position + row, total, mask=exists)
     if x.upstream.data is not None:
-        tl.store(x.slopes + sample * x.positions + position + row, slope * (x.scale / total), mask=exists)
+        tl.store(x.slopes + sample * x.positions + position + row, slope * divide(x.scale, total, h.dtype), mask=exists)
 
 
 # --- tiles of features

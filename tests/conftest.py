@@ -7,7 +7,6 @@ import gc
 import os
 import random
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,14 +107,6 @@ def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run without ``out`` writes ``runs/`` into the working folder: never the repository's."""
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _no_plans() -> None:
-    """Tests change what launchers go by; no plan of an earlier test may stand for that."""
-    plans = sys.modules.get("dfkd_fast.kernels.plans")
-    if plans is not None:
-        plans.forget()
 
 
 @pytest.fixture(autouse=True)

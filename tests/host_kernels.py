@@ -58,7 +58,10 @@ def build(folder: Path, sources: Sequence[str]) -> Path:
     Raises:
         RuntimeError: they do not compile; the message is the compiler's.
     """
-    objects = [_made(folder, ("-c",), [CSRC / name], ".o") for name in ("host/shim.cpp", "host/hopper.cpp", *sources)]
+    objects = [
+        _made(folder, ("-c",), [CSRC / name], ".o")
+        for name in ("host/shim.cpp", "host/sm90.cpp", "launchers.cpp", *sources)
+    ]
     return _made(folder, ("-shared",), objects, ".so")
 
 
@@ -123,7 +126,7 @@ class HostKernels:
 
         Raises:
             HostError: something was wrong; the report.
-            ValueError: the launcher refused.
+            ValueError: the launcher refused; its status and reason.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -145,8 +148,9 @@ class HostKernels:
         if not answer:
             self._process.wait()
             raise HostError(self._errors.read_text(errors="replace")[-8000:])
-        if json.loads(answer):
-            raise ValueError(f"{name} returned {json.loads(answer)}")
+        status, reason = json.loads(answer)
+        if status:
+            raise ValueError(f"{name} returned {status}" + (f": {reason}" if status == 1 else ""))
         for number, argument in enumerate(arguments):
             if isinstance(argument, np.ndarray):
                 argument[...] = np.load(Path(self._folder.name) / f"{number}.npy")
@@ -160,6 +164,7 @@ class HostKernels:
 
 def _serve(library: str) -> None:
     functions = ctypes.CDLL(library)
+    functions.dfkd_reason.restype = ctypes.c_char_p
     for line in sys.stdin:
         name, told, order = json.loads(line)
         # A copy whose end is the end of its allocation, so that the sanitizer sees the first element beyond.
@@ -176,7 +181,7 @@ def _serve(library: str) -> None:
         status = getattr(functions, name)(*given)
         for number, array in arrays.items():
             np.save(told[number]["array"], array)
-        print(json.dumps(status), flush=True)
+        print(json.dumps([status, functions.dfkd_reason().decode()]), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import torch
 from dfkd_fast import ops
 from dfkd_fast.ops.backend import NAMES, VARIABLE, Implementation, _registry, dispatch, register
 from dfkd_fast.testing import random
+
+backend = importlib.import_module("dfkd_fast.ops.backend")  # the package has a class of this name
 
 
 def refuses_small(x):
@@ -96,7 +100,7 @@ def test_named_backend_is_never_replaced(op, monkeypatch):
 
 
 def test_unknown_names(op, monkeypatch):
-    wanted = "must be 'hopper', 'cuda', 'triton' or 'reference', got 'fast'"
+    wanted = "must be 'cuda', 'triton' or 'reference', got 'fast'"
     with pytest.raises(ValueError, match=f"backend {wanted}"):
         ops.backend("fast")
     with pytest.raises(ValueError, match=f"backend {wanted}"):
@@ -122,6 +126,44 @@ def test_register_plugs_in(op):
     register("adding", "triton", lambda x: x + 1, refuses_small)
     assert chosen(op, backend="triton") == "reference"  # which is what one added stands for
     assert chosen(op, size=2) == "reference"
+
+
+class TestEagerSizes:
+    """Which backend an automatic choice falls on for tensors on a GPU; the tensors stand in for CUDA ones."""
+
+    @pytest.fixture
+    def on_gpu(self, monkeypatch):
+        streams = {"current": 0, "default": 0}
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["current"])
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: streams["default"])
+        return streams
+
+    def small(self, op: str, numel: int) -> bool:
+        return backend._small_and_eager(op, SimpleNamespace(is_cuda=True, device="cuda:0", numel=lambda: numel))
+
+    @pytest.mark.parametrize("op", sorted(ops.backends()))
+    def test_a_fused_backend_is_chosen_from_the_stated_size_on(self, on_gpu, op):
+        size = backend.EAGER_MIN_NUMEL[op]
+        assert self.small(op, size - 1)
+        assert not self.small(op, size)
+
+    def test_a_side_stream_is_that_of_a_capture_or_its_warm_up(self, on_gpu):
+        on_gpu["current"] = 1
+        assert not self.small("distillation_kl", 1)
+
+    def test_compiled_code_uses_the_fused_op_at_every_size(self, on_gpu, monkeypatch):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not self.small("distillation_kl", 1)
+
+    def test_the_choice_follows(self, on_gpu, monkeypatch):
+        monkeypatch.setattr(backend, "_small_and_eager", lambda op, x: x.numel() < 100)
+        served = []
+        table = {name: Implementation(lambda x, name=name: served.append(name)) for name in ("triton", "reference")}
+        monkeypatch.setitem(backend._registry, "choosing", table)
+        for count in (99, 100):
+            backend.dispatch("choosing", None, torch.zeros(count))
+        backend.dispatch("choosing", "triton", torch.zeros(99))
+        assert served == ["reference", "triton", "triton"]
 
 
 def test_every_op_has_its_reference():

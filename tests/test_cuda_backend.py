@@ -1,8 +1,8 @@
-"""The cuda and hopper backends on a card: the kernels of csrc/ through torch, at real shapes."""
+"""The cuda backend on a GPU: the kernels of csrc/ through torch, at real shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -87,55 +87,41 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
         for mode in ("joint", "per_order")
     },
 }
-# Too few vectors, no softmax over channels, sizes that are no multiples of 8.
-UNSERVED_BY_HOPPER = {
+# Too few vectors, a softmax over channels, sizes that are no multiples of 8.
+UNSERVED = {
     *("contrast, 128 vectors", "contrast, 250 vectors"),
     *(name for name in CASES if name.startswith("channel of") or " of 40 " in name or " of 36 " in name),
 }
+SERVED = [name for name in CASES if name not in UNSERVED]
 
 
-def each_backend() -> Iterator[Any]:
-    yield from ((backend, name) for backend in ("cuda", "hopper") for name in CASES)
-
-
-def skip_unless_here(backend: str) -> None:
-    reason = extension.unavailable(backend)
-    if reason is not None:
-        pytest.skip(reason)
-    if backend == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+@pytest.fixture(autouse=True)
+def hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for compute capability 9.0")
 
 
-def skip_unless_served(backend: str, name: str) -> None:
-    skip_unless_here(backend)
-    if backend == "hopper" and name in UNSERVED_BY_HOPPER:
-        pytest.skip("not served by these kernels")
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
-@pytest.mark.parametrize(("backend", "name"), list(each_backend()))
-def test_no_worse_than_the_reference(backend: str, name: str, dtype: torch.dtype) -> None:
-    skip_unless_served(backend, name)
+@pytest.mark.parametrize("name", SERVED)
+def test_no_worse_than_the_reference(name: str, dtype: torch.dtype) -> None:
     op, make = CASES[name](dtype)
-    assert_backend_no_worse(op, make, backend=backend, draws=2)
+    assert_backend_no_worse(op, make, backend="cuda", draws=2)
 
 
-@pytest.mark.parametrize("name", sorted(UNSERVED_BY_HOPPER))
+@pytest.mark.parametrize("name", sorted(UNSERVED))
 def test_what_is_not_served_is_refused_in_words(name: str) -> None:
-    skip_unless_here("hopper")
     op, make = CASES[name](torch.bfloat16)
-    with pytest.raises(Unserved, match="its kernels take"):
-        op(*make(0), backend="hopper")
+    with pytest.raises(Unserved, match="the kernel serves"):
+        op(*make(0), backend="cuda")
 
 
-@pytest.mark.parametrize(("backend", "name"), list(each_backend()))
-def test_the_same_bits_every_time_and_in_a_graph(backend: str, name: str) -> None:
-    skip_unless_served(backend, name)
+@pytest.mark.parametrize("name", SERVED)
+def test_the_same_bits_every_time_and_in_a_graph(name: str) -> None:
     op, make = CASES[name](torch.bfloat16)
     inputs, others = make(0), make(10)
 
     def work() -> list[Tensor]:
-        out = op(*inputs, backend=backend)
+        out = op(*inputs, backend="cuda")
         return [out, *torch.autograd.grad(out.float().sum(), inputs)]
 
     stream = torch.cuda.Stream()
@@ -155,10 +141,8 @@ def test_the_same_bits_every_time_and_in_a_graph(backend: str, name: str) -> Non
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", ["cuda", "hopper"])
 @pytest.mark.parametrize("name", ["contrast, 602 vectors", "spatial_mean1 of 192 maps", "joint of 64 channels"])
-def test_compiles_without_graph_breaks(name: str, backend: str) -> None:
-    skip_unless_here(backend)
+def test_compiles_without_graph_breaks(name: str) -> None:
     op, make = CASES[name](torch.bfloat16)
     inputs = make(0)
 
@@ -166,22 +150,20 @@ def test_compiles_without_graph_breaks(name: str, backend: str) -> None:
         out = function(*inputs)
         return [out, *torch.autograd.grad(out.float().sum(), inputs)]
 
-    plain = work(lambda *tensors: op(*tensors, backend=backend))
-    compiled = work(torch.compile(lambda *tensors: op(*tensors, backend=backend), fullgraph=True, backend="aot_eager"))
+    plain = work(lambda *tensors: op(*tensors, backend="cuda"))
+    compiled = work(torch.compile(lambda *tensors: op(*tensors, backend="cuda"), fullgraph=True, backend="aot_eager"))
     assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["cuda", "hopper"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_many_vectors_in_little_memory(symmetric: bool, backend: str) -> None:
+def test_many_vectors_in_little_memory(symmetric: bool) -> None:
     """131,072 vectors: at most 1 GiB beyond inputs and gradients; a few anchors against float64."""
-    skip_unless_here(backend)
     count = 65_536
     op, make = contrast(count, 128, torch.bfloat16)
     t, s = make(0)
 
     def work() -> list[Tensor]:
-        value = op(t, s, symmetric=symmetric, reduction="none", backend=backend)
+        value = op(t, s, symmetric=symmetric, reduction="none", backend="cuda")
         return [value, *torch.autograd.grad(value.mean(), (t, s))]
 
     work()
@@ -201,9 +183,7 @@ def test_many_vectors_in_little_memory(symmetric: bool, backend: str) -> None:
     assert ds.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["cuda", "hopper"])
-def test_opcheck(backend: str) -> None:
-    skip_unless_here(backend)
+def test_opcheck() -> None:
     library = torch.ops.dfkd_fast
 
     def check(name: str, *arguments: Any) -> Any:
@@ -213,27 +193,25 @@ def test_opcheck(backend: str) -> None:
         return operator(*given)
 
     t, s = contrast(200, 64, torch.bfloat16)[1](0)
-    out, saved = check(f"contrastive_loss_{backend}", t, s, 0.1, False, True, "mean")
-    check(f"contrastive_loss_{backend}_backward", out, t, s, saved, 0.1, False, True, True, False, True)
+    out, saved = check("contrastive_loss_cuda", t, s, 0.1, False, True, "mean")
+    check("contrastive_loss_cuda_backward", out, t, s, saved, 0.1, False, True, True, False, True)
     given = spatial((2, 64, 9, 7), torch.bfloat16, "spatial_mean1")[1](0)
-    out, saved = check(f"spatial_attention_{backend}", *given, 0.05, "spatial_mean1")
+    out, saved = check("spatial_attention_cuda", *given, 0.05, "spatial_mean1")
     wanted = (True, True, True, False)
-    check(f"spatial_attention_{backend}_backward", out, *given, saved, 0.05, "spatial_mean1", *wanted)
+    check("spatial_attention_cuda_backward", out, *given, saved, 0.05, "spatial_mean1", *wanted)
     given = high_order((2, 64, 9, 7), torch.bfloat16, "joint")[1](0)
-    out = check(f"high_order_attention_{backend}", *given, "joint", "features")
-    check(f"high_order_attention_{backend}_backward", out, *given, "joint", "features", True, False, True)
+    out = check("high_order_attention_cuda", *given, "joint", "features")
+    check("high_order_attention_cuda_backward", out, *given, "joint", "features", True, False, True)
 
 
-@pytest.mark.parametrize("backend", ["cuda", "hopper"])
-def test_other_layouts_and_offsets_are_copied_where_they_must_be(backend: str) -> None:
-    skip_unless_here(backend)
+def test_other_layouts_and_offsets_are_copied_where_they_must_be() -> None:
     op, make = spatial((3, 64, 6, 5), torch.bfloat16, "spatial_mean1")
     inputs = [tensor.detach() for tensor in make(0)]
-    wanted = op(*inputs, backend=backend)
+    wanted = op(*inputs, backend="cuda")
     plain = [inputs[0].contiguous(), inputs[1].contiguous(), *inputs[2:]]
-    found = op(*plain, backend=backend)
+    found = op(*plain, backend="cuda")
     assert found.is_contiguous()
     assert torch.equal(found, wanted)
     shifted = torch.empty(inputs[0].numel() + 1, dtype=torch.bfloat16, device="cuda")[1:]
     rows = shifted.view(3, 6, 5, 64).copy_(inputs[0].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    assert torch.equal(op(rows, *inputs[1:], backend=backend), wanted)
+    assert torch.equal(op(rows, *inputs[1:], backend="cuda"), wanted)

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from dfkd_fast import data
 from dfkd_fast.config import DataConfig
-from dfkd_fast.data import ImageArray, load, loader
+from dfkd_fast.data import ImageArray, ImageData, ImageSet, load, loader, num_classes, register
 
 MEAN, STD = (0.2, 0.4, 0.6), (0.5, 0.25, 0.125)
 
@@ -160,4 +161,26 @@ def test_bad_arguments(change: dict[str, object], message: str) -> None:
 
 def test_an_unknown_set() -> None:
     with pytest.raises(ValueError, match=r"DataConfig.name must be one of .*'rendered'.*, got 'imagenet'"):
-        load(DataConfig(name="imagenet"))  # type: ignore[arg-type]
+        load(DataConfig(name="imagenet"))
+
+
+def test_a_new_set_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(data.DATASETS, "three", ImageSet)  # taken out again after the test
+    images, half = array(3), (0.5,) * 3
+
+    @register("three")
+    class Three(ImageSet):
+        classes = 3
+
+        @classmethod
+        def load(cls, config: DataConfig) -> ImageData:
+            return ImageData(images, images, ("a", "b", "c"), half, half, config.image_size)
+
+    config = DataConfig(name="three", image_size=12)
+    assert num_classes(config) == load(config).num_classes == 3
+
+
+def test_the_numbers_of_classes_are_known_before_anything_is_read() -> None:
+    known = {name: num_classes(DataConfig(name=name, classes=7)) for name in data.DATASETS}
+    assert known == {"aircraft": 100, "cars196": 196, "cub200": 200, "folder": None, "digits": 10, "rendered": 7}
+    assert load(DataConfig(name="digits", image_size=8)).num_classes == 10

@@ -19,6 +19,7 @@ import yaml
 
 import dfkd_fast
 from dfkd_fast import cli, ops
+from dfkd_fast.benchmarks.report import drop_in_tables
 from dfkd_fast.engine import engines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,7 +158,11 @@ def test_every_op_is_documented(op):
     if page.stem == "index":
         return
     assert {"## Complexity", "## Example", "## Reference"} <= set(pages[page].splitlines())
-    assert f"({page.stem}.svg)" in pages[page]
+
+
+def test_the_tables_of_drop_ins_are_those_of_the_code():
+    tables = drop_in_tables(ROOT / "dfkd_fast" / "compat")
+    assert f"<!-- begin: drop-ins -->\n{tables}\n<!-- end: drop-ins -->" in (ROOT / "docs" / "swapping.md").read_text()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if of(page, "yaml")], ids=name)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dfkd_fast.ops import extension
+from dfkd_fast.ops import choices, extension
+from dfkd_fast.ops.backend import Unserved, _registry, dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = {"_operators.so", "libdfkd_kernels.so"}
+built = pytest.mark.skipif(extension.UNAVAILABLE is not None, reason=str(extension.UNAVAILABLE))
 
 
 def missing(folder: Path = ROOT, **environment: str) -> str:
@@ -37,50 +41,122 @@ def test_it_is_here_or_says_why_not() -> None:
     if extension.UNAVAILABLE is None:
         found = extension.build()
         assert found is not None
-        assert found["architectures"]
-        assert found["hopper"] == extension.HOPPER == ("9.0a" in found["architectures"])
-        assert hasattr(torch.ops, "dfkd_fast_cuda")
-        assert all("bool hopper" in str(operator.default._schema) for operator in operators())
+        assert found["architecture"] == "sm_90a"
+        for name in ("contrastive_loss", "spatial_attention", "high_order_attention"):
+            for end in ("", "_backward"):
+                assert hasattr(torch.ops.dfkd_fast_cuda, name + end)
     else:
         assert extension.build() is None
-        assert not extension.HOPPER
         assert "CUDA" in extension.UNAVAILABLE
+        with pytest.raises(RuntimeError, match="CUDA"):
+            extension.unsupported_reason("contrastive_loss", count=129, dim=8)
 
 
-def operators() -> list[Any]:
-    names = ("contrastive_loss", "spatial_attention", "high_order_attention")
-    return [getattr(torch.ops.dfkd_fast_cuda, name + end) for name in names for end in ("", "_backward")]
-
-
-def test_each_backend_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "UNAVAILABLE", None)
-    monkeypatch.setattr(extension, "HOPPER", False)
-    assert extension.unavailable("cuda") is None
-    assert "without code for sm_90a" in str(extension.unavailable("hopper"))
-    monkeypatch.setattr(extension, "HOPPER", True)
     x = torch.zeros(2, 2, dtype=torch.bfloat16)
-    for backend in ("cuda", "hopper"):
-        assert extension.unavailable(backend) is None
-        assert extension.unserved_by_extension(backend, x) == "its kernels run on CUDA devices, not on cpu"
+    served = extension.unserved_by_extension
+    assert served("contrastive_loss", x) == "its kernels run on CUDA devices, not on cpu"
     monkeypatch.setattr(extension, "UNAVAILABLE", "it is not built")
-    assert extension.unavailable("hopper") == extension.unserved_by_extension("hopper", x) == "it is not built"
+    assert served("contrastive_loss", x) == "it is not built"
 
 
-@pytest.mark.parametrize(
-    ("capability", "served"), [((7, 5), ()), ((8, 0), ("cuda",)), ((9, 0), ("cuda", "hopper")), ((10, 0), ("cuda",))]
-)
-def test_devices_have_what_their_architecture_runs(
-    capability: tuple[int, int], served: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+class OnDevice:
+    """In the place of a tensor on a GPU."""
+
+    is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The GPU there is, an H100 at first."""
+    found = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    extension._refusal.cache_clear()
+    return found
+
+
+def contrast(count: int, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    given = {"temperature": 0.1, "symmetric": False, "normalize": True, "reduction": "mean", **options}
+    return (OnDevice(count, 64), OnDevice(count, 64)), given
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (10, 0), (12, 0)])
+def test_other_devices_are_refused(
+    capability: tuple[int, int], device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class OnDevice:
-        is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
-
     monkeypatch.setattr(extension, "UNAVAILABLE", None)
-    monkeypatch.setattr(extension, "HOPPER", True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    for backend in ("cuda", "hopper"):
-        reason = extension.unserved_by_extension(backend, OnDevice())  # type: ignore[arg-type]
-        assert (reason is None) == (backend in served), reason
+    device.major, device.minor = capability
+    tensors, options = contrast(200)
+    reason = _registry["contrastive_loss"]["cuda"].supports(*tensors, **options)
+    assert reason == f"its kernels need a device of compute capability 9.0, not {capability[0]}.{capability[1]}"
+
+
+@built
+def test_a_refused_call_goes_on_to_triton_or_raises_if_named(
+    device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cuda", "triton"):
+        entry = dataclasses.replace(_registry["contrastive_loss"][name], function=lambda *a, name=name, **o: name)
+        if name == "triton":
+            entry = dataclasses.replace(entry, supports=lambda *a, **o: None)
+        monkeypatch.setitem(_registry["contrastive_loss"], name, entry)
+    monkeypatch.setattr(choices, "faster", lambda op, x: "cuda")
+
+    def chosen(count: int, backend: str | None = None, **options: Any) -> Any:
+        tensors, given = contrast(count, **options)
+        return dispatch("contrastive_loss", backend, *tensors, **given)
+
+    assert chosen(200) == chosen(200, "cuda") == "cuda"
+    for count, options, said in (
+        (128, {}, "N of anchors .* is 128; the kernel serves 129 to 8388608"),
+        (200, {"normalize": False}, "normalize is False"),
+        (200, {"temperature": 0.01}, "temperature is 0.01"),
+    ):
+        assert chosen(count, **options) == "triton"
+        with pytest.raises(Unserved, match=f"'cuda', asked for by backend, cannot serve contrastive_loss: {said}"):
+            chosen(count, "cuda", **options)
+
+
+@built
+def test_each_op_asks_its_launchers_forward_and_backward(device: SimpleNamespace) -> None:
+    def reason(op: str, *tensors: Any, **options: Any) -> str | None:
+        return _registry[op]["cuda"].supports(*tensors, **options)
+
+    def spatial(channels: int, form: str = "spatial") -> str | None:
+        maps = OnDevice(2, channels, 20, 30), OnDevice(2, 8, 20, 30)
+        return reason("spatial_attention", *maps, OnDevice(channels, 8), None, scale=1.0, form=form)
+
+    def high_order(order: int, hidden: int = 16) -> str | None:
+        weights = OnDevice(order * (order + 1) // 2, hidden, 64), OnDevice(order, 64, hidden)
+        return reason("high_order_attention", OnDevice(2, 64, 20, 30), *weights, mode="joint")
+
+    assert spatial(64) is spatial(256) is high_order(3) is high_order(1, 128) is None
+    assert "C of features (N, C, H, W) is 60" in str(spatial(60))
+    assert "form is 'channel'" in str(spatial(64, "channel"))
+    assert "R of out_weight (R, C, K) is 4" in str(high_order(4))
+    assert "K of out_weight (R, C, K) is 136" in str(high_order(3, 136))
+    device.multi_processor_count = 4
+    extension._refusal.cache_clear()
+    assert "spatial_attention_backward takes 6 multiprocessors at once; the device has 4" in str(spatial(64))
+
+
+@built
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_code_asks_too(dynamic: bool, device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a graph break: the launcher's answer is a constant of the graph."""
+
+    def work(x: torch.Tensor, temperature: float) -> torch.Tensor:
+        count, dim = x.shape
+        sizes = {"count": count, "dim": dim, "temperature": temperature, "normalize": True, "dtype": torch.bfloat16}
+        return x + (1 if extension._asked("contrastive_loss", 0, sizes) is None else 2)
+
+    compiled = torch.compile(work, fullgraph=True, backend="eager", dynamic=dynamic)
+    for count, temperature, wanted in ((200, 0.1, 1), (128, 0.1, 2), (200, 0.01, 2), (300, 0.1, 1)):
+        assert compiled(torch.zeros(count, 3), temperature)[0, 0] == wanted
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_arguments_are_checked(function):
         function(x, proj.to("meta"), out)
     with pytest.raises(ValueError, match="mode must be 'joint' or 'per_order', got 'both'"):
         function(x, proj, out, mode="both")
-    with pytest.raises(ValueError, match="backend must be 'hopper', 'cuda', 'triton' or 'reference', got 'fast'"):
+    with pytest.raises(ValueError, match="backend must be 'cuda', 'triton' or 'reference', got 'fast'"):
         function(x, proj, out, backend="fast")
     with pytest.raises(RuntimeError, match="'cuda', asked for by backend, cannot serve high_order"):
         function(x, proj, out, backend="cuda")

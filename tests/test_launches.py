@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-import sys
+import re
 from typing import Any
 
 import pytest
 import torch
 
 from dfkd_fast import doctor
-from dfkd_fast.benchmarks.compile_cuda import TABLE
 from dfkd_fast.ops import extension
-from dfkd_fast.ops.backend import _registry
-from dfkd_fast.ops.extension import kernel_name, launches, supported
+from dfkd_fast.ops.extension import kernel_name, kernels, launches, unsupported_reason
 
 from .kernel_cases import OPS, cases
 
 pytestmark = pytest.mark.skipif(extension.UNAVAILABLE is not None, reason=str(extension.UNAVAILABLE))
-hopper = pytest.mark.skipif(not extension.HOPPER, reason=str(extension.unavailable("hopper")))
-BACKENDS = ("cuda", pytest.param("hopper", marks=hopper))
 
 SIZES: dict[str, dict[str, Any]] = {
     "contrastive_loss": {"count": 4096, "dim": 128},
@@ -38,14 +32,16 @@ def test_names_are_those_of_the_source() -> None:
     assert kernel_name("void dfkd::high_order::once<float>(dfkd::Problem<float>)") == "high_order::once<float>"
 
 
-def test_the_small_contrast_is_one_launch_each_way() -> None:
-    (forward,) = launches("contrastive_loss", resources=False, count=64, dim=128)
-    (backward,) = launches("contrastive_loss_backward", resources=False, count=64, dim=128)
-    assert forward["kernel"] == "small_forward<bfloat16>"
-    assert forward["grid"] == (1, 1, 1)
-    assert (forward["cluster"], forward["cooperative"]) == (1, False)
-    assert backward["kernel"] == "small_backward<bfloat16>"
-    assert backward["block"][0] % 32 == 0
+def test_the_launches_of_a_contrast() -> None:
+    forward = launches("contrastive_loss", resources=False, **SIZES[OPS[0]])
+    assert [each["kernel"] for each in forward] == [
+        "contrastive::prepare<bfloat16>",
+        "similarity_sums_wgmma<bfloat16, 128>",
+        "merge",
+    ]
+    assert [each["grid"] for each in forward[1:]] == [(128, 1, 1), (8, 1, 1)]
+    assert [each["cluster"] for each in forward] == [1, 1, 8]
+    assert not any(each["cooperative"] for each in forward)
 
 
 def test_options_decide() -> None:
@@ -53,80 +49,104 @@ def test_options_decide() -> None:
     sizes = {**SIZES[OPS[2]], "want_proj": False, "want_out": False}
     alone = [each["kernel"] for each in launches("high_order_attention_backward", resources=False, **sizes)]
     assert len(alone) < len(both)
-    assert launches("contrastive_loss", resources=False, count=64, dim=8, dtype=torch.float16)[0]["kernel"] == (
-        "small_forward<float16>"
+    half = launches("contrastive_loss", resources=False, count=129, dim=8, dtype=torch.float16)
+    assert half[1]["kernel"] == "similarity_sums_wgmma<float16, 64>"
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "said"),
+    [
+        (OPS[0], {"count": 128, "dim": 64}, "N of anchors (N, D) is 128; the kernel serves 129 to 8388608"),
+        (OPS[0], {"count": 200, "dim": 64, "normalize": False}, "normalize is False; the kernel serves True"),
+        (OPS[0], {"count": 200, "dim": 8, "dtype": "float64"}, "dtype must be float16 or bfloat16"),
+        (
+            OPS[1],
+            {"samples": 1, "channels": 64, "maps": 8, "positions": 4, "weight_dtype": torch.float64},
+            "dtype of weight must be float32, float16 or bfloat16",
+        ),
+        (
+            OPS[1],
+            {"samples": 1, "channels": 8, "maps": 200, "positions": 4},
+            "K of hidden (N, K, H, W) is 200; the kernel serves multiples of 8 up to 64",
+        ),
+        (
+            OPS[2],
+            {"positions": 8, "channels": 64, "hidden": 16, "order": 4},
+            "R of out_weight (R, C, K) is 4; the kernel serves 1 to 3",
+        ),
+    ],
+)
+def test_a_launcher_says_what_it_does_not_serve(op: str, sizes: dict[str, Any], said: str) -> None:
+    for name in (op, f"{op}_backward"):
+        assert unsupported_reason(name, **sizes) == said
+        with pytest.raises(ValueError, match=f"{name}: {re.escape(said)}"):
+            launches(name, resources=False, **sizes)
+
+
+def test_blocks_that_wait_for_each_other_need_as_many_multiprocessors() -> None:
+    name, sizes = "spatial_attention_backward", SIZES["spatial_attention"]
+    assert unsupported_reason(name, num_sms=132, **sizes) is None
+    assert unsupported_reason(name, num_sms=114, **sizes) == (
+        "spatial_attention_backward takes 132 multiprocessors at once; the device has 114"
     )
-
-
-def test_what_is_not_served_is_said() -> None:
-    sizes = {"samples": 1, "channels": 8, "maps": 200, "positions": 4}
-    assert not supported("spatial_attention", **sizes)
-    with pytest.raises(ValueError, match="cuda does not serve spatial_attention"):
-        launches("spatial_attention", resources=False, **sizes)
-    assert not supported("contrastive_loss", count=8, dim=8, dtype="float32")
+    assert unsupported_reason("spatial_attention", num_sms=114, **sizes) is None
 
 
 def test_wrong_words() -> None:
     with pytest.raises(TypeError, match="needs 'dim'"):
-        supported("contrastive_loss", count=8)
+        unsupported_reason("contrastive_loss", count=8)
     with pytest.raises(TypeError, match="takes no 'depth'"):
-        supported("contrastive_loss", count=8, dim=8, depth=8)
+        unsupported_reason("contrastive_loss", count=8, dim=8, depth=8)
     with pytest.raises(ValueError, match="no op 'pool'"):
-        supported("pool")
+        unsupported_reason("pool")
     with pytest.raises(ValueError, match="no reduction 'most'"):
-        supported("contrastive_loss", count=8, dim=8, reduction="most")
-    with pytest.raises(ValueError, match="no backend"):
-        supported("contrastive_loss", "triton", count=8, dim=8)
+        unsupported_reason("contrastive_loss", count=8, dim=8, reduction="most")
     # A call that failed has ended its record: the next one begins anew.
-    assert len(launches("contrastive_loss", resources=False, count=8, dim=8)) == 1
+    assert len(launches("contrastive_loss", resources=False, count=129, dim=8)) == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_known_of_it() -> None:
     with pytest.raises(RuntimeError, match="needs a GPU and its driver"):
-        launches("contrastive_loss", count=8, dim=8)
+        launches("contrastive_loss", count=129, dim=8)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_papers_shapes_are_served(backend: str) -> None:
-    """All but the 128 vectors, which the plain form has in one launch each way."""
+def test_the_papers_shapes_are_served() -> None:
+    """All but the 128 vectors of the contrastive loss, which are Triton's."""
     for op, shapes in doctor._PAPER.items():
         for shape, sizes in shapes.items():
-            wanted = (backend, shape) != ("hopper", "128 x 128")
-            assert supported(op, backend, **sizes) == supported(f"{op}_backward", backend, **sizes) == wanted
+            for name in (op, f"{op}_backward"):
+                assert (unsupported_reason(name, **sizes) is None) == (shape != "128 x 128"), (name, shape)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_small_cases_take_every_kernel(backend: str) -> None:
-    """Of those that compiled.json lists: what the sanitizer's tests run leaves none out that the operators take."""
-    rows = json.loads(TABLE.read_text())["rows"]
-    known = {row["kernel"] for row in rows if row["file"].startswith("hopper/") == (backend == "hopper")}
+def test_small_cases_take_every_kernel() -> None:
+    """What the sanitizer's tests run leaves no kernel out that the operators take."""
     taken = {
         launch["kernel"]
         for op in OPS
-        for sizes in cases(op, backend)
+        for sizes in cases(op)
         for name in (op, f"{op}_backward")
-        for launch in launches(name, backend, resources=False, **sizes)
+        for launch in launches(name, resources=False, **sizes)
     }
+    name = f"{OPS[2]}_backward"
     asked = {
         launch["kernel"]
-        for sizes in cases(OPS[2], backend)
-        for name in (OPS[2], f"{OPS[2]}_backward")
+        for sizes in cases(OPS[2])
         for way in (1, 2, 3)
-        if supported(name, backend, **sizes, way=way)
-        for launch in launches(name, backend, resources=False, **sizes, way=way)
+        if unsupported_reason(name, **sizes, way=way) is None
+        for launch in launches(name, resources=False, **sizes, way=way)
     }
-    assert not known - taken - asked
+    assert kernels() == taken | asked
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPS)
-def test_launches_are_within_what_a_device_can_hold(op: str, backend: str) -> None:
-    most = 227 * 1024 if backend == "hopper" else 163 * 1024  # of sm_90; of sm_80
-    for sizes in (*cases(op, backend), *doctor._PAPER[op].values()):
+def test_launches_are_within_what_a_device_can_hold(op: str) -> None:
+    for sizes in (*cases(op), *doctor._PAPER[op].values()):
+        if unsupported_reason(op, **sizes) is not None:
+            continue
         for name in (op, f"{op}_backward"):
-            for each in launches(name, backend, resources=False, **sizes) if supported(name, backend, **sizes) else ():
-                assert each["dynamic_shared"] <= most, each
+            for each in launches(name, resources=False, **sizes):
+                assert each["dynamic_shared"] <= 227 * 1024, each
                 assert math.prod(each["block"]) <= 1024, each
                 assert 1 <= each["cluster"] <= 8, each
                 assert each["grid"][0] % each["cluster"] == 0, each
@@ -134,73 +154,23 @@ def test_launches_are_within_what_a_device_can_hold(op: str, backend: str) -> No
                 assert not each["cooperative"] or math.prod(each["grid"]) <= 132, each
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def agree(op: str, sizes: dict[str, Any], said: str | None) -> None:
-    for name in (op, f"{op}_backward"):
-        assert supported(name, "hopper", **sizes) == (said is None), (name, sizes, said)
-
-
-@hopper
-def test_what_hopper_serves_is_what_its_launchers_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By sizes and options; the device and the dtype are asked for beside."""
-    for op in OPS:
-        module = sys.modules[f"dfkd_fast.ops.{op}"]
-        monkeypatch.setattr(module, "unserved_by_extension", lambda *tensors: None)
-    monkeypatch.setattr(sys.modules["dfkd_fast.ops.spatial_attention"], "unserved_processors", lambda x: None)
-    served = {op: _registry[op]["hopper"].supports for op in OPS}
-
-    counts, dims, temperatures = (0, 1, 64, 128, 129, 4096), (1, 7, 64, 128, 129, 200), (0.01, 0.03, 0.0302, 0.1, 5.0)
-    for count, dim, temperature, normalize, symmetric in itertools.product(
-        counts, dims, temperatures, (True, False), (True, False)
-    ):
-        options = {"temperature": temperature, "normalize": normalize, "symmetric": symmetric, "reduction": "mean"}
-        pair = (meta(count, dim), meta(count, dim))
-        agree(OPS[0], {"count": count, "dim": dim, **options}, served[OPS[0]](*pair, **options))
-
-    for samples, channels, maps, positions, form in itertools.product(
-        (0, 1, 3),
-        (1, 8, 12, 64, 256, 264),
-        (1, 8, 12, 32, 64, 72),
-        (1, 60, 5000),
-        ("spatial", "spatial_mean1", "channel"),
-    ):
-        tensors = (meta(samples, channels, 1, positions), meta(samples, maps, 1, positions), meta(channels, maps))
-        sizes = {"samples": samples, "channels": channels, "maps": maps, "positions": positions, "form": form}
-        agree(OPS[1], sizes, served[OPS[1]](*tensors, None, scale=1.0, form=form))
-
-    for positions, channels, hidden, order, mode in itertools.product(
-        (0, 1, 70, 5000),
-        (8, 20, 64, 72, 128, 256, 512, 520),
-        (4, 8, 16, 20, 32, 64, 128),
-        (1, 2, 3, 4),
-        ("joint", "per_order"),
-    ):
-        factors = order * (order + 1) // 2
-        tensors = (meta(1, channels, 1, positions), meta(factors, hidden, channels), meta(order, channels, hidden))
-        sizes = {"positions": positions, "channels": channels, "hidden": hidden, "order": order, "mode": mode}
-        agree(OPS[2], sizes, served[OPS[2]](*tensors, mode=mode))
-
-
 def test_doctor_shows_them(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert doctor.launches() == 0
     printed = capsys.readouterr().out
-    assert "small_forward<bfloat16>" in printed
+    assert "similarity_sums_wgmma<bfloat16, 128>" in printed
+    assert "not served: N of anchors" in printed
     assert "131,072 x 128" in printed
     assert ("needs a GPU" in printed) != torch.cuda.is_available()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPS)
-def test_launches_fit_a_multiprocessor(op: str, backend: str) -> None:
-    if backend == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+def test_launches_fit_a_multiprocessor(op: str) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for compute capability 9.0")
     for name in (op, f"{op}_backward"):
-        for each in launches(name, backend, **SIZES[op]):
+        for each in launches(name, **SIZES[op]):
             assert each["local"] == 0, each
             assert 0 < each["registers"] <= 255, each
             assert each["blocks_per_multiprocessor"] > 0, each

@@ -59,7 +59,9 @@ def test_assert_close_wants_equal_shapes_and_takes_any_dtypes():
 def test_assert_no_worse():
     truth = random(50, dtype=torch.float64)
     plain = truth.bfloat16()
-    assert_no_worse(plain, than=plain, truth=truth)
+    assert assert_no_worse(plain, than=plain, truth=truth) == 1
+    assert assert_no_worse(truth + 1.5 * (plain - truth), than=plain, truth=truth) == pytest.approx(1.5)
+    assert assert_no_worse(truth, than=truth, truth=truth) == 0
     with pytest.raises(AssertionError, match=r"y: root mean square error .* allowed 2.0 times that; worst at \("):
         assert_no_worse(truth + 4 * (plain - truth), than=plain, truth=truth, name="y")
     one_off = truth.clone()
@@ -68,7 +70,7 @@ def test_assert_no_worse():
         assert_no_worse(one_off, than=plain, truth=truth)
     with pytest.raises(AssertionError, match="error nan"):
         assert_no_worse(truth * math.nan, than=plain, truth=truth)
-    assert_no_worse(truth + 1e-3, than=truth, truth=truth, floor=2e-3)
+    assert assert_no_worse(truth + 1e-3, than=truth, truth=truth, floor=2e-3) == math.inf
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -63,7 +63,7 @@ def _providers(benchmark: Benchmark, case: Case) -> dict[str, Callable[..., Any]
 
     found: dict[str, Callable[..., Any]] = {}
     for name in ops.backends()[benchmark.op]:
-        if name != "cuda" or extension.unavailable(name) is None:
+        if name != "cuda" or extension.UNAVAILABLE is None:
             found[name] = by(name)
     for name, mode in _MODES.items():
         found[name] = torch.compile(case.compiled or by("reference"), dynamic=False, mode=mode)

@@ -127,15 +127,12 @@ def layers(model: nn.Module, example: Tensor) -> list[Layer]:
         for name, module in model.named_modules()
         if isinstance(module, kinds)
     ]
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            model.eval()(example)
+        with torch.no_grad(), modes_kept(model, False):
+            model(example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return found
 
 

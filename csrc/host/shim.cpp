@@ -1,4 +1,4 @@
-// Fibers, barriers and deferred copies of the execution shim; see shim.h.
+// Fibers and barriers of the execution shim; see shim.h.
 #include "shim.h"
 
 #include <ucontext.h>
@@ -44,12 +44,6 @@ constexpr std::align_val_t kSharedAlignment{1024};
 
 enum class State { ready, at_block, at_warp, until, ended };
 
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes, valid;
-};
-
 // Kept from block to block: new ones are slow to get.
 std::vector<std::unique_ptr<unsigned char[]>> stacks;
 
@@ -81,8 +75,6 @@ struct Fiber {
   void* fake_stack = nullptr;
   const char* what = nullptr;
   std::function<bool()> until;
-  std::vector<Copy> open;
-  std::deque<std::vector<Copy>> groups;
 };
 
 struct AlignedDelete {
@@ -137,9 +129,6 @@ void begin() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
 #endif
   (*program)();
-  if (!running->open.empty() || !running->groups.empty()) {
-    fail("thread %d ended with copies that nobody waited for", running->index);
-  }
   running->state = State::ended;
   if (running->block->extension && running->block->ended()) {
     if (const char* left = running->block->extension->left_over()) fail("a block ended with %s", left);
@@ -256,14 +245,6 @@ void run_together() {
   for (const auto& block : together) {
     if (!block->ended()) tell_who_waits();
   }
-}
-
-void perform(std::vector<Copy>& copies) {
-  for (const Copy& copy : copies) {
-    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.valid));
-    std::memset(static_cast<unsigned char*>(copy.to) + copy.valid, 0, static_cast<size_t>(copy.bytes - copy.valid));
-  }
-  copies.clear();
 }
 
 std::unique_ptr<Block> make_block(dim3 at, dim3 threads, dim3 blocks, size_t shared) {
@@ -387,22 +368,6 @@ void cluster_arrive() {
 void cluster_wait() {
   const Meeting& meeting = running->block->cluster->meeting;
   wait_until("its cluster", [&meeting, turn = running->cluster_turn] { return meeting.turn != turn; });
-}
-
-void copy_later(void* to, const void* from, int bytes, int valid) {
-  running->open.push_back({to, from, bytes, valid});
-  if (at_once()) perform(running->open);
-}
-void commit_copies() {
-  running->groups.push_back(std::move(running->open));
-  running->open.clear();
-}
-void wait_copies(int newest_left) {
-  auto& groups = running->groups;
-  while (static_cast<int>(groups.size()) > newest_left) {
-    perform(groups.front());
-    groups.pop_front();
-  }
 }
 
 void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& thread, int cluster, bool cooperative) {

@@ -49,17 +49,12 @@ int lane();
 unsigned char* shared_memory();
 size_t shared_bytes();
 
-// Copies that begin now and may end at any time until they are waited for.
-void copy_later(void* to, const void* from, int bytes, int valid);
-void commit_copies();
-void wait_copies(int newest_left);
-
 // Run a grid: blocks one after the other, or those of a cluster (neighbours along x) together, or all if cooperative.
 // Aborts with a message where threads wait for each other for ever.
 void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& thread, int cluster = 1,
          bool cooperative = false);
 
-// ---- what host/hopper.cpp builds on -----------------------------------------------------------------------------
+// ---- what host/sm90.cpp builds on -----------------------------------------------------------------------------
 
 // Wait until something is so.
 void wait_until(const char* what, std::function<bool()> ready);

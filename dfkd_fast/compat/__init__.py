@@ -39,7 +39,9 @@ Nothing is imported here: ``dfkd_fast.compat.lightly`` and the others are import
 projects but where the table says so.
 """
 
-from dfkd_fast.compat._coverage import Case
+from __future__ import annotations
+
+from typing import NamedTuple
 
 __all__ = ["MODULES", "Case"]
 
@@ -54,3 +56,17 @@ MODULES = (
     "torchdistill",
 )
 """The modules, in the order of the table."""
+
+
+class Case(NamedTuple):
+    """One way to call a drop-in, and what computes it: a line of a module's ``COVERAGE``.
+
+    Attributes:
+        name: the function or class.
+        case: the arguments meant, in words.
+        op: the function of :mod:`dfkd_fast.ops` behind it; None for plain PyTorch.
+    """
+
+    name: str
+    case: str
+    op: str | None

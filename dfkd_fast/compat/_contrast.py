@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dfkd_fast import ops
-from dfkd_fast.compat._checks import floating, positive
+from dfkd_fast.compat._common import floating, positive
 
 __all__ = ["contrast"]
 

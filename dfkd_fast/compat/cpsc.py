@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dfkd_fast.compat import Case
+from dfkd_fast.compat._common import input_distance, softened_kl
 from dfkd_fast.compat._contrast import contrast
-from dfkd_fast.compat._coverage import Case
-from dfkd_fast.compat._kl import softened_kl
-from dfkd_fast.compat._statistics import input_distance
 from dfkd_fast.compat.deepinversion import DeepInversionFeatureHook as _FeatureHook
 
 __all__ = ["COVERAGE", "DeepInversionFeatureHook", "SupConLoss", "kdloss"]

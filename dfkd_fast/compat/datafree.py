@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfkd_fast.compat import Case
+from dfkd_fast.compat._common import differences, distance, input_distance, input_statistics, kl_div, softened_kl
 from dfkd_fast.compat._contrast import contrast
-from dfkd_fast.compat._coverage import Case
-from dfkd_fast.compat._image_prior import differences
-from dfkd_fast.compat._kl import kl_div, softened_kl
-from dfkd_fast.compat._statistics import distance, input_distance, input_statistics
 
 __all__ = [
     "COVERAGE",

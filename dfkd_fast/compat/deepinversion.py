@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.compat._coverage import Case
-from dfkd_fast.compat._image_prior import differences
-from dfkd_fast.compat._statistics import input_distance
+from dfkd_fast.compat import Case
+from dfkd_fast.compat._common import differences, input_distance
 
 __all__ = ["COVERAGE", "DeepInversionFeatureHook", "get_image_prior_losses"]
 

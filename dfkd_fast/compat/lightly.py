@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_fast import ops
-from dfkd_fast.compat._checks import alike, floating, positive
-from dfkd_fast.compat._coverage import Case
+from dfkd_fast.compat import Case
+from dfkd_fast.compat._common import alike, floating, positive
 
 __all__ = ["COVERAGE", "MemoryBankModule", "NTXentLoss"]
 

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from dfkd_fast.compat._attention import stage_distance
-from dfkd_fast.compat._coverage import Case
-from dfkd_fast.compat._kl import covered, softened_kl
+from dfkd_fast.compat import Case
+from dfkd_fast.compat._common import covered, softened_kl, stage_distance
 
 __all__ = ["COVERAGE", "at_loss", "kd_loss", "single_stage_at_loss"]
 

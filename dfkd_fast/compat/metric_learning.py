@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dfkd_fast import ops
-from dfkd_fast.compat._checks import alike, floating, positive
-from dfkd_fast.compat._coverage import Case
+from dfkd_fast.compat import Case
+from dfkd_fast.compat._common import alike, floating, positive
 
 try:
     from pytorch_metric_learning import distances, losses, reducers

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from dfkd_fast.compat._attention import activation_map, stage_distance
-from dfkd_fast.compat._coverage import Case
-from dfkd_fast.compat._kl import softened_kl
+from dfkd_fast.compat import Case
+from dfkd_fast.compat._common import activation_map, softened_kl, stage_distance
 
 __all__ = ["COVERAGE", "Attention", "DistillKL"]
 

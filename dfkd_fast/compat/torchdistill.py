@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd_fast.compat._attention import activation_map
-from dfkd_fast.compat._coverage import Case
-from dfkd_fast.compat._kl import softened_kl
+from dfkd_fast.compat import Case
+from dfkd_fast.compat._common import activation_map, softened_kl
 
 __all__ = ["COVERAGE", "ATLoss", "KDLoss"]
 

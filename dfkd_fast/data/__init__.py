@@ -1,27 +1,35 @@
-"""Labelled images: for teacher training and evaluation, never for distillation."""
+"""Labelled images: for teacher training and evaluation, never for distillation.
+
+A data set is a class in a module of this folder, registered under its name: :class:`dfkd_fast.data.registry.ImageSet`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from dfkd_fast.config import DataConfig
-from dfkd_fast.data.digits import load_digits
+from dfkd_fast.data import digits, published  # noqa: F401 - they register their sets
 from dfkd_fast.data.image_data import ImageArray, ImageData
-from dfkd_fast.data.layout import DatasetNotFound
 from dfkd_fast.data.loading import loader
-from dfkd_fast.data.published import load_aircraft, load_cars196, load_cub200, load_folder
-from dfkd_fast.data.rendered import load_rendered
+from dfkd_fast.data.registry import DATASETS, DatasetNotFound, ImageSet, Layout, register
+from dfkd_fast.data.synthetic import rendered  # noqa: F401
 
-__all__ = ["DatasetNotFound", "ImageArray", "ImageData", "load", "loader"]
+__all__ = [
+    "DATASETS",
+    "DatasetNotFound",
+    "ImageArray",
+    "ImageData",
+    "ImageSet",
+    "Layout",
+    "load",
+    "loader",
+    "num_classes",
+    "register",
+]
 
-_LOADERS: dict[str, Callable[[DataConfig], ImageData]] = {
-    "digits": load_digits,
-    "rendered": load_rendered,
-    "aircraft": load_aircraft,
-    "cars196": load_cars196,
-    "cub200": load_cub200,
-    "folder": load_folder,
-}
+
+def _registered(config: DataConfig) -> type[ImageSet]:
+    if config.name not in DATASETS:
+        raise ValueError(f"DataConfig.name must be one of {sorted(DATASETS)}, got {config.name!r}")
+    return DATASETS[config.name]
 
 
 def load(config: DataConfig) -> ImageData:
@@ -37,6 +45,13 @@ def load(config: DataConfig) -> ImageData:
         DatasetNotFound: a published tree, or a part of it, is not under ``config.root``.
         ValueError: an unknown name, or a field that the set cannot take.
     """
-    if config.name not in _LOADERS:
-        raise ValueError(f"DataConfig.name must be one of {sorted(_LOADERS)}, got {config.name!r}")
-    return _LOADERS[config.name](config)
+    return _registered(config).load(config)
+
+
+def num_classes(config: DataConfig) -> int | None:
+    """The number of classes of the set that a config names, without reading it; None where only its files tell.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return _registered(config).num_classes(config)

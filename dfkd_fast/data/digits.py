@@ -10,42 +10,43 @@ from torch.nn import functional as F
 
 from dfkd_fast.config import DataConfig
 from dfkd_fast.data.image_data import HALF, ImageArray, ImageData
+from dfkd_fast.data.registry import ImageSet, register
 
-__all__ = ["load_digits"]
+__all__ = ["Digits"]
 
 TEST_SHARE = 0.2
 
 
-def load_digits(config: DataConfig) -> ImageData:
-    """The digits, enlarged bilinearly to ``image_size``, grey in three channels.
+@register("digits")
+class Digits(ImageSet):
+    """The digits, enlarged bilinearly to ``image_size``, grey in three channels, pixels normalised to [-1, 1].
 
     The split is stratified by digit and drawn from ``config.seed``: 1,437 training and 360 held-out scans. Training
     images move by up to a sixteenth of their size; nothing is mirrored, since a mirrored digit is another sign.
-
-    Args:
-        config: ``image_size``, ``seed`` and ``augment`` count.
-
-    Returns:
-        The set, pixels normalised to [-1, 1].
     """
-    from sklearn.datasets import load_digits as read_digits  # slow to import, and no other set needs it
-    from sklearn.model_selection import train_test_split
 
-    scans = read_digits()
-    labels = torch.from_numpy(scans.target).to(torch.int64)
-    ink = torch.from_numpy(scans.images).to(torch.float32).unsqueeze(1) / 16  # the scans count to 16
-    size = config.image_size
-    large = F.interpolate(ink, (size, size), mode="bilinear", align_corners=False)
-    images = large.mul(255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-    train, test = train_test_split(
-        torch.arange(len(labels)).numpy(), test_size=TEST_SHARE, stratify=scans.target, random_state=config.seed
-    )
-    shift = size // 16 if config.augment else 0
-    return ImageData(
-        train=ImageArray(images[train], labels[train], shift=shift),
-        test=ImageArray(images[test], labels[test]),
-        classes=tuple(str(name) for name in scans.target_names),
-        mean=HALF,
-        std=HALF,
-        image_size=size,
-    )
+    classes = 10
+
+    @classmethod
+    def load(cls, config: DataConfig) -> ImageData:
+        from sklearn.datasets import load_digits as read_digits  # slow to import, and no other set needs it
+        from sklearn.model_selection import train_test_split
+
+        scans = read_digits()
+        labels = torch.from_numpy(scans.target).to(torch.int64)
+        ink = torch.from_numpy(scans.images).to(torch.float32).unsqueeze(1) / 16  # the scans count to 16
+        size = config.image_size
+        large = F.interpolate(ink, (size, size), mode="bilinear", align_corners=False)
+        images = large.mul(255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+        train, test = train_test_split(
+            torch.arange(len(labels)).numpy(), test_size=TEST_SHARE, stratify=scans.target, random_state=config.seed
+        )
+        shift = size // 16 if config.augment else 0
+        return ImageData(
+            train=ImageArray(images[train], labels[train], shift=shift),
+            test=ImageArray(images[test], labels[test]),
+            classes=tuple(str(name) for name in scans.target_names),
+            mean=HALF,
+            std=HALF,
+            image_size=size,
+        )

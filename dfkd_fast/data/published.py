@@ -18,61 +18,11 @@ from torchvision.datasets.folder import default_loader
 
 from dfkd_fast.config import DataConfig
 from dfkd_fast.data.image_data import ImageData
-from dfkd_fast.data.layout import DatasetNotFound, Layout
+from dfkd_fast.data.registry import DatasetNotFound, ImageSet, Layout, register
 from dfkd_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform, training_transform
 
-__all__ = ["AIRCRAFT", "CARS196", "CUB200", "FOLDER", "load_aircraft", "load_cars196", "load_cub200", "load_folder"]
+__all__ = ["CUB200", "Aircraft", "Cars196", "Folder"]
 
-AIRCRAFT = Layout(
-    title="FGVC-Aircraft",
-    tree="""
-fgvc-aircraft-2013b/
-  data/
-    variants.txt
-    images_variant_trainval.txt    6,667 lines "1025794 707-320"
-    images_variant_test.txt        3,333 lines
-    images/                        1025794.jpg, ...
-""",
-    source="Published at https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/ (Maji et al., 2013).",
-)
-CARS196 = Layout(
-    title="Stanford Cars",
-    tree="""
-stanford_cars/
-  devkit/
-    cars_meta.mat
-    cars_train_annos.mat           8,144 annotations
-  cars_test_annos_withlabels.mat   8,041 annotations
-  cars_train/                      00001.jpg, ...
-  cars_test/                       00001.jpg, ...
-""",
-    source=(
-        "Published at https://ai.stanford.edu/~jkrause/cars/car_dataset.html (Krause et al., 2013); that page is\n"
-        "offline, and https://github.com/pytorch/vision/issues/7545 says where copies are."
-    ),
-)
-CUB200 = Layout(
-    title="CUB-200-2011",
-    tree="""
-CUB_200_2011/
-  classes.txt                      200 lines "1 001.Black_footed_Albatross"
-  images.txt                       11,788 lines "1 001.Black_footed_Albatross/Black_Footed_Albatross_0046_18.jpg"
-  image_class_labels.txt           11,788 lines "1 1"
-  train_test_split.txt             11,788 lines "1 0", 1 for training
-  images/                          001.Black_footed_Albatross/, ...
-""",
-    source="Published at https://www.vision.caltech.edu/datasets/cub_200_2011/ (Wah et al., 2011).",
-)
-FOLDER = Layout(
-    title="Image folder",
-    tree="""
-train/
-  <class>/                         *.jpg, *.png, ...
-test/                              or val/
-  <class>/                         the same classes as in train/
-""",
-    source="Any tree that torchvision.datasets.ImageFolder reads.",
-)
 
 Crop = Literal["random_resized", "random"]
 Transform = Callable[[Any], Tensor]
@@ -94,61 +44,87 @@ def _image_data(config: DataConfig, train: Dataset[Any], test: Dataset[Any], cla
     )
 
 
-def load_aircraft(config: DataConfig) -> ImageData:
-    """FGVC-Aircraft by variant: 6,667 training images (its trainval split), 3,333 held out, 100 classes.
+@register("aircraft")
+class Aircraft(ImageSet):
+    """FGVC-Aircraft by variant: 6,667 training images (its trainval split), 3,333 held out."""
 
-    Args:
-        config: ``root`` holds ``fgvc-aircraft-2013b``; ``image_size`` and ``augment`` count too.
-
-    Raises:
-        DatasetNotFound: a part of the tree is missing.
-        ValueError: no root, or an annotation that cannot be read.
-    """
-    root = AIRCRAFT.root(config)
-    data = root / "fgvc-aircraft-2013b" / "data"
-    variants = AIRCRAFT.lines(data / "variants.txt")
-    for split in ("trainval", "test"):
-        annotation = data / f"images_variant_{split}.txt"
-        rows = AIRCRAFT.table(annotation)
-        unknown = next((row for row in rows if row[1] not in variants), None)
-        if unknown is not None:
-            raise ValueError(f"{AIRCRAFT.title}: {annotation} names the variant {unknown[1]!r}, not in variants.txt")
-        AIRCRAFT.require(data / "images" / f"{image}.jpg" for image, _ in rows)
-    # The planes fill their frames: the authors' loader crops at random without rescaling.
-    augmented, plain = _transforms(config, "random")
-    train = FGVCAircraft(root, split="trainval", annotation_level="variant", transform=augmented)
-    test = FGVCAircraft(root, split="test", annotation_level="variant", transform=plain)
-    return _image_data(config, train, test, train.classes)
-
-
-def load_cars196(config: DataConfig) -> ImageData:
-    """Stanford Cars: 8,144 training images, 8,041 held out, 196 classes.
-
-    Args:
-        config: ``root`` holds ``stanford_cars``; ``image_size`` and ``augment`` count too.
-
-    Raises:
-        DatasetNotFound: a part of the tree is missing.
-        ValueError: no root.
-    """
-    root = CARS196.root(config)
-    base = root / "stanford_cars"
-    CARS196.require(
-        [
-            base / "devkit" / "cars_meta.mat",
-            base / "devkit" / "cars_train_annos.mat",
-            base / "cars_test_annos_withlabels.mat",
-            base / "cars_train",
-            base / "cars_test",
-        ]
+    classes = 100
+    layout = Layout(
+        title="FGVC-Aircraft",
+        tree="""
+            fgvc-aircraft-2013b/
+              data/
+                variants.txt
+                images_variant_trainval.txt    6,667 lines "1025794 707-320"
+                images_variant_test.txt        3,333 lines
+                images/                        1025794.jpg, ...
+        """,
+        source="Published at https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/ (Maji et al., 2013).",
     )
-    augmented, plain = _transforms(config)
-    # The labels come out of the .mat files as NumPy bytes; a loader would make a uint8 tensor of them.
-    train = StanfordCars(root, split="train", transform=augmented, target_transform=int)
-    test = StanfordCars(root, split="test", transform=plain, target_transform=int)
-    for part in (train, test):
-        CARS196.require(Path(path) for path, _ in part._samples)
-    return _image_data(config, train, test, train.classes)
+
+    @classmethod
+    def load(cls, config: DataConfig) -> ImageData:
+        root = cls.layout.root(config)
+        data = root / "fgvc-aircraft-2013b" / "data"
+        variants = cls.layout.lines(data / "variants.txt")
+        for split in ("trainval", "test"):
+            annotation = data / f"images_variant_{split}.txt"
+            rows = cls.layout.table(annotation)
+            unknown = next((row for row in rows if row[1] not in variants), None)
+            if unknown is not None:
+                raise ValueError(
+                    f"{cls.layout.title}: {annotation} names the variant {unknown[1]!r}, not in variants.txt"
+                )
+            cls.layout.require(data / "images" / f"{image}.jpg" for image, _ in rows)
+        # The planes fill their frames: the authors' loader crops at random without rescaling.
+        augmented, plain = _transforms(config, "random")
+        train = FGVCAircraft(root, split="trainval", annotation_level="variant", transform=augmented)
+        test = FGVCAircraft(root, split="test", annotation_level="variant", transform=plain)
+        return _image_data(config, train, test, train.classes)
+
+
+@register("cars196")
+class Cars196(ImageSet):
+    """Stanford Cars: 8,144 training images, 8,041 held out."""
+
+    classes = 196
+    layout = Layout(
+        title="Stanford Cars",
+        tree="""
+            stanford_cars/
+              devkit/
+                cars_meta.mat
+                cars_train_annos.mat           8,144 annotations
+              cars_test_annos_withlabels.mat   8,041 annotations
+              cars_train/                      00001.jpg, ...
+              cars_test/                       00001.jpg, ...
+        """,
+        source=(
+            "Published at https://ai.stanford.edu/~jkrause/cars/car_dataset.html (Krause et al., 2013); that page is\n"
+            "offline, and https://github.com/pytorch/vision/issues/7545 says where copies are."
+        ),
+    )
+
+    @classmethod
+    def load(cls, config: DataConfig) -> ImageData:
+        root = cls.layout.root(config)
+        base = root / "stanford_cars"
+        cls.layout.require(
+            [
+                base / "devkit" / "cars_meta.mat",
+                base / "devkit" / "cars_train_annos.mat",
+                base / "cars_test_annos_withlabels.mat",
+                base / "cars_train",
+                base / "cars_test",
+            ]
+        )
+        augmented, plain = _transforms(config)
+        # The labels come out of the .mat files as NumPy bytes; a loader would make a uint8 tensor of them.
+        train = StanfordCars(root, split="train", transform=augmented, target_transform=int)
+        test = StanfordCars(root, split="test", transform=plain, target_transform=int)
+        for part in (train, test):
+            cls.layout.require(Path(path) for path, _ in part._samples)
+        return _image_data(config, train, test, train.classes)
 
 
 class _Listed(Dataset[tuple[Tensor, int]]):
@@ -166,69 +142,86 @@ class _Listed(Dataset[tuple[Tensor, int]]):
         return self.transform(default_loader(str(path))), label
 
 
-def load_cub200(config: DataConfig) -> ImageData:
-    """CUB-200-2011: 5,994 training images, 5,794 held out, 200 classes.
+@register("cub200")
+class CUB200(ImageSet):
+    """CUB-200-2011: 5,994 training images, 5,794 held out."""
 
-    Args:
-        config: ``root`` holds ``CUB_200_2011``; ``image_size`` and ``augment`` count too.
+    classes = 200
+    layout = Layout(
+        title="CUB-200-2011",
+        tree="""
+            CUB_200_2011/
+              classes.txt                      200 lines "1 001.Black_footed_Albatross"
+              images.txt                       11,788 lines "1 001.Black_footed_Albatross/Black_Footed_..._18.jpg"
+              image_class_labels.txt           11,788 lines "1 1"
+              train_test_split.txt             11,788 lines "1 0", 1 for training
+              images/                          001.Black_footed_Albatross/, ...
+        """,
+        source="Published at https://www.vision.caltech.edu/datasets/cub_200_2011/ (Wah et al., 2011).",
+    )
 
-    Raises:
-        DatasetNotFound: a part of the tree is missing.
-        ValueError: no root, or annotations that do not fit together.
-    """
-    base = CUB200.root(config) / "CUB_200_2011"
-    names = dict(CUB200.table(base / "classes.txt"))
-    images = CUB200.table(base / "images.txt")
-    label_of = dict(CUB200.table(base / "image_class_labels.txt"))
-    split_of = dict(CUB200.table(base / "train_test_split.txt"))
-    number_of = {key: number for number, key in enumerate(names)}
+    @classmethod
+    def load(cls, config: DataConfig) -> ImageData:
+        base, title = cls.layout.root(config) / "CUB_200_2011", cls.layout.title
+        names = dict(cls.layout.table(base / "classes.txt"))
+        images = cls.layout.table(base / "images.txt")
+        label_of = dict(cls.layout.table(base / "image_class_labels.txt"))
+        split_of = dict(cls.layout.table(base / "train_test_split.txt"))
+        number_of = {key: number for number, key in enumerate(names)}
 
-    def rows() -> Iterator[tuple[bool, Path, int]]:
-        for key, name in images:
-            label, split = label_of.get(key), split_of.get(key)
-            if label not in number_of:
-                raise ValueError(f"{CUB200.title}: image_class_labels.txt gives image {key} the class {label}")
-            if split not in ("0", "1"):
-                raise ValueError(f"{CUB200.title}: train_test_split.txt must say 0 or 1 for image {key}, got {split}")
-            yield split == "1", base / "images" / name, number_of[label]
+        def rows() -> Iterator[tuple[bool, Path, int]]:
+            for key, name in images:
+                label, split = label_of.get(key), split_of.get(key)
+                if label not in number_of:
+                    raise ValueError(f"{title}: image_class_labels.txt gives image {key} the class {label}")
+                if split not in ("0", "1"):
+                    raise ValueError(f"{title}: train_test_split.txt must say 0 or 1 for image {key}, got {split}")
+                yield split == "1", base / "images" / name, number_of[label]
 
-    samples = list(rows())
-    CUB200.require(path for _, path, _ in samples)
-    augmented, plain = _transforms(config)
-    train = _Listed([(path, label) for training, path, label in samples if training], augmented)
-    test = _Listed([(path, label) for training, path, label in samples if not training], plain)
-    classes = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name in names.values()]
-    return _image_data(config, train, test, classes)
+        samples = list(rows())
+        cls.layout.require(path for _, path, _ in samples)
+        augmented, plain = _transforms(config)
+        train = _Listed([(path, label) for training, path, label in samples if training], augmented)
+        test = _Listed([(path, label) for training, path, label in samples if not training], plain)
+        classes = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name in names.values()]
+        return _image_data(config, train, test, classes)
 
 
-def load_folder(config: DataConfig) -> ImageData:
-    """A tree of one folder a class under ``train`` and under ``test`` (or ``val``), with the paper's transforms.
+@register("folder")
+class Folder(ImageSet):
+    """A tree of one folder per class under ``train`` and under ``test`` (or ``val``), with the paper's transforms."""
 
-    Args:
-        config: ``root`` holds the two; ``image_size`` and ``augment`` count too.
+    layout = Layout(
+        title="Image folder",
+        tree="""
+            train/
+              <class>/                         *.jpg, *.png, ...
+            test/                              or val/
+              <class>/                         the same classes as in train/
+        """,
+        source="Any tree that torchvision.datasets.ImageFolder reads.",
+    )
 
-    Raises:
-        DatasetNotFound: one of the two is missing, or a class has no image.
-        ValueError: no root, or the two do not hold the same classes.
-    """
-    root = FOLDER.root(config)
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
-    augmented, plain = _transforms(config)
-    train, test = _image_folder(root / "train", augmented), _image_folder(held_out, plain)
-    if train.classes != test.classes:
-        first = min(set(train.classes) ^ set(test.classes))
-        raise ValueError(f"{FOLDER.title}: class {first!r} must be in both {root / 'train'} and {held_out}")
-    return _image_data(config, train, test, train.classes)
+    @classmethod
+    def load(cls, config: DataConfig) -> ImageData:
+        root = cls.layout.root(config)
+        held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+        augmented, plain = _transforms(config)
+        train, test = _image_folder(root / "train", augmented), _image_folder(held_out, plain)
+        if train.classes != test.classes:
+            first = min(set(train.classes) ^ set(test.classes))
+            raise ValueError(f"{cls.layout.title}: class {first!r} must be in both {root / 'train'} and {held_out}")
+        return _image_data(config, train, test, train.classes)
 
 
 def _image_folder(folder: Path, transform: Transform) -> ImageFolder:
     if not folder.is_dir():
-        raise DatasetNotFound(folder, FOLDER)
+        raise DatasetNotFound(folder, Folder.layout)
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
     dataset = ImageFolder(folder, transform=transform, allow_empty=True) if classes else None
     filled = set(dataset.targets) if dataset is not None else set()
     for number, name in enumerate(classes or [folder / "<class>"]):
         if number not in filled:
-            raise DatasetNotFound(name / "*.jpg", FOLDER)
+            raise DatasetNotFound(name / "*.jpg", Folder.layout)
     assert dataset is not None
     return dataset

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -74,7 +72,6 @@ _REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/launchers.h
 
 
 def _launch_cuda_forward(
-    hopper: bool,
     anchors: Tensor,
     positives: Tensor,
     temperature: float,
@@ -85,13 +82,10 @@ def _launch_cuda_forward(
     saved: Tensor,
 ) -> None:
     code = _REDUCTIONS.index(reduction)
-    torch.ops.dfkd_fast_cuda.contrastive_loss(
-        anchors, positives, temperature, symmetric, normalize, code, hopper, out, saved
-    )
+    torch.ops.dfkd_fast_cuda.contrastive_loss(anchors, positives, temperature, symmetric, normalize, code, out, saved)
 
 
 def _launch_cuda_backward(
-    hopper: bool,
     upstream: Tensor,
     anchors: Tensor,
     positives: Tensor,
@@ -107,34 +101,27 @@ def _launch_cuda_backward(
 ) -> None:
     code = _REDUCTIONS.index("none" if upstream.ndim else "mean" if mean else "sum")
     torch.ops.dfkd_fast_cuda.contrastive_loss_backward(
-        upstream, anchors, positives, saved, temperature, symmetric, normalize, code, hopper, d_anchors, d_positives
-    )
-
-
-def _by_extension(backend: str) -> tuple[Any, Any]:
-    hopper = backend == "hopper"
-    return (
-        operator(
-            f"contrastive_loss_{backend}(Tensor anchors, Tensor positives, float temperature, bool symmetric, "
-            "bool normalize, str reduction) -> (Tensor, Tensor)",
-            _allocate_forward,
-            partial(_launch_cuda_forward, hopper),
-            planned=False,
-        ),
-        operator(
-            f"contrastive_loss_{backend}_backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor saved, "
-            "float temperature, bool symmetric, bool normalize, bool want_anchors, bool want_positives, bool mean) "
-            "-> (Tensor, Tensor)",
-            _allocate_backward,
-            partial(_launch_cuda_backward, hopper),
-            planned=False,
-        ),
+        upstream, anchors, positives, saved, temperature, symmetric, normalize, code, d_anchors, d_positives
     )
 
 
 _OPERATORS = {
     "triton": (_forward, _backward),
-    **{backend: _by_extension(backend) for backend in ("cuda", "hopper")},
+    "cuda": (
+        operator(
+            "contrastive_loss_cuda(Tensor anchors, Tensor positives, float temperature, bool symmetric, "
+            "bool normalize, str reduction) -> (Tensor, Tensor)",
+            _allocate_forward,
+            _launch_cuda_forward,
+        ),
+        operator(
+            "contrastive_loss_cuda_backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor saved, "
+            "float temperature, bool symmetric, bool normalize, bool want_anchors, bool want_positives, bool mean) "
+            "-> (Tensor, Tensor)",
+            _allocate_backward,
+            _launch_cuda_backward,
+        ),
+    ),
 }
 
 
@@ -194,30 +181,17 @@ def _served(anchors: Tensor, positives: Tensor, **options: Any) -> str | None:
     return unserved(anchors, positives)
 
 
-def _served_by_cuda(anchors: Tensor, positives: Tensor, **options: Any) -> str | None:
-    return unserved_by_extension("cuda", anchors, positives)
-
-
-_LEAST_TEMPERATURE = math.log2(math.e) / 48  # exponents of sums around a fixed value stay within float32's
-
-
-def _served_by_hopper(
+def _served_by_cuda(
     anchors: Tensor, positives: Tensor, *, temperature: float, normalize: bool, **options: Any
 ) -> str | None:
-    # csrc/launchers.h.
     count, dim = anchors.shape
-    if not normalize or temperature < _LEAST_TEMPERATURE or not 0 < dim <= 128 or not 128 < count <= 2**23:
-        return (
-            f"its kernels take normalized rows of up to 128 elements, more than 256 of them, and temperatures from "
-            f"{_LEAST_TEMPERATURE:.4f}"
-        )
-    return unserved_by_extension("hopper", anchors, positives)
+    sizes = {"count": count, "dim": dim, "temperature": float(temperature), "normalize": normalize}
+    return unserved_by_extension("contrastive_loss", anchors, positives.dtype, **sizes)
 
 
 register("contrastive_loss", "reference", reference.contrastive_loss)
 register("contrastive_loss", "triton", _with("triton"), _served)
 register("contrastive_loss", "cuda", _with("cuda"), _served_by_cuda)
-register("contrastive_loss", "hopper", _with("hopper"), _served_by_hopper)
 
 
 def contrastive_loss(
@@ -247,8 +221,7 @@ def contrastive_loss(
             and receives exactly zero gradient. Without it the rows are taken as they are.
         reduction: "mean" over anchors (NaN for N = 0), "sum", or "none": one value an anchor, (N,), and with
             ``symmetric`` (2N,), first those of ``anchors``, then those of ``positives``.
-        backend: ``"hopper"``, ``"cuda"``, ``"triton"``, ``"reference"`` or None; see
-            :class:`dfkd_fast.ops.backend`.
+        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         A scalar or one value an anchor, in float32 (float64 where an input is). Computed in float32 throughout, under

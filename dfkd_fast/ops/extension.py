@@ -2,11 +2,12 @@
 
 It is built by CMakeLists.txt into this package's folder: ``_operators.so`` defines ``torch.ops.dfkd_fast_cuda``,
 ``libdfkd_kernels.so`` holds the kernels, ``_C`` tells of both. Nothing of it is loaded where torch is built without
-CUDA.
+CUDA. Its kernels are for devices of compute capability 9.0; what they serve their launchers say (csrc/launchers.h).
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,18 +18,16 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "HOPPER",
     "UNAVAILABLE",
     "aligned",
     "as_rows",
     "build",
     "filled_as_rows",
     "kernel_name",
+    "kernels",
     "launches",
-    "supported",
-    "unavailable",
     "unserved_by_extension",
-    "unserved_processors",
+    "unsupported_reason",
 ]
 
 _FOLDER = Path(__file__).resolve().parents[1]
@@ -53,7 +52,7 @@ UNAVAILABLE = _load()
 
 
 def build() -> dict[str, Any] | None:
-    """``toolkit``, ``architectures``, ``commit`` and ``hopper`` of the extension; None where there is none."""
+    """``toolkit``, ``architecture`` and ``commit`` of the extension; None if there is none."""
     if UNAVAILABLE is not None:
         return None
     from dfkd_fast import _C
@@ -61,47 +60,60 @@ def build() -> dict[str, Any] | None:
     return _C.build()
 
 
-HOPPER = bool((build() or {}).get("hopper"))
-"""Whether it holds the kernels in the instructions of sm_90a."""
-
-
-def unavailable(backend: str) -> str | None:
-    """Why the kernels of ``cuda`` or ``hopper`` cannot be called, on any device; None where they can."""
-    if UNAVAILABLE is None and backend == "hopper" and not HOPPER:
-        return "the CUDA extension is built without code for sm_90a (docs/building.md)"
-    return UNAVAILABLE
-
-
-_DTYPES = (torch.float16, torch.bfloat16)
 _ALIGNMENT = 16  # bytes; of every pointer that a launcher is given
 
 
-def unserved_by_extension(backend: str, *tensors: Tensor) -> str | None:
-    """Why the kernels of ``cuda`` or ``hopper`` cannot take these tensors; None where they can."""
-    reason = unavailable(backend)
-    if reason is not None:
-        return reason
-    first = tensors[0]
-    for tensor in tensors:
-        if not tensor.is_cuda:
-            return f"its kernels run on CUDA devices, not on {tensor.device.type}"
-        if tensor.dtype not in _DTYPES:
-            return f"its kernels take float16 and bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
-        if tensor.dtype != first.dtype:
-            return "its kernels take tensors of one dtype"
-    capability = torch.cuda.get_device_capability(first.device)
-    if backend == "hopper":
-        return None if capability == (9, 0) else "its kernels need a device of compute capability 9.0"
-    return None if capability >= (8, 0) else "its kernels need a device of compute capability 8.0 or later"
+@functools.lru_cache(1024)
+def _refusal(op: str, device: int, sizes: tuple[tuple[str, Any], ...]) -> str | None:
+    """Why a device or the launchers cannot compute an op, forward or backward."""
+    found = torch.cuda.get_device_properties(device)
+    if (found.major, found.minor) != (9, 0):
+        return f"its kernels need a device of compute capability 9.0, not {found.major}.{found.minor}"
+    for name in (op, f"{op}_backward"):
+        reason = unsupported_reason(name, num_sms=found.multi_processor_count, **dict(sizes))
+        if reason is not None:
+            return reason
+    return None
 
 
-_PROCESSORS = 132  # of the devices that csrc/ is written for; as many blocks wait for each other
+@torch.compiler.assume_constant_result
+def _constant_refusal(op: str, device: int, sizes: tuple[tuple[str, Any], ...]) -> str | None:
+    return _refusal(op, device, sizes)
 
 
-def unserved_processors(x: Tensor) -> str | None:
-    """Why kernels whose blocks must all run at the same time cannot run where a tensor is; None where they can."""
-    found = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return None if found >= _PROCESSORS else f"its kernels need {_PROCESSORS} multiprocessors, the device has {found}"
+def unserved_by_extension(op: str, x: Tensor, *dtypes: torch.dtype, **sizes: Any) -> str | None:
+    """Why the kernels of csrc/ cannot compute an op, forward and backward; None if they can.
+
+    Args:
+        op: ``contrastive_loss``, ``spatial_attention`` or ``high_order_attention``.
+        x: its first tensor.
+        *dtypes: of the other tensors that must have the dtype of x.
+        **sizes: as in :func:`unsupported_reason`, without ``dtype``.
+    """
+    if UNAVAILABLE is not None:
+        return UNAVAILABLE
+    if not x.is_cuda:
+        return f"its kernels run on CUDA devices, not on {x.device.type}"
+    for dtype in dtypes:
+        if dtype != x.dtype:
+            return f"its kernels take tensors of one dtype, not {_word(x.dtype)} and {_word(dtype)}"
+    return _asked(op, x.device.index or 0, {"dtype": x.dtype, **sizes})
+
+
+def _asked(op: str, device: int, sizes: dict[str, Any]) -> str | None:
+    return _constant_refusal(op, device, tuple((name, _word(size)) for name, size in sizes.items()))
+
+
+def _word(size: Any) -> Any:
+    """A size or option as csrc/ takes it."""
+    if isinstance(size, torch.dtype):
+        return str(size).removeprefix("torch.")
+    if torch.compiler.is_compiling():
+        # What launchers serve has limits at many sizes: the graph is for these numbers.
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+        return size if isinstance(size, str) else guard_scalar(size)
+    return size
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -137,49 +149,58 @@ def kernel_name(name: str) -> str:
     return name.removeprefix("void ").strip()
 
 
-def _sizes(reason: str | None, **sizes: Any) -> dict[str, Any]:
-    if reason is not None:
-        raise RuntimeError(reason)
-    return {name: str(size).removeprefix("torch.") if "dtype" in name else size for name, size in sizes.items()}
+def unsupported_reason(op: str, *, num_sms: int | None = None, **sizes: Any) -> str | None:
+    """Why the launcher of an op does not serve these sizes and options, in its own words; None if it does.
 
-
-def supported(op: str, backend: str = "cuda", **sizes: Any) -> bool:
-    """Whether the launcher of a backend serves an op of these sizes and options, as it says itself; needs no GPU.
+    Needs no GPU.
 
     Args:
         op: ``contrastive_loss``, ``spatial_attention``, ``high_order_attention``, or one with ``_backward``.
-        backend: ``cuda`` or ``hopper``.
+        num_sms: multiprocessors of the device, for kernels whose blocks must all be resident; None if any number will
+            do.
         **sizes: as csrc/launchers.h names them: ``count`` and ``dim``; ``samples``, ``channels``, ``maps`` and
             ``positions``; ``positions``, ``channels``, ``hidden`` and ``order``. Options as the public functions name
             them, ``dtype``, and ``want_...`` of a backward.
 
     Raises:
-        RuntimeError: there is no extension, or not this backend in it.
+        RuntimeError: there is no extension.
     """
-    from dfkd_fast import _C
-
-    return _C.supported(op, backend, **_sizes(unavailable(backend), **sizes))
+    return _module().unsupported_reason(op, num_sms, **{name: _word(size) for name, size in sizes.items()})
 
 
-def launches(op: str, backend: str = "cuda", *, resources: bool = True, **sizes: Any) -> list[dict[str, Any]]:
+def launches(op: str, *, resources: bool = True, **sizes: Any) -> list[dict[str, Any]]:
     """What that launcher would launch, in order; nothing is launched.
 
     Args:
-        op: as in :func:`supported`.
-        backend: as there.
-        resources: also what each launch takes of the present GPU; without it, none is needed.
-        **sizes: as there.
+        op: as in :func:`unsupported_reason`.
+        resources: also what each launch takes of the present GPU; without it, no GPU is needed.
+        **sizes: as in :func:`unsupported_reason`.
 
     Returns:
-        A dict a kernel: ``kernel`` (its name), ``grid``, ``block``, ``cluster`` (blocks along x), ``cooperative`` and
+        A dict per kernel: ``kernel`` (its name), ``grid``, ``block``, ``cluster`` (blocks along x), ``cooperative`` and
         ``dynamic_shared`` (bytes); with resources also ``registers``, ``local`` (bytes a thread), ``static_shared``,
         ``blocks_per_multiprocessor``, ``occupancy``, ``active_clusters`` and ``multiprocessors``.
 
     Raises:
-        ValueError: the backend does not serve these sizes.
-        RuntimeError: there is no extension or not this backend in it, or resources are wanted and there is no GPU.
+        ValueError: the launcher does not serve these sizes.
+        RuntimeError: there is no extension, or resources are asked for and there is no GPU.
     """
+    found = _module().launches(op, resources, **{name: _word(size) for name, size in sizes.items()})
+    return [{**each, "kernel": kernel_name(each["kernel"])} for each in found]
+
+
+def kernels() -> set[str]:
+    """The names of all kernels of the extension.
+
+    Raises:
+        RuntimeError: there is no extension.
+    """
+    return {kernel_name(name) for name in _module().kernels()}
+
+
+def _module() -> Any:
+    if UNAVAILABLE is not None:
+        raise RuntimeError(UNAVAILABLE)
     from dfkd_fast import _C
 
-    found = _C.launches(op, backend, resources, **_sizes(unavailable(backend), **sizes))
-    return [{**each, "kernel": kernel_name(each["kernel"])} for each in found]
+    return _C

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -87,18 +86,15 @@ _backward = operator(
 _MODES, _RESULTS = ("joint", "per_order"), ("features", "map")  # in the order of csrc/launchers.h
 
 
-def _launch_cuda(
-    hopper: bool, x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str, y: Tensor
-) -> None:
+def _launch_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str, y: Tensor) -> None:
     codes = _MODES.index(mode), _RESULTS.index(result)
     with filled_as_rows(y) as rows:
         torch.ops.dfkd_fast_cuda.high_order_attention(
-            as_rows(x), aligned(proj_weight), aligned(out_weight), *codes, hopper, rows
+            as_rows(x), aligned(proj_weight), aligned(out_weight), *codes, rows
         )
 
 
 def _launch_cuda_backward(
-    hopper: bool,
     upstream: Tensor,
     x: Tensor,
     proj_weight: Tensor,
@@ -115,33 +111,25 @@ def _launch_cuda_backward(
     codes = _MODES.index(mode), _RESULTS.index(result)
     inputs = (as_rows(upstream), as_rows(x), aligned(proj_weight), aligned(out_weight))
     with filled_as_rows(dx) as rows:
-        torch.ops.dfkd_fast_cuda.high_order_attention_backward(*inputs, *codes, hopper, rows, dproj, dout)
-
-
-def _by_extension(backend: str) -> tuple[Any, Any]:
-    hopper = backend == "hopper"
-    return (
-        operator(
-            f"high_order_attention_{backend}(Tensor x, Tensor proj_weight, Tensor out_weight, str mode, str result) "
-            "-> Tensor",
-            _allocate,
-            partial(_launch_cuda, hopper),
-            planned=False,
-        ),
-        operator(
-            f"high_order_attention_{backend}_backward(Tensor upstream, Tensor x, Tensor proj_weight, "
-            "Tensor out_weight, str mode, str result, bool want_x, bool want_proj, bool want_out) "
-            "-> (Tensor, Tensor, Tensor)",
-            _allocate_backward,
-            partial(_launch_cuda_backward, hopper),
-            planned=False,
-        ),
-    )
+        torch.ops.dfkd_fast_cuda.high_order_attention_backward(*inputs, *codes, rows, dproj, dout)
 
 
 _OPERATORS = {
     "triton": (_forward, _backward),
-    **{backend: _by_extension(backend) for backend in ("cuda", "hopper")},
+    "cuda": (
+        operator(
+            "high_order_attention_cuda(Tensor x, Tensor proj_weight, Tensor out_weight, str mode, str result) "
+            "-> Tensor",
+            _allocate,
+            _launch_cuda,
+        ),
+        operator(
+            "high_order_attention_cuda_backward(Tensor upstream, Tensor x, Tensor proj_weight, Tensor out_weight, "
+            "str mode, str result, bool want_x, bool want_proj, bool want_out) -> (Tensor, Tensor, Tensor)",
+            _allocate_backward,
+            _launch_cuda_backward,
+        ),
+    ),
 }
 
 
@@ -168,13 +156,16 @@ class _HighOrderAttention(FusedFunction):
         return *gradients, None, None, None
 
 
-def product_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """Weights in the type that the matrix products run in, as the reference has it."""
+def _product_type(x: Tensor) -> torch.dtype:
+    """The dtype that the matrix products run in, as in the reference."""
     device = x.device.type
-    cast = tuple(weight.to(x.dtype) for weight in weights)
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return tuple(weight.to(torch.get_autocast_dtype(device)) for weight in cast)
-    return cast
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+def product_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Weights in the dtype that the matrix products run in, as in the reference."""
+    return tuple(weight.to(x.dtype).to(_product_type(x)) for weight in weights)
 
 
 def unserved_order(out_weight: Tensor) -> str | None:
@@ -195,29 +186,18 @@ def _served(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) ->
 
 
 def _served_by_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
-    weights = product_weights(x, proj_weight, out_weight)
-    return unserved_by_extension("cuda", x, *weights) or unserved_order(out_weight)
-
-
-def _served_by_hopper(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
-    # csrc/launchers.h.
-    order, channels, hidden = out_weight.shape
-    if not 0 < order <= 3 or channels % 8 or hidden % 8 or not 0 < channels <= 512 or not 0 < hidden <= 128:
-        return (
-            "its kernels take up to 3 orders, 512 channels and 128 hidden maps, both multiples of 8, "
-            f"not {order} orders of {channels} channels and {hidden} maps"
-        )
-    return unserved_by_extension("hopper", x, *product_weights(x, proj_weight, out_weight))
+    samples, channels, height, width = x.shape
+    order, _, hidden = out_weight.shape
+    sizes = {"positions": samples * height * width, "channels": channels, "hidden": hidden, "order": order}
+    return unserved_by_extension("high_order_attention", x, _product_type(x), mode=mode, **sizes)
 
 
 register("high_order_attention", "reference", reference.high_order_attention)
 register("high_order_attention", "triton", _with("triton", "features"), _served)
 register("high_order_attention", "cuda", _with("cuda", "features"), _served_by_cuda)
-register("high_order_attention", "hopper", _with("hopper", "features"), _served_by_hopper)
 register("high_order_attention_map", "reference", reference.high_order_attention_map)
 register("high_order_attention_map", "triton", _with("triton", "map"), _served)
 register("high_order_attention_map", "cuda", _with("cuda", "map"), _served_by_cuda)
-register("high_order_attention_map", "hopper", _with("hopper", "map"), _served_by_hopper)
 
 
 def high_order_attention(
@@ -241,8 +221,7 @@ def high_order_attention(
         proj_weight: (R(R+1)/2, K, C), any floating dtype, factors ordered (1, 1), (2, 1), (2, 2), (3, 1), ...
         out_weight: (R, C, K), any floating dtype.
         mode: one sigmoid over all orders, or the mean of one an order.
-        backend: ``"hopper"``, ``"cuda"``, ``"triton"``, ``"reference"`` or None; see
-            :class:`dfkd_fast.ops.backend`.
+        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         y, (N, C, H, W), in the dtype and memory format of x. The two matrix products run in the autocast type, without
@@ -273,8 +252,7 @@ def high_order_attention_map(
         proj_weight: (R(R+1)/2, K, C).
         out_weight: (R, C, K).
         mode: as there.
-        backend: ``"hopper"``, ``"cuda"``, ``"triton"``, ``"reference"`` or None; see
-            :class:`dfkd_fast.ops.backend`.
+        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         A, (N, C, H, W), in the dtype and memory format of x. Differentiable in all three tensors.

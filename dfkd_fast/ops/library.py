@@ -6,9 +6,7 @@ An operator is functional: it allocates its results and has a kernel fill them. 
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,9 +48,7 @@ def recorded(arch: int) -> Iterator[list[Any]]:
         _recording = False
 
 
-def operator(
-    schema: str, allocate: Callable[..., Results], launch: Callable[..., None], *, planned: bool = True
-) -> Any:
+def operator(schema: str, allocate: Callable[..., Results], launch: Callable[..., None]) -> Any:
     """Define an operator.
 
     Args:
@@ -60,26 +56,15 @@ def operator(
         allocate: takes the operator's arguments, returns its results, not filled. Also run on fake tensors, so that it
             must not look at values.
         launch: takes the arguments and the results, and fills them.
-        planned: whether Triton's launches are repeated from a plan; see :mod:`dfkd_fast.kernels.plans`.
 
     Returns:
         The operator, to be called with the arguments.
     """
     name = schema.partition("(")[0]
 
-    @functools.cache
-    def plans() -> Callable[[Sequence[Any], Sequence[Tensor]], None]:
-        from dfkd_fast.kernels.plans import Plans
-
-        return Plans(launch)
-
     def run(*arguments: Any) -> Results:
         results = allocate(*arguments)
-        each = (results,) if isinstance(results, Tensor) else results
-        if planned:
-            plans()(arguments, each)
-        else:
-            launch(*arguments, *each)
+        launch(*arguments, *((results,) if isinstance(results, Tensor) else results))
         return results
 
     def fake(*arguments: Any) -> Results:
@@ -110,34 +95,10 @@ def operator(
     return overload
 
 
-try:
-    from torch._C import _are_functorch_transforms_active as _transforms_active
-    from torch._C._functorch import is_functorch_wrapped_tensor as _wrapped
-except ImportError:  # then the longer way is always taken
-
-    def _transforms_active() -> bool:
-        return True
-
-
 class FusedFunction(torch.autograd.Function):
-    """What the fused backends derive their autograd Functions from: for function transforms too, and quick to call."""
+    """Base of the autograd Functions of the fused backends, which also work under torch.func's transforms."""
 
     generate_vmap_rule = True
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        # torch binds the arguments of calls under transforms to forward's signature, and works that out each time.
-        vars(cls)["forward"].__func__.__signature__ = inspect.signature(cls.forward)
-
-    @classmethod
-    def apply(cls, *arguments: Any) -> Any:
-        """As torch's, which fills in defaults first; ours are called with all arguments in their places."""
-        if _transforms_active():
-            return super().apply(*arguments)
-        for argument in arguments:
-            if isinstance(argument, Tensor) and _wrapped(argument):  # has outlived its transform
-                return super().apply(*arguments)
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
 
 class _Once(FusedFunction):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
-from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, unserved_by_extension, unserved_processors
+from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, unserved_by_extension
 from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
 from dfkd_fast.reference import spatial_attention as reference
 
@@ -106,7 +105,6 @@ _FORMS = ("spatial", "spatial_mean1", "channel")  # in the order of csrc/launche
 
 
 def _launch_cuda_forward(
-    hopper: bool,
     features: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -118,13 +116,11 @@ def _launch_cuda_forward(
 ) -> None:
     with filled_as_rows(result) as rows:
         torch.ops.dfkd_fast_cuda.spatial_attention(
-            *(as_rows(features), as_rows(hidden), *_parameters(weight, bias)),
-            *(scale, _FORMS.index(form), hopper, rows, saved),
+            as_rows(features), as_rows(hidden), aligned(weight), scale, _FORMS.index(form), rows, saved
         )
 
 
 def _launch_cuda_backward(
-    hopper: bool,
     upstream: Tensor,
     features: Tensor,
     hidden: Tensor,
@@ -142,41 +138,30 @@ def _launch_cuda_backward(
     d_weight: Tensor,
     d_bias: Tensor,
 ) -> None:
-    inputs = (as_rows(upstream), as_rows(features), as_rows(hidden), *_parameters(weight, bias))
+    inputs = (as_rows(upstream), as_rows(features), as_rows(hidden), aligned(weight))
     with filled_as_rows(d_features) as to_features, filled_as_rows(d_hidden) as to_hidden:
         torch.ops.dfkd_fast_cuda.spatial_attention_backward(
-            *inputs, saved, scale, _FORMS.index(form), hopper, to_features, to_hidden, d_weight, d_bias
+            *inputs, saved, scale, _FORMS.index(form), to_features, to_hidden, d_weight, d_bias
         )
-
-
-def _parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return aligned(weight), None if bias is None else aligned(bias)
-
-
-def _by_extension(backend: str) -> tuple[Any, Any]:
-    hopper = backend == "hopper"
-    return (
-        operator(
-            f"spatial_attention_{backend}(Tensor features, Tensor hidden, Tensor weight, Tensor? bias, float scale, "
-            "str form) -> (Tensor, Tensor)",
-            _allocate_forward,
-            partial(_launch_cuda_forward, hopper),
-            planned=False,
-        ),
-        operator(
-            f"spatial_attention_{backend}_backward(Tensor upstream, Tensor features, Tensor hidden, Tensor weight, "
-            "Tensor? bias, Tensor saved, float scale, str form, bool want_features, bool want_hidden, "
-            "bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor, Tensor)",
-            _allocate_backward,
-            partial(_launch_cuda_backward, hopper),
-            planned=False,
-        ),
-    )
 
 
 _OPERATORS = {
     "triton": (_forward, _backward),
-    **{backend: _by_extension(backend) for backend in ("cuda", "hopper")},
+    "cuda": (
+        operator(
+            "spatial_attention_cuda(Tensor features, Tensor hidden, Tensor weight, Tensor? bias, float scale, "
+            "str form) -> (Tensor, Tensor)",
+            _allocate_forward,
+            _launch_cuda_forward,
+        ),
+        operator(
+            "spatial_attention_cuda_backward(Tensor upstream, Tensor features, Tensor hidden, Tensor weight, "
+            "Tensor? bias, Tensor saved, float scale, str form, bool want_features, bool want_hidden, "
+            "bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+            _allocate_backward,
+            _launch_cuda_backward,
+        ),
+    ),
 }
 
 
@@ -207,19 +192,18 @@ class _SpatialAttention(FusedFunction):
         return *no_second_derivative("spatial_attention", gradients, upstream, *ctx.saved_tensors[:4]), None, None, None
 
 
-def _in_product_type(hidden: Tensor) -> Tensor:
-    """The hidden maps in the type of the matrix product; the weight takes it inside the kernels."""
+def _product_type(hidden: Tensor) -> torch.dtype:
+    """That of the matrix product; the weight takes it inside the kernels."""
     device = hidden.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return hidden.to(torch.get_autocast_dtype(device))
-    return hidden
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
 
 
 def _with(kernels: str) -> Any:
     def run(
         features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float, form: str
     ) -> Tensor:
-        hidden = _in_product_type(hidden)
+        hidden = hidden.to(_product_type(hidden))
         return _SpatialAttention.apply(features, hidden, weight, bias, float(scale), form, kernels)[0]
 
     return run
@@ -230,32 +214,18 @@ def _served(features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _served_by_cuda(
-    features: Tensor, hidden: Tensor, weight: Tensor, *rest: Any, form: str, **options: Any
+    features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, form: str, **options: Any
 ) -> str | None:
-    # What one block holds at once; csrc/launchers.h.
-    channels, maps = weight.shape
-    if maps > 128 or (form == "channel" and channels > (256 if maps <= 64 else 128)):
-        return f"its kernels take no {channels} channels from {maps} maps in the form {form!r}"
-    return unserved_by_extension("cuda", features, _in_product_type(hidden))
-
-
-def _served_by_hopper(
-    features: Tensor, hidden: Tensor, weight: Tensor, *rest: Any, form: str, **options: Any
-) -> str | None:
-    # csrc/launchers.h.
-    channels, maps = weight.shape
-    if form == "channel" or channels % 8 or maps % 8 or not 0 < channels <= 256 or not 0 < maps <= 64:
-        return (
-            "its kernels take up to 256 channels from up to 64 maps, multiples of 8, in the spatial forms, not "
-            f"{channels} from {maps} in the form {form!r}"
-        )
-    return unserved_by_extension("hopper", features, _in_product_type(hidden)) or unserved_processors(features)
+    samples, channels, height, width = features.shape
+    sizes = {"samples": samples, "channels": channels, "maps": weight.shape[1], "positions": height * width}
+    parameters = {"weight_dtype": weight.dtype, "bias_dtype": weight.dtype if bias is None else bias.dtype}
+    dtype = _product_type(hidden)
+    return unserved_by_extension("spatial_attention", features, dtype, form=form, **sizes, **parameters)
 
 
 register("spatial_attention", "reference", reference.spatial_attention)
 register("spatial_attention", "triton", _with("triton"), _served)
 register("spatial_attention", "cuda", _with("cuda"), _served_by_cuda)
-register("spatial_attention", "hopper", _with("hopper"), _served_by_hopper)
 
 
 def spatial_attention(
@@ -283,8 +253,7 @@ def spatial_attention(
         bias: (C,) or None. The two spatial forms do not depend on it: its gradient there is exactly zero.
         scale: lambda, any finite number.
         form: which softmax.
-        backend: ``"hopper"``, ``"cuda"``, ``"triton"``, ``"reference"`` or None; see
-            :class:`dfkd_fast.ops.backend`.
+        backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         (N, C, H, W), in the dtype and memory format of features. The matrix product runs in the autocast type, without

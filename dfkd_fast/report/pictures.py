@@ -20,7 +20,6 @@ _NOT_FINITE = (1.0, 0.0, 1.0)
 """Magenta: a pixel that is not finite is a finding, and must not pass for black or white."""
 
 _COLUMNS = 3
-_SMOOTH_FROM = 100  # points from which on a running mean is drawn over the raw curve
 
 
 def save_image_grid(images: Tensor, path: str | Path, *, columns: int = 8) -> Path:
@@ -119,7 +118,7 @@ def save_curves(rounds: Mapping[str, Sequence[float]], epochs: Mapping[str, Sequ
     panels = len(terms) + bool(shares)
     columns = min(_COLUMNS, max(1, panels))
     lines = max(1, math.ceil(panels / columns))
-    # A Figure of its own, not pyplot: no state outside this call, and the file formats' own canvases need no display.
+    # Not pyplot: it keeps state and may need a display.
     figure = Figure(figsize=(4.2 * columns, 2.8 * lines), layout="constrained", dpi=110)
     grid = [axes for line in figure.subplots(lines, columns, squeeze=False) for axes in line]
     for axes in grid:
@@ -161,15 +160,7 @@ def _draw_term(axes: Axes, name: str, x: np.ndarray, y: np.ndarray) -> None:
     y = np.where(np.isfinite(y), y, np.nan)
     finite = y[np.isfinite(y)]
     color = "tab:orange" if name.startswith("generator") else "tab:blue"
-    smooth = len(y) >= _SMOOTH_FROM
-    marker = "." if len(y) < 30 else None
-    axes.plot(x, y, color=color, linewidth=0.7 if smooth else 1.3, alpha=0.35 if smooth else 1.0, marker=marker)
-    if smooth:
-        width = max(3, len(y) // 50) | 1
-        window = np.ones(width)
-        known = np.convolve(np.isfinite(y), window, mode="same")
-        mean = np.convolve(np.nan_to_num(y), window, mode="same") / np.maximum(known, 1)
-        axes.plot(x, np.where(known > 0, mean, np.nan), color=color, linewidth=1.5)
+    axes.plot(x, y, color=color, linewidth=1.0, marker="." if len(y) < 30 else None)
     if len(finite) and finite.min() > 0 and finite.max() > 100 * finite.min():
         axes.set_yscale("log")
 

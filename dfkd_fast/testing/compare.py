@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,7 @@ def describe_difference(
 
 def assert_no_worse(
     actual: Tensor, *, than: Tensor, truth: Tensor, factor: float = 2.0, floor: float = 0.0, name: str = "value"
-) -> None:
+) -> float:
     """The error of ``actual`` against the truth is at most ``factor`` times that of a plain computation in its dtype.
 
     This is how a kernel's tolerance is derived rather than guessed. The error is the root mean square and the maximum
@@ -86,6 +88,9 @@ def assert_no_worse(
         floor: an absolute error that is always allowed, for quantities on which the plain computation is exact by luck.
         name: of the quantity, for the message.
 
+    Returns:
+        The root mean square error of ``actual`` over that of ``than``; 0 where both are exact.
+
     Raises:
         AssertionError: it is worse; the message has both errors and the worst element.
     """
@@ -93,17 +98,21 @@ def assert_no_worse(
         if tensor.shape != truth.shape:
             raise AssertionError(f"{name}: shape of {which} {tuple(tensor.shape)}, wanted {tuple(truth.shape)}")
     if truth.numel() == 0:
-        return
+        return 0.0
     t = truth.detach().double()
     mine, plain = ((tensor.detach().double() - t).abs() for tensor in (actual, than))
+    mean_mine, mean_plain = (float(error.square().mean().sqrt()) for error in (mine, plain))
     for measure, a, b in (
-        ("root mean square", mine.square().mean().sqrt(), plain.square().mean().sqrt()),
-        ("largest", mine.max(), plain.max()),
+        ("root mean square", mean_mine, mean_plain),
+        ("largest", float(mine.max()), float(plain.max())),
     ):
         # Not written as a > b: NaN must fail.
         if not a <= factor * b + floor:
             worst = tuple(int(i) for i in torch.unravel_index(mine.nan_to_num(nan=torch.inf).argmax(), mine.shape))
             raise AssertionError(
-                f"{name}: {measure} error {float(a):.3e} against {float(b):.3e} of the plain computation, allowed "
+                f"{name}: {measure} error {a:.3e} against {b:.3e} of the plain computation, allowed "
                 f"{factor} times that; worst at {worst}: {float(actual[worst])!r}, truth {float(t[worst])!r}"
             )
+    if mean_plain == 0:
+        return 0.0 if mean_mine == 0 else math.inf
+    return mean_mine / mean_plain

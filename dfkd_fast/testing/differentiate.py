@@ -51,7 +51,7 @@ def assert_backend_no_worse(
     backend: str = "triton",
     draws: int = 4,
     factor: float = 2.0,
-) -> None:
+) -> float:
     """Values and gradients of a backend err at most ``factor`` times as far from float64 as the reference's.
 
     Errors are taken over several draws together, since a single number, a loss say, can be exact by luck. One unit in
@@ -63,6 +63,9 @@ def assert_backend_no_worse(
         backend: the one under test.
         draws: how many seeds, from 0.
         factor: how many times worse is still right.
+
+    Returns:
+        The largest ratio of root mean square errors, the backend's over the reference's, of all values and gradients.
 
     Raises:
         AssertionError: it is worse, or a result has another dtype, shape or memory format than the reference's.
@@ -86,6 +89,7 @@ def assert_backend_no_worse(
             if name.startswith("output") and value.stride() != plain.stride():
                 raise AssertionError(f"{name}: strides {value.stride()}, reference {plain.stride()}")
             columns.setdefault(name, []).append((value, plain, results[2][name]))
+    ratio = 0.0
     for name, rows in columns.items():
         mine, plain, truth = (torch.cat([t.flatten() for t in column]) for column in zip(*rows, strict=True))
         # The mean of nothing is no number, in any dtype.
@@ -94,7 +98,9 @@ def assert_backend_no_worse(
             raise AssertionError(f"{name}: a number where there is none")
         mine, plain, truth = mine[number], plain[number], truth[number]
         ulp = torch.finfo(mine.dtype).eps * float(truth.abs().max()) if truth.numel() else 0.0
-        assert_no_worse(mine, than=plain, truth=truth, factor=factor, floor=ulp, name=name)
+        each = assert_no_worse(mine, than=plain, truth=truth, factor=factor, floor=ulp, name=name)
+        ratio = max(ratio, each)
+    return ratio
 
 
 def assert_compiles(
