@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import statistics
 import sys
@@ -18,7 +19,7 @@ from dfkd_fast.benchmarks.step.breakdown import breakdown_section
 from dfkd_fast.benchmarks.step.variants import VARIANTS
 from dfkd_fast.report import markdown_table, read_results
 
-__all__ = ["ablation_table", "between_markers", "demo_table", "main"]
+__all__ = ["ablation_table", "between_markers", "coverage_tables", "demo_table", "main"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,6 +94,34 @@ def demo_table(contents: Sequence[dict[str, Any]]) -> str:
             f"commit {(environment['commit'] or environment['source'])[:12]}."
         )
     return "\n".join([*lines, "", "One seed. " + " ".join(notes)])
+
+
+def coverage_tables(compat: Path) -> str:
+    """One table per module of dfkd_fast.compat: which op computes each drop-in.
+
+    Modules are parsed, not imported, because some need the project that they replace.
+
+    Args:
+        compat: folder of the package.
+    """
+
+    def assigned(module: str, name: str) -> Any:
+        body = ast.parse((compat / f"{module}.py").read_text(encoding="utf-8")).body
+        return next(
+            node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
+        )
+
+    parts = []
+    for module in ast.literal_eval(assigned("__init__", "MODULES")):
+        rows, before = [], ""
+        for case in assigned(module, "COVERAGE").elts:
+            name, called_with, op = (ast.literal_eval(argument) for argument in case.args)
+            page = "batchnorm_statistics" if op == "channel_statistics" else op
+            by = f"[`{op}`](ops/{page}.md)" if op else "plain PyTorch"
+            rows.append({"drop-in": f"`{name}`" * (name != before), "called with": called_with, "computed by": by})
+            before = name
+        parts.append("\n".join([f"### dfkd_fast.compat.{module}", "", *markdown_table(rows)]))
+    return "\n\n".join(parts)
 
 
 def step_section(content: dict[str, Any], folder: str) -> str:

@@ -299,7 +299,7 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
     from dfkd_fast import ops
     from dfkd_fast.benchmarks.step import variants as step_variants
     from dfkd_fast.benchmarks.step.peer_loop import PeerLoop
-    from dfkd_fast.engine import CompiledEngine, EagerEngine, networks
+    from dfkd_fast.engine import CompiledEngine, Engine, networks
     from dfkd_fast.models import fold_batchnorm, frozen
 
     cpu, half = torch.device("cpu"), (0.5, 0.5, 0.5)
@@ -319,7 +319,8 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
     if variant == "compile":
         stack.enter_context(ops.backend("reference"))
         stack.enter_context(frozen(teacher))
-        return EagerEngine(state, networks.eager_networks(state).compiled(backend=compiler))
+        compiled = networks.eager_networks(state, compile={"backend": compiler})
+        return Engine("eager", state, compiled, step_variants._MarkingExecutor())
     stack.enter_context(frozen(teacher))
     with mock.patch.object(networks, "fold_batchnorm", return_value=folded), _CopyToCuda(mode):
         return CompiledEngine(state, backend=compiler)  # type: ignore[arg-type]

@@ -36,18 +36,24 @@ def experiment(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_teach_distill_evaluate_export(experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["teach", "--config", experiment, "--out", "taught"])
-    teacher = tmp_path / "taught" / "teacher.safetensors"
-    assert teacher.is_file()
-    assert "top-1" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A teacher's weights, by the command that makes them."""
+    folder = tmp_path_factory.mktemp("teacher")
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    main(["teach", "--config", str(folder / "experiment.yaml"), "--out", str(folder / "taught")])
+    return str(folder / "taught" / "teacher.safetensors")
 
-    main(["distill", "--config", experiment, "--teacher.weights", str(teacher), "--out", "run"])
+
+def test_distill_evaluate_export(
+    experiment: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["distill", "--config", experiment, "--teacher.weights", teacher, "--out", "run"])
     student = tmp_path / "run" / "student.safetensors"
     assert read_metadata(student)["model"] == "resnet8"
     assert "agreement" in capsys.readouterr().out
 
-    main(["distill", "--config", experiment, "--teacher.weights", str(teacher), "--out", "run", "--resume"])
+    main(["distill", "--config", experiment, "--teacher.weights", teacher, "--out", "run", "--resume"])
 
     for data in (["--config", experiment], ["--data.name", "digits", "--data.image_size", "16"]):
         main(["evaluate", "--weights", str(student), *data, "--device", "cpu"])
@@ -58,12 +64,10 @@ def test_teach_distill_evaluate_export(experiment: str, tmp_path: Path, capsys: 
     assert (tmp_path / "run" / "export" / "student.safetensors").is_file()
 
 
-def test_distilling_needs_no_data(experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["teach", "--config", experiment, "--out", "taught"])
+def test_distilling_needs_no_data(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = {name: value for name, value in EXPERIMENT.items() if name != "data"}
     (tmp_path / "no_data.yaml").write_text(yaml.safe_dump(content))
-    weights = str(tmp_path / "taught" / "teacher.safetensors")
-    main(["distill", "--config", str(tmp_path / "no_data.yaml"), "--teacher.weights", weights, "--out", "run"])
+    main(["distill", "--config", str(tmp_path / "no_data.yaml"), "--teacher.weights", teacher, "--out", "run"])
     assert (tmp_path / "run" / "student.safetensors").is_file()  # classes, size and normalisation came from the file
     assert "top-1" not in capsys.readouterr().out.rsplit("agreement", 1)[1]
 
@@ -81,10 +85,13 @@ def test_command_line_goes_over_the_file(experiment: str, tmp_path: Path) -> Non
     assert saved["objective"]["student"] == {"sfcl": 1.0, "mhad": 3.0}
 
 
-def test_fine_tuning_starts_from_other_classes(experiment: str, tmp_path: Path) -> None:
+def test_fine_tuning_starts_from_other_classes(
+    experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = ModelConfig(**EXPERIMENT["teacher"])  # type: ignore[arg-type]
     save_weights(create_model(config, num_classes=7), tmp_path / "seven.safetensors", {})
     main(["teach", "--config", experiment, "--teacher.weights", "seven.safetensors", "--out", "taught"])
+    assert "top-1" in capsys.readouterr().out
     assert read_metadata(tmp_path / "taught" / "teacher.safetensors")["num_classes"] == "10"
 
 

@@ -27,11 +27,13 @@ def toy(least: float) -> DemoConfig:
     )
 
 
-@pytest.mark.parametrize(("least", "reached"), [(0.0, True), (1.5, False)])
-def test_a_run_prints_its_table_and_writes_what_it_names(tmp_path: Path, least: float, reached: bool) -> None:
-    console = Console(record=True, width=200)
-    assert demos.run(toy(least), tmp_path, "digits", console=console, progress=False) is reached
+def test_a_run_prints_its_table_and_writes_what_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console, train, trained = Console(record=True, width=200), demos._train, []
+    monkeypatch.setattr(demos, "_train", lambda *arguments: trained.append(train(*arguments)) or trained[0])
+    assert demos.run(toy(0.0), tmp_path, "digits", console=console, progress=False)
     shown = console.export_text()
+    monkeypatch.setattr(demos, "_train", lambda *arguments: trained[0])
+    assert not demos.run(toy(1.5), tmp_path / "missed", "digits", console=console, progress=False)
     for word in (
         "teacher: resnet8",
         "labelled images",

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -26,12 +27,6 @@ from dfkd_fast.engine.progress import ProgressLine
 from dfkd_fast.models import create_model, extract, load_weights, read_metadata
 
 from . import tiny
-
-
-def run(out: Path, **changes: Any) -> dfkd_fast.DistillResult:
-    return dfkd_fast.distill(
-        tiny.teacher(), tiny.network(), tiny.config(out, **changes), data=tiny.data(), progress=False
-    )
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -66,7 +61,7 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
         "round-000003-step-0000.pt",
         "round-000004-step-0000.pt",
     ]
-    fresh = create_model_like(student)
+    fresh = tiny.network(seed=99)
     load_weights(fresh, tmp_path / "student.safetensors")
     assert same(fresh, student)
     assert set(load_file(tmp_path / "student.safetensors")) == set(student.state_dict())  # the plain network alone
@@ -77,16 +72,12 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["distill"]["loop"]["batch_size"] == 6
 
 
-def create_model_like(model: nn.Module) -> nn.Module:
-    return tiny.network(seed=99)
-
-
-def test_a_seed_is_a_run(tmp_path: Path) -> None:
-    one, two = run(tmp_path / "a"), run(tmp_path / "b")
-    assert same(one.student, two.student)
-    assert same(one.generator, two.generator)
-    assert one.rounds == two.rounds
-    assert not same(one.generator, run(tmp_path / "c", seed=1).generator)
+def test_a_seed_is_a_run(tmp_path: Path, whole: dfkd_fast.DistillResult) -> None:
+    again = tiny.run(tmp_path / "again")
+    assert same(again.student, whole.student)
+    assert same(again.generator, whole.generator)
+    assert again.rounds == whole.rounds
+    assert not same(tiny.run(tmp_path / "other", seed=1).generator, whole.generator)
 
 
 def test_a_user_gives_stages_or_a_network_of_their_own(tmp_path: Path) -> None:
@@ -102,11 +93,10 @@ class Stopped(BaseException):
     """As if the process had died here."""
 
 
-@pytest.mark.parametrize("step", [0, 3, 9, 14])
+@pytest.mark.parametrize("step", [3, 14], ids=["before the first checkpoint", "in a round after one"])
 def test_resumed_anywhere_ends_with_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, whole: dfkd_fast.DistillResult
 ) -> None:
-    whole = run(tmp_path / "whole", checkpoint_every=2)
     calls = 0
 
     def dying(original: Any) -> Any:
@@ -123,8 +113,8 @@ def test_resumed_anywhere_ends_with_the_same_weights(
         for name in ("generator_step", "student_step"):
             patch.setattr(engines, name, dying(getattr(engines, name)))
         with pytest.raises(Stopped):
-            run(tmp_path / "broken", checkpoint_every=2)
-    resumed = run(tmp_path / "broken", checkpoint_every=2, resume=True)
+            tiny.run(tmp_path / "broken", checkpoint_every=2)
+    resumed = tiny.run(tmp_path / "broken", checkpoint_every=2, resume=True)
     assert same(resumed.student, whole.student)
     assert same(resumed.generator, whole.generator)
     assert resumed.rounds == whole.rounds
@@ -134,9 +124,12 @@ def test_resumed_anywhere_ends_with_the_same_weights(
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_saves_before_leaving(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, expected: type[BaseException]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    expected: type[BaseException],
+    whole: dfkd_fast.DistillResult,
 ) -> None:
-    whole = run(tmp_path / "whole")
     step, handler = engines.student_step, signal.getsignal(number)
 
     def signalled(*arguments: Any) -> None:
@@ -146,37 +139,39 @@ def test_a_signal_saves_before_leaving(
     with monkeypatch.context() as patch:
         patch.setattr(engines, "student_step", signalled)
         with pytest.raises(expected) as stopped:
-            run(tmp_path / "stopped", checkpoint_every=100)
+            tiny.run(tmp_path / "stopped", checkpoint_every=100)
     if expected is SystemExit:
         assert stopped.value.code == 143
     assert signal.getsignal(number) == handler
     assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["round-000000-step-0003.pt"]
-    resumed = run(tmp_path / "stopped", resume=True, checkpoint_every=100)
+    resumed = tiny.run(tmp_path / "stopped", resume=True, checkpoint_every=100)
     assert same(resumed.student, whole.student)
     assert resumed.rounds == whole.rounds
 
 
-def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    whole = run(tmp_path)
+def test_a_torn_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, whole: dfkd_fast.DistillResult
+) -> None:
+    shutil.copytree(whole.run_dir, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / "round-000004-step-0000.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2])
-    again = run(tmp_path, resume=True)
+    again = tiny.run(tmp_path, resume=True)
     assert "round-000004-step-0000.pt is torn" in caplog.text
     assert same(again.student, whole.student)
     flipped = bytearray(newest.read_bytes())
     for index in range(len(flipped) // 2, len(flipped) // 2 + 256):  # more than the padding between two records
         flipped[index] ^= 0xFF
     newest.write_bytes(flipped)
-    assert same(run(tmp_path, resume=True).student, whole.student)
+    assert same(tiny.run(tmp_path, resume=True).student, whole.student)
     assert caplog.text.count("is torn") == 2
 
 
-def test_a_foreign_checkpoint_is_refused_with_its_reason(tmp_path: Path) -> None:
-    run(tmp_path)
+def test_a_foreign_checkpoint_is_refused_with_its_reason(tmp_path: Path, whole: dfkd_fast.DistillResult) -> None:
+    shutil.copytree(whole.run_dir, tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "checkpoints"
     with pytest.raises(CheckpointError, match="written with another config"):
-        run(tmp_path, resume=True, optimizer=OptimizerConfig(student_lr=0.1))
+        tiny.run(tmp_path, resume=True, optimizer=OptimizerConfig(student_lr=0.1))
     with pytest.raises(CheckpointError, match="written with another teacher"):
         dfkd_fast.distill(
             tiny.network((4, 4, 8, 12), seed=5), tiny.network(), tiny.config(tmp_path, resume=True), progress=False
@@ -184,7 +179,7 @@ def test_a_foreign_checkpoint_is_refused_with_its_reason(tmp_path: Path) -> None
     for path in folder.iterdir():
         torch.save({"state_dict": {"weight": torch.zeros(3)}}, path)
     with pytest.raises(CheckpointError, match=r"is foreign: it is not a dfkd_fast.checkpoint/1 file"):
-        run(tmp_path, resume=True)
+        tiny.run(tmp_path, resume=True)
 
 
 def test_a_checkpoint_is_never_unpickled(tmp_path: Path) -> None:
@@ -210,10 +205,27 @@ def test_what_may_change_between_a_run_and_its_resumption() -> None:
         assert fingerprint(bound) != fingerprint(config)
 
 
-def test_a_folder_with_another_run_is_not_written_over(tmp_path: Path) -> None:
-    run(tmp_path)
+def test_a_folder_with_another_run_is_not_written_over(whole: dfkd_fast.DistillResult) -> None:
     with pytest.raises(ValueError, match="holds checkpoints of a run already"):
-        run(tmp_path)
+        tiny.run(whole.run_dir)
+
+
+def test_the_format_of_a_checkpoint_is_that_of_its_first_version() -> None:
+    """Files of a run that was stopped under an earlier version go on."""
+    state = tiny.state()
+    parts = {
+        *("student", "generator"),
+        *(f"{side}_{part}" for side in ("generator", "student") for part in ("objective", "optimizer", "scaler")),
+    }
+    rest = {"noise", "rng_cpu", "rng_cuda", "student_updates", "position", "trace", "rounds", "epochs", "best"}
+    saved = state.state_dict()
+    assert saved.keys() == parts | rest
+    assert saved["student"].keys() == tiny.network().state_dict().keys()
+    assert {"blocks.0.attention.expand.weight", "project.weight"} <= saved["generator"].keys()
+    assert all(name.startswith("terms.") for name in saved["student_objective"])
+    fresh = tiny.state(replace(tiny.config(), seed=5))
+    fresh.load_state_dict(saved)
+    assert all(torch.equal(a, b) for a, b in zip(state.changing(), fresh.changing(), strict=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
@@ -232,7 +244,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
     monkeypatch.setattr(engines, "student_step", poisoned)
     with pytest.raises(NonFiniteError, match=r"round 1, student step 1: kd, mhad, sfcl not finite"):
-        run(tmp_path)
+        tiny.run(tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["round-000001-step-0000.pt"]
 
 
@@ -251,7 +263,7 @@ def test_the_best_student_by_the_criterion_asked_for_is_returned(
         monkeypatch.setattr(loop, "agreement", lambda state: score(state.student.module.model))
     else:
         monkeypatch.setattr(loop._Run, "accuracy", lambda self, student: score(student))
-    result = run(tmp_path, select=select)
+    result = tiny.run(tmp_path, select=select)
     assert all(torch.equal(tensor, result.student.state_dict()[name]) for name, tensor in students[0].items())
     assert not all(torch.equal(tensor, result.student.state_dict()[name]) for name, tensor in students[1].items())
 

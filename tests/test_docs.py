@@ -19,7 +19,7 @@ import yaml
 
 import dfkd_fast
 from dfkd_fast import cli, ops
-from dfkd_fast.benchmarks.report import drop_in_tables
+from dfkd_fast.benchmarks.report import coverage_tables
 from dfkd_fast.engine import engines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,8 +161,8 @@ def test_every_op_is_documented(op):
 
 
 def test_the_tables_of_drop_ins_are_those_of_the_code():
-    tables = drop_in_tables(ROOT / "dfkd_fast" / "compat")
-    assert f"<!-- begin: drop-ins -->\n{tables}\n<!-- end: drop-ins -->" in (ROOT / "docs" / "swapping.md").read_text()
+    tables = coverage_tables(ROOT / "dfkd_fast" / "compat")
+    assert f"<!-- begin: coverage -->\n{tables}\n<!-- end: coverage -->" in (ROOT / "docs" / "swapping.md").read_text()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if of(page, "yaml")], ids=name)

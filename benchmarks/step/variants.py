@@ -227,7 +227,7 @@ def make_loop(
         elif variant == "eager":
             yield _engine_loop(EagerEngine(state)), state
         else:
-            networks = eager_networks(state).compiled(**(compile_options or {"mode": _MODES[variant]}))
+            networks = eager_networks(state, compile=compile_options or {"mode": _MODES[variant]})
             engine = Engine("eager", state, networks, _MarkingExecutor())
             yield replace(_engine_loop(engine), name="torch.compile"), state
 

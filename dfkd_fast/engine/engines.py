@@ -62,7 +62,7 @@ class Engine:
 
     def build_networks(self) -> None:
         """Build ``networks`` from the state as it is now; networks that were given stay."""
-        self.networks = self._build(self.state).with_nvtx()
+        self.networks = self._build(self.state)
 
     @property
     def kinds(self) -> list[Kind]:

@@ -1,13 +1,11 @@
-"""The networks and objectives that a step calls: eager, optimized, or compiled.
-
-The forms are interchangeable: a step only uses the calls of :class:`StepNetworks`.
-"""
+"""The networks and objectives that a step calls: eager or optimized, and optionally compiled."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,36 +16,9 @@ from dfkd_fast.engine.weight_cast import weight_cast
 from dfkd_fast.graph import fold_batchnorm, held_in
 from dfkd_fast.nvtx import nvtx_range
 
-__all__ = ["CompiledRegion", "Networks", "StepNetworks", "compiled_networks", "eager_networks", "optimized_networks"]
+__all__ = ["Networks", "StepNetworks", "compiled_networks", "eager_networks", "optimized_networks"]
 
-
-class CompiledRegion:
-    """A call of a step: a region that torch.compile may compile, and what runs before it.
-
-    Args:
-        region: called with the result of ``first``, if there is one, in front of the arguments.
-        first: is never compiled.
-    """
-
-    def __init__(self, region: Callable[..., Any], first: Callable[[], Any] | None = None) -> None:
-        self.region, self.first = region, first
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.region(*arguments) if self.first is None else self.region(self.first(), *arguments)
-
-    def compiled(self, name: str, **options: Any) -> CompiledRegion:
-        """The same with its region compiled, without graph breaks and for static shapes."""
-        region = torch.compile(_with_own_code(name, self.region), fullgraph=True, dynamic=False, **options)
-        return CompiledRegion(region, self.first)
-
-    def with_nvtx(self, name: str) -> CompiledRegion:
-        """The same in a profiler range."""
-
-        def ranged(*arguments: Any) -> Any:
-            with nvtx_range("network", name):
-                return self(*arguments)
-
-        return CompiledRegion(ranged)
+Call = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,40 +32,42 @@ class StepNetworks:
         objective: both outputs to the scalar to minimise and the values of its terms.
     """
 
-    generator: CompiledRegion
-    teacher: CompiledRegion
-    student: CompiledRegion
-    objective: CompiledRegion
-
-    def each(self, change: Callable[[str, CompiledRegion], CompiledRegion]) -> StepNetworks:
-        """The same with each call changed, given its name."""
-        return replace(self, **{field.name: change(field.name, getattr(self, field.name)) for field in fields(self)})
+    generator: Call
+    teacher: Call
+    student: Call
+    objective: Call
 
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """The calls of both kinds of step. The two kinds call a network in different ways and share no region."""
+    """The calls of both kinds of step. The two kinds call a network in different ways and share no compiled region."""
 
     generator_step: StepNetworks
     student_step: StepNetworks
 
-    def each(self, change: Callable[[str, CompiledRegion], CompiledRegion]) -> Networks:
-        return Networks(generator_step=self.generator_step.each(change), student_step=self.student_step.each(change))
 
-    def compiled(self, **options: Any) -> Networks:
-        """Each call compiled as a separate region, so that a profile can attribute kernels to networks.
+def _region(name: str, call: Call, *, first: Call | None = None, compile: Mapping[str, Any] | None) -> Call:
+    """A call in its profiler range, compiled without graph breaks and for static shapes if there are options for that.
 
-        Args:
-            **options: of :func:`torch.compile`: ``mode``, ``backend``, ``options``.
-        """
-        return self.each(lambda name, call: call.compiled(name, **options))
+    Each network is a separate region, so that a profile can attribute kernels to networks.
 
-    def with_nvtx(self) -> Networks:
-        """Each call in its profiler range."""
-        return self.each(lambda name, call: call.with_nvtx(name))
+    Args:
+        name: of the network.
+        call: what is compiled.
+        first: runs before it, is not compiled, and gives its first argument.
+        compile: options of :func:`torch.compile`, or None.
+    """
+    if compile is not None:
+        call = torch.compile(_with_own_code(name, call), fullgraph=True, dynamic=False, **compile)
+
+    def region(*arguments: Any) -> Any:
+        with nvtx_range("network", name):
+            return call(*arguments) if first is None else call(first(), *arguments)
+
+    return region
 
 
-def _with_own_code(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+def _with_own_code(name: str, call: Call) -> Call:
     """``call`` as a function with a separate code object.
 
     Dynamo counts recompilations per code object. Modules of one class, and closures of one function, share theirs, so
@@ -108,55 +81,52 @@ def _with_own_code(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(code, region.__globals__, code.co_name, None, region.__closure__)
 
 
-def _normalized(state: DistillState, generate: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+def _networks(
+    state: DistillState,
+    teachers: tuple[nn.Module, nn.Module],
+    dtype: torch.dtype,
+    compile: Mapping[str, Any] | None,
+) -> Networks:
+    """Networks with images in ``dtype``; if that is not float32, the weights of trained networks are cast together."""
     normalize = state.normalize
+    calls: dict[str, tuple[Call | None, Call]] = {name: (None, side.module) for name, side in state.sides.items()}
+    if dtype != torch.float32:
+        calls = {name: weight_cast(side.module, dtype) for name, side in state.sides.items()}
+    (cast_generator, generate), (cast_student, student) = calls["generator"], calls["student"]
 
     def generator(*arguments: Any) -> Tensor:
         return normalize(generate(*arguments)).to(dtype)
 
-    return generator
-
-
-def _networks(
-    state: DistillState, generator: CompiledRegion, teachers: tuple[nn.Module, nn.Module], student: CompiledRegion
-) -> Networks:
+    region = partial(_region, compile=compile)
     steps = [
         StepNetworks(
-            generator=generator,
-            teacher=CompiledRegion(teacher),
-            student=student,
-            objective=CompiledRegion(side.objective),
+            generator=region("generator", generator, first=cast_generator),
+            teacher=region("teacher", teacher),
+            student=region("student", student, first=cast_student),
+            objective=region("objective", side.objective),
         )
         for side, teacher in zip(state.sides.values(), teachers, strict=True)
     ]
     return Networks(generator_step=steps[0], student_step=steps[1])
 
 
-def eager_networks(state: DistillState) -> Networks:
-    """The state's networks as they are."""
-    generator = CompiledRegion(_normalized(state, state.generator.module, torch.float32))
+def eager_networks(state: DistillState, *, compile: Mapping[str, Any] | None = None) -> Networks:
+    """The state's networks as they are; compiled if there are options of torch.compile."""
     teachers = (state.teacher_statistics or state.teacher, state.teacher)
-    return _networks(state, generator, teachers, CompiledRegion(state.student.module))
+    return _networks(state, teachers, torch.float32, compile)
 
 
-def optimized_networks(state: DistillState) -> Networks:
-    """Networks that compute the same with fewer operations.
+def optimized_networks(state: DistillState, *, compile: Mapping[str, Any] | None = None) -> Networks:
+    """Networks that compute the same with fewer operations; compiled if there are options of torch.compile.
 
     The frozen teacher is copied: its weights are held in the dtype of autocast, and its BatchNorms are folded into
     convolutions if no loss needs their statistics. The weights of generator and student are cast together. Images have
     the dtype to which autocast would round them in both networks.
     """
     dtype = state.runtime.autocast or torch.float32
-    if dtype == torch.float32:
-        regions = {name: CompiledRegion(side.module) for name, side in state.sides.items()}
-    else:
-        casts = {name: weight_cast(side.module, dtype) for name, side in state.sides.items()}
-        regions = {name: CompiledRegion(call, cast) for name, (cast, call) in casts.items()}
-    generate = regions["generator"]
-    generator = CompiledRegion(_normalized(state, generate.region, dtype), generate.first)
     folded = fold_batchnorm(state.teacher, dtype=dtype, image_size=state.generator.module.image_size)
     measured = held_in(state.teacher_statistics, dtype) if state.teacher_statistics is not None else folded
-    return _networks(state, generator, (measured, folded), regions["student"])
+    return _networks(state, (measured, folded), dtype, compile)
 
 
 def compiled_networks(state: DistillState, *, backend: str = "inductor") -> Networks:
@@ -164,5 +134,5 @@ def compiled_networks(state: DistillState, *, backend: str = "inductor") -> Netw
     options: dict[str, Any] = {"fallback_random": True}  # dropout draws the same numbers as in eager mode
     if state.config.autotune:
         options["max_autotune"] = True
-    given: dict[str, Any] = {"options": options} if backend == "inductor" else {}
-    return optimized_networks(state).compiled(backend=backend, **given)
+    given = {"options": options} if backend == "inductor" else {}
+    return optimized_networks(state, compile={"backend": backend, **given})
