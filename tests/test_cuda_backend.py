@@ -16,7 +16,7 @@ from dfkd_fast.testing import assert_backend_no_worse, assert_close, random
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(60),  # a kernel that never ends costs no more; see benchmarks/gpu_tests.py
+    pytest.mark.timeout(60),  # a kernel that never ends costs no more
     pytest.mark.skipif(extension.UNAVAILABLE is not None, reason=str(extension.UNAVAILABLE)),
 ]
 
