@@ -15,6 +15,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,10 +34,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["C_COMPILER", "STEPS", "generated_code", "trace"]
+__all__ = ["C_COMPILER", "count_launches", "generated_code", "trace"]
 
 C_COMPILER = os.environ.get("CC", "cc")
-STEPS = ("generator_step", "student_step")
+_STEPS = ("generator_step", "student_step")
 
 # Autograd's engine asks CUDA for streams wherever torch is built with it. Without an accelerator it asks for none.
 _NO_ACCELERATOR = """
@@ -55,15 +56,17 @@ def trace(*variants: str, code: bool = False) -> dict[str, dict[str, Any]]:
 
     Returns:
         By variant ``error`` (None, or what stopped it), ``regions`` and ``graph_breaks`` (Dynamo's counts),
-        ``synchronizations`` (by step) and ``graphs``: by name, such as ``student_step.teacher.forward``, the ``calls``
-        of our operators, how often each of the ``operators`` is called, and the generated ``code``.
+        ``synchronizations`` of each step outside of compiled regions, and ``graphs``: by name, such as
+        ``student_step.teacher.forward``, the ``calls`` of our operators with shapes and strides, the
+        ``synchronizations`` and, with ``code``, the generated ``code``.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         library, out = Path(folder) / "no_accelerator.so", Path(folder) / "reports.json"
         command = [C_COMPILER, "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
         subprocess.run(command, input=_NO_ACCELERATOR, text=True, check=True)
-        environment |= {"LD_PRELOAD": str(library), "TORCHINDUCTOR_CACHE_DIR": folder}
+        # A GPU that is there is hidden, so that all machines trace alike.
+        environment |= {"LD_PRELOAD": str(library), "TORCHINDUCTOR_CACHE_DIR": folder, "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, __file__, *variants, f"--out={out}", *(["--code"] if code else [])]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if not out.exists():
@@ -77,6 +80,18 @@ def generated_code(variant: str = "dfkd_fast") -> dict[str, str]:
     if report["error"] is not None:
         raise RuntimeError(report["error"])
     return {name: graph["code"] for name, graph in report["graphs"].items()}
+
+
+_LAUNCHES = {
+    "triton": re.compile(r"\btriton_\w+\.run\("),  # kernels that Inductor writes
+    "extern": re.compile(r"\bextern_kernels\.\w+\(|\btorch\.ops\.(?!dfkd_fast\.)\w+\.\w+\.\w+\("),  # libraries
+    "dfkd_fast": re.compile(r"\btorch\.ops\.dfkd_fast\.\w+\.\w+\("),
+}
+
+
+def count_launches(code: str) -> dict[str, int]:
+    """How often generated code calls a kernel that Inductor writes, a library and an operator of ours."""
+    return {kind: len(pattern.findall(code)) for kind, pattern in _LAUNCHES.items()}
 
 
 _H100 = SimpleNamespace(
@@ -176,7 +191,9 @@ _COPIES = ("aten::_to_copy", "aten::copy_", "prims::device_put")
 def _synchronizes(operator: Any, inputs: Any, result: Any) -> bool:
     """Whether the host waits for the device in a call: its result depends on values, or is on the other side."""
     devices = {leaf.device.type for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
-    if "cuda" in devices and {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operator.tags):
+    dynamic = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operator.tags)
+    # Indexing waits for masks only, which fake tensors refuse.
+    if "cuda" in devices and dynamic and operator.name() != "aten::index.Tensor":
         return True
     return operator.name() in _COPIES and devices | {result.device.type} == {"cpu", "cuda"}
 
@@ -343,6 +360,7 @@ def _read_back(engine: Any) -> None:
     def reading(count: int) -> Tensor:
         noise = draw(count)
         noise.sum().item()
+        noise.cpu()
         return noise
 
     engine.state.draw = reading
@@ -387,7 +405,7 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
             inject(engine)
         try:
             for again in ("", " again"):
-                for compiler.step in STEPS[:1] if faults else STEPS:
+                for compiler.step in _STEPS[:1] if faults else _STEPS:
                     with _Synchronizations() as seen:
                         getattr(engine, compiler.step)()
                     synchronizations[compiler.step + again] = seen.found

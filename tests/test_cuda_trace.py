@@ -5,7 +5,9 @@ ResNet-34 to ResNet-18, 224 x 224, batches of 64, bf16, channels-last, without a
 
 from __future__ import annotations
 
+import re
 import shutil
+from ast import literal_eval
 from collections import Counter
 from typing import Any
 
@@ -15,7 +17,7 @@ from . import fake_cuda
 
 pytestmark = [
     pytest.mark.skipif(shutil.which(fake_cuda.C_COMPILER) is None, reason="no C compiler"),
-    pytest.mark.timeout(600),  # half a minute each, on a machine that has nothing else to do
+    pytest.mark.timeout(600),  # up to half a minute each on an idle machine
 ]
 
 GRAPHS = {
@@ -146,5 +148,32 @@ def test_faults_are_found() -> None:
         require_whole_graphs(faulty)
     with pytest.raises(AssertionError, match="the host waits in generator_step"):
         require_no_synchronization(faulty)
+    found = faulty["synchronizations"]["generator_step"]
+    assert found == ["aten._local_scalar_dense.default", "aten._to_copy.default"]
     with pytest.raises(AssertionError, match=r"results of batchnorm_statistics in generator_step\.teacher\.forward"):
         require_declared_strides(faulty)
+
+
+RESULT = re.compile(r"assert_size_stride\(\w+, (\(.*?\)), (\(.*?\)), 'torch\.ops\.dfkd_fast\.(\w+)\.default'\)")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("variant", ["dfkd_fast", "compile"])
+def test_generated_code_holds_our_operators_to_their_strides(variant: str) -> None:
+    report = fake_cuda.trace(variant, code=True)[variant]
+    require_whole_graphs(report)
+    for name, graph in report["graphs"].items():
+        count = fake_cuda.count_launches(graph["code"])
+        assert count["triton"] > 0, name
+        assert count["dfkd_fast"] == len(graph["calls"]), name
+        declared = Counter(
+            (call["op"], tuple(result["shape"]), tuple(result["stride"]))
+            for call in graph["calls"]
+            for result in call["results"]
+        )
+        asserted = Counter(
+            (op, literal_eval(shape), literal_eval(strides)) for shape, strides, op in RESULT.findall(graph["code"])
+        )
+        assert {op for op, *_ in asserted} == {call["op"] for call in graph["calls"]}, name
+        assert asserted <= declared, name  # a result that nothing reads is not asserted
