@@ -305,12 +305,12 @@ def measure(
     *,
     started: float,
     compile_only: bool = False,
-    **how: Any,
+    compile_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure a variant.
 
     ``started`` is the Unix time at which this process started. ``compile_only`` stops after the first step of each
-    kind, which fills the compilers' caches. Further arguments are those of :func:`make_loop`.
+    kind, which fills the compilers' caches.
 
     Returns:
         Times in milliseconds, images per second, peak memory in bytes, and seconds until the first step.
@@ -319,7 +319,7 @@ def measure(
         RuntimeError: a loss was not finite.
     """
     cuda = device.type == "cuda"
-    with make_loop(variant, size, batch, device, **how) as (loop, state):
+    with make_loop(variant, size, batch, device, compile_options=compile_options) as (loop, state):
         synchronize = state.runtime.synchronize
         begin = time.time()
         loop.prepare()
