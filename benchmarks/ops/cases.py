@@ -6,6 +6,7 @@ GPU. ``BENCHMARKS`` holds them by op.
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -150,9 +151,7 @@ def _attention(
     )
 
 
-def _attention_mse(*shape: int, **more: Any) -> Case:
-    return _attention(*shape, mse=True, **more)
-
+_attention_mse = functools.partial(_attention, mse=True)
 
 _HIGH_ORDER_ATTENTION = Benchmark(
     op="high_order_attention",
@@ -413,7 +412,7 @@ def _distance(name: str, layers: Sequence[_Layer], **more: Any) -> Case:
 
 def _one_batchnorm(*shape: int, residual: bool = False, activation: Any = "relu", **more: Any) -> Case:
     name = _name(shape) + (" with residual" if residual else "")
-    return _batchnorm(name, [_Layer(shape, residual=residual, activation=activation)], **more)
+    return _batchnorm(name, [_Layer(shape, activation, residual)], **more)
 
 
 def _one_statistics(*shape: int, **more: Any) -> Case:
@@ -504,10 +503,7 @@ def _pool(*shape: int, relu: bool = True, unpool: bool = False, **more: Any) -> 
     )
 
 
-def _unpool(*shape: int, **more: Any) -> Case:
-    return _pool(*shape, unpool=True, **more)
-
-
+_unpool = functools.partial(_pool, unpool=True)
 _HOURGLASS = ((64, 64, 28, 28), (64, 32, 56, 56), (64, 16, 112, 112), (64, 16, 224, 224))  # of the generator
 _ODD_POOLS = ((3, 17, 15, 9), (2, 1, 7, 6), (5, 200, 4, 5))
 

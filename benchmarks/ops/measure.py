@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dfkd_fast.benchmarks.ops.cases import Case, Make, tensors
+from dfkd_fast.benchmarks.results import rounded
 
 __all__ = ["CACHES", "PASSES", "Ceilings", "Measurement", "Trial", "ceilings", "time_calls"]
 
@@ -89,7 +90,7 @@ def ceilings(device: torch.device) -> Ceilings:
     copied = median_us(lambda: target.copy_(source))
     multiplied = median_us(lambda: torch.matmul(a, b, out=c))
     gbps, tflops = 2 * source.nbytes / copied / 1e3, 2 * side**3 / multiplied / 1e6
-    return Ceilings(copy_gbps=round(gbps, 1), matmul_tflops=round(tflops, 2))
+    return Ceilings(copy_gbps=rounded(gbps), matmul_tflops=rounded(tflops))
 
 
 def _host_times(piece: Piece, repeats: int = _MIN_REPEATS) -> list[float]:

@@ -306,8 +306,8 @@ def measure(
     device: torch.device,
     *,
     started: float,
-    compile_options: Mapping[str, Any] | None = None,
     compile_only: bool = False,
+    compile_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure a variant.
 
