@@ -54,10 +54,10 @@ class DataConfig:
             download, or ``folder``, any ImageFolder tree.
         root: folder that holds the published tree (``rendered``: its cache; None is the user's cache folder).
         image_size: height and width in pixels.
-        classes: number of subcategories (``rendered`` alone).
-        train_per_class: training images a subcategory (``rendered`` alone).
-        test_per_class: held-out images a subcategory (``rendered`` alone).
-        seed: seed of the drawing (``rendered`` alone) and of the split (``digits``).
+        classes: number of subcategories (only ``rendered``).
+        train_per_class: training images a subcategory (only ``rendered``).
+        test_per_class: held-out images a subcategory (only ``rendered``).
+        seed: seed of the drawing (only ``rendered``) and of the split (``digits``).
         augment: random transforms on training images.
         workers: loader processes.
     """
@@ -237,7 +237,7 @@ class LoopConfig:
         batch_size: synthetic images a step.
         student_in_generator_step: BatchNorms of the student in the generator step: ``batch`` statistics without
             touching its buffers, batch statistics with ``update`` of them, or ``eval`` (the stored ones).
-        evaluate_every: epochs between two evaluations on held-out images, where some are given; 0 is at the end alone.
+        evaluate_every: epochs between two evaluations on held-out images, if there are any; 0 is only at the end.
         checkpoint_every: rounds between two checkpoints.
         keep_checkpoints: how many are kept; two at least, so that a torn one leaves another.
         select: the student to return: the ``last``; the best by its ``agreement`` with the teacher on synthetic images,

@@ -1,4 +1,4 @@
-"""The main job on real input, in minutes: teach, set the images aside, distil from the teacher alone, evaluate."""
+"""The whole method on real images in minutes: teach, distil without the images, evaluate."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def objective_of(config: DemoConfig, preset: Preset) -> ObjectiveConfig:
     return own if preset == own.preset else replace(own, preset=preset, student={})
 
 
-def _spread(count: int, wanted: int) -> range:
-    """At most ``wanted`` indices, evenly over ``count``: some of every class where a set is sorted by class."""
-    return range(0, count, max(1, count // wanted))[:wanted]
+def _spread(count: int, most: int) -> range:
+    """At most ``most`` indices, evenly over ``count``: images of each class if a set is sorted by class."""
+    return range(0, count, max(1, count // most))[:most]
 
 
 @dataclass(frozen=True)

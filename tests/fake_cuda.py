@@ -321,7 +321,7 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
 
     cpu, half = torch.device("cpu"), (0.5, 0.5, 0.5)
     # BatchNorm statistics do not matter, and take seconds.
-    with mock.patch.object(step_variants, "_settled", lambda model, size, device: model.eval()):
+    with mock.patch.object(step_variants, "_with_statistics", lambda model, size, device: model.eval()):
         state, teacher = step_variants.build(size, size.batch, cpu, channels_last=variant != "peer")
     folded = fold_batchnorm(state.teacher, dtype=state.runtime.autocast, image_size=size.image)
     mode = stack.enter_context(fake_cuda())

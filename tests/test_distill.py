@@ -275,7 +275,7 @@ def _distill(config: DistillConfig, **arguments: Any) -> None:
 
 def test_what_does_not_fit_together_is_refused_before_the_first_step(tmp_path: Path) -> None:
     config = tiny.config(tmp_path)
-    with pytest.raises(ValueError, match="image_size must be given"):
+    with pytest.raises(ValueError, match="image_size must be given without evaluation data"):
         _distill(replace(config, image_size=None))
     with pytest.raises(ValueError, match="'test_accuracy', which needs evaluation data"):
         _distill(tiny.config(tmp_path, select="test_accuracy"))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Engine:
         name: of the engine.
         state: what is trained.
         networks: what the steps call, or how to build it from the state.
-        executor: how a step's work reaches the device.
+        executor: runs the work of a step, or replays it.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Engine:
         name: EngineName,
         state: DistillState,
         networks: Networks | Callable[[DistillState], Networks],
-        executor: Executor,
+        executor: EagerExecutor | GraphExecutor,
     ) -> None:
         self.name, self.state, self.executor = name, state, executor
         self._build = (lambda _: networks) if isinstance(networks, Networks) else networks
@@ -76,7 +76,7 @@ class Engine:
         self.executor.prepare(self)
 
     def start_round(self) -> None:
-        """Begin, or continue, the round of ``state.position``."""
+        """Begin or continue the round of ``state.position``."""
         self.executor.start_round(self)
         self.state.start_round()
 
@@ -109,19 +109,6 @@ class Engine:
         """The same work on the first row of the trace: at the end of a round no row is left."""
         self.state.cursor.zero_()
         self.run(kind)
-
-
-class Executor(Protocol):
-    """How an engine's steps are executed."""
-
-    def prepare(self, engine: Engine) -> None:
-        """Called before the first step."""
-
-    def start_round(self, engine: Engine) -> None:
-        """Called at the start of each round."""
-
-    def execute(self, engine: Engine, kind: Kind) -> None:
-        """Queue the work of one step."""
 
 
 class EagerExecutor:

@@ -20,7 +20,7 @@ __all__ = ["EvalResult", "evaluate"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """What an evaluation found. Accuracies are fractions of ``images``."""
+    """The result of :func:`evaluate`. Accuracies are fractions of ``images``."""
 
     top1: float
     top5: float | None
@@ -42,7 +42,7 @@ def evaluate(
 
     Args:
         model: images (N, 3, H, W) to logits (N, num_classes), or to :class:`dfkd_fast.models.Outputs`; its training
-            flags are put back.
+            flags are restored.
         dataset: normalised float32 images with integer labels.
         num_classes: number of classes.
         batch_size: images at a time.

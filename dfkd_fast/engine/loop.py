@@ -1,4 +1,4 @@
-"""The distillation loop: rounds of generator and student steps, and what happens between them."""
+"""The distillation loop: rounds of generator and student steps, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ _AGREEMENT_BATCHES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class DistillResult:
-    """What a run leaves.
+    """The result of :func:`distill`.
 
     Attributes:
-        student: the network given, trained; a plain one, without adapters or attention modules.
+        student: the network given, trained; without adapters or attention modules.
         generator: the trained generator.
-        rounds: per-round means of every loss term, ``generator/bn`` and so on, and ``round``.
+        rounds: per-round means of each loss term (``generator/bn``, ...), and ``round``.
         epochs: per-epoch ``agreement`` (and ``accuracy`` where evaluated), with ``epoch``.
         run_dir: folder with checkpoints, config, TensorBoard log, pictures, ``student.safetensors``.
-        accuracy: top-1 of the returned student on the held-out images, None where none were given.
+        accuracy: top-1 of the returned student on the held-out images; None without data.
         agreement: share of synthetic images that teacher and student put into the same class.
-        images_per_s: synthetic images that the generator or the student was trained on, a second of training.
+        images_per_s: synthetic images per second of training that the generator or the student was trained on.
         seconds: wall time of this call's steps.
     """
 
@@ -71,7 +71,7 @@ class DistillResult:
 def agreement(state: DistillState) -> float:
     """Share of fresh synthetic images whose top-1 class is the same for teacher and student, in eval mode.
 
-    Needs no data. The noise is the same at every call; the generator that paints it is the present one.
+    Needs no data. The noise is the same in every call; the images are those of the current generator.
     """
     noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 1)
     count = state.config.loop.batch_size
@@ -86,7 +86,7 @@ def agreement(state: DistillState) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _Epoch:
-    """An epoch that is over, and whose measurements may still be under way."""
+    """An epoch whose evaluation may still be running."""
 
     number: int
     agreement: float
@@ -95,13 +95,13 @@ class _Epoch:
 
 
 class _Run:
-    """One call of :func:`distill`: what is measured and written beside its steps."""
+    """The evaluations and files of one call of :func:`distill`."""
 
     def __init__(
         self, state: DistillState, folder: Path, checkpoints: Checkpoints, data: ImageData | None, meta: dict[str, str]
     ) -> None:
         self.state, self.folder, self.checkpoints, self.data, self.meta = state, folder, checkpoints, data, meta
-        # Two of them: a checkpoint does not wait for an evaluation.
+        # Separate threads: a checkpoint does not wait for an evaluation.
         self.files, self.measurements = Background(state.runtime.device), Background(state.runtime.device)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state.position.round or None)
         self.best = folder / "best_student.safetensors"
@@ -109,19 +109,19 @@ class _Run:
         self.pending: _Epoch | None = None
 
     def save(self) -> None:
-        """Write a checkpoint of the state as it is now; the rounds so far must have been read back."""
+        """Write a checkpoint of the current state, whose rounds must have been read back."""
         position, per_epoch = self.state.position, self.state.config.loop.rounds_per_epoch
         if (position.round, position.step) == self.saved:
             return
         if self.pending is not None and (self.pending.number * per_epoch, 0) != (position.round, position.step):
-            # Only at an epoch's very end are the weights at hand that its evaluation could be repeated with.
+            # Only a checkpoint at the end of the epoch has the weights to repeat its evaluation.
             self.finish_epoch()
         snapshot = tree_map_only(Tensor, Tensor.clone, self.state.state_dict())
         self.files.submit(lambda: self.checkpoints.save(snapshot))
         self.saved = (position.round, position.step)
 
     def evaluate_missed(self) -> None:
-        """Measure the epoch that a resumed run has behind it, where its checkpoint was written before that was done."""
+        """Evaluate the last epoch of a resumed run if its checkpoint was written before the evaluation was done."""
         epoch, rest = divmod(self.state.position.round, self.state.config.loop.rounds_per_epoch)
         if epoch and not rest and not self.state.position.step and epoch not in self.state.epochs.get("epoch", []):
             self.close_epoch(epoch, last=self.state.position.round == self.state.total_rounds)
@@ -132,7 +132,7 @@ class _Run:
         self.writer.add_scalar("student/lr", finished.student_lr, finished.number + 1)
 
     def close_epoch(self, epoch: int, *, last: bool) -> None:
-        """Begin to measure, and paint what the generator makes."""
+        """Start the evaluation of an epoch, and save images of the generator."""
         self.finish_epoch()
         state, loop, overlaps = self.state, self.state.config.loop, self.measurements.overlaps
         due = last or (loop.evaluate_every and epoch % loop.evaluate_every == 0)
@@ -153,7 +153,7 @@ class _Run:
         self.writer.flush()
 
     def finish_epoch(self) -> None:
-        """Write the open epoch down, and keep its student where it is the best so far."""
+        """Record the pending epoch, and save its student if it is the best so far."""
         if self.pending is None:
             return
         state, epoch, self.pending = self.state, self.pending, None
@@ -175,12 +175,12 @@ class _Run:
         return evaluate(student, self.data.test, num_classes=self.data.num_classes, runtime=self.state.runtime).top1
 
     def finish(self) -> None:
-        """What is still under way, to its end."""
+        """Wait for evaluations and files."""
         self.finish_epoch()
         self.files.wait()
 
     def close(self) -> None:
-        """Curves and histories, from what there is so far."""
+        """Write curves and histories of the rounds and epochs so far."""
         self.measurements.close()
         self.files.close()
         self.writer.close()
@@ -198,7 +198,7 @@ def _prepare(
 ) -> tuple[FeatureModel, FeatureModel, dict[str, Any]]:
     image_size = config.image_size or (data.image_size if data is not None else None)
     if image_size is None:
-        raise ValueError("DistillConfig.image_size must be given where there is no evaluation data to take it from")
+        raise ValueError("DistillConfig.image_size must be given without evaluation data to take it from")
     if image_size % 16:
         raise ValueError(f"image_size must be a multiple of 16 for the generator, got {image_size}")
     if config.loop.select == "test_accuracy" and data is None:
@@ -224,14 +224,13 @@ def distill(
     """Train a student to agree with a teacher, without the teacher's data (paper, section 3).
 
     Args:
-        teacher: a trained classifier, (N, 3, H, W) to (N, classes); left as it was. A
-            :class:`dfkd_fast.models.FeatureModel` names its stages itself.
-        student: the classifier to train, in place; likewise.
+        teacher: a trained classifier, (N, 3, H, W) to (N, classes); unchanged. A
+            :class:`dfkd_fast.models.FeatureModel` has its stages.
+        student: the classifier to train in place; also plain or a ``FeatureModel``.
         config: the run. ``config.out`` must not hold another run's checkpoints unless ``config.resume``.
         data: held-out images to evaluate on. They are never trained on.
-        description: written into the student's file as metadata, beside the classes and the normalisation.
-        inputs: plain values written into the run's ``config.yaml`` before the run's own, such as which networks and
-            data it was called with.
+        description: metadata of the student's file, in addition to the classes and the normalisation.
+        inputs: plain values for the run's ``config.yaml``, such as the networks and data.
         progress: draw a progress bar.
 
     Returns:
@@ -240,8 +239,8 @@ def distill(
     Raises:
         ValueError: a config, data or networks that do not fit together, or a folder that holds another run.
         NonFiniteError: a loss or gradient was not finite; raised at the end of its round.
-        CheckpointError: to be resumed, but no checkpoint in the folder is sound and of this run.
-        KeyboardInterrupt: after ctrl-C, when the run is saved. SIGTERM saves and exits with status 143.
+        CheckpointError: no checkpoint in the folder to resume is sound and of this run.
+        KeyboardInterrupt: after ctrl-C, once the run is saved. SIGTERM saves and exits with status 143.
     """
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
     teacher_features, student_features, sizes = _prepare(teacher, student, config, data)

@@ -18,7 +18,7 @@ __all__ = ["NonFiniteError", "Round", "Rounds"]
 
 
 class NonFiniteError(ArithmeticError):
-    """A step's loss or gradient was not finite; it never reached the weights. Names the first step and term."""
+    """A step's loss or gradient was not finite; its update was skipped. Names the first such step and its terms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +58,17 @@ class _Readback:
 
 
 class Rounds:
-    """Takes a run's steps and hands over each round's losses.
+    """Takes the steps of a run and reads the losses of each round back.
 
-    One round is read back while the next is queued, so that the device never waits for the host to look. What needs the
-    state of a certain round - a checkpoint, an evaluation - calls :meth:`drain` first.
+    A round is read back while the next one is queued, so that the device does not wait for the host. Call :meth:`drain`
+    before reading the state of a certain round, for a checkpoint or an evaluation.
 
     Args:
-        engine: executes the steps.
-        finished: called once a round, in order.
+        engine: takes the steps.
+        finished: called once per round, in order.
 
     Attributes:
-        images: synthetic images that the generator or the student was trained on.
+        images: number of synthetic images that the generator or the student was trained on.
     """
 
     def __init__(self, engine: Engine, finished: Callable[[Round], None]) -> None:
@@ -84,7 +84,7 @@ class Rounds:
         return self._seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     def run(self, stopped: Callable[[], bool]) -> bool:
-        """Queue the rest of the present round; False where it was stopped before its end."""
+        """Queue the rest of the current round; False if it was stopped before its end."""
         state = self.state
         if self._since is None:
             self._since = time.perf_counter()
@@ -104,7 +104,7 @@ class Rounds:
         return whole
 
     def drain(self) -> None:
-        """Wait for the device, and for the losses of all that it was given.
+        """Wait for the device, and read all losses back.
 
         Raises:
             NonFiniteError: some step was skipped.

@@ -280,8 +280,8 @@ def build_state(
         config: the run.
         runtime: device and precision.
         image_size: height and width of the synthetic images.
-        mean: of the teacher's input normalisation.
-        std: likewise.
+        mean: of the teacher's input, per channel, for images in [0, 1].
+        std: standard deviation, per channel.
 
     Raises:
         ValueError: networks that do not fit each other or the objective.

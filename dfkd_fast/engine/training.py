@@ -29,7 +29,7 @@ __all__ = ["TeachResult", "teach"]
 
 @dataclass(frozen=True, kw_only=True)
 class TeachResult:
-    """What a training leaves.
+    """The result of :func:`teach`.
 
     Attributes:
         model: the network given, trained, in eval mode.
@@ -37,7 +37,7 @@ class TeachResult:
         weights: safetensors file with the weights and, as metadata, classes, size and normalisation.
         run_dir: the run's folder.
         epochs: per-epoch ``loss`` and, at the end, ``accuracy``, with ``epoch``.
-        images_per_s: training images a second.
+        images_per_s: training images per second.
     """
 
     model: nn.Module
@@ -95,7 +95,7 @@ def teach(
 
     Args:
         model: (N, 3, H, W) to logits (N, data.num_classes), trained in place.
-        data: labelled images; the test half is looked at once, at the end.
+        data: labelled images; the test half is used once, at the end.
         config: rates and length.
         description: written into the weights' file as metadata.
         workers: loader processes.

@@ -1,6 +1,6 @@
-"""Low-precision copies of float32 master weights, all made by one kernel and gone after the step.
+"""Low-precision copies of float32 master weights, made by one kernel and freed after the step.
 
-Autocast makes the same copies one by one, and casts their gradients back one by one: two launches a layer.
+Autocast makes the same copies one by one, and casts their gradients back one by one: two launches per layer.
 """
 
 from __future__ import annotations
