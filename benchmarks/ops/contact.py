@@ -30,7 +30,7 @@ __all__ = ["check_case", "check_engine", "main"]
 
 _FACTOR = 2.0
 _NO_CACHING = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # without PyTorch's allocator, no graph can be captured
-_DRAWS = 4  # of inputs, where a result is a single number
+_DRAWS = 16  # of inputs, where a result is a single number, whose error can be small or large by chance
 _WAITS, _WAIT_S = 4, 10.0  # for memory that other processes hold
 
 
