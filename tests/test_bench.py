@@ -20,7 +20,7 @@ from dfkd_fast.benchmarks.cases import Benchmark, Case, Work
 from dfkd_fast.benchmarks.common import Clock
 from dfkd_fast.benchmarks.compile_kernels import benchmarks
 from dfkd_fast.cli import main as cli
-from dfkd_fast.ops.backend import Unserved
+from dfkd_fast.ops.backend import UnsupportedError
 from dfkd_fast.report import read_results
 
 CPU = torch.device("cpu")
@@ -242,7 +242,7 @@ class TestRows:
         assert "distillation_kl 4x6 bfloat16 triton backward cold: RuntimeError: broken" in said
 
     def test_a_case_that_a_backend_does_not_serve_is_a_row_and_no_failure(self, fake):
-        fake.times = {"forward": Unserved("not this one")}
+        fake.times = {"forward": UnsupportedError("not this one")}
         said = []
         sound, content = run(found_on("cuda")[0][:1], fake, complain=said.append)
         assert sound

@@ -1,13 +1,14 @@
-"""Operators: allocation as the fake, vmap by turns, refusal of second derivatives, who is served, recording."""
+"""Operators: schema and fake from the allocation, vmap, gradients, second derivatives, recording; uses of users."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from dfkd_fast import ops
-from dfkd_fast.ops import library
-from dfkd_fast.ops.library import no_second_derivative, operator, recorded, unserved
+from dfkd_fast.ops import custom_op
+from dfkd_fast.ops.custom_op import no_second_derivative, operator, recorded, unsupported_reason
 from dfkd_fast.testing import random
 
 triton = pytest.importorskip("triton")
@@ -27,14 +28,14 @@ def rounded(x, y, BLOCK: tl.constexpr):
 def doubled():
     """An operator that doubles and adds: results of two shapes."""
 
-    def allocate(x, shift):
+    def allocate(x: Tensor, shift: float) -> tuple[Tensor, Tensor]:
         return torch.empty_like(x), x.new_empty(x.shape[0])
 
     def launch(x, shift, y, row):
         torch.add(2 * x, shift, out=y)
         torch.sum(x, 1, out=row)
 
-    return operator("test_doubled(Tensor x, float shift) -> (Tensor, Tensor)", allocate, launch)
+    return operator("test_doubled", allocate, launch)
 
 
 def test_an_operator_passes_opcheck(doubled):
@@ -64,20 +65,20 @@ def test_second_derivatives_are_refused_by_name():
         assert no_second_derivative("an_op", (plain,), g, x)[0] is plain
 
 
-def test_who_is_served(monkeypatch):
+def test_unsupported_reasons(monkeypatch):
     x = random(2, 3)
-    monkeypatch.setattr(library, "INTERPRETED", True)
-    assert unserved(x, None, x.half()) is None
-    assert unserved(x, x.double()) == "its kernels take float16, bfloat16 and float32, not float64"
-    assert unserved(x.to("meta")) == "its kernels run on CUDA devices, not on meta"
-    monkeypatch.setattr(library, "INTERPRETED", False)
-    assert unserved(x) == "its kernels run on CUDA devices, not on cpu"
-    monkeypatch.setattr(library, "_TRITON", False)
-    assert unserved(x) == "triton is not installed"
+    monkeypatch.setattr(custom_op, "INTERPRETED", True)
+    assert unsupported_reason(x, None, x.half()) is None
+    assert unsupported_reason(x, x.double()) == "its kernels take float16, bfloat16 and float32, not float64"
+    assert unsupported_reason(x.to("meta")) == "its kernels run on CUDA devices, not on meta"
+    monkeypatch.setattr(custom_op, "INTERPRETED", False)
+    assert unsupported_reason(x) == "its kernels run on CUDA devices, not on cpu"
+    monkeypatch.setattr(custom_op, "_TRITON", False)
+    assert unsupported_reason(x) == "triton is not installed"
 
 
 def test_without_triton_ops_fall_back(monkeypatch):
-    monkeypatch.setattr(library, "_TRITON", False)
+    monkeypatch.setattr(custom_op, "_TRITON", False)
     x = random(2, 3)
     assert ops.distillation_kl(x, -x).isfinite()
     with pytest.raises(RuntimeError, match="cannot serve distillation_kl: triton is not installed"):
@@ -93,7 +94,7 @@ def test_launches_are_recorded_on_tensors_without_data():
     assert names == ["_forward_kernel", "_sum_kernel", "_backward_kernel"]
     assert launches[0].arguments["count"] == 4096
     assert launches[0].constants["WHOLE"] is True
-    assert not library._recording
+    assert not custom_op._recording
 
 
 def test_launch_configurations(monkeypatch):
