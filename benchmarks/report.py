@@ -132,7 +132,7 @@ def step_section(content: dict[str, Any], folder: str) -> str:
                     "hours for 350,000 steps": f"{median('hours_per_350k_steps'):.1f}",
                 }
             )
-        columns = list(dict.fromkeys(name for line in table for name in line))
+        columns = dict.fromkeys(name for line in sorted(table, key=len, reverse=True) for name in line)
         parts += ["", f"Batch {batch}:", "", *markdown_table([{n: line.get(n, "") for n in columns} for line in table])]
         others = [
             f"{speed['dfkd_fast'] / v:.2f} x `{n}`"

@@ -10,7 +10,7 @@ from typing import Any
 
 from dfkd_fast.report import environment, read_results, timestamp, write_results
 
-__all__ = ["Key", "Results", "rounded"]
+__all__ = ["Key", "Results", "measured_on", "rounded"]
 
 Key = tuple[Any, ...]
 
@@ -24,6 +24,12 @@ def rounded(value: Any, digits: int = 5) -> Any:
     if isinstance(value, list | tuple):
         return [rounded(each, digits) for each in value]
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def measured_on(content: dict[str, Any]) -> str:
+    """Device, PyTorch version and commit of the newest environment of a result file, for the caption of a table."""
+    block = content["environments"][-1]
+    return f"{block['device']['name']}, torch {block['torch']}, commit {(block['commit'] or block['source'])[:12]}"
 
 
 class Results:

@@ -24,7 +24,7 @@
 // all (8.6 GB with A = 65536, M = 2 A, D = 128: 16 bytes a cycle and processor at the tensor cores' rate); blocks walk
 // the same span at about the same time. Sums over a span go to scratch, 4 bytes an anchor.
 //
-// Not yet run on a card.
+// Not yet run on a GPU.
 #include "contrastive_loss.h"
 
 namespace {

@@ -26,7 +26,7 @@
 // Reads M D elements, writes and reads 4 M D bytes for each piece of a row; all blocks together read 0.75 M^2 D / 64
 // bytes from the second-level cache, 16 bytes a cycle and processor at the tensor cores' rate.
 //
-// Not yet run on a card.
+// Not yet run on a GPU.
 #include "contrastive_loss.h"
 
 namespace {

@@ -1,7 +1,7 @@
 // Mixed high-order attention, forward, for sm_90a: y = A x, or A alone; A = sigmoid(sum over r of out_r a_r),
 // a_r = relu(prod_i proj_r,i x).
 //
-// Not yet run on a card. For P positions of C channels, K = C / 4 and order 3: 4 P C bytes in a two-byte type, 4.5 C^2
+// Not yet run on a GPU. For P positions of C channels, K = C / 4 and order 3: 4 P C bytes in a two-byte type, 4.5 C^2
 // bytes of weights, and 4.5 P C^2 operations: the six first products are one of 1.5 C columns, the three second ones
 // one that sums over 0.75 C units. A gate costs two instructions of the unit that does 16 a clock, so that P C gates
 // take a processor as long as the products do at C = 128: they must run beside products or copies. Two forms, both with

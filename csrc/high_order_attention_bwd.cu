@@ -1,7 +1,7 @@
 // Mixed high-order attention, backward on sm_90a: gradients of x and of both weights from x and the gradient of the
 // result alone.
 //
-// Not yet run on a card. With g that gradient, for P positions of C channels, K = C / 4 and order 3: 6 P C bytes in a
+// Not yet run on a GPU. With g that gradient, for P positions of C channels, K = C / 4 and order 3: 6 P C bytes in a
 // two-byte type, weights apart, and 13.5 P C^2 operations, the maps of forward among them:
 //
 //   dl = g x A (1 - A)       da_r = out_r^T dl       du_i = da_r [z_r > 0] prod over j != i of u_j

@@ -162,10 +162,8 @@ __device__ __forceinline__ float warp_max(float x) {
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
 #ifdef DFKD_HOST
-
 inline unsigned char* shared_memory() { return host::shared_memory(); }
 #else
-
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
@@ -223,11 +221,11 @@ __device__ __forceinline__ uint64_t advance_desc(uint64_t operand, int bytes) {
   return operand + static_cast<uint64_t>(bytes / 16);
 }
 
-// ---- maps of tensors for tile copies --------------------------------------------------------------------------------
+// ---- TMA descriptors ------------------------------------------------------------------------------------------------
 
-// A tensor of 16-bit elements in memory and the tile that one copy brings, at most three dimensions each, the innermost
-// first. A kernel takes it as `const __grid_constant__ TensorMap`. What a tile has outside of the tensor is zeros, and
-// is not written.
+// A tensor of 16-bit elements in memory and the tile of one copy, at most three dimensions each, the innermost first. A
+// kernel takes it as `const __grid_constant__ TensorMap`. Loads fill with zeros outside of the tensor, and stores write
+// nothing there.
 struct TensorMap {
 #ifdef DFKD_HOST
   host::TensorMap map;
@@ -241,7 +239,7 @@ struct Shape {
 };
 
 #ifndef DFKD_HOST
-// The driver's function, which nothing is linked to; null where there is none.
+// The driver's function, found at run time since the driver is not linked; null without a driver.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   static const auto found = [] {
     void* function = nullptr;
@@ -319,7 +317,7 @@ __device__ __forceinline__ void fence_barrier_init() {
 __device__ __forceinline__ void mbarrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
-// One arrival, and the bytes that copies of this phase will bring beside those announced already.
+// One arrival, and so many more bytes that copies of this phase will bring.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(Barrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
                : "memory");
@@ -333,8 +331,7 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(Barrier* barrier, int ra
       "r"(rank)
       : "memory");
 }
-// The same where nothing is to be read there: it tells that something here has been read. Without the wait for what
-// the thread stored.
+// The same without release semantics: it says that something has been read, and does not wait for the thread's stores.
 __device__ __forceinline__ void mbarrier_arrive_cluster_relaxed(Barrier* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 there;\n"
@@ -343,8 +340,7 @@ __device__ __forceinline__ void mbarrier_arrive_cluster_relaxed(Barrier* barrier
       "r"(rank)
       : "memory");
 }
-#ifdef DFKD_WATCH  // for finding faults: who waits for ever ends the kernel
-// By the clock, two seconds: how long one try takes is the card's business.
+#ifdef DFKD_WATCH  // for debugging: a wait of two seconds ends the kernel
 #define DFKD_BEGIN_WAIT ".reg .u32 began, now;\nmov.u32 began, %%globaltimer_lo;\n"
 #define DFKD_WAIT_AGAIN                                                                                             \
   "@done bra over;\nmov.u32 now, %%globaltimer_lo;\nsub.u32 now, now, began;\nsetp.lt.u32 done, now, 2000000000;\n" \
@@ -384,9 +380,9 @@ struct PipelineState {
 };
 
 // ---- bulk copies ----------------------------------------------------------------------------------------------------
-// Each by one thread, but st_async(). Places in shared memory are aligned to 128 bytes for tiles, else 16, as are
-// memory and sizes.
-// `full` gets the bytes of a tile as the map has it, also where some of it is outside of the tensor.
+// Each by one thread, except st_async(). Addresses in shared memory are aligned to 128 bytes for tiles and to 16 for
+// other copies, as are addresses in memory and sizes. `full` counts all bytes of a tile, also those outside of the
+// tensor.
 
 #ifdef DFKD_HOST
 
@@ -569,7 +565,8 @@ __device__ __forceinline__ void cluster_sync() {
 // in d[n] of columns 8 n + 2 (l % 4) and the next those of row 16 w + l / 4, then those of the row 8 further. a in
 // registers: a[0] that row's columns 2 (l % 4) and the next, a[1] those of the row 8 further, a[2] and a[3] the same 8
 // columns further. It is asynchronous: between warpgroup_arrive() and warpgroup_wait() nothing may touch d, a in
-// registers or the operands in shared memory; warpgroup_fence_operand() keeps the compiler from doing so.
+// registers or the operands in shared memory; warpgroup_fence_operand() keeps the compiler from doing so. COLUMNS_A,
+// COLUMNS_B: that operand is MN-major.
 template <typename T, int N, bool COLUMNS_A = false, bool COLUMNS_B = false>
 __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add);
 template <typename T, int N, bool COLUMNS_B = false>

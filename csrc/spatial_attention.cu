@@ -19,7 +19,7 @@
 //   How many blocks are a team follows from sizes: the more, the less statistics of the first sample delay; the fewer,
 //   the fewer positions are beyond the end of tiles (plan()). 2, 4, 4 and 8 at the paper's shapes with 64 samples.
 //
-// Serves C up to 256 and K up to 64, multiples of 8. Not yet run on a card.
+// Serves C up to 256 and K up to 64, multiples of 8. Not yet run on a GPU.
 #include "spatial_attention.h"
 
 #include <atomic>

@@ -24,7 +24,7 @@
 // this, with 112 registers a thread. Warps of a fifth bring tiles, two or three ahead, bring numbers of their channels,
 // and add up and publish what the others' warps leave of D, for which these so need not wait for each other or for
 // memory.
-// Serves C up to 256 and K up to 64, multiples of 8. Not yet run on a card.
+// Serves C up to 256 and K up to 64, multiples of 8. Not yet run on a GPU.
 #include "spatial_attention.h"
 
 namespace {

@@ -22,13 +22,14 @@ _EXPORTS = {
     "ProjectionHead": "dfkd_fast.nn",
     "SemanticFeatureContrast": "dfkd_fast.nn",
     "SpatialAttention": "dfkd_fast.nn",
-    "patch": "dfkd_fast.patching",
-    "unpatch": "dfkd_fast.patching",
+    "patch": "dfkd_fast.graph",
+    "unpatch": "dfkd_fast.graph",
 }
 
 if TYPE_CHECKING:
     from dfkd_fast.config import DistillConfig, TeachConfig
     from dfkd_fast.engine import DistillResult, distill, evaluate, teach
+    from dfkd_fast.graph import patch, unpatch
     from dfkd_fast.nn import (
         AttentionGenerator,
         HighOrderAttention,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
         SemanticFeatureContrast,
         SpatialAttention,
     )
-    from dfkd_fast.patching import patch, unpatch
 
 __all__ = [
     "AttentionGenerator",

@@ -351,32 +351,35 @@ class TeachConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """One file an experiment: the same one serves ``teach``, ``distill`` and ``evaluate``.
+    """One experiment, which the commands ``teach``, ``distill``, ``evaluate`` and ``profile`` share.
 
     Args:
-        data: labelled images for teacher training and evaluation.
-        teacher: the network that knows.
-        student: the network that learns.
-        teach: how a network is trained on the data.
-        distill: how the student is trained without them.
+        data: labelled images for supervised training and evaluation.
+        teacher: the trained network.
+        student: the network to train.
+        teach: supervised training on the data.
+        distill: training of the student without the data.
     """
 
-    data: DataConfig
-    teacher: ModelConfig
-    student: ModelConfig
+    data: DataConfig | None = None
+    teacher: ModelConfig | None = None
+    student: ModelConfig | None = None
     teach: TeachConfig = field(default_factory=TeachConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(ExperimentConfig):
-    """An experiment of the demo.
+    """An experiment of the demo, with all three inputs.
 
     Args:
-        presets: objectives to distil with, the first of which must reach ``least``.
-        least: the share of the teacher's top-1 under which the demo fails.
+        presets: objectives to distil with; the student of the first must reach ``least``.
+        least: the share of the teacher's top-1 below which the demo fails.
     """
 
+    data: DataConfig = field()
+    teacher: ModelConfig = field()
+    student: ModelConfig = field()
     presets: list[Preset]
     least: float
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: torch.profiler over the ranges of :mod:`dfkd_fast.ranges`.
+"""Where the time of a step goes: torch.profiler over the ranges of :mod:`dfkd_fast.nvtx`.
 
 Times are sums over the events of ``torch.profiler.profile.events()``: device time of kernels, copies and fills on CUDA,
 self CPU time on the CPU. The backward of an operator is attributed to the network and the op of its forward, through
@@ -24,7 +24,7 @@ from dfkd_fast.config import DistillConfig, EngineName
 from dfkd_fast.engine import Engine, Position, Runtime, build_state, create_engine, resolve_engine
 from dfkd_fast.engine.runtime import new_run_folder
 from dfkd_fast.models import FeatureModel, frozen, normalization
-from dfkd_fast.ranges import PREFIX
+from dfkd_fast.nvtx import PREFIX
 from dfkd_fast.report import environment, result_table, write_results
 
 __all__ = ["OUTSIDE", "REPLAYED", "ProfileResult", "attribute", "profile", "summary_table", "table", "time_by_range"]
@@ -224,17 +224,7 @@ def profile(
         for kind, profiler, unprofiled in _record(teacher, student, replace(config, loop=loop, engine=name), runtime):
             traces[f"{name}_{kind}"] = folder / f"trace_{name}_{kind}.json.gz"
             profiler.export_chrome_trace(str(traces[f"{name}_{kind}"]))
-            rows = time_by_range(profiler.events(), steps, cuda=cuda, replayed=name == "graph")
-            content["rows"] += [{"step": kind, **row} for row in rows]
-            content["steps"].append(
-                {
-                    "step": kind,
-                    "recorded": steps,
-                    "microseconds": round(sum(row["microseconds"] for row in rows), 2),
-                    "kernels": sum(row["kernels"] for row in rows) if cuda else None,
-                    "unprofiled_us": round(unprofiled, 2),
-                }
-            )
+            _add_step(content, kind, profiler.events(), steps, unprofiled)
             console.print(result_table(table(content, kind), f"{name}: {kind} step, mean of {steps}"))
         contents.append(content)
         gc.collect()  # frees this engine's device memory before the next one starts
@@ -251,6 +241,22 @@ def profile(
     }
     write_results(folder / "anatomy.json", result)
     return ProfileResult(folder=folder, traces=traces, content=result)
+
+
+def _add_step(content: dict[str, Any], kind: str, events: Sequence[Any], steps: int, unprofiled: float) -> None:
+    """Add the times of one kind of step to the content of an engine."""
+    cuda = content["device"] == "cuda"
+    rows = time_by_range(events, steps, cuda=cuda, replayed=content["engine"] == "graph")
+    content["rows"] += [{"step": kind, **row} for row in rows]
+    content["steps"].append(
+        {
+            "step": kind,
+            "recorded": steps,
+            "microseconds": round(sum(row["microseconds"] for row in rows), 2),
+            "kernels": sum(row["kernels"] for row in rows) if cuda else None,
+            "unprofiled_us": round(unprofiled, 2),
+        }
+    )
 
 
 def _record(

@@ -40,6 +40,7 @@ from dfkd_fast.kernels.common import (
     divide,
     dot,
     exp,
+    fma,
     launch,
     next_power_of_2,
     precision,
@@ -102,7 +103,8 @@ def _config_weights(
 ) -> Launch:
     """The gradients of the weights: BLOCK_C channels by BLOCK_K hidden units, BLOCK_M positions per step.
 
-    Larger steps spill on sm_100."""
+    Larger steps spill on sm_100.
+    """
     if dtype == torch.float32:
         return _launch(32, max(16, min(32, channels)), 32, hidden)
     block = max(16, min(64, channels))
@@ -192,7 +194,7 @@ def _positive(z, x):
 def _slope(g, x, logits, dtype: tl.constexpr, RESULT: tl.constexpr):
     """Gradient of the logits. A (1 - A) from the exponential below one: 1 - A would lose the digits of a shut gate."""
     e = exp(-tl.abs(logits), dtype)
-    spread = divide(e, (1.0 + e) * (1.0 + e), dtype)
+    spread = divide(e, fma(e, 2.0 + e, 1.0), dtype)  # over (1 + e)^2
     return g * spread if RESULT == "map" else g * x * spread
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from dfkd_fast.cli import COMMANDS, _prepare, main
+from dfkd_fast.cli import COMMANDS, main
 from dfkd_fast.config import ExperimentConfig, ModelConfig, read
 from dfkd_fast.models import create_model, read_metadata, save_weights
 
@@ -48,8 +49,9 @@ def test_teach_distill_evaluate_export(experiment: str, tmp_path: Path, capsys: 
 
     main(["distill", "--config", experiment, "--teacher.weights", str(teacher), "--out", "run", "--resume"])
 
-    main(["evaluate", "--weights", str(student), "--config", experiment, "--device", "cpu"])
-    assert "360" in capsys.readouterr().out  # a fifth of 1,797 scans
+    for data in (["--config", experiment], ["--data.name", "digits", "--data.image_size", "16"]):
+        main(["evaluate", "--weights", str(student), *data, "--device", "cpu"])
+        assert "360" in capsys.readouterr().out  # a fifth of 1,797 scans
 
     main(["export", "--weights", str(student)])
     assert (tmp_path / "run" / "export" / "student.onnx").is_file()
@@ -95,6 +97,9 @@ def test_fine_tuning_starts_from_other_classes(experiment: str, tmp_path: Path) 
         (["teach", "--config", "{experiment}", "--teach.device", "gpu"], "device must be 'auto' or a torch device"),
         (["teach", "--config", "{experiment}", "--teacher.name", "resnet9"], "resnet8"),
         (["teach", "--config", "{experiment}", "--teach.epohcs", "3"], "epohcs"),
+        (["teach", "--data.name", "digits"], "--teacher.name must be given"),
+        (["evaluate", "--weights", "nowhere.safetensors"], "--data.name must be given"),
+        (["bench", "--nowhere"], "nowhere"),
     ],
 )
 def test_mistakes_are_said_shortly_and_end_with_status_2(
@@ -121,22 +126,31 @@ def test_every_command_has_help() -> None:
     assert all(name in shown for name in COMMANDS)
 
 
+def test_help_shows_the_options_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", "--help"])
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--config", "--weights", "--data", "--model", "--device"))
+    assert not any(option in shown for option in ("--teach", "--student", "--distill"))
+
+
 @pytest.mark.parametrize(
-    ("words", "prepared"),
+    ("words", "changed"),
     [
-        (["bench"], ["bench"]),
-        (["bench", "a", "b"], ["bench", '--ops=["a", "b"]']),
-        (["bench", "a", "--tune", "b"], ["bench", "--tune=true", '--ops=["a", "b"]']),
-        (["bench", "--tune", "false", "a"], ["bench", "--tune", "false", '--ops=["a"]']),
-        (["bench", "--out=x", "a"], ["bench", "--out=x", '--ops=["a"]']),
-        (["bench", "--shapes", "a", "--help"], ["bench", "--shapes", "a", "--help"]),
-        (["bench", "--backends", "triton,peer:x"], ["bench", "--backends", '["triton", "peer:x"]']),
-        (["bench", "--ops", "a"], ["bench", "--ops", '["a"]']),
-        (["bench", "--ops", '["a"]'], ["bench", "--ops", '["a"]']),
+        ([], {}),
+        (["a", "b"], {"ops": ["a", "b"]}),
+        (["a", "--tune", "--out=x"], {"ops": ["a"], "tune": True, "out": "x"}),
+        (["--backends", "triton,peer:x", "a"], {"ops": ["a"], "backends": ["triton", "peer:x"]}),
     ],
 )
-def test_ops_to_bench_stand_for_themselves(words: list[str], prepared: list[str]) -> None:
-    assert _prepare(words) == prepared
+def test_bench_takes_ops_by_name(words: list[str], changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dfkd_fast.benchmarks.ops import bench as module
+
+    called: list[dict[str, Any]] = []
+    monkeypatch.setattr(module, "bench", lambda ops, **options: not called.append({"ops": ops, **options}))
+    main(["bench", *words])
+    defaults = {"ops": None, "shapes": "paper", "out": "runs/bench", "tune": False, "backends": None, "device": "cuda"}
+    assert called == [{**defaults, **changed}]
 
 
 def test_torch_files_are_weights_too(experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,8 +162,3 @@ def test_torch_files_are_weights_too(experiment: str, tmp_path: Path, capsys: py
         ["evaluate", "--weights", "s.pt", "--config", experiment, "--model.name", "resnet8", "--model.options", widths]
     )
     assert "top-1" in capsys.readouterr().out
-
-
-def test_engines_of_profile_take_commas():
-    assert _prepare(["profile", "--engines", "eager,graph"])[2] == '["eager", "graph"]'
-    assert _prepare(["profile", "--engines=eager"])[1] == '--engines=["eager"]'

@@ -132,8 +132,8 @@ def test_python_is_said_to_be_python():
 
 @pytest.fixture(scope="module")
 def parser():
-    jsonargparse = pytest.importorskip("jsonargparse")
-    return jsonargparse.auto_parser(cli.COMMANDS, as_positional=False, exit_on_error=False)
+    pytest.importorskip("jsonargparse")
+    return cli.create_parser()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name)
@@ -143,12 +143,12 @@ def test_commands_parse(page, parser):
             Path(file[1]).write_text(block.code)
     for line in commands(page):
         words = shlex.split(line, comments=True)[1:]
-        parser.parse_args(cli._prepare(words))
+        parser.parse_args(words)
 
 
 def test_a_wrong_command_is_seen(parser):
     with pytest.raises(Exception, match="nowhere"):
-        parser.parse_args(cli._prepare(["distill", "--config", "aircraft", "--nowhere", "1"]))
+        parser.parse_args(["distill", "--config", "aircraft", "--nowhere", "1"])
 
 
 @pytest.mark.parametrize("op", ops.__all__)

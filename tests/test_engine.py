@@ -36,7 +36,7 @@ from dfkd_fast.engine import (
 )
 from dfkd_fast.engine.background import Background
 from dfkd_fast.engine.capture import CudaRecorder
-from dfkd_fast.engine.networks import Call, Networks, plain, ready
+from dfkd_fast.engine.networks import CompiledRegion, Networks, eager_networks, optimized_networks
 from dfkd_fast.engine.rounds import Round, Rounds
 
 from . import tiny
@@ -67,7 +67,7 @@ def values(state: DistillState) -> list[Tensor]:
 
 def graph(state: DistillState, *, as_it_is: bool = False) -> GraphEngine:
     """The graph engine over uncompiled networks: what is looked at here is the recording."""
-    networks = plain(state) if as_it_is else ready(state).ranged()
+    networks = eager_networks(state) if as_it_is else optimized_networks(state)
     return GraphEngine(state, networks, recorder=ReplayRecorder())
 
 
@@ -84,14 +84,14 @@ def assert_same_algorithm(one: DistillState, other: DistillState, traces: tuple[
     softmax over positions, and single weights whose gradients never rose above the rounding of the largest one.
     """
     unseen = ("attention.expand.bias", "project.bias", "upsample.bias")
-    squares = {p: one.generator_optimizer.state[p]["exp_avg_sq"].sqrt() for p in one.generator.parameters()}
+    squares = {p: one.generator.optimizer.state[p]["exp_avg_sq"].sqrt() for p in one.generator.module.parameters()}
     rounding = torch.finfo(torch.float32).eps * max(square.max() for square in squares.values())
     seen: dict[int, Tensor] = {}
-    for name, parameter in one.generator.named_parameters():
+    for name, parameter in one.generator.module.named_parameters():
         where = (squares[parameter] > rounding) & (not name.endswith(unseen))
-        for tensor in (parameter, *one.generator_optimizer.state[parameter].values()):
+        for tensor in (parameter, *one.generator.optimizer.state[parameter].values()):
             seen[id(tensor)] = where if tensor.shape == where.shape else torch.tensor(True)
-    norms = [one.generator.project_norm, *(block.norm for block in one.generator.blocks)]  # type: ignore[union-attr]
+    norms = [one.generator.module.project_norm, *(block.norm for block in one.generator.module.blocks)]  # type: ignore[union-attr]
     after_biases = {id(norm.running_mean) for norm in norms}
     for a, b in zip(*traces, strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
@@ -100,8 +100,8 @@ def assert_same_algorithm(one: DistillState, other: DistillState, traces: tuple[
             where = seen.get(id(a), torch.tensor(True)).to(a.device)
             torch.testing.assert_close(torch.where(where, a, 0), torch.where(where, b, 0), **TOLERANCE)
     # What is left out cannot have gone further apart than Adam's steps are long, each way.
-    for a, b in zip(one.generator.parameters(), other.generator.parameters(), strict=True):
-        steps = one.generator_optimizer.state[a]["step"]
+    for a, b in zip(one.generator.module.parameters(), other.generator.module.parameters(), strict=True):
+        steps = one.generator.optimizer.state[a]["step"]
         assert ((a - b).abs() <= 2 * one.config.optimizer.generator_lr * steps).all()
 
 
@@ -161,19 +161,21 @@ def test_every_objective_can_be_recorded(preset: Any) -> None:
 def leaves_no_trace(state: DistillState) -> Iterator[None]:
     before, addresses = values(state), [tensor.data_ptr() for tensor in state.changing()]
     streams = state.noise.get_state(), torch.get_rng_state()
-    flags = [(module.training, getattr(module, "track_running_stats", None)) for module in state.student.modules()]
-    groups = [{**group, "params": None} for group in state.generator_optimizer.param_groups]
+    flags = [
+        (module.training, getattr(module, "track_running_stats", None)) for module in state.student.module.modules()
+    ]
+    groups = [{**group, "params": None} for group in state.generator.optimizer.param_groups]
     position = copy.copy(state.position), state.student_updates
     yield
     assert all(torch.equal(a, b) for a, b in zip(before, state.changing(), strict=True))
     assert addresses == [tensor.data_ptr() for tensor in state.changing()]
     assert torch.equal(streams[0], state.noise.get_state())
     assert torch.equal(streams[1], torch.get_rng_state())
-    assert flags == [(m.training, getattr(m, "track_running_stats", None)) for m in state.student.modules()]
-    assert groups == [{**group, "params": None} for group in state.generator_optimizer.param_groups]
+    assert flags == [(m.training, getattr(m, "track_running_stats", None)) for m in state.student.module.modules()]
+    assert groups == [{**group, "params": None} for group in state.generator.optimizer.param_groups]
     assert position == (state.position, state.student_updates)
-    assert all(p.grad is None for p in [*state.student.parameters(), *state.generator.parameters()])
-    assert not hasattr(state.generator_optimizer, "found_inf")
+    assert all(p.grad is None for p in [*state.student.module.parameters(), *state.generator.module.parameters()])
+    assert not hasattr(state.generator.optimizer, "found_inf")
 
 
 def test_preparing_leaves_no_trace() -> None:
@@ -212,7 +214,7 @@ def test_resumed_in_the_graph_form_goes_on_with_the_same_random_stream(late: boo
         take(resumed, 1)
     fresh.load_state_dict(saved)
     found = take(resumed, 2)
-    assert resumed._recorder.recordings == 2  # type: ignore[attr-defined]  # tensors were written to where they are
+    assert resumed.executor.recorder.recordings == 2  # type: ignore[attr-defined]  # tensors were written to where they are
     for a, b in zip(wanted[1:], found, strict=True):
         assert torch.equal(a, b)
     assert all(torch.equal(a, b) for a, b in zip(whole.changing(), fresh.changing(), strict=True))
@@ -224,7 +226,7 @@ def test_what_a_graph_has_frozen_is_recorded_again_where_it_changed(caplog: pyte
     engines_ = EagerEngine(eager), graph(other)
     for engine in engines_:
         take(engine, 1)
-    recorder = engines_[1]._recorder  # type: ignore[attr-defined]
+    recorder = engines_[1].executor.recorder  # type: ignore[attr-defined]
     take(engines_[1], 1)
     take(engines_[0], 1)
     assert recorder.recordings == 2
@@ -236,8 +238,8 @@ def test_what_a_graph_has_frozen_is_recorded_again_where_it_changed(caplog: pyte
     assert recorder.recordings == 4
     assert [record.getMessage() for record in caplog.records] == ["capturing again: batch size changed"]
     assert_same_algorithm(eager, other, (traces[0], traces[1]))
-    other.student_optimizer.param_groups[0]["weight_decay"] = 0.0
-    other.student.model.conv1.weight.data = other.student.model.conv1.weight.data.clone()
+    other.student.optimizer.param_groups[0]["weight_decay"] = 0.0
+    other.student.module.model.conv1.weight.data = other.student.module.model.conv1.weight.data.clone()
     engines_[1].start_round()
     assert "capturing again: optimisers, tensors of the state changed" in caplog.text
 
@@ -272,11 +274,11 @@ def captured(state: DistillState, networks: Networks | None = None) -> GraphEngi
     """The graph engine over uncompiled networks."""
     where = state.runtime.device
     recorder = ReplayRecorder() if where.type == "cpu" else _CountingRecorder(where, [state.noise])
-    return GraphEngine(state, networks or plain(state), recorder=recorder)
+    return GraphEngine(state, networks or eager_networks(state), recorder=recorder)
 
 
 def recordings(engine: Engine) -> int:
-    return engine._recorder.recordings  # type: ignore[attr-defined]
+    return engine.executor.recorder.recordings  # type: ignore[attr-defined]
 
 
 def assert_same_run(eager: DistillState, other: DistillState, traces: tuple[list[Tensor], list[Tensor]]) -> None:
@@ -296,12 +298,12 @@ def streams(state: DistillState) -> list[Tensor]:
 
 def watched(state: DistillState) -> tuple[Networks, Tensor]:
     """The state's networks, and a tensor into which each step, replayed or not, copies the noise that it drew."""
-    seen = torch.zeros(state.config.loop.batch_size, state.generator.latent_dim, device=state.runtime.device)
+    seen = torch.zeros(state.config.loop.batch_size, state.generator.module.latent_dim, device=state.runtime.device)
 
-    def watch(name: str, call: Call) -> Call:
-        return Call(lambda noise: call(seen.copy_(noise))) if name == "generator" else call
+    def watch(name: str, call: CompiledRegion) -> CompiledRegion:
+        return CompiledRegion(lambda noise: call(seen.copy_(noise))) if name == "generator" else call
 
-    return plain(state).each(watch), seen
+    return eager_networks(state).each(watch), seen
 
 
 def test_replays_draw_new_noise(device: str) -> None:
@@ -336,8 +338,8 @@ def test_random_streams_advance_as_in_eager_mode(device: str) -> None:
     """The run's own and the default one, also over a checkpoint that is loaded into a captured engine."""
 
     def engine_of(state: DistillState, create: Callable[[DistillState, Networks], Engine]) -> Engine:
-        dropping = Call(_Dropping(state.student))
-        engine = create(state, plain(state).each(lambda name, call: dropping if name == "student" else call))
+        dropping = CompiledRegion(_Dropping(state.student.module))
+        engine = create(state, eager_networks(state).each(lambda name, call: dropping if name == "student" else call))
         engine.prepare()
         torch.manual_seed(3)
         return engine
@@ -372,7 +374,7 @@ def test_replays_follow_the_students_schedule(device: str) -> None:
 
     def note() -> None:
         if state.position.step > state.config.loop.generator_steps:
-            rates.append(state.student_optimizer.param_groups[0]["lr"].item())
+            rates.append(state.student.optimizer.param_groups[0]["lr"].item())
 
     take(engine, 1, note)
     state.config = replace(state.config, optimizer=replace(state.config.optimizer, student_lr=0.5))
@@ -388,7 +390,7 @@ def test_replays_follow_a_changed_learning_rate(device: str, way: str) -> None:
     eager, other = state_on(device), state_on(device)
     traces: list[list[Tensor]] = []
     for state, create in ((eager, EagerEngine), (other, captured)):
-        optimizer = state.generator_optimizer
+        optimizer = state.generator.optimizer
         # Zero after its second step.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: (1.0, 0.1, 0.0)[count])
         engine = create(state)
@@ -398,9 +400,9 @@ def test_replays_follow_a_changed_learning_rate(device: str, way: str) -> None:
                 optimizer.param_groups[0]["lr"].fill_(factor * state.config.optimizer.generator_lr)
             else:
                 scheduler.step()
-            before = [p.detach().clone() for p in state.generator.parameters()]
+            before = [p.detach().clone() for p in state.generator.module.parameters()]
             losses += take(engine, 1)
-            after = state.generator.parameters()
+            after = state.generator.module.parameters()
             moved = [(a - b).abs().max().item() for a, b in zip(before, after, strict=True)]
             steps = state.config.loop.generator_steps
             # Adam's step is at most (1 - 0.5) / sqrt(1 - 0.99) = 5 times its rate, with these betas.
@@ -423,7 +425,7 @@ def test_a_replaced_learning_rate_is_captured_again(
     for state, create in ((eager, EagerEngine), (other, captured)):
         engine = create(state)
         losses = take(engine, 1)
-        optimizer = {"generator": state.generator_optimizer, "student": state.student_optimizer}[side]
+        optimizer = {"generator": state.generator.optimizer, "student": state.student.optimizer}[side]
         optimizer.param_groups[0]["lr"] = 0.0 if kind == "number" else torch.zeros((), device=device)
         before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
         traces.append(losses + take(engine, 2))
@@ -522,7 +524,7 @@ class _Reading(nn.Module):
 def test_what_cannot_be_recorded_is_an_error() -> None:
     state = tiny.state()
     engine = graph(state, as_it_is=True)
-    step = replace(engine.networks.student_step, student=Call(_Reading(state.student)))
+    step = replace(engine.networks.student_step, student=CompiledRegion(_Reading(state.student.module)))
     engine.networks = replace(engine.networks, student_step=step)
     before = values(state)
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
@@ -532,7 +534,7 @@ def test_what_cannot_be_recorded_is_an_error() -> None:
 
 def test_a_batchnorm_that_counts_on_the_host_is_refused() -> None:
     state = tiny.state()
-    state.student.model.bn1.momentum = None
+    state.student.module.model.bn1.momentum = None
     with pytest.raises(ValueError, match=r"cannot run model\.bn1 of the student.*momentum=None"):
         graph(state)
 
@@ -581,14 +583,14 @@ def test_a_skipped_step_is_told_with_its_round_step_and_term() -> None:
     rounds = Rounds(graph(state, as_it_is=True), finished.append)
     assert rounds.run(lambda: False)
     rounds.drain()
-    shift, parameters = state.shift.clone(), [p.detach().clone() for p in state.student.parameters()]
-    state.shift.fill_(float("nan"))  # a replay reads it from memory
+    shift, parameters = state.normalize.shift.clone(), [p.detach().clone() for p in state.student.module.parameters()]
+    state.normalize.shift.fill_(float("nan"))  # a replay reads it from memory
     assert rounds.run(lambda: False)
-    state.shift.copy_(shift)
+    state.normalize.shift.copy_(shift)
     with pytest.raises(NonFiniteError, match=r"round 1, generator step 0: .*not finite"):
         rounds.drain()
     assert [done.number for done in finished] == [0]
-    assert all(torch.equal(a, b) for a, b in zip(parameters, state.student.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(parameters, state.student.module.parameters(), strict=True))
 
 
 def test_losses_are_read_a_round_late_and_in_order() -> None:
@@ -720,15 +722,15 @@ def test_resumed_on_a_card_goes_on_with_the_same_random_stream() -> None:
     fresh.load_state_dict(copy.deepcopy(broken.state_dict()))
     take(engine, 2)
     assert torch.equal(whole.noise.get_state(), fresh.noise.get_state())
-    for a, b in zip(whole.student.parameters(), fresh.student.parameters(), strict=True):
+    for a, b in zip(whole.student.module.parameters(), fresh.student.module.parameters(), strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
 @pytest.mark.gpu
 def test_a_step_that_cannot_be_captured_says_so_and_leaves_the_card_usable() -> None:
     state = on_card()
-    networks = plain(state)
-    student = replace(networks.student_step, student=Call(_Reading(state.student)))
+    networks = eager_networks(state)
+    student = replace(networks.student_step, student=CompiledRegion(_Reading(state.student.module)))
     before = values(state)
     with pytest.raises(CaptureError, match="could not be captured into a CUDA graph"):
         GraphEngine(state, replace(networks, student_step=student)).prepare()

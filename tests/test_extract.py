@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
+import pickle
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,56 +15,45 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, nn
 
-from dfkd_fast.config import ModelConfig
-from dfkd_fast.models import FeatureModel, LayerStatistics, Outputs, batchnorm_mode, create_model, extract, frozen
+from dfkd_fast import patch
+from dfkd_fast.models import (
+    FeatureModel,
+    LayerStatistics,
+    Outputs,
+    batchnorm_mode,
+    extract,
+    fold_batchnorm,
+    frozen,
+    held_in,
+)
 
-# Name, default stages, channels, penultimate length, BatchNorms.
-FAMILIES = {
-    "timm:resnet18": (("layer1", "layer2", "layer3", "layer4"), (64, 128, 256, 512), 512, 20),
-    "timm:resnet34": (("layer1", "layer2", "layer3", "layer4"), (64, 128, 256, 512), 512, 36),
-    "torchvision:resnet18": (("layer1", "layer2", "layer3", "layer4"), (64, 128, 256, 512), 512, 20),
+from .nets import NARROW, NARROW_TIMM, close, images, network, unsettled
+
+# Default stages, channels, penultimate length, and what is fused with how many BatchNorms.
+FAMILIES: dict[str, tuple[tuple[str, ...], tuple[int, ...], int, dict[str, int]]] = {
+    "timm:resnet18": (
+        ("layer1", "layer2", "layer3", "layer4"),
+        (64, 128, 256, 512),
+        512,
+        {"": 3, "relu": 9, "add+relu": 8},
+    ),
     "torchvision:mobilenet_v2": (
         ("features.3", "features.6", "features.13", "features.18"),
         (24, 32, 96, 1280),
         1280,
-        52,
+        {"": 7, "add": 10, "relu6": 35},
     ),
-    "timm:mobilenetv2_100": (("blocks.1", "blocks.2", "blocks.4", "bn2"), (24, 32, 96, 1280), 1280, 52),
-    "timm:efficientnet_b0": (("blocks.1", "blocks.2", "blocks.4", "bn2"), (24, 40, 112, 1280), 1280, 49),
-    "timm:convnext_atto": (("stages.0", "stages.1", "stages.2", "stages.3"), (40, 80, 160, 320), 320, 0),
-    "wrn_40_2": (("block1", "block2", "relu"), (32, 64, 128), 128, 37),
-    "resnet8x4": (("layer1", "layer2", "layer3"), (64, 128, 256), 256, 9 + 1),
+    "timm:efficientnet_b0": (
+        ("blocks.1", "blocks.2", "blocks.4", "bn2"),
+        (24, 40, 112, 1280),
+        1280,
+        {"": 40, "add": 9},
+    ),
+    "timm:convnext_atto": (("stages.0", "stages.1", "stages.2", "stages.3"), (40, 80, 160, 320), 320, {}),
+    "timm:regnetx_002": (("s1", "s2", "s3", "s4"), (24, 56, 152, 368), 368, {"": 4, "relu": 27, "add+relu": 13}),
+    "wrn_16_1": (("block1", "block2", "relu"), (16, 32, 64), 64, {"relu": 13}),
+    "resnet8x4": (("layer1", "layer2", "layer3"), (64, 128, 256), 256, {"": 3, "relu": 4, "add+relu": 3}),
 }
-SMALL = ["timm:resnet18", "torchvision:mobilenet_v2", "timm:mobilenetv2_100", "timm:convnext_atto", "wrn_16_1"]
-SIZE = 64
-
-
-def network(name: str, **options: Any) -> nn.Module:
-    """In eval mode, with statistics and scales that differ from layer to layer, so that none can be mistaken."""
-    torch.manual_seed(0)
-    model = create_model(ModelConfig(name=name, options=options), num_classes=5)
-    return _unsettled(model)
-
-
-def _unsettled(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
-                if module.weight is not None:
-                    module.weight.uniform_(0.5, 1.5)
-                    module.bias.normal_(0, 0.1)
-    return model.eval()
-
-
-def images(count: int = 2, size: int = SIZE) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def close(found: Tensor, wanted: Tensor) -> None:
-    """Equal to 1e-5 of the largest."""
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
 
 
 def watched(model: nn.Module, x: Tensor, paths: list[str]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -83,44 +75,44 @@ def watched(model: nn.Module, x: Tensor, paths: list[str]) -> tuple[Tensor, dict
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@torch.no_grad()
 def test_outputs_are_those_of_the_plain_network(name: str) -> None:
-    stages, channels, dim, norms = FAMILIES[name]
-    model, x = network(name), images()
-    with_statistics = extract(model, statistics=True)
-    found = extract(model)
-    heads = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    paths = [path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
-    logits, read, given = watched(model, x, [*stages, *paths, heads[-1]])
-    for extracted in (found, with_statistics):
-        assert extracted.stages == stages
-        assert extracted.feature_channels == channels
-        assert extracted.penultimate_dim == dim
-        assert extracted.num_classes == 5
-        assert extracted.other_batchnorms == ()
+    """Values, and gradients of images and parameters."""
+    stages, channels, dim, fused = FAMILIES[name]
+    model, x = network(name), images(2, 64).requires_grad_()
+    head = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    norms = [path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    logits, read, given = watched(model, x, [*stages, *norms, head])
+    weight = torch.randn(2, 5)
+    expected = torch.autograd.grad((logits * weight).sum(), [x, *model.parameters()])
+    for extracted in (extract(model), extract(model, statistics=True)):
+        assert (extracted.stages, extracted.feature_channels) == (stages, channels)
+        assert (extracted.penultimate_dim, extracted.num_classes) == (dim, 5)
         outputs = extracted(x)
         assert isinstance(outputs, Outputs)
         close(outputs.logits, logits)
         for stage, feature in zip(stages, outputs.features, strict=True):
             close(feature, given[stage])
-        close(outputs.penultimate, read[heads[-1]])
-        close(model.get_submodule(heads[-1])(outputs.penultimate), logits)
-    assert found(x).statistics == ()
-    assert len(with_statistics.batchnorms) == len(outputs.statistics) == norms
-    assert set(with_statistics.batchnorms) == set(paths)
-    for path, layer in zip(with_statistics.batchnorms, outputs.statistics, strict=True):
-        assert isinstance(layer, LayerStatistics)
-        module, wide = model.get_submodule(path), read[path].double()
-        close(layer.mean, wide.mean((0, 2, 3)).float())
-        close(layer.var, wide.var((0, 2, 3), unbiased=False).float())
-        assert torch.equal(layer.running_mean, module.running_mean)
-        assert torch.equal(layer.running_var, module.running_var)
-        assert all(value.dtype == torch.float32 for value in layer)
+        close(outputs.penultimate, read[head])
+        found = torch.autograd.grad((outputs.logits * weight).sum(), [x, *model.parameters()])
+        for a, b in zip(found, expected, strict=True):
+            close(a, b, 1e-4)
+        assert len(outputs.statistics) == len(extracted.batchnorms) == len(extracted.fused)
+        for path, layer in zip(extracted.batchnorms, outputs.statistics, strict=True):
+            assert isinstance(layer, LayerStatistics)
+            module, wide = model.get_submodule(path), read[path].double()
+            close(layer.mean, wide.mean((0, 2, 3)).float())
+            close(layer.var, wide.var((0, 2, 3), unbiased=False).float())
+            assert torch.equal(layer.running_mean, module.running_mean)
+            assert torch.equal(layer.running_var, module.running_var)
+            assert all(value.dtype == torch.float32 for value in layer)
+    assert set(extracted.batchnorms) == set(norms)
+    assert extracted.other_batchnorms == ()
+    assert Counter(extracted.fused) == fused
 
 
 @torch.no_grad()
 def test_statistics_come_in_network_order() -> None:
-    model = network("timm:resnet18")
+    model = network("timm:resnet18", **NARROW_TIMM)
     found = extract(model, statistics=True).batchnorms
     order: list[str] = []
     for path, module in model.named_modules():
@@ -130,50 +122,41 @@ def test_statistics_come_in_network_order() -> None:
     assert list(found) == order
 
 
-@pytest.mark.parametrize("size", [32, 48, 224])
-def test_default_stages_do_not_depend_on_the_image_size(size: int) -> None:
-    for name in ("timm:resnet18", "timm:mobilenetv2_100"):
-        assert extract(network(name), image_size=size).stages == FAMILIES[name][0]
+RESNET = ("layer1", "layer2", "layer3", "layer4")
 
 
 @pytest.mark.parametrize(
-    ("name", "stages"),
+    ("name", "stages", "sizes"),
     [
-        ("torchvision:convnext_tiny", ("features.1", "features.3", "features.5", "features.7")),
-        ("torchvision:efficientnet_b0", ("features.2", "features.3", "features.5", "features.8")),
-        ("torchvision:mobilenet_v3_small", ("features.1", "features.3", "features.8", "features.12")),
-        ("timm:resnet50", ("layer1", "layer2", "layer3", "layer4")),
-        ("timm:regnetx_002", ("s1", "s2", "s3", "s4")),
+        ("timm:resnet34", RESNET, (32, 48, 224)),
+        ("torchvision:resnet18", RESNET, (64,)),
+        ("timm:resnet50", RESNET, (64,)),
+        ("timm:mobilenetv2_100", ("blocks.1", "blocks.2", "blocks.4", "bn2"), (32, 48, 224)),
+        ("wrn_40_2", ("block1", "block2", "relu"), (64,)),
+        ("torchvision:convnext_tiny", ("features.1", "features.3", "features.5", "features.7"), (64,)),
+        ("torchvision:efficientnet_b0", ("features.2", "features.3", "features.5", "features.8"), (64,)),
+        ("torchvision:mobilenet_v3_small", ("features.1", "features.3", "features.8", "features.12"), (64,)),
         (
             "torchvision:densenet121",
             ("features.denseblock1", "features.denseblock2", "features.denseblock3", "features.norm5"),
+            (64,),
         ),
     ],
 )
-def test_default_stages_of_more_families(name: str, stages: tuple[str, ...]) -> None:
-    assert extract(network(name)).stages == stages
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_gradients_are_those_of_the_plain_network(name: str) -> None:
+def test_default_stages(name: str, stages: tuple[str, ...], sizes: tuple[int, ...]) -> None:
     model = network(name)
-    x = images().requires_grad_()
-    weight = torch.randn(2, 5)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    wanted = torch.autograd.grad((model(x) * weight).sum(), [x, *parameters])
-    for extracted in (extract(model), extract(model, statistics=True)):
-        found = torch.autograd.grad((extracted(x).logits * weight).sum(), [x, *parameters])
-        for got, want in zip(found, wanted, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    assert [extract(model, image_size=size).stages for size in sizes] == [stages] * len(sizes)
 
 
-def test_statistics_are_differentiable_in_the_images_alone() -> None:
-    model = network("resnet8", widths=[4, 4, 6, 8])
-    extracted = extract(model, statistics=True, image_size=16).double()
+@pytest.mark.parametrize("statistics", [False, True])
+def test_gradients_of_statistics_and_of_frozen_networks(statistics: bool) -> None:
+    model = network("resnet8", **NARROW)
+    extracted = extract(model, statistics=statistics, image_size=16).double()
     x = images(2, 8).double().requires_grad_()
 
     def values(x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(value for layer in extracted(x).statistics for value in layer[:2])
+        outputs = extracted(x)
+        return outputs.logits, *(value for layer in outputs.statistics for value in layer[:2])
 
     with frozen(extracted):
         assert torch.autograd.gradcheck(values, x, fast_mode=True)
@@ -182,9 +165,16 @@ def test_statistics_are_differentiable_in_the_images_alone() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_training_is_that_of_the_plain_network(name: str) -> None:
-    options = {"drop_rate": 0.3, "drop_path_rate": 0.3} if name.startswith("timm:") else {}
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("timm:resnet18", {"drop_rate": 0.3, "drop_path_rate": 0.3, **NARROW_TIMM}),
+        ("torchvision:mobilenet_v2", {}),
+        ("timm:convnext_atto", {"drop_rate": 0.3, "drop_path_rate": 0.3}),
+        ("wrn_10_1", {"drop_rate": 0.3}),
+    ],
+)
+def test_training_is_that_of_the_plain_network(name: str, options: dict[str, Any]) -> None:
     plain = network(name, **options)
     extracted = extract(copy.deepcopy(plain))
     x = images()
@@ -192,9 +182,9 @@ def test_training_is_that_of_the_plain_network(name: str) -> None:
     extracted.train()
     assert all(module.training for module in extracted.model.modules())
     torch.manual_seed(3)
-    wanted = plain(x)
+    expected = plain(x)
     torch.manual_seed(3)
-    close(extracted(x).logits, wanted)
+    close(extracted(x).logits, expected)
     left, right = plain.state_dict(), extracted.model.state_dict()
     assert any(name.endswith("running_mean") for name in left) == (name != "timm:convnext_atto")
     assert all(torch.allclose(value, right[name], atol=1e-6) for name, value in left.items())
@@ -227,9 +217,9 @@ def test_a_forward_that_reads_its_own_flag() -> None:
     for training in (True, False, True):
         model.train(training)  # not through the wrapper: the network's own flag decides
         torch.manual_seed(5)
-        wanted = model(x)
+        expected = model(x)
         torch.manual_seed(5)
-        close(extracted(x).logits, wanted)
+        close(extracted(x).logits, expected)
     assert extracted(x).penultimate.count_nonzero() < 48  # before the last dropout, after the first
     torch.manual_seed(7)
     outputs = extracted(x)
@@ -272,34 +262,74 @@ def test_weights_and_buffers_are_shared() -> None:
 
 
 def test_batchnorm_mode_reaches_the_extracted_network() -> None:
-    for name in ("timm:mobilenetv2_100", "resnet8"):
-        model = network(name)
-        extracted, x = extract(model), images(4)
-        before = copy.deepcopy(model.state_dict())
-        with batchnorm_mode(extracted, "batch"):
-            batch = extracted(x).logits
-            close(batch, model(x))
-        assert (batch - extracted(x).logits).abs().max() > 1e-3
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model = network("timm:mobilenetv2_100")
+    extracted, x = extract(model), images(4)
+    before = copy.deepcopy(model.state_dict())
+    with batchnorm_mode(extracted, "batch"):
+        batch = extracted(x).logits
+        close(batch, model(x))
+    assert (batch - extracted(x).logits).abs().max() > 1e-3
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_copy_is_independent() -> None:
-    extracted = extract(network("timm:mobilenetv2_100"), statistics=True)
-    x = images()
-    wanted = copy.deepcopy(extracted)(x)
-    copied = copy.deepcopy(extracted)
-    assert not {id(p) for p in copied.parameters()} & {id(p) for p in extracted.parameters()}
-    with torch.no_grad():
-        for tensor in [*extracted.model.parameters(), *extracted.model.buffers()]:
-            tensor.zero_()
-    found = copied(x)
-    assert torch.equal(found.logits, wanted.logits)
-    assert torch.equal(found.statistics[3].running_var, wanted.statistics[3].running_var)
-    close(copied(x).logits, copied.model(x))
+def tensors(outputs: Outputs) -> list[Tensor]:
+    return [
+        outputs.logits,
+        *outputs.features,
+        outputs.penultimate,
+        *(value for layer in outputs.statistics for value in layer),
+    ]
+
+
+REWRITES: dict[str, Callable[[nn.Module], FeatureModel]] = {
+    "features": lambda model: extract(model, image_size=32),
+    "statistics": lambda model: extract(model, statistics=True, image_size=32),
+    "folded": lambda model: fold_batchnorm(extract(model, image_size=32), image_size=32),
+    "held": lambda model: held_in(extract(model, statistics=True, image_size=32), torch.bfloat16),
+    "patched": lambda model: (patch(model.requires_grad_(False)), extract(model, image_size=32))[1],
+}
+
+
+@pytest.mark.parametrize("rewrite", REWRITES)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: network("timm:resnet18", **NARROW_TIMM),
+        lambda: network("wrn_10_1"),
+        lambda: network("resnet8", **NARROW),
+        lambda: unsettled(_Functional()),
+    ],
+    ids=["timm resnet18", "wide resnet", "cifar resnet", "a user's own"],
+)
+@torch.no_grad()
+def test_copies_and_pickles_give_the_same_bit_for_bit(make: Callable[[], nn.Module], rewrite: str) -> None:
+    extracted, x = REWRITES[rewrite](make()), images()
+    described = {name: value for name, value in vars(extracted).items() if isinstance(value, tuple | int)}
+    with torch.autocast("cpu", torch.bfloat16, enabled=rewrite == "held"):
+        expected = tensors(extracted(x))
+        for made in (copy.deepcopy(extracted), pickle.loads(pickle.dumps(extracted))):
+            assert all(map(torch.equal, tensors(made(x)), expected))
+            assert {name: value for name, value in vars(made).items() if isinstance(value, tuple | int)} == described
+            assert set(made.state_dict()) == set(extracted.state_dict())
+            for tensor in [*made.model.parameters(), *made.model.buffers()]:
+                tensor.zero_()
+            assert made(x).logits.count_nonzero() == 0  # a copy reads its own weights
+            assert all(map(torch.equal, tensors(extracted(x)), expected))  # the original has its own too
+
+
+def test_a_copy_trains_like_the_original() -> None:
+    extracted = extract(network("timm:resnet18", drop_rate=0.3, **NARROW_TIMM)).train()
+    results = []
+    for each in (copy.deepcopy(extracted), pickle.loads(pickle.dumps(extracted)), extracted):
+        torch.manual_seed(3)
+        logits = each(images()).logits
+        results.append([logits, *torch.autograd.grad(logits.sum(), list(each.parameters())), *each.buffers()])
+    assert all(map(torch.equal, results[0], results[2]))
+    assert all(map(torch.equal, results[1], results[2]))
 
 
 def test_extracting_disturbs_nothing() -> None:
-    model = network("timm:resnet18", drop_rate=0.2)
+    model = network("timm:resnet18", drop_rate=0.2, **NARROW_TIMM)
     model.train()
     model.layer2.eval()
     flags = [module.training for module in model.modules()]
@@ -318,9 +348,9 @@ def test_extracting_disturbs_nothing() -> None:
 def test_statistics_mean_eval_mode_whatever_the_flags() -> None:
     model = network("timm:efficientnet_b0", drop_rate=0.5, drop_path_rate=0.5)
     extracted, x = extract(model, statistics=True), images()
-    wanted, state = extracted(x), copy.deepcopy(model.state_dict())
+    expected, state = extracted(x), copy.deepcopy(model.state_dict())
     extracted.train()
-    assert torch.equal(extracted(x).logits, wanted.logits)
+    assert torch.equal(extracted(x).logits, expected.logits)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -486,7 +516,7 @@ class _ManyNorms(nn.Module):
 
 
 def test_kinds_of_batchnorm() -> None:
-    model = _unsettled(_ManyNorms())
+    model = unsettled(_ManyNorms())
     extracted, x = extract(model, statistics=True, image_size=16), images(4, 16)
     assert extracted.batchnorms == ("plain", "act", "plain")
     assert extracted.other_batchnorms == ("own", "untracked", "flat")
@@ -528,42 +558,34 @@ def _forget_compiled() -> Any:
     torch._dynamo.reset()
 
 
-LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("torchvision:mobilenet_v2", "timm:efficientnet_b0")]
-
-
-@pytest.mark.parametrize("name", ["timm:resnet18", "wrn_16_1", "timm:mobilenetv2_100", "timm:convnext_atto", *LONG])
-@pytest.mark.parametrize("statistics", [False, True])
-def test_no_graph_breaks(name: str, statistics: bool) -> None:
-    model, x = _Flat(extract(network(name), statistics=statistics)), images()
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
-
-    torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
-    assert len(graphs) == 1
+LONG = ["timm:resnet18", "timm:convnext_atto", "torchvision:mobilenet_v2", "timm:efficientnet_b0"]
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet8", *(pytest.param(name, marks=pytest.mark.slow) for name in [*SMALL, "timm:efficientnet_b0"])]
+    ("name", "options", "statistics"),
+    [
+        ("resnet8", NARROW, True),
+        ("timm:resnet18", NARROW_TIMM, False),
+        *(pytest.param(name, {}, each, marks=pytest.mark.slow) for name in LONG for each in (False, True)),
+    ],
 )
-@pytest.mark.parametrize("statistics", [False, True])
-def test_compiled_gradients(name: str, statistics: bool) -> None:
-    model = _Flat(extract(network(name), statistics=statistics))
+def test_compiles_without_graph_breaks(name: str, options: dict[str, Any], statistics: bool) -> None:
+    model = _Flat(extract(network(name, **options), statistics=statistics))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = images().requires_grad_()
     parameters = list(model.parameters())
-    wanted = torch.autograd.grad(model(x), [x, *parameters], allow_unused=True)
-    found = torch.autograd.grad(compiled(x), [x, *parameters], allow_unused=True)
-    for got, want in zip(found, wanted, strict=True):
-        assert (got is None) == (want is None)
-        if want is not None:
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    expected, found = model(x), compiled(x)
+    torch.testing.assert_close(found, expected)
+    expected = torch.autograd.grad(expected, [x, *parameters], allow_unused=True)
+    found = torch.autograd.grad(found, [x, *parameters], allow_unused=True)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            close(a, b, 1e-4)
 
 
 def test_compiled_network_changes_mode() -> None:
-    model = network("resnet8", widths=[4, 4, 6, 8])
+    model = network("resnet8", **NARROW)
     extracted, x = extract(model, image_size=16), images(4, 16)
     compiled = torch.compile(extracted, backend="eager", fullgraph=True)
     for training in (False, True, False):
@@ -573,3 +595,11 @@ def test_compiled_network_changes_mode() -> None:
         with batchnorm_mode(model, "batch"):
             close(compiled(x).logits, model(x))
         assert torch.equal(model.bn1.running_mean, reference.bn1.running_mean)
+
+
+def test_a_log_line_says_how_many(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="dfkd_fast"):
+        extract(network("resnet8", **NARROW), statistics=True)
+    assert [record.message for record in caplog.records] == [
+        "CifarResNet: 9 BatchNorms give statistics (2 alone, 3 add+relu, 4 relu)"
+    ]

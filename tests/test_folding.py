@@ -1,11 +1,11 @@
-"""Frozen copies made ready for speed: the same outputs, nothing shared, and what may not be folded is not."""
+"""Frozen copies for speed: the same outputs, nothing shared, and what may not be folded is not."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,46 +16,33 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfkd_fast.config import ModelConfig
-from dfkd_fast.models import FeatureModel, LayerStatistics, Outputs, create_model, extract, fold_batchnorm, held_in
+from dfkd_fast.models import FeatureModel, LayerStatistics, Outputs, extract, fold_batchnorm, held_in
 
-# Name, options, BatchNorms, those of them that follow a convolution which nothing else reads.
-NETWORKS: dict[str, tuple[str, dict[str, Any], int, int]] = {
-    "resnet8": ("resnet8", {}, 9, 9),
-    "wrn_16_1": ("wrn_16_1", {}, 13, 6),  # the first map of each block goes to its shortcut too
-    "wrn_16_2": ("wrn_16_2", {}, 13, 7),  # but for the stem's, where the shortcut starts from the activated one
-    "timm resnet18": ("timm:resnet18", {}, 20, 20),
-    "timm bottleneck": ("timm:resnet50", {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]}, 17, 17),
-    "torchvision mobilenet_v2": ("torchvision:mobilenet_v2", {}, 52, 52),
-    "timm tf_efficientnet_b0": ("timm:tf_efficientnet_b0", {}, 49, 49),  # activations inside of the BatchNorms
+from . import nets
+from .nets import NARROW, NARROW_TIMM, unsettled
+
+# Options, BatchNorms, those of them that follow a convolution which nothing else reads.
+NETWORKS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "resnet8": (NARROW, 9, 9),
+    "wrn_16_1": ({}, 13, 6),  # the first map of each block goes to its shortcut too
+    "wrn_10_2": ({}, 7, 4),  # but for the stem's, where the shortcut starts from the activated one
+    "timm:resnet50": (NARROW_TIMM, 17, 17),
+    "torchvision:mobilenet_v2": ({"width_mult": 0.25}, 52, 52),
+    "timm:tf_efficientnet_b0": ({}, 49, 49),  # activations inside of the BatchNorms
 }
-FEW = ["resnet8", "wrn_16_2", "torchvision mobilenet_v2"]
 SIZE = 32
 
 
-def unsettled(model: nn.Module, smallest: float = 0.2) -> nn.Module:
-    """In eval mode; scales of both signs, and a variance in every BatchNorm that is the smallest by far."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.2, 2)
-                module.running_var[0] = smallest
-                if module.weight is not None:
-                    module.weight.uniform_(-1.5, 1.5)
-                    module.bias.normal_(0, 0.3)
-    return model.eval()
-
-
-def network(key: str, smallest: float = 0.2) -> FeatureModel:
-    name, options, _, _ = NETWORKS[key]
-    torch.manual_seed(0)
-    model = create_model(ModelConfig(name=name, options=options), num_classes=5)
-    return extract(unsettled(model, smallest), image_size=SIZE)
+def network(name: str, smallest: float = 0.2) -> FeatureModel:
+    model = nets.network(name, **NETWORKS[name][0])
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.running_var[0] = smallest
+    return extract(model, image_size=SIZE)
 
 
 def images(count: int = 4) -> Tensor:
-    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    return nets.images(count, SIZE)
 
 
 def tensors(outputs: Outputs) -> list[Tensor]:
@@ -63,10 +50,10 @@ def tensors(outputs: Outputs) -> list[Tensor]:
     return [outputs.logits, *outputs.features, outputs.penultimate, *layers]
 
 
-def close(found: Outputs, wanted: Outputs, tolerance: float) -> None:
+def close(found: Outputs, expected: Outputs, tolerance: float) -> None:
     """Equal to ``tolerance`` of the largest of each."""
     assert type(found) is Outputs
-    for left, right in zip(tensors(found), tensors(wanted), strict=True):
+    for left, right in zip(tensors(found), tensors(expected), strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=tolerance * right.abs().max().item())
 
 
@@ -75,16 +62,16 @@ def storages(module: nn.Module) -> set[int]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("key", NETWORKS)
-def test_a_folded_network_gives_the_same(key: str) -> None:
-    _, _, norms, wanted = NETWORKS[key]
-    features, x = network(key, smallest=1e-6), images()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_folded_network_gives_the_same(name: str) -> None:
+    _, norms, expected = NETWORKS[name]
+    features, x = network(name, smallest=1e-6), images()
     folded = fold_batchnorm(features, image_size=SIZE)
     close(folded(x), features(x), 1e-4)
     paths = {path for path, module in features.model.named_modules() if isinstance(module, _BatchNorm)}
     left = {path for path, module in folded.model.named_modules() if isinstance(module, _BatchNorm)}
     assert len(paths) == norms
-    assert len(folded.folded) == len(set(folded.folded)) == wanted
+    assert len(folded.folded) == len(set(folded.folded)) == expected
     assert set(folded.folded) == paths - left
     assert features.folded == ()
     wide = copy.deepcopy(features).double()
@@ -92,9 +79,9 @@ def test_a_folded_network_gives_the_same(key: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("key", NETWORKS)
-def test_in_bfloat16_folding_costs_no_accuracy(key: str) -> None:
-    features, x = network(key), images(8)
+@pytest.mark.parametrize("name", ["resnet8", "wrn_10_2", "timm:tf_efficientnet_b0"])
+def test_in_bfloat16_folding_costs_no_accuracy(name: str) -> None:
+    features, x = network(name), images(8)
     exact = tensors(copy.deepcopy(features).double()(x.double()))
     folded = fold_batchnorm(features, dtype=torch.bfloat16, image_size=SIZE)
     with torch.autocast("cpu", torch.bfloat16):
@@ -112,9 +99,8 @@ def test_in_bfloat16_folding_costs_no_accuracy(key: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [lambda f: fold_batchnorm(f, image_size=SIZE), lambda f: held_in(f, torch.bfloat16)])
-@pytest.mark.parametrize("key", FEW)
-def test_the_original_is_left_alone(key: str, make: Callable[[FeatureModel], FeatureModel]) -> None:
-    features = network(key)
+def test_the_original_is_left_alone(make: Callable[[FeatureModel], FeatureModel]) -> None:
+    features = network("torchvision:mobilenet_v2")
     features.to(memory_format=torch.channels_last)
     next(features.parameters()).requires_grad_(False)
     features.training = True  # the network's own flag decides
@@ -122,7 +108,7 @@ def test_the_original_is_left_alone(key: str, make: Callable[[FeatureModel], Fea
     flags = [parameter.requires_grad for parameter in features.parameters()]
     modules, random = list(features.modules()), torch.get_rng_state()
     modes = [module.training for module in modules]
-    wanted = features(images())
+    expected = features(images())
     made = make(features)
     assert torch.equal(torch.get_rng_state(), random)
     assert list(features.modules()) == modules
@@ -131,7 +117,7 @@ def test_the_original_is_left_alone(key: str, make: Callable[[FeatureModel], Fea
     for name, tensor in features.state_dict(keep_vars=True).items():
         assert id(tensor) == state[name][0]
         assert torch.equal(tensor, state[name][1])
-    assert all(map(torch.equal, tensors(features(images())), tensors(wanted)))
+    assert all(map(torch.equal, tensors(features(images())), tensors(expected)))
     assert not storages(features) & storages(made)
     assert not set(features.modules()) & set(made.modules())
     assert not any(parameter.requires_grad for parameter in made.parameters())
@@ -289,10 +275,10 @@ def test_weights_that_several_layers_share() -> None:
 def test_weights_are_folded_wide_and_rounded_last() -> None:
     features = network("resnet8").to(torch.bfloat16)
     found = fold_batchnorm(features, dtype=torch.float32, image_size=SIZE).state_dict()
-    wanted = fold_batchnorm(copy.deepcopy(features).double(), dtype=torch.float64, image_size=SIZE).state_dict()
-    assert found.keys() == wanted.keys()
+    expected = fold_batchnorm(copy.deepcopy(features).double(), dtype=torch.float64, image_size=SIZE).state_dict()
+    assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        assert torch.equal(tensor, wanted[name].float())
+        assert torch.equal(tensor, expected[name].float())
 
 
 @torch.no_grad()
@@ -362,7 +348,7 @@ def test_networks_that_give_outputs_themselves(
     rule: Callable[[Any, Tensor], Outputs], folded: tuple[str, ...], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     features = extract(unsettled(_Classifier(rule)), image_size=SIZE)
-    with caplog.at_level(logging.INFO, "dfkd_fast.models.folding"):
+    with caplog.at_level(logging.INFO, "dfkd_fast.graph.folding"):
         made = fold_batchnorm(features, dtype=torch.bfloat16, image_size=SIZE)
     assert made.folded == folded
     (record,) = caplog.records
@@ -386,12 +372,13 @@ class _Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("statistics", [False, True])
-@pytest.mark.parametrize("key", NETWORKS)
-def test_held_weights_give_the_same_bit_for_bit(key: str, statistics: bool) -> None:
-    features = network(key).requires_grad_(False)
+@pytest.mark.parametrize("name", ["wrn_10_2", "timm:tf_efficientnet_b0"])
+def test_held_weights_give_the_same_bit_for_bit(name: str, statistics: bool) -> None:
+    features = network(name).requires_grad_(False)
     if statistics:
         features = extract(features, statistics=True, image_size=SIZE)
     held = held_in(features, torch.bfloat16)
+    assert (held.batchnorms, held.fused) == (features.batchnorms, features.fused)
     results = []
     for each in (features, held):
         x = images().requires_grad_()
@@ -405,19 +392,6 @@ def test_held_weights_give_the_same_bit_for_bit(key: str, statistics: bool) -> N
     for left, right in zip(*results, strict=True):
         assert left.dtype == right.dtype
         assert torch.equal(left, right)
-
-
-def test_rewritten_batchnorms_are_those_of_the_copy() -> None:
-    features = extract(network("timm resnet18"), statistics=True, image_size=SIZE)
-    held = held_in(features, torch.bfloat16)
-    assert (held.batchnorms, held.fused) == (features.batchnorms, features.fused)
-    assert len(held.rewritten) == len(held.batchnorms) == 20
-    for path, norm in zip(held.batchnorms, held.rewritten, strict=True):
-        assert norm.batchnorm is held.model.get_submodule(path)
-        assert {tensor.dtype for tensor in norm.batchnorm.parameters()} == {torch.float32}
-    assert not storages(features) & storages(held)
-    assert not any(parameter.requires_grad for parameter in held.parameters())
-    assert any(parameter.requires_grad for parameter in features.parameters())
 
 
 @torch.no_grad()
@@ -435,38 +409,28 @@ def test_what_computes_or_watches_its_weight_is_not_held() -> None:
         assert all(map(torch.equal, tensors(held(images())), tensors(features(images()))))
 
 
-@pytest.fixture
-def compiled() -> Iterator[Callable[[nn.Module], Any]]:
-    torch._dynamo.reset()
-    yield lambda module: torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch._dynamo.reset()
-
-
-def test_compiled(compiled: Callable[[nn.Module], Any]) -> None:
-    features = network("wrn_16_2")
+def test_compiled() -> None:
+    features = network("resnet8")
     folded = fold_batchnorm(features, dtype=torch.bfloat16, image_size=SIZE)
     held = held_in(extract(features, statistics=True, image_size=SIZE), torch.bfloat16)
+    torch._dynamo.reset()
     for each in (folded, held):
         x = images().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            wanted, found = each(x), compiled(each)(x)
-        close(found, wanted, 2e-2)
+            expected, found = each(x), torch.compile(each, fullgraph=True, backend="aot_eager")(x)
+        close(found, expected, 2e-2)
         found.logits.float().sum().backward()
         assert x.grad is not None
         assert x.grad.abs().max() > 0
         assert all(parameter.grad is None for parameter in each.parameters())
+    torch._dynamo.reset()
 
 
 @torch.no_grad()
-def test_made_networks_can_be_copied_and_extracted_again() -> None:
-    features = network("resnet8")
-    folded = fold_batchnorm(features, image_size=SIZE)
-    copied = copy.deepcopy(folded)
-    assert copied.folded == folded.folded
-    assert torch.equal(copied(images()).logits, folded(images()).logits)
-    assert torch.equal(extract(folded, image_size=SIZE)(images()).logits, folded(images()).logits)
-    again = fold_batchnorm(folded, image_size=SIZE)
-    assert torch.equal(again(images()).logits, folded(images()).logits)
+def test_folded_networks_can_be_extracted_and_folded_again() -> None:
+    folded = fold_batchnorm(network("resnet8"), image_size=SIZE)
+    for again in (extract(folded, image_size=SIZE), fold_batchnorm(folded, image_size=SIZE)):
+        assert torch.equal(again(images()).logits, folded(images()).logits)
 
 
 def test_wrong_arguments() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dfkd_fast import ops
+from dfkd_fast.benchmarks.ops.cases import BENCHMARKS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "dfkd_fast"
@@ -25,20 +26,20 @@ LAYERS: dict[str, set[str]] = {
     "config": set(),
     "configs": set(),
     "kernels": set(),
-    "ranges": set(),
+    "nvtx": set(),
     "reference": set(),
     "testing": set(),
-    "ops": {"reference", "kernels", "ranges", "_C"},
+    "ops": {"reference", "kernels", "nvtx", "_C"},
     "nn": {"ops"},
     "compat": {"ops"},
-    "models": {"ops", "config"},
-    "patching": {"compat", "models", "ops"},
-    "objectives": {"nn", "ops", "models", "config"},
+    "graph": {"ops"},
+    "models": {"graph", "config"},
+    "objectives": {"nn", "ops", "graph", "config"},
     "data": {"config"},
     "report": {"config"},
     "doctor": {"ops", "report"},
-    "engine": {"objectives", "nn", "ops", "models", "data", "report", "config", "ranges"},
-    "profiling": {"engine", "models", "report", "config", "ranges"},
+    "engine": {"objectives", "nn", "ops", "graph", "models", "data", "report", "config", "nvtx"},
+    "profiling": {"engine", "graph", "models", "report", "config", "nvtx"},
 }
 DOORS = {"__init__", "__main__", "cli", "demo", "benchmarks"}  # users of everything; imported by nothing but each other
 
@@ -122,7 +123,8 @@ def test_imports_run_downhill():
         ("dfkd_fast.ops.__init__", "from .. import config"),
         ("dfkd_fast.reference.common", "import dfkd_fast.ops"),
         ("dfkd_fast.models", "from dfkd_fast import distill"),
-        ("dfkd_fast.models.extract", "from importlib import import_module\nimport_module('dfkd_fast.engine')"),
+        ("dfkd_fast.graph.extract", "from dfkd_fast.models import create_model"),
+        ("dfkd_fast.graph.extract", "from importlib import import_module\nimport_module('dfkd_fast.engine')"),
         ("dfkd_fast.data.digits", "if TYPE_CHECKING:\n    from dfkd_fast.models import Outputs"),
         ("dfkd_fast.engine.loop", "from dfkd_fast.cli import main"),
     ],
@@ -151,11 +153,12 @@ OPS = sorted(p.stem for p in (ROOT / PACKAGE / "ops").glob("*.py") if p.stem not
 
 @pytest.mark.parametrize("name", OPS)
 def test_one_op_one_name(name):
-    paths = ("dfkd_fast/reference/{}.py", "kernels/{}.py", "tests/test_{}.py", "benchmarks/bench_{}.py")
-    for path in (pattern.format(name) for pattern in paths):
+    assert any((ROOT / "tests").rglob(f"test_{name}.py")), f"op {name} has no test_{name}.py"
+    for path in (f"dfkd_fast/reference/{name}.py", f"kernels/{name}.py"):
         assert (ROOT / path).is_file(), f"op {name} has no {path}"
     assert callable(getattr(ops, name))
     assert name in ops.backends()
+    assert name in BENCHMARKS
 
 
 def kernel_stems() -> set[str]:
@@ -176,9 +179,7 @@ def test_no_reference_or_kernel_without_its_op():
 
 
 def test_every_kernel_has_its_benchmark():
-    kernels = kernel_stems() | csrc_stems()
-    missing = {name for name in kernels if not (ROOT / "benchmarks" / f"bench_{name}.py").is_file()}
-    assert not missing, f"no benchmarks/bench_<name>.py for {sorted(missing)}"
+    assert kernel_stems() | csrc_stems() <= BENCHMARKS.keys(), "no cases in benchmarks/ops/cases.py"
 
 
 def test_ops_need_torch_and_nothing_else():
@@ -199,7 +200,7 @@ def test_only_the_command_line_and_files_of_configs_need_jsonargparse():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['jsonargparse', 'nvtx']))\n"
         "import dfkd_fast, dfkd_fast.cli, dfkd_fast.demo, dfkd_fast.doctor, dfkd_fast.profiling\n"
-        "import dfkd_fast.benchmarks.gpu, dfkd_fast.benchmarks.gpu_tests\n"
+        "import dfkd_fast.benchmarks.plan, dfkd_fast.benchmarks.record_tests\n"
         "[getattr(dfkd_fast, name) for name in dfkd_fast.__all__]\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
@@ -240,6 +241,27 @@ def test_large_memory_tests_run_one_at_a_time(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert re.search("1 failed, 3 passed", done.stdout), done.stdout[-2000:] + done.stderr[-2000:]
     assert "crashed while running 'test_large.py::test_large[1]'" in done.stdout
+
+
+def test_layers_have_no_circle():
+    """Each part imports only parts that come before it in some order."""
+    left = {name: needs - {name} for name, needs in LAYERS.items()}
+    while left:
+        free = [name for name, needs in left.items() if not needs & left.keys()]
+        assert free, f"these parts import each other in a circle: {sorted(left)}"
+        for name in free:
+            del left[name]
+
+
+def test_functions_have_at_most_80_lines():
+    """Outside of kernels/, where a kernel may need more."""
+    long = {}
+    for path in walk(ROOT):
+        if path.suffix == ".py" and path.relative_to(ROOT).parts[0] != "kernels":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 80:
+                    long[f"{path.relative_to(ROOT)}: {node.name}"] = (node.end_lineno or 0) - node.lineno + 1
+    assert not long, f"over 80 lines: {long}"
 
 
 def test_no_path_of_a_machine():

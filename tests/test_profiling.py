@@ -18,8 +18,8 @@ from torch.autograd import DeviceType
 from dfkd_fast import profiling
 from dfkd_fast.cli import main
 from dfkd_fast.models import extract
+from dfkd_fast.nvtx import nvtx_range
 from dfkd_fast.profiling import OUTSIDE, REPLAYED, time_by_range
-from dfkd_fast.ranges import span
 
 from . import tiny
 
@@ -110,7 +110,7 @@ def test_the_backward_of_compiled_code_goes_to_its_network():
     x = torch.randn(2, 3, 8, 8)
     compiled(x).sum().backward()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
-        with span("network", "student"):
+        with nvtx_range("network", "student"):
             output = compiled(x)
         output.sum().backward()
     found = {event.name: key for event, key in profiling.attribute(profiler.events())}

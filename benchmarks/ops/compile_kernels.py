@@ -27,7 +27,16 @@ import torch
 
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, tensors
 
-__all__ = ["ARCHITECTURES", "DTYPES", "Compilation", "compilations", "compile_one", "main", "run_on_meta"]
+__all__ = [
+    "ARCHITECTURES",
+    "DTYPES",
+    "Compilation",
+    "compilations",
+    "compile_for_this_gpu",
+    "compile_one",
+    "main",
+    "run_on_meta",
+]
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -168,7 +177,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.pop("TRITON_INTERPRET", None):
         # Triton read the variable when it was imported: start again without it.
-        os.execv(sys.executable, [sys.executable, "-m", "dfkd_fast.benchmarks.ops.compile_kernels", *sys.argv[1:]])
+        os.execv(
+            sys.executable,
+            [
+                sys.executable,
+                "-m",
+                "dfkd_fast.benchmarks.ops.compile_kernels",
+                *(sys.argv[1:] if arguments is None else arguments),
+            ],
+        )
 
     dtypes = [getattr(torch, name) for name in options.dtype]
     every = {
@@ -186,6 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print((what + used + " {error}").format(**row), flush=True)
     print(f"{len(every)} compilations, {bad} not sound")
     return int(bool(bad))
+
+
+def compile_for_this_gpu() -> int:
+    """Compile the bfloat16 kernels for this GPU, or for sm_90 without one: ``dfkd-fast doctor --kernels``."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return main(["--arch", f"{major}{minor}", "--dtype", "bfloat16", "--workers", str(os.cpu_count() or 1)])
 
 
 if __name__ == "__main__":

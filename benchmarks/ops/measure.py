@@ -239,7 +239,8 @@ class Trial:
     ) -> None:
         self.case, self.device, self._function, self._repeats = case, device, function, repeats
         self._make = Make(device, dtype, seed=case.seed)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self.cuda else None
         self._stopwatch: _Stopwatch | None = None
         self._shapes: list[Tensor] = []
         self._kept: list[_Call] = []  # read and written by captured graphs
@@ -268,7 +269,7 @@ class Trial:
         Raises:
             torch.OutOfMemoryError: it does not fit into memory.
         """
-        if self.device.type != "cuda":
+        if not self.cuda:
             self.run(which)
             times = _host_times(lambda: self.run(which), self._repeats)
             self._first.results = []

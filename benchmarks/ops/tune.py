@@ -142,7 +142,7 @@ def decide(
     *,
     timer: Timer,
     results: Callable[[Choice], Sequence[Tensor]],
-    tell: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> Tried:
     """Try every candidate.
 
@@ -150,7 +150,7 @@ def decide(
         choice: what to settle.
         timer: microseconds of the choice's passes with what ``config.choose`` now gives.
         results: outputs and gradients likewise.
-        tell: given a line about each candidate that is refused.
+        report: given a line about each candidate that is refused.
     """
     first, *others = choice.candidates()
     refused = 0
@@ -172,7 +172,7 @@ def decide(
             wrong = f"{type(error).__name__}: {error}".splitlines()[0]
         if wrong:
             refused += 1
-            tell(f"{choice.key}: {launch} refused: {wrong}")
+            report(f"{choice.key}: {launch} refused: {wrong}")
     first_us = times[0][0]
     best_us, best = min(times, key=lambda pair: pair[0])
     if best is not first and best_us < (1 - GAIN) * first_us:
@@ -215,7 +215,7 @@ def tune(
     *,
     where: str,
     shapes: Sequence[str] = ("paper", "large"),
-    tell: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
     timer: Timer | None = None,
     path: Path | None = None,
 ) -> list[Tried]:
@@ -226,7 +226,7 @@ def tune(
         device: to measure on; its architecture is what the choices hold for.
         where: device and commit, for the reason.
         shapes: of which cases.
-        tell: given a line about what is refused.
+        report: given a line about what is refused.
         timer: replaces the timing on the device.
         path: of the table; None is ``kernels/tuned.json``.
     """
@@ -238,7 +238,7 @@ def tune(
             choice,
             timer=timer or (lambda each: _time(each, device)),
             results=lambda each: _results(each, device),
-            tell=tell,
+            report=report,
         )
         save([tried], where, path)
         found.append(tried)
@@ -248,7 +248,7 @@ def tune(
 
 
 def tune_all(
-    chosen: Sequence[Benchmark], device: torch.device, shapes: str, tell: Callable[[str], None]
+    chosen: Sequence[Benchmark], device: torch.device, shapes: str, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Tune several ops; table rows for the terminal."""
     here = environment()
@@ -263,5 +263,5 @@ def tune_all(
             "chosen": str(tried.winner.tile) if tried.winner else "the first",
         }
         for benchmark in chosen
-        for tried in tune(benchmark, device, where=where, shapes=(shapes,), tell=tell)
+        for tried in tune(benchmark, device, where=where, shapes=(shapes,), report=report)
     ]

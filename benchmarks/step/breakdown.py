@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         state, teacher = build(size, size.batch, device)
         with tempfile.TemporaryDirectory(prefix="dfkd_fast_breakdown_") as folder:
             names = (size.teacher.name, size.student.name)
-            found = profile(teacher, state.student, state.config, engines=[engine], steps=5, networks=names, out=folder)
+            found = profile(
+                teacher, state.student.module, state.config, engines=[engine], steps=5, networks=names, out=folder
+            )
         for row in found.content["engines"]:
             results.add(row)
     return 0

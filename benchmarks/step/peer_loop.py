@@ -159,11 +159,11 @@ class PeerLoop:
         config, runtime = state.config, state.runtime
         self.config, self.device, self.cast, self.noise = config, runtime.device, runtime.cast, state.noise
         self.teacher = _Watched(state.teacher, statistics=True)
-        self.student = _Watched(state.student, statistics=False)
-        self.generator = generator = state.generator
+        self.student = _Watched(state.student.module, statistics=False)
+        self.generator = generator = state.generator.module
         self.generator_weights, self.student_weights = (
-            state.generator_objective.weights,
-            state.student_objective.weights,
+            state.generator.objective.weights,
+            state.student.objective.weights,
         )
         if set(self.generator_weights) != {"bn", "kd"} or set(self.student_weights) != {"kd", "mhad", "sfcl"}:
             raise ValueError(
@@ -173,7 +173,7 @@ class PeerLoop:
         for block in generator.blocks:
             if isinstance(block.attention, SpatialAttention):
                 block.attention = PlainGate(block.attention)
-        mhad, contrast = (state.student_objective.terms[name] for name in ("mhad", "sfcl"))
+        mhad, contrast = (state.student.objective.terms[name] for name in ("mhad", "sfcl"))
         assert isinstance(mhad, HighOrderAttentionDistillation)
         assert isinstance(contrast, SemanticFeatureContrast)
         self.adapters = mhad.adapters

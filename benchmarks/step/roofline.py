@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.benchmarks.ops.measure import Ceilings
 from dfkd_fast.engine import DistillState
+from dfkd_fast.graph import modes_kept
 from dfkd_fast.nn import HighOrderAttention, SpatialAttention
 from dfkd_fast.objectives import HighOrderAttentionDistillation, SemanticFeatureContrast
 
@@ -153,14 +154,10 @@ def _forward(found: Iterable[Layer], batch: int) -> Work:
 
 def _distillation_work(state: DistillState, image: Tensor, batch: int) -> Work:
     """Of the student's terms: attention on both sides, adapters and projection heads, forward and backward."""
-    with torch.no_grad():
-        modes = {module: module.training for module in state.student.modules()}
-        state.student.eval()
-        teacher, student = state.teacher(image), state.student(image)
-        for module, training in modes.items():
-            module.training = training
+    with torch.no_grad(), modes_kept(state.student.module, False):
+        teacher, student = state.teacher(image), state.student.module(image)
     work = Work()
-    terms = state.student_objective.terms
+    terms = state.student.objective.terms
     if "mhad" in terms:
         mhad = terms["mhad"]
         assert isinstance(mhad, HighOrderAttentionDistillation)
@@ -202,18 +199,18 @@ def round_work(state: DistillState, *, image_size: int) -> tuple[Work, Work]:
     """
     batch, device = state.config.loop.batch_size, state.runtime.device
     image = torch.zeros(1, 3, image_size, image_size, device=device)
-    generator = layers(state.generator, torch.zeros(1, state.generator.latent_dim, device=device))
-    teacher, student = layers(state.teacher.model, image), layers(state.student.model, image)
+    generator = layers(state.generator.module, torch.zeros(1, state.generator.module.latent_dim, device=device))
+    teacher, student = layers(state.teacher.model, image), layers(state.student.module.model, image)
 
     def optimizer(parameters: Iterable[nn.Parameter], each: int) -> Work:
         return Work(bytes=float(each * sum(p.numel() for p in parameters)))
 
-    trained = [group["params"] for group in state.student_optimizer.param_groups]
+    trained = [group["params"] for group in state.student.optimizer.param_groups]
     for_generator = _passes(generator, batch, to_input=True, to_weights=True, first=False)
-    for network, needed in ((teacher, True), (student, "student" in state.generator_objective.needs)):
+    for network, needed in ((teacher, True), (student, "student" in state.generator.objective.needs)):
         if needed:
             for_generator = for_generator + _passes(network, batch, to_input=True, to_weights=False, first=True)
-    for_generator = for_generator + optimizer(state.generator.parameters(), _ADAM)
+    for_generator = for_generator + optimizer(state.generator.module.parameters(), _ADAM)
     for_student = _forward(generator, batch) + _forward(teacher, batch) + _distillation_work(state, image, batch)
     for_student = for_student + _passes(student, batch, to_input=True, to_weights=True, first=False)
     for_student = for_student + optimizer((p for group in trained for p in group), _SGD)

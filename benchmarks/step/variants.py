@@ -41,8 +41,9 @@ from dfkd_fast.benchmarks.results import Results
 from dfkd_fast.benchmarks.step.peer_loop import PeerLoop
 from dfkd_fast.benchmarks.step.roofline import roofline, round_work
 from dfkd_fast.config import DistillConfig, GeneratorConfig, LoopConfig, ModelConfig
-from dfkd_fast.engine import DistillState, EagerEngine, Runtime, build_state, create_engine
-from dfkd_fast.engine.networks import plain
+from dfkd_fast.engine import DistillState, EagerEngine, Engine, Runtime, build_state, create_engine
+from dfkd_fast.engine.engines import EagerExecutor
+from dfkd_fast.engine.networks import eager_networks
 from dfkd_fast.models import FeatureModel, create_model, extract, frozen
 
 __all__ = ["KEY", "SIZES", "VARIANTS", "Loop", "Size", "build", "main", "make_loop", "measure", "run_round"]
@@ -181,18 +182,18 @@ class Loop:
     losses: Callable[[], Tensor]
 
 
-class _MarkedEngine(EagerEngine):
-    """Steps whose regions torch.compile captures: each is told where one step ends and the next begins."""
+class _MarkingExecutor(EagerExecutor):
+    """Tells torch.compile, which captures the regions of the steps, where a step begins."""
 
-    def _execute(self, kind: Any) -> None:
+    def execute(self, engine: Engine, kind: Any) -> None:
         torch.compiler.cudagraph_mark_step_begin()
-        super()._execute(kind)
+        super().execute(engine, kind)
 
 
 def _peer_loop(state: DistillState) -> Loop:
     peer = PeerLoop(state, mean=_HALF, std=_HALF)
-    for optimizer in (state.generator_optimizer, state.student_optimizer):
-        optimizer.state.clear()  # the loop has optimisers of its own: their memory would be counted twice
+    for side in state.sides.values():
+        side.optimizer.state.clear()  # the loop has optimisers of its own: their memory would be counted twice
     read: deque[float] = deque(maxlen=_KEPT * state.steps_per_round)
 
     def step(which: Callable[[], tuple[float, object]]) -> None:
@@ -209,7 +210,7 @@ def _peer_loop(state: DistillState) -> Loop:
     )
 
 
-def _engine_loop(engine: EagerEngine) -> Loop:
+def _engine_loop(engine: Engine) -> Loop:
     state = engine.state
     # Made once: the host waits where it pins memory.
     read = torch.zeros(_KEPT, *state.trace.shape, pin_memory=state.runtime.device.type == "cuda")
@@ -267,8 +268,9 @@ def make_loop(
         elif variant == "eager":
             yield _engine_loop(EagerEngine(state)), state
         else:
-            networks = plain(state).compiled(**(compile_options or {"mode": _MODES[variant]}))
-            yield replace(_engine_loop(_MarkedEngine(state, networks)), name="torch.compile"), state
+            networks = eager_networks(state).compiled(**(compile_options or {"mode": _MODES[variant]}))
+            engine = Engine("eager", state, networks, _MarkingExecutor())
+            yield replace(_engine_loop(engine), name="torch.compile"), state
 
 
 def run_round(loop: Loop, steps: tuple[int, int], mark: Callable[[], None] = lambda: None) -> None:

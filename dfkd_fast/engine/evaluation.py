@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from dfkd_fast.data import loader
 from dfkd_fast.engine.runtime import Runtime
-from dfkd_fast.models import Outputs
+from dfkd_fast.graph import Outputs, modes_kept
 
 __all__ = ["EvalResult", "evaluate"]
 
@@ -61,10 +61,8 @@ def evaluate(
     metrics = {1: MulticlassAccuracy(num_classes, average="micro").to(runtime.device)}
     if num_classes > 5:
         metrics[5] = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(runtime.device)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     start = time.perf_counter()
-    try:
+    with modes_kept(model, False):
         for images, labels in loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers):
             images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
             labels = labels.to(runtime.device, non_blocking=True)
@@ -73,9 +71,6 @@ def evaluate(
                 logits = outputs.logits if isinstance(outputs, Outputs) else outputs
             for metric in metrics.values():
                 metric.update(logits.float(), labels)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     top1 = metrics[1].compute().item()
     return EvalResult(
         top1=top1,

@@ -30,7 +30,8 @@ from dfkd_fast.engine.rounds import NonFiniteError, Round, Rounds
 from dfkd_fast.engine.runtime import Runtime, new_run_folder
 from dfkd_fast.engine.state import DistillState, build_state
 from dfkd_fast.engine.steps import synthesize
-from dfkd_fast.models import FeatureModel, extract, frozen, load_weights, normalization, save_weights
+from dfkd_fast.graph import FeatureModel, extract, frozen, modes_kept
+from dfkd_fast.models import load_weights, normalization, save_weights
 
 __all__ = ["DistillResult", "NonFiniteError", "agreement", "distill"]
 
@@ -75,13 +76,11 @@ def agreement(state: DistillState) -> float:
     noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 1)
     count = state.config.loop.batch_size
     same = torch.zeros((), device=state.runtime.device)
-    training = state.student.training
-    state.student.eval()
-    with torch.no_grad(), state.runtime.cast():
+    student = state.student.module
+    with modes_kept(student, False), torch.no_grad(), state.runtime.cast():
         for _ in range(_AGREEMENT_BATCHES):
-            inputs = synthesize(state, state.draw(count, noise)).float() * state.scale + state.shift
-            same += (state.teacher(inputs).logits.argmax(1) == state.student(inputs).logits.argmax(1)).float().mean()
-    state.student.train(training)
+            inputs = state.normalize(synthesize(state, state.draw(count, noise)))
+            same += (state.teacher(inputs).logits.argmax(1) == student(inputs).logits.argmax(1)).float().mean()
     return same.item() / _AGREEMENT_BATCHES
 
 
@@ -107,21 +106,21 @@ class _Run:
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state.position.round or None)
         self.best = folder / "best_student.safetensors"
         self.saved: tuple[int, int] | None = None
-        self.open: _Epoch | None = None
+        self.pending: _Epoch | None = None
 
     def save(self) -> None:
         """Write a checkpoint of the state as it is now; the rounds so far must have been read back."""
         position, per_epoch = self.state.position, self.state.config.loop.rounds_per_epoch
         if (position.round, position.step) == self.saved:
             return
-        if self.open is not None and (self.open.number * per_epoch, 0) != (position.round, position.step):
+        if self.pending is not None and (self.pending.number * per_epoch, 0) != (position.round, position.step):
             # Only at an epoch's very end are the weights at hand that its evaluation could be repeated with.
-            self.settle()
+            self.finish_epoch()
         snapshot = tree_map_only(Tensor, Tensor.clone, self.state.state_dict())
         self.files.submit(lambda: self.checkpoints.save(snapshot))
         self.saved = (position.round, position.step)
 
-    def catch_up(self) -> None:
+    def evaluate_missed(self) -> None:
         """Measure the epoch that a resumed run has behind it, where its checkpoint was written before that was done."""
         epoch, rest = divmod(self.state.position.round, self.state.config.loop.rounds_per_epoch)
         if epoch and not rest and not self.state.position.step and epoch not in self.state.epochs.get("epoch", []):
@@ -134,30 +133,30 @@ class _Run:
 
     def close_epoch(self, epoch: int, *, last: bool) -> None:
         """Begin to measure, and paint what the generator makes."""
-        self.settle()
+        self.finish_epoch()
         state, loop, overlaps = self.state, self.state.config.loop, self.measurements.overlaps
         due = last or (loop.evaluate_every and epoch % loop.evaluate_every == 0)
-        student = copy.deepcopy(state.student.model) if overlaps else state.student.model
+        student = copy.deepcopy(state.student.module.model) if overlaps else state.student.module.model
         accuracy = None
         if self.data is not None and due:
             accuracy = self.measurements.submit(lambda: self.accuracy(student))
-        self.open = _Epoch(number=epoch, agreement=agreement(state), student=student, accuracy=accuracy)
+        self.pending = _Epoch(number=epoch, agreement=agreement(state), student=student, accuracy=accuracy)
         noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 2)
         images = synthesize(state, state.draw(min(_GRID, loop.batch_size), noise)).float()
         self.files.submit(lambda: self.paint(images, epoch))
         if not overlaps:
-            self.settle()
+            self.finish_epoch()
 
     def paint(self, images: Tensor, epoch: int) -> None:
         self.writer.add_images("generator", images / 2 + 0.5, epoch)
         report.save_image_grid(images, self.folder / "images" / f"epoch-{epoch:04d}.png")
         self.writer.flush()
 
-    def settle(self) -> None:
+    def finish_epoch(self) -> None:
         """Write the open epoch down, and keep its student where it is the best so far."""
-        if self.open is None:
+        if self.pending is None:
             return
-        state, epoch, self.open = self.state, self.open, None
+        state, epoch, self.pending = self.state, self.pending, None
         measured = {"agreement": epoch.agreement}
         if epoch.accuracy is not None:
             measured["accuracy"] = epoch.accuracy.result()
@@ -177,7 +176,7 @@ class _Run:
 
     def finish(self) -> None:
         """What is still under way, to its end."""
-        self.settle()
+        self.finish_epoch()
         self.files.wait()
 
     def close(self) -> None:
@@ -206,7 +205,7 @@ def _prepare(
         raise ValueError("LoopConfig.select is 'test_accuracy', which needs evaluation data; none was given")
     teacher, student = _features(teacher, image_size), _features(student, image_size)
     if data is not None and data.num_classes != teacher.num_classes:
-        raise ValueError(f"data has {data.num_classes} classes, the teacher tells {teacher.num_classes} apart")
+        raise ValueError(f"data has {data.num_classes} classes, the teacher {teacher.num_classes}")
     default = (data.mean, data.std) if data is not None else normalization(teacher.model)
     sizes = {"image_size": image_size, "mean": config.mean or default[0], "std": config.std or default[1]}
     return teacher, student, sizes
@@ -246,16 +245,10 @@ def distill(
     """
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
     teacher_features, student_features, sizes = _prepare(teacher, student, config, data)
-    modes = {module: module.training for module in teacher_features.model.modules()}
-    teacher_features.eval()
     student_features.train()
-    try:
-        with runtime.backends(), frozen(teacher_features):
-            state = build_state(teacher_features, student_features, config, runtime, **sizes)
-            return _distill(create_engine(state), data, sizes, dict(description or {}), dict(inputs or {}), progress)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with runtime.backends(), frozen(teacher_features), modes_kept(teacher_features, False):
+        state = build_state(teacher_features, student_features, config, runtime, **sizes)
+        return _distill(create_engine(state), data, sizes, dict(description or {}), dict(inputs or {}), progress)
 
 
 def _distill(
@@ -279,7 +272,7 @@ def _distill(
         raise ValueError(f"{folder} holds checkpoints of a run already: set resume, or name another folder in out")
     (folder / "config.yaml").write_text(yaml.safe_dump({**inputs, "distill": to_dict(config)}, sort_keys=False))
     meta = {**{name: json.dumps(value) for name, value in sizes.items()}, **description}
-    meta |= {"num_classes": str(state.student.num_classes), "format": "dfkd_fast.student/1"}
+    meta |= {"num_classes": str(state.student.module.num_classes), "format": "dfkd_fast.student/1"}
 
     run = _Run(state, folder, checkpoints, data, meta)
     line = ProgressLine("distil", total=state.total_rounds, unit="rounds", enabled=progress)
@@ -293,7 +286,7 @@ def _distill(
         with StopRequest() as stop, line:
             if state.position.round < state.total_rounds:
                 engine.prepare()
-            run.catch_up()
+            run.evaluate_missed()
             while state.position.round < state.total_rounds:
                 whole = rounds.run(lambda: stop.received is not None)
                 done = state.position.round == state.total_rounds
@@ -314,15 +307,15 @@ def _distill(
     finally:
         run.close()
 
-    student = state.student.model
+    student = state.student.module.model
     if loop.select != "last":
         load_weights(student, run.best)
         runtime.place(student)
     save_weights(student, folder / "student.safetensors", meta)
-    state.student.eval()
+    state.student.module.eval()
     return DistillResult(
         student=student,
-        generator=state.generator,
+        generator=state.generator.module,
         rounds=state.rounds,
         epochs=state.epochs,
         run_dir=folder,

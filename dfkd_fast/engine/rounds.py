@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfkd_fast.engine.engines import Engine
 from dfkd_fast.engine.state import DistillState
-from dfkd_fast.ranges import span
+from dfkd_fast.nvtx import nvtx_range
 
 __all__ = ["NonFiniteError", "Round", "Rounds"]
 
@@ -88,7 +88,7 @@ class Rounds:
         state = self.state
         if self._since is None:
             self._since = time.perf_counter()
-        with span("round", str(state.position.round)):
+        with nvtx_range("round", str(state.position.round)):
             self.engine.start_round()
             first = state.position.step
             while state.position.step < state.steps_per_round and not stopped():
@@ -133,12 +133,9 @@ def _means(state: DistillState, number: int, trace: Tensor) -> dict[str, float]:
         NonFiniteError: some step was skipped.
     """
     first = state.config.loop.generator_steps
-    parts = {
-        "generator": (state.generator_objective.names, trace[:first]),
-        "student": (state.student_objective.names, trace[first:]),
-    }
     means: dict[str, float] = {}
-    for side, (names, rows) in parts.items():
+    for (side, trained), rows in zip(state.sides.items(), (trace[:first], trace[first:]), strict=True):
+        names = trained.objective.names
         for step, row in enumerate(rows):
             bad = [name for name, value in zip(names, row, strict=False) if not math.isfinite(value)]
             if not bad and not row[-1]:

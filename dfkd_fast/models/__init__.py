@@ -1,11 +1,16 @@
-"""Teachers and students: networks by name, their weights, and what a distillation needs of them beside the logits."""
+"""Teachers and students: networks by name, their weights, and what a distillation needs of them besides the logits."""
 
-from dfkd_fast.models.batchnorm import BatchNormWithStatistics
+from dfkd_fast.graph import (
+    FeatureModel,
+    LayerStatistics,
+    Outputs,
+    batchnorm_mode,
+    extract,
+    fold_batchnorm,
+    frozen,
+    held_in,
+)
 from dfkd_fast.models.create import create_model, names, normalization
-from dfkd_fast.models.extract import FeatureModel, extract
-from dfkd_fast.models.folding import fold_batchnorm, held_in
-from dfkd_fast.models.modes import batchnorm_mode, frozen
-from dfkd_fast.models.outputs import LayerStatistics, Outputs
 from dfkd_fast.models.weights import (
     WeightsFormatError,
     WeightsMismatch,
@@ -16,7 +21,6 @@ from dfkd_fast.models.weights import (
 )
 
 __all__ = [
-    "BatchNormWithStatistics",
     "FeatureModel",
     "LayerStatistics",
     "Outputs",

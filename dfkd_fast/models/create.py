@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from dfkd_fast.config import ModelConfig
+from dfkd_fast.graph import FeatureModel
 from dfkd_fast.models.cifar_resnet import CifarResNet
-from dfkd_fast.models.extract import FeatureModel
 from dfkd_fast.models.weights import load_weights
 from dfkd_fast.models.wide_resnet import WideResNet
 

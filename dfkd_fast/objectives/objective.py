@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.config import ObjectiveConfig
-from dfkd_fast.models import FeatureModel, Outputs
+from dfkd_fast.graph import FeatureModel, Outputs
 from dfkd_fast.objectives.presets import GENERATOR_TERMS, PRESETS, STUDENT_TERMS
 from dfkd_fast.objectives.terms import TERMS, FeatureShapes, Term
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import ops
 from dfkd_fast.config import KDConfig, MHADConfig, ObjectiveConfig, SFCLConfig
-from dfkd_fast.models import FeatureModel, Outputs
+from dfkd_fast.graph import FeatureModel, Outputs
 from dfkd_fast.nn import HighOrderAttention
 from dfkd_fast.nn import SemanticFeatureContrast as FeatureContrast
 

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfkd_fast.nvtx import nvtx_range
 from dfkd_fast.ops import choices
 from dfkd_fast.ops.checks import require_choice
-from dfkd_fast.ranges import span
 
 __all__ = [
     "EAGER_MIN_NUMEL",
@@ -212,7 +212,7 @@ def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
             if name in table and table[name].automatic(*args, **kwargs):
                 if name != "reference" and _small_and_eager(op, args[0]):
                     continue
-                with span("op", op):
+                with nvtx_range("op", op):
                     return table[name].function(*args, **kwargs)
         raise RuntimeError(f"no backend can serve {op} for these arguments")
     name, source = named
@@ -224,5 +224,5 @@ def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
     reason = table[name].unsupported_reason(*args, **kwargs)
     if reason is not None:
         raise UnsupportedError(f"backend {name!r}, asked for by {source}, cannot serve {op}: {reason}")
-    with span("op", op):
+    with nvtx_range("op", op):
         return table[name].function(*args, **kwargs)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.engine.masters import cast_together, with_weights
+from dfkd_fast.engine.weight_cast import cast_together, weight_cast
 from dfkd_fast.models import Outputs
 
 from . import tiny
@@ -17,11 +17,11 @@ from . import tiny
 @pytest.mark.parametrize("which", ["student", "generator"])
 def test_values_and_gradients_are_autocasts_bit_for_bit(which: str) -> None:
     state = tiny.state(replace(tiny.config(), precision="bf16"))
-    module: nn.Module = getattr(state, which)
+    module = state.sides[which].module
     x = torch.randn(6, 3, 16, 16) if which == "student" else torch.randn(6, 6)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     found: list[list[Tensor]] = []
-    cast, call = with_weights(module, torch.bfloat16)
+    cast, call = weight_cast(module, torch.bfloat16)
     for forward in (module, lambda x: call(cast(), x)):
         module.load_state_dict(before)
         with torch.autocast("cpu", torch.bfloat16):
@@ -38,7 +38,7 @@ def test_values_and_gradients_are_autocasts_bit_for_bit(which: str) -> None:
 def test_what_is_cast_and_what_is_left() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2, bias=False))
     nn.utils.parametrizations.spectral_norm(model[0])
-    copies = with_weights(model, torch.bfloat16)[0]()
+    copies = weight_cast(model, torch.bfloat16)[0]()
     assert [tuple(copy.shape) for copy in copies] == [(4,), (2, 4)]  # a computed weight is autocast's
     assert all(copy.dtype == torch.bfloat16 for copy in copies)
 

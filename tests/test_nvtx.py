@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfkd_fast import ops, ranges
+from dfkd_fast import nvtx, ops
 from dfkd_fast.engine import EagerEngine
-from dfkd_fast.ranges import span
+from dfkd_fast.nvtx import nvtx_range
 
 from . import tiny
 
@@ -18,7 +18,7 @@ from . import tiny
 def recorded(work: Any) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
         work()
-    return [event.name for event in profiler.events() if event.name.startswith(ranges.PREFIX + "/")]
+    return [event.name for event in profiler.events() if event.name.startswith(nvtx.PREFIX + "/")]
 
 
 def test_a_round_is_ranged_from_the_outside_in() -> None:
@@ -26,7 +26,7 @@ def test_a_round_is_ranged_from_the_outside_in() -> None:
     engine = EagerEngine(state)
 
     def work() -> None:
-        with span("round", "0"):
+        with nvtx_range("round", "0"):
             engine.start_round()
             for _ in range(state.steps_per_round):
                 engine.step()
@@ -47,7 +47,7 @@ def test_ops_are_ranged_where_they_are_called() -> None:
 
 def test_compiled_code_has_none() -> None:
     def work(x: Tensor) -> Tensor:
-        with span("op", "anything"):
+        with nvtx_range("op", "anything"):
             return ops.distillation_kl(x, x + 1)
 
     compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
@@ -56,20 +56,20 @@ def test_compiled_code_has_none() -> None:
     assert recorded(lambda: compiled(x)) == []
 
 
-@pytest.mark.skipif(ranges.nvtx is None, reason="nvtx is not installed")
+@pytest.mark.skipif(nvtx.nvtx is None, reason="nvtx is not installed")
 def test_nvtx_is_told_where_no_profiler_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     told = []
 
     def annotate(name: str, **options: Any) -> Any:
         told.append((name, options["domain"]))
-        return ranges.nvtx.annotate(name, **options)
+        return nvtx.nvtx.annotate(name, **options)
 
-    monkeypatch.setattr(ranges, "_annotate", annotate)
-    with span("network", "teacher"):
-        assert recorded(lambda: span("op", "x").__enter__()) == ["dfkd_fast/op/x"]
+    monkeypatch.setattr(nvtx, "_annotate", annotate)
+    with nvtx_range("network", "teacher"):
+        assert recorded(lambda: nvtx_range("op", "x").__enter__()) == ["dfkd_fast/op/x"]
     assert told == [("network teacher", "dfkd_fast")]
 
 
 def test_without_nvtx_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranges, "_annotate", None)
-    assert span("step", "student") is span("round", "1")
+    monkeypatch.setattr(nvtx, "_annotate", None)
+    assert nvtx_range("step", "student") is nvtx_range("round", "1")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["cast_together", "with_weights"]
+__all__ = ["cast_together", "weight_cast"]
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
@@ -37,7 +37,7 @@ def cast_together(masters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor
     return _CastTogether.apply(dtype, *masters)
 
 
-def with_weights(module: nn.Module, dtype: torch.dtype) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[..., Any]]:
+def weight_cast(module: nn.Module, dtype: torch.dtype) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[..., Any]]:
     """Split a module's call into the cast of its weights and the call with them.
 
     The weights and biases of convolutions and linear layers are cast, as autocast would; computed weights (spectral

@@ -18,7 +18,7 @@ try:
 except ImportError:  # an extra: pip install 'dfkd-fast[nvtx]'
     nvtx = None
 
-__all__ = ["KINDS", "PREFIX", "span"]
+__all__ = ["KINDS", "PREFIX", "nvtx_range"]
 
 PREFIX = "dfkd_fast"
 """Domain of the ranges in NVTX; in torch.profiler the first part of their names: ``dfkd_fast/network/teacher``."""
@@ -31,7 +31,7 @@ _NOTHING = contextlib.nullcontext()
 _COLORS = {"round": "gray", "step": "blue", "network": "green", "op": "orange"}
 
 
-def span(kind: str, name: str) -> contextlib.AbstractContextManager[Any]:
+def nvtx_range(kind: str, name: str) -> contextlib.AbstractContextManager[Any]:
     """A range around a ``with`` block.
 
     Inside code that torch.compile traces there is none: a range would be a graph break, and its ops are fused anyway.

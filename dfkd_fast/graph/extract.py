@@ -1,0 +1,351 @@
+"""A network that also gives its stage features, penultimate features and BatchNorm statistics, without hooks.
+
+torch.fx traces the forward once, and the graph gets more outputs. Hooks work in eager mode, but
+``torch.compile(fullgraph=True)`` does not follow them.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from dfkd_fast.graph.fusion import find, fuse
+from dfkd_fast.graph.outputs import Outputs
+from dfkd_fast.graph.tracing import Root, Trace, alike, answer, compile_graph, dropouts, follow, probe, run
+
+__all__ = ["FeatureModel", "extract"]
+
+log = logging.getLogger(__name__)
+
+# Operations that may stand after the last linear layer, and change no value.
+_RESHAPES: set[Any] = {torch.flatten, torch.squeeze, torch.reshape, "flatten", "view", "reshape", "squeeze"}
+_DROPOUTS: set[Any] = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout}
+_INSTEAD = "Give a network whose forward returns dfkd_fast.models.Outputs(logits, features, penultimate) instead"
+
+
+class FeatureModel(nn.Module):
+    """A classifier whose forward gives :class:`Outputs`; made by :func:`extract`.
+
+    Parameters, buffers and modules are those of ``model``: a change of one is a change of the other, and the weights to
+    save are ``model.state_dict()``. ``train()`` and ``eval()`` reach ``model``, whose flag selects the forward. It can
+    be copied and pickled, if ``model`` can.
+
+    With statistics the forward is that of eval mode whatever the flags: stored statistics normalise, dropout does
+    nothing.
+
+    Attributes:
+        model: the plain network.
+        programs: the traced forward as a ``torch.fx.GraphModule``, by the training flag of ``model``; empty if
+            ``model`` gives Outputs itself.
+        stages: module paths in ``model`` whose outputs are the features, shallow to deep.
+        feature_channels: channels of each stage's map.
+        penultimate_dim: D, the length of the penultimate features.
+        num_classes: number of logits.
+        batchnorms: paths of the BatchNorms whose statistics are given, in the order of ``Outputs.statistics``.
+        fused: for each of them the operations that are computed in one pass with it: "add" for an addition to its
+            output, "relu" or "relu6" for the activation, joined by "+"; empty for the norm only.
+        other_batchnorms: paths of those that are used as they are, and follow their flags: of another kind than
+            BatchNorm2d, without stored statistics, or inside a module that cannot be followed. All three are empty
+            without statistics.
+        folded: paths of the BatchNorms that are part of the layer before them, in network order; empty except in the
+            result of :func:`dfkd_fast.models.fold_batchnorm`.
+    """
+
+    stages: tuple[str, ...]
+    feature_channels: tuple[int, ...]
+    penultimate_dim: int
+    num_classes: int
+    batchnorms: tuple[str, ...]
+    fused: tuple[str, ...]
+    other_batchnorms: tuple[str, ...]
+    folded: tuple[str, ...]
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.batchnorms = self.fused = self.other_batchnorms = self.folded = ()
+        self.training = model.training
+        # In a dictionary, so that their parameters are not registered twice.
+        self.programs: dict[bool, fx.GraphModule] = {}
+
+    def forward(self, x: Tensor) -> Outputs:
+        """Images (N, 3, H, W), normalised, to logits, features, penultimate features and statistics."""
+        if not self.programs:
+            given = self.model(x)
+            features = tuple(given.features[int(stage)] for stage in self.stages)
+            return Outputs(given.logits, features, given.penultimate, tuple(given.statistics))
+        logits, features, penultimate, statistics = self.programs[self.model.training](x)
+        return Outputs(logits, tuple(features), penultimate, tuple(statistics))
+
+    def __getstate__(self) -> dict[str, Any]:
+        graphs = {training: copy.deepcopy(program.graph) for training, program in self.programs.items()}
+        return {**self.__dict__, "programs": graphs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.programs = {training: compile_graph(self, graph) for training, graph in state["programs"].items()}
+
+    def extra_repr(self) -> str:
+        return f"stages={self.stages}, penultimate_dim={self.penultimate_dim}, batchnorms={len(self.batchnorms)}"
+
+
+def extract(
+    model: nn.Module, *, stages: Sequence[str] | None = None, statistics: bool = False, image_size: int = 64
+) -> FeatureModel:
+    """Let a classifier give the features and statistics that a distillation needs.
+
+    Args:
+        model: images (N, 3, H, W) to logits (N, classes), on any device. One whose forward returns :class:`Outputs` is
+            used as it is; its stages are the positions of its features, ``"0"``, ``"1"``, ... A
+            :class:`FeatureModel` stands for its plain network and its stages; with statistics, and without other
+            stages, its graph is taken over instead of tracing the network again.
+        stages: module paths whose outputs are the features, shallow to deep; None is the last map of each resolution,
+            the deepest four at most: ``layer1`` to ``layer4`` of a ResNet. The deepest is the map that is pooled.
+        statistics: give the statistics of each BatchNorm2d's input and the stored ones; the network is then used as in
+            eval mode.
+        image_size: height and width of the random image that is sent through the network to learn its shapes.
+
+    Returns:
+        The network with more outputs, sharing its parameters and buffers. The penultimate features are the input of
+        the last linear layer, before dropout, flattened.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: a forward that cannot be followed, stages that it does not have or that are not maps (N, C, H, W),
+            or an image size that it does not take. The message says which, and how to proceed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, FeatureModel):
+        if statistics and model.programs and stages in (None, model.stages):
+            return _with_statistics(model)
+        stages = model.stages if stages is None else stages
+        model = model.model
+    if isinstance(stages, str):
+        raise TypeError(f"stages must be a sequence of module paths, got the string {stages!r}")
+    if stages is not None and (not stages or len(set(stages)) < len(stages)):
+        raise ValueError(f"stages must name at least one module, none of them twice, got {list(stages)}")
+    image = probe(model, image_size)
+    plain = answer(model, image)
+    if isinstance(plain, Outputs):
+        return _as_it_is(model, plain, stages)
+    if not isinstance(plain, Tensor) or plain.ndim != 2:
+        found = tuple(plain.shape) if isinstance(plain, Tensor) else type(plain).__name__
+        raise ValueError(f"{type(model).__name__} must give logits (N, classes), got {found}")
+    return _traced(model, plain, image, stages, statistics)
+
+
+def _as_it_is(model: nn.Module, outputs: Outputs, stages: Sequence[str] | None) -> FeatureModel:
+    made = FeatureModel(model)
+    known = [str(i) for i in range(len(outputs.features))]
+    if stages is not None and not set(stages) <= set(known):
+        raise ValueError(f"stages: {type(model).__name__} gives its features itself, {known}; got {list(stages)}")
+    made.stages = tuple(stages if stages is not None else known)
+    made.batchnorms = tuple(str(i) for i in range(len(outputs.statistics)))
+    made.fused = ("",) * len(made.batchnorms)
+    shapes = [tuple(outputs.features[int(stage)].shape) for stage in made.stages]
+    return _described(made, tuple(outputs.logits.shape), shapes, tuple(outputs.penultimate.shape))
+
+
+def _traced(
+    model: nn.Module, plain: Tensor, image: Tensor, stages: Sequence[str] | None, statistics: bool
+) -> FeatureModel:
+    root, name = Root(model), type(model).__name__
+    found = _follow(root, training=False, evaluating=statistics)
+    head = _find_head(found)
+    if not alike(run(root, found.graph, image), plain, 1e-2):  # a graph that missed a branch is far off
+        raise ValueError(
+            f"the forward of {name} depends on something that torch.fx does not see: the graph gives other logits. "
+            f"{_INSTEAD}"
+        )
+    made = FeatureModel(model)
+    made.stages = tuple(stages) if stages is not None else _default_stages(found, head)
+    nodes = [found.stage(path) for path in made.stages]
+    penultimate: tuple[int, ...] = head.penultimate.meta["shape"]
+    flat = (penultimate[0], math.prod(penultimate[1:]))
+    _described(made, tuple(plain.shape), [node.meta.get("shape", ()) for node in nodes], flat)
+    classifier = found.module(head.classifier)
+    reads = getattr(classifier, "in_features", getattr(classifier, "in_channels", flat[1]))
+    if reads != flat[1]:
+        raise ValueError(
+            f"the last linear layer of {name} is applied at many places, so that its input {penultimate} is no "
+            f"penultimate vector (N, {reads})"
+        )
+    given = _fuse_batchnorms(made, found, {*nodes, head.penultimate, head.logits}) if statistics else []
+    made.programs[False] = made.programs[True] = _program(made, found, head, given)
+    if not statistics:
+        found = _follow(root, training=True)
+        made.programs[True] = _program(made, found, _find_head(found), [])
+    return made
+
+
+def _with_statistics(features: FeatureModel) -> FeatureModel:
+    """The same outputs in eval mode and the statistics, from the graph of a network that has been traced."""
+    if features.batchnorms:
+        return features
+    made = FeatureModel(features.model)
+    for name in ("stages", "feature_channels", "penultimate_dim", "num_classes"):
+        setattr(made, name, getattr(features, name))
+    found = Trace(features, copy.deepcopy(features.programs[False].graph), {}, {})
+    for node in found.graph.find_nodes(op="call_module"):
+        if isinstance(found.module(node), dropouts()):
+            node.replace_all_uses_with(node.args[0])
+            found.graph.erase_node(node)
+    given = _fuse_batchnorms(made, found, set())  # the graph's outputs count as readers: they are kept
+    output = found.graph.output_node()
+    output.args = ((*output.args[0][:3], given),)  # type: ignore[index, misc]
+    made.programs[False] = made.programs[True] = _compile(made, found)
+    return made
+
+
+def _follow(root: Root, *, training: bool, evaluating: bool = False) -> Trace:
+    try:
+        return follow(root, training=training, evaluating=evaluating)
+    except ValueError as error:
+        raise ValueError(f"{error} {_INSTEAD}") from error
+
+
+class _Head(NamedTuple):
+    """Nodes at the end of a classifier's graph; the classifier is the last linear layer."""
+
+    logits: fx.Node
+    classifier: fx.Node
+    penultimate: fx.Node
+
+
+def _find_head(found: Trace) -> _Head:
+    name, logits = type(found.root.model).__name__, found.graph.output_node().args[0]
+    if not isinstance(logits, fx.Node):
+        raise ValueError(f"{name}.forward must return only logits (N, classes), got a {type(logits).__name__}")
+
+    def is_any(node: fx.Node, targets: set[Any], *kinds: type) -> bool:
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            return False
+        return isinstance(found.module(node), kinds) if node.op == "call_module" else node.target in targets
+
+    node: Any = logits
+    while is_any(node, _RESHAPES | _DROPOUTS, nn.Identity, nn.Flatten, _DropoutNd):
+        node = node.args[0]
+    if not is_any(node, {F.linear}, nn.Linear, nn.Conv2d):
+        module = found.module(node)
+        source = f"{str(node.target).removeprefix('model.')!r}" + (f" ({type(module).__name__})" if module else "")
+        raise ValueError(
+            f"{name}: the logits must come from a linear layer, whose input is the penultimate features; they come "
+            f"from {source}. {_INSTEAD}"
+        )
+    classifier, node = node, node.args[0]
+    while is_any(node, _DROPOUTS, nn.Identity, _DropoutNd):
+        node = node.args[0]
+    return _Head(logits, classifier, node)
+
+
+def _default_stages(found: Trace, head: _Head) -> tuple[str, ...]:
+    """The last map of each resolution, the deepest four; the deepest is the map that is pooled for the classifier.
+
+    Candidates are the outermost modules that keep or halve the resolution: layers, blocks, and stages of blocks.
+
+    Raises:
+        ValueError: what is pooled is no map (N, C, H, W).
+    """
+
+    def size(node: fx.Node | None) -> int:
+        shape: tuple[int, ...] = node.meta.get("shape", ()) if node is not None else ()
+        return shape[2] if len(shape) == 4 and shape[2] == shape[3] else 0
+
+    def pools(node: fx.Node) -> bool:
+        module = found.module(node)
+        name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+        return "pool" in name.lower() or name in ("mean", "amax")
+
+    chain = [head.penultimate]
+    while chain[-1].args and isinstance(before := chain[-1].args[0], fx.Node):
+        chain.append(before)
+    pool = next((i for i, node in enumerate(chain) if pools(node)), -1)
+    last = next(node for node in chain[pool + 1 :] if not isinstance(found.module(node), nn.Identity))
+    blocks = {
+        path
+        for path, node in found.outputs.items()
+        if node.target == f"model.{path}" or size(node) <= size(found.inputs.get(path)) <= 2 * size(node) + 1
+    }
+    order = {node: i for i, node in enumerate(found.graph.nodes)}
+    ends: dict[int, str] = {}
+    for path, node in found.outputs.items():
+        outer = any(path[:i] in blocks for i, letter in enumerate(path) if letter == ".")
+        inside = order[node] <= order[last] and not isinstance(found.module(node), nn.Identity)
+        if path in blocks and not outer and inside and size(node) >= size(last) > 0:
+            ends[size(node)] = path
+    if not ends:
+        raise ValueError(
+            f"stages must be named for {type(found.root.model).__name__}: what it pools for the classifier is no map "
+            "(N, C, H, W) of a module"
+        )
+    return tuple(ends[at] for at in sorted(ends, reverse=True)[-4:])
+
+
+def _described(
+    made: FeatureModel, logits: tuple[int, ...], features: Sequence[tuple[int, ...]], penultimate: tuple[int, ...]
+) -> FeatureModel:
+    name = type(made.model).__name__
+    for stage, shape in zip(made.stages, features, strict=True):
+        # The image is square, so a map (N, C, H, W) is too; (N, H, W, C) shows by not being.
+        if len(shape) != 4 or shape[2] != shape[3]:
+            raise ValueError(
+                f"stages: {stage!r} of {name} gives {shape or 'no tensor'}; a stage must give a map (N, C, H, W), "
+                "which is square for a square image"
+            )
+    if len(penultimate) != 2 or len(logits) != 2:
+        raise ValueError(
+            f"{name} must give penultimate features (N, D) and logits (N, classes), got {penultimate} and {logits}"
+        )
+    made.feature_channels = tuple(shape[1] for shape in features)
+    made.penultimate_dim, made.num_classes = penultimate[1], logits[1]
+    return made
+
+
+def _fuse_batchnorms(made: FeatureModel, found: Trace, kept: set[fx.Node]) -> list[fx.Node]:
+    """Let the BatchNorms of a graph give their statistics; returns the nodes of those."""
+    fusions = find(found, kept)
+    made.batchnorms = tuple(str(fusion.norm.target).removeprefix("model.") for fusion in fusions)
+    made.fused = tuple(map(str, fusions))
+    counts = ", ".join(f"{count} {what or 'alone'}" for what, count in sorted(Counter(made.fused).items()))
+    log.info("%s: %d BatchNorms give statistics (%s)", type(made.model).__name__, len(fusions), counts or "none")
+    made.other_batchnorms = tuple(
+        path
+        for path, module in made.model.named_modules()
+        if path not in made.batchnorms and (isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__)
+    )
+    return [fuse(found.graph, fusion) for fusion in fusions]
+
+
+def _program(made: FeatureModel, found: Trace, head: _Head, statistics: list[fx.Node]) -> fx.GraphModule:
+    """The graph with the outputs of :class:`Outputs`."""
+    graph, features = found.graph, []
+    for path in made.stages:
+        node = found.stage(path)
+        if any(user.args and user.args[0] is node and found.writes_in_place(user) for user in node.users):
+            with graph.inserting_after(node):
+                node = graph.call_function(torch.clone, (node,))
+        features.append(node)
+    with graph.inserting_before(graph.output_node()):
+        penultimate = graph.call_function(torch.flatten, (head.penultimate, 1))
+    graph.output_node().args = ((head.logits, features, penultimate, statistics),)
+    return _compile(made, found)
+
+
+def _compile(made: FeatureModel, found: Trace) -> fx.GraphModule:
+    # The tracer keeps tensors that the forward creates on its root; here they follow the network's device.
+    for node in found.graph.find_nodes(op="get_attr"):
+        constant = getattr(found.root, str(node.target), None) if "." not in str(node.target) else None
+        if isinstance(constant, Tensor) and not hasattr(made, str(node.target)):
+            made.register_buffer(str(node.target), constant, persistent=False)
+    return compile_graph(made, found.graph)

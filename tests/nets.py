@@ -1,0 +1,52 @@
+"""Networks of many families, each built once, with statistics and scales that differ from layer to layer."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfkd_fast.config import ModelConfig
+from dfkd_fast.models import create_model
+
+NARROW: dict[str, Any] = {"widths": (4, 4, 6, 8)}
+NARROW_TIMM: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64)}
+
+
+def unsettled(model: nn.Module) -> nn.Module:
+    """In eval mode; scales of both signs, and one variance per BatchNorm that is the smallest by far."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2)
+                module.running_var[0] = 0.2
+                if module.weight is not None:
+                    module.weight.uniform_(0.5, 1.5)
+                    module.weight[-1] *= -1
+                    module.bias.normal_(0, 0.3)
+    return model.eval()
+
+
+@functools.cache
+def _built(name: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
+    torch.manual_seed(0)
+    return unsettled(create_model(ModelConfig(name=name, options=dict(options)), num_classes=5))
+
+
+def network(name: str, **options: Any) -> nn.Module:
+    """A copy, which a test may change."""
+    return copy.deepcopy(_built(name, tuple(options.items())))
+
+
+def images(count: int = 2, size: int = 32) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal to ``tolerance`` of the largest."""
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
