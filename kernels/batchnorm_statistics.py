@@ -509,8 +509,8 @@ def forward(
     bias: Tensor | None,
     eps: float,
     activation: str,
-    residual: Tensor | None,
     keep_mask: bool,
+    residual: Tensor | None,
     y: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -526,8 +526,8 @@ def forward(
         bias: (C,) or None.
         eps: as the op's.
         activation: as the op's.
-        residual: of the shape of x, any strides, or None.
         keep_mask: whether to fill ``mask``.
+        residual: of the shape of x, any strides, or None.
         y: of the shape of x, contiguous or channels-last.
         mean: (C,), float32.
         var: (C,), float32.

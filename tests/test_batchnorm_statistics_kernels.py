@@ -244,10 +244,10 @@ def test_operators_are_registered_soundly(kernel_device, layout):
     x, rm, rv, w, b, res = (
         t.detach() for t in inputs_of((2, 9, 3, 2), layout=layout, residual=True, device=kernel_device)(0)
     )
-    _, mean, var, mask = OPS.batchnorm_statistics(x, rm, rv, w, b, 1e-3, "relu", res, True)
+    _, mean, var, mask = OPS.batchnorm_statistics(x, rm, rv, w, b, 1e-3, "relu", True, res)
     both = torch.float32
-    torch.library.opcheck(OPS.batchnorm_statistics.default, (x, rm, rv, w, b, 1e-3, "relu", res, True))
-    torch.library.opcheck(OPS.batchnorm_statistics.default, (x, rm, rv, None, None, 1e-3, "relu6", None, False))
+    torch.library.opcheck(OPS.batchnorm_statistics.default, (x, rm, rv, w, b, 1e-3, "relu", True, res))
+    torch.library.opcheck(OPS.batchnorm_statistics.default, (x, rm, rv, None, None, 1e-3, "relu6", False, None))
     given = (x, rm, rv, w, b, 1e-3)
     torch.library.opcheck(
         OPS.batchnorm_statistics_backward.default,

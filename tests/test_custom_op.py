@@ -9,12 +9,12 @@ from torch import Tensor
 from dfkd_fast import ops
 from dfkd_fast.ops import custom_op
 from dfkd_fast.ops.custom_op import no_second_derivative, operator, recorded, unsupported_reason
-from dfkd_fast.testing import random
+from dfkd_fast.testing import assert_close, random
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from dfkd_fast.kernels import config  # noqa: E402
+from dfkd_fast.kernels import config, distillation_kl  # noqa: E402, F401 - the second has heuristics
 from dfkd_fast.kernels.common import cast  # noqa: E402
 
 
@@ -95,6 +95,80 @@ def test_launches_are_recorded_on_tensors_without_data():
     assert launches[0].arguments["count"] == 4096
     assert launches[0].constants["WHOLE"] is True
     assert not custom_op._recording
+
+
+class Losses(torch.nn.Module):
+    """A user's loss: three ops on the logits and maps of a network, on a backend."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+        self.features = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.head = torch.nn.Linear(8, 5)
+
+    def forward(self, images, targets):
+        """Mean over the batch of all three."""
+        norm = (torch.zeros(8), torch.ones(8), None, None, 1e-5)
+        maps, mean, var = ops.batchnorm_statistics(
+            self.features(images), *norm, activation="relu", backend=self.backend
+        )
+        pooled, _ = ops.max_pool2x2(maps, backend=self.backend)
+        logits = self.head(pooled.mean((2, 3)))
+        divergence = ops.distillation_kl(logits, targets, temperature=2.0, backend=self.backend)
+        return divergence + 0.1 * (mean.square().mean() + (var - 1).square().mean())
+
+
+@pytest.fixture
+def losses():
+    """The loss on kernels and on the reference, with the same weights, and inputs for it."""
+    torch.manual_seed(0)
+    fused, reference = Losses("triton"), Losses("reference")
+    reference.load_state_dict(fused.state_dict())
+    return fused, reference, (random(4, 3, 6, 6), random(4, 5, seed=1))
+
+
+def test_ops_inside_a_compiled_module(kernel_device, losses):
+    fused, reference, inputs = losses
+    torch.compiler.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    values = [module(*inputs) for module in (compiled, reference)]
+    assert_close(values[0], values[1], atol=1e-6)
+    for value in values:
+        value.backward()
+    for name, weight in reference.named_parameters():
+        assert_close(fused.get_parameter(name).grad, weight.grad, atol=1e-6)
+
+
+def test_ops_inside_an_exported_module(kernel_device, losses):
+    fused, reference, inputs = losses
+    exported = torch.export.export(fused, inputs)
+    called = {str(node.target) for node in exported.graph.nodes if "dfkd_fast" in str(node.target)}
+    assert called == {
+        f"dfkd_fast.{name}.default" for name in ("batchnorm_statistics", "max_pool2x2", "distillation_kl")
+    }
+    assert_close(exported.module()(*inputs), reference(*inputs), atol=1e-6)
+
+
+def test_ops_inside_a_loop_with_mixed_precision(kernel_device, losses):
+    """Autocast and a gradient scaler, which skips the step of a loss that is not finite."""
+    *modules, (images, targets) = losses
+    histories = []
+    for module in modules:
+        optimizer, scaler = torch.optim.SGD(module.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        history = []
+        for step in range(4):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = module(images * (float("inf") if step == 2 else 1.0), targets)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            history.append(loss.item())
+        assert scaler.get_scale() == 512.0
+        histories.append(torch.tensor(history))
+    assert histories[0][1] < histories[0][0]
+    assert histories[0][3] < histories[0][1]
+    assert_close(histories[0].nan_to_num(), histories[1].nan_to_num(), atol=1e-2)
 
 
 def test_launch_configurations(monkeypatch):

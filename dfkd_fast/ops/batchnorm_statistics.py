@@ -46,14 +46,13 @@ def _allocate(
     bias: Tensor | None,
     eps: float,
     activation: str,
-    residual: Tensor | None,
     keep_mask: bool,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, mean and var; one bit per element for whether the activation passes it, (N, octets of channels, positions)."""
-    shape = (x.shape[0], (x.shape[1] + 7) // 8, math.prod(x.shape[2:])) if keep_mask else (0, 0, 0)
-    mask = x.new_empty(shape, dtype=torch.uint8)
-    if x.ndim == 2 or _channels_last(x) is not None:
-        mask = torch.empty_like(mask.mT, memory_format=torch.contiguous_format).mT
+    count, octets, positions = (x.shape[0], (x.shape[1] + 7) // 8, math.prod(x.shape[2:])) if keep_mask else (0, 0, 0)
+    strides = (1, octets) if x.ndim == 2 or _channels_last(x) is not None else (positions, 1)
+    mask = x.new_empty_strided((count, octets, positions), (octets * positions, *strides), dtype=torch.uint8)
     return new_map(x), *_allocate_statistics(x), mask
 
 
@@ -83,7 +82,7 @@ _backward = operator("batchnorm_statistics_backward", _allocate_backward, "batch
 
 
 def _save(inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Sequence[Tensor | None], tuple[Any, ...]]:
-    *norm, eps, activation, residual, keep_mask = inputs
+    *norm, eps, activation, keep_mask, residual = inputs
     saved = (*norm, results[1], results[3] if keep_mask else None)
     return saved, (eps, activation, None if residual is None else residual.dtype)
 
@@ -92,12 +91,12 @@ def _gradients(
     needs_grad: Sequence[bool], saved: Sequence[Tensor | None], options: tuple[Any, ...], *grads: Tensor | None
 ) -> list[Tensor | None]:
     (*norm, mean, mask), (eps, activation, residual_dtype) = saved, options
-    gradients: list[Tensor | None] = [None] * 8
-    with_grad = (0, 3, 4, 7)  # x, weight, bias and residual
+    gradients: list[Tensor | None] = [None] * 9
+    with_grad = (0, 3, 4, 8)  # x, weight, bias and residual
     # Only x has a gradient through mean and var.
     needs = [bool(needs_grad[i]) and (i == 0 or grads[0] is not None) for i in with_grad]
     if needs[3] and activation == "none" and grads[0] is not None:
-        gradients[7], needs[3] = grads[0].to(residual_dtype), False
+        gradients[8], needs[3] = grads[0].to(residual_dtype), False
     if any(needs):
         found = _backward(*grads, *norm, eps, activation, mean, mask, residual_dtype, needs)
         for i, gradient in zip(with_grad, found, strict=True):
@@ -119,7 +118,7 @@ _statistics = fused_op(
 def _triton(*norm: Any, activation: str, residual: Tensor | None) -> tuple[Tensor, ...]:
     # Without a residual the mask costs no more to recompute than to keep: backward reads x anyway.
     keep_mask = residual is not None and activation != "none" and torch.is_grad_enabled()
-    return _fused(*norm, activation, residual, keep_mask)[:3]
+    return _fused(*norm, activation, keep_mask, residual)[:3]
 
 
 def _unsupported(x: Tensor, *norm: Any, activation: str, residual: Tensor | None) -> str | None:

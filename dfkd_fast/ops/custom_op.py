@@ -216,7 +216,8 @@ def differentiable(
             results = (output,) if isinstance(output, Tensor) else output
             tensors, ctx.options = save(inputs, results)
             ctx.save_for_backward(*tensors)
-            ctx.mark_non_differentiable(*results[outputs:])
+            if results[outputs:]:
+                ctx.mark_non_differentiable(*results[outputs:])
             if not torch.compiler.is_compiling():  # Dynamo passes zeros for missing gradients in any case
                 ctx.set_materialize_grads(False)
 
@@ -267,7 +268,7 @@ def fused_op(
     declared = arguments.split(", ")
     names = list(inspect.signature(allocate).parameters)
     count = results.count("Tensor")
-    saved = range(outputs, count) if saved is None else saved
+    saved = tuple(range(outputs, count)) if saved is None else saved
     tensors = [i for i, text in enumerate(declared) if text.startswith("Tensor")]
     read = [i for i in tensors if reads is None or names[i] in reads]
     passed = [i for i in range(len(names)) if i in read or i not in tensors]  # to backward
