@@ -35,7 +35,7 @@ from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Case, Make, Work
 from dfkd_fast.benchmarks.ops.compile_kernels import ARCHITECTURES, DTYPES, run_on_meta
 from dfkd_fast.kernels import common
 from dfkd_fast.kernels.config import shared_memory
-from dfkd_fast.ops import library
+from dfkd_fast.ops import custom_op
 
 STREAM = 0x57EA
 
@@ -113,7 +113,7 @@ class Stub:
         torch.cuda.get_device_properties = lambda index=None: SimpleNamespace(
             multi_processor_count=self.attribute(_NUM_SMS)
         )
-        library._recording = True  # operators launch on meta tensors
+        custom_op._recording = True  # operators launch on meta tensors
 
     def attribute(self, which: int) -> int:
         """An attribute of the current device."""

@@ -105,8 +105,6 @@ def test_unknown_names(op, monkeypatch):
         ops.backend("fast")
     with pytest.raises(ValueError, match=f"backend {wanted}"):
         chosen(op, backend="fast")
-    with pytest.raises(ValueError, match=f"name {wanted}"):
-        register("adding", "fast", lambda x: x)
     monkeypatch.setenv(VARIABLE, "fast")
     with pytest.raises(ValueError, match=f"{VARIABLE} {wanted}"):
         chosen(op)
@@ -126,6 +124,22 @@ def test_register_plugs_in(op):
     register("adding", "triton", lambda x: x + 1, refuses_small)
     assert chosen(op, backend="triton") == "reference"  # which is what one added stands for
     assert chosen(op, size=2) == "reference"
+
+
+def test_a_backend_of_another_name_is_used_only_when_named(op, monkeypatch):
+    monkeypatch.setattr(backend, "_names", list(NAMES))
+    register("adding", "mine", lambda x: x + 10, refuses_small)
+    assert ops.backends()["adding"] == ("cuda", "triton", "mine", "reference")
+    x = torch.zeros(4)
+    assert chosen(op) == "cuda"
+    with ops.backend("mine"):
+        assert int(op(x)[0]) == 10
+    monkeypatch.setitem(_registry, "adding", {name: _registry["adding"][name] for name in ("mine", "reference")})
+    assert chosen(op) == "reference"
+    with pytest.raises(RuntimeError, match="'mine', asked for by backend, cannot serve adding: x has 2 elements"):
+        op(x[:2], backend="mine")
+    with pytest.raises(ValueError, match="backend must be 'cuda', 'triton', 'mine' or 'reference', got 'fast'"):
+        ops.backend("fast")
 
 
 class TestEagerSizes:

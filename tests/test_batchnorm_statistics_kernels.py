@@ -244,20 +244,21 @@ def test_operators_are_registered_soundly(kernel_device, layout):
     x, rm, rv, w, b, res = (
         t.detach() for t in inputs_of((2, 9, 3, 2), layout=layout, residual=True, device=kernel_device)(0)
     )
-    _, mean, var, mask = OPS.batchnorm_statistics(x, rm, rv, w, b, 1e-3, "relu", res, True)
+    _, mean, var, mask = OPS.batchnorm_statistics(x, rm, rv, w, b, 1e-3, "relu", True, res)
     both = torch.float32
-    torch.library.opcheck(OPS.batchnorm_statistics.default, (x, rm, rv, w, b, 1e-3, "relu", res, True))
-    torch.library.opcheck(OPS.batchnorm_statistics.default, (x, rm, rv, None, None, 1e-3, "relu6", None, False))
-    given = (res, mean, var, x, rm, rv, w, b, mean)
+    torch.library.opcheck(OPS.batchnorm_statistics.default, (x, rm, rv, w, b, 1e-3, "relu", True, res))
+    torch.library.opcheck(OPS.batchnorm_statistics.default, (x, rm, rv, None, None, 1e-3, "relu6", False, None))
+    given = (x, rm, rv, w, b, 1e-3)
     torch.library.opcheck(
-        OPS.batchnorm_statistics_backward.default, (*given, mask, 1e-3, "relu", both, True, True, True)
+        OPS.batchnorm_statistics_backward.default,
+        (res, mean, var, *given, "relu", mean, mask, both, [True, True, True, True]),
     )
     torch.library.opcheck(
         OPS.batchnorm_statistics_backward.default,
-        (None, mean, None, *given[3:], None, 1e-3, "none", None, True, False, False),
+        (None, mean, None, *given, "none", mean, None, None, [True, False, False, False]),
     )
     torch.library.opcheck(OPS.channel_statistics.default, (x,))
-    torch.library.opcheck(OPS.channel_statistics_backward.default, (mean, var, x, mean))
+    torch.library.opcheck(OPS.channel_statistics_backward.default, (mean, var, x, mean, [True]))
 
 
 @pytest.mark.parametrize(("activation", "residual"), [("relu", True), ("relu6", False), ("none", True)])

@@ -23,7 +23,7 @@ def test_without_a_measurement_nothing_is_chosen() -> None:
     for op, table in _registry.items():
         if "cuda" in table:
             assert table["cuda"].faster is not None, op
-            assert not table["cuda"].unasked(torch.zeros(4, 4), torch.zeros(4, 4))
+            assert not table["cuda"].automatic(torch.zeros(4, 4), torch.zeros(4, 4))
 
 
 @pytest.mark.parametrize("fastest", ["cuda", "triton", None])

@@ -423,7 +423,7 @@ def test_opcheck(kernel_device, reduction, layout):
     out, saved = library.distillation_kl(a, b, 2.0, True, reduction)
     upstream = random(*out.shape, layout=layout if out.ndim else "contiguous", device=kernel_device)
     for want_a, want_b in ((True, True), (True, False), (False, True)):
-        arguments = (upstream, a, b, saved, 2.0, True, reduction, want_a, want_b)
+        arguments = (upstream, a, b, 2.0, True, reduction, saved, [want_a, want_b])
         torch.library.opcheck(library.distillation_kl_backward.default, arguments)
 
 

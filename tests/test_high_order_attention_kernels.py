@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dfkd_fast import ops
-from dfkd_fast.ops.library import recorded
+from dfkd_fast.ops.custom_op import recorded
 from dfkd_fast.testing import (
     LAYOUTS,
     MAP_SHAPES,
@@ -221,7 +221,7 @@ def test_operators_pass_opcheck(kernel_device, layout):
     upstream = random(2, 5, 2, 3, layout=layout, device=kernel_device, seed=5)
     for result, mode in (("features", "joint"), ("map", "per_order")):
         torch.library.opcheck(library.high_order_attention.default, (x, proj, out, mode, result))
-        arguments = (upstream, x, proj, out, mode, result, True, result == "map", True)
+        arguments = (upstream, x, proj, out, mode, result, [True, result == "map", True])
         torch.library.opcheck(library.high_order_attention_backward.default, arguments)
 
 

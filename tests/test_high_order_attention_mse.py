@@ -215,7 +215,7 @@ def test_operators_pass_opcheck(kernel_device, layout):
     library = torch.ops.dfkd_fast
     torch.library.opcheck(library.high_order_attention_mse.default, (*inputs, "joint"))
     torch.library.opcheck(
-        library.high_order_attention_mse_backward.default, (upstream, *inputs, "per_order", True, False, True)
+        library.high_order_attention_mse_backward.default, (upstream, *inputs, "per_order", [True, False, True])
     )
 
 

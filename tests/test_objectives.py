@@ -269,7 +269,8 @@ def test_wrong_objectives_are_named(config: ObjectiveConfig, message: str) -> No
 
 
 def test_every_term_has_a_name_and_says_what_it_needs() -> None:
-    for build in TERMS.values():
-        term = build(SHAPES, ObjectiveConfig())
+    for registered in TERMS.values():
+        term = registered.build(SHAPES, ObjectiveConfig())
+        assert set(term.sides) <= {"generator", "student"}
         assert isinstance(term, Term)
         assert term.needs <= {"statistics", "student"}

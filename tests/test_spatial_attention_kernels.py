@@ -231,8 +231,8 @@ def test_opcheck(kernel_device, layout, form):
     f, h, w, b = maker((2, 5, 3, 4), dtype=torch.bfloat16, layout=layout, device=kernel_device)(0)
     torch.library.opcheck(library.spatial_attention.default, (f, h, w, b, 0.5, form))
     saved = library.spatial_attention.default(f, h, w, b, 0.5, form)[1]
-    for wanted in ((True, True, True, True), (False, True, False, True)):
-        arguments = (with_layout(f, "channels_last"), f, h, w, b, saved, 0.5, form, *wanted)
+    for needs_grad in ([True, True, True, True], [False, True, False, True]):
+        arguments = (with_layout(f, "channels_last"), f, h, w, b, 0.5, form, saved, needs_grad)
         torch.library.opcheck(library.spatial_attention_backward.default, arguments)
 
 

@@ -182,10 +182,10 @@ def _rows(subject: Subject, device: torch.device, rates: Ceilings, trial: Callab
 
 
 def _status(error: Exception) -> str:
-    from dfkd_fast.ops.backend import Unserved
+    from dfkd_fast.ops.backend import UnsupportedError
 
-    if isinstance(error, torch.OutOfMemoryError | Unserved):
-        return "not supported" if isinstance(error, Unserved) else "out of memory"
+    if isinstance(error, torch.OutOfMemoryError | UnsupportedError):
+        return "not supported" if isinstance(error, UnsupportedError) else "out of memory"
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
 
 

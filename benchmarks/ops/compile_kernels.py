@@ -78,7 +78,7 @@ def compilations(benchmark: Benchmark, arch: int, dtypes: Sequence[torch.dtype] 
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from dfkd_fast.ops.library import recorded
+    from dfkd_fast.ops.custom_op import recorded
 
     backend, seen = make_backend(GPUTarget("cuda", arch, 32)), set()
     for dtype in dtypes:

@@ -19,7 +19,7 @@ from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Work
 from dfkd_fast.benchmarks.results import Results
 from dfkd_fast.cli import main as cli
 from dfkd_fast.kernels import config
-from dfkd_fast.ops.backend import Unserved
+from dfkd_fast.ops.backend import UnsupportedError
 from dfkd_fast.ops.choices import read_choices
 from dfkd_fast.report import read_results
 
@@ -274,7 +274,7 @@ class TestBench:
         ("error", "status", "backends", "sound"),
         [
             (torch.OutOfMemoryError("too much"), "out of memory", None, True),
-            (Unserved("odd"), "not supported", ["triton"], True),
+            (UnsupportedError("odd"), "not supported", ["triton"], True),
             (RuntimeError("broken\nmore"), "RuntimeError: broken", ["compile"], True),
             (RuntimeError("broken\nmore"), "RuntimeError: broken", ["triton"], False),
         ],
@@ -341,7 +341,7 @@ class TestBench:
             ([], "bench needs a CUDA device and finds none"),
             (["--device", "cpu", "--tune"], "--tune searches launch configurations of a GPU"),
             (["--device", "cpu", "--shapes", "none.yaml"], "there is no file none.yaml"),
-            (["--device", "cpu", "--ops", "nonsense,other"], "no benchmark of nonsense, other"),
+            (["nonsense", "other", "--device", "cpu"], "no benchmark of nonsense, other"),
             (["distillation_kl", "--device", "cpu", "--backends", "triton"], "nothing to measure"),
         ],
     )
