@@ -1,4 +1,4 @@
-// Kernels that show the execution shim to be as strict as it says; see tests/test_host_shim.py.
+// Kernels that show the execution shim to be as strict as it says; see tests/cuda/test_host_shim.py.
 #include "../sm90.h"
 
 namespace {

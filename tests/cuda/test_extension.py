@@ -18,7 +18,7 @@ import torch
 from dfkd_fast.ops import choices, extension
 from dfkd_fast.ops.backend import UnsupportedError, _registry, dispatch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = {"_operators.so", "libdfkd_kernels.so"}
 built = pytest.mark.skipif(extension.UNAVAILABLE is not None, reason=str(extension.UNAVAILABLE))
 

@@ -2,7 +2,7 @@
 
 As a program it runs those of one op, forward and backward, for a tool that watches:
 
-    python tests/kernel_cases.py OP
+    python tests/cuda/kernel_cases.py OP
 """
 
 from __future__ import annotations

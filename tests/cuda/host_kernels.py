@@ -23,7 +23,7 @@ import numpy as np
 
 __all__ = ["HostError", "HostKernels", "build", "compiler"]
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 
 _FLAGS = (
