@@ -102,7 +102,7 @@ def site(repository, tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     offline = ["--no-deps", "--no-index", "--quiet"]
     built = ["wheel", "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source")]
-    # Without the CUDA extension, which takes minutes; tests/test_extension.py builds it into a wheel.
+    # Without the CUDA extension, which takes minutes; tests/cuda/test_extension.py builds it into a wheel.
     pure = {**os.environ, "DFKD_FAST_CUDA": "0"}
     subprocess.run([*pip, *built, *offline], check=True, capture_output=True, env=pure)
     (wheel,) = folder.glob("*.whl")

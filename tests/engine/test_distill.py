@@ -26,7 +26,7 @@ from dfkd_fast.engine.checkpoint import fingerprint
 from dfkd_fast.engine.progress import ProgressLine
 from dfkd_fast.models import create_model, extract, load_weights, read_metadata
 
-from . import tiny
+from .. import tiny
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from dfkd_fast import cli, ops
 from dfkd_fast.benchmarks.report import coverage_tables
 from dfkd_fast.engine import engines
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _FENCE = re.compile(r"(?m)^(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<code>(?s:.*?))^(?P=ticks)[ \t]*$")

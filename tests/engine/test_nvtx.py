@@ -12,7 +12,7 @@ from dfkd_fast import nvtx, ops
 from dfkd_fast.engine import EagerEngine
 from dfkd_fast.nvtx import nvtx_range
 
-from . import tiny
+from .. import tiny
 
 
 def recorded(work: Any) -> list[str]:

@@ -16,7 +16,7 @@ from dfkd_fast.config import DataConfig, ModelConfig, TeachConfig
 from dfkd_fast.data import load
 from dfkd_fast.models import create_model, load_weights, read_metadata
 
-from . import tiny
+from .. import tiny
 
 
 def config(out: Path, epochs: int = 3) -> TeachConfig:

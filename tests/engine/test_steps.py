@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dfkd_fast.config import GeneratorConfig, ObjectiveConfig
 from dfkd_fast.engine import DistillState, EagerEngine, generator_step, student_step, synthesize
 
-from . import tiny
+from .. import tiny
 
 
 def tensors(*modules: nn.Module) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ from dfkd_fast.engine.rounds import Round, Rounds
 from dfkd_fast.graph import extract
 from dfkd_fast.objectives.presets import GENERATOR_TERMS, STUDENT_TERMS
 
-from . import tiny
+from .. import tiny
 from .replay import READS_BACK, ReplayRecorder
 
 # Folding a BatchNorm, and another order of summation, are all that compiled and captured steps differ by in float32.

@@ -12,7 +12,7 @@ import pytest
 
 from dfkd_fast import data, objectives
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DIFFS = re.findall(r"(?ms)^```diff\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
 dispatch: Any = importlib.import_module("dfkd_fast.ops.backend")  # the package has a class of this name
 

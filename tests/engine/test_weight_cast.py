@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dfkd_fast.engine.weight_cast import cast_together, weight_cast
 from dfkd_fast.models import Outputs
 
-from . import tiny
+from .. import tiny
 
 
 @pytest.mark.parametrize("which", ["student", "generator"])

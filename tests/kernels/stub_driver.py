@@ -4,7 +4,7 @@ Nothing needs a GPU and nothing is computed: tensors have real shapes and stride
 Of each launch, the values that reach ``cuLaunchKernelEx`` are compared with what Python asked for. As a program, in a
 process of its own, since it decides how Triton and torch see the machine; prints JSON:
 
-    TRITON_INTERPRET=0 python tests/stub_driver.py FOLDER [--arch 90 ...] [--dtype bfloat16 ...] [--compile]
+    TRITON_INTERPRET=0 python tests/kernels/stub_driver.py FOLDER [--arch 90 ...] [--dtype bfloat16 ...] [--compile]
 """
 
 from __future__ import annotations

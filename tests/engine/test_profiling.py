@@ -21,7 +21,7 @@ from dfkd_fast.models import extract
 from dfkd_fast.nvtx import nvtx_range
 from dfkd_fast.profiling import OUTSIDE, REPLAYED, time_by_range
 
-from . import tiny
+from .. import tiny
 
 
 class Events(list[Any]):
