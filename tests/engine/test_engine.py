@@ -41,7 +41,7 @@ from dfkd_fast.engine.capture import CudaRecorder
 from dfkd_fast.engine.networks import Networks, StepNetworks, eager_networks, optimized_networks
 from dfkd_fast.engine.rounds import Round, Rounds
 from dfkd_fast.graph import extract
-from dfkd_fast.objectives.presets import GENERATOR_TERMS, STUDENT_TERMS
+from dfkd_fast.objectives import TERMS
 
 from .. import tiny
 from .replay import READS_BACK, ReplayRecorder
@@ -151,7 +151,8 @@ def test_generated_code_is_the_same_algorithm(precision: Any) -> None:
 
 
 def test_every_term_can_be_recorded() -> None:
-    weights = {"generator": dict.fromkeys(GENERATOR_TERMS, 0.1), "student": dict.fromkeys(STUDENT_TERMS, 0.1)}
+    sides = ("generator", "student")
+    weights = {side: {name: 0.1 for name, term in TERMS.items() if side in term.sides} for side in sides}
     eager, other = (tiny.state(tiny.config(objective=ObjectiveConfig(**weights))) for _ in range(2))
     assert [len(side.objective.names) for side in other.sides.values()] == [6, 5]
     engine = graph(other, as_it_is=True)
