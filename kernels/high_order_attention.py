@@ -71,8 +71,9 @@ def _split(arch: int, dtype: torch.dtype, hidden: int, order: int, gates: int, r
         return _launch(32, 32, 16, hidden)
     if gates > 1:
         return _launch(64, 32, 32, hidden)
-    # Compiled for sm_100, 64 x 64 spills.
-    return _launch(64, 128, 32, hidden, 8) if 100 <= arch < 120 else _launch(64, 64, 32, hidden, stages=3)
+    if 100 <= arch < 120:
+        return _launch(64, 128, 32, hidden, 8)  # 64 x 64 spills there
+    return _launch(64, 64, 32, hidden, stages=3 if arch == 90 else 2)
 
 
 @config.heuristic("high_order_attention", **_LIMITS)
@@ -103,12 +104,16 @@ def _config_weights(
 ) -> Launch:
     """The gradients of the weights: BLOCK_C channels by BLOCK_K hidden units, BLOCK_M positions per step.
 
-    Larger steps spill on sm_100.
+    Larger steps spill on sm_100, a third stage does on sm_80.
     """
     if dtype == torch.float32:
         return _launch(32, max(16, min(32, channels)), 32, hidden)
     block = max(16, min(64, channels))
-    return _launch(32, block, 32, hidden) if ragged or 100 <= arch < 120 else _launch(64, block, 64, hidden, stages=3)
+    return (
+        _launch(32, block, 32, hidden)
+        if ragged or 100 <= arch < 120
+        else _launch(64, block, 64, hidden, stages=3 if arch == 90 else 2)
+    )
 
 
 @triton.jit
