@@ -189,11 +189,11 @@ def differentiable(
     *,
     outputs: int = 1,
 ) -> Callable[..., Any]:
-    """Give a function of tensors and options a gradient, also under torch.func's transforms and torch.compile.
+    """Give an operator a gradient, also under torch.func's transforms and torch.compile.
 
     Args:
         name: of the public op, for the error of a second derivative.
-        forward: returns a tensor or a tuple of them.
+        forward: an operator that returns a tensor or a tuple of them.
         save: takes the tuple of arguments and that of results; returns tensors and options for ``backward``.
         backward: takes whether each argument needs a gradient, those tensors, those options and the gradient of each
             differentiable result, None if it is zero; returns those of the first arguments.
@@ -228,6 +228,11 @@ def differentiable(
             found = no_second_derivative(name, found, *grads, *saved)
             return (*found, *[None] * (len(needs) - len(found)))
 
+    # Without gradients Dynamo calls forward itself, with a context in front unless the number of parameters is that of the
+    # arguments. An operator has no public signature.
+    names = [argument.name for argument in forward._schema.arguments]  # type: ignore[attr-defined]
+    parameters = [inspect.Parameter(each, inspect.Parameter.POSITIONAL_ONLY) for each in names]
+    vars(Fused)["forward"].__func__.__signature__ = inspect.Signature(parameters)
     Fused.__name__ = Fused.__qualname__ = "".join(word.capitalize() for word in name.split("_"))
     return Fused.apply
 
