@@ -1,15 +1,14 @@
-"""What the method's parts and open choices are worth: the cells of docs/ablation.md, one table.
+"""The effect of the method's parts and of its open choices: the table of docs/ablation.md.
 
-Each cell is the method with one choice changed. It is distilled from the same teacher, which never saw the held-out
-images, with every seed; seeds go round the cells, so that a table with fewer seeds is there early. On a GPU several
-cells run at a time, each in a process of its own: one alone leaves most of the device idle at this image size.
+Each cell is the method with one choice changed, distilled with every seed from the same teacher, which never saw the
+held-out images. Seeds go round the cells, so that a table with fewer seeds is complete early. Several cells run at a
+time, each in its own process: one leaves most of a GPU idle at this image size.
 
-``python -m dfkd_fast.benchmarks.ablation --out FILE --device cpu --size small`` makes a smaller table without a GPU.
+    python -m dfkd_fast.benchmarks.ablation --out FILE --device cpu --size small
 """
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures as futures
 import ctypes
 import hashlib
@@ -24,12 +23,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from dfkd_fast.benchmarks.results import Results
+from dfkd_fast.benchmarks.results import Results, parser
 from dfkd_fast.config import (
     DataConfig,
     DistillConfig,
@@ -47,49 +45,39 @@ SEEDS = (0, 1, 2)
 
 Overrides = Mapping[str, Any]
 
-CELLS: Mapping[str, Overrides] = MappingProxyType(
-    {
-        # the paper's table 3
-        "baseline": {"objective.preset": "baseline"},
-        "+ SFCL": {"objective.student.mhad": 0.0},
-        "+ MHAD": {"objective.student.sfcl": 0.0},
-        "both": {},
-        # order R of the attention (3 is "both")
-        "R = 1": {"objective.mhad.order": 1},
-        "R = 2": {"objective.mhad.order": 2},
-        # the gate ("spatial" is "both"), and none at all
-        "gate spatial_mean1": {"generator.attention": "spatial_mean1"},
-        "gate channel": {"generator.attention": "channel"},
-        "lambda = 0": {"generator.attention": "none"},
-        # what MHAD compares ("features" is "both")
-        "MHAD on attention maps": {"objective.mhad.target": "attention"},
-        # temperature of SFCL (0.1 is "both")
-        "tau = 0.05": {"objective.sfcl.temperature": 0.05},
-        "tau = 0.5": {"objective.sfcl.temperature": 0.5},
-        # weight of SFCL (8 is "both", 0 is "+ MHAD")
-        "gamma = 0.3": {"objective.student.sfcl": 0.3},
-        "gamma = 1": {"objective.student.sfcl": 1.0},
-        "gamma = 3": {"objective.student.sfcl": 3.0},
-        # weight of MHAD (10 is "both"), alone and with a weaker SFCL
-        "beta = 40": {"objective.student.mhad": 40.0},
-        "beta = 40, gamma = 0.1": {"objective.student.mhad": 40.0, "objective.student.sfcl": 0.1},
-        # the generator's blocks
-        "no BatchNorm in blocks": {"generator.batch_norm": False},
-    }
-)
+CELLS: Mapping[str, Overrides] = {
+    # the paper's table 3
+    "baseline": {"objective.preset": "baseline"},
+    "+ SFCL": {"objective.student.mhad": 0.0},
+    "+ MHAD": {"objective.student.sfcl": 0.0},
+    "both": {},
+    # order R of the attention (3 is "both")
+    "R = 1": {"objective.mhad.order": 1},
+    "R = 2": {"objective.mhad.order": 2},
+    # the gate ("spatial" is "both"), or none
+    "gate spatial_mean1": {"generator.attention": "spatial_mean1"},
+    "gate channel": {"generator.attention": "channel"},
+    "lambda = 0": {"generator.attention": "none"},
+    # what MHAD compares ("features" is "both")
+    "MHAD on attention maps": {"objective.mhad.target": "attention"},
+    # temperature of SFCL (0.1 is "both")
+    "tau = 0.05": {"objective.sfcl.temperature": 0.05},
+    "tau = 0.5": {"objective.sfcl.temperature": 0.5},
+    # weight of SFCL (8 is "both", 0 is "+ MHAD")
+    "gamma = 0.3": {"objective.student.sfcl": 0.3},
+    "gamma = 1": {"objective.student.sfcl": 1.0},
+    "gamma = 3": {"objective.student.sfcl": 3.0},
+    # weight of MHAD (10 is "both"), also with a weaker SFCL
+    "beta = 40": {"objective.student.mhad": 40.0},
+    "beta = 40, gamma = 0.1": {"objective.student.mhad": 40.0, "objective.student.sfcl": 0.1},
+    # the generator's blocks
+    "no BatchNorm in blocks": {"generator.batch_norm": False},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """The experiment that the cells vary.
-
-    Attributes:
-        data: images for the teacher and for evaluation.
-        teacher: network that learns from images.
-        student: network that learns from the teacher.
-        teach: how the teacher is trained.
-        distill: the run of the cell "both".
-    """
+    """The experiment that the cells vary; ``distill`` is the run of the cell "both"."""
 
     data: DataConfig
     teacher: ModelConfig
@@ -98,41 +86,33 @@ class Profile:
     distill: DistillConfig = field(default_factory=DistillConfig)
 
 
-PROFILES: Mapping[str, Profile] = MappingProxyType(
-    {
-        "full": Profile(
-            data=DataConfig(name="rendered", image_size=64, classes=20, train_per_class=200, test_per_class=50),
-            teacher=ModelConfig(name="resnet32x4"),
-            student=ModelConfig(name="resnet8x4"),
-            teach=TeachConfig(epochs=40, lr=0.05),
-            distill=DistillConfig(
-                loop=LoopConfig(epochs=4, rounds_per_epoch=40, evaluate_every=0, checkpoint_every=1000),
-                optimizer=OptimizerConfig(student_lr=0.05),
-            ),
+_LOOP = LoopConfig(evaluate_every=0, checkpoint_every=1000)
+
+PROFILES = {
+    "full": Profile(
+        data=DataConfig(name="rendered", image_size=64, classes=20, train_per_class=200, test_per_class=50),
+        teacher=ModelConfig(name="resnet32x4"),
+        student=ModelConfig(name="resnet8x4"),
+        teach=TeachConfig(epochs=40, lr=0.05),
+        distill=DistillConfig(
+            loop=replace(_LOOP, epochs=4, rounds_per_epoch=40),
+            optimizer=OptimizerConfig(student_lr=0.05),
         ),
-        # the demo's experiment (configs/demo_rendered.yaml) with the paper's weights
-        "small": Profile(
-            data=DataConfig(name="rendered", image_size=32, classes=10, train_per_class=400, test_per_class=50),
-            teacher=ModelConfig(name="resnet8", options={"stem_stride": 2, "widths": [24, 24, 48, 96]}),
-            student=ModelConfig(name="resnet8", options={"stem_stride": 2}),
-            teach=TeachConfig(epochs=15, lr=0.1, channels_last=False),
-            distill=DistillConfig(
-                channels_last=False,
-                generator=GeneratorConfig(latent_dim=128, channels=(64, 64, 64, 32, 16), attention_reduction=16),
-                optimizer=OptimizerConfig(student_lr=0.05),
-                loop=LoopConfig(
-                    epochs=4,
-                    rounds_per_epoch=20,
-                    generator_steps=5,
-                    student_steps=10,
-                    batch_size=32,
-                    evaluate_every=0,
-                    checkpoint_every=1000,
-                ),
-            ),
+    ),
+    # the demo's experiment (configs/demo_rendered.yaml) with the paper's weights
+    "small": Profile(
+        data=DataConfig(name="rendered", image_size=32, classes=10, train_per_class=400, test_per_class=50),
+        teacher=ModelConfig(name="resnet8", options={"stem_stride": 2, "widths": [24, 24, 48, 96]}),
+        student=ModelConfig(name="resnet8", options={"stem_stride": 2}),
+        teach=TeachConfig(epochs=15, lr=0.1, channels_last=False),
+        distill=DistillConfig(
+            channels_last=False,
+            generator=GeneratorConfig(latent_dim=128, channels=(64, 64, 64, 32, 16), attention_reduction=16),
+            optimizer=OptimizerConfig(student_lr=0.05),
+            loop=replace(_LOOP, epochs=4, rounds_per_epoch=20, generator_steps=5, student_steps=10, batch_size=32),
         ),
-    }
-)
+    ),
+}
 
 
 def override(config: Any, changes: Overrides) -> Any:
@@ -162,12 +142,9 @@ def _digest(profile: Profile) -> str:
 
 
 def trained_teacher(profile: Profile, device: str, folder: Path | None = None) -> tuple[Path, float]:
-    """Weights of the profile's teacher and its accuracy: trained on the first call on a machine, then kept.
+    """Weights of the profile's teacher and its accuracy; trained on the first call and kept in ``folder``.
 
-    Args:
-        profile: the experiment.
-        device: to train on.
-        folder: where it is kept; None is one in the machine's folder for temporary files.
+    Without a folder they are kept in the machine's folder for temporary files.
     """
     from dfkd_fast import data
     from dfkd_fast.engine import teach
@@ -189,11 +166,7 @@ def trained_teacher(profile: Profile, device: str, folder: Path | None = None) -
 def run_cell(
     profile: Profile, cell: str, seed: int, device: str, teacher: Path, teacher_accuracy: float
 ) -> dict[str, Any]:
-    """Distil one cell with one seed.
-
-    Returns:
-        The row of the table. A run whose losses did not stay finite has accuracy None and says so under ``error``.
-    """
+    """Distil one cell with one seed; its row. After a non-finite loss, accuracy is None and ``error`` says why."""
     from dfkd_fast import data
     from dfkd_fast.engine import NonFiniteError, distill
     from dfkd_fast.models import create_model
@@ -232,7 +205,7 @@ def run_cell(
 
 
 def _start_worker() -> None:
-    """One thread, and death with the process that started it: a stage that is killed leaves nothing on the device."""
+    """Use one thread, and end with the parent process: a job that is killed leaves nothing on the device."""
     torch.set_num_threads(1)
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of Linux's prctl
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -268,15 +241,12 @@ def run_cells(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cells that have no row yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="result file; its rows are not run again")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no cell after this")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=list(PROFILES), default="full")
-    parser.add_argument("--jobs", type=int, default=None, help="processes (default: the cores, on a GPU at most 6)")
-    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS), metavar="CELL")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    options = parser.parse_args(arguments)
+    command = parser(__doc__, small="smaller networks and images", sizes=tuple(PROFILES))
+    command.add_argument("--seconds", type=float, default=math.inf, help="start no cell after this")
+    command.add_argument("--jobs", type=int, default=None, help="processes (default: the cores, on a GPU at most 6)")
+    command.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS), metavar="CELL")
+    command.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    options = command.parse_args(arguments)
 
     results = Results(options.out, key=("cell", "seed"))
     known = {results.key_of(row) for row in results.rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import statistics
 import sys
@@ -12,12 +13,13 @@ from typing import Any
 from dfkd_fast.benchmarks.ablation import CELLS
 from dfkd_fast.benchmarks.ops.drop_ins import drop_ins_section
 from dfkd_fast.benchmarks.ops.tables import ops_section, write_choices
+from dfkd_fast.benchmarks.results import measured_on
 from dfkd_fast.benchmarks.step.accuracy import accuracy_section
 from dfkd_fast.benchmarks.step.breakdown import breakdown_section
 from dfkd_fast.benchmarks.step.variants import VARIANTS
 from dfkd_fast.report import markdown_table, read_results
 
-__all__ = ["ablation_table", "between_markers", "demo_table", "main"]
+__all__ = ["ablation_table", "between_markers", "coverage_tables", "demo_table", "main"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,6 +34,9 @@ def between_markers(page: str, name: str, text: str) -> str:
     if len(pattern.findall(page)) != 1:
         raise ValueError(f"the page must have one pair of markers '<!-- begin: {name} -->', '<!-- end: {name} -->'")
     return pattern.sub(lambda match: f"{match[1]}{text.strip()}\n{match[2]}", page)
+
+
+_VARIANTS = ("roofline", *VARIANTS)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -71,7 +76,7 @@ def ablation_table(content: dict[str, Any]) -> str:
 
 
 def demo_table(contents: Sequence[dict[str, Any]]) -> str:
-    """What `make demo` measured: one row a network, and the machine, from its ``results.json`` files."""
+    """Results of `make demo`, one row per network, and the machine, from its ``results.json`` files."""
     lines = ["| set | network | learned from | top-1 | of the teacher's |", "|---|---|---|---:|---:|"]
     notes = []
     for content in contents:
@@ -91,13 +96,39 @@ def demo_table(contents: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", "One seed. " + " ".join(notes)])
 
 
+def coverage_tables(compat: Path) -> str:
+    """One table per module of dfkd_fast.compat: which op computes each drop-in.
+
+    Modules are parsed, not imported, because some need the project that they replace.
+
+    Args:
+        compat: folder of the package.
+    """
+
+    def assigned(module: str, name: str) -> Any:
+        body = ast.parse((compat / f"{module}.py").read_text(encoding="utf-8")).body
+        return next(
+            node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
+        )
+
+    parts = []
+    for module in ast.literal_eval(assigned("__init__", "MODULES")):
+        rows, before = [], ""
+        for case in assigned(module, "COVERAGE").elts:
+            name, called_with, op = (ast.literal_eval(argument) for argument in case.args)
+            page = "batchnorm_statistics" if op == "channel_statistics" else op
+            by = f"[`{op}`](ops/{page}.md)" if op else "plain PyTorch"
+            rows.append({"drop-in": f"`{name}`" * (name != before), "called with": called_with, "computed by": by})
+            before = name
+        parts.append("\n".join([f"### dfkd_fast.compat.{module}", "", *markdown_table(rows)]))
+    return "\n\n".join(parts)
+
+
 def step_section(content: dict[str, Any], folder: str) -> str:
     """One device's tables for docs/performance.md, one per batch size, from its ``step.json``: medians over runs."""
     rows, parts = content["rows"], [f"### {folder}"]
     for batch in sorted({row["batch"] for row in rows}):
-        of = {
-            name: [r for r in rows if (r["variant"], r["batch"]) == (name, batch)] for name in ("roofline", *VARIANTS)
-        }
+        of = {name: [r for r in rows if (r["variant"], r["batch"]) == (name, batch)] for name in _VARIANTS}
         least = of["roofline"][0] if of["roofline"] else None
         table = []
         if least:
@@ -132,18 +163,13 @@ def step_section(content: dict[str, Any], folder: str) -> str:
                     "hours for 350,000 steps": f"{median('hours_per_350k_steps'):.1f}",
                 }
             )
-        columns = list(dict.fromkeys(name for line in table for name in line))
+        columns = dict.fromkeys(name for line in sorted(table, key=len, reverse=True) for name in line)
         parts += ["", f"Batch {batch}:", "", *markdown_table([{n: line.get(n, "") for n in columns} for line in table])]
-        others = [
-            f"{speed['dfkd_fast'] / v:.2f} x `{n}`"
-            for n, v in speed.items()
-            if n != "dfkd_fast" and "dfkd_fast" in speed
-        ]
+        ours = speed.pop("dfkd_fast", 0.0)
+        others = [f"{ours / value:.2f} x `{name}`" for name, value in speed.items() if ours]
         if others:
             parts += ["", f"Images per second of `dfkd_fast`: {', '.join(others)}."]
-    block = content["environments"][-1]
-    where = f"{block['device']['name']}, torch {block['torch']}, commit {(block['commit'] or block['source'])[:12]}"
-    return "\n".join([*parts, "", f"Measured on {where}."])
+    return "\n".join([*parts, "", f"Measured on {measured_on(content)}."])
 
 
 SECTIONS: dict[str, dict[str, Callable[[dict[str, Any], str], str]]] = {
@@ -173,13 +199,11 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
             text = between_markers(text, kind, "\n\n".join(parts) or "Nothing has been measured yet.")
         page.write_text(text, encoding="utf-8")
         print(page)
-    found = [read_results(path) for path in sorted(results.glob("*/demo_*.json"))]
-    contents = [content for content in found if content is not None]
+    contents = [content for path in sorted(results.glob("*/demo_*.json")) if (content := read_results(path))]
     page = root / "README.md"
     if contents and page.exists():
-        page.write_text(
-            between_markers(page.read_text(encoding="utf-8"), "demo", demo_table(contents)), encoding="utf-8"
-        )
+        text = between_markers(page.read_text(encoding="utf-8"), "demo", demo_table(contents))
+        page.write_text(text, encoding="utf-8")
         print(page)
     if (root / "kernels").is_dir():
         write_choices(results, root / "kernels" / "choices.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import functools
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from dfkd_fast.report import environment, read_results, timestamp, write_results
 
-__all__ = ["Key", "Results", "rounded"]
+__all__ = ["Key", "Results", "dtype_name", "measured_on", "parser", "rounded"]
 
 Key = tuple[Any, ...]
 
@@ -26,18 +27,34 @@ def rounded(value: Any, digits: int = 5) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
+def dtype_name(dtype: Any) -> str:
+    """``bfloat16`` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def parser(
+    description: str | None, *, small: str, sizes: Sequence[str] = ("full", "small"), out: bool = True
+) -> argparse.ArgumentParser:
+    """The command line of a measurement. ``small`` explains its small size, ``out`` is whether it needs a file."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--out", type=Path, required=out, help="result file")
+    found.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    found.add_argument("--size", choices=sizes, default="full", help=f"small: {small}")
+    return found
+
+
+def measured_on(content: dict[str, Any]) -> str:
+    """Device, PyTorch version and commit of the newest environment of a result file, for the caption of a table."""
+    block = content["environments"][-1]
+    return f"{block['device']['name']}, torch {block['torch']}, commit {(block['commit'] or block['source'])[:12]}"
+
+
 class Results:
     """Rows of one result file, written to disk one by one. Several processes may write to the same file.
 
     A file holds ``environments`` (machine, versions, commit), ``rows`` and further facts. A row has the fields of its
     key, the measurements, ``date`` and ``environment``, an index into ``environments``. A new row replaces the one with
-    the same key.
-
-    Args:
-        path: the file. Existing rows are kept.
-        key: names of the fields that identify a row.
-        facts: added to the file's top level and to the environment of this process's rows, for example measured
-            ceilings.
+    the same key. ``facts``, for example measured peak rates, are added to the file and to this process's environment.
     """
 
     def __init__(self, path: Path, *, key: Sequence[str], facts: dict[str, Any] | None = None) -> None:

@@ -54,10 +54,10 @@ class DataConfig:
             download, or ``folder``, any ImageFolder tree.
         root: folder that holds the published tree (``rendered``: its cache; None is the user's cache folder).
         image_size: height and width in pixels.
-        classes: number of subcategories (``rendered`` alone).
-        train_per_class: training images a subcategory (``rendered`` alone).
-        test_per_class: held-out images a subcategory (``rendered`` alone).
-        seed: seed of the drawing (``rendered`` alone) and of the split (``digits``).
+        classes: number of subcategories (only ``rendered``).
+        train_per_class: training images a subcategory (only ``rendered``).
+        test_per_class: held-out images a subcategory (only ``rendered``).
+        seed: seed of the drawing (only ``rendered``) and of the split (``digits``).
         augment: random transforms on training images.
         workers: loader processes.
     """
@@ -237,7 +237,7 @@ class LoopConfig:
         batch_size: synthetic images a step.
         student_in_generator_step: BatchNorms of the student in the generator step: ``batch`` statistics without
             touching its buffers, batch statistics with ``update`` of them, or ``eval`` (the stored ones).
-        evaluate_every: epochs between two evaluations on held-out images, where some are given; 0 is at the end alone.
+        evaluate_every: epochs between two evaluations on held-out images, if there are any; 0 is only at the end.
         checkpoint_every: rounds between two checkpoints.
         keep_checkpoints: how many are kept; two at least, so that a torn one leaves another.
         select: the student to return: the ``last``; the best by its ``agreement`` with the teacher on synthetic images,
@@ -351,32 +351,35 @@ class TeachConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """One file an experiment: the same one serves ``teach``, ``distill`` and ``evaluate``.
+    """One experiment, which the commands ``teach``, ``distill``, ``evaluate`` and ``profile`` share.
 
     Args:
-        data: labelled images for teacher training and evaluation.
-        teacher: the network that knows.
-        student: the network that learns.
-        teach: how a network is trained on the data.
-        distill: how the student is trained without them.
+        data: labelled images for supervised training and evaluation.
+        teacher: the trained network.
+        student: the network to train.
+        teach: supervised training on the data.
+        distill: training of the student without the data.
     """
 
-    data: DataConfig
-    teacher: ModelConfig
-    student: ModelConfig
+    data: DataConfig | None = None
+    teacher: ModelConfig | None = None
+    student: ModelConfig | None = None
     teach: TeachConfig = field(default_factory=TeachConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(ExperimentConfig):
-    """An experiment of the demo.
+    """An experiment of the demo, with all three inputs.
 
     Args:
-        presets: objectives to distil with, the first of which must reach ``least``.
-        least: the share of the teacher's top-1 under which the demo fails.
+        presets: objectives to distil with; the student of the first must reach ``least``.
+        least: the share of the teacher's top-1 below which the demo fails.
     """
 
+    data: DataConfig = field()
+    teacher: ModelConfig = field()
+    student: ModelConfig = field()
     presets: list[Preset]
     least: float
 

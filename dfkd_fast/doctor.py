@@ -21,9 +21,9 @@ from rich.text import Text
 
 from dfkd_fast import ops
 from dfkd_fast.ops import extension
-from dfkd_fast.report import read_compiled, result_table
+from dfkd_fast.report import result_table
 
-__all__ = ["Item", "doctor", "find_nvcc", "kernels", "launches", "report"]
+__all__ = ["Item", "doctor", "find_nvcc", "launches", "report"]
 
 
 class Item(NamedTuple):
@@ -63,35 +63,6 @@ def doctor() -> int:
         table.add_row(mark, Text(name, style="bold"), Text(detail, overflow="fold"))
     Console().print(table)
     return 0
-
-
-def kernels() -> int:
-    """Print ``kernels/compiled.json``: for each kernel and architecture the largest value of each column.
-
-    Registers are per thread, shared memory per block; matrix instructions are wgmma on sm_90, mma or tcgen05 elsewhere,
-    counted in the kernel's code. The file has no launch that spills or exceeds an architecture's shared memory.
-
-    Returns:
-        0.
-    """
-    content = read_compiled()
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in content["rows"]:
-        name = f"{row['op']} {row['kernel'].strip('_').removesuffix('_kernel')}"
-        spilled = row["stack"] + row["local"]
-        groups.setdefault((name, row["arch"]), []).append({**row, "shared": row["shared"] / 1024, "spilled": spilled})
-    columns = {"registers": "registers", "shared": "shared KB", "wgmma": "wgmma", "mma": "mma", "spilled": "spilled B"}
-    table = [
-        {"kernel": name, "for": f"sm_{arch}", "launches": len(rows)}
-        | {title: round(max(row[column] for row in rows), 1) for column, title in columns.items()}
-        for (name, arch), rows in sorted(groups.items())
-    ]
-    installed, notes = _version("triton"), []
-    if not groups:
-        notes.append("no kernel was compiled yet: python -m dfkd_fast.benchmarks.compile_kernels --write")
-    if installed not in (None, content["triton"]):
-        notes.append(f"triton {installed} is installed; it may use other numbers of registers")
-    return _print(result_table(table, f"kernels compiled ahead of time, triton {content['triton']}"), *notes)
 
 
 # The paper's shapes, by the words of ops.extension.launches.

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: torch.profiler over the ranges of :mod:`dfkd_fast.ranges`.
+"""Where the time of a step goes: torch.profiler over the ranges of :mod:`dfkd_fast.nvtx`.
 
 Times are sums over the events of ``torch.profiler.profile.events()``: device time of kernels, copies and fills on CUDA,
 self CPU time on the CPU. The backward of an operator is attributed to the network and the op of its forward, through
@@ -23,8 +23,9 @@ from torch.autograd import DeviceType
 from dfkd_fast.config import DistillConfig, EngineName
 from dfkd_fast.engine import Engine, Position, Runtime, build_state, create_engine, resolve_engine
 from dfkd_fast.engine.runtime import new_run_folder
-from dfkd_fast.models import FeatureModel, frozen, normalization
-from dfkd_fast.ranges import PREFIX
+from dfkd_fast.graph import FeatureModel, frozen, modes_kept
+from dfkd_fast.models import normalization
+from dfkd_fast.nvtx import PREFIX
 from dfkd_fast.report import environment, result_table, write_results
 
 __all__ = ["OUTSIDE", "REPLAYED", "ProfileResult", "attribute", "profile", "summary_table", "table", "time_by_range"]
@@ -264,42 +265,28 @@ def _record(
 ) -> Iterator[tuple[str, torch.profiler.profile, float]]:
     """For each kind of step: the profiler after recording, and microseconds per step without it."""
     assert config.image_size is not None
-    modes = {module: module.training for module in teacher.model.modules()}
-    teacher.eval()
     student.train()
     mean, std = normalization(teacher.model)
+    sizes: dict[str, Any] = {"image_size": config.image_size, "mean": config.mean or mean, "std": config.std or std}
     activities = [torch.profiler.ProfilerActivity.CPU]
     if runtime.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    try:
-        with runtime.backends(), frozen(teacher):
-            state = build_state(
-                teacher,
-                student,
-                config,
-                runtime,
-                image_size=config.image_size,
-                mean=config.mean or mean,
-                std=config.std or std,
-            )
-            engine = create_engine(state)
-            engine.prepare()
-            generator_steps, student_steps = config.loop.generator_steps, config.loop.student_steps
-            for kind, first, count in (("generator", 0, generator_steps), ("student", generator_steps, student_steps)):
-                if not count:
-                    continue
-                _steps(engine, first, count)
-                unprofiled = _steps(engine, first, count)
-                schedule = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
-                with torch.profiler.profile(activities=activities, schedule=schedule, acc_events=True) as profiler:
-                    _steps(engine, first, count)  # the start of the profiler slows these
-                    _start(engine, first)
-                    profiler.step()
-                    _steps(engine, None, count)
-                yield kind, profiler, unprofiled
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with runtime.backends(), frozen(teacher), modes_kept(teacher, False):
+        engine = create_engine(build_state(teacher, student, config, runtime, **sizes))
+        engine.prepare()
+        generator_steps, student_steps = config.loop.generator_steps, config.loop.student_steps
+        for kind, first, count in (("generator", 0, generator_steps), ("student", generator_steps, student_steps)):
+            if not count:
+                continue
+            _steps(engine, first, count)
+            unprofiled = _steps(engine, first, count)
+            schedule = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
+            with torch.profiler.profile(activities=activities, schedule=schedule, acc_events=True) as profiler:
+                _steps(engine, first, count)  # the start of the profiler slows these
+                _start(engine, first)
+                profiler.step()
+                _steps(engine, None, count)
+            yield kind, profiler, unprofiled
 
 
 def _start(engine: Engine, first: int) -> None:

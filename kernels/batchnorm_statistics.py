@@ -40,6 +40,7 @@ from dfkd_fast.kernels.config import Launch
 __all__ = [
     "ACTIVATIONS",
     "Strides",
+    "channel_tile",
     "distance",
     "division",
     "flattened",
@@ -58,6 +59,30 @@ __all__ = [
 ]
 
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
+
+
+def channel_tile(dtype: torch.dtype, repeats: int, stages: int, sizes: dict[str, int]) -> Launch:
+    """A tile that gives each of 128 threads ``repeats`` vectors of 16 bytes of each map."""
+    channels, positions = sizes["channels"], sizes["positions"]
+    elements = 128 * 16 // dtype.itemsize
+    if sizes["unit"] == 1:
+        # No vectors: each element has an address, so repeats would not fit and nothing can be fetched ahead.
+        repeats, stages, elements = 1, 1, elements // 2
+    if sizes["planes"]:
+        slots = min(max(positions, 16), elements // 8)
+        block = max(8, min(elements // slots, channels))
+    else:
+        block = max(8, min(channels, 64))
+        slots = max(8, elements // block)
+    tile = {"REPEATS": max(1, min(repeats, positions // slots)), "SLOTS": slots, "CHANNELS": block, "STAGES": stages}
+    return Launch(tile=tile, num_stages=1)
+
+
+@config.heuristic("batchnorm_statistics", REPEATS=(1, 8), SLOTS=(8, 512), STAGES=(1, 3))
+@config.heuristic("channel_statistics", REPEATS=(1, 8), SLOTS=(8, 512), STAGES=(1, 3))
+def _config(arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
+    """The next tile is fetched ahead, and what a thread holds leaves room for four programs per multiprocessor."""
+    return channel_tile(dtype, 2 if sizes["residual"] else 4, 2, sizes)
 
 
 @triton.jit
@@ -484,11 +509,12 @@ def forward(
     bias: Tensor | None,
     eps: float,
     activation: str,
+    keep_mask: bool,
     residual: Tensor | None,
     y: Tensor,
     mean: Tensor,
     var: Tensor,
-    mask: Tensor | None,
+    mask: Tensor,
 ) -> None:
     """The activated norm of x and the statistics of x.
 
@@ -500,15 +526,17 @@ def forward(
         bias: (C,) or None.
         eps: as the op's.
         activation: as the op's.
+        keep_mask: whether to fill ``mask``.
         residual: of the shape of x, any strides, or None.
         y: of the shape of x, contiguous or channels-last.
         mean: (C,), float32.
         var: (C,), float32.
-        mask: (N, ceil(C / 8), positions), uint8, one stride through the positions; None where it is not wanted.
+        mask: (N, ceil(C / 8), positions), uint8, one stride through the positions.
     """
     norm = tuple(None if v is None else v.contiguous() for v in (running_mean, running_var, weight, bias))
     residual = None if residual is None else laid_out_as(residual, y)
-    _forward(laid_out_as(x, y), norm, eps, activation, residual, y, mask, mean, var)  # type: ignore[arg-type]
+    kept = mask if keep_mask else None
+    _forward(laid_out_as(x, y), norm, eps, activation, residual, y, kept, mean, var)  # type: ignore[arg-type]
 
 
 def statistics(x: Tensor, mean: Tensor, var: Tensor) -> None:

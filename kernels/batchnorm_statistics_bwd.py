@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dfkd_fast.kernels import config
 from dfkd_fast.kernels.batchnorm_statistics import (
     ACTIVATIONS,
+    channel_tile,
     distance,
     division,
     flattened,
@@ -29,7 +31,13 @@ from dfkd_fast.kernels.batchnorm_statistics import (
 from dfkd_fast.kernels.common import cast, cdiv, launch
 from dfkd_fast.kernels.config import Launch
 
-__all__ = ["backward"]
+__all__ = ["backward", "statistics_backward"]
+
+
+@config.heuristic("batchnorm_statistics_backward", REPEATS=(1, 8), SLOTS=(8, 512), STAGES=(1, 3))
+def _config(arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
+    """As forward, with two maps to read. In float32 with a residual, ptxas spills what is fetched ahead."""
+    return channel_tile(dtype, 2, 1 if sizes["residual"] and dtype == torch.float32 else 2, sizes)
 
 
 @triton.jit
@@ -204,35 +212,37 @@ def backward(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    mask: Tensor | None,
     eps: float,
     activation: str,
+    mean: Tensor,
+    mask: Tensor | None,
+    residual_dtype: torch.dtype | None,
     dx: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
     dresidual: Tensor | None,
     upstream: Tensor | None = None,
 ) -> None:
-    """Gradients of the forward and of the statistics alone.
+    """Gradients of the forward.
 
     Args:
-        dy: gradient of y, any strides; None for zero, as the next two. Of ``statistics`` it is always None.
+        dy: gradient of y, any strides; None for zero, as the next two.
         dmean: gradient of mean.
         dvar: gradient of var.
-        x: as there.
-        running_mean: as there, None of ``statistics``, as the next.
-        running_var: as there.
-        weight: as there.
-        bias: as there.
-        mean: as there.
-        mask: as there; None where the activation is to be recomputed from x.
-        eps: as there.
-        activation: as there.
-        dx: of the shape of x, contiguous or channels-last; None where it is not wanted, as the next three.
+        x: as in forward, like all up to ``mask``.
+        running_mean: (C,); None if dy is, as the next three.
+        running_var: (C,).
+        weight: (C,) or None.
+        bias: (C,) or None.
+        eps: the op's.
+        activation: the op's.
+        mean: (C,).
+        mask: as in forward; None where the activation is to be recomputed from x.
+        residual_dtype: that of the residual, or None.
+        dx: of the shape of x, contiguous or channels-last; None if it is not needed, as the next three.
         dweight: (C,), any floating dtype.
         dbias: (C,), likewise.
-        dresidual: of the shape of x, contiguous or channels-last, any floating dtype.
+        dresidual: of the shape of x, contiguous or channels-last, in its dtype.
         upstream: a scalar that dmean and dvar are multiplied by; None for one.
     """
     channels = x.shape[1]
@@ -297,3 +307,12 @@ def backward(
                 channels,
                 config=Launch(tile={"ROWS": 32, "CHANNELS": 32}),
             )
+
+
+def statistics_backward(
+    dmean: Tensor | None, dvar: Tensor | None, x: Tensor, mean: Tensor, dx: Tensor, upstream: Tensor | None = None
+) -> None:
+    """Gradient of the statistics alone; the arguments are those of :func:`backward`."""
+    nothing = (None, None, None)
+    norm = (None, None, None, None, 1.0, "none")
+    backward(None, dmean, dvar, x, *norm, mean, None, None, dx, *nothing, upstream)

@@ -52,6 +52,55 @@ from dfkd_fast.kernels.config import Launch
 
 __all__ = ["bounded", "forward", "prepared", "shape", "small_launch", "tiles_a_program"]
 
+
+def _fits(arch: int, dim: int, m: int, n: int, stages: int) -> bool:
+    """Whether tiles of all ``dim`` dimensions, in 16 bits, fit in shared memory."""
+    return 2 * dim * (m + stages * n) + 2 * m * n <= config.shared_memory(arch)
+
+
+@config.heuristic("contrastive_loss", BLOCK_M=(32, 128), BLOCK_N=(32, 128), num_stages=(2, 4))
+def _config(arch: int, dtype: torch.dtype, *, dim: int) -> Launch:
+    """Up to 256 dimensions a tile holds them all, if it fits. float32 has no tensor cores: longer steps spill."""
+    if dtype == torch.float32:
+        return Launch(tile={"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": min(dim, 32)}, num_warps=8)
+    for n in (128, 64):
+        if dim <= 256 and _fits(arch, dim, 128, n, 2):
+            return Launch(tile={"BLOCK_M": 128, "BLOCK_N": n, "BLOCK_D": dim}, num_warps=8)
+    return Launch(tile={"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": min(dim, 64)}, num_warps=8, num_stages=3)
+
+
+@config.heuristic("contrastive_loss_backward", BLOCK_M=(32, 128), BLOCK_N=(32, 128), num_stages=(2, 4))
+def _config_backward(arch: int, dtype: torch.dtype, *, dim: int) -> Launch:
+    """As forward; BLOCK_O dimensions of the gradient per program, all of them if their sums fit in registers."""
+    if dtype == torch.float32:
+        tile = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": min(dim, 32), "BLOCK_O": min(dim, 128)}
+        return Launch(tile=tile, num_warps=8)
+    if dim > 256:
+        return Launch(tile={"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_O": 128}, num_warps=8)
+    m, n, warps = (128, 64, 8) if _fits(arch, dim, 128, 64, 2) else (64, 32, 4)
+    stages = 3 if _fits(arch, dim, m, n, 3) else 2
+    return Launch(tile={"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": dim, "BLOCK_O": dim}, num_warps=warps, num_stages=stages)
+
+
+@config.heuristic("contrastive_loss_rows", ROWS=(1, 128))
+def _config_rows(arch: int, dtype: torch.dtype, *, dim: int) -> Launch:
+    """For the kernels that take whole rows one by one."""
+    return Launch(tile={"ROWS": max(1, 2048 // dim), "BLOCK": dim}, num_warps=max(4, min(16, dim // 512)))
+
+
+@config.heuristic("contrastive_loss_small")
+def _config_small(arch: int, dtype: torch.dtype, *, rows: int, dim: int) -> Launch:
+    """All vectors in one program."""
+    return Launch(tile={"ROWS": rows, "BLOCK": dim}, num_warps=4 if rows * max(rows, dim) <= 64 * 64 else 8)
+
+
+@config.heuristic("contrastive_loss_small_backward", BLOCK_M=(16, 64))
+def _config_small_backward(arch: int, dtype: torch.dtype, *, rows: int, dim: int) -> Launch:
+    """Each program has all vectors and BLOCK_M rows of the gradients."""
+    m, warps = (16, 2) if rows == 16 else (32, 4) if rows * max(rows, dim) <= 64 * 64 else (16, 8)
+    return Launch(tile={"ROWS": rows, "BLOCK": dim, "BLOCK_M": min(m, rows)}, num_warps=warps)
+
+
 SMALL = 128
 """Vectors, and dimensions, up to which one launch does all."""
 

@@ -283,48 +283,44 @@ def backward(
     upstream: Tensor,
     first: Tensor,
     second: Tensor,
-    saved: Tensor,
     temperature: float,
     symmetric: bool,
     normalize: bool,
-    want_first: bool,
-    want_second: bool,
-    mean: bool,
-    da: Tensor,
-    db: Tensor,
+    reduction: str,
+    saved: Tensor,
+    da: Tensor | None,
+    db: Tensor | None,
 ) -> None:
     """Gradients of :func:`forward`.
 
     Args:
         upstream: gradient of ``out``, of its shape, any strides.
-        first: as there.
-        second: as there.
-        saved: as there.
-        temperature: as there.
-        symmetric: as there.
-        normalize: as there.
-        want_first: whether to fill ``da``.
-        want_second: whether to fill ``db``.
-        mean: whether the reduction was "mean".
-        da: (N, D), in the dtype of ``first``, or anything where it is not wanted.
-        db: likewise of ``second``.
+        first: as in forward, like all up to ``saved``.
+        second: (N, D).
+        temperature: above 0.
+        symmetric: the op's.
+        normalize: the op's.
+        reduction: the op's.
+        saved: float32, one value per anchor.
+        da: (N, D), in the dtype of ``first``; None if it is not needed.
+        db: (N, D), in the dtype of ``second``, or None.
     """
     count, dim = first.shape
-    sides = want_first + want_second
+    sides = (da is not None) + (db is not None)
     if count == 0 or sides == 0:
         return
     dtype, width = shared.shape(first, second)
     anchors = saved.shape[0]
     elementwise = upstream.ndim == 1
-    scale = 1 / temperature / (anchors if mean else 1)
+    scale = 1 / temperature / (anchors if reduction == "mean" else 1)
     bend = math.log2(math.e) / temperature
-    results = (da if want_first else None, db if want_second else None)
-    strides = (*(da.stride() if want_first else (0, 0)), *(db.stride() if want_second else (0, 0)))
+    results = (da, db)
+    strides = [step for d in results for step in ((0, 0) if d is None else d.stride())]
     small = shared.small_launch("contrastive_loss_small_backward", first, dtype)
     if small is not None:
         launch(
             _small_backward_kernel,
-            (small.tile["ROWS"] // small.tile["BLOCK_M"],),
+            (cdiv(small.tile["ROWS"], small.tile["BLOCK_M"]),),
             upstream,
             first,
             second,
@@ -355,7 +351,7 @@ def backward(
         first, second, normalize, bounded=bounded, saved=saved, upstream=upstream, unit=unit
     )
     chosen = config.choose("contrastive_loss_backward", architecture(first), dtype, dim=next_power_of_2(width))
-    first_side = 0 if want_first else 1
+    first_side = 0 if da is not None else 1
     blocks = cdiv(count, chosen.tile["BLOCK_M"])
     outputs = cdiv(width, chosen.tile["BLOCK_O"])
     tiles = [cdiv((2 if symmetric or side == 0 else 1) * count, chosen.tile["BLOCK_N"]) for side in (0, 1)]

@@ -15,14 +15,30 @@ cache where they fit.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dfkd_fast.kernels import config
 from dfkd_fast.kernels.common import architecture, cast, cdiv, exp, launch, next_power_of_2, processors, sum_of
+from dfkd_fast.kernels.config import Launch
 
 __all__ = ["backward", "forward"]
+
+
+@config.heuristic("distillation_kl", ROWS=(1, 64))
+def _config(arch: int, dtype: torch.dtype, *, classes: int) -> Launch:
+    """A row is in registers up to 4,096 classes; eight logits of each side per thread: with more, ptxas spills."""
+    block = max(16, min(classes, 4096))
+    return Launch(tile={"ROWS": max(1, 1024 // block), "BLOCK": block}, num_warps=max(4, min(16, block // 256)))
+
+
+@config.heuristic("distillation_kl_alone", ROWS=(1, 256))
+def _config_alone(arch: int, dtype: torch.dtype, *, classes: int) -> Launch:
+    """One program for all rows. Where rows are read in pieces, 16 warps spill on sm_90."""
+    block = max(16, min(classes, 4096))
+    return Launch(tile={"ROWS": max(1, 4096 // block), "BLOCK": block}, num_warps=16 if classes <= 4096 else 8)
 
 
 @triton.jit
@@ -258,29 +274,25 @@ def backward(
     upstream: Tensor,
     a: Tensor,
     b: Tensor,
-    saved: Tensor,
     temperature: float,
     squared: bool,
     reduction: str,
-    want_a: bool,
-    want_b: bool,
-    da: Tensor,
-    db: Tensor,
+    saved: Tensor,
+    da: Tensor | None,
+    db: Tensor | None,
 ) -> None:
     """Gradients of :func:`forward`.
 
     Args:
         upstream: gradient of ``out``, of its shape, any strides.
-        a: as there.
-        b: as there.
-        saved: as there.
-        temperature: as there.
-        squared: as there.
-        reduction: as there.
-        want_a: whether to fill ``da``.
-        want_b: whether to fill ``db``.
-        da: (N, classes) in the dtype of a, or anything where it is not wanted.
-        db: likewise of b.
+        a: as in forward, like all up to ``saved``.
+        b: (N, classes).
+        temperature: above 0.
+        squared: the op's.
+        reduction: the op's.
+        saved: (5, N).
+        da: (N, classes) in the dtype of a; None if it is not needed.
+        db: (N, classes) in the dtype of b, or None.
     """
     count, classes = a.shape
     chosen = config.choose("distillation_kl", architecture(a), a.dtype, classes=next_power_of_2(classes))
@@ -298,13 +310,13 @@ def backward(
         classes,
         *a.stride(),
         *b.stride(),
-        *(da.stride() if want_a else (0, 0)),
-        *(db.stride() if want_b else (0, 0)),
+        *(da.stride() if da is not None else (0, 0)),
+        *(db.stride() if db is not None else (0, 0)),
         *(upstream.stride() if elementwise else (0, 0)),
         temperature,
         _scale(temperature, squared, reduction, max(count, 1), classes) / temperature,
         config=chosen,
         ELEMENTWISE=elementwise,
-        WANT_A=want_a,
-        WANT_B=want_b,
+        WANT_A=da is not None,
+        WANT_B=db is not None,
     )

@@ -40,6 +40,7 @@ from dfkd_fast.kernels.common import (
     divide,
     dot,
     exp,
+    fma,
     launch,
     next_power_of_2,
     precision,
@@ -49,7 +50,70 @@ from dfkd_fast.kernels.common import (
 )
 from dfkd_fast.kernels.config import Launch
 
-__all__ = ["gradients", "value"]
+__all__ = ["backward", "forward", "gradients", "value"]
+
+
+_LIMITS = {"BLOCK_M": (16, 128), "BLOCK_C": (16, 256), "BLOCK_K": (16, 128), "num_stages": (2, 4)}
+
+
+def _launch(m: int, c: int, k: int, hidden: int, warps: int = 4, stages: int = 2) -> Launch:
+    tile = {"BLOCK_M": m, "BLOCK_C": c, "BLOCK_K": max(16, min(k, hidden))}
+    return Launch(tile=tile, num_warps=warps, num_stages=stages)
+
+
+def _split(arch: int, dtype: torch.dtype, hidden: int, order: int, gates: int, ragged: int) -> Launch:
+    """No program has all channels. Larger tiles spill with four factors, gates, or addresses that are no vectors."""
+    if dtype == torch.float32:
+        if order > 3 or (ragged and arch >= 100):
+            return _launch(16, 16, 16, hidden)
+        return _launch(32, 32, 32, hidden) if arch < 100 else _launch(32, 32 if gates == 1 else 16, 16, hidden)
+    if order > 3 or ragged:
+        return _launch(32, 32, 16, hidden)
+    if gates > 1:
+        return _launch(64, 32, 32, hidden)
+    if 100 <= arch < 120:
+        return _launch(64, 128, 32, hidden, 8)  # 64 x 64 spills there
+    return _launch(64, 64, 32, hidden, stages=3 if arch == 90 else 2)
+
+
+@config.heuristic("high_order_attention", **_LIMITS)
+def _config(
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, ragged: int
+) -> Launch:
+    """A program has all channels, unless that spills: with 256 and more gates, or ``ragged`` addresses."""
+    whole = max(16, channels)
+    if dtype != torch.float32 and order <= 3 and not ragged and whole <= (256 if gates == 1 else 128):
+        return _launch(128 if whole <= 64 else 64, whole, 16, hidden, 8)
+    return _split(arch, dtype, hidden, order, gates, ragged)
+
+
+@config.heuristic("high_order_attention_backward", **_LIMITS)
+def _config_backward(
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, ragged: int
+) -> Launch:
+    """As forward; 256 channels spill, and so does more than one gate."""
+    whole = max(16, channels)
+    if dtype != torch.float32 and order <= 3 and gates == 1 and not ragged and whole <= 128:
+        return _launch(64, whole, 16, hidden, 4 if whole <= 64 else 8)
+    return _split(arch, dtype, hidden, order, gates, ragged)
+
+
+@config.heuristic("high_order_attention_weights", **_LIMITS)
+def _config_weights(
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, ragged: int
+) -> Launch:
+    """The gradients of the weights: BLOCK_C channels by BLOCK_K hidden units, BLOCK_M positions per step.
+
+    Larger steps spill on sm_100, a third stage does on sm_80.
+    """
+    if dtype == torch.float32:
+        return _launch(32, max(16, min(32, channels)), 32, hidden)
+    block = max(16, min(64, channels))
+    return (
+        _launch(32, block, 32, hidden)
+        if ragged or 100 <= arch < 120
+        else _launch(64, block, 64, hidden, stages=3 if arch == 90 else 2)
+    )
 
 
 @triton.jit
@@ -135,7 +199,7 @@ def _positive(z, x):
 def _slope(g, x, logits, dtype: tl.constexpr, RESULT: tl.constexpr):
     """Gradient of the logits. A (1 - A) from the exponential below one: 1 - A would lose the digits of a shut gate."""
     e = exp(-tl.abs(logits), dtype)
-    spread = divide(e, (1.0 + e) * (1.0 + e), dtype)
+    spread = divide(e, fma(e, 2.0 + e, 1.0), dtype)  # over (1 + e)^2
     return g * spread if RESULT == "map" else g * x * spread
 
 
@@ -453,8 +517,10 @@ def _add_parts_kernel(parts, dproj, dout, splits, proj_size, size, BLOCK_S: tl.c
         split = start + tl.arange(0, BLOCK_S)
         to = parts + split.to(tl.int64)[:, None] * size + at[None, :]
         total += tl.sum(tl.load(to, mask=(split < splits)[:, None] & (at < size)[None, :], other=0.0), 0)
-    tl.store(dproj + at, cast(total, dproj.dtype.element_ty), mask=at < proj_size)
-    tl.store(dout + (at - proj_size), cast(total, dout.dtype.element_ty), mask=(at >= proj_size) & (at < size))
+    if dproj is not None:
+        tl.store(dproj + at, cast(total, dproj.dtype.element_ty), mask=at < proj_size)
+    if dout is not None:
+        tl.store(dout + (at - proj_size), cast(total, dout.dtype.element_ty), mask=(at >= proj_size) & (at < size))
 
 
 # --- launchers
@@ -537,22 +603,28 @@ def _hidden(x: Tensor, dl: Tensor, proj: Tensor, out: Tensor, to: Tensor, how: L
     launch(_split_hidden_kernel, grid, x, dl, proj, out, to, *at, config=how, **more)
 
 
+def forward(x: Tensor, proj: Tensor, out: Tensor, mode: str, result: str, y: Tensor) -> None:
+    """:func:`value` of "features" or "map"."""
+    value(x, x, proj, out, mode, result, y)
+
+
 def gradients(
     upstream: Tensor, x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result: str,
-    wanted: tuple[bool, bool, bool], dx: Tensor, dproj: Tensor, dout: Tensor,
+    dx: Tensor | None, dproj: Tensor | None, dout: Tensor | None,
 ) -> None:  # fmt: skip
     """Gradients of :func:`value`, whose further arguments these are.
 
     ``upstream`` is the gradient of the scalar of "error"; ``other`` its target, or for others the gradient of y, of any
-    strides; ``wanted`` says which of dx, dproj and dout (both contiguous) to fill.
+    strides. Of dx, dproj and dout (both contiguous) those that are not needed are None.
     """
-    want_x, want_proj, want_out = wanted
+    want_x, want_proj, want_out = dx is not None, dproj is not None, dout is not None
     if x.numel() == 0:
-        dproj.zero_()
-        dout.zero_()
+        for gradient in (dproj, dout):
+            if gradient is not None:
+                gradient.zero_()
         return
     proj, out = proj.contiguous(), out.contiguous()
-    (x, other, filled), (x_strides, other_strides, dx_strides), flat = _rows(x, other, dx if want_x else x)
+    (x, other, filled), (x_strides, other_strides, dx_strides), flat = _rows(x, other, x if dx is None else dx)
     order, channels, hidden = out.shape
     count, positions = x.numel() // x.shape[1], x.shape[2] * x.shape[3]
     arch, factors, constants = architecture(x), order * (order + 1) // 2, _constants(out, mode, flat)
@@ -584,7 +656,7 @@ def gradients(
                 _split_input_kernel, (tiles, blocks), du, proj, filled, count, positions, *dx_strides,
                 ADD=result != "map", config=chosen, **product,
             )  # fmt: skip
-    if want_x and filled is not dx:
+    if dx is not None and filled is not dx:
         dx.copy_(filled)
     if not (want_proj or want_out):
         return
@@ -604,3 +676,10 @@ def gradients(
         _add_parts_kernel, (cdiv(sum(sizes), 64),), parts, dproj, dout, splits, sizes[0], sum(sizes),
         config=Launch(tile={"BLOCK_S": 32, "BLOCK": 64}),
     )  # fmt: skip
+
+
+def backward(
+    upstream: Tensor, x: Tensor, proj: Tensor, out: Tensor, mode: str, result: str, *results: Tensor | None
+) -> None:
+    """Gradients of :func:`forward`: ``upstream`` is that of y; the results are those of :func:`gradients`."""
+    gradients(x, x, upstream, proj, out, mode, result, *results)

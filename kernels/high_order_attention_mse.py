@@ -37,27 +37,21 @@ def backward(
     out: Tensor,
     target: Tensor,
     mode: str,
-    want_x: bool,
-    want_proj: bool,
-    want_out: bool,
-    dx: Tensor,
-    dproj: Tensor,
-    dout: Tensor,
+    dx: Tensor | None,
+    dproj: Tensor | None,
+    dout: Tensor | None,
 ) -> None:
     """Gradients of :func:`forward`.
 
     Args:
         upstream: gradient of ``error``.
-        x: as there.
-        proj: as there.
-        out: as there.
-        target: as there.
-        mode: as there.
-        want_x: whether to fill ``dx``.
-        want_proj: whether to fill ``dproj``.
-        want_out: whether to fill ``dout``.
-        dx: of the shape of x, or anything where it is not wanted.
-        dproj: likewise of proj, contiguous.
-        dout: likewise of out, contiguous.
+        x: as in forward, like all up to ``mode``.
+        proj: (R(R+1)/2, K, C).
+        out: (R, C, K).
+        target: of the shape of x.
+        mode: the op's.
+        dx: of the shape of x; None if it is not needed.
+        dproj: of the shape of proj, contiguous, or None.
+        dout: of the shape of out, contiguous, or None.
     """
-    gradients(upstream, x, target, proj, out, mode, "error", (want_x, want_proj, want_out), dx, dproj, dout)
+    gradients(upstream, x, target, proj, out, mode, "error", dx, dproj, dout)

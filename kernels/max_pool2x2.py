@@ -24,14 +24,27 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dfkd_fast.kernels import config
 from dfkd_fast.kernels.common import architecture, cast, cdiv, launch, next_power_of_2
+from dfkd_fast.kernels.config import Launch
 
 __all__ = ["gather", "pool", "unpool"]
+
+
+@config.heuristic("max_pool2x2", OUTER=(1, 4096))
+@config.heuristic("max_unpool2x2", OUTER=(1, 4096))
+@config.heuristic("max_unpool2x2_backward", OUTER=(1, 4096))
+def _config(arch: int, dtype: torch.dtype, *, inside: int) -> Launch:
+    """A vector of 16 bytes per thread and tensor: the elements of a window are four loads in flight already.
+
+    ``inside``, windows that are neighbours in memory, is a power of two up to 64.
+    """
+    return Launch(tile={"OUTER": max(1, 128 * (16 // dtype.itemsize) // inside), "INNER": inside})
 
 
 @triton.jit
@@ -263,16 +276,18 @@ def pool(x: Tensor, relu: bool, y: Tensor, code: Tensor) -> None:
     _launch("max_pool2x2", _pool_kernel, (x, y, code), strides, y, windows, *windows, RELU=relu)
 
 
-def unpool(y: Tensor, code: Tensor, gradient: bool, out: Tensor) -> None:
+def unpool(y: Tensor, code: Tensor, height: int, width: int, channels_last: bool, gradient: bool, out: Tensor) -> None:
     """Values to their places, zeros elsewhere.
 
     Args:
         y: (N, C, h, w), any strides.
         code: uint8, of the shape of y, any strides.
+        height: 2 h or 2 h + 1.
+        width: 2 w or 2 w + 1.
+        channels_last: the layout of ``out``.
         gradient: whether code 4, a winner that a ReLU stopped, places nothing; else it is place 0.
-        out: (N, C, 2 h or 2 h + 1, 2 w or 2 w + 1) in the dtype of y; every element is written.
+        out: (N, C, height, width) in the dtype of y; every element is written.
     """
-    height, width = out.shape[2:]
     _launch(
         "max_unpool2x2",
         _unpool_kernel,
@@ -285,12 +300,13 @@ def unpool(y: Tensor, code: Tensor, gradient: bool, out: Tensor) -> None:
     )
 
 
-def gather(x: Tensor, code: Tensor, y: Tensor) -> None:
+def gather(x: Tensor, code: Tensor, channels_last: bool, y: Tensor) -> None:
     """Values from their places: the gradient of :func:`unpool`.
 
     Args:
         x: (N, C, 2 h or 2 h + 1, 2 w or 2 w + 1), any strides.
         code: uint8, (N, C, h, w), any strides.
+        channels_last: the layout of y.
         y: of that shape, in the dtype of x.
     """
     windows = (y.shape[2], y.shape[3])

@@ -27,7 +27,6 @@ excess of ``BLOCK_C`` it takes a launch of its own: dh wants all channels of a t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -49,11 +48,75 @@ from dfkd_fast.kernels.common import (
     precision,
     processors,
 )
+from dfkd_fast.kernels.config import Launch
 
 __all__ = ["backward", "forward"]
 
-_MERGE = config.Launch(tile={"CHUNKS": 16, "BLOCK": 64})
-_SUM = config.Launch(tile={"ROWS": 128, "BLOCK": 32}, num_warps=8)
+_MERGE = Launch(tile={"CHUNKS": 16, "BLOCK": 64})
+_SUM = Launch(tile={"ROWS": 128, "BLOCK": 32}, num_warps=8)
+
+
+def _tile(m: int, c: int, k: int, positions: int, each: int, stages: int, **launcher: int) -> Launch:
+    """Tiles of ``c`` channels by about ``each`` elements per thread; of ``m`` positions or more, if there are."""
+    warps = 4 if c <= 64 else 8
+    block = max(16, min(max(m, min(64, 32 * warps * each // c)), positions))
+    tile = {"BLOCK_M": block, "BLOCK_C": c, "BLOCK_K": k, **launcher}
+    return Launch(tile=tile, num_warps=min(16, max(warps, block * c // (32 * each))), num_stages=stages)
+
+
+def _block_k(arch: int, dtype: torch.dtype, hidden: int) -> int:
+    """Narrow maps of a tile: fewer where products read both sides from registers, and few outside tensor cores."""
+    return max(16, min(hidden, (64 if arch // 10 == 9 else 32) if dtype.itemsize == 2 else 16))
+
+
+def _roomy(dtype: torch.dtype, hidden: int, vectors: int) -> bool:
+    """Whether a thread has room for many elements: products in tensor cores, and one address per eight elements."""
+    return dtype.itemsize == 2 and hidden <= 32 and bool(vectors)
+
+
+@config.heuristic("spatial_attention_statistics", TILES=(4, 64), BLOCK_M=(16, 128), num_stages=(1, 4))
+@config.heuristic("spatial_attention_slopes", TILES=(4, 64), BLOCK_M=(16, 128), num_stages=(1, 4))
+def _config_sums(
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
+) -> Launch:
+    """Sums along positions. A program has up to ``TILES``; with fewer, more chunks are left to merge."""
+    m, each, stages = (64, 16, 3) if dtype.itemsize == 2 else (32, 8, 2)
+    block_k = _block_k(arch, dtype, hidden)
+    return _tile(m, max(16, min(channels, 64)), block_k, positions, each, stages, TILES=16)
+
+
+@config.heuristic("spatial_attention_gate", BLOCK_M=(16, 128))
+@config.heuristic("spatial_attention_rows", BLOCK_M=(16, 128))
+def _config_gate(
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
+) -> Launch:
+    """For a softmax over channels, all of them are in a tile, up to 256."""
+    block = max(16, channels if over_channels and channels <= 256 else min(channels, 64))
+    each = 32 if _roomy(dtype, hidden, vectors) else 8 if dtype.itemsize == 2 else 16
+    return _tile(16, block, _block_k(arch, dtype, hidden), positions, each, 2)
+
+
+@config.heuristic("spatial_attention_gradients", BLOCK_M=(16, 128), PROGRAMS=(1, 8), num_stages=(1, 3))
+def _config_gradients(
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
+) -> Launch:
+    """All channels of a position are in a tile, up to 256; up to 128 where products read the weight from registers.
+
+    ``PROGRAMS`` run per multiprocessor, and each writes a gradient of the weight. One round of sums and gradients goes
+    over ``MEGABYTES`` of maps, 0 for all there are.
+    """
+    halves = dtype.itemsize == 2
+    from_shared = halves and arch // 10 in (9, 10)
+    most = 256 if from_shared else 64 if halves and over_channels else 128
+    block = max(16, channels if channels <= most else 64)
+    if _roomy(dtype, hidden, vectors):
+        each = 32 if block != 128 and not over_channels else 16 if from_shared or not over_channels else 8
+    else:
+        each = 8 if halves or block == channels else 4
+    programs = max(1, min(3, 256 // block))
+    stages = 1 if each == 4 else 2
+    block_k = _block_k(arch, dtype, hidden)
+    return _tile(16, block, block_k, positions, each, stages, PROGRAMS=programs, MEGABYTES=0)
 
 
 class Map(NamedTuple):
@@ -466,7 +529,7 @@ class _Call:
         maps = _map(self.features), _map(self.hidden)
         self.operands = Operands(*maps, bias, self.samples, self.positions, factor)
 
-    def choose(self, kernel: str) -> config.Launch:
+    def choose(self, kernel: str) -> Launch:
         """The configuration of a kernel."""
         return config.choose(
             f"spatial_attention_{kernel}",
@@ -479,15 +542,13 @@ class _Call:
             vectors=int(self.operands.features.position is None and self.channels % 8 == 0),
         )
 
-    def launch(
-        self, kernel: Any, grid: tuple[int, ...], *arguments: Any, chosen: config.Launch, **constants: Any
-    ) -> None:
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, chosen: Launch, **constants: Any) -> None:
         """Launch a kernel that takes the operands, with its own sizes: the rest of the tile is the launcher's."""
         tile = {name: size for name, size in chosen.tile.items() if name.startswith("BLOCK")}
         constants |= self.constants
         launch(kernel, grid, self.operands, self.weight, *arguments, config=replace(chosen, tile=tile), **constants)
 
-    def chunks(self, chosen: config.Launch, samples: int) -> tuple[int, int]:
+    def chunks(self, chosen: Launch, samples: int) -> tuple[int, int]:
         """How many chunks the positions of a sample make, and of how many tiles: enough of them to fill the device."""
         tiles = cdiv(self.positions, chosen.tile["BLOCK_M"])
         beside = samples * cdiv(self.channels, chosen.tile["BLOCK_C"])
@@ -500,7 +561,7 @@ class _Call:
         arguments = (parts, merged, first, self.samples, chunks)
         launch(_merge_kernel, grid, *arguments, config=_MERGE, MAXIMA=maxima, C=self.channels)
 
-    def slopes(self, chosen: config.Launch, group: int, first: int, samples: int) -> None:
+    def slopes(self, chosen: Launch, group: int, first: int, samples: int) -> None:
         """Sum up the slopes of some samples, which come in groups of so many."""
         chunks, each = self.chunks(chosen, group)
         slopes = self.operands.slopes
@@ -510,7 +571,7 @@ class _Call:
         if chunks > 1:
             self.merge(parts, slopes, first, samples, chunks, maxima=False)
 
-    def softmax_of(self, chosen: config.Launch) -> str:
+    def softmax_of(self, chosen: Launch) -> str:
         """Where a kernel has its softmax from, see ``_softmax``; sums along the rows are made where it needs them."""
         if not self.over_channels:
             return "positions"
@@ -560,17 +621,27 @@ def forward(
         out.copy_(result)
 
 
-def backward(upstream: Tensor, saved: Tensor, gradients: Sequence[Tensor | None], *arguments: Any) -> None:
+def backward(
+    upstream: Tensor, features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str,
+    saved: Tensor, df: Tensor | None, dh: Tensor | None, dw: Tensor | None, db: Tensor | None,
+) -> None:  # fmt: skip
     """Gradients of :func:`forward`.
 
     Args:
         upstream: gradient of ``out``, any strides.
-        saved: as there.
-        gradients: to be filled, of features, hidden, weight and bias, without gaps; None where not wanted.
-        *arguments: those there from features to form.
+        features: as in forward, like all up to ``saved``.
+        hidden: (N, K, H, W).
+        weight: (C, K).
+        bias: (C,) or None.
+        scale: factor of the softmax.
+        form: the op's.
+        saved: (2, N, C).
+        df: of the shape of features, without gaps; None if it is not needed.
+        dh: of the shape of hidden, without gaps, or None.
+        dw: of the shape of weight, contiguous, or None.
+        db: (C,), or None.
     """
-    df, dh, dw, db = gradients
-    call = _Call(*arguments)
+    call = _Call(features, hidden, weight, bias, scale, form)
     call.operands = call.operands._replace(upstream=_map(_flat(upstream)), saved=saved)
     chosen = call.choose("gradients")
     tiles = cdiv(call.positions, chosen.tile["BLOCK_M"])

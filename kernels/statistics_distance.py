@@ -17,15 +17,25 @@ Memory traffic: that of the statistics, one map forward and two back. A few numb
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfkd_fast.kernels import batchnorm_statistics_bwd, config
+from dfkd_fast.kernels import config
 from dfkd_fast.kernels.batchnorm_statistics import statistics
+from dfkd_fast.kernels.batchnorm_statistics_bwd import statistics_backward
 from dfkd_fast.kernels.common import INTERPRETED, architecture, launch, next_power_of_2
+from dfkd_fast.kernels.config import Launch
 
 __all__ = ["backward", "forward"]
+
+
+@config.heuristic("statistics_distance")
+def _config(arch: int, dtype: torch.dtype, *, channels: int) -> Launch:
+    """All channels in one program, which waits only for memory and its own barriers: four channels per thread."""
+    block = max(32, min(channels, 4096))
+    return Launch(tile={"BLOCK": block}, num_warps=max(1, min(8, block // 128)))
 
 
 @triton.jit
@@ -131,8 +141,5 @@ def backward(upstream: Tensor, x: Tensor, saved: Tensor, dx: Tensor) -> None:
         saved: as there.
         dx: of the shape of x, contiguous or channels-last.
     """
-    nothing = (None, None, None, None)
-    mean, along_mean, along_var = saved[0], saved[1], saved[2]
-    batchnorm_statistics_bwd.backward(
-        None, along_mean, along_var, x, *nothing, mean, None, 1.0, "none", dx, None, None, None, upstream
-    )
+    mean, along_mean, along_var = saved.unbind()
+    statistics_backward(along_mean, along_var, x, mean, dx, upstream)

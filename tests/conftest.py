@@ -127,6 +127,14 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The result of a whole run of :func:`tests.tiny.config`, for tests that only read it."""
+    from . import tiny  # not for every test: it imports the engine
+
+    return tiny.run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parents[1]

@@ -102,7 +102,7 @@ def site(repository, tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     offline = ["--no-deps", "--no-index", "--quiet"]
     built = ["wheel", "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source")]
-    # Without the CUDA extension, which takes minutes; tests/test_extension.py builds it into a wheel.
+    # Without the CUDA extension, which takes minutes; tests/cuda/test_extension.py builds it into a wheel.
     pure = {**os.environ, "DFKD_FAST_CUDA": "0"}
     subprocess.run([*pip, *built, *offline], check=True, capture_output=True, env=pure)
     (wheel,) = folder.glob("*.whl")
@@ -127,7 +127,7 @@ class TestWheel:
 
     def test_works_from_another_folder(self, site, tmp_path):
         code = (
-            "import dfkd_fast, dfkd_fast.cli, dfkd_fast.kernels, dfkd_fast.benchmarks.gpu\n"
+            "import dfkd_fast, dfkd_fast.cli, dfkd_fast.kernels, dfkd_fast.benchmarks.plan\n"
             "from dfkd_fast.config import find\n"
             "print(dfkd_fast.__file__, find('aircraft'))"
         )
@@ -176,8 +176,8 @@ class TestMake:
         assert "lacks the venv module" in done.stderr
 
     def test_gpu_makes_no_environment_and_uses_no_network(self):
-        plan = self.make("--dry-run", "gpu", "OUT=here", "BUDGET=60", "VENV=none").stdout
+        plan = self.make("--dry-run", "gpu", "OUT=here", "CALL=2", "VENV=none").stdout
         assert "-m venv" not in plan
         assert "--no-index" in plan
         assert "--no-build-isolation" in plan
-        assert "--out 'here' --budget 60" in plan
+        assert "--call 2 --out 'here'" in plan

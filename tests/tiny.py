@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from dfkd_fast.config import DistillConfig, GeneratorConfig, LoopConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from dfkd_fast.data import ImageData
-from dfkd_fast.engine import DistillState, Runtime, build_state
+from dfkd_fast.engine import DistillResult, DistillState, Runtime, build_state, distill
 from dfkd_fast.models import FeatureModel, create_model, extract
 
 CLASSES = 5
@@ -64,10 +66,20 @@ def config(out: Path | None = None, **changes: Any) -> DistillConfig:
     return replace(base, loop=replace(base.loop, **loop), **changes)
 
 
+def run(out: Path, **changes: Any) -> DistillResult:
+    """A run from its start to its end, with data to evaluate on."""
+    return distill(teacher(), network(), config(out, **changes), data=data(), progress=False)
+
+
+@functools.cache
+def _traced() -> tuple[FeatureModel, FeatureModel]:
+    return extract(teacher(), image_size=SIZE), extract(network(), image_size=SIZE)
+
+
 def state(changed: DistillConfig | None = None) -> DistillState:
     """A state ready for its first step."""
     run = changed or config()
-    features: list[FeatureModel] = [extract(teacher(), image_size=SIZE), extract(network(), image_size=SIZE)]
+    features = copy.deepcopy(_traced())
     features[0].eval()
     features[0].requires_grad_(False)
     features[1].train()

@@ -9,14 +9,13 @@ rate. A provider that fails, runs out of memory or does not support a case has a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from rich.progress import Progress
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, tensors
 from dfkd_fast.benchmarks.ops.measure import CACHES, PASSES, Ceilings, Measurement, Trial, ceilings
 from dfkd_fast.benchmarks.ops.tables import save_plot, terminal_rows
-from dfkd_fast.benchmarks.results import Key, Results, rounded
-from dfkd_fast.report import environment, result_table
+from dfkd_fast.benchmarks.results import Key, Results, dtype_name, parser, rounded
+from dfkd_fast.report import result_table
 
 __all__ = ["KEY", "Subject", "bench", "from_file", "main", "measure", "row_of", "subjects"]
 
@@ -42,7 +41,7 @@ _CPU_BYTES, _CPU_FLOPS = 64e6, 5e9  # larger cases are left out on a CPU
 _SKIP = ("out of memory", "not supported")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """A case in one dtype by one provider, and the keys of its rows."""
 
@@ -83,15 +82,9 @@ def subjects(
     passes: Sequence[str] = PASSES,
     caches: Sequence[str] = CACHES,
 ) -> list[Subject]:
-    """Everything that is to be measured. All providers of a case follow each other; the ops take turns case by case.
+    """Everything to measure. All providers of a case follow each other; the ops take turns case by case.
 
-    Args:
-        chosen: the ops.
-        device: on a CPU there are ``reference`` and ``compile``, a warm cache, and only small cases.
-        shapes: kinds of shapes.
-        backends: only these providers; None for all.
-        passes: of :data:`~dfkd_fast.benchmarks.ops.measure.PASSES`.
-        caches: ``cold``, ``warm`` or both.
+    On a CPU there are only ``reference`` and ``compile``, a warm cache, and small cases.
     """
     cuda = device.type == "cuda"
     found: list[tuple[int, Subject]] = []
@@ -103,33 +96,23 @@ def subjects(
                 continue
             for dtype in case.dtypes:
                 gradients = any(t.requires_grad for t in tensors(case.inputs(Make("meta", dtype))))
+                pairs = [(p, l2) for p in passes for l2 in (caches if cuda else ("warm",))]
                 for backend, function in _providers(benchmark, case).items():
-                    if (backends is not None and backend not in backends) or (
-                        not cuda and backend not in ("reference", "compile")
-                    ):
+                    if (backends and backend not in backends) or not (cuda or backend in ("reference", "compile")):
                         continue
-                    name = str(dtype).removeprefix("torch.")
-                    keys = tuple(
-                        (benchmark.op, case.name, name, backend, which, l2)
-                        for which in passes
-                        for l2 in (caches if cuda else ("warm",))
-                        if gradients or which == "forward"
-                    )
-                    subject = Subject(
-                        op=benchmark.op, case=case, dtype=dtype, backend=backend, function=function, keys=keys
-                    )
-                    found.append((turn, subject))
+                    fixed = (benchmark.op, case.name, dtype_name(dtype), backend)
+                    keys = tuple((*fixed, *pair) for pair in pairs if gradients or pair[0] == "forward")
+                    found.append((turn, Subject(benchmark.op, case, dtype, backend, function, keys)))
     return [subject for _, subject in sorted(found, key=lambda pair: pair[0])]
 
 
 def row_of(
     subject: Subject, key: Key, measured: Measurement | None, rates: Ceilings, status: str = "ok"
 ) -> dict[str, Any]:
-    """The row of a key. Without a measurement, ``status`` says why there is none."""
-    work = subject.case.work(subject.dtype.itemsize)
-    which = key[KEY.index("pass")]
-    moved = (work.forward_bytes if which != "backward" else 0) + (work.backward_bytes if which != "forward" else 0)
-    flops = (work.forward_flops if which != "backward" else 0) + (work.backward_flops if which != "forward" else 0)
+    """The row of a key. Without a measurement, ``status`` says why."""
+    work, which = subject.case.work(subject.dtype.itemsize), key[KEY.index("pass")]
+    directions = ("forward", "backward") if which == "both" else (which,)
+    moved, flops = (sum(getattr(work, f"{d}_{unit}") for d in directions) for unit in ("bytes", "flops"))
     roofline = rates.roofline_us(moved, flops)
     names = ("median_us", "p10_us", "p90_us", "peak_bytes", "timer", "calls", "repeats")
     return {
@@ -154,19 +137,12 @@ def measure(
     progress: Callable[[dict[str, Any]], None] = lambda row: None,
     trial: Callable[..., Any] = Trial,
 ) -> bool:
-    """Measure subjects one by one and write their rows.
+    """Measure subjects one by one and write their rows; ``progress`` is called with each.
 
-    Args:
-        found: the subjects.
-        results: the result file.
-        device: where to measure.
-        rates: for the rooflines.
-        seconds: no subject is started after this; None for no limit.
-        progress: called with each row.
-        trial: makes a trial of a subject.
+    No subject is started after ``seconds``. ``trial`` is for tests.
 
     Returns:
-        Whether all of this project's own providers worked. Failures of torch.compile and of public kernels are only
+        Whether all of this project's providers worked. Failures of torch.compile and of public kernels are only
         recorded.
     """
     start, sound = time.monotonic(), True
@@ -206,10 +182,10 @@ def _rows(subject: Subject, device: torch.device, rates: Ceilings, trial: Callab
 
 
 def _status(error: Exception) -> str:
-    from dfkd_fast.ops.backend import Unserved
+    from dfkd_fast.ops.backend import UnsupportedError
 
-    if isinstance(error, torch.OutOfMemoryError | Unserved):
-        return "not supported" if isinstance(error, Unserved) else "out of memory"
+    if isinstance(error, torch.OutOfMemoryError | UnsupportedError):
+        return "not supported" if isinstance(error, UnsupportedError) else "out of memory"
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
 
 
@@ -239,16 +215,11 @@ def compile_only(found: Sequence[Subject], device: torch.device, workers: int) -
                 print(failure, flush=True)
 
 
-def _facts(rates: Ceilings) -> dict[str, Any]:
-    return {"copy_gbps": rates.copy_gbps, "matmul_tflops": rates.matmul_tflops}
-
-
 def from_file(path: Path) -> list[Benchmark]:
     """The ops and shapes that a YAML or JSON file lists.
 
-    Args:
-        path: holds a list of shapes for each op. A shape is a list of sizes, or a mapping from sizes and options to
-            values, in which ``shape`` may be the list and ``dtypes`` a list of dtypes (bfloat16 by default).
+    The file holds a list of shapes for each op. A shape is a list of sizes, or a mapping from sizes and options to
+    values, in which ``shape`` may be the list and ``dtypes`` a list of dtypes (bfloat16 by default).
 
     Raises:
         ValueError: the file has another form, or names an unknown op, size or dtype.
@@ -294,16 +265,7 @@ def bench(
     device: str = "cuda",
     console: Console | None = None,
 ) -> bool:
-    """Time ops, print tables, and write ``ops.json`` and ``ops.png``.
-
-    Args:
-        ops: names of ops; None for all.
-        shapes: "paper", "large" or a file, see :func:`from_file`.
-        out: folder of the results. Rows of other ops and shapes stay.
-        tune: first search the launch configurations.
-        backends: only these providers.
-        device: "cuda", or "cpu" to try the command out.
-        console: where to print.
+    """Time ops, print tables, and write ``ops.json`` and ``ops.png``, as ``dfkd-fast bench`` explains.
 
     Returns:
         Whether this project's kernels and the reference ran everywhere.
@@ -334,7 +296,7 @@ def bench(
         raise ValueError("nothing to measure: no case of these ops, shapes and backends")
     rates = ceilings(where)
     console.print(f"measured peaks: copy {rates.copy_gbps:,.0f} GB/s, bf16 matmul {rates.matmul_tflops:,.3g} TFLOP/s")
-    results = Results(Path(out) / "ops.json", key=KEY, facts=_facts(rates))
+    results = Results(Path(out) / "ops.json", key=KEY, facts=asdict(rates))
     keys = {key for subject in found for key in subject.keys}
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("", total=len(keys))
@@ -355,38 +317,31 @@ def bench(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure for a fixed time, for the plan of `make gpu`. Returns 1 where one of this project's kernels failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=None, help="result file")
-    parser.add_argument("--seconds", type=float, default=None, help="start no case after this")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=["full", "small"], default="full", help="small: one case per op")
-    parser.add_argument("--backends", nargs="+", default=["triton", "compile", "reference"])
-    parser.add_argument("--compile-only", type=int, default=0, metavar="PROCESSES", help="fill caches, time nothing")
-    options = parser.parse_args(arguments)
+    command = parser(__doc__, small="one case per op", out=False)
+    command.add_argument("--seconds", type=float, default=None, help="start no case after this")
+    command.add_argument("--backends", nargs="+", default=["triton", "compile", "reference"])
+    command.add_argument("--compile-only", type=int, default=0, metavar="PROCESSES", help="fill caches, time nothing")
+    options = command.parse_args(arguments)
 
     device = torch.device(options.device)
     chosen = list(BENCHMARKS.values())
     if options.size == "small":
-        chosen = [replace(each, cases=[replace(_smallest(each), shapes="paper")]) for each in chosen]
-    found = subjects(
-        chosen, device, backends=options.backends, passes=("forward", "backward"), caches=("cold",)
-    )  # fmt: skip
+        smallest = [min(each.cases, key=lambda case: case.work(2).forward_bytes) for each in chosen]
+        chosen = [replace(a, cases=[replace(case, shapes="paper")]) for a, case in zip(chosen, smallest, strict=True)]
+    once: dict[str, Any] = {"passes": ("forward", "backward"), "caches": ("cold",)}
+    found = subjects(chosen, device, backends=options.backends, **once)
     if options.compile_only:
         compile_only(found, device, options.compile_only)
         return 0
     rates = ceilings(device)
-    print(f"{environment()['device']['name']}: {_facts(rates)}", flush=True)
+    print(rates, flush=True)
 
     def say(row: dict[str, Any]) -> None:
         time_us = row["median_us"]
         print(" ".join(str(row[name]) for name in KEY), f"{time_us:.4g} us" if time_us else row["status"], flush=True)
 
-    results = Results(options.out, key=KEY, facts=_facts(rates))
+    results = Results(options.out, key=KEY, facts=asdict(rates))
     return int(not measure(found, results, device=device, rates=rates, seconds=options.seconds, progress=say))
-
-
-def _smallest(benchmark: Benchmark) -> Case:
-    return min(benchmark.cases, key=lambda case: case.work(2).forward_bytes)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ GPU. ``BENCHMARKS`` holds them by op.
 
 from __future__ import annotations
 
+import functools
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from dfkd_fast import ops
 
@@ -23,13 +26,7 @@ Inputs = tuple[Any, ...]
 
 
 class Make:
-    """Random tensors of one device and dtype. Each call draws new numbers.
-
-    Args:
-        device: ``meta`` makes tensors without data.
-        dtype: default dtype.
-        seed: of the random numbers.
-    """
+    """Random tensors of one device and default dtype. The device ``meta`` makes tensors without data."""
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, *, seed: int = 0) -> None:
         self.device, self.dtype = torch.device(device), dtype
@@ -49,15 +46,12 @@ class Make:
         return (x.to(memory_format=torch.channels_last) if len(shape) == 4 else x).requires_grad_(grad)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Work:
     """The least that a case must move and compute, for its roofline.
 
-    Attributes:
-        forward_bytes: inputs read once and results written once.
-        backward_bytes: the same for the backward pass, with the recomputation that its derivation has.
-        forward_flops: a multiply-add counts as two.
-        backward_flops: the same for the backward pass.
+    Bytes: inputs read once and results written once; the backward includes the recomputation that its derivation has.
+    A multiply-add counts as two operations.
     """
 
     forward_bytes: float
@@ -83,7 +77,7 @@ class Case:
 
     name: str
     inputs: Callable[[Make], Inputs]
-    call: Callable[..., Tensor | tuple[Tensor, ...]]
+    call: Callable[..., Any]
     work: Callable[[int], Work]
     shapes: Literal["paper", "large", "odd", "file"] = "paper"
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
@@ -115,16 +109,18 @@ class Benchmark:
 
 def tensors(value: Any) -> list[Tensor]:
     """All tensors in nested tuples, lists and dicts, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for each in value for tensor in tensors(each)] if isinstance(value, tuple | list) else []
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _name(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
+
+def _each(make: Callable[..., Case], *shapes: Sequence[int], **more: Any) -> list[Case]:
+    return [make(*shape, **more) for shape in shapes]
+
+
+_STAGES = ((64, 64, 56, 56), (64, 128, 28, 28), (64, 256, 14, 14), (64, 512, 7, 7))  # of ResNets at 224 x 224
 
 # --- high_order_attention, high_order_attention_mse
 
@@ -135,8 +131,9 @@ def _attention(
     """Gradients for the features and both weights, as a student step needs them."""
     samples, channels, height, width = shape
     k = hidden or channels // 4
-    weights = (order * (order + 1) // 2 + order) * channels * k
+    features, weights = math.prod(shape), (order * (order + 1) // 2 + order) * channels * k
     flops = 2.0 * weights * samples * height * width
+    op: Callable[..., Tensor] = ops.high_order_attention_mse if mse else ops.high_order_attention
 
     def inputs(make: Make) -> Inputs:
         # Weights of standard deviation 1.5 / sqrt(fan in): every order contributes and few gates saturate.
@@ -145,37 +142,23 @@ def _attention(
         out = make.tensor(order, channels, k, grad=True, scale=1.5 / k**0.5)
         return (x, proj, out, make.map(*shape)) if mse else (x, proj, out)
 
-    def call(*given: Tensor, backend: str | None) -> Tensor:
-        function: Callable[..., Tensor] = ops.high_order_attention_mse if mse else ops.high_order_attention
-        return function(*given, mode=mode, backend=backend)
-
-    def work(size: int) -> Work:
-        features = samples * channels * height * width
-        return Work(
-            forward_bytes=(2 * features + weights) * size,
-            backward_bytes=(3 * features + 2 * weights) * size,
-            forward_flops=flops,
-            backward_flops=3 * flops,
-        )
-
-    different = "" if order == 3 and mode == "joint" else f" order {order} {mode}"
-    return Case(name=_name(shape) + different, inputs=inputs, call=call, work=work, **more)
+    return Case(
+        name=_name(shape) + ("" if order == 3 and mode == "joint" else f" order {order} {mode}"),
+        inputs=inputs,
+        call=lambda *given, backend: op(*given, mode=mode, backend=backend),
+        work=lambda size: Work((2 * features + weights) * size, (3 * features + 2 * weights) * size, flops, 3 * flops),
+        **more,
+    )
 
 
-def _attention_mse(*shape: int, **more: Any) -> Case:
-    return _attention(*shape, mse=True, **more)
-
-
-_STAGES = ((64, 64, 56, 56), (64, 128, 28, 28), (64, 256, 14, 14), (64, 512, 7, 7))  # of ResNets at 224 x 224
+_attention_mse = functools.partial(_attention, mse=True)
 
 _HIGH_ORDER_ATTENTION = Benchmark(
     op="high_order_attention",
     cases=[
-        *(_attention(*shape) for shape in _STAGES),
-        _attention(256, 64, 112, 112, shapes="large"),
-        _attention(256, 512, 28, 28, shapes="large"),
-        _attention(3, 37, 5, 7, shapes="odd"),
-        _attention(2, 320, 3, 5, shapes="odd"),
+        *_each(_attention, *_STAGES),
+        *_each(_attention, (256, 64, 112, 112), (256, 512, 28, 28), shapes="large"),
+        *_each(_attention, (3, 37, 5, 7), (2, 320, 3, 5), shapes="odd"),
         _attention(2, 24, 5, 3, order=1, shapes="odd"),
         _attention(2, 100, 5, 3, order=2, hidden=19, shapes="odd"),
         _attention(2, 200, 5, 3, order=4, shapes="odd"),
@@ -187,16 +170,14 @@ _HIGH_ORDER_ATTENTION = Benchmark(
 _HIGH_ORDER_ATTENTION_MSE = Benchmark(
     op="high_order_attention_mse",
     cases=[
-        *(_attention_mse(*shape) for shape in _STAGES),
+        *_each(_attention_mse, *_STAGES),
         _attention_mse(256, 64, 112, 112, shapes="large"),
-        _attention_mse(3, 37, 5, 7, shapes="odd"),
-        _attention_mse(2, 320, 3, 5, shapes="odd"),
+        *_each(_attention_mse, (3, 37, 5, 7), (2, 320, 3, 5), shapes="odd"),
         _attention_mse(2, 200, 5, 3, order=4, shapes="odd"),
         *(_attention_mse(4, channels, 14, 14, mode="per_order", shapes="odd") for channels in (64, 256, 512)),
     ],
     make=_attention_mse,
 )
-
 
 # --- spatial_attention
 
@@ -204,61 +185,53 @@ _HIGH_ORDER_ATTENTION_MSE = Benchmark(
 def _spatial(
     *shape: int,
     k: int | None = None,
-    form: Literal["spatial", "spatial_mean1", "channel"] = "spatial",
+    form: Any = "spatial",
     bias: bool = False,
     channels_last: bool = True,
     **more: Any,
 ) -> Case:
     """Gradients for features, hidden maps and weight, as a generator step needs them. k is C / 8 by default."""
     n, c, h, w = shape
-    narrow = k or max(1, c // 8)
+    narrow, positions = k or max(1, c // 8), n * h * w
+    product = 2.0 * positions * c * narrow
 
     def inputs(make: Make) -> Inputs:
         new = make.map if channels_last else make.tensor
-        return (
-            new(n, c, h, w, grad=True),
-            new(n, narrow, h, w, grad=True),
-            make.tensor(c, narrow, grad=True, scale=narrow**-0.5),
-            make.tensor(c, grad=True) if bias else None,
-        )
-
-    def call(features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
-        return ops.spatial_attention(features, hidden, weight, bias, form=form, backend=backend)
+        features, hidden = new(n, c, h, w, grad=True), new(n, narrow, h, w, grad=True)
+        weight = make.tensor(c, narrow, grad=True, scale=narrow**-0.5)
+        return features, hidden, weight, make.tensor(c, grad=True) if bias else None
 
     def work(size: int) -> Work:
-        positions = n * h * w
-        product = 2.0 * positions * c * narrow
         # Backward moves this little only where its second pass over the positions reads from the L2 cache.
-        return Work(
-            forward_bytes=size * (positions * (2 * c + narrow) + c * narrow),
-            backward_bytes=size * (positions * (3 * c + 2 * narrow) + 2 * c * narrow),
-            forward_flops=product if form == "channel" else 2 * product,
-            backward_flops=3 * product,
-        )
+        forward = size * (positions * (2 * c + narrow) + c * narrow)
+        backward = size * (positions * (3 * c + 2 * narrow) + 2 * c * narrow)
+        return Work(forward, backward, product if form == "channel" else 2 * product, 3 * product)
 
     name = _name(shape) if form == "spatial" else f"{form} {_name(shape)}"
     name += (f" K={k}" if k is not None else "") + ("" if channels_last else " contiguous")
-    return Case(name=name, inputs=inputs, call=call, work=work, **more)
+    return Case(
+        name=name,
+        inputs=inputs,
+        call=lambda *given, backend: ops.spatial_attention(*given, form=form, backend=backend),
+        work=work,
+        **more,
+    )
 
 
-_ODD_MAPS = (
-    *(((3, 37, 5, 7), 5), ((2, 200, 9, 3), None), ((1, 24, 15, 15), None)),
-    *(((2, 300, 7, 7), 70), ((2, 1, 3, 3), None)),
-)
+_ODD_MAPS = ((3, 37, 5, 7, 5), (2, 200, 9, 3, None), (1, 24, 15, 15, None), (2, 300, 7, 7, 70), (2, 1, 3, 3, None))
 
 _SPATIAL_ATTENTION = Benchmark(
     op="spatial_attention",
     cases=[
         _spatial(64, 256, 28, 28),
         _spatial(64, 128, 56, 56, dtypes=(torch.bfloat16, torch.float32)),
-        _spatial(64, 64, 112, 112),
-        _spatial(64, 64, 224, 224),
+        *_each(_spatial, (64, 64, 112, 112), (64, 64, 224, 224)),
         _spatial(64, 128, 56, 56, form="spatial_mean1"),
         _spatial(64, 128, 56, 56, form="channel", bias=True),
         _spatial(256, 64, 224, 224, shapes="large"),
         *(
             _spatial(*shape, k=k, form=form, bias=True, shapes="odd")
-            for shape, k in _ODD_MAPS
+            for *shape, k in _ODD_MAPS
             for form in ("spatial", "channel")
         ),
         _spatial(3, 64, 9, 7, channels_last=False, shapes="odd"),
@@ -267,30 +240,21 @@ _SPATIAL_ATTENTION = Benchmark(
     make=_spatial,
 )
 
-
 # --- contrastive_loss
 
 
 def _contrastive(vectors: int, dim: int, symmetric: bool = False, **more: Any) -> Case:
     """Gradients for both sides; ``vectors`` counts the vectors of both."""
-
-    def inputs(make: Make) -> Inputs:
-        return make.tensor(vectors // 2, dim, grad=True), make.tensor(vectors // 2, dim, grad=True)
-
-    def call(anchors: Tensor, positives: Tensor, backend: str | None) -> Tensor:
-        return ops.contrastive_loss(anchors, positives, symmetric=symmetric, backend=backend)
-
-    def work(size: int) -> Work:
-        read, products = vectors * dim * size, float(vectors) ** 2 * dim
-        return Work(
-            forward_bytes=read,
-            backward_bytes=2 * read,
-            forward_flops=(2 if symmetric else 1) * products,
-            backward_flops=(4 if symmetric else 3) * products,
-        )
-
-    name = f"{vectors}x{dim}{' symmetric' if symmetric else ''}"
-    return Case(name=name, inputs=inputs, call=call, work=work, **more)
+    products, twice = float(vectors) ** 2 * dim, 2 if symmetric else 1
+    return Case(
+        name=f"{vectors}x{dim}{' symmetric' if symmetric else ''}",
+        inputs=lambda make: tuple(make.tensor(vectors // 2, dim, grad=True) for _ in range(2)),
+        call=lambda a, b, backend: ops.contrastive_loss(a, b, symmetric=symmetric, backend=backend),
+        work=lambda size: Work(
+            vectors * dim * size, 2 * vectors * dim * size, twice * products, (2 + twice) * products
+        ),
+        **more,
+    )
 
 
 def _lightly(case: str) -> Callable[..., Any] | None:
@@ -302,38 +266,26 @@ def _lightly(case: str) -> Callable[..., Any] | None:
 _CONTRASTIVE_LOSS = Benchmark(
     op="contrastive_loss",
     cases=[
-        *(_contrastive(count, 128, symmetric) for count in (128, 8192) for symmetric in (False, True)),
-        *(
-            _contrastive(count, 128, symmetric, shapes="large")
-            for count in (65536, 131072)
-            for symmetric in (False, True)
-        ),
-        _contrastive(74, 50, shapes="odd"),
-        _contrastive(10, 300, shapes="odd"),
-        _contrastive(2, 3, True, shapes="odd"),
+        *(_contrastive(n, 128, both) for n in (128, 8192) for both in (False, True)),
+        *(_contrastive(n, 128, both, shapes="large") for n in (65536, 131072) for both in (False, True)),
+        *_each(_contrastive, (74, 50), (10, 300), (2, 3, True), shapes="odd"),
     ],
     make=_contrastive,
     peers={"lightly": _lightly},
 )
-
 
 # --- distillation_kl
 
 
 def _kl(rows: int, classes: int, **more: Any) -> Case:
     """Gradients for both sides, as a generator step needs them."""
-
-    def inputs(make: Make) -> Inputs:
-        return make.tensor(rows, classes, grad=True), make.tensor(rows, classes, grad=True)
-
-    def call(student: Tensor, teacher: Tensor, backend: str | None) -> Tensor:
-        return ops.distillation_kl(student, teacher, temperature=4.0, backend=backend)
-
-    def work(size: int) -> Work:
-        logits = rows * classes * size
-        return Work(forward_bytes=2 * logits, backward_bytes=4 * logits)
-
-    return Case(name=f"{rows}x{classes}", inputs=inputs, call=call, work=work, **more)
+    return Case(
+        name=f"{rows}x{classes}",
+        inputs=lambda make: tuple(make.tensor(rows, classes, grad=True) for _ in range(2)),
+        call=lambda a, b, backend: ops.distillation_kl(a, b, temperature=4.0, backend=backend),
+        work=lambda size: Work(2 * rows * classes * size, 4 * rows * classes * size),
+        **more,
+    )
 
 
 def _liger(case: str) -> Callable[..., Any] | None:
@@ -350,17 +302,14 @@ def _liger(case: str) -> Callable[..., Any] | None:
 _DISTILLATION_KL = Benchmark(
     op="distillation_kl",
     cases=[
-        _kl(64, 200),
-        _kl(64, 1000),
+        *_each(_kl, (64, 200), (64, 1000)),
         _kl(4096, 1000, dtypes=(torch.bfloat16, torch.float32)),
         _kl(4096, 32000, shapes="large"),
-        _kl(37, 129, shapes="odd"),
-        _kl(3, 5001, shapes="odd"),
+        *_each(_kl, (37, 129), (3, 5001), shapes="odd"),
     ],
     make=_kl,
     peers={"liger": _liger},
 )
-
 
 # --- batchnorm_statistics, channel_statistics, statistics_distance
 
@@ -375,7 +324,7 @@ class _Layer:
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
 
 def _resnet34(batch: int, size: int, *, residuals: bool) -> list[_Layer]:
@@ -400,87 +349,70 @@ def _wrn_40_2(batch: int, size: int) -> list[_Layer]:
     return [*layers, before]
 
 
+def _statistics_of(make: Make, channels: int) -> Inputs:
+    """Stored mean and variance of a BatchNorm."""
+    mean = make.tensor(channels, dtype=torch.float32)
+    return mean, make.tensor(channels, dtype=torch.float32).abs() + 0.5
+
+
 def _batchnorm(name: str, layers: Sequence[_Layer], **more: Any) -> Case:
     """All layers in turn. The gradients of all three results flow back to maps and residuals."""
+    total = sum(layer.numel for layer in layers)
+    added = sum(layer.numel for layer in layers if layer.residual)
 
-    def inputs(make: Make) -> Inputs:
-        made: list[Tensor] = []
-        for layer in layers:
-            channels = layer.shape[1]
-            made.append(make.map(*layer.shape, grad=True))
-            made.append(make.tensor(channels, dtype=torch.float32))
-            made.append(make.tensor(channels, dtype=torch.float32).abs() + 0.5)
-            made += [make.tensor(channels, dtype=torch.float32), make.tensor(channels, dtype=torch.float32)]
-            if layer.residual:
-                made.append(make.map(*layer.shape, grad=True))
-        return tuple(made)
+    def one(make: Make, layer: _Layer) -> Inputs:
+        channels = layer.shape[1]
+        x, statistics = make.map(*layer.shape, grad=True), _statistics_of(make, channels)
+        affine = [make.tensor(channels, dtype=torch.float32) for _ in range(2)]
+        return x, *statistics, *affine, make.map(*layer.shape, grad=True) if layer.residual else None
 
-    def call(*given: Tensor, backend: str | None) -> tuple[Tensor, ...]:
+    def call(*given: Inputs, backend: str | None) -> tuple[Tensor, ...]:
         results: list[Tensor] = []
-        rest = iter(given)
-        for layer in layers:
-            x, mean, var, weight, bias = (next(rest) for _ in range(5))
-            residual = next(rest) if layer.residual else None
-            results += ops.batchnorm_statistics(
-                x, mean, var, weight, bias, 1e-5, activation=layer.activation, residual=residual, backend=backend
-            )
+        for layer, (x, mean, var, weight, bias, residual) in zip(layers, given, strict=True):
+            options: dict[str, Any] = {"activation": layer.activation, "residual": residual, "backend": backend}
+            results += ops.batchnorm_statistics(x, mean, var, weight, bias, 1e-5, **options)
         return tuple(results)
 
-    def work(size: int) -> Work:
-        total = sum(layer.numel for layer in layers)
-        added = sum(layer.numel for layer in layers if layer.residual)
+    return Case(
+        name=name,
+        inputs=lambda make: tuple(one(make, layer) for layer in layers),
+        call=call,
         # A residual's gradient is one more write, and one bit per element says where it passes.
-        return Work(
-            forward_bytes=size * (2 * total + added) + added / 8,
-            backward_bytes=size * (3 * total + added) + added / 8,
-        )
-
-    return Case(name=name, inputs=inputs, call=call, work=work, **more)
+        work=lambda size: Work(size * (2 * total + added) + added / 8, size * (3 * total + added) + added / 8),
+        **more,
+    )
 
 
 def _statistics(name: str, layers: Sequence[_Layer], **more: Any) -> Case:
     """channel_statistics: mean and variance without the normalisation."""
-
-    def inputs(make: Make) -> Inputs:
-        return tuple(make.map(*layer.shape, grad=True) for layer in layers)
-
-    def call(*maps: Tensor, backend: str | None) -> tuple[Tensor, ...]:
-        return tuple(result for x in maps for result in ops.channel_statistics(x, backend=backend))
-
-    def work(size: int) -> Work:
-        total = sum(layer.numel for layer in layers)
-        return Work(forward_bytes=size * total, backward_bytes=2 * size * total)
-
-    return Case(name=name, inputs=inputs, call=call, work=work, **more)
+    total = sum(layer.numel for layer in layers)
+    return Case(
+        name=name,
+        inputs=lambda make: tuple(make.map(*layer.shape, grad=True) for layer in layers),
+        call=lambda *maps, backend: tuple(r for x in maps for r in ops.channel_statistics(x, backend=backend)),
+        work=lambda size: Work(size * total, 2 * size * total),
+        **more,
+    )
 
 
 def _distance(name: str, layers: Sequence[_Layer], **more: Any) -> Case:
     """statistics_distance of each layer."""
-
-    def inputs(make: Make) -> Inputs:
-        made: list[Tensor] = []
-        for layer in layers:
-            made.append(make.map(*layer.shape, grad=True))
-            made.append(make.tensor(layer.shape[1], dtype=torch.float32))
-            made.append(make.tensor(layer.shape[1], dtype=torch.float32).abs() + 0.5)
-        return tuple(made)
-
-    def call(*given: Tensor, backend: str | None) -> tuple[Tensor, ...]:
-        each = zip(given[::3], given[1::3], given[2::3], strict=True)
-        return tuple(ops.statistics_distance(x, mean, var, backend=backend) for x, mean, var in each)
-
-    def work(size: int) -> Work:
-        total = size * sum(layer.numel for layer in layers)
-        channels = sum(layer.shape[1] for layer in layers)
+    total, channels = sum(layer.numel for layer in layers), sum(layer.shape[1] for layer in layers)
+    return Case(
+        name=name,
+        inputs=lambda make: tuple(
+            (make.map(*layer.shape, grad=True), *_statistics_of(make, layer.shape[1])) for layer in layers
+        ),
+        call=lambda *given, backend: tuple(ops.statistics_distance(*each, backend=backend) for each in given),
         # Per channel, forward reads two numbers and writes three, which backward reads.
-        return Work(forward_bytes=total + 20 * channels, backward_bytes=2 * total + 12 * channels)
-
-    return Case(name=name, inputs=inputs, call=call, work=work, **more)
+        work=lambda size: Work(size * total + 20 * channels, 2 * size * total + 12 * channels),
+        **more,
+    )
 
 
 def _one_batchnorm(*shape: int, residual: bool = False, activation: Any = "relu", **more: Any) -> Case:
     name = _name(shape) + (" with residual" if residual else "")
-    return _batchnorm(name, [_Layer(shape, residual=residual, activation=activation)], **more)
+    return _batchnorm(name, [_Layer(shape, activation, residual)], **more)
 
 
 def _one_statistics(*shape: int, **more: Any) -> Case:
@@ -497,12 +429,9 @@ _BATCHNORM_STATISTICS = Benchmark(
         _batchnorm("resnet34 batch 64", _resnet34(64, 224, residuals=False)),
         _batchnorm("resnet34 batch 64 with residuals", _resnet34(64, 224, residuals=True)),
         _statistics("statistics only resnet34 batch 64", _resnet34(64, 224, residuals=False)),
-        _one_batchnorm(64, 64, 112, 112),
-        *(_one_batchnorm(*shape) for shape in _STAGES),
-        _one_batchnorm(64, 64, 56, 56, residual=True),
-        _one_batchnorm(64, 512, 7, 7, residual=True),
-        _one_statistics(64, 64, 112, 112),
-        _one_statistics(64, 512, 7, 7),
+        *_each(_one_batchnorm, (64, 64, 112, 112), *_STAGES),
+        *_each(_one_batchnorm, _STAGES[0], _STAGES[-1], residual=True),
+        *_each(_one_statistics, (64, 64, 112, 112), _STAGES[-1]),
         _one_batchnorm(256, 256, 56, 56, shapes="large"),
         _one_batchnorm(256, 256, 56, 56, residual=True, shapes="large"),
         _one_batchnorm(3, 37, 5, 7, shapes="odd", activation="relu6"),
@@ -512,8 +441,7 @@ _BATCHNORM_STATISTICS = Benchmark(
         _one_batchnorm(7, 19, 333, shapes="odd", residual=True),
         _one_batchnorm(4, 20, 3, 5, 7, shapes="odd"),
         _one_batchnorm(5, 130, shapes="odd", activation="none"),
-        _one_statistics(3, 37, 5, 7, shapes="odd"),
-        _one_statistics(7, 19, 333, shapes="odd"),
+        *_each(_one_statistics, (3, 37, 5, 7), (7, 19, 333), shapes="odd"),
     ],
     make=_one_batchnorm,
 )
@@ -523,19 +451,11 @@ _STATISTICS_DISTANCE = Benchmark(
     cases=[
         _distance("resnet34 batch 64", _resnet34(64, 224, residuals=False)),
         _distance("wrn_40_2 batch 256", _wrn_40_2(256, 32)),
-        _one_distance(64, 64, 112, 112),
-        _one_distance(64, 256, 14, 14),
-        _one_distance(64, 512, 7, 7),
-        _one_distance(256, 32, 32, 32),
-        _one_distance(256, 64, 16, 16),
-        _one_distance(256, 128, 8, 8),
+        *_each(_one_distance, (64, 64, 112, 112), (64, 256, 14, 14), (64, 512, 7, 7)),
+        *_each(_one_distance, (256, 32, 32, 32), (256, 64, 16, 16), (256, 128, 8, 8)),
         _one_distance(256, 256, 56, 56, shapes="large"),
-        _one_distance(3, 37, 5, 7, shapes="odd"),
-        _one_distance(2, 1, 3, shapes="odd"),
-        _one_distance(7, 19, 333, shapes="odd"),
-        _one_distance(4, 20, 3, 5, 7, shapes="odd"),
-        _one_distance(5, 130, shapes="odd"),
-        _one_distance(3, 4999, 2, 2, shapes="odd"),
+        *_each(_one_distance, (3, 37, 5, 7), (2, 1, 3), (7, 19, 333), (4, 20, 3, 5, 7), shapes="odd"),
+        *_each(_one_distance, (5, 130), (3, 4999, 2, 2), shapes="odd"),
     ],
     make=_one_distance,
 )
@@ -544,54 +464,46 @@ _STATISTICS_DISTANCE = Benchmark(
 # --- max_pool2x2, max_unpool2x2
 
 
-def _pool_work(shape: Sequence[int], size: int) -> Work:
-    """Four elements on one side of each window, one element and a one-byte code on the other."""
-    n, c, h, w = shape
-    moved = n * c * (h // 2) * (w // 2) * (5 * size + 1)
-    return Work(forward_bytes=moved, backward_bytes=moved)
-
-
 def _pool(*shape: int, relu: bool = True, unpool: bool = False, **more: Any) -> Case:
-    if unpool:
-        return _unpool(*shape, **more)
+    n, c, h, w = shape
+    pooled = (n, c, h // 2, w // 2)
 
-    def inputs(make: Make) -> Inputs:
-        return (make.map(*shape, grad=True),)
-
-    def call(x: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
-        return ops.max_pool2x2(x, relu=relu, backend=backend)
+    def codes(make: Make) -> Tensor:
+        return make.map(*pooled, dtype=torch.float32).abs().mul(4).to(torch.uint8).bitwise_and_(3)
 
     def compiled(x: Tensor) -> tuple[Tensor, Tensor]:
         # ReLU after pooling, on a quarter of the elements. Code 4 marks windows without a positive element.
         y, index = F.max_pool2d(x, 2, return_indices=True)
-        code = (2 * (index // shape[3] % 2) + index % shape[3] % 2).to(torch.uint8)
+        code = (2 * (index // w % 2) + index % w % 2).to(torch.uint8)
         if relu:
             y = y.relu()
             code = code.masked_fill(y <= 0, 4)
         return y, code
 
     def work(size: int) -> Work:
-        return _pool_work(shape, size)
+        """Four elements on one side of each window, one element and a one-byte code on the other."""
+        moved = math.prod(pooled) * (5 * size + 1)
+        return Work(moved, moved)
 
-    return Case(name=f"pool {_name(shape)}", inputs=inputs, call=call, work=work, compiled=compiled, **more)
+    if unpool:
+        return Case(
+            name=f"unpool {_name(shape)}",
+            inputs=lambda make: (make.map(*pooled, grad=True), codes(make)),
+            call=lambda y, code, backend: ops.max_unpool2x2(y, code, (h, w), backend=backend),
+            work=work,
+            **more,
+        )
+    return Case(
+        name=f"pool {_name(shape)}",
+        inputs=lambda make: (make.map(*shape, grad=True),),
+        call=lambda x, backend: ops.max_pool2x2(x, relu=relu, backend=backend),
+        work=work,
+        compiled=compiled,
+        **more,
+    )
 
 
-def _unpool(*shape: int, **more: Any) -> Case:
-    n, c, h, w = shape
-
-    def inputs(make: Make) -> Inputs:
-        code = make.map(n, c, h // 2, w // 2, dtype=torch.float32).abs().mul(4).to(torch.uint8).bitwise_and_(3)
-        return make.map(n, c, h // 2, w // 2, grad=True), code
-
-    def call(y: Tensor, code: Tensor, backend: str | None) -> Tensor:
-        return ops.max_unpool2x2(y, code, (h, w), backend=backend)
-
-    def work(size: int) -> Work:
-        return _pool_work(shape, size)
-
-    return Case(name=f"unpool {_name(shape)}", inputs=inputs, call=call, work=work, **more)
-
-
+_unpool = functools.partial(_pool, unpool=True)
 _HOURGLASS = ((64, 64, 28, 28), (64, 32, 56, 56), (64, 16, 112, 112), (64, 16, 224, 224))  # of the generator
 _ODD_POOLS = ((3, 17, 15, 9), (2, 1, 7, 6), (5, 200, 4, 5))
 
@@ -606,11 +518,9 @@ _MAX_POOL2X2 = Benchmark(
     make=_pool,
 )
 
-BENCHMARKS: dict[str, Benchmark] = {
-    each.op: each
-    for each in (
-        *(_HIGH_ORDER_ATTENTION, _HIGH_ORDER_ATTENTION_MSE, _SPATIAL_ATTENTION, _CONTRASTIVE_LOSS, _DISTILLATION_KL),
-        *(_BATCHNORM_STATISTICS, _STATISTICS_DISTANCE, _MAX_POOL2X2),
-    )
-}
+_ALL = (
+    *(_HIGH_ORDER_ATTENTION, _HIGH_ORDER_ATTENTION_MSE, _SPATIAL_ATTENTION, _CONTRASTIVE_LOSS, _DISTILLATION_KL),
+    *(_BATCHNORM_STATISTICS, _STATISTICS_DISTANCE, _MAX_POOL2X2),
+)
+BENCHMARKS: dict[str, Benchmark] = {each.op: each for each in _ALL}
 """Every op's benchmark by its name. ``max_pool2x2`` includes ``max_unpool2x2``."""

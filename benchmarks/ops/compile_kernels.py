@@ -26,27 +26,26 @@ from typing import Any
 import torch
 
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, tensors
+from dfkd_fast.benchmarks.results import dtype_name
 
-__all__ = ["ARCHITECTURES", "DTYPES", "Compilation", "compilations", "compile_one", "main", "run_on_meta"]
+__all__ = [
+    "ARCHITECTURES",
+    "DTYPES",
+    "Compilation",
+    "compilations",
+    "compile_for_this_gpu",
+    "compile_one",
+    "main",
+    "run_on_meta",
+]
 
 ARCHITECTURES = (80, 86, 90, 100, 120)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Compilation:
-    """One kernel with the types and constants of one launch.
-
-    Attributes:
-        case: op, case and dtype that launch it.
-        kernel: module and name of the function.
-        arch: 90 for sm_90.
-        signature: type of each argument by name, ``constexpr`` for constants.
-        constants: the constants, by path.
-        attributes: known divisibility by 16, by path.
-        num_warps: per block.
-        num_stages: of the software pipeline.
-    """
+    """One kernel with the types and constants of one launch, as Triton's compiler takes them; ``arch`` 90 is sm_90."""
 
     case: str
     kernel: str
@@ -79,7 +78,7 @@ def compilations(benchmark: Benchmark, arch: int, dtypes: Sequence[torch.dtype] 
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from dfkd_fast.ops.library import recorded
+    from dfkd_fast.ops.custom_op import recorded
 
     backend, seen = make_backend(GPUTarget("cuda", arch, 32)), set()
     for dtype in dtypes:
@@ -94,12 +93,9 @@ def compilations(benchmark: Benchmark, arch: int, dtypes: Sequence[torch.dtype] 
                 bound, special, rest = bind(**launch.arguments, **launch.constants, **options)
                 _, signature, constants, attributes = kernel._pack_args(backend, options, bound, special, rest)
                 found = Compilation(
-                    case=f"{benchmark.op} {case.name} {str(dtype).removeprefix('torch.')}",
-                    kernel=f"{kernel.fn.__module__}.{kernel.fn.__name__}",
-                    arch=arch,
-                    signature=signature,
-                    constants=constants,
-                    attributes=attributes,
+                    f"{benchmark.op} {case.name} {dtype_name(dtype)}",
+                    f"{kernel.fn.__module__}.{kernel.fn.__name__}",
+                    *(arch, signature, constants, attributes),
                     **options,
                 )
                 if found.key() not in seen:
@@ -163,20 +159,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES, help="90 for sm_90")
-    parser.add_argument("--dtype", nargs="+", default=[str(dtype).removeprefix("torch.") for dtype in DTYPES])
+    parser.add_argument("--dtype", nargs="+", default=[dtype_name(dtype) for dtype in DTYPES])
     parser.add_argument("--workers", type=int, default=1, help="processes")
     options = parser.parse_args(arguments)
     if os.environ.pop("TRITON_INTERPRET", None):
         # Triton read the variable when it was imported: start again without it.
-        os.execv(sys.executable, [sys.executable, "-m", "dfkd_fast.benchmarks.ops.compile_kernels", *sys.argv[1:]])
+        os.execv(
+            sys.executable,
+            [
+                sys.executable,
+                "-m",
+                "dfkd_fast.benchmarks.ops.compile_kernels",
+                *(sys.argv[1:] if arguments is None else arguments),
+            ],
+        )
 
     dtypes = [getattr(torch, name) for name in options.dtype]
-    every = {
-        each.key(): each
-        for op in options.op
-        for arch in options.arch
-        for each in compilations(BENCHMARKS[op], arch, dtypes)
-    }
+    found = (each for op in options.op for arch in options.arch for each in compilations(BENCHMARKS[op], arch, dtypes))
+    every = {each.key(): each for each in found}
     bad = 0
     with multiprocessing.get_context("spawn").Pool(options.workers, torch.set_num_threads, (1,)) as pool:
         for row in pool.imap_unordered(compile_one, every.values()):
@@ -186,6 +186,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print((what + used + " {error}").format(**row), flush=True)
     print(f"{len(every)} compilations, {bad} not sound")
     return int(bool(bad))
+
+
+def compile_for_this_gpu() -> int:
+    """Compile the bfloat16 kernels for this GPU, or for sm_90 without one: ``dfkd-fast doctor --kernels``."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return main(["--arch", f"{major}{minor}", "--dtype", "bfloat16", "--workers", str(os.cpu_count() or 1)])
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 
 Each op's kernels are compared with float64, by the rule of the tests: at most twice the error of the reference in the
 same dtype. A second run and the replay of a CUDA graph must give the same bits. ``engine`` runs three rounds of a tiny
-distillation on the graph engine and on the eager one from the same seed. ``memcheck`` runs every op at small shapes
-under compute-sanitizer.
+distillation on the graph engine and on the eager one. ``memcheck`` runs every op at small shapes under
+compute-sanitizer.
 
     python -m dfkd_fast.benchmarks.ops.contact spatial_attention --out checks.json
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import subprocess
@@ -18,20 +17,20 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Case, Make, tensors
-from dfkd_fast.benchmarks.results import Results
+from dfkd_fast.benchmarks.results import Results, parser
 
 __all__ = ["check_case", "check_engine", "main"]
 
 _FACTOR = 2.0
 _NO_CACHING = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # without PyTorch's allocator, no graph can be captured
-_DRAWS = 4  # of inputs, where a result is a single number
+_DRAWS = 16  # of inputs, where a result is a single number, whose error can be small or large by chance
 _WAITS, _WAIT_S = 4, 10.0  # for memory that other processes hold
 
 
@@ -84,6 +83,10 @@ def _ratio(actual: Tensor, reference: Tensor, truth: Tensor, name: str) -> float
     return ratio
 
 
+def _double(x: Tensor) -> Tensor:
+    return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+
 def _draw(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> tuple[tuple[Any, ...], list[Tensor]]:
     """Inputs, and output gradients with the strides of the outputs."""
     make = Make(device, dtype, seed=case.seed + seed)
@@ -93,17 +96,11 @@ def _draw(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> tu
 
 
 def check_case(case: Case, device: torch.device, dtype: torch.dtype, *, backend: str = "triton") -> dict[str, Any]:
-    """Check one case.
-
-    Args:
-        case: the case.
-        device: where to run. Graphs are checked on CUDA only.
-        dtype: of the inputs.
-        backend: whose kernels.
+    """Check one case; CUDA graphs only on CUDA.
 
     Returns:
-        ``ratio``, the largest error over the reference's, of all results and gradients; ``status``, "ok" or what is
-        wrong; and ``seconds``.
+        ``ratio``, the largest error over the reference's, of all results and gradients; ``status``, "ok" or the first
+        fault; and ``seconds``.
     """
     start, ratio = time.monotonic(), 0.0
     try:
@@ -115,12 +112,7 @@ def check_case(case: Case, device: torch.device, dtype: torch.dtype, *, backend:
             if device.type == "cuda" and not columns and _NO_CACHING not in os.environ:
                 assert all(map(_same, first, _captured(case, inputs, grads, backend))), "a graph's replay differs"
             reference = _outputs(case, inputs, grads, "reference")
-            exact = [
-                x.detach().double().requires_grad_(x.requires_grad)
-                if isinstance(x, Tensor) and x.is_floating_point()
-                else x
-                for x in inputs
-            ]
+            exact = tree_map_only(Tensor, _double, inputs)
             truth = _outputs(case, exact, [g.double() for g in grads], "reference")
             columns.append([first, reference, truth])
             if all(result.numel() > 1 for result in first):
@@ -183,14 +175,11 @@ def memcheck(op: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check one op, or the engines; one row per case. Returns 1 where a check failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*BENCHMARKS, "engine", "memcheck"])
-    parser.add_argument("--out", type=Path, default=None, help="result file; none is written by default")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=["full", "small"], default="full", help="small: awkward shapes, all dtypes")
-    parser.add_argument("--dtypes", nargs="+", default=None, choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--backend", choices=["triton", "cuda"], default="triton")
-    options = parser.parse_args(arguments)
+    command = parser(__doc__, small="awkward shapes, all dtypes", out=False)
+    command.add_argument("what", choices=[*BENCHMARKS, "engine", "memcheck"])
+    command.add_argument("--dtypes", nargs="+", default=None, choices=["float32", "bfloat16", "float16"])
+    command.add_argument("--backend", choices=["triton", "cuda"], default="triton")
+    options = command.parse_args(arguments)
 
     device = torch.device(options.device)
     results = Results(options.out, key=("check",)) if options.out else None

@@ -10,7 +10,6 @@ two views both.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.metadata
 import importlib.util
@@ -21,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.benchmarks.ops import originals
 from dfkd_fast.benchmarks.ops.measure import time_calls
-from dfkd_fast.benchmarks.results import Results
+from dfkd_fast.benchmarks.results import Results, dtype_name, measured_on, parser
 from dfkd_fast.compat import cpsc, datafree, deepinversion, lightly, mdistiller, metric_learning, repdistiller
 from dfkd_fast.compat import torchdistill as td
 from dfkd_fast.report import markdown_table
@@ -41,48 +39,56 @@ KEY = ("drop_in", "shape", "dtype")
 
 Loss = Callable[..., Tensor]
 Shapes = tuple[tuple[int, ...], ...]
+Table = dict[str, tuple[Loss, Loss]]
 
 LOGITS: Shapes = ((256, 100), (64, 200))
 FEATURES: Shapes = ((256, 512), (64, 128))
 MAPS: Shapes = ((256, 32, 32, 32), (256, 64, 16, 16), (256, 128, 8, 8))  # the stages of WRN-40-2 at 32 x 32
 IMAGES: Shapes = ((256, 3, 32, 32),)
 
+_LIBRARIES = {"lightly": "lightly", "metric_learning": "pytorch-metric-learning", "torchdistill": "torchdistill"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DropIn:
     """A drop-in and its original.
 
-    Attributes:
-        name: module and name in ``dfkd_fast.compat``.
-        ours: makes the drop-in, given the device.
-        original: makes the original.
-        shapes: of all inputs together (maps of several stages), or of each, one comparison per shape.
-        inputs: number of inputs per shape.
-        trained: how many of them require a gradient.
-        together: whether all shapes are the inputs of one call.
-        library: whose class the original is; None for a definition in plain PyTorch.
+    Each of ``shapes`` has ``inputs`` inputs, the first ``trained`` of which require a gradient. It is one comparison,
+    unless all shapes are inputs of one call: ``together``, as for maps of several stages.
     """
 
     name: str
-    ours: Callable[[torch.device], Loss]
-    original: Callable[[torch.device], Loss]
+    ours: Loss
+    original: Loss
     shapes: Shapes
     inputs: int = 2
     trained: int = 1
     together: bool = False
-    library: str | None = None
+
+    @property
+    def source(self) -> str:
+        """Where the original comes from: the library with its version, or a definition in plain PyTorch."""
+        library = _library(self.name)
+        return f"{library} {importlib.metadata.version(library)}" if library else "plain PyTorch"
 
 
-def _installed(library: str) -> bool:
-    return importlib.util.find_spec(library.replace("-", "_")) is not None
-
-
-def _constant(loss: Loss) -> Callable[[torch.device], Loss]:
-    return lambda device: loss
+def _library(name: str) -> str | None:
+    """The library that a drop-in replaces a part of, where it is installed."""
+    library = _LIBRARIES.get(name.partition(".")[0])
+    return library if library and importlib.util.find_spec(library.replace("-", "_")) else None
 
 
 def _first(loss: Loss) -> Loss:
     return lambda s, t: loss(s)
+
+
+@functools.cache
+def _labels(count: int, classes: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device) % classes
+
+
+def _labelled(loss: Loss) -> Loss:
+    return lambda s, t: loss(s, _labels(*s.shape, s.device))
 
 
 def _stacked(loss: Loss) -> Loss:
@@ -110,144 +116,151 @@ def _kd_loss(kind: Any) -> Loss:
     return lambda s, t: loss({"fc": {"output": s}}, {"fc": {"output": t}}, None)
 
 
-def _hooked(kind: Any, read: Callable[[Any], Tensor]) -> Callable[[torch.device], Loss]:
+def _at_loss(kind: Any) -> Loss:
+    names = [f"block{stage}" for stage in range(len(MAPS))]
+    path = {name: {side: {"path": name, "io": "output"} for side in ("student", "teacher")} for name in names}
+    loss = kind(path, "code")
+    half = len(names)
+
+    def call(*maps: Tensor) -> Tensor:
+        sides = (maps[:half], maps[half:])
+        return loss(*({n: {"output": x} for n, x in zip(names, side, strict=True)} for side in sides))
+
+    return call
+
+
+def _hooked(kind: Any, read: Callable[[Any], Tensor], device: torch.device) -> Loss:
     """A frozen BatchNorm on each map, a hook on each, and the sum of what the hooks store."""
+    norms = [nn.BatchNorm2d(shape[1]).to(device).eval().requires_grad_(False) for shape in MAPS]
+    hooks = [kind(norm) for norm in norms]
 
-    def make(device: torch.device) -> Loss:
-        norms = [nn.BatchNorm2d(shape[1]).to(device).eval().requires_grad_(False) for shape in MAPS]
-        hooks = [kind(norm) for norm in norms]
+    def loss(*maps: Tensor) -> Tensor:
+        for norm, x in zip(norms, maps, strict=True):
+            norm(x)
+        return _total(read(hook) for hook in hooks)
 
-        def loss(*maps: Tensor) -> Tensor:
-            for norm, x in zip(norms, maps, strict=True):
-                norm(x)
-            return _total(read(hook) for hook in hooks)
-
-        return loss
-
-    return make
+    return loss
 
 
-def _r_feature(hook: Any) -> Tensor:
-    return hook.r_feature
-
-
-def drop_ins() -> Iterator[DropIn]:
-    """Every comparison that the installed libraries allow."""
-    kl = partial(originals.kldiv, temperature=4.0)
-
-    def logits(name: str, ours: Loss, original: Loss, **more: Any) -> DropIn:
-        return DropIn(
-            name=name, ours=_constant(ours), original=_constant(original), shapes=more.pop("shapes", LOGITS), **more
-        )
-
-    yield logits("datafree.kldiv", partial(datafree.kldiv, T=4.0), kl)
-    yield logits("datafree.kldiv, both gradients", partial(datafree.kldiv, T=4.0), kl, trained=2)
-    yield logits("datafree.KLDiv", datafree.KLDiv(T=4.0), originals.Module(kl))
-    yield logits("datafree.jsdiv", partial(datafree.jsdiv, T=4.0), partial(originals.jsdiv, temperature=4.0))
-    yield logits(
-        "datafree.class_balance_loss", _first(datafree.class_balance_loss), _first(originals.class_balance_loss)
-    )
-    yield logits("datafree.onehot_loss", _first(datafree.onehot_loss), _first(originals.onehot_loss))
-    yield logits("cpsc.kdloss", cpsc.kdloss, originals.kldiv)
-    yield logits("repdistiller.DistillKL", repdistiller.DistillKL(4.0), originals.Module(kl))
-    yield logits("mdistiller.kd_loss", partial(mdistiller.kd_loss, temperature=4.0), kl)
-    if _installed("torchdistill"):
+def _logits() -> Table:
+    """Losses of the logits of student and teacher: drop-in and original by name."""
+    kl, js = (partial(f, temperature=4.0) for f in (originals.kldiv, originals.jsdiv))
+    found: Table = {
+        "datafree.kldiv": (partial(datafree.kldiv, T=4.0), kl),
+        "datafree.kldiv, both gradients": (partial(datafree.kldiv, T=4.0), kl),
+        "datafree.KLDiv": (datafree.KLDiv(T=4.0), originals.Module(kl)),
+        "datafree.jsdiv": (partial(datafree.jsdiv, T=4.0), js),
+        "datafree.cross_entropy": (_labelled(datafree.cross_entropy), _labelled(F.cross_entropy)),
+        "datafree.class_balance_loss": (_first(datafree.class_balance_loss), _first(originals.class_balance_loss)),
+        "datafree.onehot_loss": (_first(datafree.onehot_loss), _first(originals.onehot_loss)),
+        "cpsc.kdloss": (cpsc.kdloss, originals.kldiv),
+        "repdistiller.DistillKL": (repdistiller.DistillKL(4.0), originals.Module(kl)),
+        "mdistiller.kd_loss": (partial(mdistiller.kd_loss, temperature=4.0), kl),
+    }
+    if _library("torchdistill.KDLoss"):
         from torchdistill.losses.mid_level import KDLoss
 
-        yield logits("torchdistill.KDLoss", _kd_loss(td.KDLoss), _kd_loss(KDLoss), library="torchdistill")
+        found["torchdistill.KDLoss"] = _kd_loss(td.KDLoss), _kd_loss(KDLoss)
+    return found
 
+
+def _features() -> Table:
+    """Losses of the features of two views."""
+    found: Table = {}
     for name, kind in (("datafree.ContrastLoss", datafree.ContrastLoss), ("cpsc.SupConLoss", cpsc.SupConLoss)):
         for mode in ("all", "one"):
-            original = _stacked(originals.Module(originals.contrast_loss, mode=mode))
-            yield logits(
-                f"{name}, {mode}", _stacked(kind(contrast_mode=mode)), original, shapes=FEATURES, trained=2
-            )  # fmt: skip
-    theirs, library = originals.Module(originals.nt_xent), None
-    if _installed("lightly"):
+            original = originals.Module(originals.contrast_loss, mode=mode)
+            found[f"{name}, {mode}"] = _stacked(kind(contrast_mode=mode)), _stacked(original)
+    theirs = originals.Module(originals.nt_xent)
+    if _library("lightly.NTXentLoss"):
         from lightly.loss.ntx_ent_loss import NTXentLoss
 
-        theirs, library = NTXentLoss(), "lightly"
-    yield logits("lightly.NTXentLoss", lightly.NTXentLoss(), theirs, shapes=FEATURES, trained=2, library=library)
-    if _installed("pytorch-metric-learning"):
+        theirs = NTXentLoss()
+    found["lightly.NTXentLoss"] = lightly.NTXentLoss(), theirs
+    if _library("metric_learning.SelfSupervisedLoss"):
         from pytorch_metric_learning import losses
 
         for name in ("NTXentLoss", "SupConLoss"):
-            ours, theirs = (m.SelfSupervisedLoss(getattr(m, name)()) for m in (metric_learning, losses))
-            name = f"metric_learning.SelfSupervisedLoss, {name}"
-            yield logits(name, ours, theirs, shapes=FEATURES, trained=2, library="pytorch-metric-learning")
+            ours, original = (m.SelfSupervisedLoss(getattr(m, name)()) for m in (metric_learning, losses))
+            found[f"metric_learning.SelfSupervisedLoss, {name}"] = ours, original
+    return found
 
-    def hooks(name: str, ours: Any, original: Any, read: Callable[[Any], Tensor] = _r_feature) -> DropIn:
-        pair = _hooked(ours, read), _hooked(original, read)
-        return DropIn(name=name, ours=pair[0], original=pair[1], shapes=MAPS, inputs=1, together=True)
 
-    yield hooks("datafree.DeepInversionHook", datafree.DeepInversionHook, originals.DeepInversionHook)
-    yield hooks(
-        "deepinversion.DeepInversionFeatureHook", deepinversion.DeepInversionFeatureHook, originals.DeepInversionHook
-    )
-    yield hooks("cpsc.DeepInversionFeatureHook", cpsc.DeepInversionFeatureHook, originals.DeepInversionHook)
-    yield hooks(
-        "datafree.FeatureMeanVarHook",
-        datafree.FeatureMeanVarHook,
-        originals.FeatureMeanVarHook,
-        lambda hook: hook.mean.square().sum() + hook.var.square().sum(),
-    )
-    yield hooks(
-        "datafree.InstanceMeanHook",
-        datafree.InstanceMeanHook,
-        originals.InstanceMeanHook,
-        lambda hook: hook.instance_mean.square().sum(),
-    )
-
-    attention, transfer = repdistiller.Attention(), _pairs(originals.attention_transfer)
-    maps_losses: dict[str, Loss] = {
-        "repdistiller.Attention": lambda *maps: _total(attention(maps[:3], maps[3:])),
-        "mdistiller.at_loss": lambda *maps: torch.as_tensor(mdistiller.at_loss(maps[:3], maps[3:], 2)),
-        "mdistiller.single_stage_at_loss": _pairs(partial(mdistiller.single_stage_at_loss, p=2)),
+def _maps() -> Table:
+    """Losses of the stages of student and teacher."""
+    attention, transfer, half = repdistiller.Attention(), _pairs(originals.attention_transfer), len(MAPS)
+    found: Table = {
+        "repdistiller.Attention": (lambda *maps: _total(attention(maps[:half], maps[half:])), transfer),
+        "mdistiller.at_loss": (lambda *m: torch.as_tensor(mdistiller.at_loss(m[:half], m[half:], 2)), transfer),
+        "mdistiller.single_stage_at_loss": (_pairs(partial(mdistiller.single_stage_at_loss, p=2)), transfer),
     }
-    for name, ours in maps_losses.items():
-        yield logits(name, ours, transfer, shapes=MAPS, together=True)
-    yield logits(
-        "datafree.get_image_prior_losses",
-        datafree.get_image_prior_losses,
-        originals.absolute_variation,
-        shapes=IMAGES,
-        inputs=1,
-    )
-    yield logits(
-        "deepinversion.get_image_prior_losses",
-        lambda x: _total(deepinversion.get_image_prior_losses(x)),
-        originals.image_prior,
-        shapes=IMAGES,
-        inputs=1,
-    )
+    if _library("torchdistill.ATLoss"):
+        from torchdistill.losses.mid_level import ATLoss
+
+        found["torchdistill.ATLoss"] = _at_loss(td.ATLoss), _at_loss(ATLoss)
+    return found
+
+
+def _hooks(device: torch.device) -> Table:
+    """Hooks on BatchNorms."""
+
+    def distance(hook: Any) -> Tensor:
+        return hook.r_feature
+
+    def squares(hook: Any) -> Tensor:
+        return hook.mean.square().sum() + hook.var.square().sum()
+
+    def mean(hook: Any) -> Tensor:
+        return hook.instance_mean.square().sum()
+
+    theirs, inversion = originals.DeepInversionHook, deepinversion.DeepInversionFeatureHook
+    table: dict[str, tuple[Any, Any, Callable[[Any], Tensor]]] = {
+        "datafree.DeepInversionHook": (datafree.DeepInversionHook, theirs, distance),
+        "deepinversion.DeepInversionFeatureHook": (inversion, theirs, distance),
+        "cpsc.DeepInversionFeatureHook": (cpsc.DeepInversionFeatureHook, theirs, distance),
+        "datafree.FeatureMeanVarHook": (datafree.FeatureMeanVarHook, originals.FeatureMeanVarHook, squares),
+        "datafree.InstanceMeanHook": (datafree.InstanceMeanHook, originals.InstanceMeanHook, mean),
+    }
+    return {name: (_hooked(a, read, device), _hooked(b, read, device)) for name, (a, b, read) in table.items()}
+
+
+def drop_ins(device: torch.device) -> Iterator[DropIn]:
+    """Every comparison that the installed libraries allow."""
+    images: Table = {
+        "datafree.get_image_prior_losses": (datafree.get_image_prior_losses, originals.absolute_variation),
+        "deepinversion.get_image_prior_losses": (
+            *(lambda x: _total(deepinversion.get_image_prior_losses(x)), originals.image_prior),
+        ),
+    }
+    groups: list[tuple[Table, dict[str, Any]]] = [
+        (_logits(), {"shapes": LOGITS}),
+        (_features(), {"shapes": FEATURES, "trained": 2}),
+        (_hooks(device), {"shapes": MAPS, "inputs": 1, "together": True}),
+        (_maps(), {"shapes": MAPS, "together": True}),
+        (images, {"shapes": IMAGES, "inputs": 1}),
+    ]
+    for table, more in groups:
+        for name, (ours, original) in table.items():
+            both: dict[str, Any] = {"trained": 2} if name.endswith("both gradients") else {}
+            yield DropIn(name=name, ours=ours, original=original, **more, **both)
 
 
 def _step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """A loss and its gradients."""
     value = loss(*inputs)
-    return value, *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
+    return value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
+
+
+def _numbered(loss: Loss, sets: Sequence[Sequence[Tensor]], number: int) -> object:
+    return _step(loss, sets[number % len(sets)])
 
 
 def compare(
-    drop_in: DropIn,
-    shapes: Shapes,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    turns: int = 5,
-    seconds: float = 0.05,
-    least: int = 10,
+    drop_in: DropIn, shapes: Shapes, device: torch.device, dtype: torch.dtype, *, turns: int = 5, **per_turn: Any
 ) -> dict[str, Any]:
     """Time a drop-in and its original.
 
-    Args:
-        drop_in: both.
-        shapes: of the inputs of one call, each ``drop_in.inputs`` times.
-        device: where they run.
-        dtype: of the inputs.
-        turns: how often the two take turns.
-        seconds: approximate duration of one turn of one of them.
-        least: the smallest number of calls in a turn.
+    The two take turns ``turns`` times; ``seconds`` and ``least`` of :func:`time_calls` are per turn.
 
     Returns:
         ``ours_us`` and ``original_us``, medians over turns; ``ratios`` of original to ours by turn; ``difference``, the
@@ -261,7 +274,7 @@ def compare(
             for shape in shapes
         ]
 
-    losses = {"ours": drop_in.ours(device), "original": drop_in.original(device)}
+    losses = {"ours": drop_in.ours, "original": drop_in.original}
     first = inputs()
     results = {name: _step(loss, first) for name, loss in losses.items()}
     difference = max(
@@ -276,18 +289,11 @@ def compare(
     times: dict[str, list[float]] = {name: [] for name in losses}
     for turn in range(turns):
         for name in sorted(losses, reverse=bool(turn % 2)):
-            loss = losses[name]
-            timed = time_calls(
-                lambda number, loss=loss: _step(loss, sets[number % len(sets)]),
-                device,
-                seconds=seconds,
-                least=least,
-            )
-            times[name].append(timed.median_us)
+            call = partial(_numbered, losses[name], sets)
+            times[name].append(time_calls(call, device, **{"seconds": 0.05, "least": 10, **per_turn}).median_us)
     ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["original"], strict=True)]
-    source = f"{drop_in.library} {importlib.metadata.version(drop_in.library)}" if drop_in.library else "plain PyTorch"
     return {
-        "original": source,
+        "original": drop_in.source,
         "difference": difference,
         "ratios": ratios,
         **{f"{name}_us": statistics.median(each) for name, each in times.items()},
@@ -310,40 +316,33 @@ def drop_ins_section(content: dict[str, Any], folder: str) -> str:
         for row in content["rows"]
     ]
     slower = sum(max(row["ratios"]) < 1 for row in content["rows"])
-    block = content["environments"][-1]
-    where = f"{block['device']['name']}, torch {block['torch']}, commit {(block['commit'] or block['source'])[:12]}"
-    return "\n".join(
-        [f"### {folder}", "", *markdown_table(table), "", f"Slower in every turn: {slower} of {len(table)}. {where}."]
-    )
+    last = f"Slower in every turn: {slower} of {len(table)}. Measured on {measured_on(content)}."
+    return "\n".join([f"### {folder}", "", *markdown_table(table), "", last])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare as far as time allows. Returns 1 where a comparison failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="result file")
-    parser.add_argument("--seconds", type=float, default=None, help="start no comparison after this")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=["full", "small"], default="full", help="small: batches of 4")
-    options = parser.parse_args(arguments)
+    command = parser(__doc__, small="batches of 4")
+    command.add_argument("--seconds", type=float, default=math.inf, help="start no comparison after this")
+    options = command.parse_args(arguments)
 
     device, start, failed = torch.device(options.device), time.monotonic(), False
     results = Results(options.out, key=KEY)
     quick: dict[str, Any] = {"turns": 2, "seconds": 0.0, "least": 2} if options.size == "small" else {}
     for dtype in (torch.float32, torch.bfloat16):
-        for drop_in in drop_ins():
+        for drop_in in drop_ins(device):
             for shapes in [drop_in.shapes] if drop_in.together else [(shape,) for shape in drop_in.shapes]:
-                if options.seconds is not None and time.monotonic() - start > options.seconds:
+                if time.monotonic() - start > options.seconds:
                     return int(failed)
                 if quick:
                     shapes = tuple((4, *shape[1:]) for shape in shapes)
                 name = ", ".join("x".join(map(str, shape)) for shape in shapes)
-                key = {"drop_in": drop_in.name, "shape": name, "dtype": str(dtype).removeprefix("torch.")}
+                key = {"drop_in": drop_in.name, "shape": name, "dtype": dtype_name(dtype)}
                 torch.manual_seed(0)
                 try:
                     row = compare(drop_in, shapes, device, dtype, **quick)
                 except Exception as error:  # the others go on
-                    # Some originals do not take bfloat16.
-                    failed |= dtype == torch.float32
+                    failed |= dtype == torch.float32  # some originals do not take bfloat16
                     print(f"{' '.join(key.values())}: {type(error).__name__}: {error}", flush=True)
                     continue
                 results.add({**key, **row})

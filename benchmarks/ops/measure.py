@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dfkd_fast.benchmarks.ops.cases import Case, Make, tensors
+from dfkd_fast.benchmarks.results import rounded
 
 __all__ = ["CACHES", "PASSES", "Ceilings", "Measurement", "Trial", "ceilings", "time_calls"]
 
@@ -38,7 +39,7 @@ _MEMORY_SHARE = 0.4  # of the free memory, for calls that are kept alive togethe
 Piece = Callable[[], object]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Measurement:
     """Microseconds per call over ``repeats`` measurements of ``calls`` calls each.
 
@@ -57,16 +58,8 @@ class Measurement:
     @classmethod
     def of(cls, times: Sequence[float], *, calls: int = 1, peak: int | None = None, timer: str) -> Measurement:
         """Summarise times per call in microseconds."""
-        deciles = statistics.quantiles(times, n=10, method="inclusive")
-        return cls(
-            median_us=statistics.median(times),
-            p10_us=deciles[0],
-            p90_us=deciles[-1],
-            peak_bytes=peak,
-            repeats=len(times),
-            calls=calls,
-            timer=timer,
-        )
+        p10, *_, p90 = statistics.quantiles(times, n=10, method="inclusive")
+        return cls(statistics.median(times), p10, p90, peak, len(times), calls, timer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +79,7 @@ def ceilings(device: torch.device) -> Ceilings:
     count, side = _CEILING_SIZES if device.type == "cuda" else (2**22, 256)
     source = torch.randn(count, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    c = torch.empty_like(a)
+    a, b, c = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(3))
     stopwatch = _Stopwatch(device) if device.type == "cuda" else None
 
     def median_us(piece: Piece) -> float:
@@ -97,9 +89,8 @@ def ceilings(device: torch.device) -> Ceilings:
 
     copied = median_us(lambda: target.copy_(source))
     multiplied = median_us(lambda: torch.matmul(a, b, out=c))
-    return Ceilings(
-        copy_gbps=round(2 * source.nbytes / copied / 1e3, 1), matmul_tflops=round(2 * side**3 / multiplied / 1e6, 2)
-    )
+    gbps, tflops = 2 * source.nbytes / copied / 1e3, 2 * side**3 / multiplied / 1e6
+    return Ceilings(copy_gbps=rounded(gbps), matmul_tflops=rounded(tflops))
 
 
 def _host_times(piece: Piece, repeats: int = _MIN_REPEATS) -> list[float]:
@@ -116,14 +107,8 @@ def time_calls(
 ) -> Measurement:
     """Time ``call(0)``, ``call(1)``, ... one by one, launches included, after three calls to warm up.
 
-    On CUDA, events surround each call and all calls are queued before the first event is read.
-
-    Args:
-        call: the work. Its argument selects the inputs.
-        device: where it runs.
-        seconds: approximate duration of all calls.
-        least: the smallest number of calls.
-        most: the largest number of calls.
+    There are ``least`` to ``most`` calls, about ``seconds`` in all. The argument of ``call`` selects the inputs.
+    On CUDA, events surround each call, and all calls are queued before the first event is read.
     """
     for number in range(_WARM_UP):
         call(number)
@@ -157,19 +142,20 @@ class _Stopwatch:
         self._sum = torch.empty(width, device=device)
         self.flush()
         torch.cuda.synchronize(device)
-        self._flush_us = min(self._once(self.flush) for _ in range(5))
+        marks = [self._between_events(self.flush) for _ in range(5)]
+        torch.cuda.synchronize(device)
+        self._flush_us = min(1e3 * before.elapsed_time(after) for before, after in marks)
 
     def flush(self) -> None:
         """Fill the L2 cache with other data."""
         torch.sum(self._other, dim=0, out=self._sum)
 
-    def _once(self, piece: Piece) -> float:
+    def _between_events(self, piece: Piece) -> tuple[Any, Any]:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         piece()
         after.record()
-        torch.cuda.synchronize(self.device)
-        return 1e3 * before.elapsed_time(after)
+        return before, after
 
     def times(self, pieces: Sequence[Piece], *, cold: bool) -> list[float]:
         """Microseconds of all pieces together, repeatedly."""
@@ -187,16 +173,9 @@ class _Stopwatch:
         marks = []
         for _ in range(count):
             for piece in pieces:
-                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                if cold:
-                    for _ in range(flushes):
-                        self.flush()
-                else:
-                    piece()
-                before.record()
-                piece()
-                after.record()
-                marks.append((before, after))
+                for _ in range(flushes if cold else 1):
+                    (self.flush if cold else piece)()
+                marks.append(self._between_events(piece))
         torch.cuda.synchronize(self.device)
         times = [1e3 * before.elapsed_time(after) for before, after in marks]
         return [sum(times[i : i + len(pieces)]) for i in range(0, len(times), len(pieces))]
@@ -224,14 +203,7 @@ class Trial:
 
     The constructor runs the forward once, so that errors and a lack of memory show here. The forward records the graph,
     as in training. The backward computes the gradients of all inputs that require one, from random output gradients, on
-    a retained graph.
-
-    Args:
-        case: the case.
-        dtype: of the inputs.
-        device: where it runs.
-        function: the provider, called with the case's inputs.
-        repeats: measurements on a CPU. On a GPU there are 20 to 100.
+    a retained graph. On a CPU, a measurement has ``repeats`` repeats; on a GPU 20 to 100.
     """
 
     def __init__(
@@ -239,7 +211,8 @@ class Trial:
     ) -> None:
         self.case, self.device, self._function, self._repeats = case, device, function, repeats
         self._make = Make(device, dtype, seed=case.seed)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self.cuda else None
         self._stopwatch: _Stopwatch | None = None
         self._shapes: list[Tensor] = []
         self._kept: list[_Call] = []  # read and written by captured graphs
@@ -263,12 +236,8 @@ class Trial:
             return self._first.results if which == "forward" else self._backward(self._first)
 
     def measure(self, which: str, l2: str) -> Measurement:
-        """Time one pass.
-
-        Raises:
-            torch.OutOfMemoryError: it does not fit into memory.
-        """
-        if self.device.type != "cuda":
+        """Time one pass. Raises torch.OutOfMemoryError where it does not fit into memory."""
+        if not self.cuda:
             self.run(which)
             times = _host_times(lambda: self.run(which), self._repeats)
             self._first.results = []
@@ -309,9 +278,8 @@ class Trial:
     def _backward(self, call: _Call) -> object:
         if not call.trainable or not call.outputs:
             return None
-        return torch.autograd.grad(
-            call.outputs, call.trainable, call.grad_outputs, retain_graph=True, allow_unused=True
-        )
+        leaves = call.trainable
+        return torch.autograd.grad(call.outputs, leaves, call.grad_outputs, retain_graph=True, allow_unused=True)
 
     def _clear(self) -> None:
         self._first.results = []
@@ -329,11 +297,10 @@ class Trial:
         call.results = []
         torch.cuda.synchronize(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        start = time.perf_counter()
         if which == "backward":
             self._forward(call)
             torch.cuda.synchronize(self.device)
-            start = time.perf_counter()
+        start = time.perf_counter()
         torch.cuda.reset_peak_memory_stats(self.device)
         for piece in self._passes_of(which):
             piece(call)
@@ -344,8 +311,8 @@ class Trial:
         return peak, once_us
 
     def _passes_of(self, which: str) -> list[Callable[[_Call], object]]:
-        passes: dict[str, list[Callable[[_Call], object]]] = {"forward": [self._forward], "backward": [self._backward]}
-        return passes.get(which) or [self._forward, self._backward]
+        both = {"forward": self._forward, "backward": self._backward}
+        return [both[which]] if which in both else list(both.values())
 
     def _graph_times(self, which: str, l2: str, calls: int) -> list[float]:
         """Times of graph replays; empty where no graph can be captured, also for lack of memory."""

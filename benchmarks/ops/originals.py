@@ -1,44 +1,21 @@
-"""What `dfkd_fast.compat` stands in for, in plain PyTorch: the other side of the stage `swap`.
+"""Plain PyTorch definitions of what ``dfkd_fast.compat`` replaces, for projects that are on no package index.
 
-Written from the definitions, for projects that are on no package index, and for libraries where they are not installed.
-Each takes the passes over its data that the project's own code takes; what that code does beyond them, such as copies
-of masks from the host, is left out: these are no slower than the originals.
+Each takes the same passes over its data as the project's code and leaves out incidental costs, such as masks copied
+from the host, so that no definition is slower than its original.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "DeepInversionHook",
-    "FeatureMeanVarHook",
-    "InstanceMeanHook",
-    "Module",
-    "absolute_variation",
-    "attention_transfer",
-    "class_balance_loss",
-    "contrast_loss",
-    "cross_entropy",
-    "image_prior",
-    "jsdiv",
-    "kldiv",
-    "nt_xent",
-    "onehot_loss",
-]
-
 
 class Module(nn.Module):
-    """A loss that is a module in its project, which costs a call of one.
-
-    Args:
-        function: the loss.
-        **options: of it.
-    """
+    """A loss that is a module in its project, with the overhead of calling one."""
 
     def __init__(self, function: Callable[..., Tensor], **options: Any) -> None:
         super().__init__()
@@ -48,23 +25,18 @@ class Module(nn.Module):
         return self.function(*inputs, **self.options)
 
 
-def kldiv(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: str = "batchmean") -> Tensor:
-    """KL(teacher || student) of logits (N, classes), times temperature squared."""
+def kldiv(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) of logits (N, classes), mean over N, times temperature squared."""
     log_q, p = F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
-    return temperature**2 * F.kl_div(log_q, p, reduction=reduction)
+    return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
 
 
 def jsdiv(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """DataFree's: half of KL(M || P) + KL(M || Q), with all probabilities kept within [0.01, 0.99]."""
+    """DataFree's: half of KL(M || P) + KL(M || Q), with probabilities clamped to [0.01, 0.99]."""
     p, q = F.softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
     m = torch.clamp(0.5 * (p + q), 0.01, 0.99)
     to_p, to_q = (F.kl_div(torch.log(torch.clamp(x, 0.01, 0.99)), m, reduction="batchmean") for x in (p, q))
     return 0.5 * (to_p + to_q)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """PyTorch's, by DataFree's name."""
-    return F.cross_entropy(logits, targets)
 
 
 def class_balance_loss(logits: Tensor) -> Tensor:
@@ -75,11 +47,11 @@ def class_balance_loss(logits: Tensor) -> Tensor:
 
 def onehot_loss(logits: Tensor) -> Tensor:
     """Cross-entropy to the largest class (DAFL)."""
-    return cross_entropy(logits, logits.max(1).indices)
+    return F.cross_entropy(logits, logits.max(1).indices)
 
 
 def _differences(images: Tensor) -> tuple[Tensor, ...]:
-    """Of images (N, C, H, W), in four directions."""
+    """Differences of neighbours in images (N, C, H, W), in four directions."""
     return (
         images[..., :-1] - images[..., 1:],
         images[..., :-1, :] - images[..., 1:, :],
@@ -95,36 +67,24 @@ def absolute_variation(images: Tensor) -> Tensor:
 
 
 def image_prior(images: Tensor) -> Tensor:
-    """The mean absolute differences and the norms of the differences, summed (both of DeepInversion's)."""
+    """Mean absolute differences plus norms of differences (both terms of DeepInversion)."""
     steps = _differences(images)
     a, b, c, d = (step.abs().mean() for step in steps)
     e, f, g, h = (torch.linalg.vector_norm(step) for step in steps)
     return (a + b + c + d) + (e + f + g + h)
 
 
-def contrast_loss(
-    features: Tensor,
-    labels: Tensor | None = None,
-    *,
-    temperature: float = 0.07,
-    base_temperature: float = 0.07,
-    mode: str = "all",
-) -> Tensor:
-    """Supervised contrastive loss (Khosla et al., NeurIPS 2020) of unit features (N, views, dim): (anchor views, N)."""
+def contrast_loss(features: Tensor, *, temperature: float = 0.07, mode: str = "all") -> Tensor:
+    """SupConLoss without labels (Khosla et al., NeurIPS 2020) of unit features (N, views, dim): (anchor views, N)."""
     count, views, _ = features.shape
     vectors = torch.cat(features.unbind(1))
     anchor_views = views if mode == "all" else 1
     similarity = vectors[: anchor_views * count] @ vectors.T / temperature
     shifted = similarity - similarity.max(1, keepdim=True).values.detach()
-    if labels is None:
-        positives = torch.eye(count, device=features.device)
-    else:
-        positives = (labels[:, None] == labels[None]).float()
     others = torch.ones_like(shifted, dtype=torch.float32).fill_diagonal_(0)
-    positives = positives.repeat(anchor_views, views) * others
+    positives = torch.eye(count, device=features.device).repeat(anchor_views, views) * others
     log_likelihood = shifted - (shifted.exp() * others).sum(1, keepdim=True).log()
-    mean = (positives * log_likelihood).sum(1) / positives.sum(1)
-    return (-temperature / base_temperature * mean).view(anchor_views, count)
+    return -((positives * log_likelihood).sum(1) / positives.sum(1)).view(anchor_views, count)
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
@@ -134,22 +94,13 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
     similarity = vectors @ vectors.T / temperature
     other = ~torch.eye(size, dtype=torch.bool, device=vectors.device)
     logits = similarity[other].view(size, size - 1)
-    # Without its own column, a row's later columns are one to the left.
+    # Without the diagonal, columns after it move one to the left.
     row = torch.arange(size // 2, device=vectors.device)
     return F.cross_entropy(logits, torch.cat([row + size // 2 - 1, row]))
 
 
-def attention_transfer(student: Tensor, teacher: Tensor, mode: str = "code") -> Tensor:
-    """Distance of the attention (Zagoruyko and Komodakis, ICLR 2017) of maps (N, C, H, W).
-
-    Args:
-        student: the student's maps.
-        teacher: the teacher's.
-        mode: "code" for the mean squared difference, "paper" for the norm, mean over the batch.
-    """
-    if mode == "paper":
-        a, b = (F.normalize(x.pow(2).sum(1).flatten(1)) for x in (student, teacher))
-        return torch.linalg.vector_norm(a - b, dim=1).sum() / len(student)
+def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the attention (Zagoruyko and Komodakis, ICLR 2017) of maps (N, C, H, W)."""
     height, other = student.shape[2], teacher.shape[2]
     if height > other:
         student = F.adaptive_avg_pool2d(student, (other, other))
@@ -168,42 +119,20 @@ class _Hook:
 
 
 class DeepInversionHook(_Hook):
-    """How far the statistics of a BatchNorm's input (N, C, H, W) are from the stored ones (Yin et al., CVPR 2020).
+    """Distance of the statistics of a BatchNorm's input (N, C, H, W) from the stored ones (Yin et al., CVPR 2020).
 
-    The variance is that of the maps with their channels first, a copy, as all the projects take it.
-
-    Args:
-        module: the BatchNorm.
-        rate: of Fast-Datafree's momentum; None for none.
+    The variance is computed on a copy with channels first, as in all the projects.
     """
-
-    def __init__(self, module: nn.Module, rate: float | None = None) -> None:
-        super().__init__(module)
-        self.rate = rate
-        self.kept: Iterable[Tensor] | None = None
 
     def keep(self, module: Any, given: tuple[Tensor, ...], output: Any) -> None:
         (x,) = given
-        now = x.mean((0, 2, 3)), x.transpose(0, 1).flatten(1).var(1, correction=0)
-        if self.rate is not None:
-            self.last = now
-        mean, var = now if self.kept is None else self._mixed(now)
+        mean, var = x.mean((0, 2, 3)), x.transpose(0, 1).flatten(1).var(1, correction=0)
         stored_mean, stored_var = module.running_mean.to(mean.dtype), module.running_var.to(var.dtype)
         self.r_feature = torch.linalg.vector_norm(stored_var - var) + torch.linalg.vector_norm(stored_mean - mean)
 
-    def _mixed(self, now: Iterable[Tensor]) -> tuple[Tensor, ...]:
-        assert self.kept is not None
-        assert self.rate is not None
-        return tuple(self.rate * old + (1 - self.rate) * new for old, new in zip(self.kept, now, strict=True))
-
-    def update_mmt(self) -> None:
-        """Keep the statistics of the last input."""
-        now = tuple(value.detach() for value in self.last)
-        self.kept = now if self.kept is None else self._mixed(now)
-
 
 class FeatureMeanVarHook(_Hook):
-    """Keeps mean and unbiased variance over all but the channels, of a copy of a module's input."""
+    """Keeps mean and unbiased variance per channel of a copy of a module's input."""
 
     def keep(self, module: Any, given: tuple[Tensor, ...], output: Any) -> None:
         self.var, self.mean = torch.var_mean(given[0].clone(), (0, 2, 3), correction=1)

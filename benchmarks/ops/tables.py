@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Make
+from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Make, tensors
 from dfkd_fast.report import markdown_table, read_results
 
 __all__ = ["choices", "ops_section", "save_plot", "speedups", "terminal_rows", "write_choices"]
@@ -148,13 +148,9 @@ def ops_section(content: dict[str, Any], folder: str) -> str:
 
 
 def choices(content: dict[str, Any], arch: int) -> list[dict[str, Any]]:
-    """The fastest backend for each op, dtype and class of shapes, from one ``ops.json``.
+    """The fastest backend by op, dtype and class of shapes, from the ``ops.json`` of a device; ``arch`` 90 is sm_90.
 
     Cases of one class are weighted by the geometric mean of the ratio to Triton's time, forward plus backward, cold.
-
-    Args:
-        content: of ``ops.json``.
-        arch: compute capability of its device, 90 for sm_90.
     """
     from dfkd_fast.ops.choices import shape_class
 
@@ -167,7 +163,7 @@ def choices(content: dict[str, Any], arch: int) -> list[dict[str, Any]]:
         case = next((case for case in BENCHMARKS[op].cases if case.name == name), None)
         if case is None or not all(len(each[backend]) == 2 for backend in _KERNELS):
             continue
-        first = next(t for t in case.inputs(Make("meta", getattr(torch, dtype))) if isinstance(t, torch.Tensor))
+        first = tensors(case.inputs(Make("meta", getattr(torch, dtype))))[0]
         ratio = sum(each["cuda"].values()) / sum(each["triton"].values())
         classes[op, dtype, shape_class(first)].append(ratio)
     return [
@@ -185,11 +181,7 @@ def choices(content: dict[str, Any], arch: int) -> list[dict[str, Any]]:
 
 
 def write_choices(results: Path, table: Path) -> int:
-    """Write ``choices.json`` from the results of every device; removed where nothing was measured.
-
-    Returns:
-        The number of its rows.
-    """
+    """Write ``choices.json`` from the results of every device, or remove it without any. Returns its number of rows."""
     rows: list[dict[str, Any]] = []
     for path in sorted(results.glob("*/ops.json")):
         content = read_results(path)

@@ -1,9 +1,9 @@
-"""Finds launch configurations: tries every candidate of ``kernels/config.py`` on the device and writes the winners.
+"""Searches launch configurations: ``dfkd-fast bench --tune``.
 
-What a case's kernels ask for (kernel, architecture, dtype, sizes) is written down while the case runs. Each such choice
-is tried where it weighs most: in the case that makes the fewest of them. A candidate must give what the first one
-gives, within rounding; then its time counts, over those passes that ask for it, with a cold cache. It becomes an entry
-of ``tuned.json``, with the reason, if it beats the first candidate by more than 3 % twice.
+A choice is what a case's kernels ask ``kernels/config.py`` for: kernel, architecture, dtype and sizes. Each choice is
+tried in the case that makes the fewest choices, where it weighs most. A candidate must compute the results of the first
+candidate within rounding; its time is that of the passes that use it, with a cold cache. A candidate that is faster
+than the first by more than 3 %, twice, is saved in ``kernels/tuned.json`` with the reason.
 """
 
 from __future__ import annotations
@@ -22,25 +22,18 @@ from dfkd_fast.benchmarks.ops.measure import Trial
 from dfkd_fast.kernels import config
 from dfkd_fast.report import environment, write_results
 
-__all__ = ["GAIN", "Choice", "Tried", "choices", "decide", "difference", "tune", "tune_all"]
+__all__ = ["GAIN", "Choice", "Tried", "choices", "decide", "difference", "save", "tune", "tune_all"]
 
 GAIN = 0.03
-"""By how much a candidate must beat the first one."""
+"""By how much a candidate must be faster than the first one."""
 
 Timer = Callable[["Choice"], float]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One launch configuration to be settled.
-
-    Attributes:
-        key: its name in ``tuned.json``.
-        asked: kernel, architecture, dtype and sizes.
-        case: the case that it is tried in.
-        dtype: of the case.
-        passes: those that ask for it.
-    """
+    """One launch configuration: its key in ``tuned.json``, and the case and passes in which it is tried."""
 
     key: str
     asked: config.Asked
@@ -55,7 +48,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """What came of a choice; ``winner`` is None where the first candidate stays."""
+    """The outcome of a choice; ``winner`` is None where the first candidate stays."""
 
     key: str
     first_us: float
@@ -66,50 +59,41 @@ class Tried:
 
 
 def _backward(outputs: Sequence[Tensor], inputs: Any) -> list[Tensor]:
-    wanted = [tensor for tensor in tensors(inputs) if tensor.requires_grad]
+    leaves = [tensor for tensor in tensors(inputs) if tensor.requires_grad]
     outputs = [output for output in outputs if output.requires_grad]
-    if not wanted or not outputs:
+    if not leaves or not outputs:
         return []
     torch.manual_seed(0)
-    upstream = [torch.randn_like(output) for output in outputs]
-    found = torch.autograd.grad(outputs, wanted, upstream, allow_unused=True)
+    grad_outputs = [torch.randn_like(output) for output in outputs]
+    found = torch.autograd.grad(outputs, leaves, grad_outputs, allow_unused=True)
     return [gradient for gradient in found if gradient is not None]
 
 
 def choices(benchmark: Benchmark, device: torch.device, *, shapes: Sequence[str] = ("paper", "large")) -> list[Choice]:
-    """What the kernels of an op's cases ask for, each once."""
+    """The choices that the kernels of an op's cases need, each once."""
     found: dict[str, tuple[int, Choice]] = {}
     for case in benchmark.cases:
-        if case.shapes not in shapes:
-            continue
-        for dtype in case.dtypes:
+        for dtype in case.dtypes if case.shapes in shapes else ():
             inputs = case.inputs(Make(device, dtype, seed=case.seed))
             with config.asked() as forward:
                 outputs = tensors(case.call(*inputs, backend="triton"))
             with config.asked() as backward:
                 _backward(outputs, inputs)
             del outputs
+            seen = {
+                "forward": {config.key(*each) for each in forward},
+                "backward": {config.key(*each) for each in backward},
+            }
             asked = {config.key(*each): each for each in (*forward, *backward)}
             for key, each in asked.items():
-                passes = tuple(
-                    name
-                    for name, seen in (("forward", forward), ("backward", backward))
-                    if key in {config.key(*other) for other in seen}
-                )
                 if key not in found or len(asked) < found[key][0]:
-                    choice = Choice(key=key, asked=each, case=case, dtype=dtype, passes=passes)
-                    found[key] = len(asked), choice
+                    passes = tuple(name for name, keys in seen.items() if key in keys)
+                    found[key] = len(asked), Choice(key=key, asked=each, case=case, dtype=dtype, passes=passes)
     return [choice for _, choice in found.values()]
 
 
 def difference(actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> str:
-    """How results differ by more than another order of summation explains; empty where they do not.
-
-    Args:
-        actual: of a candidate.
-        expected: of the first.
-        dtype: of the inputs, in whose rounding the difference is measured.
-    """
+    """How results differ by more than another order of summation explains, in the rounding of ``dtype``; or ""."""
     eps = max(torch.finfo(dtype).eps, 2e-6)
     for place, (a, b) in enumerate(zip(actual, expected, strict=True)):
         if not a.is_floating_point():
@@ -118,7 +102,7 @@ def difference(actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torc
             continue
         a, b = a.detach().float(), b.detach().float()
         off = a - b
-        # Not written as a > b: NaN must fail.
+        # "not <=" because NaN must fail.
         rms = off.square().mean().sqrt() <= eps * b.square().mean().sqrt()
         if b.numel() and not (rms and off.abs().max() <= 8 * eps * b.abs().max()):
             return f"result {place} is off by {float(off.abs().max()):.3g}, of {float(b.abs().max()):.3g}"
@@ -138,29 +122,18 @@ def _time(choice: Choice, device: torch.device) -> float:
 
 
 def decide(
-    choice: Choice,
-    *,
-    timer: Timer,
-    results: Callable[[Choice], Sequence[Tensor]],
-    tell: Callable[[str], None] = print,
+    choice: Choice, *, timer: Timer, results: Callable[[Choice], Sequence[Tensor]], report: Report = print
 ) -> Tried:
-    """Try every candidate.
-
-    Args:
-        choice: what to settle.
-        timer: microseconds of the choice's passes with what ``config.choose`` now gives.
-        results: outputs and gradients likewise.
-        tell: given a line about each candidate that is refused.
-    """
-    first, *others = choice.candidates()
-    refused = 0
+    """Try every candidate; ``report`` gets a line about each that is refused."""
 
     def timed(launch: config.Launch) -> float:
         with config.forced(choice.key, launch):
             return timer(choice)
 
+    first, *others = choice.candidates()
+    refused = 0
     with config.forced(choice.key, first):
-        expected = results(choice)
+        expected = list(results(choice))
     times = [(timed(first), first)]
     for launch in others:
         try:
@@ -168,16 +141,15 @@ def decide(
                 wrong = difference(results(choice), expected, choice.dtype)
             if not wrong:
                 times.append((timed(launch), launch))
-        except Exception as error:  # too much shared memory, for one
+        except Exception as error:  # for example too much shared memory
             wrong = f"{type(error).__name__}: {error}".splitlines()[0]
         if wrong:
             refused += 1
-            tell(f"{choice.key}: {launch} refused: {wrong}")
+            report(f"{choice.key}: {launch} refused: {wrong}")
     first_us = times[0][0]
     best_us, best = min(times, key=lambda pair: pair[0])
     if best is not first and best_us < (1 - GAIN) * first_us:
-        # Again, in turn: what was luck the first time is rarely so twice.
-        best_us, first_us = timed(best), timed(first)
+        best_us, first_us = timed(best), timed(first)  # luck rarely repeats
     won = best is not first and best_us < (1 - GAIN) * first_us
     return Tried(
         key=choice.key,
@@ -190,13 +162,7 @@ def decide(
 
 
 def save(found: Sequence[Tried], where: str, path: Path | None = None) -> None:
-    """Write winners to ``tuned.json``, and take out entries that the first candidate now equals.
-
-    Args:
-        found: what was settled.
-        where: device and commit, for the reason.
-        path: the file; None is that of ``kernels/config.py``.
-    """
+    """Write winners to ``tuned.json`` and remove entries that no longer win. ``where`` is device and commit."""
     path = path or config.TUNED
     table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for each in found:
@@ -215,31 +181,17 @@ def tune(
     *,
     where: str,
     shapes: Sequence[str] = ("paper", "large"),
-    tell: Callable[[str], None] = print,
+    report: Report = print,
     timer: Timer | None = None,
     path: Path | None = None,
 ) -> list[Tried]:
-    """Settle every launch configuration of an op's cases and save what was found, choice by choice.
-
-    Args:
-        benchmark: the op.
-        device: to measure on; its architecture is what the choices hold for.
-        where: device and commit, for the reason.
-        shapes: of which cases.
-        tell: given a line about what is refused.
-        timer: replaces the timing on the device.
-        path: of the table; None is ``kernels/tuned.json``.
-    """
+    """Tune every choice of an op's cases, and save each as it is decided. ``timer`` and ``path`` are for tests."""
     found = []
     for choice in choices(benchmark, device, shapes=shapes):
         if len(choice.candidates()) < 2:
             continue
-        tried = decide(
-            choice,
-            timer=timer or (lambda each: _time(each, device)),
-            results=lambda each: _results(each, device),
-            tell=tell,
-        )
+        clock = timer or (lambda each: _time(each, device))
+        tried = decide(choice, timer=clock, results=lambda each: _results(each, device), report=report)
         save([tried], where, path)
         found.append(tried)
         if device.type == "cuda":
@@ -247,9 +199,7 @@ def tune(
     return found
 
 
-def tune_all(
-    chosen: Sequence[Benchmark], device: torch.device, shapes: str, tell: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def tune_all(chosen: Sequence[Benchmark], device: torch.device, shapes: str, report: Report) -> list[dict[str, Any]]:
     """Tune several ops; table rows for the terminal."""
     here = environment()
     where = f"{here['device']['name']}, {(here['commit'] or here['source'])[:12]}"
@@ -263,5 +213,5 @@ def tune_all(
             "chosen": str(tried.winner.tile) if tried.winner else "the first",
         }
         for benchmark in chosen
-        for tried in tune(benchmark, device, where=where, shapes=(shapes,), tell=tell)
+        for tried in tune(benchmark, device, where=where, shapes=(shapes,), report=report)
     ]

@@ -7,7 +7,7 @@ Every run distils from the same teacher. Seeds alternate between the engines, so
 
 from __future__ import annotations
 
-import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -21,7 +21,7 @@ import torch
 
 from dfkd_fast import data
 from dfkd_fast.benchmarks.ablation import Profile, trained_teacher
-from dfkd_fast.benchmarks.results import Key, Results
+from dfkd_fast.benchmarks.results import Key, Results, parser
 from dfkd_fast.config import DemoConfig, EngineName, Precision, find, read
 from dfkd_fast.demo import objective_of
 from dfkd_fast.engine import NonFiniteError, distill
@@ -36,13 +36,7 @@ SEEDS = (0, 1, 2)
 
 
 def run(config: DemoConfig, key: Key, device: str, *, folder: Path | None = None) -> dict[str, Any]:
-    """Distil once.
-
-    Args:
-        config: the experiment.
-        key: experiment, objective, engine and seed.
-        device: where to run. On a CPU, which has no graphs, the default engine runs instead.
-        folder: of trained teachers; None for one in the system's temporary folder.
+    """Distil once. On a CPU, which has no graphs, the default engine runs. ``folder`` holds trained teachers.
 
     Returns:
         The row. After a non-finite loss, accuracy is None and ``error`` says why.
@@ -84,30 +78,25 @@ def accuracy_section(content: dict[str, Any], folder: str) -> str:
     for experiment, objective in dict.fromkeys((row["experiment"], row["objective"]) for row in rows):
         line: dict[str, Any] = {"data": experiment, "objective": objective}
         for engine, precision in ENGINES.items():
-            values = [
-                row["accuracy"]
-                for row in rows
-                if (row["experiment"], row["objective"], row["engine"]) == (experiment, objective, engine)
-                and row["accuracy"] is not None
-            ]
-            line[f"{engine}, {precision}"] = (
+            key = (experiment, objective, engine)
+            found = [row["accuracy"] for row in rows if tuple(row[name] for name in KEY[:3]) == key]
+            values = [value for value in found if value is not None]
+            text = (
                 f"{statistics.fmean(values):.1%} ({min(values):.1%} to {max(values):.1%}, n = {len(values)})"
                 if values
                 else ""
             )
+            line[f"{engine}, {precision}"] = text
         table.append(line)
     return "\n".join([f"### {folder}", "", *markdown_table(table)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Distil with every seed and engine, as far as time allows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="result file")
-    parser.add_argument("--seconds", type=float, default=None, help="start no run after this")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=["full", "small"], default="full", help="small: one round")
-    parser.add_argument("--experiments", nargs="+", default=["digits", "rendered"])
-    options = parser.parse_args(arguments)
+    command = parser(__doc__, small="one round")
+    command.add_argument("--seconds", type=float, default=math.inf, help="start no run after this")
+    command.add_argument("--experiments", nargs="+", default=["digits", "rendered"])
+    options = command.parse_args(arguments)
 
     start, results = time.monotonic(), Results(options.out, key=KEY)
     for seed in SEEDS:
@@ -118,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 teach = replace(config.teach, epochs=1)
                 config = replace(config, distill=replace(config.distill, loop=loop), teach=teach)
             for key in [(experiment, preset, engine, seed) for preset in config.presets for engine in ENGINES]:
-                if options.seconds is not None and time.monotonic() - start > options.seconds:
+                if time.monotonic() - start > options.seconds:
                     return 0
                 row = run(config, key, options.device)
                 results.add(row)

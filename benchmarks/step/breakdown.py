@@ -5,16 +5,14 @@ python -m dfkd_fast.benchmarks.step.breakdown --out breakdown.json
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dfkd_fast.benchmarks.results import Results
+from dfkd_fast.benchmarks.results import Results, parser
 from dfkd_fast.benchmarks.step.variants import SIZES, build
 from dfkd_fast.config import EngineName
 from dfkd_fast.profiling import profile, summary_table, table
@@ -40,20 +38,19 @@ def breakdown_section(content: dict[str, Any], folder: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Profile the engines one by one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="result file")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=list(SIZES), default="full")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=None, help="all; on a CPU only eager")
-    options = parser.parse_args(arguments)
+    command = parser(__doc__, small="small networks", sizes=tuple(SIZES))
+    command.add_argument("--engines", nargs="+", choices=ENGINES, default=None, help="all; on a CPU only eager")
+    options = command.parse_args(arguments)
 
     size, device = SIZES[options.size], torch.device(options.device)
-    results = Results(options.out, key=("engine",))
+    results, steps = Results(options.out, key=("engine",)), 5 if device.type == "cuda" else 1
     for engine in options.engines or (ENGINES if device.type == "cuda" else ("eager",)):
         state, teacher = build(size, size.batch, device)
         with tempfile.TemporaryDirectory(prefix="dfkd_fast_breakdown_") as folder:
             names = (size.teacher.name, size.student.name)
-            found = profile(teacher, state.student, state.config, engines=[engine], steps=5, networks=names, out=folder)
+            found = profile(
+                teacher, state.student.module, state.config, engines=[engine], steps=steps, networks=names, out=folder
+            )
         for row in found.content["engines"]:
             results.add(row)
     return 0

@@ -1,18 +1,17 @@
-"""The distillation loop as the field writes it: what `bench_step` calls "peer".
+"""The distillation loop as published code writes it: the variant ``peer``.
 
-The same algorithm as this project's engine on the same networks, in plain PyTorch and without any of its ops. Its
-traits are those of the released loops that this project replaces (CPSC_DFKD.py of the paper's authors, DeepInversion,
-Fast):
+The same algorithm as this project's engine on the same networks, in plain PyTorch and without any of its ops, with the
+traits of the released loops (CPSC_DFKD.py of the paper's authors, DeepInversion, Fast):
 
 - eager, under autocast, NCHW, ``cudnn.benchmark`` on, optimisers with their defaults (foreach);
-- a forward hook on each BatchNorm of the teacher takes mean and variance of its input; stages are read by hooks too;
+- a forward hook on each BatchNorm of the teacher computes mean and variance of its input; hooks also read the stages;
 - teacher and student are not frozen in a generator step: their weight gradients are computed and dropped;
 - the student is in train mode there, so that its BatchNorm buffers move;
 - ``loss.item()`` after every step.
 
-Where those loops do worse, this one does not: noise is drawn on the device, the optimisers live as long as the run,
-hooks compute nothing in student steps, statistics stay in the type of autocast, the teacher runs without a graph in
-student steps, and the generator's gate does not promote its features to float32.
+It avoids what is needlessly slow in those loops: noise is drawn on the device, optimisers live as long as the run,
+hooks compute nothing in student steps, statistics stay in autocast's dtype, the teacher runs without a graph in student
+steps, and the generator's gate does not promote its features to float32.
 """
 
 from __future__ import annotations
@@ -33,11 +32,7 @@ __all__ = ["PeerLoop", "PlainGate", "PlainHighOrderAttention"]
 
 
 class PlainGate(nn.Module):
-    """The spatial attention module with torch's own pooling and softmax, over the layers of ``gate``.
-
-    Args:
-        gate: of form ``spatial``; its layers become this module's.
-    """
+    """Spatial attention with PyTorch's pooling and softmax, over the layers of a gate of form ``spatial``."""
 
     def __init__(self, gate: SpatialAttention) -> None:
         super().__init__()
@@ -61,11 +56,7 @@ class PlainGate(nn.Module):
 
 
 class PlainHighOrderAttention(nn.Module):
-    """Mixed high-order attention, one 1 x 1 convolution a factor, as its authors released it.
-
-    Args:
-        like: of mode ``joint``; its weights are copied.
-    """
+    """Mixed high-order attention as its authors released it: a 1 x 1 convolution per factor, with copied weights."""
 
     def __init__(self, like: HighOrderAttention) -> None:
         super().__init__()
@@ -97,7 +88,7 @@ class PlainHighOrderAttention(nn.Module):
 
 
 class _Watched:
-    """A network with hooks on its stages, its last linear layer and, where asked for, its BatchNorms."""
+    """A network with hooks on its stages, its last linear layer and, with ``statistics``, its BatchNorms."""
 
     def __init__(self, network: FeatureModel, *, statistics: bool) -> None:
         self.model = network.model
@@ -142,14 +133,11 @@ class _Watched:
 
 
 class PeerLoop:
-    """Generator and student steps with everything that they train.
+    """Generator and student steps of the preset ``dfkd-fgvc``, with their optimisers.
 
-    Args:
-        state: whose networks, objectives' weights and heads, and noise this loop takes over; of the preset
-            ``dfkd-fgvc`` with its defaults. Its networks are given hooks, its generator's gates are replaced by plain
-            ones over the same layers, and the weights of its attention modules are copied. Its optimisers are not used.
-        mean: of the teacher's input, red, green, blue in [0, 1].
-        std: likewise.
+    The loop uses the networks, heads, loss weights and noise of ``state``: its networks get hooks, its generator's
+    gates are replaced by plain ones over the same layers, and the weights of its attention modules are copied.
+    ``mean`` and ``std`` are those of the teacher's input.
 
     Raises:
         ValueError: terms that this loop does not have.
@@ -159,21 +147,17 @@ class PeerLoop:
         config, runtime = state.config, state.runtime
         self.config, self.device, self.cast, self.noise = config, runtime.device, runtime.cast, state.noise
         self.teacher = _Watched(state.teacher, statistics=True)
-        self.student = _Watched(state.student, statistics=False)
-        self.generator = generator = state.generator
-        self.generator_weights, self.student_weights = (
-            state.generator_objective.weights,
-            state.student_objective.weights,
-        )
+        self.student = _Watched(state.student.module, statistics=False)
+        self.generator = generator = state.generator.module
+        self.generator_weights = state.generator.objective.weights
+        self.student_weights = state.student.objective.weights
         if set(self.generator_weights) != {"bn", "kd"} or set(self.student_weights) != {"kd", "mhad", "sfcl"}:
-            raise ValueError(
-                "the plain loop has the terms of the preset 'dfkd-fgvc', got "
-                f"{sorted(self.generator_weights)} and {sorted(self.student_weights)}"
-            )
+            found = f"{sorted(self.generator_weights)} and {sorted(self.student_weights)}"
+            raise ValueError(f"the plain loop has the terms of the preset 'dfkd-fgvc', got {found}")
         for block in generator.blocks:
             if isinstance(block.attention, SpatialAttention):
                 block.attention = PlainGate(block.attention)
-        mhad, contrast = (state.student_objective.terms[name] for name in ("mhad", "sfcl"))
+        mhad, contrast = (state.student.objective.terms[name] for name in ("mhad", "sfcl"))
         assert isinstance(mhad, HighOrderAttentionDistillation)
         assert isinstance(contrast, SemanticFeatureContrast)
         self.adapters = mhad.adapters
@@ -195,11 +179,7 @@ class PeerLoop:
         self.std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
 
     def _attention(self, modules: nn.ModuleList) -> nn.ModuleList:
-        made = []
-        for module in modules:
-            assert isinstance(module, HighOrderAttention)
-            made.append(PlainHighOrderAttention(module))
-        return nn.ModuleList(made).to(self.device)
+        return nn.ModuleList(PlainHighOrderAttention(module) for module in modules).to(self.device)  # type: ignore[arg-type]
 
     def _draw(self) -> Tensor:
         batch = self.config.loop.batch_size
@@ -221,7 +201,7 @@ class PeerLoop:
         return F.cross_entropy(similarity.masked_fill(itself, -torch.inf), targets)
 
     def generator_step(self) -> tuple[float, dict[str, Tensor]]:
-        """One step of the generator: what it descends, read back, and its terms, left on the device."""
+        """One step of the generator: its loss, read back, and the terms, left on the device."""
         self.student.model.train()
         with self.cast():
             images = self._normalise(self.generator(self._draw()))
@@ -239,7 +219,7 @@ class PeerLoop:
         return loss.item(), {"bn": statistics.detach(), "kd": divergence.detach()}
 
     def student_step(self) -> tuple[float, dict[str, Tensor]]:
-        """One step of the student: what it descends, read back, and its terms, left on the device."""
+        """One step of the student: its loss, read back, and the terms, left on the device."""
         self.student.model.train()
         with self.cast():
             # Without an iteration of the spectral norm, which would make it another algorithm.
@@ -254,9 +234,9 @@ class PeerLoop:
             ):
                 size = (min(t.shape[-2], s.shape[-2]), min(t.shape[-1], s.shape[-1]))
                 with torch.no_grad():
-                    wanted = t_module(t if t.shape[-2:] == size else F.adaptive_avg_pool2d(t, size))
+                    target = t_module(t if t.shape[-2:] == size else F.adaptive_avg_pool2d(t, size))
                 given = adapter(s if s.shape[-2:] == size else F.adaptive_avg_pool2d(s, size))
-                attention = attention + F.mse_loss(s_module(given), wanted)
+                attention = attention + F.mse_loss(s_module(given), target)
             contrast = self._contrast(self.teacher_head(t_penultimate), self.student_head(s_penultimate))
             weights = self.student_weights
             loss = weights["kd"] * divergence + weights["mhad"] * attention + weights["sfcl"] * contrast

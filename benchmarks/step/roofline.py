@@ -1,31 +1,14 @@
 """The least that a round of distillation must compute and move, counted from the networks' layers.
 
-Operations, a multiply-add being two, of convolutions, transposed convolutions, linear layers, the matrix products of
-both attention modules and the similarities of the contrast, and of nothing else:
-
-- forward, of every layer that the step runs;
-- gradients of inputs, as many operations as forward, where a gradient has to go on: in all layers of teacher and
-  student in a generator step, whose gradient goes to the images; in all layers of a trained network but those that read
-  noise or images (the generator's linear layer, the student's stem) and those that read something detached (the first
-  layer of the teacher's projection head);
-- gradients of weights, as many again, for trained weights alone: the generator's in a generator step; the student's,
-  its adapters', attention modules' and both projection heads' in a student step.
-
-Bytes, in bf16: of each of these layers in forward its input, its weights and its output; in backward the gradient of
-its output, its weights where a gradient goes on, its stored input (which the gradient of weights, the derivative of a
-BatchNorm and that of a rectifier all need), and the gradient of its input where there is one. All that is pointwise,
-all norms, poolings, statistics and losses ride along for nothing, as if fused into these layers, and a gradient of
-weights goes into its optimiser as it is made. The optimiser reads and writes in float32 a trained parameter and its
-moments: two for Adam, one for SGD with momentum.
-
-A step's floor is the larger of operations over the measured rate of bf16 matrix products and bytes over the measured
-bandwidth of a copy; a round's is the sum over its steps. It is one of layers that run one after the other with memory
-between them. A map small enough to stay in the L2 from one layer to the next would save bytes that are counted here; on
-the other hand a layer that is bound by bytes does not hide behind one that is bound by operations, as it does here.
+docs/performance.md says what counts. In short: operations of convolutions, linear layers, attention products and
+similarities, with gradients of inputs and of weights only where a step needs them; bytes in bf16 of each layer's input,
+weights and output in forward, and of both gradients, the weights and the stored input in backward; optimisers in
+float32. Everything pointwise counts as fused into its neighbours.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -34,13 +17,14 @@ from torch import Tensor, nn
 
 from dfkd_fast.benchmarks.ops.measure import Ceilings
 from dfkd_fast.engine import DistillState
+from dfkd_fast.graph import modes_kept
 from dfkd_fast.nn import HighOrderAttention, SpatialAttention
 from dfkd_fast.objectives import HighOrderAttentionDistillation, SemanticFeatureContrast
 
 __all__ = ["Layer", "Roofline", "Work", "layers", "roofline", "round_work"]
 
 _BF16, _FLOAT = 2, 4
-_ADAM, _SGD = 3 * 2 * _FLOAT, 2 * 2 * _FLOAT  # bytes a parameter: it and its moments, read and written
+_ADAM, _SGD = 3 * 2 * _FLOAT, 2 * 2 * _FLOAT  # bytes per parameter: it and its moments, read and written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,50 +75,36 @@ def _attention_layer(name: str, module: HighOrderAttention, positions: int) -> L
 
 
 def layers(model: nn.Module, example: Tensor) -> list[Layer]:
-    """The layers that a network runs on one input, in their order, in eval mode.
-
-    Args:
-        model: any network.
-        example: a batch of one on the network's device.
-    """
+    """The layers that a network runs on one input, in their order, in eval mode. ``example`` is a batch of one."""
     found: list[Layer] = []
 
-    def note(name: str) -> object:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0]
-            if isinstance(module, SpatialAttention):  # whose last convolution is part of its op
-                module, positions = module.expand, x[0, 0].numel()
-                weights = module.weight.numel()
-                flops, inside = 2.0 * weights * positions, module.in_channels * positions
-                found.append(Layer(name=name, inputs=inside, weights=weights, outputs=output.numel(), flops=flops))
-                return
-            assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
-            weights = module.weight.numel()
-            if isinstance(module, nn.Linear):
-                flops = 2.0 * weights
-            else:
-                # An output of a plain convolution, and an input of a transposed one, meets the weights of a channel.
-                spread = x if isinstance(module, nn.ConvTranspose2d) else output
-                flops = 2.0 * weights * spread[0, 0].numel()
-            found.append(Layer(name=name, inputs=x.numel(), weights=weights, outputs=output.numel(), flops=flops))
-
-        return hook
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x, outputs = inputs[0], output.numel()
+        # An output of a plain convolution, and an input of a transposed one, meets the weights of a channel.
+        positions = 1 if isinstance(module, nn.Linear) else output[0, 0].numel()
+        if isinstance(module, nn.ConvTranspose2d):
+            positions = x[0, 0].numel()
+        elements = x.numel()
+        if isinstance(module, SpatialAttention):  # its last convolution is part of its op
+            module = module.expand
+            elements = module.in_channels * positions
+        assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
+        weights = module.weight.numel()
+        flops = 2.0 * weights * positions
+        found.append(Layer(name=name, inputs=elements, weights=weights, outputs=outputs, flops=flops))
 
     kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, SpatialAttention)
     handles = [
-        module.register_forward_hook(note(name))  # type: ignore[arg-type]
+        module.register_forward_hook(functools.partial(note, name))
         for name, module in model.named_modules()
         if isinstance(module, kinds)
     ]
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            model.eval()(example)
+        with torch.no_grad(), modes_kept(model, False):
+            model(example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return found
 
 
@@ -153,14 +123,10 @@ def _forward(found: Iterable[Layer], batch: int) -> Work:
 
 def _distillation_work(state: DistillState, image: Tensor, batch: int) -> Work:
     """Of the student's terms: attention on both sides, adapters and projection heads, forward and backward."""
-    with torch.no_grad():
-        modes = {module: module.training for module in state.student.modules()}
-        state.student.eval()
-        teacher, student = state.teacher(image), state.student(image)
-        for module, training in modes.items():
-            module.training = training
+    with torch.no_grad(), modes_kept(state.student.module, False):
+        teacher, student = state.teacher(image), state.student.module(image)
     work = Work()
-    terms = state.student_objective.terms
+    terms = state.student.objective.terms
     if "mhad" in terms:
         mhad = terms["mhad"]
         assert isinstance(mhad, HighOrderAttentionDistillation)
@@ -194,26 +160,21 @@ def _distillation_work(state: DistillState, image: Tensor, batch: int) -> Work:
 
 
 def round_work(state: DistillState, *, image_size: int) -> tuple[Work, Work]:
-    """What one generator step and one student step must do, optimisers included.
-
-    Args:
-        state: of the preset ``dfkd-fgvc`` or with fewer terms; read, not changed.
-        image_size: height and width of the images.
-    """
+    """Work of one generator step and of one student step, optimisers included, of the preset ``dfkd-fgvc`` or less."""
     batch, device = state.config.loop.batch_size, state.runtime.device
     image = torch.zeros(1, 3, image_size, image_size, device=device)
-    generator = layers(state.generator, torch.zeros(1, state.generator.latent_dim, device=device))
-    teacher, student = layers(state.teacher.model, image), layers(state.student.model, image)
+    generator = layers(state.generator.module, torch.zeros(1, state.generator.module.latent_dim, device=device))
+    teacher, student = layers(state.teacher.model, image), layers(state.student.module.model, image)
 
     def optimizer(parameters: Iterable[nn.Parameter], each: int) -> Work:
         return Work(bytes=float(each * sum(p.numel() for p in parameters)))
 
-    trained = [group["params"] for group in state.student_optimizer.param_groups]
+    trained = [group["params"] for group in state.student.optimizer.param_groups]
     for_generator = _passes(generator, batch, to_input=True, to_weights=True, first=False)
-    for network, needed in ((teacher, True), (student, "student" in state.generator_objective.needs)):
+    for network, needed in ((teacher, True), (student, "student" in state.generator.objective.needs)):
         if needed:
             for_generator = for_generator + _passes(network, batch, to_input=True, to_weights=False, first=True)
-    for_generator = for_generator + optimizer(state.generator.parameters(), _ADAM)
+    for_generator = for_generator + optimizer(state.generator.module.parameters(), _ADAM)
     for_student = _forward(generator, batch) + _forward(teacher, batch) + _distillation_work(state, image, batch)
     for_student = for_student + _passes(student, batch, to_input=True, to_weights=True, first=False)
     for_student = for_student + optimizer((p for group in trained for p in group), _SGD)
@@ -221,14 +182,7 @@ def round_work(state: DistillState, *, image_size: int) -> tuple[Work, Work]:
 
 
 def roofline(work: tuple[Work, Work], rates: Ceilings, *, generator_steps: int, student_steps: int) -> Roofline:
-    """The least time of a round, given what the device does at best.
-
-    Args:
-        work: of a generator step and of a student step.
-        rates: as measured.
-        generator_steps: t, of a round.
-        student_steps: k, of a round.
-    """
+    """The least time of a round at the measured rates."""
     generator, student = (rates.roofline_us(each.bytes, each.flops) / 1e3 for each in work)
     total = generator_steps * generator + student_steps * student
     return Roofline(generator_step_ms=generator, student_step_ms=student, round_ms=total)

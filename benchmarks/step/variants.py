@@ -17,7 +17,6 @@ each step.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import itertools
@@ -28,8 +27,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,12 +34,13 @@ from torch import Tensor, nn
 
 from dfkd_fast import ops
 from dfkd_fast.benchmarks.ops.measure import ceilings
-from dfkd_fast.benchmarks.results import Results
+from dfkd_fast.benchmarks.results import Results, parser
 from dfkd_fast.benchmarks.step.peer_loop import PeerLoop
 from dfkd_fast.benchmarks.step.roofline import roofline, round_work
 from dfkd_fast.config import DistillConfig, GeneratorConfig, LoopConfig, ModelConfig
-from dfkd_fast.engine import DistillState, EagerEngine, Runtime, build_state, create_engine
-from dfkd_fast.engine.networks import plain
+from dfkd_fast.engine import DistillState, EagerEngine, Engine, Runtime, build_state, create_engine
+from dfkd_fast.engine.engines import EagerExecutor
+from dfkd_fast.engine.networks import eager_networks
 from dfkd_fast.models import FeatureModel, create_model, extract, frozen
 
 __all__ = ["KEY", "SIZES", "VARIANTS", "Loop", "Size", "build", "main", "make_loop", "measure", "run_round"]
@@ -58,18 +56,10 @@ _KEPT = 16  # rounds whose losses are kept
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """An experiment, and how long to measure it.
+    """An experiment with random weights, and how long to measure it.
 
-    Attributes:
-        teacher, student: the networks; weights are random.
-        image: height and width.
-        classes: number of classes.
-        batch: images per step.
-        generator: the generator.
-        steps: t and k, generator and student steps a round.
-        warm_ups: rounds before the timed ones.
-        seconds: about how long the timed rounds take together.
-        least, most: timed rounds.
+    ``steps`` are generator and student steps per round, ``warm_ups`` the rounds before the timed ones, of which there
+    are ``least`` to ``most``, about ``seconds`` in all.
     """
 
     teacher: ModelConfig
@@ -85,36 +75,33 @@ class Size:
     most: int = 40
 
 
-SIZES: Mapping[str, Size] = MappingProxyType(
-    {
-        "full": Size(
-            teacher=ModelConfig(name="timm:resnet34"),
-            student=ModelConfig(name="timm:resnet18"),
-            image=224,
-            classes=200,
-            batch=64,
-        ),
-        "small": Size(
-            teacher=ModelConfig(name="resnet8", options={"widths": [8, 8, 16, 16]}),
-            student=ModelConfig(name="resnet8", options={"widths": [4, 4, 8, 8]}),
-            image=32,
-            classes=10,
-            batch=4,
-            generator=GeneratorConfig(latent_dim=8, channels=(8, 8, 8, 8, 8)),
-            steps=(2, 2),
-            warm_ups=1,
-            seconds=0.2,
-            least=2,
-            most=3,
-        ),
-    }
-)
+SIZES = {
+    "full": Size(
+        teacher=ModelConfig(name="timm:resnet34"),
+        student=ModelConfig(name="timm:resnet18"),
+        image=224,
+        classes=200,
+        batch=64,
+    ),
+    "small": Size(
+        teacher=ModelConfig(name="resnet8", options={"widths": [8, 8, 16, 16]}),
+        student=ModelConfig(name="resnet8", options={"widths": [4, 4, 8, 8]}),
+        image=32,
+        classes=10,
+        batch=4,
+        generator=GeneratorConfig(latent_dim=8, channels=(8, 8, 8, 8, 8)),
+        steps=(2, 2),
+        warm_ups=1,
+        seconds=0.2,
+        least=2,
+        most=3,
+    ),
+}
 
 
-def _settled(model: nn.Module, size: Size, device: torch.device) -> nn.Module:
-    """BatchNorm statistics of a few random images, which plain initialisation does not have."""
+def _with_statistics(model: nn.Module, size: Size, device: torch.device) -> nn.Module:
+    """Set BatchNorm statistics to those of random images, so that the teacher is like a trained one."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = None  # the mean over all batches
     model.to(device).train()
@@ -122,25 +109,17 @@ def _settled(model: nn.Module, size: Size, device: torch.device) -> nn.Module:
     with torch.no_grad():
         for _ in range(2):
             model(torch.randn(8, 3, size.image, size.image, device=device, generator=images))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    for norm in norms:
+        norm.momentum = 0.1  # the default
     return model.eval()
 
 
 def build(
     size: Size, batch: int, device: torch.device, *, precision: str = "bf16", channels_last: bool = True
 ) -> tuple[DistillState, FeatureModel]:
-    """The state of a run at its beginning, and its teacher, which is for the caller to freeze.
-
-    Args:
-        size: the experiment.
-        batch: images a step.
-        device: where to run.
-        precision: of the run.
-        channels_last: memory format of the run.
-    """
+    """The state of a run at its beginning, and its teacher, which the caller freezes. ``batch`` is images per step."""
     torch.manual_seed(0)
-    teacher = _settled(create_model(size.teacher, num_classes=size.classes), size, device)
+    teacher = _with_statistics(create_model(size.teacher, num_classes=size.classes), size, device)
     student = create_model(size.student, num_classes=size.classes)
     config = DistillConfig(
         generator=size.generator,
@@ -160,16 +139,11 @@ def build(
     return state, features[0]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Loop:
-    """A variant made ready: what a round is made of.
+    """A variant. Steps queue device work, ``end_round`` queues the copy that a training loop would read.
 
-    Attributes:
-        name: of the engine that runs.
-        prepare: what comes before the first step.
-        start_round, generator_step, student_step: device work is queued.
-        end_round: queues what a training loop would read back.
-        losses: what was read back of the last rounds, NaN where a gradient was not finite; waits for the device.
+    ``losses`` waits for the device and returns the losses of the last rounds, NaN where a gradient was not finite.
     """
 
     name: str
@@ -181,37 +155,35 @@ class Loop:
     losses: Callable[[], Tensor]
 
 
-class _MarkedEngine(EagerEngine):
-    """Steps whose regions torch.compile captures: each is told where one step ends and the next begins."""
+class _MarkingExecutor(EagerExecutor):
+    """Marks the start of each step for the CUDA graphs of torch.compile."""
 
-    def _execute(self, kind: Any) -> None:
+    def execute(self, engine: Engine, kind: Any) -> None:
         torch.compiler.cudagraph_mark_step_begin()
-        super()._execute(kind)
+        super().execute(engine, kind)
 
 
 def _peer_loop(state: DistillState) -> Loop:
     peer = PeerLoop(state, mean=_HALF, std=_HALF)
-    for optimizer in (state.generator_optimizer, state.student_optimizer):
-        optimizer.state.clear()  # the loop has optimisers of its own: their memory would be counted twice
+    for side in state.sides.values():
+        side.optimizer.state.clear()  # the loop has other optimisers: this memory would be counted twice
     read: deque[float] = deque(maxlen=_KEPT * state.steps_per_round)
 
-    def step(which: Callable[[], tuple[float, object]]) -> None:
-        read.append(which()[0])
+    def nothing() -> None:
+        pass
 
-    return Loop(
-        name="peer",
-        prepare=lambda: None,
-        start_round=lambda: None,
-        generator_step=lambda: step(peer.generator_step),
-        student_step=lambda: step(peer.student_step),
-        end_round=lambda: None,
-        losses=lambda: torch.tensor(list(read)),
-    )
+    def generator_step() -> None:
+        read.append(peer.generator_step()[0])
+
+    def student_step() -> None:
+        read.append(peer.student_step()[0])
+
+    return Loop("peer", nothing, nothing, generator_step, student_step, nothing, lambda: torch.tensor(list(read)))
 
 
-def _engine_loop(engine: EagerEngine) -> Loop:
+def _engine_loop(engine: Engine) -> Loop:
     state = engine.state
-    # Made once: the host waits where it pins memory.
+    # Allocated once, because pinning memory waits for the device.
     read = torch.zeros(_KEPT, *state.trace.shape, pin_memory=state.runtime.device.type == "cuda")
 
     def end_round() -> None:
@@ -224,29 +196,17 @@ def _engine_loop(engine: EagerEngine) -> Loop:
         trace = read[: state.position.round].flatten(0, 1)
         return torch.where(trace[:, -1:] == 1, trace, torch.nan)
 
-    return Loop(
-        name=engine.name,
-        prepare=engine.prepare,
-        start_round=engine.start_round,
-        generator_step=engine.generator_step,
-        student_step=engine.student_step,
-        end_round=end_round,
-        losses=losses,
-    )
+    steps = engine.generator_step, engine.student_step
+    return Loop(engine.name, engine.prepare, engine.start_round, *steps, end_round, losses)
 
 
 @contextlib.contextmanager
 def make_loop(
     variant: str, size: Size, batch: int, device: torch.device, *, compile_options: Mapping[str, Any] | None = None
 ) -> Iterator[tuple[Loop, DistillState]]:
-    """A variant, with the process-wide switches that it runs under.
+    """A variant, under the process-wide settings that it needs.
 
-    Args:
-        variant: one of :data:`VARIANTS`.
-        size: the experiment.
-        batch: images a step.
-        device: where to run.
-        compile_options: of torch.compile, in place of the variant's mode: Inductor is slow in tests.
+    ``compile_options`` replace the mode of torch.compile, for tests: Inductor is slow on a CPU.
 
     Raises:
         ValueError: an unknown variant.
@@ -267,12 +227,13 @@ def make_loop(
         elif variant == "eager":
             yield _engine_loop(EagerEngine(state)), state
         else:
-            networks = plain(state).compiled(**(compile_options or {"mode": _MODES[variant]}))
-            yield replace(_engine_loop(_MarkedEngine(state, networks)), name="torch.compile"), state
+            networks = eager_networks(state, compile=compile_options or {"mode": _MODES[variant]})
+            engine = Engine("eager", state, networks, _MarkingExecutor())
+            yield replace(_engine_loop(engine), name="torch.compile"), state
 
 
 def run_round(loop: Loop, steps: tuple[int, int], mark: Callable[[], None] = lambda: None) -> None:
-    """One round; ``mark`` is called where it begins and where its student steps begin."""
+    """Run one round; ``mark`` is called at its start and at its first student step."""
     mark()
     loop.start_round()
     for _ in range(steps[0]):
@@ -284,7 +245,7 @@ def run_round(loop: Loop, steps: tuple[int, int], mark: Callable[[], None] = lam
 
 
 def _timed(loop: Loop, size: Size, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Medians over rounds. Rounds are queued back to back; events mark their beginnings and their student steps."""
+    """Medians over rounds, which are queued back to back and timed by events."""
     events: list[Any] = []
 
     def mark() -> None:
@@ -345,19 +306,13 @@ def measure(
     device: torch.device,
     *,
     started: float,
-    compile_options: Mapping[str, Any] | None = None,
     compile_only: bool = False,
+    compile_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure a variant.
 
-    Args:
-        variant: one of :data:`VARIANTS`.
-        size: the experiment.
-        batch: images per step.
-        device: where to run.
-        started: Unix time at which this process started.
-        compile_options: of torch.compile, in place of the variant's mode.
-        compile_only: stop after the first step of each kind, which fills the compilers' caches.
+    ``started`` is the Unix time at which this process started. ``compile_only`` stops after the first step of each
+    kind, which fills the compilers' caches.
 
     Returns:
         Times in milliseconds, images per second, peak memory in bytes, and seconds until the first step.
@@ -427,16 +382,12 @@ def rooflines(size: Size, batch: int, device: torch.device) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure one variant, or the roofline, and add its row to a result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variant", choices=[*VARIANTS, "roofline"])
-    parser.add_argument("--out", type=Path, required=True, help="result file")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=list(SIZES), default="full")
-    parser.add_argument("--batch", type=int, default=None, help="images per step; the size's by default")
-    parser.add_argument("--run", type=int, default=1, help="number of this repeat")
-    parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and time nothing")
-    parser.add_argument("--compile-backend", default=None, help="of torch.compile, in place of the variant's mode")
-    options = parser.parse_args(arguments)
+    command = parser(__doc__, small="small networks", sizes=tuple(SIZES))
+    command.add_argument("variant", choices=[*VARIANTS, "roofline"])
+    command.add_argument("--batch", type=int, default=None, help="images per step; the size's by default")
+    command.add_argument("--run", type=int, default=1, help="number of this repeat")
+    command.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and time nothing")
+    options = command.parse_args(arguments)
 
     started, device, size = time.time(), torch.device(options.device), SIZES[options.size]
     batch = options.batch or size.batch
@@ -444,17 +395,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = rooflines(size, batch, device)
     else:
         # Inductor takes minutes on a CPU.
-        backend = options.compile_backend or ("eager" if options.device == "cpu" else None)
-        given = {"backend": backend} if backend else None
+        more = {"compile_options": {"backend": "eager"} if options.device == "cpu" else None}
         try:
             row = measure(
-                options.variant,
-                size,
-                batch,
-                device,
-                started=started,
-                compile_options=given,
-                compile_only=options.compile_only,
+                options.variant, size, batch, device, started=started, compile_only=options.compile_only, **more
             )
         except torch.OutOfMemoryError:
             row = {"status": "out of memory"}

@@ -1,4 +1,4 @@
-"""Work beside training: writing files, evaluating a copy of the student."""
+"""Work in the background of training: writing files, evaluating a copy of the student."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Job = Future[T]
 
 
 class Background:
-    """One thread that works through jobs in the order in which they came, on a CUDA stream of its own.
+    """One thread that runs jobs in the order of submission, on a separate CUDA stream.
 
     Args:
-        device: where jobs compute. On the CPU there is nothing to gain: there each job is done at once, by its caller.
-        overlap: whether jobs run beside their caller; None is as the device suggests.
+        device: where jobs compute. On the CPU there is nothing to gain, and the caller runs each job at once.
+        overlap: run jobs concurrently with the caller; None is only on CUDA.
     """
 
     def __init__(self, device: torch.device, *, overlap: bool | None = None) -> None:
@@ -33,11 +33,11 @@ class Background:
 
     @property
     def overlaps(self) -> bool:
-        """Whether jobs run beside their caller, so that what they read must be theirs alone."""
+        """Whether jobs run concurrently with the caller, which must not change what they read."""
         return self._thread is not None
 
     def submit(self, work: Callable[[], T]) -> Job[T]:
-        """Have ``work`` done; it sees what its caller's stream has done so far."""
+        """Run ``work`` after everything that is on the caller's stream now."""
         ready = None
         if self._stream is not None:
             ready = torch.cuda.Event()
@@ -62,21 +62,17 @@ class Background:
         return job
 
     def _raise_early(self) -> None:
-        """A job that failed stops the run at the next one, not at its end."""
+        """A job that failed stops the run at the next job, not at the end."""
         for job in [job for job in self._jobs if job.done()]:
             self._jobs.remove(job)
             job.result()
 
     def wait(self) -> None:
-        """Until every job is done.
-
-        Raises:
-            Exception: what a job raised.
-        """
+        """Wait for every job, and raise the exception of one that failed."""
         while self._jobs:
             self._jobs.pop(0).result()
 
     def close(self) -> None:
-        """Wait, and end the thread. What a job raised is told by :meth:`wait` alone."""
+        """Wait, and end the thread. Only :meth:`wait` raises the exception of a job."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)

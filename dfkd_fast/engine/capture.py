@@ -1,4 +1,4 @@
-"""Recording work once to replay it many times: a CUDA graph."""
+"""Recording work once to replay it many times, as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -14,34 +14,33 @@ _ERROR_MODE = "thread_local"  # of captures: which threads' calls break them
 
 
 class CaptureError(RuntimeError):
-    """A step holds something that a CUDA graph cannot: a host synchronisation, a copy from unpinned memory, ..."""
+    """A step cannot be captured: it synchronises with the host, copies from unpinned memory, ..."""
 
 
 class Recorder(Protocol):
-    """What :class:`dfkd_fast.engine.GraphEngine` needs of a way to record and replay."""
+    """A way to record and replay, for :class:`dfkd_fast.engine.GraphEngine`."""
 
     def warm_up(self, work: Callable[[], None]) -> None:
-        """Run ``work`` as it will be recorded, so that what happens once alone happens now."""
+        """Run ``work`` as it will be recorded, so that everything that happens only once happens now."""
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record ``work``; what is returned replays it, on the same memory."""
+        """Record ``work``; returns a function that replays it on the same memory."""
 
 
 class CudaRecorder:
     """Records CUDA graphs, all on one side stream and in one memory pool.
 
-    Sharing the pool is safe where no two graphs run at a time and none leaves a result in it that is read after another
-    has run. Steps leave their results in the state's own tensors.
+    Sharing the pool is safe: graphs run one at a time, and steps write their results into the state's tensors.
 
     Args:
         device: of the work.
-        generators: random streams that the work draws from, beside the device's default one. They go on from replay to
-            replay as they would in eager mode.
+        generators: random streams that the work draws from, in addition to the device's default one. They advance with
+            each replay as in eager mode.
     """
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
         self.device, self.generators = device, tuple(generators)
-        # Warming up and capturing on one stream: an AccumulateGrad node keeps to the stream that it was made on.
+        # Warm-up and capture on one stream: an AccumulateGrad node stays on the stream that it was made on.
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._nothing = torch.zeros((), device=device)
@@ -60,14 +59,14 @@ class CudaRecorder:
         """
         graph = self._graph()
         try:
-            # The outer one puts the caller's stream back where a failure leaves the inner one without its end.
+            # The outer context restores the caller's stream if a failure keeps the inner one from doing so.
             with torch.cuda.stream(torch.cuda.current_stream(self.device)):
                 # Other threads write checkpoints and evaluate; what they call must not break the capture.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=_ERROR_MODE):
                     work()
         except Exception as error:  # a capture fails in many ways, often twice over
             cause = error.__context__ or error
-            with suppress(Exception):  # what made the capture fail is to be told, not this
+            with suppress(Exception):  # the reason of the failed capture is reported instead
                 self._recover()
             raise CaptureError(
                 f"a step could not be captured into a CUDA graph: {type(cause).__name__}: {cause}. Networks that read "
@@ -82,9 +81,7 @@ class CudaRecorder:
         return graph
 
     def _recover(self) -> None:
-        """Leave the device usable. To torch a capture that failed goes on: generators refuse to draw, and the allocator
-        to free, until they have been told of its end.
-        """
+        """End a failed capture: until then generators refuse to draw, and the allocator to free."""
         with suppress(RuntimeError):  # the allocator knows already
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
         graph = self._graph()

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, read only where sound and of this run.
+"""Checkpoints of a run: written atomically, read only if they are sound and of this run.
 
 A checkpoint is a torch file of tensors, numbers, strings and containers of them, so ``weights_only=True`` reads it and
 nothing in it is ever executed. Its zip archive carries a checksum per record, which is how a torn file is known.
@@ -22,7 +22,7 @@ from dfkd_fast.config import DistillConfig, to_dict
 __all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
 
 FORMAT = "dfkd_fast.checkpoint/1"
-# What may change between a run and its resumption without changing the weights it ends with.
+# Fields that may change when a run is resumed without changing the final weights.
 _FREE = (
     *((name,) for name in ("out", "resume", "device", "engine", "autotune")),
     *(("loop", name) for name in ("checkpoint_every", "keep_checkpoints")),
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message says which and why."""
+    """A checkpoint that cannot be used, and why."""
 
 
 def fingerprint(config: DistillConfig) -> str:
-    """A hash of everything in a config that decides the weights a run ends with."""
+    """A hash of everything in a config that determines the final weights of a run."""
     values = to_dict(config)
     for *path, last in _FREE:
         owner = values
@@ -50,9 +50,9 @@ class Checkpoints:
     """The checkpoints of one run folder.
 
     Args:
-        folder: where they are; made on the first save.
-        config: of the run; a checkpoint of another one is refused.
-        teacher: digest of the teacher's weights; likewise.
+        folder: where they are; made by the first save.
+        config: of the run; a checkpoint of another config is refused.
+        teacher: digest of the teacher's weights; a checkpoint of another teacher is refused.
     """
 
     def __init__(self, folder: Path, config: DistillConfig, teacher: str) -> None:
@@ -71,7 +71,7 @@ class Checkpoints:
         return (int(match[1]), int(match[2])) if match else (-1, -1)
 
     def save(self, state: dict[str, Any]) -> Path:
-        """Write a state's dict atomically, flush it to the disk, and drop checkpoints beyond those to keep."""
+        """Write a state dict atomically, flush it to the disk, and delete checkpoints beyond those to keep."""
         self.folder.mkdir(parents=True, exist_ok=True)
         number, step = state["position"]
         path = self.folder / f"round-{number:06d}-step-{step:04d}.pt"
@@ -86,7 +86,7 @@ class Checkpoints:
         return path
 
     def read(self, path: Path) -> dict[str, Any]:
-        """The state's dict in one checkpoint.
+        """The state dict of one checkpoint.
 
         Raises:
             CheckpointError: torn, of another format, of another config or of another teacher.
@@ -101,16 +101,16 @@ class Checkpoints:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise CheckpointError(f"{path.name} is foreign: not tensors and numbers alone ({error})") from error
+            raise CheckpointError(f"{path.name} is foreign: not only tensors and numbers ({error})") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise CheckpointError(f"{path.name} is foreign: it is not a {FORMAT} file")
-        for name, wanted in self.identity.items():
-            if content.get(name) != wanted:
+        for name, expected in self.identity.items():
+            if content.get(name) != expected:
                 raise CheckpointError(f"{path.name} is foreign: it was written with another {name}")
         return content["state"]
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest sound state, or None where there is no checkpoint at all. What is refused is logged.
+        """The newest sound state, or None if there is no checkpoint. Refused checkpoints are logged.
 
         Raises:
             CheckpointError: there are checkpoints, and none can be used.

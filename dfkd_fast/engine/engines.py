@@ -1,4 +1,4 @@
-"""The three ways to execute the same steps: eager, compiled, captured into CUDA graphs."""
+"""Engines: the networks that a step calls, and an executor that runs, or captures and replays, the steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,145 +15,245 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_fast.config import EngineName
 from dfkd_fast.engine.capture import CudaRecorder, Recorder
-from dfkd_fast.engine.networks import Networks, plain, ready
+from dfkd_fast.engine.networks import Networks, compiled_networks, eager_networks
 from dfkd_fast.engine.runtime import Runtime
 from dfkd_fast.engine.state import DistillState
 from dfkd_fast.engine.steps import generator_step, student_step
-from dfkd_fast.ranges import span
+from dfkd_fast.nvtx import nvtx_range
 
-__all__ = ["CompiledEngine", "EagerEngine", "Engine", "GraphEngine", "create_engine", "resolve_engine"]
+__all__ = [
+    "CompiledEngine",
+    "EagerEngine",
+    "EagerExecutor",
+    "Engine",
+    "GraphEngine",
+    "GraphExecutor",
+    "create_engine",
+    "resolve_engine",
+]
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["generator", "student"]
 
-_WARM_UPS = 3  # of each step before its capture: libraries choose their algorithms, allocators find their sizes
+_WARM_UPS = 3  # steps of each kind before the capture: libraries choose algorithms, allocators find their sizes
 
 
-class EagerEngine:
-    """Steps as they are written.
+class Engine:
+    """Takes the steps of a run.
 
     Args:
+        name: of the engine.
         state: what is trained.
-        networks: what the steps call; None is what suits the engine.
-
-    Attributes:
-        state: what is trained.
-        networks: what the steps call.
+        networks: what the steps call, or how to build it from the state.
+        executor: runs the work of a step, or replays it.
     """
 
-    name: ClassVar[EngineName] = "eager"
+    def __init__(
+        self,
+        name: EngineName,
+        state: DistillState,
+        networks: Networks | Callable[[DistillState], Networks],
+        executor: EagerExecutor | GraphExecutor,
+    ) -> None:
+        self.name, self.state, self.executor = name, state, executor
+        self._build = (lambda _: networks) if isinstance(networks, Networks) else networks
+        self.build_networks()
 
-    def __init__(self, state: DistillState, networks: Networks | None = None) -> None:
-        self.state = state
-        self.networks = networks or self._networks()
+    def build_networks(self) -> None:
+        """Build ``networks`` from the state as it is now; networks that were given stay."""
+        self.networks = self._build(self.state)
 
-    def _networks(self) -> Networks:
-        return plain(self.state)
+    @property
+    def kinds(self) -> list[Kind]:
+        """The kinds of step in a round."""
+        loop = self.state.config.loop
+        counts: dict[Kind, int] = {"generator": loop.generator_steps, "student": loop.student_steps}
+        return [kind for kind, count in counts.items() if count]
 
     def prepare(self) -> None:
-        """Whatever has to happen once, before the first step; the state is as it was afterwards."""
+        """Compile and capture before the first step; the state is unchanged afterwards."""
+        self.executor.prepare(self)
 
     def start_round(self) -> None:
-        """Begin, or go on with, the round that ``state.position`` is in."""
+        """Begin or continue the round of ``state.position``."""
+        self.executor.start_round(self)
         self.state.start_round()
 
     def generator_step(self) -> None:
         """One generator step, queued on the device."""
-        with span("step", "generator"):
-            self._execute("generator")
+        with nvtx_range("step", "generator"):
+            self.executor.execute(self, "generator")
         self.state.position.step += 1
 
     def student_step(self) -> None:
         """One student step, queued on the device."""
-        with span("step", "student"):
-            self._execute("student")
+        with nvtx_range("step", "student"):
+            self.executor.execute(self, "student")
         self.state.position.step += 1
         self.state.student_updates += 1
 
     def step(self) -> None:
-        """The step that is next in the round: the generator's come first."""
+        """The next step of the round: the generator's come first."""
         first = self.state.position.step < self.state.config.loop.generator_steps
         (self.generator_step if first else self.student_step)()
 
-    def _execute(self, kind: Kind) -> None:
-        self._work(kind)
-
-    def _work(self, kind: Kind) -> None:
-        """A step's device work."""
+    def run(self, kind: Kind) -> None:
+        """The device work of a step."""
         if kind == "generator":
             generator_step(self.state, self.networks.generator_step)
         else:
             student_step(self.state, self.networks.student_step)
 
-    def _rehearse(self, kind: Kind) -> None:
-        """The same work, of the round's first row: where the run stands, there may be no row left."""
+    def rehearse(self, kind: Kind) -> None:
+        """The same work on the first row of the trace: at the end of a round no row is left."""
         self.state.cursor.zero_()
-        self._work(kind)
-
-    def _kinds(self) -> list[Kind]:
-        """The kinds of step that a round has."""
-        loop = self.state.config.loop
-        kinds: list[tuple[Kind, int]] = [("generator", loop.generator_steps), ("student", loop.student_steps)]
-        return [kind for kind, count in kinds if count]
+        self.run(kind)
 
 
-Engine = EagerEngine
-"""Any of the engines: they are used alike."""
+class EagerExecutor:
+    """Runs the steps.
+
+    Args:
+        rehearse: take a step of each kind in :meth:`prepare`, so that torch.compile compiles the networks there.
+    """
+
+    def __init__(self, *, rehearse: bool = False) -> None:
+        self.rehearse = rehearse
+
+    def prepare(self, engine: Engine) -> None:
+        if self.rehearse:
+            start = time.perf_counter()
+            with engine.state.preserve_state():
+                for kind in engine.kinds:
+                    engine.rehearse(kind)
+            engine.state.runtime.synchronize()
+            log.info("compiled in %.1f s", time.perf_counter() - start)
+
+    def start_round(self, engine: Engine) -> None:
+        pass
+
+    def execute(self, engine: Engine, kind: Kind) -> None:
+        engine.run(kind)
 
 
-class CompiledEngine(EagerEngine):
-    """Networks and objectives through torch.compile, each a region of its own; the frozen teacher made ready.
+class GraphExecutor:
+    """Captures whole steps - forward, backward, optimizer - and replays them, one launch per step.
+
+    A graph holds shapes, precision and the addresses of the state's tensors. They are compared at the start of each
+    round; if any changed, the steps are captured again. A learning rate that is written in place, as a scheduler does,
+    takes effect in the next replay; one that is replaced by another tensor or a number, in the next round.
+
+    Args:
+        recorder: how steps are captured.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self._replays: dict[Kind, Callable[[], None]] = {}
+        self._captured: dict[str, Any] = {}
+
+    def prepare(self, engine: Engine) -> None:
+        start, state = time.perf_counter(), engine.state
+        self._replays = {}
+        with state.preserve_state():
+            for kind in engine.kinds:
+                for _ in range(_WARM_UPS):
+                    self.recorder.warm_up(partial(engine.rehearse, kind))
+            state.runtime.synchronize()
+            log.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
+            with _capturable(state):
+                for kind in engine.kinds:
+                    state.cursor.zero_()
+                    self._replays[kind] = self.recorder.record(partial(engine.run, kind))
+        state.runtime.synchronize()
+        self._captured = _captured_values(state)
+        log.info("captured %d graphs; ready after %.1f s", len(self._replays), time.perf_counter() - start)
+
+    def start_round(self, engine: Engine) -> None:
+        now = _captured_values(engine.state)
+        changed = [name for name, value in now.items() if self._captured and self._captured[name] != value]
+        if changed:
+            log.warning("capturing again: %s changed", ", ".join(changed))
+            engine.build_networks()
+        if changed or not self._replays:
+            self.prepare(engine)
+
+    def execute(self, engine: Engine, kind: Kind) -> None:
+        if not self._replays:
+            self.prepare(engine)
+        self._replays[kind]()
+
+
+@contextmanager
+def _capturable(state: DistillState) -> Iterator[None]:
+    """Adam refuses capture without this flag. Fused Adam computes the same with and without it."""
+    groups = [group for group in state.generator.optimizer.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
+
+
+def _captured_values(state: DistillState) -> dict[str, Any]:
+    """The values that a captured step holds, by the names that a recapture is logged with."""
+    loop, runtime, sides = state.config.loop, state.runtime, state.sides.values()
+    groups = [group for side in sides for group in side.optimizer.param_groups]
+    networks = [network for side in sides for network in (side.module, side.objective)]
+    return {
+        "batch size": loop.batch_size,
+        "noise": state.generator.module.latent_dim,
+        "steps a round": (loop.generator_steps, loop.student_steps),
+        "student_in_generator_step": loop.student_in_generator_step,
+        "precision": (runtime.autocast, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "optimisers": [{n: v for n, v in g.items() if n not in ("params", "lr", "capturable")} for g in groups],
+        # A replay reads a tensor from its address; a number is part of the graph.
+        "learning rates": [
+            (lr.data_ptr(), lr.dtype) if isinstance(lr, Tensor) else lr for lr in (group["lr"] for group in groups)
+        ],
+        "loss weights": [dict(side.objective.weights) for side in sides],
+        "training mode": [module.training for network in networks for module in network.modules()],
+        "which weights are trained": [p.requires_grad for network in networks for p in network.parameters()],
+        "tensors of the state": [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in state.changing()],
+    }
+
+
+class EagerEngine(Engine):
+    """The eager executor over the state's own networks, or over those given."""
+
+    def __init__(self, state: DistillState, networks: Networks | None = None) -> None:
+        super().__init__("eager", state, networks or eager_networks, EagerExecutor())
+
+
+class CompiledEngine(Engine):
+    """The eager executor over networks that torch.compile compiles, each as a separate region.
 
     Args:
         state: what is trained.
-        networks: what the steps call; None compiles those that are made ready.
+        networks: what the steps call; None is :func:`dfkd_fast.engine.networks.compiled_networks`.
         backend: of torch.compile.
     """
-
-    name: ClassVar[EngineName] = "compiled"
 
     def __init__(self, state: DistillState, networks: Networks | None = None, *, backend: str = "inductor") -> None:
-        self._backend = backend
-        super().__init__(state, networks)
-
-    def _networks(self) -> Networks:
-        # Dropout then draws the same numbers as in eager mode.
-        options: dict[str, Any] = {"fallback_random": True}
-        if self.state.config.autotune:
-            options["max_autotune"] = True
-        given: dict[str, Any] = {"options": options} if self._backend == "inductor" else {}
-        return ready(self.state).compiled(backend=self._backend, **given).ranged()
-
-    def prepare(self) -> None:
-        start = time.perf_counter()
-        with self.state.undisturbed():
-            for kind in self._kinds():
-                self._rehearse(kind)
-        self.state.runtime.synchronize()
-        log.info("compiled in %.1f s", time.perf_counter() - start)
+        build = networks or partial(compiled_networks, backend=backend)
+        super().__init__("compiled", state, build, EagerExecutor(rehearse=True))
 
 
-class GraphEngine(CompiledEngine):
-    """A whole compiled step - forward, backward, optimiser - as one graph, replayed.
-
-    A step then costs the host one launch. What a graph has frozen (shapes, precision, the addresses of the state's
-    tensors) is compared at the start of each round; where it changed, the steps are captured again. A learning rate
-    that is written in place, as a scheduler does, takes effect in the next replay; one that is replaced by another
-    tensor or a number takes effect from the next round on.
+class GraphEngine(Engine):
+    """The graph executor over compiled networks.
 
     Args:
         state: what is trained.
-        networks: what the steps call; None compiles those that are made ready.
+        networks: what the steps call; None is :func:`dfkd_fast.engine.networks.compiled_networks`.
         backend: of torch.compile.
-        recorder: how steps are recorded; None is into CUDA graphs.
+        recorder: how steps are captured; None is into CUDA graphs.
 
     Raises:
-        ValueError: another device than a CUDA one without a recorder of its own, fp16, or a network that counts on the
-            host.
+        ValueError: a device other than CUDA without a recorder, fp16, or a BatchNorm with ``momentum=None``.
     """
-
-    name: ClassVar[EngineName] = "graph"
 
     def __init__(
         self,
@@ -167,103 +267,30 @@ class GraphEngine(CompiledEngine):
             if state.runtime.device.type != "cuda":
                 raise ValueError(f"engine 'graph' needs a CUDA device, got {str(state.runtime.device)!r}")
             recorder = CudaRecorder(state.runtime.device, [state.noise])
-        if state.generator_scaler.is_enabled():
+        if state.generator.scaler.is_enabled():
             raise ValueError("engine 'graph' has no loss scaling, which fp16 needs: choose bf16, or engine 'compiled'")
-        _refuse_host_counts(state)
-        super().__init__(state, networks, backend=backend)
-        self._own_networks = networks is None
-        self._recorder = recorder
-        self._replays: dict[Kind, Callable[[], None]] = {}
-        self._frozen: dict[str, Any] = {}
-
-    def prepare(self) -> None:
-        start, state = time.perf_counter(), self.state
-        self._replays = {}
-        with state.undisturbed():
-            for kind in self._kinds():
-                for _ in range(_WARM_UPS):
-                    self._recorder.warm_up(partial(self._rehearse, kind))
-            state.runtime.synchronize()
-            log.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
-            with _capturable(state):
-                for kind in self._kinds():
-                    state.cursor.zero_()
-                    self._replays[kind] = self._recorder.record(partial(self._work, kind))
-        state.runtime.synchronize()
-        self._frozen = _frozen_values(state)
-        log.info("captured %d graphs; ready after %.1f s", len(self._replays), time.perf_counter() - start)
-
-    def start_round(self) -> None:
-        now = _frozen_values(self.state)
-        changed = [name for name, value in now.items() if self._frozen and self._frozen[name] != value]
-        if changed:
-            log.warning("capturing again: %s changed", ", ".join(changed))
-            if self._own_networks:
-                self.networks = self._networks()
-        if changed or not self._replays:
-            self.prepare()
-        super().start_round()
-
-    def _execute(self, kind: Kind) -> None:
-        if not self._replays:
-            self.prepare()
-        self._replays[kind]()
+        for name, side in state.sides.items():
+            for path, module in side.module.named_modules():
+                if isinstance(module, _BatchNorm) and module.track_running_stats and module.momentum is None:
+                    raise ValueError(
+                        f"engine 'graph' cannot run {path} of the {name}: with momentum=None a BatchNorm reads its "
+                        "count of batches back to the host. Set a momentum, or choose engine 'compiled'"
+                    )
+        build = networks or partial(compiled_networks, backend=backend)
+        super().__init__("graph", state, build, GraphExecutor(recorder))
 
 
-def _refuse_host_counts(state: DistillState) -> None:
-    for side, network in (("student", state.student), ("generator", state.generator)):
-        for path, module in network.named_modules():
-            if isinstance(module, _BatchNorm) and module.track_running_stats and module.momentum is None:
-                raise ValueError(
-                    f"engine 'graph' cannot run {path} of the {side}: with momentum=None a BatchNorm reads its count "
-                    "of batches back to the host. Set a momentum, or choose engine 'compiled'"
-                )
-
-
-@contextmanager
-def _capturable(state: DistillState) -> Iterator[None]:
-    """Adam refuses to be captured unless it is told to allow it. Fused, it does the same either way."""
-    groups = [group for group in state.generator_optimizer.param_groups if "capturable" in group]
-    for group in groups:
-        group["capturable"] = True
-    try:
-        yield
-    finally:
-        for group in groups:
-            group["capturable"] = False
-
-
-def _frozen_values(state: DistillState) -> dict[str, Any]:
-    """What a captured step holds fast, by what a user would call it."""
-    loop, runtime = state.config.loop, state.runtime
-    groups = [*state.generator_optimizer.param_groups, *state.student_optimizer.param_groups]
-    networks = (state.student, state.generator, state.generator_objective, state.student_objective)
-    modules = [module for network in networks for module in network.modules()]
-    return {
-        "batch size": loop.batch_size,
-        "noise": state.generator.latent_dim,
-        "steps a round": (loop.generator_steps, loop.student_steps),
-        "student_in_generator_step": loop.student_in_generator_step,
-        "precision": (runtime.autocast, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
-        "optimisers": [{n: v for n, v in g.items() if n not in ("params", "lr", "capturable")} for g in groups],
-        # A rate that is a tensor is read at each replay, from its address; a number is part of the graph.
-        "learning rates": [
-            (lr.data_ptr(), lr.dtype) if isinstance(lr, Tensor) else lr for lr in (group["lr"] for group in groups)
-        ],
-        "loss weights": (dict(state.generator_objective.weights), dict(state.student_objective.weights)),
-        "training mode": [module.training for module in modules],
-        "which weights are trained": [p.requires_grad for network in networks for p in network.parameters()],
-        "tensors of the state": [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in state.changing()],
-    }
-
-
-_ENGINES: dict[str, type[EagerEngine]] = {engine.name: engine for engine in (EagerEngine, CompiledEngine, GraphEngine)}
+_ENGINES: dict[str, Callable[[DistillState], Engine]] = {
+    "eager": EagerEngine,
+    "compiled": CompiledEngine,
+    "graph": GraphEngine,
+}
 
 
 def resolve_engine(name: EngineName, runtime: Runtime) -> EngineName:
-    """The engine that ``auto`` means on a device: a CUDA graph, which fp16's loss scaling has none of, or eager.
+    """The engine that ``auto`` stands for on a device: graph on CUDA (compiled in fp16), eager elsewhere.
 
-    Eager on the CPU: torch.compile needs a C++ compiler there, and minutes.
+    Eager on the CPU, since torch.compile needs a C++ compiler there, and minutes.
 
     Raises:
         ValueError: an unknown name.
@@ -278,7 +305,7 @@ def resolve_engine(name: EngineName, runtime: Runtime) -> EngineName:
 
 
 def create_engine(state: DistillState) -> Engine:
-    """The engine that the run's config asks for, to be prepared before its first step.
+    """The engine that the run's config names; call ``prepare`` before its first step.
 
     Raises:
         ValueError: an engine that does not exist, or that cannot run this state.

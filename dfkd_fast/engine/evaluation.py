@@ -13,14 +13,14 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from dfkd_fast.data import loader
 from dfkd_fast.engine.runtime import Runtime
-from dfkd_fast.graph import Outputs
+from dfkd_fast.graph import Outputs, modes_kept
 
 __all__ = ["EvalResult", "evaluate"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """What an evaluation found. Accuracies are fractions of ``images``."""
+    """The result of :func:`evaluate`. Accuracies are fractions of ``images``."""
 
     top1: float
     top5: float | None
@@ -42,7 +42,7 @@ def evaluate(
 
     Args:
         model: images (N, 3, H, W) to logits (N, num_classes), or to :class:`dfkd_fast.models.Outputs`; its training
-            flags are put back.
+            flags are restored.
         dataset: normalised float32 images with integer labels.
         num_classes: number of classes.
         batch_size: images at a time.
@@ -61,10 +61,8 @@ def evaluate(
     metrics = {1: MulticlassAccuracy(num_classes, average="micro").to(runtime.device)}
     if num_classes > 5:
         metrics[5] = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(runtime.device)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     start = time.perf_counter()
-    try:
+    with modes_kept(model, False):
         for images, labels in loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers):
             images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
             labels = labels.to(runtime.device, non_blocking=True)
@@ -73,9 +71,6 @@ def evaluate(
                 logits = outputs.logits if isinstance(outputs, Outputs) else outputs
             for metric in metrics.values():
                 metric.update(logits.float(), labels)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     top1 = metrics[1].compute().item()
     return EvalResult(
         top1=top1,

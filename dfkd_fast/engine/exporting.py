@@ -73,9 +73,9 @@ def export(
     for count in (2, 5):
         images = torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(count))
         with torch.inference_mode():
-            wanted = model(images)
+            expected = model(images)
         (found,) = session.run(["logits"], {"images": images.numpy()})
-        worst = max(worst, ((torch.from_numpy(found) - wanted).abs().max() / wanted.abs().max()).item())
+        worst = max(worst, ((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()).item())
     if not worst <= _TOLERANCE:
         raise ExportError(f"the ONNX logits differ from PyTorch's by {worst:.2e} of the largest: over {_TOLERANCE}")
     weights = folder / "student.safetensors"

@@ -11,9 +11,9 @@ __all__ = ["StopRequest"]
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is remembered in ``received``; a second one acts as it always does.
+    """A context that keeps the first SIGINT or SIGTERM in ``received``; a second one acts as usual.
 
-    Only the main thread can take signals; elsewhere this does nothing.
+    Only the main thread receives signals; in another one this does nothing.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The distillation loop: rounds of generator and student steps, and what happens between them."""
+"""The distillation loop: rounds of generator and student steps, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dfkd_fast.engine.rounds import NonFiniteError, Round, Rounds
 from dfkd_fast.engine.runtime import Runtime, new_run_folder
 from dfkd_fast.engine.state import DistillState, build_state
 from dfkd_fast.engine.steps import synthesize
-from dfkd_fast.graph import FeatureModel, extract, frozen
+from dfkd_fast.graph import FeatureModel, extract, frozen, modes_kept
 from dfkd_fast.models import load_weights, normalization, save_weights
 
 __all__ = ["DistillResult", "NonFiniteError", "agreement", "distill"]
@@ -43,17 +43,17 @@ _AGREEMENT_BATCHES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class DistillResult:
-    """What a run leaves.
+    """The result of :func:`distill`.
 
     Attributes:
-        student: the network given, trained; a plain one, without adapters or attention modules.
+        student: the network given, trained; without adapters or attention modules.
         generator: the trained generator.
-        rounds: per-round means of every loss term, ``generator/bn`` and so on, and ``round``.
+        rounds: per-round means of each loss term (``generator/bn``, ...), and ``round``.
         epochs: per-epoch ``agreement`` (and ``accuracy`` where evaluated), with ``epoch``.
         run_dir: folder with checkpoints, config, TensorBoard log, pictures, ``student.safetensors``.
-        accuracy: top-1 of the returned student on the held-out images, None where none were given.
+        accuracy: top-1 of the returned student on the held-out images; None without data.
         agreement: share of synthetic images that teacher and student put into the same class.
-        images_per_s: synthetic images that the generator or the student was trained on, a second of training.
+        images_per_s: synthetic images per second of training that the generator or the student was trained on.
         seconds: wall time of this call's steps.
     """
 
@@ -71,24 +71,22 @@ class DistillResult:
 def agreement(state: DistillState) -> float:
     """Share of fresh synthetic images whose top-1 class is the same for teacher and student, in eval mode.
 
-    Needs no data. The noise is the same at every call; the generator that paints it is the present one.
+    Needs no data. The noise is the same in every call; the images are those of the current generator.
     """
     noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 1)
     count = state.config.loop.batch_size
     same = torch.zeros((), device=state.runtime.device)
-    training = state.student.training
-    state.student.eval()
-    with torch.no_grad(), state.runtime.cast():
+    student = state.student.module
+    with modes_kept(student, False), torch.no_grad(), state.runtime.cast():
         for _ in range(_AGREEMENT_BATCHES):
-            inputs = synthesize(state, state.draw(count, noise)).float() * state.scale + state.shift
-            same += (state.teacher(inputs).logits.argmax(1) == state.student(inputs).logits.argmax(1)).float().mean()
-    state.student.train(training)
+            inputs = state.normalize(synthesize(state, state.draw(count, noise)))
+            same += (state.teacher(inputs).logits.argmax(1) == student(inputs).logits.argmax(1)).float().mean()
     return same.item() / _AGREEMENT_BATCHES
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Epoch:
-    """An epoch that is over, and whose measurements may still be under way."""
+    """An epoch whose evaluation may still be running."""
 
     number: int
     agreement: float
@@ -97,33 +95,33 @@ class _Epoch:
 
 
 class _Run:
-    """One call of :func:`distill`: what is measured and written beside its steps."""
+    """The evaluations and files of one call of :func:`distill`."""
 
     def __init__(
         self, state: DistillState, folder: Path, checkpoints: Checkpoints, data: ImageData | None, meta: dict[str, str]
     ) -> None:
         self.state, self.folder, self.checkpoints, self.data, self.meta = state, folder, checkpoints, data, meta
-        # Two of them: a checkpoint does not wait for an evaluation.
+        # Separate threads: a checkpoint does not wait for an evaluation.
         self.files, self.measurements = Background(state.runtime.device), Background(state.runtime.device)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state.position.round or None)
         self.best = folder / "best_student.safetensors"
         self.saved: tuple[int, int] | None = None
-        self.open: _Epoch | None = None
+        self.pending: _Epoch | None = None
 
     def save(self) -> None:
-        """Write a checkpoint of the state as it is now; the rounds so far must have been read back."""
+        """Write a checkpoint of the current state, whose rounds must have been read back."""
         position, per_epoch = self.state.position, self.state.config.loop.rounds_per_epoch
         if (position.round, position.step) == self.saved:
             return
-        if self.open is not None and (self.open.number * per_epoch, 0) != (position.round, position.step):
-            # Only at an epoch's very end are the weights at hand that its evaluation could be repeated with.
-            self.settle()
+        if self.pending is not None and (self.pending.number * per_epoch, 0) != (position.round, position.step):
+            # Only a checkpoint at the end of the epoch has the weights to repeat its evaluation.
+            self.finish_epoch()
         snapshot = tree_map_only(Tensor, Tensor.clone, self.state.state_dict())
         self.files.submit(lambda: self.checkpoints.save(snapshot))
         self.saved = (position.round, position.step)
 
-    def catch_up(self) -> None:
-        """Measure the epoch that a resumed run has behind it, where its checkpoint was written before that was done."""
+    def evaluate_missed(self) -> None:
+        """Evaluate the last epoch of a resumed run if its checkpoint was written before the evaluation was done."""
         epoch, rest = divmod(self.state.position.round, self.state.config.loop.rounds_per_epoch)
         if epoch and not rest and not self.state.position.step and epoch not in self.state.epochs.get("epoch", []):
             self.close_epoch(epoch, last=self.state.position.round == self.state.total_rounds)
@@ -134,31 +132,31 @@ class _Run:
         self.writer.add_scalar("student/lr", finished.student_lr, finished.number + 1)
 
     def close_epoch(self, epoch: int, *, last: bool) -> None:
-        """Begin to measure, and paint what the generator makes."""
-        self.settle()
+        """Start the evaluation of an epoch, and save images of the generator."""
+        self.finish_epoch()
         state, loop, overlaps = self.state, self.state.config.loop, self.measurements.overlaps
         due = last or (loop.evaluate_every and epoch % loop.evaluate_every == 0)
-        student = copy.deepcopy(state.student.model) if overlaps else state.student.model
+        student = copy.deepcopy(state.student.module.model) if overlaps else state.student.module.model
         accuracy = None
         if self.data is not None and due:
             accuracy = self.measurements.submit(lambda: self.accuracy(student))
-        self.open = _Epoch(number=epoch, agreement=agreement(state), student=student, accuracy=accuracy)
+        self.pending = _Epoch(number=epoch, agreement=agreement(state), student=student, accuracy=accuracy)
         noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 2)
         images = synthesize(state, state.draw(min(_GRID, loop.batch_size), noise)).float()
         self.files.submit(lambda: self.paint(images, epoch))
         if not overlaps:
-            self.settle()
+            self.finish_epoch()
 
     def paint(self, images: Tensor, epoch: int) -> None:
         self.writer.add_images("generator", images / 2 + 0.5, epoch)
         report.save_image_grid(images, self.folder / "images" / f"epoch-{epoch:04d}.png")
         self.writer.flush()
 
-    def settle(self) -> None:
-        """Write the open epoch down, and keep its student where it is the best so far."""
-        if self.open is None:
+    def finish_epoch(self) -> None:
+        """Record the pending epoch, and save its student if it is the best so far."""
+        if self.pending is None:
             return
-        state, epoch, self.open = self.state, self.open, None
+        state, epoch, self.pending = self.state, self.pending, None
         measured = {"agreement": epoch.agreement}
         if epoch.accuracy is not None:
             measured["accuracy"] = epoch.accuracy.result()
@@ -177,12 +175,12 @@ class _Run:
         return evaluate(student, self.data.test, num_classes=self.data.num_classes, runtime=self.state.runtime).top1
 
     def finish(self) -> None:
-        """What is still under way, to its end."""
-        self.settle()
+        """Wait for evaluations and files."""
+        self.finish_epoch()
         self.files.wait()
 
     def close(self) -> None:
-        """Curves and histories, from what there is so far."""
+        """Write curves and histories of the rounds and epochs so far."""
         self.measurements.close()
         self.files.close()
         self.writer.close()
@@ -200,14 +198,14 @@ def _prepare(
 ) -> tuple[FeatureModel, FeatureModel, dict[str, Any]]:
     image_size = config.image_size or (data.image_size if data is not None else None)
     if image_size is None:
-        raise ValueError("DistillConfig.image_size must be given where there is no evaluation data to take it from")
+        raise ValueError("DistillConfig.image_size must be given without evaluation data to take it from")
     if image_size % 16:
         raise ValueError(f"image_size must be a multiple of 16 for the generator, got {image_size}")
     if config.loop.select == "test_accuracy" and data is None:
         raise ValueError("LoopConfig.select is 'test_accuracy', which needs evaluation data; none was given")
     teacher, student = _features(teacher, image_size), _features(student, image_size)
     if data is not None and data.num_classes != teacher.num_classes:
-        raise ValueError(f"data has {data.num_classes} classes, the teacher tells {teacher.num_classes} apart")
+        raise ValueError(f"data has {data.num_classes} classes, the teacher {teacher.num_classes}")
     default = (data.mean, data.std) if data is not None else normalization(teacher.model)
     sizes = {"image_size": image_size, "mean": config.mean or default[0], "std": config.std or default[1]}
     return teacher, student, sizes
@@ -226,14 +224,13 @@ def distill(
     """Train a student to agree with a teacher, without the teacher's data (paper, section 3).
 
     Args:
-        teacher: a trained classifier, (N, 3, H, W) to (N, classes); left as it was. A
-            :class:`dfkd_fast.models.FeatureModel` names its stages itself.
-        student: the classifier to train, in place; likewise.
+        teacher: a trained classifier, (N, 3, H, W) to (N, classes); unchanged. A
+            :class:`dfkd_fast.models.FeatureModel` has its stages.
+        student: the classifier to train in place; also plain or a ``FeatureModel``.
         config: the run. ``config.out`` must not hold another run's checkpoints unless ``config.resume``.
         data: held-out images to evaluate on. They are never trained on.
-        description: written into the student's file as metadata, beside the classes and the normalisation.
-        inputs: plain values written into the run's ``config.yaml`` before the run's own, such as which networks and
-            data it was called with.
+        description: metadata of the student's file, in addition to the classes and the normalisation.
+        inputs: plain values for the run's ``config.yaml``, such as the networks and data.
         progress: draw a progress bar.
 
     Returns:
@@ -242,21 +239,15 @@ def distill(
     Raises:
         ValueError: a config, data or networks that do not fit together, or a folder that holds another run.
         NonFiniteError: a loss or gradient was not finite; raised at the end of its round.
-        CheckpointError: to be resumed, but no checkpoint in the folder is sound and of this run.
-        KeyboardInterrupt: after ctrl-C, when the run is saved. SIGTERM saves and exits with status 143.
+        CheckpointError: no checkpoint in the folder to resume is sound and of this run.
+        KeyboardInterrupt: after ctrl-C, once the run is saved. SIGTERM saves and exits with status 143.
     """
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
     teacher_features, student_features, sizes = _prepare(teacher, student, config, data)
-    modes = {module: module.training for module in teacher_features.model.modules()}
-    teacher_features.eval()
     student_features.train()
-    try:
-        with runtime.backends(), frozen(teacher_features):
-            state = build_state(teacher_features, student_features, config, runtime, **sizes)
-            return _distill(create_engine(state), data, sizes, dict(description or {}), dict(inputs or {}), progress)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with runtime.backends(), frozen(teacher_features), modes_kept(teacher_features, False):
+        state = build_state(teacher_features, student_features, config, runtime, **sizes)
+        return _distill(create_engine(state), data, sizes, dict(description or {}), dict(inputs or {}), progress)
 
 
 def _distill(
@@ -280,7 +271,7 @@ def _distill(
         raise ValueError(f"{folder} holds checkpoints of a run already: set resume, or name another folder in out")
     (folder / "config.yaml").write_text(yaml.safe_dump({**inputs, "distill": to_dict(config)}, sort_keys=False))
     meta = {**{name: json.dumps(value) for name, value in sizes.items()}, **description}
-    meta |= {"num_classes": str(state.student.num_classes), "format": "dfkd_fast.student/1"}
+    meta |= {"num_classes": str(state.student.module.num_classes), "format": "dfkd_fast.student/1"}
 
     run = _Run(state, folder, checkpoints, data, meta)
     line = ProgressLine("distil", total=state.total_rounds, unit="rounds", enabled=progress)
@@ -294,7 +285,7 @@ def _distill(
         with StopRequest() as stop, line:
             if state.position.round < state.total_rounds:
                 engine.prepare()
-            run.catch_up()
+            run.evaluate_missed()
             while state.position.round < state.total_rounds:
                 whole = rounds.run(lambda: stop.received is not None)
                 done = state.position.round == state.total_rounds
@@ -315,15 +306,15 @@ def _distill(
     finally:
         run.close()
 
-    student = state.student.model
+    student = state.student.module.model
     if loop.select != "last":
         load_weights(student, run.best)
         runtime.place(student)
     save_weights(student, folder / "student.safetensors", meta)
-    state.student.eval()
+    state.student.module.eval()
     return DistillResult(
         student=student,
-        generator=state.generator,
+        generator=state.generator.module,
         rounds=state.rounds,
         epochs=state.epochs,
         run_dir=folder,

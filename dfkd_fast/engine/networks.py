@@ -1,63 +1,35 @@
-"""What a step calls: the run's networks and objectives as they are, made ready, or compiled.
-
-The forms are interchangeable: a step asks for nothing but the calls of :class:`StepNetworks`.
-"""
+"""The networks and objectives that a step calls: eager or optimized, and optionally compiled."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dfkd_fast.engine.masters import with_weights
 from dfkd_fast.engine.state import DistillState
+from dfkd_fast.engine.weight_cast import weight_cast
 from dfkd_fast.graph import fold_batchnorm, held_in
-from dfkd_fast.ranges import span
+from dfkd_fast.nvtx import nvtx_range
 
-__all__ = ["Networks", "StepNetworks", "plain", "ready"]
+__all__ = ["Networks", "StepNetworks", "compiled_networks", "eager_networks", "optimized_networks"]
 
-
-class Call:
-    """A call of a step, as a region that can be compiled and what goes before it.
-
-    Args:
-        region: what is called, with the results of ``first`` as its first argument where there is one.
-        first: stays as it is when the region is compiled.
-    """
-
-    def __init__(self, region: Callable[..., Any], first: Callable[[], Any] | None = None) -> None:
-        self.region, self.first = region, first
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.region(*arguments) if self.first is None else self.region(self.first(), *arguments)
-
-    def compiled(self, name: str, **options: Any) -> Call:
-        """The same with its region compiled, without a graph break and for the present shapes alone."""
-        return Call(torch.compile(_own_code(name, self.region), fullgraph=True, dynamic=False, **options), self.first)
-
-    def ranged(self, name: str) -> Call:
-        """The same inside of a range."""
-
-        def ranged(*arguments: Any) -> Any:
-            with span("network", name):
-                return self(*arguments)
-
-        return Call(ranged)
+Call = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepNetworks:
-    """The calls of one kind of step, in its order.
+    """The calls of one kind of step, in order.
 
     Attributes:
-        generator: noise (N, latent_dim) to the teacher's input (N, 3, H, W): images, normalised.
-        teacher: images to outputs, with BatchNorm statistics where a term of the step needs them.
+        generator: noise (N, latent_dim) to the teacher's input (N, 3, H, W), normalised.
+        teacher: images to outputs, with BatchNorm statistics if a term of the step needs them.
         student: images to outputs.
-        objective: both outputs to the scalar to descend and the terms' values.
+        objective: both outputs to the scalar to minimise and the values of its terms.
     """
 
     generator: Call
@@ -65,41 +37,41 @@ class StepNetworks:
     student: Call
     objective: Call
 
-    def each(self, change: Callable[[str, Call], Call]) -> StepNetworks:
-        """The same with each call changed, given its name."""
-        return replace(self, **{field.name: change(field.name, getattr(self, field.name)) for field in fields(self)})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """The calls of both kinds of step. One network is called in two ways, so that the two share nothing here."""
+    """The calls of both kinds of step. The two kinds call a network in different ways and share no compiled region."""
 
     generator_step: StepNetworks
     student_step: StepNetworks
 
-    def each(self, change: Callable[[str, Call], Call]) -> Networks:
-        return Networks(generator_step=self.generator_step.each(change), student_step=self.student_step.each(change))
 
-    def compiled(self, **options: Any) -> Networks:
-        """Each call compiled as a region of its own.
+def _region(name: str, call: Call, *, first: Call | None = None, compile: Mapping[str, Any] | None) -> Call:
+    """A call in its profiler range, compiled without graph breaks and for static shapes if there are options for that.
 
-        Whole steps as one region would be fused a little more, and could not be told apart by network in a profile.
+    Each network is a separate region, so that a profile can attribute kernels to networks.
 
-        Args:
-            **options: of :func:`torch.compile`: ``mode``, ``backend``, ``options``.
-        """
-        return self.each(lambda name, call: call.compiled(name, **options))
+    Args:
+        name: of the network.
+        call: what is compiled.
+        first: runs before it, is not compiled, and gives its first argument.
+        compile: options of :func:`torch.compile`, or None.
+    """
+    if compile is not None:
+        call = torch.compile(_with_own_code(name, call), fullgraph=True, dynamic=False, **compile)
 
-    def ranged(self) -> Networks:
-        """Each call inside of its range."""
-        return self.each(lambda name, call: call.ranged(name))
+    def region(*arguments: Any) -> Any:
+        with nvtx_range("network", name):
+            return call(*arguments) if first is None else call(first(), *arguments)
+
+    return region
 
 
-def _own_code(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` as a function with a code object of its own.
+def _with_own_code(name: str, call: Call) -> Call:
+    """``call`` as a function with a separate code object.
 
-    Dynamo counts recompilations by code object, and the modules of one class, or the closures of one function, share
-    theirs: what one network is compiled for would count against the next.
+    Dynamo counts recompilations per code object. Modules of one class, and closures of one function, share theirs, so
+    compiling one network would count against the next.
     """
 
     def region(*arguments: Any) -> Any:
@@ -109,47 +81,58 @@ def _own_code(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(code, region.__globals__, code.co_name, None, region.__closure__)
 
 
-def _paint(state: DistillState, generate: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
-    scale, shift = state.scale, state.shift
+def _networks(
+    state: DistillState,
+    teachers: tuple[nn.Module, nn.Module],
+    dtype: torch.dtype,
+    compile: Mapping[str, Any] | None,
+) -> Networks:
+    """Networks with images in ``dtype``; if that is not float32, the weights of trained networks are cast together."""
+    normalize = state.normalize
+    calls: dict[str, tuple[Call | None, Call]] = {name: (None, side.module) for name, side in state.sides.items()}
+    if dtype != torch.float32:
+        calls = {name: weight_cast(side.module, dtype) for name, side in state.sides.items()}
+    (cast_generator, generate), (cast_student, student) = calls["generator"], calls["student"]
 
-    def paint(*arguments: Any) -> Tensor:
-        return (generate(*arguments).float() * scale + shift).to(dtype)
+    def generator(*arguments: Any) -> Tensor:
+        return normalize(generate(*arguments)).to(dtype)
 
-    return paint
-
-
-def plain(state: DistillState) -> Networks:
-    """The networks as they are."""
-    generator, student = Call(_paint(state, state.generator, torch.float32)), Call(state.student)
-    teachers = (state.teacher_statistics or state.teacher, state.teacher)
-    objectives = (state.generator_objective, state.student_objective)
+    region = partial(_region, compile=compile)
     steps = [
-        StepNetworks(generator=generator, teacher=Call(teacher), student=student, objective=Call(objective))
-        for teacher, objective in zip(teachers, objectives, strict=True)
-    ]
-    return Networks(generator_step=steps[0], student_step=steps[1]).ranged()
-
-
-def ready(state: DistillState) -> Networks:
-    """The same networks made ready for speed, not ranged.
-
-    The frozen teacher is copied: its convolutions and linear layers are held in the type that they are computed in, and
-    where no statistics are asked for, its BatchNorms are folded into the convolutions. The weights of generator and
-    student are cast together. Images are handed over in the type that both networks would round them to first.
-    """
-    dtype = state.runtime.autocast or torch.float32
-    folded = fold_batchnorm(state.teacher, dtype=dtype, image_size=state.generator.image_size)
-    measured = held_in(state.teacher_statistics, dtype) if state.teacher_statistics is not None else folded
-    if dtype == torch.float32:
-        generator, student = Call(_paint(state, state.generator, dtype)), Call(state.student)
-    else:
-        cast, generate = with_weights(state.generator, dtype)
-        generator = Call(_paint(state, generate, dtype), cast)
-        cast, call = with_weights(state.student, dtype)
-        student = Call(call, cast)
-    objectives = (state.generator_objective, state.student_objective)
-    steps = [
-        StepNetworks(generator=generator, teacher=Call(teacher), student=student, objective=Call(objective))
-        for teacher, objective in zip((measured, folded), objectives, strict=True)
+        StepNetworks(
+            generator=region("generator", generator, first=cast_generator),
+            teacher=region("teacher", teacher),
+            student=region("student", student, first=cast_student),
+            objective=region("objective", side.objective),
+        )
+        for side, teacher in zip(state.sides.values(), teachers, strict=True)
     ]
     return Networks(generator_step=steps[0], student_step=steps[1])
+
+
+def eager_networks(state: DistillState, *, compile: Mapping[str, Any] | None = None) -> Networks:
+    """The state's networks as they are; compiled if there are options of torch.compile."""
+    teachers = (state.teacher_statistics or state.teacher, state.teacher)
+    return _networks(state, teachers, torch.float32, compile)
+
+
+def optimized_networks(state: DistillState, *, compile: Mapping[str, Any] | None = None) -> Networks:
+    """Networks that compute the same with fewer operations; compiled if there are options of torch.compile.
+
+    The frozen teacher is copied: its weights are held in the dtype of autocast, and its BatchNorms are folded into
+    convolutions if no loss needs their statistics. The weights of generator and student are cast together. Images have
+    the dtype to which autocast would round them in both networks.
+    """
+    dtype = state.runtime.autocast or torch.float32
+    folded = fold_batchnorm(state.teacher, dtype=dtype, image_size=state.generator.module.image_size)
+    measured = held_in(state.teacher_statistics, dtype) if state.teacher_statistics is not None else folded
+    return _networks(state, (measured, folded), dtype, compile)
+
+
+def compiled_networks(state: DistillState, *, backend: str = "inductor") -> Networks:
+    """:func:`optimized_networks` through torch.compile."""
+    options: dict[str, Any] = {"fallback_random": True}  # dropout draws the same numbers as in eager mode
+    if state.config.autotune:
+        options["max_autotune"] = True
+    given = {"options": options} if backend == "inductor" else {}
+    return optimized_networks(state, compile={"backend": backend, **given})

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dfkd_fast.engine.engines import Engine
 from dfkd_fast.engine.state import DistillState
-from dfkd_fast.ranges import span
+from dfkd_fast.nvtx import nvtx_range
 
 __all__ = ["NonFiniteError", "Round", "Rounds"]
 
 
 class NonFiniteError(ArithmeticError):
-    """A step's loss or gradient was not finite; it never reached the weights. Names the first step and term."""
+    """A step's loss or gradient was not finite; its update was skipped. Names the first such step and its terms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +58,17 @@ class _Readback:
 
 
 class Rounds:
-    """Takes a run's steps and hands over each round's losses.
+    """Takes the steps of a run and reads the losses of each round back.
 
-    One round is read back while the next is queued, so that the device never waits for the host to look. What needs the
-    state of a certain round - a checkpoint, an evaluation - calls :meth:`drain` first.
+    A round is read back while the next one is queued, so that the device does not wait for the host. Call :meth:`drain`
+    before reading the state of a certain round, for a checkpoint or an evaluation.
 
     Args:
-        engine: executes the steps.
-        finished: called once a round, in order.
+        engine: takes the steps.
+        finished: called once per round, in order.
 
     Attributes:
-        images: synthetic images that the generator or the student was trained on.
+        images: number of synthetic images that the generator or the student was trained on.
     """
 
     def __init__(self, engine: Engine, finished: Callable[[Round], None]) -> None:
@@ -84,11 +84,11 @@ class Rounds:
         return self._seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     def run(self, stopped: Callable[[], bool]) -> bool:
-        """Queue the rest of the present round; False where it was stopped before its end."""
+        """Queue the rest of the current round; False if it was stopped before its end."""
         state = self.state
         if self._since is None:
             self._since = time.perf_counter()
-        with span("round", str(state.position.round)):
+        with nvtx_range("round", str(state.position.round)):
             self.engine.start_round()
             first = state.position.step
             while state.position.step < state.steps_per_round and not stopped():
@@ -104,7 +104,7 @@ class Rounds:
         return whole
 
     def drain(self) -> None:
-        """Wait for the device, and for the losses of all that it was given.
+        """Wait for the device, and read all losses back.
 
         Raises:
             NonFiniteError: some step was skipped.
@@ -133,12 +133,9 @@ def _means(state: DistillState, number: int, trace: Tensor) -> dict[str, float]:
         NonFiniteError: some step was skipped.
     """
     first = state.config.loop.generator_steps
-    parts = {
-        "generator": (state.generator_objective.names, trace[:first]),
-        "student": (state.student_objective.names, trace[first:]),
-    }
     means: dict[str, float] = {}
-    for side, (names, rows) in parts.items():
+    for (side, trained), rows in zip(state.sides.items(), (trace[:first], trace[first:]), strict=True):
+        names = trained.objective.names
         for step, row in enumerate(rows):
             bad = [name for name, value in zip(names, row, strict=False) if not math.isfinite(value)]
             if not bad and not row[-1]:

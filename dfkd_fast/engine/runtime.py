@@ -1,4 +1,4 @@
-"""Where and in what precision a run computes, and where it writes."""
+"""Device, precision and output folder of a run."""
 
 from __future__ import annotations
 
@@ -59,10 +59,8 @@ class Runtime:
         return cls(device=where, autocast=autocast, tf32=precision == "tf32", channels_last=channels_last)
 
     def cast(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast for the forward of networks and losses; nothing in float32."""
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast)
+        """Autocast for the forward of networks and losses; disabled in float32."""
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -74,11 +72,11 @@ class Runtime:
 
     @contextlib.contextmanager
     def backends(self) -> Iterator[None]:
-        """The process-wide switches of this precision, put back on leaving."""
+        """Set the process-wide switches of this precision; leaving restores them."""
         matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         benchmark = torch.backends.cudnn.benchmark
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
-        # Shapes do not change: it pays to time cuDNN's algorithms once for each.
+        # Shapes do not change, so timing cuDNN's algorithms once per shape pays off.
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
         try:
             yield
@@ -87,7 +85,7 @@ class Runtime:
             torch.backends.cudnn.benchmark = benchmark
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a host clock read next means something."""
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -1,4 +1,4 @@
-"""Everything that a distillation run changes, built in one place and saved in one place."""
+"""The state of a distillation run: everything that its steps change, built and saved in one place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,50 +18,82 @@ from dfkd_fast.graph import FeatureModel, extract
 from dfkd_fast.nn import AttentionGenerator
 from dfkd_fast.objectives import Objective, generator_objective, student_objective
 
-__all__ = ["DistillState", "Position", "build_generator", "build_state"]
+__all__ = ["DistillState", "Normalize", "Position", "Side", "build_generator", "build_state"]
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
 class Position:
-    """What comes next: ``step`` of ``round``, both from zero, the generator's steps first."""
+    """The next step: ``step`` of ``round``, both from zero. The generator's steps come first in a round."""
 
     round: int = 0
     step: int = 0
 
 
 @dataclass(kw_only=True)
+class Side(Generic[M]):
+    """A network that is trained, with what trains it.
+
+    Attributes:
+        module: the network.
+        objective: its loss. The student's has parameters (adapters, attention, heads), which are trained with it.
+        optimizer: updates the parameters of both.
+        scaler: loss scaling in fp16; disabled in other precisions.
+    """
+
+    module: M
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Images in [-1, 1], (N, 3, H, W), to the teacher's input in float32: ``((x + 1) / 2 - mean) / std``.
+
+    One multiplication and one addition, by ``scale`` and ``shift``, (1, 3, 1, 1) each.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Normalize:
+        """From the mean and standard deviation of images in [0, 1], one value per channel."""
+        values = [0.5 / s for s in std], [(0.5 - m) / s for m, s in zip(mean, std, strict=True)]
+        return cls(*(torch.tensor(each, device=device).view(1, 3, 1, 1) for each in values))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.float() * self.scale + self.shift
+
+
+@dataclass(kw_only=True)
 class DistillState:
-    """Networks, objectives, optimisers, random streams and the place in the run.
+    """Networks, objectives, optimizers, random streams and the position in the run.
 
     Attributes:
         teacher: gives logits, stage features and penultimate features.
-        teacher_statistics: the same weights, which also give BatchNorm statistics; None where no term needs them.
-        student: trained; shares its parameters with the network that the user gave.
+        teacher_statistics: the same weights with BatchNorm statistics as outputs; None if no term needs them.
         generator: noise to images in [-1, 1].
-        scale, shift: images to the teacher's input, (1, 3, 1, 1) each.
-        noise: the random stream of z, its own so that nothing else that is random moves it.
-        student_updates: student steps taken, which is what the schedule reads.
-        trace: one row a step of the present round: each term's value, then 1 where the gradient was finite.
-        cursor: (1,) int64, the row of the step to come, which each step moves on. A number of the host would be
-            frozen into a captured graph.
-        rates: the student's rate in each row of the present round.
-        student_rate: 0-dim, what the student's optimiser reads.
+        student: shares its parameters with the network that the user gave.
+        normalize: images in [-1, 1] to the teacher's input.
+        noise: the random stream of z. Nothing else draws from it.
+        student_updates: number of student steps taken; the learning rate schedule is a function of it.
+        trace: one row per step of the current round: the value of each term, then 1 if the gradient was finite.
+        cursor: (1,) int64, the row of the next step; each step advances it on the device. A captured graph would
+            hold a Python number as a constant.
+        rates: the student's learning rate in each row of the current round.
+        student_rate: 0-dim, the learning rate tensor of the student's optimizer.
     """
 
     config: DistillConfig
     runtime: Runtime
     teacher: FeatureModel
     teacher_statistics: FeatureModel | None
-    student: FeatureModel
-    generator: AttentionGenerator
-    generator_objective: Objective
-    student_objective: Objective
-    generator_optimizer: torch.optim.Optimizer
-    student_optimizer: torch.optim.Optimizer
-    generator_scaler: torch.amp.GradScaler
-    student_scaler: torch.amp.GradScaler
-    scale: Tensor
-    shift: Tensor
+    generator: Side[AttentionGenerator]
+    student: Side[FeatureModel]
+    normalize: Normalize
     noise: torch.Generator
     trace: Tensor
     cursor: Tensor
@@ -74,6 +106,11 @@ class DistillState:
     best: dict[str, float] = field(default_factory=dict)
 
     @property
+    def sides(self) -> dict[str, Side[Any]]:
+        """Generator and student, by name."""
+        return {"generator": self.generator, "student": self.student}
+
+    @property
     def total_rounds(self) -> int:
         return self.config.loop.epochs * self.config.loop.rounds_per_epoch
 
@@ -82,17 +119,12 @@ class DistillState:
         return self.config.loop.generator_steps + self.config.loop.student_steps
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Noise z ~ N(0, 1), (count, latent_dim), from the run's own stream unless another is given."""
-        return torch.randn(
-            count, self.generator.latent_dim, device=self.runtime.device, generator=generator or self.noise
-        )
+        """Noise z ~ N(0, 1), (count, latent_dim), from ``generator`` or the run's own stream."""
+        size = (count, self.generator.module.latent_dim)
+        return torch.randn(size, device=self.runtime.device, generator=generator or self.noise)
 
     def student_lr(self, ahead: int = 0) -> float:
-        """The student's rate for its next step: a function of the steps taken, so nothing else has to be saved.
-
-        Args:
-            ahead: steps after the next one.
-        """
+        """The student's learning rate, ``ahead`` steps after the next one."""
         optimizer, loop = self.config.optimizer, self.config.loop
         if optimizer.student_schedule == "constant":
             return optimizer.student_lr
@@ -100,9 +132,9 @@ class DistillState:
         return optimizer.student_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (self.student_updates + ahead) / total)))
 
     def start_round(self) -> None:
-        """Tell the device where in the round the run is, and the student's rates from there on.
+        """Write the position in the round and the student's learning rates from there on to the device.
 
-        Without waiting for it: all comes from pinned memory or as a kernel's argument.
+        Does not wait for the device: the values come from pinned memory or as a kernel's argument.
         """
         first = max(self.position.step, self.config.loop.generator_steps)
         rates = [self.student_lr(max(0, row - first)) for row in range(len(self.rates))]
@@ -112,34 +144,23 @@ class DistillState:
 
     def changing(self) -> Iterator[Tensor]:
         """Every tensor that a step may write to, each once."""
-        seen: set[int] = set()
-        modules = (self.student, self.generator, self.generator_objective, self.student_objective)
-        optimizers = (self.generator_optimizer, self.student_optimizer)
-        candidates = [
-            *(tensor for module in modules for tensor in (*module.parameters(), *module.buffers())),
-            *(
-                value
-                for optimizer in optimizers
-                for state in optimizer.state.values()
-                for value in state.values()
-                if isinstance(value, Tensor)
-            ),
-            *(self.trace, self.cursor, self.rates, self.student_rate),
-        ]
-        for tensor in candidates:
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield tensor
+        candidates = [self.trace, self.cursor, self.rates, self.student_rate]
+        for side in self.sides.values():
+            for module in (side.module, side.objective):
+                candidates += [*module.parameters(), *module.buffers()]
+            values = (value for state in side.optimizer.state.values() for value in state.values())
+            candidates += [value for value in values if isinstance(value, Tensor)]
+        yield from {id(tensor): tensor for tensor in candidates}.values()
 
     @contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """Whatever steps are taken inside leave no trace: tensors keep their addresses and get their values back.
+    def preserve_state(self) -> Iterator[None]:
+        """Undo the steps taken inside: tensors keep their addresses and get their values back.
 
-        Random streams are put back too, this run's own and torch's global ones.
+        Random streams are restored too, the run's own and torch's global ones.
         """
         tensors = list(self.changing())
         values = [tensor.detach().clone() for tensor in tensors]
-        scalers = [(scaler, scaler.state_dict()) for scaler in (self.generator_scaler, self.student_scaler)]
+        scalers = [(side.scaler, side.scaler.state_dict()) for side in self.sides.values()]
         noise = self.noise.get_state()
         devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -155,19 +176,13 @@ class DistillState:
                 self.noise.set_state(noise)
 
     def _parts(self) -> dict[str, Any]:
-        return {
-            "student": self.student.model,
-            "generator": self.generator,
-            "generator_objective": self.generator_objective,
-            "student_objective": self.student_objective,
-            "generator_optimizer": self.generator_optimizer,
-            "student_optimizer": self.student_optimizer,
-            "generator_scaler": self.generator_scaler,
-            "student_scaler": self.student_scaler,
-        }
+        parts: dict[str, Any] = {"student": self.student.module.model, "generator": self.generator.module}
+        for name, side in self.sides.items():
+            parts |= {f"{name}_{part}": getattr(side, part) for part in ("objective", "optimizer", "scaler")}
+        return parts
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on as if it had never stopped: tensors, numbers, and containers of them."""
+        """All that is needed to continue the run with the same results: tensors, numbers, and containers of them."""
         return {
             **{name: part.state_dict() for name, part in self._parts().items()},
             "noise": self.noise.get_state(),
@@ -182,9 +197,9 @@ class DistillState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`. The networks must have been built from the same config.
+        """Continue from :meth:`state_dict`. The networks must have been built from the same config.
 
-        Tensors are written to where they are, since a captured graph knows their addresses alone.
+        State is loaded in place: captured graphs hold raw addresses.
         """
         for name, part in self._parts().items():
             if isinstance(part, torch.optim.Optimizer):
@@ -214,20 +229,11 @@ class DistillState:
 
 def build_generator(config: GeneratorConfig, image_size: int) -> AttentionGenerator:
     """The generator that a config describes."""
-    return AttentionGenerator(
-        image_size,
-        latent_dim=config.latent_dim,
-        channels=config.channels,
-        batch_norm=config.batch_norm,
-        spectral_norm=config.spectral_norm,
-        attention=config.attention,
-        attention_scale=config.attention_scale,
-        attention_reduction=config.attention_reduction,
-    )
+    return AttentionGenerator(image_size, **vars(config))
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """In place. Rates and other numbers are the config's, which a checkpoint must share."""
+    """In place. Learning rates and other numbers come from the config, which is the checkpoint's too."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, parameter in enumerate(parameters):
         for name, value in optimizer.state[parameter].items():
@@ -237,7 +243,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
 def _adam(parameters: list[nn.Parameter], config: DistillConfig, rate: Tensor) -> torch.optim.Optimizer:
     optimizer = torch.optim.Adam(parameters, lr=rate, betas=config.optimizer.generator_betas, fused=True)
     for parameter in parameters:
-        # What Adam makes in its first step: made here, a graph can be captured before that.
+        # Adam creates this state in its first step; a step may be captured before that.
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
@@ -247,18 +253,12 @@ def _adam(parameters: list[nn.Parameter], config: DistillConfig, rate: Tensor) -
 
 
 def _sgd(parameters: list[nn.Parameter], config: DistillConfig, rate: Tensor) -> torch.optim.Optimizer:
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=rate,
-        momentum=config.optimizer.student_momentum,
-        weight_decay=config.optimizer.student_weight_decay,
-        fused=True,
-    )
-    if config.optimizer.student_momentum:
-        # Fused SGD leaves a new momentum buffer uninitialised where its first step is skipped (found_inf); a buffer of
-        # zeros makes the first step the same and the skip safe.
-        for parameter in parameters:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    momentum, decay = config.optimizer.student_momentum, config.optimizer.student_weight_decay
+    optimizer = torch.optim.SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay, fused=True)
+    for parameter in parameters if momentum else ():
+        # Fused SGD leaves a new momentum buffer uninitialised if its first step is skipped (found_inf); with a buffer
+        # of zeros the first step is the same, and may be skipped.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
@@ -272,14 +272,23 @@ def build_state(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> DistillState:
-    """Put a run together. Seeds torch's global stream with ``config.seed``.
+    """The state at the start of a run. Seeds torch's global stream with ``config.seed``.
+
+    Args:
+        teacher: in eval mode and frozen by the caller; moved to the device of the run, like the student.
+        student: the network to train.
+        config: the run.
+        runtime: device and precision.
+        image_size: height and width of the synthetic images.
+        mean: of the teacher's input, per channel, for images in [0, 1].
+        std: standard deviation, per channel.
 
     Raises:
         ValueError: networks that do not fit each other or the objective.
     """
     if teacher.num_classes != student.num_classes:
         raise ValueError(
-            f"teacher and student must tell the same classes apart, got {teacher.num_classes} and {student.num_classes}"
+            f"teacher and student must have the same classes, got {teacher.num_classes} and {student.num_classes}"
         )
     torch.manual_seed(config.seed)
     # Weights are drawn on the CPU, so that a seed means the same run on every device.
@@ -289,41 +298,30 @@ def build_state(
         runtime.place(module)
     with_statistics = None
     if "statistics" in objectives[0].needs:
-        with_statistics = extract(teacher.model, stages=teacher.stages, statistics=True, image_size=image_size)
+        with_statistics = extract(teacher, statistics=True, image_size=image_size)
     trained = [*student.model.parameters(), *(p for p in objectives[1].parameters() if p.requires_grad)]
+    device, steps = runtime.device, config.loop.generator_steps + config.loop.student_steps
     width = max(len(objective.names) for objective in objectives) + 1
-    steps = config.loop.generator_steps + config.loop.student_steps
+    generator_rate, student_rate = (
+        torch.tensor(rate, device=device) for rate in (config.optimizer.generator_lr, config.optimizer.student_lr)
+    )
 
-    def affine(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=runtime.device).view(1, 3, 1, 1)
+    def side(module: M, objective: Objective, optimizer: torch.optim.Optimizer) -> Side[M]:
+        scaler = torch.amp.GradScaler(device.type, enabled=runtime.autocast is torch.float16)
+        return Side(module=module, objective=objective, optimizer=optimizer, scaler=scaler)
 
-    def scaler() -> torch.amp.GradScaler:
-        return torch.amp.GradScaler(runtime.device.type, enabled=runtime.autocast is torch.float16)
-
-    def scalar(value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float32, device=runtime.device)
-
-    student_rate = scalar(config.optimizer.student_lr)
     state = DistillState(
         config=config,
         runtime=runtime,
         teacher=teacher,
         teacher_statistics=with_statistics,
-        student=student,
-        generator=generator,
-        generator_objective=objectives[0],
-        student_objective=objectives[1],
-        generator_optimizer=_adam(list(generator.parameters()), config, scalar(config.optimizer.generator_lr)),
-        student_optimizer=_sgd(trained, config, student_rate),
-        generator_scaler=scaler(),
-        student_scaler=scaler(),
-        # (x / 2 + 1 / 2 - mean) / std as one multiplication and one addition
-        scale=affine([0.5 / s for s in std]),
-        shift=affine([(0.5 - m) / s for m, s in zip(mean, std, strict=True)]),
-        noise=torch.Generator(device=runtime.device).manual_seed(config.seed),
-        trace=torch.zeros(steps, width, device=runtime.device),
-        cursor=torch.zeros(1, dtype=torch.int64, device=runtime.device),
-        rates=torch.zeros(steps, device=runtime.device),
+        generator=side(generator, objectives[0], _adam(list(generator.parameters()), config, generator_rate)),
+        student=side(student, objectives[1], _sgd(trained, config, student_rate)),
+        normalize=Normalize.of(mean, std, device),
+        noise=torch.Generator(device=device).manual_seed(config.seed),
+        trace=torch.zeros(steps, width, device=device),
+        cursor=torch.zeros(1, dtype=torch.int64, device=device),
+        rates=torch.zeros(steps, device=device),
         student_rate=student_rate,
     )
     state.start_round()

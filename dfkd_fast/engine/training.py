@@ -8,11 +8,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import yaml
 from torch import nn
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from dfkd_fast.config import TeachConfig, to_dict
@@ -27,7 +29,7 @@ __all__ = ["TeachResult", "teach"]
 
 @dataclass(frozen=True, kw_only=True)
 class TeachResult:
-    """What a training leaves.
+    """The result of :func:`teach`.
 
     Attributes:
         model: the network given, trained, in eval mode.
@@ -35,7 +37,7 @@ class TeachResult:
         weights: safetensors file with the weights and, as metadata, classes, size and normalisation.
         run_dir: the run's folder.
         epochs: per-epoch ``loss`` and, at the end, ``accuracy``, with ``epoch``.
-        images_per_s: training images a second.
+        images_per_s: training images per second.
     """
 
     model: nn.Module
@@ -44,6 +46,37 @@ class TeachResult:
     run_dir: Path
     epochs: dict[str, list[float]]
     images_per_s: float
+
+
+class _Trainer:
+    """SGD with a cosine learning rate and cross-entropy, an epoch at a time."""
+
+    def __init__(self, model: nn.Module, batches: DataLoader[Any], config: TeachConfig, runtime: Runtime) -> None:
+        self.model, self.batches, self.config, self.runtime = model, batches, config, runtime
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.autocast is torch.float16)
+        self.steps = 0
+
+    def epoch(self) -> float:
+        """Train for an epoch; returns the mean loss."""
+        runtime, total = self.runtime, self.config.epochs * len(self.batches)
+        losses = torch.zeros((), device=runtime.device)
+        for images, labels in self.batches:
+            images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
+            labels = labels.to(runtime.device, non_blocking=True)
+            with runtime.cast():
+                loss = F.cross_entropy(self.model(images).float(), labels)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr * 0.5 * (1 + math.cos(math.pi * self.steps / total))
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            losses += loss.detach()
+            self.steps += 1
+        return losses.item() / len(self.batches)
 
 
 def teach(
@@ -62,7 +95,7 @@ def teach(
 
     Args:
         model: (N, 3, H, W) to logits (N, data.num_classes), trained in place.
-        data: labelled images; the test half is looked at once, at the end.
+        data: labelled images; the test half is used once, at the end.
         config: rates and length.
         description: written into the weights' file as metadata.
         workers: loader processes.
@@ -83,39 +116,20 @@ def teach(
     if not len(batches):
         raise ValueError(f"batch_size must be at most the number of training images, got {config.batch_size}")
     runtime.place(model)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
-    )
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.autocast is torch.float16)
-    total, done = config.epochs * len(batches), 0
+    trainer = _Trainer(model, batches, config, runtime)
     history: dict[str, list[float]] = {"epoch": [], "loss": []}
     writer = SummaryWriter(str(folder / "tensorboard"))
     model.train()
     start = time.perf_counter()
     with runtime.backends(), ProgressLine(title, total=config.epochs, unit="epochs", enabled=progress) as line:
         for epoch in range(1, config.epochs + 1):
-            losses = torch.zeros((), device=runtime.device)
-            for images, labels in batches:
-                images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
-                labels = labels.to(runtime.device, non_blocking=True)
-                with runtime.cast():
-                    loss = F.cross_entropy(model(images).float(), labels)
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * done / total))
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                losses += loss.detach()
-                done += 1
-            mean = losses.item() / len(batches)
+            mean = trainer.epoch()
             if not math.isfinite(mean):
                 raise ArithmeticError(f"the mean loss of epoch {epoch} is {mean}: a lower lr may help")
             history["epoch"].append(epoch)
             history["loss"].append(mean)
             writer.add_scalar("teach/loss", mean, epoch)
-            speed = done * config.batch_size / (time.perf_counter() - start)
-            line.update(epoch, {"loss": mean}, speed)
+            line.update(epoch, {"loss": mean}, trainer.steps * config.batch_size / (time.perf_counter() - start))
         runtime.synchronize()
         seconds = time.perf_counter() - start
         result = evaluate(model, data.test, num_classes=data.num_classes, workers=workers, runtime=runtime)
@@ -133,5 +147,5 @@ def teach(
         weights=weights,
         run_dir=folder,
         epochs=history,
-        images_per_s=done * config.batch_size / seconds,
+        images_per_s=trainer.steps * config.batch_size / seconds,
     )

@@ -2,7 +2,7 @@
 
 from dfkd_fast.graph.extract import FeatureModel, extract
 from dfkd_fast.graph.folding import fold_batchnorm, held_in
-from dfkd_fast.graph.modes import batchnorm_mode, frozen
+from dfkd_fast.graph.modes import batchnorm_mode, frozen, modes_kept
 from dfkd_fast.graph.outputs import LayerStatistics, Outputs
 from dfkd_fast.graph.patching import Left, PatchReport, Replaced, patch, unpatch
 
@@ -18,6 +18,7 @@ __all__ = [
     "fold_batchnorm",
     "frozen",
     "held_in",
+    "modes_kept",
     "patch",
     "unpatch",
 ]

@@ -21,7 +21,19 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dfkd_fast.graph.fusion import find, fuse
 from dfkd_fast.graph.outputs import Outputs
-from dfkd_fast.graph.tracing import Root, Trace, alike, answer, compile_graph, follow, probe, run
+from dfkd_fast.graph.tracing import (
+    Root,
+    Trace,
+    alike,
+    answer,
+    compile_graph,
+    dropouts,
+    follow,
+    graph_from_list,
+    graph_to_list,
+    probe,
+    run,
+)
 
 __all__ = ["FeatureModel", "extract"]
 
@@ -88,12 +100,13 @@ class FeatureModel(nn.Module):
         return Outputs(logits, tuple(features), penultimate, tuple(statistics))
 
     def __getstate__(self) -> dict[str, Any]:
-        graphs = {training: copy.deepcopy(program.graph) for training, program in self.programs.items()}
+        graphs = {training: graph_to_list(program.graph) for training, program in self.programs.items()}
         return {**self.__dict__, "programs": graphs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.programs = {training: compile_graph(self, graph) for training, graph in state["programs"].items()}
+        graphs: dict[bool, Any] = state["programs"]
+        self.programs = {training: compile_graph(self, graph_from_list(graph)) for training, graph in graphs.items()}
 
     def extra_repr(self) -> str:
         return f"stages={self.stages}, penultimate_dim={self.penultimate_dim}, batchnorms={len(self.batchnorms)}"
@@ -107,7 +120,8 @@ def extract(
     Args:
         model: images (N, 3, H, W) to logits (N, classes), on any device. One whose forward returns :class:`Outputs` is
             used as it is; its stages are the positions of its features, ``"0"``, ``"1"``, ... A
-            :class:`FeatureModel` stands for its plain network and its stages.
+            :class:`FeatureModel` stands for its plain network and its stages; with statistics, and without other
+            stages, its graph is taken over instead of tracing the network again.
         stages: module paths whose outputs are the features, shallow to deep; None is the last map of each resolution,
             the deepest four at most: ``layer1`` to ``layer4`` of a ResNet. The deepest is the map that is pooled.
         statistics: give the statistics of each BatchNorm2d's input and the stored ones; the network is then used as in
@@ -126,6 +140,8 @@ def extract(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, FeatureModel):
+        if statistics and model.programs and stages in (None, model.stages):
+            return _with_statistics(model)
         stages = model.stages if stages is None else stages
         model = model.model
     if isinstance(stages, str):
@@ -183,6 +199,25 @@ def _traced(
     if not statistics:
         found = _follow(root, training=True)
         made.programs[True] = _program(made, found, _find_head(found), [])
+    return made
+
+
+def _with_statistics(features: FeatureModel) -> FeatureModel:
+    """The same outputs in eval mode and the statistics, from the graph of a network that has been traced."""
+    if features.batchnorms:
+        return features
+    made = FeatureModel(features.model)
+    for name in ("stages", "feature_channels", "penultimate_dim", "num_classes"):
+        setattr(made, name, getattr(features, name))
+    found = Trace(features, copy.deepcopy(features.programs[False].graph), {}, {})
+    for node in found.graph.find_nodes(op="call_module"):
+        if isinstance(found.module(node), dropouts()):
+            node.replace_all_uses_with(node.args[0])
+            found.graph.erase_node(node)
+    given = _fuse_batchnorms(made, found, set())  # the graph's outputs count as readers: they are kept
+    output = found.graph.output_node()
+    output.args = ((*output.args[0][:3], given),)  # type: ignore[index, misc]
+    made.programs[False] = made.programs[True] = _compile(made, found)
     return made
 
 
@@ -317,9 +352,13 @@ def _program(made: FeatureModel, found: Trace, head: _Head, statistics: list[fx.
     with graph.inserting_before(graph.output_node()):
         penultimate = graph.call_function(torch.flatten, (head.penultimate, 1))
     graph.output_node().args = ((head.logits, features, penultimate, statistics),)
+    return _compile(made, found)
+
+
+def _compile(made: FeatureModel, found: Trace) -> fx.GraphModule:
     # The tracer keeps tensors that the forward creates on its root; here they follow the network's device.
-    for node in graph.find_nodes(op="get_attr"):
+    for node in found.graph.find_nodes(op="get_attr"):
         constant = getattr(found.root, str(node.target), None) if "." not in str(node.target) else None
         if isinstance(constant, Tensor) and not hasattr(made, str(node.target)):
             made.register_buffer(str(node.target), constant, persistent=False)
-    return compile_graph(made, graph)
+    return compile_graph(made, found.graph)

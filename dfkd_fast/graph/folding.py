@@ -113,7 +113,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 def _gives(model: nn.Module, image: Tensor, expected: Any) -> bool:
     """Whether a network gives some outputs up to rounding; after a wrong fold it is far off."""
     try:
-        return alike(answer(model, image), expected, 1e-2)
+        return alike(answer(model, image), expected, 2e-2)
     except ValueError:  # it needs something of a BatchNorm that is gone
         return False
 

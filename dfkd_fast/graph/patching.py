@@ -133,7 +133,9 @@ def _fused(module: nn.Module, x: Tensor, unfrozen: str | None, training: bool) -
         raise _Refused(f"the forward of {name} was set on the instance")
     try:
         with attributes_kept(module) as written:
-            found, other = (follow(Root(module), training=mode, shallow=True) for mode in (False, True))
+            found = other = follow(Root(module), training=False, shallow=True)
+            if any(map(indexed, module.modules())):
+                other = follow(Root(module), training=True, shallow=True)
     except ValueError as error:
         raise _Refused(str(error)) from error
     if written:

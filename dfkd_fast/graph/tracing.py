@@ -24,6 +24,7 @@ __all__ = [
     "alike",
     "answer",
     "compile_graph",
+    "dropouts",
     "first_line",
     "follow",
     "hooked",
@@ -36,6 +37,14 @@ __all__ = [
 def library(name: str) -> ModuleType | None:
     """A library if it is loaded: a network that was made with it has loaded it."""
     return sys.modules.get(name)
+
+
+def dropouts() -> tuple[type[nn.Module], ...]:
+    """Modules that return their input in eval mode."""
+    timm, torchvision = library("timm.layers"), library("torchvision.ops")
+    found: tuple[type[nn.Module], ...] = (_DropoutNd,)
+    found += () if timm is None else (timm.DropPath,)
+    return found if torchvision is None else (*found, torchvision.StochasticDepth)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -70,14 +79,11 @@ class _Tracer(fx.Tracer):
         functions = () if timm is None else tuple(timm.get_notrace_functions())
         super().__init__(autowrap_modules=modules, autowrap_functions=functions)
         leaves: tuple[type, ...] = (nn.Module,) if shallow else (_BatchNorm, nn.Linear)
-        dropouts: tuple[type, ...] = (_DropoutNd,)
         if timm is not None:
             leaves += tuple(timm.get_notrace_modules())
-            dropouts += (timm.DropPath,)
         if torchvision is not None:
             leaves += (torchvision.FrozenBatchNorm2d,)
-            dropouts += (torchvision.StochasticDepth,)
-        self.leaves, self.followed = (leaves, dropouts) if evaluating else (leaves + dropouts, ())
+        self.leaves, self.followed = (leaves, dropouts()) if evaluating else (leaves + dropouts(), ())
         self.outputs: dict[str, fx.Node] = {}
         self.inputs: dict[str, fx.Node] = {}
         self.inside: list[str] = []
@@ -112,7 +118,7 @@ class Trace:
         inputs: the first argument of each of them.
     """
 
-    root: Root
+    root: Any
     graph: fx.Graph
     outputs: dict[str, fx.Node]
     inputs: dict[str, fx.Node]
@@ -196,6 +202,38 @@ def compile_graph(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     # (a buffer by ``.double()``, a parameter by ``load_state_dict(assign=True)``) is replaced here too.
     program._modules, program._parameters, program._buffers = root._modules, root._parameters, root._buffers
     return program
+
+
+@dataclass(frozen=True)
+class _Reference:
+    name: str
+
+
+def graph_to_list(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """The nodes of a graph as plain values: a graph is a linked list, which pickle follows to Python's recursion limit.
+
+    The shapes and dtypes of :func:`run` are not kept.
+    """
+
+    def refer(value: Any) -> Any:
+        return _Reference(value.name) if isinstance(value, fx.Node) else value
+
+    map_nodes: Any = fx.node.map_aggregate
+    return [(n.name, n.op, n.target, map_nodes(n.args, refer), map_nodes(n.kwargs, refer)) for n in graph.nodes]
+
+
+def graph_from_list(nodes: list[tuple[Any, ...]]) -> fx.Graph:
+    """The graph of :func:`graph_to_list`."""
+    graph, made = fx.Graph(), dict[str, fx.Node]()
+
+    def resolve(value: Any) -> Any:
+        return made[value.name] if isinstance(value, _Reference) else value
+
+    map_references: Any = fx.node.map_aggregate
+    for name, op, target, args, kwargs in nodes:
+        given = map_references(args, resolve), map_references(kwargs, resolve)
+        made[name] = graph.create_node(op, target, *given, name)
+    return graph
 
 
 def alike(found: Any, expected: Any, tolerance: float) -> bool:

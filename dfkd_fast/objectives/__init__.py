@@ -1,7 +1,7 @@
 """Named loss terms, their weighted sums, and the published methods as presets."""
 
 from dfkd_fast.objectives.objective import Objective, generator_objective, student_objective
-from dfkd_fast.objectives.presets import GENERATOR_TERMS, PRESETS, STUDENT_TERMS, Preset
+from dfkd_fast.objectives.presets import PRESETS, Preset
 from dfkd_fast.objectives.terms import (
     TERMS,
     ActivationNorm,
@@ -15,12 +15,11 @@ from dfkd_fast.objectives.terms import (
     OneHot,
     SemanticFeatureContrast,
     Term,
+    register,
 )
 
 __all__ = [
-    "GENERATOR_TERMS",
     "PRESETS",
-    "STUDENT_TERMS",
     "TERMS",
     "ActivationNorm",
     "AttentionTransfer",
@@ -36,5 +35,6 @@ __all__ = [
     "SemanticFeatureContrast",
     "Term",
     "generator_objective",
+    "register",
     "student_objective",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.config import ObjectiveConfig
 from dfkd_fast.graph import FeatureModel, Outputs
-from dfkd_fast.objectives.presets import GENERATOR_TERMS, PRESETS, STUDENT_TERMS
+from dfkd_fast.objectives.presets import PRESETS
 from dfkd_fast.objectives.terms import TERMS, FeatureShapes, Term
 
 __all__ = ["Objective", "generator_objective", "student_objective"]
@@ -61,14 +61,13 @@ def _weights(
     return weights
 
 
-def _build(
-    side: str, config: ObjectiveConfig, teacher: FeatureModel, student: FeatureModel, known: tuple[str, ...]
-) -> Objective:
+def _build(side: str, config: ObjectiveConfig, teacher: FeatureModel, student: FeatureModel) -> Objective:
     if config.preset not in PRESETS:
         raise ValueError(f"ObjectiveConfig.preset must be one of {', '.join(PRESETS)}, got {config.preset!r}")
+    known = tuple(name for name, term in TERMS.items() if side in term.sides)
     weights = _weights(side, getattr(PRESETS[config.preset], side), getattr(config, side), known)
     shapes = FeatureShapes.of(teacher, student)
-    return Objective({name: TERMS[name](shapes, config) for name in weights}, weights)
+    return Objective({name: TERMS[name].build(shapes, config) for name in weights}, weights)
 
 
 def generator_objective(config: ObjectiveConfig, teacher: FeatureModel, student: FeatureModel) -> Objective:
@@ -77,7 +76,7 @@ def generator_objective(config: ObjectiveConfig, teacher: FeatureModel, student:
     Raises:
         ValueError: an unknown preset or term, or nothing left to descend.
     """
-    return _build("generator", config, teacher, student, GENERATOR_TERMS)
+    return _build("generator", config, teacher, student)
 
 
 def student_objective(config: ObjectiveConfig, teacher: FeatureModel, student: FeatureModel) -> Objective:
@@ -86,4 +85,4 @@ def student_objective(config: ObjectiveConfig, teacher: FeatureModel, student: F
     Raises:
         ValueError: an unknown preset or term, nothing left to descend, or stages that do not pair.
     """
-    return _build("student", config, teacher, student, STUDENT_TERMS)
+    return _build("student", config, teacher, student)

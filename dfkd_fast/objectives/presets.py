@@ -9,10 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["GENERATOR_TERMS", "PRESETS", "STUDENT_TERMS", "Preset"]
-
-GENERATOR_TERMS = ("bn", "kd", "l1", "one_hot", "activation", "balance")
-STUDENT_TERMS = ("kd", "mhad", "sfcl", "l1", "attention_transfer")
+__all__ = ["PRESETS", "Preset"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ __all__ = [
     "OneHot",
     "SemanticFeatureContrast",
     "Term",
+    "register",
 ]
 
 
@@ -56,19 +57,55 @@ class FeatureShapes:
 
 
 class Term(nn.Module):
-    """One named loss term."""
+    """One named loss term.
+
+    Attributes:
+        needs: ``"statistics"`` of the teacher, a forward of the ``"student"``, or both.
+        sides: ``"generator"``, ``"student"`` or both: whose objective may weight it.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    sides: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def build(cls, shapes: FeatureShapes, config: ObjectiveConfig) -> Term:
+        """The term for two networks and an objective's config."""
+        return cls()
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         """A float32 scalar. ``student`` is None only where no term of the objective needs it."""
         raise TypeError(f"{type(self).__name__} must define forward(teacher, student)")
 
 
+TERMS: dict[str, type[Term]] = {}
+"""The registered terms by name."""
+
+
+def register(name: str, *sides: str) -> Callable[[type[Term]], type[Term]]:
+    """Decorator: make a term known to ``ObjectiveConfig`` under a name.
+
+    Args:
+        name: key of ``ObjectiveConfig.generator`` and ``ObjectiveConfig.student``.
+        *sides: "generator", "student" or both: whose objective may weight it.
+    """
+
+    def add(cls: type[Term]) -> type[Term]:
+        TERMS[name] = cls
+        cls.sides = sides
+        return cls
+
+    return add
+
+
+@register("kd", "generator", "student")
 class Distillation(Term):
     """L_KD (Eq. 2): KL divergence of the two softmaxes, mean over the batch, times temperature squared."""
 
     needs = frozenset({"student"})
+
+    @classmethod
+    def build(cls, shapes: FeatureShapes, config: ObjectiveConfig) -> Term:
+        return cls(config.kd)
 
     def __init__(self, config: KDConfig | None = None) -> None:
         super().__init__()
@@ -81,6 +118,7 @@ class Distillation(Term):
         )
 
 
+@register("l1", "generator", "student")
 class LogitDistance(Term):
     """Mean absolute difference of the logits (DFAD; Fang et al., 2019, Eq. 3)."""
 
@@ -91,6 +129,7 @@ class LogitDistance(Term):
         return F.l1_loss(student.logits.float(), teacher.logits.float())
 
 
+@register("bn", "generator")
 class BatchNormStatistics(Term):
     """L_BN (Eq. 3): distance of the batch's statistics to those that the teacher's BatchNorms stored.
 
@@ -106,6 +145,7 @@ class BatchNormStatistics(Term):
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         if not teacher.statistics:
             raise ValueError("term 'bn' needs a teacher with BatchNorm layers; this one has none: set its weight to 0")
+        # Not ops.statistics_distance, which reads the maps: the norms have returned the statistics in their own pass.
         # Layers of one width are stacked: a handful of kernels instead of four a layer, and as many on the way back.
         of_width: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for layer in teacher.statistics:
@@ -118,6 +158,7 @@ class BatchNormStatistics(Term):
         return torch.stack(distances).sum()
 
 
+@register("one_hot", "generator")
 class OneHot(Term):
     """Cross-entropy of the teacher's logits to their own largest class (DAFL; Chen et al., ICCV 2019, Eq. 2)."""
 
@@ -126,6 +167,7 @@ class OneHot(Term):
         return F.cross_entropy(logits, logits.detach().argmax(1))
 
 
+@register("activation", "generator")
 class ActivationNorm(Term):
     """Minus the mean absolute penultimate feature of the teacher: strong features are wanted (DAFL, Eq. 3)."""
 
@@ -133,6 +175,7 @@ class ActivationNorm(Term):
         return -teacher.penultimate.float().abs().mean()
 
 
+@register("balance", "generator")
 class ClassBalance(Term):
     """Minus the entropy of the batch's mean class probabilities: every class is wanted (DAFL, Eq. 4)."""
 
@@ -153,6 +196,7 @@ def _paired(teacher: tuple[int, ...], student: tuple[int, ...], name: str) -> in
     return len(teacher)
 
 
+@register("mhad", "student")
 class HighOrderAttentionDistillation(Term):
     """L_MHAD (Eq. 7): mixed high-order attention distillation.
 
@@ -169,6 +213,10 @@ class HighOrderAttentionDistillation(Term):
     """
 
     needs = frozenset({"student"})
+
+    @classmethod
+    def build(cls, shapes: FeatureShapes, config: ObjectiveConfig) -> Term:
+        return cls(shapes, config.mhad)
 
     def __init__(self, shapes: FeatureShapes, config: MHADConfig | None = None) -> None:
         super().__init__()
@@ -227,6 +275,7 @@ class HighOrderAttentionDistillation(Term):
         return ops.high_order_attention_mse(x, *weights, wanted, mode=attention.mode).float()
 
 
+@register("sfcl", "student")
 class SemanticFeatureContrast(FeatureContrast, Term):
     """L_SFCL (Eq. 8, 9) of the penultimate features: :class:`dfkd_fast.nn.SemanticFeatureContrast` as a term.
 
@@ -236,6 +285,10 @@ class SemanticFeatureContrast(FeatureContrast, Term):
     """
 
     needs = frozenset({"student"})
+
+    @classmethod
+    def build(cls, shapes: FeatureShapes, config: ObjectiveConfig) -> Term:
+        return cls(shapes, config.sfcl)
 
     def __init__(self, shapes: FeatureShapes, config: SFCLConfig | None = None) -> None:
         config = config or SFCLConfig()
@@ -248,6 +301,7 @@ class SemanticFeatureContrast(FeatureContrast, Term):
         return super().forward(teacher.penultimate, student.penultimate)
 
 
+@register("attention_transfer", "student")
 class AttentionTransfer(Term):
     """Distance of the stages' activation maps (ZSKT; Zagoruyko and Komodakis, ICLR 2017, Eq. 2).
 
@@ -256,6 +310,10 @@ class AttentionTransfer(Term):
     """
 
     needs = frozenset({"student"})
+
+    @classmethod
+    def build(cls, shapes: FeatureShapes, config: ObjectiveConfig) -> Term:
+        return cls(shapes)
 
     def __init__(self, shapes: FeatureShapes) -> None:
         super().__init__()
@@ -272,17 +330,3 @@ class AttentionTransfer(Term):
             size = (min(t.shape[-2], s.shape[-2]), min(t.shape[-1], s.shape[-1]))
             total = total + F.mse_loss(self._map(s, size), self._map(t, size))
         return total
-
-
-TERMS: dict[str, Callable[[FeatureShapes, ObjectiveConfig], Term]] = {
-    "kd": lambda shapes, config: Distillation(config.kd),
-    "bn": lambda shapes, config: BatchNormStatistics(),
-    "mhad": lambda shapes, config: HighOrderAttentionDistillation(shapes, config.mhad),
-    "sfcl": lambda shapes, config: SemanticFeatureContrast(shapes, config.sfcl),
-    "l1": lambda shapes, config: LogitDistance(),
-    "one_hot": lambda shapes, config: OneHot(),
-    "activation": lambda shapes, config: ActivationNorm(),
-    "balance": lambda shapes, config: ClassBalance(),
-    "attention_transfer": lambda shapes, config: AttentionTransfer(shapes),
-}
-"""Every term by name; what each is given is the shapes of the networks and the objective's config."""

@@ -12,7 +12,8 @@ The choice falls on the first of these that names a backend:
 ``cuda`` is CUDA C++ (csrc/) for devices of compute capability 9.0: wgmma, TMA, clusters and grid-wide barriers. Its
 launchers serve fewer shapes than ``triton``, and say why they refuse one.
 
-A backend that was named is used or an error says why it cannot be; it is never replaced silently.
+A backend that was named is used or an error says why it cannot be; it is never replaced silently. :func:`register` adds
+backends of other names, which are used only when named.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfkd_fast.nvtx import nvtx_range
 from dfkd_fast.ops import choices
 from dfkd_fast.ops.checks import require_choice
-from dfkd_fast.ranges import span
 
 __all__ = [
     "EAGER_MIN_NUMEL",
     "NAMES",
     "VARIABLE",
     "Implementation",
-    "Unserved",
+    "UnsupportedError",
     "backend",
     "backends",
     "dispatch",
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 NAMES = ("cuda", "triton", "reference")
-"""The backends, best first."""
+"""The backends that the package comes with, best first."""
 
 VARIABLE = "DFKD_FAST_BACKEND"
 """The environment variable."""
@@ -80,11 +81,11 @@ def _small_and_eager(op: str, x: Tensor) -> bool:
     return torch.cuda.current_stream(x.device) == torch.cuda.default_stream(x.device)
 
 
-class Unserved(RuntimeError):
+class UnsupportedError(RuntimeError):
     """The backend that was asked for cannot serve these arguments; the message says why."""
 
 
-def _serves_all(*args: Any, **kwargs: Any) -> str | None:
+def _supports_all(*args: Any, **kwargs: Any) -> str | None:
     return None
 
 
@@ -94,48 +95,56 @@ class Implementation:
 
     Args:
         function: takes the public function's arguments, checked, without ``backend``.
-        supports: takes the same; None where ``function`` can serve them, else the reason why not, in words.
-        interpreted: on the CPU it runs in an interpreter, for tests: there it serves when named, and never unasked.
-        faster: takes the arguments; whether it is known to be faster than what comes after it. Else it serves when
-            named alone.
+        unsupported_reason: takes the same; why ``function`` cannot serve them, None if it can.
+        interpreted: on the CPU it runs in an interpreter, for tests: there it is used only when named.
+        faster: takes the arguments; whether it is known to be faster than the backends after it. If not, it is used
+            only when named.
     """
 
     function: Callable[..., Any]
-    supports: Callable[..., str | None] = _serves_all
+    unsupported_reason: Callable[..., str | None] = _supports_all
     interpreted: bool = False
     faster: Callable[..., bool] | None = None
 
-    def unasked(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether the choice may fall on it where none was named."""
+    def automatic(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether it may be chosen where no backend was named."""
         if self.interpreted and args[0].device.type == "cpu":
             return False
         if self.faster is not None and not self.faster(*args, **kwargs):
             return False
-        return self.supports(*args, **kwargs) is None
+        return self.unsupported_reason(*args, **kwargs) is None
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
+_names = list(NAMES)  # and those that register() was given
 
 # A thread's own stack of names. Dynamo follows threading.local and guards on it, which it does not for ContextVar.
 _local = threading.local()
 
 
 def register(
-    op: str, name: str, function: Callable[..., Any], supports: Callable[..., str | None] = _serves_all
+    op: str,
+    name: str,
+    function: Callable[..., Any],
+    unsupported_reason: Callable[..., str | None] = _supports_all,
 ) -> None:
     """Plug an implementation in under a public op; see :class:`Implementation`.
 
-    Raises:
-        ValueError: no such backend name.
+    Args:
+        op: name of the op.
+        name: of the backend: one of :data:`NAMES`, or another, which is then used only when named.
+        function: takes the public function's arguments, checked, without ``backend``.
+        unsupported_reason: takes the same; why ``function`` cannot serve them, None if it can.
     """
-    require_choice("name", name, NAMES)
+    if name not in _names:
+        _names.insert(-1, name)  # before the reference
 
     def fastest(x: Any, *args: Any, **kwargs: Any) -> bool:
         return choices.faster(op, x) == name
 
     _registry.setdefault(op, {})[name] = Implementation(
         function,
-        supports,
+        unsupported_reason,
         interpreted=name == "triton",
         faster=fastest if name == "cuda" else None,
     )
@@ -143,7 +152,7 @@ def register(
 
 def backends() -> dict[str, tuple[str, ...]]:
     """The backends that each op has an implementation for, best first."""
-    return {op: tuple(name for name in NAMES if name in table) for op, table in _registry.items()}
+    return {op: tuple(name for name in _names if name in table) for op, table in _registry.items()}
 
 
 class backend:
@@ -152,14 +161,14 @@ class backend:
     Blocks nest, the innermost counts, and an op's own ``backend`` argument beats them all.
 
     Args:
-        name: ``"cuda"``, ``"triton"`` or ``"reference"``.
+        name: ``"cuda"``, ``"triton"``, ``"reference"`` or a name that :func:`register` was given.
 
     Raises:
         ValueError: no such backend name.
     """
 
     def __init__(self, name: str) -> None:
-        require_choice("backend", name, NAMES)
+        require_choice("backend", name, tuple(_names))
         self.name = name
 
     def __enter__(self) -> None:
@@ -193,27 +202,27 @@ def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         ValueError: an unknown backend name was asked for.
-        RuntimeError: the backend asked for has no implementation of this op, or (:class:`Unserved`) cannot serve these
-            arguments.
+        RuntimeError: the backend asked for has no implementation of this op.
+        UnsupportedError: it cannot serve these arguments.
     """
     table = _registry[op]
     named = _named(requested)
     if named is None:
         for name in NAMES:
-            if name in table and table[name].unasked(*args, **kwargs):
+            if name in table and table[name].automatic(*args, **kwargs):
                 if name != "reference" and _small_and_eager(op, args[0]):
                     continue
-                with span("op", op):
+                with nvtx_range("op", op):
                     return table[name].function(*args, **kwargs)
         raise RuntimeError(f"no backend can serve {op} for these arguments")
     name, source = named
-    require_choice(source, name, NAMES)
+    require_choice(source, name, tuple(_names))
     if name not in table:
         raise RuntimeError(
             f"backend {name!r}, asked for by {source}, has no implementation of {op}; it has {', '.join(sorted(table))}"
         )
-    reason = table[name].supports(*args, **kwargs)
+    reason = table[name].unsupported_reason(*args, **kwargs)
     if reason is not None:
-        raise Unserved(f"backend {name!r}, asked for by {source}, cannot serve {op}: {reason}")
-    with span("op", op):
+        raise UnsupportedError(f"backend {name!r}, asked for by {source}, cannot serve {op}: {reason}")
+    with nvtx_range("op", op):
         return table[name].function(*args, **kwargs)

@@ -1,7 +1,9 @@
-"""A frozen BatchNorm that also says what statistics its input had: the public functions."""
+"""A frozen BatchNorm that also returns the statistics of its input."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
-from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
+from dfkd_fast.ops.custom_op import differentiable, fused_op, operator, unsupported_reason
 from dfkd_fast.reference import batchnorm_statistics as reference
 
 __all__ = ["batchnorm_statistics", "channel_statistics", "new_map"]
@@ -32,11 +34,11 @@ def new_map(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=_channels_last(x) or torch.contiguous_format)
 
 
-def _new_vector(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], dtype=torch.float32)
+def _allocate_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[1], dtype=torch.float32), x.new_empty(x.shape[1], dtype=torch.float32)
 
 
-def _allocate_forward(
+def _allocate(
     x: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
@@ -44,284 +46,89 @@ def _allocate_forward(
     bias: Tensor | None,
     eps: float,
     activation: str,
-    residual: Tensor | None,
     keep_mask: bool,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count, octets = x.shape[0], (x.shape[1] + 7) // 8
-    positions = 1
-    for size in x.shape[2:]:
-        positions = positions * size
-    if not keep_mask:
-        mask = x.new_empty(0, dtype=torch.uint8)
-    elif x.ndim == 2 or _channels_last(x) is not None:
-        mask = x.new_empty((count, positions, octets), dtype=torch.uint8)
-    else:
-        mask = x.new_empty((count, octets, positions), dtype=torch.uint8)
-    return new_map(x), _new_vector(x), _new_vector(x), mask
-
-
-def _octets_second(x: Tensor, mask: Tensor) -> Tensor:
-    """The mask as (N, octets of channels, positions), however it lies."""
-    return mask.transpose(1, 2) if x.ndim == 2 or _channels_last(x) is not None else mask
-
-
-def _launch_forward(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str,
-    residual: Tensor | None,
-    keep_mask: bool,
-    y: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    mask: Tensor,
-) -> None:
-    from dfkd_fast.kernels import batchnorm_statistics as kernels
-
-    kept = _octets_second(x, mask) if keep_mask else None
-    kernels.forward(x, running_mean, running_var, weight, bias, eps, activation, residual, y, mean, var, kept)
+    """y, mean and var; one bit per element for whether the activation passes it, (N, octets of channels, positions)."""
+    count, octets, positions = (x.shape[0], (x.shape[1] + 7) // 8, math.prod(x.shape[2:])) if keep_mask else (0, 0, 0)
+    strides = (1, octets) if x.ndim == 2 or _channels_last(x) is not None else (positions, 1)
+    mask = x.new_empty_strided((count, octets, positions), (octets * positions, *strides), dtype=torch.uint8)
+    return new_map(x), *_allocate_statistics(x), mask
 
 
 def _allocate_backward(
-    dy: Tensor | None,
-    dmean: Tensor | None,
-    dvar: Tensor | None,
+    grad_y: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
     x: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    mask: Tensor | None,
     eps: float,
     activation: str,
-    residual_dtype: torch.dtype | None,
-    want_x: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        new_map(x) if want_x else x.new_empty(0),
-        weight.new_empty(weight.shape) if want_weight and weight is not None else x.new_empty(0),
-        bias.new_empty(bias.shape) if want_bias and bias is not None else x.new_empty(0),
-        new_map(x, residual_dtype) if residual_dtype is not None else x.new_empty(0),
-    )
-
-
-def _launch_backward(
-    dy: Tensor | None,
-    dmean: Tensor | None,
-    dvar: Tensor | None,
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     mean: Tensor,
     mask: Tensor | None,
-    eps: float,
-    activation: str,
     residual_dtype: torch.dtype | None,
-    want_x: bool,
-    want_weight: bool,
-    want_bias: bool,
-    dx: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    dresidual: Tensor,
-) -> None:
-    from dfkd_fast.kernels import batchnorm_statistics_bwd as kernels
-
-    kernels.backward(
-        dy,
-        dmean,
-        dvar,
-        x,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        mean,
-        None if mask is None else _octets_second(x, mask),
-        eps,
-        activation,
-        dx if want_x else None,
-        dweight if want_weight else None,
-        dbias if want_bias else None,
-        dresidual if residual_dtype is not None else None,
-    )
+    needs_grad: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, weight, bias and residual, which is not kept."""
+    like = ((x, None), (weight, None), (bias, None), (x, residual_dtype))
+    return [new_map(t, dtype) for (t, dtype), need in zip(like, needs_grad, strict=True) if need and t is not None]
 
 
-def _allocate_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _new_vector(x), _new_vector(x)
+_forward = operator("batchnorm_statistics", _allocate, "batchnorm_statistics.forward")
+_backward = operator("batchnorm_statistics_backward", _allocate_backward, "batchnorm_statistics_bwd.backward")
 
 
-def _launch_statistics(x: Tensor, mean: Tensor, var: Tensor) -> None:
-    from dfkd_fast.kernels import batchnorm_statistics as kernels
-
-    kernels.statistics(x, mean, var)
-
-
-def _allocate_statistics_backward(dmean: Tensor | None, dvar: Tensor | None, x: Tensor, mean: Tensor) -> Tensor:
-    return new_map(x)
+def _save(inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Sequence[Tensor | None], tuple[Any, ...]]:
+    *norm, eps, activation, keep_mask, residual = inputs
+    saved = (*norm, results[1], results[3] if keep_mask else None)
+    return saved, (eps, activation, None if residual is None else residual.dtype)
 
 
-def _launch_statistics_backward(dmean: Tensor | None, dvar: Tensor | None, x: Tensor, mean: Tensor, dx: Tensor) -> None:
-    from dfkd_fast.kernels import batchnorm_statistics_bwd as kernels
+def _gradients(
+    needs_grad: Sequence[bool], saved: Sequence[Tensor | None], options: tuple[Any, ...], *grads: Tensor | None
+) -> list[Tensor | None]:
+    (*norm, mean, mask), (eps, activation, residual_dtype) = saved, options
+    gradients: list[Tensor | None] = [None] * 9
+    with_grad = (0, 3, 4, 8)  # x, weight, bias and residual
+    # Only x has a gradient through mean and var.
+    needs = [bool(needs_grad[i]) and (i == 0 or grads[0] is not None) for i in with_grad]
+    if needs[3] and activation == "none" and grads[0] is not None:
+        gradients[8], needs[3] = grads[0].to(residual_dtype), False
+    if any(needs):
+        found = _backward(*grads, *norm, eps, activation, mean, mask, residual_dtype, needs)
+        for i, gradient in zip(with_grad, found, strict=True):
+            gradients[i] = gradient if gradient is not None else gradients[i]
+    return gradients
 
-    kernels.backward(None, dmean, dvar, x, None, None, None, None, mean, None, 1.0, "none", dx, None, None, None)
 
-
-_forward = operator(
-    "batchnorm_statistics(Tensor x, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, float eps, "
-    "str activation, Tensor? residual, bool keep_mask) -> (Tensor, Tensor, Tensor, Tensor)",
-    _allocate_forward,
-    _launch_forward,
-)
-_backward = operator(
-    "batchnorm_statistics_backward(Tensor? dy, Tensor? dmean, Tensor? dvar, Tensor x, Tensor running_mean, "
-    "Tensor running_var, Tensor? weight, Tensor? bias, Tensor mean, Tensor? mask, float eps, str activation, "
-    "ScalarType? residual_dtype, bool want_x, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor, Tensor)",
-    _allocate_backward,
-    _launch_backward,
-)
-_statistics = operator(
-    "channel_statistics(Tensor x) -> (Tensor, Tensor)",
+_fused = differentiable("batchnorm_statistics", _forward, _save, _gradients, outputs=3)
+_statistics = fused_op(
+    "channel_statistics",
     _allocate_statistics,
-    _launch_statistics,
-)
-_statistics_backward = operator(
-    "channel_statistics_backward(Tensor? dmean, Tensor? dvar, Tensor x, Tensor mean) -> Tensor",
-    _allocate_statistics_backward,
-    _launch_statistics_backward,
+    outputs=2,
+    saved=(0,),
+    new_gradient=new_map,
+    triton=("batchnorm_statistics.statistics", "batchnorm_statistics_bwd.statistics_backward"),
 )
 
 
-def _missing_stay_missing(ctx: Any) -> None:
-    """Gradients that did not come are None, and what would be computed of them is not.
-
-    Not while compiling: Dynamo has zeros in their place always.
-    """
-    if not torch.compiler.is_compiling():
-        ctx.set_materialize_grads(False)
-
-
-class _BatchNormStatistics(FusedFunction):
-    """The op, and what backward needs of it: x, the vectors and, with a residual, where the activation passes."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        activation: str,
-        residual: Tensor | None,
-        keep_mask: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _forward(x, running_mean, running_var, weight, bias, eps, activation, residual, keep_mask)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, running_mean, running_var, weight, bias, ctx.eps, ctx.activation, residual, keep_mask = inputs
-        _, mean, _, mask = output
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.mark_non_differentiable(mask)
-        _missing_stay_missing(ctx)
-        ctx.save_for_backward(x, running_mean, running_var, weight, bias, mean, mask if keep_mask else None)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, _: Tensor | None) -> Any:
-        x, running_mean, running_var, weight, bias, mean, mask = ctx.saved_tensors
-        want_x, _, _, want_weight, want_bias, _, _, want_residual, _ = ctx.needs_input_grad
-        want_weight, want_bias = want_weight and dy is not None, want_bias and dy is not None
-        dresidual = None
-        if want_residual and dy is not None and ctx.activation == "none":
-            dresidual, want_residual = dy.to(ctx.residual_dtype), False
-        want_residual = want_residual and dy is not None
-        dx = dweight = dbias = None
-        if want_x or want_weight or want_bias or want_residual:
-            results = _backward(
-                dy,
-                dmean,
-                dvar,
-                x,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                mean,
-                mask,
-                ctx.eps,
-                ctx.activation,
-                ctx.residual_dtype if want_residual else None,
-                want_x,
-                want_weight,
-                want_bias,
-            )
-            dx = results[0] if want_x else None
-            dweight = results[1] if want_weight else None
-            dbias = results[2] if want_bias else None
-            dresidual = results[3] if want_residual else dresidual
-        origins = (dy, dmean, dvar, x, weight, bias)
-        dx, dweight, dbias, dresidual = no_second_derivative(
-            "batchnorm_statistics", (dx, dweight, dbias, dresidual), *origins
-        )
-        return dx, None, None, dweight, dbias, None, None, dresidual, None
-
-
-class _ChannelStatistics(FusedFunction):
-    """The op, and what backward needs of it: x and its mean."""
-
-    @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        return _statistics(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        _missing_stay_missing(ctx)
-        ctx.save_for_backward(inputs[0], output[0])
-
-    @staticmethod
-    def backward(ctx: Any, dmean: Tensor | None, dvar: Tensor | None) -> Any:
-        x, mean = ctx.saved_tensors
-        dx = _statistics_backward(dmean, dvar, x, mean)
-        return no_second_derivative("channel_statistics", (dx,), dmean, dvar, x)[0]
-
-
-def _triton(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    activation: str,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _triton(*norm: Any, activation: str, residual: Tensor | None) -> tuple[Tensor, ...]:
     # Without a residual the mask costs no more to recompute than to keep: backward reads x anyway.
     keep_mask = residual is not None and activation != "none" and torch.is_grad_enabled()
-    y, mean, var, _ = _BatchNormStatistics.apply(
-        x, running_mean, running_var, weight, bias, float(eps), activation, residual, keep_mask
-    )
-    return y, mean, var
+    return _fused(*norm, activation, keep_mask, residual)[:3]
 
 
-def _served(x: Tensor, *vectors: Any, activation: str, residual: Tensor | None) -> str | None:
-    return unserved(x, residual)
+def _unsupported(x: Tensor, *norm: Any, activation: str, residual: Tensor | None) -> str | None:
+    return unsupported_reason(x, residual)
 
 
 register("batchnorm_statistics", "reference", reference.batchnorm_statistics)
-register("batchnorm_statistics", "triton", _triton, _served)
+register("batchnorm_statistics", "triton", _triton, _unsupported)
 register("channel_statistics", "reference", reference.channel_statistics)
-register("channel_statistics", "triton", _ChannelStatistics.apply, unserved)
+register("channel_statistics", "triton", _statistics["triton"], unsupported_reason)
 
 
 def batchnorm_statistics(

@@ -1,7 +1,7 @@
 """Which backend is the fastest for which shapes, by measurement: the table that dispatch reads.
 
-``kernels/choices.json`` is written by ``make report`` from committed results, where ``triton`` and ``cuda``
-have both been measured on a device. What is not in it has not been measured, and is not chosen.
+``kernels/choices.json`` is written by `make report` from committed results, where ``triton`` and ``cuda`` have both
+been measured on a device. Nothing is chosen without a measurement.
 """
 
 from __future__ import annotations

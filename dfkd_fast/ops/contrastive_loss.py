@@ -1,4 +1,4 @@
-"""The contrastive loss between teacher and student vectors: the public function."""
+"""The contrastive loss between teacher and student vectors."""
 
 from __future__ import annotations
 
@@ -9,189 +9,56 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
-from dfkd_fast.ops.extension import unserved_by_extension
-from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
+from dfkd_fast.ops.custom_op import fused_op, unsupported_reason
+from dfkd_fast.ops.extension import or_empty, unsupported_by_extension
 from dfkd_fast.reference import contrastive_loss as reference
 
 __all__ = ["contrastive_loss"]
 
+_REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/launchers.h
 
-def _allocate_forward(
+
+def _allocate(
     anchors: Tensor, positives: Tensor, temperature: float, symmetric: bool, normalize: bool, reduction: str
 ) -> tuple[Tensor, Tensor]:
+    """The loss, and for backward one logarithm of a sum per anchor."""
     count = (2 if symmetric else 1) * anchors.shape[0]
     shape = (count,) if reduction == "none" else ()
     return anchors.new_empty(shape, dtype=torch.float32), anchors.new_empty(count, dtype=torch.float32)
 
 
-def _launch_forward(*arguments: Any) -> None:
-    from dfkd_fast.kernels import contrastive_loss as kernels
-
-    kernels.forward(*arguments)
-
-
-def _allocate_backward(
-    upstream: Tensor,
-    anchors: Tensor,
-    positives: Tensor,
-    saved: Tensor,
-    temperature: float,
-    symmetric: bool,
-    normalize: bool,
-    want_anchors: bool,
-    want_positives: bool,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(anchors) if want_anchors else anchors.new_empty(0),
-        torch.empty_like(positives) if want_positives else positives.new_empty(0),
-    )
+def _cuda_forward(*arguments: Any) -> None:
+    *inputs, reduction, out, saved = arguments
+    torch.ops.dfkd_fast_cuda.contrastive_loss(*inputs, _REDUCTIONS.index(reduction), out, saved)
 
 
-def _launch_backward(*arguments: Any) -> None:
-    from dfkd_fast.kernels import contrastive_loss_bwd as kernels
-
-    kernels.backward(*arguments)
-
-
-_forward = operator(
-    "contrastive_loss(Tensor anchors, Tensor positives, float temperature, bool symmetric, bool normalize, "
-    "str reduction) -> (Tensor, Tensor)",
-    _allocate_forward,
-    _launch_forward,
-)
-_backward = operator(
-    "contrastive_loss_backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor saved, float temperature, "
-    "bool symmetric, bool normalize, bool want_anchors, bool want_positives, bool mean) -> (Tensor, Tensor)",
-    _allocate_backward,
-    _launch_backward,
-)
-
-
-_REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/launchers.h
-
-
-def _launch_cuda_forward(
-    anchors: Tensor,
-    positives: Tensor,
-    temperature: float,
-    symmetric: bool,
-    normalize: bool,
-    reduction: str,
-    out: Tensor,
-    saved: Tensor,
-) -> None:
-    code = _REDUCTIONS.index(reduction)
-    torch.ops.dfkd_fast_cuda.contrastive_loss(anchors, positives, temperature, symmetric, normalize, code, out, saved)
-
-
-def _launch_cuda_backward(
-    upstream: Tensor,
-    anchors: Tensor,
-    positives: Tensor,
-    saved: Tensor,
-    temperature: float,
-    symmetric: bool,
-    normalize: bool,
-    want_anchors: bool,
-    want_positives: bool,
-    mean: bool,
-    d_anchors: Tensor,
-    d_positives: Tensor,
-) -> None:
-    code = _REDUCTIONS.index("none" if upstream.ndim else "mean" if mean else "sum")
+def _cuda_backward(*arguments: Any) -> None:
+    grad_output, anchors, positives, *options, reduction, saved, d_anchors, d_positives = arguments
     torch.ops.dfkd_fast_cuda.contrastive_loss_backward(
-        upstream, anchors, positives, saved, temperature, symmetric, normalize, code, d_anchors, d_positives
+        *(grad_output, anchors, positives, saved, *options, _REDUCTIONS.index(reduction)),
+        *or_empty(anchors, d_anchors, d_positives),
     )
 
 
-_OPERATORS = {
-    "triton": (_forward, _backward),
-    "cuda": (
-        operator(
-            "contrastive_loss_cuda(Tensor anchors, Tensor positives, float temperature, bool symmetric, "
-            "bool normalize, str reduction) -> (Tensor, Tensor)",
-            _allocate_forward,
-            _launch_cuda_forward,
-        ),
-        operator(
-            "contrastive_loss_cuda_backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor saved, "
-            "float temperature, bool symmetric, bool normalize, bool want_anchors, bool want_positives, bool mean) "
-            "-> (Tensor, Tensor)",
-            _allocate_backward,
-            _launch_cuda_backward,
-        ),
-    ),
-}
+_fused = fused_op(
+    "contrastive_loss",
+    _allocate,
+    triton=("contrastive_loss.forward", "contrastive_loss_bwd.backward"),
+    cuda=(_cuda_forward, _cuda_backward),
+)
 
 
-class _ContrastiveLoss(FusedFunction):
-    """The loss, and what backward needs of it: one logarithm of a sum an anchor. All backends save the same."""
-
-    @staticmethod
-    def forward(
-        anchors: Tensor,
-        positives: Tensor,
-        temperature: float,
-        symmetric: bool,
-        normalize: bool,
-        reduction: str,
-        kernels: str,
-    ) -> tuple[Tensor, Tensor]:
-        return _OPERATORS[kernels][0](anchors, positives, temperature, symmetric, normalize, reduction)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        anchors, positives, ctx.temperature, ctx.symmetric, ctx.normalize, ctx.reduction, ctx.kernels = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(anchors, positives, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        anchors, positives, saved = ctx.saved_tensors
-        want_anchors, want_positives, *_ = ctx.needs_input_grad
-        da, db = _OPERATORS[ctx.kernels][1](
-            upstream,
-            anchors,
-            positives,
-            saved,
-            ctx.temperature,
-            ctx.symmetric,
-            ctx.normalize,
-            want_anchors,
-            want_positives,
-            ctx.reduction == "mean",
-        )
-        gradients = (da if want_anchors else None, db if want_positives else None)
-        gradients = no_second_derivative("contrastive_loss", gradients, upstream, anchors, positives)
-        return *gradients, None, None, None, None, None
-
-
-def _with(kernels: str) -> Any:
-    def run(
-        anchors: Tensor, positives: Tensor, *, temperature: float, symmetric: bool, normalize: bool, reduction: str
-    ) -> Tensor:
-        options = (float(temperature), symmetric, normalize, reduction, kernels)
-        return _ContrastiveLoss.apply(anchors, positives, *options)[0]
-
-    return run
-
-
-def _served(anchors: Tensor, positives: Tensor, **options: Any) -> str | None:
-    return unserved(anchors, positives)
-
-
-def _served_by_cuda(
+def _unsupported_by_cuda(
     anchors: Tensor, positives: Tensor, *, temperature: float, normalize: bool, **options: Any
 ) -> str | None:
     count, dim = anchors.shape
     sizes = {"count": count, "dim": dim, "temperature": float(temperature), "normalize": normalize}
-    return unserved_by_extension("contrastive_loss", anchors, positives.dtype, **sizes)
+    return unsupported_by_extension("contrastive_loss", anchors, positives.dtype, **sizes)
 
 
 register("contrastive_loss", "reference", reference.contrastive_loss)
-register("contrastive_loss", "triton", _with("triton"), _served)
-register("contrastive_loss", "cuda", _with("cuda"), _served_by_cuda)
+register("contrastive_loss", "triton", _fused["triton"], lambda *vectors, **options: unsupported_reason(*vectors))
+register("contrastive_loss", "cuda", _fused["cuda"], _unsupported_by_cuda)
 
 
 def contrastive_loss(

@@ -1,4 +1,4 @@
-"""The distillation loss on logits: the public function."""
+"""The distillation loss on logits."""
 
 from __future__ import annotations
 
@@ -9,102 +9,28 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
-from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
+from dfkd_fast.ops.custom_op import fused_op, unsupported_reason
 from dfkd_fast.reference import distillation_kl as reference
 
 __all__ = ["distillation_kl"]
 
 
-def _allocate_forward(a: Tensor, b: Tensor, temperature: float, squared: bool, reduction: str) -> tuple[Tensor, Tensor]:
+def _allocate(a: Tensor, b: Tensor, temperature: float, squared: bool, reduction: str) -> tuple[Tensor, Tensor]:
+    """KL(softmax(a) || softmax(b)), and five numbers per row for backward."""
     shape = a.shape if reduction == "none" else ()
     return a.new_empty(shape, dtype=torch.float32), a.new_empty((5, a.shape[0]), dtype=torch.float32)
 
 
-def _launch_forward(*arguments: Any) -> None:
-    from dfkd_fast.kernels import distillation_kl as kernels
-
-    kernels.forward(*arguments)
+_fused = fused_op("distillation_kl", _allocate, triton=("distillation_kl.forward", "distillation_kl.backward"))
 
 
-def _allocate_backward(
-    upstream: Tensor,
-    a: Tensor,
-    b: Tensor,
-    saved: Tensor,
-    temperature: float,
-    squared: bool,
-    reduction: str,
-    want_a: bool,
-    want_b: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(a) if want_a else a.new_empty(0),
-        torch.empty_like(b) if want_b else b.new_empty(0),
-    )
-
-
-def _launch_backward(*arguments: Any) -> None:
-    from dfkd_fast.kernels import distillation_kl as kernels
-
-    kernels.backward(*arguments)
-
-
-_forward = operator(
-    "distillation_kl(Tensor a, Tensor b, float temperature, bool squared, str reduction) -> (Tensor, Tensor)",
-    _allocate_forward,
-    _launch_forward,
-)
-_backward = operator(
-    "distillation_kl_backward(Tensor upstream, Tensor a, Tensor b, Tensor saved, float temperature, bool squared, "
-    "str reduction, bool want_a, bool want_b) -> (Tensor, Tensor)",
-    _allocate_backward,
-    _launch_backward,
-)
-
-
-class _DistillationKL(FusedFunction):
-    """KL(softmax(a) || softmax(b)), and what backward needs of it."""
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor, temperature: float, squared: bool, reduction: str) -> tuple[Tensor, Tensor]:
-        return _forward(a, b, temperature, squared, reduction)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        a, b, ctx.temperature, ctx.squared, ctx.reduction = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(a, b, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        a, b, saved = ctx.saved_tensors
-        want_a, want_b, *_ = ctx.needs_input_grad
-        da, db = _backward(upstream, a, b, saved, ctx.temperature, ctx.squared, ctx.reduction, want_a, want_b)
-        gradients = no_second_derivative(
-            "distillation_kl", (da if want_a else None, db if want_b else None), upstream, a, b
-        )
-        return *gradients, None, None, None
-
-
-def _triton(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float,
-    direction: str,
-    reduction: str,
-    squared: bool,
-) -> Tensor:
-    a, b = (teacher_logits, student_logits) if direction == "forward" else (student_logits, teacher_logits)
-    return _DistillationKL.apply(a, b, float(temperature), squared, reduction)[0]
-
-
-def _served(student_logits: Tensor, teacher_logits: Tensor, **options: Any) -> str | None:
-    return unserved(student_logits, teacher_logits)
+def _triton(student_logits: Tensor, teacher_logits: Tensor, *, direction: str, **options: Any) -> Tensor:
+    sides = (teacher_logits, student_logits) if direction == "forward" else (student_logits, teacher_logits)
+    return _fused["triton"](*sides, **options)
 
 
 register("distillation_kl", "reference", reference.distillation_kl)
-register("distillation_kl", "triton", _triton, _served)
+register("distillation_kl", "triton", _triton, lambda *logits, **options: unsupported_reason(*logits))
 
 
 def distillation_kl(

@@ -26,7 +26,8 @@ __all__ = [
     "kernel_name",
     "kernels",
     "launches",
-    "unserved_by_extension",
+    "or_empty",
+    "unsupported_by_extension",
     "unsupported_reason",
 ]
 
@@ -81,7 +82,7 @@ def _constant_refusal(op: str, device: int, sizes: tuple[tuple[str, Any], ...]) 
     return _refusal(op, device, sizes)
 
 
-def unserved_by_extension(op: str, x: Tensor, *dtypes: torch.dtype, **sizes: Any) -> str | None:
+def unsupported_by_extension(op: str, x: Tensor, *dtypes: torch.dtype, **sizes: Any) -> str | None:
     """Why the kernels of csrc/ cannot compute an op, forward and backward; None if they can.
 
     Args:
@@ -127,9 +128,14 @@ def as_rows(x: Tensor) -> Tensor:
     return aligned(x.permute(0, 2, 3, 1).flatten(1, 2))
 
 
+def or_empty(like: Tensor, *gradients: Tensor | None) -> list[Tensor]:
+    """The gradients; for each that is None, an empty tensor, which the launchers take for one that is not needed."""
+    return [like.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
 @contextmanager
 def filled_as_rows(result: Tensor) -> Iterator[Tensor]:
-    """What a launcher fills instead of maps (N, C, H, W); an empty result stands for one that nobody wants."""
+    """What a launcher fills instead of maps (N, C, H, W); empty results stay as they are."""
     if result.numel() == 0:
         yield result
         return

@@ -1,7 +1,8 @@
-"""Mixed high-order attention: the public function and the map alone."""
+"""Mixed high-order attention: the attended features and the map."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -9,21 +10,24 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_tensor
-from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, unserved_by_extension
-from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
+from dfkd_fast.ops.custom_op import fused_op, unsupported_reason
+from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, or_empty, unsupported_by_extension
 from dfkd_fast.reference import high_order_attention as reference
 
 __all__ = [
-    "allocate_gradients",
     "high_order_attention",
     "high_order_attention_map",
+    "new_gradient",
     "product_weights",
     "require_arguments",
-    "unserved_order",
+    "unsupported_order",
 ]
+
+_MODES, _RESULTS = ("joint", "per_order"), ("features", "map")  # in the order of csrc/launchers.h
 
 
 def _allocate(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str) -> Tensor:
+    """The features that pass, or the map; backward recomputes the products from x."""
     _, channels, height, width = x.shape
     if x.stride(1) == 1 and channels != 1 and height * width != 1:
         return torch.empty_like(x, memory_format=torch.channels_last)
@@ -32,61 +36,12 @@ def _allocate(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, res
     return torch.empty_like(x)
 
 
-def _launch(x: Tensor, *arguments: Any) -> None:
-    from dfkd_fast.kernels import high_order_attention as kernels
-
-    kernels.value(x, x, *arguments)
-
-
-def allocate_gradients(
-    x: Tensor, proj_weight: Tensor, out_weight: Tensor, want_x: bool, want_proj: bool, want_out: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to be filled, empty where they are not wanted."""
-    return (
-        torch.empty_like(x) if want_x else x.new_empty(0),
-        proj_weight.new_empty(proj_weight.shape if want_proj else 0),
-        out_weight.new_empty(out_weight.shape if want_out else 0),
-    )
+def new_gradient(tensor: Tensor) -> Tensor:
+    """A gradient to be filled: of maps in their layout, of weights contiguous."""
+    return torch.empty_like(tensor) if tensor.ndim == 4 else tensor.new_empty(tensor.shape)
 
 
-def _allocate_backward(
-    upstream: Tensor,
-    x: Tensor,
-    proj_weight: Tensor,
-    out_weight: Tensor,
-    mode: str,
-    result: str,
-    want_x: bool,
-    want_proj: bool,
-    want_out: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return allocate_gradients(x, proj_weight, out_weight, want_x, want_proj, want_out)
-
-
-def _launch_backward(upstream: Tensor, x: Tensor, *arguments: Any) -> None:
-    from dfkd_fast.kernels import high_order_attention as kernels
-
-    proj_weight, out_weight, mode, result, *wanted, dx, dproj, dout = arguments
-    kernels.gradients(x, x, upstream, proj_weight, out_weight, mode, result, tuple(wanted), dx, dproj, dout)
-
-
-_forward = operator(
-    "high_order_attention(Tensor x, Tensor proj_weight, Tensor out_weight, str mode, str result) -> Tensor",
-    _allocate,
-    _launch,
-)
-_backward = operator(
-    "high_order_attention_backward(Tensor upstream, Tensor x, Tensor proj_weight, Tensor out_weight, str mode, "
-    "str result, bool want_x, bool want_proj, bool want_out) -> (Tensor, Tensor, Tensor)",
-    _allocate_backward,
-    _launch_backward,
-)
-
-
-_MODES, _RESULTS = ("joint", "per_order"), ("features", "map")  # in the order of csrc/launchers.h
-
-
-def _launch_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str, y: Tensor) -> None:
+def _cuda_forward(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str, y: Tensor) -> None:
     codes = _MODES.index(mode), _RESULTS.index(result)
     with filled_as_rows(y) as rows:
         torch.ops.dfkd_fast_cuda.high_order_attention(
@@ -94,66 +49,23 @@ def _launch_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, 
         )
 
 
-def _launch_cuda_backward(
-    upstream: Tensor,
-    x: Tensor,
-    proj_weight: Tensor,
-    out_weight: Tensor,
-    mode: str,
-    result: str,
-    want_x: bool,
-    want_proj: bool,
-    want_out: bool,
-    dx: Tensor,
-    dproj: Tensor,
-    dout: Tensor,
-) -> None:
-    codes = _MODES.index(mode), _RESULTS.index(result)
-    inputs = (as_rows(upstream), as_rows(x), aligned(proj_weight), aligned(out_weight))
+def _cuda_backward(*arguments: Any) -> None:
+    grad_output, x, proj_weight, out_weight, mode, result, *gradients = arguments
+    inputs = (as_rows(grad_output), as_rows(x), aligned(proj_weight), aligned(out_weight))
+    dx, *weights = or_empty(x, *gradients)
     with filled_as_rows(dx) as rows:
-        torch.ops.dfkd_fast_cuda.high_order_attention_backward(*inputs, *codes, rows, dproj, dout)
+        torch.ops.dfkd_fast_cuda.high_order_attention_backward(
+            *inputs, _MODES.index(mode), _RESULTS.index(result), rows, *weights
+        )
 
 
-_OPERATORS = {
-    "triton": (_forward, _backward),
-    "cuda": (
-        operator(
-            "high_order_attention_cuda(Tensor x, Tensor proj_weight, Tensor out_weight, str mode, str result) "
-            "-> Tensor",
-            _allocate,
-            _launch_cuda,
-        ),
-        operator(
-            "high_order_attention_cuda_backward(Tensor upstream, Tensor x, Tensor proj_weight, Tensor out_weight, "
-            "str mode, str result, bool want_x, bool want_proj, bool want_out) -> (Tensor, Tensor, Tensor)",
-            _allocate_backward,
-            _launch_cuda_backward,
-        ),
-    ),
-}
-
-
-class _HighOrderAttention(FusedFunction):
-    """The features that pass, or the gate; backward computes the maps anew from x."""
-
-    @staticmethod
-    def forward(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str, kernels: str) -> Tensor:
-        return _OPERATORS[kernels][0](x, proj_weight, out_weight, mode, result)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.mode, ctx.result, ctx.kernels = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        x, proj_weight, out_weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        backward = _OPERATORS[ctx.kernels][1]
-        computed = backward(upstream, x, proj_weight, out_weight, ctx.mode, ctx.result, *wanted)
-        gradients = [g if want else None for g, want in zip(computed, wanted, strict=True)]
-        gradients = no_second_derivative("high_order_attention", gradients, upstream, *ctx.saved_tensors)
-        return *gradients, None, None, None
+_fused = fused_op(
+    "high_order_attention",
+    _allocate,
+    new_gradient=new_gradient,
+    triton=("high_order_attention.forward", "high_order_attention.backward"),
+    cuda=(_cuda_forward, _cuda_backward),
+)
 
 
 def _product_type(x: Tensor) -> torch.dtype:
@@ -168,36 +80,32 @@ def product_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     return tuple(weight.to(x.dtype).to(_product_type(x)) for weight in weights)
 
 
-def unserved_order(out_weight: Tensor) -> str | None:
-    """Why the kernels cannot take so many orders; None where they can."""
+def unsupported_order(out_weight: Tensor) -> str | None:
+    """Why the kernels cannot take so many orders; None if they can."""
     order = out_weight.shape[0]
     return None if order <= 4 else f"its kernels go up to order 4, not {order}"
 
 
-def _with(kernels: str, result: str) -> Any:
-    def run(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> Tensor:
-        return _HighOrderAttention.apply(x, *product_weights(x, proj_weight, out_weight), mode, result, kernels)
-
-    return run
+def _run(backend: str, result: str, x: Tensor, *weights: Tensor, mode: str) -> Tensor:
+    return _fused[backend](x, *product_weights(x, *weights), mode, result)
 
 
-def _served(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
-    return unserved(x) or unserved_order(out_weight)
+def _unsupported(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
+    return unsupported_reason(x) or unsupported_order(out_weight)
 
 
-def _served_by_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
+def _unsupported_by_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
     samples, channels, height, width = x.shape
     order, _, hidden = out_weight.shape
     sizes = {"positions": samples * height * width, "channels": channels, "hidden": hidden, "order": order}
-    return unserved_by_extension("high_order_attention", x, _product_type(x), mode=mode, **sizes)
+    return unsupported_by_extension("high_order_attention", x, _product_type(x), mode=mode, **sizes)
 
 
 register("high_order_attention", "reference", reference.high_order_attention)
-register("high_order_attention", "triton", _with("triton", "features"), _served)
-register("high_order_attention", "cuda", _with("cuda", "features"), _served_by_cuda)
 register("high_order_attention_map", "reference", reference.high_order_attention_map)
-register("high_order_attention_map", "triton", _with("triton", "map"), _served)
-register("high_order_attention_map", "cuda", _with("cuda", "map"), _served_by_cuda)
+for _op, _result in (("high_order_attention", "features"), ("high_order_attention_map", "map")):
+    register(_op, "triton", partial(_run, "triton", _result), _unsupported)
+    register(_op, "cuda", partial(_run, "cuda", _result), _unsupported_by_cuda)
 
 
 def high_order_attention(

@@ -1,99 +1,45 @@
-"""The error of attended features to a target: the public function."""
+"""The error of attended features to a target."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_tensor
-from dfkd_fast.ops.high_order_attention import (
-    allocate_gradients,
-    product_weights,
-    require_arguments,
-    unserved_order,
-)
-from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
+from dfkd_fast.ops.custom_op import fused_op, unsupported_reason
+from dfkd_fast.ops.high_order_attention import new_gradient, product_weights, require_arguments, unsupported_order
 from dfkd_fast.reference import high_order_attention_mse as reference
 
 __all__ = ["high_order_attention_mse"]
 
 
 def _allocate(x: Tensor, proj_weight: Tensor, out_weight: Tensor, target: Tensor, mode: str) -> Tensor:
+    """The error; backward recomputes the attended features from x."""
     return x.new_empty((), dtype=torch.float32)
 
 
-def _launch(*arguments: Any) -> None:
-    from dfkd_fast.kernels import high_order_attention_mse as kernels
-
-    kernels.forward(*arguments)
-
-
-def _allocate_backward(
-    upstream: Tensor,
-    x: Tensor,
-    proj_weight: Tensor,
-    out_weight: Tensor,
-    target: Tensor,
-    mode: str,
-    want_x: bool,
-    want_proj: bool,
-    want_out: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return allocate_gradients(x, proj_weight, out_weight, want_x, want_proj, want_out)
-
-
-def _launch_backward(*arguments: Any) -> None:
-    from dfkd_fast.kernels import high_order_attention_mse as kernels
-
-    kernels.backward(*arguments)
-
-
-_forward = operator(
-    "high_order_attention_mse(Tensor x, Tensor proj_weight, Tensor out_weight, Tensor target, str mode) -> Tensor",
+_fused = fused_op(
+    "high_order_attention_mse",
     _allocate,
-    _launch,
+    constants=("target",),
+    new_gradient=new_gradient,
+    triton=("high_order_attention_mse.forward", "high_order_attention_mse.backward"),
 )
-_backward = operator(
-    "high_order_attention_mse_backward(Tensor upstream, Tensor x, Tensor proj_weight, Tensor out_weight, "
-    "Tensor target, str mode, bool want_x, bool want_proj, bool want_out) -> (Tensor, Tensor, Tensor)",
-    _allocate_backward,
-    _launch_backward,
-)
-
-
-class _HighOrderAttentionMSE(FusedFunction):
-    """The error; backward computes the maps anew from x."""
-
-    @staticmethod
-    def forward(x: Tensor, proj_weight: Tensor, out_weight: Tensor, target: Tensor, mode: str) -> Tensor:
-        return _forward(x, proj_weight, out_weight, target, mode)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.mode = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        wanted = ctx.needs_input_grad[:3]
-        computed = _backward(upstream, *ctx.saved_tensors, ctx.mode, *wanted)
-        gradients = [g if want else None for g, want in zip(computed, wanted, strict=True)]
-        return *no_second_derivative("high_order_attention_mse", gradients, upstream, *ctx.saved_tensors), None, None
 
 
 def _triton(x: Tensor, proj_weight: Tensor, out_weight: Tensor, target: Tensor, *, mode: str) -> Tensor:
-    return _HighOrderAttentionMSE.apply(x, *product_weights(x, proj_weight, out_weight), target, mode)
+    return _fused["triton"](x, *product_weights(x, proj_weight, out_weight), target, mode)
 
 
-def _served(x: Tensor, proj_weight: Tensor, out_weight: Tensor, target: Tensor, *, mode: str) -> str | None:
-    return unserved(x, target) or unserved_order(out_weight)
+def _unsupported(x: Tensor, proj_weight: Tensor, out_weight: Tensor, target: Tensor, *, mode: str) -> str | None:
+    return unsupported_reason(x, target) or unsupported_order(out_weight)
 
 
 register("high_order_attention_mse", "reference", reference.high_order_attention_mse)
-register("high_order_attention_mse", "triton", _triton, _served)
+register("high_order_attention_mse", "triton", _triton, _unsupported)
 
 
 def high_order_attention_mse(

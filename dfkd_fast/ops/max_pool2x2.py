@@ -1,16 +1,15 @@
-"""Maximum pooling of 2 x 2 and its inverse: the public functions."""
+"""2x2 max pooling with uint8 argmax codes, and its inverse."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_tensor
-from dfkd_fast.ops.library import FusedFunction, no_second_derivative, operator, unserved
+from dfkd_fast.ops.custom_op import differentiable, operator, unsupported_reason
 from dfkd_fast.reference import max_pool2x2 as reference
 
 __all__ = ["max_pool2x2", "max_unpool2x2"]
@@ -34,107 +33,41 @@ def _allocate_pool(x: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
     return _empty(x, height, width, channels_last), _empty(x, height, width, channels_last, torch.uint8)
 
 
-def _launch_pool(*arguments: Any) -> None:
-    from dfkd_fast.kernels import max_pool2x2 as kernels
-
-    kernels.pool(*arguments)
-
-
 def _allocate_unpool(y: Tensor, code: Tensor, height: int, width: int, channels_last: bool, gradient: bool) -> Tensor:
     return _empty(y, height, width, channels_last)
-
-
-def _launch_unpool(
-    y: Tensor, code: Tensor, height: int, width: int, channels_last: bool, gradient: bool, out: Tensor
-) -> None:
-    from dfkd_fast.kernels import max_pool2x2 as kernels
-
-    kernels.unpool(y, code, gradient, out)
 
 
 def _allocate_gather(x: Tensor, code: Tensor, channels_last: bool) -> Tensor:
     return _empty(x, code.shape[2], code.shape[3], channels_last)
 
 
-def _launch_gather(x: Tensor, code: Tensor, channels_last: bool, y: Tensor) -> None:
-    from dfkd_fast.kernels import max_pool2x2 as kernels
+_pool = operator("max_pool2x2", _allocate_pool, "max_pool2x2.pool")
+_unpool = operator("max_unpool2x2", _allocate_unpool, "max_pool2x2.unpool")
+_gather = operator("max_unpool2x2_backward", _allocate_gather, "max_pool2x2.gather")
 
-    kernels.gather(x, code, y)
-
-
-_pool = operator("max_pool2x2(Tensor x, bool relu) -> (Tensor, Tensor)", _allocate_pool, _launch_pool)
-_unpool = operator(
-    "max_unpool2x2(Tensor y, Tensor code, SymInt height, SymInt width, bool channels_last, bool gradient) -> Tensor",
-    _allocate_unpool,
-    _launch_unpool,
+# The gradients need only the codes. The backward of each is the forward of the other, but for the layout.
+_max_pool = differentiable(
+    "max_pool2x2",
+    _pool,
+    lambda inputs, results: ((results[1],), (*inputs[0].shape[2:], _is_channels_last(inputs[0]), inputs[1])),
+    lambda needs_grad, saved, options, grad_y: (None if grad_y is None else _unpool(grad_y, *saved, *options),),
 )
-_gather = operator(
-    "max_unpool2x2_backward(Tensor x, Tensor code, bool channels_last) -> Tensor", _allocate_gather, _launch_gather
+_max_unpool = differentiable(
+    "max_unpool2x2",
+    lambda y, code, height, width: _unpool(y, code, height, width, _is_channels_last(y), False),
+    lambda inputs, results: ((inputs[1],), (_is_channels_last(inputs[0]),)),
+    lambda needs_grad, saved, options, grad_x: (None if grad_x is None else _gather(grad_x, *saved, *options),),
 )
-
-
-class _MaxPool(FusedFunction):
-    """Pooling; its gradient needs the code alone."""
-
-    @staticmethod
-    def forward(x: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-        return _pool(x, relu)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, ctx.relu = inputs
-        ctx.height, ctx.width = x.shape[2:]
-        ctx.channels_last = _is_channels_last(x)
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        (code,) = ctx.saved_tensors
-        dx = _unpool(upstream, code, ctx.height, ctx.width, ctx.channels_last, ctx.relu)
-        return *no_second_derivative("max_pool2x2", (dx,), upstream), None
-
-
-class _MaxUnpool(FusedFunction):
-    """Unpooling; its gradient needs the code alone."""
-
-    @staticmethod
-    def forward(y: Tensor, code: Tensor, height: int, width: int) -> Tensor:
-        return _unpool(y, code, height, width, _is_channels_last(y), False)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, code, _, _ = inputs
-        ctx.channels_last = _is_channels_last(y)
-        ctx.save_for_backward(code)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        (code,) = ctx.saved_tensors
-        dy = _gather(upstream, code, ctx.channels_last)
-        return *no_second_derivative("max_unpool2x2", (dy,), upstream), None, None, None
-
-
-def _pool_triton(x: Tensor, *, relu: bool) -> tuple[Tensor, Tensor]:
-    return _MaxPool.apply(x, relu)
-
-
-def _pool_served(x: Tensor, *, relu: bool) -> str | None:
-    return unserved(x)
-
-
-def _unpool_triton(y: Tensor, code: Tensor, output_size: tuple[int, int]) -> Tensor:
-    return _MaxUnpool.apply(y, code, *output_size)
-
-
-def _unpool_served(y: Tensor, code: Tensor, output_size: tuple[int, int]) -> str | None:
-    return unserved(y)
-
 
 register("max_pool2x2", "reference", reference.max_pool2x2)
-register("max_pool2x2", "triton", _pool_triton, _pool_served)
+register("max_pool2x2", "triton", lambda x, *, relu: _max_pool(x, relu), lambda x, *, relu: unsupported_reason(x))
 register("max_unpool2x2", "reference", reference.max_unpool2x2)
-register("max_unpool2x2", "triton", _unpool_triton, _unpool_served)
+register(
+    "max_unpool2x2",
+    "triton",
+    lambda y, code, output_size: _max_unpool(y, code, *output_size),
+    lambda y, code, output_size: unsupported_reason(y),
+)
 
 
 def max_pool2x2(x: Tensor, *, relu: bool = False, backend: str | None = None) -> tuple[Tensor, Tensor]:

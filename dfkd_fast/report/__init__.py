@@ -3,7 +3,6 @@
 Drawing libraries are imported when something is drawn.
 """
 
-from dfkd_fast.report.compiled import read_compiled, write_compiled
 from dfkd_fast.report.pictures import save_beside, save_curves, save_image_grid
 from dfkd_fast.report.results import (
     device_slug,
@@ -19,7 +18,6 @@ __all__ = [
     "device_slug",
     "environment",
     "markdown_table",
-    "read_compiled",
     "read_results",
     "result_table",
     "save_beside",
@@ -27,6 +25,5 @@ __all__ = [
     "save_image_grid",
     "source_digest",
     "timestamp",
-    "write_compiled",
     "write_results",
 ]

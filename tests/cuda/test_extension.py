@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dfkd_fast.ops import choices, extension
-from dfkd_fast.ops.backend import Unserved, _registry, dispatch
+from dfkd_fast.ops.backend import UnsupportedError, _registry, dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = {"_operators.so", "libdfkd_kernels.so"}
@@ -55,7 +55,7 @@ def test_it_is_here_or_says_why_not() -> None:
 def test_what_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "UNAVAILABLE", None)
     x = torch.zeros(2, 2, dtype=torch.bfloat16)
-    served = extension.unserved_by_extension
+    served = extension.unsupported_by_extension
     assert served("contrastive_loss", x) == "its kernels run on CUDA devices, not on cpu"
     monkeypatch.setattr(extension, "UNAVAILABLE", "it is not built")
     assert served("contrastive_loss", x) == "it is not built"
@@ -68,6 +68,9 @@ class OnDevice:
 
     def __init__(self, *shape: int) -> None:
         self.shape = shape
+
+    def numel(self) -> int:
+        return 2**30  # large enough for a fused backend in eager mode
 
 
 @pytest.fixture
@@ -91,7 +94,7 @@ def test_other_devices_are_refused(
     monkeypatch.setattr(extension, "UNAVAILABLE", None)
     device.major, device.minor = capability
     tensors, options = contrast(200)
-    reason = _registry["contrastive_loss"]["cuda"].supports(*tensors, **options)
+    reason = _registry["contrastive_loss"]["cuda"].unsupported_reason(*tensors, **options)
     assert reason == f"its kernels need a device of compute capability 9.0, not {capability[0]}.{capability[1]}"
 
 
@@ -102,7 +105,7 @@ def test_a_refused_call_goes_on_to_triton_or_raises_if_named(
     for name in ("cuda", "triton"):
         entry = dataclasses.replace(_registry["contrastive_loss"][name], function=lambda *a, name=name, **o: name)
         if name == "triton":
-            entry = dataclasses.replace(entry, supports=lambda *a, **o: None)
+            entry = dataclasses.replace(entry, unsupported_reason=lambda *a, **o: None)
         monkeypatch.setitem(_registry["contrastive_loss"], name, entry)
     monkeypatch.setattr(choices, "faster", lambda op, x: "cuda")
 
@@ -117,14 +120,16 @@ def test_a_refused_call_goes_on_to_triton_or_raises_if_named(
         (200, {"temperature": 0.01}, "temperature is 0.01"),
     ):
         assert chosen(count, **options) == "triton"
-        with pytest.raises(Unserved, match=f"'cuda', asked for by backend, cannot serve contrastive_loss: {said}"):
+        with pytest.raises(
+            UnsupportedError, match=f"'cuda', asked for by backend, cannot serve contrastive_loss: {said}"
+        ):
             chosen(count, "cuda", **options)
 
 
 @built
 def test_each_op_asks_its_launchers_forward_and_backward(device: SimpleNamespace) -> None:
     def reason(op: str, *tensors: Any, **options: Any) -> str | None:
-        return _registry[op]["cuda"].supports(*tensors, **options)
+        return _registry[op]["cuda"].unsupported_reason(*tensors, **options)
 
     def spatial(channels: int, form: str = "spatial") -> str | None:
         maps = OnDevice(2, channels, 20, 30), OnDevice(2, 8, 20, 30)

@@ -11,7 +11,7 @@ from dfkd_fast.cli import main
 from dfkd_fast.config import ModelConfig
 from dfkd_fast.models import create_model, save_weights
 
-from ..trees import VARIANTS, aircraft_tree
+from ..data.trees import VARIANTS, aircraft_tree
 
 
 @pytest.mark.timeout(600)

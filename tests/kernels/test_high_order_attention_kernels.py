@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dfkd_fast import ops
-from dfkd_fast.ops.library import recorded
+from dfkd_fast.ops.custom_op import recorded
 from dfkd_fast.testing import (
     LAYOUTS,
     MAP_SHAPES,

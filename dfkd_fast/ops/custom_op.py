@@ -1,0 +1,336 @@
+"""From one declaration of an op: its operators in ``torch.ops.dfkd_fast``, their fakes, vmap rules and gradient.
+
+An operator is functional: it allocates its results and has a kernel fill them. Its schema is inferred from the
+annotations of the function that allocates, and its fake implementation, which ``torch.compile`` traces with, is that
+same function, so that strides cannot differ between the two.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "INTERPRETED",
+    "differentiable",
+    "fused_op",
+    "no_second_derivative",
+    "operator",
+    "recorded",
+    "unsupported_reason",
+]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's kernels run in its interpreter, on the CPU. Triton reads the same variable once, too."""
+
+_TRITON = importlib.util.find_spec("triton") is not None
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LIBRARY = torch.library.Library("dfkd_fast", "FRAGMENT")
+
+Launch = Callable[..., None] | str
+"""Takes an operator's arguments and results and fills the results; or its name in kernels/: ``"module.function"``."""
+
+_recording = False
+
+
+@contextmanager
+def recorded(arch: int) -> Iterator[list[Any]]:
+    """Inside, ops on meta tensors record the launches that they would make; see :mod:`dfkd_fast.kernels.common`.
+
+    Args:
+        arch: the architecture that launches are configured for: 90 for sm_90.
+    """
+    from dfkd_fast.kernels.common import recording
+
+    global _recording
+    _recording = True
+    try:
+        with recording(arch) as launches:
+            yield launches
+    finally:
+        _recording = False
+
+
+def _launcher(launch: Launch) -> Callable[..., None]:
+    if not isinstance(launch, str):
+        return launch
+    module, _, function = launch.partition(".")
+
+    def imported(*arguments: Any) -> None:
+        # Not before the first launch: Triton may not be installed.
+        getattr(importlib.import_module(f"dfkd_fast.kernels.{module}"), function)(*arguments)
+
+    return imported
+
+
+def _vmap_rule(overload: Any) -> Callable[..., Any]:
+    """Calls the operator once per sample: kernels take no further batch dimension."""
+
+    def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+        pairs = list(zip(arguments, in_dims, strict=True))
+        each = [
+            overload(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in pairs))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(each[0], Tensor):
+            return torch.stack(each), 0
+        kind = type(each[0])  # tuple or list, as the schema says
+        stacked = kind(torch.stack(column) for column in zip(*each, strict=True))
+        return stacked, kind([0] * len(stacked))
+
+    return rule
+
+
+def _define(name: str, schema: str, allocate: Callable[..., Any], launch: Launch) -> Any:
+    launcher, gradients = _launcher(launch), schema.endswith("Tensor[]")
+
+    def fill(arguments: tuple[Any, ...], results: Any) -> None:
+        if gradients:
+            launcher(*arguments[:-1], *_spread(results, arguments[-1]))
+        else:
+            launcher(*arguments, *((results,) if isinstance(results, Tensor) else results))
+
+    def run(*arguments: Any) -> Any:
+        results = allocate(*arguments)
+        fill(arguments, results)
+        return results
+
+    def fake(*arguments: Any) -> Any:
+        results = allocate(*arguments)
+        if _recording:
+            fill(arguments, results)
+        return results
+
+    _LIBRARY.define(name + schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    for device in ("CUDA", "CPU"):
+        _LIBRARY.impl(name, run, device)
+    torch.library.register_fake(f"dfkd_fast::{name}", fake, lib=_LIBRARY)
+    overload = getattr(torch.ops.dfkd_fast, name).default
+    torch.library.register_vmap(f"dfkd_fast::{name}", _vmap_rule(overload), lib=_LIBRARY)
+    return overload
+
+
+def _spread(gradients: Sequence[Tensor], needs_grad: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    found = iter(gradients)
+    return tuple(next(found) if need else None for need in needs_grad)
+
+
+def operator(name: str, allocate: Callable[..., Any], launch: Launch) -> Callable[..., Any]:
+    """Define an operator.
+
+    Args:
+        name: in ``torch.ops.dfkd_fast``.
+        allocate: takes the operator's arguments, returns its results, not filled. Its annotations are the schema. Also
+            run on fake tensors, so it must not look at values. One that returns ``list[Tensor]`` allocates gradients:
+            its last argument, ``needs_grad: list[bool]``, says which, and the list holds only those.
+        launch: takes the arguments and the results, and fills them. Instead of ``needs_grad`` it is given None for each
+            gradient that is not needed.
+
+    Returns:
+        The operator. One that computes gradients returns None for each that is not needed.
+    """
+    schema = torch.library.infer_schema(allocate, mutates_args=())
+    overload = _define(name, schema, allocate, launch)
+    if not schema.endswith("Tensor[]"):
+        return overload
+    return lambda *arguments: _spread(overload(*arguments), arguments[-1])
+
+
+class _Once(torch.autograd.Function):
+    """The identity on a gradient; its backward is an error.
+
+    In place of :func:`torch.autograd.function.once_differentiable`, whose error names neither the op nor the remedy.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: str, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.op}: fused backends have no second derivative; use backend='reference', which has them all"
+        )
+
+
+def no_second_derivative(op: str, gradients: Sequence[Tensor | None], *inputs: Tensor | None) -> tuple[Any, ...]:
+    """The gradients that a backward returns, such that differentiating them raises an error that names the op.
+
+    Args:
+        op: name of the public op.
+        gradients: the backward's results.
+        *inputs: the tensors that they depend on, grad_output included.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # An ordinary backward records nothing; a compiled one refuses a second derivative by itself.
+        return tuple(gradients)
+    return tuple(None if g is None else _Once.apply(op, g, *inputs) for g in gradients)
+
+
+def differentiable(
+    name: str,
+    forward: Callable[..., Any],
+    save: Callable[..., tuple[Sequence[Tensor | None], tuple[Any, ...]]],
+    backward: Callable[..., Sequence[Tensor | None]],
+    *,
+    outputs: int = 1,
+) -> Callable[..., Any]:
+    """Give an operator a gradient, also under torch.func's transforms and torch.compile.
+
+    Args:
+        name: of the public op, for the error of a second derivative.
+        forward: an operator that returns a tensor or a tuple of them.
+        save: takes the tuple of arguments and that of results; returns tensors and options for ``backward``.
+        backward: takes whether each argument needs a gradient, those tensors, those options and the gradient of each
+            differentiable result, None if it is zero; returns those of the first arguments.
+        outputs: number of results that are differentiable; they come first.
+
+    Returns:
+        ``forward``, with a gradient. Not through ``torch.library.register_autograd``, whose operators raise an error
+        under ``torch.func.grad``.
+    """
+
+    class Fused(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return forward(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            results = (output,) if isinstance(output, Tensor) else output
+            tensors, ctx.options = save(inputs, results)
+            ctx.save_for_backward(*tensors)
+            if results[outputs:]:
+                ctx.mark_non_differentiable(*results[outputs:])
+            if not torch.compiler.is_compiling():  # Dynamo passes zeros for missing gradients in any case
+                ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+            needs, saved, grads = ctx.needs_input_grad, ctx.saved_tensors, grad_outputs[:outputs]
+            found = backward(needs, saved, ctx.options, *grads)
+            found = no_second_derivative(name, found, *grads, *saved)
+            return (*found, *[None] * (len(needs) - len(found)))
+
+    # Without gradients Dynamo calls forward itself, with a context in front unless the number of parameters is that of the
+    # arguments. An operator has no public signature.
+    names = [argument.name for argument in forward._schema.arguments]  # type: ignore[attr-defined]
+    parameters = [inspect.Parameter(each, inspect.Parameter.POSITIONAL_ONLY) for each in names]
+    vars(Fused)["forward"].__func__.__signature__ = inspect.Signature(parameters)
+    Fused.__name__ = Fused.__qualname__ = "".join(word.capitalize() for word in name.split("_"))
+    return Fused.apply
+
+
+def fused_op(
+    name: str,
+    allocate: Callable[..., Any],
+    *,
+    outputs: int = 1,
+    saved: Sequence[int] | None = None,
+    reads: Sequence[str] | None = None,
+    constants: Sequence[str] = (),
+    new_gradient: Callable[[Tensor], Tensor] = torch.empty_like,
+    **launches: tuple[Launch, Launch],
+) -> dict[str, Callable[..., Any]]:
+    """Declare a differentiable op: a forward and a backward operator per backend.
+
+    ::
+
+        name(<arguments of allocate>) -> (<outputs>, <further results>)
+        name_backward(<grad_outputs>, <arguments>, <saved results>, bool[] needs_grad) -> Tensor[]
+
+    Args:
+        name: of the op and, for backend "triton", of its operator; for others it ends in ``_<backend>``.
+        allocate: of the forward operator, see :func:`operator`.
+        outputs: number of results that are returned and differentiable; they come first.
+        saved: positions of the results that backward reads; None for all that follow the outputs.
+        reads: names of the tensors that backward reads; None for all. Others are not among its arguments.
+        constants: names of the tensors that get no gradient although backward reads them.
+        new_gradient: allocates the gradient of a tensor.
+        **launches: forward and backward of each backend.
+
+    Returns:
+        The op's function by backend. It takes the arguments of ``allocate`` and returns the outputs.
+    """
+    forward_schema = torch.library.infer_schema(allocate, mutates_args=())
+    arguments, _, results = forward_schema[1:].partition(") -> ")
+    declared = arguments.split(", ")
+    names = list(inspect.signature(allocate).parameters)
+    count = results.count("Tensor")
+    saved = tuple(range(outputs, count)) if saved is None else saved
+    tensors = [i for i, text in enumerate(declared) if text.startswith("Tensor")]
+    read = [i for i in tensors if reads is None or names[i] in reads]
+    passed = [i for i in range(len(names)) if i in read or i not in tensors]  # to backward
+    with_grad = [i for i in read if names[i] not in constants]
+    grad_outputs = [f"Tensor{'?' if outputs > 1 else ''} grad_output{i}" for i in range(outputs)]
+    listed = (*grad_outputs, *(declared[i] for i in passed), *(f"Tensor saved{i}" for i in saved), "bool[] needs_grad")
+    backward_schema = f"({', '.join(listed)}) -> Tensor[]"
+    places = [outputs + passed.index(i) for i in with_grad]  # of those tensors among the arguments of backward
+
+    def allocate_backward(*given: Any) -> list[Tensor]:
+        needs_grad = given[-1]
+        return [new_gradient(given[at]) for at, need in zip(places, needs_grad, strict=True) if need]
+
+    def save(inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Sequence[Any], tuple[Any, ...]]:
+        kept = [*(inputs[i] for i in read), *(results[i] for i in saved)]
+        return kept, tuple(inputs[i] for i in passed if i not in read)
+
+    def declare(backend: str, launch: Launch, launch_backward: Launch) -> Callable[..., Any]:
+        own = name if backend == "triton" else f"{name}_{backend}"
+        forward = _define(own, forward_schema, allocate, launch)
+        operator_backward = _define(f"{own}_backward", backward_schema, allocate_backward, launch_backward)
+
+        def backward(needs: Any, kept: Any, options: Any, *grads: Tensor | None) -> list[Tensor | None]:
+            gradients: list[Tensor | None] = [None] * len(names)
+            needs_grad = [bool(needs[i]) for i in with_grad]
+            if any(needs_grad) and not all(g is None for g in grads):
+                tensor, option = iter(kept), iter(options)
+                inputs = [next(tensor) if i in read else next(option) for i in passed]
+                found = operator_backward(*grads, *inputs, *kept[len(read) :], needs_grad)
+                for i, gradient in zip(with_grad, _spread(found, needs_grad), strict=True):
+                    gradients[i] = gradient
+            return gradients
+
+        apply = differentiable(name, forward, save, backward, outputs=outputs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            results = apply(*args, *(kwargs[each] for each in names[len(args) :]))
+            return results if count == 1 else results[0] if outputs == 1 else results[:outputs]
+
+        return call
+
+    return {backend: declare(backend, *pair) for backend, pair in launches.items()}
+
+
+def unsupported_reason(*tensors: Tensor | None) -> str | None:
+    """Why Triton's kernels cannot take these tensors; None if they can."""
+    if not _TRITON:
+        return "triton is not installed"
+    if _recording:
+        return None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in _DTYPES:
+            return f"its kernels take float16, bfloat16 and float32, not {str(tensor.dtype).removeprefix('torch.')}"
+        if not tensor.is_cuda and not (INTERPRETED and tensor.device.type == "cpu"):
+            return f"its kernels run on CUDA devices, not on {tensor.device.type}"
+        if tensor.is_cuda and INTERPRETED:
+            return "TRITON_INTERPRET=1 is set, and the interpreter is for CPU tensors"
+    return None

@@ -1,0 +1,91 @@
+"""The tables of the documents: between markers, from committed results only, and up to date."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dfkd_fast.benchmarks import report
+from dfkd_fast.benchmarks.ablation import CELLS, PROFILES, override
+from dfkd_fast.report import markdown_table, write_results
+
+PAGES = (*report.SECTIONS, "README.md")
+
+
+@pytest.fixture
+def copy(tmp_path: Path, repository: Path) -> Path:
+    """The committed pages, without results."""
+    for name in PAGES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(repository / name, tmp_path / name)
+    return tmp_path
+
+
+def between(page: Path, name: str) -> str:
+    return page.read_text().partition(f"<!-- begin: {name} -->\n")[2].partition(f"<!-- end: {name} -->")[0].strip()
+
+
+def test_only_the_lines_between_the_markers_change():
+    page = "above\n<!-- begin: a -->\nold\n<!-- end: a -->\nbelow\n"
+    expected = "above\n<!-- begin: a -->\nnew \\1\n<!-- end: a -->\nbelow\n"
+    assert report.between_markers(page, "a", "new \\1\n\n") == expected
+    for bad in ("no markers", page + page):
+        with pytest.raises(ValueError, match="one pair of markers '<!-- begin: a -->'"):
+            report.between_markers(bad, "a", "new")
+
+
+def test_pages_without_results_say_so(copy):
+    assert report.main([], root=copy) == 0
+    for name, sections in report.SECTIONS.items():
+        for section in sections:
+            assert between(copy / name, section) == "Nothing has been measured yet."
+
+
+def test_every_device_has_its_section(copy):
+    block = {"device": {"name": "A GPU"}, "torch": "2.11.0", "commit": "c" * 40, "source": "s"}
+    row = {"experiment": "digits", "objective": "dfkd-fgvc", "engine": "eager", "accuracy": 0.9}
+    for device in ("gpu-a", "gpu-b"):
+        content = {"environments": [block], "rows": [row]}
+        write_results(copy / "benchmarks" / "results" / device / "accuracy.json", content)
+    report.main([], root=copy)
+    text = between(copy / "docs" / "performance.md", "accuracy")
+    assert text.count("| digits | dfkd-fgvc | 90.0% (90.0% to 90.0%, n = 1) |  |") == 2
+    assert text.index("### gpu-a") < text.index("### gpu-b")
+    assert between(copy / "docs" / "performance.md", "step") == "Nothing has been measured yet."
+
+
+def test_the_committed_pages_are_up_to_date(copy, repository):
+    (copy / "benchmarks").symlink_to(repository / "benchmarks")
+    assert report.main([], root=copy) == 0
+    for name in PAGES:
+        assert (copy / name).read_text() == (repository / name).read_text(), f"{name}: run make report"
+
+
+def test_the_ablation_shows_mean_and_deviation_over_seeds():
+    fixed = {"cell": "+ SFCL", "overrides": {"objective.student.mhad": 0.0}, "teacher_accuracy": 0.8, "rounds": 80}
+    rows = [{**fixed, "seed": seed, "accuracy": a, "agreement": 0.5} for seed, a in enumerate((0.4, 0.6))]
+    rows.append({**fixed, "seed": 2, "accuracy": None, "agreement": None})
+    block = {"device": {"name": "A GPU"}, "torch": "2.11.0", "commit": "0123456789abcdef", "source": "s"}
+    text = report.ablation_table({"rows": rows, "environments": [block]})
+    line = "| + SFCL | `objective.student.mhad=0.0` | 50.0% ± 14.1 | 62.5% ± 17.7 | 50.0% ± 0.0 | 2 (not finite: 1) |"
+    assert line in text
+    assert "Teacher: 80.0%; rounds: 80; measured on: A GPU, torch 2.11.0; commit: 0123456789ab." in text
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_cell_changes_fields_that_exist(cell):
+    config = PROFILES["small"].distill
+    changed = override(config, CELLS[cell])
+    assert (changed == config) is (cell == "both")
+    with pytest.raises(ValueError, match=r"generator\.nothing is not a field"):
+        override(config, {"generator.nothing": 1})
+
+
+def test_markdown_tables_align_numbers_and_escape_bars():
+    rows = [{"name": "a|b", "ms": "1.5"}, {"name": "c", "share": "20%"}]
+    assert markdown_table(rows) == [
+        "| name | ms | share |", "|---|---:|---:|", "| a\\|b | 1.5 |  |", "| c |  | 20% |",
+    ]  # fmt: skip
+    assert markdown_table([]) == []

@@ -1,0 +1,232 @@
+"""The measurement of whole rounds, at a size that a CPU can do, and its tables on invented rows."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dfkd_fast import ops
+from dfkd_fast.benchmarks.ops.measure import Ceilings
+from dfkd_fast.benchmarks.report import step_section
+from dfkd_fast.benchmarks.step import accuracy, breakdown, variants
+from dfkd_fast.benchmarks.step.peer_loop import PeerLoop, PlainGate
+from dfkd_fast.benchmarks.step.roofline import Layer, Work, layers, roofline, round_work
+from dfkd_fast.benchmarks.step.variants import SIZES, VARIANTS
+from dfkd_fast.config import DemoConfig, ObjectiveConfig, find, read
+from dfkd_fast.engine import EagerEngine
+from dfkd_fast.models import frozen
+from dfkd_fast.nn import SpatialAttention
+from dfkd_fast.report import read_results
+
+from .. import tiny
+
+CPU = torch.device("cpu")
+SMALL = SIZES["small"]
+
+
+class TestPeer:
+    """Losses agree to 1e-5 of their size: float32 sums in another order, through twelve steps of two optimisers."""
+
+    def test_it_is_the_same_algorithm(self):
+        config = tiny.config(
+            student_in_generator_step="update", generator_steps=3, student_steps=3, precision="fp32", engine="eager"
+        )
+        ours, theirs = tiny.state(config), tiny.state(config)
+        engine, peer = EagerEngine(ours), PeerLoop(theirs, mean=tiny.HALF, std=tiny.HALF)
+        for _ in range(2):
+            engine.start_round()
+            for row in range(6):
+                engine.step()
+                total, terms = (peer.generator_step if row < 3 else peer.student_step)()
+                objective = (ours.generator if row < 3 else ours.student).objective
+                values = torch.stack([terms[name] for name in objective.names])
+                torch.testing.assert_close(values, ours.trace[row, : len(values)], rtol=1e-5, atol=1e-5)
+                expected = sum(objective.weights[name] * float(terms[name]) for name in objective.names)
+                assert total == pytest.approx(expected, rel=1e-5)
+            ours.position.round, ours.position.step = ours.position.round + 1, 0
+        for name, value in ours.student.module.model.state_dict().items():
+            torch.testing.assert_close(theirs.student.module.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+    def test_it_has_the_traits_of_published_loops(self):
+        state = tiny.state(tiny.config())
+        peer = PeerLoop(state, mean=tiny.HALF, std=tiny.HALF)
+        before = {name: value.clone() for name, value in state.student.module.model.named_buffers()}
+        with ops.backend("cuda"):  # any op of this project would raise an error here
+            assert isinstance(peer.generator_step()[0], float)
+            moved = {n for n, value in state.student.module.model.named_buffers() if not torch.equal(value, before[n])}
+            assert moved == set(before)
+            dropped = [*state.teacher.model.parameters(), *state.student.module.model.parameters()]
+            assert all(parameter.requires_grad for parameter in state.student.module.model.parameters())
+            assert all(p.grad is not None for p in dropped if p.requires_grad)
+            assert isinstance(peer.student_step()[0], float)
+
+    def test_other_terms_are_refused(self):
+        state = tiny.state(tiny.config(objective=ObjectiveConfig(preset="baseline")))
+        with pytest.raises(ValueError, match="dfkd-fgvc"):
+            PeerLoop(state, mean=tiny.HALF, std=tiny.HALF)
+        with pytest.raises(ValueError, match="spatial"):
+            PlainGate(SpatialAttention(8, form="channel"))
+
+
+class TestRoofline:
+    def test_flops_are_those_that_a_step_computes(self):
+        """PyTorch's counter sees the same convolutions and products in the eager engine's steps. State stays as is."""
+        state, teacher = variants.build(SMALL, 8, CPU, precision="fp32")
+        before = [tensor.clone() for tensor in state.changing()]
+        modes = [module.training for module in state.student.module.modules()]
+        work = round_work(state, image_size=SMALL.image)
+        assert all(torch.equal(a, b) for a, b in zip(before, state.changing(), strict=True))
+        assert modes == [module.training for module in state.student.module.modules()]
+        with frozen(teacher), ops.backend("reference"):
+            engine = EagerEngine(state)
+            engine.start_round()
+            for kind, counted in zip(("generator", "student"), work, strict=True):
+                with FlopCounterMode(display=False) as counter:
+                    getattr(engine, f"{kind}_step")()
+                assert counted.flops == counter.get_total_flops()
+
+    def test_layers_by_hand(self):
+        (layer,) = layers(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), torch.zeros(1, 3, 8, 8))
+        assert (layer.inputs, layer.weights, layer.outputs) == (3 * 64, 8 * 27, 8 * 16)
+        assert layer.flops == 2 * 8 * 16 * 27
+        (transposed,) = layers(torch.nn.ConvTranspose2d(3, 8, 3, stride=2), torch.zeros(1, 3, 8, 8))
+        assert transposed.flops == 2 * 3 * 64 * 8 * 9
+        layer = Layer(name="", inputs=10, weights=7, outputs=4, flops=3.0)
+        assert layer.forward(2) == Work(flops=6, bytes=2 * (20 + 8 + 7))
+        assert layer.backward(2, to_input=False, to_weights=True) == Work(flops=6, bytes=2 * (8 + 20))
+        assert layer.backward(2, to_input=True, to_weights=False) == Work(flops=6, bytes=2 * (8 + 20 + 7 + 20))
+
+    def test_a_step_takes_the_larger_of_both_bounds(self):
+        rates = Ceilings(copy_gbps=1.0, matmul_tflops=1.0)
+        work = (Work(flops=1e9, bytes=5e6), Work(flops=3e9, bytes=1e6))
+        found = roofline(work, rates, generator_steps=2, student_steps=1)
+        assert (found.generator_step_ms, found.student_step_ms) == pytest.approx((5.0, 3.0))
+        assert found.round_ms == pytest.approx(13.0)
+
+
+class TestVariants:
+    @pytest.mark.parametrize(
+        "variant",
+        # Both modes of torch.compile run the same code here.
+        [pytest.param(each, marks=pytest.mark.slow if each == "compile_max_autotune" else ()) for each in VARIANTS],
+    )
+    def test_each_writes_what_it_measured(self, variant):
+        arguments = [variant, "--out", "step.json", "--device", "cpu", "--size", "small"]
+        assert variants.main(arguments) == 0
+        if variant == "eager":
+            assert variants.main([*arguments, "--run", "2", "--compile-only"]) == 0
+        (row,) = read_results("step.json")["rows"]
+        assert (row["status"], row["variant"], row["batch"], row["run"]) == ("ok", variant, 4, 1)
+        times = ("generator_step_ms", "student_step_ms", "seconds_to_first_step", "round_ms", "prepare_s")
+        assert all(row[name] >= 0 for name in times)
+        assert row["images_per_s"] == pytest.approx(1e3 * 4 * 4 / row["round_ms"], rel=1e-3)
+        assert row["hours_per_350k_steps"] == pytest.approx(row["round_ms"] * 350_000 / 4 / 3.6e6, rel=1e-3)
+        assert row["engine"] == {"peer": "peer", "eager": "eager", "dfkd_fast": "eager"}.get(variant, "torch.compile")
+
+    def test_the_roofline_is_a_row(self):
+        assert variants.main(["roofline", "--out", "step.json", "--device", "cpu", "--size", "small"]) == 0
+        (row,) = read_results("step.json")["rows"]
+        assert row["round_ms"] == pytest.approx(2 * row["generator_step_ms"] + 2 * row["student_step_ms"], rel=1e-3)
+        assert row["copy_gbps"] > 0
+
+    def test_out_of_memory_is_a_row(self, monkeypatch):
+        def measure(*arguments: Any, **more: Any) -> dict[str, Any]:
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(variants, "measure", measure)
+        assert variants.main(["peer", "--out", "step.json", "--device", "cpu", "--size", "small"]) == 0
+        assert read_results("step.json")["rows"][0]["status"] == "out of memory"
+
+    def test_a_loss_that_is_not_finite_is_an_error(self, monkeypatch):
+        build = variants.build
+
+        def poisoned(*arguments: Any, **more: Any) -> Any:
+            state, teacher = build(*arguments, **more)
+            state.normalize.shift.fill_(float("nan"))
+            return state, teacher
+
+        monkeypatch.setattr(variants, "build", poisoned)
+        with pytest.raises(RuntimeError, match="not finite"):
+            variants.measure("eager", SMALL, 4, CPU, started=time.time())
+        with pytest.raises(ValueError, match="peer"), variants.make_loop("fastest", SMALL, 4, CPU):
+            pass
+
+    def test_random_teachers_have_plausible_statistics(self):
+        state, _ = variants.build(SMALL, 4, CPU)
+        norms = [m for m in state.teacher.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert norms
+        for norm in norms:
+            assert norm.momentum == 0.1
+            assert not torch.equal(norm.running_var, torch.ones(len(norm.weight)))
+
+
+def test_the_breakdown_is_a_row_per_engine():
+    assert breakdown.main(["--out", "breakdown.json", "--device", "cpu", "--size", "small"]) == 0
+    content = read_results("breakdown.json")
+    assert [row["engine"] for row in content["rows"]] == ["eager"]
+    section = breakdown.breakdown_section(content, "cpu")
+    assert section.startswith("### cpu\n")
+    assert "| eager | generator |" in section
+    assert "Engine `eager`, student step:" in section
+
+
+def test_either_engine_distils_the_demo(tmp_path):
+    config = read(DemoConfig, find("demo_digits"))
+    loop = replace(config.distill.loop, epochs=1, rounds_per_epoch=1, generator_steps=1, student_steps=1)
+    config = replace(config, teach=replace(config.teach, epochs=1), distill=replace(config.distill, loop=loop))
+    row = accuracy.run(config, ("digits", "dfkd-fgvc", "graph", 0), "cpu", folder=tmp_path)
+    assert 0 <= row["accuracy"] <= 1
+    assert 0 < row["teacher_accuracy"] <= 1
+    assert row["precision"] == "bf16"
+    assert list(Path(tmp_path).glob("*/accuracy.json"))
+
+
+ENVIRONMENT = {"device": {"name": "A GPU"}, "torch": "2.11.0", "commit": "0123456789abcdef", "source": "s"}
+
+
+class TestSections:
+    def rows(self) -> list[dict[str, Any]]:
+        speeds = dict(zip(VARIANTS, (100.0, 200.0, 300.0, 290.0, 410.0), strict=True))
+        rows = [
+            {
+                "variant": name, "batch": 64, "run": run, "status": "ok", "images_per_s": speed * run,
+                "round_ms": 1600 / speed, "generator_step_ms": 4.0, "student_step_ms": 3.0, "peak_bytes": 2**31,
+                "gpu_busy": 0.98, "hours_per_350k_steps": 2.0, "seconds_to_first_step": 20.0, "prepare_s": 9.0,
+            }
+            for name, speed in speeds.items() for run in (1, 3)
+        ]  # fmt: skip
+        floor = {"round_ms": 2.0, "generator_step_ms": 1.0, "student_step_ms": 0.5, "status": "ok"}
+        rows.append({"variant": "roofline", "batch": 64, "run": 1, **floor})
+        rows.append({"variant": "peer", "batch": 256, "run": 1, "status": "out of memory"})
+        return rows
+
+    def test_steps(self):
+        text = step_section({"environments": [ENVIRONMENT], "rows": self.rows()}, "a-gpu")
+        assert text.startswith("### a-gpu\n")
+        lines = text.splitlines()
+        (roof,) = [line for line in lines if line.startswith("| roofline |")]
+        assert "| 2.0 | 1.00 | 0.50 |" in roof
+        (peer,) = [line for line in lines if line.startswith("| peer | 200 ")]
+        assert "| 200 (100 to 300, n = 2) | 16.0 | 4.00 | 3.00 | 12.5% | 98.0% | 2.00 |" in peer
+        assert any(line.startswith("| peer | out of memory |") for line in lines)
+        assert "4.10 x `peer`" in text
+        assert "1.37 x `compile_max_autotune`" in text
+        assert "A GPU, torch 2.11.0, commit 0123456789ab." in text
+
+    def test_accuracy(self):
+        values = {"eager": [0.90, 0.94, 0.92], "graph": [0.91, 0.93, None]}
+        rows = [
+            {"experiment": "digits", "objective": "dfkd-fgvc", "engine": engine, "seed": seed, "accuracy": value}
+            for engine, each in values.items()
+            for seed, value in enumerate(each)
+        ]
+        text = accuracy.accuracy_section(json.loads(json.dumps({"rows": rows})), "a-gpu")
+        assert "92.0% (90.0% to 94.0%, n = 3)" in text
+        assert "92.0% (91.0% to 93.0%, n = 2)" in text

@@ -1,0 +1,55 @@
+"""The diffs of CONTRIBUTING.md: their code runs in the files that it is added to, and their tests pass."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dfkd_fast import data, objectives
+
+ROOT = Path(__file__).resolve().parents[2]
+DIFFS = re.findall(r"(?ms)^```diff\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+dispatch: Any = importlib.import_module("dfkd_fast.ops.backend")  # the package has a class of this name
+
+
+def added(diff: str) -> dict[str, str]:
+    """The lines that a diff adds to each file."""
+    _, *parts = re.split(r"(?m)^\+\+\+ b/(.*)\n", diff)
+    files = zip(parts[::2], parts[1::2], strict=True)
+    return {path: "".join(re.findall(r"(?m)^\+(?!\+\+)(.*\n)", text)) for path, text in files}
+
+
+@pytest.fixture(autouse=True)
+def _registries() -> Iterator[None]:
+    """Take out afterwards what the diffs register."""
+    names, tables = list(dispatch._names), (objectives.TERMS, data.DATASETS, dispatch._registry["distillation_kl"])
+    before = [dict(table) for table in tables]
+    yield
+    dispatch._names[:] = names
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+@pytest.mark.parametrize("diff", DIFFS, ids=lambda diff: re.findall(r"tests/test_(\w+).py", diff)[0])
+def test_the_code_of_a_diff_passes_its_test(diff):
+    (module, code), (test, checks) = added(diff).items()
+    assert (ROOT / module).is_file()
+    assert test.startswith("tests/test_")
+    there = importlib.import_module(module.removesuffix(".py").replace("/", "."))
+    annotations = "from __future__ import annotations\n"
+    exec(compile(annotations + code, module, "exec"), dict(vars(there)))
+    space: dict[str, Any] = {}
+    exec(compile(checks, test, "exec"), space)
+    (run,) = (value for name, value in space.items() if name.startswith("test_"))
+    run()
+
+
+def test_there_is_a_diff_for_a_term_a_data_set_and_a_backend():
+    folders = {path.rpartition("/")[0] for diff in DIFFS for path in added(diff)}
+    assert folders == {"dfkd_fast/objectives", "dfkd_fast/data", "dfkd_fast/ops", "tests"}

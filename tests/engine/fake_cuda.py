@@ -1,0 +1,436 @@
+"""A process that takes an H100 for granted: whole steps on fake CUDA tensors, traced and compiled without a GPU.
+
+Run as a script, it takes both steps of a variant of `benchmarks/step/variants.py` through Dynamo, AOTAutograd and, with
+``--code``, Inductor's code generation, and writes a report. Nothing is computed: tensors have shapes, strides, dtypes
+and a device, but no values. :func:`trace` starts such a process. It has to be one of its own, because the tests' own
+process runs Triton in its interpreter, and because of the library that it loads first (:data:`_NO_ACCELERATOR`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode, fake_tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["C_COMPILER", "count_launches", "generated_code", "trace"]
+
+C_COMPILER = os.environ.get("CC", "cc")
+_STEPS = ("generator_step", "student_step")
+
+# Autograd's engine asks CUDA for streams wherever torch is built with it. Without an accelerator it asks for none.
+_NO_ACCELERATOR = """
+short _ZN2at11accelerator14getAcceleratorEb(char checked) { return 0; }  /* an empty std::optional<DeviceType> */
+char _ZN2at11accelerator13isAcceleratorEN3c1010DeviceTypeE(char type) { return 0; }
+"""
+
+
+def trace(*variants: str, code: bool = False) -> dict[str, dict[str, Any]]:
+    """The report of each variant, all from one process.
+
+    Args:
+        *variants: ``dfkd_fast``, ``compile`` (plain networks and reference ops, compiled), ``peer``, or a fault that
+            is put into the first (:data:`_FAULTS`).
+        code: generate code, which takes minutes.
+
+    Returns:
+        By variant ``error`` (None, or what stopped it), ``regions`` and ``graph_breaks`` (Dynamo's counts),
+        ``synchronizations`` of each step outside of compiled regions, and ``graphs``: by name, such as
+        ``student_step.teacher.forward``, the ``calls`` of our operators with shapes and strides, the
+        ``synchronizations`` and, with ``code``, the generated ``code``.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as folder:
+        library, out = Path(folder) / "no_accelerator.so", Path(folder) / "reports.json"
+        command = [C_COMPILER, "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+        subprocess.run(command, input=_NO_ACCELERATOR, text=True, check=True)
+        # A GPU that is there is hidden, so that all machines trace alike.
+        environment |= {"LD_PRELOAD": str(library), "TORCHINDUCTOR_CACHE_DIR": folder, "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, __file__, *variants, f"--out={out}", *(["--code"] if code else [])]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if not out.exists():
+            raise RuntimeError(f"the trace ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        return json.loads(out.read_text())
+
+
+def generated_code(variant: str = "dfkd_fast") -> dict[str, str]:
+    """The source that Inductor generates for each graph of both steps at the paper's size; takes minutes."""
+    report = trace(variant, code=True)[variant]
+    if report["error"] is not None:
+        raise RuntimeError(report["error"])
+    return {name: graph["code"] for name, graph in report["graphs"].items()}
+
+
+_LAUNCHES = {
+    "triton": re.compile(r"\btriton_\w+\.run\("),  # kernels that Inductor writes
+    "extern": re.compile(r"\bextern_kernels\.\w+\(|\btorch\.ops\.(?!dfkd_fast\.)\w+\.\w+\.\w+\("),  # libraries
+    "dfkd_fast": re.compile(r"\btorch\.ops\.dfkd_fast\.\w+\.\w+\("),
+}
+
+
+def count_launches(code: str) -> dict[str, int]:
+    """How often generated code calls a kernel that Inductor writes, a library and an operator of ours."""
+    return {kind: len(pattern.findall(code)) for kind, pattern in _LAUNCHES.items()}
+
+
+_H100 = SimpleNamespace(
+    **{"name": "NVIDIA H100 80GB HBM3", "major": 9, "minor": 0, "multi_processor_count": 132, "warp_size": 32},
+    **{"total_memory": 80 << 30, "L2_cache_size": 50 << 20, "max_threads_per_multi_processor": 2048},
+    **{"regs_per_multiprocessor": 65536, "shared_memory_per_multiprocessor": 233472},
+    **{"shared_memory_per_block": 49152, "shared_memory_per_block_optin": 232448, "gcnArchName": ""},
+)
+
+
+def _conv_format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+    formats = [torch._prims_common.suggest_memory_format(tensor) for tensor in (x, weight)]
+    return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
+
+
+@contextlib.contextmanager
+def fake_cuda() -> Iterator[FakeTensorMode]:
+    """Inside, torch takes this machine for one with an H100; yields the mode that makes tensors fake, not yet on."""
+    from torch._dynamo import device_interface
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    device: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "exchange_device": lambda index: 0,
+        "maybe_exchange_device": lambda index: 0,
+        "get_device_properties": lambda device=None: _H100,
+    }
+    answers: list[tuple[Any, str, Any]] = [
+        # What torch, Dynamo, Inductor and our ops ask about the device; Dynamo's interface keeps copies.
+        *((torch.cuda, f"_{name}" if "exchange" in name else name, answer) for name, answer in device.items()),
+        *((device_interface.CudaInterface, name, staticmethod(answer)) for name, answer in device.items()),
+        (device_interface.CudaInterface.Worker, "get_device_properties", staticmethod(device["get_device_properties"])),
+        (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        # Optimizers ask whether a graph is being captured.
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
+        # Dynamo saves and restores CUDA's random stream around a trace, and asks for the current stream.
+        (torch.cuda, "get_rng_state", lambda *a: torch.get_rng_state()),
+        (torch.cuda, "set_rng_state", lambda *a: None),
+        (torch.accelerator, "is_available", lambda: False),
+        # cuDNN's choice of a memory format, which the fake convolution asks the missing device for.
+        (torch._C, "_select_conv_backend", lambda *a, **k: torch._C._ConvBackend.Cudnn),
+        (torch._C, "_conv_determine_backend_memory_format", _conv_format),
+        # The architecture that Inductor's Triton kernels are written for.
+        (driver, "_active", SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))),
+        # Fake tensors that take the device as available make a real tensor on it first.
+        (FakeTensorMode, "avoid_device_init", True),
+        (fake_tensor, "init_gpu_context", lambda device: None),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in answers:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield FakeTensorMode()
+
+
+def _like(x: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+
+
+class _CopyToCuda(TorchFunctionMode):
+    """Copies that ``copy.deepcopy`` makes are fake tensors on cuda:0 with the strides of the original."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self._mode = mode
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C.TensorBase.clone:  # of a parameter's data
+            return self._fake(args[0])
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = self._fake(tensor)
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
+
+    def _fake(self, x: Tensor) -> Tensor:
+        with self._mode, torch.no_grad():
+            return _like(x, torch.device("cuda:0"))
+
+
+def _require_equal_strides(parameters: list[Tensor], *others: list[Tensor]) -> None:
+    """Fused optimizers refuse gradients and buffers that do not lie like their parameters."""
+    for other in others:
+        for one, two in zip(parameters, other, strict=True):
+            pairs = zip(one.shape, one.stride(), two.stride(), strict=False)
+            if one.shape == two.shape and any(size != 1 and here != there for size, here, there in pairs):
+                raise AssertionError(f"{tuple(one.shape)}: strides {one.stride()} and {two.stride()} in one optimizer")
+
+
+_COPIES = ("aten::_to_copy", "aten::copy_", "prims::device_put")
+
+
+def _synchronizes(operator: Any, inputs: Any, result: Any) -> bool:
+    """Whether the host waits for the device in a call: its result depends on values, or is on the other side."""
+    devices = {leaf.device.type for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
+    dynamic = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operator.tags)
+    # Indexing waits for masks only, which fake tensors refuse.
+    if "cuda" in devices and dynamic and operator.name() != "aten::index.Tensor":
+        return True
+    return operator.name() in _COPIES and devices | {result.device.type} == {"cpu", "cuda"}
+
+
+class _Synchronizations(TorchDispatchMode):
+    """Writes down the operators outside of compiled regions that make the host wait; a value that is read is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # else Dynamo would not compile inside
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.name() == "aten::_local_scalar_dense":
+            result: Any = 1.0 if args[0].is_floating_point() else 1
+        elif func.name().partition(".")[0] in ("aten::_fused_adam_", "aten::_fused_sgd_"):  # torch has no fake of them
+            _require_equal_strides(*(each for each in args if isinstance(each, list | tuple) and each))
+            result = None
+        else:
+            result = func(*args, **kwargs)
+        if _synchronizes(func, (args, kwargs), result):
+            self.found.append(str(func))
+        return result
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("val") if isinstance(node, torch.fx.Node) else node
+
+
+def _described(value: Any) -> Any:
+    value = _value(value)
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "stride": list(value.stride()), "dtype": str(value.dtype)}
+    return [_described(one) for one in value] if isinstance(value, list | tuple) else str(value)
+
+
+def _call(node: torch.fx.Node) -> dict[str, Any]:
+    """An operator of ours in a graph, with shapes and strides."""
+    operator: Any = node.target
+    named = zip((argument.name for argument in operator._schema.arguments), node.args, strict=False)
+    results = _described(node)
+    return {
+        "op": operator.name().partition("::")[2],
+        "arguments": {name: _described(value) for name, value in named},
+        "results": results if isinstance(results, list) else [results],
+    }
+
+
+class _Compiler:
+    """A backend of torch.compile: Inductor as far as AOTAutograd's graphs, or as far as its code.
+
+    Attributes:
+        step: in progress.
+        graphs: of the report.
+    """
+
+    def __init__(self, code: bool) -> None:
+        self.code, self.step = code, ""
+        self.graphs: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(module, inputs, inner_compile=self._inner)
+
+    def _inner(self, module: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable[..., Any]:
+        region = torch._guards.TracingContext.get().traced_code[0].co_name.removeprefix("region_")
+        name = f"{self.step}.{region}.{'backward' if options.get('is_backward') else 'forward'}"
+        assert name not in self.graphs, f"{name} is compiled twice"
+        nodes = [node for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        self.graphs[name] = {
+            "calls": [_call(node) for node in nodes if node.target.namespace == "dfkd_fast"],
+            "synchronizations": [
+                str(node.target)
+                for node in nodes
+                if _synchronizes(node.target, tree_map(_value, (node.args, node.kwargs)), _value(node))
+            ],
+        }
+        outputs = [_value(node) for node in module.graph.output_node().args[0]]
+        if self.code:
+            self.graphs[name]["code"] = _generate(module, inputs, options)
+
+        def run(arguments: list[Any]) -> list[Any]:
+            arguments.clear()
+            return [_like(x, x.device) if isinstance(x, Tensor) else x for x in outputs]
+
+        run._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd then lets go of the arguments
+        return run
+
+
+def _generate(module: torch.fx.GraphModule, inputs: list[Tensor], options: dict[str, Any]) -> str:
+    """What Inductor would load and run."""
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.graph import GraphLowering
+
+    codes: list[str] = []
+
+    def keep(lowering: GraphLowering) -> None:
+        codes.append(lowering.codegen()[0].value)
+        raise InterruptedError("kernels would be compiled next")
+
+    with mock.patch.object(GraphLowering, "compile_to_module", keep):
+        try:
+            compile_fx_inner(module, inputs, **options)
+        except Exception:
+            if not codes:
+                raise
+    return codes[0]
+
+
+def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.ExitStack) -> Any:
+    """What takes the steps of a variant, on fake CUDA tensors; ``stack`` ends them.
+
+    The state is built on the CPU, since building looks at values, and copied.
+    """
+    from dfkd_fast import ops
+    from dfkd_fast.benchmarks.step import variants as step_variants
+    from dfkd_fast.benchmarks.step.peer_loop import PeerLoop
+    from dfkd_fast.engine import CompiledEngine, Engine, networks
+    from dfkd_fast.models import fold_batchnorm, frozen
+
+    cpu, half = torch.device("cpu"), (0.5, 0.5, 0.5)
+    # BatchNorm statistics do not matter, and take seconds.
+    with mock.patch.object(step_variants, "_with_statistics", lambda model, size, device: model.eval()):
+        state, teacher = step_variants.build(size, size.batch, cpu, channels_last=variant != "peer")
+    folded = fold_batchnorm(state.teacher, dtype=state.runtime.autocast, image_size=size.image)
+    mode = stack.enter_context(fake_cuda())
+    with _CopyToCuda(mode):
+        state, teacher, folded = copy.deepcopy((state, teacher, folded), {id(state.noise): state.noise})
+    state.runtime = replace(state.runtime, device=torch.device("cuda:0"))
+    stack.enter_context(mode)
+    if variant == "peer":
+        # New modules are made on the device: a fake parameter cannot be moved.
+        with torch.device("cuda:0"), mock.patch.object(nn.Module, "to", lambda module, *a, **k: module):
+            return PeerLoop(state, mean=half, std=half)
+    if variant == "compile":
+        stack.enter_context(ops.backend("reference"))
+        stack.enter_context(frozen(teacher))
+        compiled = networks.eager_networks(state, compile={"backend": compiler})
+        return Engine("eager", state, compiled, step_variants._MarkingExecutor())
+    stack.enter_context(frozen(teacher))
+    with mock.patch.object(networks, "fold_batchnorm", return_value=folded), _CopyToCuda(mode):
+        return CompiledEngine(state, backend=compiler)  # type: ignore[arg-type]
+
+
+def _break_graph(engine: Any) -> None:
+    term = engine.state.generator.objective.terms["kd"]
+    forward = term.forward
+
+    def broken(*arguments: Any) -> Tensor:
+        torch._dynamo.graph_break()
+        return forward(*arguments)
+
+    term.forward = broken
+
+
+def _read_back(engine: Any) -> None:
+    draw = engine.state.draw
+
+    def reading(count: int) -> Tensor:
+        noise = draw(count)
+        noise.sum().item()
+        noise.cpu()
+        return noise
+
+    engine.state.draw = reading
+
+
+def _change_shape(engine: Any) -> None:
+    draw, counts = engine.state.draw, itertools.count()
+    engine.state.draw = lambda count: draw(count + next(counts))
+
+
+def _change_strides(engine: Any) -> None:
+    """For the rest of this process."""
+    module = importlib.import_module("dfkd_fast.ops.batchnorm_statistics")
+    # As where an operator's fake forgets the memory format.
+    module.new_map = lambda x, dtype=None: torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+# What is put into a generator step of the small size, for the nets to catch.
+_FAULTS: dict[str, tuple[Callable[[Any], None], ...]] = {
+    "graph_break": (_break_graph,),
+    "other_faults": (_read_back, _change_shape, _change_strides),
+}
+
+
+def _report(variant: str, code: bool) -> dict[str, Any]:
+    from torch._dynamo.utils import counters
+
+    from dfkd_fast.benchmarks.step.variants import SIZES
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiler, error = _Compiler(code), None
+    synchronizations: dict[str, list[str]] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
+        # Random numbers as the engine has them. Folding constants and padding matrices would make real tensors.
+        inductor = {"fallback_random": True, "joint_graph_constant_folding": False, "shape_padding": False}
+        stack.enter_context(torch._inductor.config.patch(inductor))
+        faults = _FAULTS.get(variant, ())
+        engine = _engine(variant, SIZES["small" if faults else "full"], compiler, stack)
+        for inject in faults:
+            inject(engine)
+        try:
+            for again in ("", " again"):
+                for compiler.step in _STEPS[:1] if faults else _STEPS:
+                    with _Synchronizations() as seen:
+                        getattr(engine, compiler.step)()
+                    synchronizations[compiler.step + again] = seen.found
+        except Exception:
+            error = traceback.format_exc()
+    return {
+        "error": error,
+        "regions": counters["stats"]["unique_graphs"],
+        "graph_breaks": dict(counters["graph_break"]),
+        "synchronizations": synchronizations,
+        "graphs": compiler.graphs,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("variants", nargs="+", choices=["dfkd_fast", "compile", "peer", *_FAULTS])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--code", action="store_true", help="generate code, which takes minutes")
+    options = parser.parse_args()
+    reports = {variant: _report(variant, options.code) for variant in options.variants}
+    options.out.write_text(json.dumps(reports))
+    # Threads of the autograd engine end badly without a device.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The commands, as a user types them, at the smallest size."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dfkd_fast.cli import COMMANDS, main
+from dfkd_fast.config import ExperimentConfig, ModelConfig, read
+from dfkd_fast.models import create_model, read_metadata, save_weights
+
+EXPERIMENT = {
+    "data": {"name": "digits", "image_size": 16},
+    "teacher": {"name": "resnet8", "options": {"widths": [4, 4, 8, 12]}},
+    "student": {"name": "resnet8", "options": {"widths": [4, 4, 6, 8]}},
+    "teach": {"epochs": 1, "device": "cpu", "lr": 0.1},
+    "distill": {
+        "device": "cpu",
+        "generator": {"latent_dim": 6, "channels": [8, 8, 8, 8, 8]},
+        "objective": {"student": {"sfcl": 1.0}},
+        "loop": {"epochs": 1, "rounds_per_epoch": 2, "generator_steps": 1, "student_steps": 1, "batch_size": 8},
+    },
+}
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> str:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(EXPERIMENT))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A teacher's weights, by the command that makes them."""
+    folder = tmp_path_factory.mktemp("teacher")
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    main(["teach", "--config", str(folder / "experiment.yaml"), "--out", str(folder / "taught")])
+    return str(folder / "taught" / "teacher.safetensors")
+
+
+def test_distill_evaluate_export(
+    experiment: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["distill", "--config", experiment, "--teacher.weights", teacher, "--out", "run"])
+    student = tmp_path / "run" / "student.safetensors"
+    assert read_metadata(student)["model"] == "resnet8"
+    assert "agreement" in capsys.readouterr().out
+
+    main(["distill", "--config", experiment, "--teacher.weights", teacher, "--out", "run", "--resume"])
+
+    for data in (["--config", experiment], ["--data.name", "digits", "--data.image_size", "16"]):
+        main(["evaluate", "--weights", str(student), *data, "--device", "cpu"])
+        assert "360" in capsys.readouterr().out  # a fifth of 1,797 scans
+
+    main(["export", "--weights", str(student)])
+    assert (tmp_path / "run" / "export" / "student.onnx").is_file()
+    assert (tmp_path / "run" / "export" / "student.safetensors").is_file()
+
+
+def test_distilling_needs_no_data(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = {name: value for name, value in EXPERIMENT.items() if name != "data"}
+    (tmp_path / "no_data.yaml").write_text(yaml.safe_dump(content))
+    main(["distill", "--config", str(tmp_path / "no_data.yaml"), "--teacher.weights", teacher, "--out", "run"])
+    assert (tmp_path / "run" / "student.safetensors").is_file()  # classes, size and normalisation came from the file
+    assert "top-1" not in capsys.readouterr().out.rsplit("agreement", 1)[1]
+
+
+def test_command_line_goes_over_the_file(experiment: str, tmp_path: Path) -> None:
+    save_weights(create_model(ModelConfig(**EXPERIMENT["teacher"]), num_classes=10), "t.safetensors", {})  # type: ignore[arg-type]
+    arguments = ["--teacher.weights", "t.safetensors", "--out", "run", "--distill.loop.rounds_per_epoch", "1"]
+    main(["distill", "--config", experiment, *arguments, "--distill.objective.student.mhad", "3"])
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["distill"]
+    again = read(ExperimentConfig, tmp_path / "run" / "config.yaml")  # what was run can be run again
+    assert again.teacher.weights == "t.safetensors"
+    assert again.student.options == {"widths": [4, 4, 6, 8]}
+    assert again.data.name == "digits"
+    assert saved["loop"]["rounds_per_epoch"] == 1
+    assert saved["objective"]["student"] == {"sfcl": 1.0, "mhad": 3.0}
+
+
+def test_fine_tuning_starts_from_other_classes(
+    experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ModelConfig(**EXPERIMENT["teacher"])  # type: ignore[arg-type]
+    save_weights(create_model(config, num_classes=7), tmp_path / "seven.safetensors", {})
+    main(["teach", "--config", experiment, "--teacher.weights", "seven.safetensors", "--out", "taught"])
+    assert "top-1" in capsys.readouterr().out
+    assert read_metadata(tmp_path / "taught" / "teacher.safetensors")["num_classes"] == "10"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distill", "--config", "{experiment}"], "--teacher.weights must name the teacher's weights"),
+        (["distill", "--config", "nowhere"], "no config file 'nowhere'; by name there are aircraft"),
+        (["evaluate", "--config", "{experiment}", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["teach", "--config", "{experiment}", "--teach.device", "gpu"], "device must be 'auto' or a torch device"),
+        (["teach", "--config", "{experiment}", "--teacher.name", "resnet9"], "resnet8"),
+        (["teach", "--config", "{experiment}", "--teach.epohcs", "3"], "epohcs"),
+        (["teach", "--data.name", "digits"], "--teacher.name must be given"),
+        (["evaluate", "--weights", "nowhere.safetensors"], "--data.name must be given"),
+        (["bench", "--nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_said_shortly_and_end_with_status_2(
+    experiment: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([word.format(experiment=experiment) for word in arguments])
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) <= 4  # a hundred options would bury it
+
+
+def test_a_traceback_is_shown_where_asked_for(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DFKD_FAST_TRACEBACK", "1")
+    with pytest.raises(ValueError, match=r"--teacher.weights"):
+        main(["distill", "--config", experiment])
+
+
+def test_every_command_has_help() -> None:
+    script = Path(sys.executable).with_name("dfkd-fast")
+    shown = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(name in shown for name in COMMANDS)
+
+
+def test_help_shows_the_options_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", "--help"])
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--config", "--weights", "--data", "--model", "--device"))
+    assert not any(option in shown for option in ("--teach", "--student", "--distill"))
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        ([], {}),
+        (["a", "b"], {"ops": ["a", "b"]}),
+        (["a", "--tune", "--out=x"], {"ops": ["a"], "tune": True, "out": "x"}),
+        (["--backends", "triton,peer:x", "a"], {"ops": ["a"], "backends": ["triton", "peer:x"]}),
+    ],
+)
+def test_bench_takes_ops_by_name(words: list[str], changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dfkd_fast.benchmarks.ops import bench as module
+
+    called: list[dict[str, Any]] = []
+    monkeypatch.setattr(module, "bench", lambda ops, **options: not called.append({"ops": ops, **options}))
+    main(["bench", *words])
+    defaults = {"ops": None, "shapes": "paper", "out": "runs/bench", "tune": False, "backends": None, "device": "cuda"}
+    assert called == [{**defaults, **changed}]
+
+
+def test_torch_files_are_weights_too(experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ModelConfig(**EXPERIMENT["student"])  # type: ignore[arg-type]
+    state = create_model(config, num_classes=10).state_dict()
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "s.pt")
+    widths = '{"widths": [4, 4, 6, 8]}'
+    main(
+        ["evaluate", "--weights", "s.pt", "--config", experiment, "--model.name", "resnet8", "--model.options", widths]
+    )
+    assert "top-1" in capsys.readouterr().out

@@ -1,0 +1,179 @@
+"""Both steps at the paper's size on fake CUDA tensors: whole graphs, nothing waits, strides are those declared.
+
+ResNet-34 to ResNet-18, 224 x 224, batches of 64, bf16, channels-last, without a GPU; see `fake_cuda.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from ast import literal_eval
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from . import fake_cuda
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which(fake_cuda.C_COMPILER) is None, reason="no C compiler"),
+    pytest.mark.timeout(600),  # up to half a minute each on an idle machine
+]
+
+GRAPHS = {
+    *(
+        f"generator_step.{region}.{direction}"
+        for region in ("generator", "teacher", "student", "objective")
+        for direction in ("forward", "backward")
+    ),
+    *(f"student_step.{region}.forward" for region in ("generator", "teacher", "student", "objective")),
+    *(f"student_step.{region}.backward" for region in ("student", "objective")),
+}
+"""The generator and the teacher have no gradient in student steps."""
+
+# The argument whose memory format each result has, after the docstrings of dfkd_fast.ops; None is contiguous. An
+# operator that is not here fails: a new one is declared here first.
+DECLARED: dict[str, tuple[str | None, ...]] = {
+    "batchnorm_statistics": ("x", None, None, None),
+    "batchnorm_statistics_backward": ("x", None, None, "x"),
+    "channel_statistics": (None, None),
+    "channel_statistics_backward": ("x",),
+    "contrastive_loss": (None, None),
+    "contrastive_loss_backward": ("anchors", "positives"),
+    "distillation_kl": (None, None),
+    "distillation_kl_backward": ("a", "b"),
+    "high_order_attention": ("x",),
+    "high_order_attention_backward": ("x", None, None),
+    "high_order_attention_mse": (None,),
+    "high_order_attention_mse_backward": ("x", None, None),
+    "max_pool2x2": ("x", "x"),
+    "max_unpool2x2": ("code",),
+    "max_unpool2x2_backward": ("code",),
+    "spatial_attention": ("features", None),
+    "spatial_attention_backward": ("features", "hidden", None, None),
+    "statistics_distance": (None, None),
+    "statistics_distance_backward": ("x",),
+}
+
+
+def is_dense(x: dict[str, Any], order: tuple[int, ...]) -> bool:
+    """Whether a tensor has no gaps, its dimensions lying in this order from the innermost out."""
+    expected = 1
+    for dim in order:
+        if x["shape"][dim] not in (1, 0) and x["stride"][dim] != expected:
+            return False
+        expected *= x["shape"][dim]
+    return True
+
+
+def is_channels_last(x: dict[str, Any]) -> bool:
+    return len(x["shape"]) == 4 and is_dense(x, (1, 3, 2, 0))
+
+
+def is_contiguous(x: dict[str, Any]) -> bool:
+    return is_dense(x, tuple(range(len(x["shape"])))[::-1])
+
+
+def as_declared(call: dict[str, Any]) -> list[bool]:
+    """Whether the strides of a call's results are the declared ones, going by its arguments."""
+    found = []
+    for like, result in zip(DECLARED[call["op"]], call["results"], strict=True):
+        maps = like is not None and 0 not in result["shape"] and is_channels_last(call["arguments"][like])
+        found.append((is_channels_last if maps else is_contiguous)(result))
+    return found
+
+
+def require_whole_graphs(report: dict[str, Any]) -> None:
+    """One graph a region, and the same graphs in the second round of steps."""
+    assert report["error"] is None, report["error"]
+    assert report["graph_breaks"] == {}
+    assert report["regions"] == 8
+    assert set(report["graphs"]) == GRAPHS
+
+
+def require_no_synchronization(report: dict[str, Any]) -> None:
+    for step, found in report["synchronizations"].items():
+        assert found == [], f"the host waits in {step}"
+    for name, graph in report["graphs"].items():
+        assert graph["synchronizations"] == [], f"the host waits in {name}"
+
+
+def require_declared_strides(report: dict[str, Any]) -> None:
+    for name, graph in report["graphs"].items():
+        for call in graph["calls"]:
+            for argument, value in call["arguments"].items():
+                if isinstance(value, dict) and len(value["shape"]) == 4:
+                    assert is_channels_last(value), f"{argument} of {call['op']} in {name}"
+            assert all(as_declared(call)), f"results of {call['op']} in {name}: {call['results']}"
+
+
+def test_our_engine() -> None:
+    report = fake_cuda.trace("dfkd_fast")["dfkd_fast"]
+    require_whole_graphs(report)
+    require_no_synchronization(report)
+    require_declared_strides(report)
+    # Each op is Triton's. A ResNet-34 has 36 BatchNorms, the generator 4 blocks, a ResNet 4 stages.
+    calls = Counter(call["op"] for graph in report["graphs"].values() for call in graph["calls"])
+    assert calls == {
+        **{"batchnorm_statistics": 36, "batchnorm_statistics_backward": 36},
+        **{"spatial_attention": 8, "spatial_attention_backward": 4},
+        **{"max_pool2x2": 8, "max_unpool2x2": 12, "max_unpool2x2_backward": 4},
+        **{"high_order_attention": 4, "high_order_attention_mse": 4, "high_order_attention_mse_backward": 4},
+        **{"contrastive_loss": 1, "contrastive_loss_backward": 1},
+        **{"distillation_kl": 2, "distillation_kl_backward": 2},
+    }
+
+
+def test_the_compiled_baseline() -> None:
+    report = fake_cuda.trace("compile")["compile"]
+    require_whole_graphs(report)
+    require_no_synchronization(report)
+    assert [call for graph in report["graphs"].values() for call in graph["calls"]] == []  # plain PyTorch
+
+
+def test_the_peer_reads_its_loss_and_nothing_else() -> None:
+    report = fake_cuda.trace("peer")["peer"]
+    assert report["error"] is None, report["error"]
+    assert len(report["synchronizations"]) == 4
+    for step, found in report["synchronizations"].items():
+        assert found == ["aten._local_scalar_dense.default"], step
+
+
+def test_faults_are_found() -> None:
+    reports = fake_cuda.trace("graph_break", "other_faults")
+    with pytest.raises(AssertionError, match=r"Unsupported: Call to .*graph_break"):
+        require_whole_graphs(reports["graph_break"])
+    faulty = reports["other_faults"]
+    with pytest.raises(AssertionError, match="RecompileError: Recompiling function region_generator"):
+        require_whole_graphs(faulty)
+    with pytest.raises(AssertionError, match="the host waits in generator_step"):
+        require_no_synchronization(faulty)
+    found = faulty["synchronizations"]["generator_step"]
+    assert found == ["aten._local_scalar_dense.default", "aten._to_copy.default"]
+    with pytest.raises(AssertionError, match=r"results of batchnorm_statistics in generator_step\.teacher\.forward"):
+        require_declared_strides(faulty)
+
+
+RESULT = re.compile(r"assert_size_stride\(\w+, (\(.*?\)), (\(.*?\)), 'torch\.ops\.dfkd_fast\.(\w+)\.default'\)")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("variant", ["dfkd_fast", "compile"])
+def test_generated_code_holds_our_operators_to_their_strides(variant: str) -> None:
+    report = fake_cuda.trace(variant, code=True)[variant]
+    require_whole_graphs(report)
+    for name, graph in report["graphs"].items():
+        count = fake_cuda.count_launches(graph["code"])
+        assert count["triton"] > 0, name
+        assert count["dfkd_fast"] == len(graph["calls"]), name
+        declared = Counter(
+            (call["op"], tuple(result["shape"]), tuple(result["stride"]))
+            for call in graph["calls"]
+            for result in call["results"]
+        )
+        asserted = Counter(
+            (op, literal_eval(shape), literal_eval(strides)) for shape, strides, op in RESULT.findall(graph["code"])
+        )
+        assert {op for op, *_ in asserted} == {call["op"] for call in graph["calls"]}, name
+        assert asserted <= declared, name  # a result that nothing reads is not asserted

@@ -1,0 +1,173 @@
+"""What follows a BatchNorm and is fused with it: the same network, fewer passes, and nothing guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from dfkd_fast import ops
+from dfkd_fast.models import FeatureModel, extract, frozen
+
+from .nets import NARROW, close, images, network, unsettled
+
+
+class _Net(nn.Module):
+    """A stem, what is under test, and a head."""
+
+    def __init__(self, rule: Callable[[Any, Tensor], Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.other, self.act = nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.skip, self.fc = nn.Identity(), nn.Linear(4, 5)
+        self.register_buffer("place", torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2)))
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.rule = rule
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rule(self, self.conv(x)).mean((2, 3)))
+
+
+def _add_to(x: Tensor, y: Tensor) -> Tensor:
+    x += y
+    return x
+
+
+def _later(m: Any, x: Tensor) -> Tensor:
+    """The norm's input is written into before the addition."""
+    y = m.bn(x)
+    return y + m.act(x)
+
+
+def _residual_written(m: Any, x: Tensor) -> Tensor:
+    """The residual is written into after the addition and before the activation."""
+    h = x * 2
+    y = m.bn(x) + h
+    z = h.mul_(3)
+    return F.relu(y) + z
+
+
+CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, str]]] = {
+    "module": (lambda m, x: m.act(m.bn(x)), {"bn": "relu"}),
+    "F.relu": (lambda m, x: F.relu(m.bn(x)), {"bn": "relu"}),
+    "F.relu in place": (lambda m, x: F.relu(m.bn(x), inplace=True), {"bn": "relu"}),
+    "torch.relu": (lambda m, x: torch.relu(m.bn(x)), {"bn": "relu"}),
+    "method": (lambda m, x: m.bn(x).relu(), {"bn": "relu"}),
+    "method in place": (lambda m, x: m.bn(x).relu_(), {"bn": "relu"}),
+    "F.relu6": (lambda m, x: F.relu6(m.bn(x)), {"bn": "relu6"}),
+    "F.hardtanh": (lambda m, x: F.hardtanh(m.bn(x), 0.0, 6.0), {"bn": "relu6"}),
+    "F.hardtanh by name": (lambda m, x: F.hardtanh(m.bn(x), min_val=0, max_val=6), {"bn": "relu6"}),
+    "other limits": (lambda m, x: F.hardtanh(m.bn(x), 0.0, 1.0), {"bn": ""}),
+    "identity between": (lambda m, x: m.act(m.skip(m.bn(x))), {"bn": "relu"}),
+    "leaky": (lambda m, x: F.leaky_relu(m.bn(x)), {"bn": ""}),
+    "add": (lambda m, x: m.bn(x) + x, {"bn": "add"}),
+    "add from the right": (lambda m, x: x + m.bn(x), {"bn": "add"}),
+    "add and activation": (lambda m, x: m.act(m.bn(x) + x), {"bn": "add+relu"}),
+    "torch.add": (lambda m, x: torch.add(m.bn(x), x).relu(), {"bn": "add+relu"}),
+    "add in place": (lambda m, x: m.act(_add_to(m.bn(x), x)), {"bn": "add+relu"}),
+    "method add in place": (lambda m, x: m.bn(x).add_(x), {"bn": "add"}),
+    "alpha": (lambda m, x: torch.add(m.bn(x), x, alpha=2), {"bn": ""}),
+    "a number": (lambda m, x: m.act(m.bn(x) + 1), {"bn": ""}),
+    "itself": (lambda m, x: (lambda y: y + y)(m.bn(x)), {"bn": ""}),
+    "a buffer": (lambda m, x: m.act(m.bn(x) + m.place), {"bn": "add+relu"}),
+    "broadcast": (lambda m, x: m.act(m.bn(x) + x.mean((2, 3), keepdim=True)), {"bn": ""}),
+    "promoted": (lambda m, x: m.bn(x) + x.double(), {"bn": ""}),
+    "into the residual": (lambda m, x: (lambda y: y.add_(m.bn(x)) * y)(x * 2), {"bn": ""}),
+    "used twice": (lambda m, x: (lambda y: m.act(y + x) * y)(m.bn(x)), {"bn": ""}),
+    "sum used twice": (lambda m, x: (lambda y: F.relu(y) * y)(m.bn(x) + x), {"bn": "add"}),
+    "two norms": (lambda m, x: m.act(m.bn(x) + m.other(x)), {"bn": "add+relu", "other": ""}),
+    "two norms, in place": (lambda m, x: m.act(_add_to(m.bn(x), m.other(x))), {"bn": "add+relu", "other": ""}),
+    "the second activated": (lambda m, x: m.bn(x) + F.relu(m.other(x)), {"bn": "add", "other": "relu"}),
+    "the first activated": (lambda m, x: F.relu(m.bn(x)) + m.other(x), {"bn": "relu", "other": "add"}),
+    "input overwritten": (_later, {"bn": ""}),
+    "input overwritten past an identity": (lambda m, x: (lambda y: m.skip(y) + m.act(x))(m.bn(x)), {"bn": ""}),
+    "residual overwritten": (_residual_written, {"bn": "add+relu"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_patterns(case: str) -> None:
+    rule, expected = CASES[case]
+    model = unsettled(_Net((lambda m, x: rule(m, x).float()) if case == "promoted" else rule))
+    extracted = extract(model, stages=["conv"], statistics=True, image_size=8)
+    assert dict(zip(extracted.batchnorms, extracted.fused, strict=True)) == expected
+    x = images(3, 8)
+    with torch.no_grad():
+        outputs = extracted(x)
+        close(outputs.logits, model(x))
+        close(outputs.statistics[0].mean, model.conv(x).mean((0, 2, 3)))
+        close(outputs.features[0], model.conv(x))
+
+
+def test_stages_between_stay() -> None:
+    """What a stage is named after is not fused away; what ends in a stage is found there."""
+    rule, _ = CASES["add and activation"]
+    x = images(3, 8)
+    for stage, fused in (("bn", ""), ("act", "add+relu")):
+        model = unsettled(_Net(rule))
+        extracted = extract(model, stages=[stage], statistics=True, image_size=8)
+        assert extracted.fused == (fused,)
+        normed = model.bn(model.conv(x))
+        close(extracted(x).features[0], normed if stage == "bn" else F.relu(normed + model.conv(x)))
+        close(extracted(x).logits, model(x))
+
+
+def test_hooks_on_an_activation_keep_it() -> None:
+    model = unsettled(_Net(lambda m, x: m.act(m.bn(x))))
+    calls: list[int] = []
+    model.act.register_forward_hook(lambda *_: calls.append(1))
+    extracted = extract(model, stages=["conv"], statistics=True, image_size=8)
+    calls.clear()
+    extracted(images(1, 8))
+    assert (extracted.fused, calls) == (("",), [1])
+
+
+@pytest.mark.parametrize(
+    ("layer", "fused"), [(nn.ReLU, "relu"), (nn.ReLU6, "relu6"), (nn.SiLU, ""), (nn.Identity, "relu")]
+)
+def test_activation_inside_of_the_norm(layer: type[nn.Module], fused: str) -> None:
+    model = unsettled(_Net(lambda m, x: F.relu(m.bn(x)), bn=BatchNormAct2d(4, act_layer=layer)))
+    extracted = extract(model, stages=["conv"], statistics=True, image_size=8)
+    assert extracted.fused == (fused,)
+    close(extracted(images(3, 8)).logits, model(images(3, 8)))
+
+
+def test_autocast_is_that_of_the_plain_network() -> None:
+    model = network("resnet8", **NARROW)
+    extracted, x = extract(model, statistics=True), images()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs, expected = extracted(x), model(x)
+    assert outputs.features[-1].dtype == torch.bfloat16
+    assert outputs.statistics[-1].var.dtype == torch.float32
+    assert (outputs.logits - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+def _loss(extracted: FeatureModel, x: Tensor) -> Tensor:
+    outputs = extracted(x)
+    distances = [(s.mean - s.running_mean).norm() + (s.var - s.running_var).norm() for s in outputs.statistics]
+    return outputs.logits.logsumexp(1).mean() + sum(distances) + outputs.features[-1].square().mean()
+
+
+def test_kernels_agree_with_the_reference(kernel_device: str) -> None:
+    """A tiny network, forward and backward, channels-last, eagerly and compiled without graph breaks."""
+    model = network("resnet8", **NARROW).to(kernel_device)
+    extracted = extract(model, statistics=True, image_size=8)
+    x = images(2, 8).to(kernel_device).to(memory_format=torch.channels_last).requires_grad_()
+    compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager")
+    results = []
+    torch.compiler.reset()
+    with frozen(model):
+        for backend, function in (("reference", _loss), ("triton", _loss), ("triton", compiled)):
+            with ops.backend(backend):
+                loss = function(extracted, x)
+                results.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
+    torch.compiler.reset()
+    for loss, gradient in results[1:]:
+        close(loss, results[0][0])
+        close(gradient, results[0][1], 1e-4)

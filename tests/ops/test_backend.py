@@ -1,0 +1,255 @@
+"""Which backend runs: the order of choice, the errors, threads, torch.compile."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dfkd_fast import ops
+from dfkd_fast.ops.backend import NAMES, VARIABLE, Implementation, _registry, dispatch, register
+from dfkd_fast.testing import random
+
+backend = importlib.import_module("dfkd_fast.ops.backend")  # the package has a class of this name
+
+
+def refuses_small(x):
+    return None if x.numel() >= 4 else f"x has {x.numel()} elements, 4 are needed"
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """An op whose result tells the backend: adds 3 on "cuda" (large inputs alone), 2 on "triton", 1 on "reference"."""
+    table = {
+        "reference": Implementation(lambda x: x + 1),
+        "triton": Implementation(lambda x: x + 2),
+        "cuda": Implementation(lambda x: x + 3, refuses_small),
+    }
+    monkeypatch.setitem(_registry, "adding", table)
+    return lambda x, backend=None: dispatch("adding", backend, x)
+
+
+@pytest.fixture(autouse=True)
+def _no_variable(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+def chosen(op, size=4, backend=None):
+    return {1: "reference", 2: "triton", 3: "cuda"}[int(op(torch.zeros(size), backend=backend)[0])]
+
+
+def test_best_that_serves_is_the_default(op):
+    assert chosen(op) == "cuda"
+    assert chosen(op, size=3) == "triton"
+
+
+def test_argument_beats_context_beats_variable(op, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "reference")
+    assert chosen(op) == "reference"
+    with ops.backend("triton"):
+        assert chosen(op) == "triton"
+        assert chosen(op, backend="cuda") == "cuda"
+    assert chosen(op) == "reference"
+    monkeypatch.setenv(VARIABLE, "")
+    assert chosen(op) == "cuda"
+
+
+def test_contexts_nest_and_end_with_an_exception(op):
+    outer = ops.backend("reference")
+    with outer, ops.backend("triton"), outer:
+        assert chosen(op) == "reference"
+    with ops.backend("reference"):
+        with pytest.raises(KeyError), ops.backend("triton"):
+            raise KeyError(chosen(op))
+        assert chosen(op) == "reference"
+    assert chosen(op) == "cuda"
+
+
+def test_threads_do_not_see_each_other(op):
+    inside, seen = threading.Barrier(2), {}
+
+    def work(name):
+        with ops.backend(name):
+            inside.wait(timeout=30)
+            seen[name] = chosen(op)
+            inside.wait(timeout=30)
+
+    with ops.backend("cuda"):
+        threads = [threading.Thread(target=work, args=(name,)) for name in ("triton", "reference")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert chosen(op) == "cuda"
+    assert seen == {"triton": "triton", "reference": "reference"}
+
+
+def test_named_backend_is_never_replaced(op, monkeypatch):
+    with pytest.raises(RuntimeError, match=r"'cuda', asked for by backend, cannot serve adding: x has 3 elements"):
+        chosen(op, size=3, backend="cuda")
+    with ops.backend("cuda"), pytest.raises(RuntimeError, match=r"asked for by dfkd_fast.ops.backend, cannot serve"):
+        chosen(op, size=3)
+    monkeypatch.setenv(VARIABLE, "cuda")
+    with pytest.raises(RuntimeError, match=r"asked for by DFKD_FAST_BACKEND, cannot serve"):
+        chosen(op, size=3)
+
+
+def test_unknown_names(op, monkeypatch):
+    wanted = "must be 'cuda', 'triton' or 'reference', got 'fast'"
+    with pytest.raises(ValueError, match=f"backend {wanted}"):
+        ops.backend("fast")
+    with pytest.raises(ValueError, match=f"backend {wanted}"):
+        chosen(op, backend="fast")
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(ValueError, match=f"{VARIABLE} {wanted}"):
+        chosen(op)
+
+
+def test_nothing_serves(monkeypatch):
+    monkeypatch.setitem(_registry, "adding", {"cuda": Implementation(lambda x: x, refuses_small)})
+    with pytest.raises(RuntimeError, match="no backend can serve adding for these arguments"):
+        dispatch("adding", None, torch.zeros(1))
+    with pytest.raises(
+        RuntimeError, match="'reference', asked for by backend, has no implementation of adding; it has cuda"
+    ):
+        dispatch("adding", "reference", torch.zeros(1))
+
+
+def test_register_plugs_in(op):
+    register("adding", "triton", lambda x: x + 1, refuses_small)
+    assert chosen(op, backend="triton") == "reference"  # which is what one added stands for
+    assert chosen(op, size=2) == "reference"
+
+
+def test_a_backend_of_another_name_is_used_only_when_named(op, monkeypatch):
+    monkeypatch.setattr(backend, "_names", list(NAMES))
+    register("adding", "mine", lambda x: x + 10, refuses_small)
+    assert ops.backends()["adding"] == ("cuda", "triton", "mine", "reference")
+    x = torch.zeros(4)
+    assert chosen(op) == "cuda"
+    with ops.backend("mine"):
+        assert int(op(x)[0]) == 10
+    monkeypatch.setitem(_registry, "adding", {name: _registry["adding"][name] for name in ("mine", "reference")})
+    assert chosen(op) == "reference"
+    with pytest.raises(RuntimeError, match="'mine', asked for by backend, cannot serve adding: x has 2 elements"):
+        op(x[:2], backend="mine")
+    with pytest.raises(ValueError, match="backend must be 'cuda', 'triton', 'mine' or 'reference', got 'fast'"):
+        ops.backend("fast")
+
+
+class TestEagerSizes:
+    """Which backend an automatic choice falls on for tensors on a GPU; the tensors stand in for CUDA ones."""
+
+    @pytest.fixture
+    def on_gpu(self, monkeypatch):
+        streams = {"current": 0, "default": 0}
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["current"])
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: streams["default"])
+        return streams
+
+    def small(self, op: str, numel: int) -> bool:
+        return backend._small_and_eager(op, SimpleNamespace(is_cuda=True, device="cuda:0", numel=lambda: numel))
+
+    @pytest.mark.parametrize("op", sorted(ops.backends()))
+    def test_a_fused_backend_is_chosen_from_the_stated_size_on(self, on_gpu, op):
+        size = backend.EAGER_MIN_NUMEL[op]
+        assert self.small(op, size - 1)
+        assert not self.small(op, size)
+
+    def test_a_side_stream_is_that_of_a_capture_or_its_warm_up(self, on_gpu):
+        on_gpu["current"] = 1
+        assert not self.small("distillation_kl", 1)
+
+    def test_compiled_code_uses_the_fused_op_at_every_size(self, on_gpu, monkeypatch):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not self.small("distillation_kl", 1)
+
+    def test_the_choice_follows(self, on_gpu, monkeypatch):
+        monkeypatch.setattr(backend, "_small_and_eager", lambda op, x: x.numel() < 100)
+        served = []
+        table = {name: Implementation(lambda x, name=name: served.append(name)) for name in ("triton", "reference")}
+        monkeypatch.setitem(backend._registry, "choosing", table)
+        for count in (99, 100):
+            backend.dispatch("choosing", None, torch.zeros(count))
+        backend.dispatch("choosing", "triton", torch.zeros(99))
+        assert served == ["reference", "triton", "triton"]
+
+
+def test_every_op_has_its_reference():
+    listed = ops.backends()
+    assert set(listed) == {name for name in ops.__all__ if name not in ("backend", "backends")}
+    for names in listed.values():
+        assert names[-1] == "reference"
+        assert list(names) == sorted(names, key=NAMES.index)
+
+
+@pytest.mark.parametrize("name", ops.backends())
+def test_docstrings_name_the_registered_backends(name):
+    documented = re.search(r"(?s)\n *backend: (.*?) or None; see", inspect.getdoc(getattr(ops, name)))
+    assert tuple(re.findall(r'``"(\w+)"``', documented[1])) == ops.backends()[name]
+
+
+def test_public_ops_follow_the_context():
+    logits = random(2, 3)
+    wanted = ops.distillation_kl(logits, -logits)
+    with ops.backend("reference"):
+        assert torch.equal(ops.distillation_kl(logits, -logits), wanted)
+    with ops.backend("triton"):
+        assert torch.equal(ops.distillation_kl(logits, -logits, backend="reference"), wanted)
+        with pytest.raises(RuntimeError, match="cannot serve distillation_kl: its kernels take"):
+            ops.distillation_kl(logits.double(), -logits)
+
+
+def test_the_interpreter_serves_when_named_alone(monkeypatch):
+    called = []
+    monkeypatch.setitem(_registry, "adding", {"reference": Implementation(lambda x: x + 1)})
+    register("adding", "triton", lambda x: called.append(x) or x + 2)
+    x = torch.zeros(4)
+    assert dispatch("adding", None, x).sum() == 4
+    assert not called
+    assert dispatch("adding", "triton", x).sum() == 8
+    assert dispatch("adding", None, x.to("meta")).device.type == "meta"
+    assert len(called) == 2
+
+
+def test_choice_is_traced_and_guarded(op):
+    """A compiled function runs what the caller's context asks for at each call, not what it was traced with."""
+    torch.compiler.reset()
+    compiled = torch.compile(op, fullgraph=True, backend="eager")
+    assert chosen(compiled) == "cuda"
+    with ops.backend("triton"):
+        assert chosen(compiled) == "triton"
+    assert chosen(compiled, backend="reference") == "reference"
+    assert chosen(compiled) == "cuda"
+    assert chosen(compiled, size=2) == "triton"
+
+
+def test_context_inside_the_compiled_function(op):
+    def both(x):
+        with ops.backend("triton"):
+            a = op(x)
+            with ops.backend("reference"):
+                a = a * 10 + op(x)
+        return a * 10 + op(x)
+
+    torch.compiler.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(4)).tolist() == both(torch.zeros(4)).tolist() == [213.0] * 4
+    assert chosen(op) == "cuda"
+
+
+def test_compiled_function_in_another_thread(op):
+    torch.compiler.reset()
+    compiled = torch.compile(op, fullgraph=True, backend="eager")
+    seen = []
+    with ops.backend("reference"):
+        assert chosen(compiled) == "reference"
+        thread = threading.Thread(target=lambda: seen.append(chosen(compiled)))
+        thread.start()
+        thread.join()
+    assert seen == ["cuda"]
