@@ -190,7 +190,7 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_operators_pass_opcheck(kernel_device, name):
-    """Those that a call takes, forward and backward, in each layout; then with one gradient that comes in and goes out."""
+    """Those that a call takes, forward and backward, in each layout; then with one gradient in and one out."""
     case = CASES[name]
     for number, layout in enumerate(case.layouts[1:]):
         inputs = case.make(case.shapes[0], layout=layout, device=kernel_device)(1)
