@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 
 _FLAGS = (
-    *("-std=c++20", "-DDFKD_HOST", "-O1", "-g1", "-fPIC", "-fno-omit-frame-pointer", "-fno-var-tracking"),
+    *("-std=c++20", "-DDFKD_HOST", "-Og", "-g1", "-fPIC", "-fno-omit-frame-pointer", "-fno-var-tracking"),
     *("-Wall", "-Wextra", "-Werror"),
 )
 _SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from dfkd_fast import ops
-from dfkd_fast.testing import assert_backend_no_worse, random
+from dfkd_fast.testing import assert_backend_no_worse
+
+from ..ops.table import attention, call_norm, high_order, logits, norm, stored, vectors
 
 pytest.importorskip("triton")
 
@@ -130,106 +132,6 @@ def card(request, monkeypatch):
     return "cuda"
 
 
-def _kl(n, classes, scale=2.0, **options):
-    def function(a, b, backend):
-        return ops.distillation_kl(a, b, **options, backend=backend)
-
-    return function, lambda seed, device: [
-        random(n, classes, seed=seed + i, scale=scale, device=device) for i in range(2)
-    ]
-
-
-def _contrast(n, dim, **options):
-    def function(a, b, backend):
-        return ops.contrastive_loss(a, b, **options, backend=backend)
-
-    return function, lambda seed, device: [random(n, dim, seed=seed + i, device=device) for i in range(2)]
-
-
-def _spatial(shape, hidden, form, scale=1.0):
-    def function(*inputs, backend):
-        return ops.spatial_attention(*inputs, scale=float(shape[2] * shape[3]), form=form, backend=backend)
-
-    n, c, h, w = shape
-    return function, lambda seed, device: [
-        random(*shape, seed=seed, device=device),
-        random(n, hidden, h, w, seed=seed + 1, device=device),
-        random(c, hidden, seed=seed + 2, scale=scale * hidden**-0.5, device=device),
-        random(c, seed=seed + 3, device=device),
-    ]
-
-
-def _high_order(shape, mode, name="high_order_attention", scale=1.5):
-    def function(*inputs, backend):
-        return getattr(ops, name)(*inputs, mode=mode, backend=backend)
-
-    channels, hidden = shape[1], shape[1] // 4
-
-    def make(seed, device):
-        inputs = [
-            random(*shape, seed=seed, device=device),
-            random(6, hidden, channels, seed=seed + 1, scale=1.5 * channels**-0.5, device=device),
-            random(3, channels, hidden, seed=seed + 2, scale=scale * hidden**-0.5, device=device),
-        ]
-        return [*inputs, random(*shape, seed=seed + 3, device=device)] if name.endswith("mse") else inputs
-
-    return function, make
-
-
-def _norm(shape, activation, residual):
-    def function(*inputs, backend):
-        *inputs, other = inputs
-        return ops.batchnorm_statistics(*inputs, 1e-3, activation=activation, residual=other, backend=backend)
-
-    c = shape[1]
-    return function, lambda seed, device: [
-        random(*shape, seed=seed, scale=3.0, shift=1.0, device=device, requires_grad=True),
-        random(c, seed=seed + 1, shift=1.0, device=device),
-        random(c, seed=seed + 2, device=device).square() + 0.1,
-        random(c, seed=seed + 3, shift=1.0, device=device, requires_grad=True),
-        random(c, seed=seed + 4, device=device, requires_grad=True),
-        random(*shape, seed=seed + 5, device=device, requires_grad=True) if residual else None,
-    ]
-
-
-def _distance(shape):
-    def function(*inputs, backend):
-        return ops.statistics_distance(*inputs, backend=backend)
-
-    return function, lambda seed, device: [
-        random(*shape, seed=seed, scale=3.0, shift=1.0, device=device, requires_grad=True),
-        random(shape[1], seed=seed + 1, device=device),
-        random(shape[1], seed=seed + 2, device=device).square() + 0.1,
-    ]
-
-
-# A result that is one number needs more draws: the reference's error can be small by luck in few.
-CASES = {
-    "distillation_kl": (*_kl(64, 200, temperature=1.0), 8),
-    "distillation_kl, temperature 4": (*_kl(64, 200, temperature=4.0), 8),
-    "distillation_kl, temperature 3, elementwise": (*_kl(64, 200, temperature=3.0, reduction="none"), 2),
-    "distillation_kl, reverse": (*_kl(8, 1000, temperature=4.0, direction="reverse"), 8),
-    "distillation_kl, 1000 classes": (*_kl(8, 1000, temperature=1.0), 8),
-    "distillation_kl, large logits": (*_kl(8, 200, scale=20.0, temperature=1.0, reduction="none"), 4),
-    "distillation_kl, large logits, temperature 4": (*_kl(64, 200, scale=20.0, temperature=4.0), 8),
-    "contrastive_loss, one program": (*_contrast(32, 64), 8),
-    "contrastive_loss, tiles": (*_contrast(90, 40, temperature=0.1, reduction="none"), 2),
-    "contrastive_loss, symmetric": (*_contrast(70, 24, temperature=0.5, symmetric=True), 4),
-    "contrastive_loss, not normalized": (*_contrast(80, 12, temperature=1.0, normalize=False, reduction="none"), 2),
-    "spatial_attention": (*_spatial((2, 16, 9, 9), 8, "spatial"), 2),
-    "spatial_attention, large logits": (*_spatial((2, 16, 9, 9), 8, "spatial", scale=8.0), 8),
-    "spatial_attention, channel": (*_spatial((2, 64, 6, 6), 8, "channel"), 2),
-    "spatial_attention, channel, large logits": (*_spatial((2, 300, 4, 4), 8, "channel", scale=8.0), 2),
-    "high_order_attention": (*_high_order((2, 32, 6, 6), "joint"), 2),
-    "high_order_attention, per order": (*_high_order((2, 32, 6, 6), "per_order"), 2),
-    "high_order_attention, per order, large logits": (*_high_order((2, 4, 9, 9), "per_order", scale=6.0), 4),
-    "high_order_attention_map": (*_high_order((2, 32, 6, 6), "joint", "high_order_attention_map"), 2),
-    "batchnorm_statistics": (*_norm((8, 24, 12, 12), "none", False), 2),
-    "batchnorm_statistics, residual": (*_norm((2, 70, 5, 5), "relu", True), 2),
-    "statistics_distance": (*_distance((4, 24, 6, 6)), 8),
-}
-
-
 @triton.jit
 def _functions_kernel(x, y, count, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
@@ -251,9 +153,64 @@ def test_functions_of_the_kernels(card):
         assert float((actual.double() / exact - 1)[:-4].abs().max()) <= bound, name
 
 
+def _kl(shape, draws, scale=2.0, **options):
+    return functools.partial(ops.distillation_kl, **options), functools.partial(logits, shape, scale=scale), draws
+
+
+def _contrast(shape, draws, **options):
+    return functools.partial(ops.contrastive_loss, **options), functools.partial(vectors, shape), draws
+
+
+def _spatial(shape, draws, form="spatial", sharper=1.0):
+    scale = float(shape[2] * shape[3])
+
+    def function(f, h, w, b, *, backend):
+        return ops.spatial_attention(f, h, sharper * w, b, scale=scale, form=form, backend=backend)
+
+    return function, functools.partial(attention, shape, hidden=8), draws
+
+
+def _high_order(shape, draws, mode="joint", function=ops.high_order_attention, sharper=1.0):
+    def sharpened(x, proj, out, *, backend):
+        return function(x, proj, sharper * out, mode=mode, backend=backend)
+
+    return sharpened, functools.partial(high_order, shape), draws
+
+
+# Function, inputs and draws. A result that is one number needs more draws: the error of the reference can be small by
+# luck in few.
+CASES = {
+    "distillation_kl": _kl((16, 200), 8),
+    "distillation_kl, temperature 4": _kl((16, 200), 8, temperature=4.0),
+    "distillation_kl, temperature 3, elementwise": _kl((16, 200), 2, temperature=3.0, reduction="none"),
+    "distillation_kl, reverse": _kl((8, 1000), 8, temperature=4.0, direction="reverse"),
+    "distillation_kl, 1000 classes": _kl((8, 1000), 8),
+    "distillation_kl, large logits": _kl((8, 200), 4, scale=20.0, reduction="none"),
+    "distillation_kl, large logits, temperature 4": _kl((16, 200), 8, scale=20.0, temperature=4.0),
+    "contrastive_loss, one program": _contrast((32, 64), 8),
+    "contrastive_loss, tiles": _contrast((90, 40), 2, reduction="none"),
+    "contrastive_loss, symmetric": _contrast((70, 24), 4, temperature=0.5, symmetric=True),
+    "contrastive_loss, not normalized": _contrast((80, 12), 2, temperature=1.0, normalize=False, reduction="none"),
+    "spatial_attention": _spatial((2, 16, 9, 9), 2),
+    "spatial_attention, large logits": _spatial((2, 16, 9, 9), 8, sharper=8.0),
+    "spatial_attention, channel": _spatial((2, 64, 6, 6), 2, "channel"),
+    "spatial_attention, channel, large logits": _spatial((2, 300, 4, 4), 2, "channel", sharper=8.0),
+    "high_order_attention": _high_order((2, 32, 6, 6), 2),
+    "high_order_attention, per order": _high_order((2, 32, 6, 6), 2, "per_order"),
+    "high_order_attention, per order, large logits": _high_order((2, 4, 9, 9), 4, "per_order", sharper=4.0),
+    "high_order_attention_map": _high_order((2, 32, 6, 6), 2, function=ops.high_order_attention_map),
+    "batchnorm_statistics": (call_norm, functools.partial(norm, (8, 24, 12, 12)), 2),
+    "batchnorm_statistics, residual": (
+        *(functools.partial(call_norm, activation="relu"), functools.partial(norm, (2, 70, 5, 5), residual=True)),
+        2,
+    ),
+    "statistics_distance": (ops.statistics_distance, functools.partial(stored, (4, 24, 6, 6)), 8),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_float32_ratio(case, card, record_property):
     """The rule of all kernels; what a GPU's run records is the kernel's error over the reference's."""
-    function, inputs, draws = CASES[case]
-    ratio = assert_backend_no_worse(function, functools.partial(inputs, device=card), draws=draws)
+    function, make, draws = CASES[case]
+    ratio = assert_backend_no_worse(function, make(device=card), draws=draws)
     record_property("ratio", ratio)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
 
 import pytest
 import torch
@@ -17,96 +16,84 @@ from dfkd_fast.testing import (
     MAP_SHAPES,
     assert_backend_no_worse,
     assert_close,
-    assert_compiles,
     random,
     unit_roundoff,
     value_and_gradients,
     with_layout,
 )
 
+from ..ops.table import DTYPES, high_order, high_order_tiles
+
 MODES = ("joint", "per_order")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SINGLE, BRAIN, HALF = DTYPES
 PUBLIC = {"features": ops.high_order_attention, "map": ops.high_order_attention_map}
-KERNELS = ("high_order_attention", "high_order_attention_backward", "high_order_attention_weights")
-
-
-def in_tiles(channels: int) -> ExitStack:
-    """Inside, programs have tiles of 16 by so many channels: fewer than there are is the form that splits them."""
-    from dfkd_fast.kernels.config import Launch, forced
-
-    stack = ExitStack()
-    tile = {"BLOCK_M": 16, "BLOCK_C": channels, "BLOCK_K": 16}
-    for kernel in KERNELS:
-        stack.enter_context(forced(kernel, Launch(tile=tile)))
-    return stack
-
-
-def drawn(shape, *, order=3, hidden=None, dtype=torch.float32, layout="contiguous", device="cpu", scale=1.0):
-    """A function of a seed: x and weights of deviation 1.5 / sqrt(fan in)."""
-    channels = shape[1]
-    hidden = hidden or max(1, channels // 4)
-    fixed = {"dtype": dtype, "device": device}
-
-    def draw(seed=0):
-        return (
-            random(*shape, layout=layout, seed=seed + 1, scale=scale, **fixed),
-            random(order * (order + 1) // 2, hidden, channels, seed=seed + 2, scale=1.5 / channels**0.5, **fixed),
-            random(order, channels, hidden, seed=seed + 3, scale=1.5 / hidden**0.5, **fixed),
-        )
-
-    return draw
 
 
 def no_worse(name, mode, inputs, draws=2):
     assert_backend_no_worse(lambda *a, backend: PUBLIC[name](*a, mode=mode, backend=backend), inputs, draws=draws)
 
 
-@pytest.mark.parametrize(("mode", "block"), [("joint", 16), ("per_order", 32), ("joint", 32), ("per_order", 16)])
-@pytest.mark.parametrize(
-    ("order", "hidden", "dtype", "layout"),
-    [
-        (1, 5, torch.float32, "contiguous"),
-        (2, 17, torch.bfloat16, "channels_last"),
-        (3, 5, torch.float16, "strided"),
-        (3, 16, torch.bfloat16, "contiguous"),
-        (4, 3, torch.float32, "transposed"),
-    ],
-)
-def test_error_is_no_larger_than_the_references(kernel_device, order, hidden, dtype, layout, block, mode):
-    """37 positions a sample and 20 channels: several tiles, none of them full."""
-    name = "map" if hidden == 16 else "features"
+# 37 positions a sample and 20 channels: several tiles, none of them full. Each order with both modes, both results, and
+# with tiles of all channels and of some.
+CASES = {
+    "order 1": ("features", "joint", 16, {"order": 1, "hidden": 5, "dtype": SINGLE}),
+    "order 1, whole": ("map", "per_order", 32, {"order": 1, "hidden": 5, "dtype": SINGLE}),
+    "order 2": ("map", "joint", 32, {"order": 2, "hidden": 17, "dtype": BRAIN, "layout": "channels_last"}),
+    "order 2, split": (
+        "features",
+        "per_order",
+        16,
+        {"order": 2, "hidden": 17, "dtype": BRAIN, "layout": "channels_last"},
+    ),
+    "order 3": ("features", "joint", 32, {"hidden": 5, "dtype": HALF, "layout": "strided"}),
+    "order 3, split": ("map", "joint", 16, {"hidden": 16, "dtype": BRAIN}),
+    "order 3, per order, whole": ("map", "per_order", 32, {"hidden": 16, "dtype": BRAIN}),
+    "order 3, per order, split": ("features", "per_order", 16, {"hidden": 5, "dtype": HALF, "layout": "strided"}),
+    "order 4": ("features", "joint", 16, {"order": 4, "hidden": 3, "dtype": SINGLE, "layout": "transposed"}),
+    "order 4, whole": ("features", "per_order", 32, {"order": 4, "hidden": 3, "dtype": SINGLE, "layout": "transposed"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_worse_than_the_reference(kernel_device, case):
+    name, mode, block, drawn = CASES[case]
     # Products of four factors vary so much that one element would decide.
-    options = {"dtype": dtype, "layout": layout, "device": kernel_device, "scale": 0.5 if order == 4 else 1.0}
-    inputs = drawn((2, 20, 3, 7), order=order, hidden=hidden, **options)
-    with in_tiles(block):
+    inputs = high_order((2, 20, 3, 7), device=kernel_device, scale=0.5 if drawn.get("order") == 4 else 1.0, **drawn)
+    with high_order_tiles(block):
         no_worse(name, mode, inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", MAP_SHAPES.values(), ids=MAP_SHAPES)
-def test_every_shape(kernel_device, shape, dtype):
-    inputs = drawn(shape, dtype=dtype, device=kernel_device)
+@pytest.mark.parametrize("shape", MAP_SHAPES)
+def test_shapes(kernel_device, shape):
+    number, dimensions = list(MAP_SHAPES).index(shape), MAP_SHAPES[shape]
+    inputs = high_order(dimensions, dtype=DTYPES[number % 3], device=kernel_device)
     # Few elements have an error by luck: it takes many to say how large it is.
-    with in_tiles(16):
-        no_worse("features", "joint", inputs, draws=16 if math.prod(shape) < 30 else 2)
+    with high_order_tiles(16):
+        no_worse("features", "joint", inputs, draws=16 if math.prod(dimensions) < 30 else 2)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(kernel_device, layout, name):
+def test_layouts(kernel_device, layout):
     """As chosen by rule, and weights laid out in every way too."""
 
     def inputs(seed):
-        x, *weights = drawn((2, 8, 4, 3), dtype=torch.bfloat16, device=kernel_device)(seed)
+        x, *weights = high_order((2, 8, 4, 3), dtype=torch.bfloat16, device=kernel_device)(seed)
         other = "transposed" if layout == "channels_last" else layout
         return with_layout(x, layout), *(with_layout(weight, other) for weight in weights)
 
-    no_worse(name, "joint", inputs)
+    no_worse("map" if layout == "offset" else "features", "joint", inputs)
+
+
+def test_orders_that_are_not_served(kernel_device):
+    for name, function in (*PUBLIC.items(), ("mse", ops.high_order_attention_mse)):
+        inputs = high_order((1, 4, 2, 2), order=5, device=kernel_device, target=name == "mse")(1)
+        with pytest.raises(RuntimeError, match=r"cannot serve high_order_.*: its kernels go up to order 4, not 5"):
+            function(*inputs, backend="triton")
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "strided", "transposed", "expanded"])
 def test_gradients_that_come_in_any_layout(kernel_device, layout):
-    inputs = [t.requires_grad_() for t in drawn((2, 6, 3, 4), device=kernel_device)()]
+    inputs = [t.requires_grad_() for t in high_order((2, 6, 3, 4), device=kernel_device)(1)]
     upstream = random(2, 6, 3, 4, device=kernel_device, seed=9)
     upstream = upstream[:1, :1, :1, :1].expand(2, 6, 3, 4) if layout == "expanded" else with_layout(upstream, layout)
     got, want = (
@@ -117,22 +104,9 @@ def test_gradients_that_come_in_any_layout(kernel_device, layout):
         assert_close(a, b, atol=1e-5 * float(b.abs().max()))
 
 
-@pytest.mark.parametrize("wanted", range(1, 8))
-@pytest.mark.parametrize("block", [16, 32])
-def test_each_subset_of_gradients(kernel_device, block, wanted):
-    with in_tiles(block):
-        inputs = drawn((2, 20, 2, 3), dtype=torch.bfloat16, device=kernel_device)()
-        function = lambda *a: ops.high_order_attention(*a, backend="triton")  # noqa: E731
-        _, want = value_and_gradients(function, inputs)
-        some = [t.requires_grad_(bool(wanted >> i & 1)) for i, t in enumerate(inputs)]
-        _, got = value_and_gradients(function, some)
-        for i, (a, b) in enumerate(zip(got, want, strict=True)):
-            assert torch.equal(a, b) if wanted >> i & 1 else a is None
-
-
 @pytest.mark.parametrize(("channels", "whole"), [(64, True), (512, False)])
 def test_nothing_is_computed_that_is_not_wanted(channels, whole):
-    x, *weights = (t.to("meta") for t in drawn((2, channels, 4, 4), dtype=torch.bfloat16)())
+    x, *weights = (t.to("meta") for t in high_order((2, channels, 4, 4), dtype=torch.bfloat16)(1))
 
     def launches(*leaves):
         for t in (x, *weights):
@@ -155,15 +129,14 @@ def test_nothing_is_computed_that_is_not_wanted(channels, whole):
     assert only.arguments["factors"].numel() == 0
 
 
-@pytest.mark.parametrize("block", [16, 32])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("block", "mode"), [(16, "joint"), (32, "per_order"), (32, "joint")])
 def test_extreme_features(kernel_device, mode, block):
     """Saturated gates, products near the largest number, a factor of zero, a NaN: as the reference has them."""
-    x, proj, out = drawn((2, 20, 2, 3), device=kernel_device)()
+    x, proj, out = high_order((2, 20, 2, 3), device=kernel_device)(1)
     x[0] *= 1e4
     x[1, :, 0, 0] = 0
     proj[3] = 0
-    with in_tiles(block):
+    with high_order_tiles(block):
         function = lambda *a: ops.high_order_attention(*a, mode=mode, backend="triton")  # noqa: E731
         values, gradients = value_and_gradients(function, (x, proj, out))
         wanted, wanted_gradients = value_and_gradients(
@@ -178,86 +151,19 @@ def test_extreme_features(kernel_device, mode, block):
     assert at.sum() == 20
 
 
-def test_two_runs_give_the_same_bits(kernel_device):
-    inputs = drawn((2, 20, 3, 5), dtype=torch.bfloat16, device=kernel_device)()
-    function = lambda *a: ops.high_order_attention(*a, backend="triton")  # noqa: E731
-    for block in (16, 32):
-        with in_tiles(block):
-            first, second = (value_and_gradients(function, inputs) for _ in range(2))
-        for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
-            assert torch.equal(a, b)
-
-
-def test_empty_batch_has_zero_gradients_of_the_weights(kernel_device):
-    values, gradients = value_and_gradients(
-        lambda *a: ops.high_order_attention(*a, backend="triton"), drawn((0, 5, 3, 2), device=kernel_device)()
-    )
-    assert values[0].shape == gradients[0].shape == (0, 5, 3, 2)
-    assert all((g == 0).all() for g in gradients[1:])
-
-
-def test_a_second_derivative_says_that_there_is_none(kernel_device):
-    inputs = [t.requires_grad_() for t in drawn((1, 4, 2, 2), device=kernel_device)()]
-    y = ops.high_order_attention(*inputs, backend="triton").sum()
-    (dx,) = torch.autograd.grad(y, inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="high_order_attention: fused backends have no second derivative"):
-        dx.sum().backward()
-
-
-def test_what_the_kernels_do_not_serve(kernel_device):
-    with pytest.raises(RuntimeError, match="cannot serve high_order_attention: its kernels go up to order 4, not 5"):
-        ops.high_order_attention(*drawn((1, 4, 2, 2), order=5, device=kernel_device)(), backend="triton")
-    with pytest.raises(RuntimeError, match=r"cannot serve high_order_attention_map: its kernels take .*, not float64"):
-        ops.high_order_attention_map(
-            *drawn((1, 4, 2, 2), dtype=torch.float64, device=kernel_device)(), backend="triton"
-        )
-
-
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided"])
-def test_operators_pass_opcheck(kernel_device, layout):
-    x, proj, out = drawn((2, 5, 2, 3), order=2, layout=layout, device=kernel_device)()
-    proj = proj.mT.contiguous().mT
-    library = torch.ops.dfkd_fast
-    upstream = random(2, 5, 2, 3, layout=layout, device=kernel_device, seed=5)
-    for result, mode in (("features", "joint"), ("map", "per_order")):
-        torch.library.opcheck(library.high_order_attention.default, (x, proj, out, mode, result))
-        arguments = (upstream, x, proj, out, mode, result, [True, result == "map", True])
-        torch.library.opcheck(library.high_order_attention_backward.default, arguments)
-
-
-@pytest.mark.parametrize(
-    ("name", "backend", "dynamic"),
-    [("features", "aot_eager", True), ("map", "aot_eager", None), ("features", "inductor", None)],
-)
-def test_compiles_without_graph_breaks(kernel_device, name, backend, dynamic):
-    shapes = [(2, 8, 4, 4), (3, 8, 5, 2), (5, 8, 1, 6)][: 2 if backend == "inductor" else 3]
-    calls = [drawn(shape, layout="channels_last", device=kernel_device)() for shape in shapes]
-    function = lambda *a: PUBLIC[name](*a, backend="triton")  # noqa: E731
-    assert_compiles(function, calls, backend=backend, dynamic=dynamic, atol=1e-5, rtol=1e-5)
-
-
-def test_function_transforms(kernel_device):
-    x, proj, out = drawn((2, 4, 2, 2), device=kernel_device)()
-    total = lambda w, backend: ops.high_order_attention(x, w, out, backend=backend).square().sum()  # noqa: E731
-    got, want = (torch.func.grad(total)(proj, backend) for backend in ("triton", "reference"))
-    assert_close(got, want, atol=1e-5 * float(want.abs().max()))
-    each = torch.func.vmap(lambda one: ops.high_order_attention(one[None], proj, out, backend="triton")[0])(x)
-    assert_close(each, ops.high_order_attention(x, proj, out), atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(kernel_device, dtype):
     """The products run in the autocast type, features and result keep theirs, weights get gradients in theirs."""
 
     def inputs(seed):
-        x, *weights = drawn((2, 24, 3, 3), device=kernel_device)(seed)
+        x, *weights = high_order((2, 24, 3, 3), device=kernel_device)(seed)
         return x.to(dtype), *weights
 
     def function(*arguments, backend):
         with torch.autocast(kernel_device, torch.bfloat16, enabled=arguments[0].dtype != torch.float64):
             return ops.high_order_attention(*arguments, backend=backend)
 
-    with in_tiles(32):
+    with high_order_tiles(32):
         assert_backend_no_worse(function, inputs, draws=2)
     _, gradients = value_and_gradients(lambda *a: function(*a, backend="triton"), inputs(0))
     assert [g.dtype for g in gradients] == [dtype, torch.float32, torch.float32]
@@ -270,7 +176,7 @@ def test_any_shape(kernel_device, data):
     # Where few terms are added, the plain computation is exact to less than an ulp by luck.
     size = st.integers(3, 6)
     shape = (data.draw(st.integers(2, 3)), data.draw(st.integers(12, 40)), data.draw(size), data.draw(size))
-    inputs = drawn(
+    inputs = high_order(
         shape,
         order=data.draw(st.integers(1, 4)),
         hidden=data.draw(st.integers(4, 35)),
@@ -279,11 +185,9 @@ def test_any_shape(kernel_device, data):
         device=kernel_device,
         scale=0.5,
     )
-    with in_tiles(data.draw(st.sampled_from([16, 64]))):
+    with high_order_tiles(data.draw(st.sampled_from([16, 64]))):
         no_worse(data.draw(st.sampled_from(list(PUBLIC))), data.draw(st.sampled_from(MODES)), inputs, draws=6)
 
-
-# --- on the card alone
 
 PAPER = [(64, 64, 56, 56), (64, 128, 28, 28), (64, 256, 14, 14), (64, 512, 7, 7)]
 
@@ -293,34 +197,7 @@ PAPER = [(64, 64, 56, 56), (64, 128, 28, 28), (64, 256, 14, 14), (64, 512, 7, 7)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", PAPER, ids=lambda shape: "x".join(map(str, shape)))
 def test_shapes_of_the_paper(shape, dtype, mode):
-    no_worse("features", mode, drawn(shape, dtype=dtype, layout="channels_last", device="cuda"), draws=1)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(8, 64, 14, 14), (8, 512, 7, 7)])
-def test_a_graph_replays_with_other_inputs(shape):
-    leaves = [t.requires_grad_() for t in drawn(shape, dtype=torch.bfloat16, layout="channels_last", device="cuda")()]
-    upstream = torch.ones_like(leaves[0])
-
-    def step():
-        y = ops.high_order_attention(*leaves, backend="triton")
-        return y, *torch.autograd.grad(y, leaves, upstream)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for seed in (10, 20):
-        with torch.no_grad():
-            for leaf, fresh in zip(leaves, drawn(shape, dtype=torch.bfloat16, device="cuda")(seed), strict=True):
-                leaf.copy_(fresh)
-        graph.replay()
-        for got, want in zip(captured, step(), strict=True):
-            assert torch.equal(got, want)
+    no_worse("features", mode, high_order(shape, dtype=dtype, layout="channels_last", device="cuda"), draws=1)
 
 
 @pytest.mark.gpu
@@ -329,7 +206,7 @@ def test_a_graph_replays_with_other_inputs(shape):
 def test_more_than_two_to_the_31_elements(channels):
     n, side = 2**31 // (channels * 2**10) + 3, 32
     dtype = torch.bfloat16
-    _, *weights = drawn((1, channels, 1, 1), dtype=dtype, device="cuda")()
+    _, *weights = high_order((1, channels, 1, 1), dtype=dtype, device="cuda")(1)
     x = torch.randn(n, side, side, channels, device="cuda", dtype=dtype).permute(0, 3, 1, 2).requires_grad_()
     y = ops.high_order_attention(x, *weights, backend="triton")
     (dx,) = torch.autograd.grad(y, x, y.detach())
@@ -340,17 +217,8 @@ def test_more_than_two_to_the_31_elements(channels):
 
 
 @pytest.mark.gpu
-def test_forward_holds_nothing_beside_its_result():
-    x, *weights = drawn((64, 64, 56, 56), dtype=torch.bfloat16, layout="channels_last", device="cuda")()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    y = ops.high_order_attention(x, *weights, backend="triton")
-    assert torch.cuda.max_memory_allocated() - before <= y.numel() * y.element_size() + 2**21
-
-
-@pytest.mark.gpu
 def test_float32_is_multiplied_in_tf32_only_where_torch_allows_it(monkeypatch):
-    inputs = drawn((4, 64, 14, 14), device="cuda")()
+    inputs = high_order((4, 64, 14, 14), device="cuda")(1)
     exact = ops.high_order_attention(*(t.double() for t in inputs))
     errors = []
     for precision in ("ieee", "tf32"):

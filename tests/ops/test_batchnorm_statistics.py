@@ -11,16 +11,10 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from dfkd_fast import ops
-from dfkd_fast.testing import (
-    LAYOUTS,
-    MAP_SHAPES,
-    assert_close,
-    assert_compiles,
-    random,
-    unit_roundoff,
-    value_and_gradients,
-    with_layout,
-)
+from dfkd_fast.testing import MAP_SHAPES, assert_close, random, unit_roundoff, value_and_gradients
+
+from .table import DTYPES, norm
+from .table import call_norm as call
 
 ACTIVATIONS = ("none", "relu", "relu6")
 SHAPES = {**MAP_SHAPES, "vectors": (6, 5), "sequence": (2, 3, 7), "volume": (2, 3, 2, 3, 2)}
@@ -46,40 +40,19 @@ def definition(x, running_mean, running_var, weight, bias, eps, activation, resi
     return torch.stack(maps, 1), torch.stack(means), torch.stack(variances)
 
 
-def make(shape=(3, 5, 4, 2), *, dtype=torch.float64, affine=True, residual=False, layout="contiguous"):
-    """x, running mean, running variance, weight, bias, residual, in the order of :func:`call`."""
-    c = shape[1]
-    fixed = {"dtype": dtype}
-    return (
-        random(*shape, seed=1, scale=3.0, shift=1.0, layout=layout, **fixed),
-        random(c, seed=2, **fixed),
-        random(c, seed=3, **fixed).square() + 0.1,
-        random(c, seed=4, shift=1.0, **fixed) if affine else None,
-        random(c, seed=5, **fixed) if affine else None,
-        random(*shape, seed=6, layout=layout, **fixed) if residual else None,
-    )
-
-
-def call(x, running_mean, running_var, weight, bias, residual, *, activation="none", eps=1e-3):
-    return ops.batchnorm_statistics(
-        x, running_mean, running_var, weight, bias, eps, activation=activation, residual=residual
-    )
-
-
 def define(x, running_mean, running_var, weight, bias, residual, *, activation="none", eps=1e-3):
     return definition(x, running_mean, running_var, weight, bias, eps, activation, residual)
 
 
-def differentiable(inputs):
-    """The same tensors, all but the running statistics requiring a gradient."""
-    return [None if t is None else t.clone().requires_grad_(i not in (1, 2)) for i, t in enumerate(inputs)]
+def make(shape=(3, 5, 4, 2), *, dtype=torch.float64, **options):
+    return norm(shape, dtype=dtype, **options)(1)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("affine", "residual"), [(True, False), (False, True), (True, True), (False, False)])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients_follow_the_formula(shape, affine, residual, activation):
-    inputs = differentiable(make(shape, affine=affine, residual=residual))
+    inputs = make(shape, affine=affine, residual=residual)
     values, gradients = value_and_gradients(lambda *a: call(*a, activation=activation), inputs)
     wanted, wanted_gradients = value_and_gradients(lambda *a: define(*a, activation=activation), inputs)
     for got, want, name in zip(values, wanted, ("y", "mean", "var"), strict=True):
@@ -92,7 +65,7 @@ def test_values_and_gradients_follow_the_formula(shape, affine, residual, activa
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck_once_and_twice(activation):
-    inputs = differentiable(make((2, 3, 2, 2), residual=True))
+    inputs = make((2, 3, 2, 2), residual=True)
     assert gradcheck(lambda *a: call(*a, activation=activation), inputs)
     assert gradgradcheck(lambda *a: call(*a, activation=activation), inputs)
     x = inputs[0]
@@ -102,7 +75,7 @@ def test_gradcheck_once_and_twice(activation):
 
 def test_gradient_by_the_derived_formula():
     """The backward that a fused kernel computes: element-wise, without a reduction."""
-    x, rm, rv, w, b, res = differentiable(make(residual=True))
+    x, rm, rv, w, b, res = make(residual=True)
     values, (dx, *_, dres) = value_and_gradients(lambda *a: call(*a, activation="relu"), (x, rm, rv, w, b, res))
     dy, dm, dv = (random(*v.shape, dtype=v.dtype, seed=1 + i, shift=0.5) for i, v in enumerate(values))
     y, mean, _ = values
@@ -170,7 +143,7 @@ def test_one_value_a_channel_has_no_variance():
 
 
 def test_empty_batch_has_no_statistics():
-    inputs = differentiable(make((0, 5, 3, 2), residual=True))
+    inputs = make((0, 5, 3, 2), residual=True)
     y, mean, var = call(*inputs, activation="relu")
     assert y.shape == (0, 5, 3, 2)
     assert mean.isnan().all()
@@ -179,10 +152,10 @@ def test_empty_batch_has_no_statistics():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_reduced_precision(dtype, activation):
     """Everything is float32 but for one rounding of y and one of each gradient."""
-    inputs = differentiable(make((4, 6, 9, 7), dtype=dtype, residual=True))
+    inputs = make((4, 6, 9, 7), dtype=dtype, residual=True)
     exact = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
     values, gradients = value_and_gradients(lambda *a: call(*a, activation=activation), inputs)
     wanted, wanted_gradients = value_and_gradients(lambda *a: define(*a, activation=activation), exact)
@@ -207,35 +180,6 @@ def test_dtypes_may_differ():
     assert (y.dtype, mean.dtype) == (torch.float64, torch.float64)
 
 
-def test_autocast_changes_nothing():
-    inputs = make(dtype=torch.float32, residual=True)
-    wanted = call(*inputs, activation="relu")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = call(*inputs, activation="relu")
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_memory_layout_changes_nothing(layout, activation):
-    inputs = differentiable(make((2, 7, 5, 3), dtype=torch.float32, residual=True))
-    laid = [with_layout(t, layout if t.ndim == 4 else "contiguous").requires_grad_(t.requires_grad) for t in inputs]
-    got, got_gradients = value_and_gradients(lambda *a: call(*a, activation=activation), laid)
-    want, want_gradients = value_and_gradients(lambda *a: call(*a, activation=activation), inputs)
-    for a, b in zip((*got, *got_gradients), (*want, *want_gradients), strict=True):
-        if b is not None:
-            assert_close(a, b, atol=1e-5, rtol=1e-5, name=layout)
-
-
-@pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("shape", [(2, 7, 5, 3), (2, 3, 4, 4)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_channels_last_in_channels_last_out(dtype, shape, residual):
-    y, *_ = call(*make(shape, dtype=dtype, residual=residual, layout="channels_last"), activation="relu")
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert call(*make(shape, dtype=dtype, residual=residual))[0].is_contiguous()
-
-
 def test_activations_agree_with_torch_at_their_corners():
     x = torch.tensor([[-1.0, 0.0, 6.0, 7.0]], dtype=torch.float64, requires_grad=True)
     eps = 2.0**-20  # so that the variance and eps add to one exactly
@@ -244,28 +188,6 @@ def test_activations_agree_with_torch_at_their_corners():
         y, *_ = ops.batchnorm_statistics(x, zeros, var, None, None, eps, activation=activation)
         assert torch.equal(y, function(x))
         assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(function(x).sum(), x)[0])
-
-
-@pytest.mark.parametrize(("activation", "residual"), [("relu", True), ("relu6", False)])
-def test_compiles_without_graph_breaks(activation, residual):
-    shapes = [(2, 8, 4, 4), (3, 8, 5, 2), (5, 8, 6, 6)]
-    calls = [
-        differentiable(make(shape, dtype=torch.float32, residual=residual, layout="channels_last")) for shape in shapes
-    ]
-    assert_compiles(lambda *a: call(*a, activation=activation), calls, atol=1e-5, rtol=1e-5)
-
-
-def test_function_transforms():
-    x, rm, rv, w, b, _ = make()
-    total = lambda v: sum(t.square().sum() for t in call(v, rm, rv, w, b, None, activation="relu"))  # noqa: E731
-    leaf = x.clone().requires_grad_()
-    assert_close(torch.func.grad(total)(x), torch.autograd.grad(total(leaf), leaf)[0], atol=1e-12)
-    stacked = torch.stack([x, 2 * x])
-    means, variances = torch.func.vmap(ops.channel_statistics)(stacked)
-    for i in range(2):
-        mean, var = ops.channel_statistics(stacked[i])
-        assert_close(means[i], mean, atol=1e-14)
-        assert_close(variances[i], var, atol=1e-12)
 
 
 def test_arguments_are_checked():
@@ -293,13 +215,5 @@ def test_arguments_are_checked():
         call(x, rm, rv, w, b, res, eps=torch.tensor(1e-5))
     with pytest.raises(ValueError, match="activation must be 'none', 'relu' or 'relu6', got None"):
         call(x, rm, rv, w, b, res, activation=None)
-    with pytest.raises(ValueError, match="backend must be"):
-        ops.batchnorm_statistics(x, rm, rv, w, b, 1e-5, backend="cudnn")
-    with pytest.raises(RuntimeError, match="has no implementation of batchnorm_statistics; it has reference"):
-        ops.batchnorm_statistics(x, rm, rv, w, b, 1e-5, backend="cuda")
-    with pytest.raises(ValueError, match="backend must be"):
-        ops.channel_statistics(x, backend="cudnn")
-    with pytest.raises(RuntimeError, match="has no implementation of channel_statistics; it has reference"):
-        ops.channel_statistics(x, backend="cuda")
     with pytest.raises(TypeError, match="x must be of dtype"):
         ops.channel_statistics(x.long())

@@ -7,16 +7,9 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from dfkd_fast import ops
-from dfkd_fast.testing import (
-    LAYOUTS,
-    MAP_SHAPES,
-    assert_close,
-    assert_compiles,
-    random,
-    unit_roundoff,
-    value_and_gradients,
-    with_layout,
-)
+from dfkd_fast.testing import MAP_SHAPES, assert_close, random, unit_roundoff, value_and_gradients
+
+from .table import DTYPES, high_order
 
 MODES = ("joint", "per_order")
 PUBLIC = {"features": ops.high_order_attention, "map": ops.high_order_attention_map}
@@ -41,16 +34,8 @@ def definition(x, proj_weight, out_weight, mode):
     return (gate * rows).movedim(-1, 1), gate.movedim(-1, 1)
 
 
-def make(shape=(2, 8, 4, 4), *, order=3, hidden=None, dtype=torch.float64, layout="contiguous", requires_grad=False):
-    """x and weights of deviation 1.5 / sqrt(fan in), at which all orders matter and few gates saturate."""
-    channels = shape[1]
-    hidden = hidden or max(1, channels // 4)
-    fixed = {"dtype": dtype, "requires_grad": requires_grad}
-    return (
-        random(*shape, layout=layout, seed=1, **fixed),
-        random(order * (order + 1) // 2, hidden, channels, seed=2, scale=1.5 / channels**0.5, **fixed),
-        random(order, channels, hidden, seed=3, scale=1.5 / hidden**0.5, **fixed),
-    )
+def make(shape=(2, 8, 4, 4), *, dtype=torch.float64, requires_grad=False, **options):
+    return high_order(shape, dtype=dtype, needs_grad=(0, 1, 2) if requires_grad else (), **options)(1)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -108,29 +93,6 @@ def test_gradients_stay_finite_where_a_factor_is_zero():
     assert all(t.isfinite().all() for t in (*values, *gradients))
 
 
-@pytest.mark.parametrize("function", PUBLIC.values(), ids=PUBLIC)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_layout_changes_nothing(function, layout, dtype):
-    inputs = make((2, 7, 5, 3), dtype=dtype)
-    laid = [with_layout(t, layout if t.ndim == 4 or layout != "channels_last" else "contiguous") for t in inputs]
-    (y,), gradients = value_and_gradients(function, laid)
-    (wanted,), wanted_gradients = value_and_gradients(function, inputs)
-    few = 16 * unit_roundoff(dtype)
-    assert_close(y, wanted, atol=few, rtol=few, name=layout)
-    for got, want in zip(gradients, wanted_gradients, strict=True):
-        assert_close(got, want, atol=few * float(want.abs().max()), name=f"{layout}: gradient")
-
-
-@pytest.mark.parametrize("function", PUBLIC.values(), ids=PUBLIC)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_channels_last_in_channels_last_out(function, mode, dtype):
-    y = function(*make((2, 7, 5, 3), dtype=dtype, layout="channels_last"), mode=mode)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert function(*make((2, 7, 5, 3), dtype=dtype), mode=mode).is_contiguous()
-
-
 def error_bound(x, proj, out, u):
     """How far y may be off when both products and y are rounded to unit roundoff u and the rest is exact.
 
@@ -148,7 +110,7 @@ def error_bound(x, proj, out, u):
 
 
 @pytest.mark.parametrize("order", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_reduced_precision_stays_within_its_bound(dtype, order):
     inputs = make((2, 24, 7, 5), order=order, dtype=dtype)
     exact = [t.double() for t in inputs]
@@ -211,23 +173,9 @@ def test_saturated_gate_is_finite():
     assert all(g.isfinite().all() for g in gradients)
 
 
-@pytest.mark.parametrize(("name", "mode", "dynamic"), [("features", "joint", True), ("map", "per_order", None)])
-def test_compiles_without_graph_breaks(name, mode, dynamic):
-    shapes = [(2, 8, 4, 4), (3, 8, 5, 2), (5, 8, 1, 6)]
-    calls = [make(shape, dtype=torch.float32, layout="channels_last") for shape in shapes]
-    assert_compiles(lambda *a: PUBLIC[name](*a, mode=mode), calls, dynamic=dynamic, atol=1e-5, rtol=1e-5)
-
-
-def test_function_transforms():
+def test_forward_mode_derivatives():
     x, proj, out = make((3, 4, 2, 2))
-
-    def total(w):
-        return ops.high_order_attention(x, w, out).square().sum()
-
-    w = proj.clone().requires_grad_()
-    assert_close(torch.func.grad(total)(proj), torch.autograd.grad(total(w), w)[0], atol=1e-13)
-    each = torch.func.vmap(lambda one: ops.high_order_attention(one[None], proj, out)[0])(x)
-    assert_close(each, ops.high_order_attention(x, proj, out), atol=1e-14)
+    total = lambda w: ops.high_order_attention(x, w, out).square().sum()  # noqa: E731
     _, tangent = torch.func.jvp(total, (proj,), (torch.ones_like(proj),))
     assert_close(tangent, torch.func.grad(total)(proj).sum(), atol=1e-11)
 
@@ -255,7 +203,3 @@ def test_arguments_are_checked(function):
         function(x, proj.to("meta"), out)
     with pytest.raises(ValueError, match="mode must be 'joint' or 'per_order', got 'both'"):
         function(x, proj, out, mode="both")
-    with pytest.raises(ValueError, match="backend must be 'cuda', 'triton' or 'reference', got 'fast'"):
-        function(x, proj, out, backend="fast")
-    with pytest.raises(RuntimeError, match="'cuda', asked for by backend, cannot serve high_order"):
-        function(x, proj, out, backend="cuda")

@@ -1,0 +1,102 @@
+"""The Triton kernels of high_order_attention_mse against the reference."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dfkd_fast import ops
+from dfkd_fast.testing import LAYOUTS, assert_backend_no_worse, assert_close, value_and_gradients, with_layout
+
+from ..ops.table import DTYPES, high_order, high_order_tiles
+
+MODES = ("joint", "per_order")
+drawn = partial(high_order, target=True)
+
+
+def no_worse(mode, inputs, draws):
+    function = lambda *a, backend: ops.high_order_attention_mse(*a, mode=mode, backend=backend)  # noqa: E731
+    assert_backend_no_worse(function, inputs, draws=draws)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "block", "mode"),
+    [
+        (torch.float32, "transposed", 16, "joint"),
+        (torch.float32, "transposed", 32, "per_order"),
+        (torch.bfloat16, "channels_last", 32, "joint"),
+        (torch.bfloat16, "channels_last", 16, "per_order"),
+        (torch.float16, "strided", 16, "per_order"),
+        (torch.float16, "strided", 32, "joint"),
+    ],
+)
+def test_no_worse_than_the_reference(kernel_device, dtype, layout, block, mode):
+    with high_order_tiles(block):
+        no_worse(mode, drawn((2, 20, 3, 3), dtype=dtype, layout=layout, device=kernel_device), draws=4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 1, 1, 1), torch.float32), ((1, 1, 1, 1), torch.bfloat16), ((2, 3, 1, 2), torch.float16)]
+)
+def test_few_elements(kernel_device, shape, dtype):
+    with high_order_tiles(16):
+        no_worse("joint", drawn(shape, order=2, dtype=dtype, device=kernel_device, scale=0.5), draws=16)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_features_and_target_may_lie_differently(kernel_device, layout):
+    x, proj, out, target = drawn((2, 6, 3, 4), layout="channels_last", device=kernel_device)(1)
+    got, want = (
+        value_and_gradients(lambda *a, t=t: ops.high_order_attention_mse(*a, t, backend="triton"), (x, proj, out))
+        for t in (with_layout(target, layout), target)
+    )
+    assert_close(got[0][0], want[0][0], atol=1e-6)
+    for a, b in zip(got[1], want[1], strict=True):
+        assert_close(a, b, atol=1e-6)
+
+
+def test_function_transforms_and_autocast(kernel_device):
+    x, proj, out, target = (t.detach() for t in drawn((2, 4, 2, 2), device=kernel_device)(1))
+    op = ops.high_order_attention_mse
+    got, want = (
+        torch.func.grad(lambda w, b=b: op(x, w, out, target, backend=b))(proj) for b in ("triton", "reference")
+    )
+    assert_close(got, want, atol=1e-5)
+    each = torch.func.vmap(lambda a, t: op(a[None], proj, out, t[None], backend="triton"))(x, target)
+    assert_close(each.mean(), op(x, proj, out, target), atol=1e-5)
+    with torch.autocast(kernel_device, torch.bfloat16):
+        rounded = op(x, proj, out, target, backend="triton")
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - each.mean()).abs() < 0.05
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_shape(kernel_device, data):
+    # One number a draw has an error by luck where few elements go into it.
+    size = st.integers(3, 6)
+    shape = (data.draw(st.integers(2, 3)), data.draw(st.integers(12, 40)), data.draw(size), data.draw(size))
+    inputs = drawn(
+        shape,
+        order=data.draw(st.integers(1, 4)),
+        hidden=data.draw(st.integers(4, 35)),
+        dtype=data.draw(st.sampled_from(DTYPES)),
+        layout=data.draw(st.sampled_from(LAYOUTS)),
+        device=kernel_device,
+        scale=0.5,
+    )
+    with high_order_tiles(data.draw(st.sampled_from([16, 64]))):
+        no_worse(data.draw(st.sampled_from(MODES)), inputs, draws=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 64, 56, 56), (64, 128, 28, 28), (64, 256, 14, 14), (64, 512, 7, 7)])
+def test_shapes_of_the_paper(shape, dtype, mode):
+    no_worse(mode, drawn(shape, dtype=dtype, layout="channels_last", device="cuda"), draws=2)

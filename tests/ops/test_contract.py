@@ -1,0 +1,363 @@
+"""What every op promises, for the reference and for the kernels of Triton, in the calls of table.py."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from dfkd_fast import ops
+from dfkd_fast.testing import assert_close, assert_compiles, random, value_and_gradients, with_layout
+
+from .table import CASES, DTYPES, Case, high_order, logits, maps, norm, stored
+
+ONE_FOR_EACH_OP = [name for name in CASES if name.split(",")[0] not in {n.split(",")[0] for n in CASES if n < name}]
+DISTINCT = [name for name in CASES if "tiles" not in name or name.split(",")[0] not in CASES]
+
+each_case = pytest.mark.parametrize("name", CASES)
+
+
+def with_backend(case: Case, backend: str) -> Any:
+    return lambda *inputs: case.function(*inputs, backend=backend)
+
+
+def tensors(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
+def relaid(t: Tensor | None, layout: Any) -> Tensor | None:
+    """In a layout, where it applies."""
+    if t is None or t.ndim < (4 if layout == "channels_last" else 2):
+        return t
+    return with_layout(t, layout).requires_grad_(t.requires_grad)
+
+
+def assert_equal(found: Any, wanted: Any) -> None:
+    """To the bit."""
+    for a, b in zip(found, wanted, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.fixture(params=["reference", "triton", pytest.param("triton on a GPU", marks=pytest.mark.gpu)])
+def backend_and_device(request: pytest.FixtureRequest) -> tuple[str, str]:
+    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the interpreter is for machines without a GPU (TRITON_INTERPRET=1)")
+    return request.param.split()[0], "cuda" if "GPU" in request.param else "cpu"
+
+
+@each_case
+def test_memory_layout_changes_nothing(name):
+    case = CASES[name]
+    inputs = case.make(case.shapes[0])(1)
+    wanted, wanted_gradients = value_and_gradients(case.function, inputs)
+    for layout in case.layouts:
+        laid = [relaid(t, layout) for t in inputs]
+        values, gradients = value_and_gradients(case.function, laid)
+        for a, b in zip((*values, *gradients), (*wanted, *wanted_gradients), strict=True):
+            if b is not None:
+                assert_close(a, b, atol=case.atol, rtol=case.atol, name=layout)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if len(CASES[name].shapes[0]) == 4])
+def test_maps_lie_as_the_map_that_came_in(backend_and_device, name):
+    """Values, and the gradient of the map by kernels, in every dtype."""
+    case, (backend, device) = CASES[name], backend_and_device
+    for number, dtype in enumerate(DTYPES if backend == "triton" else (torch.float64, *DTYPES)):
+        layout, form = (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format))[number % 2]
+        inputs = case.make(case.shapes[0], dtype=dtype, layout=layout, device=device)(1)
+        with case.tiling():
+            values, gradients = value_and_gradients(with_backend(case, backend), inputs)
+        for result in (*values, *(gradients[:1] if backend == "triton" else ())):
+            assert result.ndim < 4 or result.is_contiguous(memory_format=form), (dtype, layout)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_the_reference_compiles_without_graph_breaks(name):
+    case = CASES[name]
+    layout = case.layouts[1]  # channels-last maps
+    calls = [case.make(shape, layout=layout)(1) for shape in case.shapes[1:]]
+    assert_compiles(case.function, calls, atol=case.atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_kernels_compile_with_dynamic_shapes(kernel_device, name):
+    """Shapes that come one after the other, the kernel in the midst of a graph."""
+    case = CASES[name]
+    calls = [case.make(shape, layout=case.layouts[1], device=kernel_device)(1) for shape in case.shapes[1:]]
+    function = with_backend(case, "triton")
+    with case.tiling():
+        assert_compiles(lambda x, *others: function(2 * x, *others), calls, dynamic=True, atol=1e-6, rtol=1e-6)
+
+
+def test_kernels_compile_with_inductor(kernel_device):
+    """All ops in one graph, since its compiler takes long; static shapes first, which the second call makes dynamic."""
+    cases = [CASES[name] for name in ONE_FOR_EACH_OP]
+    calls = []
+    for which in (1, 2):
+        made = [case.make(case.shapes[which], layout=case.layouts[1], device=kernel_device)(1) for case in cases]
+        calls.append([t if t is None else t.detach() for inputs in made for t in inputs])
+    counts = [len(inputs) for inputs in made]
+
+    def every_op(*inputs: Tensor) -> tuple[Tensor, ...]:
+        given, results = iter(inputs), []
+        for case, count in zip(cases, counts, strict=True):
+            x, *others = itertools.islice(given, count)
+            results += tensors(case.function(2 * x, *others, backend="triton"))
+        return tuple(results)
+
+    for call in calls:
+        for i, case in enumerate(cases):
+            for argument in case.needs_grad:
+                call[sum(counts[:i]) + argument].requires_grad_()
+    assert_compiles(every_op, calls, backend="inductor", atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_function_transforms(backend_and_device, name):
+    """grad, vmap, and vmap of grad, over samples and with what is shared: as one call after the other."""
+    case, (backend, device) = CASES[name], backend_and_device
+    dtype, atol = (torch.float64, 1e-11) if backend == "reference" else (torch.float32, 0.0)
+    first, second = (
+        [None if t is None else t.detach() for t in case.make(case.shapes[1], dtype=dtype, device=device)(seed)]
+        for seed in (1, 20)
+    )
+    function = with_backend(case, backend)
+
+    def total(*inputs: Tensor) -> Tensor:
+        return sum(value.square().sum() for value in tensors(function(*inputs)))
+
+    gradients = torch.func.grad(total, argnums=case.needs_grad)
+    leaves = [t if t is None else t.clone().requires_grad_(i in case.needs_grad) for i, t in enumerate(first)]
+    wanted = torch.autograd.grad(total(*leaves), [leaves[i] for i in case.needs_grad])
+    for a, b in zip(gradients(*first), wanted, strict=True):
+        assert_close(a, b, atol=atol, rtol=atol)
+    for batched in {case.batched, case.batched[:1]}:
+        dims = tuple(0 if i in batched else None for i in range(len(first)))
+        pair = [torch.stack([a, b]) if i in batched else a for i, (a, b) in enumerate(zip(first, second, strict=True))]
+        other = [b if i in batched else a for i, (a, b) in enumerate(zip(first, second, strict=True))]
+        for each in (function, gradients) if batched == case.batched else (function,):
+            found = tensors(torch.func.vmap(each, in_dims=dims)(*pair))
+            for column, a, b in zip(found, tensors(each(*first)), tensors(each(*other)), strict=True):
+                assert_close(column, torch.stack([a, b]), atol=atol, rtol=atol)
+
+
+@pytest.mark.parametrize("name", [name for name in DISTINCT if CASES[name].autocast])
+def test_autocast_changes_nothing(backend_and_device, name):
+    case, (backend, device) = CASES[name], backend_and_device
+    inputs = case.make(case.shapes[0], device=device)(1)
+    wanted = tensors(case.function(*inputs, backend=backend))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        found = tensors(case.function(*inputs, backend=backend))
+    assert [t.dtype for t in found] == [t.dtype for t in wanted]
+    assert_equal(found, wanted)
+
+
+@each_case
+def test_backends_are_checked(name):
+    case, op = CASES[name], name.split(",")[0]
+    inputs = case.make(case.shapes[0])(1)
+    with pytest.raises(ValueError, match="backend must be 'cuda', 'triton' or 'reference', got 'numpy'"):
+        case.function(*inputs, backend="numpy")
+    with pytest.raises(
+        RuntimeError, match=f"'cuda', asked for by backend, (cannot serve|has no implementation of) {op}"
+    ):
+        case.function(*inputs, backend="cuda")
+
+
+ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+FEWER_CHECKS = ("test_schema", "test_faketensor")  # those that strides make a difference to
+
+
+class Operators(TorchDispatchMode):
+    """Keeps the calls of the library's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if function.namespace == "dfkd_fast":
+            self.calls.append((function, tree_map_only(Tensor, Tensor.detach, arguments)))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_operators_pass_opcheck(kernel_device, name):
+    """Those that a call takes, forward and backward, in each layout; then with one gradient that comes in and goes out."""
+    case = CASES[name]
+    for number, layout in enumerate(case.layouts[1:]):
+        inputs = case.make(case.shapes[0], layout=layout, device=kernel_device)(1)
+        some = case.needs_grad[:1] if number else case.needs_grad
+        leaves = [t if t is None else t.detach().requires_grad_(i in some) for i, t in enumerate(inputs)]
+        with Operators() as operators:
+            values = [value for value in tensors(case.function(*leaves, backend="triton")) if value.requires_grad]
+            values = values[-1:] if number else values
+            upstream = [with_layout(v, layout if v.ndim == inputs[0].ndim else "contiguous") for v in values]
+            torch.autograd.grad(values, [leaves[i] for i in some], upstream)
+        assert len(operators.calls) >= 2
+        for function, arguments in operators.calls:
+            torch.library.opcheck(function, arguments, test_utils=FEWER_CHECKS if number > 1 else ALL_CHECKS)
+
+
+@each_case
+def test_two_runs_give_the_same_bits(kernel_device, name):
+    case = CASES[name]
+    inputs = case.make(case.many, dtype=torch.bfloat16, layout=case.layouts[1], device=kernel_device)(1)
+    with case.tiling():
+        first, second = (value_and_gradients(with_backend(case, "triton"), inputs) for _ in range(2))
+    assert_equal((*first[0], *first[1]), (*second[0], *second[1]))
+
+
+@each_case
+def test_each_subset_of_gradients(kernel_device, name):
+    """The bits of a gradient do not depend on which others are asked for; the others are None."""
+    case = CASES[name]
+    inputs = [t if t is None else t.detach() for t in case.make(case.shapes[0], device=kernel_device)(1)]
+
+    def run(some):
+        leaves = [t if t is None else t.detach().requires_grad_(i in some) for i, t in enumerate(inputs)]
+        with case.tiling():
+            values = tensors(case.function(*leaves, backend="triton"))
+            upstream = [random(*value.shape, device=kernel_device, seed=i) for i, value in enumerate(values)]
+            both = [(v, g) for v, g in zip(values, upstream, strict=True) if v.requires_grad]
+            outputs, upstream = zip(*both, strict=True)
+            gradients = iter(torch.autograd.grad(outputs, [leaves[i] for i in some], upstream))
+        return [next(gradients) if i in some else None for i in range(len(inputs))]
+
+    whole = run(case.needs_grad)
+    for some in itertools.chain.from_iterable(itertools.combinations(case.needs_grad, n) for n in (1, 2)):
+        for i, (a, b) in enumerate(zip(run(some), whole, strict=True)):
+            assert torch.equal(a, b) if i in some else a is None
+    assert not any(value.requires_grad for value in tensors(case.function(*inputs, backend="triton")))
+
+
+@each_case
+def test_an_empty_batch_is_as_the_references(kernel_device, name):
+    case = CASES[name]
+    inputs = case.make((0, *case.shapes[0][1:]), device=kernel_device)(1)
+    with case.tiling():
+        found, wanted = (value_and_gradients(with_backend(case, each), inputs) for each in ("triton", "reference"))
+    for a, b in zip((*found[0], *found[1]), (*wanted[0], *wanted[1]), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b, atol=0.0)
+
+
+@each_case
+def test_a_named_backend_says_why_it_cannot_serve(kernel_device, name):
+    case, op = CASES[name], name.split(",")[0]
+    for i in case.batched:
+        inputs = case.make(case.shapes[0], device=kernel_device)(1)
+        inputs[i] = inputs[i].double()
+        with pytest.raises(
+            RuntimeError, match=f"'triton', asked for by backend, cannot serve {op}: its kernels take .*, not float64"
+        ):
+            case.function(*inputs, backend="triton")
+
+
+@each_case
+def test_second_derivatives_are_a_clear_error(kernel_device, name):
+    case, op = CASES[name], name.split(",")[0].removesuffix("_map")
+    inputs = case.make(case.shapes[1], device=kernel_device)(1)
+    leaves = [t if t is None else t.detach().requires_grad_(i in case.needs_grad) for i, t in enumerate(inputs)]
+    total = sum(value.square().sum() for value in tensors(case.function(*leaves, backend="triton")))
+    for gradient in torch.autograd.grad(total, [leaves[i] for i in case.needs_grad], create_graph=True):
+        with pytest.raises(
+            RuntimeError, match=f"{op}: fused backends have no second derivative; use backend='reference'"
+        ):
+            gradient.square().sum().backward(retain_graph=True)
+
+
+@pytest.mark.gpu
+@each_case
+def test_a_captured_graph_follows_its_inputs(name):
+    """Over a hundred replays, so that what one leaves behind would show in the next."""
+    case = CASES[name]
+    make = case.make(case.graph, dtype=torch.bfloat16, layout=case.layouts[1], device="cuda")
+    inputs = [t if t is None else t.detach().requires_grad_(i in case.needs_grad) for i, t in enumerate(make(1))]
+    leaves = [inputs[i] for i in case.needs_grad]
+
+    upstream = [torch.randn_like(value) for value in tensors(case.function(*inputs, backend="triton"))]
+
+    def step():
+        with case.tiling():
+            values = tensors(case.function(*inputs, backend="triton"))
+            return *values, *torch.autograd.grad(values, leaves, upstream)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for replay in range(100):
+        with torch.no_grad():
+            for old, new in zip(inputs, make(10 + replay), strict=True):
+                if old is not None:
+                    old.copy_(new)
+        graph.replay()
+        if replay % 33 == 0:
+            assert_equal(captured, step())
+
+
+BRAIN: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+MAP = {**BRAIN, "layout": "channels_last"}
+# Shapes, and bytes that forward may take beyond its results, and both beyond results and gradients.
+_SIZE = 2 * 64 * 64 * 56 * 56
+MEMORY: dict[str, tuple[Any, Any, float, float]] = {
+    "distillation_kl": (
+        *(logits((4096, 32_000), **BRAIN, needs_grad=(0, 1)), ops.distillation_kl),
+        *(5 * 4 * 4096 + 2**16, 2**18),
+    ),
+    "high_order_attention": (
+        *(high_order((64, 64, 56, 56), **MAP, needs_grad=(0,)), ops.high_order_attention),
+        *(2**21, _SIZE),
+    ),
+    "high_order_attention_mse": (
+        *(high_order((64, 64, 56, 56), **MAP, target=True, needs_grad=(0,)), ops.high_order_attention_mse),
+        *(_SIZE // 8, _SIZE // 8),
+    ),
+    "batchnorm_statistics": (  # which keeps a bit per element
+        norm((64, 64, 112, 112), **MAP, residual=True, affine=False, needs_grad=(0, 5)),
+        CASES["batchnorm_statistics"].function,
+        *(_SIZE // 4 + 2**21, _SIZE // 4 + 2**22),
+    ),
+    "statistics_distance": (*(stored((64, 64, 112, 112), **MAP), ops.statistics_distance), *(2**21, 2**21)),
+    "max_pool2x2": (
+        *(maps((64, 16, 224, 224), **MAP, needs_grad=(0,)), partial(ops.max_pool2x2, relu=True)),
+        *(_SIZE // 20, _SIZE // 20),
+    ),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_is_that_of_results_and_gradients(name):
+    make, function, forward_beyond, both_beyond = MEMORY[name]
+    inputs = make(1)
+    leaves = [t for t in inputs if t is not None and t.requires_grad]
+
+    def run():
+        values = tensors(function(*inputs, backend="triton"))
+        peak = torch.cuda.max_memory_allocated()
+        values = [value for value in values if value.requires_grad]
+        return values, peak, torch.autograd.grad(values, leaves, upstream)
+
+    upstream = [torch.ones_like(v) for v in tensors(function(*inputs, backend="triton")) if v.requires_grad]
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    values, peak, gradients = run()
+    results, all_gradients = (sum(t.nbytes for t in column) for column in (values, gradients))
+    assert peak - before <= results + forward_beyond
+    assert torch.cuda.max_memory_allocated() - before <= results + all_gradients + both_beyond
