@@ -104,7 +104,7 @@ def _gradients(
     return gradients
 
 
-_fused = differentiable("batchnorm_statistics", _forward, _save, _gradients, outputs=3)
+_fused = differentiable("batchnorm_statistics", _forward, _save, _gradients, outputs=3, signature=_allocate)
 _statistics = fused_op(
     "channel_statistics",
     _allocate_statistics,

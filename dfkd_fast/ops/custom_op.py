@@ -188,16 +188,18 @@ def differentiable(
     backward: Callable[..., Sequence[Tensor | None]],
     *,
     outputs: int = 1,
+    signature: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Give an operator a gradient, also under torch.func's transforms and torch.compile.
+    """Give a function of tensors and options a gradient, also under torch.func's transforms and torch.compile.
 
     Args:
         name: of the public op, for the error of a second derivative.
-        forward: an operator that returns a tensor or a tuple of them.
+        forward: returns a tensor or a tuple of them.
         save: takes the tuple of arguments and that of results; returns tensors and options for ``backward``.
         backward: takes whether each argument needs a gradient, those tensors, those options and the gradient of each
             differentiable result, None if it is zero; returns those of the first arguments.
         outputs: number of results that are differentiable; they come first.
+        signature: has the parameters of ``forward``, if that is an operator.
 
     Returns:
         ``forward``, with a gradient. Not through ``torch.library.register_autograd``, whose operators raise an error
@@ -228,11 +230,9 @@ def differentiable(
             found = no_second_derivative(name, found, *grads, *saved)
             return (*found, *[None] * (len(needs) - len(found)))
 
-    # Without gradients Dynamo calls forward itself, with a context in front unless the number of parameters is that of the
-    # arguments. An operator has no public signature.
-    names = [argument.name for argument in forward._schema.arguments]  # type: ignore[attr-defined]
-    parameters = [inspect.Parameter(each, inspect.Parameter.POSITIONAL_ONLY) for each in names]
-    vars(Fused)["forward"].__func__.__signature__ = inspect.Signature(parameters)
+    # Without gradients Dynamo calls forward itself, and puts a context in front unless the signature has as many
+    # parameters as there are arguments.
+    vars(Fused)["forward"].__func__.__signature__ = inspect.signature(signature or forward)
     Fused.__name__ = Fused.__qualname__ = "".join(word.capitalize() for word in name.split("_"))
     return Fused.apply
 
@@ -307,7 +307,7 @@ def fused_op(
                     gradients[i] = gradient
             return gradients
 
-        apply = differentiable(name, forward, save, backward, outputs=outputs)
+        apply = differentiable(name, forward, save, backward, outputs=outputs, signature=allocate)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             results = apply(*args, *(kwargs[each] for each in names[len(args) :]))

@@ -51,6 +51,7 @@ _max_pool = differentiable(
     _pool,
     lambda inputs, results: ((results[1],), (*inputs[0].shape[2:], _is_channels_last(inputs[0]), inputs[1])),
     lambda needs_grad, saved, options, grad_y: (None if grad_y is None else _unpool(grad_y, *saved, *options),),
+    signature=_allocate_pool,
 )
 _max_unpool = differentiable(
     "max_unpool2x2",
