@@ -5,6 +5,7 @@ ResNet-34 to ResNet-18, 224 x 224, batches of 64, bf16, channels-last, without a
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from ast import literal_eval
@@ -34,7 +35,7 @@ GRAPHS = {
 # The argument whose memory format each result has, after the docstrings of dfkd_fast.ops; None is contiguous. An
 # operator that is not here fails: a new one is declared here first.
 DECLARED: dict[str, tuple[str | None, ...]] = {
-    "batchnorm_statistics": ("x", None, None, None),
+    "batchnorm_statistics": ("x", None, None, "mask"),
     "batchnorm_statistics_backward": ("x", None, None, "x"),
     "channel_statistics": (None, None),
     "channel_statistics_backward": ("x",),
@@ -77,7 +78,13 @@ def is_contiguous(x: dict[str, Any]) -> bool:
 def as_declared(call: dict[str, Any]) -> list[bool]:
     """Whether the strides of a call's results are the declared ones, going by its arguments."""
     found = []
-    for like, result in zip(DECLARED[call["op"]], call["results"], strict=True):
+    declared = DECLARED[call["op"]]
+    if "needs_grad" in call["arguments"]:  # only these are returned
+        declared = tuple(itertools.compress(declared, call["arguments"]["needs_grad"]))
+    for like, result in zip(declared, call["results"], strict=True):
+        if like == "mask":  # (N, octets of channels, positions), the octets innermost as the channels of x are
+            found.append(is_channels_last(call["arguments"]["x"]) and is_dense(result, (1, 2, 0)))
+            continue
         maps = like is not None and 0 not in result["shape"] and is_channels_last(call["arguments"][like])
         found.append((is_channels_last if maps else is_contiguous)(result))
     return found
