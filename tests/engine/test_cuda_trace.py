@@ -80,7 +80,7 @@ def as_declared(call: dict[str, Any]) -> list[bool]:
     found = []
     declared = DECLARED[call["op"]]
     if "needs_grad" in call["arguments"]:  # only these are returned
-        declared = tuple(itertools.compress(declared, call["arguments"]["needs_grad"]))
+        declared = tuple(itertools.compress(declared, (need == "True" for need in call["arguments"]["needs_grad"])))
     for like, result in zip(declared, call["results"], strict=True):
         if like == "mask":  # (N, octets of channels, positions), the octets innermost as the channels of x are
             found.append(is_channels_last(call["arguments"]["x"]) and is_dense(result, (1, 2, 0)))
