@@ -9,6 +9,8 @@ from torch import nn
 from dfkd_fast.compat import cpsc, datafree, deepinversion
 from dfkd_fast.testing import assert_close, random
 
+from .definitions import distance, statistics
+
 HOOKS = {
     "CMI": datafree.DeepInversionHook,
     "Fast-Datafree": lambda module: datafree.DeepInversionHook(module, 0.9),
@@ -25,24 +27,20 @@ def batchnorm(channels=5, seed=7):
     return bn
 
 
-def statistics(x):
-    """Mean and biased variance from the definition, in float64."""
-    rows = x.double().transpose(0, 1).flatten(1)
-    mean = rows.sum(1) / rows.shape[1]
-    return mean, ((rows - mean[:, None]) ** 2).sum(1) / rows.shape[1]
-
-
-def distance(bn, mean, var):
-    return ((bn.running_var - var) ** 2).sum().sqrt() + ((bn.running_mean - mean) ** 2).sum().sqrt()
-
-
 def gradient(value, x):
     return torch.autograd.grad(value, x, retain_graph=True)[0]
 
 
-@pytest.mark.parametrize("shape", [(4, 5, 3, 3), (1, 5, 1, 2), (2, 5, 1, 1), (7, 5, 4, 6)])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((4, 5, 3, 3), torch.channels_last),
+        ((1, 5, 1, 2), torch.contiguous_format),
+        ((2, 5, 1, 1), torch.contiguous_format),
+        ((7, 5, 4, 6), torch.contiguous_format),
+    ],
+)
 @pytest.mark.parametrize("kind", HOOKS.values(), ids=HOOKS)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_r_feature_is_its_definition(kind, shape, layout):
     bn = batchnorm()
     hook = kind(bn)

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dfkd_fast import ops
-from dfkd_fast.testing import assert_backend_no_worse, assert_close, random, value_and_gradients
+from dfkd_fast.testing import assert_backend_no_worse, assert_close, value_and_gradients
 
-from .host_kernels import HostKernels, build, compiler
+from ..ops.table import attention, near
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler with sanitizers")
-
+KERNELS = "spatial_attention"
 FORMS = ("spatial", "spatial_mean1", "channel")  # the last one is not served
+
 SERVED = FORMS[:2]
 ORDERS = (0, 1, 7)
 HALVES = (torch.bfloat16, torch.float16)
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostKernels]:
-    folder = tmp_path_factory.getbasetemp().parent / "host"
-    running = HostKernels(build(folder, ["spatial_attention.cu", "spatial_attention_bwd.cu"]))
-    yield running
-    running.close()
-
-
-def bits(x: Tensor | None) -> np.ndarray | None:
+def bits(x):
     """What a kernel sees of a tensor: a map channels-last."""
     if x is None:
         return None
@@ -43,12 +30,12 @@ def bits(x: Tensor | None) -> np.ndarray | None:
     return (x if x.dtype == torch.float32 else x.view(torch.int16)).numpy().copy()
 
 
-def unset(x: Tensor) -> np.ndarray:
+def unset(x):
     """Room for a result like x, NaN before."""
     return bits(torch.full_like(x, torch.nan))
 
 
-def tensor(values: np.ndarray, like: Tensor) -> Tensor:
+def tensor(values, like):
     """Back again."""
     x = torch.from_numpy(values)
     x = x if like.dtype == torch.float32 else x.view(like.dtype)
@@ -58,7 +45,7 @@ def tensor(values: np.ndarray, like: Tensor) -> Tensor:
 class Call:
     """A call of the launchers: what forward and backward have in common."""
 
-    def __init__(self, kernels: HostKernels, order: int, *arguments: Any) -> None:
+    def __init__(self, kernels, order, *arguments):
         self.kernels, self.order = kernels, order
         self.tensors = arguments[:4]
         features, hidden, weight, bias = self.tensors
@@ -68,17 +55,7 @@ class Call:
         self.types = [CODES[t.dtype] for t in (features, weight, weight if bias is None else bias)]
         self.numbers = float(scale), FORMS.index(form)
 
-    def scratch(self, name: str) -> np.ndarray:
-        """As much as asked for and no more; NaN. A size comes back as what the launcher of a kernel would fail with."""
-        size = 0
-        try:
-            self.kernels(name, *self.sizes, self.numbers[-1])
-        except ValueError as found:
-            size = int(re.findall(r"returned (\d+)", str(found))[0])
-        assert size % 16 == 0
-        return np.full(size // 4, np.nan, dtype=np.float32)
-
-    def forward(self) -> tuple[Tensor, np.ndarray]:
+    def forward(self):
         features = self.tensors[0]
         out, saved = unset(features), np.full((2, *self.sizes[:2]), np.nan, dtype=np.float32)
         given = [bits(t) for t in self.tensors[:3]]
@@ -86,10 +63,11 @@ class Call:
         self.kernels("dfkd_spatial_attention", *arguments, order=self.order)
         return tensor(out, features), saved
 
-    def backward(self, upstream: Tensor, saved: np.ndarray, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    def backward(self, upstream, saved, wanted):
         given = [bits(t) for t in self.tensors[:3]]
         results = [unset(t) if want else None for t, want in zip(self.tensors, wanted, strict=True)]
-        scratch = self.scratch("dfkd_spatial_attention_backward_scratch")
+        scratch = self.kernels.scratch("dfkd_spatial_attention_backward_scratch", *self.sizes, self.numbers[-1])
+        assert scratch.size % 16 == 0
         arguments = (bits(upstream), *given, saved, *self.sizes, *self.types, *self.numbers, *results, scratch, None)
         self.kernels("dfkd_spatial_attention_backward", *arguments, order=self.order)
         return [None if r is None else tensor(r, t) for r, t in zip(results, self.tensors, strict=True)]
@@ -99,19 +77,19 @@ class Hosted(torch.autograd.Function):
     """The op through the launchers."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx, *arguments):
         ctx.call = Call(*arguments)
         out, ctx.saved = ctx.call.forward()
         return out
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
+    def backward(ctx, upstream):
         wanted = ctx.needs_input_grad[2:6]
         return None, None, *ctx.call.backward(upstream, ctx.saved, wanted), None, None
 
 
-@pytest.fixture(scope="module")
-def op(kernels: HostKernels) -> Callable[..., Tensor]:
+@pytest.fixture
+def op(kernels):
     def spatial_attention(*tensors, scale, form, backend="cuda", order=0):
         if backend == "cuda":
             return Hosted.apply(kernels, order, *tensors, scale, form)
@@ -120,28 +98,8 @@ def op(kernels: HostKernels) -> Callable[..., Tensor]:
     return spatial_attention
 
 
-def near(form, shape):
-    """A scale at which what is added to the features is as large as they are."""
-    return {"spatial": float(shape[2] * shape[3]), "spatial_mean1": 1.0}[form]
-
-
-def maker(shape, *, hidden=8, dtype=torch.bfloat16, bias=True, only=None, parameters=None):
-    """For :func:`assert_backend_no_worse`: logits of standard deviation 1, and gradients to all or some inputs."""
-    n, c, h, w = shape
-
-    def make(seed):
-        own = parameters or dtype
-        inputs = [
-            random(*shape, layout="channels_last", seed=seed, dtype=dtype),
-            random(n, hidden, h, w, layout="channels_last", seed=seed + 1, dtype=dtype),
-            random(c, hidden, seed=seed + 2, scale=hidden**-0.5, dtype=own),
-            random(c, seed=seed + 3, dtype=own) if bias else None,
-        ]
-        for i in only or ():
-            inputs[i].requires_grad_()
-        return inputs
-
-    return make
+def drawn(shape, *, hidden=8, dtype=torch.bfloat16, **options):
+    return attention(shape, hidden=hidden, dtype=dtype, layout="channels_last", **options)
 
 
 def no_worse(op, make, form, shape, *, scale=None, draws=1):
@@ -157,11 +115,10 @@ def no_worse(op, make, form, shape, *, scale=None, draws=1):
     assert_backend_no_worse(both, make, backend="cuda", draws=draws)
 
 
-@pytest.mark.parametrize("form", SERVED)
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("dtype", "form"), zip(HALVES, SERVED, strict=True))
 def test_kernels_are_no_worse_than_the_reference(op, dtype, form):
     shape = (2, 24, 5, 4)
-    no_worse(op, maker(shape, hidden=8, dtype=dtype), form, shape)
+    no_worse(op, drawn(shape, hidden=8, dtype=dtype), form, shape)
 
 
 # One, two and four panels of channels, not full; narrow maps of each width; teams of one, two and four blocks, and more
@@ -184,35 +141,35 @@ LARGER = {
 
 @pytest.mark.parametrize(("shape", "hidden"), SHAPES.values(), ids=SHAPES)
 def test_kernels_on_several_tiles(op, shape, hidden):
-    no_worse(op, maker(shape, hidden=hidden), "spatial", shape)
+    no_worse(op, drawn(shape, hidden=hidden), "spatial", shape)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "hidden"), LARGER.values(), ids=LARGER)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_kernels_on_larger_maps(op, shape, hidden, dtype):
-    no_worse(op, maker(shape, hidden=hidden, dtype=dtype), "spatial_mean1", shape)
+    no_worse(op, drawn(shape, hidden=hidden, dtype=dtype), "spatial_mean1", shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernels_with_parameters_of_another_type(op, dtype):
     shape = (1, 16, 3, 5)
-    no_worse(op, maker(shape, hidden=8, parameters=dtype), "spatial", shape)
+    no_worse(op, drawn(shape, hidden=8, parameters=dtype), "spatial", shape)
 
 
 @pytest.mark.parametrize("only", [(0,), (1,), (2,), (0, 3)])
 def test_kernels_make_only_what_is_wanted(op, only):
     shape = (2, 72, 6, 12)
-    no_worse(op, maker(shape, hidden=8, only=only), "spatial", shape)
+    no_worse(op, drawn(shape, hidden=8, needs_grad=only), "spatial", shape)
 
 
 def test_gradients_to_any_of_the_inputs(op):
     """Which of them are wanted changes nothing in the rest, and nothing else is written."""
     shape = (1, 24, 4, 3)
     call = lambda *a: op(*a, scale=5.0, form="spatial")  # noqa: E731
-    whole = value_and_gradients(call, maker(shape)(0))[1]
+    whole = value_and_gradients(call, drawn(shape)(0))[1]
     for only in ((0,), (1,), (2,), (3,), (0, 2)):
-        for j, gradient in enumerate(value_and_gradients(call, maker(shape, only=only)(0))[1]):
+        for j, gradient in enumerate(value_and_gradients(call, drawn(shape, needs_grad=only)(0))[1]):
             assert (gradient is None) == (j not in only)
             assert gradient is None or torch.equal(gradient, whole[j])
     assert whole[3].abs().max() == 0
@@ -220,14 +177,14 @@ def test_gradients_to_any_of_the_inputs(op):
 
 def test_no_samples(op):
     values, gradients = value_and_gradients(
-        lambda *a: op(*a, scale=1.0, form="spatial"), maker((0, 8, 3, 3), hidden=8)(0)
+        lambda *a: op(*a, scale=1.0, form="spatial"), drawn((0, 8, 3, 3), hidden=8)(0)
     )
     assert values[0].shape == (0, 8, 3, 3)
     assert all((g == 0).all() for g in gradients)
 
 
 def test_a_softmax_over_one_has_no_gradient(op):
-    inputs = maker((2, 16, 1, 1), hidden=8)(0)
+    inputs = drawn((2, 16, 1, 1), hidden=8)(0)
     (y,), gradients = value_and_gradients(lambda *a: op(*a, scale=0.3, form="spatial"), inputs)
     assert_close(y, 1.3 * inputs[0].float(), atol=0, rtol=2**-8)
     assert all((g == 0).all() for g in gradients[1:])
@@ -235,7 +192,7 @@ def test_a_softmax_over_one_has_no_gradient(op):
 
 def test_kernels_on_extreme_logits(op):
     for factor in (1e6, 1e30):
-        f, h, w, b = maker((1, 8, 9, 8), hidden=8)(0)
+        f, h, w, b = drawn((1, 8, 9, 8), hidden=8)(0)
         h = factor * h
         values, gradients = value_and_gradients(lambda *a: op(*a, scale=0.05, form="spatial"), (f, h, w, b))
         assert all(t.isfinite().all() for t in (*values, *gradients))
@@ -248,7 +205,7 @@ def test_kernels_on_extreme_logits(op):
 
 def test_maxima_that_grow_and_fall(op):
     """Logits that a lane meets in a bad order: far above those before, then far below."""
-    f, h, w, b = maker((1, 8, 40, 16), hidden=8)(0)
+    f, h, w, b = drawn((1, 8, 40, 16), hidden=8)(0)
     towards = w.float().mean(0).to(h.dtype)[:, None, None]
     h[:, :, 16:24] += 90 * towards
     h[:, :, 32:] -= 90 * towards
@@ -258,13 +215,13 @@ def test_maxima_that_grow_and_fall(op):
 
 
 def test_a_bias_over_positions_counts_for_nothing(op):
-    f, h, w, b = maker((1, 16, 7, 3), hidden=8)(0)
+    f, h, w, b = drawn((1, 16, 7, 3), hidden=8)(0)
     plain = op(f, h, w, None, scale=20.0, form="spatial")
     assert torch.equal(op(f, h, w, torch.full_like(b, torch.inf), scale=20.0, form="spatial"), plain)
 
 
 def test_maxima_and_sums_are_saved(kernels):
-    f, h, w, b = maker((2, 72, 13, 11), hidden=16)(0)
+    f, h, w, b = drawn((2, 72, 13, 11), hidden=16)(0)
     saved = torch.from_numpy(Call(kernels, 0, f, h, w, b, 1.0, "spatial").forward()[1]).double()
     logits = torch.einsum("ck,nkp->ncp", w.double(), h.double().flatten(2))
     assert_close(saved[0], logits.amax(2), atol=1e-5)
@@ -273,7 +230,7 @@ def test_maxima_and_sums_are_saved(kernels):
 
 def test_the_order_of_threads_changes_nothing(op):
     """Nor do copies and products that are early or late: stages are used again, blocks wait for each other."""
-    inputs = maker((3, 72, 19, 14), hidden=8)(0)
+    inputs = drawn((3, 72, 19, 14), hidden=8)(0)
     runs = [value_and_gradients(lambda *a, i=i: op(*a, scale=9.0, form="spatial", order=i), inputs) for i in ORDERS]
     for other in runs[1:]:
         for a, b in zip((*runs[0][0], *runs[0][1]), (*other[0], *other[1]), strict=True):
@@ -289,7 +246,7 @@ def test_what_is_not_served_is_refused(kernels):
         ((1, 16, 2, 2), 8, "channel", torch.bfloat16, "form is 'channel'; the kernel serves 'spatial' and"),
         ((1, 16, 2, 2), 8, "spatial", torch.float32, "dtype must be float16 or bfloat16"),
     ):
-        call = Call(kernels, 0, *maker(shape, hidden=hidden, dtype=dtype)(0), 1.0, form)
+        call = Call(kernels, 0, *drawn(shape, hidden=hidden, dtype=dtype)(0), 1.0, form)
         with pytest.raises(ValueError, match=f"dfkd_spatial_attention returned 1: {said}"):
             call.forward()
         with pytest.raises(ValueError, match=f"dfkd_spatial_attention_backward returned 1: {said}"):
@@ -306,4 +263,4 @@ def test_what_is_not_served_is_refused(kernels):
 )
 def test_sweep(op, shape, hidden, dtype, form):
     shape = (shape[0], 8 * shape[1], *shape[2:])
-    no_worse(op, maker(shape, hidden=8 * hidden, dtype=dtype), form, shape)
+    no_worse(op, drawn(shape, hidden=8 * hidden, dtype=dtype), form, shape)

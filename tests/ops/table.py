@@ -13,6 +13,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from dfkd_fast import ops
 from dfkd_fast.testing import LAYOUTS, random
@@ -228,6 +230,19 @@ def contrastive_tiles(split: int = 1) -> Iterator[None]:
 
     with mock.patch.multiple(kernels, SMALL=0, tiles_a_program=lambda blocks, tiles, available: split):
         yield
+
+
+class RecordedOperators(TorchDispatchMode):
+    """Keeps the calls of the library's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if function.namespace == "dfkd_fast":
+            self.calls.append((function, tree_map_only(Tensor, Tensor.detach, arguments)))
+        return function(*arguments, **(keywords or {}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from dfkd_fast import ops
 from dfkd_fast.testing import assert_close, assert_compiles, random, value_and_gradients, with_layout
 
-from .table import CASES, DTYPES, Case, high_order, logits, maps, norm, stored
+from .table import CASES, DTYPES, Case, RecordedOperators, high_order, logits, maps, norm, stored
 
 ONE_FOR_EACH_OP = [name for name in CASES if name.split(",")[0] not in {n.split(",")[0] for n in CASES if n < name}]
 DISTINCT = [name for name in CASES if "tiles" not in name or name.split(",")[0] not in CASES]
@@ -175,19 +173,6 @@ ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "t
 FEWER_CHECKS = ("test_schema", "test_faketensor")  # those that strides make a difference to
 
 
-class Operators(TorchDispatchMode):
-    """Keeps the calls of the library's operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        if function.namespace == "dfkd_fast":
-            self.calls.append((function, tree_map_only(Tensor, Tensor.detach, arguments)))
-        return function(*arguments, **(keywords or {}))
-
-
 @pytest.mark.parametrize("name", DISTINCT)
 def test_operators_pass_opcheck(kernel_device, name):
     """Those that a call takes, forward and backward, in each layout; then with one gradient in and one out."""
@@ -196,7 +181,7 @@ def test_operators_pass_opcheck(kernel_device, name):
         inputs = case.make(case.shapes[0], layout=layout, device=kernel_device)(1)
         some = case.needs_grad[:1] if number else case.needs_grad
         leaves = [t if t is None else t.detach().requires_grad_(i in some) for i, t in enumerate(inputs)]
-        with Operators() as operators:
+        with RecordedOperators() as operators:
             values = [value for value in tensors(case.function(*leaves, backend="triton")) if value.requires_grad]
             values = values[-1:] if number else values
             upstream = [with_layout(v, layout if v.ndim == inputs[0].ndim else "contiguous") for v in values]

@@ -1,0 +1,123 @@
+"""What the drop-ins' projects define, written out in float64, and how a drop-in is compared with it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from dfkd_fast.testing import assert_close, random, value_and_gradients
+
+REDUCTIONS = ("batchmean", "sum", "mean", "none")
+
+
+def assert_same(ours, theirs, *inputs, atol=1e-5):
+    """Values, and gradients for a random upstream gradient, within 1e-5 of a magnitude of one."""
+    for name, mine, wanted in zip(
+        ("value", "gradient"), value_and_gradients(ours, inputs), value_and_gradients(theirs, inputs), strict=True
+    ):
+        for a, b in zip(mine, wanted, strict=True):
+            if b is not None:
+                assert_close(a, b, atol=atol, rtol=1e-5, name=name)
+
+
+def logits(*shape, seed=0, scale=3.0):
+    return random(*shape, seed=seed, scale=scale), random(*shape, seed=seed + 1, scale=scale)
+
+
+def reduced(terms, reduction):
+    if reduction == "batchmean":
+        return (terms.sum() / terms.shape[0]).float()
+    return (terms if reduction == "none" else getattr(terms, reduction)()).float()
+
+
+def divergence(student, teacher, temperature=1.0, reduction="batchmean"):
+    """KL(teacher || student), from probabilities."""
+    q, p = ((x.double() / temperature).softmax(1) for x in (student, teacher))
+    return reduced(p * (p.log() - q.log()), reduction)
+
+
+def jensen_shannon(student, teacher, temperature, reduction):
+    p, q = ((x.double() / temperature).softmax(1) for x in (student, teacher))
+    p, q, m = (x.clamp(0.01, 0.99) for x in (p, q, 0.5 * (p + q)))
+    return 0.5 * (reduced(m * (m / p).log(), reduction) + reduced(m * (m / q).log(), reduction))
+
+
+def entropy(x):
+    mean = (x.double().exp() / x.double().exp().sum(1, keepdim=True)).mean(0)
+    return (mean * mean.log()).sum().float()
+
+
+def attention_distance(student, teacher, power):
+    """Loops over samples, and average pooling where one map is twice the other."""
+    size = min(student.shape[2], teacher.shape[2])
+    rows = []
+    for x in (student, teacher):
+        factor = x.shape[2] // size
+        x = F.avg_pool2d(x, factor) if factor > 1 else x
+        row = (x**power).mean(1).flatten(1)
+        rows.append(torch.stack([r / r.norm() for r in row]))
+    return ((rows[0] - rows[1]) ** 2).mean()
+
+
+def differences(x):
+    """Of neighbours in four directions."""
+    h, w = x.shape[2:]
+    for di, dj in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        a = x[:, :, : h - di, max(0, -dj) : w - max(0, dj)]
+        b = x[:, :, di:, max(0, dj) : w + min(0, dj)]
+        yield a - b
+
+
+def absolute_variation(x):
+    return sum(d.abs().mean() for d in differences(x))
+
+
+def euclidean_variation(x):
+    return sum(d.square().sum().sqrt() for d in differences(x))
+
+
+def nt_xent(out0, out1, temperature):
+    """Algorithm 1 of SimCLR, one anchor after the other."""
+    z = torch.cat([out0, out1]).double()
+    z = torch.stack([row / row.norm() for row in z])
+    count = len(out0)
+    losses = []
+    for i in range(2 * count):
+        similar = torch.stack([z[i] @ z[k] / temperature for k in range(2 * count) if k != i])
+        losses.append(similar.logsumexp(0) - z[i] @ z[(i + count) % (2 * count)] / temperature)
+    return torch.stack(losses).mean().float()
+
+
+def bank_nt_xent(out0, out1, bank, temperature):
+    """InfoNCE of each first vector: its second one against the bank."""
+    a, b = (F.normalize(x.double()) for x in (out0, out1))
+    positive = (a * b).sum(1) / temperature
+    negative = a @ bank.double().T / temperature
+    return (torch.cat([positive[:, None], negative], 1).logsumexp(1) - positive).mean().float()
+
+
+def sup_con(features, positives, temperature, base_temperature, mode):
+    """SupContrast's loss from its formula, one value per anchor, (anchor views, N)."""
+    features = features.double().flatten(2)
+    count, views, _ = features.shape
+    anchors = [(v, i) for v in range(views if mode == "all" else 1) for i in range(count)]
+    everything = [(v, i) for v in range(views) for i in range(count)]
+    values = []
+    for v, i in anchors:
+        others = [(w, j) for w, j in everything if (w, j) != (v, i)]
+        similar = torch.stack([features[i, v] @ features[j, w] / temperature for w, j in others])
+        weight = torch.stack([positives[i, j] for _, j in others]).double()
+        log_probability = similar - similar.logsumexp(0)
+        values.append(-(weight * log_probability).sum() / weight.sum() * temperature / base_temperature)
+    return torch.stack(values).view(-1, count).float()
+
+
+def statistics(x):
+    """Mean and biased variance of each channel."""
+    rows = x.double().transpose(0, 1).flatten(1)
+    mean = rows.sum(1) / rows.shape[1]
+    return mean, ((rows - mean[:, None]) ** 2).sum(1) / rows.shape[1]
+
+
+def distance(bn, mean, var):
+    return ((bn.running_var - var) ** 2).sum().sqrt() + ((bn.running_mean - mean) ** 2).sum().sqrt()
