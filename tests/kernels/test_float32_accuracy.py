@@ -197,7 +197,7 @@ CASES = {
     "spatial_attention, channel, large logits": _spatial((2, 300, 4, 4), 2, "channel", sharper=8.0),
     "high_order_attention": _high_order((2, 32, 6, 6), 2),
     "high_order_attention, per order": _high_order((2, 32, 6, 6), 2, "per_order"),
-    "high_order_attention, per order, large logits": _high_order((2, 4, 9, 9), 4, "per_order", sharper=4.0),
+    "high_order_attention, per order, large logits": _high_order((2, 4, 7, 7), 4, "per_order", sharper=4.0),
     "high_order_attention_map": _high_order((2, 32, 6, 6), 2, function=ops.high_order_attention_map),
     "batchnorm_statistics": (call_norm, functools.partial(norm, (8, 24, 12, 12)), 2),
     "batchnorm_statistics, residual": (

@@ -7,8 +7,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from dfkd_fast import ops
 from dfkd_fast.ops.custom_op import recorded
@@ -27,14 +25,12 @@ from ..ops.table import DTYPES, distance_tiles, stored
 
 SINGLE, BRAIN, HALF = DTYPES
 SHAPES = {**MAP_SHAPES, "vectors": (6, 5), "sequence": (2, 3, 7), "volume": (2, 3, 2, 3, 2)}
-# Shape, draws, and how inputs are drawn. The value is one number a draw, and of few the reference's error can be small
-# by luck in all. Each shape; each layout with two dtypes; many tiles; channels that take one tile; and many of them.
+# Shape, draws, and how inputs are drawn: each shape and layout, each with one dtype; many tiles; many channels; stored
+# statistics of other dtypes. The value is one number a draw: of few, the reference's error can be small by luck in all.
 CASES = {
-    **{name: (shape, 16, {"dtype": DTYPES[i % 3]}) for i, (name, shape) in enumerate(SHAPES.items())},
+    **{name: (shape, 8, {"dtype": DTYPES[i % 3]}) for i, (name, shape) in enumerate(SHAPES.items())},
     **{
-        f"{layout}, {dtype}": ((3, 13, 5, 3), 8, {"dtype": dtype, "layout": layout})
-        for i, layout in enumerate(LAYOUTS)
-        for dtype in (DTYPES[i % 3], DTYPES[(i + 1) % 3])
+        layout: ((3, 13, 5, 3), 8, {"dtype": DTYPES[(i + 1) % 3], "layout": layout}) for i, layout in enumerate(LAYOUTS)
     },
     "many tiles": ((40, 24, 7, 5), 4, {"dtype": BRAIN, "layout": "channels_last"}),
     "many tiles, contiguous": ((5, 8, 24, 24), 4, {"dtype": BRAIN}),
@@ -78,22 +74,6 @@ def test_stored_statistics_with_strides(kernel_device, other):
     made = stored((3, 9, 4, 2), dtype=BRAIN, other=other, device=kernel_device)
     apart = lambda seed: [made(seed)[0], *(with_layout(t, "strided") for t in made(seed)[1:])]  # noqa: E731
     assert_backend_no_worse(fused, apart, draws=16)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_statistics_that_agree_are_no_distance(kernel_device, backend, layout):
-    x = random(3, 7, 5, 3, scale=3.0, layout=layout, device=kernel_device).requires_grad_()
-    mean, var = (t.detach() for t in ops.channel_statistics(x, backend=backend))
-    value = fused(x, mean, var, backend=backend)
-    assert value == 0
-    assert not gradient(value, x).any()
-    # Where one norm is zero, the other has its gradient.
-    value = fused(x, mean + 1, var, backend=backend)
-    assert_close(value, math.sqrt(7), atol=1e-5)
-    assert_close(gradient(value, x), -1 / math.sqrt(7) / 45, atol=1e-7)
-    dx = gradient(fused(x, mean, var - 1, backend=backend), x)
-    assert_close(dx, 2 / math.sqrt(7) / 45 * (x - mean[:, None, None]), atol=1e-7)
 
 
 @pytest.mark.usefixtures("tiled")
@@ -149,30 +129,3 @@ def test_one_launch_is_added_and_one_goes_back(shape, forward):
         torch.autograd.grad(value, x, torch.empty_like(value))
     assert found == forward
     assert [launch.kernel.fn.__name__ for launch in launches] == ["_backward_kernel"]
-
-
-@pytest.mark.slow
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_shape_dtype_and_layout(kernel_device, data):
-    rank = data.draw(st.integers(2, 5))
-    shape = (data.draw(st.integers(0, 9)), data.draw(st.integers(1, 70)))
-    shape += tuple(data.draw(st.integers(1, 9)) for _ in range(rank - 2))
-    layouts = [name for name in LAYOUTS if rank == 4 or name != "channels_last"]
-    made = stored(
-        shape,
-        dtype=data.draw(st.sampled_from(DTYPES)),
-        other=data.draw(st.sampled_from((*DTYPES, torch.float64))),
-        # Of an empty batch the reference keeps whatever strides x has.
-        layout=data.draw(st.sampled_from(layouts if shape[0] else ["contiguous"])),
-        device=kernel_device,
-    )
-    assert_backend_no_worse(fused, made, draws=16)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(16, 64, 112, 112), (64, 512, 7, 7), (256, 32, 32, 32), (256, 128, 8, 8)])
-def test_on_the_maps_of_networks(shape, dtype):
-    made = stored(shape, dtype=dtype, other=torch.float32, layout="channels_last", device="cuda")
-    assert_backend_no_worse(fused, made, draws=8)

@@ -73,21 +73,6 @@ def test_gradcheck_once_and_twice(activation):
     assert gradgradcheck(ops.channel_statistics, (x,))
 
 
-def test_gradient_by_the_derived_formula():
-    """The backward that a fused kernel computes: element-wise, without a reduction."""
-    x, rm, rv, w, b, res = make(residual=True)
-    values, (dx, *_, dres) = value_and_gradients(lambda *a: call(*a, activation="relu"), (x, rm, rv, w, b, res))
-    dy, dm, dv = (random(*v.shape, dtype=v.dtype, seed=1 + i, shift=0.5) for i, v in enumerate(values))
-    y, mean, _ = values
-    count = x.numel() // x.shape[1]
-    passed = dy * (y > 0)
-    column = lambda v: v.detach()[:, None, None]  # noqa: E731
-    want = passed * column(w / (rv + 1e-3).sqrt())
-    want = want + column(dm) / count + 2 * column(dv) * (x.detach() - column(mean)) / count
-    assert_close(dx, want, atol=1e-12, name="dx")
-    assert_close(dres, passed, atol=0.0, name="d residual")
-
-
 @pytest.mark.parametrize("affine", [True, False])
 def test_is_batchnorm_in_eval_mode(affine):
     norm = nn.BatchNorm2d(5, eps=1e-4, affine=affine).double()
@@ -110,19 +95,46 @@ def test_statistics_do_not_touch_the_running_ones():
     assert all(torch.equal(a, b) for a, b in zip(inputs[1:3], before, strict=True))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize(("mean", "deviation"), [(30.0, 2.0), (-1000.0, 1.0), (1e-3, 1e-6)])
-def test_statistics_are_sound_far_from_zero(mean, deviation, layout):
-    """E[x^2] - E[x]^2 would lose 225 u of the variance in the first case and all of it in the second."""
-    x = random(16, 3, 28, 28, scale=deviation, shift=mean, seed=3, layout=layout)
-    got_mean, got_var = ops.channel_statistics(x)
-    exact = x.double()
+@pytest.mark.parametrize(
+    ("mean", "deviation", "layout"),
+    [
+        *((30.0, 2.0, "contiguous"), (30.0, 2.0, "strided"), (-1000.0, 1.0, "channels_last")),
+        *((3000.0, 2.0, "channels_last"), (1e-3, 1e-6, "channels_last"), (1e-3, 1e-6, "contiguous")),
+    ],
+)
+def test_statistics_are_sound_far_from_zero(backend_and_device, mean, deviation, layout):
+    """Whatever the running mean says. E[x^2] - E[x]^2 would lose 225 u of the variance at 30, and all of it at 1000."""
+    backend, device = backend_and_device
+    x = random(16, 3, 28, 28, scale=deviation, shift=mean, seed=3, layout=layout, device=device)
+    zero, one = torch.zeros(3, device=device), torch.ones(3, device=device)
+    _, got_mean, got_var = ops.batchnorm_statistics(x, zero, one, None, None, 1e-5, backend=backend)
+    exact, u = x.double(), unit_roundoff(torch.float32)
     centre = exact.mean((0, 2, 3))
-    u = unit_roundoff(torch.float32)
     # The mean: pairwise sums of 12,544 terms. The variance: that error's square, and its own sum.
     assert_close(got_mean, centre, atol=0.0, rtol=16 * u, name="mean")
     spread = (exact - centre[:, None, None]).square().mean((0, 2, 3))
     assert_close(got_var, spread, atol=(16 * u * mean) ** 2, rtol=64 * u, name="var")
+
+
+@pytest.mark.parametrize(("activation", "function"), [("relu", F.relu), ("relu6", F.relu6)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_activations_agree_with_torch_at_their_corners(backend_and_device, residual, activation, function):
+    backend, device = backend_and_device
+    x = torch.tensor([[-1.0, 0.0, 6.0, 7.0, math.nan]], device=device, requires_grad=True)
+    eps = 2.0**-10  # so that the variance and eps add to one exactly
+    zeros, var = torch.zeros(5, device=device), torch.full((5,), 1 - eps, device=device)
+    other = torch.zeros_like(x) if residual else None
+    results = []
+    for name in (backend, "reference"):
+        y, *_ = ops.batchnorm_statistics(
+            x, zeros, var, None, None, eps, activation=activation, residual=other, backend=name
+        )
+        results.append((y, torch.autograd.grad(y.sum(), x)[0]))
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, atol=0.0)
+    y, dx = results[0]
+    assert_close(y, function(x), atol=0.0)
+    assert torch.equal(dx[:, :4], torch.autograd.grad(function(x).sum(), x)[0][:, :4])
 
 
 def test_channel_statistics_are_those_of_the_norm():
@@ -178,16 +190,6 @@ def test_dtypes_may_differ():
     assert (y.dtype, mean.dtype) == (torch.bfloat16, torch.float32)
     y, mean, _ = call(x, rm.float(), rv.float(), w.float(), b.float(), res.half())
     assert (y.dtype, mean.dtype) == (torch.float64, torch.float64)
-
-
-def test_activations_agree_with_torch_at_their_corners():
-    x = torch.tensor([[-1.0, 0.0, 6.0, 7.0]], dtype=torch.float64, requires_grad=True)
-    eps = 2.0**-20  # so that the variance and eps add to one exactly
-    zeros, var = torch.zeros(4, dtype=torch.float64), torch.full((4,), 1 - eps, dtype=torch.float64)
-    for activation, function in (("relu", F.relu), ("relu6", F.relu6)):
-        y, *_ = ops.batchnorm_statistics(x, zeros, var, None, None, eps, activation=activation)
-        assert torch.equal(y, function(x))
-        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(function(x).sum(), x)[0])
 
 
 def test_arguments_are_checked():

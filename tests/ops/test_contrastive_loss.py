@@ -65,31 +65,6 @@ def test_gradcheck_once_and_twice(symmetric, normalize):
     assert gradgradcheck(op, make(4, 3, requires_grad=True))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_gradient_by_the_derived_formula(symmetric):
-    """The backward that a fused kernel computes: similarities recomputed, one log-sum-exp an anchor kept."""
-    t, s = make(6, 5)
-    tau, n = 0.2, 6
-    _, gradients = value_and_gradients(
-        lambda *a: ops.contrastive_loss(*a, temperature=tau, symmetric=symmetric), (t, s)
-    )
-    g = random(dtype=t.dtype, seed=1, shift=0.5)
-    v = torch.cat([t, s])
-    length = v.norm(dim=1, keepdim=True)
-    unit = v / length
-    count = 2 * n if symmetric else n
-    similarity = unit[:count] @ unit.T / tau
-    others = similarity.clone()
-    others[range(count), range(count)] = -math.inf
-    dS = (others - others.logsumexp(1, keepdim=True)).exp()
-    dS[range(count), [(i + n) % (2 * n) for i in range(count)]] -= 1
-    dS *= g / (count * tau)
-    along = dS.T @ unit[:count]
-    along[:count] += dS @ unit
-    want = (along - (along * unit).sum(1, keepdim=True) * unit) / length
-    assert_close(torch.cat(gradients), want, atol=1e-12)
-
-
 def test_one_pair_has_nothing_to_tell_apart():
     t, s = make(1, 4, requires_grad=True)
     for symmetric in (False, True):

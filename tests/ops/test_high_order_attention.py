@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from dfkd_fast import ops
-from dfkd_fast.testing import MAP_SHAPES, assert_close, random, unit_roundoff, value_and_gradients
+from dfkd_fast.testing import MAP_SHAPES, assert_close, unit_roundoff, value_and_gradients
 
 from .table import DTYPES, high_order
 
@@ -57,33 +57,6 @@ def test_gradcheck_once_and_twice(function, mode):
     inputs = make((2, 5, 2, 3), hidden=2, requires_grad=True)
     assert gradcheck(lambda *a: function(*a, mode=mode), inputs)
     assert gradgradcheck(lambda *a: function(*a, mode=mode), inputs)
-
-
-def test_gradient_by_the_derived_formula():
-    """The backward that a fused kernel computes (joint): products over j != i formed by multiplication."""
-    x, proj, out = make((3, 6, 4, 5), hidden=2)
-    _, (dx, dproj, dout) = value_and_gradients(ops.high_order_attention, (x, proj, out))
-    g = random(*x.shape, dtype=x.dtype, seed=1, shift=0.5)
-    u = torch.einsum("fkc,nchw->fnkhw", proj, x)
-    groups = [u[:1], u[1:3], u[3:6]]
-    z = [group.prod(0) for group in groups]
-    gate = sum(torch.einsum("ck,nkhw->nchw", out[r], z[r].relu()) for r in range(3)).sigmoid()
-    dl = g * x * gate * (1 - gate)
-    want_x, want_proj, want_out = g * gate, [], []
-    for r in range(3):
-        want_out.append(torch.einsum("nchw,nkhw->ck", dl, z[r].relu()))
-        dz = torch.einsum("ck,nchw->nkhw", out[r], dl) * (z[r] > 0)
-        for i in range(r + 1):
-            others = torch.ones_like(dz)
-            for j in range(r + 1):
-                if j != i:
-                    others = others * groups[r][j]
-            du = dz * others
-            want_proj.append(torch.einsum("nkhw,nchw->kc", du, x))
-            want_x = want_x + torch.einsum("kc,nkhw->nchw", proj[r * (r + 1) // 2 + i], du)
-    assert_close(dx, want_x, atol=1e-12, rtol=1e-12, name="dx")
-    assert_close(dproj, torch.stack(want_proj), atol=1e-11, rtol=1e-11, name="dproj")
-    assert_close(dout, torch.stack(want_out), atol=1e-11, rtol=1e-11, name="dout")
 
 
 def test_gradients_stay_finite_where_a_factor_is_zero():

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from dfkd_fast import ops
-from dfkd_fast.testing import MAP_SHAPES, assert_close, assert_no_worse, random, unit_roundoff, value_and_gradients
+from dfkd_fast.testing import MAP_SHAPES, assert_close, assert_no_worse, unit_roundoff, value_and_gradients
 
 from .table import attention
 
@@ -68,33 +68,14 @@ def test_gradcheck_once_and_twice(form):
     assert gradgradcheck(lambda *a: ops.spatial_attention(*a, scale=0.9, form=form), inputs)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_gradient_by_the_derived_formula(form):
-    """The backward that a fused kernel computes: one sum D a row, no softmax stored."""
-    f, h, w, b = make((2, 5, 3, 4))
-    scale, k = 1.3, 12 if form == "spatial_mean1" else 1
-    _, (df, dh, dw, db) = value_and_gradients(
-        lambda *a: ops.spatial_attention(*a, scale=scale, form=form), (f, h, w, b)
-    )
-    g = random(*f.shape, dtype=f.dtype, seed=1, shift=0.5)
-    logits = torch.einsum("ck,nkhw->nchw", w, h) + b[:, None, None]
-    along = 1 if form == "channel" else (2, 3)
-    s = logits.exp() / logits.exp().sum(along, keepdim=True)
-    q = scale * k * g * f
-    dl = s * (q - (s * q).sum(along, keepdim=True))
-    assert_close(df, g * (1 + scale * k * s), atol=1e-12, name="df")
-    assert_close(dh, torch.einsum("ck,nchw->nkhw", w, dl), atol=1e-12, name="dh")
-    assert_close(dw, torch.einsum("nchw,nkhw->ck", dl, h), atol=1e-12, name="dw")
-    assert_close(db, dl.sum((0, 2, 3)), atol=1e-12, name="db")
-
-
 @pytest.mark.parametrize("form", ["spatial", "spatial_mean1"])
-def test_bias_counts_for_nothing_over_positions(form):
-    f, h, w, b = make((2, 5, 7, 3), dtype=torch.float32)
-    plain = ops.spatial_attention(f, h, w, None, scale=20.0, form=form)
-    assert torch.equal(ops.spatial_attention(f, h, w, 1e6 * b, scale=20.0, form=form), plain)
-    _, gradients = value_and_gradients(lambda *a: ops.spatial_attention(*a, scale=20.0, form=form), (f, h, w, b))
-    assert torch.equal(gradients[3], torch.zeros_like(b))
+def test_bias_counts_for_nothing_over_positions(backend_and_device, form):
+    backend, device = backend_and_device
+    f, h, w, b = make((2, 5, 7, 3), dtype=torch.float32, device=device)
+    op = lambda *a: ops.spatial_attention(*a, scale=20.0, form=form, backend=backend)  # noqa: E731
+    for bias in (1e6 * b, *([torch.full_like(b, math.inf)] if backend == "triton" else [])):
+        assert torch.equal(op(f, h, w, bias), op(f, h, w, None))
+    assert torch.equal(value_and_gradients(op, (f, h, w, b))[1][3], torch.zeros_like(b))
 
 
 def test_bias_counts_over_channels():
