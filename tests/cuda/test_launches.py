@@ -159,7 +159,7 @@ def test_doctor_shows_them(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert doctor.launches() == 0
     printed = capsys.readouterr().out
     assert "similarity_sums_wgmma<bfloat16, 128>" in printed
-    assert "not served: N of anchors" in printed
+    assert "not supported: N of anchors" in printed
     assert "131,072 x 128" in printed
     assert ("needs a GPU" in printed) != torch.cuda.is_available()
 
