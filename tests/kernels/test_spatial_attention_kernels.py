@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -69,7 +71,8 @@ IN_TILES = {
 @pytest.mark.parametrize("case", CASES)
 def test_no_worse_than_the_reference(kernel_device, case):
     shape, form, drawn = CASES[case]
-    no_worse(attention(shape, device=kernel_device, **drawn), form, shape)
+    draws = 2 if math.prod(shape) > 100 else 4
+    no_worse(attention(shape, device=kernel_device, **drawn), form, shape, draws=draws)
 
 
 @pytest.mark.parametrize("case", IN_TILES)
