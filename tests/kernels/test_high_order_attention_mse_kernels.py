@@ -18,7 +18,7 @@ drawn = partial(high_order, target=True)
 
 def no_worse(mode, inputs, draws):
     function = lambda *a, backend: ops.high_order_attention_mse(*a, mode=mode, backend=backend)  # noqa: E731
-    assert_backend_no_worse(function, lambda seed: inputs(seed + 1), draws=draws)
+    assert_backend_no_worse(function, inputs, draws=draws)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def no_worse(mode, inputs, draws):
 )
 def test_no_worse_than_the_reference(kernel_device, dtype, layout, block, mode):
     with high_order_tiles(block):
-        no_worse(mode, drawn((2, 20, 3, 3), dtype=dtype, layout=layout, device=kernel_device), draws=4)
+        no_worse(mode, drawn((2, 20, 3, 3), dtype=dtype, layout=layout, device=kernel_device), draws=8)
 
 
 @pytest.mark.parametrize(
