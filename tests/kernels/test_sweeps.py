@@ -66,12 +66,14 @@ _HIGH: dict[str, Any] = {
     "tilings": (partial(high_order_tiles, 16), partial(high_order_tiles, 64)),
     "draws": 8,
 }
+# The error of a row's sum is one number: of few rows, it can be small by luck in the reference.
+_ROWS = st.one_of(st.tuples(size(4, 40), size(1, 70)), st.tuples(st.just(4), size(4_090, 4_200)))
 SWEEPS = {
     "distillation_kl": Sweep(
         *(
             ops.distillation_kl,
             logits,
-            st.one_of(st.tuples(size(1, 40), size(1, 70)), st.tuples(size(1, 3), size(4_090, 4_200))),
+            _ROWS,
         ),
         {"other": some},
         {
