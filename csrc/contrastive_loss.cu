@@ -77,7 +77,7 @@ __device__ __forceinline__ void add_plain(float (&totals)[2], const float (&s)[k
 // The same for a tile with the rows themselves, their partners or the end, `limit`, among its columns: all of these are
 // left out. What a partner has goes to `positives`, those of `rows` rows.
 __device__ __forceinline__ void add_masked(float (&totals)[2], const float (&s)[kTile / 8][4], const float* inverses,
-                                           const float* row_inverses, float bend, int column, int row, int partner,
+                                           const float* row_inverses, float scale_log2, int column, int row, int partner,
                                            int limit, float* positives, int rows) {
   const int t = static_cast<int>(threadIdx.x) % 4;
   inverses += 2 * t;
@@ -91,7 +91,7 @@ __device__ __forceinline__ void add_masked(float (&totals)[2], const float (&s)[
     for (int i = 0; i < kTile / 4; ++i) {
       const int at = i / 2 * 8 + i % 2;
       // Alike from either side, so that backward finds the same to the bit.
-      const float x = s[i / 2][2 * r + i % 2] * ((inverse * inverses[at]) * bend);
+      const float x = s[i / 2][2 * r + i % 2] * ((inverse * inverses[at]) * scale_log2);
       positive = at == beside ? x : positive;
       sum += at == own || at == beside || at >= end ? 0.0f : exp2_flushed(x);
     }
@@ -117,7 +117,7 @@ struct Unit {
 template <typename T, int SLAB>
 __global__ void __launch_bounds__(kRoles, 1)
     similarity_sums_wgmma(const __grid_constant__ TensorMap vectors, const float* numbers, float* parts,
-                           float* positives, int count, int anchors, int span, int units, float bend) {
+                           float* positives, int count, int anchors, int span, int units, float scale_log2) {
   Ring<SLAB, 1> ring;
   ring.begin();
   const int warpgroup = my_warpgroup(), sides = anchors / count;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kRoles, 1)
       float scale[2][2], totals[2][2] = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        scale[i / 2][i % 2] = numbers[row + place + i / 2 * 64 + i % 2 * 8] * bend;
+        scale[i / 2][i % 2] = numbers[row + place + i / 2 * 64 + i % 2 * 8] * scale_log2;
       }
 #pragma unroll
       for (int of = 1; of <= 2; ++of) {
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kRoles, 1)
         if (column + kTile > 2 * count || meet(column, kTile, row_here, 64) ||
             meet(column, kTile, partner_here, 64)) {
           const int mine = row_here + place;
-          add_masked(totals[half], s[half], ring.numbers(), numbers + mine, bend, column, mine, partner_here + place,
+          add_masked(totals[half], s[half], ring.numbers(), numbers + mine, scale_log2, column, mine, partner_here + place,
                      2 * count, positives + mine, count - local - 64 * half - place);
         } else {
           add_plain<SLAB>(totals[half], s[half], ring.numbers(), scale[half]);
@@ -267,7 +267,7 @@ Plan plan_forward(int64_t count, int64_t dim, int symmetric) {
   for (int64_t chunks = 1; chunks <= 64 && chunks <= tiles; ++chunks) {
     const int64_t span = divide_up(tiles, chunks);
     // A unit's beginning and end cost about a tile's time.
-    const int64_t time = divide_up(plan.blocks * divide_up(tiles, span), processors) * (span + 1);
+    const int64_t time = divide_up(plan.blocks * divide_up(tiles, span), num_sms) * (span + 1);
     if (chunks == 1 || time < best_time) plan.span = span, best_time = time;
   }
   plan.chunks = divide_up(tiles, plan.span);
@@ -278,16 +278,16 @@ Plan plan_forward(int64_t count, int64_t dim, int symmetric) {
 }
 
 template <typename T, int SLAB>
-int launch_sums(const Plan& plan, int64_t count, float bend, void* scratch, void* stream) {
+int launch_sums(const Plan& plan, int64_t count, float scale_log2, void* scratch, void* stream) {
   unsigned char* memory = static_cast<unsigned char*>(scratch);
   TensorMap map;
   const int status = map_vectors(&map, plan, memory);
   if (status) return status;
   const int64_t units = plan.blocks * plan.chunks;
-  const dim3 grid(static_cast<unsigned>(units < processors ? units : processors));
+  const dim3 grid(static_cast<unsigned>(units < num_sms ? units : num_sms));
   return launch(similarity_sums_wgmma<T, SLAB>, grid, kRoles, Ring<SLAB, 1>::kBytes, stream, map,
                 reinterpret_cast<const float*>(memory + plan.numbers), reinterpret_cast<float*>(memory + plan.parts),
-                reinterpret_cast<float*>(memory + plan.extra), count, plan.anchors, plan.span, units, bend);
+                reinterpret_cast<float*>(memory + plan.extra), count, plan.anchors, plan.span, units, scale_log2);
 }
 
 template <typename T>
@@ -337,8 +337,8 @@ int dfkd_contrastive_loss(const void* anchors, const void* positives, int64_t co
 }
 
 #ifdef DFKD_HOST
-int dfkd_host_contrastive_loss(int64_t processors, int64_t smallest, int64_t cached_bytes) {
-  dfkd::contrastive::processors = static_cast<int>(processors);
+int dfkd_host_contrastive_loss(int64_t num_sms, int64_t smallest, int64_t cached_bytes) {
+  dfkd::contrastive::num_sms = static_cast<int>(num_sms);
   dfkd::contrastive::smallest = smallest;
   dfkd::contrastive::cached_bytes = cached_bytes;
   return 0;

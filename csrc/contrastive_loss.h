@@ -18,11 +18,11 @@ constexpr int kFetching = 24, kMultiplying = 240;  // registers of their threads
 
 #ifdef DFKD_HOST
 // Tests set them: fewer multiprocessors split the work otherwise, fewer vectors are served, and less fits in cache.
-inline int processors = 132;
+inline int num_sms = 132;
 inline int64_t smallest = 129, cached_bytes = int64_t{20} << 20;
 #else
 // Of an H200. The scratch that a launch needs must not depend on the card, and fewer or more cost little.
-constexpr int processors = 132;
+constexpr int num_sms = 132;
 constexpr int64_t smallest = 129;  // N; fewer vectors are left to Triton
 // So many bytes of vectors stay in either half of the second-level cache, wherever blocks are in them.
 constexpr int64_t cached_bytes = int64_t{20} << 20;
@@ -158,11 +158,11 @@ __device__ __forceinline__ float inverse_length(float square, float largest) {
 }
 
 // g over its unit, 0 for what is no anchor: of the order of one, since it is rounded with the weights.
-__device__ __forceinline__ float gain_of(const float* upstream, int64_t stride, int row, int anchors, bool elementwise,
+__device__ __forceinline__ float gain_of(const float* grad_output, int64_t stride, int row, int anchors, bool elementwise,
                                          float unit) {
   if (row >= anchors) return 0.0f;
   if (!elementwise) return 1.0f;
-  return unit == 0.0f ? 0.0f : upstream[row * stride] / unit;
+  return unit == 0.0f ? 0.0f : grad_output[row * stride] / unit;
 }
 
 // Whether [a, a + a_length) and [b, b + b_length) have something in common.
@@ -203,8 +203,8 @@ enum Number { kInverse = 0, kPower = 1, kGain = 2, kLevel = 3, kShare = 4, kScal
 // it has its own.
 template <typename T>
 static __global__ void __launch_bounds__(256)
-    prepare(Sides<const T> from, T* vectors, float* numbers, const float* saved, const float* upstream,
-            int64_t upstream_stride, const float* unit, int anchors, int width, int padded, int group,
+    prepare(Sides<const T> from, T* vectors, float* numbers, const float* saved, const float* grad_output,
+            int64_t grad_output_stride, const float* unit, int anchors, int width, int padded, int group,
             int elementwise) {
   const int row = static_cast<int>((blockIdx.x * int64_t{256} + threadIdx.x) / group);
   const int member = static_cast<int>(threadIdx.x) % group;
@@ -229,7 +229,7 @@ static __global__ void __launch_bounds__(256)
   if (!here || member != 0) return;
   numbers[kInverse * static_cast<int64_t>(padded) + row] = inverse;
   if (saved == nullptr) return;
-  const float gain = gain_of(upstream, upstream_stride, row, anchors, elementwise, elementwise ? *unit : 1.0f);
+  const float gain = gain_of(grad_output, grad_output_stride, row, anchors, elementwise, elementwise ? *unit : 1.0f);
   const float level = row < anchors ? saved[row] : infinity();
   numbers[kPower * static_cast<int64_t>(padded) + row] = static_cast<float>(k);
   numbers[kGain * static_cast<int64_t>(padded) + row] = gain;
@@ -266,14 +266,14 @@ inline Plan plan_rows(int64_t count, int64_t dim, int symmetric) {
 
 template <typename T>
 int launch_prepare(const Plan& plan, const Sides<const T>& from, void* scratch, const float* saved,
-                   const float* upstream, int64_t upstream_stride, const float* unit, bool elementwise,
+                   const float* grad_output, int64_t grad_output_stride, const float* unit, bool elementwise,
                    void* stream) {
   int group = 8;
   while (group < kLanes && 8 * group < plan.width) group *= 2;
   unsigned char* memory = static_cast<unsigned char*>(scratch);
   return launch(prepare<T>, static_cast<unsigned>(divide_up(plan.padded * group, 256)), 256, 0, stream, from,
-                reinterpret_cast<T*>(memory), reinterpret_cast<float*>(memory + plan.numbers), saved, upstream,
-                upstream_stride, unit, plan.anchors, plan.width, plan.padded, group, elementwise);
+                reinterpret_cast<T*>(memory), reinterpret_cast<float*>(memory + plan.numbers), saved, grad_output,
+                grad_output_stride, unit, plan.anchors, plan.width, plan.padded, group, elementwise);
 }
 
 // ---- what is served -------------------------------------------------------------------------------------------------

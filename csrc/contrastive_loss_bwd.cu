@@ -102,7 +102,7 @@ __device__ __forceinline__ void mask(float (&s)[kTile / 8][4], int own, int besi
 // the bit. Of float32: differences of nearly equal numbers.
 __device__ __forceinline__ void weigh_partners(const float (&s)[kTile / 8][4], int beside, int row, int partner,
                                                const float* numbers, int64_t padded, float* pairs, int rows,
-                                               float bend) {
+                                               float scale_log2) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float x = 0.0f;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void weigh_partners(const float (&s)[kTile / 8][4], i
     const int i = row + 8 * r, j = partner + 8 * r;
     const float* gains = numbers + kGain * padded;
     const float* levels = numbers + kLevel * padded;
-    const float scaled = rounded_product(x, (numbers[i] * numbers[j]) * bend);
+    const float scaled = rounded_product(x, (numbers[i] * numbers[j]) * scale_log2);
     pairs[8 * r] = (exp2_flushed(scaled - levels[i]) - 1.0f) * gains[i] +
                    (exp2_flushed(scaled - levels[j]) - 1.0f) * gains[j];
   }
@@ -123,7 +123,7 @@ __device__ __forceinline__ void weigh_partners(const float (&s)[kTile / 8][4], i
 template <typename T, int SLAB>
 __global__ void __launch_bounds__(kRoles, 1)
     weighted_sums_wgmma(const __grid_constant__ TensorMap vectors, const float* numbers, float* parts, float* pairs,
-                         const __grid_constant__ Work work, int padded, int symmetric, float bend) {
+                         const __grid_constant__ Work work, int padded, int symmetric, float scale_log2) {
   using Stages = Ring<SLAB, 2>;
   Stages ring;
   ring.begin();
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kRoles, 1)
       float scale[2], share[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        scale[r] = numbers[row + my_row() + 8 * r] * bend;
+        scale[r] = numbers[row + my_row() + 8 * r] * scale_log2;
         share[r] = numbers[static_cast<int64_t>(kShare) * padded + row + my_row() + 8 * r];
       }
       ring.wait_full();
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kRoles, 1)
           const int mine = my_row(), from = mine - column - static_cast<int>(threadIdx.x) % 4 * 2;
           if (piece.which == 0) {
             weigh_partners(s, partner + from, row + mine, partner + mine, numbers, padded, pairs + local + mine,
-                           count - local - mine, bend);
+                           count - local - mine, scale_log2);
           }
           weigh(s, stage.numbers(), scale, share);
           mask(s, row + from, partner + from, limit + from - mine);
@@ -316,8 +316,8 @@ __global__ void __launch_bounds__(256)
 }
 
 // The unit of upstream gradients, in one block.
-__global__ void __launch_bounds__(1024) largest(const float* upstream, int64_t stride, float* unit, int anchors) {
-  const float found = block_largest(upstream, stride, anchors);
+__global__ void __launch_bounds__(1024) largest(const float* grad_output, int64_t stride, float* unit, int anchors) {
+  const float found = block_largest(grad_output, stride, anchors);
   if (threadIdx.x == 0) *unit = found;
 }
 
@@ -328,19 +328,19 @@ struct BackwardPlan : Plan {
   int64_t grid;
 };
 
-BackwardPlan plan_backward(int64_t count, int64_t dim, int symmetric, bool want_first, bool want_second) {
+BackwardPlan plan_backward(int64_t count, int64_t dim, int symmetric, bool needs_grad_first, bool needs_grad_second) {
   BackwardPlan plan{plan_rows(count, dim, symmetric), {}, 0};
   plan.rows = kTile;
   plan.blocks = divide_up(count, kTile);
   const int64_t tiles[2] = {divide_up(2 * count, kTile), divide_up((symmetric ? 2 : 1) * count, kTile)};
   Work& work = plan.work;
   work.blocks = static_cast<int>(plan.blocks);
-  work.first_side = want_first ? 0 : 1;
-  work.sides = want_first + want_second;
+  work.first_side = needs_grad_first ? 0 : 1;
+  work.sides = needs_grad_first + needs_grad_second;
   work.count = static_cast<int>(count);
   for (int which = 0; which < 2; ++which) work.tiles[which] = static_cast<int>(tiles[which ? 1 : work.first_side]);
   work.all = plan.blocks * (work.tiles[0] + (work.sides == 2 ? work.tiles[1] : 0));
-  const int64_t even = divide_up(work.all, processors);
+  const int64_t even = divide_up(work.all, num_sms);
   const bool cached = plan.padded * plan.width * 2 <= cached_bytes;
   work.each = cached || even < work.tiles[0] ? even : work.tiles[0];  // the first side has no fewer than the second
   plan.grid = divide_up(work.all, work.each);
@@ -354,7 +354,7 @@ BackwardPlan plan_backward(int64_t count, int64_t dim, int symmetric, bool want_
 }
 
 template <typename T, int SLAB>
-int launch_sums(const BackwardPlan& plan, int symmetric, float bend, void* scratch, void* stream) {
+int launch_sums(const BackwardPlan& plan, int symmetric, float scale_log2, void* scratch, void* stream) {
   unsigned char* memory = static_cast<unsigned char*>(scratch);
   TensorMap map;
   const int status = map_vectors(&map, plan, memory);
@@ -362,11 +362,11 @@ int launch_sums(const BackwardPlan& plan, int symmetric, float bend, void* scrat
   return launch(weighted_sums_wgmma<T, SLAB>, static_cast<unsigned>(plan.grid), kRoles, Ring<SLAB, 2>::kBytes, stream,
                 map, reinterpret_cast<const float*>(memory + plan.numbers),
                 reinterpret_cast<float*>(memory + plan.parts), reinterpret_cast<float*>(memory + plan.extra + 16),
-                plan.work, plan.padded, symmetric, bend);
+                plan.work, plan.padded, symmetric, scale_log2);
 }
 
 template <typename T>
-int backward(const float* upstream, int64_t upstream_row, const Sides<const T>& from, const Sides<T>& to,
+int backward(const float* grad_output, int64_t grad_output_row, const Sides<const T>& from, const Sides<T>& to,
              const float* saved, double temperature, int symmetric, int reduction, void* scratch, void* stream) {
   if (to.first == nullptr && to.second == nullptr) return 0;
   const BackwardPlan plan =
@@ -376,11 +376,11 @@ int backward(const float* upstream, int64_t upstream_row, const Sides<const T>& 
   const auto scale = static_cast<float>(1.0 / temperature / terms);
   unsigned char* memory = static_cast<unsigned char*>(scratch);
   float* found = reinterpret_cast<float*>(memory + plan.extra);
-  const float* unit = elementwise ? found : upstream;
+  const float* unit = elementwise ? found : grad_output;
   int status = 0;
-  if (elementwise) status = launch(largest, 1, 1024, 128, stream, upstream, upstream_row, found, plan.anchors);
+  if (elementwise) status = launch(largest, 1, 1024, 128, stream, grad_output, grad_output_row, found, plan.anchors);
   if (status) return status;
-  status = launch_prepare<T>(plan, from, scratch, saved, upstream, upstream_row, unit, elementwise, stream);
+  status = launch_prepare<T>(plan, from, scratch, saved, grad_output, grad_output_row, unit, elementwise, stream);
   if (status) return status;
   const auto sums = plan.slab == 64 ? launch_sums<T, 64> : launch_sums<T, 128>;
   status = sums(plan, symmetric, static_cast<float>(kLog2OfE / temperature), scratch, stream);
@@ -395,13 +395,13 @@ int backward(const float* upstream, int64_t upstream_row, const Sides<const T>& 
 
 extern "C" {
 
-int64_t dfkd_contrastive_loss_backward_scratch(int64_t count, int64_t dim, int symmetric, int want_anchors,
-                                               int want_positives) {
-  if (require_sizes(count, dim) || (!want_anchors && !want_positives)) return 0;
-  return plan_backward(count, dim, symmetric, want_anchors, want_positives).bytes;
+int64_t dfkd_contrastive_loss_backward_scratch(int64_t count, int64_t dim, int symmetric, int needs_grad_anchors,
+                                               int needs_grad_positives) {
+  if (require_sizes(count, dim) || (!needs_grad_anchors && !needs_grad_positives)) return 0;
+  return plan_backward(count, dim, symmetric, needs_grad_anchors, needs_grad_positives).bytes;
 }
 
-int dfkd_contrastive_loss_backward(const float* upstream, int64_t upstream_row, const void* anchors,
+int dfkd_contrastive_loss_backward(const float* grad_output, int64_t grad_output_row, const void* anchors,
                                    const void* positives, const float* saved, int64_t count, int64_t dim,
                                    int64_t anchors_row, int64_t anchors_column, int64_t positives_row,
                                    int64_t positives_column, int dtype, float temperature, int symmetric,
@@ -416,7 +416,7 @@ int dfkd_contrastive_loss_backward(const float* upstream, int64_t upstream_row, 
                             anchors_column, positives_row, positives_column, count, dim);
     const auto to = sides(static_cast<T*>(d_anchors), static_cast<T*>(d_positives), d_anchors_row, d_anchors_column,
                           d_positives_row, d_positives_column, count, dim);
-    return backward<T>(upstream, upstream_row, from, to, saved, temperature, symmetric, reduction, scratch, stream);
+    return backward<T>(grad_output, grad_output_row, from, to, saved, temperature, symmetric, reduction, scratch, stream);
   });
 }
 }

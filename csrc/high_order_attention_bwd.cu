@@ -110,8 +110,8 @@ struct Buffers {
   float* parts;
   int64_t bytes;
 
-  Buffers(const Problem& p, int way, bool want_x, bool want_proj, bool want_out, void* scratch)
-      : jobs(p.count, ranks_of(p.channels, p.hidden), p.gates, want_proj, want_out) {
+  Buffers(const Problem& p, int way, bool needs_grad_x, bool needs_grad_proj, bool needs_grad_out, void* scratch)
+      : jobs(p.count, ranks_of(p.channels, p.hidden), p.gates, needs_grad_proj, needs_grad_out) {
     Parts place{static_cast<unsigned char*>(scratch)};
     if (way <= kOnce && once_here(p.channels, p.hidden, p.gates - 1)) {
       narrow = p.channels <= kNarrowChannels && p.hidden <= kNarrowUnits;
@@ -123,7 +123,7 @@ struct Buffers {
     }
     a = place.template take<T>(p.count * kOrders * jobs.units);
     slopes = place.template take<T>(p.count * p.gates * jobs.channels);
-    factors = place.template take<T>(want_x || want_proj ? p.count * kFactors * jobs.units : 0);
+    factors = place.template take<T>(needs_grad_x || needs_grad_proj ? p.count * kFactors * jobs.units : 0);
     parts = place.template take<float>(jobs.splits * jobs.size);
     bytes = place.used;
   }
@@ -133,20 +133,20 @@ uint32_t features_of(const Problem& p) { return p.map ? 0u : ~0u; }
 
 template <typename T>
 struct Arguments {
-  const T *upstream, *x, *proj, *out;
+  const T *grad_output, *x, *proj, *out;
   T *dx, *dproj, *dout;
 };
 
 template <typename T, int RANKS, int GROUPS, bool EACH>
 int launch_chain(const Problem& p, const Buffers<T>& at, const Arguments<T>& given, void* stream) {
   using Sizes = Chain<RANKS, GROUPS, EACH>;
-  const bool want_x = given.dx != nullptr, want_factors = want_x || given.dproj != nullptr;
+  const bool needs_grad_x = given.dx != nullptr, needs_grad_factors = needs_grad_x || given.dproj != nullptr;
   constexpr int kUnits = Sizes::kUnits;
   ChainMaps maps{};
   Maps make;
   make.rows<64>(maps.x, given.x, p.count, p.channels, 64, Sizes::kRowsOfRank);
   make.rows<64>(maps.x_slice, given.x, p.count, p.channels, 64, Sizes::kRows);
-  make.rows<64>(maps.upstream, given.upstream, p.count, p.channels, 64, Sizes::kRows);
+  make.rows<64>(maps.grad_output, given.grad_output, p.count, p.channels, 64, Sizes::kRows);
   make.weights<64>(maps.proj_units, given.proj, factors_of(p.order), p.hidden, p.channels, {64, kSliceUnits, kFactors});
   make.weights<64>(maps.proj_channels, given.proj, factors_of(p.order), p.hidden, p.channels,
                    {64, RANKS == 1 ? 32 : 64, RANKS == 1 ? 2 : 1});
@@ -157,17 +157,17 @@ int launch_chain(const Problem& p, const Buffers<T>& at, const Arguments<T>& giv
   make.rows<32>(maps.a_to, at.a, p.count, kOrders * kUnits, kSliceUnits, 64);
   make.rows<64>(maps.slopes, at.slopes, p.count, Sizes::kGates * Sizes::kChannels, 64, Sizes::kRowsOfRank);
   make.rows<64>(maps.slopes_to, at.slopes, p.count, Sizes::kGates * Sizes::kChannels, 64, 64);
-  if (want_factors) {
+  if (needs_grad_factors) {
     make.rows<64>(maps.factors, at.factors, p.count, kFactors * kUnits, 64, Sizes::kRowsOfRank);
     make.rows<32>(maps.factors_to, at.factors, p.count, kFactors * kUnits, kSliceUnits, 64);
   }
-  if (want_x) make.rows<64>(maps.dx_to, given.dx, p.count, p.channels, 64, 64);
+  if (needs_grad_x) make.rows<64>(maps.dx_to, given.dx, p.count, p.channels, 64, 64);
   if (make.error) return make.error;
   const int64_t tiles = divide_up(p.count, Sizes::kRows), most = clusters_of(RANKS);
   const int64_t clusters = tiles < most ? tiles : most;
   return launch_cluster(chain_wgmma<T, RANKS, GROUPS, EACH>, dim3(static_cast<unsigned>(clusters * RANKS)),
                         dim3(Sizes::kThreads), Sizes::kShared, RANKS, false, stream, maps, tiles, p.order,
-                        features_of(p), want_factors, want_x);
+                        features_of(p), needs_grad_factors, needs_grad_x);
 }
 
 template <typename T, int RANKS>
@@ -200,7 +200,7 @@ int launch_once(const Problem& p, const Buffers<T>& at, const Arguments<T>& give
   OnceMaps maps{};
   Maps make;
   make.rows<64>(maps.x, given.x, p.count, p.channels, 64, 64);
-  make.rows<64>(maps.upstream, given.upstream, p.count, p.channels, 64, 64);
+  make.rows<64>(maps.grad_output, given.grad_output, p.count, p.channels, 64, 64);
   make.weights<64>(maps.proj, given.proj, factors_of(p.order), p.hidden, p.channels, {64, 16, kFactors});
   make.weights<16>(maps.out, given.out, p.order, p.channels, p.hidden,
                    {16, at.narrow ? kNarrowChannels : kWideChannels, kOrders});
@@ -208,13 +208,13 @@ int launch_once(const Problem& p, const Buffers<T>& at, const Arguments<T>& give
   if (make.error) return make.error;
   const dim3 blocks(static_cast<unsigned>(at.blocks));
   const int64_t tiles = divide_up(p.count, 64);
-  const int want_x = given.dx != nullptr;
+  const int needs_grad_x = given.dx != nullptr;
   if (at.narrow) {
     return launch_cluster(once_narrow_wgmma<T>, blocks, dim3(kNarrowThreads), kNarrowShared, 1, false, stream, maps,
-                          at.parts, tiles, features_of(p), want_x);
+                          at.parts, tiles, features_of(p), needs_grad_x);
   }
   return launch_cluster(once_wide_wgmma<T>, blocks, dim3(kWideThreads), kWideShared, 1, false, stream, maps, at.parts,
-                        tiles, features_of(p), want_x);
+                        tiles, features_of(p), needs_grad_x);
 }
 
 template <typename T>
@@ -251,14 +251,14 @@ int backward(const Problem& p, int way, const Arguments<T>& given, void* scratch
 extern "C" {
 
 int64_t dfkd_high_order_attention_backward_scratch(int64_t positions, int64_t channels, int64_t hidden, int64_t order,
-                                                   int mode, int want_x, int want_proj, int want_out, int form) {
+                                                   int mode, int needs_grad_x, int needs_grad_proj, int needs_grad_out, int form) {
   if (require_served(positions, channels, hidden, order, form, mode)) return 0;
   const Problem p{positions,          static_cast<int>(channels), static_cast<int>(hidden), static_cast<int>(order),
                   mode ? kOrders : 1, 0};
-  return Buffers<float16>(p, form, want_x != 0, want_proj != 0, want_out != 0, nullptr).bytes;
+  return Buffers<float16>(p, form, needs_grad_x != 0, needs_grad_proj != 0, needs_grad_out != 0, nullptr).bytes;
 }
 
-int dfkd_high_order_attention_backward(const void* upstream, const void* x, const void* proj_weight,
+int dfkd_high_order_attention_backward(const void* grad_output, const void* x, const void* proj_weight,
                                        const void* out_weight, int64_t positions, int64_t channels, int64_t hidden,
                                        int64_t order, int dtype, int mode, int result, int form, void* dx, void* dproj,
                                        void* dout, void* scratch, void* stream) {
@@ -267,7 +267,7 @@ int dfkd_high_order_attention_backward(const void* upstream, const void* x, cons
                   mode ? kOrders : 1, result};
   return with_type(dtype, [=](auto type) {
     using T = decltype(type);
-    const Arguments<T> given{static_cast<const T*>(upstream),    static_cast<const T*>(x),
+    const Arguments<T> given{static_cast<const T*>(grad_output),    static_cast<const T*>(x),
                              static_cast<const T*>(proj_weight), static_cast<const T*>(out_weight),
                              static_cast<T*>(dx),                static_cast<T*>(dproj),
                              static_cast<T*>(dout)};

@@ -153,7 +153,7 @@ __device__ __forceinline__ void factor_gradients_slice(Keep keep, const float (&
 // Tensors and tiles of a launch. What hidden activations go through memory: a (positions, 3, K), dl (positions, gates,
 // C) and du (positions, 6, K).
 struct ChainMaps {
-  TensorMap x, proj_units, a, out_channels, x_slice, upstream, slopes, out_units, factors, proj_channels;
+  TensorMap x, proj_units, a, out_channels, x_slice, grad_output, slopes, out_units, factors, proj_channels;
   TensorMap a_to, slopes_to, factors_to, dx_to;
 };
 
@@ -178,8 +178,8 @@ struct Chain {
 
 template <typename T, int RANKS, int GROUPS, bool EACH>
 __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
-    chain_wgmma(const __grid_constant__ ChainMaps maps, int tiles, int order, uint32_t features, int want_factors,
-                 int want_x) {
+    chain_wgmma(const __grid_constant__ ChainMaps maps, int tiles, int order, uint32_t features, int needs_grad_factors,
+                 int needs_grad_x) {
   using Sizes = Chain<RANKS, GROUPS, EACH>;
   const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup, lane = thread % kLanes;
   const int warp = thread / kLanes % 4;
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
     if (warp == 0 && lane == 0) {
       prefetch_tensormap(maps.proj_units);
       prefetch_tensormap(maps.out_channels);
-      prefetch_tensormap(maps.upstream);
+      prefetch_tensormap(maps.grad_output);
       prefetch_tensormap(maps.out_units);
       prefetch_tensormap(maps.proj_channels);
       const int channel = kSliceChannels * rank, unit = kSliceUnits * rank;
@@ -235,15 +235,15 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
           }
           if (!EACH && r < kOrders - 1) continue;
           for (int panel = 0; panel < 2; ++panel) {
-            right(maps.upstream, Sizes::kLeft, channel + 64 * panel, Sizes::kRows * tile, 0);
+            right(maps.grad_output, Sizes::kLeft, channel + 64 * panel, Sizes::kRows * tile, 0);
           }
         }
-        for (int r = 0; want_factors && r < Sizes::kGates; ++r) {
+        for (int r = 0; needs_grad_factors && r < Sizes::kGates; ++r) {
           for (int panel = 0; panel < Sizes::kPanels; ++panel) {
             right(maps.out_units, (EACH ? 1 : kOrders) * kSliceUnits * 64 * 2, unit, 64 * panel, r);
           }
         }
-        for (int step = 0; want_x && step < Sizes::kInputSteps; ++step) {
+        for (int step = 0; needs_grad_x && step < Sizes::kInputSteps; ++step) {
           unsigned char* const to = acquire(2 * kPanelBytes) + Sizes::kLeft;
           const int y = 64 * step % Sizes::kUnits, z = 64 * step / Sizes::kUnits;
           for (int p = 0; p < 2; ++p) {
@@ -289,11 +289,11 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
           }
         }
         wait_ready(1);
-        for (int panel = 0; want_factors && panel < Sizes::kGates * Sizes::kPanels; ++panel) {
+        for (int panel = 0; needs_grad_factors && panel < Sizes::kGates * Sizes::kPanels; ++panel) {
           left(maps.slopes, 64, 64 * panel);
         }
-        if (want_factors) wait_ready(2);
-        for (int step = 0; want_x && step < Sizes::kInputSteps; ++step) left(maps.factors, 64, 64 * step);
+        if (needs_grad_factors) wait_ready(2);
+        for (int step = 0; needs_grad_x && step < Sizes::kInputSteps; ++step) left(maps.factors, 64, 64 * step);
       }
     }
   } else {
@@ -467,7 +467,7 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
         }
         warpgroup_fence_operand(through);
       }
-      if (!want_factors) continue;
+      if (!needs_grad_factors) continue;
 
       {
         float da[kOrders][kSliceUnits / 8][4] = {};
@@ -502,7 +502,7 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
           }
         });
       }
-      if (!want_x) continue;
+      if (!needs_grad_x) continue;
 
       float dx[16][4] = {};
       products(dx, Sizes::kInputSteps, [&](unsigned char* left, unsigned char* right) {

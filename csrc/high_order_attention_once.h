@@ -21,14 +21,14 @@ constexpr size_t kNarrowShared = kNarrowBarriers + 8 * (1 + 2 * kNarrowGroups * 
 constexpr int64_t kNarrowParts = (kFactors + kOrders) * kNarrowChannels * kNarrowUnits;
 
 struct OnceMaps {
-  TensorMap x, upstream, proj, out, dx;
+  TensorMap x, grad_output, proj, out, dx;
 };
 
 // Two warpgroups walk over tiles of 64 positions, each with the sums over its positions in registers: parts (blocks,
 // dproj (6, 16, 64) and dout (3, 64, 16)). dx, where wanted. features: all bits, or none where the result is the map.
 template <typename T>
 __global__ void __launch_bounds__(kNarrowThreads, 1)
-    once_narrow_wgmma(const __grid_constant__ OnceMaps maps, float* parts, int tiles, uint32_t features, int want_x) {
+    once_narrow_wgmma(const __grid_constant__ OnceMaps maps, float* parts, int tiles, uint32_t features, int needs_grad_x) {
   const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup, lane = thread % kLanes;
   const int warp = thread / kLanes % 4;
   unsigned char* const proj = shared_memory();   // (6, 16) rows of 64
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
         mbarrier_wait(full + 1, ring.parity() ^ 1);
         mbarrier_arrive_expect_tx(full, 2 * kPanelBytes);
         tma_load(to, maps.x, 0, 64 * tile, 0, full);
-        tma_load(to + kPanelBytes, maps.upstream, 0, 64 * tile, 0, full);
+        tma_load(to + kPanelBytes, maps.grad_output, 0, 64 * tile, 0, full);
         ring.next();
       }
     }
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
       if (lane == 0) mbarrier_arrive(barriers + 2 * ring.stage() + 1);
       ring.next();
       named_barrier_sync(1 + group, kWarpgroup);  // dx is there, and no warp's products read a and du any more
-      if (want_x && thread % kWarpgroup == 0) {
+      if (needs_grad_x && thread % kWarpgroup == 0) {
         tma_store(maps.dx, dx_panel, 0, 64 * tile, 0);
         tma_store_commit();
       }
@@ -288,7 +288,7 @@ constexpr int64_t kWideParts = (kFactors + kOrders) * kWideChannels * kWideUnits
 // for 64 channels: parts (blocks, dproj (6, 32, 128) and dout (3, 128, 32)).
 template <typename T>
 __global__ void __launch_bounds__(kWideThreads, 1)
-    once_wide_wgmma(const __grid_constant__ OnceMaps maps, float* parts, int tiles, uint32_t features, int want_x) {
+    once_wide_wgmma(const __grid_constant__ OnceMaps maps, float* parts, int tiles, uint32_t features, int needs_grad_x) {
   const int thread = static_cast<int>(threadIdx.x);
   unsigned char* const proj = shared_memory();
   unsigned char* const out = proj + 2 * kProjPanel;
@@ -428,7 +428,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       }
       fence_proxy_async();
       named_barrier_sync(2 + part(), kWarpgroup);
-      if (want_x && elected(kWarpgroup)) {
+      if (needs_grad_x && elected(kWarpgroup)) {
         tma_store(maps.dx, dx_panel, 64 * part(), 64 * tile_of(round), 0);
         tma_store_commit();
       }
@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       mbarrier_arrive_expect_tx(loaded + stage, 4 * kPanelBytes);
       for (int p = 0; p < 2; ++p) {
         tma_load(to + p * kPanelBytes, maps.x, 64 * p, 64 * tile, 0, loaded + stage);
-        tma_load(to + (2 + p) * kPanelBytes, maps.upstream, 64 * p, 64 * tile, 0, loaded + stage);
+        tma_load(to + (2 + p) * kPanelBytes, maps.grad_output, 64 * p, 64 * tile, 0, loaded + stage);
       }
     };
     if (fetches) {

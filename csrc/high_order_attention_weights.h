@@ -25,7 +25,7 @@ struct Jobs {
   int across, projections, out_across, outs, total;
   int64_t steps, splits, projection_size, size;
 
-  Jobs(int64_t count, int ranks_, int gates_, bool want_proj, bool want_out)
+  Jobs(int64_t count, int ranks_, int gates_, bool needs_grad_proj, bool needs_grad_out)
       : channels(kSliceChannels * ranks_), units(kSliceUnits * ranks_), ranks(ranks_), gates(gates_) {
     across = ranks;
     projections = ranks * across;
@@ -35,11 +35,11 @@ struct Jobs {
     const int64_t panels = divide_up(count, 64), most = kWeightBlocks / (projections + outs);
     steps = divide_up(panels, most > 2 ? most : 2);
     splits = steps > 0 ? divide_up(panels, steps) : 0;
-    projections = want_proj ? projections : 0;
-    outs = want_out ? outs : 0;
+    projections = needs_grad_proj ? projections : 0;
+    outs = needs_grad_out ? outs : 0;
     total = projections + outs;
-    projection_size = want_proj ? static_cast<int64_t>(kFactors) * units * channels : 0;
-    size = projection_size + (want_out ? static_cast<int64_t>(kOrders) * channels * units : 0);
+    projection_size = needs_grad_proj ? static_cast<int64_t>(kFactors) * units * channels : 0;
+    size = projection_size + (needs_grad_out ? static_cast<int64_t>(kOrders) * channels * units : 0);
   }
 };
 

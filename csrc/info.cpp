@@ -94,7 +94,7 @@ int contrastive_loss(const Options& given, bool backward) {
                                  symmetric, normalize, reduction, somewhere<float>(), somewhere<float>(), somewhere(),
                                  nullptr);
   }
-  const bool anchors = given.flag("want_anchors", true), positives = given.flag("want_positives", true);
+  const bool anchors = given.flag("needs_grad_anchors", true), positives = given.flag("needs_grad_positives", true);
   given.finish();
   return dfkd_contrastive_loss_backward(somewhere<float>(), reduction == DFKD_NONE, somewhere(), somewhere(),
                                         somewhere<float>(), count, dim, row, column, row, column, dtype, temperature,
@@ -116,8 +116,8 @@ int spatial_attention(const Options& given, bool backward) {
     return dfkd_spatial_attention(somewhere(), somewhere(), somewhere(), samples, channels, maps, positions, dtype,
                                   weight_dtype, scale, softmax, somewhere(), somewhere(), nullptr);
   }
-  const bool features = given.flag("want_features", true), hidden = given.flag("want_hidden", true);
-  const bool weight = given.flag("want_weight", true), to_bias = given.flag("want_bias", true);
+  const bool features = given.flag("needs_grad_features", true), hidden = given.flag("needs_grad_hidden", true);
+  const bool weight = given.flag("needs_grad_weight", true), to_bias = given.flag("needs_grad_bias", true);
   given.finish();
   return dfkd_spatial_attention_backward(somewhere(), somewhere(), somewhere(), somewhere(), somewhere(), samples,
                                          channels, maps, positions, dtype, weight_dtype, bias_dtype, scale, softmax,
@@ -137,7 +137,7 @@ int high_order_attention(const Options& given, bool backward) {
                                      mode, result, somewhere(), nullptr);
   }
   const int way = static_cast<int>(given.size("way", 0));  // form in launchers.h; the operators have 0
-  const bool x = given.flag("want_x", true), proj = given.flag("want_proj", true), out = given.flag("want_out", true);
+  const bool x = given.flag("needs_grad_x", true), proj = given.flag("needs_grad_proj", true), out = given.flag("needs_grad_out", true);
   given.finish();
   return dfkd_high_order_attention_backward(somewhere(), somewhere(), somewhere(), somewhere(), positions, channels,
                                             hidden, order, dtype, mode, result, way, somewhere(x), somewhere(proj),

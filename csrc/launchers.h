@@ -41,11 +41,11 @@ int dfkd_contrastive_loss(const void* anchors, const void* positives, int64_t co
                           int64_t anchors_column, int64_t positives_row, int64_t positives_column, int dtype,
                           float temperature, int symmetric, int normalize, int reduction, float* out, float* saved,
                           void* scratch, void* stream);
-/* upstream: of out, with upstream_row between its elements where it has more than one. d_anchors, d_positives (N, D):
+/* grad_output: of out, with grad_output_row between its elements where it has more than one. d_anchors, d_positives (N, D):
  * in the dtype, any strides; null where no gradient is needed. */
-int64_t dfkd_contrastive_loss_backward_scratch(int64_t count, int64_t dim, int symmetric, int want_anchors,
-                                               int want_positives);
-int dfkd_contrastive_loss_backward(const float* upstream, int64_t upstream_row, const void* anchors,
+int64_t dfkd_contrastive_loss_backward_scratch(int64_t count, int64_t dim, int symmetric, int needs_grad_anchors,
+                                               int needs_grad_positives);
+int dfkd_contrastive_loss_backward(const float* grad_output, int64_t grad_output_row, const void* anchors,
                                    const void* positives, const float* saved, int64_t count, int64_t dim,
                                    int64_t anchors_row, int64_t anchors_column, int64_t positives_row,
                                    int64_t positives_column, int dtype, float temperature, int symmetric, int normalize,
@@ -55,7 +55,7 @@ int dfkd_contrastive_loss_backward(const float* upstream, int64_t upstream_row, 
 
 /* ---- spatial_attention ------------------------------------------------------------------------------------------
  *
- * features, out, upstream, d_features (samples, positions, channels) and hidden, d_hidden (samples, positions, maps),
+ * features, out, grad_output, d_features (samples, positions, channels) and hidden, d_hidden (samples, positions, maps),
  * all contiguous: channels-last maps; dtype is theirs, float16 or bfloat16. weight (channels, maps) may have another
  * type; a bias cancels. form: 0 spatial, 1 spatial_mean1 (2, channel, is not served). saved (2, samples, channels)
  * float32: maxima and sums of exponentials.
@@ -67,7 +67,7 @@ int dfkd_spatial_attention(const void* features, const void* hidden, const void*
  * as many bytes as the function of that name says. */
 int64_t dfkd_spatial_attention_backward_scratch(int64_t samples, int64_t channels, int64_t maps, int64_t positions,
                                                 int form);
-int dfkd_spatial_attention_backward(const void* upstream, const void* features, const void* hidden, const void* weight,
+int dfkd_spatial_attention_backward(const void* grad_output, const void* features, const void* hidden, const void* weight,
                                     const void* saved, int64_t samples, int64_t channels, int64_t maps,
                                     int64_t positions, int dtype, int weight_dtype, int bias_dtype, float scale,
                                     int form, void* d_features, void* d_hidden, void* d_weight, void* d_bias,
@@ -75,20 +75,20 @@ int dfkd_spatial_attention_backward(const void* upstream, const void* features, 
 
 /* ---- high_order_attention ---------------------------------------------------------------------------------------
  *
- * x, y, upstream, dx (positions, channels) contiguous: channels-last maps, positions = N H W; proj_weight, dproj
+ * x, y, grad_output, dx (positions, channels) contiguous: channels-last maps, positions = N H W; proj_weight, dproj
  * (order (order + 1) / 2, hidden, channels), out_weight, dout (order, channels, hidden), contiguous. All of them are of
  * one dtype, float16 or bfloat16. mode: 0 joint, 1 per_order. result: 0 features, 1 the map.
  * Serves order up to 3, up to 2^30 positions, channels up to 512 and hidden up to 128, both multiples of 8. */
 int dfkd_high_order_attention(const void* x, const void* proj_weight, const void* out_weight, int64_t positions,
                               int64_t channels, int64_t hidden, int64_t order, int dtype, int mode, int result,
                               void* y, void* stream);
-/* upstream: the gradient of y, or of the map. dx, dproj, dout: null for those not needed. No positions: dproj and dout
+/* grad_output: the gradient of y, or of the map. dx, dproj, dout: null for those not needed. No positions: dproj and dout
  * are filled with zeros. form: 0 as the sizes suggest; 1 everything in one pass, joint with channels <= 128 and
  * hidden <= 32 only; 2 the chain of products, through memory; 3 that in taller tiles, joint with channels > 128 or
  * hidden > 32 only. scratch: as many bytes as the function of that name says. */
 int64_t dfkd_high_order_attention_backward_scratch(int64_t positions, int64_t channels, int64_t hidden, int64_t order,
-                                                   int mode, int want_x, int want_proj, int want_out, int form);
-int dfkd_high_order_attention_backward(const void* upstream, const void* x, const void* proj_weight,
+                                                   int mode, int needs_grad_x, int needs_grad_proj, int needs_grad_out, int form);
+int dfkd_high_order_attention_backward(const void* grad_output, const void* x, const void* proj_weight,
                                        const void* out_weight, int64_t positions, int64_t channels, int64_t hidden,
                                        int64_t order, int dtype, int mode, int result, int form, void* dx, void* dproj,
                                        void* dout, void* scratch, void* stream);

@@ -82,7 +82,7 @@ void contrastive_loss(const Tensor& anchors, const Tensor& positives, double tem
         "contrastive_loss");
 }
 
-void contrastive_loss_backward(const Tensor& upstream, const Tensor& anchors, const Tensor& positives,
+void contrastive_loss_backward(const Tensor& grad_output, const Tensor& anchors, const Tensor& positives,
                                const Tensor& saved, double temperature, bool symmetric, bool normalize,
                                int64_t reduction, const Tensor& d_anchors, const Tensor& d_positives) {
   require_cuda(anchors);
@@ -94,7 +94,7 @@ void contrastive_loss_backward(const Tensor& upstream, const Tensor& anchors, co
       dfkd_contrastive_loss_backward_scratch(count, dim, symmetric, to_anchors != nullptr, to_positives != nullptr);
   const Tensor scratch = scratch_of(anchors, bytes);
   check(dfkd_contrastive_loss_backward(
-            upstream.const_data_ptr<float>(), stride_of(upstream, 0), anchors.data_ptr(), positives.data_ptr(),
+            grad_output.const_data_ptr<float>(), stride_of(grad_output, 0), anchors.data_ptr(), positives.data_ptr(),
             saved.const_data_ptr<float>(), count, dim, anchors.stride(0), anchors.stride(1), positives.stride(0),
             positives.stride(1), dtype_of(anchors), static_cast<float>(temperature), symmetric, normalize,
             static_cast<int>(reduction), to_anchors, to_positives, stride_of(d_anchors, 0), stride_of(d_anchors, 1),
@@ -119,12 +119,12 @@ void spatial_attention(const Tensor& features, const Tensor& hidden, const Tenso
         "spatial_attention");
 }
 
-void spatial_attention_backward(const Tensor& upstream, const Tensor& features, const Tensor& hidden,
+void spatial_attention_backward(const Tensor& grad_output, const Tensor& features, const Tensor& hidden,
                                 const Tensor& weight, const Tensor& saved, double scale, int64_t form,
                                 const Tensor& d_features, const Tensor& d_hidden, const Tensor& d_weight,
                                 const Tensor& d_bias) {
   require_cuda(features);
-  require_rows(upstream, "upstream");
+  require_rows(grad_output, "grad_output");
   require_rows(features, "features");
   require_rows(hidden, "hidden");
   const DeviceGuard guard(features.get_device());
@@ -133,7 +133,7 @@ void spatial_attention_backward(const Tensor& upstream, const Tensor& features, 
   const int kind = static_cast<int>(form);
   const Tensor scratch =
       scratch_of(features, dfkd_spatial_attention_backward_scratch(samples, channels, maps, positions, kind));
-  check(dfkd_spatial_attention_backward(upstream.data_ptr(), features.data_ptr(), hidden.data_ptr(), weight.data_ptr(),
+  check(dfkd_spatial_attention_backward(grad_output.data_ptr(), features.data_ptr(), hidden.data_ptr(), weight.data_ptr(),
                                         saved.data_ptr(), samples, channels, maps, positions, dtype_of(features),
                                         dtype_of(weight), dtype_of(d_bias), static_cast<float>(scale), kind,
                                         result(d_features), result(d_hidden), result(d_weight), result(d_bias),
@@ -159,11 +159,11 @@ void high_order_attention(const Tensor& x, const Tensor& proj_weight, const Tens
         "high_order_attention");
 }
 
-void high_order_attention_backward(const Tensor& upstream, const Tensor& x, const Tensor& proj_weight,
+void high_order_attention_backward(const Tensor& grad_output, const Tensor& x, const Tensor& proj_weight,
                                    const Tensor& out_weight, int64_t mode, int64_t result_kind, const Tensor& dx,
                                    const Tensor& dproj, const Tensor& dout) {
   require_cuda(x);
-  require_rows(upstream, "upstream");
+  require_rows(grad_output, "grad_output");
   require_rows(x, "x");
   const DeviceGuard guard(x.get_device());
   const int64_t positions = x.size(0) * x.size(1), channels = x.size(2);
@@ -174,7 +174,7 @@ void high_order_attention_backward(const Tensor& upstream, const Tensor& x, cons
       dfkd_high_order_attention_backward_scratch(positions, channels, hidden, order, kind, to_x != nullptr,
                                                  to_proj != nullptr, to_out != nullptr, kAsSizesSuggest);
   const Tensor scratch = scratch_of(x, bytes);
-  check(dfkd_high_order_attention_backward(upstream.data_ptr(), x.data_ptr(), proj_weight.data_ptr(),
+  check(dfkd_high_order_attention_backward(grad_output.data_ptr(), x.data_ptr(), proj_weight.data_ptr(),
                                            out_weight.data_ptr(), positions, channels, hidden, order, dtype_of(x),
                                            kind, static_cast<int>(result_kind), kAsSizesSuggest, to_x, to_proj, to_out,
                                            scratch.data_ptr(), stream_of(x)),

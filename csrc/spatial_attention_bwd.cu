@@ -53,7 +53,7 @@ struct Plan {
   unsigned summing_warps;  // which add up D of a sample: for each strip of a tile one of each 16 channels
   int weight_dtype;
   float scale;
-  bool narrow, want_features, want_hidden, want_weight;  // narrow: more than df
+  bool narrow, needs_grad_features, needs_grad_hidden, needs_grad_weight;  // narrow: more than df
 
   __host__ __device__ int stage_bytes() const { return 2 * kTileBytes + cut.hidden_bytes(); }
   __host__ __device__ int bytes() const { return kFixedBytes + cut.weight_bytes() + stages * stage_bytes(); }
@@ -105,7 +105,7 @@ struct Items {
 // ---- bringing tiles -------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void bring_tile(const Plan& x, const Memory& memory, const Items& items,
-                                           const TensorMap& features, const TensorMap& upstream,
+                                           const TensorMap& features, const TensorMap& grad_output,
                                            const TensorMap& hidden) {
   const int which = items.number % x.stages, sample = items.tile / x.cut.tiles;
   const int row = items.tile % x.cut.tiles * x.cut.rows();
@@ -121,7 +121,7 @@ __device__ __forceinline__ void bring_tile(const Plan& x, const Memory& memory, 
   for (int group = 0; group < kGroups; ++group) {
     const int channel = kPanel * (group % x.cut.panels), first = row + kPanel * (group / x.cut.panels);
     tma_load(stage + group * kPanelBytes, features, channel, first, sample, full);
-    tma_load(stage + kTileBytes + group * kPanelBytes, upstream, channel, first, sample, full);
+    tma_load(stage + kTileBytes + group * kPanelBytes, grad_output, channel, first, sample, full);
   }
 }
 
@@ -313,7 +313,7 @@ __device__ __forceinline__ void make_slopes(const Plan& x, const Seat& at, unsig
 
 template <typename T, int NARROW>
 __global__ void __launch_bounds__(kBlockThreads, 1)
-    gradients_wgmma(Plan x, const __grid_constant__ TensorMap features, const __grid_constant__ TensorMap upstream,
+    gradients_wgmma(Plan x, const __grid_constant__ TensorMap features, const __grid_constant__ TensorMap grad_output,
                      const __grid_constant__ TensorMap hidden, const __grid_constant__ TensorMap d_features,
                      const void* weight, const float* saved, T* d_hidden, Common common) {
   const Memory memory(x);
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
   if (thread == kConsumers) {
     prefetch_tensormap(features);
-    prefetch_tensormap(upstream);
+    prefetch_tensormap(grad_output);
     prefetch_tensormap(hidden);
     prefetch_tensormap(d_features);
     for (int i = 0; i < x.stages; ++i) {
@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     Items items;
     if (thread == kConsumers) {
 #pragma unroll 1
-      while (items.next(x)) bring_tile(x, memory, items, features, upstream, hidden);
+      while (items.next(x)) bring_tile(x, memory, items, features, grad_output, hidden);
     } else if (warp == 2 || (warp == 3 && x.cut.panels == kGroups)) {
       const int channel = 4 * (thread % kLanes) + (warp == 3 ? 4 * kLanes : 0);
 #pragma unroll 1
@@ -388,7 +388,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                                x.cut.positions - row - at.row());
         fence_proxy_async();
         __syncwarp();
-        if (at.lane == 0 && x.want_features) {
+        if (at.lane == 0 && x.needs_grad_features) {
           const int first = 16 * at.warp, channel = kPanel * at.panel;
           if (row + first < x.cut.positions && channel < x.cut.channels) {
             const unsigned char* from = stage + kTileBytes + at.group * kPanelBytes + 2 * kPanel * first;
@@ -397,8 +397,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
           tma_store_commit();
         }
         if (x.narrow) named_barrier_sync(1 + at.strip, kWarpgroup * x.cut.panels);
-        if (x.want_weight) add_weight<T, NARROW>(x.cut, at, stage, dw);
-        if (x.want_hidden && (step & (x.cut.panels - 1)) == at.panel) {
+        if (x.needs_grad_weight) add_weight<T, NARROW>(x.cut, at, stage, dw);
+        if (x.needs_grad_hidden && (step & (x.cut.panels - 1)) == at.panel) {
           make_hidden<T, NARROW>(x.cut, at.anew(), stage, memory.weight, row,
                                  d_hidden + static_cast<int64_t>(sample) * x.cut.positions * x.cut.maps);
         }
@@ -414,7 +414,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       }
     }
     if (at.lane == 0) tma_store_wait<0>();
-    if (x.want_weight) {
+    if (x.needs_grad_weight) {
       float* room = reinterpret_cast<float*>(memory.stages);
       named_barrier_sync(kEverybody, kConsumers);
 #pragma unroll
@@ -504,14 +504,14 @@ Plan plan(const Cut& cut, bool narrow) {
 }
 
 template <typename T, int NARROW>
-int run(const Plan& x, const void* upstream, const void* features, const void* hidden, const void* weight,
+int run(const Plan& x, const void* grad_output, const void* features, const void* hidden, const void* weight,
         const void* saved, void* d_features, void* d_hidden, const Common& common, void* stream) {
-  TensorMap of_features, of_upstream, of_hidden, of_results;
+  TensorMap of_features, of_grad_output, of_hidden, of_results;
   int error = map_of<kPanel>(&of_features, features, x.cut, x.cut.channels, kPanel);
-  if (error == 0) error = map_of<kPanel>(&of_upstream, upstream, x.cut, x.cut.channels, kPanel);
+  if (error == 0) error = map_of<kPanel>(&of_grad_output, grad_output, x.cut, x.cut.channels, kPanel);
   if (error == 0) error = map_of<NARROW>(&of_hidden, hidden, x.cut, x.cut.maps, kPanel);
   if (error == 0) {
-    error = map_of<kPanel>(&of_results, x.want_features ? d_features : features, x.cut, x.cut.channels, 16);
+    error = map_of<kPanel>(&of_results, x.needs_grad_features ? d_features : features, x.cut, x.cut.channels, 16);
   }
   if (error == 0 && x.narrow) {
     const int64_t counters = 2 * static_cast<int64_t>(x.cut.samples);
@@ -520,7 +520,7 @@ int run(const Plan& x, const void* upstream, const void* features, const void* h
   }
   if (error != 0) return error;
   return launch_cluster(gradients_wgmma<T, NARROW>, dim3(static_cast<unsigned>(x.blocks)), kBlockThreads,
-                        static_cast<size_t>(x.bytes()), 1, true, stream, x, of_features, of_upstream, of_hidden,
+                        static_cast<size_t>(x.bytes()), 1, true, stream, x, of_features, of_grad_output, of_hidden,
                         of_results, weight, static_cast<const float*>(saved), static_cast<T*>(d_hidden), common);
 }
 
@@ -534,7 +534,7 @@ int64_t dfkd_spatial_attention_backward_scratch(int64_t samples, int64_t channel
   return Scratch(cut_tiles(samples, channels, maps, positions)).all();
 }
 
-int dfkd_spatial_attention_backward(const void* upstream, const void* features, const void* hidden, const void* weight,
+int dfkd_spatial_attention_backward(const void* grad_output, const void* features, const void* hidden, const void* weight,
                                     const void* saved, int64_t samples, int64_t channels, int64_t maps,
                                     int64_t positions, int dtype, int weight_dtype, int bias_dtype, float scale,
                                     int form, void* d_features, void* d_hidden, void* d_weight, void* d_bias,
@@ -548,9 +548,9 @@ int dfkd_spatial_attention_backward(const void* upstream, const void* features, 
     Plan x = plan(cut_tiles(samples, channels, maps, positions), narrow);
     x.weight_dtype = weight_dtype;
     x.scale = scale_of(scale, form, positions);
-    x.want_features = d_features != nullptr;
-    x.want_hidden = d_hidden != nullptr;
-    x.want_weight = d_weight != nullptr;
+    x.needs_grad_features = d_features != nullptr;
+    x.needs_grad_hidden = d_hidden != nullptr;
+    x.needs_grad_weight = d_weight != nullptr;
     const Scratch room(x.cut);
     Common common{};
     common.parts_done = static_cast<unsigned*>(scratch);
@@ -558,9 +558,9 @@ int dfkd_spatial_attention_backward(const void* upstream, const void* features, 
     common.parts = static_cast<float*>(scratch) + room.counters / 4;
     common.slopes = common.parts + room.parts / 4;
     common.weight_parts = common.slopes + room.slopes / 4;
-    if (x.tiles > 0 && (narrow || x.want_features)) {
+    if (x.tiles > 0 && (narrow || x.needs_grad_features)) {
       const int error = with_width(x.cut.narrow, [=](auto width) {
-        return run<T, decltype(width)::value>(x, upstream, features, hidden, weight, saved, d_features, d_hidden,
+        return run<T, decltype(width)::value>(x, grad_output, features, hidden, weight, saved, d_features, d_hidden,
                                               common, stream);
       });
       if (error != 0) return error;

@@ -289,7 +289,7 @@ def _profile(
 ) -> None:
     """Print where a step's time goes, by network and op.
 
-    Writes ``anatomy.json`` and Chrome traces, which Perfetto and chrome://tracing open, into a folder. Networks without
+    Writes ``breakdown.json`` and Chrome traces (for Perfetto or chrome://tracing) into a folder. Networks without
     weights get random ones; the times are the same. The data are not loaded: they only give the number of classes and
     the size of the images.
 

@@ -23,7 +23,7 @@ from torch.autograd import DeviceType
 from dfkd_fast.config import DistillConfig, EngineName
 from dfkd_fast.engine import Engine, Position, Runtime, build_state, create_engine, resolve_engine
 from dfkd_fast.engine.runtime import new_run_folder
-from dfkd_fast.graph import FeatureModel, frozen, modes_kept
+from dfkd_fast.graph import FeatureModel, frozen, preserve_train_mode
 from dfkd_fast.models import normalization
 from dfkd_fast.nvtx import PREFIX
 from dfkd_fast.report import environment, result_table, write_results
@@ -47,9 +47,9 @@ class ProfileResult:
     """The result of :func:`profile`.
 
     Attributes:
-        folder: contains ``anatomy.json`` and the traces.
+        folder: contains ``breakdown.json`` and the traces.
         traces: a Chrome trace for each engine and kind of step, by ``"<engine>_<kind>"``.
-        content: the content of ``anatomy.json``.
+        content: the content of ``breakdown.json``.
     """
 
     folder: Path
@@ -271,7 +271,7 @@ def _record(
     activities = [torch.profiler.ProfilerActivity.CPU]
     if runtime.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with runtime.backends(), frozen(teacher), modes_kept(teacher, False):
+    with runtime.backends(), frozen(teacher), preserve_train_mode(teacher, False):
         engine = create_engine(build_state(teacher, student, config, runtime, **sizes))
         engine.prepare()
         generator_steps, student_steps = config.loop.generator_steps, config.loop.student_steps

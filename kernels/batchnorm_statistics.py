@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dfkd_fast.kernels import config
-from dfkd_fast.kernels.common import INTERPRETED, architecture, cast, cdiv, launch, next_power_of_2, processors
+from dfkd_fast.kernels.common import INTERPRETED, architecture, cast, cdiv, launch, next_power_of_2, num_sms
 from dfkd_fast.kernels.config import Launch
 
 __all__ = [
@@ -47,8 +47,8 @@ __all__ = [
     "forward",
     "gain_of",
     "known",
-    "laid_out_as",
     "layout_of",
+    "match_memory_format",
     "on_channels",
     "on_slots",
     "passes",
@@ -368,7 +368,7 @@ def _strides(x: Tensor) -> Strides | None:
     return x.stride(0), along, x.stride(1)
 
 
-def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+def match_memory_format(x: Tensor, y: Tensor) -> Tensor:
     """x where its strides serve, else a copy laid out as y, which is contiguous or channels-last."""
     return x if _strides(x) is not None else torch.empty_like(y, dtype=x.dtype).copy_(x)
 
@@ -445,8 +445,8 @@ def division(x: Tensor, chosen: Launch, samples: int, positions: int, programs: 
     turns, per_sample = (samples, tiles) if samples > 1 else (tiles, 1)
     alike = blocks * per_sample
     lanes = turns
-    if turns * alike > 2 * programs * processors(x):
-        lanes = cdiv(turns, cdiv(turns * alike, programs * processors(x)))
+    if turns * alike > 2 * programs * num_sms(x):
+        lanes = cdiv(turns, cdiv(turns * alike, programs * num_sms(x)))
     return blocks, lanes * per_sample, turns, per_sample
 
 
@@ -534,9 +534,9 @@ def forward(
         mask: (N, ceil(C / 8), positions), uint8, one stride through the positions.
     """
     norm = tuple(None if v is None else v.contiguous() for v in (running_mean, running_var, weight, bias))
-    residual = None if residual is None else laid_out_as(residual, y)
+    residual = None if residual is None else match_memory_format(residual, y)
     kept = mask if keep_mask else None
-    _forward(laid_out_as(x, y), norm, eps, activation, residual, y, kept, mean, var)  # type: ignore[arg-type]
+    _forward(match_memory_format(x, y), norm, eps, activation, residual, y, kept, mean, var)  # type: ignore[arg-type]
 
 
 def statistics(x: Tensor, mean: Tensor, var: Tensor) -> None:

@@ -19,8 +19,8 @@ from dfkd_fast.kernels.batchnorm_statistics import (
     flattened,
     gain_of,
     known,
-    laid_out_as,
     layout_of,
+    match_memory_format,
     on_channels,
     on_slots,
     passes,
@@ -58,7 +58,7 @@ def _backward_kernel(
     dy,
     dmean,
     dvar,
-    upstream,
+    grad_output,
     x,
     mask,
     running_mean,
@@ -126,8 +126,8 @@ def _backward_kernel(
             offset = per_channel(bias, channel, channel_in, PLANES)
     if dx is not None:
         dx = pointers(dx, row, column, dx_p, dx_c, PLANES, UNIT)
-    if upstream is not None:
-        over *= tl.load(upstream).to(tl.float32)
+    if grad_output is not None:
+        over *= tl.load(grad_output).to(tl.float32)
     if dmean is not None:
         constant = per_channel(dmean, channel, channel_in, PLANES) * over
     if dvar is not None:
@@ -221,7 +221,7 @@ def backward(
     dweight: Tensor | None,
     dbias: Tensor | None,
     dresidual: Tensor | None,
-    upstream: Tensor | None = None,
+    grad_output: Tensor | None = None,
 ) -> None:
     """Gradients of the forward.
 
@@ -243,7 +243,7 @@ def backward(
         dweight: (C,), any floating dtype.
         dbias: (C,), likewise.
         dresidual: of the shape of x, contiguous or channels-last, in its dtype.
-        upstream: a scalar that dmean and dvar are multiplied by; None for one.
+        grad_output: a scalar that dmean and dvar are multiplied by; None for one.
     """
     channels = x.shape[1]
     if x.shape[0] == 0 or dy is None:
@@ -251,17 +251,17 @@ def backward(
             if out is not None:
                 out.zero_()
         dweight = dbias = dresidual = None
-    wanted = dx if dx is not None else dresidual
-    if x.shape[0] == 0 or (wanted is None and dweight is None and dbias is None):
+    map_grad = dx if dx is not None else dresidual
+    if x.shape[0] == 0 or (map_grad is None and dweight is None and dbias is None):
         return
     if dx is None:
         dmean = dvar = None
-    like = wanted if wanted is not None else dy
+    like = map_grad if map_grad is not None else dy
     assert like is not None
     reads_x = dvar is not None or dweight is not None or (dy is not None and activation != "none" and mask is None)
     # Where dx comes of the activation alone and that of the mask, nothing says how x lies but its shape.
-    read = laid_out_as(x, like) if reads_x else None
-    dy = None if dy is None else laid_out_as(dy, like)
+    read = match_memory_format(x, like) if reads_x else None
+    dy = None if dy is None else match_memory_format(dy, like)
     vectors = (None if v is None or dy is None else v.contiguous() for v in (running_mean, running_var, weight, bias))
     dmean, dvar = (None if v is None else v.contiguous() for v in (dmean, dvar))
     samples, positions, strides = flattened(x, (dy, read, mask, dx, dresidual))
@@ -277,7 +277,7 @@ def backward(
         dy,
         dmean,
         dvar,
-        upstream,
+        grad_output,
         read,
         mask,
         *vectors,
@@ -310,9 +310,9 @@ def backward(
 
 
 def statistics_backward(
-    dmean: Tensor | None, dvar: Tensor | None, x: Tensor, mean: Tensor, dx: Tensor, upstream: Tensor | None = None
+    dmean: Tensor | None, dvar: Tensor | None, x: Tensor, mean: Tensor, dx: Tensor, grad_output: Tensor | None = None
 ) -> None:
     """Gradient of the statistics alone; the arguments are those of :func:`backward`."""
     nothing = (None, None, None)
     norm = (None, None, None, None, 1.0, "none")
-    backward(None, dmean, dvar, x, *norm, mean, None, None, dx, *nothing, upstream)
+    backward(None, dmean, dvar, x, *norm, mean, None, None, dx, *nothing, grad_output)

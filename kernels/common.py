@@ -39,8 +39,8 @@ __all__ = [
     "fma",
     "launch",
     "next_power_of_2",
+    "num_sms",
     "precision",
-    "processors",
     "recording",
     "sigmoid",
     "sum_of",
@@ -165,7 +165,7 @@ def _capability(index: int | None) -> int:
 
 
 @functools.cache
-def _processors(index: int | None) -> int:
+def _num_sms(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
@@ -176,10 +176,10 @@ def architecture(x: Tensor) -> int:
     return _capability(x.device.index) if x.is_cuda else 90
 
 
-def processors(x: Tensor) -> int:
+def num_sms(x: Tensor) -> int:
     """Streaming multiprocessors of the device of x. The interpreter, where programs cost time one by one, has two."""
     if x.is_cuda and _recorder is None:
-        return _processors(x.device.index)
+        return _num_sms(x.device.index)
     return 2 if INTERPRETED and _recorder is None else 132
 
 

@@ -44,8 +44,8 @@ from dfkd_fast.kernels.common import (
     dot,
     launch,
     next_power_of_2,
+    num_sms,
     precision,
-    processors,
     sum_of,
 )
 from dfkd_fast.kernels.config import Launch
@@ -162,10 +162,10 @@ def _scaled(x, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def _gain(upstream, unit, rows, inside, stride, ELEMENTWISE: tl.constexpr):
+def _gain(grad_output, unit, rows, inside, stride, ELEMENTWISE: tl.constexpr):
     """g over its unit, 0 for what is no anchor: of the order of one, since it is rounded with the weights."""
     if ELEMENTWISE:
-        g = tl.load(upstream + rows.to(tl.int64) * stride, mask=inside, other=0.0)
+        g = tl.load(grad_output + rows.to(tl.int64) * stride, mask=inside, other=0.0)
         largest = tl.load(unit)
         return tl.where(largest == 0, 0.0, tl.div_rn(g, largest))
     else:
@@ -182,7 +182,7 @@ def _prepare_kernel(
     vectors,
     numbers,
     saved,
-    upstream,
+    grad_output,
     unit,
     count,
     anchors,
@@ -193,7 +193,7 @@ def _prepare_kernel(
     first_column,
     second_row,
     second_column,
-    upstream_row,
+    grad_output_row,
     NORMALIZE: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -212,7 +212,7 @@ def _prepare_kernel(
     if saved is not None:
         tl.store(numbers + padded, k.to(tl.float32))
         inside = rows < anchors
-        gain = _gain(upstream, unit, rows, inside, upstream_row, ELEMENTWISE)
+        gain = _gain(grad_output, unit, rows, inside, grad_output_row, ELEMENTWISE)
         level = tl.load(saved + rows, mask=inside, other=float("inf"))
         tl.store(numbers + 2 * padded, gain)
         tl.store(numbers + 3 * padded, level)
@@ -308,7 +308,7 @@ def _forward_kernel(
     anchors,
     width,
     span,
-    bend,
+    scale_log2,
     scale,
     ELEMENTWISE: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -336,7 +336,7 @@ def _forward_kernel(
     inverse = tl.load(numbers + anchor)
     positive = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.zeros([BLOCK_M], tl.float32) + (-bend if BOUNDED else _LOWEST)
+    top = tl.zeros([BLOCK_M], tl.float32) + (-scale_log2 if BOUNDED else _LOWEST)
     for i in tl.range(0, masked, num_stages=1):
         column = _masked(i, start_0, count_0, start_1, count_1, start_2) * BLOCK_N
         if RESIDENT:
@@ -345,14 +345,14 @@ def _forward_kernel(
         else:
             s = _products(vectors, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
         # Alike from either side, so that backward finds the same to the bit: L has no digits to spare if large.
-        s *= (inverse[:, None] * tl.load(numbers + column + columns)[None, :]) * bend
+        s *= (inverse[:, None] * tl.load(numbers + column + columns)[None, :]) * scale_log2
         j = (column + columns)[None, :]
         s = tl.where((j == anchor[:, None]) | (j >= 2 * count), float("-inf"), s)
         positive += tl.sum(tl.where(j == (partner + lane)[:, None], s, 0.0), 1)
         higher = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
         top = higher
-    bent = inverse * bend
+    bent = inverse * scale_log2
     for i in range(begin, end - masked):
         column = _plain(i, start_0, count_0, start_1, count_1, start_2, count_2) * BLOCK_N
         if RESIDENT:
@@ -364,7 +364,7 @@ def _forward_kernel(
         if BOUNDED:
             s = (s * inverse_b[None, :]) * bent[:, None]
         else:
-            s *= (inverse[:, None] * inverse_b[None, :]) * bend
+            s *= (inverse[:, None] * inverse_b[None, :]) * scale_log2
             higher = tl.maximum(top, tl.max(s, 1))
             total *= tl.exp2(top - higher)
             top = higher
@@ -437,7 +437,7 @@ def _small_forward_kernel(
     first_column,
     second_row,
     second_column,
-    bend,
+    scale_log2,
     scale,
     NORMALIZE: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
@@ -460,7 +460,7 @@ def _small_forward_kernel(
         NORMALIZE,
     )
     s = _product(y, y, tl.zeros([ROWS, ROWS], tl.float32), PRECISION)
-    s *= (inverse[:, None] * inverse[None, :]) * bend
+    s *= (inverse[:, None] * inverse[None, :]) * scale_log2
     j = tl.arange(0, ROWS)[None, :]
     s = tl.where((j == i[:, None]) | (j >= 2 * count), float("-inf"), s)
     partner = tl.where(i < count, i + count, i - count)
@@ -490,9 +490,9 @@ def small_launch(kernel: str, first: Tensor, dtype: torch.dtype) -> Launch | Non
     return config.choose(kernel, architecture(first), dtype, **sizes)
 
 
-def bounded(bend: float, normalize: bool) -> bool:
+def bounded(scale_log2: float, normalize: bool) -> bool:
     """Whether 2^s can be summed as it is: for cosines over a temperature of 0.03 and more."""
-    return normalize and bend <= _BOUND
+    return normalize and scale_log2 <= _BOUND
 
 
 def tiles_a_program(blocks: int, tiles: list[int], available: int) -> int:
@@ -522,7 +522,7 @@ def prepared(
     *,
     bounded: bool = False,
     saved: Tensor | None = None,
-    upstream: Tensor | None = None,
+    grad_output: Tensor | None = None,
     unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y and the numbers of each row, zeros after the last for a tile to end in; see :func:`_prepare_kernel`."""
@@ -531,7 +531,7 @@ def prepared(
     padded = 128 * (cdiv(2 * count, 128) + 1)
     vectors = first.new_empty((padded, width), dtype=dtype)
     numbers = first.new_empty((5, padded), dtype=torch.float32)
-    elementwise = upstream is not None and upstream.ndim == 1
+    elementwise = grad_output is not None and grad_output.ndim == 1
     chosen = config.choose("contrastive_loss_rows", architecture(first), dtype, dim=next_power_of_2(width))
     launch(
         _prepare_kernel,
@@ -541,7 +541,7 @@ def prepared(
         vectors,
         numbers,
         saved,
-        upstream,
+        grad_output,
         unit,
         count,
         0 if saved is None else saved.shape[0],
@@ -550,7 +550,7 @@ def prepared(
         padded,
         *first.stride(),
         *second.stride(),
-        upstream.stride(0) if elementwise and upstream is not None else 0,
+        grad_output.stride(0) if elementwise and grad_output is not None else 0,
         config=chosen,
         NORMALIZE=normalize,
         ELEMENTWISE=elementwise,
@@ -590,14 +590,14 @@ def forward(
     anchors = saved.shape[0]
     elementwise = reduction == "none"
     scale = 1 / anchors if reduction == "mean" else 1.0
-    bend = math.log2(math.e) / temperature
+    scale_log2 = math.log2(math.e) / temperature
     small = small_launch("contrastive_loss_small", first, dtype)
     if small is not None:
         sizes = (count, anchors, dim, *first.stride(), *second.stride())
         launch(
             _small_forward_kernel,
             (1,),
-            *(first, second, out, saved, *sizes, bend, scale),
+            *(first, second, out, saved, *sizes, scale_log2, scale),
             config=small,
             NORMALIZE=normalize,
             ELEMENTWISE=elementwise,
@@ -609,7 +609,7 @@ def forward(
     blocks = cdiv(count, chosen.tile["BLOCK_M"])
     sides = 2 if symmetric else 1
     tiles = cdiv(2 * count, chosen.tile["BLOCK_N"])
-    span = tiles_a_program(blocks, [tiles] * sides, processors(first))
+    span = tiles_a_program(blocks, [tiles] * sides, num_sms(first))
     chunks = cdiv(tiles, span)
     parts = None if chunks == 1 else first.new_empty((chunks, 3, anchors), dtype=torch.float32)
     sums = blocks * sides if chunks == 1 else cdiv(anchors, 128)
@@ -628,11 +628,11 @@ def forward(
         anchors,
         width,
         span,
-        bend,
+        scale_log2,
         inner,
         config=chosen,
         ELEMENTWISE=elementwise,
-        BOUNDED=bounded(bend, normalize),
+        BOUNDED=bounded(scale_log2, normalize),
         RESIDENT=chosen.tile["BLOCK_D"] == width,
         PRECISION=precision(dtype),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dfkd_fast.kernels import config
 from dfkd_fast.kernels import contrastive_loss as shared
-from dfkd_fast.kernels.common import architecture, cast, cdiv, dot, launch, next_power_of_2, precision, processors
+from dfkd_fast.kernels.common import architecture, cast, cdiv, dot, launch, next_power_of_2, num_sms, precision
 from dfkd_fast.kernels.config import Launch
 from dfkd_fast.kernels.contrastive_loss import (
     _LIFT,
@@ -54,11 +54,11 @@ def _store_rows(da, db, value, rows, columns, count, dim, da_row, da_column, db_
 
 
 @triton.jit
-def _largest_kernel(upstream, unit, anchors, stride, BLOCK: tl.constexpr):
+def _largest_kernel(grad_output, unit, anchors, stride, BLOCK: tl.constexpr):
     largest = tl.zeros([BLOCK], tl.float32)
     for start in range(0, anchors, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        g = tl.load(upstream + at.to(tl.int64) * stride, mask=at < anchors, other=0.0)
+        g = tl.load(grad_output + at.to(tl.int64) * stride, mask=at < anchors, other=0.0)
         largest = tl.maximum(largest, tl.abs(g))
     tl.store(unit, tl.max(largest))
 
@@ -75,7 +75,7 @@ def _backward_kernel(
     span,
     first_side,
     rows,
-    bend,
+    scale_log2,
     SYMMETRIC: tl.constexpr,
     BOUNDED: tl.constexpr,
     RESIDENT: tl.constexpr,
@@ -122,7 +122,7 @@ def _backward_kernel(
             s = _products(vectors, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
         at = numbers + column + columns
         inverse_b, gain_b = tl.load(at), tl.load(at + 2 * padded)
-        s *= (inverse[:, None] * inverse_b[None, :]) * bend
+        s *= (inverse[:, None] * inverse_b[None, :]) * scale_log2
         to_a = tl.exp2(s - level[:, None])
         to_b = tl.exp2(s - tl.load(at + 3 * padded)[None, :])
         j = (column + columns)[None, :]
@@ -133,7 +133,7 @@ def _backward_kernel(
         w = tl.where(paired | (j == (row + lane)[:, None]) | (j >= limit), 0.0, w)
         total = dot(cast(w, vectors.dtype.element_ty), b, total, PRECISION)
     share = gain * tl.exp2(-level) * _LIFT
-    bent = inverse * bend
+    bent = inverse * scale_log2
     for i in range(begin, end - masked):
         column = _plain(i, start_0, count_0, start_1, count_1, start_2, count_2) * BLOCK_N
         b = _tile(vectors, column, offset, width, BLOCK_N, BLOCK_O)
@@ -147,7 +147,7 @@ def _backward_kernel(
             s = (s * inverse_b[None, :]) * bent[:, None]
             w = tl.exp2(s) * (share[:, None] * inverse_b[None, :] + tl.load(at + 4 * padded)[None, :])
         else:
-            s *= (inverse[:, None] * inverse_b[None, :]) * bend
+            s *= (inverse[:, None] * inverse_b[None, :]) * scale_log2
             w = tl.exp2(s - level[:, None]) * gain[:, None]
             w += tl.exp2(s - tl.load(at + 3 * padded)[None, :]) * tl.load(at + 2 * padded)[None, :]
             w *= (inverse_b * _LIFT)[None, :]
@@ -213,7 +213,7 @@ def _finish_kernel(
 
 @triton.jit
 def _small_backward_kernel(
-    upstream,
+    grad_output,
     first,
     second,
     saved,
@@ -230,8 +230,8 @@ def _small_backward_kernel(
     da_column,
     db_row,
     db_column,
-    upstream_row,
-    bend,
+    grad_output_row,
+    scale_log2,
     scale,
     NORMALIZE: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
@@ -251,15 +251,15 @@ def _small_backward_kernel(
         first, second, j, columns, count, dim, first_row, first_column, second_row, second_column, NORMALIZE
     )
     s = _product(a, b, tl.zeros([BLOCK_M, ROWS], tl.float32), PRECISION)
-    s *= (inverse[:, None] * inverse_b[None, :]) * bend
+    s *= (inverse[:, None] * inverse_b[None, :]) * scale_log2
     if ELEMENTWISE:
-        g = tl.load(upstream + i.to(tl.int64) * upstream_row, mask=i < anchors, other=0.0)
-        g_b = tl.load(upstream + j.to(tl.int64) * upstream_row, mask=j < anchors, other=0.0)
+        g = tl.load(grad_output + i.to(tl.int64) * grad_output_row, mask=i < anchors, other=0.0)
+        g_b = tl.load(grad_output + j.to(tl.int64) * grad_output_row, mask=j < anchors, other=0.0)
         unit = tl.max(tl.abs(g_b))
         gain = tl.where(unit == 0, 0.0, tl.div_rn(g, unit))
         gain_b = tl.where(unit == 0, 0.0, tl.div_rn(g_b, unit))
     else:
-        unit = tl.load(upstream)
+        unit = tl.load(grad_output)
         gain = tl.where(i < anchors, 1.0, 0.0)
         gain_b = tl.where(j < anchors, 1.0, 0.0)
     to_a = tl.exp2(s - tl.load(saved + i, mask=i < anchors, other=float("inf"))[:, None])
@@ -280,7 +280,7 @@ def _small_backward_kernel(
 
 
 def backward(
-    upstream: Tensor,
+    grad_output: Tensor,
     first: Tensor,
     second: Tensor,
     temperature: float,
@@ -294,7 +294,7 @@ def backward(
     """Gradients of :func:`forward`.
 
     Args:
-        upstream: gradient of ``out``, of its shape, any strides.
+        grad_output: gradient of ``out``, of its shape, any strides.
         first: as in forward, like all up to ``saved``.
         second: (N, D).
         temperature: above 0.
@@ -311,9 +311,9 @@ def backward(
         return
     dtype, width = shared.shape(first, second)
     anchors = saved.shape[0]
-    elementwise = upstream.ndim == 1
+    elementwise = grad_output.ndim == 1
     scale = 1 / temperature / (anchors if reduction == "mean" else 1)
-    bend = math.log2(math.e) / temperature
+    scale_log2 = math.log2(math.e) / temperature
     results = (da, db)
     strides = [step for d in results for step in ((0, 0) if d is None else d.stride())]
     small = shared.small_launch("contrastive_loss_small_backward", first, dtype)
@@ -321,7 +321,7 @@ def backward(
         launch(
             _small_backward_kernel,
             (cdiv(small.tile["ROWS"], small.tile["BLOCK_M"]),),
-            upstream,
+            grad_output,
             first,
             second,
             saved,
@@ -332,8 +332,8 @@ def backward(
             *first.stride(),
             *second.stride(),
             *strides,
-            upstream.stride(0) if elementwise else 0,
-            bend,
+            grad_output.stride(0) if elementwise else 0,
+            scale_log2,
             scale,
             config=small,
             NORMALIZE=normalize,
@@ -341,23 +341,23 @@ def backward(
             PRECISION=precision(dtype),
         )
         return
-    unit = upstream
+    unit = grad_output
     if elementwise:
-        unit = upstream.new_empty(())
+        unit = grad_output.new_empty(())
         largest = Launch(tile={"BLOCK": 4096}, num_warps=8)
-        launch(_largest_kernel, (1,), upstream, unit, anchors, upstream.stride(0), config=largest)
-    bounded = shared.bounded(bend, normalize)
+        launch(_largest_kernel, (1,), grad_output, unit, anchors, grad_output.stride(0), config=largest)
+    bounded = shared.bounded(scale_log2, normalize)
     vectors, numbers = shared.prepared(
-        first, second, normalize, bounded=bounded, saved=saved, upstream=upstream, unit=unit
+        first, second, normalize, bounded=bounded, saved=saved, grad_output=grad_output, unit=unit
     )
     chosen = config.choose("contrastive_loss_backward", architecture(first), dtype, dim=next_power_of_2(width))
     first_side = 0 if da is not None else 1
     blocks = cdiv(count, chosen.tile["BLOCK_M"])
     outputs = cdiv(width, chosen.tile["BLOCK_O"])
     tiles = [cdiv((2 if symmetric or side == 0 else 1) * count, chosen.tile["BLOCK_N"]) for side in (0, 1)]
-    wanted = tiles[first_side : first_side + sides]
-    span = shared.tiles_a_program(blocks * outputs, wanted, processors(first))
-    chunks = cdiv(max(wanted), span)
+    needed = tiles[first_side : first_side + sides]
+    span = shared.tiles_a_program(blocks * outputs, needed, num_sms(first))
+    chunks = cdiv(max(needed), span)
     rows = sides * count
     parts = first.new_empty((chunks, rows, width), dtype=torch.float32)
     pairs = first.new_empty((chunks, rows), dtype=torch.float32)
@@ -374,7 +374,7 @@ def backward(
         span,
         first_side,
         rows,
-        bend,
+        scale_log2,
         config=chosen,
         SYMMETRIC=symmetric,
         BOUNDED=bounded,

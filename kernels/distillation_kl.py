@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dfkd_fast.kernels import config
-from dfkd_fast.kernels.common import architecture, cast, cdiv, exp, launch, next_power_of_2, processors, sum_of
+from dfkd_fast.kernels.common import architecture, cast, cdiv, exp, launch, next_power_of_2, num_sms, sum_of
 from dfkd_fast.kernels.config import Launch
 
 __all__ = ["backward", "forward"]
@@ -140,7 +140,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    upstream,
+    grad_output,
     a,
     b,
     saved,
@@ -156,13 +156,13 @@ def _backward_kernel(
     da_column,
     db_row,
     db_column,
-    upstream_row,
-    upstream_column,
+    grad_output_row,
+    grad_output_column,
     temperature,
     scale,
     ELEMENTWISE: tl.constexpr,
-    WANT_A: tl.constexpr,
-    WANT_B: tl.constexpr,
+    NEEDS_GRAD_A: tl.constexpr,
+    NEEDS_GRAD_B: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -183,13 +183,13 @@ def _backward_kernel(
             x = _logits(a, rows, columns, rows_in, columns < classes, a_row, a_column, temperature)
             y = _logits(b, rows, columns, rows_in, columns < classes, b_row, b_column, temperature)
             log_p = _log_softmax(x, top_a, log_a)
-            at = rows.to(tl.int64)[:, None] * upstream_row + columns.to(tl.int64)[None, :] * upstream_column
-            g = tl.load(upstream + at, mask=inside, other=0.0)
+            at = rows.to(tl.int64)[:, None] * grad_output_row + columns.to(tl.int64)[None, :] * grad_output_column
+            g = tl.load(grad_output + at, mask=inside, other=0.0)
             p = tl.where(inside, exp(log_p, tl.float32), 0.0)
             sum_p += tl.sum(g * p, 1)
             sum_d += tl.sum(g * (_terms(log_p, _log_softmax(y, top_b, log_b)) + p), 1)
     else:
-        whole = tl.load(upstream)
+        whole = tl.load(grad_output)
     for start in range(0, classes, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = rows_in[:, None] & (columns < classes)[None, :]
@@ -200,17 +200,17 @@ def _backward_kernel(
         p = exp(log_p, tl.float32)
         terms = _terms(log_p, log_q)
         if ELEMENTWISE:
-            at = rows.to(tl.int64)[:, None] * upstream_row + columns.to(tl.int64)[None, :] * upstream_column
-            g = tl.load(upstream + at, mask=inside, other=0.0)
+            at = rows.to(tl.int64)[:, None] * grad_output_row + columns.to(tl.int64)[None, :] * grad_output_column
+            g = tl.load(grad_output + at, mask=inside, other=0.0)
             to_a = g * (terms + p) - p * sum_d[:, None]
             to_b = exp(log_q, tl.float32) * sum_p[:, None] - g * p
         else:
             to_a = whole * (terms - p * row[:, None])
             to_b = whole * (exp(log_q, tl.float32) - p)
-        if WANT_A:
+        if NEEDS_GRAD_A:
             at = rows.to(tl.int64)[:, None] * da_row + columns.to(tl.int64)[None, :] * da_column
             tl.store(da + at, cast(to_a * scale, da.dtype.element_ty), mask=inside)
-        if WANT_B:
+        if NEEDS_GRAD_B:
             at = rows.to(tl.int64)[:, None] * db_row + columns.to(tl.int64)[None, :] * db_column
             tl.store(db + at, cast(to_b * scale, db.dtype.element_ty), mask=inside)
 
@@ -246,7 +246,7 @@ def forward(
     alone = not elementwise and count * width <= 2**15
     kernel = "distillation_kl_alone" if alone else "distillation_kl"
     chosen = config.choose(kernel, architecture(a), a.dtype, classes=width)
-    programs = 1 if alone else min(cdiv(count, chosen.tile["ROWS"]), 4 * processors(a))
+    programs = 1 if alone else min(cdiv(count, chosen.tile["ROWS"]), 4 * num_sms(a))
     scale = _scale(temperature, squared, reduction, count, classes)
     parts = out if programs == 1 or elementwise else out.new_empty(programs)
     launch(
@@ -271,7 +271,7 @@ def forward(
 
 
 def backward(
-    upstream: Tensor,
+    grad_output: Tensor,
     a: Tensor,
     b: Tensor,
     temperature: float,
@@ -284,7 +284,7 @@ def backward(
     """Gradients of :func:`forward`.
 
     Args:
-        upstream: gradient of ``out``, of its shape, any strides.
+        grad_output: gradient of ``out``, of its shape, any strides.
         a: as in forward, like all up to ``saved``.
         b: (N, classes).
         temperature: above 0.
@@ -300,7 +300,7 @@ def backward(
     launch(
         _backward_kernel,
         (cdiv(count, chosen.tile["ROWS"]),),
-        upstream,
+        grad_output,
         a,
         b,
         saved,
@@ -312,11 +312,11 @@ def backward(
         *b.stride(),
         *(da.stride() if da is not None else (0, 0)),
         *(db.stride() if db is not None else (0, 0)),
-        *(upstream.stride() if elementwise else (0, 0)),
+        *(grad_output.stride() if elementwise else (0, 0)),
         temperature,
         _scale(temperature, squared, reduction, max(count, 1), classes) / temperature,
         config=chosen,
         ELEMENTWISE=elementwise,
-        WANT_A=da is not None,
-        WANT_B=db is not None,
+        NEEDS_GRAD_A=da is not None,
+        NEEDS_GRAD_B=db is not None,
     )

@@ -5,7 +5,7 @@ Features are rows of C numbers, one a position, P of them; factors u, their prod
     u_{r,i} = proj_{r,i} x      z_r = prod over i of u_{r,i}      a_r = relu(z_r)      l = sum over r of out_r a_r
     A = sigmoid(l)              y = A x                           error = mean((A x - target)^2)
 
-With g the gradient of y (of the error: ``2 (A x - target) upstream / numel``; of the gate alone: that over x)::
+With g the gradient of y (of the error: ``2 (A x - target) grad_output / numel``; of the gate alone: that over x)::
 
     dl = g x A (1 - A)       da_r = out_r^T dl     du_{r,i} = da_r [z_r > 0] prod over j != i of u_{r,j}
     dx = g A + sum proj^T du         dproj_{r,i} = sum over P of du_{r,i} x^T          dout_r = sum over P of dl a_r^T
@@ -43,8 +43,8 @@ from dfkd_fast.kernels.common import (
     fma,
     launch,
     next_power_of_2,
+    num_sms,
     precision,
-    processors,
     sigmoid,
     sum_of,
 )
@@ -280,7 +280,7 @@ def _whole_forward_kernel(
 def _whole_order_backward(
     dx, x, dl, proj, out, rectified, factors, row, inside, channel,
     R: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    WANT_X: tl.constexpr, WANT_PROJ: tl.constexpr, WANT_OUT: tl.constexpr, BLOCK_K: tl.constexpr,
+    NEEDS_GRAD_X: tl.constexpr, NEEDS_GRAD_PROJ: tl.constexpr, NEEDS_GRAD_OUT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of the logits of order R to that of x, and what the products over positions take."""
     first: tl.constexpr = R * (R - 1) // 2
@@ -290,17 +290,17 @@ def _whole_order_backward(
         u0, u1, u2, u3 = _no_factors(R, x.shape[0], BLOCK_K)
         u0, u1, u2, u3 = _add_factors(u0, u1, u2, u3, x, proj, hidden, channel, R, C, K, PRECISION)
         z = u0 * u1 * u2 * u3
-        if WANT_OUT:
+        if NEEDS_GRAD_OUT:
             _store(rectified + (R - 1) * K, row * (ORDER * K), inside, hidden, 1, _positive(z, z), K)
-        if WANT_X or WANT_PROJ:
+        if NEEDS_GRAD_X or NEEDS_GRAD_PROJ:
             da = tl.zeros([x.shape[0], BLOCK_K], tl.float32)
             da = dot(dl, _matrix(out + (R - 1) * C * K, channel, hidden, K, 1, C, K), da, PRECISION)
             dz = _positive(z, da)
             for i in tl.static_range(R):
                 du = dz * _others(u0, u1, u2, u3, i)
-                if WANT_PROJ:
+                if NEEDS_GRAD_PROJ:
                     _store(factors + (first + i) * K, row * width, inside, hidden, 1, du, K)
-                if WANT_X:
+                if NEEDS_GRAD_X:
                     weight = _matrix(proj + (first + i) * K * C, hidden, channel, C, 1, K, C)
                     dx = dot(cast(du, x.dtype), weight, dx, PRECISION)
     return dx
@@ -308,10 +308,11 @@ def _whole_order_backward(
 
 @triton.jit
 def _whole_backward_kernel(
-    upstream, x, other, proj, out, dx, slopes, rectified, factors, count, positions, scale,
+    grad_output, x, other, proj, out, dx, slopes, rectified, factors, count, positions, scale,
     x_n, x_p, x_c, other_n, other_p, other_c, dx_n, dx_p, dx_c,
     RESULT: tl.constexpr, GATES: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    PRECISION: tl.constexpr, FLAT: tl.constexpr, WANT_X: tl.constexpr, WANT_PROJ: tl.constexpr, WANT_OUT: tl.constexpr,
+    PRECISION: tl.constexpr, FLAT: tl.constexpr,
+    NEEDS_GRAD_X: tl.constexpr, NEEDS_GRAD_PROJ: tl.constexpr, NEEDS_GRAD_OUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -324,24 +325,24 @@ def _whole_backward_kernel(
         gate, logits = _whole_gate(tile, proj, out, channel, GATES, ORDER, C, K, PRECISION, BLOCK_K)
     g = _load(other, _at(row, positions, other_n, other_p, FLAT), inside, channel, other_c, C).to(tl.float32)
     if RESULT == "error":
-        g = (gate * wide - g) * (scale * tl.load(upstream))
-    added: tl.constexpr = GATES == 1 and WANT_X and RESULT != "map"
+        g = (gate * wide - g) * (scale * tl.load(grad_output))
+    added: tl.constexpr = GATES == 1 and NEEDS_GRAD_X and RESULT != "map"
     gradient = g * gate if added else tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for r in tl.static_range(1, ORDER + 1):
         if GATES > 1:
             logits = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
             logits = _whole_logits(logits, tile, proj, out, channel, r, C, K, PRECISION, BLOCK_K)
-            if WANT_X and RESULT != "map":
+            if NEEDS_GRAD_X and RESULT != "map":
                 gradient += g * sigmoid(logits, tile.dtype) * (1.0 / ORDER)
         if r <= GATES:
             dl = _slope(g, wide, logits, tile.dtype, RESULT) * (1.0 / GATES)
-            if WANT_OUT:
+            if NEEDS_GRAD_OUT:
                 _store(slopes + (r - 1) * C, row * (GATES * C), inside, channel, 1, dl, C)
         gradient = _whole_order_backward(
             gradient, tile, cast(dl, tile.dtype), proj, out, rectified, factors, row, inside, channel, r, ORDER, C, K,
-            PRECISION, WANT_X, WANT_PROJ, WANT_OUT, BLOCK_K,
+            PRECISION, NEEDS_GRAD_X, NEEDS_GRAD_PROJ, NEEDS_GRAD_OUT, BLOCK_K,
         )  # fmt: skip
-    if WANT_X:
+    if NEEDS_GRAD_X:
         _store(dx, _at(row, positions, dx_n, dx_p, FLAT), inside, channel, dx_c, gradient, C)
 
 
@@ -398,10 +399,10 @@ def _split_logits(
 
 @triton.jit
 def _split_gate_kernel(
-    upstream, x, other, rectified, out, y, slopes, count, positions, scale,
+    grad_output, x, other, rectified, out, y, slopes, count, positions, scale,
     x_n, x_p, x_c, other_n, other_p, other_c, y_n, y_p, y_c,
     GRADIENT: tl.constexpr, RESULT: tl.constexpr, GATES: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr,
-    K: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, WANT_X: tl.constexpr, BLOCK_M: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr, NEEDS_GRAD_X: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """From a to the result; or, with GRADIENT, to dl, and to y the part g A of the gradient of x."""
@@ -426,8 +427,8 @@ def _split_gate_kernel(
     if GRADIENT:
         g = given
         if RESULT == "error":
-            g = (gate * wide - given) * (scale * tl.load(upstream))
-        if WANT_X and RESULT != "map":
+            g = (gate * wide - given) * (scale * tl.load(grad_output))
+        if NEEDS_GRAD_X and RESULT != "map":
             _store(y, at, inside, channel, y_c, g * gate, C)
         for r in tl.static_range(1, GATES + 1):
             if GATES > 1:
@@ -470,20 +471,20 @@ def _split_input_kernel(
 def _weights_kernel(
     x, slopes, rectified, factors, parts, count, positions, steps, x_n, x_p, x_c,
     GATES: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    FLAT: tl.constexpr, WANT_PROJ: tl.constexpr, WANT_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    FLAT: tl.constexpr, NEEDS_GRAD_PROJ: tl.constexpr, NEEDS_GRAD_OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums over ``steps * BLOCK_M`` positions: dproj^T = x^T du, then dout_r = dl_r^T a_r, a tile of one of them."""
     width: tl.constexpr = ORDER * (ORDER + 1) // 2 * K
     across: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    projections: tl.constexpr = across * ((width + BLOCK_K - 1) // BLOCK_K) if WANT_PROJ else 0
-    total: tl.constexpr = (width * C if WANT_PROJ else 0) + (ORDER * K * C if WANT_OUT else 0)
+    projections: tl.constexpr = across * ((width + BLOCK_K - 1) // BLOCK_K) if NEEDS_GRAD_PROJ else 0
+    total: tl.constexpr = (width * C if NEEDS_GRAD_PROJ else 0) + (ORDER * K * C if NEEDS_GRAD_OUT else 0)
     job = tl.program_id(0)
     channel = job % across * BLOCK_C + tl.arange(0, BLOCK_C)
     first = tl.program_id(1).to(tl.int64) * steps * BLOCK_M
     parts += tl.program_id(1).to(tl.int64) * total
     result = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-    if WANT_PROJ and job < projections:
+    if NEEDS_GRAD_PROJ and job < projections:
         column = job // across * BLOCK_K + tl.arange(0, BLOCK_K)
         for step in range(0, steps):
             row = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -494,7 +495,7 @@ def _weights_kernel(
             result = dot(tl.trans(left), _load(factors, row * width, inside, column, 1, width), result, PRECISION)
         to = parts + column[None, :] * C + channel[:, None]
         tl.store(to, result, mask=(channel < C)[:, None] & (column < width)[None, :])
-    if WANT_OUT and job >= projections:
+    if NEEDS_GRAD_OUT and job >= projections:
         each: tl.constexpr = across * ((K + BLOCK_K - 1) // BLOCK_K)
         r = (job - projections) // each
         column = (job - projections) % each // across * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -590,7 +591,7 @@ def value(x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result
         _hidden(x, rectified, proj, out, rectified, chosen, count, positions, *x_strides, GRADIENT=False, **constants)
         launch(
             _split_gate_kernel, (tiles, blocks), x, x, other, rectified, out, filled, rectified, count, positions, 1.0,
-            *strides, GRADIENT=False, WANT_X=False, **gate,
+            *strides, GRADIENT=False, NEEDS_GRAD_X=False, **gate,
         )  # fmt: skip
     if error:
         sum_of(filled, y, 1 / x.numel())
@@ -609,15 +610,15 @@ def forward(x: Tensor, proj: Tensor, out: Tensor, mode: str, result: str, y: Ten
 
 
 def gradients(
-    upstream: Tensor, x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result: str,
+    grad_output: Tensor, x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result: str,
     dx: Tensor | None, dproj: Tensor | None, dout: Tensor | None,
 ) -> None:  # fmt: skip
     """Gradients of :func:`value`, whose further arguments these are.
 
-    ``upstream`` is the gradient of the scalar of "error"; ``other`` its target, or for others the gradient of y, of any
-    strides. Of dx, dproj and dout (both contiguous) those that are not needed are None.
+    ``grad_output`` is the gradient of the scalar of "error"; ``other`` its target, or for others the gradient of y, of
+    any strides. Of dx, dproj and dout (both contiguous) those that are not needed are None.
     """
-    want_x, want_proj, want_out = dx is not None, dproj is not None, dout is not None
+    needs_grad_x, needs_grad_proj, needs_grad_out = dx is not None, dproj is not None, dout is not None
     if x.numel() == 0:
         for gradient in (dproj, dout):
             if gradient is not None:
@@ -628,28 +629,29 @@ def gradients(
     order, channels, hidden = out.shape
     count, positions = x.numel() // x.shape[1], x.shape[2] * x.shape[3]
     arch, factors, constants = architecture(x), order * (order + 1) // 2, _constants(out, mode, flat)
-    gate = {"RESULT": result, "WANT_X": want_x, **constants}
+    gate = {"RESULT": result, "NEEDS_GRAD_X": needs_grad_x, **constants}
     strides = (*x_strides, *other_strides, *dx_strides)
     chosen = config.choose("high_order_attention_backward", arch, out.dtype, **_sizes(out, mode))
     tiles, blocks = cdiv(count, chosen.tile["BLOCK_M"]), cdiv(channels, chosen.tile["BLOCK_C"])
     whole = blocks == 1
-    du = out.new_empty((count, factors * hidden) if want_proj or (want_x and not whole) else 0)
-    dl = out.new_empty((count, constants["GATES"] * channels) if want_out or not whole else 0)
-    a = out.new_empty((count, order * hidden) if want_out or not whole else 0)
+    du = out.new_empty((count, factors * hidden) if needs_grad_proj or (needs_grad_x and not whole) else 0)
+    dl = out.new_empty((count, constants["GATES"] * channels) if needs_grad_out or not whole else 0)
+    a = out.new_empty((count, order * hidden) if needs_grad_out or not whole else 0)
     if whole:
         launch(
-            _whole_backward_kernel, (tiles,), upstream, x, other, proj, out, filled, dl, a, du, count, positions,
-            2 / x.numel(), *strides, WANT_PROJ=want_proj, WANT_OUT=want_out, config=chosen, **gate,
+            _whole_backward_kernel, (tiles,), grad_output, x, other, proj, out, filled, dl, a, du, count, positions,
+            2 / x.numel(), *strides, NEEDS_GRAD_PROJ=needs_grad_proj, NEEDS_GRAD_OUT=needs_grad_out,
+            config=chosen, **gate,
         )  # fmt: skip
     else:
         _hidden(x, a, proj, out, a, chosen, count, positions, *x_strides, GRADIENT=False, **constants)
         launch(
-            _split_gate_kernel, (tiles, blocks), upstream, x, other, a, out, filled, dl, count, positions,
+            _split_gate_kernel, (tiles, blocks), grad_output, x, other, a, out, filled, dl, count, positions,
             2 / x.numel(), *strides, GRADIENT=True, config=chosen, **gate,
         )  # fmt: skip
-        if want_x or want_proj:
+        if needs_grad_x or needs_grad_proj:
             _hidden(x, dl, proj, out, du, chosen, count, positions, *x_strides, GRADIENT=True, **constants)
-        if want_x:
+        if needs_grad_x:
             # One product over all factors: it does not depend on the number of gates.
             product = {name: value for name, value in constants.items() if name != "GATES"}
             launch(
@@ -658,19 +660,19 @@ def gradients(
             )  # fmt: skip
     if dx is not None and filled is not dx:
         dx.copy_(filled)
-    if not (want_proj or want_out):
+    if not (needs_grad_proj or needs_grad_out):
         return
     chosen = config.choose("high_order_attention_weights", arch, out.dtype, **_sizes(out, mode))
     across, block = cdiv(channels, chosen.tile["BLOCK_C"]), chosen.tile["BLOCK_K"]
-    jobs = across * (want_proj * cdiv(factors * hidden, block) + want_out * order * cdiv(hidden, block))
+    jobs = across * (needs_grad_proj * cdiv(factors * hidden, block) + needs_grad_out * order * cdiv(hidden, block))
     rows = cdiv(count, chosen.tile["BLOCK_M"])
-    steps = cdiv(rows, max(1, 2 * processors(x) // jobs))
+    steps = cdiv(rows, max(1, 2 * num_sms(x) // jobs))
     splits = cdiv(rows, steps)
-    sizes = want_proj * proj.numel(), want_out * out.numel()
+    sizes = needs_grad_proj * proj.numel(), needs_grad_out * out.numel()
     parts = x.new_empty((splits, sum(sizes)), dtype=torch.float32)
     launch(
         _weights_kernel, (jobs, splits), x, dl, a, du, parts, count, positions, steps, *x_strides,
-        WANT_PROJ=want_proj, WANT_OUT=want_out, config=chosen, **constants,
+        NEEDS_GRAD_PROJ=needs_grad_proj, NEEDS_GRAD_OUT=needs_grad_out, config=chosen, **constants,
     )  # fmt: skip
     launch(
         _add_parts_kernel, (cdiv(sum(sizes), 64),), parts, dproj, dout, splits, sizes[0], sum(sizes),
@@ -679,7 +681,7 @@ def gradients(
 
 
 def backward(
-    upstream: Tensor, x: Tensor, proj: Tensor, out: Tensor, mode: str, result: str, *results: Tensor | None
+    grad_output: Tensor, x: Tensor, proj: Tensor, out: Tensor, mode: str, result: str, *results: Tensor | None
 ) -> None:
-    """Gradients of :func:`forward`: ``upstream`` is that of y; the results are those of :func:`gradients`."""
-    gradients(x, x, upstream, proj, out, mode, result, *results)
+    """Gradients of :func:`forward`: ``grad_output`` is that of y; the results are those of :func:`gradients`."""
+    gradients(x, x, grad_output, proj, out, mode, result, *results)

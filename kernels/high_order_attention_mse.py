@@ -31,7 +31,7 @@ def forward(x: Tensor, proj: Tensor, out: Tensor, target: Tensor, mode: str, err
 
 
 def backward(
-    upstream: Tensor,
+    grad_output: Tensor,
     x: Tensor,
     proj: Tensor,
     out: Tensor,
@@ -44,7 +44,7 @@ def backward(
     """Gradients of :func:`forward`.
 
     Args:
-        upstream: gradient of ``error``.
+        grad_output: gradient of ``error``.
         x: as in forward, like all up to ``mode``.
         proj: (R(R+1)/2, K, C).
         out: (R, C, K).
@@ -54,4 +54,4 @@ def backward(
         dproj: of the shape of proj, contiguous, or None.
         dout: of the shape of out, contiguous, or None.
     """
-    gradients(upstream, x, target, proj, out, mode, "error", dx, dproj, dout)
+    gradients(grad_output, x, target, proj, out, mode, "error", dx, dproj, dout)

@@ -45,8 +45,8 @@ from dfkd_fast.kernels.common import (
     exp,
     launch,
     next_power_of_2,
+    num_sms,
     precision,
-    processors,
 )
 from dfkd_fast.kernels.config import Launch
 
@@ -143,7 +143,7 @@ class Operands(NamedTuple):
     samples: Any
     positions: Any
     scale: Any
-    upstream: Any = _NO_MAP
+    grad_output: Any = _NO_MAP
     saved: Any = None
     slopes: Any = None
 
@@ -335,7 +335,7 @@ def _slopes_kernel(
     slope = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for tile in range(first, last):
         sample, position, exists = _place(tile, x.positions, BLOCK_M)
-        g = _load(x.upstream, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
+        g = _load(x.grad_output, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
         f = _load(x.features, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
         h = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
         logits = _logits(h, w, x, weight, sample, position, exists, channel, C, K, PRECISION)
@@ -368,15 +368,15 @@ def _rows_kernel(
         e = exp(logits - top[:, None], h.dtype)
         below = exp(largest - top, h.dtype)
         total = total * below + tl.sum(e, 1)
-        if x.upstream.data is not None:
-            g = _load(x.upstream, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
+        if x.grad_output.data is not None:
+            g = _load(x.grad_output, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
             f = _load(x.features, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
             slope = slope * below + tl.sum(e * (g * f), 1)
         largest = top
     row = tl.arange(0, BLOCK_M)
     tl.store(x.saved + sample * x.positions + position + row, largest, mask=exists)
     tl.store(x.saved + (x.samples + sample) * x.positions + position + row, total, mask=exists)
-    if x.upstream.data is not None:
+    if x.grad_output.data is not None:
         tl.store(x.slopes + sample * x.positions + position + row, slope * divide(x.scale, total, h.dtype), mask=exists)
 
 
@@ -408,7 +408,7 @@ def _gate_kernel(
 def _logits_gradient(logits, x, df, sample, position, exists, channel, C: tl.constexpr, FORM: tl.constexpr):
     """dl of a tile; df, where wanted, is written on the way, by the first of the programs that share the tile."""
     # Read here for the last time: what else is in cache is worth more.
-    g = _load(x.upstream, sample, position, exists, channel, x.positions, C, "evict_first").to(tl.float32)
+    g = _load(x.grad_output, sample, position, exists, channel, x.positions, C, "evict_first").to(tl.float32)
     f = _load(x.features, sample, position, exists, channel, x.positions, C, "evict_first").to(tl.float32)
     s = _softmax(logits, x, sample, position, exists, channel, C, FORM)
     if df.data is not None:
@@ -427,7 +427,8 @@ def _logits_gradient(logits, x, df, sample, position, exists, channel, C: tl.con
 @triton.jit(do_not_specialize=["first_tile", "first_part"])
 def _gradients_kernel(
     x, weight, df, dh, parts, first_tile, first_part, count, each, C: tl.constexpr, K: tl.constexpr,
-    PRECISION: tl.constexpr, FORM: tl.constexpr, WANT_W: tl.constexpr, WANT_B: tl.constexpr, IN_TURN: tl.constexpr,
+    PRECISION: tl.constexpr, FORM: tl.constexpr,
+    NEEDS_GRAD_W: tl.constexpr, NEEDS_GRAD_B: tl.constexpr, IN_TURN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``each`` of ``count`` tiles from ``first_tile`` on.
@@ -461,19 +462,19 @@ def _gradients_kernel(
             dl = _logits_gradient(logits, x, df, sample, position, exists, channel, C, FORM)
             if dh.data is not None:
                 product = dot(w_own, tl.trans(cast(dl, dtype)), product, PRECISION)
-            if WANT_W:
+            if NEEDS_GRAD_W:
                 h_own = _load(x.hidden, sample, position, exists, own, x.positions, K, "") if K > BLOCK_K else h
                 dw = dot(tl.trans(cast(dl, dtype)), h_own, dw, PRECISION)
-            if WANT_B:
+            if NEEDS_GRAD_B:
                 db += dl
         if dh.data is not None:
             _store(dh, tl.trans(product), sample, position, _inside(exists, own, K), own, x.positions, K)
     # A row of parts has the gradient of the weight, then that of the bias, whichever are wanted.
-    WEIGHTS: tl.constexpr = C * K if WANT_W else 0
-    row = parts + (first_part + program).to(tl.int64) * (WEIGHTS + (C if WANT_B else 0))
-    if WANT_W:
+    WEIGHTS: tl.constexpr = C * K if NEEDS_GRAD_W else 0
+    row = parts + (first_part + program).to(tl.int64) * (WEIGHTS + (C if NEEDS_GRAD_B else 0))
+    if NEEDS_GRAD_W:
         tl.store(row + channel[:, None] * K + own[None, :], dw, mask=(channel < C)[:, None] & (own < K)[None, :])
-    if WANT_B:
+    if NEEDS_GRAD_B:
         tl.store(row + WEIGHTS + channel, tl.sum(db, 0), mask=(channel < C) & (tl.program_id(2) == 0))
 
 
@@ -552,7 +553,7 @@ class _Call:
         """How many chunks the positions of a sample make, and of how many tiles: enough of them to fill the device."""
         tiles = cdiv(self.positions, chosen.tile["BLOCK_M"])
         beside = samples * cdiv(self.channels, chosen.tile["BLOCK_C"])
-        each = cdiv(tiles, max(processors(self.features) // beside, cdiv(tiles, chosen.tile["TILES"])))
+        each = cdiv(tiles, max(num_sms(self.features) // beside, cdiv(tiles, chosen.tile["TILES"])))
         return cdiv(tiles, each), each
 
     def merge(self, parts: Tensor, merged: Tensor, first: int, samples: int, chunks: int, *, maxima: bool) -> None:
@@ -622,13 +623,13 @@ def forward(
 
 
 def backward(
-    upstream: Tensor, features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str,
+    grad_output: Tensor, features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str,
     saved: Tensor, df: Tensor | None, dh: Tensor | None, dw: Tensor | None, db: Tensor | None,
 ) -> None:  # fmt: skip
     """Gradients of :func:`forward`.
 
     Args:
-        upstream: gradient of ``out``, any strides.
+        grad_output: gradient of ``out``, any strides.
         features: as in forward, like all up to ``saved``.
         hidden: (N, K, H, W).
         weight: (C, K).
@@ -642,24 +643,24 @@ def backward(
         db: (C,), or None.
     """
     call = _Call(features, hidden, weight, bias, scale, form)
-    call.operands = call.operands._replace(upstream=_map(_flat(upstream)), saved=saved)
+    call.operands = call.operands._replace(grad_output=_map(_flat(grad_output)), saved=saved)
     chosen = call.choose("gradients")
     tiles = cdiv(call.positions, chosen.tile["BLOCK_M"])
     wide = cdiv(call.channels, chosen.tile["BLOCK_C"])
     narrow = 1 if dh is None and dw is None else cdiv(call.constants["K"], chosen.tile["BLOCK_K"])
     weights = 0 if dw is None else dw.numel()
     width = weights + (call.channels if db is not None and call.over_channels else 0)
-    sums = {"WANT_W": weights > 0, "WANT_B": width > weights, "IN_TURN": False}
+    sums = {"NEEDS_GRAD_W": weights > 0, "NEEDS_GRAD_B": width > weights, "IN_TURN": False}
     maps = tuple(_NO_MAP if m is None else _map(m) for m in (df, dh))
     passes = [(maps, sums)] if df is not None or dh is not None or width else []
     if dh is not None and wide > 1:
-        passes = [(maps, {"WANT_W": False, "WANT_B": False, "IN_TURN": True})]
+        passes = [(maps, {"NEEDS_GRAD_W": False, "NEEDS_GRAD_B": False, "IN_TURN": True})]
         passes += [((_NO_MAP, _NO_MAP), sums)] if width else []
     group = max(call.samples, 1)
     if chosen.tile["MEGABYTES"] and not call.over_channels:
         a_position = 2 * call.channels * call.features.itemsize + call.constants["K"] * call.hidden.itemsize
         group = min(group, max(1, (chosen.tile["MEGABYTES"] << 20) // (a_position * call.positions)))
-    each = cdiv(group * tiles, max(1, chosen.tile["PROGRAMS"] * processors(upstream) // (wide * narrow)))
+    each = cdiv(group * tiles, max(1, chosen.tile["PROGRAMS"] * num_sms(grad_output) // (wide * narrow)))
     groups = [(first, min(group, call.samples - first)) for first in range(0, call.samples, group) if passes]
     parts = saved.new_empty((sum(cdiv(samples * tiles, each) for _, samples in groups), width))
     softmax = call.softmax_of(chosen) if groups else ""

@@ -132,14 +132,14 @@ def forward(x: Tensor, running_mean: Tensor, running_var: Tensor, distance: Tens
     )
 
 
-def backward(upstream: Tensor, x: Tensor, saved: Tensor, dx: Tensor) -> None:
+def backward(grad_output: Tensor, x: Tensor, saved: Tensor, dx: Tensor) -> None:
     """Gradient of :func:`forward`.
 
     Args:
-        upstream: gradient of ``distance``.
+        grad_output: gradient of ``distance``.
         x: as there.
         saved: as there.
         dx: of the shape of x, contiguous or channels-last.
     """
     mean, along_mean, along_var = saved.unbind()
-    statistics_backward(along_mean, along_var, x, mean, dx, upstream)
+    statistics_backward(along_mean, along_var, x, mean, dx, grad_output)

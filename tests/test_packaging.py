@@ -47,11 +47,11 @@ def test_one_version():
 
 
 def test_every_requirement_has_a_pin_that_meets_it(project, pins):
-    wanted = [
+    expected = [
         *project["dependencies"],
         *(line for lines in project["optional-dependencies"].values() for line in lines),
     ]
-    for requirement in map(Requirement, wanted):
+    for requirement in map(Requirement, expected):
         if requirement.name == project["name"]:
             continue
         assert canonicalize_name(requirement.name) in pins, requirement.name

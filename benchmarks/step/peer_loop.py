@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.engine import DistillState
 from dfkd_fast.models import FeatureModel
-from dfkd_fast.nn import HighOrderAttention, SpatialAttention, spectral_norm_held
+from dfkd_fast.nn import HighOrderAttention, SpatialAttention, freeze_spectral_norm
 from dfkd_fast.objectives import HighOrderAttentionDistillation, SemanticFeatureContrast
 
 __all__ = ["PeerLoop", "PlainGate", "PlainHighOrderAttention"]
@@ -223,7 +223,7 @@ class PeerLoop:
         self.student.model.train()
         with self.cast():
             # Without an iteration of the spectral norm, which would make it another algorithm.
-            with torch.no_grad(), spectral_norm_held(self.generator):
+            with torch.no_grad(), freeze_spectral_norm(self.generator):
                 images = self._normalise(self.generator(self._draw()))
                 t_logits, t_features, t_penultimate = self.teacher(images)
             s_logits, s_features, s_penultimate = self.student(images)

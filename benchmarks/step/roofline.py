@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.benchmarks.ops.measure import Ceilings
 from dfkd_fast.engine import DistillState
-from dfkd_fast.graph import modes_kept
+from dfkd_fast.graph import preserve_train_mode
 from dfkd_fast.nn import HighOrderAttention, SpatialAttention
 from dfkd_fast.objectives import HighOrderAttentionDistillation, SemanticFeatureContrast
 
@@ -100,7 +100,7 @@ def layers(model: nn.Module, example: Tensor) -> list[Layer]:
         if isinstance(module, kinds)
     ]
     try:
-        with torch.no_grad(), modes_kept(model, False):
+        with torch.no_grad(), preserve_train_mode(model, False):
             model(example)
     finally:
         for handle in handles:
@@ -123,7 +123,7 @@ def _forward(found: Iterable[Layer], batch: int) -> Work:
 
 def _distillation_work(state: DistillState, image: Tensor, batch: int) -> Work:
     """Of the student's terms: attention on both sides, adapters and projection heads, forward and backward."""
-    with torch.no_grad(), modes_kept(state.student.module, False):
+    with torch.no_grad(), preserve_train_mode(state.student.module, False):
         teacher, student = state.teacher(image), state.student.module(image)
     work = Work()
     terms = state.student.objective.terms

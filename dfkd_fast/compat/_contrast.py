@@ -22,9 +22,9 @@ def contrast(
     base_temperature: Any,
     contrast_mode: str,
     reduction: str,
-    want_logits: bool = False,
+    return_logits: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss, and the similarities over the temperature where they are wanted.
+    """The loss, and the similarities divided by the temperature if requested.
 
     Args:
         features: (N, views, ...), compared as they are, not normalised.
@@ -35,7 +35,7 @@ def contrast(
         base_temperature: the loss is scaled by temperature / base_temperature.
         contrast_mode: "all" views are anchors, or the first "one".
         reduction: "mean", or "none" for (anchor views, N).
-        want_logits: also (anchor views * N, views * N) similarities.
+        return_logits: also return the (anchor views * N, views * N) similarities.
 
     Raises:
         ValueError: fewer than three dimensions; labels and mask; labels of another number; an unknown mode.
@@ -47,7 +47,7 @@ def contrast(
         raise ValueError("Cannot define both `labels` and `mask`")
     features = features.flatten(2)
     count, views, _ = features.shape
-    pairs = labels is None and mask is None and views == 2 and contrast_mode in ("all", "one") and not want_logits
+    pairs = labels is None and mask is None and views == 2 and contrast_mode in ("all", "one") and not return_logits
     if pairs and floating(features, 3) and count > 0 and positive(temperature):
         first, second = features.unbind(1)
         loss = ops.contrastive_loss(

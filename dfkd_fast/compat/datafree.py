@@ -297,6 +297,6 @@ class ContrastLoss(nn.Module):
             base_temperature=self.base_temperature,
             contrast_mode=self.contrast_mode,
             reduction="none",
-            want_logits=return_logits,
+            return_logits=return_logits,
         )
         return (loss, logits) if return_logits else loss

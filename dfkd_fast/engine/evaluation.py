@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from dfkd_fast.data import loader
 from dfkd_fast.engine.runtime import Runtime
-from dfkd_fast.graph import Outputs, modes_kept
+from dfkd_fast.graph import Outputs, preserve_train_mode
 
 __all__ = ["EvalResult", "evaluate"]
 
@@ -62,7 +62,7 @@ def evaluate(
     if num_classes > 5:
         metrics[5] = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(runtime.device)
     start = time.perf_counter()
-    with modes_kept(model, False):
+    with preserve_train_mode(model, False):
         for images, labels in loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers):
             images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
             labels = labels.to(runtime.device, non_blocking=True)

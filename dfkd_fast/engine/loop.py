@@ -30,7 +30,7 @@ from dfkd_fast.engine.rounds import NonFiniteError, Round, Rounds
 from dfkd_fast.engine.runtime import Runtime, new_run_folder
 from dfkd_fast.engine.state import DistillState, build_state
 from dfkd_fast.engine.steps import synthesize
-from dfkd_fast.graph import FeatureModel, extract, frozen, modes_kept
+from dfkd_fast.graph import FeatureModel, extract, frozen, preserve_train_mode
 from dfkd_fast.models import load_weights, normalization, save_weights
 
 __all__ = ["DistillResult", "NonFiniteError", "agreement", "distill"]
@@ -77,7 +77,7 @@ def agreement(state: DistillState) -> float:
     count = state.config.loop.batch_size
     same = torch.zeros((), device=state.runtime.device)
     student = state.student.module
-    with modes_kept(student, False), torch.no_grad(), state.runtime.cast():
+    with preserve_train_mode(student, False), torch.no_grad(), state.runtime.cast():
         for _ in range(_AGREEMENT_BATCHES):
             inputs = state.normalize(synthesize(state, state.draw(count, noise)))
             same += (state.teacher(inputs).logits.argmax(1) == student(inputs).logits.argmax(1)).float().mean()
@@ -245,7 +245,7 @@ def distill(
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
     teacher_features, student_features, sizes = _prepare(teacher, student, config, data)
     student_features.train()
-    with runtime.backends(), frozen(teacher_features), modes_kept(teacher_features, False):
+    with runtime.backends(), frozen(teacher_features), preserve_train_mode(teacher_features, False):
         state = build_state(teacher_features, student_features, config, runtime, **sizes)
         return _distill(create_engine(state), data, sizes, dict(description or {}), dict(inputs or {}), progress)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.engine.state import DistillState
 from dfkd_fast.engine.weight_cast import weight_cast
-from dfkd_fast.graph import fold_batchnorm, held_in
+from dfkd_fast.graph import cast_weights, fold_batchnorm
 from dfkd_fast.nvtx import nvtx_range
 
 __all__ = ["Networks", "StepNetworks", "compiled_networks", "eager_networks", "optimized_networks"]
@@ -125,7 +125,7 @@ def optimized_networks(state: DistillState, *, compile: Mapping[str, Any] | None
     """
     dtype = state.runtime.autocast or torch.float32
     folded = fold_batchnorm(state.teacher, dtype=dtype, image_size=state.generator.module.image_size)
-    measured = held_in(state.teacher_statistics, dtype) if state.teacher_statistics is not None else folded
+    measured = cast_weights(state.teacher_statistics, dtype) if state.teacher_statistics is not None else folded
     return _networks(state, (measured, folded), dtype, compile)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dfkd_fast.engine.networks import StepNetworks, eager_networks
 from dfkd_fast.engine.state import DistillState, Side
 from dfkd_fast.graph import batchnorm_mode, frozen
-from dfkd_fast.nn import spectral_norm_held
+from dfkd_fast.nn import freeze_spectral_norm
 from dfkd_fast.nvtx import nvtx_range
 
 __all__ = ["generator_step", "student_step", "synthesize"]
@@ -31,7 +31,7 @@ def _unchanged(generator: nn.Module) -> Iterator[None]:
     Its BatchNorms use the batch's statistics, as in its training, without updating their buffers, and its spectral
     norms do not iterate.
     """
-    with torch.no_grad(), batchnorm_mode(generator, "batch"), spectral_norm_held(generator):
+    with torch.no_grad(), batchnorm_mode(generator, "batch"), freeze_spectral_norm(generator):
         yield
 
 

@@ -1,8 +1,8 @@
 """What rewrites a network: features and BatchNorm statistics as outputs, folded and fused BatchNorms, ``patch``."""
 
 from dfkd_fast.graph.extract import FeatureModel, extract
-from dfkd_fast.graph.folding import fold_batchnorm, held_in
-from dfkd_fast.graph.modes import batchnorm_mode, frozen, modes_kept
+from dfkd_fast.graph.folding import cast_weights, fold_batchnorm
+from dfkd_fast.graph.modes import batchnorm_mode, frozen, preserve_train_mode
 from dfkd_fast.graph.outputs import LayerStatistics, Outputs
 from dfkd_fast.graph.patching import Left, PatchReport, Replaced, patch, unpatch
 
@@ -14,11 +14,11 @@ __all__ = [
     "PatchReport",
     "Replaced",
     "batchnorm_mode",
+    "cast_weights",
     "extract",
     "fold_batchnorm",
     "frozen",
-    "held_in",
-    "modes_kept",
     "patch",
+    "preserve_train_mode",
     "unpatch",
 ]

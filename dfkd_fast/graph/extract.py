@@ -25,13 +25,13 @@ from dfkd_fast.graph.tracing import (
     Root,
     Trace,
     alike,
-    answer,
     compile_graph,
     dropouts,
+    dummy_image,
+    eval_forward,
     follow,
     graph_from_list,
     graph_to_list,
-    probe,
     run,
 )
 
@@ -148,8 +148,8 @@ def extract(
         raise TypeError(f"stages must be a sequence of module paths, got the string {stages!r}")
     if stages is not None and (not stages or len(set(stages)) < len(stages)):
         raise ValueError(f"stages must name at least one module, none of them twice, got {list(stages)}")
-    image = probe(model, image_size)
-    plain = answer(model, image)
+    image = dummy_image(model, image_size)
+    plain = eval_forward(model, image)
     if isinstance(plain, Outputs):
         return _as_it_is(model, plain, stages)
     if not isinstance(plain, Tensor) or plain.ndim != 2:

@@ -19,9 +19,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dfkd_fast.graph.extract import FeatureModel
 from dfkd_fast.graph.fusion import gives_statistics, with_activation
-from dfkd_fast.graph.tracing import Root, alike, answer, follow, hooked, library, probe, run
+from dfkd_fast.graph.tracing import Root, alike, dummy_image, eval_forward, follow, hooked, library, run
 
-__all__ = ["fold_batchnorm", "held_in"]
+__all__ = ["cast_weights", "fold_batchnorm"]
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 def _gives(model: nn.Module, image: Tensor, expected: Any) -> bool:
     """Whether a network gives some outputs up to rounding; after a wrong fold it is far off."""
     try:
-        return alike(answer(model, image), expected, 2e-2)
+        return alike(eval_forward(model, image), expected, 2e-2)
     except ValueError:  # it needs something of a BatchNorm that is gone
         return False
 
@@ -126,7 +126,7 @@ def _copy(features: FeatureModel, dtype: torch.dtype) -> FeatureModel:
     return copy.deepcopy(features).requires_grad_(False)
 
 
-def held_in(features: FeatureModel, dtype: torch.dtype) -> FeatureModel:
+def cast_weights(features: FeatureModel, dtype: torch.dtype) -> FeatureModel:
     """A frozen copy for use under ``torch.autocast(device, dtype)``, which then has no weight to cast at every call.
 
     Weights and biases of convolutions and linear layers are held in ``dtype``. Everything else stays as it is:
@@ -154,8 +154,8 @@ def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32
 
     It is where only the BatchNorm reads that layer's output, which is not a stage, both are called once, neither has
     hooks or computed weights, and ``dtype`` holds the product, which is computed in float64. The other convolutions and
-    linear layers are held in ``dtype`` too (see :func:`held_in`). A network whose forward gives :class:`Outputs` itself
-    is folded if its forward can be followed and then gives the same for a random image.
+    linear layers are held in ``dtype`` too (see :func:`cast_weights`). A network whose forward gives :class:`Outputs`
+    itself is folded if its forward can be followed and then gives the same for a random image.
 
     Args:
         features: a network in eval mode, without statistics.
@@ -179,8 +179,8 @@ def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32
         if module.training:
             raise ValueError(f"{name} must be in eval mode to be folded; {path or 'the network'!r} is in training mode")
     norms = sum(isinstance(module, _BatchNorm) for module in made.model.modules())
-    image = probe(made.model, image_size)
-    expected = answer(made.model, image)
+    image = dummy_image(made.model, image_size)
+    expected = eval_forward(made.model, image)
     try:
         pairs = _find(made, image, dtype)
     except ValueError:

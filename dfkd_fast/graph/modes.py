@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["attributes_kept", "batchnorm_mode", "frozen", "modes_kept", "undisturbed"]
+__all__ = ["attributes_kept", "batchnorm_mode", "frozen", "preserve_state", "preserve_train_mode"]
 
 _MODES = ("batch", "update", "eval")
 
@@ -63,7 +63,7 @@ def batchnorm_mode(model: nn.Module, mode: Literal["batch", "update", "eval"]) -
 
 
 @contextmanager
-def modes_kept(model: nn.Module, training: bool) -> Iterator[None]:
+def preserve_train_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """``model`` in train or eval mode inside; leaving restores every module's flag."""
     saved = [(module, module.training) for module in model.modules()]
     model.train(training)
@@ -75,10 +75,10 @@ def modes_kept(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode and no gradients inside; leaving restores flags and random streams."""
     devices = [device] if device.type == "cuda" else []
-    with modes_kept(model, False), torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with preserve_train_mode(model, False), torch.no_grad(), torch.random.fork_rng(devices=devices):
         yield
 
 

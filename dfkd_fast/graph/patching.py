@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dfkd_fast.graph.extract import FeatureModel
 from dfkd_fast.graph.fusion import find, fuse, fuse_pools, gives_statistics, indexed
-from dfkd_fast.graph.modes import attributes_kept, undisturbed
+from dfkd_fast.graph.modes import attributes_kept, preserve_state
 from dfkd_fast.graph.tracing import Root, Trace, alike, compile_graph, first_line, follow, hooked, run
 
 __all__ = ["Left", "PatchReport", "Replaced", "patch", "unpatch"]
@@ -242,7 +242,7 @@ def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
     tried = [owner for owner in owners if unfrozen[owner] is None or any(map(indexed, owner.modules()))]
     why: dict[nn.Module, str] = {}
     forwards: list[_PatchedForward] = []
-    with attributes_kept(model), undisturbed(model, next(model.parameters(), torch.zeros(())).device):
+    with attributes_kept(model), preserve_state(model, next(model.parameters(), torch.zeros(())).device):
         for owner, x in _inputs(model, tried, example).items():
             try:
                 if isinstance(x, str):

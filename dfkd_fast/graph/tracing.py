@@ -16,20 +16,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
-from dfkd_fast.graph.modes import modes_kept, undisturbed
+from dfkd_fast.graph.modes import preserve_state, preserve_train_mode
 
 __all__ = [
     "Root",
     "Trace",
     "alike",
-    "answer",
     "compile_graph",
     "dropouts",
+    "dummy_image",
+    "eval_forward",
     "first_line",
     "follow",
     "hooked",
     "library",
-    "probe",
     "run",
 ]
 
@@ -165,7 +165,7 @@ class _Interpreter(fx.Interpreter):
 
 def run(root: nn.Module, graph: fx.Graph, image: Tensor) -> Any:
     """The output of a graph for an image in eval mode; nodes keep shape and dtype of their tensors in ``meta``."""
-    with undisturbed(root, image.device):
+    with preserve_state(root, image.device):
         return _Interpreter(root, graph=graph).run(image)
 
 
@@ -183,7 +183,7 @@ def follow(root: Root, *, training: bool, evaluating: bool = False, shallow: boo
     """
     tracer = _Tracer(evaluating=evaluating, shallow=shallow)
     try:
-        with modes_kept(root.model, training):
+        with preserve_train_mode(root.model, training):
             graph = tracer.trace(root)
     except Exception as error:  # a forward may fail in any way when its input is no tensor
         where = tracer.inside[-1] if tracer.inside else "model"
@@ -252,19 +252,19 @@ def _largest(x: Tensor) -> float:
     return x.float().nan_to_num(0, 0, 0).abs().max().item() if x.numel() else 0.0
 
 
-def probe(model: nn.Module, image_size: int) -> Tensor:
+def dummy_image(model: nn.Module, image_size: int) -> Tensor:
     """A random image of the network's dtype and device; the global random streams are not used."""
     tensor = next(model.parameters(), torch.zeros(()))
     return torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(tensor)
 
 
-def answer(model: nn.Module, image: Tensor) -> Any:
+def eval_forward(model: nn.Module, image: Tensor) -> Any:
     """The output of a network in eval mode for an image.
 
     Raises:
         ValueError: the network does not take the image.
     """
-    with undisturbed(model, image.device):
+    with preserve_state(model, image.device):
         try:
             return model(image)
         except Exception as error:  # a forward may fail in many ways on an image that does not suit it

@@ -1,14 +1,17 @@
 """Teachers and students: networks by name, their weights, and what a distillation needs of them besides the logits."""
 
+import warnings
+from typing import Any
+
 from dfkd_fast.graph import (
     FeatureModel,
     LayerStatistics,
     Outputs,
     batchnorm_mode,
+    cast_weights,
     extract,
     fold_batchnorm,
     frozen,
-    held_in,
 )
 from dfkd_fast.models.create import create_model, names, normalization
 from dfkd_fast.models.weights import (
@@ -28,14 +31,21 @@ __all__ = [
     "WeightsMismatch",
     "WeightsReport",
     "batchnorm_mode",
+    "cast_weights",
     "create_model",
     "extract",
     "fold_batchnorm",
     "frozen",
-    "held_in",
     "load_weights",
     "names",
     "normalization",
     "read_metadata",
     "save_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "held_in":  # its name before 0.2
+        warnings.warn("dfkd_fast.models.held_in is now cast_weights", DeprecationWarning, stacklevel=2)
+        return cast_weights
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

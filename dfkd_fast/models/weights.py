@@ -188,15 +188,15 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
         return bool(prefixes) and name.startswith(prefixes)
 
     state = {name: value for name, value in state.items() if not skipped(name)}
-    wanted = {name: value for name, value in own.items() if not skipped(name) and isinstance(value, Tensor)}
-    absent = [name for name in wanted if name not in state]
+    expected = {name: value for name, value in own.items() if not skipped(name) and isinstance(value, Tensor)}
+    absent = [name for name in expected if name not in state]
     counters = tuple(name for name in absent if name.endswith("num_batches_tracked"))
     missing = tuple(name for name in absent if name not in counters)
-    unexpected = tuple(name for name in state if name not in wanted)
+    unexpected = tuple(name for name in state if name not in expected)
     mismatched = tuple(
-        (name, tuple(value.shape), tuple(wanted[name].shape))
+        (name, tuple(value.shape), tuple(expected[name].shape))
         for name, value in state.items()
-        if name in wanted and value.shape != wanted[name].shape
+        if name in expected and value.shape != expected[name].shape
     )
     if missing or unexpected or mismatched:
         lines = [f"{path} does not fit {type(model).__name__}:"]

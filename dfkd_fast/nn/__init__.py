@@ -5,7 +5,7 @@ Each stands alone, to be lifted into other code: none needs anything else of the
 
 from dfkd_fast.nn.attention import HighOrderAttention, SpatialAttention
 from dfkd_fast.nn.contrast import SemanticFeatureContrast
-from dfkd_fast.nn.generator import AttentionGenerator, spectral_norm_held
+from dfkd_fast.nn.generator import AttentionGenerator, freeze_spectral_norm
 from dfkd_fast.nn.heads import ProjectionHead
 
 __all__ = [
@@ -14,5 +14,5 @@ __all__ = [
     "ProjectionHead",
     "SemanticFeatureContrast",
     "SpatialAttention",
-    "spectral_norm_held",
+    "freeze_spectral_norm",
 ]

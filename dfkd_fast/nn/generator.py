@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from dfkd_fast.nn.attention import SpatialAttention
 
-__all__ = ["AttentionGenerator", "spectral_norm_held"]
+__all__ = ["AttentionGenerator", "freeze_spectral_norm"]
 
 
 class _Block(nn.Module):
@@ -88,7 +88,7 @@ class AttentionGenerator(nn.Module):
 
 
 @contextmanager
-def spectral_norm_held(module: nn.Module) -> Iterator[None]:
+def freeze_spectral_norm(module: nn.Module) -> Iterator[None]:
     """Inside, spectral norms of ``module`` divide by their present estimate and do not iterate it.
 
     A student step draws images from a generator that it must leave untouched, power-iteration vectors included.

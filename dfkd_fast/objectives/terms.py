@@ -255,8 +255,8 @@ class HighOrderAttentionDistillation(Term):
         ):
             size = (min(t.shape[-2], s.shape[-2]), min(t.shape[-1], s.shape[-1]))
             with torch.no_grad():
-                wanted = self._target(reference, _pool_to(t, size))
-            error = self._error(attention, adapter(_pool_to(s, size)), wanted)
+                expected = self._target(reference, _pool_to(t, size))
+            error = self._error(attention, adapter(_pool_to(s, size)), expected)
             if self.config.average == "channels":
                 error = error * (size[0] * size[1])
             total = total + error
@@ -266,13 +266,13 @@ class HighOrderAttentionDistillation(Term):
         assert isinstance(attention, HighOrderAttention)
         return attention(x) if self.config.target == "features" else attention.attention(x)
 
-    def _error(self, attention: nn.Module, x: Tensor, wanted: Tensor) -> Tensor:
+    def _error(self, attention: nn.Module, x: Tensor, expected: Tensor) -> Tensor:
         if self.config.target == "attention":
-            return F.mse_loss(self._target(attention, x).float(), wanted.float())
+            return F.mse_loss(self._target(attention, x).float(), expected.float())
         assert isinstance(attention, HighOrderAttention)
         # The student's attended features are compared as they are made, and never written.
         weights = attention.proj_weight, attention.out_weight
-        return ops.high_order_attention_mse(x, *weights, wanted, mode=attention.mode).float()
+        return ops.high_order_attention_mse(x, *weights, expected, mode=attention.mode).float()
 
 
 @register("sfcl", "student")

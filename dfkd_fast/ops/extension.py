@@ -166,7 +166,7 @@ def unsupported_reason(op: str, *, num_sms: int | None = None, **sizes: Any) -> 
             do.
         **sizes: as csrc/launchers.h names them: ``count`` and ``dim``; ``samples``, ``channels``, ``maps`` and
             ``positions``; ``positions``, ``channels``, ``hidden`` and ``order``. Options as the public functions name
-            them, ``dtype``, and ``want_...`` of a backward.
+            them, ``dtype``, and ``needs_grad_...`` of a backward.
 
     Raises:
         RuntimeError: there is no extension.

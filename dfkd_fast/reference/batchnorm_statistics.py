@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd_fast.reference.common import wide
+from dfkd_fast.reference.common import upcast
 
 __all__ = ["batchnorm_statistics", "channel_statistics"]
 
@@ -22,11 +22,11 @@ def batchnorm_statistics(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The activated norm of x (N, C, ...) with the stored statistics, and the batch's mean and biased variance."""
-    widened = wide(x)
+    upcast_x = upcast(x)
     mean, var, scale, shift = (
-        None if vector is None else vector.to(widened.dtype) for vector in (running_mean, running_var, weight, bias)
+        None if vector is None else vector.to(upcast_x.dtype) for vector in (running_mean, running_var, weight, bias)
     )
-    y = F.batch_norm(widened, mean, var, scale, shift, training=False, eps=eps)
+    y = F.batch_norm(upcast_x, mean, var, scale, shift, training=False, eps=eps)
     if residual is not None:
         y = y + residual
     if activation == "relu":
@@ -38,8 +38,8 @@ def batchnorm_statistics(
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of (N, C, ...)."""
-    widened = wide(x)
+    upcast_x = upcast(x)
     # In two passes, since E[x^2] - E[x]^2 cancels. torch.var_mean gives the same, on the CPU ten times slower.
     others = [dim for dim in range(x.ndim) if dim != 1]
-    mean = widened.mean(others, keepdim=True)
-    return mean.flatten(), (widened - mean).square().mean(others)
+    mean = upcast_x.mean(others, keepdim=True)
+    return mean.flatten(), (upcast_x - mean).square().mean(others)

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["laid_out_as", "pointwise", "wide"]
+__all__ = ["match_memory_format", "pointwise", "upcast"]
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """The type of sums, exponentials and products: float32, or float64 for float64."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -22,7 +22,7 @@ def pointwise(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, weight.to(x.dtype)[:, :, None, None])
 
 
-def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
+def match_memory_format(y: Tensor, x: Tensor) -> Tensor:
     """y, channels-last if x is. A map with one channel on the way fits both formats, and the format gets lost there."""
     if x.stride(1) == 1 and y.stride(1) != 1:
         return y.contiguous(memory_format=torch.channels_last)

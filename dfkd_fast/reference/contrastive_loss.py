@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfkd_fast.reference.common import wide
+from dfkd_fast.reference.common import upcast
 
 __all__ = ["contrastive_loss"]
 
@@ -17,7 +17,7 @@ def contrastive_loss(
     count = anchors.shape[0]
     # A loss: rounding the similarities to an autocast type would cost as much as 1 / temperature of it.
     with torch.autocast(anchors.device.type, enabled=False):
-        vectors = torch.cat([wide(anchors), wide(positives)])
+        vectors = torch.cat([upcast(anchors), upcast(positives)])
         if normalize:
             vectors = _unit_rows(vectors)
         rows = vectors if symmetric else vectors[:count]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dfkd_fast.reference.common import wide
+from dfkd_fast.reference.common import upcast
 
 __all__ = ["distillation_kl"]
 
@@ -19,8 +19,8 @@ def distillation_kl(
     squared: bool = True,
 ) -> Tensor:
     """KL divergence of the softened probabilities of two (N, classes) logits, times temperature squared."""
-    log_p = (wide(teacher_logits) / temperature).log_softmax(1)
-    log_q = (wide(student_logits) / temperature).log_softmax(1)
+    log_p = (upcast(teacher_logits) / temperature).log_softmax(1)
+    log_q = (upcast(student_logits) / temperature).log_softmax(1)
     if direction == "reverse":
         log_p, log_q = log_q, log_p
     p = log_p.exp()

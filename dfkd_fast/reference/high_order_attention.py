@@ -8,19 +8,19 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from dfkd_fast.reference.common import laid_out_as, pointwise, wide
+from dfkd_fast.reference.common import match_memory_format, pointwise, upcast
 
 __all__ = ["attention", "high_order_attention", "high_order_attention_map"]
 
 
 def high_order_attention(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> Tensor:
     """``A * x`` for x (N, C, H, W), proj_weight (R(R+1)/2, K, C), out_weight (R, C, K)."""
-    return laid_out_as((wide(x) * attention(x, proj_weight, out_weight, mode)).to(x.dtype), x)
+    return match_memory_format((upcast(x) * attention(x, proj_weight, out_weight, mode)).to(x.dtype), x)
 
 
 def high_order_attention_map(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> Tensor:
     """A alone."""
-    return laid_out_as(attention(x, proj_weight, out_weight, mode).to(x.dtype), x)
+    return match_memory_format(attention(x, proj_weight, out_weight, mode).to(x.dtype), x)
 
 
 def attention(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str) -> Tensor:
@@ -28,7 +28,7 @@ def attention(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str) -> 
     factors, order = proj_weight.shape[0], out_weight.shape[0]
     # All projections are one product over stacked rows.
     projected = pointwise(x, proj_weight.flatten(0, 1))
-    maps = wide(projected).chunk(factors, dim=1)
+    maps = upcast(projected).chunk(factors, dim=1)
     rectified = []
     for r in range(1, order + 1):
         first = r * (r - 1) // 2
@@ -36,6 +36,6 @@ def attention(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str) -> 
         rectified.append(reduce(mul, maps[first : first + r]).relu().to(projected.dtype))
     if mode == "joint":
         # Summing over r is one product over stacked columns.
-        return wide(pointwise(torch.cat(rectified, dim=1), out_weight.transpose(0, 1).flatten(1))).sigmoid()
-    gates = [wide(pointwise(a, out)).sigmoid() for a, out in zip(rectified, out_weight.unbind(), strict=True)]
+        return upcast(pointwise(torch.cat(rectified, dim=1), out_weight.transpose(0, 1).flatten(1))).sigmoid()
+    gates = [upcast(pointwise(a, out)).sigmoid() for a, out in zip(rectified, out_weight.unbind(), strict=True)]
     return sum(gates[1:], gates[0]) / order

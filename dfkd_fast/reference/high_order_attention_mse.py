@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dfkd_fast.reference.common import wide
+from dfkd_fast.reference.common import upcast
 from dfkd_fast.reference.high_order_attention import attention
 
 __all__ = ["high_order_attention_mse"]
@@ -14,5 +14,5 @@ def high_order_attention_mse(
     x: Tensor, proj_weight: Tensor, out_weight: Tensor, target: Tensor, *, mode: str
 ) -> Tensor:
     """The mean of ``(A * x - target)^2`` for x and target (N, C, H, W); weights as those of high_order_attention."""
-    attended = wide(x) * attention(x, proj_weight, out_weight, mode)
+    attended = upcast(x) * attention(x, proj_weight, out_weight, mode)
     return (attended - target.to(attended.dtype)).square().mean()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dfkd_fast.reference.common import laid_out_as, pointwise, wide
+from dfkd_fast.reference.common import match_memory_format, pointwise, upcast
 
 __all__ = ["spatial_attention"]
 
@@ -14,19 +14,19 @@ def spatial_attention(
 ) -> Tensor:
     """Gate features (N, C, H, W) by the softmax of weight (C, K) times hidden (N, K, H, W) plus bias (C,)."""
     if form == "channel":
-        logits = wide(pointwise(hidden, weight))
+        logits = upcast(pointwise(hidden, weight))
         if bias is not None:
-            logits = logits + wide(bias)[:, None, None]
+            logits = logits + upcast(bias)[:, None, None]
         gate = scale * logits.softmax(1)
     else:
         if bias is not None:
             # A constant along the softmax: leaving it out loses nothing and keeps precision. Its gradient is then zero
             # to the bit, yet exists, as whoever holds the parameter expects.
             weight = weight + 0 * bias[:, None]
-        logits = wide(pointwise(hidden, weight))
+        logits = upcast(pointwise(hidden, weight))
         softmax = logits.flatten(2).softmax(-1).view_as(logits)
         positions = logits.shape[2] * logits.shape[3]
         gate = (scale * positions if form == "spatial_mean1" else scale) * softmax
-    f = wide(features)
+    f = upcast(features)
     # Not f * (1 + gate): next to 1 a gate of 1e-6 would lose most of its digits.
-    return laid_out_as((f + f * gate).to(features.dtype), features)
+    return match_memory_format((f + f * gate).to(features.dtype), features)

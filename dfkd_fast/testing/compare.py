@@ -24,7 +24,7 @@ def assert_close(
 
     Args:
         actual: what came.
-        expected: what was wanted; a number is wanted of every element.
+        expected: the expected values; every element must be a number.
         atol: absolute tolerance, one for all or a tensor with one an element (an error bound worked out elementwise).
         rtol: relative tolerance.
         name: of the quantity, for the message.
@@ -45,7 +45,7 @@ def describe_difference(
     if not isinstance(expected, Tensor):
         expected = torch.full_like(actual, expected, dtype=torch.float64)
     if actual.shape != expected.shape:
-        return f"{name}: shape {tuple(actual.shape)}, wanted {tuple(expected.shape)}"
+        return f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if actual.numel() == 0:
         return ""
     a, b = (t.detach().to("cpu", torch.float64) for t in (actual, expected))
@@ -60,7 +60,7 @@ def describe_difference(
     if numbers.any():
         excess = torch.where(numbers, (error - allowed).nan_to_num(nan=torch.inf), -torch.inf)
         at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), off.shape))
-        values = f"{float(a[at])!r}, wanted {float(b[at])!r}"
+        values = f"{float(a[at])!r}, expected {float(b[at])!r}"
         lines.append(
             f"worst at {at}: {values}, off by {float(error[at]):.3e}, allowed {float(allowed.expand_as(b)[at]):.3e}"
         )
@@ -96,7 +96,7 @@ def assert_no_worse(
     """
     for tensor, which in ((actual, "actual"), (than, "than")):
         if tensor.shape != truth.shape:
-            raise AssertionError(f"{name}: shape of {which} {tuple(tensor.shape)}, wanted {tuple(truth.shape)}")
+            raise AssertionError(f"{name}: shape of {which} {tuple(tensor.shape)}, expected {tuple(truth.shape)}")
     if truth.numel() == 0:
         return 0.0
     t = truth.detach().double()

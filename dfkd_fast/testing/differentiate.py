@@ -32,12 +32,12 @@ def value_and_gradients(
     leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad or not some) for t in inputs]
     outputs = function(*leaves)
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-    upstream = [
+    grad_output = [
         random(*output.shape, dtype=output.dtype, device=output.device, seed=seed + i, shift=0.5)
         for i, output in enumerate(outputs)
     ]
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    gradients = iter(torch.autograd.grad(outputs, wanted, upstream))
+    expected = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    gradients = iter(torch.autograd.grad(outputs, expected, grad_output))
     return (
         tuple(output.detach() for output in outputs),
         tuple(next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in leaves),
@@ -132,11 +132,11 @@ def assert_compiles(
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
     for i, inputs in enumerate(calls):
-        wanted, wanted_gradients = value_and_gradients(function, inputs)
+        expected, expected_gradients = value_and_gradients(function, inputs)
         values, gradients = value_and_gradients(compiled, inputs)
-        for j, (a, b) in enumerate(zip(values, wanted, strict=True)):
+        for j, (a, b) in enumerate(zip(values, expected, strict=True)):
             assert_close(a, b, atol=atol, rtol=rtol, name=f"call {i}, output {j}")
-        for j, (g, h) in enumerate(zip(gradients, wanted_gradients, strict=True)):
+        for j, (g, h) in enumerate(zip(gradients, expected_gradients, strict=True)):
             if g is not None and h is not None:
                 assert_close(g, h, atol=atol, rtol=rtol, name=f"call {i}, gradient of input {j}")
     return compiled

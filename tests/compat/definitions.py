@@ -12,10 +12,10 @@ REDUCTIONS = ("batchmean", "sum", "mean", "none")
 
 def assert_same(ours, theirs, *inputs, atol=1e-5):
     """Values, and gradients for a random upstream gradient, within 1e-5 of a magnitude of one."""
-    for name, mine, wanted in zip(
+    for name, mine, expected in zip(
         ("value", "gradient"), value_and_gradients(ours, inputs), value_and_gradients(theirs, inputs), strict=True
     ):
-        for a, b in zip(mine, wanted, strict=True):
+        for a, b in zip(mine, expected, strict=True):
             if b is not None:
                 assert_close(a, b, atol=atol, rtol=1e-5, name=name)
 

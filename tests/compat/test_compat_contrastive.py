@@ -197,8 +197,8 @@ def test_two_processes_together_give_the_loss_of_the_whole_batch(tmp_path, repos
     leaves = [x.clone().requires_grad_() for x in (out0, out1)]
     value = nt_xent(*leaves, 0.3)
     assert_close((results[0][0] + results[1][0]) / 2, value, atol=1e-5)
-    for i, wanted in enumerate(torch.autograd.grad(value, leaves), 1):
-        assert_close(torch.cat([result[i] for result in results]) / 2, wanted, atol=1e-5)
+    for i, expected in enumerate(torch.autograd.grad(value, leaves), 1):
+        assert_close(torch.cat([result[i] for result in results]) / 2, expected, atol=1e-5)
     for result in results:
         assert_close(result[3], F.normalize(out1), atol=1e-6)
 

@@ -47,9 +47,9 @@ def test_r_feature_is_its_definition(kind, shape, layout):
     x = random(*shape).contiguous(memory_format=layout).requires_grad_()
     for scale in (1, 3):
         y = bn(scale * x)
-        wanted = distance(bn, *statistics(scale * x))
-        assert_close(hook.r_feature, wanted, atol=1e-5, rtol=1e-5)
-        assert_close(gradient(hook.r_feature, x), gradient(wanted, x), atol=1e-5, rtol=1e-5)
+        expected = distance(bn, *statistics(scale * x))
+        assert_close(hook.r_feature, expected, atol=1e-5, rtol=1e-5)
+        assert_close(gradient(hook.r_feature, x), gradient(expected, x), atol=1e-5, rtol=1e-5)
         assert torch.equal(y, nn.functional.batch_norm(scale * x, bn.running_mean, bn.running_var, bn.weight, bn.bias))
 
 
@@ -64,11 +64,11 @@ def test_the_sum_over_a_network_is_what_the_loops_use():
     network(x)
     total = sum(hook.r_feature for hook in hooks)
     first = network[0](x)
-    wanted = distance(norms[0], *statistics(first)) + distance(
+    expected = distance(norms[0], *statistics(first)) + distance(
         norms[1], *statistics(network[3](norms[0].forward(first).relu()))
     )
-    assert_close(total, wanted, atol=1e-5, rtol=1e-5)
-    assert_close(gradient(total, x), gradient(wanted, x), atol=1e-5, rtol=1e-5)
+    assert_close(total, expected, atol=1e-5, rtol=1e-5)
+    assert_close(gradient(total, x), gradient(expected, x), atol=1e-5, rtol=1e-5)
     assert_close(sum(hook.r_feature for hook in others), total, atol=0)
 
 
@@ -85,9 +85,9 @@ def test_a_momentum_mixes_what_was_kept_with_what_is_there(rate):
         mixed = (mean, var)
         if kept is not None:
             mixed = tuple((1 - rate) * new + rate * old for new, old in zip((mean, var), kept, strict=True))
-        wanted = distance(bn, *mixed)
-        assert_close(hook.r_feature, wanted, atol=1e-5, rtol=1e-5)
-        assert_close(gradient(hook.r_feature, x), gradient(wanted, x), atol=1e-5, rtol=1e-5)
+        expected = distance(bn, *mixed)
+        assert_close(hook.r_feature, expected, atol=1e-5, rtol=1e-5)
+        assert_close(gradient(hook.r_feature, x), gradient(expected, x), atol=1e-5, rtol=1e-5)
         for value, truth in zip(hook.tmp_val, (mean, var), strict=True):
             assert_close(value, truth, atol=1e-5)
             assert value.requires_grad
@@ -193,10 +193,10 @@ def test_means_and_variances_of_what_a_module_gets_or_gives(on_input, dim):
     hook = datafree.FeatureMeanVarHook(module, on_input, dim)
     x = random(2, 3, 4, 5).requires_grad_()
     y = module(x)
-    wanted_var, wanted_mean = torch.var_mean(x if on_input else y, dim=dim, unbiased=True)
-    for value, wanted in ((hook.mean, wanted_mean), (hook.var, wanted_var)):
-        assert_close(value, wanted, atol=1e-5)
-        assert_close(gradient(value.square().sum(), x), gradient(wanted.square().sum(), x), atol=1e-5, rtol=1e-5)
+    expected_var, expected_mean = torch.var_mean(x if on_input else y, dim=dim, unbiased=True)
+    for value, expected in ((hook.mean, expected_mean), (hook.var, expected_var)):
+        assert_close(value, expected, atol=1e-5)
+        assert_close(gradient(value.square().sum(), x), gradient(expected.square().sum(), x), atol=1e-5, rtol=1e-5)
     hook.remove()
     assert hook.output is None
     assert not module._forward_hooks

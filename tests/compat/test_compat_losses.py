@@ -152,8 +152,8 @@ def test_image_priors_need_a_batch():
 
 def test_cross_entropy_is_torchs():
     scores, labels = logits(7, 5)[0], torch.arange(7) % 5
-    wanted = F.cross_entropy(scores, labels, reduction="none")
-    assert_close(datafree.cross_entropy(scores, labels, "none"), wanted, atol=0)
+    expected = F.cross_entropy(scores, labels, reduction="none")
+    assert_close(datafree.cross_entropy(scores, labels, "none"), expected, atol=0)
 
 
 @pytest.mark.parametrize(

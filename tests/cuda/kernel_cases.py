@@ -107,8 +107,8 @@ def run(op: str, sizes: Sizes) -> None:
 
     make = {"contrastive_loss": _contrast, "spatial_attention": _spatial, "high_order_attention": _high_order}[op]
     out, inputs = make(tensor, sizes)
-    upstream = torch.randn(out.shape, generator=generator).to(out.dtype).cuda()
-    gradients = torch.autograd.grad(out, inputs, upstream)
+    grad_output = torch.randn(out.shape, generator=generator).to(out.dtype).cuda()
+    gradients = torch.autograd.grad(out, inputs, grad_output)
     torch.cuda.synchronize()
     assert all(torch.isfinite(each.cpu()).all() for each in gradients), (op, sizes)
 

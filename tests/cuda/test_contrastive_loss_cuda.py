@@ -32,8 +32,8 @@ class Op:
         self.kernels, self.order = kernels, order
         self.temperature, self.symmetric, self.reduction = temperature, symmetric, reduction
 
-    def scratch(self, name, count, dim, *wanted):
-        return self.kernels.scratch(name, count, dim, int(self.symmetric), *wanted)
+    def scratch(self, name, count, dim, *expected):
+        return self.kernels.scratch(name, count, dim, int(self.symmetric), *expected)
 
     def forward(self, anchors, positives):
         count, dim = anchors.shape
@@ -52,11 +52,11 @@ class Op:
         value = torch.from_numpy(out)
         return value if self.reduction == "none" else value[0], torch.from_numpy(saved)
 
-    def backward(self, upstream, anchors, positives, saved, want=(True, True), layout=torch.empty_like):
+    def backward(self, grad_output, anchors, positives, saved, expected_value=(True, True), layout=torch.empty_like):
         count, dim = anchors.shape
         (a, a_strides), (b, b_strides) = memory(anchors), memory(positives)
-        both = zip((anchors, positives), want, strict=True)
-        results = [layout(x).fill_(torch.nan) if wanted else None for x, wanted in both]
+        both = zip((anchors, positives), expected_value, strict=True)
+        results = [layout(x).fill_(torch.nan) if expected else None for x, expected in both]
         arrays, strides = [], []
         for result in results:
             array, steps = memory(result) if result is not None else (None, (0, 0))
@@ -64,11 +64,11 @@ class Op:
             strides.extend(steps)
         self.kernels(
             "dfkd_contrastive_loss_backward",
-            *(memory(upstream)[0], upstream.stride(0) if upstream.ndim else 0, a, b, saved.numpy()),
+            *(memory(grad_output)[0], grad_output.stride(0) if grad_output.ndim else 0, a, b, saved.numpy()),
             *(count, dim, *a_strides, *b_strides),
             *(CODES[anchors.dtype], self.temperature, int(self.symmetric), 1),
             *(REDUCTIONS.index(self.reduction), *arrays, *strides),
-            self.scratch("dfkd_contrastive_loss_backward_scratch", count, dim, *map(int, want)),
+            self.scratch("dfkd_contrastive_loss_backward_scratch", count, dim, *map(int, expected_value)),
             None,
             order=self.order,
         )
@@ -78,17 +78,17 @@ class Op:
                 result.copy_(values.as_strided(result.shape, result.stride()))
         return results
 
-    def __call__(self, anchors, positives, upstream, **options):
+    def __call__(self, anchors, positives, grad_output, **options):
         value, saved = self.forward(anchors, positives)
-        return [value, *self.backward(upstream, anchors, positives, saved, **options)]
+        return [value, *self.backward(grad_output, anchors, positives, saved, **options)]
 
-    def reference(self, anchors, positives, upstream):
+    def reference(self, anchors, positives, grad_output):
         leaves = [x.detach().requires_grad_() for x in (anchors, positives)]
         options = {"temperature": self.temperature, "symmetric": self.symmetric, "reduction": self.reduction}
         value = reference(*leaves, normalize=True, **options)
-        return [value.detach(), *torch.autograd.grad(value, leaves, upstream.to(value.dtype))]
+        return [value.detach(), *torch.autograd.grad(value, leaves, grad_output.to(value.dtype))]
 
-    def upstream(self, count, seed):
+    def grad_output(self, count, seed):
         shape = (count * (2 if self.symmetric else 1),) if self.reduction == "none" else ()
         return random(*shape, seed=seed, shift=0.5)
 
@@ -106,10 +106,10 @@ def check(op, make, draws=4, **options):
     columns = [[], [], []]
     for seed in range(draws):
         inputs = make(10 * seed)
-        upstream = op.upstream(inputs[0].shape[0], seed + 1)
-        mine = op(*inputs, upstream, **options)
-        plain = op.reference(*inputs, upstream)
-        truth = op.reference(*(x.double() for x in inputs), upstream.double())
+        grad_output = op.grad_output(inputs[0].shape[0], seed + 1)
+        mine = op(*inputs, grad_output, **options)
+        plain = op.reference(*inputs, grad_output)
+        truth = op.reference(*(x.double() for x in inputs), grad_output.double())
         for column, *row in zip(columns, mine, plain, truth, strict=True):
             column.append(tuple(row))
     for name, column in zip(("value", "d_anchors", "d_positives"), columns, strict=True):
@@ -122,8 +122,8 @@ def check(op, make, draws=4, **options):
 def planned(kernels):
     """Sets for how many multiprocessors launches are planned, from how many anchors on, and what stays in the cache."""
 
-    def plan(*, processors=132, smallest=129, cached_bytes=20 << 20):
-        kernels("dfkd_host_contrastive_loss", processors, smallest, cached_bytes)
+    def plan(*, num_sms=132, smallest=129, cached_bytes=20 << 20):
+        kernels("dfkd_host_contrastive_loss", num_sms, smallest, cached_bytes)
 
     yield plan
     plan()
@@ -132,7 +132,7 @@ def planned(kernels):
 @pytest.fixture
 def few(planned):
     """Serve few vectors too, in few blocks."""
-    planned(processors=2, smallest=1)
+    planned(num_sms=2, smallest=1)
 
 
 # The quick ones of every combination.
@@ -153,7 +153,7 @@ def test_no_worse_than_the_reference(kernels, symmetric, dtype):
 @pytest.mark.parametrize(("symmetric", "dtype"), FLAGS_AND_TYPES)
 def test_many_tiles(kernels, planned, symmetric, dtype):
     """More than one block and tile in each direction, tiles with and without masks, ends within tiles; both widths."""
-    planned(processors=3)
+    planned(num_sms=3)
     check(Op(kernels, symmetric=symmetric), lambda seed: pair(131, 70 if symmetric else 9, dtype, seed), 1)
 
 
@@ -162,7 +162,7 @@ def test_many_tiles(kernels, planned, symmetric, dtype):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_more_tiles_than_stages(kernels, planned, symmetric, dtype, dim):
     """One block, which goes round its stages several times, and begins new rows in the midst of them."""
-    planned(processors=1)
+    planned(num_sms=1)
     check(Op(kernels, symmetric=symmetric), lambda seed: pair(300, dim, dtype, seed), 1)
 
 
@@ -194,16 +194,16 @@ def test_a_partner_that_is_all_there_is(kernels):
     first = (first + random(4, 8, seed=3, scale=0.03)).to(torch.bfloat16)
     second = (first + random(4, 8, seed=4, scale=0.03)).to(torch.bfloat16)
     op = Op(kernels, temperature=0.035, reduction="none", symmetric=True)
-    upstream = op.upstream(4, 5)
-    mine, truth = op(first, second, upstream), op.reference(first.double(), second.double(), upstream.double())
+    grad_output = op.grad_output(4, 5)
+    mine, truth = op(first, second, grad_output), op.reference(first.double(), second.double(), grad_output.double())
     assert float(truth[0].max()) < 1e-9
     assert_close(mine[0], truth[0], atol=5e-15)  # an ulp of the logarithm of the sum, in float64
-    for got, wanted in zip(mine[1:], truth[1:], strict=True):
-        assert_close(got, wanted, atol=2e-5)
+    for got, expected in zip(mine[1:], truth[1:], strict=True):
+        assert_close(got, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(
-    ("processors", "cached_bytes", "n", "symmetric"),
+    ("num_sms", "cached_bytes", "n", "symmetric"),
     [
         (1, 20 << 20, 129, False),
         (5, 20 << 20, 200, False),
@@ -213,30 +213,30 @@ def test_a_partner_that_is_all_there_is(kernels):
         ),
     ],
 )
-def test_work_dealt_out_otherwise(kernels, planned, processors, cached_bytes, n, symmetric):
+def test_work_dealt_out_otherwise(kernels, planned, num_sms, cached_bytes, n, symmetric):
     """As for few processors, so that blocks end in the midst of rows, or have several; or in step, by whole rows."""
-    planned(processors=processors, cached_bytes=cached_bytes)
+    planned(num_sms=num_sms, cached_bytes=cached_bytes)
     check(Op(kernels, symmetric=symmetric, reduction="none"), lambda seed: pair(n, 9, torch.float16, seed), 1)
 
 
 @pytest.mark.slow
 def test_more_anchors_than_one_cluster_merges(kernels, planned):
-    planned(processors=2, smallest=1)
+    planned(num_sms=2, smallest=1)
     op, (t, s) = Op(kernels, symmetric=True), pair(4100, 3, torch.bfloat16)
     value, saved = op.forward(t, s)
-    wanted = op.reference(t, s, torch.tensor(1.0))[0]
+    expected = op.reference(t, s, torch.tensor(1.0))[0]
     assert saved.shape == (8200,)
-    assert_close(value, wanted, atol=2e-6)
+    assert_close(value, expected, atol=2e-6)
 
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("layout", ["strided", "transposed"])
 def test_any_layout(kernels, layout):
     op = Op(kernels)
-    inputs, upstream = pair(5, 16, torch.bfloat16, layout=layout), torch.tensor(0.7)
-    wanted = op(*(x.contiguous() for x in inputs), upstream)
-    results = op(*inputs, upstream, layout=lambda x: x.new_empty(x.shape[::-1]).T)
-    assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+    inputs, grad_output = pair(5, 16, torch.bfloat16, layout=layout), torch.tensor(0.7)
+    expected = op(*(x.contiguous() for x in inputs), grad_output)
+    results = op(*inputs, grad_output, layout=lambda x: x.new_empty(x.shape[::-1]).T)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 @pytest.mark.usefixtures("few")
@@ -244,8 +244,8 @@ def test_broadcast_rows_and_gradients(kernels):
     op, n = Op(kernels, reduction="none"), 7
     t, s = random(1, 16, dtype=torch.bfloat16).expand(n, -1), random(n, 16, dtype=torch.bfloat16, seed=1)
     results = op(t, s, torch.tensor([0.3]).expand(n), layout=lambda x: torch.empty(x.shape, dtype=x.dtype))
-    wanted = op(t.contiguous(), s, torch.full((n,), 0.3))
-    assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+    expected = op(t.contiguous(), s, torch.full((n,), 0.3))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -253,18 +253,18 @@ def test_broadcast_rows_and_gradients(kernels):
 )
 def test_the_gradients_that_are_asked_for(kernels, planned, symmetric, n):
     """Equal to the bit where a row's columns are not split otherwise."""
-    planned(processors=1, smallest=1, cached_bytes=0)
+    planned(num_sms=1, smallest=1, cached_bytes=0)
     op = Op(kernels, symmetric=symmetric)
-    inputs, upstream = pair(n, 6, torch.bfloat16), torch.tensor(-1.3)
+    inputs, grad_output = pair(n, 6, torch.bfloat16), torch.tensor(-1.3)
     _, saved = op.forward(*inputs)
-    wanted = op.backward(upstream, *inputs, saved)
-    one, none = op.backward(upstream, *inputs, saved, want=(True, False))
-    assert torch.equal(one, wanted[0])
+    expected = op.backward(grad_output, *inputs, saved)
+    one, none = op.backward(grad_output, *inputs, saved, expected=(True, False))
+    assert torch.equal(one, expected[0])
     assert none is None
-    none, other = op.backward(upstream, *inputs, saved, want=(False, True))
-    assert torch.equal(other, wanted[1])
+    none, other = op.backward(grad_output, *inputs, saved, expected=(False, True))
+    assert torch.equal(other, expected[1])
     assert none is None
-    assert op.backward(upstream, *inputs, saved, want=(False, False)) == [None, None]
+    assert op.backward(grad_output, *inputs, saved, expected=(False, False)) == [None, None]
 
 
 @pytest.mark.usefixtures("few")
@@ -289,17 +289,17 @@ def test_extreme_rows(kernels, dtype):
     """Very long and very short rows; the gradients of the short ones need not exist in the type."""
     op, n = Op(kernels, reduction="none"), 12
     t, s = extreme(n, 9, dtype=dtype), random(n, 9, dtype=dtype)
-    upstream = random(n, seed=1, shift=0.5)
-    value, *gradients = op(t, s, upstream)
-    wanted, *wanted_gradients = op.reference(t.double(), s.double(), upstream.double())
-    assert_close(value, wanted, atol=1e-4, rtol=1e-5)
+    grad_output = random(n, seed=1, shift=0.5)
+    value, *gradients = op(t, s, grad_output)
+    expected, *expected_gradients = op.reference(t.double(), s.double(), grad_output.double())
+    assert_close(value, expected, atol=1e-4, rtol=1e-5)
     assert not any(g.isnan().any() for g in gradients)
-    scale = float(wanted_gradients[1].abs().max())
-    assert_close(gradients[1], wanted_gradients[1], atol=2 * scale * max(unit_roundoff(dtype), 1e-5))
+    scale = float(expected_gradients[1].abs().max())
+    assert_close(gradients[1], expected_gradients[1], atol=2 * scale * max(unit_roundoff(dtype), 1e-5))
     long = [row for row in range(n) if row % 6 < 4]
-    largest = wanted_gradients[0][long].abs().amax(1, keepdim=True)
+    largest = expected_gradients[0][long].abs().amax(1, keepdim=True)
     tiny = torch.finfo(dtype).smallest_normal
-    assert_close(gradients[0][long], wanted_gradients[0][long], atol=4 * largest * unit_roundoff(dtype) * 64 + tiny)
+    assert_close(gradients[0][long], expected_gradients[0][long], atol=4 * largest * unit_roundoff(dtype) * 64 + tiny)
 
 
 @pytest.mark.usefixtures("few")
@@ -321,25 +321,27 @@ def test_what_is_no_number_shows_far_away(kernels):
 
 @pytest.mark.usefixtures("few")
 def test_the_length_of_a_row(kernels):
-    op, upstream = Op(kernels), torch.tensor(1.0)
+    op, grad_output = Op(kernels), torch.tensor(1.0)
     t, s = pair(5, 7, torch.bfloat16)
-    wanted = op(t, s, upstream)
+    expected = op(t, s, grad_output)
     for factor in (2.0**-105, 2.0**100):
-        got = op(t * factor, s, upstream)
-        assert torch.equal(got[0], wanted[0])
-        assert torch.equal(got[2], wanted[2])
+        got = op(t * factor, s, grad_output)
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[2], expected[2])
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize(("upstream", "reduction"), [(1e-30, "none"), (0.0, "mean"), (0.0, "none"), (65536.0, "none")])
-def test_any_upstream_gradient(kernels, upstream, reduction):
+@pytest.mark.parametrize(
+    ("grad_output", "reduction"), [(1e-30, "none"), (0.0, "mean"), (0.0, "none"), (65536.0, "none")]
+)
+def test_any_upstream_gradient(kernels, grad_output, reduction):
     """What is rounded to half precision must not depend on how large the gradient that comes in is."""
-    dtype = torch.bfloat16 if upstream < 1 else torch.float16
+    dtype = torch.bfloat16 if grad_output < 1 else torch.float16
     op = Op(kernels, reduction=reduction)
-    inputs, g = pair(5, 7, dtype), op.upstream(5, 4) * upstream
-    for got, wanted in zip(op(*inputs, g)[1:], op.reference(*inputs, g)[1:], strict=True):
-        largest = float(wanted.abs().max())
-        assert_close(got, wanted, atol=largest * 4 * unit_roundoff(dtype) * 4)
+    inputs, g = pair(5, 7, dtype), op.grad_output(5, 4) * grad_output
+    for got, expected in zip(op(*inputs, g)[1:], op.reference(*inputs, g)[1:], strict=True):
+        largest = float(expected.abs().max())
+        assert_close(got, expected, atol=largest * 4 * unit_roundoff(dtype) * 4)
 
 
 @pytest.mark.usefixtures("few")
@@ -358,11 +360,11 @@ def test_what_forward_saves(kernels, n, dim, symmetric):
     [(130, 9, False), *(pytest.param(*c, marks=pytest.mark.slow) for c in [(140, 128, True), (300, 9, False)])],
 )
 def test_the_order_of_threads_is_invisible(kernels, planned, n, dim, symmetric):
-    planned(processors=2)
+    planned(num_sms=2)
     inputs, runs = pair(n, dim, torch.bfloat16), []
     for order in (0, 1, 7):
         op = Op(kernels, symmetric=symmetric, reduction="none", order=order)
-        runs.append(op(*inputs, op.upstream(n, 3)))
+        runs.append(op(*inputs, op.grad_output(n, 3)))
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
@@ -379,8 +381,8 @@ def test_what_is_refused(kernels):
         t, s, n, dim, *rest = given
         sizes = (n, dim, *rest[:4])
         outs = (np.zeros_like(t), np.zeros_like(s), *rest[:4], np.zeros(1 << 21, np.uint8), None)
-        upstream = np.zeros(1, np.float32)
-        kernels("dfkd_contrastive_loss_backward", upstream, 0, t, s, np.zeros(300, np.float32), *sizes,
+        grad_output = np.zeros(1, np.float32)
+        kernels("dfkd_contrastive_loss_backward", grad_output, 0, t, s, np.zeros(300, np.float32), *sizes,
                 *rest[4:], *outs)  # fmt: skip
 
     forward(*arguments())
@@ -409,7 +411,7 @@ def test_what_is_refused(kernels):
 def test_sweep(kernels, planned, seed):
     draw = np.random.default_rng(seed)
     n, dim = int(draw.integers(1, 400)), int(draw.integers(1, 129))
-    planned(processors=int(draw.choice([1, 3, 8, 132])), smallest=1, cached_bytes=int(draw.choice([0, 20 << 20])))
+    planned(num_sms=int(draw.choice([1, 3, 8, 132])), smallest=1, cached_bytes=int(draw.choice([0, 20 << 20])))
     symmetric, half = (bool(draw.integers(2)) for _ in range(2))
     options = {"symmetric": symmetric, "reduction": str(draw.choice(REDUCTIONS))}
     op = Op(kernels, temperature=float(draw.choice([0.031, 0.1, 0.5])), order=int(draw.integers(8)), **options)

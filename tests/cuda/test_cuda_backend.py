@@ -142,8 +142,8 @@ def test_many_vectors_in_little_memory(symmetric):
     some = torch.arange(0, count, 1_021, device="cuda")
     similarity = unit[some] @ unit.T / 0.1
     similarity[torch.arange(len(some), device="cuda"), some] = -torch.inf
-    wanted = similarity.logsumexp(1) - similarity.gather(1, (some + count)[:, None])[:, 0]
-    assert_close(value[some], wanted, atol=1e-4)
+    expected = similarity.logsumexp(1) - similarity.gather(1, (some + count)[:, None])[:, 0]
+    assert_close(value[some], expected, atol=1e-4)
     assert dt.isfinite().all()
     assert ds.isfinite().all()
 
@@ -170,11 +170,11 @@ def test_opcheck(op, make):
 def test_other_layouts_and_offsets_are_copied_where_they_must_be():
     op, make = case(ops.spatial_attention, attention, (3, 64, 6, 5), form="spatial_mean1")
     inputs = [tensor.detach() for tensor in make(dtype=torch.bfloat16)(0)]
-    wanted = op(*inputs, backend="cuda")
+    expected = op(*inputs, backend="cuda")
     plain = [inputs[0].contiguous(), inputs[1].contiguous(), *inputs[2:]]
     found = op(*plain, backend="cuda")
     assert found.is_contiguous()
-    assert torch.equal(found, wanted)
+    assert torch.equal(found, expected)
     shifted = torch.empty(inputs[0].numel() + 1, dtype=torch.bfloat16, device="cuda")[1:]
     rows = shifted.view(3, 6, 5, 64).copy_(inputs[0].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    assert torch.equal(op(rows, *inputs[1:], backend="cuda"), wanted)
+    assert torch.equal(op(rows, *inputs[1:], backend="cuda"), expected)

@@ -160,8 +160,8 @@ def test_compiled_code_asks_too(dynamic: bool, device: SimpleNamespace, monkeypa
         return x + (1 if extension._asked("contrastive_loss", 0, sizes) is None else 2)
 
     compiled = torch.compile(work, fullgraph=True, backend="eager", dynamic=dynamic)
-    for count, temperature, wanted in ((200, 0.1, 1), (128, 0.1, 2), (200, 0.01, 2), (300, 0.1, 1)):
-        assert compiled(torch.zeros(count, 3), temperature)[0, 0] == wanted
+    for count, temperature, expected in ((200, 0.1, 1), (128, 0.1, 2), (200, 0.01, 2), (300, 0.1, 1)):
+        assert compiled(torch.zeros(count, 3), temperature)[0, 0] == expected
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

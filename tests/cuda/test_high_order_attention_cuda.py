@@ -61,13 +61,13 @@ def forward(kernels, given, mode="joint", result="features", *, thread_order=0):
 def backward(
     kernels, given, mode="joint", result="features", *, form=BY_SIZE, thread_order=0, needs_grad=(True, True, True)
 ):
-    x, proj, out, upstream = given
+    x, proj, out, grad_output = given
     sizes = (*codes(x, out), MODES.index(mode), *map(int, needs_grad), form)
     scratch = kernels.scratch("dfkd_high_order_attention_backward_scratch", *sizes)
     each = zip((x, proj, out), needs_grad, strict=True)
     gradients = [np.full_like(rows(t), -1) if needs else None for t, needs in each]
     kernels(
-        "dfkd_high_order_attention_backward", *map(rows, (upstream, x, proj, out)), *codes(x, out),
+        "dfkd_high_order_attention_backward", *map(rows, (grad_output, x, proj, out)), *codes(x, out),
         CODES[x.dtype], MODES.index(mode), list(RESULTS).index(result), form, *gradients,
         scratch if scratch.size else None, None, order=thread_order,
     )  # fmt: skip
@@ -75,10 +75,10 @@ def backward(
 
 
 def reference(given, mode, result, *, exact):
-    *leaves, upstream = [t.detach().double() if exact else t.detach() for t in given]
+    *leaves, grad_output = [t.detach().double() if exact else t.detach() for t in given]
     leaves = [t.requires_grad_() for t in leaves]
     y = RESULTS[result](*leaves, mode=mode, backend="reference")
-    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_output)]
 
 
 def check(kernels, given, mode="joint", result="features", *, form=None, thread_order=0):

@@ -28,11 +28,11 @@ def test_a_missing_barrier_shows_in_some_order(kernels):
 
 
 def test_a_warp_that_runs_ahead_shows_a_barrier_that_lockstep_hides(kernels):
-    wanted = np.concatenate([100 * turn + (np.arange(64) + 32) % 64 for turn in range(2)]).astype(np.int32)
+    expected = np.concatenate([100 * turn + (np.arange(64) + 32) % 64 for turn in range(2)]).astype(np.int32)
     for order, barrier, right in ((0, 1, True), (1, 1, True), (7, 1, True), (0, 0, True), (1, 0, False), (7, 0, False)):
         out = np.zeros(128, dtype=np.int32)
         kernels("probe_turns", out, barrier, order=order)
-        assert (out == wanted).all() == right, (order, barrier)
+        assert (out == expected).all() == right, (order, barrier)
 
 
 def test_shared_memory_ends_where_the_launch_said(kernels):

@@ -46,7 +46,7 @@ def test_the_launches_of_a_contrast() -> None:
 
 def test_options_decide() -> None:
     both = [each["kernel"] for each in launches("high_order_attention_backward", resources=False, **SIZES[OPS[2]])]
-    sizes = {**SIZES[OPS[2]], "want_proj": False, "want_out": False}
+    sizes = {**SIZES[OPS[2]], "needs_grad_proj": False, "needs_grad_out": False}
     alone = [each["kernel"] for each in launches("high_order_attention_backward", resources=False, **sizes)]
     assert len(alone) < len(both)
     half = launches("contrastive_loss", resources=False, count=129, dim=8, dtype=torch.float16)

@@ -63,12 +63,14 @@ class Call:
         self.kernels("dfkd_spatial_attention", *arguments, order=self.order)
         return tensor(out, features), saved
 
-    def backward(self, upstream, saved, wanted):
+    def backward(self, grad_output, saved, expected):
         given = [bits(t) for t in self.tensors[:3]]
-        results = [unset(t) if want else None for t, want in zip(self.tensors, wanted, strict=True)]
+        results = [
+            unset(t) if expected_value else None for t, expected_value in zip(self.tensors, expected, strict=True)
+        ]
         scratch = self.kernels.scratch("dfkd_spatial_attention_backward_scratch", *self.sizes, self.numbers[-1])
         assert scratch.size % 16 == 0
-        arguments = (bits(upstream), *given, saved, *self.sizes, *self.types, *self.numbers, *results, scratch, None)
+        arguments = (bits(grad_output), *given, saved, *self.sizes, *self.types, *self.numbers, *results, scratch, None)
         self.kernels("dfkd_spatial_attention_backward", *arguments, order=self.order)
         return [None if r is None else tensor(r, t) for r, t in zip(results, self.tensors, strict=True)]
 
@@ -83,9 +85,9 @@ class Hosted(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, upstream):
-        wanted = ctx.needs_input_grad[2:6]
-        return None, None, *ctx.call.backward(upstream, ctx.saved, wanted), None, None
+    def backward(ctx, grad_output):
+        expected = ctx.needs_input_grad[2:6]
+        return None, None, *ctx.call.backward(grad_output, ctx.saved, expected), None, None
 
 
 @pytest.fixture
@@ -196,8 +198,8 @@ def test_kernels_on_extreme_logits(op):
         h = factor * h
         values, gradients = value_and_gradients(lambda *a: op(*a, scale=0.05, form="spatial"), (f, h, w, b))
         assert all(t.isfinite().all() for t in (*values, *gradients))
-        wanted = ops.spatial_attention(*(t.double() for t in (f, h, w, b)), form="spatial")
-        assert_close(values[0], wanted, atol=0.01 if factor < 1e7 else 0.05 * 4, rtol=2**-8)
+        expected = ops.spatial_attention(*(t.double() for t in (f, h, w, b)), form="spatial")
+        assert_close(values[0], expected, atol=0.01 if factor < 1e7 else 0.05 * 4, rtol=2**-8)
     h[0, 0, 0, 0] = torch.nan
     y = op(f, h, w, b, scale=0.05, form="spatial")
     assert torch.equal(y.isnan(), ops.spatial_attention(f, h, w, b, form="spatial", backend="reference").isnan())
@@ -210,8 +212,8 @@ def test_maxima_that_grow_and_fall(op):
     h[:, :, 16:24] += 90 * towards
     h[:, :, 32:] -= 90 * towards
     y = op(f, h, w, b, scale=1e6, form="spatial")
-    wanted = ops.spatial_attention(*(t.double() for t in (f, h, w, b)), scale=1e6, form="spatial")
-    assert_close(y, wanted, atol=1e-30, rtol=2**-7)
+    expected = ops.spatial_attention(*(t.double() for t in (f, h, w, b)), scale=1e6, form="spatial")
+    assert_close(y, expected, atol=1e-30, rtol=2**-7)
 
 
 def test_a_bias_over_positions_counts_for_nothing(op):

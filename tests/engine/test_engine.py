@@ -229,7 +229,7 @@ def test_resumed_in_the_graph_form_goes_on_with_the_same_random_stream() -> None
     """Loaded before the capture; into a captured engine: test_random_streams_advance_as_in_eager_mode."""
     whole, broken = tiny.state(), tiny.state()
     engine = graph(whole)
-    wanted = take(engine, 3)
+    expected = take(engine, 3)
     take(graph(broken), 1)
     saved = copy.deepcopy(broken.state_dict())
     fresh = tiny.state(replace(tiny.config(), seed=5))  # other weights, other noise: all of it comes from the file
@@ -237,7 +237,7 @@ def test_resumed_in_the_graph_form_goes_on_with_the_same_random_stream() -> None
     fresh.load_state_dict(saved)
     found = take(resumed, 2)
     assert resumed.executor.recorder.recordings == 2  # type: ignore[attr-defined]  # tensors were written to where they are
-    for a, b in zip(wanted[1:], found, strict=True):
+    for a, b in zip(expected[1:], found, strict=True):
         assert torch.equal(a, b)
     assert all(torch.equal(a, b) for a, b in zip(whole.changing(), fresh.changing(), strict=True))
 
@@ -370,7 +370,7 @@ def test_random_streams_advance_as_in_eager_mode(device: str) -> None:
 
     eager, other = state_on(device), state_on(device)
     start = streams(eager)
-    wanted = take(engine_of(eager, EagerEngine), 3)
+    expected = take(engine_of(eager, EagerEngine), 3)
     after = streams(eager)
     assert not any(torch.equal(a, b) for a, b in zip(start, after, strict=True))
 
@@ -379,7 +379,7 @@ def test_random_streams_advance_as_in_eager_mode(device: str) -> None:
     saved = copy.deepcopy(other.state_dict())
     found += take(engine, 1)
     assert all(torch.equal(a, b) for a, b in zip(after, streams(other), strict=True))
-    assert_same_run(eager, other, (wanted, found))
+    assert_same_run(eager, other, (expected, found))
 
     resumed = state_on(device, seed=5)
     engine = engine_of(resumed, captured)
@@ -388,7 +388,7 @@ def test_random_streams_advance_as_in_eager_mode(device: str) -> None:
     found[2:] = take(engine, 1)
     assert recordings(engine) == 2
     assert all(torch.equal(a, b) for a, b in zip(after, streams(resumed), strict=True))
-    assert_same_run(eager, resumed, (wanted, found))
+    assert_same_run(eager, resumed, (expected, found))
 
 
 def test_replays_follow_the_students_schedule(device: str) -> None:
@@ -403,8 +403,8 @@ def test_replays_follow_the_students_schedule(device: str) -> None:
     take(engine, 1, note)
     state.config = replace(state.config, optimizer=replace(state.config.optimizer, student_lr=0.5))
     take(engine, 1, note)
-    wanted = [lr / 2 * (1 + math.cos(math.pi * step / 8)) for step, lr in enumerate((0.05, 0.05, 0.5, 0.5))]
-    assert rates == pytest.approx(wanted, rel=1e-6)
+    expected = [lr / 2 * (1 + math.cos(math.pi * step / 8)) for step, lr in enumerate((0.05, 0.05, 0.5, 0.5))]
+    assert rates == pytest.approx(expected, rel=1e-6)
     assert recordings(engine) == 2
 
 

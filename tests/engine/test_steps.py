@@ -227,8 +227,8 @@ def test_students_rate_is_a_cosine_over_the_runs_student_steps() -> None:
         for _ in range(2):
             engine.student_step()
             rates.append(state.student.optimizer.param_groups[0]["lr"].item())
-    wanted = 0.025 * (1 + torch.cos(torch.pi * torch.arange(8) / 8))
-    torch.testing.assert_close(torch.tensor(rates), wanted)
+    expected = 0.025 * (1 + torch.cos(torch.pi * torch.arange(8) / 8))
+    torch.testing.assert_close(torch.tensor(rates), expected)
 
 
 @pytest.mark.gpu

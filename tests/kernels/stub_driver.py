@@ -127,7 +127,7 @@ class Stub:
         assert 10 * self.attribute(_MAJOR) + self.attribute(_MINOR) == arch
         assert self.attribute(_SHARED) == shared_memory(arch)
         common._capability.cache_clear()
-        common._processors.cache_clear()
+        common._num_sms.cache_clear()
 
 
 def compile_without_code(src: Any, target: Any, options: dict[str, Any]) -> CompiledKernel:

@@ -111,7 +111,7 @@ def test_each_upstream_gradient_alone(kernel_device, results, residual, activati
     made = norm((3, 9, 4, 2), residual=residual, device=kernel_device)(0)
     kept = [t if i in (0, 3, 4, 5) else None for i, t in enumerate(made) if t is not None and t.requires_grad]
     leaves = [t for t in kept if t is not None]
-    found, wanted = (
+    found, expected = (
         torch.autograd.grad(
             [call(*made, activation=activation, backend=backend)[i] for i in results],
             leaves,
@@ -120,7 +120,7 @@ def test_each_upstream_gradient_alone(kernel_device, results, residual, activati
         )
         for backend in ("triton", "reference")
     )
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(found, expected, strict=True):
         if b is None or a is None:
             assert a is None or not a.any()
             assert b is None or not b.any()
@@ -139,8 +139,8 @@ def test_statistics_of_a_jump(kernel_device):
 def test_vectors_of_any_dtype(kernel_device):
     x, rm, rv, w, b, res = norm((3, 9, 4, 2), dtype=torch.bfloat16, residual=True, device=kernel_device)(0)
     given = (x, rm.double(), rv.half(), w.double(), b.float(), res.float())
-    found, wanted = (value_and_gradients(lambda *a, n=n: call(*a, backend=n), given) for n in ("triton", "reference"))
-    for a, b in zip((*found[0], *found[1]), (*wanted[0], *wanted[1]), strict=True):
+    found, expected = (value_and_gradients(lambda *a, n=n: call(*a, backend=n), given) for n in ("triton", "reference"))
+    for a, b in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
         if b is not None:
             assert a.dtype == b.dtype
             assert_close(a, b, atol=2e-2 if b.dtype == torch.bfloat16 else 1e-4, rtol=1e-2)
@@ -149,13 +149,16 @@ def test_vectors_of_any_dtype(kernel_device):
 def test_upstream_gradients_of_any_layout(kernel_device):
     made = norm((3, 8, 4, 2), residual=True, layout="channels_last", device=kernel_device)(0)
     dy = random(3, 8, 4, 2, seed=9, device=kernel_device)
-    wanted = torch.autograd.grad(call(*made, backend="reference")[0], [made[0], made[5]], dy)
+    expected = torch.autograd.grad(call(*made, backend="reference")[0], [made[0], made[5]], dy)
     for layout in (*LAYOUTS, "expanded"):
-        given, want = with_layout(dy, layout) if layout != "expanded" else dy[:, :, :1, :1].expand_as(dy), wanted
+        given, expected_value = (
+            with_layout(dy, layout) if layout != "expanded" else dy[:, :, :1, :1].expand_as(dy),
+            expected,
+        )
         if layout == "expanded":
-            want = torch.autograd.grad(call(*made, backend="reference")[0], [made[0], made[5]], given.clone())
+            expected_value = torch.autograd.grad(call(*made, backend="reference")[0], [made[0], made[5]], given.clone())
         found = torch.autograd.grad(call(*made)[0], [made[0], made[5]], given)
-        for a, b in zip(found, want, strict=True):
+        for a, b in zip(found, expected_value, strict=True):
             assert_close(a, b, atol=1e-5, name=layout)
 
 

@@ -114,38 +114,38 @@ def test_kernels_on_extreme_rows(kernel_device, form, dtype):
         t[4::6] *= 1024  # the interpreter reads denormal bfloat16 numbers wrongly
     op = loss(reduction="none")
     values, gradients = value_and_gradients(lambda *a: op(*a, backend="triton"), (t, s))
-    wanted, wanted_gradients = value_and_gradients(lambda *a: op(*a, backend="reference"), (t.double(), s.double()))
-    assert_close(values[0], wanted[0], atol=1e-4, rtol=1e-5)
+    expected, expected_gradients = value_and_gradients(lambda *a: op(*a, backend="reference"), (t.double(), s.double()))
+    assert_close(values[0], expected[0], atol=1e-4, rtol=1e-5)
     assert not any(g.isnan().any() for g in gradients)
-    scale = float(wanted_gradients[1].abs().max())
-    assert_close(gradients[1], wanted_gradients[1], atol=2 * scale * max(unit_roundoff(dtype), 1e-5))
+    scale = float(expected_gradients[1].abs().max())
+    assert_close(gradients[1], expected_gradients[1], atol=2 * scale * max(unit_roundoff(dtype), 1e-5))
     long = [row for row in range(12) if row % 6 < 4]
-    largest = wanted_gradients[0][long].abs().amax(1, keepdim=True)
+    largest = expected_gradients[0][long].abs().amax(1, keepdim=True)
     tiny = torch.finfo(dtype).smallest_normal
     assert_close(
-        gradients[0][long], wanted_gradients[0][long], atol=4 * largest.cpu() * unit_roundoff(dtype) * 64 + tiny
+        gradients[0][long], expected_gradients[0][long], atol=4 * largest.cpu() * unit_roundoff(dtype) * 64 + tiny
     )
 
 
 @pytest.mark.parametrize("factor", [2.0**-105, 2.0**100])
 def test_kernels_and_the_length_of_a_row(kernel_device, form, factor):
     t, s = vectors(dtype=torch.bfloat16, device=kernel_device)(0)
-    wanted, wanted_gradients = value_and_gradients(lambda *a: ops.contrastive_loss(*a, backend="triton"), (t, s))
+    expected, expected_gradients = value_and_gradients(lambda *a: ops.contrastive_loss(*a, backend="triton"), (t, s))
     got, gradients = value_and_gradients(lambda *a: ops.contrastive_loss(*a, backend="triton"), (t * factor, s))
-    assert torch.equal(got[0], wanted[0])
-    assert torch.equal(gradients[1], wanted_gradients[1])
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(gradients[1], expected_gradients[1])
 
 
-@pytest.mark.parametrize("upstream", [1e-30, 0.0, 65536.0])
-def test_kernels_scale_by_any_upstream_gradient(kernel_device, form, upstream):
+@pytest.mark.parametrize("grad_output", [1e-30, 0.0, 65536.0])
+def test_kernels_scale_by_any_upstream_gradient(kernel_device, form, grad_output):
     """What is rounded to half precision must not depend on how large the gradient that comes in is."""
     for reduction in ("mean", "none"):
         results = []
-        t, s = vectors(dtype=torch.float32 if upstream < 1 else torch.float16, device=kernel_device)(0)
+        t, s = vectors(dtype=torch.float32 if grad_output < 1 else torch.float16, device=kernel_device)(0)
         for backend in ("triton", "reference"):
             leaf = s.clone().requires_grad_()
             value = ops.contrastive_loss(t, leaf, reduction=reduction, backend=backend)
-            g = random(*value.shape, device=kernel_device, seed=4) * upstream
+            g = random(*value.shape, device=kernel_device, seed=4) * grad_output
             results.append(torch.autograd.grad(value, leaf, g)[0])
         largest = float(results[1].abs().max())
         assert_close(results[0], results[1], atol=largest * 4 * unit_roundoff(s.dtype) * 4)
@@ -177,8 +177,8 @@ def test_many_vectors_in_little_memory(symmetric):
     some = torch.arange(0, 65_536, 1_021, device="cuda")
     similarity = unit[some] @ unit.T / 0.1
     similarity[torch.arange(len(some), device="cuda"), some] = -torch.inf
-    wanted = similarity.logsumexp(1) - similarity.gather(1, (some + 65_536)[:, None])[:, 0]
-    assert_close(value[some], wanted, atol=1e-5)
+    expected = similarity.logsumexp(1) - similarity.gather(1, (some + 65_536)[:, None])[:, 0]
+    assert_close(value[some], expected, atol=1e-5)
     assert dt.isfinite().all()
     assert ds.isfinite().all()
 

@@ -74,12 +74,12 @@ def test_extreme_logits(kernel_device, dtype, direction):
     inputs = [t.to(kernel_device) for t in inputs]
     op = fused(direction=direction, reduction="sum")
     (mine,), gradients = value_and_gradients(op, inputs)
-    (want,), wanted = value_and_gradients(lambda *a: op(*a, backend="reference"), inputs)
+    (expected_value,), expected = value_and_gradients(lambda *a: op(*a, backend="reference"), inputs)
     (truth,), true = value_and_gradients(lambda *a: op(*a, backend="reference"), [t.double() for t in inputs])
-    assert mine.isfinite() == want.isfinite()
+    assert mine.isfinite() == expected_value.isfinite()
     if mine.isfinite():
-        assert_close(mine, truth, atol=2 * abs(float(want - truth)), rtol=4 * unit_roundoff(torch.float32))
-    for got, plain, exact in zip(gradients, wanted, true, strict=True):
+        assert_close(mine, truth, atol=2 * abs(float(expected_value - truth)), rtol=4 * unit_roundoff(torch.float32))
+    for got, plain, exact in zip(gradients, expected, true, strict=True):
         assert torch.equal(got.isnan(), plain.isnan())
         size = float(exact.abs().max())
         allowed = 2 * float((plain.double() - exact).abs().max()) + torch.finfo(dtype).eps * size
@@ -119,6 +119,8 @@ def test_more_logits_than_32_bits_count():
     assert_close(loss.cpu(), torch.stack(sums).double().sum().cpu(), atol=0, rtol=1e-5)
     for piece in (slice(0, 8), slice(2**20, 2**20 + 8), slice(2**21 - 5, 2**21 + 3)):
         true = [t.detach()[piece].double().requires_grad_() for t in inputs]
-        wanted = torch.autograd.grad(fused(reduction="sum")(*true, backend="reference"), true)
-        for got, want in zip(gradients, wanted, strict=True):
-            assert_close(got[piece], want, atol=torch.finfo(torch.float16).eps * float(want.abs().max()))
+        expected = torch.autograd.grad(fused(reduction="sum")(*true, backend="reference"), true)
+        for got, expected_value in zip(gradients, expected, strict=True):
+            assert_close(
+                got[piece], expected_value, atol=torch.finfo(torch.float16).eps * float(expected_value.abs().max())
+            )

@@ -92,13 +92,15 @@ def test_orders_that_are_not_served(kernel_device):
 @pytest.mark.parametrize("layout", ["channels_last", "strided", "transposed", "expanded"])
 def test_gradients_that_come_in_any_layout(kernel_device, layout):
     inputs = [t.requires_grad_() for t in high_order((2, 6, 3, 4), device=kernel_device)(1)]
-    upstream = random(2, 6, 3, 4, device=kernel_device, seed=9)
-    upstream = upstream[:1, :1, :1, :1].expand(2, 6, 3, 4) if layout == "expanded" else with_layout(upstream, layout)
-    got, want = (
-        torch.autograd.grad(ops.high_order_attention(*inputs, backend=backend), inputs, upstream)
+    grad_output = random(2, 6, 3, 4, device=kernel_device, seed=9)
+    grad_output = (
+        grad_output[:1, :1, :1, :1].expand(2, 6, 3, 4) if layout == "expanded" else with_layout(grad_output, layout)
+    )
+    got, expected = (
+        torch.autograd.grad(ops.high_order_attention(*inputs, backend=backend), inputs, grad_output)
         for backend in ("triton", "reference")
     )
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(got, expected, strict=True):
         assert_close(a, b, atol=1e-5 * float(b.abs().max()))
 
 
@@ -123,7 +125,7 @@ def test_nothing_is_computed_that_is_not_wanted(channels, whole):
         assert all(features["_whole_backward_kernel"].arguments[name].numel() == 0 for name in ("slopes", "factors"))
     assert "_split_input_kernel" not in launches(*weights)
     only = launches(weights[1])["_weights_kernel"]
-    assert not only.constants["WANT_PROJ"]
+    assert not only.constants["NEEDS_GRAD_PROJ"]
     assert only.arguments["factors"].numel() == 0
 
 
@@ -137,12 +139,12 @@ def test_extreme_features(kernel_device, mode, block):
     with high_order_tiles(block):
         function = lambda *a: ops.high_order_attention(*a, mode=mode, backend="triton")  # noqa: E731
         values, gradients = value_and_gradients(function, (x, proj, out))
-        wanted, wanted_gradients = value_and_gradients(
+        expected, expected_gradients = value_and_gradients(
             lambda *a: ops.high_order_attention(*a, mode=mode), (x, proj, out)
         )
-        for got, want in zip((*values, *gradients), (*wanted, *wanted_gradients), strict=True):
+        for got, expected_value in zip((*values, *gradients), (*expected, *expected_gradients), strict=True):
             assert got.isfinite().all()
-            assert_close(got, want, atol=1e-4 * float(want.abs().max()))
+            assert_close(got, expected_value, atol=1e-4 * float(expected_value.abs().max()))
         x[1, 3, 1, 2] = torch.nan
         at = ops.high_order_attention(x, proj, out, mode=mode, backend="triton").isnan()
     assert at[1, :, 1, 2].all()
@@ -178,9 +180,9 @@ def test_more_than_two_to_the_31_elements(channels):
     y = ops.high_order_attention(x, *weights, backend="triton")
     (dx,) = torch.autograd.grad(y, x, y.detach())
     last = x[-2:].detach().requires_grad_()
-    want = ops.high_order_attention(last, *weights, backend="triton")
-    assert_close(y[-2:], want, atol=0.0)
-    assert_close(dx[-2:], torch.autograd.grad(want, last, want.detach())[0], atol=0.0)
+    expected = ops.high_order_attention(last, *weights, backend="triton")
+    assert_close(y[-2:], expected, atol=0.0)
+    assert_close(dx[-2:], torch.autograd.grad(expected, last, expected.detach())[0], atol=0.0)
 
 
 @pytest.mark.gpu

@@ -48,22 +48,22 @@ def test_few_elements(kernel_device, shape, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_features_and_target_may_lie_differently(kernel_device, layout):
     x, proj, out, target = drawn((2, 6, 3, 4), layout="channels_last", device=kernel_device)(1)
-    got, want = (
+    got, expected = (
         value_and_gradients(lambda *a, t=t: ops.high_order_attention_mse(*a, t, backend="triton"), (x, proj, out))
         for t in (with_layout(target, layout), target)
     )
-    assert_close(got[0][0], want[0][0], atol=1e-6)
-    for a, b in zip(got[1], want[1], strict=True):
+    assert_close(got[0][0], expected[0][0], atol=1e-6)
+    for a, b in zip(got[1], expected[1], strict=True):
         assert_close(a, b, atol=1e-6)
 
 
 def test_function_transforms_and_autocast(kernel_device):
     x, proj, out, target = (t.detach() for t in drawn((2, 4, 2, 2), device=kernel_device)(1))
     op = ops.high_order_attention_mse
-    got, want = (
+    got, expected = (
         torch.func.grad(lambda w, b=b: op(x, w, out, target, backend=b))(proj) for b in ("triton", "reference")
     )
-    assert_close(got, want, atol=1e-5)
+    assert_close(got, expected, atol=1e-5)
     each = torch.func.vmap(lambda a, t: op(a[None], proj, out, t[None], backend="triton"))(x, target)
     assert_close(each.mean(), op(x, proj, out, target), atol=1e-5)
     with torch.autocast(kernel_device, torch.bfloat16):

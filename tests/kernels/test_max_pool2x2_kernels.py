@@ -18,17 +18,17 @@ def plain(gradient):
     return gradient.clone(memory_format=torch.contiguous_format)
 
 
-def assert_bits(x, *, relu, upstream, seed=2):
+def assert_bits(x, *, relu, grad_output, seed=2):
     """Values, codes, and the gradients of pooling and of unpooling, for random gradients that come in some layout."""
     results = []
     for backend in ("triton", "reference"):
         leaf = x.detach().requires_grad_()
         y, code = ops.max_pool2x2(leaf, relu=relu, backend=backend)
-        g = random(*y.shape, dtype=x.dtype, layout=upstream, device=x.device, seed=seed)
+        g = random(*y.shape, dtype=x.dtype, layout=grad_output, device=x.device, seed=seed)
         (dx,) = torch.autograd.grad(y, leaf, g)
         leaf = y.detach().requires_grad_()
         out = ops.max_unpool2x2(leaf, code, x.shape[2:], backend=backend)
-        g = random(*out.shape, dtype=x.dtype, layout=upstream, device=x.device, seed=seed + 1)
+        g = random(*out.shape, dtype=x.dtype, layout=grad_output, device=x.device, seed=seed + 1)
         (dy,) = torch.autograd.grad(out, leaf, g)
         results.append((y, code, out, plain(dx), plain(dy)))
     for a, b in zip(*results, strict=True):
@@ -41,7 +41,7 @@ def test_the_references_bits(kernel_device, shape):
     for number, layout in enumerate(LAYOUTS):
         for turn, dtype in enumerate(DTYPES):
             x = with_layout(ties(*shape, dtype=dtype, device=kernel_device), layout)
-            assert_bits(x, relu=(number + turn) % 2 == 0, upstream=LAYOUTS[(number + turn) % 3])
+            assert_bits(x, relu=(number + turn) % 2 == 0, grad_output=LAYOUTS[(number + turn) % 3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,14 +64,14 @@ def test_no_worse_than_the_reference(kernel_device, dtype):
 def test_special_values_are_treated_as_by_torch(kernel_device, layout, dtype, relu):
     x = with_layout(special_values(dtype).to(kernel_device), layout)
     y, code = ops.max_pool2x2(x, relu=relu, backend="triton")
-    wanted, wanted_code = ops.max_pool2x2(x, relu=relu, backend="reference")
-    assert_same(y, wanted)
-    assert_same(code, wanted_code)
-    got, want = (
+    expected, expected_code = ops.max_pool2x2(x, relu=relu, backend="reference")
+    assert_same(y, expected)
+    assert_same(code, expected_code)
+    got, expected_value = (
         value_and_gradients(lambda x, name=name: ops.max_pool2x2(x, relu=relu, backend=name)[0], [x])[1][0]
         for name in ("triton", "reference")
     )
-    assert torch.equal(got, want)
+    assert torch.equal(got, expected_value)
     assert_same(*(ops.max_unpool2x2(y, code, (3, 3), backend=name) for name in ("triton", "reference")))
 
 
@@ -127,10 +127,10 @@ def test_more_elements_than_32_bits_count(layout):
     (gradient,) = torch.autograd.grad(out, x, x.detach())
     for rows in (slice(0, 64), slice(4_000, 4_064), slice(8_128, 8_193)):
         part = x.detach()[:, :, rows].clone(memory_format=form).requires_grad_()
-        wanted, wanted_code = ops.max_pool2x2(part, relu=True, backend="reference")
+        expected, expected_code = ops.max_pool2x2(part, relu=True, backend="reference")
         half = slice(rows.start // 2, rows.stop // 2)
-        assert torch.equal(y[:, :, half], wanted)
-        assert torch.equal(code[:, :, half], wanted_code)
-        wanted_out = ops.max_unpool2x2(wanted, wanted_code, part.shape[2:], backend="reference")
-        assert torch.equal(out[:, :, rows], wanted_out)
-        assert torch.equal(gradient[:, :, rows], torch.autograd.grad(wanted_out, part, part.detach())[0])
+        assert torch.equal(y[:, :, half], expected)
+        assert torch.equal(code[:, :, half], expected_code)
+        expected_out = ops.max_unpool2x2(expected, expected_code, part.shape[2:], backend="reference")
+        assert torch.equal(out[:, :, rows], expected_out)
+        assert torch.equal(gradient[:, :, rows], torch.autograd.grad(expected_out, part, part.detach())[0])

@@ -96,8 +96,8 @@ def test_gradients_weights_and_biases_of_any_layout(kernel_device, form):
                 y = ops.spatial_attention(*leaves, scale=3.0, form=form, backend=backend)
                 g = random(*shape, layout=other, device=kernel_device, seed=9)
                 gradients.append(torch.autograd.grad(y, leaves, g))
-            for got, want in zip(*gradients, strict=True):
-                assert_close(got, want, atol=2e-5, rtol=2e-5)
+            for got, expected in zip(*gradients, strict=True):
+                assert_close(got, expected, atol=2e-5, rtol=2e-5)
         leaf = inputs[0].detach().requires_grad_()
         ops.spatial_attention(leaf, *inputs[1:], form=form, backend="triton").sum().backward()  # no strides at all
         assert leaf.grad.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
@@ -112,8 +112,8 @@ def test_groups_of_samples_change_nothing(kernel_device):
         with spatial_tiles(BLOCK_M=512, BLOCK_C=256, TILES=2, MEGABYTES=megabytes):
             results.append(value_and_gradients(op, inputs)[1])
     # Groups differ in how D is summed, and the sums of programs in their number: a last digit of bfloat16 may turn.
-    for got, want in zip(results[1], results[0], strict=True):
-        assert_close(got, want, atol=1e-4 * float(want.abs().max()), rtol=torch.finfo(torch.bfloat16).eps)
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert_close(got, expected, atol=1e-4 * float(expected.abs().max()), rtol=torch.finfo(torch.bfloat16).eps)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -123,8 +123,8 @@ def test_kernels_on_extreme_logits(kernel_device, form):
         op = lambda *a: ops.spatial_attention(*a, form=form, backend="triton")  # noqa: E731
         values, gradients = value_and_gradients(op, (f, factor * h, w, b))
         assert all(t.isfinite().all() for t in (*values, *gradients))
-        wanted = ops.spatial_attention(*(t.double() for t in (f, factor * h, w, b)), form=form)
-        assert_close(values[0], wanted, atol=1e-5 if factor < 1e7 else 0.05 * 4, rtol=1e-6)
+        expected = ops.spatial_attention(*(t.double() for t in (f, factor * h, w, b)), form=form)
+        assert_close(values[0], expected, atol=1e-5 if factor < 1e7 else 0.05 * 4, rtol=1e-6)
     h[0, 0, 0, 0] = torch.nan
     y = ops.spatial_attention(f, h, w, b, form=form, backend="triton")
     assert torch.equal(y.isnan(), ops.spatial_attention(f, h, w, b, form=form, backend="reference").isnan())

@@ -86,8 +86,8 @@ def test_kernels_lose_nothing_to_the_square_of_a_difference(kernel_device, size)
     var = random(channels, scale=size, seed=2, device=kernel_device)
     value = fused(x, mean, var)
     assert_close(value, mean.double().norm() + var.double().norm(), atol=0.0, rtol=8 * unit_roundoff(torch.float32))
-    wanted = (-mean.double() / mean.double().norm() / 2)[:, None].expand(channels, 2)
-    assert_close(gradient(value, x)[0], wanted, atol=0.0, rtol=8 * unit_roundoff(torch.float32))
+    expected = (-mean.double() / mean.double().norm() / 2)[:, None].expand(channels, 2)
+    assert_close(gradient(value, x)[0], expected, atol=0.0, rtol=8 * unit_roundoff(torch.float32))
 
 
 @pytest.mark.usefixtures("tiled")
@@ -97,9 +97,9 @@ def test_kernels_give_no_number_where_the_reference_gives_none(kernel_device, ba
         inputs = stored((3, 40, 2), device=kernel_device)(0)
         inputs[place][38] = bad
         (value,), (dx, *_) = value_and_gradients(fused, inputs)
-        (wanted,), (wanted_dx, *_) = value_and_gradients(lambda *a: fused(*a, backend="reference"), inputs)
-        assert_close(value, wanted, atol=0.0)
-        assert_close(dx, wanted_dx, atol=1e-6)
+        (expected,), (expected_dx, *_) = value_and_gradients(lambda *a: fused(*a, backend="reference"), inputs)
+        assert_close(value, expected, atol=0.0)
+        assert_close(dx, expected_dx, atol=1e-6)
 
 
 def test_kernels_scale_by_the_upstream_gradient(kernel_device):

@@ -21,10 +21,10 @@ from dfkd_fast.models import (
     LayerStatistics,
     Outputs,
     batchnorm_mode,
+    cast_weights,
     extract,
     fold_batchnorm,
     frozen,
-    held_in,
 )
 
 from .nets import NARROW, NARROW_TIMM, close, images, network, unsettled
@@ -285,7 +285,7 @@ REWRITES: dict[str, Callable[[nn.Module], FeatureModel]] = {
     "features": lambda model: extract(model, image_size=32),
     "statistics": lambda model: extract(model, statistics=True, image_size=32),
     "folded": lambda model: fold_batchnorm(extract(model, image_size=32), image_size=32),
-    "held": lambda model: held_in(extract(model, statistics=True, image_size=32), torch.bfloat16),
+    "held": lambda model: cast_weights(extract(model, statistics=True, image_size=32), torch.bfloat16),
     "patched": lambda model: (patch(model.requires_grad_(False)), extract(model, image_size=32))[1],
 }
 

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfkd_fast.models import FeatureModel, LayerStatistics, Outputs, extract, fold_batchnorm, held_in
+from dfkd_fast.models import FeatureModel, LayerStatistics, Outputs, cast_weights, extract, fold_batchnorm
 
 from . import nets
 from .nets import NARROW, NARROW_TIMM, unsettled
@@ -98,7 +98,9 @@ def test_in_bfloat16_folding_costs_no_accuracy(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [lambda f: fold_batchnorm(f, image_size=SIZE), lambda f: held_in(f, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "make", [lambda f: fold_batchnorm(f, image_size=SIZE), lambda f: cast_weights(f, torch.bfloat16)]
+)
 def test_the_original_is_left_alone(make: Callable[[FeatureModel], FeatureModel]) -> None:
     features = network("torchvision:mobilenet_v2")
     features.to(memory_format=torch.channels_last)
@@ -267,7 +269,7 @@ def test_weights_that_several_layers_share() -> None:
     made = fold_batchnorm(features, image_size=SIZE)
     assert made.folded == ("norm",)
     close(made(images()), features(images()), 1e-5)
-    held = held_in(features, torch.bfloat16)
+    held = cast_weights(features, torch.bfloat16)
     assert held.model.again.weight is held.model.first.weight  # type: ignore[union-attr]
 
 
@@ -377,7 +379,7 @@ def test_held_weights_give_the_same_bit_for_bit(name: str, statistics: bool) -> 
     features = network(name).requires_grad_(False)
     if statistics:
         features = extract(features, statistics=True, image_size=SIZE)
-    held = held_in(features, torch.bfloat16)
+    held = cast_weights(features, torch.bfloat16)
     assert (held.batchnorms, held.fused) == (features.batchnorms, features.fused)
     results = []
     for each in (features, held):
@@ -401,7 +403,7 @@ def test_what_computes_or_watches_its_weight_is_not_held() -> None:
         m.second.register_forward_hook(lambda *_: None)
 
     features = extract(computed(change), stages=["last"], image_size=SIZE)
-    held = held_in(features, torch.bfloat16)
+    held = cast_weights(features, torch.bfloat16)
     wide = {name for name, parameter in held.model.named_parameters() if parameter.dtype == torch.float32}
     norms = {f"{norm}.{name}" for norm in ("norm", "last") for name in ("weight", "bias")}
     assert wide == norms | {"first.bias", "first.parametrizations.weight.original", "second.weight"}
@@ -412,7 +414,7 @@ def test_what_computes_or_watches_its_weight_is_not_held() -> None:
 def test_compiled() -> None:
     features = network("resnet8")
     folded = fold_batchnorm(features, dtype=torch.bfloat16, image_size=SIZE)
-    held = held_in(extract(features, statistics=True, image_size=SIZE), torch.bfloat16)
+    held = cast_weights(extract(features, statistics=True, image_size=SIZE), torch.bfloat16)
     torch._dynamo.reset()
     for each in (folded, held):
         x = images().requires_grad_()
@@ -438,9 +440,9 @@ def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="must be a FeatureModel, as extract gives it, got CifarResNet"):
         fold_batchnorm(features.model, image_size=SIZE)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must be a FeatureModel, as extract gives it, got CifarResNet"):
-        held_in(features.model, torch.bfloat16)  # type: ignore[arg-type]
+        cast_weights(features.model, torch.bfloat16)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"dtype must be one of torch.float16, .*, got torch.int8"):
-        held_in(features, torch.int8)
+        cast_weights(features, torch.int8)
     with pytest.raises(ValueError, match="CifarResNet gives the statistics of its BatchNorms"):
         fold_batchnorm(extract(features, statistics=True, image_size=SIZE), image_size=SIZE)
     valid = unsettled(_Classifier(lambda m, x: m.fc(m.wide(x).mean((2, 3))), wide=nn.Conv2d(3, 4, 3)))

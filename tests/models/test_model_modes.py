@@ -87,8 +87,8 @@ def test_gradients_of_batch_mode_are_those_of_training() -> None:
     module, x = moved("2d"), torch.randn(4, 3, 2, 2, requires_grad=True)
     with batchnorm_mode(module.eval(), "batch"):
         (found,) = torch.autograd.grad(module(x).pow(3).sum(), x)
-    (wanted,) = torch.autograd.grad(module.train()(x).pow(3).sum(), x)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    (expected,) = torch.autograd.grad(module.train()(x).pow(3).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_unknown_mode() -> None:

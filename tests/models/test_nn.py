@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_fast import ops
-from dfkd_fast.nn import AttentionGenerator, HighOrderAttention, ProjectionHead, SpatialAttention, spectral_norm_held
+from dfkd_fast.nn import AttentionGenerator, HighOrderAttention, ProjectionHead, SpatialAttention, freeze_spectral_norm
 from dfkd_fast.testing import random
 from dfkd_fast.testing.inputs import Layout
 
@@ -95,14 +95,14 @@ def test_the_hourglass_is_that_of_torchs_pooling_and_unpooling(
     nn.init.constant_(module.encode_norm.bias, -1.0)
     other = copy.deepcopy(module)
     x = random(3, 16, *size, layout=layout, requires_grad=True)
-    got, want = module.hidden(x), _hidden_by_torchs_pooling(other, x)
-    upstream = torch.randn_like(want)
-    wanted = [each for name, each in module.named_parameters() if not name.startswith("expand")]
+    got, expected_value = module.hidden(x), _hidden_by_torchs_pooling(other, x)
+    grad_output = torch.randn_like(expected_value)
+    expected = [each for name, each in module.named_parameters() if not name.startswith("expand")]
     theirs = [each for name, each in other.named_parameters() if not name.startswith("expand")]
-    assert torch.equal(got, want)
+    assert torch.equal(got, expected_value)
     for mine, other_one in zip(
-        torch.autograd.grad(got, [x, *wanted], upstream),
-        torch.autograd.grad(want, [x, *theirs], upstream),
+        torch.autograd.grad(got, [x, *expected], grad_output),
+        torch.autograd.grad(expected_value, [x, *theirs], grad_output),
         strict=True,
     ):
         assert torch.equal(mine, other_one)
@@ -176,7 +176,7 @@ def test_spectral_norm_held_leaves_the_estimate() -> None:
     generator = AttentionGenerator(16, latent_dim=4, channels=(8, 8, 8, 8, 8))
     noise = torch.randn(2, 4)
     before = _snapshot(generator)
-    with spectral_norm_held(generator):
+    with freeze_spectral_norm(generator):
         generator(noise)
     assert not {name for name in _changed(before, generator) if name.endswith(("_u", "_v"))}
     generator(noise)

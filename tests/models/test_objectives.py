@@ -66,17 +66,17 @@ class _Network:
 TEACHER, STUDENT = _Network((8, 12), 12), _Network((8, 5), 5)
 
 
-def check(found: Tensor, wanted: Tensor, inputs: list[Tensor]) -> None:
+def check(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
     """Equal in value and in the gradient to every input, at the precision of float32 sums."""
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
-    for got, want in zip(
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    for got, expected_value in zip(
         torch.autograd.grad(3.0 * found, inputs, allow_unused=True, retain_graph=True),
-        torch.autograd.grad(3.0 * wanted, inputs, allow_unused=True, retain_graph=True),
+        torch.autograd.grad(3.0 * expected, inputs, allow_unused=True, retain_graph=True),
         strict=True,
     ):
-        assert (got is None) == (want is None)
-        if got is not None and want is not None:
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        assert (got is None) == (expected_value is None)
+        if got is not None and expected_value is not None:
+            torch.testing.assert_close(got, expected_value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -87,17 +87,17 @@ def test_distillation_is_the_divergence_of_the_softmaxes(direction: str, tempera
     p, q = ((o.logits / temperature).softmax(1) for o in (t, s))
     if direction == "reverse":
         p, q = q, p
-    wanted = (p * (p.log() - q.log())).sum() / len(p) * temperature**2
-    check(term(t, s), wanted, [t.logits, s.logits])
+    expected = (p * (p.log() - q.log())).sum() / len(p) * temperature**2
+    check(term(t, s), expected, [t.logits, s.logits])
 
 
 def test_batchnorm_statistics_sum_norms_that_are_not_squared() -> None:
     t = outputs()
-    wanted = torch.zeros((), dtype=F64)
+    expected = torch.zeros((), dtype=F64)
     for layer in t.statistics:
-        wanted = wanted + (layer.mean - layer.running_mean).square().sum().sqrt()
-        wanted = wanted + (layer.var - layer.running_var).square().sum().sqrt()
-    check(BatchNormStatistics()(t, None), wanted, [x for layer in t.statistics for x in layer[:2]])
+        expected = expected + (layer.mean - layer.running_mean).square().sum().sqrt()
+        expected = expected + (layer.var - layer.running_var).square().sum().sqrt()
+    check(BatchNormStatistics()(t, None), expected, [x for layer in t.statistics for x in layer[:2]])
 
 
 def test_batchnorm_statistics_that_agree_have_no_gradient() -> None:
@@ -126,14 +126,14 @@ def test_peers_terms() -> None:
 def test_attention_transfer_compares_maps_of_unit_length_at_the_smaller_size() -> None:
     t = outputs()
     s = outputs(channels=(8, 5), sizes=((6, 6), (6, 6)))
-    wanted = torch.zeros((), dtype=F64)
+    expected = torch.zeros((), dtype=F64)
     for x, y in zip(t.features, s.features, strict=True):
         if x.shape[-1] < y.shape[-1]:
             y = y.unflatten(-1, (3, 2)).unflatten(-3, (3, 2)).mean((-1, -3))
         a, b = (z.square().mean(1).flatten(1) for z in (x, y))
         a, b = (m / m.square().sum(1, keepdim=True).sqrt() for m in (a, b))
-        wanted = wanted + (a - b).square().mean()
-    check(AttentionTransfer(SHAPES)(t, s), wanted, [*t.features, *s.features])
+        expected = expected + (a - b).square().mean()
+    check(AttentionTransfer(SHAPES)(t, s), expected, [*t.features, *s.features])
 
 
 def _attended(x: Tensor, proj: Tensor, out: Tensor, target: str) -> Tensor:
@@ -153,7 +153,7 @@ def test_mhad(target: str, average: str, shared: bool, stages: int | None) -> No
     config = MHADConfig(target=target, average=average, shared=shared, stages=stages)  # type: ignore[arg-type]
     term = HighOrderAttentionDistillation(SHAPES, config).double()
     t, s = outputs(), outputs(channels=(8, 5), sizes=((6, 6), (6, 6)))
-    wanted = torch.zeros((), dtype=F64)
+    expected = torch.zeros((), dtype=F64)
     for index, stage in enumerate([0, 1][-(stages or 2) :]):
         x, y = t.features[stage].detach(), s.features[stage]
         if stage == 1:
@@ -166,8 +166,8 @@ def test_mhad(target: str, average: str, shared: bool, stages: int | None) -> No
             - _attended(x, theirs.proj_weight, theirs.out_weight, target).detach()
         )
         squared = error.square().sum()
-        wanted = wanted + squared / (error.numel() if average == "elements" else error.shape[0] * error.shape[1])
-    check(term(t, s), wanted, [*s.features, *(p for p in term.parameters() if p.requires_grad)])
+        expected = expected + squared / (error.numel() if average == "elements" else error.shape[0] * error.shape[1])
+    check(term(t, s), expected, [*s.features, *(p for p in term.parameters() if p.requires_grad)])
 
 
 def test_mhad_never_trains_the_teachers_side() -> None:

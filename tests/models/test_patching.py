@@ -72,7 +72,7 @@ def network(name: str = "custom") -> nn.Module:
     return unsettled(_Custom()) if name == "custom" else unsettled(nets.network(name, **NETWORKS[name][0]))
 
 
-def answer(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def eval_forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and the gradient of the image."""
     x = x.detach().clone().requires_grad_()
     logits = model(x)
@@ -105,19 +105,19 @@ def reasons(report: PatchReport) -> dict[str, str]:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_same_values_and_gradients(name: str) -> None:
     model, x = network(name), images()
-    expected, before = answer(model, x), everything(model)
+    expected, before = eval_forward(model, x), everything(model)
     names = list(model.state_dict())
     report = patch(model)
     _, replaced, left = NETWORKS[name]
     assert (len(report.replaced), len(report.left)) == (replaced, left), str(report)
     assert all("nothing follows" in why for why in reasons(report).values())
-    for found, value in zip(answer(model, x), expected, strict=True):
+    for found, value in zip(eval_forward(model, x), expected, strict=True):
         close(found, value)
     assert list(model.state_dict()) == names
     assert not same(everything(model), before)
     unpatch(model)
     assert same(everything(model), before)
-    assert all(torch.equal(a, b) for a, b in zip(answer(model, x), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(eval_forward(model, x), expected, strict=True))
 
 
 def test_report_says_what_and_why() -> None:
@@ -440,13 +440,13 @@ def test_poolings_that_are_left() -> None:
 @pytest.mark.parametrize("make", [network, lambda: _Hourglass(True).requires_grad_(False)], ids=["norms", "pools"])
 def test_kernels_agree_and_compile(kernel_device: str, make: Callable[[], nn.Module]) -> None:
     model, x = make().to(kernel_device), images(2, 8).to(kernel_device)
-    expected = answer(model, x)
+    expected = eval_forward(model, x)
     assert patch(model, example=x).replaced
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.compiler.reset()
     for backend, each in (("reference", model), ("triton", model), ("triton", compiled)):
         with ops.backend(backend):
-            for found, value in zip(answer(each, x), expected, strict=True):
+            for found, value in zip(eval_forward(each, x), expected, strict=True):
                 torch.testing.assert_close(found, value, rtol=1e-5, atol=2e-5 * value.abs().max().item())
     torch.compiler.reset()
 

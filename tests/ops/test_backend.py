@@ -100,13 +100,13 @@ def test_named_backend_is_never_replaced(op, monkeypatch):
 
 
 def test_unknown_names(op, monkeypatch):
-    wanted = "must be 'cuda', 'triton' or 'reference', got 'fast'"
-    with pytest.raises(ValueError, match=f"backend {wanted}"):
+    expected = "must be 'cuda', 'triton' or 'reference', got 'fast'"
+    with pytest.raises(ValueError, match=f"backend {expected}"):
         ops.backend("fast")
-    with pytest.raises(ValueError, match=f"backend {wanted}"):
+    with pytest.raises(ValueError, match=f"backend {expected}"):
         chosen(op, backend="fast")
     monkeypatch.setenv(VARIABLE, "fast")
-    with pytest.raises(ValueError, match=f"{VARIABLE} {wanted}"):
+    with pytest.raises(ValueError, match=f"{VARIABLE} {expected}"):
         chosen(op)
 
 
@@ -196,11 +196,11 @@ def test_docstrings_name_the_registered_backends(name):
 
 def test_public_ops_follow_the_context():
     logits = random(2, 3)
-    wanted = ops.distillation_kl(logits, -logits)
+    expected = ops.distillation_kl(logits, -logits)
     with ops.backend("reference"):
-        assert torch.equal(ops.distillation_kl(logits, -logits), wanted)
+        assert torch.equal(ops.distillation_kl(logits, -logits), expected)
     with ops.backend("triton"):
-        assert torch.equal(ops.distillation_kl(logits, -logits, backend="reference"), wanted)
+        assert torch.equal(ops.distillation_kl(logits, -logits, backend="reference"), expected)
         with pytest.raises(RuntimeError, match="cannot serve distillation_kl: its kernels take"):
             ops.distillation_kl(logits.double(), -logits)
 

@@ -54,13 +54,13 @@ def make(shape=(3, 5, 4, 2), *, dtype=torch.float64, **options):
 def test_values_and_gradients_follow_the_formula(shape, affine, residual, activation):
     inputs = make(shape, affine=affine, residual=residual)
     values, gradients = value_and_gradients(lambda *a: call(*a, activation=activation), inputs)
-    wanted, wanted_gradients = value_and_gradients(lambda *a: define(*a, activation=activation), inputs)
-    for got, want, name in zip(values, wanted, ("y", "mean", "var"), strict=True):
-        assert_close(got, want, atol=1e-12, rtol=1e-12, name=name)
+    expected, expected_gradients = value_and_gradients(lambda *a: define(*a, activation=activation), inputs)
+    for got, expected_value, name in zip(values, expected, ("y", "mean", "var"), strict=True):
+        assert_close(got, expected_value, atol=1e-12, rtol=1e-12, name=name)
     names = ("x", "running_mean", "running_var", "weight", "bias", "residual")
-    for got, want, name in zip(gradients, wanted_gradients, names, strict=True):
-        if want is not None and shape[0] > 0:
-            assert_close(got, want, atol=1e-12, rtol=1e-12, name=f"gradient of {name}")
+    for got, expected_value, name in zip(gradients, expected_gradients, names, strict=True):
+        if expected_value is not None and shape[0] > 0:
+            assert_close(got, expected_value, atol=1e-12, rtol=1e-12, name=f"gradient of {name}")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -143,9 +143,9 @@ def test_channel_statistics_are_those_of_the_norm():
     alone = ops.channel_statistics(inputs[0])
     assert torch.equal(alone[0], mean)
     assert torch.equal(alone[1], var)
-    wanted = define(*inputs)
-    assert_close(alone[0], wanted[1], atol=1e-13)
-    assert_close(alone[1], wanted[2], atol=1e-12)
+    expected = define(*inputs)
+    assert_close(alone[0], expected[1], atol=1e-13)
+    assert_close(alone[1], expected[2], atol=1e-12)
 
 
 def test_one_value_a_channel_has_no_variance():
@@ -170,18 +170,18 @@ def test_reduced_precision(dtype, activation):
     inputs = make((4, 6, 9, 7), dtype=dtype, residual=True)
     exact = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
     values, gradients = value_and_gradients(lambda *a: call(*a, activation=activation), inputs)
-    wanted, wanted_gradients = value_and_gradients(lambda *a: define(*a, activation=activation), exact)
+    expected, expected_gradients = value_and_gradients(lambda *a: define(*a, activation=activation), exact)
     assert [v.dtype for v in values] == [dtype, torch.float32, torch.float32]
     single = unit_roundoff(torch.float32)
     # Of terms up to (3 + 8) / sqrt(0.1) before they cancel.
-    assert_close(values[0], wanted[0], atol=256 * single, rtol=unit_roundoff(dtype), name="y")
-    for got, want in zip(values[1:], wanted[1:], strict=True):
-        assert_close(got, want, atol=16 * single, rtol=16 * single)
-    for got, want, given in zip(gradients, wanted_gradients, inputs, strict=True):
-        if want is not None:
+    assert_close(values[0], expected[0], atol=256 * single, rtol=unit_roundoff(dtype), name="y")
+    for got, expected_value in zip(values[1:], expected[1:], strict=True):
+        assert_close(got, expected_value, atol=16 * single, rtol=16 * single)
+    for got, expected_value, given in zip(gradients, expected_gradients, inputs, strict=True):
+        if expected_value is not None:
             assert got.dtype == given.dtype
             # The upstream gradient of y is rounded to dtype: of the sums over 252 positions each term is.
-            assert (got.double() - want).norm() <= 8 * unit_roundoff(dtype) * want.norm()
+            assert (got.double() - expected_value).norm() <= 8 * unit_roundoff(dtype) * expected_value.norm()
 
 
 def test_dtypes_may_differ():

@@ -36,9 +36,9 @@ def relaid(t: Tensor | None, layout: Any) -> Tensor | None:
     return with_layout(t, layout).requires_grad_(t.requires_grad)
 
 
-def assert_equal(found: Any, wanted: Any) -> None:
+def assert_equal(found: Any, expected: Any) -> None:
     """To the bit."""
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(found, expected, strict=True):
         assert a is b is None or torch.equal(a, b)
 
 
@@ -46,11 +46,11 @@ def assert_equal(found: Any, wanted: Any) -> None:
 def test_memory_layout_changes_nothing(name):
     case = CASES[name]
     inputs = case.make(case.shapes[0])(1)
-    wanted, wanted_gradients = value_and_gradients(case.function, inputs)
+    expected, expected_gradients = value_and_gradients(case.function, inputs)
     for layout in case.layouts:
         laid = [relaid(t, layout) for t in inputs]
         values, gradients = value_and_gradients(case.function, laid)
-        for a, b in zip((*values, *gradients), (*wanted, *wanted_gradients), strict=True):
+        for a, b in zip((*values, *gradients), (*expected, *expected_gradients), strict=True):
             if b is not None:
                 assert_close(a, b, atol=case.atol, rtol=case.atol, name=layout)
 
@@ -125,8 +125,8 @@ def test_function_transforms(backend_and_device, name):
 
     gradients = torch.func.grad(total, argnums=case.needs_grad)
     leaves = [t if t is None else t.clone().requires_grad_(i in case.needs_grad) for i, t in enumerate(first)]
-    wanted = torch.autograd.grad(total(*leaves), [leaves[i] for i in case.needs_grad])
-    for a, b in zip(gradients(*first), wanted, strict=True):
+    expected = torch.autograd.grad(total(*leaves), [leaves[i] for i in case.needs_grad])
+    for a, b in zip(gradients(*first), expected, strict=True):
         assert_close(a, b, atol=atol, rtol=atol)
     for batched in {case.batched, case.batched[:1]}:
         dims = tuple(0 if i in batched else None for i in range(len(first)))
@@ -142,11 +142,11 @@ def test_function_transforms(backend_and_device, name):
 def test_autocast_changes_nothing(backend_and_device, name):
     case, (backend, device) = CASES[name], backend_and_device
     inputs = case.make(case.shapes[0], device=device)(1)
-    wanted = tensors(case.function(*inputs, backend=backend))
+    expected = tensors(case.function(*inputs, backend=backend))
     with torch.autocast(device, dtype=torch.bfloat16):
         found = tensors(case.function(*inputs, backend=backend))
-    assert [t.dtype for t in found] == [t.dtype for t in wanted]
-    assert_equal(found, wanted)
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    assert_equal(found, expected)
 
 
 @each_case
@@ -176,8 +176,8 @@ def test_operators_pass_opcheck(kernel_device, name):
         with RecordedOperators() as operators:
             values = [value for value in tensors(case.function(*leaves, backend="triton")) if value.requires_grad]
             values = values[-1:] if number else values
-            upstream = [with_layout(v, layout if v.ndim == inputs[0].ndim else "contiguous") for v in values]
-            torch.autograd.grad(values, [leaves[i] for i in some], upstream)
+            grad_output = [with_layout(v, layout if v.ndim == inputs[0].ndim else "contiguous") for v in values]
+            torch.autograd.grad(values, [leaves[i] for i in some], grad_output)
         assert len(operators.calls) >= 2
         for function, arguments in operators.calls:
             torch.library.opcheck(function, arguments, test_utils=FEWER_CHECKS if number else ALL_CHECKS)
@@ -202,10 +202,10 @@ def test_each_subset_of_gradients(kernel_device, name):
         leaves = [t if t is None else t.detach().requires_grad_(i in some) for i, t in enumerate(inputs)]
         with case.tiling():
             values = tensors(case.function(*leaves, backend="triton"))
-            upstream = [random(*value.shape, device=kernel_device, seed=i) for i, value in enumerate(values)]
-            both = [(v, g) for v, g in zip(values, upstream, strict=True) if v.requires_grad]
-            outputs, upstream = zip(*both, strict=True)
-            gradients = iter(torch.autograd.grad(outputs, [leaves[i] for i in some], upstream))
+            grad_output = [random(*value.shape, device=kernel_device, seed=i) for i, value in enumerate(values)]
+            both = [(v, g) for v, g in zip(values, grad_output, strict=True) if v.requires_grad]
+            outputs, grad_output = zip(*both, strict=True)
+            gradients = iter(torch.autograd.grad(outputs, [leaves[i] for i in some], grad_output))
         return [next(gradients) if i in some else None for i in range(len(inputs))]
 
     whole = run(case.needs_grad)
@@ -220,8 +220,8 @@ def test_an_empty_batch_is_as_the_references(kernel_device, name):
     case = CASES[name]
     inputs = case.make((0, *case.shapes[0][1:]), device=kernel_device)(1)
     with case.tiling():
-        found, wanted = (value_and_gradients(with_backend(case, each), inputs) for each in ("triton", "reference"))
-    for a, b in zip((*found[0], *found[1]), (*wanted[0], *wanted[1]), strict=True):
+        found, expected = (value_and_gradients(with_backend(case, each), inputs) for each in ("triton", "reference"))
+    for a, b in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             assert_close(a, b, atol=0.0)
@@ -261,12 +261,12 @@ def test_a_captured_graph_follows_its_inputs(name):
     inputs = [t if t is None else t.detach().requires_grad_(i in case.needs_grad) for i, t in enumerate(make(1))]
     leaves = [inputs[i] for i in case.needs_grad]
 
-    upstream = [torch.randn_like(value) for value in tensors(case.function(*inputs, backend="triton"))]
+    grad_output = [torch.randn_like(value) for value in tensors(case.function(*inputs, backend="triton"))]
 
     def step():
         with case.tiling():
             values = tensors(case.function(*inputs, backend="triton"))
-            return *values, *torch.autograd.grad(values, leaves, upstream)
+            return *values, *torch.autograd.grad(values, leaves, grad_output)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -327,9 +327,9 @@ def test_memory_is_that_of_results_and_gradients(name):
         values = tensors(function(*inputs, backend="triton"))
         peak = torch.cuda.max_memory_allocated()
         values = [value for value in values if value.requires_grad]
-        return values, peak, torch.autograd.grad(values, leaves, upstream)
+        return values, peak, torch.autograd.grad(values, leaves, grad_output)
 
-    upstream = [torch.ones_like(v) for v in tensors(function(*inputs, backend="triton")) if v.requires_grad]
+    grad_output = [torch.ones_like(v) for v in tensors(function(*inputs, backend="triton")) if v.requires_grad]
     run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -52,10 +52,10 @@ def test_value_and_gradients_follow_the_formula(n, dim, temperature, symmetric, 
     inputs = make(n, dim)
     options = {"temperature": temperature, "symmetric": symmetric, "normalize": normalize, "reduction": reduction}
     values, gradients = value_and_gradients(lambda *a: ops.contrastive_loss(*a, **options), inputs)
-    wanted, wanted_gradients = value_and_gradients(lambda *a: definition(*a, **options), inputs)
-    assert_close(values[0], wanted[0], atol=1e-12, rtol=1e-12)
-    for got, want, name in zip(gradients, wanted_gradients, ("anchors", "positives"), strict=True):
-        assert_close(got, want, atol=1e-11, rtol=1e-11, name=f"gradient of {name}")
+    expected, expected_gradients = value_and_gradients(lambda *a: definition(*a, **options), inputs)
+    assert_close(values[0], expected[0], atol=1e-12, rtol=1e-12)
+    for got, expected_value, name in zip(gradients, expected_gradients, ("anchors", "positives"), strict=True):
+        assert_close(got, expected_value, atol=1e-11, rtol=1e-11, name=f"gradient of {name}")
 
 
 @pytest.mark.parametrize(("symmetric", "normalize"), FLAGS)
@@ -117,10 +117,10 @@ def test_without_normalisation_a_zero_row_is_a_row_like_others():
 
 def test_the_length_of_a_row_does_not_matter():
     t, s = make(dtype=torch.float32)
-    wanted = ops.contrastive_loss(t, s)
+    expected = ops.contrastive_loss(t, s)
     for factor in (2.0**-120, 2.0**100):
         got = ops.contrastive_loss(t * factor, s)
-        assert_close(got, wanted, atol=1e-6)
+        assert_close(got, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,9 +138,9 @@ def test_small_temperature_is_stable():
     values, gradients = value_and_gradients(
         lambda *a: ops.contrastive_loss(*a, temperature=1e-4, reduction="none"), make(dtype=torch.float32)
     )
-    wanted = definition(*(t.double() for t in make(dtype=torch.float32)), temperature=1e-4, reduction="none")
+    expected = definition(*(t.double() for t in make(dtype=torch.float32)), temperature=1e-4, reduction="none")
     # A rounding of a similarity in [-1, 1], divided by the temperature.
-    assert_close(values[0], wanted, atol=16 * unit_roundoff(torch.float32) / 1e-4)
+    assert_close(values[0], expected, atol=16 * unit_roundoff(torch.float32) / 1e-4)
     assert all(g.isfinite().all() for g in gradients)
 
 
@@ -160,13 +160,15 @@ def test_reduced_precision(dtype, symmetric):
     inputs = make(8, 33, dtype=dtype)
     exact = [t.double() for t in inputs]
     values, gradients = value_and_gradients(lambda *a: ops.contrastive_loss(*a, symmetric=symmetric), inputs)
-    wanted, wanted_gradients = value_and_gradients(lambda *a: definition(*a, symmetric=symmetric), exact)
+    expected, expected_gradients = value_and_gradients(lambda *a: definition(*a, symmetric=symmetric), exact)
     assert values[0].dtype == torch.float32
     single = 64 * unit_roundoff(torch.float32)  # 33 terms a similarity, times 1 / temperature, in random walk
-    assert_close(values[0], wanted[0], atol=single, rtol=single)
-    for got, want in zip(gradients, wanted_gradients, strict=True):
+    assert_close(values[0], expected[0], atol=single, rtol=single)
+    for got, expected_value in zip(gradients, expected_gradients, strict=True):
         assert got.dtype == dtype
-        assert_close(got, want, atol=single * float(want.abs().max()) + 1e-7, rtol=unit_roundoff(dtype))
+        assert_close(
+            got, expected_value, atol=single * float(expected_value.abs().max()) + 1e-7, rtol=unit_roundoff(dtype)
+        )
 
 
 def test_dtypes_may_differ():

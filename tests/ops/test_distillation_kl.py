@@ -50,10 +50,10 @@ def test_value_and_gradients_follow_the_formula(n, classes, temperature, directi
     inputs = make(n, classes)
     options = {"temperature": temperature, "direction": direction, "reduction": reduction}
     values, gradients = value_and_gradients(lambda *a: ops.distillation_kl(*a, **options), inputs)
-    wanted, wanted_gradients = value_and_gradients(lambda *a: definition(*a, **options), inputs)
-    assert_close(values[0], wanted[0], atol=1e-13, rtol=1e-12)
-    for got, want, name in zip(gradients, wanted_gradients, ("student", "teacher"), strict=True):
-        assert_close(got, want, atol=1e-12, rtol=1e-12, name=f"gradient of the {name}'s logits")
+    expected, expected_gradients = value_and_gradients(lambda *a: definition(*a, **options), inputs)
+    assert_close(values[0], expected[0], atol=1e-13, rtol=1e-12)
+    for got, expected_value, name in zip(gradients, expected_gradients, ("student", "teacher"), strict=True):
+        assert_close(got, expected_value, atol=1e-12, rtol=1e-12, name=f"gradient of the {name}'s logits")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -68,8 +68,8 @@ def test_gradcheck_once_and_twice(direction, reduction):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_reductions_are_those_of_torch(reduction):
     s, t = make()
-    wanted = F.kl_div((s / 3).log_softmax(1), (t / 3).log_softmax(1), reduction=reduction, log_target=True) * 9
-    assert_close(ops.distillation_kl(s, t, temperature=3, reduction=reduction), wanted, atol=1e-13)
+    expected = F.kl_div((s / 3).log_softmax(1), (t / 3).log_softmax(1), reduction=reduction, log_target=True) * 9
+    assert_close(ops.distillation_kl(s, t, temperature=3, reduction=reduction), expected, atol=1e-13)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -77,10 +77,10 @@ def test_reductions_are_those_of_torch(reduction):
 def test_without_temperature_squared(direction, reduction):
     options = {"temperature": 3.0, "direction": direction, "reduction": reduction}
     values, gradients = value_and_gradients(lambda *a: ops.distillation_kl(*a, **options, squared=False), make())
-    wanted, wanted_gradients = value_and_gradients(lambda *a: definition(*a, **options) / 9, make())
-    assert_close(values[0], wanted[0], atol=1e-13, rtol=1e-12)
-    for got, want in zip(gradients, wanted_gradients, strict=True):
-        assert_close(got, want, atol=1e-13, rtol=1e-12)
+    expected, expected_gradients = value_and_gradients(lambda *a: definition(*a, **options) / 9, make())
+    assert_close(values[0], expected[0], atol=1e-13, rtol=1e-12)
+    for got, expected_value in zip(gradients, expected_gradients, strict=True):
+        assert_close(got, expected_value, atol=1e-13, rtol=1e-12)
 
 
 def test_reverse_is_forward_exchanged():
@@ -126,10 +126,10 @@ def test_masked_classes(backend_and_device, direction):
     masked_s[:, [1, 4]] = masked_t[:, [1, 4]] = -math.inf
     op = lambda *a: ops.distillation_kl(*a, temperature=2.0, direction=direction, backend=backend_and_device[0])  # noqa: E731
     (value,), gradients = value_and_gradients(op, (masked_s, masked_t))
-    (wanted,), wanted_gradients = value_and_gradients(op, (s[:, keep], t[:, keep]))
-    assert_close(value, wanted, atol=atol, rtol=atol)
-    for got, want in zip(gradients, wanted_gradients, strict=True):
-        assert_close(got[:, keep], want, atol=atol)
+    (expected,), expected_gradients = value_and_gradients(op, (s[:, keep], t[:, keep]))
+    assert_close(value, expected, atol=atol, rtol=atol)
+    for got, expected_value in zip(gradients, expected_gradients, strict=True):
+        assert_close(got[:, keep], expected_value, atol=atol)
         assert_close(got[:, [1, 4]], 0.0, atol=0.0)
 
 
@@ -138,11 +138,11 @@ def test_a_class_masked_on_one_side(backend_and_device):
     t[0, 1] = -math.inf  # the teacher excludes it: it adds nothing, as in torch
     op = lambda *a: ops.distillation_kl(*a, backend=backend_and_device[0])  # noqa: E731
     (value,), gradients = value_and_gradients(op, (s, t))
-    (wanted,), wanted_gradients = value_and_gradients(ops.distillation_kl, (s.double(), t.double()))
+    (expected,), expected_gradients = value_and_gradients(ops.distillation_kl, (s.double(), t.double()))
     assert_close(value, F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean"), atol=atol)
-    for got, want in zip((value, *gradients), (wanted, *wanted_gradients), strict=True):
+    for got, expected_value in zip((value, *gradients), (expected, *expected_gradients), strict=True):
         assert got.isfinite().all()
-        assert_close(got, want, atol=atol)
+        assert_close(got, expected_value, atol=atol)
     assert op(t, s) == math.inf  # the student excludes what the teacher expects
 
 
@@ -164,15 +164,17 @@ def test_reduced_precision(dtype, direction):
     op = lambda *a: ops.distillation_kl(*a, temperature=2.0, direction=direction)  # noqa: E731
     (value,), gradients = value_and_gradients(op, inputs)
     define = lambda *a: definition(*a, temperature=2.0, direction=direction)  # noqa: E731
-    (wanted,), wanted_gradients = value_and_gradients(define, exact)
+    (expected,), expected_gradients = value_and_gradients(define, exact)
     assert value.dtype == torch.float32
     # log p and log q are near 4, each off by some u of that; p sums to one, and temperature squared is 4.
     single = 64 * unit_roundoff(torch.float32)
-    assert_close(value, wanted, atol=single, rtol=single)
-    for got, want in zip(gradients, wanted_gradients, strict=True):
+    assert_close(value, expected, atol=single, rtol=single)
+    for got, expected_value in zip(gradients, expected_gradients, strict=True):
         assert got.dtype == dtype
         tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # below it float16 rounds to a fixed grid
-        assert_close(got, want, atol=single * float(want.abs().max()) + tiny, rtol=unit_roundoff(dtype))
+        assert_close(
+            got, expected_value, atol=single * float(expected_value.abs().max()) + tiny, rtol=unit_roundoff(dtype)
+        )
 
 
 def test_dtypes_may_differ():

@@ -45,10 +45,12 @@ def test_value_and_gradients_follow_the_formula(shape, order, mode):
     inputs = make(shape, order=order)
     for which, name in enumerate(PUBLIC):
         values, gradients = value_and_gradients(lambda *a, f=PUBLIC[name]: f(*a, mode=mode), inputs)
-        wanted, wanted_gradients = value_and_gradients(lambda *a, w=which: definition(*a, mode)[w], inputs)
-        assert_close(values[0], wanted[0], atol=1e-13, rtol=1e-13, name=name)
-        for got, want, argument in zip(gradients, wanted_gradients, ("x", "proj_weight", "out_weight"), strict=True):
-            assert_close(got, want, atol=1e-11, rtol=1e-11, name=f"{name}: gradient of {argument}")
+        expected, expected_gradients = value_and_gradients(lambda *a, w=which: definition(*a, mode)[w], inputs)
+        assert_close(values[0], expected[0], atol=1e-13, rtol=1e-13, name=name)
+        for got, expected_value, argument in zip(
+            gradients, expected_gradients, ("x", "proj_weight", "out_weight"), strict=True
+        ):
+            assert_close(got, expected_value, atol=1e-11, rtol=1e-11, name=f"{name}: gradient of {argument}")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -93,11 +95,11 @@ def test_reduced_precision_stays_within_its_bound(dtype, order):
     u = unit_roundoff(dtype) * (24 if dtype == torch.float32 else 1)
     assert_close(y, definition(*exact, "joint")[0], atol=error_bound(*exact, u) + 1e-6 * (dtype != torch.float32))
     _, gradients = value_and_gradients(ops.high_order_attention, inputs)
-    _, wanted = value_and_gradients(lambda *a: definition(*a, "joint")[0], exact)
-    for got, want, given in zip(gradients, wanted, inputs, strict=True):
+    _, expected = value_and_gradients(lambda *a: definition(*a, "joint")[0], exact)
+    for got, expected_value, given in zip(gradients, expected, inputs, strict=True):
         assert got.dtype == given.dtype
         # Some dozen roundings lie on the way, each of random sign, in the norm of the gradient; 32 u covers their sum.
-        assert (got.double() - want).norm() <= 32 * unit_roundoff(dtype) * want.norm()
+        assert (got.double() - expected_value).norm() <= 32 * unit_roundoff(dtype) * expected_value.norm()
 
 
 def test_autocast_runs_the_products_in_its_type_and_keeps_the_dtype_of_x():

@@ -41,11 +41,11 @@ def make(shape=(2, 8, 4, 4), **options):
 def test_value_and_gradients_follow_the_formula(shape, order, mode):
     inputs = make(shape, order=order)
     values, gradients = value_and_gradients(lambda *a: ops.high_order_attention_mse(*a, mode=mode), inputs)
-    wanted, wanted_gradients = value_and_gradients(lambda *a: definition(*a, mode), inputs)
-    assert_close(values[0], wanted[0], atol=1e-13, rtol=1e-13)
+    expected, expected_gradients = value_and_gradients(lambda *a: definition(*a, mode), inputs)
+    assert_close(values[0], expected[0], atol=1e-13, rtol=1e-13)
     assert gradients[3] is None
-    for got, want in zip(gradients[:3], wanted_gradients[:3], strict=True):
-        assert_close(got, want, atol=1e-11, rtol=1e-11)
+    for got, expected_value in zip(gradients[:3], expected_gradients[:3], strict=True):
+        assert_close(got, expected_value, atol=1e-11, rtol=1e-11)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -57,8 +57,8 @@ def test_gradcheck_once_and_twice(mode):
 
 def test_it_is_the_error_of_the_attended_features():
     x, proj, out, target = make((2, 9, 3, 4))
-    want = F.mse_loss(ops.high_order_attention(x, proj, out), target)
-    assert_close(ops.high_order_attention_mse(x, proj, out, target), want, atol=1e-14)
+    expected = F.mse_loss(ops.high_order_attention(x, proj, out), target)
+    assert_close(ops.high_order_attention_mse(x, proj, out, target), expected, atol=1e-14)
 
 
 def test_dtypes_and_the_empty_batch():

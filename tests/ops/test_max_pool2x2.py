@@ -43,10 +43,10 @@ def torchs(x, relu):
 def test_values_and_codes_follow_the_definition(shape, relu):
     for x in (random(*shape, dtype=torch.float64), ties(*shape)):
         y, code = ops.max_pool2x2(x, relu=relu)
-        wanted, wanted_code = definition(x, relu)
-        assert_same(y, wanted)
+        expected, expected_code = definition(x, relu)
+        assert_same(y, expected)
         assert code.dtype == torch.uint8
-        assert torch.equal(code, wanted_code)
+        assert torch.equal(code, expected_code)
         assert not code.requires_grad
 
 
@@ -54,9 +54,9 @@ def test_values_and_codes_follow_the_definition(shape, relu):
 def test_special_values_and_ties(relu):
     x = special_values()
     y, code = ops.max_pool2x2(x, relu=relu)
-    wanted, wanted_code = definition(x, relu)
-    assert_same(y, wanted)
-    assert torch.equal(code, wanted_code)
+    expected, expected_code = definition(x, relu)
+    assert_same(y, expected)
+    assert torch.equal(code, expected_code)
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -76,9 +76,9 @@ def test_the_pair_is_torchs(shape, relu):
         return F.max_unpool2d(y * 3, index, 2, output_size=list(x.shape[2:]))
 
     got, got_gradients = value_and_gradients(lambda x: there_and_back(x, relu=relu), [x])
-    want, want_gradients = value_and_gradients(torchs_pair, [x])
-    assert torch.equal(got[0], want[0])
-    assert torch.equal(got_gradients[0], want_gradients[0])
+    expected, needs_grads = value_and_gradients(torchs_pair, [x])
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got_gradients[0], needs_grads[0])
 
 
 def test_unpooling_takes_the_sizes_that_pool_to_it():

@@ -54,11 +54,13 @@ def test_value_and_gradients_follow_the_formula(shape, bias, form):
         assert values[0].shape == shape
         assert all(g is None or g.abs().sum() == 0 for g in gradients)
         return
-    wanted, wanted_gradients = value_and_gradients(lambda *a: definition(*a, scale, form), inputs)
-    assert_close(values[0], wanted[0], atol=1e-13, rtol=1e-13)
-    for got, want, name in zip(gradients, wanted_gradients, ("features", "hidden", "weight", "bias"), strict=True):
-        if want is not None:
-            assert_close(got, want, atol=1e-11, rtol=1e-11, name=f"gradient of {name}")
+    expected, expected_gradients = value_and_gradients(lambda *a: definition(*a, scale, form), inputs)
+    assert_close(values[0], expected[0], atol=1e-13, rtol=1e-13)
+    for got, expected_value, name in zip(
+        gradients, expected_gradients, ("features", "hidden", "weight", "bias"), strict=True
+    ):
+        if expected_value is not None:
+            assert_close(got, expected_value, atol=1e-11, rtol=1e-11, name=f"gradient of {name}")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -107,19 +109,21 @@ def test_what_is_added_in_float32(form, scale):
     inputs = make((2, 8, 56, 56), dtype=torch.float32)
     exact = [t.double() for t in inputs]
     added = ops.spatial_attention(*inputs, scale=scale, form=form).double() - exact[0]
-    wanted = definition(*exact, scale, form) - exact[0]
+    expected = definition(*exact, scale, form) - exact[0]
     u = unit_roundoff(torch.float32)
     # The logits' error is their magnitude times some u, and comes back relative to the gate; then two roundings.
     magnitude = float(torch.einsum("ck,nkhw->nchw", exact[2].abs(), exact[1].abs()).max()) + 4
-    assert_close(added, wanted, atol=2 * u * (wanted + exact[0]).abs(), rtol=(4 * magnitude + 16) * u, name="out - F")
+    assert_close(
+        added, expected, atol=2 * u * (expected + exact[0]).abs(), rtol=(4 * magnitude + 16) * u, name="out - F"
+    )
 
 
 def test_a_small_gate_keeps_its_digits_in_float32():
     """A gate of 1.6e-5: features times (1 + gate) would lose two more digits of it than the result must."""
     f, h, w, b = make((1, 4, 56, 56), dtype=torch.float32)
     out = ops.spatial_attention(f, h, w, b, scale=0.05, form="spatial").double()
-    wanted = definition(*(t.double() for t in (f, h, w, b)), 0.05, "spatial")
-    assert_close(out, wanted, atol=1.01 * unit_roundoff(torch.float32) * wanted.abs())
+    expected = definition(*(t.double() for t in (f, h, w, b)), 0.05, "spatial")
+    assert_close(out, expected, atol=1.01 * unit_roundoff(torch.float32) * expected.abs())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -130,21 +134,21 @@ def test_reduced_precision(dtype, form):
     scale = 63.0 if form == "spatial" else 2.0
     op = lambda *a: ops.spatial_attention(*a, scale=scale, form=form)  # noqa: E731
     (y,), gradients = value_and_gradients(op, inputs)
-    (wanted,), wanted_gradients = value_and_gradients(lambda *a: definition(*a, scale, form), exact)
+    (expected,), expected_gradients = value_and_gradients(lambda *a: definition(*a, scale, form), exact)
     assert y.dtype == dtype
     u = unit_roundoff(dtype)
     # One rounding of each logit l shifts the gate by up to 2 max |l| u of itself; the result is rounded once more.
     logit = float(torch.einsum("ck,nkhw->nchw", exact[2], exact[1]).abs().max())
-    assert_close(y, wanted, atol=1.05 * (2 * logit * u * (wanted - exact[0]).abs() + u * wanted.abs()) + 1e-6)
-    for got, want, given in zip(gradients, wanted_gradients, inputs, strict=True):
+    assert_close(y, expected, atol=1.05 * (2 * logit * u * (expected - exact[0]).abs() + u * expected.abs()) + 1e-6)
+    for got, expected_value, given in zip(gradients, expected_gradients, inputs, strict=True):
         assert got.dtype == given.dtype
-        assert (got.double() - want).norm() <= 32 * u * want.norm() + 1e-12
+        assert (got.double() - expected_value).norm() <= 32 * u * expected_value.norm() + 1e-12
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_autocast(form):
     inputs = make((2, 8, 6, 6), dtype=torch.float32)
-    wanted = definition(*(t.double() for t in inputs), 4.0, form)
+    expected = definition(*(t.double() for t in inputs), 4.0, form)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = ops.spatial_attention(*inputs, scale=4.0, form=form)
         mixed = ops.spatial_attention(inputs[0].bfloat16(), inputs[1].bfloat16(), *inputs[2:], scale=4.0, form=form)
@@ -156,8 +160,8 @@ def test_autocast(form):
     b = b[:, None, None] if form == "channel" else 0
     gate = (logits + b).softmax(1) if form == "channel" else (logits.flatten(2)).softmax(2).view_as(logits)
     by_hand = f.double() * (1 + 4.0 * gate * (36 if form == "spatial_mean1" else 1))
-    assert_no_worse(y, than=by_hand, truth=wanted, factor=1.5)
-    assert (y.double() - wanted).abs().max() > 1e-4
+    assert_no_worse(y, than=by_hand, truth=expected, factor=1.5)
+    assert (y.double() - expected).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("form", FORMS)

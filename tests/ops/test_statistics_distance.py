@@ -40,11 +40,11 @@ def gradient(value, x):
 def test_value_and_gradient_follow_the_formula(shape):
     inputs = exactly(shape)
     (value,), (dx, dmean, dvar) = value_and_gradients(ops.statistics_distance, inputs)
-    (wanted,), (wanted_dx, *_) = value_and_gradients(definition, inputs)
-    assert_close(value, wanted, atol=1e-12, rtol=1e-12)
+    (expected,), (expected_dx, *_) = value_and_gradients(definition, inputs)
+    assert_close(value, expected, atol=1e-12, rtol=1e-12)
     assert dmean is dvar is None
     if shape[0]:
-        assert_close(dx, wanted_dx, atol=1e-12, rtol=1e-12)
+        assert_close(dx, expected_dx, atol=1e-12, rtol=1e-12)
 
 
 def test_gradcheck_once_and_twice():
@@ -57,8 +57,8 @@ def test_gradcheck_once_and_twice():
 def test_it_is_what_hooks_compute_of_the_statistics():
     x, running_mean, running_var = exactly()
     mean, var = ops.channel_statistics(x)
-    wanted = (running_var - var).norm() + (running_mean - mean).norm()
-    assert torch.equal(ops.statistics_distance(x, running_mean, running_var), wanted)
+    expected = (running_var - var).norm() + (running_mean - mean).norm()
+    assert torch.equal(ops.statistics_distance(x, running_mean, running_var), expected)
 
 
 def test_an_empty_batch_has_no_distance():
@@ -80,10 +80,10 @@ def test_the_running_statistics_are_constants():
 def test_dtypes_may_differ(dtype, other):
     inputs = stored((4, 6, 5, 3), dtype=dtype, other=other)(1)
     (value,), (dx, *_) = value_and_gradients(ops.statistics_distance, inputs)
-    (wanted,), (wanted_dx, *_) = value_and_gradients(definition, inputs)
+    (expected,), (expected_dx, *_) = value_and_gradients(definition, inputs)
     assert (value.dtype, dx.dtype) == (torch.float64 if dtype == torch.float64 else torch.float32, dtype)
-    assert_close(value, wanted, atol=0.0, rtol=16 * unit_roundoff(value.dtype))
-    assert_close(dx, wanted_dx, atol=16 * unit_roundoff(value.dtype), rtol=2 * unit_roundoff(dtype))
+    assert_close(value, expected, atol=0.0, rtol=16 * unit_roundoff(value.dtype))
+    assert_close(dx, expected_dx, atol=16 * unit_roundoff(value.dtype), rtol=2 * unit_roundoff(dtype))
 
 
 def test_arguments_are_checked():

@@ -21,36 +21,36 @@ from dfkd_fast.testing import (
 
 
 def test_assert_close_names_the_worst_element():
-    wanted = torch.zeros(2, 3)
-    got = wanted.clone()
+    expected = torch.zeros(2, 3)
+    got = expected.clone()
     got[0, 1], got[1, 2] = 1e-3, -2e-3
-    assert_close(got, wanted, atol=2.1e-3)
+    assert_close(got, expected, atol=2.1e-3)
     with pytest.raises(
-        AssertionError, match=r"dx: 2 of 6 elements differ; worst at \(1, 2\): -0.002.*, wanted 0.0, off by 2.0"
+        AssertionError, match=r"dx: 2 of 6 elements differ; worst at \(1, 2\): -0.002.*, expected 0.0, off by 2.0"
     ):
-        assert_close(got, wanted, atol=1e-4, name="dx")
+        assert_close(got, expected, atol=1e-4, name="dx")
     assert_close(got, 0.0, atol=torch.tensor([[0, 1e-2, 0], [0, 0, 1e-2]]))
     with pytest.raises(AssertionError, match=r"1 of 6 elements differ; worst at \(0, 1\)"):
-        assert_close(got, wanted, atol=torch.tensor([[0, 1e-4, 0], [0, 0, 1e-2]]))
+        assert_close(got, expected, atol=torch.tensor([[0, 1e-4, 0], [0, 0, 1e-2]]))
 
 
 def test_assert_close_on_nan_and_infinity():
-    wanted = torch.tensor([math.nan, math.inf, -math.inf, 1.0])
-    assert_close(wanted.clone(), wanted, atol=0.0, rtol=0.1)
+    expected = torch.tensor([math.nan, math.inf, -math.inf, 1.0])
+    assert_close(expected.clone(), expected, atol=0.0, rtol=0.1)
     with pytest.raises(AssertionError, match=r"NaN in actual alone at \(3,\)"):
-        assert_close(torch.tensor([math.nan, math.inf, -math.inf, math.nan]), wanted, atol=1.0)
+        assert_close(torch.tensor([math.nan, math.inf, -math.inf, math.nan]), expected, atol=1.0)
     with pytest.raises(AssertionError, match=r"NaN in expected alone at \(0,\)"):
-        assert_close(torch.tensor([0.0, math.inf, -math.inf, 1.0]), wanted, atol=1.0)
-    with pytest.raises(AssertionError, match=r"1 of 4 elements differ; worst at \(1,\): -inf, wanted inf"):
-        assert_close(torch.tensor([math.nan, -math.inf, -math.inf, 1.0]), wanted, atol=1.0, rtol=1.0)
-    with pytest.raises(AssertionError, match=r"worst at \(2,\): 5.0, wanted -inf"):
-        assert_close(torch.tensor([math.nan, math.inf, 5.0, 1.0]), wanted, atol=1.0, rtol=1.0)
+        assert_close(torch.tensor([0.0, math.inf, -math.inf, 1.0]), expected, atol=1.0)
+    with pytest.raises(AssertionError, match=r"1 of 4 elements differ; worst at \(1,\): -inf, expected inf"):
+        assert_close(torch.tensor([math.nan, -math.inf, -math.inf, 1.0]), expected, atol=1.0, rtol=1.0)
+    with pytest.raises(AssertionError, match=r"worst at \(2,\): 5.0, expected -inf"):
+        assert_close(torch.tensor([math.nan, math.inf, 5.0, 1.0]), expected, atol=1.0, rtol=1.0)
     with pytest.raises(AssertionError, match=r"\(4,\) and 2 more"):
         assert_close(torch.full((7,), math.nan), 0.0, atol=1.0)
 
 
 def test_assert_close_wants_equal_shapes_and_takes_any_dtypes():
-    with pytest.raises(AssertionError, match=r"y: shape \(2,\), wanted \(1, 2\)"):
+    with pytest.raises(AssertionError, match=r"y: shape \(2,\), expected \(1, 2\)"):
         assert_close(torch.zeros(2), torch.zeros(1, 2), atol=1.0, name="y")
     assert_close(torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.float64), atol=0.0)
     assert_close(torch.zeros(0, 3), torch.zeros(0, 3), atol=0.0)
