@@ -1,6 +1,6 @@
-# The commands of this repository. All but `gpu` run in .venv, which they make from pyproject.toml and constraints.txt.
-#   PYTHON=python3.12   the interpreter that .venv is made from (and that `gpu` uses in place)
-#   WORKERS=4           processes that run tests
+# All targets except `gpu` run in .venv, which is created from pyproject.toml and constraints.txt.
+#   PYTHON=python3.12   the interpreter for .venv; `gpu` uses it directly
+#   WORKERS=4           number of test processes
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -15,74 +15,85 @@ OUT ?= out/gpu
 CALL ?= 1
 
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# One thread a worker: the workers are the parallelism, and results do not depend on the number of cores.
+# One thread per test process: results do not depend on the number of cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) --maxprocesses 8
 
-.PHONY: help demo test test-all lint format docs gpu wheels kernels report clean
+.PHONY: help demo test test-all check lint format docs gpu wheels kernels report clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1|/' | column -t -s '|' 2>/dev/null \
 		|| grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "Python 3.11 or newer is needed; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 || true)" >&2; \
-		echo "Name another with PYTHON=..., for example: make demo PYTHON=python3.12" >&2; exit 1; }
+		echo "Choose another one with PYTHON=..., for example: make demo PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "'$(PYTHON)' lacks the venv module (Debian, Ubuntu: the package python3-venv)" >&2; exit 1; }
-	@echo "Installing into $(VENV) (the first time: some gigabytes of wheels, a few minutes)"
+	@echo "Installing into $(VENV) (several gigabytes and a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) setuptools wheel cmake ninja pybind11 torch
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## teach, distil and evaluate on two small sets, on the CPU or a GPU
+demo: $(STAMP)  ## train a teacher, distill it and evaluate the student, on two small data sets
 	@$(BIN)/dfkd-fast demo
 
-test: $(STAMP)  ## the quick tests
+test: $(STAMP)  ## run the tests, except slow ones
 	@$(PYTEST)
 
-test-all: $(STAMP)  ## every test: the long sweeps, the wheel
+test-all: $(STAMP)  ## run all tests, with long sweeps and the wheel
 	@$(PYTEST) -m ""
 
-lint: $(STAMP)  ## ruff (rules and format) and mypy
+# Test files that take a few seconds each and cover every folder.
+CHECKS := tests/test_architecture.py
+
+check: lint  ## lint, and the fastest tests of every folder
+	@$(PYTEST) -q $(CHECKS)
+
+# Words with a plainer alternative: only, next to, needed or expected, similarly, because, ... A line that needs one
+# contains `allow-word`.
+WORDS := alone|beside|wanted|likewise|as there|told|nobody|made ready|handed over|of its own
+
+lint: $(STAMP)  ## ruff, mypy, and words to avoid
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@! git grep -nIiwE '$(WORDS)' -- . ':!Makefile' ':!benchmarks/results' | grep -v allow-word || { echo 'Use plainer words (WORDS in Makefile).' >&2; exit 1; }
 
-format: $(STAMP)  ## let ruff rewrite what it can
+format: $(STAMP)  ## apply ruff's fixes and format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: $(STAMP)  ## the documentation site, into out/site
+docs: $(STAMP)  ## build the documentation site in out/site
 	@$(ONE_THREAD) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "out/site/index.html"
 
-# Installs in place and without network, into the Python that has torch for this machine's GPU, without the CUDA
-# extension: call 2 builds it while other jobs run. WHEELS=folder: installed first, what that Python lacks.
-gpu:  ## CALL=1 or 2, OUT=folder: the two calls of benchmarks/plan.py, checks and measurements on a GPU
+# Installs this checkout, without network, into the Python that has torch for this GPU, and without the CUDA extension,
+# which call 2 builds while other jobs run. WHEELS=folder: wheels to install first.
+gpu:  ## check and measure on a GPU: the jobs of benchmarks/plan.py, CALL=1 or 2, OUT=folder
 	@export PIP_BREAK_SYSTEM_PACKAGES=1 DFKD_FAST_CUDA=0; \
 		install="$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --no-index"; \
 		for wheel in $(if $(WHEELS),'$(WHEELS)'/*.whl); do $$install "$$wheel"; done; $$install --editable .
 	@$(PYTHON) -m dfkd_fast.benchmarks.plan --call $(CALL) --out '$(OUT)'
 
-# Packages that such a machine may lack. Their dependencies are there.
+# Packages that such a machine may lack; their dependencies are installed there.
 OFFLINE := docstring-parser jsonargparse lightly liger-kernel nvtx pytorch-metric-learning torchdistill typeshed-client
 FOR ?= 3.12
 
-wheels: $(STAMP)  ## FOR=3.12: download into out/wheels what `make gpu WHEELS=out/wheels` installs without network
+wheels: $(STAMP)  ## download the wheels for `make gpu WHEELS=out/wheels`, FOR=3.12
 	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version $(FOR) \
 		--constraint constraints.txt --dest out/wheels $(OFFLINE)
 	@ls out/wheels
 
-kernels: $(STAMP)  ## compile every kernel for every architecture, without a GPU, and print its resources
+kernels: $(STAMP)  ## compile all kernels for all architectures and print their resources (no GPU needed)
 	@$(ONE_THREAD) $(BIN)/python -m dfkd_fast.benchmarks.ops.compile_kernels --workers $$(nproc)
 	@$(BIN)/python -m dfkd_fast.benchmarks.ops.compile_cuda
 
-report: $(STAMP)  ## write the tables of docs/ from benchmarks/results/
+report: $(STAMP)  ## write the tables of README and docs/ from benchmarks/results/
 	@$(BIN)/python -m dfkd_fast.benchmarks.report
 
-clean:  ## remove builds and caches (.venv and runs/ stay)
+clean:  ## remove builds and caches, but not .venv and runs/
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

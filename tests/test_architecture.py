@@ -1,8 +1,9 @@
-"""The house rules: one op, one name; imports run downhill; small files; nothing of the machine it was written on."""
+"""Rules of the code base: layers, one name per op, function length, and no absolute paths."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import re
 import shutil
@@ -18,11 +19,11 @@ from dfkd_fast.benchmarks.ops.cases import BENCHMARKS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "dfkd_fast"
-MAPPED = ("kernels", "configs", "benchmarks")  # at the top of the repository, installed as dfkd_fast.<name>
+MAPPED = ("kernels", "configs", "benchmarks")  # top-level folders, installed as dfkd_fast.<name>
 
-# What each part may import of the package. A new folder or module at the top of it needs a line here.
+# What each part of the package may import from it. A new top-level folder or module needs a line here.
 LAYERS: dict[str, set[str]] = {
-    "_C": set(),  # the CUDA extension's
+    "_C": set(),  # the CUDA extension
     "config": set(),
     "configs": set(),
     "kernels": set(),
@@ -41,11 +42,11 @@ LAYERS: dict[str, set[str]] = {
     "engine": {"objectives", "nn", "ops", "graph", "models", "data", "report", "config", "nvtx"},
     "profiling": {"engine", "graph", "models", "report", "config", "nvtx"},
 }
-DOORS = {"__init__", "__main__", "cli", "demo", "benchmarks"}  # users of everything; imported by nothing but each other
+ENTRY_POINTS = {"__init__", "__main__", "cli", "demo", "benchmarks"}  # may import everything
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Files of the repository, without what tools and runs leave behind."""
+    """Files of the repository, without build outputs and hidden folders."""
     for path in sorted(folder.iterdir()):
         hidden = path.name.startswith(".") and path.name not in (".ci", ".gitignore")
         built = path.name in ("build", "dist", "runs", "out", "__pycache__") or path.suffix == ".egg-info"
@@ -58,7 +59,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    """Every module of the package, by its dotted name."""
+    """Dotted name and path of every module of the package."""
     for folder in (PACKAGE, *MAPPED):
         for path in walk(ROOT / folder):
             if path.suffix == ".py":
@@ -67,7 +68,7 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def imports(source: str, module: str) -> Iterator[str]:
-    """Full names that a module imports, anywhere in it: statements, and import_module with a literal."""
+    """Full names imported anywhere in a module, by statements or by import_module with a literal."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -85,32 +86,32 @@ def imports(source: str, module: str) -> Iterator[str]:
 
 
 def part(name: str) -> str | None:
-    """The part of the package that a full name belongs to; None for third parties."""
+    """The part of the package that a full name belongs to, or None for third-party packages."""
     first, *rest = name.split(".")
     if first != PACKAGE:
         return None
     if not rest or rest[0] == "__version__":
         return "__version__"
-    # `from dfkd_fast import distill` goes through the front door, whatever it brings.
+    # `from dfkd_fast import distill` imports the package's __init__.
     there = any((ROOT / PACKAGE / each).exists() for each in (rest[0], f"{rest[0]}.py"))
     return rest[0] if there or rest[0] in (*MAPPED, "_C") else "__init__"
 
 
-def uphill(source: str, module: str) -> list[str]:
-    """What a module must not import, yet does."""
+def forbidden_imports(source: str, module: str) -> list[str]:
+    """Imports of a module that its layer does not allow."""
     own = part(module)
-    if own in DOORS:
+    if own in ENTRY_POINTS:
         return []
     allowed = LAYERS[own] | {own, "__version__", None}
     return [name for name in imports(source, module) if part(name) not in allowed]
 
 
-def test_every_part_has_its_layer():
-    assert {part(module) for module, _ in modules()} <= LAYERS.keys() | DOORS
+def test_every_part_has_a_layer():
+    assert {part(module) for module, _ in modules()} <= LAYERS.keys() | ENTRY_POINTS
 
 
-def test_imports_run_downhill():
-    wrong = {module: names for module, path in modules() if (names := uphill(path.read_text(), module))}
+def test_imports_respect_layers():
+    wrong = {module: names for module, path in modules() if (names := forbidden_imports(path.read_text(), module))}
     assert not wrong, f"these imports are not allowed: {wrong}"
 
 
@@ -129,8 +130,8 @@ def test_imports_run_downhill():
         ("dfkd_fast.engine.loop", "from dfkd_fast.cli import main"),
     ],
 )
-def test_an_import_that_points_up_is_seen(module, source):
-    assert uphill(source, module)
+def test_forbidden_imports_are_found(module, source):
+    assert forbidden_imports(source, module)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +144,8 @@ def test_an_import_that_points_up_is_seen(module, source):
         ("dfkd_fast.cli", "from dfkd_fast.engine import distill"),
     ],
 )
-def test_an_import_that_points_down_is_allowed(module, source):
-    assert not uphill(source, module)
+def test_allowed_imports_are_not_reported(module, source):
+    assert not forbidden_imports(source, module)
 
 
 INFRASTRUCTURE = ("__init__", "backend", "checks", "choices", "custom_op", "extension")
@@ -152,7 +153,7 @@ OPS = sorted(p.stem for p in (ROOT / PACKAGE / "ops").glob("*.py") if p.stem not
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_one_op_one_name(name):
+def test_op_has_the_same_name_everywhere(name):
     assert any((ROOT / "tests").rglob(f"test_{name}.py")), f"op {name} has no test_{name}.py"
     for path in (f"dfkd_fast/reference/{name}.py", f"kernels/{name}.py"):
         assert (ROOT / path).is_file(), f"op {name} has no {path}"
@@ -162,28 +163,28 @@ def test_one_op_one_name(name):
 
 
 def kernel_stems() -> set[str]:
-    """Ops with a file in kernels/; a long one is split by direction."""
+    """Ops with Triton kernels."""
     stems = {p.stem for p in (ROOT / "kernels").glob("*.py")} - {"__init__", "common", "config"}
     return {re.sub(r"_(fwd|bwd)$", "", stem) for stem in stems}
 
 
 def csrc_stems() -> set[str]:
-    """Ops with kernels in csrc/."""
+    """Ops with CUDA C++ kernels."""
     return {re.sub(r"_bwd$", "", path.stem) for path in (ROOT / "csrc").glob("*.cu")}
 
 
-def test_no_reference_or_kernel_without_its_op():
+def test_no_reference_or_kernel_without_an_op():
     stems = {p.stem for p in (ROOT / PACKAGE / "reference").glob("*.py")} - {"__init__", "common"}
     stems |= kernel_stems() | csrc_stems()
     assert stems <= set(OPS), f"no op of this name in dfkd_fast/ops: {sorted(stems - set(OPS))}"
 
 
-def test_every_kernel_has_its_benchmark():
+def test_every_kernel_has_benchmark_cases():
     assert kernel_stems() | csrc_stems() <= BENCHMARKS.keys(), "no cases in benchmarks/ops/cases.py"
 
 
-def test_ops_need_torch_and_nothing_else():
-    """In an interpreter that cannot import the others: what docs/swapping.md says of `pip install --no-deps`."""
+def test_ops_import_with_only_torch_and_triton():
+    """docs/install.md promises this for `pip install --no-deps`."""
     foreign = ["torchvision", "timm", "jsonargparse", "rich", "sklearn", "scipy", "matplotlib", "PIL", "tensorboard"]
     foreign += ["torchmetrics", "safetensors", "yaml", "onnx", "onnxruntime", "onnxscript"]
     code = (
@@ -199,8 +200,8 @@ def test_ops_need_torch_and_nothing_else():
     assert result.stdout.strip() == "0.0"
 
 
-def test_only_the_command_line_and_files_of_configs_need_jsonargparse():
-    """It and nvtx are missing on some machines with a GPU; everything imports there, the command line's module too."""
+def test_only_cli_and_config_files_need_jsonargparse():
+    """Everything imports without jsonargparse and nvtx, which some GPU machines lack."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['jsonargparse', 'nvtx']))\n"
         "import dfkd_fast, dfkd_fast.cli, dfkd_fast.demo, dfkd_fast.doctor, dfkd_fast.profiling\n"
@@ -215,7 +216,7 @@ def test_only_the_command_line_and_files_of_configs_need_jsonargparse():
     assert users == {"cli.py", "config.py"}
 
 
-def test_tests_above_32_bits_of_elements_are_marked_large_memory():
+def test_tests_with_over_2_31_elements_are_marked_large_memory():
     found = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -228,7 +229,7 @@ def test_tests_above_32_bits_of_elements_are_marked_large_memory():
 
 
 def test_large_memory_tests_run_one_at_a_time(tmp_path):
-    """Whatever the number of processes; a process that dies gives way to the next."""
+    """With any number of processes, also after one of them dies."""
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "test_large.py").write_text(
         "import os, time, pytest\n"
@@ -247,18 +248,13 @@ def test_large_memory_tests_run_one_at_a_time(tmp_path):
     assert "crashed while running 'test_large.py::test_large[1]'" in done.stdout
 
 
-def test_layers_have_no_circle():
-    """Each part imports only parts that come before it in some order."""
-    left = {name: needs - {name} for name, needs in LAYERS.items()}
-    while left:
-        free = [name for name, needs in left.items() if not needs & left.keys()]
-        assert free, f"these parts import each other in a circle: {sorted(left)}"
-        for name in free:
-            del left[name]
+def test_layers_have_no_cycle():
+    """The layers have a topological order."""
+    graphlib.TopologicalSorter(LAYERS).prepare()  # raises a CycleError
 
 
 def test_functions_have_at_most_80_lines():
-    """Outside of kernels/, where a kernel may need more."""
+    """Except in kernels/."""
     long = {}
     for path in walk(ROOT):
         if path.suffix == ".py" and path.relative_to(ROOT).parts[0] != "kernels":
@@ -268,14 +264,14 @@ def test_functions_have_at_most_80_lines():
     assert not long, f"over 80 lines: {long}"
 
 
-def test_no_path_of_a_machine():
+def test_no_absolute_paths():
     found = []
     pattern = re.compile(r"(?<![\w.~-])/(?:home|root|work|Users)/\w")
     for path in walk(ROOT):
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # a picture
+            continue  # an image
         found += [
             f"{path.relative_to(ROOT)}:{i}" for i, line in enumerate(text.splitlines(), 1) if pattern.search(line)
         ]

@@ -1,4 +1,4 @@
-"""The diffs of CONTRIBUTING.md: their code runs in the files that it is added to, and their tests pass."""
+"""The code in the diffs of CONTRIBUTING.md runs in the files that they change, and their tests pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ dispatch: Any = importlib.import_module("dfkd_fast.ops.backend")  # the package 
 
 
 def added(diff: str) -> dict[str, str]:
-    """The lines that a diff adds to each file."""
+    """Lines added to each file by a diff."""
     _, *parts = re.split(r"(?m)^\+\+\+ b/(.*)\n", diff)
     files = zip(parts[::2], parts[1::2], strict=True)
     return {path: "".join(re.findall(r"(?m)^\+(?!\+\+)(.*\n)", text)) for path, text in files}
@@ -26,7 +26,7 @@ def added(diff: str) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def _registries() -> Iterator[None]:
-    """Take out afterwards what the diffs register."""
+    """Remove afterwards what the diffs register."""
     names, tables = list(dispatch._names), (objectives.TERMS, data.DATASETS, dispatch._registry["distillation_kl"])
     before = [dict(table) for table in tables]
     yield
@@ -37,7 +37,7 @@ def _registries() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("diff", DIFFS, ids=lambda diff: re.findall(r"tests/test_(\w+).py", diff)[0])
-def test_the_code_of_a_diff_passes_its_test(diff):
+def test_diff_passes_its_own_test(diff):
     (module, code), (test, checks) = added(diff).items()
     assert (ROOT / module).is_file()
     assert test.startswith("tests/test_")
@@ -50,6 +50,6 @@ def test_the_code_of_a_diff_passes_its_test(diff):
     run()
 
 
-def test_there_is_a_diff_for_a_term_a_data_set_and_a_backend():
+def test_diffs_cover_terms_data_sets_and_backends():
     folders = {path.rpartition("/")[0] for diff in DIFFS for path in added(diff)}
     assert folders == {"dfkd_fast/objectives", "dfkd_fast/data", "dfkd_fast/ops", "tests"}

@@ -1,7 +1,6 @@
-"""What the documents show is what happens: every block of Python runs, every ``dfkd-fast`` command parses.
+"""Every Python block of the documentation runs, and every ``dfkd-fast`` command parses.
 
-A block that cannot run in a test has a comment in front of it, ``<!-- no-run: reason -->``, and is compiled all
-the same.
+A block that cannot run in a test is preceded by ``<!-- no-run: reason -->``; it is only compiled.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _MARK = re.compile(r"<!-- no-run:(.*?)-->\s*\Z", re.DOTALL)
 
 
 class Block(NamedTuple):
-    """A fenced block of a page: the number of its first line, its text, and why it is not run, if it is not."""
+    """A fenced block: language, number of its first line, text, and the reason why it is not run, if any."""
 
     language: str
     line: int
@@ -57,7 +56,7 @@ def name(page: Path) -> str:
 
 
 def commands(page: Path) -> list[str]:
-    """Lines of fenced and indented code that call dfkd-fast, as they would be typed."""
+    """The ``dfkd-fast`` command lines in fenced and indented code."""
     text = page.read_text()
     code = "".join(block.code for block in blocks(text) if block.language not in ("python", "yaml"))
     code += "\n".join(re.findall(r"(?m)^    (.*)$", _FENCE.sub("", text)))
@@ -67,7 +66,7 @@ def commands(page: Path) -> list[str]:
 
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """README shows a run of days, with weights to be downloaded: here it is one round on random ones."""
+    """Replace the README's run of days on downloaded weights by one round on random weights."""
     import timm
 
     create, distill = timm.create_model, dfkd_fast.distill
@@ -84,17 +83,17 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page's blocks, one after the other, as one module. What an engine's ``auto`` means is tested elsewhere."""
+    """Run a page's blocks in order, as one module, with the eager engine."""
     monkeypatch.setattr(engines, "resolve_engine", lambda name, runtime: "eager")
     module = types.ModuleType("__docs__")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for block in of(page, "python"):
-        # Empty lines in front, so that a traceback names the line of the page.
+        # The empty lines make tracebacks show the line of the page.
         code = compile("\n" * (block.line - 1) + block.code, str(page), "exec", dont_inherit=True)
         if block.not_run is None:
             exec(code, module.__dict__)
         else:
-            assert len(block.not_run.split()) >= 2, f"{name(page)}:{block.line} is not run, and does not say why"
+            assert len(block.not_run.split()) >= 2, f"{name(page)}:{block.line} is not run and has no reason"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if of(page, "python")], ids=name)
@@ -104,7 +103,7 @@ def test_python_runs(page, monkeypatch, request):
     run(page, monkeypatch)
 
 
-def test_a_block_that_is_not_run_says_why_and_compiles(tmp_path, monkeypatch):
+def test_skipped_block_needs_a_reason_and_compiles(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     page = tmp_path / "page.md"
     page.write_text("<!-- no-run: needs a GPU -->\n```python\nraise SystemError\n```\n")
@@ -120,7 +119,7 @@ def test_a_block_that_is_not_run_says_why_and_compiles(tmp_path, monkeypatch):
         run(page, monkeypatch)
 
 
-def test_python_is_said_to_be_python():
+def test_blocks_have_a_known_language():
     unknown = {
         f"{name(page)}:{block.line}": block.language
         for page in PAGES
@@ -141,7 +140,7 @@ def parser():
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name)
 def test_commands_parse(page, parser):
-    for block in of(page, "yaml"):  # a config that the page shows is there for the commands
+    for block in of(page, "yaml"):  # the page's commands may use its configs
         if file := re.match(r"# ([\w-]+\.yaml)\n", block.code):
             Path(file[1]).write_text(block.code)
     for line in commands(page):
@@ -149,7 +148,7 @@ def test_commands_parse(page, parser):
         parser.parse_args(words)
 
 
-def test_a_wrong_command_is_seen(parser):
+def test_wrong_command_fails(parser):
     with pytest.raises(Exception, match="nowhere"):
         parser.parse_args(["distill", "--config", "aircraft", "--nowhere", "1"])
 
@@ -163,7 +162,7 @@ def test_every_op_is_documented(op):
     assert {"## Complexity", "## Example", "## Reference"} <= set(pages[page].splitlines())
 
 
-def test_the_tables_of_drop_ins_are_those_of_the_code():
+def test_drop_in_tables_are_up_to_date():
     tables = coverage_tables(ROOT / "dfkd_fast" / "compat")
     assert f"<!-- begin: coverage -->\n{tables}\n<!-- end: coverage -->" in (ROOT / "docs" / "swapping.md").read_text()
 

@@ -1,6 +1,6 @@
-"""The documentation site: it builds without a warning, its links lead somewhere, and it looks as it should.
+"""The documentation site builds without warnings, has no broken links, and renders correctly.
 
-The last is tested in headless Chromium where there is one, with the extra ``browser``.
+Rendering is tested in headless Chromium, if it and the extra ``browser`` are installed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def site(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
         cwd=repository,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},  # the theme's words on its own future, on every build
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},  # silences the theme's notice
         capture_output=True,
         text=True,
         timeout=200,
@@ -44,7 +44,7 @@ def site(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """What an HTML file links to, what it has a browser fetch, and where links can lead."""
+    """Links, fetched resources and anchors of an HTML file."""
 
     FETCHED = frozenset({"stylesheet", "icon", "preload", "prefetch", "modulepreload", "preconnect", "dns-prefetch"})
 
@@ -70,7 +70,7 @@ class Page(HTMLParser):
 
 
 def _urls(css: str) -> list[str]:
-    """What a style sheet makes a browser fetch."""
+    """URLs that a style sheet loads."""
     found = re.findall(r"url\(\s*['\"]?([^'\")]+)|@import\s+['\"]([^'\"]+)", css)
     return [a or b for a, b in found]
 
@@ -80,7 +80,7 @@ def _elsewhere(address: str) -> bool:
 
 
 def broken(folder: Path, pages: dict[Path, Page]) -> list[str]:
-    """Links of the pages that lead to no file or anchor of the site, and outer ones that are no addresses."""
+    """Internal links without a target, and external links that are not https addresses."""
     wrong = []
     for path, page in pages.items():
         here = "/" + path.relative_to(folder).as_posix()
@@ -90,41 +90,42 @@ def broken(folder: Path, pages: dict[Path, Page]) -> list[str]:
                 continue
             if _elsewhere(link):
                 if target.scheme != "https" or not re.fullmatch(r"[\w-]+(\.[\w-]+)+", target.netloc):
-                    wrong.append(f"{here}: {link} is no https address")
+                    wrong.append(f"{here}: {link} is not an https address")
                 continue
             file = folder / unquote(target.path).lstrip("/")
             file = file / "index.html" if file.is_dir() else file
             if not file.is_file():
-                wrong.append(f"{here}: {link} leads nowhere")
+                wrong.append(f"{here}: {link} has no target")
             elif target.fragment and file in pages and unquote(target.fragment) not in pages[file].anchors:
                 wrong.append(f"{here}: {link} has no such anchor")
     return wrong
 
 
 def fetched_elsewhere(folder: Path, pages: dict[Path, Page]) -> list[str]:
-    """What a browser would ask another host for when it opens a page."""
+    """Resources that a page loads from another host."""
     wrong = [f"{path.name}: {each}" for path, page in pages.items() for each in page.fetched if _elsewhere(each)]
     for path in folder.rglob("*.css"):
         wrong += [f"{path.name}: {each}" for each in _urls(path.read_text()) if _elsewhere(each)]
     return wrong
 
 
-def test_it_builds_and_nothing_in_it_is_broken(site):
+def test_build_links_and_content(site):
     pages = {path: Page(path.read_text()) for path in site.rglob("*.html")}
     assert len(pages) > 20
     assert not broken(site, pages)
     assert not fetched_elsewhere(site, pages)
     for path in pages:
         text = path.read_text()
-        assert "arithmatex" not in text, f"{path.name} has a formula that is no MathML"
-        assert not re.search(r":(?:func|class|mod|data|meth|attr):", text), f"{path.name} shows a docstring's markup"
+        assert "arithmatex" not in text, f"{path.name} has a formula that is not MathML"
+        assert not re.search(r":(?:func|class|mod|data|meth|attr):", text), f"{path.name} shows docstring markup"
     assert "<math" in (site / "method.html").read_text()
     swapping = (site / "swapping.html").read_text()
+    assert swapping.count("argparse") >= 4, "the scripts of examples/ are not included"
     for module in compat.MODULES:
         assert f"dfkd_fast.compat.{module}" in swapping
 
 
-def test_a_broken_link_is_seen(tmp_path):
+def test_broken_links_are_found(tmp_path):
     (tmp_path / "index.html").write_text(
         '<h1 id="here"></h1><a href="#here"></a><a href="#there"></a><a href="other.html"></a>'
         '<a href="http://a.example"></a><a href="https://a.example/x"></a><img src="//cdn.example/x.png">'
@@ -141,7 +142,7 @@ def test_a_broken_link_is_seen(tmp_path):
     assert len(fetched_elsewhere(tmp_path, pages)) == 3
 
 
-# Text boxes that overlap: the rectangles of all visible lines of text, cut to what their scrolling ancestors show.
+# Overlapping text: rectangles of all visible lines, clipped by their scrolling ancestors.
 OVERLAPS = """
 () => {
   const boxes = [];
@@ -150,7 +151,7 @@ OVERLAPS = """
     const parent = node.parentElement;
     if (!node.data.trim() || parent.closest("script, style, noscript, template")) continue;
     if (!parent.checkVisibility({checkOpacity: true, checkVisibilityCSS: true})) continue;
-    const whole = parent.closest("math") || node;  // a formula is one box: its parts may touch
+    const whole = parent.closest("math") || node;  // parts of a formula may touch
     const range = document.createRange();
     range.selectNodeContents(node);
     for (const rect of range.getClientRects()) {
@@ -173,10 +174,10 @@ OVERLAPS = """
     for (let j = i + 1; j < boxes.length && boxes[j].top < boxes[i].bottom; j++) {
       const a = boxes[i], b = boxes[j];
       if (a.whole === b.whole) continue;
-      const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);
-      const high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
-      // A third of a line: the boxes of two fonts in neighbouring lines share a pixel or two.
-      if (wide > 2 && high > Math.min(a.bottom - a.top, b.bottom - b.top) / 3) found.push(`${a.text} | ${b.text}`);
+      const width = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+      const height = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+      // Boxes of neighbouring lines in different fonts may share a pixel or two.
+      if (width > 2 && height > Math.min(a.bottom - a.top, b.bottom - b.top) / 3) found.push(`${a.text} | ${b.text}`);
     }
   }
   return found;
@@ -184,7 +185,7 @@ OVERLAPS = """
 """
 
 
-# Of the session, as the site is, and asked for first: without a browser nothing is built for it.
+# Requested before `site`, so that the site is not built if there is no browser.
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
@@ -202,7 +203,7 @@ def browser() -> Iterator[Any]:
 def address(browser: Any, site: Path) -> Iterator[str]:
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
-            """Say nothing."""
+            """Do not log requests."""
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -212,18 +213,18 @@ def address(browser: Any, site: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("width", [390, 1440])
-def test_in_chromium(browser, site, address, width):
+def test_rendering_in_chromium(browser, site, address, width):
     wrong: list[str] = []
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.on("request", lambda request: request.url.startswith((address, "data:")) or wrong.append(request.url))
     page.on("pageerror", lambda error: wrong.append(f"{page.url}: {error}"))
-    page.on("response", lambda answer: answer.status < 400 or wrong.append(f"{answer.url} is {answer.status}"))
+    page.on("response", lambda response: response.status < 400 or wrong.append(f"{response.url} is {response.status}"))
     for path in sorted(site.rglob("*.html")):
         name = path.relative_to(site).as_posix()
         page.goto(f"{address}/{name}", wait_until="load")
-        wide = page.evaluate("document.documentElement.scrollWidth")
-        if wide > width:
-            wrong.append(f"{name}: {wide} pixels wide")
+        scroll_width = page.evaluate("document.documentElement.scrollWidth")
+        if scroll_width > width:
+            wrong.append(f"{name}: {scroll_width} pixels wide")
         wrong += [f"{name}: {each}" for each in page.evaluate(OVERLAPS)]
         images = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)")
         wrong += [f"{name}: {each} is not shown" for each in images]

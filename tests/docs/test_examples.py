@@ -1,4 +1,4 @@
-"""The worked examples: they run, the swap is small, and the losses stay what they were."""
+"""The scripts in examples/ run, the changes between them are small, and their losses agree."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def compare(examples: Path) -> ModuleType:
 
 
 def swap(folder: Path) -> tuple[list[str], list[str]]:
-    """Lines of code that only one of the two scripts has."""
+    """Lines of code that occur in only one of the two scripts."""
     before, after = ((folder / name).read_text().splitlines() for name in ("before.py", "after.py"))
     changed = [line for line in difflib.ndiff(before, after) if line[:2] in ("- ", "+ ") and line[2:].strip()]
     code = [line for line in changed if '"""' not in line]
@@ -50,7 +50,7 @@ def test_scripts_run(
     sys.modules.pop("losses", None)
 
 
-def test_the_swap_of_the_loop_is_its_imports(examples: Path) -> None:
+def test_plain_loop_changes_only_imports(examples: Path) -> None:
     removed, added = swap(examples / "plain_dfkd")
     assert removed == ["from losses import DeepInversionHook, SupConLoss, kldiv"]
     assert added == [
@@ -59,7 +59,7 @@ def test_the_swap_of_the_loop_is_its_imports(examples: Path) -> None:
     ]
 
 
-def test_the_swap_in_deepinversion_is_small(examples: Path) -> None:
+def test_deepinversion_changes_few_lines(examples: Path) -> None:
     removed, added = swap(examples / "deepinversion")
     assert len(added) <= 6
     assert len(removed) <= 14
@@ -86,7 +86,7 @@ def test_compare(compare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
     assert not {"before", "after", "losses"} & (set(sys.modules) - modules)
 
 
-def test_compare_says_what_it_was_served_by(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_reports_the_backend(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DFKD_FAST_BACKEND", raising=False)
     assert (compare.served_by("cuda:0"), compare.served_by("cpu")) == ("triton", "reference")
     monkeypatch.setenv("DFKD_FAST_BACKEND", "reference")
@@ -94,7 +94,9 @@ def test_compare_says_what_it_was_served_by(compare: ModuleType, monkeypatch: py
 
 
 @pytest.mark.parametrize("arguments", [["other"], ["plain_dfkd", "--steps", "0"], ["all", "--turns", "0"]])
-def test_compare_refuses(compare: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_rejects_invalid_arguments(
+    compare: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         compare.main(arguments)
     assert ended.value.code == 2
@@ -102,7 +104,7 @@ def test_compare_refuses(compare: ModuleType, arguments: list[str], capsys: pyte
 
 
 @pytest.mark.gpu
-def test_compare_on_the_card(compare: ModuleType) -> None:
+def test_compare_on_a_gpu(compare: ModuleType) -> None:
     for folder in FOLDERS:
         row = compare.compare(folder, device="cuda", steps=2, size=32, batch=32, seed=0)
         assert row["backend"] == "triton"

@@ -1,4 +1,4 @@
-"""Pictures, tables and result files."""
+"""Figures, tables and result files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def text_of(table, width=120):
 
 
 class TestImageGrid:
-    def test_pixels_are_where_and_what_they_should_be(self, tmp_path):
+    def test_layout_and_pixel_values(self, tmp_path):
         images = torch.stack([torch.full((3, 4, 6), value) for value in (-1.0, 0.0, 1.0)])
         path = report.save_image_grid(images, tmp_path / "deep" / "grid.png", columns=2)
         pixels = np.asarray(Image.open(path))
@@ -32,7 +32,7 @@ class TestImageGrid:
         assert (abs(pixels[2:6, 10:16].astype(int) - 128) <= 1).all()
         assert (pixels[8:12, 2:8] == 255).all()
 
-    def test_values_beyond_are_clipped_and_not_finite_pixels_are_magenta(self, tmp_path):
+    def test_clipping_and_non_finite_pixels(self, tmp_path):
         images = torch.zeros(2, 3, 2, 2)
         images[0, :, 0, 0] = 7.0
         images[0, 1, 0, 1] = float("nan")
@@ -43,7 +43,7 @@ class TestImageGrid:
         assert pixels[1, 0].tolist() == [255, 0, 255]
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-    def test_any_float_type_and_layout(self, tmp_path, dtype):
+    def test_dtypes_and_memory_format(self, tmp_path, dtype):
         images = torch.rand(3, 3, 5, 7, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
         assert report.save_image_grid(images, tmp_path / "grid.png").stat().st_size > 0
 
@@ -57,7 +57,7 @@ class TestImageGrid:
             (torch.zeros(1, 3, 4, 4), 0, ValueError, "columns .*0"),
         ],
     )
-    def test_refuses(self, tmp_path, images, columns, error, words):
+    def test_rejects_invalid_arguments(self, tmp_path, images, columns, error, words):
         with pytest.raises(error, match=words):
             report.save_image_grid(images, tmp_path / "grid.png", columns=columns)
         assert not (tmp_path / "grid.png").exists()
@@ -65,7 +65,7 @@ class TestImageGrid:
 
 class TestCurves:
     @pytest.mark.parametrize("count", [1, 5, 250])
-    def test_draws_gaps_and_long_runs(self, tmp_path, count):
+    def test_gaps_and_long_runs(self, tmp_path, count):
         rounds = {
             "round": list(range(count)),
             "generator/bn": [10.0 ** (3 * i / count) for i in range(count)],
@@ -76,11 +76,11 @@ class TestCurves:
         width, height = Image.open(path).size
         assert width > height > 100
 
-    def test_nothing_finished_yet(self, tmp_path):
+    def test_empty_run(self, tmp_path):
         assert report.save_curves({}, {}, tmp_path / "curves.png").stat().st_size > 0
         assert report.save_curves({"round": [], "a": []}, {"epoch": []}, tmp_path / "b.svg").exists()
 
-    def test_svg_names_the_terms_and_the_last_share(self, tmp_path):
+    def test_svg_has_term_names_and_final_accuracy(self, tmp_path):
         from matplotlib import rc_context
 
         with rc_context({"svg.fonttype": "none"}):
@@ -99,13 +99,13 @@ class TestCurves:
             ({}, {"epoch": [], "accuracy": [1.0]}, r"epochs\['accuracy'\].*1 for 0"),
         ],
     )
-    def test_refuses(self, tmp_path, rounds, epochs, words):
+    def test_rejects_invalid_arguments(self, tmp_path, rounds, epochs, words):
         with pytest.raises(ValueError, match=words):
             report.save_curves(rounds, epochs, tmp_path / "curves.png")
 
 
 class TestTable:
-    def test_columns_in_order_and_numbers_right(self):
+    def test_column_order_and_alignment(self):
         table = report.result_table(
             [{"network": "a", "top-1": "9.5%"}, {"network": "b", "top-1": "90.0%", "note": None}], "digits"
         )
@@ -115,7 +115,7 @@ class TestTable:
         assert "digits" in printed
         assert re.search(r"b\s+│\s+90.0%", printed)
 
-    def test_markup_in_values_is_printed_as_it_is(self):
+    def test_markup_in_values_is_escaped(self):
         assert "[bold]x[/] [0]" in text_of(report.result_table([{"[red]path": "[bold]x[/] [0]"}], "[i]title"))
 
     def test_no_rows(self):
@@ -126,7 +126,7 @@ class TestTable:
 
 
 class TestResults:
-    def test_environment_says_what_a_reader_needs(self):
+    def test_environment(self):
         block = report.environment()
         assert block["torch"] == torch.__version__
         assert block["device"]["name"]
@@ -139,14 +139,14 @@ class TestResults:
         assert report.device_slug("NVIDIA H200") == "nvidia-h200"
         assert report.device_slug("NVIDIA GeForce RTX(TM) 4090 ") == "nvidia-geforce-rtx-tm-4090"
 
-    def test_round_trip_and_not_finite_numbers(self, tmp_path):
+    def test_round_trip_and_non_finite_numbers(self, tmp_path):
         path = tmp_path / "a" / "b.json"
         assert report.read_results(path) is None
         report.write_results(path, {"rows": [{"ms": 1.5, "bad": math.nan, "pair": (1, -math.inf)}]})
         assert report.read_results(path) == {"rows": [{"ms": 1.5, "bad": None, "pair": [1, None]}]}
         assert [file.name for file in path.parent.iterdir()] == ["b.json"]
 
-    def test_a_failed_write_leaves_the_old_file(self, tmp_path):
+    def test_failed_write_keeps_the_old_file(self, tmp_path):
         path = report.write_results(tmp_path / "r.json", {"rows": 1})
         with pytest.raises(TypeError):
             report.write_results(path, {"rows": object()})
@@ -154,13 +154,13 @@ class TestResults:
         assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
 
     @pytest.mark.parametrize("text", ['{"rows": [1, 2', "[1]", ""])
-    def test_refuses_what_is_no_result_file(self, tmp_path, text):
+    def test_rejects_other_files(self, tmp_path, text):
         (tmp_path / "r.json").write_text(text)
         with pytest.raises(ValueError, match=r"r\.json is not a result file"):
             report.read_results(tmp_path / "r.json")
 
 
-def test_pictures_stand_side_by_side(tmp_path):
+def test_images_side_by_side(tmp_path):
     for name, colour, size in (("a", (255, 0, 0), (4, 6)), ("b", (0, 0, 255), (3, 2))):
         Image.new("RGB", size, colour).save(tmp_path / f"{name}.png")
     path = report.save_beside([tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "new" / "both.png", scale=2, gap=5)
