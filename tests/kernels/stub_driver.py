@@ -4,19 +4,22 @@ Nothing needs a GPU and nothing is computed: tensors have real shapes and stride
 Of each launch, the values that reach ``cuLaunchKernelEx`` are compared with what Python asked for. As a program, in a
 process of its own, since it decides how Triton and torch see the machine; prints JSON:
 
-    TRITON_INTERPRET=0 python tests/kernels/stub_driver.py FOLDER [--arch 90 ...] [--dtype bfloat16 ...] [--compile]
+    TRITON_INTERPRET=0 python -m tests.kernels.stub_driver FOLDER [--arch 90 ...] [--dtype bfloat16 ...] [--compile]
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import re
 import struct
 import subprocess
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,12 +33,13 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dfkd_fast import ops
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Case, Make, Work
 from dfkd_fast.benchmarks.ops.compile_kernels import ARCHITECTURES, DTYPES, run_on_meta
 from dfkd_fast.kernels import common
 from dfkd_fast.kernels.config import shared_memory
 from dfkd_fast.ops import custom_op
+
+from ..ops import table
 
 STREAM = 0x57EA
 
@@ -189,13 +193,13 @@ def _arguments(kernel: JITFunction, values: dict[str, Any]) -> Iterator[_Argumen
         yield from flat((i,), parameter.name, values[parameter.name], parameter.is_constexpr, specialize)
 
 
-class Wrong(Exception):
+class WrongLaunch(Exception):
     """A launch that is not the one that was asked for."""
 
 
 def _equal(what: str, found: Any, expected: Any) -> None:
     if found != expected:
-        raise Wrong(f"{what} is {found!r}, not {expected!r}")
+        raise WrongLaunch(f"{what} is {found!r}, not {expected!r}")
 
 
 class Sweep:
@@ -272,103 +276,29 @@ def _widths(ptx: str) -> list[int]:
     return [int(bits) // 8 for bits in re.findall(r"\.param \.[bfus](\d+)", entry[1])]
 
 
-def _case(op: str, *shapes: tuple[int, ...], grads: str = "", view: Any = None, name: str = "", **options: Any) -> Case:
-    """A call of an op.
+def _cases() -> Iterator[tuple[str, Case, AbstractContextManager[None]]]:
+    """Name of the op, case, and tiling: those of the benchmarks and those of ``tests/ops/table.py``.
 
-    Args:
-        op: its name.
-        *shapes: of its inputs; maps, of four dimensions, are channels-last.
-        grads: ``y`` or ``n`` for each input: whether it needs a gradient; all of them if empty.
-        view: a function of each map, for other strides; None for none.
-        name: what is special.
-        **options: of the op.
+    The latter with each memory layout and all gradients, and with each subset of one or two gradients.
     """
 
-    def inputs(make: Make) -> tuple[Any, ...]:
-        made = []
-        for shape, grad in zip(shapes, grads or "y" * len(shapes), strict=True):
-            x = make.map(*shape) if len(shape) == 4 else make.tensor(*shape)
-            made.append((view(x) if view and len(shape) == 4 else x).requires_grad_(grad == "y"))
-        return tuple(made)
+    def inputs(make: Make, *, case: table.Case, layout: str, needs_grad: Sequence[int]) -> list[Any]:
+        drawn = case.make(case.shapes[0], dtype=make.dtype, device=make.device, layout=layout)(1)
+        return [x if x is None else x.detach().requires_grad_(i in needs_grad) for i, x in enumerate(drawn)]
 
-    def call(*inputs: Any, backend: str) -> Any:
-        return getattr(ops, op)(*inputs, **options, backend=backend)
-
-    words = (name, grads, *(f"{key}={value}" for key, value in options.items()))
-    return Case(name=" ".join(filter(None, words)), inputs=inputs, call=call, work=lambda size: Work(0, 0))
-
-
-def _cropped(x: Tensor) -> Tensor:
-    return x[:, :, 1:, :-1]
-
-
-def _further() -> dict[str, list[Case]]:
-    """Calls of each op that no benchmark makes: other options, some of the gradients, other strides."""
-    logits, few, many = ((37, 129), (37, 129)), ((6, 12), (6, 12)), ((300, 40), (300, 40))
-    norm = ((3, 24, 9, 9), (24,), (24,), (24,), (24,))  # running mean and variance, weight, bias
-    narrow, split = ((2, 64, 5, 6), (6, 16, 64), (3, 64, 16)), ((2, 320, 5, 6), (6, 80, 320), (3, 320, 80))
-    gate = ((2, 64, 10, 6), (2, 8, 10, 6), (64, 8), (64,))
-    found: dict[str, list[Case]] = {op: [] for op in BENCHMARKS}
-    for grads in ("yy", "yn", "ny"):
-        found["distillation_kl"] += [
-            _case("distillation_kl", *logits, grads=grads, direction=direction, reduction=reduction, temperature=4.0)
-            for direction in ("forward", "reverse")
-            for reduction in ("batchmean", "none")
-        ]
-        found["contrastive_loss"] += [
-            _case(
-                "contrastive_loss", *shapes, grads=grads, symmetric=symmetric, normalize=normalize, reduction=reduction
+    for op, benchmark in BENCHMARKS.items():
+        yield from ((op, case, nullcontext()) for case in benchmark.cases)
+    for name, case in table.CASES.items():
+        subsets = [*itertools.combinations(case.needs_grad, 1), *itertools.combinations(case.needs_grad, 2)]
+        all_gradients = ((layout, case.needs_grad) for layout in case.layouts)
+        for layout, needs_grad in (*all_gradients, *((case.layouts[1], subset) for subset in subsets)):
+            found = Case(
+                name=f"{name}, {layout}, {needs_grad}",
+                inputs=partial(inputs, case=case, layout=layout, needs_grad=needs_grad),
+                call=case.function,
+                work=lambda size: Work(0, 0),
             )
-            for shapes in (few, many)
-            for symmetric, normalize in ((False, False), (True, True))
-            for reduction in ("mean", "none")
-        ]
-    for grads in ("nnnyy", "ynnyn", "nnnny", "ynnyy"):
-        for activation in ("none", "relu", "relu6"):
-            options = {"eps": 1e-5, "activation": activation}
-            found["batchnorm_statistics"].append(_case("batchnorm_statistics", *norm, grads=grads, **options))
-    view = _case("batchnorm_statistics", *norm, grads="ynnnn", view=_cropped, name="strided", eps=1e-5)
-    found["batchnorm_statistics"].append(view)
-    found["batchnorm_statistics"].append(_case("channel_statistics", norm[0], view=_cropped, name="strided"))
-    found["statistics_distance"].append(
-        _case("statistics_distance", *norm[:3], grads="ynn", view=_cropped, name="strided")
-    )
-    for shapes in (narrow, split):
-        for mode in ("joint", "per_order"):
-            for grads in ("ynn", "nyn", "nny", "nyy", "yyn", "yny"):
-                for op, last in (("", ""), ("_map", ""), ("_mse", "n")):
-                    more = shapes[:1] if last else ()
-                    each = _case(f"high_order_attention{op}", *shapes, *more, grads=grads + last, mode=mode, name=op)
-                    found["high_order_attention_mse" if last else "high_order_attention"].append(each)
-            strided = _case("high_order_attention", *shapes, view=_cropped, mode=mode, name="strided")
-            planes = _case("high_order_attention", *shapes, view=Tensor.contiguous, mode=mode, name="contiguous")
-            found["high_order_attention"] += [strided, planes]
-    for form in ("spatial", "spatial_mean1", "channel"):
-        for grads in ("ynnn", "nynn", "nnyn", *(("nnny", "nyyn") if form == "channel" else ("yyyn",))):
-            found["spatial_attention"].append(_case("spatial_attention", *gate, grads=grads, form=form))
-        found["spatial_attention"].append(
-            _case("spatial_attention", *gate[:3], view=_cropped, form=form, name="strided")
-        )
-    for name, view in (("strided", _cropped), ("contiguous", Tensor.contiguous)):
-        found["max_pool2x2"].append(_case("max_pool2x2", (3, 24, 13, 18), view=view, name=name))
-    return found
-
-
-class Misaligned(Make):
-    """Makes inputs that begin one element into their memory, as views of users do."""
-
-    def _skipped(self, x: Tensor) -> Tensor:
-        size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-        memory = torch.empty(size + 1, dtype=x.dtype, device=x.device)
-        return memory.as_strided(x.shape, x.stride(), 1).requires_grad_(x.requires_grad)
-
-    def tensor(self, *shape: int, **options: Any) -> Tensor:
-        """As :meth:`Make.tensor`."""
-        return self._skipped(super().tensor(*shape, **options))
-
-    def map(self, *shape: int, grad: bool = False, **options: Any) -> Tensor:
-        """As :meth:`Make.map`."""
-        return self._skipped(super().map(*shape, **options)).requires_grad_(grad)
+            yield name.split(",")[0], found, case.tiling()
 
 
 def main() -> None:
@@ -383,25 +313,24 @@ def main() -> None:
     options = parser.parse_args()
     stub = Stub(options.folder)
     sweep = Sweep(stub, real=options.compile)
-    further = _further()
     kernels: set[str] = set()
     failures: list[str] = []
     for arch in options.arch:
         stub.use(arch)
         for dtype in options.dtype:
             sweep.kernels.clear()
-            for op, benchmark in BENCHMARKS.items():
-                for case in (*benchmark.cases, *further[op]) if options.op is None or op in options.op else ():
-                    for make in (Make, Misaligned):
-                        before = sweep.launches
-                        try:
-                            run_on_meta(case, make("meta", getattr(torch, dtype)))
-                            if sweep.launches == before:
-                                raise Wrong("nothing was launched")
-                        except Exception as error:
-                            notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
-                            where = f"sm_{arch} {op} [{case.name}] {dtype} {make.__name__}"
-                            failures.append(f"{where}: {type(error).__name__}: {error}{notes}")
+            for op, case, tiling in _cases():
+                if options.op is not None and op not in options.op:
+                    continue
+                before = sweep.launches
+                try:
+                    with tiling:
+                        run_on_meta(case, Make("meta", getattr(torch, dtype)))
+                    if sweep.launches == before:
+                        raise WrongLaunch("nothing was launched")
+                except Exception as error:
+                    notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
+                    failures.append(f"sm_{arch} {op} [{case.name}] {dtype}: {type(error).__name__}: {error}{notes}")
             kernels |= sweep.kernels
     print(json.dumps({"launches": sweep.launches, "kernels": sorted(kernels), "failures": failures}))
 
