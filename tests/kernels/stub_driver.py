@@ -1,8 +1,8 @@
-"""The launch sweep: benchmark cases go through Triton's argument binding and C launchers to a stub of CUDA's driver.
+"""Sends launches through Triton's argument binding and C launchers to a stub of the CUDA driver.
 
-Nothing needs a GPU and nothing is computed: tensors have real shapes and strides, an address of their own, and no data.
-Of each launch, the values that reach ``cuLaunchKernelEx`` are compared with what Python asked for. As a program, in a
-process of its own, since it decides how Triton and torch see the machine; prints JSON:
+It needs no GPU and computes nothing: tensors have shapes, strides and an address, but no data. For each launch, the
+values that reach ``cuLaunchKernelEx`` are compared with those that Python passed. It runs as a program, because it
+changes how Triton and torch see the machine, and prints JSON:
 
     TRITON_INTERPRET=0 python -m tests.kernels.stub_driver FOLDER [--arch 90 ...] [--dtype bfloat16 ...] [--compile]
 """
@@ -67,16 +67,16 @@ class _Launch(ctypes.Structure):
 
 
 def _address(x: Tensor) -> int:
-    """An address for a tensor without data: different for each storage, and aligned as CUDA's allocator does."""
+    """An address for a tensor without data: unique per storage, and aligned like those of CUDA's allocator."""
     storage = x.untyped_storage()
     return 32 * storage._cdata + x.storage_offset() * x.itemsize if storage.nbytes() else 0
 
 
 class Stub:
-    """The stub of CUDA's driver, loaded into this process for Triton and torch to find.
+    """Builds the stub of the CUDA driver and loads it into this process, where Triton and torch find it.
 
     Args:
-        folder: an empty one for what is built.
+        folder: An empty folder for the build.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +84,7 @@ class Stub:
         path = folder / "libcuda.so.1"
         gcc = ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", f"-Wl,-soname,{path.name}", f"-I{include}", "-o", path]
         subprocess.run([*gcc, Path(__file__).with_name("stub_cuda.c")], check=True)
-        # Loaded first: whoever asks for libcuda.so.1 then gets this one.
+        # Later requests for libcuda.so.1 return this library.
         self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self.launch = _Launch.in_dll(self._library, "stub_launch")
         self.num_params = ctypes.c_int.in_dll(self._library, "stub_num_params")
@@ -103,13 +103,13 @@ class Stub:
         driver.set_active(active)
 
     def _build(self, name: str, source: str, folder: str, *_: Any) -> str:
-        """Triton's build of a launcher, faster: without optimisation, and with its headers precompiled."""
+        """Replaces Triton's build of a launcher: faster, without optimization and with precompiled headers."""
         path = f"{folder}/{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
         subprocess.run(["gcc", "-include", self._header, source, *self._gcc_flags, "-o", path], check=True)
         return path
 
     def _patch_torch(self) -> None:
-        """Tensors on the meta device pass for tensors on the current CUDA device."""
+        """Make tensors on the meta device look like tensors on the current CUDA device."""
         torch.Tensor.is_cuda = property(lambda self: True)
         torch.Tensor.data_ptr = _address
         torch.cuda.current_device = lambda: None  # the index of meta tensors' device
@@ -117,7 +117,7 @@ class Stub:
         torch.cuda.get_device_properties = lambda index=None: SimpleNamespace(
             multi_processor_count=self.attribute(_NUM_SMS)
         )
-        custom_op._recording = True  # operators launch on meta tensors
+        custom_op._recording = True  # operators launch kernels for meta tensors
 
     def attribute(self, which: int) -> int:
         """An attribute of the current device."""
@@ -135,7 +135,7 @@ class Stub:
 
 
 def compile_without_code(src: Any, target: Any, options: dict[str, Any]) -> CompiledKernel:
-    """Replaces ``triton.compile``: the result loads and launches like any other, but has no code."""
+    """Replaces ``triton.compile``: the result loads and launches like any other, but contains no code."""
     scratch = {f"{which}_scratch_{what}": 0 for which in ("global", "profile") for what in ("size", "align")}
     compiled = CompiledKernel.__new__(CompiledKernel)
     compiled.metadata = SimpleNamespace(**options, **scratch, target=target, name=src.name, shared=0)
@@ -147,7 +147,7 @@ def compile_without_code(src: Any, target: Any, options: dict[str, Any]) -> Comp
 
 
 class _Argument(NamedTuple):
-    """A value that Python passes to a kernel; the elements of a tuple are arguments."""
+    """A value that Python passes to a kernel. Each element of a tuple is one."""
 
     path: tuple[int, ...]
     name: str
@@ -156,18 +156,18 @@ class _Argument(NamedTuple):
     specialize: bool
 
     def constant(self) -> bool:
-        """Whether it is compiled in, and not passed."""
+        """Whether it is compiled into the kernel instead of passed."""
         one = self.specialize and type(self.value) is int and self.value == 1
         return self.constexpr or self.value is None or one
 
     def divisible(self) -> bool:
-        """Whether it is compiled for a multiple of 16."""
+        """Whether the kernel is compiled for a multiple of 16."""
         if self.constant() or not self.specialize or isinstance(self.value, bool | float):
             return False
         return (self.value.data_ptr() if isinstance(self.value, Tensor) else self.value) % 16 == 0
 
     def passed(self) -> bytes:
-        """What the kernel must find in its parameter."""
+        """The bytes of the kernel's parameter."""
         value = self.value
         if isinstance(value, Tensor):
             return struct.pack("<Q", value.data_ptr())
@@ -194,7 +194,7 @@ def _arguments(kernel: JITFunction, values: dict[str, Any]) -> Iterator[_Argumen
 
 
 class WrongLaunch(Exception):
-    """A launch that is not the one that was asked for."""
+    """A launch differs from the one that Python requested."""
 
 
 def _equal(what: str, found: Any, expected: Any) -> None:
@@ -203,17 +203,17 @@ def _equal(what: str, found: Any, expected: Any) -> None:
 
 
 class Sweep:
-    """Launches go to the stub, and each is checked.
+    """Sends launches to the stub and checks each one.
 
     Args:
-        stub: takes them.
-        real: compile the first launch of each kernel and make no other; else make all, without code.
+        stub: The stub of the driver.
+        real: Compile and launch each kernel once. Otherwise launch all, without code.
     """
 
     def __init__(self, stub: Stub, *, real: bool) -> None:
         self._stub, self._real = stub, real
         self.launches = 0
-        self.kernels: set[str] = set()  # since it was last cleared
+        self.kernels: set[str] = set()  # launched since the set was last cleared
         self._run = JITFunction.run
         if not real:
             triton.compiler.compile = compile_without_code
@@ -260,7 +260,7 @@ class Sweep:
 
     @staticmethod
     def _check_source(source: Any, arguments: list[_Argument]) -> None:
-        """What is compiled knows the constants and which arguments are multiples of 16."""
+        """Checks the constants and the multiples of 16 that the compiler knows."""
         for each in arguments:
             _equal(f"{each.name} among constants", each.path in source.constants, each.constant())
             if each.constant():
@@ -270,16 +270,16 @@ class Sweep:
 
 
 def _widths(ptx: str) -> list[int]:
-    """Bytes of each parameter of the kernel in a PTX module."""
+    """Size in bytes of each parameter of the kernel in a PTX module."""
     entry = re.search(r"\.entry \w+\((.*?)\)", ptx, re.DOTALL)
     assert entry is not None
     return [int(bits) // 8 for bits in re.findall(r"\.param \.[bfus](\d+)", entry[1])]
 
 
 def _cases() -> Iterator[tuple[str, Case, AbstractContextManager[None]]]:
-    """Name of the op, case, and tiling: those of the benchmarks and those of ``tests/ops/table.py``.
+    """The op's name, a case and a tiling, for each case of the benchmarks and of ``tests/ops/table.py``.
 
-    The latter with each memory layout and all gradients, and with each subset of one or two gradients.
+    The latter run in each memory layout with all gradients, and with each subset of one or two gradients.
     """
 
     def inputs(make: Make, *, case: table.Case, layout: str, needs_grad: Sequence[int]) -> list[Any]:
@@ -302,14 +302,14 @@ def _cases() -> Iterator[tuple[str, Case, AbstractContextManager[None]]]:
 
 
 def main() -> None:
-    """Run the sweep and print what came of it."""
+    """Run the sweep and print its result as JSON."""
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="an empty folder for what is built")
+    parser.add_argument("folder", type=Path, help="an empty folder for the build")
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES, help="90 for sm_90")
     parser.add_argument("--dtype", nargs="+", default=names)
-    parser.add_argument("--op", nargs="+", default=None, help="only these")
-    parser.add_argument("--compile", action="store_true", help="compile and make only one launch per kernel and dtype")
+    parser.add_argument("--op", nargs="+", default=None, help="ops to run (default: all)")
+    parser.add_argument("--compile", action="store_true", help="compile, and launch each kernel once per dtype")
     options = parser.parse_args()
     stub = Stub(options.folder)
     sweep = Sweep(stub, real=options.compile)
