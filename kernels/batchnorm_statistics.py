@@ -553,7 +553,7 @@ def forward(
     vectors = (None if v is None else v.contiguous() for v in (running_mean, running_var, weight, bias))
     residual = None if residual is None else match_memory_format(residual, y)
     kept = mask if keep_mask else None
-    _forward(match_memory_format(x, y), Norm(*vectors, eps=eps), activation, residual, y, kept, mean, var)
+    _forward(match_memory_format(x, y), Norm._make((*vectors, eps)), activation, residual, y, kept, mean, var)
 
 
 def statistics(x: Tensor, mean: Tensor, var: Tensor) -> None:

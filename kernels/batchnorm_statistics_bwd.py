@@ -267,7 +267,7 @@ def backward(
         _backward_kernel,
         (blocks * chunks,),
         *maps,
-        Norm(*vectors, eps=eps),
+        Norm._make((*vectors, eps)),
         dmean,
         dvar,
         grad_output,
