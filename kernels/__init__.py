@@ -1,1 +1,1 @@
-"""Triton kernels, one file an op. Installed as ``dfkd_fast.kernels``; only :mod:`dfkd_fast.ops` imports them."""
+"""Triton kernels, one file per op. Installed as ``dfkd_fast.kernels``; only :mod:`dfkd_fast.ops` imports them."""

@@ -1,32 +1,34 @@
-"""A frozen BatchNorm with its input's statistics, and the statistics alone: one pass over the maps each way.
+"""A frozen BatchNorm that also computes its input's statistics, or only the statistics, in one pass over the maps.
 
-With the stored mean r_m and variance r_v, the affine w and b, over M = N H W values of a channel::
+With the running mean r_m and variance r_v, the weight w and bias b, over the M = N H W values of a channel::
 
     y = act((x - r_m) w / sqrt(r_v + eps) + b + residual)      m = sum(x) / M      v = sum((x - m)^2) / M
-    dx = [passes] dy w / sqrt(r_v + eps) + dm / M + 2 dv (x - m) / M               d residual = [passes] dy
 
-so that backward needs no reduction. Whether the activation passes is recomputed from x; with a residual it is a bit an
-element, packed along the channels, since reading the residual again would cost 16 to 32 times that.
+Gradient, with the activation's mask a, recomputed from x or, with a residual, saved as one bit per element (reading the
+residual again would cost 16 to 32 times as much)::
 
-Statistics. A tile is (slots, repeats, channels), or (channels, repeats, slots) where positions lie together. Slots and
-channels are laid over the threads of a program, so that a sum over the repeats stays within a thread and the loop over
-tiles has no exchange between threads. Each slot keeps mean K and sum of squared deviations of the values that it has
-seen, and takes in further ones by their deviations from K (Chan, Golub & LeVeque; how many there are follows from the
-sizes)::
+    dx = a dy w / sqrt(r_v + eps) + dm / M + 2 dv (x - m) / M      d residual = a dy
 
-    first = sum(x - K)    second = sum((x - K)^2)    K += first / count    squares += second - first^2 / count
+so that backward needs no reduction for dx.
 
-which subtracts at most half of ``second``, and in the first tile, where K is that tile's own mean, nothing but
-rounding. Slots are merged by the same rule at the end, programs by a second kernel in a fixed order.
+Statistics. A tile has BLOCK_P x UNROLL positions and BLOCK_C channels. BLOCK_P and BLOCK_C are distributed over the
+threads and UNROLL is within a thread, so the loop over tiles needs no exchange between threads. Each of the BLOCK_P
+rows keeps a running mean K and the sum of squared deviations M2, and merges the next values by their deviations from K
+(Chan, Golub & LeVeque)::
 
-Memory traffic, 2-byte elements: forward 4 B an element, with a residual 6 1/8; backward 6 B, with a residual 8 1/8;
-statistics alone 2 B, and 4 B back.
+    first = sum(x - K)    second = sum((x - K)^2)    K += first / count    M2 += second - first^2 / count
+
+The subtraction loses at most half of ``second``, and only rounding errors in the first tile, where K is the tile's own
+mean. At the end, rows are merged by the same rule, and programs by a second kernel in a fixed order.
+
+Memory traffic with 2-byte elements: forward 4 bytes per element, 6 1/8 with a residual; backward 6 bytes, 8 1/8 with a
+residual; only the statistics, 2 bytes forward and 4 bytes backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,120 +41,143 @@ from dfkd_fast.kernels.config import Launch
 
 __all__ = [
     "ACTIVATIONS",
-    "Strides",
-    "channel_tile",
-    "distance",
-    "division",
-    "flattened",
+    "Map",
+    "Norm",
+    "activation_mask",
+    "align",
+    "as_maps",
+    "choose_config",
+    "expand_channels",
+    "expand_rows",
     "forward",
-    "gain_of",
-    "known",
-    "layout_of",
+    "load_channels",
+    "load_scale",
     "match_memory_format",
-    "on_channels",
-    "on_slots",
-    "passes",
-    "per_channel",
-    "place_of",
+    "offset",
     "pointers",
+    "split_work",
     "statistics",
+    "tile_config",
+    "tile_start",
 ]
 
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 
 
-def channel_tile(dtype: torch.dtype, repeats: int, stages: int, sizes: dict[str, int]) -> Launch:
-    """A tile that gives each of 128 threads ``repeats`` vectors of 16 bytes of each map."""
+def tile_config(dtype: torch.dtype, unroll: int, stages: int, sizes: dict[str, int]) -> Launch:
+    """A tile that gives each of 128 threads ``unroll`` vectors of 16 bytes per map."""
     channels, positions = sizes["channels"], sizes["positions"]
     elements = 128 * 16 // dtype.itemsize
-    if sizes["unit"] == 1:
-        # No vectors: each element has an address, so repeats would not fit and nothing can be fetched ahead.
-        repeats, stages, elements = 1, 1, elements // 2
-    if sizes["planes"]:
-        slots = min(max(positions, 16), elements // 8)
-        block = max(8, min(elements // slots, channels))
+    if sizes["alignment"] == 1:
+        # Without vector loads each element needs an address: too many registers to unroll or to prefetch.
+        unroll, stages, elements = 1, 1, elements // 2
+    if sizes["nchw"]:
+        block_p = min(max(positions, 16), elements // 8)
+        block_c = max(8, min(elements // block_p, channels))
     else:
-        block = max(8, min(channels, 64))
-        slots = max(8, elements // block)
-    tile = {"REPEATS": max(1, min(repeats, positions // slots)), "SLOTS": slots, "CHANNELS": block, "STAGES": stages}
-    return Launch(tile=tile, num_stages=1)
+        block_c = max(8, min(channels, 64))
+        block_p = max(8, elements // block_c)
+    unroll = max(1, min(unroll, positions // block_p))
+    return Launch(
+        tile={"UNROLL": unroll, "BLOCK_P": block_p, "BLOCK_C": block_c, "LOOP_STAGES": stages},
+        num_stages=1,
+    )
 
 
-@config.heuristic("batchnorm_statistics", REPEATS=(1, 8), SLOTS=(8, 512), STAGES=(1, 3))
-@config.heuristic("channel_statistics", REPEATS=(1, 8), SLOTS=(8, 512), STAGES=(1, 3))
+@config.heuristic("batchnorm_statistics", UNROLL=(1, 8), BLOCK_P=(8, 512), LOOP_STAGES=(1, 3))
+@config.heuristic("channel_statistics", UNROLL=(1, 8), BLOCK_P=(8, 512), LOOP_STAGES=(1, 3))
 def _config(arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
-    """The next tile is fetched ahead, and what a thread holds leaves room for four programs per multiprocessor."""
-    return channel_tile(dtype, 2 if sizes["residual"] else 4, 2, sizes)
+    """Prefetches the next tile, with few enough registers for four programs per multiprocessor."""
+    return tile_config(dtype, 2 if sizes["residual"] else 4, 2, sizes)
+
+
+class Map(NamedTuple):
+    """A feature map as a kernel argument, with its strides in elements."""
+
+    ptr: Any  # [N, C, positions]
+    stride_n: Any
+    stride_p: Any
+    stride_c: Any
+
+
+class Norm(NamedTuple):
+    """The parameters of a BatchNorm as a kernel argument."""
+
+    running_mean: Any  # [C]
+    running_var: Any  # [C]
+    weight: Any  # [C] or None
+    bias: Any  # [C] or None
+    eps: Any
 
 
 @triton.jit
-def on_channels(v, PLANES: tl.constexpr):
-    """(channels) as a tile of one slot and one repeat."""
-    return v[:, None, None] if PLANES else v[None, None, :]
+def expand_channels(v, NCHW: tl.constexpr):
+    """Reshape (BLOCK_C) to the three dimensions of a tile."""
+    return v[:, None, None] if NCHW else v[None, None, :]
 
 
 @triton.jit
-def on_slots(v, PLANES: tl.constexpr):
-    """(slots) as a tile of one channel and one repeat."""
-    return v[None, None, :] if PLANES else v[:, None, None]
+def expand_rows(v, NCHW: tl.constexpr):
+    """Reshape (BLOCK_P) to the three dimensions of a tile."""
+    return v[None, None, :] if NCHW else v[:, None, None]
 
 
 @triton.jit
-def known(number, UNIT: tl.constexpr):
-    """A number that UNIT divides, such that the compiler knows: else it finds no vectors."""
-    return number // UNIT * UNIT if UNIT > 1 else number
+def align(x, ALIGNMENT: tl.constexpr):
+    """Let the compiler know that ALIGNMENT divides x, which it needs to vectorize."""
+    return x // ALIGNMENT * ALIGNMENT if ALIGNMENT > 1 else x
 
 
 @triton.jit
-def pointers(base, row, column, along, across, PLANES: tl.constexpr, UNIT: tl.constexpr):
-    """Pointers to a tile's elements in the first sample, (row, column) with their strides along and across."""
-    if PLANES:
-        return base + row * along + column * known(across, UNIT)
-    return base + row * known(along, UNIT) + column * across
+def pointers(m, row, col, NCHW: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Pointers to a tile's elements in the first sample of a map."""
+    if NCHW:
+        return m.ptr + row * m.stride_p + col * align(m.stride_c, ALIGNMENT)
+    return m.ptr + row * align(m.stride_p, ALIGNMENT) + col * m.stride_c
 
 
 @triton.jit
-def distance(sample, first, stride, along, PLANES: tl.constexpr, UNIT: tl.constexpr):
-    """How far a tile lies from the first: by sample and by row."""
-    return sample * known(stride, UNIT) + first * (along if PLANES else known(along, UNIT))
+def offset(m, sample, first, NCHW: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Offset of a tile from the first tile of a map."""
+    return sample * align(m.stride_n, ALIGNMENT) + first * (m.stride_p if NCHW else align(m.stride_p, ALIGNMENT))
 
 
 @triton.jit
-def place_of(turn, chunk, per_sample, SAMPLES: tl.constexpr, ROWS: tl.constexpr):
-    """Sample and first row of a tile: a program goes from sample to sample with its rows, or along all rows."""
-    # Not .to: in the interpreter a loop's variable is a plain number.
-    wide = tl.full([], 0, tl.int64) + turn
-    sample = wide if SAMPLES else tl.full([], 0, tl.int64)
-    first = ((chunk % per_sample).to(tl.int64) if SAMPLES else wide) * ROWS
+def tile_start(i, chunk, tiles, BY_SAMPLE: tl.constexpr, ROWS: tl.constexpr):
+    """Sample and first row of iteration i: the chunk's rows of sample i, or tile i of all rows."""
+    # Not .to: in the interpreter the loop variable is an int.
+    i = tl.full([], 0, tl.int64) + i
+    sample = i if BY_SAMPLE else tl.full([], 0, tl.int64)
+    first = ((chunk % tiles).to(tl.int64) if BY_SAMPLE else i) * ROWS
     return sample, first
 
 
 @triton.jit
-def per_channel(base, at, inside, PLANES: tl.constexpr):
-    """One number a channel."""
-    return on_channels(tl.load(base + at, mask=inside, other=0.0).to(tl.float32), PLANES)
+def load_channels(ptr, offs, mask, NCHW: tl.constexpr):
+    """Load one value per channel."""
+    return expand_channels(tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32), NCHW)
 
 
 @triton.jit
-def gain_of(running_var, weight, at, inside, eps, PLANES: tl.constexpr):
-    """w / sqrt(r_v + eps). Correctly rounded, since it is computed once a channel."""
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.load(running_var + at, mask=inside, other=1.0).to(tl.float32) + eps))
+def load_scale(running_var, weight, offs, mask, eps, NCHW: tl.constexpr):
+    """w / sqrt(r_v + eps), correctly rounded, because it is computed only once per channel."""
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.load(running_var + offs, mask=mask, other=1.0).to(tl.float32) + eps))
     if weight is not None:
-        inverse *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    return on_channels(inverse, PLANES)
+        rstd *= tl.load(weight + offs, mask=mask, other=0.0).to(tl.float32)
+    return expand_channels(rstd, NCHW)
 
 
 @triton.jit
-def passes(z, ACTIVATION: tl.constexpr):
-    """Where the activation's derivative is one; NaN passes, as in PyTorch."""
-    stops = z <= 0
+def activation_mask(z, ACTIVATION: tl.constexpr):
+    """Whether the activation's derivative is one. It is one for NaN, as in PyTorch."""
+    zero = z <= 0
     if ACTIVATION == 2:
-        stops = stops | (z >= 6)
-    return ~stops
+        zero = zero | (z >= 6)
+    return ~zero
 
 
 @triton.jit
-def _activated(z, ACTIVATION: tl.constexpr):
+def _activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION > 0:
         z = tl.where(z <= 0, 0.0, z)
     if ACTIVATION == 2:
@@ -161,21 +186,21 @@ def _activated(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _packed(passes, PLANES: tl.constexpr, SLOTS: tl.constexpr, REPEATS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Eight channels' bits as one byte, the first the lowest."""
-    bits = tl.where(passes, 1, 0)
-    if PLANES:
-        bits = tl.reshape(bits, [CHANNELS // 8, 8, REPEATS, SLOTS]) << tl.arange(0, 8)[None, :, None, None]
-        octets = tl.sum(bits, 1)
+def _pack(mask, NCHW: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Pack the bits of eight channels into a byte, the first channel in the lowest bit."""
+    bits = tl.where(mask, 1, 0)
+    if NCHW:
+        bits = tl.reshape(bits, [BLOCK_C // 8, 8, UNROLL, BLOCK_P]) << tl.arange(0, 8)[None, :, None, None]
+        packed = tl.sum(bits, 1)
     else:
-        bits = tl.reshape(bits, [SLOTS, REPEATS, CHANNELS // 8, 8]) << tl.arange(0, 8)[None, None, None, :]
-        octets = tl.sum(bits, 3)
-    return octets.to(tl.uint8)
+        bits = tl.reshape(bits, [BLOCK_P, UNROLL, BLOCK_C // 8, 8]) << tl.arange(0, 8)[None, None, None, :]
+        packed = tl.sum(bits, 3)
+    return packed.to(tl.uint8)
 
 
 @triton.jit
-def _total(x, AXIS: tl.constexpr):
-    """The sum along an axis of two. The interpreter adds rows up one by one, and so less exactly than threads do."""
+def _sum(x, AXIS: tl.constexpr):
+    """Sum a matrix along an axis. In two steps in the interpreter, which adds rows one by one and is less accurate."""
     if INTERPRETED and AXIS == 0:
         return tl.sum(tl.sum(tl.reshape(x, [8, x.shape[0] // 8, x.shape[1]]), 1), 0)
     else:
@@ -183,277 +208,277 @@ def _total(x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _merged(count, total, mean, squares, AXIS: tl.constexpr):
-    """Mean and sum of squared deviations of several groups along an axis as those of one of ``total`` values."""
-    # Near the mean, with few enough digits that differences from it are exact for half-precision values: else they are
-    # rounded alike, and the mean is off by that.
-    near = ((_total(count * mean, AXIS) / total).to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)
-    away = mean - tl.expand_dims(near, AXIS)
-    rest = _total(count * away, AXIS)
-    share = tl.div_rn(rest, total)
-    return near + share, _total(squares + count * away * away, AXIS) - rest * share
+def _merge_moments(count, total, mean, m2, AXIS: tl.constexpr):
+    """Merge the means and sums of squared deviations of groups along an axis; ``total`` is the sum of the counts."""
+    # The pivot is near the mean and has few enough digits that differences from it are exact for half-precision values.
+    # Otherwise all differences round the same way, which biases the mean.
+    pivot = ((_sum(count * mean, AXIS) / total).to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)
+    delta = mean - tl.expand_dims(pivot, AXIS)
+    first = _sum(count * delta, AXIS)
+    shift = tl.div_rn(first, total)
+    return pivot + shift, _sum(m2 + count * delta * delta, AXIS) - first * shift
 
 
 @triton.jit
-def _rows(first, positions, slot, SLOTS: tl.constexpr, REPEATS: tl.constexpr):
-    """How many of a tile's rows there are in each slot, when the tile begins with row ``first``."""
-    return tl.minimum(tl.maximum((positions - first - slot + (SLOTS - 1)) // SLOTS, 0), REPEATS).to(tl.float32)
+def _row_counts(first, positions, row, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr):
+    """Number of positions that each of the BLOCK_P rows has in the tile that starts at ``first``."""
+    return tl.minimum(tl.maximum((positions - first - row + (BLOCK_P - 1)) // BLOCK_P, 0), UNROLL).to(tl.float32)
 
 
 @triton.jit
 def _forward_kernel(
-    x,
-    y,
-    residual,
-    mask,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    means,
-    spreads,
-    counts,
-    turns,
-    per_sample,
+    x,  # Map
+    y,  # Map; None for only the statistics
+    residual,  # Map or None
+    mask,  # Map [N, ceil(C / 8), positions], uint8, or None
+    norm,  # Norm; None for only the statistics
+    mean_ptr,  # [chunks, C]; [C] if ONE_CHUNK
+    m2_ptr,  # [chunks, C]; with ONE_CHUNK the variances [C]
+    count_ptr,  # [chunks]
+    num_iters,  # samples if BY_SAMPLE, else tiles
     positions,
     channels,
-    eps,
-    x_n,
-    x_p,
-    x_c,
-    y_n,
-    y_p,
-    y_c,
-    residual_n,
-    residual_p,
-    residual_c,
-    mask_n,
-    mask_p,
-    mask_c,
     ACTIVATION: tl.constexpr,
-    PLANES: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    DIRECT: tl.constexpr,
-    UNIT: tl.constexpr,
-    REPEATS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
+    NCHW: tl.constexpr,
+    BY_SAMPLE: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    LOOP_STAGES: tl.constexpr,
 ):
-    AXIS: tl.constexpr = 1 if PLANES else 0
-    if PLANES:
-        positions = known(positions, UNIT)
+    AXIS: tl.constexpr = 1 if NCHW else 0
+    ROWS: tl.constexpr = BLOCK_P * UNROLL
+    if NCHW:
+        positions = align(positions, ALIGNMENT)
     else:
-        channels = known(channels, UNIT)
-    # Blocks of channels first, so that whole rows are read at one time.
-    blocks = tl.cdiv(channels, CHANNELS)
+        channels = align(channels, ALIGNMENT)
+    # Channel blocks vary fastest, so that concurrent programs read whole rows.
+    blocks = tl.cdiv(channels, BLOCK_C)
     block = tl.program_id(0) % blocks
     chunk = tl.program_id(0) // blocks
-    begin = chunk // per_sample
-    step = tl.num_programs(0) // blocks // per_sample
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    channel_in = channel < channels
-    column = on_channels(channel, PLANES).to(tl.int64)
-    row = (tl.arange(0, REPEATS)[None, :, None] * SLOTS + on_slots(tl.arange(0, SLOTS), PLANES)).to(tl.int64)
-    x = pointers(x, row, column, x_p, x_c, PLANES, UNIT)
+    tiles = tl.cdiv(positions, ROWS) if BY_SAMPLE else 1
+    begin = chunk // tiles
+    step = tl.num_programs(0) // blocks // tiles
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < channels
+    col = expand_channels(offs_c, NCHW).to(tl.int64)
+    row = (tl.arange(0, UNROLL)[None, :, None] * BLOCK_P + expand_rows(tl.arange(0, BLOCK_P), NCHW)).to(tl.int64)
+    x_ptrs = pointers(x, row, col, NCHW, ALIGNMENT)
     if y is not None:
-        y = pointers(y, row, column, y_p, y_c, PLANES, UNIT)
-        shift = per_channel(running_mean, channel, channel_in, PLANES)
-        gain = gain_of(running_var, weight, channel, channel_in, eps, PLANES)
-        if bias is not None:
-            offset = per_channel(bias, channel, channel_in, PLANES)
+        y_ptrs = pointers(y, row, col, NCHW, ALIGNMENT)
+        running_mean = load_channels(norm.running_mean, offs_c, mask_c, NCHW)
+        scale = load_scale(norm.running_var, norm.weight, offs_c, mask_c, norm.eps, NCHW)
+        if norm.bias is not None:
+            bias = load_channels(norm.bias, offs_c, mask_c, NCHW)
         if residual is not None:
-            residual = pointers(residual, row, column, residual_p, residual_c, PLANES, UNIT)
+            residual_ptrs = pointers(residual, row, col, NCHW, ALIGNMENT)
     if mask is not None:
-        octet = block * (CHANNELS // 8) + tl.arange(0, CHANNELS // 8)
-        octet_in = on_channels(octet * 8 < channels, PLANES)
-        mask = pointers(mask, row, on_channels(octet, PLANES).to(tl.int64), mask_p, mask_c, PLANES, 1)
+        offs_byte = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+        mask_byte = expand_channels(offs_byte * 8 < channels, NCHW)
+        mask_ptrs = pointers(mask, row, expand_channels(offs_byte, NCHW).to(tl.int64), NCHW, 1)
 
-    mean = tl.zeros([CHANNELS, SLOTS] if PLANES else [SLOTS, CHANNELS], tl.float32)
-    spread = tl.zeros_like(mean)
-    before = 0.0
-    slot = tl.arange(0, SLOTS)
-    slot = slot[None, :] if PLANES else slot[:, None]
-    for turn in tl.range(begin, turns, step, num_stages=STAGES):
-        sample, first = place_of(turn, chunk, per_sample, SAMPLES, SLOTS * REPEATS)
-        row_in = first + row < positions
-        inside = row_in & on_channels(channel_in, PLANES)
-        v = tl.load(x + distance(sample, first, x_n, x_p, PLANES, UNIT), mask=inside, other=0.0).to(tl.float32)
+    mean = tl.zeros([BLOCK_C, BLOCK_P] if NCHW else [BLOCK_P, BLOCK_C], tl.float32)
+    m2 = tl.zeros_like(mean)
+    num_tiles = 0.0  # before this one
+    row_of = tl.arange(0, BLOCK_P)
+    row_of = row_of[None, :] if NCHW else row_of[:, None]
+    for i in tl.range(begin, num_iters, step, num_stages=LOOP_STAGES):
+        sample, first = tile_start(i, chunk, tiles, BY_SAMPLE, ROWS)
+        mask_p = first + row < positions
+        inside = mask_p & expand_channels(mask_c, NCHW)
+        v = tl.load(x_ptrs + offset(x, sample, first, NCHW, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
         if y is not None:
-            z = (v - shift) * gain
-            if bias is not None:
-                z += offset
+            z = (v - running_mean) * scale
+            if norm.bias is not None:
+                z += bias
             if residual is not None:
-                at = residual + distance(sample, first, residual_n, residual_p, PLANES, UNIT)
-                z += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            at = y + distance(sample, first, y_n, y_p, PLANES, UNIT)
-            tl.store(at, cast(_activated(z, ACTIVATION), y.dtype.element_ty), mask=inside)
+                ptrs = residual_ptrs + offset(residual, sample, first, NCHW, ALIGNMENT)
+                z += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+            ptrs = y_ptrs + offset(y, sample, first, NCHW, ALIGNMENT)
+            tl.store(ptrs, cast(_activate(z, ACTIVATION), y.ptr.dtype.element_ty), mask=inside)
             if mask is not None:
-                at = mask + distance(sample, first, mask_n, mask_p, PLANES, 1)
-                tl.store(at, _packed(passes(z, ACTIVATION), PLANES, SLOTS, REPEATS, CHANNELS), mask=row_in & octet_in)
+                ptrs = mask_ptrs + offset(mask, sample, first, NCHW, 1)
+                packed = _pack(activation_mask(z, ACTIVATION), NCHW, BLOCK_P, UNROLL, BLOCK_C)
+                tl.store(ptrs, packed, mask=mask_p & mask_byte)
 
-        # All tiles of a program have as many rows but the last, or, sample by sample, all of them.
-        fresh = _rows(first, positions, slot, SLOTS, REPEATS)
-        if turn == begin:
-            mean = tl.sum(v, 1) / tl.maximum(fresh, 1.0)
-        away = tl.where(row_in, v - tl.expand_dims(mean, 1), 0.0)
-        sums = tl.sum(away, 1)
-        share = sums * (1.0 / tl.maximum(before * (fresh if SAMPLES else REPEATS) + fresh, 1.0))
-        mean += share
-        spread += tl.sum(away * away, 1) - sums * share
-        before += 1.0
+        # All tiles of a program have the same number of rows, except the last; with BY_SAMPLE all of them.
+        count = _row_counts(first, positions, row_of, BLOCK_P, UNROLL)
+        if i == begin:
+            mean = tl.sum(v, 1) / tl.maximum(count, 1.0)
+        delta = tl.where(mask_p, v - tl.expand_dims(mean, 1), 0.0)
+        delta_sum = tl.sum(delta, 1)
+        shift = delta_sum * (1.0 / tl.maximum(num_tiles * (count if BY_SAMPLE else UNROLL) + count, 1.0))
+        mean += shift
+        m2 += tl.sum(delta * delta, 1) - delta_sum * shift
+        num_tiles += 1.0
 
-    further = (turns - 1 - begin) // step
-    _, first = place_of(begin + further * step, chunk, per_sample, SAMPLES, SLOTS * REPEATS)
-    fresh = _rows(first, positions, slot, SLOTS, REPEATS)
-    rows = tl.minimum(positions - first, SLOTS * REPEATS).to(tl.float32)
-    further = further.to(tl.float32)
-    count = further * (fresh if SAMPLES else REPEATS) + fresh
-    total = further * (rows if SAMPLES else SLOTS * REPEATS) + rows
-    whole, spread = _merged(count, total, mean, spread, AXIS)
-    spread = tl.where(spread < 0, 0.0, spread)
-    if DIRECT:
-        tl.store(means + channel, whole, mask=channel_in)
-        tl.store(spreads + channel, tl.div_rn(spread, total), mask=channel_in)
+    full_tiles = (num_iters - 1 - begin) // step
+    _, first = tile_start(begin + full_tiles * step, chunk, tiles, BY_SAMPLE, ROWS)
+    last = _row_counts(first, positions, row_of, BLOCK_P, UNROLL)
+    last_rows = tl.minimum(positions - first, ROWS).to(tl.float32)
+    full_tiles = full_tiles.to(tl.float32)
+    count = full_tiles * (last if BY_SAMPLE else UNROLL) + last
+    total = full_tiles * (last_rows if BY_SAMPLE else ROWS) + last_rows
+    merged_mean, merged_m2 = _merge_moments(count, total, mean, m2, AXIS)
+    merged_m2 = tl.where(merged_m2 < 0, 0.0, merged_m2)
+    if ONE_CHUNK:
+        tl.store(mean_ptr + offs_c, merged_mean, mask=mask_c)
+        tl.store(m2_ptr + offs_c, tl.div_rn(merged_m2, total), mask=mask_c)
     else:
-        at = chunk.to(tl.int64) * channels + channel
-        tl.store(means + at, whole, mask=channel_in)
-        tl.store(spreads + at, spread, mask=channel_in)
-        tl.store(counts + chunk, total)
+        offs = chunk.to(tl.int64) * channels + offs_c
+        tl.store(mean_ptr + offs, merged_mean, mask=mask_c)
+        tl.store(m2_ptr + offs, merged_m2, mask=mask_c)
+        tl.store(count_ptr + chunk, total)
 
 
 @triton.jit
-def _merge_kernel(means, spreads, counts, mean, var, chunks, channels, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr):
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    channel_in = channel < channels
-    count = 0.0
-    whole = tl.zeros([CHANNELS], tl.float32)
-    spread = tl.zeros([CHANNELS], tl.float32)
-    for start in range(0, chunks, CHUNKS):
-        chunk = start + tl.arange(0, CHUNKS)
-        at = chunk.to(tl.int64)[:, None] * channels + channel[None, :]
-        inside = (chunk < chunks)[:, None] & channel_in[None, :]
-        each = tl.load(counts + chunk, mask=chunk < chunks, other=0.0)
-        further = tl.sum(each, 0)
-        own, within = _merged(
-            each[:, None],
-            further,
-            tl.load(means + at, mask=inside, other=0.0),
-            tl.load(spreads + at, mask=inside, other=0.0),
+def _merge_kernel(
+    means_ptr,  # [chunks, C]
+    m2_ptr,  # [chunks, C]
+    count_ptr,  # [chunks]
+    mean_ptr,  # [C]
+    var_ptr,  # [C]
+    chunks,
+    channels,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < channels
+    total = 0.0
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(0, chunks, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        offs = offs_m.to(tl.int64)[:, None] * channels + offs_c[None, :]
+        mask = (offs_m < chunks)[:, None] & mask_c[None, :]
+        counts = tl.load(count_ptr + offs_m, mask=offs_m < chunks, other=0.0)
+        count = tl.sum(counts, 0)
+        block_mean, block_m2 = _merge_moments(
+            counts[:, None],
+            count,
+            tl.load(means_ptr + offs, mask=mask, other=0.0),
+            tl.load(m2_ptr + offs, mask=mask, other=0.0),
             0,
         )
-        away = own - whole
-        share = further / (count + further)
-        spread += within + away * away * count * share
-        whole += away * share
-        count += further
-    tl.store(mean + channel, whole, mask=channel_in)
-    tl.store(var + channel, tl.div_rn(spread, count), mask=channel_in)
+        delta = block_mean - mean
+        weight = count / (total + count)
+        m2 += block_m2 + delta * delta * total * weight
+        mean += delta * weight
+        total += count
+    tl.store(mean_ptr + offs_c, mean, mask=mask_c)
+    tl.store(var_ptr + offs_c, tl.div_rn(m2, total), mask=mask_c)
 
 
 Strides = tuple[int, int, int]
 
 
 def _strides(x: Tensor) -> Strides | None:
-    """Strides of (N, C, ...) by sample, position and channel; None where no one stride leads through the positions."""
-    along, size = 0, 1
+    """Strides of (N, C, ...) per sample, position and channel; None if the positions have no common stride."""
+    stride_p, size = 0, 1
     for dim in range(x.ndim - 1, 1, -1):
         if x.shape[dim] == 1:
             continue
         if size == 1:
-            along = x.stride(dim)
-        elif x.stride(dim) != along * size:
+            stride_p = x.stride(dim)
+        elif x.stride(dim) != stride_p * size:
             return None
         size *= x.shape[dim]
-    return x.stride(0), along, x.stride(1)
+    return x.stride(0), stride_p, x.stride(1)
 
 
 def match_memory_format(x: Tensor, y: Tensor) -> Tensor:
-    """x where its strides serve, else a copy laid out as y, which is contiguous or channels-last."""
+    """Returns x if its positions have a common stride, else a copy in the memory format of y."""
     return x if _strides(x) is not None else torch.empty_like(y, dtype=x.dtype).copy_(x)
 
 
-def flattened(x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int, list[Strides]]:
-    """Samples and positions a sample, and each tensor's strides, with samples and positions as one where all allow it.
+def as_maps(x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int, list[Map | None]]:
+    """Prepares maps for a kernel. Samples and positions become one dimension if all strides allow it.
 
     Args:
         x: (N, C, ...), for the sizes.
-        tensors: of its N and positions, each with one stride through them; strides of None are zeros.
+        tensors: Maps with the N and the positions of x, each with one stride for all positions; None stays None.
+
+    Returns:
+        The number of samples, the number of positions per sample, and the maps.
     """
     samples, positions = x.shape[0], x[0, 0].numel()
-    found = [None if t is None else _strides(t) for t in tensors]
+    strides = [None if t is None else _strides(t) for t in tensors]
     if positions == 1:
-        one = [None if s is None else (0, s[0], s[2]) for s in found]
-    elif samples == 1 or all(s is None or s[0] == positions * s[1] for s in found):
-        one = [None if s is None else (0, s[1], s[2]) for s in found]
-    else:
-        return samples, positions, [s or (0, 0, 0) for s in found]
-    return 1, samples * positions, [s or (0, 0, 0) for s in one]
+        strides = [None if s is None else (0, s[0], s[2]) for s in strides]
+        samples, positions = 1, samples
+    elif samples == 1 or all(s is None or s[0] == positions * s[1] for s in strides):
+        strides = [None if s is None else (0, s[1], s[2]) for s in strides]
+        samples, positions = 1, samples * positions
+    maps = [None if t is None or s is None else Map(t, *s) for t, s in zip(tensors, strides, strict=True)]
+    return samples, positions, maps
 
 
-def _unit(planes: bool, fastest: int, strides: Sequence[Strides]) -> int:
-    """A divisor of the fastest dimension's size and of the other dimensions' strides."""
-    numbers = [fastest, *(s[0] for s in strides), *(s[2 if planes else 1] for s in strides)]
-    return 8 if all(number % 8 == 0 for number in numbers) else 1
-
-
-def layout_of(
-    kernel: str, x: Tensor, samples: int, positions: int, strides: Sequence[Strides], residual: bool
+def choose_config(
+    kernel: str, x: Tensor, samples: int, positions: int, maps: Sequence[Map | None], residual: bool
 ) -> tuple[Launch, dict[str, Any]]:
-    """The configuration, and the constants that say how the maps lie.
+    """Returns the launch configuration, and the constants that describe the memory layout.
 
     Args:
-        kernel: name of the rule.
-        x: for sizes, dtype and device.
-        samples: as in :func:`flattened`.
-        positions: likewise.
-        strides: of all maps; those of the first decide.
-        residual: whether there is one, or its gradient.
+        kernel: Name of the heuristic.
+        x: (N, C, ...), for sizes, dtype and device.
+        samples: As returned by :func:`as_maps`.
+        positions: As returned by :func:`as_maps`.
+        maps: The maps of full size; None is ignored. The first one decides between NCHW and NHWC.
+        residual: Whether the kernel reads a residual or writes its gradient.
     """
-    planes = strides[0][2] != 1 and strides[0][1] == 1 and positions > 1
+    used = [m for m in maps if m is not None]
+    nchw = used[0].stride_c != 1 and used[0].stride_p == 1 and positions > 1
     channels = x.shape[1]
-    unit = _unit(planes, positions if planes else channels, strides)
+    sizes = [
+        positions if nchw else channels,
+        *(s for m in used for s in (m.stride_n, m.stride_c if nchw else m.stride_p)),
+    ]
+    alignment = 8 if all(size % 8 == 0 for size in sizes) else 1
     chosen = config.choose(
         kernel,
         architecture(x),
         x.dtype,
         channels=min(next_power_of_2(channels), 1024),
         positions=min(next_power_of_2(positions), 4096),
-        planes=int(planes),
-        unit=unit,
+        nchw=int(nchw),
+        alignment=alignment,
         residual=int(residual),
     )
-    return chosen, {"PLANES": planes, "SAMPLES": samples > 1, "UNIT": unit}
+    return chosen, {"NCHW": nchw, "BY_SAMPLE": samples > 1, "ALIGNMENT": alignment}
 
 
-def division(x: Tensor, chosen: Launch, samples: int, positions: int, programs: int) -> tuple[int, int, int, int]:
-    """How a grid of (blocks of channels, chunks) shares the tiles: blocks, chunks, turns and tiles a sample.
+def split_work(x: Tensor, chosen: Launch, samples: int, positions: int, programs: int) -> tuple[int, int, int]:
+    """Splits the tiles over a grid of (channel blocks, chunks).
 
-    A chunk takes every ``chunks / per_sample``-th of ``turns``: rows of a tile, or, where samples have to be taken one
-    by one, the same rows of different samples, so that all of its tiles are equally full. All chunks have about as many
-    turns; one each if there are few.
+    With several samples, the programs of a chunk read the same rows of different samples, so that all of its tiles have
+    the same number of rows. All chunks have about the same number of iterations, and one iteration if there are few.
 
     Args:
-        x: for sizes and device.
-        chosen: the tile.
-        samples: as in :func:`flattened`.
-        positions: likewise.
-        programs: wanted of each processor.
+        x: (N, C, ...), for sizes and device.
+        chosen: The launch configuration.
+        samples: As returned by :func:`as_maps`.
+        positions: As returned by :func:`as_maps`.
+        programs: Target number of programs per multiprocessor.
+
+    Returns:
+        The numbers of channel blocks, of chunks, and of iterations of all chunks together.
     """
-    blocks = cdiv(x.shape[1], chosen.tile["CHANNELS"])
-    tiles = cdiv(positions, chosen.tile["REPEATS"] * chosen.tile["SLOTS"])
-    turns, per_sample = (samples, tiles) if samples > 1 else (tiles, 1)
-    alike = blocks * per_sample
-    lanes = turns
-    if turns * alike > 2 * programs * num_sms(x):
-        lanes = cdiv(turns, cdiv(turns * alike, programs * num_sms(x)))
-    return blocks, lanes * per_sample, turns, per_sample
+    blocks = cdiv(x.shape[1], chosen.tile["BLOCK_C"])
+    tiles = cdiv(positions, chosen.tile["UNROLL"] * chosen.tile["BLOCK_P"])
+    num_iters, per_sample = (samples, tiles) if samples > 1 else (tiles, 1)
+    parallel = blocks * per_sample
+    chunks = num_iters
+    if num_iters * parallel > 2 * programs * num_sms(x):
+        chunks = cdiv(num_iters, cdiv(num_iters * parallel, programs * num_sms(x)))
+    return blocks, chunks * per_sample, num_iters
 
 
 def _forward(
     x: Tensor,
-    norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None,
-    eps: float,
+    norm: Norm | None,
     activation: str,
     residual: Tensor | None,
     y: Tensor | None,
@@ -466,39 +491,31 @@ def _forward(
         mean.fill_(float("nan"))
         var.fill_(float("nan"))
         return
-    samples, positions, strides = flattened(x, (x, y, residual, mask))
+    samples, positions, maps = as_maps(x, (x, y, residual, mask))
     kernel = "channel_statistics" if y is None else "batchnorm_statistics"
-    maps = [s for s, t in zip(strides, (x, y, residual), strict=False) if t is not None]
-    chosen, constants = layout_of(kernel, x, samples, positions, maps, residual is not None)
-    blocks, chunks, turns, per_sample = division(x, chosen, samples, positions, 4)
-    direct = chunks == 1
+    chosen, constants = choose_config(kernel, x, samples, positions, maps[:3], residual is not None)
+    blocks, chunks, num_iters = split_work(x, chosen, samples, positions, 4)
     parts = (mean, var, mean)
-    if not direct:
+    if chunks > 1:
         parts = (*x.new_empty((2, chunks, channels), dtype=torch.float32), x.new_empty(chunks, dtype=torch.float32))
     launch(
         _forward_kernel,
         (blocks * chunks,),
-        x,
-        y,
-        residual,
-        mask,
-        *(norm or (None, None, None, None)),
+        *maps,
+        norm,
         *parts,
-        turns,
-        per_sample,
+        num_iters,
         positions,
         channels,
-        eps,
-        *(number for s in strides for number in s),
         config=chosen,
         ACTIVATION=ACTIVATIONS[activation],
-        DIRECT=direct,
+        ONE_CHUNK=chunks == 1,
         **constants,
     )
-    if not direct:
-        rows = min(max(next_power_of_2(chunks), 16), 512)
-        together = Launch(tile={"CHUNKS": rows, "CHANNELS": 8}, num_warps=8 if rows > 128 else 4)
-        launch(_merge_kernel, (cdiv(channels, 8),), *parts, mean, var, chunks, channels, config=together)
+    if chunks > 1:
+        block_m = min(max(next_power_of_2(chunks), 16), 512)
+        merge = Launch(tile={"BLOCK_M": block_m, "BLOCK_C": 8}, num_warps=8 if block_m > 128 else 4)
+        launch(_merge_kernel, (cdiv(channels, 8),), *parts, mean, var, chunks, channels, config=merge)
 
 
 def forward(
@@ -516,35 +533,35 @@ def forward(
     var: Tensor,
     mask: Tensor,
 ) -> None:
-    """The activated norm of x and the statistics of x.
+    """Normalizes and activates x, and computes its statistics.
 
     Args:
         x: (N, C, ...), any strides.
-        running_mean: (C,), any floating dtype, as the next three.
-        running_var: (C,).
-        weight: (C,) or None.
-        bias: (C,) or None.
-        eps: as the op's.
-        activation: as the op's.
-        keep_mask: whether to fill ``mask``.
-        residual: of the shape of x, any strides, or None.
-        y: of the shape of x, contiguous or channels-last.
+        running_mean: (C,), any floating dtype.
+        running_var: (C,), any floating dtype.
+        weight: (C,), any floating dtype, or None.
+        bias: (C,), any floating dtype, or None.
+        eps: Added to the variance.
+        activation: Key of ``ACTIVATIONS``.
+        keep_mask: Whether to write ``mask``.
+        residual: Same shape as x, any strides, or None.
+        y: Same shape as x, contiguous or channels-last.
         mean: (C,), float32.
         var: (C,), float32.
-        mask: (N, ceil(C / 8), positions), uint8, one stride through the positions.
+        mask: (N, ceil(C / 8), positions), uint8, one stride for all positions.
     """
-    norm = tuple(None if v is None else v.contiguous() for v in (running_mean, running_var, weight, bias))
+    vectors = (None if v is None else v.contiguous() for v in (running_mean, running_var, weight, bias))
     residual = None if residual is None else match_memory_format(residual, y)
     kept = mask if keep_mask else None
-    _forward(match_memory_format(x, y), norm, eps, activation, residual, y, kept, mean, var)  # type: ignore[arg-type]
+    _forward(match_memory_format(x, y), Norm._make((*vectors, eps)), activation, residual, y, kept, mean, var)
 
 
 def statistics(x: Tensor, mean: Tensor, var: Tensor) -> None:
-    """The statistics of x alone.
+    """Computes only the statistics of x.
 
     Args:
         x: (N, C, ...), any strides.
         mean: (C,), float32.
         var: (C,), float32.
     """
-    _forward(x if _strides(x) is not None else x.contiguous(), None, 1.0, "none", None, None, None, mean, var)
+    _forward(x if _strides(x) is not None else x.contiguous(), None, "none", None, None, None, mean, var)

@@ -1,6 +1,7 @@
-"""Gradients of a frozen BatchNorm with its input's statistics: see :mod:`dfkd_fast.kernels.batchnorm_statistics`.
+"""Gradients of a frozen BatchNorm with its input's statistics.
 
-Element by element: nothing is read that is not needed, and where neither the statistics nor the mask want it, x is not.
+Formula, gradient and memory traffic are in :mod:`dfkd_fast.kernels.batchnorm_statistics`. The kernel is elementwise. It
+reads x only for dvar, for dweight, or to recompute the activation's mask.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from torch import Tensor
 from dfkd_fast.kernels import config
 from dfkd_fast.kernels.batchnorm_statistics import (
     ACTIVATIONS,
-    channel_tile,
-    distance,
-    division,
-    flattened,
-    gain_of,
-    known,
-    layout_of,
+    Norm,
+    activation_mask,
+    align,
+    as_maps,
+    choose_config,
+    expand_channels,
+    expand_rows,
+    load_channels,
+    load_scale,
     match_memory_format,
-    on_channels,
-    on_slots,
-    passes,
-    per_channel,
-    place_of,
+    offset,
     pointers,
+    split_work,
+    tile_config,
+    tile_start,
 )
 from dfkd_fast.kernels.common import cast, cdiv, launch
 from dfkd_fast.kernels.config import Launch
@@ -34,173 +36,162 @@ from dfkd_fast.kernels.config import Launch
 __all__ = ["backward", "statistics_backward"]
 
 
-@config.heuristic("batchnorm_statistics_backward", REPEATS=(1, 8), SLOTS=(8, 512), STAGES=(1, 3))
+@config.heuristic("batchnorm_statistics_backward", UNROLL=(1, 8), BLOCK_P=(8, 512), LOOP_STAGES=(1, 3))
 def _config(arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
-    """As forward, with two maps to read. In float32 with a residual, ptxas spills what is fetched ahead."""
-    return channel_tile(dtype, 2, 1 if sizes["residual"] and dtype == torch.float32 else 2, sizes)
+    """As in forward, with two maps to read. In float32 with a residual, prefetching would make ptxas spill."""
+    return tile_config(dtype, 2, 1 if sizes["residual"] and dtype == torch.float32 else 2, sizes)
 
 
 @triton.jit
-def unpacked(octets, PLANES: tl.constexpr, SLOTS: tl.constexpr, REPEATS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The inverse of ``_packed`` of the forward's module."""
-    octets = octets.to(tl.int32)
-    if PLANES:
-        bits = (octets[:, None, :, :] >> tl.arange(0, 8)[None, :, None, None]) & 1
-        bits = tl.reshape(bits, [CHANNELS, REPEATS, SLOTS])
+def _unpack(packed, NCHW: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The inverse of ``_pack`` in the forward's module."""
+    packed = packed.to(tl.int32)
+    if NCHW:
+        bits = (packed[:, None, :, :] >> tl.arange(0, 8)[None, :, None, None]) & 1
+        bits = tl.reshape(bits, [BLOCK_C, UNROLL, BLOCK_P])
     else:
-        bits = (octets[:, :, :, None] >> tl.arange(0, 8)[None, None, None, :]) & 1
-        bits = tl.reshape(bits, [SLOTS, REPEATS, CHANNELS])
+        bits = (packed[:, :, :, None] >> tl.arange(0, 8)[None, None, None, :]) & 1
+        bits = tl.reshape(bits, [BLOCK_P, UNROLL, BLOCK_C])
     return bits != 0
 
 
 @triton.jit
 def _backward_kernel(
-    dy,
-    dmean,
-    dvar,
-    grad_output,
-    x,
-    mask,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    mean,
-    dx,
-    dresidual,
-    dweights,
-    dbiases,
-    turns,
-    per_sample,
+    dy,  # Map or None
+    x,  # Map; None if it is not read
+    mask,  # Map [N, ceil(C / 8), positions], uint8; None to recompute the mask
+    dx,  # Map or None
+    dresidual,  # Map or None
+    norm,  # Norm; its vectors are None without dy
+    dmean_ptr,  # [C] or None
+    dvar_ptr,  # [C] or None
+    grad_output_ptr,  # [], factor of dmean and dvar, or None for 1
+    mean_ptr,  # [C]
+    dweight_ptr,  # [chunks, C] or None
+    dbias_ptr,  # [chunks, C] or None
+    num_iters,  # samples if BY_SAMPLE, else tiles
     positions,
     channels,
-    over,
-    eps,
-    dy_n,
-    dy_p,
-    dy_c,
-    x_n,
-    x_p,
-    x_c,
-    mask_n,
-    mask_p,
-    mask_c,
-    dx_n,
-    dx_p,
-    dx_c,
-    dresidual_n,
-    dresidual_p,
-    dresidual_c,
+    inv_count,  # 1 / (N positions)
     ACTIVATION: tl.constexpr,
-    PLANES: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    UNIT: tl.constexpr,
-    REPEATS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr,
+    NCHW: tl.constexpr,
+    BY_SAMPLE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    LOOP_STAGES: tl.constexpr,
 ):
-    AXIS: tl.constexpr = 1 if PLANES else 0
-    if PLANES:
-        positions = known(positions, UNIT)
+    AXIS: tl.constexpr = 1 if NCHW else 0
+    ROWS: tl.constexpr = BLOCK_P * UNROLL
+    if NCHW:
+        positions = align(positions, ALIGNMENT)
     else:
-        channels = known(channels, UNIT)
-    # Blocks of channels first, so that whole rows are read at one time.
-    blocks = tl.cdiv(channels, CHANNELS)
+        channels = align(channels, ALIGNMENT)
+    # Channel blocks vary fastest, so that concurrent programs read whole rows.
+    blocks = tl.cdiv(channels, BLOCK_C)
     block = tl.program_id(0) % blocks
     chunk = tl.program_id(0) // blocks
-    begin = chunk // per_sample
-    step = tl.num_programs(0) // blocks // per_sample
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    channel_in = channel < channels
-    column = on_channels(channel, PLANES).to(tl.int64)
-    row = (tl.arange(0, REPEATS)[None, :, None] * SLOTS + on_slots(tl.arange(0, SLOTS), PLANES)).to(tl.int64)
+    tiles = tl.cdiv(positions, ROWS) if BY_SAMPLE else 1
+    begin = chunk // tiles
+    step = tl.num_programs(0) // blocks // tiles
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < channels
+    col = expand_channels(offs_c, NCHW).to(tl.int64)
+    row = (tl.arange(0, UNROLL)[None, :, None] * BLOCK_P + expand_rows(tl.arange(0, BLOCK_P), NCHW)).to(tl.int64)
     if x is not None:
-        x = pointers(x, row, column, x_p, x_c, PLANES, UNIT)
+        x_ptrs = pointers(x, row, col, NCHW, ALIGNMENT)
     if dy is not None:
-        dy = pointers(dy, row, column, dy_p, dy_c, PLANES, UNIT)
-        gain = gain_of(running_var, weight, channel, channel_in, eps, PLANES)
+        dy_ptrs = pointers(dy, row, col, NCHW, ALIGNMENT)
+        scale = load_scale(norm.running_var, norm.weight, offs_c, mask_c, norm.eps, NCHW)
         if x is not None:
-            shift = per_channel(running_mean, channel, channel_in, PLANES)
-        if bias is not None:
-            offset = per_channel(bias, channel, channel_in, PLANES)
+            running_mean = load_channels(norm.running_mean, offs_c, mask_c, NCHW)
+        if norm.bias is not None:
+            bias = load_channels(norm.bias, offs_c, mask_c, NCHW)
     if dx is not None:
-        dx = pointers(dx, row, column, dx_p, dx_c, PLANES, UNIT)
-    if grad_output is not None:
-        over *= tl.load(grad_output).to(tl.float32)
-    if dmean is not None:
-        constant = per_channel(dmean, channel, channel_in, PLANES) * over
-    if dvar is not None:
-        slope = per_channel(dvar, channel, channel_in, PLANES) * (2 * over)
-        centre = per_channel(mean, channel, channel_in, PLANES)
+        dx_ptrs = pointers(dx, row, col, NCHW, ALIGNMENT)
+    if grad_output_ptr is not None:
+        inv_count *= tl.load(grad_output_ptr).to(tl.float32)
+    if dmean_ptr is not None:
+        dmean = load_channels(dmean_ptr, offs_c, mask_c, NCHW) * inv_count
+    if dvar_ptr is not None:
+        dvar = load_channels(dvar_ptr, offs_c, mask_c, NCHW) * (2 * inv_count)
+        mean = load_channels(mean_ptr, offs_c, mask_c, NCHW)
     if dresidual is not None:
-        dresidual = pointers(dresidual, row, column, dresidual_p, dresidual_c, PLANES, UNIT)
+        dresidual_ptrs = pointers(dresidual, row, col, NCHW, ALIGNMENT)
     if mask is not None:
-        octet = block * (CHANNELS // 8) + tl.arange(0, CHANNELS // 8)
-        octet_in = on_channels(octet * 8 < channels, PLANES)
-        mask = pointers(mask, row, on_channels(octet, PLANES).to(tl.int64), mask_p, mask_c, PLANES, 1)
-    sum_weight = tl.zeros([CHANNELS, SLOTS] if PLANES else [SLOTS, CHANNELS], tl.float32)
-    sum_bias = tl.zeros_like(sum_weight)
-    if dweights is not None:
-        inverse = gain_of(running_var, None, channel, channel_in, eps, PLANES)
+        offs_byte = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+        mask_byte = expand_channels(offs_byte * 8 < channels, NCHW)
+        mask_ptrs = pointers(mask, row, expand_channels(offs_byte, NCHW).to(tl.int64), NCHW, 1)
+    dweight = tl.zeros([BLOCK_C, BLOCK_P] if NCHW else [BLOCK_P, BLOCK_C], tl.float32)
+    dbias = tl.zeros_like(dweight)
+    if dweight_ptr is not None:
+        rstd = load_scale(norm.running_var, None, offs_c, mask_c, norm.eps, NCHW)
 
-    for turn in tl.range(begin, turns, step, num_stages=STAGES):
-        sample, first = place_of(turn, chunk, per_sample, SAMPLES, SLOTS * REPEATS)
-        row_in = first + row < positions
-        inside = row_in & on_channels(channel_in, PLANES)
+    for i in tl.range(begin, num_iters, step, num_stages=LOOP_STAGES):
+        sample, first = tile_start(i, chunk, tiles, BY_SAMPLE, ROWS)
+        mask_p = first + row < positions
+        inside = mask_p & expand_channels(mask_c, NCHW)
         if x is not None:
-            v = tl.load(x + distance(sample, first, x_n, x_p, PLANES, UNIT), mask=inside, other=0.0).to(tl.float32)
+            v = tl.load(x_ptrs + offset(x, sample, first, NCHW, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
         if dy is not None:
-            g = tl.load(dy + distance(sample, first, dy_n, dy_p, PLANES, UNIT), mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(dy_ptrs + offset(dy, sample, first, NCHW, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
             if mask is not None:
-                at = mask + distance(sample, first, mask_n, mask_p, PLANES, 1)
-                octets = tl.load(at, mask=row_in & octet_in, other=0)
-                g = tl.where(unpacked(octets, PLANES, SLOTS, REPEATS, CHANNELS), g, 0.0)
+                ptrs = mask_ptrs + offset(mask, sample, first, NCHW, 1)
+                packed = tl.load(ptrs, mask=mask_p & mask_byte, other=0)
+                g = tl.where(_unpack(packed, NCHW, BLOCK_P, UNROLL, BLOCK_C), g, 0.0)
             elif ACTIVATION > 0:
-                # The forward's own expression, so that both round alike.
-                z = (v - shift) * gain
-                if bias is not None:
-                    z += offset
-                g = tl.where(passes(z, ACTIVATION), g, 0.0)
+                # The same expression as in forward, so that both round alike.
+                z = (v - running_mean) * scale
+                if norm.bias is not None:
+                    z += bias
+                g = tl.where(activation_mask(z, ACTIVATION), g, 0.0)
             if dresidual is not None:
-                at = dresidual + distance(sample, first, dresidual_n, dresidual_p, PLANES, UNIT)
-                tl.store(at, cast(g, dresidual.dtype.element_ty), mask=inside)
-            if dweights is not None:
-                sum_weight += tl.sum(g * ((v - shift) * inverse), 1)
-            if dbiases is not None:
-                sum_bias += tl.sum(g, 1)
+                ptrs = dresidual_ptrs + offset(dresidual, sample, first, NCHW, ALIGNMENT)
+                tl.store(ptrs, cast(g, dresidual.ptr.dtype.element_ty), mask=inside)
+            if dweight_ptr is not None:
+                dweight += tl.sum(g * ((v - running_mean) * rstd), 1)
+            if dbias_ptr is not None:
+                dbias += tl.sum(g, 1)
         if dx is not None:
             if dy is not None:
-                out = g * gain
-                if dmean is not None:
-                    out += constant
-                if dvar is not None:
-                    out += slope * (v - centre)
-            elif dvar is not None:
-                out = slope * (v - centre)
-                if dmean is not None:
-                    out += constant
+                out = g * scale
+                if dmean_ptr is not None:
+                    out += dmean
+                if dvar_ptr is not None:
+                    out += dvar * (v - mean)
+            elif dvar_ptr is not None:
+                out = dvar * (v - mean)
+                if dmean_ptr is not None:
+                    out += dmean
             else:
-                out = tl.broadcast_to(constant, inside.shape)
-            at = dx + distance(sample, first, dx_n, dx_p, PLANES, UNIT)
-            tl.store(at, cast(out, dx.dtype.element_ty), mask=inside)
+                out = tl.broadcast_to(dmean, inside.shape)
+            ptrs = dx_ptrs + offset(dx, sample, first, NCHW, ALIGNMENT)
+            tl.store(ptrs, cast(out, dx.ptr.dtype.element_ty), mask=inside)
 
-    at = chunk.to(tl.int64) * channels + channel
-    if dweights is not None:
-        tl.store(dweights + at, tl.sum(sum_weight, AXIS), mask=channel_in)
-    if dbiases is not None:
-        tl.store(dbiases + at, tl.sum(sum_bias, AXIS), mask=channel_in)
+    offs = chunk.to(tl.int64) * channels + offs_c
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + offs, tl.sum(dweight, AXIS), mask=mask_c)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + offs, tl.sum(dbias, AXIS), mask=mask_c)
 
 
 @triton.jit
-def _columns_kernel(parts, out, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    total = tl.zeros([ROWS, CHANNELS], tl.float32)
-    for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        at = row.to(tl.int64)[:, None] * channels + channel[None, :]
-        total += tl.load(parts + at, mask=(row < rows)[:, None] & (channel < channels)[None, :], other=0.0)
-    tl.store(out + channel, cast(tl.sum(total, 0), out.dtype.element_ty), mask=channel < channels)
+def _sum_rows_kernel(
+    x_ptr,  # [rows, C]
+    out_ptr,  # [C]
+    rows,
+    channels,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for start in range(0, rows, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        offs = offs_m.to(tl.int64)[:, None] * channels + offs_c[None, :]
+        acc += tl.load(x_ptr + offs, mask=(offs_m < rows)[:, None] & (offs_c < channels)[None, :], other=0.0)
+    tl.store(out_ptr + offs_c, cast(tl.sum(acc, 0), out_ptr.dtype.element_ty), mask=offs_c < channels)
 
 
 def backward(
@@ -223,27 +214,27 @@ def backward(
     dresidual: Tensor | None,
     grad_output: Tensor | None = None,
 ) -> None:
-    """Gradients of the forward.
+    """Gradients of :func:`dfkd_fast.kernels.batchnorm_statistics.forward`.
 
     Args:
-        dy: gradient of y, any strides; None for zero, as the next two.
-        dmean: gradient of mean.
-        dvar: gradient of var.
-        x: as in forward, like all up to ``mask``.
-        running_mean: (C,); None if dy is, as the next three.
-        running_var: (C,).
+        dy: Gradient of y, any strides; None for zero.
+        dmean: Gradient of mean, (C,); None for zero.
+        dvar: Gradient of var, (C,); None for zero.
+        x: (N, C, ...), any strides.
+        running_mean: (C,); may be None without dy.
+        running_var: (C,); may be None without dy.
         weight: (C,) or None.
         bias: (C,) or None.
-        eps: the op's.
-        activation: the op's.
-        mean: (C,).
-        mask: as in forward; None where the activation is to be recomputed from x.
-        residual_dtype: that of the residual, or None.
-        dx: of the shape of x, contiguous or channels-last; None if it is not needed, as the next three.
-        dweight: (C,), any floating dtype.
-        dbias: (C,), likewise.
-        dresidual: of the shape of x, contiguous or channels-last, in its dtype.
-        grad_output: a scalar that dmean and dvar are multiplied by; None for one.
+        eps: As in forward.
+        activation: As in forward.
+        mean: (C,), float32, from forward.
+        mask: From forward; None to recompute it from x.
+        residual_dtype: Dtype of the residual, or None.
+        dx: Output, shape of x, contiguous or channels-last; None if it is not needed.
+        dweight: Output, (C,), any floating dtype; None if it is not needed.
+        dbias: Output, (C,), any floating dtype; None if it is not needed.
+        dresidual: Output, shape of x, contiguous or channels-last; None if it is not needed.
+        grad_output: Scalar factor of dmean and dvar; None for 1.
     """
     channels = x.shape[1]
     if x.shape[0] == 0 or dy is None:
@@ -259,60 +250,46 @@ def backward(
     like = map_grad if map_grad is not None else dy
     assert like is not None
     reads_x = dvar is not None or dweight is not None or (dy is not None and activation != "none" and mask is None)
-    # Where dx comes of the activation alone and that of the mask, nothing says how x lies but its shape.
     read = match_memory_format(x, like) if reads_x else None
     dy = None if dy is None else match_memory_format(dy, like)
     vectors = (None if v is None or dy is None else v.contiguous() for v in (running_mean, running_var, weight, bias))
     dmean, dvar = (None if v is None else v.contiguous() for v in (dmean, dvar))
-    samples, positions, strides = flattened(x, (dy, read, mask, dx, dresidual))
-    # Those that are written first, since theirs is the dense layout.
-    maps = [strides[i] for i, t in ((3, dx), (4, dresidual), (0, dy), (1, read)) if t is not None]
-    chosen, constants = layout_of("batchnorm_statistics_backward", x, samples, positions, maps, dresidual is not None)
+    samples, positions, maps = as_maps(x, (dy, read, mask, dx, dresidual))
+    # Outputs first, because they are dense.
+    by_priority = [maps[i] for i in (3, 4, 0, 1)]
+    chosen, constants = choose_config(
+        "batchnorm_statistics_backward", x, samples, positions, by_priority, dresidual is not None
+    )
     programs = 4 if dweight is not None or dbias is not None else 16
-    blocks, chunks, turns, per_sample = division(x, chosen, samples, positions, programs)
+    blocks, chunks, num_iters = split_work(x, chosen, samples, positions, programs)
     parts = [None if out is None else x.new_empty((chunks, channels), dtype=torch.float32) for out in (dweight, dbias)]
     launch(
         _backward_kernel,
         (blocks * chunks,),
-        dy,
+        *maps,
+        Norm._make((*vectors, eps)),
         dmean,
         dvar,
         grad_output,
-        read,
-        mask,
-        *vectors,
         mean,
-        dx,
-        dresidual,
         *parts,
-        turns,
-        per_sample,
+        num_iters,
         positions,
         channels,
         1 / (samples * positions),
-        eps,
-        *(number for s in strides for number in s),
         config=chosen,
         ACTIVATION=ACTIVATIONS[activation],
         **constants,
     )
     for part, out in zip(parts, (dweight, dbias), strict=True):
         if part is not None and out is not None:
-            launch(
-                _columns_kernel,
-                (cdiv(channels, 32),),
-                part,
-                out,
-                chunks,
-                channels,
-                config=Launch(tile={"ROWS": 32, "CHANNELS": 32}),
-            )
+            tile = Launch(tile={"BLOCK_M": 32, "BLOCK_C": 32})
+            launch(_sum_rows_kernel, (cdiv(channels, 32),), part, out, chunks, channels, config=tile)
 
 
 def statistics_backward(
     dmean: Tensor | None, dvar: Tensor | None, x: Tensor, mean: Tensor, dx: Tensor, grad_output: Tensor | None = None
 ) -> None:
-    """Gradient of the statistics alone; the arguments are those of :func:`backward`."""
-    nothing = (None, None, None)
+    """Gradient of only the statistics. The arguments are those of :func:`backward`."""
     norm = (None, None, None, None, 1.0, "none")
-    backward(None, dmean, dvar, x, *norm, mean, None, None, dx, *nothing, grad_output)
+    backward(None, dmean, dvar, x, *norm, mean, None, None, dx, None, None, None, grad_output)

@@ -1,13 +1,13 @@
-"""What the kernels share: the one place where any is launched, and device functions that the interpreter gets right.
+"""Launching, and device functions that kernels share.
 
-Triton 3.6's interpreter multiplies bfloat16 matrices wrongly, cuts bfloat16 off where it should round, and rounds the
-product of a fused multiply-add, so kernels use :func:`dot`, :func:`cast` and :func:`fma` in place of ``tl.dot``,
-``.to`` and ``tl.fma``.
+Triton 3.6's interpreter multiplies bfloat16 matrices incorrectly, truncates to bfloat16 instead of rounding, and rounds
+the product of a fused multiply-add. Kernels therefore use :func:`dot`, :func:`cast` and :func:`fma` instead of
+``tl.dot``, ``.to`` and ``tl.fma``.
 
-Float32 functions. Compiled for a GPU, ``tl.log`` and ``tl.log2`` are good to one ulp, and ``tl.div_rn`` and
-``tl.sqrt_rn`` are rounded correctly. ``tl.exp2`` is one instruction with a relative error of 2^-22.5; ``tl.exp(x)`` is
-that of a rounded product, whose error of x 2^-24 comes on top; ``/`` errs by two ulp. PyTorch's functions have none of
-this, so where float32 results depend on it kernels use :func:`exp`, :func:`sigmoid`, :func:`divide` or ``tl.div_rn``.
+Accuracy of float32 functions. On a GPU, ``tl.log`` and ``tl.log2`` are accurate to one ulp, and ``tl.div_rn`` and
+``tl.sqrt_rn`` are correctly rounded. ``tl.exp2`` is one instruction with a relative error of 2^-22.5. ``tl.exp(x)``
+adds the rounding error of a product, x 2^-24. ``/`` has an error of two ulp. PyTorch's functions are more accurate, so
+kernels use :func:`exp`, :func:`sigmoid`, :func:`divide` or ``tl.div_rn`` where float32 results depend on it.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ __all__ = [
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 _LOG2_E = tl.constexpr(1.44269502162933349609375)  # in float32
-_LOG2_E_REST = tl.constexpr(1.92596299112661746887e-8)  # log2(e) less that
+_LOG2_E_LOW = tl.constexpr(1.92596299112661746887e-8)  # log2(e) - _LOG2_E
 _LOG_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x, float32, rounded to nearest in another type."""
+    """Round float32 to the nearest value of another dtype."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        # An infinity's bits stay as they are under this; those of a NaN may not.
+        # The sum keeps the bits of an infinity, but not those of every NaN.
         x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
 
 
 @triton.jit
 def dot(a, b, acc, precision: tl.constexpr):
-    """``acc + a @ b`` in float32 for operands of one type; ``precision`` says how float32 operands are multiplied."""
+    """``acc + a @ b`` in float32 for operands of one dtype; ``precision`` is the input precision of float32."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -75,7 +75,7 @@ def dot(a, b, acc, precision: tl.constexpr):
 
 @triton.jit
 def fma(x, y, z):
-    """``x * y + z``, float32, rounded once."""
+    """``x * y + z`` in float32, rounded once."""
     if INTERPRETED:
         return (tl.cast(x, tl.float64) * y + z).to(tl.float32)
     else:
@@ -84,7 +84,7 @@ def fma(x, y, z):
 
 @triton.jit
 def divide(a, b, dtype: tl.constexpr):
-    """a / b, with the accuracy that results of ``dtype`` need."""
+    """a / b, as accurate as a result of ``dtype`` requires."""
     if dtype == tl.float32:
         return tl.div_rn(a, b)
     else:
@@ -93,14 +93,15 @@ def divide(a, b, dtype: tl.constexpr):
 
 @triton.jit
 def exp(x, dtype: tl.constexpr):
-    """e^x for x <= 0, with the accuracy that results of ``dtype`` need: float32's is 2^(x log2(e)) corrected by the
-    rounding error of the product.
+    """e^x for x <= 0, as accurate as a result of ``dtype`` requires.
+
+    In float32, it is 2^(x log2(e)), corrected by the rounding error of the product.
     """
     if dtype == tl.float32:
-        # The error of minus infinity would be NaN.
+        # The correction of minus infinity would be NaN.
         x = tl.maximum(x, -128.0, propagate_nan=tl.PropagateNan.ALL)
         scaled = x * _LOG2_E
-        error = fma(x, _LOG2_E_REST, fma(x, _LOG2_E, -scaled))
+        error = fma(x, _LOG2_E_LOW, fma(x, _LOG2_E, -scaled))
         e = tl.exp2(scaled)
         return fma(e, error * _LOG_2, e)
     else:
@@ -109,7 +110,7 @@ def exp(x, dtype: tl.constexpr):
 
 @triton.jit
 def sigmoid(x, dtype: tl.constexpr):
-    """1 / (1 + e^-x), with the accuracy that results of ``dtype`` need."""
+    """1 / (1 + e^-x), as accurate as a result of ``dtype`` requires."""
     if dtype == tl.float32:
         e = exp(-tl.abs(x), dtype)
         return tl.div_rn(tl.where(x < 0, e, 1.0), 1.0 + e)
@@ -118,17 +119,17 @@ def sigmoid(x, dtype: tl.constexpr):
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """``a / b``, rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is n or more."""
+    """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How matrices of this type are multiplied: float32 in TF32 only where torch.backends.cuda.matmul allows it."""
+    """Triton's ``input_precision`` for a dtype: float32 uses TF32 only if ``torch.backends.cuda.matmul`` allows it."""
     if dtype != torch.float32:
         return "tf32"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
@@ -136,7 +137,7 @@ def precision(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """A launch that was asked for while :func:`recording`: all that a compiler needs to know of it."""
+    """A launch recorded by :func:`recording`, with all that is needed to compile it."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -149,7 +150,7 @@ _recorder: tuple[int, list[Recorded]] | None = None
 
 @contextmanager
 def recording(arch: int) -> Iterator[list[Recorded]]:
-    """Inside, launches are written down for a device of architecture ``arch`` (90 for sm_90) and not made."""
+    """Record launches for a device of architecture ``arch`` (90 for sm_90) instead of launching."""
     global _recorder
     before, _recorder = _recorder, (arch, [])
     try:
@@ -170,20 +171,20 @@ def _num_sms(index: int | None) -> int:
 
 
 def architecture(x: Tensor) -> int:
-    """The architecture that kernels on x are launched for: 90 for sm_90, which the interpreter stands for too."""
+    """Architecture of the device of x, for example 90 for sm_90. In the interpreter, 90."""
     if _recorder is not None:
         return _recorder[0]
     return _capability(x.device.index) if x.is_cuda else 90
 
 
 def num_sms(x: Tensor) -> int:
-    """Streaming multiprocessors of the device of x. The interpreter, where programs cost time one by one, has two."""
+    """Number of streaming multiprocessors of the device of x. In the interpreter, which runs programs serially, 2."""
     if x.is_cuda and _recorder is None:
         return _num_sms(x.device.index)
     return 2 if INTERPRETED and _recorder is None else 132
 
 
-def _refuse_arguments(kernel: Any, count: int, tile: dict[str, int], constants: dict[str, Any]) -> NoReturn:
+def _raise_wrong_arguments(kernel: Any, count: int, tile: dict[str, int], constants: dict[str, Any]) -> NoReturn:
     meta = {**tile, **constants}
     problems = []
     if count > len(kernel.arg_names):
@@ -192,8 +193,9 @@ def _refuse_arguments(kernel: Any, count: int, tile: dict[str, int], constants: 
         problems.append(f"is missing {', '.join(missing)}")
     if unknown := [name for name in meta if name not in kernel.arg_names]:
         problems.append(f"has no argument {', '.join(unknown)}")
-    if twice := [name for name in meta if name in kernel.arg_names[:count] or (name in tile and name in constants)]:
-        problems.append(f"got {', '.join(twice)} twice")
+    repeated = [name for name in meta if name in kernel.arg_names[:count] or (name in tile and name in constants)]
+    if repeated:
+        problems.append(f"got {', '.join(repeated)} twice")
     raise TypeError(f"{kernel.fn.__name__} {'; '.join(problems)}")
 
 
@@ -203,20 +205,20 @@ def launch(
     """Launch a kernel on the device of its first tensor.
 
     Args:
-        kernel: a ``triton.jit`` function.
-        grid: number of programs along each axis; nothing is launched where one is 0.
-        *args: the kernel's arguments up to its compile-time constants.
-        config: gives ``num_warps``, ``num_stages`` and, from its tile, constants.
-        **constants: the further compile-time constants.
+        kernel: A ``triton.jit`` function.
+        grid: Number of programs along each axis. If one is 0, nothing is launched.
+        *args: The kernel's arguments up to its compile-time constants. At least one of them is a tensor.
+        config: ``num_warps``, ``num_stages`` and, in its tile, compile-time constants.
+        **constants: The other compile-time constants.
 
     Raises:
-        TypeError: the arguments are not exactly the kernel's. Triton's interpreter and its ahead-of-time compiler would
-            ignore an unknown constant that its just-in-time compiler refuses.
+        TypeError: The arguments do not match the kernel's. Triton's interpreter and its ahead-of-time compiler ignore
+            unknown constants, which its just-in-time compiler rejects.
     """
     meta = {**config.tile, **constants}
-    given = len(args) + len(config.tile) + len(constants)
-    if given != len(kernel.arg_names) or not meta.keys() >= set(kernel.arg_names[len(args) :]):
-        _refuse_arguments(kernel, len(args), config.tile, constants)
+    count = len(args) + len(config.tile) + len(constants)
+    if count != len(kernel.arg_names) or not meta.keys() >= set(kernel.arg_names[len(args) :]):
+        _raise_wrong_arguments(kernel, len(args), config.tile, constants)
     grid = tuple(grid(meta)) if callable(grid) else tuple(grid)
     if 0 in grid:
         return
@@ -235,20 +237,26 @@ def launch(
 
 
 @triton.jit
-def _sum_kernel(parts, out, count, scale, BLOCK: tl.constexpr):
-    total = tl.zeros([BLOCK], tl.float32)
+def _sum_kernel(
+    x_ptr,  # [count]
+    out_ptr,  # []
+    count,
+    scale,
+    BLOCK: tl.constexpr,
+):
+    acc = tl.zeros([BLOCK], tl.float32)
     for start in range(0, count, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(parts + at, mask=at < count, other=0.0)
-    tl.store(out, tl.sum(total) * scale)
+        offs = start + tl.arange(0, BLOCK)
+        acc += tl.load(x_ptr + offs, mask=offs < count, other=0.0)
+    tl.store(out_ptr, tl.sum(acc) * scale)
 
 
 def sum_of(parts: Tensor, out: Tensor, scale: float = 1.0) -> None:
-    """``out = scale * parts.sum()`` in one program and a fixed order: two runs give the same bits.
+    """``out = scale * parts.sum()`` in one program and a fixed order, so that the result is deterministic.
 
     Args:
-        parts: (count,), float32, contiguous; one number a program of the kernel before.
-        out: a float32 scalar.
-        scale: a factor.
+        parts: (count,) float32, contiguous: one value per program of the previous kernel.
+        out: Scalar, float32.
+        scale: Factor.
     """
     launch(_sum_kernel, (1,), parts, out, parts.numel(), scale, config=Launch(tile={"BLOCK": 1024}))

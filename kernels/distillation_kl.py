@@ -1,16 +1,19 @@
-"""KL divergence of two softmaxes: forward and backward in one pass over the logits each.
+"""KL divergence between two softmaxes, in one pass over the logits in each direction.
 
-With p and q the softmaxes of the rows a and b over the temperature, d = log p - log q and g the upstream gradient::
+With p and q the softmaxes of the rows of a / temperature and b / temperature::
 
-    terms = temperature^2 p d                     row = sum of p d
-    db = temperature (q sum(g p) - g p)           da = temperature p (g (d + 1) - sum(g p (d + 1)))
+    d = log p - log q      terms = temperature^2 p d      row_kl = sum of p d over the row
 
-which for one g a row is ``temperature g (q - p)`` and ``temperature g p (d - row)``. Saved are five numbers a row: each
-side's maximum and logarithm of the sum of exponentials, apart because their sum would lose the digits of the second for
-large logits, and ``row``.
+Gradient, with g the gradient of the terms::
 
-Memory traffic: both logits read once each way, each gradient written once. Rows longer than a tile are read again, from
-cache where they fit.
+    db = temperature (q sum(g p) - g p)      da = temperature p (g (d + 1) - sum(g p (d + 1)))
+
+If g is the same for the whole row, these are ``temperature g (q - p)`` and ``temperature g p (d - row_kl)``. Five
+values per row are saved: each side's row_max and logarithm of row_sum, and row_kl. The first two are not added up to an
+lse, because the sum would lose the digits of the logarithm for large logits.
+
+Memory traffic for logits of b bytes: forward 2 b bytes per class; backward 2 b, and b per gradient. Rows that are
+longer than a tile are read twice, from cache if they fit.
 """
 
 from __future__ import annotations
@@ -27,227 +30,225 @@ from dfkd_fast.kernels.config import Launch
 __all__ = ["backward", "forward"]
 
 
-@config.heuristic("distillation_kl", ROWS=(1, 64))
+@config.heuristic("distillation_kl", BLOCK_M=(1, 64))
 def _config(arch: int, dtype: torch.dtype, *, classes: int) -> Launch:
-    """A row is in registers up to 4,096 classes; eight logits of each side per thread: with more, ptxas spills."""
+    """Up to 4,096 classes, a row stays in registers: eight logits of each side per thread. With more, ptxas spills."""
     block = max(16, min(classes, 4096))
-    return Launch(tile={"ROWS": max(1, 1024 // block), "BLOCK": block}, num_warps=max(4, min(16, block // 256)))
+    return Launch(tile={"BLOCK_M": max(1, 1024 // block), "BLOCK_N": block}, num_warps=max(4, min(16, block // 256)))
 
 
-@config.heuristic("distillation_kl_alone", ROWS=(1, 256))
-def _config_alone(arch: int, dtype: torch.dtype, *, classes: int) -> Launch:
-    """One program for all rows. Where rows are read in pieces, 16 warps spill on sm_90."""
+@config.heuristic("distillation_kl_one_program", BLOCK_M=(1, 256))
+def _config_one_program(arch: int, dtype: torch.dtype, *, classes: int) -> Launch:
+    """One program for all rows. If a row takes several tiles, 16 warps spill on sm_90."""
     block = max(16, min(classes, 4096))
-    return Launch(tile={"ROWS": max(1, 4096 // block), "BLOCK": block}, num_warps=16 if classes <= 4096 else 8)
+    return Launch(tile={"BLOCK_M": max(1, 4096 // block), "BLOCK_N": block}, num_warps=16 if classes <= 4096 else 8)
 
 
 @triton.jit
-def _logits(base, rows, columns, rows_in, columns_in, stride_row, stride_column, temperature):
-    """A tile of logits over the temperature, minus infinity outside."""
-    at = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
-    x = tl.load(base + at, mask=rows_in[:, None] & columns_in[None, :], other=float("-inf"))
+def _offsets(offs_m, offs_n, strides):
+    """Offsets (BLOCK_M, BLOCK_N) into a matrix."""
+    return offs_m.to(tl.int64)[:, None] * strides[0] + offs_n.to(tl.int64)[None, :] * strides[1]
+
+
+@triton.jit
+def _load_logits(ptr, offs_m, offs_n, mask, strides, temperature):
+    """Load a tile of logits divided by the temperature, with minus infinity outside the mask."""
+    x = tl.load(ptr + _offsets(offs_m, offs_n, strides), mask=mask, other=float("-inf"))
     return tl.div_rn(x.to(tl.float32), temperature)
 
 
 @triton.jit
-def _online(largest, total, x):
-    """Running maximum and sum of exponentials below it, a further tile taken in."""
-    top = tl.maximum(largest, tl.max(x, 1))
-    # A row that was all minus infinity so far has nothing to rescale.
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    return top, total * exp(largest - safe, tl.float32) + tl.sum(exp(x - safe[:, None], tl.float32), 1)
+def _online_softmax(row_max, row_sum, x):
+    """Update the running maximum and the running sum of exponentials with another tile."""
+    new_max = tl.maximum(row_max, tl.max(x, 1))
+    # If all logits so far are minus infinity, there is nothing to rescale.
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    row_sum = row_sum * exp(row_max - safe_max, tl.float32) + tl.sum(exp(x - safe_max[:, None], tl.float32), 1)
+    return new_max, row_sum
 
 
 @triton.jit
-def _log_softmax(x, largest, log_total):
-    return (x - largest[:, None]) - log_total[:, None]
+def _log_softmax(x, row_max, log_sum):
+    return (x - row_max[:, None]) - log_sum[:, None]
 
 
 @triton.jit
 def _terms(log_p, log_q):
-    """The terms p (log p - log q), with 0 log 0 = 0."""
+    """p (log p - log q), with 0 log 0 = 0."""
     p = exp(log_p, tl.float32)
     return tl.where(p == 0, 0.0, p * (log_p - log_q))
 
 
 @triton.jit
 def _forward_kernel(
-    a,
-    b,
-    out,
-    saved,
-    count,
+    a_ptr,  # [N, classes]
+    b_ptr,  # [N, classes]
+    out_ptr,  # [N, classes] contiguous if ELEMENTWISE, else [programs]
+    row_stats_ptr,  # [5, N]: row_max and log(row_sum) of a, of b, row_kl
+    num_rows,
     classes,
-    a_row,
-    a_column,
-    b_row,
-    b_column,
+    a_strides,  # (row, class)
+    b_strides,  # (row, class)
     temperature,
     scale,
     ELEMENTWISE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    inside = tl.zeros([ROWS], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(count, ROWS), tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS)
-        rows_in = rows < count
-        top_a = tl.full([ROWS], float("-inf"), tl.float32)
-        top_b = tl.full([ROWS], float("-inf"), tl.float32)
-        total_a = tl.zeros([ROWS], tl.float32)
-        total_b = tl.zeros([ROWS], tl.float32)
-        row = tl.zeros([ROWS], tl.float32)
-        columns = tl.arange(0, BLOCK)
-        x = _logits(a, rows, columns, rows_in, columns < classes, a_row, a_column, temperature)
-        y = _logits(b, rows, columns, rows_in, columns < classes, b_row, b_column, temperature)
-        top_a, total_a = _online(top_a, total_a, x)
-        top_b, total_b = _online(top_b, total_b, y)
-        if not WHOLE:
-            for start in range(BLOCK, classes, BLOCK):
-                columns = start + tl.arange(0, BLOCK)
-                x = _logits(a, rows, columns, rows_in, columns < classes, a_row, a_column, temperature)
-                y = _logits(b, rows, columns, rows_in, columns < classes, b_row, b_column, temperature)
-                top_a, total_a = _online(top_a, total_a, x)
-                top_b, total_b = _online(top_b, total_b, y)
-        log_a = tl.log(total_a)
-        log_b = tl.log(total_b)
-        if WHOLE:
-            terms = _terms(_log_softmax(x, top_a, log_a), _log_softmax(y, top_b, log_b))
-            row = tl.sum(terms, 1)
+    acc = tl.zeros([BLOCK_M], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.num_programs(0)):
+        offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < num_rows
+        row_max_a = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_max_b = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum_a = tl.zeros([BLOCK_M], tl.float32)
+        row_sum_b = tl.zeros([BLOCK_M], tl.float32)
+        row_kl = tl.zeros([BLOCK_M], tl.float32)
+        offs_n = tl.arange(0, BLOCK_N)
+        mask = mask_m[:, None] & (offs_n < classes)[None, :]
+        a = _load_logits(a_ptr, offs_m, offs_n, mask, a_strides, temperature)
+        b = _load_logits(b_ptr, offs_m, offs_n, mask, b_strides, temperature)
+        row_max_a, row_sum_a = _online_softmax(row_max_a, row_sum_a, a)
+        row_max_b, row_sum_b = _online_softmax(row_max_b, row_sum_b, b)
+        if not WHOLE_ROW:
+            for start in range(BLOCK_N, classes, BLOCK_N):
+                offs_n = start + tl.arange(0, BLOCK_N)
+                mask = mask_m[:, None] & (offs_n < classes)[None, :]
+                a = _load_logits(a_ptr, offs_m, offs_n, mask, a_strides, temperature)
+                b = _load_logits(b_ptr, offs_m, offs_n, mask, b_strides, temperature)
+                row_max_a, row_sum_a = _online_softmax(row_max_a, row_sum_a, a)
+                row_max_b, row_sum_b = _online_softmax(row_max_b, row_sum_b, b)
+        log_sum_a = tl.log(row_sum_a)
+        log_sum_b = tl.log(row_sum_b)
+        if WHOLE_ROW:
+            terms = _terms(_log_softmax(a, row_max_a, log_sum_a), _log_softmax(b, row_max_b, log_sum_b))
+            row_kl = tl.sum(terms, 1)
             if ELEMENTWISE:
-                at = rows.to(tl.int64)[:, None] * classes + columns[None, :]
-                tl.store(out + at, terms * scale, mask=rows_in[:, None] & (columns < classes)[None, :])
+                offs = offs_m.to(tl.int64)[:, None] * classes + offs_n[None, :]
+                tl.store(out_ptr + offs, terms * scale, mask=mask)
         else:
-            for start in range(0, classes, BLOCK):
-                columns = start + tl.arange(0, BLOCK)
-                x = _logits(a, rows, columns, rows_in, columns < classes, a_row, a_column, temperature)
-                y = _logits(b, rows, columns, rows_in, columns < classes, b_row, b_column, temperature)
-                terms = _terms(_log_softmax(x, top_a, log_a), _log_softmax(y, top_b, log_b))
-                row += tl.sum(terms, 1)
+            for start in range(0, classes, BLOCK_N):
+                offs_n = start + tl.arange(0, BLOCK_N)
+                mask = mask_m[:, None] & (offs_n < classes)[None, :]
+                a = _load_logits(a_ptr, offs_m, offs_n, mask, a_strides, temperature)
+                b = _load_logits(b_ptr, offs_m, offs_n, mask, b_strides, temperature)
+                terms = _terms(_log_softmax(a, row_max_a, log_sum_a), _log_softmax(b, row_max_b, log_sum_b))
+                row_kl += tl.sum(terms, 1)
                 if ELEMENTWISE:
-                    at = rows.to(tl.int64)[:, None] * classes + columns[None, :]
-                    tl.store(out + at, terms * scale, mask=rows_in[:, None] & (columns < classes)[None, :])
-        tl.store(saved + rows, top_a, mask=rows_in)
-        tl.store(saved + count + rows, log_a, mask=rows_in)
-        tl.store(saved + 2 * count + rows, top_b, mask=rows_in)
-        tl.store(saved + 3 * count + rows, log_b, mask=rows_in)
-        tl.store(saved + 4 * count + rows, row, mask=rows_in)
-        inside += tl.where(rows_in, row, 0.0)
+                    offs = offs_m.to(tl.int64)[:, None] * classes + offs_n[None, :]
+                    tl.store(out_ptr + offs, terms * scale, mask=mask)
+        tl.store(row_stats_ptr + offs_m, row_max_a, mask=mask_m)
+        tl.store(row_stats_ptr + num_rows + offs_m, log_sum_a, mask=mask_m)
+        tl.store(row_stats_ptr + 2 * num_rows + offs_m, row_max_b, mask=mask_m)
+        tl.store(row_stats_ptr + 3 * num_rows + offs_m, log_sum_b, mask=mask_m)
+        tl.store(row_stats_ptr + 4 * num_rows + offs_m, row_kl, mask=mask_m)
+        acc += tl.where(mask_m, row_kl, 0.0)
     if not ELEMENTWISE:
-        tl.store(out + tl.program_id(0), tl.sum(inside) * scale)
+        tl.store(out_ptr + tl.program_id(0), tl.sum(acc) * scale)
 
 
 @triton.jit
 def _backward_kernel(
-    grad_output,
-    a,
-    b,
-    saved,
-    da,
-    db,
-    count,
+    grad_output_ptr,  # [N, classes] if ELEMENTWISE, else []
+    a_ptr,  # [N, classes]
+    b_ptr,  # [N, classes]
+    row_stats_ptr,  # [5, N]
+    da_ptr,  # [N, classes] or None
+    db_ptr,  # [N, classes] or None
+    num_rows,
     classes,
-    a_row,
-    a_column,
-    b_row,
-    b_column,
-    da_row,
-    da_column,
-    db_row,
-    db_column,
-    grad_output_row,
-    grad_output_column,
+    a_strides,  # (row, class)
+    b_strides,  # (row, class)
+    da_strides,  # (row, class) or None
+    db_strides,  # (row, class) or None
+    grad_output_strides,  # (row, class) or None
     temperature,
     scale,
     ELEMENTWISE: tl.constexpr,
-    NEEDS_GRAD_A: tl.constexpr,
-    NEEDS_GRAD_B: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows_in = rows < count
-    top_a = tl.load(saved + rows, mask=rows_in, other=0.0)
-    log_a = tl.load(saved + count + rows, mask=rows_in, other=0.0)
-    top_b = tl.load(saved + 2 * count + rows, mask=rows_in, other=0.0)
-    log_b = tl.load(saved + 3 * count + rows, mask=rows_in, other=0.0)
-    row = tl.load(saved + 4 * count + rows, mask=rows_in, other=0.0)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < num_rows
+    row_max_a = tl.load(row_stats_ptr + offs_m, mask=mask_m, other=0.0)
+    log_sum_a = tl.load(row_stats_ptr + num_rows + offs_m, mask=mask_m, other=0.0)
+    row_max_b = tl.load(row_stats_ptr + 2 * num_rows + offs_m, mask=mask_m, other=0.0)
+    log_sum_b = tl.load(row_stats_ptr + 3 * num_rows + offs_m, mask=mask_m, other=0.0)
+    row_kl = tl.load(row_stats_ptr + 4 * num_rows + offs_m, mask=mask_m, other=0.0)
     if ELEMENTWISE:
-        # Sums over the row of g p and of g p (d + 1).
-        sum_p = tl.zeros([ROWS], tl.float32)
-        sum_d = tl.zeros([ROWS], tl.float32)
-        for start in range(0, classes, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = rows_in[:, None] & (columns < classes)[None, :]
-            x = _logits(a, rows, columns, rows_in, columns < classes, a_row, a_column, temperature)
-            y = _logits(b, rows, columns, rows_in, columns < classes, b_row, b_column, temperature)
-            log_p = _log_softmax(x, top_a, log_a)
-            at = rows.to(tl.int64)[:, None] * grad_output_row + columns.to(tl.int64)[None, :] * grad_output_column
-            g = tl.load(grad_output + at, mask=inside, other=0.0)
-            p = tl.where(inside, exp(log_p, tl.float32), 0.0)
-            sum_p += tl.sum(g * p, 1)
-            sum_d += tl.sum(g * (_terms(log_p, _log_softmax(y, top_b, log_b)) + p), 1)
+        # Row sums of g p and of g p (d + 1).
+        sum_gp = tl.zeros([BLOCK_M], tl.float32)
+        sum_gpd = tl.zeros([BLOCK_M], tl.float32)
+        for start in range(0, classes, BLOCK_N):
+            offs_n = start + tl.arange(0, BLOCK_N)
+            mask = mask_m[:, None] & (offs_n < classes)[None, :]
+            a = _load_logits(a_ptr, offs_m, offs_n, mask, a_strides, temperature)
+            b = _load_logits(b_ptr, offs_m, offs_n, mask, b_strides, temperature)
+            log_p = _log_softmax(a, row_max_a, log_sum_a)
+            g = tl.load(grad_output_ptr + _offsets(offs_m, offs_n, grad_output_strides), mask=mask, other=0.0)
+            p = tl.where(mask, exp(log_p, tl.float32), 0.0)
+            sum_gp += tl.sum(g * p, 1)
+            sum_gpd += tl.sum(g * (_terms(log_p, _log_softmax(b, row_max_b, log_sum_b)) + p), 1)
     else:
-        whole = tl.load(grad_output)
-    for start in range(0, classes, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = rows_in[:, None] & (columns < classes)[None, :]
-        x = _logits(a, rows, columns, rows_in, columns < classes, a_row, a_column, temperature)
-        y = _logits(b, rows, columns, rows_in, columns < classes, b_row, b_column, temperature)
-        log_p = _log_softmax(x, top_a, log_a)
-        log_q = _log_softmax(y, top_b, log_b)
+        grad_output = tl.load(grad_output_ptr)
+    for start in range(0, classes, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        mask = mask_m[:, None] & (offs_n < classes)[None, :]
+        a = _load_logits(a_ptr, offs_m, offs_n, mask, a_strides, temperature)
+        b = _load_logits(b_ptr, offs_m, offs_n, mask, b_strides, temperature)
+        log_p = _log_softmax(a, row_max_a, log_sum_a)
+        log_q = _log_softmax(b, row_max_b, log_sum_b)
         p = exp(log_p, tl.float32)
         terms = _terms(log_p, log_q)
         if ELEMENTWISE:
-            at = rows.to(tl.int64)[:, None] * grad_output_row + columns.to(tl.int64)[None, :] * grad_output_column
-            g = tl.load(grad_output + at, mask=inside, other=0.0)
-            to_a = g * (terms + p) - p * sum_d[:, None]
-            to_b = exp(log_q, tl.float32) * sum_p[:, None] - g * p
+            g = tl.load(grad_output_ptr + _offsets(offs_m, offs_n, grad_output_strides), mask=mask, other=0.0)
+            da = g * (terms + p) - p * sum_gpd[:, None]
+            db = exp(log_q, tl.float32) * sum_gp[:, None] - g * p
         else:
-            to_a = whole * (terms - p * row[:, None])
-            to_b = whole * (exp(log_q, tl.float32) - p)
-        if NEEDS_GRAD_A:
-            at = rows.to(tl.int64)[:, None] * da_row + columns.to(tl.int64)[None, :] * da_column
-            tl.store(da + at, cast(to_a * scale, da.dtype.element_ty), mask=inside)
-        if NEEDS_GRAD_B:
-            at = rows.to(tl.int64)[:, None] * db_row + columns.to(tl.int64)[None, :] * db_column
-            tl.store(db + at, cast(to_b * scale, db.dtype.element_ty), mask=inside)
+            da = grad_output * (terms - p * row_kl[:, None])
+            db = grad_output * (exp(log_q, tl.float32) - p)
+        if da_ptr is not None:
+            offs = _offsets(offs_m, offs_n, da_strides)
+            tl.store(da_ptr + offs, cast(da * scale, da_ptr.dtype.element_ty), mask=mask)
+        if db_ptr is not None:
+            offs = _offsets(offs_m, offs_n, db_strides)
+            tl.store(db_ptr + offs, cast(db * scale, db_ptr.dtype.element_ty), mask=mask)
 
 
-def _scale(temperature: float, squared: bool, reduction: str, count: int, classes: int) -> float:
-    """What the sum of the terms is multiplied by."""
-    over = {"batchmean": count, "mean": count * classes}.get(reduction, 1)
-    return (temperature**2 if squared else 1.0) / over
+def _scale(temperature: float, squared: bool, reduction: str, num_rows: int, classes: int) -> float:
+    """Factor of the sum of the terms p d."""
+    divisor = {"batchmean": num_rows, "mean": num_rows * classes}.get(reduction, 1)
+    return (temperature**2 if squared else 1.0) / divisor
 
 
 def forward(
     a: Tensor, b: Tensor, temperature: float, squared: bool, reduction: str, out: Tensor, saved: Tensor
 ) -> None:
-    """KL(softmax(a) || softmax(b)).
+    """KL(softmax(a / temperature) || softmax(b / temperature)).
 
     Args:
         a: (N, classes) logits, any strides.
-        b: likewise.
-        temperature: above 0.
-        squared: as the op's.
-        reduction: likewise.
+        b: (N, classes) logits, any strides.
+        temperature: Greater than 0.
+        squared: Whether to multiply by temperature^2.
+        reduction: "batchmean", "mean", "sum" or "none".
         out: float32, a scalar, or (N, classes), contiguous, for "none".
         saved: (5, N), float32, for :func:`backward`.
     """
-    count, classes = a.shape
-    if count == 0:
-        # As torch's mean of nothing.
+    num_rows, classes = a.shape
+    if num_rows == 0:
+        # As torch's mean of an empty tensor.
         out.fill_(float("nan") if reduction in ("batchmean", "mean") else 0.0)
         return
     elementwise = reduction == "none"
     width = next_power_of_2(classes)
-    # Few logits are one program's work, and then its sum needs no second launch.
-    alone = not elementwise and count * width <= 2**15
-    kernel = "distillation_kl_alone" if alone else "distillation_kl"
+    # For few logits, one program avoids a second launch for the sum.
+    one_program = not elementwise and num_rows * width <= 2**15
+    kernel = "distillation_kl_one_program" if one_program else "distillation_kl"
     chosen = config.choose(kernel, architecture(a), a.dtype, classes=width)
-    programs = 1 if alone else min(cdiv(count, chosen.tile["ROWS"]), 4 * num_sms(a))
-    scale = _scale(temperature, squared, reduction, count, classes)
+    programs = 1 if one_program else min(cdiv(num_rows, chosen.tile["BLOCK_M"]), 4 * num_sms(a))
+    scale = _scale(temperature, squared, reduction, num_rows, classes)
     parts = out if programs == 1 or elementwise else out.new_empty(programs)
     launch(
         _forward_kernel,
@@ -256,15 +257,15 @@ def forward(
         b,
         parts,
         saved,
-        count,
+        num_rows,
         classes,
-        *a.stride(),
-        *b.stride(),
+        a.stride(),
+        b.stride(),
         temperature,
         scale,
         config=chosen,
         ELEMENTWISE=elementwise,
-        WHOLE=classes <= chosen.tile["BLOCK"],
+        WHOLE_ROW=classes <= chosen.tile["BLOCK_N"],
     )
     if parts is not out:
         sum_of(parts, out)
@@ -284,39 +285,37 @@ def backward(
     """Gradients of :func:`forward`.
 
     Args:
-        grad_output: gradient of ``out``, of its shape, any strides.
-        a: as in forward, like all up to ``saved``.
-        b: (N, classes).
-        temperature: above 0.
-        squared: the op's.
-        reduction: the op's.
-        saved: (5, N).
-        da: (N, classes) in the dtype of a; None if it is not needed.
-        db: (N, classes) in the dtype of b, or None.
+        grad_output: Gradient of ``out``, same shape, any strides.
+        a: As in forward.
+        b: As in forward.
+        temperature: As in forward.
+        squared: As in forward.
+        reduction: As in forward.
+        saved: (5, N), float32, from forward.
+        da: Output, (N, classes) in the dtype of a; None if it is not needed.
+        db: Output, (N, classes) in the dtype of b; None if it is not needed.
     """
-    count, classes = a.shape
+    num_rows, classes = a.shape
     chosen = config.choose("distillation_kl", architecture(a), a.dtype, classes=next_power_of_2(classes))
     elementwise = reduction == "none"
     launch(
         _backward_kernel,
-        (cdiv(count, chosen.tile["ROWS"]),),
+        (cdiv(num_rows, chosen.tile["BLOCK_M"]),),
         grad_output,
         a,
         b,
         saved,
         da,
         db,
-        count,
+        num_rows,
         classes,
-        *a.stride(),
-        *b.stride(),
-        *(da.stride() if da is not None else (0, 0)),
-        *(db.stride() if db is not None else (0, 0)),
-        *(grad_output.stride() if elementwise else (0, 0)),
+        a.stride(),
+        b.stride(),
+        None if da is None else da.stride(),
+        None if db is None else db.stride(),
+        grad_output.stride() if elementwise else None,
         temperature,
-        _scale(temperature, squared, reduction, max(count, 1), classes) / temperature,
+        _scale(temperature, squared, reduction, max(num_rows, 1), classes) / temperature,
         config=chosen,
         ELEMENTWISE=elementwise,
-        NEEDS_GRAD_A=da is not None,
-        NEEDS_GRAD_B=db is not None,
     )

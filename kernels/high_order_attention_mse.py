@@ -1,10 +1,14 @@
-"""Mean squared error of attended features to a target, without writing the attended features.
+"""Mean squared error between high-order attention and a target, without writing the attended features.
 
-The mean over all elements of ``(A x - target)^2``, with A the gate of mixed high-order attention. With s the upstream
-gradient times 2 / numel, ``g = s (A x - target)`` takes the place of the gradient of ``A x``; from there on the
-gradients are those of :mod:`dfkd_fast.kernels.high_order_attention`, whose kernels these are.
+With A the gate of mixed high-order attention::
 
-Memory traffic: forward reads x and target; backward reads both again, computes A anew and writes dx.
+    error = mean of (A x - target)^2
+
+Gradient: ``g = 2 / numel * grad_output * (A x - target)`` replaces the gradient of ``A x`` in
+:mod:`dfkd_fast.kernels.high_order_attention`, which has the kernels and their launch heuristics.
+
+Memory traffic for elements of b bytes: forward reads x and target, 2 b bytes per element; backward reads both again,
+recomputes A and writes dx, 3 b bytes.
 """
 
 from __future__ import annotations
@@ -17,15 +21,15 @@ __all__ = ["backward", "forward"]
 
 
 def forward(x: Tensor, proj: Tensor, out: Tensor, target: Tensor, mode: str, error: Tensor) -> None:
-    """The error.
+    """Computes the error.
 
     Args:
         x: (N, C, H, W), any strides.
-        proj: (R(R+1)/2, K, C), R up to 4, in the type of the matrix products.
-        out: (R, C, K) in the same.
-        target: of the shape of x, any strides.
-        mode: as the op's.
-        error: a float32 scalar.
+        proj: (R(R+1)/2, K, C), R up to 4, in the dtype of the matrix products.
+        out: (R, C, K), same dtype as proj.
+        target: Same shape as x, any strides.
+        mode: "joint" or "per_order".
+        error: Output, scalar, float32.
     """
     value(x, target, proj, out, mode, "error", error)
 
@@ -44,14 +48,14 @@ def backward(
     """Gradients of :func:`forward`.
 
     Args:
-        grad_output: gradient of ``error``.
-        x: as in forward, like all up to ``mode``.
-        proj: (R(R+1)/2, K, C).
-        out: (R, C, K).
-        target: of the shape of x.
-        mode: the op's.
-        dx: of the shape of x; None if it is not needed.
-        dproj: of the shape of proj, contiguous, or None.
-        dout: of the shape of out, contiguous, or None.
+        grad_output: Gradient of ``error``, a scalar.
+        x: As in forward.
+        proj: As in forward.
+        out: As in forward.
+        target: As in forward.
+        mode: As in forward.
+        dx: Output, same shape as x; None if it is not needed.
+        dproj: Output, same shape as proj, contiguous; None if it is not needed.
+        dout: Output, same shape as out, contiguous; None if it is not needed.
     """
     gradients(grad_output, x, target, proj, out, mode, "error", dx, dproj, dout)

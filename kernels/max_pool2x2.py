@@ -1,26 +1,25 @@
-"""The largest of each 2 x 2 with a byte that says which it was, and the inverse: values back to where they came from.
+"""2x2 max pooling with uint8 argmax codes, and unpooling: the inverse that moves values back to their positions.
 
-Windows are numbered by (n, c, i, j), the four elements of one by their place k = 2 dy + dx at (2 i + dy, 2 j + dx)::
+A window is (n, c, i, j), and its four elements are k = 2 dy + dx at (2 i + dy, 2 j + dx)::
 
-    pool:    y = max over k of x_k,  code = the first k that reaches it (of several NaN the last, as in PyTorch)
-             with relu y = max(0, y), and where that is 0, code = 4: place 0 of four zeros, and no gradient
-    unpool:  out_k = y [k = code mod 4]
-    gather:  y = sum over k of x_k [k = code mod 4]
+    pool:    y = max over k of x_k,  code = the first k with the maximum (the last NaN, as in PyTorch)
+             with relu, y = max(0, y), and if y is 0, code = 4: position 0 of four zeros, and no gradient
+    unpool:  out_k = y if k = code mod 4, else 0
+    gather:  y = x_k for k = code mod 4
 
-The gradient of pool is unpool of the upstream gradient, but for code 4, which places nothing; that of unpool is gather.
-So nothing is kept but the code.
+Gradient: that of pool is unpool of grad_output, except that code 4 places nothing; that of unpool is gather. Only the
+code is saved.
 
-Memory traffic of all three, a window, for elements of b bytes: 5 b + 1. gather needs one element of the four, but a
-sector of 32 bytes holds channels whose windows were won at different places, so that it reads all.
+Memory traffic of each of the three: 5 b + 1 bytes per window for elements of b bytes. gather needs only one of the four
+elements, but a 32-byte sector holds channels with different codes, so it reads all of them.
 
-A tile is a block of windows along the axis whose elements are neighbours in memory (channels, or j for contiguous
-maps) by a block of windows along all others. So the divisions that tell positions apart are done once a vector, not
-once an element, and each element of ``out`` is written once, the zeros of a last odd row and column included.
+A tile has BLOCK_N windows along the axis with adjacent elements in memory (channels, or j for contiguous maps) and
+BLOCK_M windows along all other axes. Index divisions are therefore per vector and not per element. unpool writes each
+element of ``out`` once, including the zeros of an odd last row and column.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -36,183 +35,144 @@ from dfkd_fast.kernels.config import Launch
 __all__ = ["gather", "pool", "unpool"]
 
 
-@config.heuristic("max_pool2x2", OUTER=(1, 4096))
-@config.heuristic("max_unpool2x2", OUTER=(1, 4096))
-@config.heuristic("max_unpool2x2_backward", OUTER=(1, 4096))
-def _config(arch: int, dtype: torch.dtype, *, inside: int) -> Launch:
-    """A vector of 16 bytes per thread and tensor: the elements of a window are four loads in flight already.
+@config.heuristic("max_pool2x2", BLOCK_M=(1, 4096))
+@config.heuristic("max_unpool2x2", BLOCK_M=(1, 4096))
+@config.heuristic("max_unpool2x2_backward", BLOCK_M=(1, 4096))
+def _config(arch: int, dtype: torch.dtype, *, inner: int) -> Launch:
+    """One 16-byte vector per thread and tensor: the four elements of a window are four loads in flight.
 
-    ``inside``, windows that are neighbours in memory, is a power of two up to 64.
+    ``inner``, the number of windows that are adjacent in memory, is a power of two up to 64.
     """
-    return Launch(tile={"OUTER": max(1, 128 * (16 // dtype.itemsize) // inside), "INNER": inside})
+    return Launch(tile={"BLOCK_M": max(1, 128 * (16 // dtype.itemsize) // inner), "BLOCK_N": inner})
 
 
 @triton.jit
-def _windows(
-    outside,
-    channels,
-    height,
-    width,
-    CHANNELS_INSIDE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Of each window of this program's tile n, c, i and j, that broadcast to (OUTER, INNER), and whether it is one."""
-    inside = channels if CHANNELS_INSIDE else width
-    tiles = tl.cdiv(inside, INNER)
-    program = tl.program_id(0)
-    inner = ((program % tiles) * INNER + tl.arange(0, INNER))[None, :]
-    outer = ((program // tiles).to(tl.int64) * OUTER + tl.arange(0, OUTER))[:, None]
-    # In whole vectors, so that the compiler sees that a vector is inside or not.
-    exists = (outer < outside) & (inner // VECTOR < inside // VECTOR)
-    inner = inner.to(tl.int64)
-    if CHANNELS_INSIDE:
-        c = inner
-        j = outer % width
-        rest = outer // width
+def _windows(outer, sizes, NHWC: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """n, c, i, j and mask of this program's windows, which broadcast to (BLOCK_M, BLOCK_N).
+
+    ``sizes`` are (channels, height, width) in windows, and ``outer`` is the number of windows along the outer axes.
+    """
+    channels, height, width = sizes
+    inner = channels if NHWC else width
+    tiles = tl.cdiv(inner, BLOCK_N)
+    pid = tl.program_id(0)
+    offs_n = ((pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    offs_m = ((pid // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    # In units of vectors, so that the compiler knows that a vector has one mask.
+    mask = (offs_m < outer) & (offs_n // VECTOR < inner // VECTOR)
+    offs_n = offs_n.to(tl.int64)
+    if NHWC:
+        c = offs_n
+        j = offs_m % width
+        rest = offs_m // width
         i = rest % height
         n = rest // height
     else:
-        j = inner
-        i = outer % height
-        rest = outer // height
+        j = offs_n
+        i = offs_m % height
+        rest = offs_m // height
         c = rest % channels
         n = rest // channels
-    return n, c, i, j, exists
+    return n, c, i, j, mask
 
 
 @triton.jit
-def _offset(n, c, i, j, stride_n, stride_c, stride_h, stride_w, VECTOR: tl.constexpr):
-    """Of elements in a tensor; ``VECTOR`` divides what does not come from c."""
-    position = n * stride_n + i * stride_h + j * stride_w
+def _offset(n, c, i, j, strides, VECTOR: tl.constexpr):
+    """Offsets into a tensor; ``VECTOR`` divides the part that does not depend on c."""
+    offs = n * strides[0] + i * strides[2] + j * strides[3]
     if VECTOR > 1:
-        position = tl.multiple_of(position, [1, VECTOR])
-    return position + c * stride_c
+        offs = tl.multiple_of(offs, [1, VECTOR])
+    return offs + c * strides[1]
 
 
 @triton.jit
 def _pool_kernel(
-    x,
-    y,
-    code,
-    outside,
-    channels,
-    height,
-    width,
-    x_n,
-    x_c,
-    x_h,
-    x_w,
-    y_n,
-    y_c,
-    y_h,
-    y_w,
+    x_ptr,  # [N, C, H, W]
+    y_ptr,  # [N, C, H // 2, W // 2]
+    code_ptr,  # [N, C, H // 2, W // 2], strides of y
+    outer,
+    sizes,  # (C, H // 2, W // 2)
+    x_strides,  # (n, c, h, w)
+    y_strides,  # (n, c, h, w)
     RELU: tl.constexpr,
-    CHANNELS_INSIDE: tl.constexpr,
+    NHWC: tl.constexpr,
     VECTOR: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    n, c, i, j, exists = _windows(outside, channels, height, width, CHANNELS_INSIDE, VECTOR, OUTER, INNER)
-    best = tl.load(x + _offset(n, c, 2 * i, 2 * j, x_n, x_c, x_h, x_w, VECTOR), mask=exists, other=0.0).to(tl.float32)
-    winner = tl.zeros([OUTER, INNER], tl.int32)
+    n, c, i, j, mask = _windows(outer, sizes, NHWC, VECTOR, BLOCK_M, BLOCK_N)
+    best = tl.load(x_ptr + _offset(n, c, 2 * i, 2 * j, x_strides, VECTOR), mask=mask, other=0.0).to(tl.float32)
+    code = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for k in tl.static_range(1, 4):
-        at = _offset(n, c, 2 * i + k // 2, 2 * j + k % 2, x_n, x_c, x_h, x_w, VECTOR)
-        value = tl.load(x + at, mask=exists, other=0.0).to(tl.float32)
+        offs = _offset(n, c, 2 * i + k // 2, 2 * j + k % 2, x_strides, VECTOR)
+        value = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         better = (value > best) | (value != value)
         best = tl.where(better, value, best)
-        winner = tl.where(better, k, winner)
+        code = tl.where(better, k, code)
     if RELU:
-        # The same winner as with a ReLU before the comparison, unless all four become zeros.
-        dead = best <= 0
-        best = tl.where(dead, 0.0, best)
-        winner = tl.where(dead, 4, winner)
-    at = _offset(n, c, i, j, y_n, y_c, y_h, y_w, VECTOR)
-    tl.store(y + at, cast(best, y.dtype.element_ty), mask=exists)
-    tl.store(code + at, winner.to(tl.uint8), mask=exists)
+        # The same code as with a ReLU before the comparison, unless all four values become zero.
+        zero = best <= 0
+        best = tl.where(zero, 0.0, best)
+        code = tl.where(zero, 4, code)
+    offs = _offset(n, c, i, j, y_strides, VECTOR)
+    tl.store(y_ptr + offs, cast(best, y_ptr.dtype.element_ty), mask=mask)
+    tl.store(code_ptr + offs, code.to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def _unpool_kernel(
-    y,
-    code,
-    out,
-    outside,
-    channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    y_n,
-    y_c,
-    y_h,
-    y_w,
-    code_n,
-    code_c,
-    code_h,
-    code_w,
-    out_n,
-    out_c,
-    out_h,
-    out_w,
+    y_ptr,  # [N, C, h, w]
+    code_ptr,  # [N, C, h, w]
+    out_ptr,  # [N, C, H, W]
+    outer,
+    sizes,  # (C, ceil(H / 2), ceil(W / 2))
+    y_size,  # (h, w)
+    out_size,  # (H, W)
+    y_strides,  # (n, c, h, w)
+    code_strides,  # (n, c, h, w)
+    out_strides,  # (n, c, h, w)
     GRADIENT: tl.constexpr,
-    CHANNELS_INSIDE: tl.constexpr,
+    NHWC: tl.constexpr,
     VECTOR: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    n, c, i, j, exists = _windows(
-        outside, channels, (out_height + 1) // 2, (out_width + 1) // 2, CHANNELS_INSIDE, VECTOR, OUTER, INNER
-    )
-    whole = exists & (i < height) & (j < width)
-    value = tl.load(y + _offset(n, c, i, j, y_n, y_c, y_h, y_w, VECTOR), mask=whole, other=0.0)
-    at = _offset(n, c, i, j, code_n, code_c, code_h, code_w, VECTOR)
-    place = tl.load(code + at, mask=whole, other=0).to(tl.int32)
+    n, c, i, j, mask = _windows(outer, sizes, NHWC, VECTOR, BLOCK_M, BLOCK_N)
+    mask_y = mask & (i < y_size[0]) & (j < y_size[1])
+    value = tl.load(y_ptr + _offset(n, c, i, j, y_strides, VECTOR), mask=mask_y, other=0.0)
+    code = tl.load(code_ptr + _offset(n, c, i, j, code_strides, VECTOR), mask=mask_y, other=0).to(tl.int32)
     if not GRADIENT:
-        place = place & 3
+        code = code & 3
     for k in tl.static_range(4):
         row = 2 * i + k // 2
-        column = 2 * j + k % 2
-        at = _offset(n, c, row, column, out_n, out_c, out_h, out_w, VECTOR)
-        inside = exists & (row < out_height) & (column < out_width)
-        tl.store(out + at, tl.where(place == k, value, 0.0), mask=inside)
+        col = 2 * j + k % 2
+        offs = _offset(n, c, row, col, out_strides, VECTOR)
+        mask_out = mask & (row < out_size[0]) & (col < out_size[1])
+        tl.store(out_ptr + offs, tl.where(code == k, value, 0.0), mask=mask_out)
 
 
 @triton.jit
 def _gather_kernel(
-    x,
-    code,
-    y,
-    outside,
-    channels,
-    height,
-    width,
-    x_n,
-    x_c,
-    x_h,
-    x_w,
-    code_n,
-    code_c,
-    code_h,
-    code_w,
-    y_n,
-    y_c,
-    y_h,
-    y_w,
-    CHANNELS_INSIDE: tl.constexpr,
+    x_ptr,  # [N, C, H, W]
+    code_ptr,  # [N, C, H // 2, W // 2]
+    y_ptr,  # [N, C, H // 2, W // 2]
+    outer,
+    sizes,  # (C, H // 2, W // 2)
+    x_strides,  # (n, c, h, w)
+    code_strides,  # (n, c, h, w)
+    y_strides,  # (n, c, h, w)
+    NHWC: tl.constexpr,
     VECTOR: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    n, c, i, j, exists = _windows(outside, channels, height, width, CHANNELS_INSIDE, VECTOR, OUTER, INNER)
-    at = _offset(n, c, i, j, code_n, code_c, code_h, code_w, VECTOR)
-    place = tl.load(code + at, mask=exists, other=0).to(tl.int32) & 3
-    value = tl.load(x + _offset(n, c, 2 * i, 2 * j, x_n, x_c, x_h, x_w, VECTOR), mask=exists, other=0.0)
+    n, c, i, j, mask = _windows(outer, sizes, NHWC, VECTOR, BLOCK_M, BLOCK_N)
+    code = tl.load(code_ptr + _offset(n, c, i, j, code_strides, VECTOR), mask=mask, other=0).to(tl.int32) & 3
+    value = tl.load(x_ptr + _offset(n, c, 2 * i, 2 * j, x_strides, VECTOR), mask=mask, other=0.0)
     for k in tl.static_range(1, 4):
-        at = _offset(n, c, 2 * i + k // 2, 2 * j + k % 2, x_n, x_c, x_h, x_w, VECTOR)
-        value = tl.where(place == k, tl.load(x + at, mask=exists, other=0.0), value)
-    tl.store(y + _offset(n, c, i, j, y_n, y_c, y_h, y_w, VECTOR), value, mask=exists)
+        offs = _offset(n, c, 2 * i + k // 2, 2 * j + k % 2, x_strides, VECTOR)
+        value = tl.where(code == k, tl.load(x_ptr + offs, mask=mask, other=0.0), value)
+    tl.store(y_ptr + _offset(n, c, i, j, y_strides, VECTOR), value, mask=mask)
 
 
 def _launch(
@@ -222,71 +182,70 @@ def _launch(
     strides: Sequence[tuple[int, ...]],
     result: Tensor,
     windows: tuple[int, int],
-    *sizes: int,
+    *sizes: tuple[int, int],
     **constants: bool,
 ) -> None:
-    """Launch a kernel over height x width windows of each map.
+    """Launch a kernel over height x width windows per map.
 
     Args:
-        kernel: name of the rule for it.
-        function: the kernel; takes ``tensors``, how many windows there are but for those side by side in a tile, C,
-            ``sizes`` and ``strides``.
-        tensors: its arguments.
-        strides: its arguments, four a tensor.
-        result: the one of the tensors whose layout decides what lies side by side.
-        windows: height and width in windows.
-        *sizes: its arguments.
-        **constants: likewise.
+        kernel: Name of the heuristic.
+        function: The kernel. Its arguments are ``tensors``, the number of windows along the outer axes, (channels,
+            height, width) in windows, ``sizes`` and ``strides``.
+        tensors: Tensors of the kernel.
+        strides: Strides of the tensors, (n, c, h, w) each.
+        result: The tensor whose memory format decides which windows are adjacent.
+        windows: Height and width in windows.
+        *sizes: Further arguments of the kernel.
+        **constants: Compile-time constants of the kernel.
     """
     count, channels = result.shape[:2]
-    channels_inside = result.stride(1) == 1 and channels > 1
-    if channels_inside:
-        inside, outside = channels, count * windows[0] * windows[1]
+    nhwc = result.stride(1) == 1 and channels > 1
+    if nhwc:
+        inner, outer = channels, count * windows[0] * windows[1]
         vector = math.gcd(8, channels, *(stride for n, _, h, w in strides for stride in (n, h, w)))
     else:
-        # Every other element of a row is of the same window's row: there is no vector to speak of.
-        inside, outside, vector = windows[1], count * channels * windows[0], 1
-    chosen = config.choose(kernel, architecture(result), result.dtype, inside=min(next_power_of_2(inside), 64))
+        # Adjacent elements of a row belong to different columns of windows, so there are no vectors.
+        inner, outer, vector = windows[1], count * channels * windows[0], 1
+    chosen = config.choose(kernel, architecture(result), result.dtype, inner=min(next_power_of_2(inner), 64))
     launch(
         function,
-        (cdiv(inside, chosen.tile["INNER"]) * cdiv(outside, chosen.tile["OUTER"]),),
+        (cdiv(inner, chosen.tile["BLOCK_N"]) * cdiv(outer, chosen.tile["BLOCK_M"]),),
         *tensors,
-        outside,
-        channels,
+        outer,
+        (channels, *windows),
         *sizes,
-        *itertools.chain(*strides),
+        *strides,
         config=chosen,
-        CHANNELS_INSIDE=channels_inside,
+        NHWC=nhwc,
         VECTOR=vector,
         **constants,
     )
 
 
 def pool(x: Tensor, relu: bool, y: Tensor, code: Tensor) -> None:
-    """The largest of each 2 x 2.
+    """2x2 max pooling.
 
     Args:
         x: (N, C, H, W), any strides.
-        relu: compare max(0, x).
-        y: (N, C, H // 2, W // 2) in the dtype of x.
-        code: uint8, of the shape and strides of y.
+        relu: Whether to apply ReLU.
+        y: Output, (N, C, H // 2, W // 2) in the dtype of x.
+        code: Output, uint8, with the shape and strides of y.
     """
     windows = (y.shape[2], y.shape[3])
-    strides = (x.stride(), y.stride())
-    _launch("max_pool2x2", _pool_kernel, (x, y, code), strides, y, windows, *windows, RELU=relu)
+    _launch("max_pool2x2", _pool_kernel, (x, y, code), (x.stride(), y.stride()), y, windows, RELU=relu)
 
 
 def unpool(y: Tensor, code: Tensor, height: int, width: int, channels_last: bool, gradient: bool, out: Tensor) -> None:
-    """Values to their places, zeros elsewhere.
+    """Moves values to the positions in ``code``, and writes zeros elsewhere.
 
     Args:
         y: (N, C, h, w), any strides.
-        code: uint8, of the shape of y, any strides.
+        code: uint8, same shape as y, any strides.
         height: 2 h or 2 h + 1.
         width: 2 w or 2 w + 1.
-        channels_last: the layout of ``out``.
-        gradient: whether code 4, a winner that a ReLU stopped, places nothing; else it is place 0.
-        out: (N, C, height, width) in the dtype of y; every element is written.
+        channels_last: Memory format of ``out``.
+        gradient: Whether code 4, a maximum that ReLU set to zero, places nothing. Otherwise it is position 0.
+        out: Output, (N, C, height, width) in the dtype of y. Every element is written.
     """
     _launch(
         "max_unpool2x2",
@@ -295,20 +254,21 @@ def unpool(y: Tensor, code: Tensor, height: int, width: int, channels_last: bool
         (y.stride(), code.stride(), out.stride()),
         out,
         (cdiv(height, 2), cdiv(width, 2)),
-        *(y.shape[2], y.shape[3], height, width),
+        (y.shape[2], y.shape[3]),
+        (height, width),
         GRADIENT=gradient,
     )
 
 
 def gather(x: Tensor, code: Tensor, channels_last: bool, y: Tensor) -> None:
-    """Values from their places: the gradient of :func:`unpool`.
+    """Reads values from the positions in ``code``: the gradient of :func:`unpool`.
 
     Args:
         x: (N, C, 2 h or 2 h + 1, 2 w or 2 w + 1), any strides.
         code: uint8, (N, C, h, w), any strides.
-        channels_last: the layout of y.
-        y: of that shape, in the dtype of x.
+        channels_last: Memory format of y.
+        y: Output, (N, C, h, w) in the dtype of x.
     """
     windows = (y.shape[2], y.shape[3])
     strides = (x.stride(), code.stride(), y.stride())
-    _launch("max_unpool2x2_backward", _gather_kernel, (x, code, y), strides, y, windows, *windows)
+    _launch("max_unpool2x2_backward", _gather_kernel, (x, code, y), strides, y, windows)

@@ -1,18 +1,21 @@
-"""How far a batch's statistics are from stored ones: one program after those of the statistics, one launch back.
+"""Distance between a batch's statistics and stored statistics: one launch after those of the statistics.
 
-With m and v mean and variance of each channel over M values, r_m and r_v the stored ones and g the upstream gradient::
+With m and v the mean and variance per channel over M values, and r_m and r_v the stored ones::
 
     distance = |m - r_m| + |v - r_v|
-    u = (m - r_m) / |m - r_m|     w = (v - r_v) / |v - r_v|     (zeros where the norm is zero)
-    dx = g u / M + 2 g w (x - m) / M
 
-so that backward is that of the statistics, with u and w for their gradients. Saved are m, u and w.
+Gradient, with g = grad_output, and 0 for u or w if its norm is 0::
 
-Norms. Before they are squared, differences are divided by the power of two at or below the largest of them, which
-changes no digit, so that no square overflows and none that counts vanishes. They stay in registers where a tile holds
-all channels, and are read three times where not.
+    u = (m - r_m) / |m - r_m|     w = (v - r_v) / |v - r_v|     dx = g u / M + 2 g w (x - m) / M
 
-Memory traffic: that of the statistics, one map forward and two back. A few numbers a channel are all that is added.
+This is the backward of the statistics, with u and w as their gradients. m, u and w are saved.
+
+Norms. Before the differences are squared, they are divided by the largest power of two that does not exceed their
+maximum. This is exact, and no square overflows and none that matters underflows. If a tile holds all channels, the
+differences stay in registers; otherwise they are read three times.
+
+Memory traffic: that of the statistics (2-byte elements: 2 bytes per element forward, 4 bytes backward). The distance
+adds a few values per channel.
 """
 
 from __future__ import annotations
@@ -33,88 +36,96 @@ __all__ = ["backward", "forward"]
 
 @config.heuristic("statistics_distance")
 def _config(arch: int, dtype: torch.dtype, *, channels: int) -> Launch:
-    """All channels in one program, which waits only for memory and its own barriers: four channels per thread."""
+    """All channels in one program, which is bound by latency: four channels per thread."""
     block = max(32, min(channels, 4096))
     return Launch(tile={"BLOCK": block}, num_warps=max(1, min(8, block // 128)))
 
 
 @triton.jit
-def _differences(saved, running_mean, running_var, channel, channels):
-    """(channels, 2): of the means and of the variances from the stored ones."""
-    inside = channel < channels
-    mean = tl.load(saved + channel, mask=inside, other=0.0)
-    var = tl.load(saved + 2 * channels + channel, mask=inside, other=0.0)
-    mean -= tl.load(running_mean + channel, mask=inside, other=0.0).to(tl.float32)
-    var -= tl.load(running_var + channel, mask=inside, other=0.0).to(tl.float32)
+def _load_differences(stats_ptr, running_mean_ptr, running_var_ptr, offs, channels):
+    """(BLOCK, 2): means and variances minus the stored ones."""
+    mask = offs < channels
+    mean = tl.load(stats_ptr + offs, mask=mask, other=0.0)
+    var = tl.load(stats_ptr + 2 * channels + offs, mask=mask, other=0.0)
+    mean -= tl.load(running_mean_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    var -= tl.load(running_var_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     return tl.join(mean, var)
 
 
 @triton.jit
-def _powers(largest):
-    """The power of two at or below a number, and its inverse; both within those of normal numbers."""
-    # The exponents of 2^-126 and 2^126: an infinity has its own, and what is nearest to zero has none.
-    bits = largest.to(tl.int32, bitcast=True) & 0x7F800000
+def _power_of_2(x):
+    """The largest power of two that does not exceed x, and its inverse, limited to normal numbers."""
+    # The limits are the exponents of 2^-126 and 2^126: infinity has a larger one, and denormals have none.
+    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
     bits = tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)
     return bits.to(tl.float32, bitcast=True), ((254 << 23) - bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _squares(scaled, BLOCK: tl.constexpr):
-    """Sums over the channels. The interpreter adds rows up one by one, and so less exactly than threads do."""
+def _sum_squares(x, BLOCK: tl.constexpr):
+    """Sum over channels. In two steps in the interpreter, which adds rows one by one and is less accurate."""
     if INTERPRETED:
-        return tl.sum(tl.sum(tl.reshape(scaled * scaled, [32, BLOCK // 32, 2]), 1), 0)
+        return tl.sum(tl.sum(tl.reshape(x * x, [32, BLOCK // 32, 2]), 1), 0)
     else:
-        return tl.sum(scaled * scaled, 0)
+        return tl.sum(x * x, 0)
 
 
 @triton.jit
-def _store_directions(saved, scaled, root, channel, channels):
-    """The unit vectors that the norms change along."""
-    root = tl.where(root == 0, 1.0, root)
-    # The variances stand where their direction goes, and threads may hold an element twice: all have read it first.
+def _store_directions(stats_ptr, scaled, norm, offs, channels):
+    """Store u and w."""
+    norm = tl.where(norm == 0, 1.0, norm)
+    # w replaces the variances, and several threads may hold the same element: all must have read it.
     tl.debug_barrier()
-    mean, var = tl.split(tl.div_rn(scaled, tl.broadcast_to(root[None, :], scaled.shape)))
-    tl.store(saved + channels + channel, mean, mask=channel < channels)
-    tl.store(saved + 2 * channels + channel, var, mask=channel < channels)
+    u, w = tl.split(tl.div_rn(scaled, tl.broadcast_to(norm[None, :], scaled.shape)))
+    tl.store(stats_ptr + channels + offs, u, mask=offs < channels)
+    tl.store(stats_ptr + 2 * channels + offs, w, mask=offs < channels)
 
 
 @triton.jit
-def _distance_kernel(saved, running_mean, running_var, distance, channels, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    channel = tl.arange(0, BLOCK)
-    scaled = _differences(saved, running_mean, running_var, channel, channels)
+def _distance_kernel(
+    stats_ptr,  # [3, C]: m, unused and v; m, u and w afterwards
+    running_mean_ptr,  # [C]
+    running_var_ptr,  # [C]
+    distance_ptr,  # []
+    channels,
+    ONE_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.arange(0, BLOCK)
+    scaled = _load_differences(stats_ptr, running_mean_ptr, running_var_ptr, offs, channels)
     largest = tl.max(tl.abs(scaled), 0)
-    if not WHOLE:
+    if not ONE_TILE:
         for start in range(BLOCK, channels, BLOCK):
-            further = _differences(saved, running_mean, running_var, start + channel, channels)
-            largest = tl.maximum(largest, tl.max(tl.abs(further), 0))
-    scale, inverse = _powers(largest)
+            more = _load_differences(stats_ptr, running_mean_ptr, running_var_ptr, start + offs, channels)
+            largest = tl.maximum(largest, tl.max(tl.abs(more), 0))
+    scale, inverse = _power_of_2(largest)
     scaled *= inverse[None, :]
-    squares = _squares(scaled, BLOCK)
-    if not WHOLE:
+    squares = _sum_squares(scaled, BLOCK)
+    if not ONE_TILE:
         for start in range(BLOCK, channels, BLOCK):
-            further = _differences(saved, running_mean, running_var, start + channel, channels) * inverse[None, :]
-            squares += _squares(further, BLOCK)
-    root = tl.sqrt_rn(squares)
-    tl.store(distance, tl.sum(scale * root, 0))
-    if not WHOLE:
+            more = _load_differences(stats_ptr, running_mean_ptr, running_var_ptr, start + offs, channels)
+            squares += _sum_squares(more * inverse[None, :], BLOCK)
+    norm = tl.sqrt_rn(squares)
+    tl.store(distance_ptr, tl.sum(scale * norm, 0))
+    if not ONE_TILE:
         for start in range(BLOCK, channels, BLOCK):
-            further = _differences(saved, running_mean, running_var, start + channel, channels) * inverse[None, :]
-            _store_directions(saved, further, root, start + channel, channels)
-    _store_directions(saved, scaled, root, channel, channels)
+            more = _load_differences(stats_ptr, running_mean_ptr, running_var_ptr, start + offs, channels)
+            _store_directions(stats_ptr, more * inverse[None, :], norm, start + offs, channels)
+    _store_directions(stats_ptr, scaled, norm, offs, channels)
 
 
 def forward(x: Tensor, running_mean: Tensor, running_var: Tensor, distance: Tensor, saved: Tensor) -> None:
-    """The distance of the statistics of x to the stored ones.
+    """Distance between the statistics of x and the stored ones.
 
     Args:
         x: (N, C, ...), any strides.
         running_mean: (C,), any floating dtype.
-        running_var: (C,), likewise.
-        distance: a float32 scalar.
-        saved: (3, C), float32, contiguous, for :func:`backward`.
+        running_var: (C,), any floating dtype.
+        distance: Output, scalar, float32.
+        saved: Output, (3, C), float32, contiguous, for :func:`backward`.
     """
     channels = x.shape[1]
-    # The variances are where the last row will be: the kernel below is done with them when it writes that.
+    # The variances are in the last row until the kernel below overwrites it.
     statistics(x, saved[0], saved[2])
     chosen = config.choose(
         "statistics_distance", architecture(x), saved.dtype, channels=min(next_power_of_2(channels), 4096)
@@ -128,7 +139,7 @@ def forward(x: Tensor, running_mean: Tensor, running_var: Tensor, distance: Tens
         distance,
         channels,
         config=chosen,
-        WHOLE=channels <= chosen.tile["BLOCK"],
+        ONE_TILE=channels <= chosen.tile["BLOCK"],
     )
 
 
@@ -136,10 +147,10 @@ def backward(grad_output: Tensor, x: Tensor, saved: Tensor, dx: Tensor) -> None:
     """Gradient of :func:`forward`.
 
     Args:
-        grad_output: gradient of ``distance``.
-        x: as there.
-        saved: as there.
-        dx: of the shape of x, contiguous or channels-last.
+        grad_output: Gradient of ``distance``, a scalar.
+        x: As in forward.
+        saved: From forward.
+        dx: Output, same shape as x, contiguous or channels-last.
     """
-    mean, along_mean, along_var = saved.unbind()
-    statistics_backward(along_mean, along_var, x, mean, dx, grad_output)
+    mean, dmean, dvar = saved.unbind()
+    statistics_backward(dmean, dvar, x, mean, dx, grad_output)

@@ -1,5 +1,5 @@
-// A stub of libcuda.so.1 for tests without a GPU: it answers what Triton's driver and launchers ask, checks each launch
-// against the limits of its device and records it, and runs nothing. Device i is the i-th of `targets`.
+// A stub of libcuda.so.1 for tests without a GPU. It implements what Triton's driver and launchers call, checks each
+// launch against the limits of its device, records it, and executes nothing. Device i is the i-th of `targets`.
 
 #include "cuda.h"
 #include <stdint.h>
@@ -20,24 +20,24 @@ struct CUfunc_st {
 };
 
 // Read and written by stub_driver.py.
-int stub_device;      // the current one
-int stub_num_params;  // of the next launch: a launch does not carry the number
+int stub_device;      // index of the current device
+int stub_num_params;  // of the next launch, because cuLaunchKernelEx does not pass the number
 struct {
   uint64_t count;
   uint32_t grid[3], block[3], shared, reserved;
   uint64_t stream;
-  uint64_t params[MAX_PARAMS];  // the low bytes are the value: parameters have up to eight
+  uint64_t params[MAX_PARAMS];  // each in the low bytes; a parameter has up to eight
 } stub_launch;
 
-static const char *refusal = "not served by the stub";
+static const char *reason = "not implemented by the stub";
 
-static CUresult refuse(const char *why) {
-  refusal = why;
+static CUresult fail(const char *why) {
+  reason = why;
   return CUDA_ERROR_INVALID_VALUE;
 }
 
 CUresult cuGetErrorString(CUresult error, const char **text) {
-  *text = error == CUDA_SUCCESS ? "no error" : refusal;
+  *text = error == CUDA_SUCCESS ? "no error" : reason;
   return CUDA_SUCCESS;
 }
 
@@ -47,7 +47,7 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal) {
 }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
-  if (device < 0 || device >= (int)(sizeof targets / sizeof *targets)) return refuse("no such device");
+  if (device < 0 || device >= (int)(sizeof targets / sizeof *targets)) return fail("no such device");
   switch (attribute) {
     case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = targets[device].num_sms; break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = targets[device].major; break;
@@ -81,7 +81,7 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   if (memcmp(image, "\x7f"
                     "ELF",
              4))
-    return refuse("a module that is not an ELF file");
+    return fail("a module that is not an ELF file");
   *module = (CUmodule)image;
   return CUDA_SUCCESS;
 }
@@ -99,7 +99,7 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
 
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
   if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
-  if (value > targets[stub_device].shared) return refuse("more dynamic shared memory than the device has");
+  if (value > targets[stub_device].shared) return fail("more dynamic shared memory than the device has");
   function->max_dynamic_shared = value;
   return CUDA_SUCCESS;
 }
@@ -113,12 +113,12 @@ CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdevi
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params, void **extra) {
   uint64_t threads = (uint64_t)config->blockDimX * config->blockDimY * config->blockDimZ;
-  if (config->gridDimX < 1 || config->gridDimX > INT32_MAX) return refuse("grid x is not in 1 .. 2^31 - 1");
-  if (config->gridDimY < 1 || config->gridDimY > 65535) return refuse("grid y is not in 1 .. 65535");
-  if (config->gridDimZ < 1 || config->gridDimZ > 65535) return refuse("grid z is not in 1 .. 65535");
-  if (threads < 1 || threads > 1024) return refuse("a block has 1 to 1024 threads");
-  if (config->sharedMemBytes > (unsigned)function->max_dynamic_shared) return refuse("too much dynamic shared memory");
-  if (stub_num_params > MAX_PARAMS) return refuse("more parameters than the stub records");
+  if (config->gridDimX < 1 || config->gridDimX > INT32_MAX) return fail("grid x is not in 1 .. 2^31 - 1");
+  if (config->gridDimY < 1 || config->gridDimY > 65535) return fail("grid y is not in 1 .. 65535");
+  if (config->gridDimZ < 1 || config->gridDimZ > 65535) return fail("grid z is not in 1 .. 65535");
+  if (threads < 1 || threads > 1024) return fail("a block has 1 to 1024 threads");
+  if (config->sharedMemBytes > (unsigned)function->max_dynamic_shared) return fail("too much dynamic shared memory");
+  if (stub_num_params > MAX_PARAMS) return fail("more parameters than the stub records");
   stub_launch.count++;
   memcpy(stub_launch.grid, &config->gridDimX, sizeof stub_launch.grid);
   memcpy(stub_launch.block, &config->blockDimX, sizeof stub_launch.block);

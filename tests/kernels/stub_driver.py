@@ -1,22 +1,25 @@
-"""The launch sweep: benchmark cases go through Triton's argument binding and C launchers to a stub of CUDA's driver.
+"""Sends launches through Triton's argument binding and C launchers to a stub of the CUDA driver.
 
-Nothing needs a GPU and nothing is computed: tensors have real shapes and strides, an address of their own, and no data.
-Of each launch, the values that reach ``cuLaunchKernelEx`` are compared with what Python asked for. As a program, in a
-process of its own, since it decides how Triton and torch see the machine; prints JSON:
+It needs no GPU and computes nothing: tensors have shapes, strides and an address, but no data. For each launch, the
+values that reach ``cuLaunchKernelEx`` are compared with those that Python passed. It runs as a program, because it
+changes how Triton and torch see the machine, and prints JSON:
 
-    TRITON_INTERPRET=0 python tests/kernels/stub_driver.py FOLDER [--arch 90 ...] [--dtype bfloat16 ...] [--compile]
+    TRITON_INTERPRET=0 python -m tests.kernels.stub_driver FOLDER [--arch 90 ...] [--dtype bfloat16 ...] [--compile]
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import re
 import struct
 import subprocess
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,12 +33,13 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dfkd_fast import ops
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Case, Make, Work
 from dfkd_fast.benchmarks.ops.compile_kernels import ARCHITECTURES, DTYPES, run_on_meta
 from dfkd_fast.kernels import common
 from dfkd_fast.kernels.config import shared_memory
 from dfkd_fast.ops import custom_op
+
+from ..ops import table
 
 STREAM = 0x57EA
 
@@ -63,16 +67,16 @@ class _Launch(ctypes.Structure):
 
 
 def _address(x: Tensor) -> int:
-    """An address for a tensor without data: different for each storage, and aligned as CUDA's allocator does."""
+    """An address for a tensor without data: unique per storage, and aligned like those of CUDA's allocator."""
     storage = x.untyped_storage()
     return 32 * storage._cdata + x.storage_offset() * x.itemsize if storage.nbytes() else 0
 
 
 class Stub:
-    """The stub of CUDA's driver, loaded into this process for Triton and torch to find.
+    """Builds the stub of the CUDA driver and loads it into this process, where Triton and torch find it.
 
     Args:
-        folder: an empty one for what is built.
+        folder: An empty folder for the build.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,7 +84,7 @@ class Stub:
         path = folder / "libcuda.so.1"
         gcc = ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", f"-Wl,-soname,{path.name}", f"-I{include}", "-o", path]
         subprocess.run([*gcc, Path(__file__).with_name("stub_cuda.c")], check=True)
-        # Loaded first: whoever asks for libcuda.so.1 then gets this one.
+        # Later requests for libcuda.so.1 return this library.
         self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self.launch = _Launch.in_dll(self._library, "stub_launch")
         self.num_params = ctypes.c_int.in_dll(self._library, "stub_num_params")
@@ -99,13 +103,13 @@ class Stub:
         driver.set_active(active)
 
     def _build(self, name: str, source: str, folder: str, *_: Any) -> str:
-        """Triton's build of a launcher, faster: without optimisation, and with its headers precompiled."""
+        """Replaces Triton's build of a launcher: faster, without optimization and with precompiled headers."""
         path = f"{folder}/{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
         subprocess.run(["gcc", "-include", self._header, source, *self._gcc_flags, "-o", path], check=True)
         return path
 
     def _patch_torch(self) -> None:
-        """Tensors on the meta device pass for tensors on the current CUDA device."""
+        """Make tensors on the meta device look like tensors on the current CUDA device."""
         torch.Tensor.is_cuda = property(lambda self: True)
         torch.Tensor.data_ptr = _address
         torch.cuda.current_device = lambda: None  # the index of meta tensors' device
@@ -113,7 +117,7 @@ class Stub:
         torch.cuda.get_device_properties = lambda index=None: SimpleNamespace(
             multi_processor_count=self.attribute(_NUM_SMS)
         )
-        custom_op._recording = True  # operators launch on meta tensors
+        custom_op._recording = True  # operators launch kernels for meta tensors
 
     def attribute(self, which: int) -> int:
         """An attribute of the current device."""
@@ -131,7 +135,7 @@ class Stub:
 
 
 def compile_without_code(src: Any, target: Any, options: dict[str, Any]) -> CompiledKernel:
-    """Replaces ``triton.compile``: the result loads and launches like any other, but has no code."""
+    """Replaces ``triton.compile``: the result loads and launches like any other, but contains no code."""
     scratch = {f"{which}_scratch_{what}": 0 for which in ("global", "profile") for what in ("size", "align")}
     compiled = CompiledKernel.__new__(CompiledKernel)
     compiled.metadata = SimpleNamespace(**options, **scratch, target=target, name=src.name, shared=0)
@@ -143,7 +147,7 @@ def compile_without_code(src: Any, target: Any, options: dict[str, Any]) -> Comp
 
 
 class _Argument(NamedTuple):
-    """A value that Python passes to a kernel; the elements of a tuple are arguments."""
+    """A value that Python passes to a kernel. Each element of a tuple is one."""
 
     path: tuple[int, ...]
     name: str
@@ -152,18 +156,18 @@ class _Argument(NamedTuple):
     specialize: bool
 
     def constant(self) -> bool:
-        """Whether it is compiled in, and not passed."""
+        """Whether it is compiled into the kernel instead of passed."""
         one = self.specialize and type(self.value) is int and self.value == 1
         return self.constexpr or self.value is None or one
 
     def divisible(self) -> bool:
-        """Whether it is compiled for a multiple of 16."""
+        """Whether the kernel is compiled for a multiple of 16."""
         if self.constant() or not self.specialize or isinstance(self.value, bool | float):
             return False
         return (self.value.data_ptr() if isinstance(self.value, Tensor) else self.value) % 16 == 0
 
     def passed(self) -> bytes:
-        """What the kernel must find in its parameter."""
+        """The bytes of the kernel's parameter."""
         value = self.value
         if isinstance(value, Tensor):
             return struct.pack("<Q", value.data_ptr())
@@ -189,27 +193,27 @@ def _arguments(kernel: JITFunction, values: dict[str, Any]) -> Iterator[_Argumen
         yield from flat((i,), parameter.name, values[parameter.name], parameter.is_constexpr, specialize)
 
 
-class Wrong(Exception):
-    """A launch that is not the one that was asked for."""
+class WrongLaunch(Exception):
+    """A launch differs from the one that Python requested."""
 
 
 def _equal(what: str, found: Any, expected: Any) -> None:
     if found != expected:
-        raise Wrong(f"{what} is {found!r}, not {expected!r}")
+        raise WrongLaunch(f"{what} is {found!r}, not {expected!r}")
 
 
 class Sweep:
-    """Launches go to the stub, and each is checked.
+    """Sends launches to the stub and checks each one.
 
     Args:
-        stub: takes them.
-        real: compile the first launch of each kernel and make no other; else make all, without code.
+        stub: The stub of the driver.
+        real: Compile and launch each kernel once. Otherwise launch all, without code.
     """
 
     def __init__(self, stub: Stub, *, real: bool) -> None:
         self._stub, self._real = stub, real
         self.launches = 0
-        self.kernels: set[str] = set()  # since it was last cleared
+        self.kernels: set[str] = set()  # launched since the set was last cleared
         self._run = JITFunction.run
         if not real:
             triton.compiler.compile = compile_without_code
@@ -256,7 +260,7 @@ class Sweep:
 
     @staticmethod
     def _check_source(source: Any, arguments: list[_Argument]) -> None:
-        """What is compiled knows the constants and which arguments are multiples of 16."""
+        """Checks the constants and the multiples of 16 that the compiler knows."""
         for each in arguments:
             _equal(f"{each.name} among constants", each.path in source.constants, each.constant())
             if each.constant():
@@ -266,142 +270,67 @@ class Sweep:
 
 
 def _widths(ptx: str) -> list[int]:
-    """Bytes of each parameter of the kernel in a PTX module."""
+    """Size in bytes of each parameter of the kernel in a PTX module."""
     entry = re.search(r"\.entry \w+\((.*?)\)", ptx, re.DOTALL)
     assert entry is not None
     return [int(bits) // 8 for bits in re.findall(r"\.param \.[bfus](\d+)", entry[1])]
 
 
-def _case(op: str, *shapes: tuple[int, ...], grads: str = "", view: Any = None, name: str = "", **options: Any) -> Case:
-    """A call of an op.
+def _cases() -> Iterator[tuple[str, Case, AbstractContextManager[None]]]:
+    """The op's name, a case and a tiling, for each case of the benchmarks and of ``tests/ops/table.py``.
 
-    Args:
-        op: its name.
-        *shapes: of its inputs; maps, of four dimensions, are channels-last.
-        grads: ``y`` or ``n`` for each input: whether it needs a gradient; all of them if empty.
-        view: a function of each map, for other strides; None for none.
-        name: what is special.
-        **options: of the op.
+    The latter run in each memory layout with all gradients, and with each subset of one or two gradients.
     """
 
-    def inputs(make: Make) -> tuple[Any, ...]:
-        made = []
-        for shape, grad in zip(shapes, grads or "y" * len(shapes), strict=True):
-            x = make.map(*shape) if len(shape) == 4 else make.tensor(*shape)
-            made.append((view(x) if view and len(shape) == 4 else x).requires_grad_(grad == "y"))
-        return tuple(made)
+    def inputs(make: Make, *, case: table.Case, layout: str, needs_grad: Sequence[int]) -> list[Any]:
+        drawn = case.make(case.shapes[0], dtype=make.dtype, device=make.device, layout=layout)(1)
+        return [x if x is None else x.detach().requires_grad_(i in needs_grad) for i, x in enumerate(drawn)]
 
-    def call(*inputs: Any, backend: str) -> Any:
-        return getattr(ops, op)(*inputs, **options, backend=backend)
-
-    words = (name, grads, *(f"{key}={value}" for key, value in options.items()))
-    return Case(name=" ".join(filter(None, words)), inputs=inputs, call=call, work=lambda size: Work(0, 0))
-
-
-def _cropped(x: Tensor) -> Tensor:
-    return x[:, :, 1:, :-1]
-
-
-def _further() -> dict[str, list[Case]]:
-    """Calls of each op that no benchmark makes: other options, some of the gradients, other strides."""
-    logits, few, many = ((37, 129), (37, 129)), ((6, 12), (6, 12)), ((300, 40), (300, 40))
-    norm = ((3, 24, 9, 9), (24,), (24,), (24,), (24,))  # running mean and variance, weight, bias
-    narrow, split = ((2, 64, 5, 6), (6, 16, 64), (3, 64, 16)), ((2, 320, 5, 6), (6, 80, 320), (3, 320, 80))
-    gate = ((2, 64, 10, 6), (2, 8, 10, 6), (64, 8), (64,))
-    found: dict[str, list[Case]] = {op: [] for op in BENCHMARKS}
-    for grads in ("yy", "yn", "ny"):
-        found["distillation_kl"] += [
-            _case("distillation_kl", *logits, grads=grads, direction=direction, reduction=reduction, temperature=4.0)
-            for direction in ("forward", "reverse")
-            for reduction in ("batchmean", "none")
-        ]
-        found["contrastive_loss"] += [
-            _case(
-                "contrastive_loss", *shapes, grads=grads, symmetric=symmetric, normalize=normalize, reduction=reduction
+    for op, benchmark in BENCHMARKS.items():
+        yield from ((op, case, nullcontext()) for case in benchmark.cases)
+    for name, case in table.CASES.items():
+        subsets = [*itertools.combinations(case.needs_grad, 1), *itertools.combinations(case.needs_grad, 2)]
+        all_gradients = ((layout, case.needs_grad) for layout in case.layouts)
+        for layout, needs_grad in (*all_gradients, *((case.layouts[1], subset) for subset in subsets)):
+            found = Case(
+                name=f"{name}, {layout}, {needs_grad}",
+                inputs=partial(inputs, case=case, layout=layout, needs_grad=needs_grad),
+                call=case.function,
+                work=lambda size: Work(0, 0),
             )
-            for shapes in (few, many)
-            for symmetric, normalize in ((False, False), (True, True))
-            for reduction in ("mean", "none")
-        ]
-    for grads in ("nnnyy", "ynnyn", "nnnny", "ynnyy"):
-        for activation in ("none", "relu", "relu6"):
-            options = {"eps": 1e-5, "activation": activation}
-            found["batchnorm_statistics"].append(_case("batchnorm_statistics", *norm, grads=grads, **options))
-    view = _case("batchnorm_statistics", *norm, grads="ynnnn", view=_cropped, name="strided", eps=1e-5)
-    found["batchnorm_statistics"].append(view)
-    found["batchnorm_statistics"].append(_case("channel_statistics", norm[0], view=_cropped, name="strided"))
-    found["statistics_distance"].append(
-        _case("statistics_distance", *norm[:3], grads="ynn", view=_cropped, name="strided")
-    )
-    for shapes in (narrow, split):
-        for mode in ("joint", "per_order"):
-            for grads in ("ynn", "nyn", "nny", "nyy", "yyn", "yny"):
-                for op, last in (("", ""), ("_map", ""), ("_mse", "n")):
-                    more = shapes[:1] if last else ()
-                    each = _case(f"high_order_attention{op}", *shapes, *more, grads=grads + last, mode=mode, name=op)
-                    found["high_order_attention_mse" if last else "high_order_attention"].append(each)
-            strided = _case("high_order_attention", *shapes, view=_cropped, mode=mode, name="strided")
-            planes = _case("high_order_attention", *shapes, view=Tensor.contiguous, mode=mode, name="contiguous")
-            found["high_order_attention"] += [strided, planes]
-    for form in ("spatial", "spatial_mean1", "channel"):
-        for grads in ("ynnn", "nynn", "nnyn", *(("nnny", "nyyn") if form == "channel" else ("yyyn",))):
-            found["spatial_attention"].append(_case("spatial_attention", *gate, grads=grads, form=form))
-        found["spatial_attention"].append(
-            _case("spatial_attention", *gate[:3], view=_cropped, form=form, name="strided")
-        )
-    for name, view in (("strided", _cropped), ("contiguous", Tensor.contiguous)):
-        found["max_pool2x2"].append(_case("max_pool2x2", (3, 24, 13, 18), view=view, name=name))
-    return found
-
-
-class Misaligned(Make):
-    """Makes inputs that begin one element into their memory, as views of users do."""
-
-    def _skipped(self, x: Tensor) -> Tensor:
-        size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-        memory = torch.empty(size + 1, dtype=x.dtype, device=x.device)
-        return memory.as_strided(x.shape, x.stride(), 1).requires_grad_(x.requires_grad)
-
-    def tensor(self, *shape: int, **options: Any) -> Tensor:
-        """As :meth:`Make.tensor`."""
-        return self._skipped(super().tensor(*shape, **options))
-
-    def map(self, *shape: int, grad: bool = False, **options: Any) -> Tensor:
-        """As :meth:`Make.map`."""
-        return self._skipped(super().map(*shape, **options)).requires_grad_(grad)
+            yield name.split(",")[0], found, case.tiling()
 
 
 def main() -> None:
-    """Run the sweep and print what came of it."""
+    """Run the sweep and print its result as JSON."""
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="an empty folder for what is built")
+    parser.add_argument("folder", type=Path, help="an empty folder for the build")
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES, help="90 for sm_90")
     parser.add_argument("--dtype", nargs="+", default=names)
-    parser.add_argument("--op", nargs="+", default=None, help="only these")
-    parser.add_argument("--compile", action="store_true", help="compile and make only one launch per kernel and dtype")
+    parser.add_argument("--op", nargs="+", default=None, help="ops to run (default: all)")
+    parser.add_argument("--compile", action="store_true", help="compile, and launch each kernel once per dtype")
     options = parser.parse_args()
     stub = Stub(options.folder)
     sweep = Sweep(stub, real=options.compile)
-    further = _further()
     kernels: set[str] = set()
     failures: list[str] = []
     for arch in options.arch:
         stub.use(arch)
         for dtype in options.dtype:
             sweep.kernels.clear()
-            for op, benchmark in BENCHMARKS.items():
-                for case in (*benchmark.cases, *further[op]) if options.op is None or op in options.op else ():
-                    for make in (Make, Misaligned):
-                        before = sweep.launches
-                        try:
-                            run_on_meta(case, make("meta", getattr(torch, dtype)))
-                            if sweep.launches == before:
-                                raise Wrong("nothing was launched")
-                        except Exception as error:
-                            notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
-                            where = f"sm_{arch} {op} [{case.name}] {dtype} {make.__name__}"
-                            failures.append(f"{where}: {type(error).__name__}: {error}{notes}")
+            for op, case, tiling in _cases():
+                if options.op is not None and op not in options.op:
+                    continue
+                before = sweep.launches
+                try:
+                    with tiling:
+                        run_on_meta(case, Make("meta", getattr(torch, dtype)))
+                    if sweep.launches == before:
+                        raise WrongLaunch("nothing was launched")
+                except Exception as error:
+                    notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
+                    failures.append(f"sm_{arch} {op} [{case.name}] {dtype}: {type(error).__name__}: {error}{notes}")
             kernels |= sweep.kernels
     print(json.dumps({"launches": sweep.launches, "kernels": sorted(kernels), "failures": failures}))
 

@@ -1,8 +1,9 @@
-"""Triton's kernels of high_order_attention and high_order_attention_map against the reference in float64."""
+"""Compares the Triton kernels of high_order_attention and its map and MSE variants with the float64 reference."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -22,82 +23,95 @@ from dfkd_fast.testing import (
 
 from ..ops.table import DTYPES, high_order, high_order_tiles
 
-MODES = ("joint", "per_order")
-SINGLE, BRAIN, HALF = DTYPES
-PUBLIC = {"features": ops.high_order_attention, "map": ops.high_order_attention_map}
-
-
-def no_worse(name, mode, inputs, draws=2):
-    assert_backend_no_worse(lambda *a, backend: PUBLIC[name](*a, mode=mode, backend=backend), inputs, draws=draws)
-
-
-# 37 positions a sample and 20 channels: several tiles, none of them full. Each order with both modes, both results, and
-# with tiles of all channels and of some.
+FLOAT32, BFLOAT16, FLOAT16 = DTYPES
+OPS = {"features": ops.high_order_attention, "map": ops.high_order_attention_map, "mse": ops.high_order_attention_mse}
+# Op, mode, channels per tile, shape, and further arguments of `high_order`. Each order in both modes, with features and
+# map, and with tiles of all 20 or of 16 channels; 42 positions do not fill the tiles.
+ODD = (2, 20, 3, 7)
 CASES = {
-    "order 1": ("features", "joint", 16, {"order": 1, "hidden": 5, "dtype": SINGLE}),
-    "order 1, whole": ("map", "per_order", 32, {"order": 1, "hidden": 5, "dtype": SINGLE}),
-    "order 2": ("map", "joint", 32, {"order": 2, "hidden": 17, "dtype": BRAIN, "layout": "channels_last"}),
+    "order 1": ("features", "joint", 16, ODD, {"order": 1, "hidden": 5, "dtype": FLOAT32}),
+    "order 1, whole": ("map", "per_order", 32, ODD, {"order": 1, "hidden": 5, "dtype": FLOAT32}),
+    "order 2": ("map", "joint", 32, ODD, {"order": 2, "hidden": 17, "dtype": BFLOAT16, "layout": "channels_last"}),
     "order 2, split": (
-        "features",
-        "per_order",
-        16,
-        {"order": 2, "hidden": 17, "dtype": BRAIN, "layout": "channels_last"},
+        *("features", "per_order", 16, ODD),
+        {"order": 2, "hidden": 17, "dtype": BFLOAT16, "layout": "channels_last"},
     ),
-    "order 3": ("features", "joint", 32, {"hidden": 5, "dtype": HALF, "layout": "strided"}),
-    "order 3, split": ("map", "joint", 16, {"hidden": 16, "dtype": BRAIN}),
-    "order 3, per order, whole": ("map", "per_order", 32, {"hidden": 16, "dtype": BRAIN}),
-    "order 3, per order, split": ("features", "per_order", 16, {"hidden": 5, "dtype": HALF, "layout": "strided"}),
-    "order 4": ("features", "joint", 16, {"order": 4, "hidden": 3, "dtype": SINGLE, "layout": "transposed"}),
-    "order 4, whole": ("features", "per_order", 32, {"order": 4, "hidden": 3, "dtype": SINGLE, "layout": "transposed"}),
+    "order 3": ("features", "joint", 32, ODD, {"hidden": 5, "dtype": FLOAT16, "layout": "strided"}),
+    "order 3, split": ("map", "joint", 16, ODD, {"hidden": 16, "dtype": BFLOAT16}),
+    "order 3, per order, whole": ("map", "per_order", 32, ODD, {"hidden": 16, "dtype": BFLOAT16}),
+    "order 3, per order, split": (
+        *("features", "per_order", 16, ODD),
+        {"hidden": 5, "dtype": FLOAT16, "layout": "strided"},
+    ),
+    # Products of four factors vary so much that one element could dominate: hence the scale.
+    **{
+        name: ("features", mode, block, ODD, {"order": 4, "hidden": 3, "layout": "transposed", "scale": 0.5})
+        for name, mode, block in (("order 4", "joint", 16), ("order 4, whole", "per_order", 32))
+    },
+    **{
+        name: ("features", "joint", 16, shape, {"dtype": DTYPES[i % 3]})
+        for i, (name, shape) in enumerate(MAP_SHAPES.items())
+    },
+    **{
+        f"mse, {layout}, {mode}, {block}": ("mse", mode, block, (2, 20, 3, 3), {"dtype": dtype, "layout": layout})
+        for dtype, layout in zip(DTYPES, ("transposed", "channels_last", "strided"), strict=True)
+        for mode in ("joint", "per_order")
+        for block in (16, 32)
+    },
+    **{
+        f"mse, {shape}, {dtype}": ("mse", "joint", 16, shape, {"order": 2, "scale": 0.5, "dtype": dtype})
+        for shape, dtype in (((1, 1, 1, 1), FLOAT32), ((1, 1, 1, 1), BFLOAT16), ((2, 3, 1, 2), FLOAT16))
+    },
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_worse_than_the_reference(kernel_device, case):
-    name, mode, block, drawn = CASES[case]
-    # Products of four factors vary so much that one element would decide.
-    inputs = high_order((2, 20, 3, 7), device=kernel_device, scale=0.5 if drawn.get("order") == 4 else 1.0, **drawn)
+def test_matches_float64_reference(kernel_device, case):
+    name, mode, block, shape, drawn = CASES[case]
+    # With few elements or a scalar result, the reference's error can be small by chance.
+    draws = 16 if math.prod(shape) < 30 else 8 if name == "mse" else 2
     with high_order_tiles(block):
-        no_worse(name, mode, inputs)
-
-
-@pytest.mark.parametrize("shape", MAP_SHAPES)
-def test_shapes(kernel_device, shape):
-    number, dimensions = list(MAP_SHAPES).index(shape), MAP_SHAPES[shape]
-    inputs = high_order(dimensions, dtype=DTYPES[number % 3], device=kernel_device)
-    # Few elements have an error by luck: it takes many to say how large it is.
-    with high_order_tiles(16):
-        no_worse("features", "joint", inputs, draws=16 if math.prod(dimensions) < 30 else 2)
+        inputs = high_order(shape, device=kernel_device, target=name == "mse", **drawn)
+        assert_backend_no_worse(partial(OPS[name], mode=mode), inputs, draws=draws)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(kernel_device, layout):
-    """As chosen by rule, and weights laid out in every way too."""
+def test_layouts_of_features_and_weights(kernel_device, layout):
+    """With the tiles of the heuristic."""
 
     def inputs(seed):
         x, *weights = high_order((2, 8, 4, 3), dtype=torch.bfloat16, device=kernel_device)(seed)
         other = "transposed" if layout == "channels_last" else layout
         return with_layout(x, layout), *(with_layout(weight, other) for weight in weights)
 
-    no_worse("map" if layout == "offset" else "features", "joint", inputs)
+    assert_backend_no_worse(OPS["map" if layout == "offset" else "features"], inputs, draws=2)
 
 
-def test_orders_that_are_not_served(kernel_device):
-    for name, function in (*PUBLIC.items(), ("mse", ops.high_order_attention_mse)):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_target_may_have_its_own_layout(kernel_device, layout):
+    *leaves, target = high_order((2, 6, 3, 4), target=True, layout="channels_last", device=kernel_device)(1)
+    got, expected = (
+        value_and_gradients(lambda *a, t=t: ops.high_order_attention_mse(*a, t, backend="triton"), leaves)
+        for t in (with_layout(target, layout), target)
+    )
+    for a, b in zip((*got[0], *got[1]), (*expected[0], *expected[1]), strict=True):
+        assert_close(a, b, atol=1e-6)
+
+
+def test_order_5_raises(kernel_device):
+    for name, function in OPS.items():
         inputs = high_order((1, 4, 2, 2), order=5, device=kernel_device, target=name == "mse")(1)
         with pytest.raises(RuntimeError, match=r"cannot serve high_order_.*: its kernels go up to order 4, not 5"):
             function(*inputs, backend="triton")
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "strided", "transposed", "expanded"])
-def test_gradients_that_come_in_any_layout(kernel_device, layout):
+def test_grad_output_in_any_layout(kernel_device, layout):
     inputs = [t.requires_grad_() for t in high_order((2, 6, 3, 4), device=kernel_device)(1)]
-    grad_output = random(2, 6, 3, 4, device=kernel_device, seed=9)
-    grad_output = (
-        grad_output[:1, :1, :1, :1].expand(2, 6, 3, 4) if layout == "expanded" else with_layout(grad_output, layout)
-    )
+    g = random(2, 6, 3, 4, device=kernel_device, seed=9)
+    g = g[:1, :1, :1, :1].expand_as(g) if layout == "expanded" else with_layout(g, layout)
     got, expected = (
-        torch.autograd.grad(ops.high_order_attention(*inputs, backend=backend), inputs, grad_output)
+        torch.autograd.grad(ops.high_order_attention(*inputs, backend=backend), inputs, g)
         for backend in ("triton", "reference")
     )
     for a, b in zip(got, expected, strict=True):
@@ -105,7 +119,7 @@ def test_gradients_that_come_in_any_layout(kernel_device, layout):
 
 
 @pytest.mark.parametrize(("channels", "whole"), [(64, True), (512, False)])
-def test_nothing_is_computed_that_is_not_wanted(channels, whole):
+def test_skips_gradients_that_are_not_needed(channels, whole):
     x, *weights = (t.to("meta") for t in high_order((2, channels, 4, 4), dtype=torch.bfloat16)(1))
 
     def launches(*leaves):
@@ -131,29 +145,27 @@ def test_nothing_is_computed_that_is_not_wanted(channels, whole):
 
 @pytest.mark.parametrize(("block", "mode"), [(16, "joint"), (32, "per_order"), (32, "joint")])
 def test_extreme_features(kernel_device, mode, block):
-    """Saturated gates, products near the largest number, a factor of zero, a NaN: as the reference has them."""
+    """Saturated gates, products near the largest value, a factor of zero, and a NaN."""
     x, proj, out = high_order((2, 20, 2, 3), device=kernel_device)(1)
     x[0] *= 1e4
     x[1, :, 0, 0] = 0
     proj[3] = 0
+    op = partial(ops.high_order_attention, mode=mode, backend="triton")
     with high_order_tiles(block):
-        function = lambda *a: ops.high_order_attention(*a, mode=mode, backend="triton")  # noqa: E731
-        values, gradients = value_and_gradients(function, (x, proj, out))
-        expected, expected_gradients = value_and_gradients(
-            lambda *a: ops.high_order_attention(*a, mode=mode), (x, proj, out)
-        )
-        for got, expected_value in zip((*values, *gradients), (*expected, *expected_gradients), strict=True):
-            assert got.isfinite().all()
-            assert_close(got, expected_value, atol=1e-4 * float(expected_value.abs().max()))
+        found = value_and_gradients(op, (x, proj, out))
+        expected = value_and_gradients(partial(op, backend="reference"), (x, proj, out))
+        for a, b in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+            assert a.isfinite().all()
+            assert_close(a, b, atol=1e-4 * float(b.abs().max()))
         x[1, 3, 1, 2] = torch.nan
-        at = ops.high_order_attention(x, proj, out, mode=mode, backend="triton").isnan()
-    assert at[1, :, 1, 2].all()
-    assert at.sum() == 20
+        nan = op(x, proj, out).isnan()
+    assert nan[1, :, 1, 2].all()
+    assert nan.sum() == 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(kernel_device, dtype):
-    """The products run in the autocast type, features and result keep theirs, weights get gradients in theirs."""
+    """Only the products run in the autocast dtype: the result has x's dtype, and each gradient its input's."""
 
     def inputs(seed):
         x, *weights = high_order((2, 24, 3, 3), device=kernel_device)(seed)
@@ -167,6 +179,11 @@ def test_autocast(kernel_device, dtype):
         assert_backend_no_worse(function, inputs, draws=2)
     _, gradients = value_and_gradients(lambda *a: function(*a, backend="triton"), inputs(0))
     assert [g.dtype for g in gradients] == [dtype, torch.float32, torch.float32]
+    inputs = [t.detach() for t in high_order((2, 4, 2, 2), target=True, device=kernel_device)(1)]
+    with torch.autocast(kernel_device, torch.bfloat16):
+        rounded = ops.high_order_attention_mse(*inputs, backend="triton")
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - ops.high_order_attention_mse(*inputs, backend="triton")).abs() < 0.05
 
 
 @pytest.mark.gpu
@@ -186,7 +203,7 @@ def test_more_than_two_to_the_31_elements(channels):
 
 
 @pytest.mark.gpu
-def test_float32_is_multiplied_in_tf32_only_where_torch_allows_it(monkeypatch):
+def test_float32_uses_tf32_only_if_torch_allows_it(monkeypatch):
     inputs = high_order((4, 64, 14, 14), device="cuda")(1)
     exact = ops.high_order_attention(*(t.double() for t in inputs))
     errors = []
