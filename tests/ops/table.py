@@ -228,7 +228,7 @@ def contrastive_tiles(split: int = 1) -> Iterator[None]:
     """Columns split over many programs, where few vectors would be served in one."""
     from dfkd_fast.kernels import contrastive_loss as kernels
 
-    with mock.patch.multiple(kernels, SMALL=0, tiles_a_program=lambda blocks, tiles, available: split):
+    with mock.patch.multiple(kernels, SMALL=0, tiles_per_program=lambda blocks, tiles, available: split):
         yield
 
 
