@@ -213,7 +213,7 @@ def high_order_tiles(channels: int) -> AbstractContextManager[None]:
 
 def spatial_tiles(**changed: int) -> AbstractContextManager[None]:
     """Several tiles to a map, a channel and a chunk, where shapes are small."""
-    names = [f"spatial_attention_{name}" for name in ("statistics", "slopes", "gate", "rows", "gradients")]
+    names = [f"spatial_attention_{name}" for name in ("statistics", "delta", "gate", "rows", "gradients")]
     tile = {"BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_K": 16, "TILES": 1, "PROGRAMS": 2, "MEGABYTES": 0}
     return _tiles(names, {**tile, **changed})
 
