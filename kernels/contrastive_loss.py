@@ -8,7 +8,7 @@ Let y_i = 2^k_i v_i be a row scaled by a power of two, which is exact, and r_i =
 The product multiplies y in the input dtype and is scaled in float32, so the tensor cores run at full rate and the
 similarities lose no precision. Without normalization k = 0 and r = 1.
 
-Gradient, for each row a of the 2N vectors, with g the gradient of an anchor's loss (0 for rows that are no anchors)::
+Gradient, for each row a of the 2N vectors, with g the gradient of an anchor's loss (0 for rows that are not anchors)::
 
     w_ab = g_a 2^(s_ab - L_a) + g_b 2^(s_ab - L_b) - [b is the partner of a] (g_a + g_b)        w_aa = 0
     G_a = sum over b of w_ab y_b r_b / tau        d v_a = 2^k_a r_a (G_a - (G_a . u_a) u_a)     u_a = r_a y_a
@@ -22,9 +22,9 @@ second loop without masks computes the others. Cosines bound s. If the bound is 
 exponentials needs no running maximum, and w_ab needs one exponential: 2^s_ab (g_a 2^-L_a + g_b 2^-L_b).
 
 Memory traffic with two-byte inputs: forward 6MD bytes (read v, write and read y), backward 10MD + 8MD per chunk of
-columns (also write and read float32 partial sums, and write dv); row statistics take 20M. Each block of rows reads all
-of y again, from L2. If there are few blocks of rows, their columns are split into chunks, which a second kernel merges
-in a fixed order. Up to ``SMALL`` vectors, one launch does everything: 2MD bytes forward, 4MD backward.
+columns (read y again, write dv, and write and read float32 partial sums); row statistics take 20M. Each block of rows
+reads all of y again, from L2. If there are few blocks of rows, their columns are split into chunks, which a second
+kernel merges in a fixed order. Up to ``SMALL`` vectors, one launch does everything: 2MD bytes forward, 4MD backward.
 """
 
 from __future__ import annotations
@@ -172,41 +172,41 @@ def _normalize(x, NORMALIZE: tl.constexpr):
 def _prepare_kernel(
     first,  # Matrix, [N, D]
     second,  # Matrix, [N, D]
-    y,  # [stats_stride, width], zeros after row 2N
-    row_stats,  # [5, stats_stride]: r, and for backward k, g / grad_scale, L, g / grad_scale 2^-L r
-    lse,  # [num_anchors], L; None in forward
-    grad_output,  # [num_anchors] or scalar; None in forward
-    grad_scale,  # scalar, divides g: w is rounded, so g must be near one; None in forward
+    y_ptr,  # [stats_stride, width], zeros after row 2N
+    row_stats_ptr,  # [5, stats_stride]: r, and for backward k, g / grad_scale, L, g / grad_scale 2^-L r
+    lse_ptr,  # [num_anchors], L; None in forward
+    grad_output_ptr,  # [num_anchors] or scalar; None in forward
+    grad_scale_ptr,  # scalar, divides g: w is rounded, so g must be near one; None in forward
     count, num_anchors, dim, width, stats_stride, grad_output_stride,
     NORMALIZE: tl.constexpr, ELEMENTWISE: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_d = tl.arange(0, BLOCK)
     vectors, inv_norm, k = _normalize(_load_rows(first, second, offs_m, offs_d, count, dim), NORMALIZE)
-    at = y + (offs_m.to(tl.int64)[:, None] * width + offs_d[None, :])
-    tl.store(at, cast(vectors, y.dtype.element_ty), mask=(offs_d < width)[None, :])
-    row_stats += offs_m
-    tl.store(row_stats, inv_norm)
-    if lse is not None:
-        tl.store(row_stats + stats_stride, k.to(tl.float32))
+    at = y_ptr + (offs_m.to(tl.int64)[:, None] * width + offs_d[None, :])
+    tl.store(at, cast(vectors, y_ptr.dtype.element_ty), mask=(offs_d < width)[None, :])
+    row_stats_ptr += offs_m
+    tl.store(row_stats_ptr, inv_norm)
+    if lse_ptr is not None:
+        tl.store(row_stats_ptr + stats_stride, k.to(tl.float32))
         mask = offs_m < num_anchors
         if ELEMENTWISE:
-            g = tl.load(grad_output + offs_m.to(tl.int64) * grad_output_stride, mask=mask, other=0.0)
-            scale = tl.load(grad_scale)
+            g = tl.load(grad_output_ptr + offs_m.to(tl.int64) * grad_output_stride, mask=mask, other=0.0)
+            scale = tl.load(grad_scale_ptr)
             g = tl.where(scale == 0, 0.0, tl.div_rn(g, scale))
         else:
             g = tl.where(mask, 1.0, 0.0)
-        level = tl.load(lse + offs_m, mask=mask, other=float("inf"))
-        tl.store(row_stats + 2 * stats_stride, g)
-        tl.store(row_stats + 3 * stats_stride, level)
+        lse = tl.load(lse_ptr + offs_m, mask=mask, other=float("inf"))
+        tl.store(row_stats_ptr + 2 * stats_stride, g)
+        tl.store(row_stats_ptr + 3 * stats_stride, lse)
         if BOUNDED:
-            tl.store(row_stats + 4 * stats_stride, g * tl.exp2(-level) * (inv_norm * _WEIGHT_SCALE))
+            tl.store(row_stats_ptr + 4 * stats_stride, g * tl.exp2(-lse) * (inv_norm * _WEIGHT_SCALE))
 
 
 @triton.jit
-def _load_tile(y, row, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _load_tile(y_ptr, row, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile of y, which is padded and needs no mask."""
-    base = y + (row.to(tl.int64) * width + column)
+    base = y_ptr + (row.to(tl.int64) * width + column)
     return tl.load(base + (tl.arange(0, ROWS)[:, None] * width + tl.arange(0, COLUMNS)[None, :]))
 
 
@@ -222,13 +222,15 @@ def _dot_transposed(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _products(a, b, y, row, column, width, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+def _products(
+    a, b, y_ptr, row, column, width, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr
+):
     """y_a . y_b for M rows by N columns: of the tiles a and b, or, if a is None, in steps of D dimensions."""
     acc = tl.zeros([M, N], tl.float32)
     if a is None:
         for start in range(0, width, D):
-            a_step = _load_tile(y, row, start, width, M, D)
-            b_step = _load_tile(y, column, start, width, N, D)
+            a_step = _load_tile(y_ptr, row, start, width, M, D)
+            b_step = _load_tile(y_ptr, column, start, width, N, D)
             acc = _dot_transposed(a_step, b_step, acc, PRECISION)
         return acc
     else:
@@ -272,25 +274,25 @@ def _unmasked_tile(i, start_0, count_0, start_1, count_1, start_2, count_2):
 
 
 @triton.jit
-def _store_loss(out, lse, row_max, row_sum, positive, offs_m, mask, scale, ELEMENTWISE: tl.constexpr):
+def _store_loss(out_ptr, lse_ptr, row_max, row_sum, positive, offs_m, mask, scale, ELEMENTWISE: tl.constexpr):
     """The losses of a program's anchors or their sum, and L."""
     log_sum = tl.log2(row_sum)
-    tl.store(lse + offs_m, row_max + log_sum, mask=mask)
+    tl.store(lse_ptr + offs_m, row_max + log_sum, mask=mask)
     # Subtract first: the loss is exactly 0 if the partner is the only term of the sum.
     loss = ((row_max - positive) + log_sum) * _LOG_2
     if ELEMENTWISE:
-        tl.store(out + offs_m, loss, mask=mask)
+        tl.store(out_ptr + offs_m, loss, mask=mask)
     else:
-        tl.store(out + tl.program_id(0), tl.sum(tl.where(mask, loss, 0.0)) * scale)
+        tl.store(out_ptr + tl.program_id(0), tl.sum(tl.where(mask, loss, 0.0)) * scale)
 
 
 @triton.jit
 def _forward_kernel(
-    y,  # [stats_stride, width]
-    row_stats,  # [5, stats_stride]
-    out,  # [num_anchors], or without ELEMENTWISE [programs]
-    lse,  # [num_anchors]
-    partials,  # [chunks, 3, num_anchors], row_max, row_sum and positive; None for one chunk
+    y_ptr,  # [stats_stride, width]
+    row_stats_ptr,  # [5, stats_stride]
+    out_ptr,  # [num_anchors], or without ELEMENTWISE [programs]
+    lse_ptr,  # [num_anchors]
+    partials_ptr,  # [chunks, 3, num_anchors], row_max, row_sum and positive; None for one chunk
     count, num_anchors, width, tiles_per_program, scale_log2, scale,
     ELEMENTWISE: tl.constexpr, BOUNDED: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -310,17 +312,17 @@ def _forward_kernel(
     )
     masked = count_0 + count_1 + count_2
 
-    a = _load_tile(y, row, 0, BLOCK_D, BLOCK_M, BLOCK_D) if RESIDENT else None
-    inv_norm = tl.load(row_stats + offs_m)
+    a = _load_tile(y_ptr, row, 0, BLOCK_D, BLOCK_M, BLOCK_D) if RESIDENT else None
+    inv_norm = tl.load(row_stats_ptr + offs_m)
     positive = tl.zeros([BLOCK_M], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.zeros([BLOCK_M], tl.float32) + (-scale_log2 if BOUNDED else _LOWEST)
     for i in tl.range(0, masked, num_stages=1):
         column = _masked_tile(i, start_0, count_0, start_1, count_1, start_2) * BLOCK_N
-        b = _load_tile(y, column, 0, BLOCK_D, BLOCK_N, BLOCK_D) if RESIDENT else None
-        s = _products(a, b, y, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        b = _load_tile(y_ptr, column, 0, BLOCK_D, BLOCK_N, BLOCK_D) if RESIDENT else None
+        s = _products(a, b, y_ptr, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
         # Symmetric in a and b, so that backward computes the same bits: large L have no precision to spare.
-        s *= (inv_norm[:, None] * tl.load(row_stats + column + offs_n)[None, :]) * scale_log2
+        s *= (inv_norm[:, None] * tl.load(row_stats_ptr + column + offs_n)[None, :]) * scale_log2
         j = (column + offs_n)[None, :]
         s = tl.where((j == offs_m[:, None]) | (j >= 2 * count), float("-inf"), s)
         positive += tl.sum(tl.where(j == (partner + offs)[:, None], s, 0.0), 1)
@@ -330,9 +332,9 @@ def _forward_kernel(
     row_scale = inv_norm * scale_log2
     for i in range(begin, end - masked):
         column = _unmasked_tile(i, start_0, count_0, start_1, count_1, start_2, count_2) * BLOCK_N
-        b = _load_tile(y, column, 0, BLOCK_D, BLOCK_N, BLOCK_D) if RESIDENT else None
-        s = _products(a, b, y, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-        inv_norm_b = tl.load(row_stats + column + offs_n)
+        b = _load_tile(y_ptr, column, 0, BLOCK_D, BLOCK_N, BLOCK_D) if RESIDENT else None
+        s = _products(a, b, y_ptr, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        inv_norm_b = tl.load(row_stats_ptr + column + offs_n)
         if BOUNDED:
             s = (s * inv_norm_b[None, :]) * row_scale[:, None]
         else:
@@ -342,20 +344,20 @@ def _forward_kernel(
             row_max = new_max
         row_sum += tl.sum(tl.exp2(s - row_max[:, None]), 1)
 
-    if partials is not None:
-        at = partials + tl.program_id(1).to(tl.int64) * (3 * num_anchors) + offs_m
+    if partials_ptr is not None:
+        at = partials_ptr + tl.program_id(1).to(tl.int64) * (3 * num_anchors) + offs_m
         tl.store(at, row_max, mask=mask_m)
         tl.store(at + num_anchors, row_sum, mask=mask_m)
         tl.store(at + 2 * num_anchors, positive, mask=mask_m)
     else:
-        _store_loss(out, lse, row_max, row_sum, positive, offs_m, mask_m, scale, ELEMENTWISE)
+        _store_loss(out_ptr, lse_ptr, row_max, row_sum, positive, offs_m, mask_m, scale, ELEMENTWISE)
 
 
 @triton.jit
 def _merge_kernel(
-    partials,  # [chunks, 3, num_anchors]
-    out,  # [num_anchors], or without ELEMENTWISE [programs]
-    lse,  # [num_anchors]
+    partials_ptr,  # [chunks, 3, num_anchors]
+    out_ptr,  # [num_anchors], or without ELEMENTWISE [programs]
+    lse_ptr,  # [num_anchors]
     num_anchors, chunks, scale, ELEMENTWISE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -363,7 +365,7 @@ def _merge_kernel(
     row_max = tl.full([ROWS], _LOWEST, tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     positive = tl.zeros([ROWS], tl.float32)
-    at = partials + offs_m
+    at = partials_ptr + offs_m
     for _ in range(0, chunks):
         chunk_max = tl.load(at, mask=mask, other=0.0)
         new_max = tl.maximum(row_max, chunk_max)
@@ -372,7 +374,7 @@ def _merge_kernel(
         positive += tl.load(at + 2 * num_anchors, mask=mask, other=0.0)
         row_max = new_max
         at += 3 * num_anchors
-    _store_loss(out, lse, row_max, row_sum, positive, offs_m, mask, scale, ELEMENTWISE)
+    _store_loss(out_ptr, lse_ptr, row_max, row_sum, positive, offs_m, mask, scale, ELEMENTWISE)
 
 
 # --- few vectors, one launch
@@ -392,8 +394,8 @@ def _load_normalized(first, second, offs_m, offs_d, count, dim, NORMALIZE: tl.co
 def _small_forward_kernel(
     first,  # Matrix, [N, D]
     second,  # Matrix, [N, D]
-    out,  # [num_anchors] or scalar
-    lse,  # [num_anchors]
+    out_ptr,  # [num_anchors] or scalar
+    lse_ptr,  # [num_anchors]
     count, num_anchors, dim, scale_log2, scale,
     NORMALIZE: tl.constexpr, ELEMENTWISE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -408,7 +410,7 @@ def _small_forward_kernel(
     positive = tl.sum(tl.where(j == partner[:, None], s, 0.0), 1)
     row_max = tl.maximum(tl.max(s, 1), _LOWEST)
     row_sum = tl.sum(tl.exp2(s - row_max[:, None]), 1)
-    _store_loss(out, lse, row_max, row_sum, positive, offs_m, offs_m < num_anchors, scale, ELEMENTWISE)
+    _store_loss(out_ptr, lse_ptr, row_max, row_sum, positive, offs_m, offs_m < num_anchors, scale, ELEMENTWISE)
 
 
 # --- launchers

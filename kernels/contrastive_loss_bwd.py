@@ -65,24 +65,24 @@ def _store_rows(da, db, value, offs_m, offs_d, count, dim):
 
 @triton.jit
 def _abs_max_kernel(
-    grad_output,  # [num_anchors]
-    grad_scale,  # scalar
+    grad_output_ptr,  # [num_anchors]
+    grad_scale_ptr,  # scalar
     num_anchors, stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     abs_max = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_anchors, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        g = tl.load(grad_output + offs.to(tl.int64) * stride, mask=offs < num_anchors, other=0.0)
+        g = tl.load(grad_output_ptr + offs.to(tl.int64) * stride, mask=offs < num_anchors, other=0.0)
         abs_max = tl.maximum(abs_max, tl.abs(g))
-    tl.store(grad_scale, tl.max(abs_max))
+    tl.store(grad_scale_ptr, tl.max(abs_max))
 
 
 @triton.jit
 def _backward_kernel(
-    y,  # [stats_stride, width]
-    row_stats,  # [5, stats_stride]
-    partials,  # [chunks, num_rows, width], sums of w_ab y_b r_b
-    partner_weights,  # [chunks, num_rows]
+    y_ptr,  # [stats_stride, width]
+    row_stats_ptr,  # [5, stats_stride]
+    partials_ptr,  # [chunks, num_rows, width], sums of w_ab y_b r_b
+    partner_weights_ptr,  # [chunks, num_rows]
     count, width, stats_stride, tiles_per_program, first_side, num_rows, scale_log2,
     SYMMETRIC: tl.constexpr, BOUNDED: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -110,17 +110,17 @@ def _backward_kernel(
     )
     masked = count_0 + count_1 + count_2
 
-    a = _load_tile(y, row, 0, width, BLOCK_M, BLOCK_D) if RESIDENT else None
-    inv_norm = tl.load(row_stats + row + offs_m)
-    g = tl.load(row_stats + 2 * stats_stride + row + offs_m)
-    lse = tl.load(row_stats + 3 * stats_stride + row + offs_m)
+    a = _load_tile(y_ptr, row, 0, width, BLOCK_M, BLOCK_D) if RESIDENT else None
+    inv_norm = tl.load(row_stats_ptr + row + offs_m)
+    g = tl.load(row_stats_ptr + 2 * stats_stride + row + offs_m)
+    lse = tl.load(row_stats_ptr + 3 * stats_stride + row + offs_m)
     partner_weight = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
     for i in tl.range(0, masked, num_stages=1):
         column = _masked_tile(i, start_0, count_0, start_1, count_1, start_2) * BLOCK_N
-        b = _load_tile(y, column, offset, width, BLOCK_N, BLOCK_O)
-        s = _products(a, b, y, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-        stats_b = row_stats + column + offs_n
+        b = _load_tile(y_ptr, column, offset, width, BLOCK_N, BLOCK_O)
+        s = _products(a, b, y_ptr, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        stats_b = row_stats_ptr + column + offs_n
         inv_norm_b, g_b = tl.load(stats_b), tl.load(stats_b + 2 * stats_stride)
         s *= (inv_norm[:, None] * inv_norm_b[None, :]) * scale_log2
         j = (column + offs_n)[None, :]
@@ -129,14 +129,14 @@ def _backward_kernel(
         lse_b = tl.load(stats_b + 3 * stats_stride)
         w, weight = _masked_weights(s, g, lse, g_b, lse_b, inv_norm_b, is_partner, is_excluded)
         partner_weight += weight
-        acc = dot(cast(w, y.dtype.element_ty), b, acc, PRECISION)
+        acc = dot(cast(w, y_ptr.dtype.element_ty), b, acc, PRECISION)
     g_exp = g * tl.exp2(-lse) * _WEIGHT_SCALE
     row_scale = inv_norm * scale_log2
     for i in range(begin, end - masked):
         column = _unmasked_tile(i, start_0, count_0, start_1, count_1, start_2, count_2) * BLOCK_N
-        b = _load_tile(y, column, offset, width, BLOCK_N, BLOCK_O)
-        s = _products(a, b, y, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-        stats_b = row_stats + column + offs_n
+        b = _load_tile(y_ptr, column, offset, width, BLOCK_N, BLOCK_O)
+        s = _products(a, b, y_ptr, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        stats_b = row_stats_ptr + column + offs_n
         inv_norm_b = tl.load(stats_b)
         if BOUNDED:
             s = (s * inv_norm_b[None, :]) * row_scale[:, None]
@@ -147,24 +147,24 @@ def _backward_kernel(
             lse_b, g_b = tl.load(stats_b + 3 * stats_stride), tl.load(stats_b + 2 * stats_stride)
             w += tl.exp2(s - lse_b[None, :]) * g_b[None, :]
             w *= (inv_norm_b * _WEIGHT_SCALE)[None, :]
-        acc = dot(cast(w, y.dtype.element_ty), b, acc, PRECISION)
+        acc = dot(cast(w, y_ptr.dtype.element_ty), b, acc, PRECISION)
 
     at = tl.program_id(1).to(tl.int64) * num_rows + (row - first_side * count + offs_m)
     mask = (local + offs_m < count) & (begin < end)
     offs_o = offset + tl.arange(0, BLOCK_O)
-    tl.store(partials + (at[:, None] * width + offs_o[None, :]), acc, mask=mask[:, None])
-    tl.store(partner_weights + at, partner_weight, mask=mask & (tl.program_id(2) == 0))
+    tl.store(partials_ptr + (at[:, None] * width + offs_o[None, :]), acc, mask=mask[:, None])
+    tl.store(partner_weights_ptr + at, partner_weight, mask=mask & (tl.program_id(2) == 0))
 
 
 @triton.jit
 def _reduce_kernel(
-    y,  # [stats_stride, width]
-    row_stats,  # [5, stats_stride]
-    grad_scale,  # scalar
+    y_ptr,  # [stats_stride, width]
+    row_stats_ptr,  # [5, stats_stride]
+    grad_scale_ptr,  # scalar
     da,  # Matrix, [N, D] or None
     db,  # Matrix, [N, D] or None
-    partials,  # [chunks, num_rows, width]
-    partner_weights,  # [chunks, num_rows]
+    partials_ptr,  # [chunks, num_rows, width]
+    partner_weights_ptr,  # [chunks, num_rows]
     count, dim, width, stats_stride, first_side, num_rows, chunks_a, chunks_b, scale,
     NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -179,26 +179,26 @@ def _reduce_kernel(
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
     partner_weight = tl.zeros([ROWS], tl.float32)
     for _ in range(0, tl.where(side == 0, chunks_a, chunks_b)):
-        acc += tl.load(partials + (at[:, None] * width + offs_d[None, :]), mask=mask, other=0.0)
-        partner_weight += tl.load(partner_weights + at, mask=local < count, other=0.0)
+        acc += tl.load(partials_ptr + (at[:, None] * width + offs_d[None, :]), mask=mask, other=0.0)
+        partner_weight += tl.load(partner_weights_ptr + at, mask=local < count, other=0.0)
         at += num_rows
-    inv_norm = tl.load(row_stats + row)
-    u = tl.load(y + (row[:, None] * width + offs_d[None, :]), mask=mask, other=0.0)
-    u_partner = tl.load(y + (partner[:, None] * width + offs_d[None, :]), mask=mask, other=0.0)
+    inv_norm = tl.load(row_stats_ptr + row)
+    u = tl.load(y_ptr + (row[:, None] * width + offs_d[None, :]), mask=mask, other=0.0)
+    u_partner = tl.load(y_ptr + (partner[:, None] * width + offs_d[None, :]), mask=mask, other=0.0)
     u = u.to(tl.float32) * inv_norm[:, None]
-    u_partner = u_partner.to(tl.float32) * tl.load(row_stats + partner)[:, None]
-    k = tl.load(row_stats + stats_stride + row).to(tl.int32)
-    grad = _grad_rows(acc, partner_weight, u, u_partner, inv_norm, k, tl.load(grad_scale) * scale, NORMALIZE)
+    u_partner = u_partner.to(tl.float32) * tl.load(row_stats_ptr + partner)[:, None]
+    k = tl.load(row_stats_ptr + stats_stride + row).to(tl.int32)
+    grad = _grad_rows(acc, partner_weight, u, u_partner, inv_norm, k, tl.load(grad_scale_ptr) * scale, NORMALIZE)
     row = tl.where(local < count, row, 2 * count)
     _store_rows(da, db, grad, row, offs_d, count, dim)
 
 
 @triton.jit
 def _small_backward_kernel(
-    grad_output,  # [num_anchors] or scalar
+    grad_output_ptr,  # [num_anchors] or scalar
     first,  # Matrix, [N, D]
     second,  # Matrix, [N, D]
-    lse,  # [num_anchors]
+    lse_ptr,  # [num_anchors]
     da,  # Matrix, [N, D] or None
     db,  # Matrix, [N, D] or None
     count, num_anchors, dim, grad_output_stride, scale_log2, scale,
@@ -215,20 +215,20 @@ def _small_backward_kernel(
     s *= (inv_norm[:, None] * inv_norm_b[None, :]) * scale_log2
     mask_m, mask_n = offs_m < num_anchors, offs_n < num_anchors
     if ELEMENTWISE:
-        g = tl.load(grad_output + offs_m.to(tl.int64) * grad_output_stride, mask=mask_m, other=0.0)
-        g_b = tl.load(grad_output + offs_n.to(tl.int64) * grad_output_stride, mask=mask_n, other=0.0)
+        g = tl.load(grad_output_ptr + offs_m.to(tl.int64) * grad_output_stride, mask=mask_m, other=0.0)
+        g_b = tl.load(grad_output_ptr + offs_n.to(tl.int64) * grad_output_stride, mask=mask_n, other=0.0)
         grad_scale = tl.max(tl.abs(g_b))
         g = tl.where(grad_scale == 0, 0.0, tl.div_rn(g, grad_scale))
         g_b = tl.where(grad_scale == 0, 0.0, tl.div_rn(g_b, grad_scale))
     else:
-        grad_scale = tl.load(grad_output)
+        grad_scale = tl.load(grad_output_ptr)
         g = tl.where(mask_m, 1.0, 0.0)
         g_b = tl.where(mask_n, 1.0, 0.0)
-    lse_a = tl.load(lse + offs_m, mask=mask_m, other=float("inf"))
-    lse_b = tl.load(lse + offs_n, mask=mask_n, other=float("inf"))
+    lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf"))
+    lse_b = tl.load(lse_ptr + offs_n, mask=mask_n, other=float("inf"))
     is_partner = offs_n[None, :] == tl.where(offs_m < count, offs_m + count, offs_m - count)[:, None]
     is_excluded = is_partner | (offs_n[None, :] == offs_m[:, None]) | (offs_n >= 2 * count)[None, :]
-    w, partner_weight = _masked_weights(s, g, lse_a, g_b, lse_b, inv_norm_b, is_partner, is_excluded)
+    w, partner_weight = _masked_weights(s, g, lse, g_b, lse_b, inv_norm_b, is_partner, is_excluded)
     acc = dot(cast(w, b.dtype), b, tl.zeros([BLOCK_M, BLOCK], tl.float32), PRECISION)
     partner, inv_norm_partner, _k = _load_normalized(second, first, offs_m, offs_d, count, dim, NORMALIZE)
     u = a.to(tl.float32) * inv_norm[:, None]
