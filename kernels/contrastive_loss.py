@@ -1,34 +1,36 @@
-"""NT-Xent over 2N vectors without their similarity matrix: a fused product and exponential, forward and backward.
+"""NT-Xent over 2N vectors without their similarity matrix: matrix product and exponential fused, forward and backward.
 
-With y_i = 2^k_i v_i the rows scaled by a power of two, which rounds nothing, and r_i = 1 / |y_i| (0 for a zero row)::
+Let y_i = 2^k_i v_i be a row scaled by a power of two, which is exact, and r_i = 1 / |y_i| (0 for a zero row)::
 
     s_ij = (y_i . y_j) r_i r_j log2(e) / tau          L_i = log2(sum over j != i of 2^s_ij)
     loss_i = log(2) (L_i - s_{i, partner of i})
 
-The product takes the rows in the type they came in, since they are exact in it, and is scaled in float32 afterwards:
-the tensor cores' full rate costs no digit of the similarities. Without normalisation k = 0 and r = 1.
+The product multiplies y in the input dtype and is scaled in float32, so the tensor cores run at full rate and the
+similarities lose no precision. Without normalization k = 0 and r = 1.
 
-Backward, one kernel over the rows a of all 2N vectors, with g the upstream gradient of an anchor (0 for what is none)::
+Gradient, for each row a of the 2N vectors, with g the gradient of an anchor's loss (0 for rows that are not anchors)::
 
     w_ab = g_a 2^(s_ab - L_a) + g_b 2^(s_ab - L_b) - [b is the partner of a] (g_a + g_b)        w_aa = 0
     G_a = sum over b of w_ab y_b r_b / tau        d v_a = 2^k_a r_a (G_a - (G_a . u_a) u_a)     u_a = r_a y_a
 
-w is rounded to the type of y for the second product, but for the partner's, whose difference of nearly equal numbers is
-kept in float32. Where the positives are no anchors their rows meet the anchors alone. With M = 2N: M^2 D operations
-forward and 3 M^2 D backward; with all as anchors 2 and 4.
+w is rounded to the dtype of y for the second product. The partner's weight is a difference of nearly equal values and
+stays in float32. If the positives are not anchors, their rows only multiply the anchors. With M = 2N, forward takes
+M^2 D operations and backward 3 M^2 D, or 2 M^2 D and 4 M^2 D if all vectors are anchors.
 
-A tile with the anchor itself, its partner or the end of the vectors in it needs masks and is taken first, by its own
-loop; the loop over all others has none. Cosines bound s, and then (``BOUNDED``) sums of exponentials need no running
-maximum, and one exponential serves w_ab: 2^s_ab (g_a 2^-L_a + g_b 2^-L_b).
+Tiles that contain the anchors, their partners or the end of the vectors need masks: a first loop computes them, and a
+second loop without masks computes the others. Cosines bound s. If the bound is small (``BOUNDED``), the sum of
+exponentials needs no running maximum, and w_ab needs one exponential: 2^s_ab (g_a 2^-L_a + g_b 2^-L_b).
 
-Memory: the scaled copy of the vectors, numbers by the row, and backward their gradients in float32. Few rows have
-their columns split over programs; partial sums are merged by a second kernel in a fixed order. Up to ``SMALL``
-vectors, one launch each way does all.
+Memory traffic with two-byte inputs: forward 6MD bytes (read v, write and read y), backward 10MD + 8MD per chunk of
+columns (read y again, write dv, and write and read float32 partial sums); row statistics take 20M. Each block of rows
+reads all of y again, from L2. If there are few blocks of rows, their columns are split into chunks, which a second
+kernel merges in a fixed order. Up to ``SMALL`` vectors, one launch does everything: 2MD bytes forward, 4MD backward.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -50,7 +52,7 @@ from dfkd_fast.kernels.common import (
 )
 from dfkd_fast.kernels.config import Launch
 
-__all__ = ["bounded", "forward", "prepared", "shape", "small_launch", "tiles_a_program"]
+__all__ = ["dtype_and_width", "forward", "is_bounded", "matrix", "prepare", "small_launch", "tiles_per_program"]
 
 
 def _fits(arch: int, dim: int, m: int, n: int, stages: int) -> bool:
@@ -60,7 +62,7 @@ def _fits(arch: int, dim: int, m: int, n: int, stages: int) -> bool:
 
 @config.heuristic("contrastive_loss", BLOCK_M=(32, 128), BLOCK_N=(32, 128), num_stages=(2, 4))
 def _config(arch: int, dtype: torch.dtype, *, dim: int) -> Launch:
-    """Up to 256 dimensions a tile holds them all, if it fits. float32 has no tensor cores: longer steps spill."""
+    """Up to 256 dimensions, a tile holds all of them if it fits. float32 has no tensor cores: longer steps spill."""
     if dtype == torch.float32:
         return Launch(tile={"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": min(dim, 32)}, num_warps=8)
     for n in (128, 64):
@@ -71,7 +73,7 @@ def _config(arch: int, dtype: torch.dtype, *, dim: int) -> Launch:
 
 @config.heuristic("contrastive_loss_backward", BLOCK_M=(32, 128), BLOCK_N=(32, 128), num_stages=(2, 4))
 def _config_backward(arch: int, dtype: torch.dtype, *, dim: int) -> Launch:
-    """As forward; BLOCK_O dimensions of the gradient per program, all of them if their sums fit in registers."""
+    """Like forward. A program sums BLOCK_O dimensions of the gradient: all of them if they fit in registers."""
     if dtype == torch.float32:
         tile = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": min(dim, 32), "BLOCK_O": min(dim, 128)}
         return Launch(tile=tile, num_warps=8)
@@ -84,50 +86,58 @@ def _config_backward(arch: int, dtype: torch.dtype, *, dim: int) -> Launch:
 
 @config.heuristic("contrastive_loss_rows", ROWS=(1, 128))
 def _config_rows(arch: int, dtype: torch.dtype, *, dim: int) -> Launch:
-    """For the kernels that take whole rows one by one."""
+    """The kernels that process whole rows."""
     return Launch(tile={"ROWS": max(1, 2048 // dim), "BLOCK": dim}, num_warps=max(4, min(16, dim // 512)))
 
 
 @config.heuristic("contrastive_loss_small")
 def _config_small(arch: int, dtype: torch.dtype, *, rows: int, dim: int) -> Launch:
-    """All vectors in one program."""
+    """One program holds all vectors."""
     return Launch(tile={"ROWS": rows, "BLOCK": dim}, num_warps=4 if rows * max(rows, dim) <= 64 * 64 else 8)
 
 
 @config.heuristic("contrastive_loss_small_backward", BLOCK_M=(16, 64))
 def _config_small_backward(arch: int, dtype: torch.dtype, *, rows: int, dim: int) -> Launch:
-    """Each program has all vectors and BLOCK_M rows of the gradients."""
+    """Each program holds all vectors and computes BLOCK_M rows of the gradients."""
     m, warps = (16, 2) if rows == 16 else (32, 4) if rows * max(rows, dim) <= 64 * 64 else (16, 8)
     return Launch(tile={"ROWS": rows, "BLOCK": dim, "BLOCK_M": min(m, rows)}, num_warps=warps)
 
 
 SMALL = 128
-"""Vectors, and dimensions, up to which one launch does all."""
+"""The most vectors, and dimensions, that one launch handles."""
 
-# Below this bound of |s|, sums of 2^(2 s) over any number of vectors are far from the ends of float32.
+# Up to this bound of |s|, sums of 2^(2 s) over any number of vectors neither overflow nor underflow in float32.
 _BOUND = 48.0
 
 _LOG_2 = tl.constexpr(math.log(2))
-# Keeps weights of a softmax over a million vectors among float16's normal numbers, and a weight of two below its end.
-_LIFT = tl.constexpr(2.0**14)
+# Scales w so that softmax weights over a million vectors are normal in float16 and a weight of 2 does not overflow.
+_WEIGHT_SCALE = tl.constexpr(2.0**14)
 _LOWEST = tl.constexpr(-3.0e38)
 
 
-@triton.jit
-def _rows(first, second, rows, columns, count, dim, first_row, first_column, second_row, second_column):
-    """Rows of ``first`` and, from row ``count`` on, of ``second``, in float32; zero outside."""
-    row = rows.to(tl.int64)[:, None]
-    column = columns.to(tl.int64)[None, :]
-    inside = (columns < dim)[None, :]
-    in_first = (rows < count)[:, None]
-    in_second = ((rows >= count) & (rows < 2 * count))[:, None]
-    a = tl.load(first + (row * first_row + column * first_column), mask=in_first & inside, other=0.0)
-    b = tl.load(second + ((row - count) * second_row + column * second_column), mask=in_second & inside, other=0.0)
-    return a.to(tl.float32) + b.to(tl.float32)
+class Matrix(NamedTuple):
+    """A matrix (N, D) as the kernels take it; all fields are None if there is none."""
+
+    data: Any
+    stride_n: Any
+    stride_d: Any
 
 
 @triton.jit
-def _exponent(x):
+def _load_rows(first, second, offs_m, offs_d, count, dim):
+    """Rows of the 2N vectors, N of ``first`` and then N of ``second``, in float32; zero outside."""
+    row = offs_m.to(tl.int64)[:, None]
+    column = offs_d.to(tl.int64)[None, :]
+    mask_d = (offs_d < dim)[None, :]
+    in_first = (offs_m < count)[:, None] & mask_d
+    in_second = ((offs_m >= count) & (offs_m < 2 * count))[:, None] & mask_d
+    a = tl.load(first.data + (row * first.stride_n + column * first.stride_d), mask=in_first, other=0.0)
+    at = second.data + ((row - count) * second.stride_n + column * second.stride_d)
+    return a.to(tl.float32) + tl.load(at, mask=in_second, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _ilogb(x):
     """floor(log2(x)) for x >= 0; 0 for 0."""
     denormal = x < 1.1754943508222875e-38
     bits = tl.where(denormal, x * 16777216.0, x).to(tl.int32, bitcast=True)
@@ -135,8 +145,8 @@ def _exponent(x):
 
 
 @triton.jit
-def _times_power(x, k):
-    """Rows of x times 2^k, by halves: 2^k itself may not exist in float32."""
+def _ldexp(x, k):
+    """Rows of x times 2^k, in two steps because 2^k may overflow float32."""
     half = k >> 1
     first = ((half + 127) << 23).to(tl.float32, bitcast=True)
     second = ((k - half + 127) << 23).to(tl.float32, bitcast=True)
@@ -144,32 +154,15 @@ def _times_power(x, k):
 
 
 @triton.jit
-def _inverse(square, largest):
-    """Inverse length, and 0 for rows of zeros."""
-    return tl.where(largest == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(square)))
-
-
-@triton.jit
-def _scaled(x, NORMALIZE: tl.constexpr):
+def _normalize(x, NORMALIZE: tl.constexpr):
     """y, r and k of whole rows."""
     if NORMALIZE:
-        largest = tl.max(tl.abs(x), 1)
-        k = -_exponent(largest)
-        y = _times_power(x, k)
-        return y, _inverse(tl.sum(y * y, 1), largest), k
+        abs_max = tl.max(tl.abs(x), 1)
+        k = -_ilogb(abs_max)
+        y = _ldexp(x, k)
+        return y, tl.where(abs_max == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, 1)))), k
     else:
         return x, tl.full([x.shape[0]], 1.0, tl.float32), tl.zeros([x.shape[0]], tl.int32)
-
-
-@triton.jit
-def _gain(grad_output, unit, rows, inside, stride, ELEMENTWISE: tl.constexpr):
-    """g over its unit, 0 for what is no anchor: of the order of one, since it is rounded with the weights."""
-    if ELEMENTWISE:
-        g = tl.load(grad_output + rows.to(tl.int64) * stride, mask=inside, other=0.0)
-        largest = tl.load(unit)
-        return tl.where(largest == 0, 0.0, tl.div_rn(g, largest))
-    else:
-        return tl.where(inside, 1.0, 0.0)
 
 
 # --- any number of vectors
@@ -177,311 +170,266 @@ def _gain(grad_output, unit, rows, inside, stride, ELEMENTWISE: tl.constexpr):
 
 @triton.jit
 def _prepare_kernel(
-    first,
-    second,
-    vectors,
-    numbers,
-    saved,
-    grad_output,
-    unit,
-    count,
-    anchors,
-    dim,
-    width,
-    padded,
-    first_row,
-    first_column,
-    second_row,
-    second_column,
-    grad_output_row,
-    NORMALIZE: tl.constexpr,
-    ELEMENTWISE: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """y; and five numbers a row: r, and for backward k, g over its unit, L, and g 2^-L r."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    x = _rows(first, second, rows, columns, count, dim, first_row, first_column, second_row, second_column)
-    y, inverse, k = _scaled(x, NORMALIZE)
-    at = vectors + (rows.to(tl.int64)[:, None] * width + columns[None, :])
-    tl.store(at, cast(y, vectors.dtype.element_ty), mask=(columns < width)[None, :])
-    numbers += rows
-    tl.store(numbers, inverse)
-    if saved is not None:
-        tl.store(numbers + padded, k.to(tl.float32))
-        inside = rows < anchors
-        gain = _gain(grad_output, unit, rows, inside, grad_output_row, ELEMENTWISE)
-        level = tl.load(saved + rows, mask=inside, other=float("inf"))
-        tl.store(numbers + 2 * padded, gain)
-        tl.store(numbers + 3 * padded, level)
+    first,  # Matrix, [N, D]
+    second,  # Matrix, [N, D]
+    y_ptr,  # [stats_stride, width], zeros after row 2N
+    row_stats_ptr,  # [5, stats_stride]: r, and for backward k, g / grad_scale, L, g / grad_scale 2^-L r
+    lse_ptr,  # [num_anchors], L; None in forward
+    grad_output_ptr,  # [num_anchors] or scalar; None in forward
+    grad_scale_ptr,  # scalar, divides g: w is rounded, so g must be near one; None in forward
+    count, num_anchors, dim, width, stats_stride, grad_output_stride,
+    NORMALIZE: tl.constexpr, ELEMENTWISE: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK)
+    vectors, inv_norm, k = _normalize(_load_rows(first, second, offs_m, offs_d, count, dim), NORMALIZE)
+    at = y_ptr + (offs_m.to(tl.int64)[:, None] * width + offs_d[None, :])
+    tl.store(at, cast(vectors, y_ptr.dtype.element_ty), mask=(offs_d < width)[None, :])
+    row_stats_ptr += offs_m
+    tl.store(row_stats_ptr, inv_norm)
+    if lse_ptr is not None:
+        tl.store(row_stats_ptr + stats_stride, k.to(tl.float32))
+        mask = offs_m < num_anchors
+        if ELEMENTWISE:
+            g = tl.load(grad_output_ptr + offs_m.to(tl.int64) * grad_output_stride, mask=mask, other=0.0)
+            scale = tl.load(grad_scale_ptr)
+            g = tl.where(scale == 0, 0.0, tl.div_rn(g, scale))
+        else:
+            g = tl.where(mask, 1.0, 0.0)
+        lse = tl.load(lse_ptr + offs_m, mask=mask, other=float("inf"))
+        tl.store(row_stats_ptr + 2 * stats_stride, g)
+        tl.store(row_stats_ptr + 3 * stats_stride, lse)
         if BOUNDED:
-            tl.store(numbers + 4 * padded, gain * tl.exp2(-level) * (inverse * _LIFT))
+            tl.store(row_stats_ptr + 4 * stats_stride, g * tl.exp2(-lse) * (inv_norm * _WEIGHT_SCALE))
 
 
 @triton.jit
-def _tile(vectors, row, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of y, which has rows and columns to spare."""
-    base = vectors + (row.to(tl.int64) * width + column)
+def _load_tile(y_ptr, row, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of y, which is padded and needs no mask."""
+    base = y_ptr + (row.to(tl.int64) * width + column)
     return tl.load(base + (tl.arange(0, ROWS)[:, None] * width + tl.arange(0, COLUMNS)[None, :]))
 
 
 @triton.jit
-def _product(a, b, products, PRECISION: tl.constexpr):
-    """products + a b^T. A card gives the same bits for two vectors wherever in a tile they are, and numpy does not."""
-    # The interpreter, too, takes no tile of more than 2^20 numbers.
+def _dot_transposed(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b^T."""
+    # On a GPU the product of two vectors does not depend on their place in a tile. In numpy's matmul it does, so the
+    # interpreter sums elementwise as far as it can: its tensors have at most 2^20 elements.
     if INTERPRETED and a.shape[0] * b.shape[0] * a.shape[1] <= 2**20:
-        return products + tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], 2)
+        return acc + tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], 2)
     else:
-        return dot(a, tl.trans(b), products, PRECISION)
+        return dot(a, tl.trans(b), acc, PRECISION)
 
 
 @triton.jit
-def _products(vectors, row, column, width, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
-    """y_a . y_b for M rows by N columns, D dimensions a step."""
-    products = tl.zeros([M, N], tl.float32)
-    for start in range(0, width, D):
-        a = _tile(vectors, row, start, width, M, D)
-        b = _tile(vectors, column, start, width, N, D)
-        products = _product(a, b, products, PRECISION)
-    return products
+def _products(
+    a, b, y_ptr, row, column, width, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr
+):
+    """y_a . y_b for M rows by N columns: of the tiles a and b, or, if a is None, in steps of D dimensions."""
+    acc = tl.zeros([M, N], tl.float32)
+    if a is None:
+        for start in range(0, width, D):
+            a_step = _load_tile(y_ptr, row, start, width, M, D)
+            b_step = _load_tile(y_ptr, column, start, width, N, D)
+            acc = _dot_transposed(a_step, b_step, acc, PRECISION)
+        return acc
+    else:
+        return _dot_transposed(a, b, acc, PRECISION)
 
 
 @triton.jit
-def _within(x, low, high):
+def _clamp(x, low, high):
     return tl.minimum(tl.maximum(x, low), high)
 
 
 @triton.jit
-def _runs(row, partner, begin, end, limit, M: tl.constexpr, N: tl.constexpr):
-    """Which tiles of [begin, end) need masks: three runs, in order, each by its first tile and length.
+def _masked_ranges(row, partner, begin, end, limit, M: tl.constexpr, N: tl.constexpr):
+    """The tiles in [begin, end) that need masks: three ranges in ascending order, each as first tile and length.
 
-    They hold the M columns from ``row`` and from ``partner`` on, and those from ``limit`` on.
+    They contain the M columns from ``row`` on, the M columns from ``partner`` on, and column ``limit``.
     """
     near, far = tl.minimum(row, partner), tl.maximum(row, partner)
-    start_0 = _within(near // N, begin, end)
-    end_0 = _within((near + M - 1) // N + 1, start_0, end)
-    start_1 = _within(far // N, end_0, end)
-    end_1 = _within((far + M - 1) // N + 1, start_1, end)
-    start_2 = _within(limit // N, end_1, end)
-    end_2 = _within(tl.cdiv(limit, N), start_2, end)
+    start_0 = _clamp(near // N, begin, end)
+    end_0 = _clamp((near + M - 1) // N + 1, start_0, end)
+    start_1 = _clamp(far // N, end_0, end)
+    end_1 = _clamp((far + M - 1) // N + 1, start_1, end)
+    start_2 = _clamp(limit // N, end_1, end)
+    end_2 = _clamp(tl.cdiv(limit, N), start_2, end)
     return start_0, end_0 - start_0, start_1, end_1 - start_1, start_2, end_2 - start_2
 
 
 @triton.jit
-def _masked(i, start_0, count_0, start_1, count_1, start_2):
-    """The i-th tile in the runs."""
+def _masked_tile(i, start_0, count_0, start_1, count_1, start_2):
+    """The i-th tile inside the ranges."""
     last = start_2 + (i - count_0 - count_1)
     return tl.where(i < count_0, start_0 + i, tl.where(i < count_0 + count_1, start_1 + (i - count_0), last))
 
 
 @triton.jit
-def _plain(i, start_0, count_0, start_1, count_1, start_2, count_2):
-    """The tile that takes the i-th place once the runs are left out."""
+def _unmasked_tile(i, start_0, count_0, start_1, count_1, start_2, count_2):
+    """The i-th tile outside the ranges."""
     tile = i + tl.where(i >= start_0, count_0, 0)
     tile += tl.where(tile >= start_1, count_1, 0)
     return tile + tl.where(tile >= start_2, count_2, 0)
 
 
 @triton.jit
-def _store_loss(out, saved, top, total, positive, anchor, inside, scale, ELEMENTWISE: tl.constexpr):
+def _store_loss(out_ptr, lse_ptr, row_max, row_sum, positive, offs_m, mask, scale, ELEMENTWISE: tl.constexpr):
     """The losses of a program's anchors or their sum, and L."""
-    above = tl.log2(total)
-    tl.store(saved + anchor, top + above, mask=inside)
-    # The difference first: where the partner is all there is to the sum, exactly nothing is left of it.
-    loss = ((top - positive) + above) * _LOG_2
+    log_sum = tl.log2(row_sum)
+    tl.store(lse_ptr + offs_m, row_max + log_sum, mask=mask)
+    # Subtract first: the loss is exactly 0 if the partner is the only term of the sum.
+    loss = ((row_max - positive) + log_sum) * _LOG_2
     if ELEMENTWISE:
-        tl.store(out + anchor, loss, mask=inside)
+        tl.store(out_ptr + offs_m, loss, mask=mask)
     else:
-        tl.store(out + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0)) * scale)
+        tl.store(out_ptr + tl.program_id(0), tl.sum(tl.where(mask, loss, 0.0)) * scale)
 
 
 @triton.jit
 def _forward_kernel(
-    vectors,
-    numbers,
-    out,
-    saved,
-    parts,
-    count,
-    anchors,
-    width,
-    span,
-    scale_log2,
-    scale,
-    ELEMENTWISE: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    y_ptr,  # [stats_stride, width]
+    row_stats_ptr,  # [5, stats_stride]
+    out_ptr,  # [num_anchors], or without ELEMENTWISE [programs]
+    lse_ptr,  # [num_anchors]
+    partials_ptr,  # [chunks, 3, num_anchors], row_max, row_sum and positive; None for one chunk
+    count, num_anchors, width, tiles_per_program, scale_log2, scale,
+    ELEMENTWISE: tl.constexpr, BOUNDED: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(count, BLOCK_M)
     side = tl.program_id(0) // blocks
     local = (tl.program_id(0) - side * blocks) * BLOCK_M
     row, partner = side * count + local, (1 - side) * count + local
-    lane = tl.arange(0, BLOCK_M)
-    anchor = row + lane
-    rows_in = local + lane < count
-    columns = tl.arange(0, BLOCK_N)
-    begin = tl.program_id(1) * span
-    end = tl.minimum(begin + span, tl.cdiv(2 * count, BLOCK_N))
-    start_0, count_0, start_1, count_1, start_2, count_2 = _runs(row, partner, begin, end, 2 * count, BLOCK_M, BLOCK_N)
+    offs = tl.arange(0, BLOCK_M)
+    offs_m = row + offs
+    mask_m = local + offs < count
+    offs_n = tl.arange(0, BLOCK_N)
+    begin = tl.program_id(1) * tiles_per_program
+    end = tl.minimum(begin + tiles_per_program, tl.cdiv(2 * count, BLOCK_N))
+    start_0, count_0, start_1, count_1, start_2, count_2 = _masked_ranges(
+        row, partner, begin, end, 2 * count, BLOCK_M, BLOCK_N
+    )
     masked = count_0 + count_1 + count_2
 
-    if RESIDENT:
-        a = _tile(vectors, row, 0, BLOCK_D, BLOCK_M, BLOCK_D)
-    inverse = tl.load(numbers + anchor)
+    a = _load_tile(y_ptr, row, 0, BLOCK_D, BLOCK_M, BLOCK_D) if RESIDENT else None
+    inv_norm = tl.load(row_stats_ptr + offs_m)
     positive = tl.zeros([BLOCK_M], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.zeros([BLOCK_M], tl.float32) + (-scale_log2 if BOUNDED else _LOWEST)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.zeros([BLOCK_M], tl.float32) + (-scale_log2 if BOUNDED else _LOWEST)
     for i in tl.range(0, masked, num_stages=1):
-        column = _masked(i, start_0, count_0, start_1, count_1, start_2) * BLOCK_N
-        if RESIDENT:
-            b = _tile(vectors, column, 0, BLOCK_D, BLOCK_N, BLOCK_D)
-            s = _product(a, b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-        else:
-            s = _products(vectors, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-        # Alike from either side, so that backward finds the same to the bit: L has no digits to spare if large.
-        s *= (inverse[:, None] * tl.load(numbers + column + columns)[None, :]) * scale_log2
-        j = (column + columns)[None, :]
-        s = tl.where((j == anchor[:, None]) | (j >= 2 * count), float("-inf"), s)
-        positive += tl.sum(tl.where(j == (partner + lane)[:, None], s, 0.0), 1)
-        higher = tl.maximum(top, tl.max(s, 1))
-        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(s - higher[:, None]), 1)
-        top = higher
-    bent = inverse * scale_log2
+        column = _masked_tile(i, start_0, count_0, start_1, count_1, start_2) * BLOCK_N
+        b = _load_tile(y_ptr, column, 0, BLOCK_D, BLOCK_N, BLOCK_D) if RESIDENT else None
+        s = _products(a, b, y_ptr, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        # Symmetric in a and b, so that backward computes the same bits: large L have no precision to spare.
+        s *= (inv_norm[:, None] * tl.load(row_stats_ptr + column + offs_n)[None, :]) * scale_log2
+        j = (column + offs_n)[None, :]
+        s = tl.where((j == offs_m[:, None]) | (j >= 2 * count), float("-inf"), s)
+        positive += tl.sum(tl.where(j == (partner + offs)[:, None], s, 0.0), 1)
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(s - new_max[:, None]), 1)
+        row_max = new_max
+    row_scale = inv_norm * scale_log2
     for i in range(begin, end - masked):
-        column = _plain(i, start_0, count_0, start_1, count_1, start_2, count_2) * BLOCK_N
-        if RESIDENT:
-            b = _tile(vectors, column, 0, BLOCK_D, BLOCK_N, BLOCK_D)
-            s = _product(a, b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-        else:
-            s = _products(vectors, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-        inverse_b = tl.load(numbers + column + columns)
+        column = _unmasked_tile(i, start_0, count_0, start_1, count_1, start_2, count_2) * BLOCK_N
+        b = _load_tile(y_ptr, column, 0, BLOCK_D, BLOCK_N, BLOCK_D) if RESIDENT else None
+        s = _products(a, b, y_ptr, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        inv_norm_b = tl.load(row_stats_ptr + column + offs_n)
         if BOUNDED:
-            s = (s * inverse_b[None, :]) * bent[:, None]
+            s = (s * inv_norm_b[None, :]) * row_scale[:, None]
         else:
-            s *= (inverse[:, None] * inverse_b[None, :]) * scale_log2
-            higher = tl.maximum(top, tl.max(s, 1))
-            total *= tl.exp2(top - higher)
-            top = higher
-        total += tl.sum(tl.exp2(s - top[:, None]), 1)
+            s *= (inv_norm[:, None] * inv_norm_b[None, :]) * scale_log2
+            new_max = tl.maximum(row_max, tl.max(s, 1))
+            row_sum *= tl.exp2(row_max - new_max)
+            row_max = new_max
+        row_sum += tl.sum(tl.exp2(s - row_max[:, None]), 1)
 
-    if parts is not None:
-        at = parts + tl.program_id(1).to(tl.int64) * (3 * anchors) + anchor
-        tl.store(at, top, mask=rows_in)
-        tl.store(at + anchors, total, mask=rows_in)
-        tl.store(at + 2 * anchors, positive, mask=rows_in)
+    if partials_ptr is not None:
+        at = partials_ptr + tl.program_id(1).to(tl.int64) * (3 * num_anchors) + offs_m
+        tl.store(at, row_max, mask=mask_m)
+        tl.store(at + num_anchors, row_sum, mask=mask_m)
+        tl.store(at + 2 * num_anchors, positive, mask=mask_m)
     else:
-        _store_loss(out, saved, top, total, positive, anchor, rows_in, scale, ELEMENTWISE)
+        _store_loss(out_ptr, lse_ptr, row_max, row_sum, positive, offs_m, mask_m, scale, ELEMENTWISE)
 
 
 @triton.jit
-def _merge_kernel(parts, out, saved, anchors, chunks, scale, ELEMENTWISE: tl.constexpr, ROWS: tl.constexpr):
-    anchor = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = anchor < anchors
-    top = tl.full([ROWS], _LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+def _merge_kernel(
+    partials_ptr,  # [chunks, 3, num_anchors]
+    out_ptr,  # [num_anchors], or without ELEMENTWISE [programs]
+    lse_ptr,  # [num_anchors]
+    num_anchors, chunks, scale, ELEMENTWISE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = offs_m < num_anchors
+    row_max = tl.full([ROWS], _LOWEST, tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
     positive = tl.zeros([ROWS], tl.float32)
-    at = parts + anchor
+    at = partials_ptr + offs_m
     for _ in range(0, chunks):
-        here = tl.load(at, mask=inside, other=0.0)
-        higher = tl.maximum(top, here)
-        total *= tl.exp2(top - higher)
-        total += tl.load(at + anchors, mask=inside, other=1.0) * tl.exp2(here - higher)
-        positive += tl.load(at + 2 * anchors, mask=inside, other=0.0)
-        top = higher
-        at += 3 * anchors
-    _store_loss(out, saved, top, total, positive, anchor, inside, scale, ELEMENTWISE)
+        chunk_max = tl.load(at, mask=mask, other=0.0)
+        new_max = tl.maximum(row_max, chunk_max)
+        row_sum *= tl.exp2(row_max - new_max)
+        row_sum += tl.load(at + num_anchors, mask=mask, other=1.0) * tl.exp2(chunk_max - new_max)
+        positive += tl.load(at + 2 * num_anchors, mask=mask, other=0.0)
+        row_max = new_max
+        at += 3 * num_anchors
+    _store_loss(out_ptr, lse_ptr, row_max, row_sum, positive, offs_m, mask, scale, ELEMENTWISE)
 
 
 # --- few vectors, one launch
 
 
 @triton.jit
-def _vectors(
-    first,
-    second,
-    rows,
-    columns,
-    count,
-    dim,
-    first_row,
-    first_column,
-    second_row,
-    second_column,
-    NORMALIZE: tl.constexpr,
-):
-    """y in the type that is multiplied, and r and k."""
-    x = _rows(first, second, rows, columns, count, dim, first_row, first_column, second_row, second_column)
-    y, inverse, k = _scaled(x, NORMALIZE)
-    if first.dtype.element_ty == second.dtype.element_ty:
-        return cast(y, first.dtype.element_ty), inverse, k
+def _load_normalized(first, second, offs_m, offs_d, count, dim, NORMALIZE: tl.constexpr):
+    """y in the dtype of the product, r and k."""
+    y, inv_norm, k = _normalize(_load_rows(first, second, offs_m, offs_d, count, dim), NORMALIZE)
+    if first.data.dtype.element_ty == second.data.dtype.element_ty:
+        return cast(y, first.data.dtype.element_ty), inv_norm, k
     else:
-        return y, inverse, k
+        return y, inv_norm, k
 
 
 @triton.jit
 def _small_forward_kernel(
-    first,
-    second,
-    out,
-    saved,
-    count,
-    anchors,
-    dim,
-    first_row,
-    first_column,
-    second_row,
-    second_column,
-    scale_log2,
-    scale,
-    NORMALIZE: tl.constexpr,
-    ELEMENTWISE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
+    first,  # Matrix, [N, D]
+    second,  # Matrix, [N, D]
+    out_ptr,  # [num_anchors] or scalar
+    lse_ptr,  # [num_anchors]
+    count, num_anchors, dim, scale_log2, scale,
+    NORMALIZE: tl.constexpr, ELEMENTWISE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
-    i = tl.arange(0, ROWS)
-    y, inverse, _k = _vectors(
-        first,
-        second,
-        i,
-        tl.arange(0, BLOCK),
-        count,
-        dim,
-        first_row,
-        first_column,
-        second_row,
-        second_column,
-        NORMALIZE,
-    )
-    s = _product(y, y, tl.zeros([ROWS, ROWS], tl.float32), PRECISION)
-    s *= (inverse[:, None] * inverse[None, :]) * scale_log2
+):  # fmt: skip
+    offs_m = tl.arange(0, ROWS)
+    y, inv_norm, _k = _load_normalized(first, second, offs_m, tl.arange(0, BLOCK), count, dim, NORMALIZE)
+    s = _dot_transposed(y, y, tl.zeros([ROWS, ROWS], tl.float32), PRECISION)
+    s *= (inv_norm[:, None] * inv_norm[None, :]) * scale_log2
     j = tl.arange(0, ROWS)[None, :]
-    s = tl.where((j == i[:, None]) | (j >= 2 * count), float("-inf"), s)
-    partner = tl.where(i < count, i + count, i - count)
+    s = tl.where((j == offs_m[:, None]) | (j >= 2 * count), float("-inf"), s)
+    partner = tl.where(offs_m < count, offs_m + count, offs_m - count)
     positive = tl.sum(tl.where(j == partner[:, None], s, 0.0), 1)
-    top = tl.maximum(tl.max(s, 1), _LOWEST)
-    total = tl.sum(tl.exp2(s - top[:, None]), 1)
-    _store_loss(out, saved, top, total, positive, i, i < anchors, scale, ELEMENTWISE)
+    row_max = tl.maximum(tl.max(s, 1), _LOWEST)
+    row_sum = tl.sum(tl.exp2(s - row_max[:, None]), 1)
+    _store_loss(out_ptr, lse_ptr, row_max, row_sum, positive, offs_m, offs_m < num_anchors, scale, ELEMENTWISE)
 
 
-# --- launches
+# --- launchers
 
 
-def shape(first: Tensor, second: Tensor) -> tuple[torch.dtype, int]:
-    """Type of y, and its row length: a power of two, or of more than 256 dimensions a multiple of 128."""
+def matrix(x: Tensor | None) -> Matrix:
+    """A matrix, or None, as a kernel argument."""
+    return Matrix(None, None, None) if x is None else Matrix(x, *x.stride())
+
+
+def dtype_and_width(first: Tensor, second: Tensor) -> tuple[torch.dtype, int]:
+    """dtype and row length of y: D padded to a power of two up to 256, and to a multiple of 128 above."""
     dim = first.shape[1]
     dtype = first.dtype if first.dtype == second.dtype else torch.float32
     return dtype, max(16, next_power_of_2(dim)) if dim <= 256 else 128 * cdiv(dim, 128)
 
 
 def small_launch(kernel: str, first: Tensor, dtype: torch.dtype) -> Launch | None:
-    """How one launch does all; None where it does not."""
+    """The configuration of a kernel that handles all vectors in one launch, or None if they are too many."""
     count, dim = first.shape
     most = SMALL if dtype != torch.float32 else min(SMALL, 64)
     if max(2 * count, dim) > most:
@@ -490,155 +438,121 @@ def small_launch(kernel: str, first: Tensor, dtype: torch.dtype) -> Launch | Non
     return config.choose(kernel, architecture(first), dtype, **sizes)
 
 
-def bounded(scale_log2: float, normalize: bool) -> bool:
-    """Whether 2^s can be summed as it is: for cosines over a temperature of 0.03 and more."""
+def is_bounded(scale_log2: float, normalize: bool) -> bool:
+    """Whether 2^s can be summed without a running maximum: for cosines at temperatures of at least 0.03."""
     return normalize and scale_log2 <= _BOUND
 
 
-def tiles_a_program(blocks: int, tiles: list[int], available: int) -> int:
-    """How many tiles of columns a program takes.
+def tiles_per_program(blocks: int, tiles: list[int], available: int) -> int:
+    """The number of column tiles that one program processes.
 
     Args:
-        blocks: of rows, on each side.
-        tiles: of columns, that the rows of each side have to do with.
-        available: programs at a time.
+        blocks: blocks of rows per side (``first`` or ``second``).
+        tiles: column tiles that the rows of each side need.
+        available: SMs of the device.
     """
     longest = max(tiles)
     if blocks * len(tiles) >= 2 * available:
         return longest
 
-    def time(span: int) -> int:
-        programs = blocks * sum(cdiv(each, span) for each in tiles)
-        # Two tiles' time to start a program, and four for the kernel that merges.
-        return cdiv(programs, available) * (span + 2) + (4 if span < longest else 0)
+    def time(length: int) -> int:
+        programs = blocks * sum(cdiv(each, length) for each in tiles)
+        # A program start costs as much as two tiles, the merge kernel as much as four.
+        return cdiv(programs, available) * (length + 2) + (4 if length < longest else 0)
 
     return min((cdiv(longest, chunks) for chunks in range(1, 33)), key=time)
 
 
-def prepared(
-    first: Tensor,
-    second: Tensor,
-    normalize: bool,
-    *,
-    bounded: bool = False,
-    saved: Tensor | None = None,
-    grad_output: Tensor | None = None,
-    unit: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """y and the numbers of each row, zeros after the last for a tile to end in; see :func:`_prepare_kernel`."""
+def prepare(
+    first: Tensor, second: Tensor, normalize: bool, *, bounded: bool = False, lse: Tensor | None = None,
+    grad_output: Tensor | None = None, grad_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y and row_stats of :func:`_prepare_kernel`, padded with zero rows to whole tiles."""
     count, dim = first.shape
-    dtype, width = shape(first, second)
+    dtype, width = dtype_and_width(first, second)
     padded = 128 * (cdiv(2 * count, 128) + 1)
-    vectors = first.new_empty((padded, width), dtype=dtype)
-    numbers = first.new_empty((5, padded), dtype=torch.float32)
+    y = first.new_empty((padded, width), dtype=dtype)
+    row_stats = first.new_empty((5, padded), dtype=torch.float32)
     elementwise = grad_output is not None and grad_output.ndim == 1
+    stride = grad_output.stride(0) if elementwise and grad_output is not None else 0
+    num_anchors = 0 if lse is None else lse.shape[0]
     chosen = config.choose("contrastive_loss_rows", architecture(first), dtype, dim=next_power_of_2(width))
     launch(
         _prepare_kernel,
         (cdiv(padded, chosen.tile["ROWS"]),),
-        first,
-        second,
-        vectors,
-        numbers,
-        saved,
-        grad_output,
-        unit,
-        count,
-        0 if saved is None else saved.shape[0],
-        dim,
-        width,
-        padded,
-        *first.stride(),
-        *second.stride(),
-        grad_output.stride(0) if elementwise and grad_output is not None else 0,
+        *(matrix(first), matrix(second), y, row_stats, lse, grad_output, grad_scale),
+        *(count, num_anchors, dim, width, padded, stride),
         config=chosen,
         NORMALIZE=normalize,
         ELEMENTWISE=elementwise,
         BOUNDED=bounded,
     )
-    return vectors, numbers
+    return y, row_stats
 
 
 def forward(
-    first: Tensor,
-    second: Tensor,
-    temperature: float,
-    symmetric: bool,
-    normalize: bool,
-    reduction: str,
-    out: Tensor,
-    saved: Tensor,
-) -> None:
-    """The contrastive loss.
+    first: Tensor, second: Tensor, temperature: float, symmetric: bool, normalize: bool, reduction: str, out: Tensor,
+    lse: Tensor,
+) -> None:  # fmt: skip
+    """Computes the contrastive loss.
 
     Args:
         first: (N, D), any strides.
-        second: likewise.
-        temperature: above 0.
-        symmetric: as the op's.
-        normalize: likewise.
-        reduction: likewise.
-        out: float32, a scalar, or one value an anchor for "none".
-        saved: float32, one value an anchor, for :func:`backward`.
+        second: (N, D), any strides.
+        temperature: positive.
+        symmetric: see :func:`dfkd_fast.ops.contrastive_loss`.
+        normalize: see there.
+        reduction: see there.
+        out: float32, a scalar, or (num_anchors,) for "none".
+        lse: (num_anchors,), float32, the logarithm to base 2 of each anchor's sum, for :func:`backward`.
     """
     count, dim = first.shape
     if count == 0:
-        # As torch's mean of nothing.
+        # Like torch's mean of an empty tensor.
         out.fill_(float("nan") if reduction == "mean" else 0.0)
         return
-    dtype, width = shape(first, second)
-    anchors = saved.shape[0]
+    dtype, width = dtype_and_width(first, second)
+    num_anchors = lse.shape[0]
     elementwise = reduction == "none"
-    scale = 1 / anchors if reduction == "mean" else 1.0
+    scale = 1 / num_anchors if reduction == "mean" else 1.0
     scale_log2 = math.log2(math.e) / temperature
     small = small_launch("contrastive_loss_small", first, dtype)
     if small is not None:
-        sizes = (count, anchors, dim, *first.stride(), *second.stride())
         launch(
             _small_forward_kernel,
             (1,),
-            *(first, second, out, saved, *sizes, scale_log2, scale),
+            *(matrix(first), matrix(second), out, lse, count, num_anchors, dim, scale_log2, scale),
             config=small,
             NORMALIZE=normalize,
             ELEMENTWISE=elementwise,
             PRECISION=precision(dtype),
         )
         return
-    vectors, numbers = prepared(first, second, normalize)
+    y, row_stats = prepare(first, second, normalize)
     chosen = config.choose("contrastive_loss", architecture(first), dtype, dim=next_power_of_2(width))
     blocks = cdiv(count, chosen.tile["BLOCK_M"])
     sides = 2 if symmetric else 1
     tiles = cdiv(2 * count, chosen.tile["BLOCK_N"])
-    span = tiles_a_program(blocks, [tiles] * sides, num_sms(first))
-    chunks = cdiv(tiles, span)
-    parts = None if chunks == 1 else first.new_empty((chunks, 3, anchors), dtype=torch.float32)
-    sums = blocks * sides if chunks == 1 else cdiv(anchors, 128)
+    length = tiles_per_program(blocks, [tiles] * sides, num_sms(first))
+    chunks = cdiv(tiles, length)
+    partials = None if chunks == 1 else first.new_empty((chunks, 3, num_anchors), dtype=torch.float32)
+    sums = blocks * sides if chunks == 1 else cdiv(num_anchors, 128)
     direct = elementwise or sums == 1
     losses = out if direct else out.new_empty(sums)
     inner = scale if direct else 1.0
     launch(
         _forward_kernel,
         (blocks * sides, chunks),
-        vectors,
-        numbers,
-        losses,
-        saved,
-        parts,
-        count,
-        anchors,
-        width,
-        span,
-        scale_log2,
-        inner,
+        *(y, row_stats, losses, lse, partials, count, num_anchors, width, length, scale_log2, inner),
         config=chosen,
         ELEMENTWISE=elementwise,
-        BOUNDED=bounded(scale_log2, normalize),
+        BOUNDED=is_bounded(scale_log2, normalize),
         RESIDENT=chosen.tile["BLOCK_D"] == width,
         PRECISION=precision(dtype),
     )
-    if parts is not None:
+    if partials is not None:
         merge = Launch(tile={"ROWS": 128})
-        arguments = (parts, losses, saved, anchors, chunks, inner)
+        arguments = (partials, losses, lse, num_anchors, chunks, inner)
         launch(_merge_kernel, (sums,), *arguments, config=merge, ELEMENTWISE=elementwise)
     if not direct:
         sum_of(losses, out, scale)

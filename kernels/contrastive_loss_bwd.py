@@ -14,80 +14,82 @@ from dfkd_fast.kernels import contrastive_loss as shared
 from dfkd_fast.kernels.common import architecture, cast, cdiv, dot, launch, next_power_of_2, num_sms, precision
 from dfkd_fast.kernels.config import Launch
 from dfkd_fast.kernels.contrastive_loss import (
-    _LIFT,
-    _masked,
-    _plain,
-    _product,
+    _WEIGHT_SCALE,
+    _dot_transposed,
+    _ldexp,
+    _load_normalized,
+    _load_tile,
+    _masked_ranges,
+    _masked_tile,
     _products,
-    _runs,
-    _tile,
-    _times_power,
-    _vectors,
+    _unmasked_tile,
 )
 
 __all__ = ["backward"]
 
 
 @triton.jit
-def _tangent(total, pair, u, partner, inverse, k, factor, NORMALIZE: tl.constexpr):
+def _masked_weights(s, g, lse, g_b, lse_b, inv_norm_b, is_partner, is_excluded):
+    """w_ab r_b, scaled, zero in excluded columns; and the weight of the partner, which is one of these, not scaled."""
+    p_a = tl.exp2(s - lse[:, None])
+    p_b = tl.exp2(s - lse_b[None, :])
+    partner = tl.sum(tl.where(is_partner, (p_a - 1) * g[:, None] + (p_b - 1) * g_b[None, :], 0.0), 1)
+    w = (p_a * g[:, None] + p_b * g_b[None, :]) * (inv_norm_b * _WEIGHT_SCALE)[None, :]
+    return tl.where(is_excluded, 0.0, w), partner
+
+
+@triton.jit
+def _grad_rows(acc, partner_weight, u, u_partner, inv_norm, k, factor, NORMALIZE: tl.constexpr):
     """Gradient of v from the sum of weighted vectors and the partner's weight."""
-    total = total * (1.0 / _LIFT) + pair[:, None] * partner
+    acc = acc * (1.0 / _WEIGHT_SCALE) + partner_weight[:, None] * u_partner
     if NORMALIZE:
-        total = (total - tl.sum(total * u, 1)[:, None] * u) * inverse[:, None]
-        total = _times_power(total, k)
-    return total * factor
+        acc = (acc - tl.sum(acc * u, 1)[:, None] * u) * inv_norm[:, None]
+        acc = _ldexp(acc, k)
+    return acc * factor
 
 
 @triton.jit
-def _store_rows(da, db, value, rows, columns, count, dim, da_row, da_column, db_row, db_column):
-    """Rows of both gradients, as :func:`_rows` counts them; a gradient that is None is left out."""
-    row = rows.to(tl.int64)[:, None]
-    column = columns.to(tl.int64)[None, :]
-    inside = (columns < dim)[None, :]
-    if da is not None:
-        at = da + (row * da_row + column * da_column)
-        tl.store(at, cast(value, da.dtype.element_ty), mask=(rows < count)[:, None] & inside)
-    if db is not None:
-        at = db + ((row - count) * db_row + column * db_column)
-        mask = ((rows >= count) & (rows < 2 * count))[:, None] & inside
-        tl.store(at, cast(value, db.dtype.element_ty), mask=mask)
+def _store_rows(da, db, value, offs_m, offs_d, count, dim):
+    """Writes rows of both gradients, the counterpart of :func:`_load_rows`. Skips a gradient that is None."""
+    row = offs_m.to(tl.int64)[:, None]
+    column = offs_d.to(tl.int64)[None, :]
+    mask_d = (offs_d < dim)[None, :]
+    if da.data is not None:
+        at = da.data + (row * da.stride_n + column * da.stride_d)
+        tl.store(at, cast(value, da.data.dtype.element_ty), mask=(offs_m < count)[:, None] & mask_d)
+    if db.data is not None:
+        at = db.data + ((row - count) * db.stride_n + column * db.stride_d)
+        mask = ((offs_m >= count) & (offs_m < 2 * count))[:, None] & mask_d
+        tl.store(at, cast(value, db.data.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _largest_kernel(grad_output, unit, anchors, stride, BLOCK: tl.constexpr):
-    largest = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, anchors, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        g = tl.load(grad_output + at.to(tl.int64) * stride, mask=at < anchors, other=0.0)
-        largest = tl.maximum(largest, tl.abs(g))
-    tl.store(unit, tl.max(largest))
+def _abs_max_kernel(
+    grad_output_ptr,  # [num_anchors]
+    grad_scale_ptr,  # scalar
+    num_anchors, stride, BLOCK: tl.constexpr,
+):  # fmt: skip
+    abs_max = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, num_anchors, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        g = tl.load(grad_output_ptr + offs.to(tl.int64) * stride, mask=offs < num_anchors, other=0.0)
+        abs_max = tl.maximum(abs_max, tl.abs(g))
+    tl.store(grad_scale_ptr, tl.max(abs_max))
 
 
 @triton.jit
 def _backward_kernel(
-    vectors,
-    numbers,
-    parts,
-    pairs,
-    count,
-    width,
-    padded,
-    span,
-    first_side,
-    rows,
-    scale_log2,
-    SYMMETRIC: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-):
-    """Weighted sums of vectors and the partner's weight, of the columns of one program.
+    y_ptr,  # [stats_stride, width]
+    row_stats_ptr,  # [5, stats_stride]
+    partials_ptr,  # [chunks, num_rows, width], sums of w_ab y_b r_b
+    partner_weights_ptr,  # [chunks, num_rows]
+    count, width, stats_stride, tiles_per_program, first_side, num_rows, scale_log2,
+    SYMMETRIC: tl.constexpr, BOUNDED: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """Weighted sums of vectors, and the partner's weight, over the columns of one program.
 
-    What follows from the sums is another kernel's: beside a loop that fills the registers there is no room for it.
+    The main loop fills the registers, so another kernel computes the gradients from the sums.
     """
     if RESIDENT:
         width = BLOCK_D
@@ -96,259 +98,194 @@ def _backward_kernel(
     local = (tl.program_id(0) % blocks) * BLOCK_M
     row, partner = side * count + local, (1 - side) * count + local
     offset = tl.program_id(2) * BLOCK_O
-    lane = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
     limit = 2 * count
     if not SYMMETRIC:
         limit = tl.where(side == 0, limit, count)
-    end = tl.minimum((tl.program_id(1) + 1) * span, tl.cdiv(limit, BLOCK_N))
-    begin = tl.minimum(tl.program_id(1) * span, end)
-    start_0, count_0, start_1, count_1, start_2, count_2 = _runs(row, partner, begin, end, limit, BLOCK_M, BLOCK_N)
+    end = tl.minimum((tl.program_id(1) + 1) * tiles_per_program, tl.cdiv(limit, BLOCK_N))
+    begin = tl.minimum(tl.program_id(1) * tiles_per_program, end)
+    start_0, count_0, start_1, count_1, start_2, count_2 = _masked_ranges(
+        row, partner, begin, end, limit, BLOCK_M, BLOCK_N
+    )
     masked = count_0 + count_1 + count_2
 
-    if RESIDENT:
-        a = _tile(vectors, row, 0, width, BLOCK_M, BLOCK_D)
-    inverse = tl.load(numbers + row + lane)
-    gain = tl.load(numbers + 2 * padded + row + lane)
-    level = tl.load(numbers + 3 * padded + row + lane)
-    pair = tl.zeros([BLOCK_M], tl.float32)
-    total = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
+    a = _load_tile(y_ptr, row, 0, width, BLOCK_M, BLOCK_D) if RESIDENT else None
+    inv_norm = tl.load(row_stats_ptr + row + offs_m)
+    g = tl.load(row_stats_ptr + 2 * stats_stride + row + offs_m)
+    lse = tl.load(row_stats_ptr + 3 * stats_stride + row + offs_m)
+    partner_weight = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
     for i in tl.range(0, masked, num_stages=1):
-        column = _masked(i, start_0, count_0, start_1, count_1, start_2) * BLOCK_N
-        b = _tile(vectors, column, offset, width, BLOCK_N, BLOCK_O)
-        if RESIDENT:
-            s = _product(a, b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-        else:
-            s = _products(vectors, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-        at = numbers + column + columns
-        inverse_b, gain_b = tl.load(at), tl.load(at + 2 * padded)
-        s *= (inverse[:, None] * inverse_b[None, :]) * scale_log2
-        to_a = tl.exp2(s - level[:, None])
-        to_b = tl.exp2(s - tl.load(at + 3 * padded)[None, :])
-        j = (column + columns)[None, :]
-        paired = (j == (partner + lane)[:, None]) & (j < limit)
-        w = (to_a - 1) * gain[:, None] + (to_b - 1) * gain_b[None, :]
-        pair += tl.sum(tl.where(paired, w, 0.0), 1)
-        w = (to_a * gain[:, None] + to_b * gain_b[None, :]) * (inverse_b * _LIFT)[None, :]
-        w = tl.where(paired | (j == (row + lane)[:, None]) | (j >= limit), 0.0, w)
-        total = dot(cast(w, vectors.dtype.element_ty), b, total, PRECISION)
-    share = gain * tl.exp2(-level) * _LIFT
-    bent = inverse * scale_log2
+        column = _masked_tile(i, start_0, count_0, start_1, count_1, start_2) * BLOCK_N
+        b = _load_tile(y_ptr, column, offset, width, BLOCK_N, BLOCK_O)
+        s = _products(a, b, y_ptr, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        stats_b = row_stats_ptr + column + offs_n
+        inv_norm_b, g_b = tl.load(stats_b), tl.load(stats_b + 2 * stats_stride)
+        s *= (inv_norm[:, None] * inv_norm_b[None, :]) * scale_log2
+        j = (column + offs_n)[None, :]
+        is_partner = (j == (partner + offs_m)[:, None]) & (j < limit)
+        is_excluded = is_partner | (j == (row + offs_m)[:, None]) | (j >= limit)
+        lse_b = tl.load(stats_b + 3 * stats_stride)
+        w, weight = _masked_weights(s, g, lse, g_b, lse_b, inv_norm_b, is_partner, is_excluded)
+        partner_weight += weight
+        acc = dot(cast(w, y_ptr.dtype.element_ty), b, acc, PRECISION)
+    g_exp = g * tl.exp2(-lse) * _WEIGHT_SCALE
+    row_scale = inv_norm * scale_log2
     for i in range(begin, end - masked):
-        column = _plain(i, start_0, count_0, start_1, count_1, start_2, count_2) * BLOCK_N
-        b = _tile(vectors, column, offset, width, BLOCK_N, BLOCK_O)
-        if RESIDENT:
-            s = _product(a, b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-        else:
-            s = _products(vectors, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-        at = numbers + column + columns
-        inverse_b = tl.load(at)
+        column = _unmasked_tile(i, start_0, count_0, start_1, count_1, start_2, count_2) * BLOCK_N
+        b = _load_tile(y_ptr, column, offset, width, BLOCK_N, BLOCK_O)
+        s = _products(a, b, y_ptr, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        stats_b = row_stats_ptr + column + offs_n
+        inv_norm_b = tl.load(stats_b)
         if BOUNDED:
-            s = (s * inverse_b[None, :]) * bent[:, None]
-            w = tl.exp2(s) * (share[:, None] * inverse_b[None, :] + tl.load(at + 4 * padded)[None, :])
+            s = (s * inv_norm_b[None, :]) * row_scale[:, None]
+            w = tl.exp2(s) * (g_exp[:, None] * inv_norm_b[None, :] + tl.load(stats_b + 4 * stats_stride)[None, :])
         else:
-            s *= (inverse[:, None] * inverse_b[None, :]) * scale_log2
-            w = tl.exp2(s - level[:, None]) * gain[:, None]
-            w += tl.exp2(s - tl.load(at + 3 * padded)[None, :]) * tl.load(at + 2 * padded)[None, :]
-            w *= (inverse_b * _LIFT)[None, :]
-        total = dot(cast(w, vectors.dtype.element_ty), b, total, PRECISION)
+            s *= (inv_norm[:, None] * inv_norm_b[None, :]) * scale_log2
+            w = tl.exp2(s - lse[:, None]) * g[:, None]
+            lse_b, g_b = tl.load(stats_b + 3 * stats_stride), tl.load(stats_b + 2 * stats_stride)
+            w += tl.exp2(s - lse_b[None, :]) * g_b[None, :]
+            w *= (inv_norm_b * _WEIGHT_SCALE)[None, :]
+        acc = dot(cast(w, y_ptr.dtype.element_ty), b, acc, PRECISION)
 
-    at = tl.program_id(1).to(tl.int64) * rows + (row - first_side * count + lane)
-    keep = (local + lane < count) & (begin < end)
-    outputs = offset + tl.arange(0, BLOCK_O)
-    tl.store(parts + (at[:, None] * width + outputs[None, :]), total, mask=keep[:, None])
-    tl.store(pairs + at, pair, mask=keep & (tl.program_id(2) == 0))
+    at = tl.program_id(1).to(tl.int64) * num_rows + (row - first_side * count + offs_m)
+    mask = (local + offs_m < count) & (begin < end)
+    offs_o = offset + tl.arange(0, BLOCK_O)
+    tl.store(partials_ptr + (at[:, None] * width + offs_o[None, :]), acc, mask=mask[:, None])
+    tl.store(partner_weights_ptr + at, partner_weight, mask=mask & (tl.program_id(2) == 0))
 
 
 @triton.jit
-def _finish_kernel(
-    vectors,
-    numbers,
-    unit,
-    da,
-    db,
-    parts,
-    pairs,
-    count,
-    dim,
-    width,
-    padded,
-    first_side,
-    rows,
-    chunks_a,
-    chunks_b,
-    scale,
-    da_row,
-    da_column,
-    db_row,
-    db_column,
-    NORMALIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Adds up what the programs of a row found, in order."""
+def _reduce_kernel(
+    y_ptr,  # [stats_stride, width]
+    row_stats_ptr,  # [5, stats_stride]
+    grad_scale_ptr,  # scalar
+    da,  # Matrix, [N, D] or None
+    db,  # Matrix, [N, D] or None
+    partials_ptr,  # [chunks, num_rows, width]
+    partner_weights_ptr,  # [chunks, num_rows]
+    count, dim, width, stats_stride, first_side, num_rows, chunks_a, chunks_b, scale,
+    NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the chunks of each row in a fixed order and computes its gradient."""
     blocks = tl.cdiv(count, ROWS)
     side = first_side + tl.program_id(0) // blocks
     local = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     row, partner = (side * count + local).to(tl.int64), ((1 - side) * count + local).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = (local < count)[:, None] & (columns < width)[None, :]
+    offs_d = tl.arange(0, BLOCK)
+    mask = (local < count)[:, None] & (offs_d < width)[None, :]
     at = row - first_side * count
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    pair = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK], tl.float32)
+    partner_weight = tl.zeros([ROWS], tl.float32)
     for _ in range(0, tl.where(side == 0, chunks_a, chunks_b)):
-        total += tl.load(parts + (at[:, None] * width + columns[None, :]), mask=inside, other=0.0)
-        pair += tl.load(pairs + at, mask=local < count, other=0.0)
-        at += rows
-    inverse = tl.load(numbers + row)
-    u = tl.load(vectors + (row[:, None] * width + columns[None, :]), mask=inside, other=0.0)
-    v = tl.load(vectors + (partner[:, None] * width + columns[None, :]), mask=inside, other=0.0)
-    u = u.to(tl.float32) * inverse[:, None]
-    v = v.to(tl.float32) * tl.load(numbers + partner)[:, None]
-    k = tl.load(numbers + padded + row).to(tl.int32)
-    gradient = _tangent(total, pair, u, v, inverse, k, tl.load(unit) * scale, NORMALIZE)
+        acc += tl.load(partials_ptr + (at[:, None] * width + offs_d[None, :]), mask=mask, other=0.0)
+        partner_weight += tl.load(partner_weights_ptr + at, mask=local < count, other=0.0)
+        at += num_rows
+    inv_norm = tl.load(row_stats_ptr + row)
+    u = tl.load(y_ptr + (row[:, None] * width + offs_d[None, :]), mask=mask, other=0.0)
+    u_partner = tl.load(y_ptr + (partner[:, None] * width + offs_d[None, :]), mask=mask, other=0.0)
+    u = u.to(tl.float32) * inv_norm[:, None]
+    u_partner = u_partner.to(tl.float32) * tl.load(row_stats_ptr + partner)[:, None]
+    k = tl.load(row_stats_ptr + stats_stride + row).to(tl.int32)
+    grad = _grad_rows(acc, partner_weight, u, u_partner, inv_norm, k, tl.load(grad_scale_ptr) * scale, NORMALIZE)
     row = tl.where(local < count, row, 2 * count)
-    _store_rows(da, db, gradient, row, columns, count, dim, da_row, da_column, db_row, db_column)
+    _store_rows(da, db, grad, row, offs_d, count, dim)
 
 
 @triton.jit
 def _small_backward_kernel(
-    grad_output,
-    first,
-    second,
-    saved,
-    da,
-    db,
-    count,
-    anchors,
-    dim,
-    first_row,
-    first_column,
-    second_row,
-    second_column,
-    da_row,
-    da_column,
-    db_row,
-    db_column,
-    grad_output_row,
-    scale_log2,
-    scale,
-    NORMALIZE: tl.constexpr,
-    ELEMENTWISE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Rows of the gradients, BLOCK_M a program."""
-    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    a, inverse, k = _vectors(
-        first, second, i, columns, count, dim, first_row, first_column, second_row, second_column, NORMALIZE
-    )
-    b, inverse_b, _k = _vectors(
-        first, second, j, columns, count, dim, first_row, first_column, second_row, second_column, NORMALIZE
-    )
-    s = _product(a, b, tl.zeros([BLOCK_M, ROWS], tl.float32), PRECISION)
-    s *= (inverse[:, None] * inverse_b[None, :]) * scale_log2
+    grad_output_ptr,  # [num_anchors] or scalar
+    first,  # Matrix, [N, D]
+    second,  # Matrix, [N, D]
+    lse_ptr,  # [num_anchors]
+    da,  # Matrix, [N, D] or None
+    db,  # Matrix, [N, D] or None
+    count, num_anchors, dim, grad_output_stride, scale_log2, scale,
+    NORMALIZE: tl.constexpr, ELEMENTWISE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of the gradients."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK)
+    a, inv_norm, k = _load_normalized(first, second, offs_m, offs_d, count, dim, NORMALIZE)
+    b, inv_norm_b, _k = _load_normalized(first, second, offs_n, offs_d, count, dim, NORMALIZE)
+    s = _dot_transposed(a, b, tl.zeros([BLOCK_M, ROWS], tl.float32), PRECISION)
+    s *= (inv_norm[:, None] * inv_norm_b[None, :]) * scale_log2
+    mask_m, mask_n = offs_m < num_anchors, offs_n < num_anchors
     if ELEMENTWISE:
-        g = tl.load(grad_output + i.to(tl.int64) * grad_output_row, mask=i < anchors, other=0.0)
-        g_b = tl.load(grad_output + j.to(tl.int64) * grad_output_row, mask=j < anchors, other=0.0)
-        unit = tl.max(tl.abs(g_b))
-        gain = tl.where(unit == 0, 0.0, tl.div_rn(g, unit))
-        gain_b = tl.where(unit == 0, 0.0, tl.div_rn(g_b, unit))
+        g = tl.load(grad_output_ptr + offs_m.to(tl.int64) * grad_output_stride, mask=mask_m, other=0.0)
+        g_b = tl.load(grad_output_ptr + offs_n.to(tl.int64) * grad_output_stride, mask=mask_n, other=0.0)
+        grad_scale = tl.max(tl.abs(g_b))
+        g = tl.where(grad_scale == 0, 0.0, tl.div_rn(g, grad_scale))
+        g_b = tl.where(grad_scale == 0, 0.0, tl.div_rn(g_b, grad_scale))
     else:
-        unit = tl.load(grad_output)
-        gain = tl.where(i < anchors, 1.0, 0.0)
-        gain_b = tl.where(j < anchors, 1.0, 0.0)
-    to_a = tl.exp2(s - tl.load(saved + i, mask=i < anchors, other=float("inf"))[:, None])
-    to_b = tl.exp2(s - tl.load(saved + j, mask=j < anchors, other=float("inf"))[None, :])
-    paired = j[None, :] == tl.where(i < count, i + count, i - count)[:, None]
-    w = (to_a - 1) * gain[:, None] + (to_b - 1) * gain_b[None, :]
-    pair = tl.sum(tl.where(paired, w, 0.0), 1)
-    w = (to_a * gain[:, None] + to_b * gain_b[None, :]) * (inverse_b * _LIFT)[None, :]
-    w = tl.where(paired | (j[None, :] == i[:, None]) | (j >= 2 * count)[None, :], 0.0, w)
-    total = dot(cast(w, b.dtype), b, tl.zeros([BLOCK_M, BLOCK], tl.float32), PRECISION)
-    v, inverse_v, _k = _vectors(
-        second, first, i, columns, count, dim, second_row, second_column, first_row, first_column, NORMALIZE
-    )
-    u = a.to(tl.float32) * inverse[:, None]
-    v = v.to(tl.float32) * inverse_v[:, None]
-    gradient = _tangent(total, pair, u, v, inverse, k, unit * scale, NORMALIZE)
-    _store_rows(da, db, gradient, i, columns, count, dim, da_row, da_column, db_row, db_column)
+        grad_scale = tl.load(grad_output_ptr)
+        g = tl.where(mask_m, 1.0, 0.0)
+        g_b = tl.where(mask_n, 1.0, 0.0)
+    lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf"))
+    lse_b = tl.load(lse_ptr + offs_n, mask=mask_n, other=float("inf"))
+    is_partner = offs_n[None, :] == tl.where(offs_m < count, offs_m + count, offs_m - count)[:, None]
+    is_excluded = is_partner | (offs_n[None, :] == offs_m[:, None]) | (offs_n >= 2 * count)[None, :]
+    w, partner_weight = _masked_weights(s, g, lse, g_b, lse_b, inv_norm_b, is_partner, is_excluded)
+    acc = dot(cast(w, b.dtype), b, tl.zeros([BLOCK_M, BLOCK], tl.float32), PRECISION)
+    partner, inv_norm_partner, _k = _load_normalized(second, first, offs_m, offs_d, count, dim, NORMALIZE)
+    u = a.to(tl.float32) * inv_norm[:, None]
+    u_partner = partner.to(tl.float32) * inv_norm_partner[:, None]
+    grad = _grad_rows(acc, partner_weight, u, u_partner, inv_norm, k, grad_scale * scale, NORMALIZE)
+    _store_rows(da, db, grad, offs_m, offs_d, count, dim)
 
 
 def backward(
-    grad_output: Tensor,
-    first: Tensor,
-    second: Tensor,
-    temperature: float,
-    symmetric: bool,
-    normalize: bool,
-    reduction: str,
-    saved: Tensor,
-    da: Tensor | None,
-    db: Tensor | None,
-) -> None:
-    """Gradients of :func:`forward`.
+    grad_output: Tensor, first: Tensor, second: Tensor, temperature: float, symmetric: bool, normalize: bool,
+    reduction: str, lse: Tensor, da: Tensor | None, db: Tensor | None,
+) -> None:  # fmt: skip
+    """Computes the gradients of :func:`dfkd_fast.kernels.contrastive_loss.forward`.
 
     Args:
         grad_output: gradient of ``out``, of its shape, any strides.
-        first: as in forward, like all up to ``saved``.
-        second: (N, D).
-        temperature: above 0.
-        symmetric: the op's.
-        normalize: the op's.
-        reduction: the op's.
-        saved: float32, one value per anchor.
+        first: (N, D), as in forward.
+        second: (N, D), as in forward.
+        temperature: positive.
+        symmetric: see :func:`dfkd_fast.ops.contrastive_loss`.
+        normalize: see there.
+        reduction: see there.
+        lse: (num_anchors,), float32, from forward.
         da: (N, D), in the dtype of ``first``; None if it is not needed.
-        db: (N, D), in the dtype of ``second``, or None.
+        db: (N, D), in the dtype of ``second``; None if it is not needed.
     """
     count, dim = first.shape
     sides = (da is not None) + (db is not None)
     if count == 0 or sides == 0:
         return
-    dtype, width = shared.shape(first, second)
-    anchors = saved.shape[0]
+    dtype, width = shared.dtype_and_width(first, second)
+    num_anchors = lse.shape[0]
     elementwise = grad_output.ndim == 1
-    scale = 1 / temperature / (anchors if reduction == "mean" else 1)
+    scale = 1 / temperature / (num_anchors if reduction == "mean" else 1)
     scale_log2 = math.log2(math.e) / temperature
-    results = (da, db)
-    strides = [step for d in results for step in ((0, 0) if d is None else d.stride())]
+    gradients = (shared.matrix(da), shared.matrix(db))
     small = shared.small_launch("contrastive_loss_small_backward", first, dtype)
     if small is not None:
         launch(
             _small_backward_kernel,
             (cdiv(small.tile["ROWS"], small.tile["BLOCK_M"]),),
-            grad_output,
-            first,
-            second,
-            saved,
-            *results,
-            count,
-            anchors,
-            dim,
-            *first.stride(),
-            *second.stride(),
-            *strides,
-            grad_output.stride(0) if elementwise else 0,
-            scale_log2,
-            scale,
+            *(grad_output, shared.matrix(first), shared.matrix(second), lse, *gradients),
+            *(count, num_anchors, dim, grad_output.stride(0) if elementwise else 0, scale_log2, scale),
             config=small,
             NORMALIZE=normalize,
             ELEMENTWISE=elementwise,
             PRECISION=precision(dtype),
         )
         return
-    unit = grad_output
+    grad_scale = grad_output
     if elementwise:
-        unit = grad_output.new_empty(())
-        largest = Launch(tile={"BLOCK": 4096}, num_warps=8)
-        launch(_largest_kernel, (1,), grad_output, unit, anchors, grad_output.stride(0), config=largest)
-    bounded = shared.bounded(scale_log2, normalize)
-    vectors, numbers = shared.prepared(
-        first, second, normalize, bounded=bounded, saved=saved, grad_output=grad_output, unit=unit
+        grad_scale = grad_output.new_empty(())
+        abs_max = Launch(tile={"BLOCK": 4096}, num_warps=8)
+        launch(_abs_max_kernel, (1,), grad_output, grad_scale, num_anchors, grad_output.stride(0), config=abs_max)
+    bounded = shared.is_bounded(scale_log2, normalize)
+    y, row_stats = shared.prepare(
+        first, second, normalize, bounded=bounded, lse=lse, grad_output=grad_output, grad_scale=grad_scale
     )
     chosen = config.choose("contrastive_loss_backward", architecture(first), dtype, dim=next_power_of_2(width))
     first_side = 0 if da is not None else 1
@@ -356,25 +293,17 @@ def backward(
     outputs = cdiv(width, chosen.tile["BLOCK_O"])
     tiles = [cdiv((2 if symmetric or side == 0 else 1) * count, chosen.tile["BLOCK_N"]) for side in (0, 1)]
     needed = tiles[first_side : first_side + sides]
-    span = shared.tiles_a_program(blocks * outputs, needed, num_sms(first))
-    chunks = cdiv(max(needed), span)
-    rows = sides * count
-    parts = first.new_empty((chunks, rows, width), dtype=torch.float32)
-    pairs = first.new_empty((chunks, rows), dtype=torch.float32)
+    length = shared.tiles_per_program(blocks * outputs, needed, num_sms(first))
+    chunks = cdiv(max(needed), length)
+    num_rows = sides * count
+    partials = first.new_empty((chunks, num_rows, width), dtype=torch.float32)
+    partner_weights = first.new_empty((chunks, num_rows), dtype=torch.float32)
+    stats_stride = row_stats.shape[1]
     launch(
         _backward_kernel,
         (blocks * sides, chunks, outputs),
-        vectors,
-        numbers,
-        parts,
-        pairs,
-        count,
-        width,
-        numbers.shape[1],
-        span,
-        first_side,
-        rows,
-        scale_log2,
+        *(y, row_stats, partials, partner_weights),
+        *(count, width, stats_stride, length, first_side, num_rows, scale_log2),
         config=chosen,
         SYMMETRIC=symmetric,
         BOUNDED=bounded,
@@ -383,23 +312,10 @@ def backward(
     )
     merge = config.choose("contrastive_loss_rows", architecture(first), dtype, dim=next_power_of_2(width))
     launch(
-        _finish_kernel,
+        _reduce_kernel,
         (sides * cdiv(count, merge.tile["ROWS"]),),
-        vectors,
-        numbers,
-        unit,
-        *results,
-        parts,
-        pairs,
-        count,
-        dim,
-        width,
-        numbers.shape[1],
-        first_side,
-        rows,
-        *(cdiv(each, span) for each in tiles),
-        scale,
-        *strides,
+        *(y, row_stats, grad_scale, *gradients, partials, partner_weights),
+        *(count, dim, width, stats_stride, first_side, num_rows, *(cdiv(each, length) for each in tiles), scale),
         config=merge,
         NORMALIZE=normalize,
     )

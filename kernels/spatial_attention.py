@@ -1,28 +1,31 @@
-"""The gate of the spatial attention modules: a narrow product, its softmax and the gating, forward and backward.
+"""The gate of the spatial attention modules: a narrow matrix product, its softmax and the gating, forward and backward.
 
-A sample is P positions by C features f; h are the K narrow maps. Per position and channel::
+A sample has P positions of C features f and K narrow maps h. Per position and channel::
 
     l = w h (+ b)        s = softmax(l)        out = f + scale s f
 
-over the positions of each channel (``spatial``; a bias cancels there and is left out) or over the channels at each
-position. With g the upstream gradient::
+The softmax runs over the positions of each channel (``spatial``; a bias cancels there and is ignored) or over the
+channels of each position. Gradient, with g the gradient of out::
 
-    q = scale g f      D = sum of s q over the softmax      dl = s (q - D)
-    df = g + g scale s      dh = w^T dl      dw = sum over positions of dl h      db = sum over positions of dl
+    q = scale g f      delta = sum of s q over the softmax      dl = s (q - delta)
+    df = g + scale g s      dh = w^T dl      dw = sum over positions of dl h      db = sum over positions of dl
 
-The product is narrow and cheap, features are wide: so logits are computed anew wherever they are needed, never written,
-and never rounded. Saved are the maximum and the sum of exponentials of each channel; over channels nothing is.
+The product is narrow and cheap compared with reading the features, so logits are recomputed where they are needed,
+neither written nor rounded. Only each channel's maximum and sum of exponentials are saved; over channels, nothing is.
 
-positions, forward: a program takes a chunk of a sample, first for its maximum, then for its sum of exponentials; chunks
-    are merged, then tiles are gated. f is read once, h once from memory and twice from cache: 4PC + 2PK bytes in a
-    two-byte type.
-positions, backward: a pass over f and g for D, one for the gradients, which takes the samples in reverse to find in
-    cache what was read last: 10PC bytes at most. Nearer to 6PC come groups of samples, each small enough for the cache,
-    that take turns (``MEGABYTES``), at two or three launches a group.
-channels: one pass each way; with more of them than ``BLOCK_C``, sums along them come first, by a kernel of their own.
+Memory traffic in a two-byte dtype:
 
-dw is summed in registers over the tiles of a program, and over programs by a kernel in a fixed order. With channels in
-excess of ``BLOCK_C`` it takes a launch of its own: dh wants all channels of a tile in a program, dw all tiles of one.
+positions, forward: a program computes the maximum and then the sum of exponentials of a chunk of a sample. Chunks are
+    merged, then tiles are gated. f is read once and h three times, twice from cache: 4PC + 2PK bytes.
+positions, backward: one pass over f and g computes delta, a second the gradients. The second takes the samples in
+    reverse order and finds the last ones in cache: at most 10PC bytes. Alternating both passes over groups of samples
+    that fit in the cache (``MEGABYTES``) brings this near 6PC, at two or three launches per group.
+channels: one pass, 4PC + 2PK bytes forward and 6PC + 4PK backward. If there are more than ``BLOCK_C`` channels, another
+    kernel first computes the statistics over them and reads h again, in backward also f and g.
+
+dw is summed in registers over the tiles of a program, and over programs by a kernel in a fixed order. With more than
+``BLOCK_C`` channels it needs its own launch: a program for dh loops over all channels of a tile, a program for dw over
+tiles of the same channels.
 """
 
 from __future__ import annotations
@@ -53,36 +56,36 @@ from dfkd_fast.kernels.config import Launch
 __all__ = ["backward", "forward"]
 
 _MERGE = Launch(tile={"CHUNKS": 16, "BLOCK": 64})
-_SUM = Launch(tile={"ROWS": 128, "BLOCK": 32}, num_warps=8)
+_REDUCE = Launch(tile={"ROWS": 128, "BLOCK": 32}, num_warps=8)
 
 
-def _tile(m: int, c: int, k: int, positions: int, each: int, stages: int, **launcher: int) -> Launch:
-    """Tiles of ``c`` channels by about ``each`` elements per thread; of ``m`` positions or more, if there are."""
+def _tile(m: int, c: int, k: int, positions: int, per_thread: int, stages: int, **launcher: int) -> Launch:
+    """Tiles of ``c`` channels, about ``per_thread`` elements per thread and, if possible, ``m`` positions or more."""
     warps = 4 if c <= 64 else 8
-    block = max(16, min(max(m, min(64, 32 * warps * each // c)), positions))
+    block = max(16, min(max(m, min(64, 32 * warps * per_thread // c)), positions))
     tile = {"BLOCK_M": block, "BLOCK_C": c, "BLOCK_K": k, **launcher}
-    return Launch(tile=tile, num_warps=min(16, max(warps, block * c // (32 * each))), num_stages=stages)
+    return Launch(tile=tile, num_warps=min(16, max(warps, block * c // (32 * per_thread))), num_stages=stages)
 
 
 def _block_k(arch: int, dtype: torch.dtype, hidden: int) -> int:
-    """Narrow maps of a tile: fewer where products read both sides from registers, and few outside tensor cores."""
+    """Narrow maps per tile: fewer if products read both operands from registers, and 16 without tensor cores."""
     return max(16, min(hidden, (64 if arch // 10 == 9 else 32) if dtype.itemsize == 2 else 16))
 
 
-def _roomy(dtype: torch.dtype, hidden: int, vectors: int) -> bool:
-    """Whether a thread has room for many elements: products in tensor cores, and one address per eight elements."""
+def _has_registers(dtype: torch.dtype, hidden: int, vectors: int) -> bool:
+    """Whether a thread has registers for many elements: with tensor cores, and one address per eight elements."""
     return dtype.itemsize == 2 and hidden <= 32 and bool(vectors)
 
 
 @config.heuristic("spatial_attention_statistics", TILES=(4, 64), BLOCK_M=(16, 128), num_stages=(1, 4))
-@config.heuristic("spatial_attention_slopes", TILES=(4, 64), BLOCK_M=(16, 128), num_stages=(1, 4))
+@config.heuristic("spatial_attention_delta", TILES=(4, 64), BLOCK_M=(16, 128), num_stages=(1, 4))
 def _config_sums(
     arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
 ) -> Launch:
-    """Sums along positions. A program has up to ``TILES``; with fewer, more chunks are left to merge."""
-    m, each, stages = (64, 16, 3) if dtype.itemsize == 2 else (32, 8, 2)
+    """Sums over positions. A program processes up to ``TILES`` tiles; fewer leave more chunks to merge."""
+    m, per_thread, stages = (64, 16, 3) if dtype.itemsize == 2 else (32, 8, 2)
     block_k = _block_k(arch, dtype, hidden)
-    return _tile(m, max(16, min(channels, 64)), block_k, positions, each, stages, TILES=16)
+    return _tile(m, max(16, min(channels, 64)), block_k, positions, per_thread, stages, TILES=16)
 
 
 @config.heuristic("spatial_attention_gate", BLOCK_M=(16, 128))
@@ -90,445 +93,478 @@ def _config_sums(
 def _config_gate(
     arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
 ) -> Launch:
-    """For a softmax over channels, all of them are in a tile, up to 256."""
+    """For a softmax over channels, a tile holds all of them, up to 256."""
     block = max(16, channels if over_channels and channels <= 256 else min(channels, 64))
-    each = 32 if _roomy(dtype, hidden, vectors) else 8 if dtype.itemsize == 2 else 16
-    return _tile(16, block, _block_k(arch, dtype, hidden), positions, each, 2)
+    per_thread = 32 if _has_registers(dtype, hidden, vectors) else 8 if dtype.itemsize == 2 else 16
+    return _tile(16, block, _block_k(arch, dtype, hidden), positions, per_thread, 2)
 
 
 @config.heuristic("spatial_attention_gradients", BLOCK_M=(16, 128), PROGRAMS=(1, 8), num_stages=(1, 3))
 def _config_gradients(
     arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
 ) -> Launch:
-    """All channels of a position are in a tile, up to 256; up to 128 where products read the weight from registers.
+    """A tile holds all channels of a position, up to 256, or up to 128 if products read the weight from registers.
 
-    ``PROGRAMS`` run per multiprocessor, and each writes a gradient of the weight. One round of sums and gradients goes
-    over ``MEGABYTES`` of maps, 0 for all there are.
+    ``PROGRAMS`` programs run per SM, and each writes one partial gradient of the weight. delta and the gradients are
+    computed in turn for groups of samples of ``MEGABYTES``; 0 puts all samples in one group.
     """
     halves = dtype.itemsize == 2
     from_shared = halves and arch // 10 in (9, 10)
     most = 256 if from_shared else 64 if halves and over_channels else 128
     block = max(16, channels if channels <= most else 64)
-    if _roomy(dtype, hidden, vectors):
-        each = 32 if block != 128 and not over_channels else 16 if from_shared or not over_channels else 8
+    if _has_registers(dtype, hidden, vectors):
+        per_thread = 32 if block != 128 and not over_channels else 16 if from_shared or not over_channels else 8
     else:
-        each = 8 if halves or block == channels else 4
+        per_thread = 8 if halves or block == channels else 4
     programs = max(1, min(3, 256 // block))
-    stages = 1 if each == 4 else 2
+    stages = 1 if per_thread == 4 else 2
     block_k = _block_k(arch, dtype, hidden)
-    return _tile(16, block, block_k, positions, each, stages, PROGRAMS=programs, MEGABYTES=0)
+    return _tile(16, block, block_k, positions, per_thread, stages, PROGRAMS=programs, MEGABYTES=0)
 
 
 class Map(NamedTuple):
-    """A feature map as kernels take it: data and strides, None where it is channels-last without gaps.
+    """A feature map as the kernels take it.
 
-    Then addresses follow from the number of channels, and the compiler knows how far vectors are aligned.
+    Strides are None if it is contiguous in channels-last order: the compiler then derives the addresses' alignment from
+    the number of channels. All fields are None if there is no such map.
     """
 
     data: Any
-    sample: Any
-    position: Any
-    channel: Any
+    stride_n: Any
+    stride_p: Any
+    stride_c: Any
 
 
 _NO_MAP = Map(None, None, None, None)
 
 
-class Operands(NamedTuple):
-    """What the kernels have in common; None where one has no use for it."""
+class Arguments(NamedTuple):
+    """Arguments that the kernels share. Those that a kernel does not use may be None."""
 
-    features: Any
-    hidden: Any
-    bias: Any
+    features: Any  # Map, [N, P, C]
+    hidden: Any  # Map, [N, P, K]
+    bias_ptr: Any  # [C]
     samples: Any
     positions: Any
     scale: Any
-    grad_output: Any = _NO_MAP
-    saved: Any = None
-    slopes: Any = None
+    grad_output: Any = _NO_MAP  # Map, [N, P, C]
+    stats_ptr: Any = None  # row_max and row_sum, [2, N, C], or [2, N, P] for a softmax over channels
+    delta_ptr: Any = None  # [N, C] or [N, P]
 
 
 @triton.jit
-def _place(tile, positions, BLOCK_M: tl.constexpr):
-    """Sample and first position of a tile, of all samples' tiles in turn, and which of its positions exist."""
+def _locate(tile, positions, BLOCK_M: tl.constexpr):
+    """Sample and first position of a tile, counted over all samples, and the mask of its positions."""
     tiles = tl.cdiv(positions, BLOCK_M)
     first = tl.cast(tile % tiles, tl.int64) * BLOCK_M
     return tl.cast(tile // tiles, tl.int64), first, first + tl.arange(0, BLOCK_M) < positions
 
 
 @triton.jit
-def _inside(exists, channel, CHANNELS: tl.constexpr):
-    """Which elements of a tile exist: no comparison along channels where all of them do."""
-    if CHANNELS // channel.shape[0] * channel.shape[0] == CHANNELS:
-        return exists[:, None]
+def _mask(mask_m, offs_c, CHANNELS: tl.constexpr):
+    """The mask of a tile, without a comparison if the blocks divide the channels."""
+    if CHANNELS // offs_c.shape[0] * offs_c.shape[0] == CHANNELS:
+        return mask_m[:, None]
     else:
-        return exists[:, None] & (channel < CHANNELS)[None, :]
+        return mask_m[:, None] & (offs_c < CHANNELS)[None, :]
 
 
 @triton.jit
-def _pointers(m, sample, position, channel, positions, CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """A tile (position, channel) of a map, from the first position. Within a dense one 32 bits suffice."""
-    row = tl.arange(0, BLOCK_M)
-    if m.position is None:
-        return m.data + (sample * positions + position) * CHANNELS + (row[:, None] * CHANNELS + channel[None, :])
+def _pointers(m, sample, position, offs_c, positions, CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Pointers to a tile (position, channel) of a map. Offsets within a contiguous tile need only 32 bits."""
+    offs_m = tl.arange(0, BLOCK_M)
+    if m.stride_p is None:
+        return m.data + (sample * positions + position) * CHANNELS + (offs_m[:, None] * CHANNELS + offs_c[None, :])
     else:
-        at = (position + row) * m.position
-        return m.data + sample * m.sample + at[:, None] + channel.to(tl.int64)[None, :] * m.channel
+        at = (position + offs_m) * m.stride_p
+        return m.data + sample * m.stride_n + at[:, None] + offs_c.to(tl.int64)[None, :] * m.stride_c
 
 
 @triton.jit
-def _load(m, sample, position, exists, channel, positions, CHANNELS: tl.constexpr, EVICTION: tl.constexpr):
-    """That tile, zero outside."""
-    at = _pointers(m, sample, position, channel, positions, CHANNELS, exists.shape[0])
-    return tl.load(at, mask=_inside(exists, channel, CHANNELS), other=0.0, eviction_policy=EVICTION)
+def _load(m, sample, position, mask_m, offs_c, positions, CHANNELS: tl.constexpr, EVICTION: tl.constexpr):
+    """A tile of a map, zero outside."""
+    at = _pointers(m, sample, position, offs_c, positions, CHANNELS, mask_m.shape[0])
+    return tl.load(at, mask=_mask(mask_m, offs_c, CHANNELS), other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit
-def _store(m, value, sample, position, inside, channel, positions, CHANNELS: tl.constexpr):
-    """Its counterpart, from float32."""
-    at = _pointers(m, sample, position, channel, positions, CHANNELS, inside.shape[0])
-    tl.store(at, cast(value, m.data.dtype.element_ty), mask=inside)
+def _store(m, value, sample, position, mask, offs_c, positions, CHANNELS: tl.constexpr):
+    """Writes a float32 tile of a map."""
+    at = _pointers(m, sample, position, offs_c, positions, CHANNELS, mask.shape[0])
+    tl.store(at, cast(value, m.data.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _weight(weight, channel, k, C: tl.constexpr, K: tl.constexpr, dtype: tl.constexpr):
-    """A tile (k, channel) of the weight (C, K), zero outside, in the type of the products."""
-    inside = (k < K)[:, None] & (channel < C)[None, :]
-    return cast(tl.load(weight + channel[None, :] * K + k[:, None], mask=inside, other=0.0).to(tl.float32), dtype)
+def _load_weight(weight_ptr, offs_c, offs_k, C: tl.constexpr, K: tl.constexpr, dtype: tl.constexpr):
+    """A tile (k, channel) of the weight (C, K), zero outside, in the dtype of the products."""
+    mask = (offs_k < K)[:, None] & (offs_c < C)[None, :]
+    w = tl.load(weight_ptr + offs_c[None, :] * K + offs_k[:, None], mask=mask, other=0.0)
+    return cast(w.to(tl.float32), dtype)
 
 
 @triton.jit
 def _logits(
-    h, w, x, weight, sample, position, exists, channel, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Logits (position, channel), from the first narrow maps h and weights w of a tile, and all further ones."""
+    h, w, args, weight_ptr, sample, position, mask_m, offs_c,
+    C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits (position, channel) of a tile. h and w are its first block of K; this loads the other blocks."""
     logits = dot(h, w, tl.zeros([h.shape[0], w.shape[1]], tl.float32), PRECISION)
     for start in range(h.shape[1], K, h.shape[1]):
-        k = start + tl.arange(0, h.shape[1])
-        more = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
-        logits = dot(more, _weight(weight, channel, k, C, K, h.dtype), logits, PRECISION)
+        offs_k = start + tl.arange(0, h.shape[1])
+        more = _load(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
+        logits = dot(more, _load_weight(weight_ptr, offs_c, offs_k, C, K, h.dtype), logits, PRECISION)
     return logits
 
 
 @triton.jit
-def _over_channels(logits, x, channel, C: tl.constexpr):
-    """Logits whose softmax runs along channels: with the bias, and minus infinity beyond the last channel."""
-    if x.bias is not None:
-        logits += tl.load(x.bias + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
-    if C // channel.shape[0] * channel.shape[0] != C:
-        logits = tl.where((channel < C)[None, :], logits, float("-inf"))
+def _channel_logits(logits, args, offs_c, C: tl.constexpr):
+    """Logits for a softmax over channels: with the bias, and minus infinity outside."""
+    if args.bias_ptr is not None:
+        logits += tl.load(args.bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+    if C // offs_c.shape[0] * offs_c.shape[0] != C:
+        logits = tl.where((offs_c < C)[None, :], logits, float("-inf"))
     return logits
 
 
 @triton.jit
-def _softmax(logits, x, sample, position, exists, channel, C: tl.constexpr, FORM: tl.constexpr):
-    """The softmax of a tile, 0 at positions that do not exist.
+def _softmax(logits, args, sample, position, mask_m, offs_c, C: tl.constexpr, STATS: tl.constexpr):
+    """The softmax of a tile, zero outside.
 
-    FORM says where maximum and sum come from: "positions", saved by channel; "channels", saved by position; "whole",
-    this tile itself, which holds all channels.
+    STATS says where maximum and sum come from: "positions", stored per channel; "channels", stored per position;
+    "tile", from the tile, which holds all channels.
     """
-    dtype: tl.constexpr = x.hidden.data.dtype.element_ty
-    if FORM == "whole":
+    dtype: tl.constexpr = args.hidden.data.dtype.element_ty
+    if STATS == "tile":
         e = exp(logits - tl.max(logits, 1)[:, None], dtype)
         s = e * divide(1.0, tl.sum(e, 1), dtype)[:, None]
-    elif FORM == "channels":
-        row = tl.arange(0, exists.shape[0])
-        top = tl.load(x.saved + sample * x.positions + position + row, mask=exists, other=0.0)
-        total = tl.load(x.saved + (x.samples + sample) * x.positions + position + row, mask=exists, other=1.0)
-        s = exp(logits - top[:, None], dtype) * divide(1.0, total, dtype)[:, None]
+    elif STATS == "channels":
+        offs_m = tl.arange(0, mask_m.shape[0])
+        stats_ptr = args.stats_ptr + sample * args.positions + position + offs_m
+        row_max = tl.load(stats_ptr, mask=mask_m, other=0.0)
+        stats_ptr = args.stats_ptr + (args.samples + sample) * args.positions + position + offs_m
+        row_sum = tl.load(stats_ptr, mask=mask_m, other=1.0)
+        s = exp(logits - row_max[:, None], dtype) * divide(1.0, row_sum, dtype)[:, None]
     else:
-        top = tl.load(x.saved + sample * C + channel, mask=channel < C, other=0.0)
-        total = tl.load(x.saved + (x.samples + sample) * C + channel, mask=channel < C, other=1.0)
-        s = exp(logits - top[None, :], dtype) * divide(1.0, total, dtype)[None, :]
-    return tl.where(exists[:, None], s, 0.0)
+        row_max = tl.load(args.stats_ptr + sample * C + offs_c, mask=offs_c < C, other=0.0)
+        row_sum = tl.load(args.stats_ptr + (args.samples + sample) * C + offs_c, mask=offs_c < C, other=1.0)
+        s = exp(logits - row_max[None, :], dtype) * divide(1.0, row_sum, dtype)[None, :]
+    return tl.where(mask_m[:, None], s, 0.0)
 
 
-# --- softmax over positions: sums along them
+# --- softmax over positions: statistics
 
 
 @triton.jit
-def _chunk(row, chunks, each, positions, BLOCK_M: tl.constexpr):
-    """First and last tile of a chunk."""
+def _chunk_tiles(chunk, chunks, length, positions, BLOCK_M: tl.constexpr):
+    """First tile of a chunk, counted over all samples, and the one after its last."""
     tiles = tl.cdiv(positions, BLOCK_M)
-    first = row % chunks * each
-    return row // chunks * tiles + first, row // chunks * tiles + tl.minimum(first + each, tiles)
+    first = chunk % chunks * length
+    return chunk // chunks * tiles + first, chunk // chunks * tiles + tl.minimum(first + length, tiles)
 
 
 @triton.jit
-def _tile_logits(w, x, weight, tile, channel, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-                 BLOCK_M: tl.constexpr):  # fmt: skip
-    """Logits of a tile, minus infinity at positions that do not exist."""
-    sample, position, exists = _place(tile, x.positions, BLOCK_M)
-    h = _load(x.hidden, sample, position, exists, tl.arange(0, w.shape[0]), x.positions, K, "")
-    logits = _logits(h, w, x, weight, sample, position, exists, channel, C, K, PRECISION)
-    return tl.where(exists[:, None], logits, float("-inf"))
+def _tile_logits(
+    w, args, weight_ptr, tile, offs_c, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Logits of a tile, minus infinity outside its positions."""
+    sample, position, mask_m = _locate(tile, args.positions, BLOCK_M)
+    h = _load(args.hidden, sample, position, mask_m, tl.arange(0, w.shape[0]), args.positions, K, "")
+    logits = _logits(h, w, args, weight_ptr, sample, position, mask_m, offs_c, C, K, PRECISION)
+    return tl.where(mask_m[:, None], logits, float("-inf"))
 
 
 @triton.jit
 def _statistics_kernel(
-    x, weight, parts, chunks, each, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    args,  # Arguments
+    weight_ptr,  # [C, K]
+    stats_ptr,  # [2, N * chunks, C]: row_max and row_sum of each chunk
+    chunks, length, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Maximum of the logits and sum of exponentials below it, a chunk of ``each`` tiles and channel."""
-    row = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
-    channel = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first, last = _chunk(row, chunks, each, x.positions, BLOCK_M)
-    dtype: tl.constexpr = x.hidden.data.dtype.element_ty
-    w = _weight(weight, channel, tl.arange(0, BLOCK_K), C, K, dtype)
-    # One number a place of the tile until the end: that spares a reduction across threads in each tile.
-    top = tl.full([BLOCK_M, BLOCK_C], float("-inf"), tl.float32)
+    chunk = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
+    offs_c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first, last = _chunk_tiles(chunk, chunks, length, args.positions, BLOCK_M)
+    dtype: tl.constexpr = args.hidden.data.dtype.element_ty
+    w = _load_weight(weight_ptr, offs_c, tl.arange(0, BLOCK_K), C, K, dtype)
+    # Elementwise over tiles, so that the reduction across threads is needed only once.
+    tile_max = tl.full([BLOCK_M, BLOCK_C], float("-inf"), tl.float32)
     for tile in range(first, last):
-        top = tl.maximum(top, _tile_logits(w, x, weight, tile, channel, C, K, PRECISION, BLOCK_M))
-    largest = tl.max(top, 0)
-    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        tile_max = tl.maximum(tile_max, _tile_logits(w, args, weight_ptr, tile, offs_c, C, K, PRECISION, BLOCK_M))
+    row_max = tl.max(tile_max, 0)
+    tile_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for tile in range(first, last):
-        logits = _tile_logits(w, x, weight, tile, channel, C, K, PRECISION, BLOCK_M)
-        total += exp(logits - largest[None, :], dtype)
-    wide = row.to(tl.int64)
-    tl.store(parts + wide * C + channel, largest, mask=channel < C)
-    tl.store(parts + (x.samples * chunks + wide) * C + channel, tl.sum(total, 0), mask=channel < C)
+        logits = _tile_logits(w, args, weight_ptr, tile, offs_c, C, K, PRECISION, BLOCK_M)
+        tile_sum += exp(logits - row_max[None, :], dtype)
+    chunk = chunk.to(tl.int64)
+    tl.store(stats_ptr + chunk * C + offs_c, row_max, mask=offs_c < C)
+    tl.store(stats_ptr + (args.samples * chunks + chunk) * C + offs_c, tl.sum(tile_sum, 0), mask=offs_c < C)
 
 
 @triton.jit(do_not_specialize=["first_sample"])
 def _merge_kernel(
-    parts, merged, first_sample, samples, chunks, MAXIMA: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partials_ptr,  # with MAXIMA [2, N * chunks, C], row_max and row_sum; else [N * chunks, C], delta
+    merged_ptr,  # with MAXIMA [2, N, C], else [N, C]
+    first_sample, samples, chunks,
+    MAXIMA: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The chunks' sums to those of a sample; with MAXIMA, these come first, and sums are of exponentials below them."""
+    """Merges the chunks of each sample. With MAXIMA, sums are of exponentials relative to their chunk's maximum."""
     sample = (first_sample + tl.program_id(0)).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    largest = tl.zeros([BLOCK], tl.float32)
+    offs_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row_max = tl.zeros([BLOCK], tl.float32)
     if MAXIMA:
-        top = tl.full([CHUNKS, BLOCK], float("-inf"), tl.float32)
+        chunk_max = tl.full([CHUNKS, BLOCK], float("-inf"), tl.float32)
         for start in range(0, chunks, CHUNKS):
             chunk = start + tl.arange(0, CHUNKS)
-            inside = (chunk < chunks)[:, None] & (channel < C)[None, :]
-            at = (sample * chunks + chunk)[:, None] * C + channel[None, :]
-            top = tl.maximum(top, tl.load(parts + at, mask=inside, other=float("-inf")))
-        largest = tl.max(top, 0)
-        tl.store(merged + sample * C + channel, largest, mask=channel < C)
-    total = tl.zeros([CHUNKS, BLOCK], tl.float32)
+            mask = (chunk < chunks)[:, None] & (offs_c < C)[None, :]
+            at = (sample * chunks + chunk)[:, None] * C + offs_c[None, :]
+            chunk_max = tl.maximum(chunk_max, tl.load(partials_ptr + at, mask=mask, other=float("-inf")))
+        row_max = tl.max(chunk_max, 0)
+        tl.store(merged_ptr + sample * C + offs_c, row_max, mask=offs_c < C)
+    acc = tl.zeros([CHUNKS, BLOCK], tl.float32)
     sums = samples if MAXIMA else 0
     for start in range(0, chunks, CHUNKS):
         chunk = start + tl.arange(0, CHUNKS)
-        inside = (chunk < chunks)[:, None] & (channel < C)[None, :]
-        at = ((sums + sample) * chunks + chunk)[:, None] * C + channel[None, :]
-        part = tl.load(parts + at, mask=inside, other=0.0)
+        mask = (chunk < chunks)[:, None] & (offs_c < C)[None, :]
+        at = ((sums + sample) * chunks + chunk)[:, None] * C + offs_c[None, :]
+        partial = tl.load(partials_ptr + at, mask=mask, other=0.0)
         if MAXIMA:
-            at = (sample * chunks + chunk)[:, None] * C + channel[None, :]
-            part *= exp(tl.load(parts + at, mask=inside, other=float("-inf")) - largest[None, :], tl.float32)
-        total += tl.where(inside, part, 0.0)
-    tl.store(merged + (sums + sample) * C + channel, tl.sum(total, 0), mask=channel < C)
+            at = (sample * chunks + chunk)[:, None] * C + offs_c[None, :]
+            chunk_max = tl.load(partials_ptr + at, mask=mask, other=float("-inf"))
+            partial *= exp(chunk_max - row_max[None, :], tl.float32)
+        acc += tl.where(mask, partial, 0.0)
+    tl.store(merged_ptr + (sums + sample) * C + offs_c, tl.sum(acc, 0), mask=offs_c < C)
 
 
 @triton.jit(do_not_specialize=["first_sample"])
-def _slopes_kernel(
-    x, weight, parts, first_sample, chunks, each, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+def _delta_kernel(
+    args,  # Arguments
+    weight_ptr,  # [C, K]
+    delta_ptr,  # [N * chunks, C]: delta of each chunk
+    first_sample, chunks, length, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """D, the sum of s q over positions, a chunk and channel."""
-    row = first_sample * chunks + tl.program_id(0) // tl.cdiv(C, BLOCK_C)
-    channel = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    first, last = _chunk(row, chunks, each, x.positions, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    w = _weight(weight, channel, k, C, K, x.hidden.data.dtype.element_ty)
-    slope = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    chunk = first_sample * chunks + tl.program_id(0) // tl.cdiv(C, BLOCK_C)
+    offs_c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first, last = _chunk_tiles(chunk, chunks, length, args.positions, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    w = _load_weight(weight_ptr, offs_c, offs_k, C, K, args.hidden.data.dtype.element_ty)
+    delta = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for tile in range(first, last):
-        sample, position, exists = _place(tile, x.positions, BLOCK_M)
-        g = _load(x.grad_output, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
-        f = _load(x.features, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
-        h = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
-        logits = _logits(h, w, x, weight, sample, position, exists, channel, C, K, PRECISION)
-        # Rounded as for q - D, where a share of nearly 1 leaves little of the two.
-        slope += _softmax(logits, x, sample, position, exists, channel, C, "positions") * (x.scale * (g * f))
-    tl.store(parts + row.to(tl.int64) * C + channel, tl.sum(slope, 0), mask=channel < C)
+        sample, position, mask_m = _locate(tile, args.positions, BLOCK_M)
+        g = _load(args.grad_output, sample, position, mask_m, offs_c, args.positions, C, "").to(tl.float32)
+        f = _load(args.features, sample, position, mask_m, offs_c, args.positions, C, "").to(tl.float32)
+        h = _load(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
+        logits = _logits(h, w, args, weight_ptr, sample, position, mask_m, offs_c, C, K, PRECISION)
+        # Round q as q - delta does: if s is nearly 1, the difference is small.
+        delta += _softmax(logits, args, sample, position, mask_m, offs_c, C, "positions") * (args.scale * (g * f))
+    tl.store(delta_ptr + chunk.to(tl.int64) * C + offs_c, tl.sum(delta, 0), mask=offs_c < C)
 
 
-# --- softmax over more channels than a program takes at once: sums along them
+# --- softmax over more channels than a tile holds: statistics
 
 
 @triton.jit
 def _rows_kernel(
-    x, weight, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    args,  # Arguments
+    weight_ptr,  # [C, K]
+    C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Maximum, sum of exponentials and, where there is an upstream gradient, D of each position."""
-    sample, position, exists = _place(tl.program_id(0), x.positions, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    h = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
-    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    slope = tl.zeros([BLOCK_M], tl.float32)
+    """row_max and row_sum of each position and, if there is a grad_output, delta."""
+    sample, position, mask_m = _locate(tl.program_id(0), args.positions, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    h = _load(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    delta = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, C, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C)
-        w = _weight(weight, channel, k, C, K, h.dtype)
-        logits = _logits(h, w, x, weight, sample, position, exists, channel, C, K, PRECISION)
-        logits = _over_channels(logits, x, channel, C)
-        top = tl.maximum(largest, tl.max(logits, 1))
-        e = exp(logits - top[:, None], h.dtype)
-        below = exp(largest - top, h.dtype)
-        total = total * below + tl.sum(e, 1)
-        if x.grad_output.data is not None:
-            g = _load(x.grad_output, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
-            f = _load(x.features, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
-            slope = slope * below + tl.sum(e * (g * f), 1)
-        largest = top
-    row = tl.arange(0, BLOCK_M)
-    tl.store(x.saved + sample * x.positions + position + row, largest, mask=exists)
-    tl.store(x.saved + (x.samples + sample) * x.positions + position + row, total, mask=exists)
-    if x.grad_output.data is not None:
-        tl.store(x.slopes + sample * x.positions + position + row, slope * divide(x.scale, total, h.dtype), mask=exists)
+        offs_c = start + tl.arange(0, BLOCK_C)
+        w = _load_weight(weight_ptr, offs_c, offs_k, C, K, h.dtype)
+        logits = _logits(h, w, args, weight_ptr, sample, position, mask_m, offs_c, C, K, PRECISION)
+        logits = _channel_logits(logits, args, offs_c, C)
+        new_max = tl.maximum(row_max, tl.max(logits, 1))
+        e = exp(logits - new_max[:, None], h.dtype)
+        rescale = exp(row_max - new_max, h.dtype)
+        row_sum = row_sum * rescale + tl.sum(e, 1)
+        if args.grad_output.data is not None:
+            g = _load(args.grad_output, sample, position, mask_m, offs_c, args.positions, C, "").to(tl.float32)
+            f = _load(args.features, sample, position, mask_m, offs_c, args.positions, C, "").to(tl.float32)
+            delta = delta * rescale + tl.sum(e * (g * f), 1)
+        row_max = new_max
+    offs_m = tl.arange(0, BLOCK_M)
+    at = sample * args.positions + position + offs_m
+    tl.store(args.stats_ptr + at, row_max, mask=mask_m)
+    tl.store(args.stats_ptr + (args.samples + sample) * args.positions + position + offs_m, row_sum, mask=mask_m)
+    if args.grad_output.data is not None:
+        tl.store(args.delta_ptr + at, delta * divide(args.scale, row_sum, h.dtype), mask=mask_m)
 
 
-# --- tiles of features
+# --- gated features and gradients
 
 
 @triton.jit
 def _gate_kernel(
-    x, weight, out, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, FORM: tl.constexpr,
+    args,  # Arguments
+    weight_ptr,  # [C, K]
+    out,  # Map, [N, P, C]
+    C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, STATS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The result, tile by tile."""
-    channel = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sample, position, exists = _place(tl.program_id(0) // tl.cdiv(C, BLOCK_C), x.positions, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    f = _load(x.features, sample, position, exists, channel, x.positions, C, "").to(tl.float32)
-    h = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
-    w = _weight(weight, channel, k, C, K, h.dtype)
-    logits = _logits(h, w, x, weight, sample, position, exists, channel, C, K, PRECISION)
-    if FORM != "positions":
-        logits = _over_channels(logits, x, channel, C)
-    s = _softmax(logits, x, sample, position, exists, channel, C, FORM)
-    # Not f * (1 + gate): next to 1 a gate of 1e-6 would lose most of its digits.
-    y = f + f * (x.scale * s)
-    _store(out, y, sample, position, _inside(exists, channel, C), channel, x.positions, C)
+    offs_c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    sample, position, mask_m = _locate(tl.program_id(0) // tl.cdiv(C, BLOCK_C), args.positions, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    f = _load(args.features, sample, position, mask_m, offs_c, args.positions, C, "").to(tl.float32)
+    h = _load(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
+    w = _load_weight(weight_ptr, offs_c, offs_k, C, K, h.dtype)
+    logits = _logits(h, w, args, weight_ptr, sample, position, mask_m, offs_c, C, K, PRECISION)
+    if STATS != "positions":
+        logits = _channel_logits(logits, args, offs_c, C)
+    s = _softmax(logits, args, sample, position, mask_m, offs_c, C, STATS)
+    # Not f * (1 + gate): added to 1, a gate of 1e-6 would lose most of its precision.
+    y = f + f * (args.scale * s)
+    _store(out, y, sample, position, _mask(mask_m, offs_c, C), offs_c, args.positions, C)
 
 
 @triton.jit
-def _logits_gradient(logits, x, df, sample, position, exists, channel, C: tl.constexpr, FORM: tl.constexpr):
-    """dl of a tile; df, where wanted, is written on the way, by the first of the programs that share the tile."""
-    # Read here for the last time: what else is in cache is worth more.
-    g = _load(x.grad_output, sample, position, exists, channel, x.positions, C, "evict_first").to(tl.float32)
-    f = _load(x.features, sample, position, exists, channel, x.positions, C, "evict_first").to(tl.float32)
-    s = _softmax(logits, x, sample, position, exists, channel, C, FORM)
+def _logits_gradient(logits, args, df, sample, position, mask_m, offs_c, C: tl.constexpr, STATS: tl.constexpr):
+    """dl of a tile. The first of the programs that share the tile also writes df unless it is None."""
+    # Usually the last read of g and f: evict them first.
+    g = _load(args.grad_output, sample, position, mask_m, offs_c, args.positions, C, "evict_first").to(tl.float32)
+    f = _load(args.features, sample, position, mask_m, offs_c, args.positions, C, "evict_first").to(tl.float32)
+    s = _softmax(logits, args, sample, position, mask_m, offs_c, C, STATS)
     if df.data is not None:
-        inside = _inside(exists, channel, C) & (tl.program_id(2) == 0)
-        _store(df, g + g * (x.scale * s), sample, position, inside, channel, x.positions, C)
-    q = x.scale * (g * f)
-    if FORM == "whole":
+        mask = _mask(mask_m, offs_c, C) & (tl.program_id(2) == 0)
+        _store(df, g + g * (args.scale * s), sample, position, mask, offs_c, args.positions, C)
+    q = args.scale * (g * f)
+    if STATS == "tile":
         return s * (q - tl.sum(s * q, 1)[:, None])
-    elif FORM == "channels":
-        at = sample * x.positions + position + tl.arange(0, exists.shape[0])
-        return s * (q - tl.load(x.slopes + at, mask=exists, other=0.0)[:, None])
+    elif STATS == "channels":
+        at = sample * args.positions + position + tl.arange(0, mask_m.shape[0])
+        return s * (q - tl.load(args.delta_ptr + at, mask=mask_m, other=0.0)[:, None])
     else:
-        return s * (q - tl.load(x.slopes + sample * C + channel, mask=channel < C, other=0.0)[None, :])
+        return s * (q - tl.load(args.delta_ptr + sample * C + offs_c, mask=offs_c < C, other=0.0)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_tile", "first_part"])
+@triton.jit(do_not_specialize=["first_tile", "first_row"])
 def _gradients_kernel(
-    x, weight, df, dh, parts, first_tile, first_part, count, each, C: tl.constexpr, K: tl.constexpr,
-    PRECISION: tl.constexpr, FORM: tl.constexpr,
-    NEEDS_GRAD_W: tl.constexpr, NEEDS_GRAD_B: tl.constexpr, IN_TURN: tl.constexpr,
+    args,  # Arguments
+    weight_ptr,  # [C, K]
+    df,  # Map, [N, P, C], or None
+    dh,  # Map, [N, P, K], or None
+    partials_ptr,  # [programs, width]: per row dw and then db, as far as they are needed
+    first_tile, first_row, num_tiles, length, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    STATS: tl.constexpr, NEEDS_GRAD_W: tl.constexpr, NEEDS_GRAD_B: tl.constexpr, LOOP_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of ``each`` of ``count`` tiles from ``first_tile`` on.
+    """Gradients of ``length`` of the ``num_tiles`` tiles from ``first_tile`` on.
 
-    Axes of the grid: tiles; blocks of channels, of which with IN_TURN each program takes all; blocks of narrow maps,
-    for the gradients of h and w.
+    Axes of the grid: tiles; blocks of channels, or with LOOP_C one program for all of them; blocks of narrow maps, for
+    the gradients of h and w.
     """
-    program = tl.program_id(0)
-    # The last sample first: it is what the pass before has left in cache.
-    first = first_tile + (tl.num_programs(0) - 1 - program) * each
-    k = tl.arange(0, BLOCK_K)
-    own = tl.program_id(2) * BLOCK_K + k
-    dtype: tl.constexpr = x.hidden.data.dtype.element_ty
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    w = _weight(weight, channel, k, C, K, dtype)
-    w_own = _weight(weight, channel, own, C, K, dtype) if K > BLOCK_K else w
+    pid = tl.program_id(0)
+    # Last samples first: the previous pass left them in cache.
+    first = first_tile + (tl.num_programs(0) - 1 - pid) * length
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_out = tl.program_id(2) * BLOCK_K + offs_k
+    dtype: tl.constexpr = args.hidden.data.dtype.element_ty
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    w = _load_weight(weight_ptr, offs_c, offs_k, C, K, dtype)
+    w_out = _load_weight(weight_ptr, offs_c, offs_out, C, K, dtype) if K > BLOCK_K else w
     dw = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
     db = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for tile in range(first, tl.minimum(first + each, first_tile + count)):
-        sample, position, exists = _place(tile, x.positions, BLOCK_M)
-        h = _load(x.hidden, sample, position, exists, k, x.positions, K, "")
-        product = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
-        for start in range(0, C if IN_TURN else BLOCK_C, BLOCK_C):
-            if IN_TURN:
-                channel = start + tl.arange(0, BLOCK_C)
-                w = _weight(weight, channel, k, C, K, dtype)
-                w_own = _weight(weight, channel, own, C, K, dtype) if K > BLOCK_K else w
-            logits = _logits(h, w, x, weight, sample, position, exists, channel, C, K, PRECISION)
-            if FORM != "positions":
-                logits = _over_channels(logits, x, channel, C)
-            dl = _logits_gradient(logits, x, df, sample, position, exists, channel, C, FORM)
+    for tile in range(first, tl.minimum(first + length, first_tile + num_tiles)):
+        sample, position, mask_m = _locate(tile, args.positions, BLOCK_M)
+        h = _load(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
+        acc = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+        for start in range(0, C if LOOP_C else BLOCK_C, BLOCK_C):
+            if LOOP_C:
+                offs_c = start + tl.arange(0, BLOCK_C)
+                w = _load_weight(weight_ptr, offs_c, offs_k, C, K, dtype)
+                w_out = _load_weight(weight_ptr, offs_c, offs_out, C, K, dtype) if K > BLOCK_K else w
+            logits = _logits(h, w, args, weight_ptr, sample, position, mask_m, offs_c, C, K, PRECISION)
+            if STATS != "positions":
+                logits = _channel_logits(logits, args, offs_c, C)
+            dl = _logits_gradient(logits, args, df, sample, position, mask_m, offs_c, C, STATS)
             if dh.data is not None:
-                product = dot(w_own, tl.trans(cast(dl, dtype)), product, PRECISION)
+                acc = dot(w_out, tl.trans(cast(dl, dtype)), acc, PRECISION)
             if NEEDS_GRAD_W:
-                h_own = _load(x.hidden, sample, position, exists, own, x.positions, K, "") if K > BLOCK_K else h
-                dw = dot(tl.trans(cast(dl, dtype)), h_own, dw, PRECISION)
+                h_out = h
+                if K > BLOCK_K:
+                    h_out = _load(args.hidden, sample, position, mask_m, offs_out, args.positions, K, "")
+                dw = dot(tl.trans(cast(dl, dtype)), h_out, dw, PRECISION)
             if NEEDS_GRAD_B:
                 db += dl
         if dh.data is not None:
-            _store(dh, tl.trans(product), sample, position, _inside(exists, own, K), own, x.positions, K)
-    # A row of parts has the gradient of the weight, then that of the bias, whichever are wanted.
-    WEIGHTS: tl.constexpr = C * K if NEEDS_GRAD_W else 0
-    row = parts + (first_part + program).to(tl.int64) * (WEIGHTS + (C if NEEDS_GRAD_B else 0))
+            mask = _mask(mask_m, offs_out, K)
+            _store(dh, tl.trans(acc), sample, position, mask, offs_out, args.positions, K)
+    W_SIZE: tl.constexpr = C * K if NEEDS_GRAD_W else 0
+    row = partials_ptr + (first_row + pid).to(tl.int64) * (W_SIZE + (C if NEEDS_GRAD_B else 0))
     if NEEDS_GRAD_W:
-        tl.store(row + channel[:, None] * K + own[None, :], dw, mask=(channel < C)[:, None] & (own < K)[None, :])
+        mask = (offs_c < C)[:, None] & (offs_out < K)[None, :]
+        tl.store(row + offs_c[:, None] * K + offs_out[None, :], dw, mask=mask)
     if NEEDS_GRAD_B:
-        tl.store(row + WEIGHTS + channel, tl.sum(db, 0), mask=(channel < C) & (tl.program_id(2) == 0))
+        tl.store(row + W_SIZE + offs_c, tl.sum(db, 0), mask=(offs_c < C) & (tl.program_id(2) == 0))
 
 
 @triton.jit
-def _sum_parts_kernel(
-    parts, dw, db, count, WEIGHTS: tl.constexpr, RESULTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _reduce_kernel(
+    partials_ptr,  # [num_rows, WIDTH]
+    dw_ptr,  # [W_SIZE], or None
+    db_ptr,  # [SIZE - W_SIZE], or None; zeros are written beyond WIDTH
+    num_rows, W_SIZE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add up rows of WIDTH: the first WEIGHTS numbers for the weight, those to RESULTS for the bias, 0 beyond WIDTH."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, count, ROWS):
+    """Adds the partial gradients of weight and bias."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, num_rows, ROWS):
         row = start + tl.arange(0, ROWS)
-        inside = (row < count)[:, None] & (at < WIDTH)[None, :]
-        total += tl.load(parts + row.to(tl.int64)[:, None] * WIDTH + at[None, :], mask=inside, other=0.0)
-    result = tl.sum(total, 0)
-    if WEIGHTS > 0:
-        tl.store(dw + at, cast(result, dw.dtype.element_ty), mask=at < WEIGHTS)
-    if RESULTS > WEIGHTS:
-        tl.store(db + at - WEIGHTS, cast(result, db.dtype.element_ty), mask=(at >= WEIGHTS) & (at < RESULTS))
+        mask = (row < num_rows)[:, None] & (offs < WIDTH)[None, :]
+        acc += tl.load(partials_ptr + row.to(tl.int64)[:, None] * WIDTH + offs[None, :], mask=mask, other=0.0)
+    result = tl.sum(acc, 0)
+    if W_SIZE > 0:
+        tl.store(dw_ptr + offs, cast(result, dw_ptr.dtype.element_ty), mask=offs < W_SIZE)
+    if SIZE > W_SIZE:
+        mask = (offs >= W_SIZE) & (offs < SIZE)
+        tl.store(db_ptr + offs - W_SIZE, cast(result, db_ptr.dtype.element_ty), mask=mask)
 
 
-def _flat(x: Tensor) -> Tensor:
-    """x, or a copy, whose positions follow each other at one distance."""
+# --- launchers
+
+
+def _with_constant_step(x: Tensor) -> Tensor:
+    """x if its positions have a constant distance in memory, else a contiguous copy."""
     if x.shape[2] == 1 or x.shape[3] == 1 or x.stride(2) == x.shape[3] * x.stride(3):
         return x
     return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
 
 
 def _map(x: Tensor) -> Map:
+    """A map as a kernel argument."""
     samples, channels, height, width = x.shape
-    sample, channel, row, column = x.stride()
-    position = column if width > 1 else row
-    dense = (channels == 1 or channel == 1) and (height * width == 1 or position == channels)
-    if dense and (samples == 1 or sample == height * width * channels):
+    stride_n, stride_c, stride_h, stride_w = x.stride()
+    stride_p = stride_w if width > 1 else stride_h
+    dense = (channels == 1 or stride_c == 1) and (height * width == 1 or stride_p == channels)
+    if dense and (samples == 1 or stride_n == height * width * channels):
         return Map(x, None, None, None)
-    return Map(x, sample, position, channel)
+    return Map(x, stride_n, stride_p, stride_c)
 
 
 class _Call:
-    """What the launches of one call share."""
+    """Arguments, configurations and launches of one forward or backward call."""
 
     def __init__(
         self, features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str
     ) -> None:
-        self.features, self.hidden, self.weight = _flat(features), _flat(hidden), weight.contiguous()
+        self.features, self.hidden = _with_constant_step(features), _with_constant_step(hidden)
+        self.weight = weight.contiguous()
         self.samples, self.channels, height, width = features.shape
         self.positions = height * width
         self.over_channels = form == "channel"
         self.constants = {"C": self.channels, "K": weight.shape[1], "PRECISION": precision(hidden.dtype)}
         factor = float(scale * self.positions if form == "spatial_mean1" else scale)
         bias = bias.contiguous() if bias is not None and self.over_channels else None
-        maps = _map(self.features), _map(self.hidden)
-        self.operands = Operands(*maps, bias, self.samples, self.positions, factor)
+        self.args = Arguments(_map(self.features), _map(self.hidden), bias, self.samples, self.positions, factor)
 
     def choose(self, kernel: str) -> Launch:
         """The configuration of a kernel."""
@@ -540,46 +576,46 @@ class _Call:
             hidden=next_power_of_2(self.constants["K"]),
             positions=next_power_of_2(self.positions),
             over_channels=int(self.over_channels),
-            vectors=int(self.operands.features.position is None and self.channels % 8 == 0),
+            vectors=int(self.args.features.stride_p is None and self.channels % 8 == 0),
         )
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, chosen: Launch, **constants: Any) -> None:
-        """Launch a kernel that takes the operands, with its own sizes: the rest of the tile is the launcher's."""
+        """Launches a kernel with the shared arguments. Only the BLOCK sizes of the tile are passed to it."""
         tile = {name: size for name, size in chosen.tile.items() if name.startswith("BLOCK")}
         constants |= self.constants
-        launch(kernel, grid, self.operands, self.weight, *arguments, config=replace(chosen, tile=tile), **constants)
+        launch(kernel, grid, self.args, self.weight, *arguments, config=replace(chosen, tile=tile), **constants)
 
     def chunks(self, chosen: Launch, samples: int) -> tuple[int, int]:
-        """How many chunks the positions of a sample make, and of how many tiles: enough of them to fill the device."""
+        """The number of chunks per sample that fills the device, and their length in tiles."""
         tiles = cdiv(self.positions, chosen.tile["BLOCK_M"])
-        beside = samples * cdiv(self.channels, chosen.tile["BLOCK_C"])
-        each = cdiv(tiles, max(num_sms(self.features) // beside, cdiv(tiles, chosen.tile["TILES"])))
-        return cdiv(tiles, each), each
+        programs = samples * cdiv(self.channels, chosen.tile["BLOCK_C"])
+        length = cdiv(tiles, max(num_sms(self.features) // programs, cdiv(tiles, chosen.tile["TILES"])))
+        return cdiv(tiles, length), length
 
-    def merge(self, parts: Tensor, merged: Tensor, first: int, samples: int, chunks: int, *, maxima: bool) -> None:
-        """Merge the chunks of some samples."""
+    def merge(self, partials: Tensor, merged: Tensor, first: int, samples: int, chunks: int, *, maxima: bool) -> None:
+        """Merges the chunks of ``samples`` samples from ``first`` on."""
         grid = (samples, cdiv(self.channels, _MERGE.tile["BLOCK"]))
-        arguments = (parts, merged, first, self.samples, chunks)
+        arguments = (partials, merged, first, self.samples, chunks)
         launch(_merge_kernel, grid, *arguments, config=_MERGE, MAXIMA=maxima, C=self.channels)
 
-    def slopes(self, chosen: Launch, group: int, first: int, samples: int) -> None:
-        """Sum up the slopes of some samples, which come in groups of so many."""
-        chunks, each = self.chunks(chosen, group)
-        slopes = self.operands.slopes
-        parts = slopes if chunks == 1 else slopes.new_empty((self.samples * chunks, self.channels))
+    def compute_delta(self, chosen: Launch, group: int, first: int, samples: int) -> None:
+        """Computes delta of ``samples`` samples from ``first`` on. ``group`` is the size of a full group."""
+        chunks, length = self.chunks(chosen, group)
+        delta = self.args.delta_ptr
+        partials = delta if chunks == 1 else delta.new_empty((self.samples * chunks, self.channels))
         grid = (samples * chunks * cdiv(self.channels, chosen.tile["BLOCK_C"]),)
-        self.launch(_slopes_kernel, grid, parts, first, chunks, each, chosen=chosen)
+        self.launch(_delta_kernel, grid, partials, first, chunks, length, chosen=chosen)
         if chunks > 1:
-            self.merge(parts, slopes, first, samples, chunks, maxima=False)
+            self.merge(partials, delta, first, samples, chunks, maxima=False)
 
-    def softmax_of(self, chosen: Launch) -> str:
-        """Where a kernel has its softmax from, see ``_softmax``; sums along the rows are made where it needs them."""
+    def prepare_stats(self, chosen: Launch) -> str:
+        """Returns STATS of :func:`_softmax` for a kernel, and computes statistics over channels if it needs them."""
         if not self.over_channels:
             return "positions"
         if self.channels <= chosen.tile["BLOCK_C"]:
-            return "whole"
-        sums = self.weight.new_empty((3, self.samples, self.positions), dtype=torch.float32)
-        self.operands = self.operands._replace(saved=sums, slopes=sums[2])
+            return "tile"
+        stats = self.weight.new_empty((3, self.samples, self.positions), dtype=torch.float32)
+        self.args = self.args._replace(stats_ptr=stats, delta_ptr=stats[2])
         chosen = self.choose("rows")
         self.launch(_rows_kernel, (self.samples * cdiv(self.positions, chosen.tile["BLOCK_M"]),), chosen=chosen)
         return "channels"
@@ -587,97 +623,100 @@ class _Call:
 
 def forward(
     features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str, out: Tensor,
-    saved: Tensor,
+    row_stats: Tensor,
 ) -> None:  # fmt: skip
-    """The gated features.
+    """Computes the gated features.
 
     Args:
-        features: (N, C, H, W).
-        hidden: (N, K, H, W), in the type of the products.
+        features: (N, C, H, W), any strides.
+        hidden: (N, K, H, W), any strides, in the dtype of the matrix product.
         weight: (C, K).
         bias: (C,) or None.
         scale: factor of the softmax.
-        form: as the op's.
-        out: like features, any strides.
-        saved: (2, N, C), float32, for :func:`backward`; unused by form "channel".
+        form: see :func:`dfkd_fast.ops.spatial_attention`.
+        out: (N, C, H, W), any strides.
+        row_stats: (2, N, C), float32, each channel's maximum and sum of exponentials, for :func:`backward`; unused by
+            form "channel".
     """
     if features.shape[0] == 0:
         return
     call = _Call(features, hidden, weight, bias, scale, form)
     if not call.over_channels:
         chosen = call.choose("statistics")
-        chunks, each = call.chunks(chosen, call.samples)
-        parts = saved if chunks == 1 else saved.new_empty((2, call.samples * chunks, call.channels))
+        chunks, length = call.chunks(chosen, call.samples)
+        partials = row_stats if chunks == 1 else row_stats.new_empty((2, call.samples * chunks, call.channels))
         grid = (call.samples * chunks * cdiv(call.channels, chosen.tile["BLOCK_C"]),)
-        call.launch(_statistics_kernel, grid, parts, chunks, each, chosen=chosen)
+        call.launch(_statistics_kernel, grid, partials, chunks, length, chosen=chosen)
         if chunks > 1:
-            call.merge(parts, saved, 0, call.samples, chunks, maxima=True)
-        call.operands = call.operands._replace(saved=saved)
+            call.merge(partials, row_stats, 0, call.samples, chunks, maxima=True)
+        call.args = call.args._replace(stats_ptr=row_stats)
     chosen = call.choose("gate")
-    where = call.softmax_of(chosen)
-    result = out if _flat(out) is out else torch.empty_like(out, memory_format=torch.contiguous_format)
+    stats = call.prepare_stats(chosen)
+    has_step = _with_constant_step(out) is out
+    result = out if has_step else torch.empty_like(out, memory_format=torch.contiguous_format)
     grid = (call.samples * cdiv(call.positions, chosen.tile["BLOCK_M"]) * cdiv(call.channels, chosen.tile["BLOCK_C"]),)
-    call.launch(_gate_kernel, grid, _map(result), chosen=chosen, FORM=where)
+    call.launch(_gate_kernel, grid, _map(result), chosen=chosen, STATS=stats)
     if result is not out:
         out.copy_(result)
 
 
 def backward(
     grad_output: Tensor, features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str,
-    saved: Tensor, df: Tensor | None, dh: Tensor | None, dw: Tensor | None, db: Tensor | None,
+    row_stats: Tensor, df: Tensor | None, dh: Tensor | None, dw: Tensor | None, db: Tensor | None,
 ) -> None:  # fmt: skip
-    """Gradients of :func:`forward`.
+    """Computes the gradients of :func:`forward`.
 
     Args:
-        grad_output: gradient of ``out``, any strides.
-        features: as in forward, like all up to ``saved``.
-        hidden: (N, K, H, W).
+        grad_output: (N, C, H, W), gradient of ``out``, any strides.
+        features: (N, C, H, W), as in forward.
+        hidden: (N, K, H, W), as in forward.
         weight: (C, K).
         bias: (C,) or None.
         scale: factor of the softmax.
-        form: the op's.
-        saved: (2, N, C).
-        df: of the shape of features, without gaps; None if it is not needed.
-        dh: of the shape of hidden, without gaps, or None.
-        dw: of the shape of weight, contiguous, or None.
-        db: (C,), or None.
+        form: as in forward.
+        row_stats: (2, N, C), from forward.
+        df: (N, C, H, W), dense; None if it is not needed.
+        dh: (N, K, H, W), dense; None if it is not needed.
+        dw: (C, K), contiguous; None if it is not needed.
+        db: (C,); None if it is not needed.
     """
     call = _Call(features, hidden, weight, bias, scale, form)
-    call.operands = call.operands._replace(grad_output=_map(_flat(grad_output)), saved=saved)
+    call.args = call.args._replace(grad_output=_map(_with_constant_step(grad_output)), stats_ptr=row_stats)
     chosen = call.choose("gradients")
     tiles = cdiv(call.positions, chosen.tile["BLOCK_M"])
-    wide = cdiv(call.channels, chosen.tile["BLOCK_C"])
-    narrow = 1 if dh is None and dw is None else cdiv(call.constants["K"], chosen.tile["BLOCK_K"])
-    weights = 0 if dw is None else dw.numel()
-    width = weights + (call.channels if db is not None and call.over_channels else 0)
-    sums = {"NEEDS_GRAD_W": weights > 0, "NEEDS_GRAD_B": width > weights, "IN_TURN": False}
+    blocks_c = cdiv(call.channels, chosen.tile["BLOCK_C"])
+    blocks_k = 1 if dh is None and dw is None else cdiv(call.constants["K"], chosen.tile["BLOCK_K"])
+    w_size = 0 if dw is None else dw.numel()
+    width = w_size + (call.channels if db is not None and call.over_channels else 0)
+    sums = {"NEEDS_GRAD_W": w_size > 0, "NEEDS_GRAD_B": width > w_size, "LOOP_C": False}
     maps = tuple(_NO_MAP if m is None else _map(m) for m in (df, dh))
     passes = [(maps, sums)] if df is not None or dh is not None or width else []
-    if dh is not None and wide > 1:
-        passes = [(maps, {"NEEDS_GRAD_W": False, "NEEDS_GRAD_B": False, "IN_TURN": True})]
+    if dh is not None and blocks_c > 1:
+        passes = [(maps, {"NEEDS_GRAD_W": False, "NEEDS_GRAD_B": False, "LOOP_C": True})]
         passes += [((_NO_MAP, _NO_MAP), sums)] if width else []
     group = max(call.samples, 1)
     if chosen.tile["MEGABYTES"] and not call.over_channels:
-        a_position = 2 * call.channels * call.features.itemsize + call.constants["K"] * call.hidden.itemsize
-        group = min(group, max(1, (chosen.tile["MEGABYTES"] << 20) // (a_position * call.positions)))
-    each = cdiv(group * tiles, max(1, chosen.tile["PROGRAMS"] * num_sms(grad_output) // (wide * narrow)))
+        row_bytes = 2 * call.channels * call.features.itemsize + call.constants["K"] * call.hidden.itemsize
+        group = min(group, max(1, (chosen.tile["MEGABYTES"] << 20) // (row_bytes * call.positions)))
+    length = cdiv(group * tiles, max(1, chosen.tile["PROGRAMS"] * num_sms(grad_output) // (blocks_c * blocks_k)))
     groups = [(first, min(group, call.samples - first)) for first in range(0, call.samples, group) if passes]
-    parts = saved.new_empty((sum(cdiv(samples * tiles, each) for _, samples in groups), width))
-    softmax = call.softmax_of(chosen) if groups else ""
-    if softmax == "positions":
-        call.operands = call.operands._replace(slopes=saved.new_empty((call.samples, call.channels)))
-    done = 0
+    partials = row_stats.new_empty((sum(cdiv(samples * tiles, length) for _, samples in groups), width))
+    stats = call.prepare_stats(chosen) if groups else ""
+    if stats == "positions":
+        call.args = call.args._replace(delta_ptr=row_stats.new_empty((call.samples, call.channels)))
+    first_row = 0
     for first, samples in groups:
-        if softmax == "positions" and (dh is not None or width > 0):
-            call.slopes(call.choose("slopes"), group, first, samples)
-        programs = cdiv(samples * tiles, each)
-        for (to_f, to_h), constants in passes:
-            grid = (programs, 1 if constants["IN_TURN"] else wide, narrow)
-            numbers = (first * tiles, done, samples * tiles, each)
-            call.launch(_gradients_kernel, grid, to_f, to_h, parts, *numbers, chosen=chosen, FORM=softmax, **constants)
-        done += programs
-    results = weights + (0 if db is None else call.channels)
-    if results:
-        count = cdiv(results, _SUM.tile["BLOCK"])
-        sizes = {"WEIGHTS": weights, "RESULTS": results, "WIDTH": width}
-        launch(_sum_parts_kernel, (count,), parts, dw, db, done, config=_SUM, **sizes)
+        if stats == "positions" and (dh is not None or width > 0):
+            call.compute_delta(call.choose("delta"), group, first, samples)
+        programs = cdiv(samples * tiles, length)
+        for (df_map, dh_map), constants in passes:
+            grid = (programs, 1 if constants["LOOP_C"] else blocks_c, blocks_k)
+            arguments = (df_map, dh_map, partials, first * tiles, first_row, samples * tiles, length)
+            call.launch(_gradients_kernel, grid, *arguments, chosen=chosen, STATS=stats, **constants)
+        first_row += programs
+    size = w_size + (0 if db is None else call.channels)
+    if size:
+        sizes = {"W_SIZE": w_size, "SIZE": size, "WIDTH": width}
+        launch(
+            _reduce_kernel, (cdiv(size, _REDUCE.tile["BLOCK"]),), partials, dw, db, first_row, config=_REDUCE, **sizes
+        )

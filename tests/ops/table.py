@@ -213,7 +213,7 @@ def high_order_tiles(channels: int) -> AbstractContextManager[None]:
 
 def spatial_tiles(**changed: int) -> AbstractContextManager[None]:
     """Several tiles to a map, a channel and a chunk, where shapes are small."""
-    names = [f"spatial_attention_{name}" for name in ("statistics", "slopes", "gate", "rows", "gradients")]
+    names = [f"spatial_attention_{name}" for name in ("statistics", "delta", "gate", "rows", "gradients")]
     tile = {"BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_K": 16, "TILES": 1, "PROGRAMS": 2, "MEGABYTES": 0}
     return _tiles(names, {**tile, **changed})
 
@@ -228,7 +228,7 @@ def contrastive_tiles(split: int = 1) -> Iterator[None]:
     """Columns split over many programs, where few vectors would be served in one."""
     from dfkd_fast.kernels import contrastive_loss as kernels
 
-    with mock.patch.multiple(kernels, SMALL=0, tiles_a_program=lambda blocks, tiles, available: split):
+    with mock.patch.multiple(kernels, SMALL=0, tiles_per_program=lambda blocks, tiles, available: split):
         yield
 
 
