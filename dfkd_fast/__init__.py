@@ -11,19 +11,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "distill": "dfkd_fast.engine",
-    "teach": "dfkd_fast.engine",
-    "evaluate": "dfkd_fast.engine",
-    "DistillResult": "dfkd_fast.engine",
-    "DistillConfig": "dfkd_fast.config",
-    "TeachConfig": "dfkd_fast.config",
-    "AttentionGenerator": "dfkd_fast.nn",
-    "HighOrderAttention": "dfkd_fast.nn",
-    "ProjectionHead": "dfkd_fast.nn",
-    "SemanticFeatureContrast": "dfkd_fast.nn",
-    "SpatialAttention": "dfkd_fast.nn",
-    "patch": "dfkd_fast.graph",
-    "unpatch": "dfkd_fast.graph",
+    **dict.fromkeys(("distill", "teach", "evaluate", "DistillResult"), "dfkd_fast.engine"),
+    **dict.fromkeys(("DistillConfig", "TeachConfig"), "dfkd_fast.config"),
+    **dict.fromkeys(("AttentionGenerator", "HighOrderAttention", "ProjectionHead"), "dfkd_fast.nn"),
+    **dict.fromkeys(("SemanticFeatureContrast", "SpatialAttention"), "dfkd_fast.nn"),
+    **dict.fromkeys(("patch", "unpatch"), "dfkd_fast.graph"),
 }
 
 if TYPE_CHECKING:

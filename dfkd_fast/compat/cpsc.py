@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfkd_fast.compat import Case
 from dfkd_fast.compat._common import input_distance, softened_kl
-from dfkd_fast.compat._contrast import contrast
+from dfkd_fast.compat._contrast import SupervisedContrast
 from dfkd_fast.compat.deepinversion import DeepInversionFeatureHook as _FeatureHook
 
 __all__ = ["COVERAGE", "DeepInversionFeatureHook", "SupConLoss", "kdloss"]
@@ -25,7 +25,7 @@ COVERAGE = (
 )
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(SupervisedContrast):
     """Supervised contrastive loss; without labels and mask that of SimCLR.
 
     The features are compared as they are: CPSC-DFKD does not normalise them.
@@ -44,10 +44,7 @@ class SupConLoss(nn.Module):
         base_temperature: float = 0.07,
         device: str = "cuda:0",
     ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.contrast_mode = contrast_mode
-        self.base_temperature = base_temperature
+        super().__init__(temperature, contrast_mode, base_temperature)
         self.device = device
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -57,15 +54,7 @@ class SupConLoss(nn.Module):
             ValueError: fewer than three dimensions; labels and mask; labels of another number; an unknown mode.
             IndexError: N = 0.
         """
-        return contrast(
-            features,
-            labels,
-            mask,
-            temperature=self.temperature,
-            base_temperature=self.base_temperature,
-            contrast_mode=self.contrast_mode,
-            reduction="mean",
-        )[0]
+        return self.contrast(features, labels, mask, reduction="mean")[0]
 
 
 def kdloss(y: Tensor, teacher_scores: Tensor) -> Tensor:

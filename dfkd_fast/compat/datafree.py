@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.compat import Case
 from dfkd_fast.compat._common import differences, distance, input_distance, input_statistics, kl_div, softened_kl
-from dfkd_fast.compat._contrast import contrast
+from dfkd_fast.compat._contrast import SupervisedContrast
 
 __all__ = [
     "COVERAGE",
@@ -116,8 +116,7 @@ def onehot_loss(logits: Tensor, targets: Tensor | None = None) -> Tensor:
 
 def get_image_prior_losses(inputs_jit: Tensor) -> Tensor:
     """Total variation of images (N, C, H, W): the mean absolute differences in four directions, summed."""
-    right, down, left_below, right_below = (d.abs().mean() for d in differences(inputs_jit))
-    return right + down + left_below + right_below
+    return torch.stack([d.abs().mean() for d in differences(inputs_jit)]).sum()
 
 
 class _Hook:
@@ -257,7 +256,7 @@ class DeepInversionHook(_Hook):
         self.mmt = (mean, var) if self.mmt is None else self._smoothed(mean, var)
 
 
-class ContrastLoss(nn.Module):
+class ContrastLoss(SupervisedContrast):
     """Supervised contrastive loss, one value an anchor; without labels and mask that of SimCLR.
 
     The features are compared as they are; CMI's head normalises them.
@@ -267,12 +266,6 @@ class ContrastLoss(nn.Module):
         contrast_mode: "all" views are anchors, or the first "one".
         base_temperature: the loss is scaled by temperature / base_temperature.
     """
-
-    def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.contrast_mode = contrast_mode
-        self.base_temperature = base_temperature
 
     def forward(
         self,
@@ -289,14 +282,5 @@ class ContrastLoss(nn.Module):
             ValueError: fewer than three dimensions; labels and mask; labels of another number; an unknown mode.
             IndexError: N = 0.
         """
-        loss, logits = contrast(
-            features,
-            labels,
-            mask,
-            temperature=self.temperature,
-            base_temperature=self.base_temperature,
-            contrast_mode=self.contrast_mode,
-            reduction="none",
-            return_logits=return_logits,
-        )
+        loss, logits = self.contrast(features, labels, mask, reduction="none", return_logits=return_logits)
         return (loss, logits) if return_logits else loss

@@ -46,7 +46,7 @@ class DeepInversionFeatureHook:
 def get_image_prior_losses(inputs_jit: Tensor) -> tuple[Tensor, Tensor]:
     """Total variation of images (N, C, H, W): the mean absolute differences summed, and the norms summed."""
     found = differences(inputs_jit)
-    right, down, left_below, right_below = (d.abs().mean() for d in found)
-    absolute = right + down + left_below + right_below
-    right, down, left_below, right_below = (torch.linalg.vector_norm(d) for d in found)
-    return absolute, right + down + left_below + right_below
+    return (
+        torch.stack([d.abs().mean() for d in found]).sum(),
+        torch.stack([torch.linalg.vector_norm(d) for d in found]).sum(),
+    )

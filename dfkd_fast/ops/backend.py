@@ -85,34 +85,19 @@ class UnsupportedError(RuntimeError):
     """The backend that was asked for cannot serve these arguments; the message says why."""
 
 
-def _supports_all(*args: Any, **kwargs: Any) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Implementation:
-    """One backend's way to compute an op.
+    """One backend's implementation of an op.
 
     Args:
-        function: takes the public function's arguments, checked, without ``backend``.
-        unsupported_reason: takes the same; why ``function`` cannot serve them, None if it can.
-        interpreted: on the CPU it runs in an interpreter, for tests: there it is used only when named.
-        faster: takes the arguments; whether it is known to be faster than the backends after it. If not, it is used
-            only when named.
+        function: takes the public function's checked arguments, without ``backend``.
+        unsupported_reason: takes the same; returns why ``function`` does not support them, None if it does.
+        automatic: takes the same; returns whether dispatch may choose the backend when no backend is named.
     """
 
     function: Callable[..., Any]
-    unsupported_reason: Callable[..., str | None] = _supports_all
-    interpreted: bool = False
-    faster: Callable[..., bool] | None = None
-
-    def automatic(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether it may be chosen where no backend was named."""
-        if self.interpreted and args[0].device.type == "cpu":
-            return False
-        if self.faster is not None and not self.faster(*args, **kwargs):
-            return False
-        return self.unsupported_reason(*args, **kwargs) is None
+    unsupported_reason: Callable[..., str | None] = lambda *args, **kwargs: None
+    automatic: Callable[..., bool] = lambda *args, **kwargs: True
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
@@ -126,7 +111,7 @@ def register(
     op: str,
     name: str,
     function: Callable[..., Any],
-    unsupported_reason: Callable[..., str | None] = _supports_all,
+    unsupported_reason: Callable[..., str | None] = lambda *args, **kwargs: None,
 ) -> None:
     """Plug an implementation in under a public op; see :class:`Implementation`.
 
@@ -139,15 +124,12 @@ def register(
     if name not in _names:
         _names.insert(-1, name)  # before the reference
 
-    def fastest(x: Any, *args: Any, **kwargs: Any) -> bool:
-        return choices.faster(op, x) == name
+    def automatic(x: Tensor, *args: Any, **kwargs: Any) -> bool:
+        if name == "triton" and x.device.type == "cpu":
+            return False  # The interpreter is for tests.
+        return name != "cuda" or choices.faster(op, x) == name
 
-    _registry.setdefault(op, {})[name] = Implementation(
-        function,
-        unsupported_reason,
-        interpreted=name == "triton",
-        faster=fastest if name == "cuda" else None,
-    )
+    _registry.setdefault(op, {})[name] = Implementation(function, unsupported_reason, automatic)
 
 
 def backends() -> dict[str, tuple[str, ...]]:
@@ -209,11 +191,12 @@ def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
     named = _named(requested)
     if named is None:
         for name in NAMES:
-            if name in table and table[name].automatic(*args, **kwargs):
-                if name != "reference" and _small_and_eager(op, args[0]):
-                    continue
+            if name not in table or (name != "reference" and _small_and_eager(op, args[0])):
+                continue
+            found = table[name]
+            if found.automatic(*args, **kwargs) and found.unsupported_reason(*args, **kwargs) is None:
                 with nvtx_range("op", op):
-                    return table[name].function(*args, **kwargs)
+                    return found.function(*args, **kwargs)
         raise RuntimeError(f"no backend can serve {op} for these arguments")
     name, source = named
     require_choice(source, name, tuple(_names))

@@ -172,30 +172,18 @@ def batchnorm_statistics(
         RuntimeError: the backend asked for cannot serve these arguments.
     """
     require_tensor("x", x, ("N", "C", "..."))
-    channels = x.shape[1]
-    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
-        require_tensor(name, vector, ("C",), ("x", x), C=channels)
-    for name, optional in (("weight", weight), ("bias", bias)):
-        if optional is not None:
-            require_tensor(name, optional, ("C",), ("x", x), C=channels)
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, vector in vectors.items():
+        if vector is not None or name.startswith("running"):
+            require_tensor(name, vector, ("C",), ("x", x), C=x.shape[1])
     require_number("eps", eps, above=0)
     require_choice("activation", activation, ("none", "relu", "relu6"))
     if residual is not None:
         require_tensor("residual", residual, ("N", "C", "..."), ("x", x))
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
-    return dispatch(
-        "batchnorm_statistics",
-        backend,
-        x,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        eps,
-        activation=activation,
-        residual=residual,
-    )
+    norm = (x, running_mean, running_var, weight, bias, eps)
+    return dispatch("batchnorm_statistics", backend, *norm, activation=activation, residual=residual)
 
 
 def channel_statistics(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:

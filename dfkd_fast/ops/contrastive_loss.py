@@ -49,11 +49,11 @@ _fused = fused_op(
 
 
 def _unsupported_by_cuda(
-    anchors: Tensor, positives: Tensor, *, temperature: float, normalize: bool, **options: Any
+    anchors: Tensor, positives: Tensor, *, temperature: float, normalize: bool, **_: Any
 ) -> str | None:
     count, dim = anchors.shape
-    sizes = {"count": count, "dim": dim, "temperature": float(temperature), "normalize": normalize}
-    return unsupported_by_extension("contrastive_loss", anchors, positives.dtype, **sizes)
+    options = {"count": count, "dim": dim, "temperature": float(temperature), "normalize": normalize}
+    return unsupported_by_extension("contrastive_loss", anchors, positives.dtype, **options)
 
 
 register("contrastive_loss", "reference", reference.contrastive_loss)
@@ -104,13 +104,7 @@ def contrastive_loss(
     require_tensor("positives", positives, ("N", "D"), ("anchors", anchors), N=count, D=dim)
     require_number("temperature", temperature, above=0)
     require_choice("reduction", reduction, ("mean", "sum", "none"))
+    flags = {"symmetric": bool(symmetric), "normalize": bool(normalize)}
     return dispatch(
-        "contrastive_loss",
-        backend,
-        anchors,
-        positives,
-        temperature=temperature,
-        symmetric=bool(symmetric),
-        normalize=bool(normalize),
-        reduction=reduction,
+        "contrastive_loss", backend, anchors, positives, temperature=temperature, reduction=reduction, **flags
     )

@@ -21,9 +21,11 @@ from torch import Tensor
 __all__ = [
     "INTERPRETED",
     "differentiable",
+    "empty_map_like",
     "fused_op",
     "no_second_derivative",
     "operator",
+    "product_dtype",
     "recorded",
     "unsupported_reason",
 ]
@@ -316,6 +318,22 @@ def fused_op(
         return call
 
     return {backend: declare(backend, *pair) for backend, pair in launches.items()}
+
+
+def empty_map_like(x: Tensor, *, preserve: bool = False) -> Tensor:
+    """Allocates a tensor like x: channels-last if x is, else contiguous, or with the strides of x to ``preserve``."""
+    if x.ndim == 4 and x.stride(1) == 1 and x.shape[1] != 1 and x.shape[2] * x.shape[3] != 1:
+        return torch.empty_like(x, memory_format=torch.channels_last)
+    if preserve and not x.is_contiguous():
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with x: autocast's if it is enabled, else that of x."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def unsupported_reason(*tensors: Tensor | None) -> str | None:

@@ -78,13 +78,5 @@ def distillation_kl(
     require_number("temperature", temperature, above=0)
     require_choice("direction", direction, ("forward", "reverse"))
     require_choice("reduction", reduction, ("batchmean", "sum", "mean", "none"))
-    return dispatch(
-        "distillation_kl",
-        backend,
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        direction=direction,
-        reduction=reduction,
-        squared=bool(squared),
-    )
+    options = {"temperature": temperature, "direction": direction, "reduction": reduction, "squared": bool(squared)}
+    return dispatch("distillation_kl", backend, student_logits, teacher_logits, **options)

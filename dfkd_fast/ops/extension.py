@@ -98,11 +98,8 @@ def unsupported_by_extension(op: str, x: Tensor, *dtypes: torch.dtype, **sizes: 
     for dtype in dtypes:
         if dtype != x.dtype:
             return f"its kernels take tensors of one dtype, not {_word(x.dtype)} and {_word(dtype)}"
-    return _asked(op, x.device.index or 0, {"dtype": x.dtype, **sizes})
-
-
-def _asked(op: str, device: int, sizes: dict[str, Any]) -> str | None:
-    return _constant_refusal(op, device, tuple((name, _word(size)) for name, size in sizes.items()))
+    words = tuple((name, _word(size)) for name, size in {"dtype": x.dtype, **sizes}.items())
+    return _constant_refusal(op, x.device.index or 0, words)
 
 
 def _word(size: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_tensor
-from dfkd_fast.ops.custom_op import fused_op, unsupported_reason
+from dfkd_fast.ops.custom_op import empty_map_like, fused_op, product_dtype, unsupported_reason
 from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, or_empty, unsupported_by_extension
 from dfkd_fast.reference import high_order_attention as reference
 
@@ -28,12 +28,7 @@ _MODES, _RESULTS = ("joint", "per_order"), ("features", "map")  # in the order o
 
 def _allocate(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str) -> Tensor:
     """The features that pass, or the map; backward recomputes the products from x."""
-    _, channels, height, width = x.shape
-    if x.stride(1) == 1 and channels != 1 and height * width != 1:
-        return torch.empty_like(x, memory_format=torch.channels_last)
-    if result == "map" or x.is_contiguous():
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return torch.empty_like(x)
+    return empty_map_like(x, preserve=result == "features")
 
 
 def new_gradient(tensor: Tensor) -> Tensor:
@@ -68,16 +63,9 @@ _fused = fused_op(
 )
 
 
-def _product_type(x: Tensor) -> torch.dtype:
-    """The dtype that the matrix products run in, as in the reference."""
-    device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
-
-
 def product_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """Weights in the dtype that the matrix products run in, as in the reference."""
-    return tuple(weight.to(x.dtype).to(_product_type(x)) for weight in weights)
+    return tuple(weight.to(x.dtype).to(product_dtype(x)) for weight in weights)
 
 
 def unsupported_order(out_weight: Tensor) -> str | None:
@@ -98,7 +86,7 @@ def _unsupported_by_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, 
     samples, channels, height, width = x.shape
     order, _, hidden = out_weight.shape
     sizes = {"positions": samples * height * width, "channels": channels, "hidden": hidden, "order": order}
-    return unsupported_by_extension("high_order_attention", x, _product_type(x), mode=mode, **sizes)
+    return unsupported_by_extension("high_order_attention", x, product_dtype(x), mode=mode, **sizes)
 
 
 register("high_order_attention", "reference", reference.high_order_attention)

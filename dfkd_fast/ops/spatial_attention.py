@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
-from dfkd_fast.ops.custom_op import fused_op, unsupported_reason
+from dfkd_fast.ops.custom_op import empty_map_like, fused_op, product_dtype, unsupported_reason
 from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, or_empty, unsupported_by_extension
 from dfkd_fast.reference import spatial_attention as reference
 
@@ -19,26 +19,13 @@ __all__ = ["spatial_attention"]
 _FORMS = ("spatial", "spatial_mean1", "channel")  # in the order of csrc/launchers.h
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """With more than one channel and position, as PyTorch has it."""
-    return x.stride(1) == 1 and x.shape[1] != 1 and x.shape[2] * x.shape[3] != 1
-
-
-def _new_gradient(tensor: Tensor) -> Tensor:
-    last = tensor.ndim == 4 and _is_channels_last(tensor)
-    return torch.empty_like(tensor, memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
 def _allocate(
     features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str
 ) -> tuple[Tensor, Tensor]:
     """The gated features, and for backward each channel's largest logit and the sum of exponentials below it."""
     samples, channels = features.shape[:2]
     saved = features.new_empty(0 if form == "channel" else (2, samples, channels), dtype=torch.float32)
-    if _is_channels_last(features) or features.is_contiguous():
-        return _new_gradient(features), saved
-    # Other strides without gaps stay, as they do in the reference.
-    return torch.empty_like(features), saved
+    return empty_map_like(features, preserve=True), saved
 
 
 def _cuda_forward(*arguments: Any) -> None:
@@ -62,21 +49,14 @@ def _cuda_backward(*arguments: Any) -> None:
 _fused = fused_op(
     "spatial_attention",
     _allocate,
-    new_gradient=_new_gradient,
+    new_gradient=empty_map_like,
     triton=("spatial_attention.forward", "spatial_attention.backward"),
     cuda=(_cuda_forward, _cuda_backward),
 )
 
 
-def _product_type(hidden: Tensor) -> torch.dtype:
-    """The dtype of the matrix product; the kernels cast the weight to it."""
-    device = hidden.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
-
-
 def _run(backend: str, features: Tensor, hidden: Tensor, *parameters: Tensor | None, **options: Any) -> Tensor:
-    return _fused[backend](features, hidden.to(_product_type(hidden)), *parameters, **options)
+    return _fused[backend](features, hidden.to(product_dtype(hidden)), *parameters, **options)
 
 
 def _unsupported_by_cuda(
@@ -85,7 +65,7 @@ def _unsupported_by_cuda(
     samples, channels, height, width = features.shape
     sizes = {"samples": samples, "channels": channels, "maps": weight.shape[1], "positions": height * width}
     parameters = {"weight_dtype": weight.dtype, "bias_dtype": weight.dtype if bias is None else bias.dtype}
-    dtype = _product_type(hidden)
+    dtype = product_dtype(hidden)
     return unsupported_by_extension("spatial_attention", features, dtype, form=form, **sizes, **parameters)
 
 

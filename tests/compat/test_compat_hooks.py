@@ -32,44 +32,30 @@ def gradient(value, x):
 
 
 @pytest.mark.parametrize(
-    ("shape", "layout"),
+    ("shape", "dtype", "layout"),
     [
-        ((4, 5, 3, 3), torch.channels_last),
-        ((1, 5, 1, 2), torch.contiguous_format),
-        ((2, 5, 1, 1), torch.contiguous_format),
-        ((7, 5, 4, 6), torch.contiguous_format),
+        ((4, 5, 3, 3), torch.float32, "channels_last"),
+        ((1, 5, 1, 2), torch.float32, "contiguous"),
+        ((2, 5, 1, 1), torch.float32, "contiguous"),
+        ((7, 5, 4, 6), torch.float32, "contiguous"),
+        ((4, 5, 6, 6), torch.float16, "contiguous"),
+        ((4, 5, 6, 6), torch.bfloat16, "contiguous"),
     ],
 )
 @pytest.mark.parametrize("kind", HOOKS.values(), ids=HOOKS)
-def test_r_feature_is_its_definition(kind, shape, layout):
+def test_r_feature_matches_definition(kind, shape, dtype, layout):
     bn = batchnorm()
     hook = kind(bn)
-    x = random(*shape).contiguous(memory_format=layout).requires_grad_()
-    for scale in (1, 3):
+    x = random(*shape, dtype=dtype, layout=layout, requires_grad=True)
+    rtol = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for scale in (1, 2):
         y = bn(scale * x)
         expected = distance(bn, *statistics(scale * x))
         assert_close(hook.r_feature, expected, atol=1e-5, rtol=1e-5)
-        assert_close(gradient(hook.r_feature, x), gradient(expected, x), atol=1e-5, rtol=1e-5)
+        dx = gradient(hook.r_feature, x)
+        assert dx.dtype == dtype
+        assert_close(dx, gradient(expected, x), atol=1e-5, rtol=rtol)
         assert torch.equal(y, nn.functional.batch_norm(scale * x, bn.running_mean, bn.running_var, bn.weight, bn.bias))
-
-
-def test_the_sum_over_a_network_is_what_the_loops_use():
-    network = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU()
-    ).eval()
-    norms = [network[1], network[4]]
-    hooks = [datafree.DeepInversionHook(norm) for norm in norms]
-    others = [deepinversion.DeepInversionFeatureHook(norm) for norm in norms]
-    x = random(2, 3, 8, 8).requires_grad_()
-    network(x)
-    total = sum(hook.r_feature for hook in hooks)
-    first = network[0](x)
-    expected = distance(norms[0], *statistics(first)) + distance(
-        norms[1], *statistics(network[3](norms[0].forward(first).relu()))
-    )
-    assert_close(total, expected, atol=1e-5, rtol=1e-5)
-    assert_close(gradient(total, x), gradient(expected, x), atol=1e-5, rtol=1e-5)
-    assert_close(sum(hook.r_feature for hook in others), total, atol=0)
 
 
 @pytest.mark.parametrize("rate", [0.9, 0.0, 0.25])
@@ -135,17 +121,6 @@ def test_errors_are_those_of_pytorch(kind):
     kind(hooked)
     with pytest.raises(AttributeError):
         hooked(random(4, 5, 2, 2))
-
-
-@pytest.mark.parametrize("kind", HOOKS.values(), ids=HOOKS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_maps(kind, dtype):
-    bn = batchnorm()
-    hook = kind(bn)
-    x = random(4, 5, 6, 6).to(dtype).requires_grad_()
-    bn(x)
-    assert_close(hook.r_feature, distance(bn, *statistics(x)), atol=1e-5, rtol=1e-5)
-    assert gradient(hook.r_feature, x).dtype == dtype
 
 
 def test_a_hook_in_training_compares_with_what_the_forward_has_stored():

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from dfkd_fast import ops
-from dfkd_fast.testing import LAYOUTS, random
+from dfkd_fast.testing import LAYOUTS, assert_close, random, value_and_gradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of Triton's kernels."""
@@ -32,6 +32,26 @@ def _drawn(*draws: Callable[..., Tensor] | None, needs_grad: Sequence[int] = ())
         return [x.requires_grad_() if i in needs_grad and x is not None else x for i, x in enumerate(inputs)]
 
     return make
+
+
+def assert_matches(
+    function: Callable[..., Any],
+    definition: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    *,
+    atol: float = 1e-12,
+    gradient_atol: float | None = None,
+    rtol: float = 1e-12,
+) -> None:
+    """Checks that a function returns the values and gradients of its definition, for a random output gradient."""
+    values, gradients = value_and_gradients(function, inputs)
+    expected, expected_gradients = value_and_gradients(definition, inputs)
+    for i, (a, b) in enumerate(zip(values, expected, strict=True)):
+        assert_close(a, b, atol=atol, rtol=rtol, name=f"output {i}")
+    for i, (a, b) in enumerate(zip(gradients, expected_gradients, strict=True)):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b, atol=gradient_atol or atol, rtol=rtol, name=f"gradient of input {i}")
 
 
 def _variance(*shape: int, **options: Any) -> Tensor:

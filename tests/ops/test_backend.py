@@ -13,7 +13,6 @@ import torch
 
 from dfkd_fast import ops
 from dfkd_fast.ops.backend import NAMES, VARIABLE, Implementation, _registry, dispatch, register
-from dfkd_fast.testing import random
 
 backend = importlib.import_module("dfkd_fast.ops.backend")  # the package has a class of this name
 
@@ -90,12 +89,13 @@ def test_threads_do_not_see_each_other(op):
 
 
 def test_named_backend_is_never_replaced(op, monkeypatch):
-    with pytest.raises(RuntimeError, match=r"'cuda', asked for by backend, cannot serve adding: x has 3 elements"):
+    reason = "cannot serve adding: x has 3 elements, 4 are needed"
+    with pytest.raises(RuntimeError, match=f"'cuda', asked for by backend, {reason}"):
         chosen(op, size=3, backend="cuda")
-    with ops.backend("cuda"), pytest.raises(RuntimeError, match=r"asked for by dfkd_fast.ops.backend, cannot serve"):
+    with ops.backend("cuda"), pytest.raises(RuntimeError, match=f"asked for by dfkd_fast.ops.backend, {reason}"):
         chosen(op, size=3)
     monkeypatch.setenv(VARIABLE, "cuda")
-    with pytest.raises(RuntimeError, match=r"asked for by DFKD_FAST_BACKEND, cannot serve"):
+    with pytest.raises(RuntimeError, match=f"asked for by {VARIABLE}, {reason}"):
         chosen(op, size=3)
 
 
@@ -118,12 +118,6 @@ def test_nothing_serves(monkeypatch):
         RuntimeError, match="'reference', asked for by backend, has no implementation of adding; it has cuda"
     ):
         dispatch("adding", "reference", torch.zeros(1))
-
-
-def test_register_plugs_in(op):
-    register("adding", "triton", lambda x: x + 1, refuses_small)
-    assert chosen(op, backend="triton") == "reference"  # which is what one added stands for
-    assert chosen(op, size=2) == "reference"
 
 
 def test_a_backend_of_another_name_is_used_only_when_named(op, monkeypatch):
@@ -161,11 +155,11 @@ class TestEagerSizes:
         assert self.small(op, size - 1)
         assert not self.small(op, size)
 
-    def test_a_side_stream_is_that_of_a_capture_or_its_warm_up(self, on_gpu):
-        on_gpu["current"] = 1
+    def test_captured_and_compiled_code_uses_the_fused_op_at_every_size(self, on_gpu, monkeypatch):
+        assert self.small("distillation_kl", 1)
+        on_gpu["current"] = 1  # graphs are captured on a side stream
         assert not self.small("distillation_kl", 1)
-
-    def test_compiled_code_uses_the_fused_op_at_every_size(self, on_gpu, monkeypatch):
+        on_gpu["current"] = 0
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert not self.small("distillation_kl", 1)
 
@@ -192,17 +186,6 @@ def test_every_op_has_its_reference():
 def test_docstrings_name_the_registered_backends(name):
     documented = re.search(r"(?s)\n *backend: (.*?) or None; see", inspect.getdoc(getattr(ops, name)))
     assert tuple(re.findall(r'``"(\w+)"``', documented[1])) == ops.backends()[name]
-
-
-def test_public_ops_follow_the_context():
-    logits = random(2, 3)
-    expected = ops.distillation_kl(logits, -logits)
-    with ops.backend("reference"):
-        assert torch.equal(ops.distillation_kl(logits, -logits), expected)
-    with ops.backend("triton"):
-        assert torch.equal(ops.distillation_kl(logits, -logits, backend="reference"), expected)
-        with pytest.raises(RuntimeError, match="cannot serve distillation_kl: its kernels take"):
-            ops.distillation_kl(logits.double(), -logits)
 
 
 def test_the_interpreter_serves_when_named_alone(monkeypatch):

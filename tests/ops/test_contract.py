@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import math
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 
 from dfkd_fast import ops
 from dfkd_fast.testing import assert_close, assert_compiles, random, value_and_gradients, with_layout
 
-from .table import CASES, DTYPES, Case, RecordedOperators, high_order, logits, maps, norm, stored
+from .table import CASES, DTYPES, Case, RecordedOperators, call_norm, high_order, logits, maps, norm, stored
 
 ONE_FOR_EACH_OP = [name for name in CASES if name.split(",")[0] not in {n.split(",")[0] for n in CASES if n < name}]
 DISTINCT = [name for name in CASES if "tiles" not in name or name.split(",")[0] not in CASES]
@@ -40,6 +43,101 @@ def assert_equal(found: Any, expected: Any) -> None:
     """To the bit."""
     for a, b in zip(found, expected, strict=True):
         assert a is b is None or torch.equal(a, b)
+
+
+OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "distillation_kl": {"direction": ("forward", "reverse"), "reduction": ("batchmean", "sum", "mean", "none")},
+    "contrastive_loss": {
+        "symmetric": (False, True),
+        "normalize": (False, True),
+        "reduction": ("mean", "sum", "none"),
+    },
+    "spatial_attention": {"form": ("spatial", "spatial_mean1", "channel")},
+    "high_order_attention": {"mode": ("joint", "per_order")},
+    "high_order_attention_map": {"mode": ("joint", "per_order")},
+    "high_order_attention_mse": {"mode": ("joint", "per_order")},
+    "batchnorm_statistics": {"activation": ("none", "relu", "relu6")},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (name, dict(zip(OPTIONS.get(name.split(",")[0], ()), values, strict=True)))
+        for name in ONE_FOR_EACH_OP
+        for values in itertools.product(*OPTIONS.get(name.split(",")[0], {}).values())
+    ],
+)
+def test_gradcheck_passes_for_first_and_second_derivatives(name, options):
+    case = CASES[name]
+    shape = (2, 8, 2, 2) if len(case.shapes[0]) == 4 else (4, 3)
+    inputs = case.make(shape, dtype=torch.float64, needs_grad=case.needs_grad)(1)
+    assert gradcheck(partial(case.function, **options), inputs)
+    assert gradgradcheck(partial(case.function, **options), inputs)
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_FOR_EACH_OP if name != "max_unpool2x2"])
+def test_tensor_arguments_are_checked(name):
+    """Errors name the argument with the wrong type, dtype, shape or device."""
+    case = CASES[name]
+    inputs = [None if t is None else t.detach() for t in case.make(case.shapes[0])(1)]
+    parameters = list(inspect.signature(case.function).parameters)[: len(inputs)]
+    for i, (argument, given) in enumerate(zip(parameters, inputs, strict=True)):
+        wrong: list[tuple[type[Exception], str, Any]] = [
+            (TypeError, f"{argument} must be a tensor, got str", "text"),
+            (TypeError, f"{argument} must be of dtype .*, got torch.int64", given.long()),
+            (TypeError, f"{argument} must be of dtype .*, got torch.complex64", given.to(torch.complex64)),
+            (ValueError, rf"{argument} must have shape \(", given.flatten() if given.ndim > 1 else given[:-1]),
+        ]
+        if given.ndim > 1:
+            wrong.append((ValueError, f"{argument} must have shape .* nothing but N may be 0", given[:, :0]))
+        if i > 0:
+            first = parameters[0]
+            wrong.append((ValueError, f"{argument} must be on the device of {first}, cpu, got meta", given.to("meta")))
+            for dim, size in enumerate(given.shape):
+                wrong.append((ValueError, "must have (the )?shape", given.narrow(dim, 0, size - 1)))
+        for error, message, value in wrong:
+            with pytest.raises(error, match=message):
+                case.function(*inputs[:i], value, *inputs[i + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *(("distillation_kl", "temperature"), ("contrastive_loss", "temperature")),
+        *(("batchnorm_statistics", "eps"), ("spatial_attention", "scale")),
+    ],
+)
+def test_numeric_options_are_checked(name, option):
+    function, inputs = CASES[name].function, CASES[name].make(CASES[name].shapes[0])(1)
+    above = option != "scale"
+    for wrong in (math.nan, math.inf, *((0, 0.0, -0.1) if above else ())):
+        with pytest.raises(ValueError, match=f"{option} must be a finite number{' above 0' if above else ''}, got"):
+            function(*inputs, **{option: wrong})
+    for wrong in ("0.1", None, True, torch.tensor(0.1)):
+        with pytest.raises(TypeError, match=f"{option} must be a number, got {type(wrong).__name__}"):
+            function(*inputs, **{option: wrong})
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(n, o) for n in ONE_FOR_EACH_OP for o in OPTIONS.get(n.split(",")[0], {}) if o not in ("symmetric", "normalize")],
+)
+def test_choices_are_checked(name, option):
+    inputs, (*others, last) = CASES[name].make(CASES[name].shapes[0])(1), OPTIONS[name.split(",")[0]][option]
+    for wrong in ("both", None):
+        expected = f"{option} must be {', '.join(map(repr, others))} or {last!r}, got {wrong!r}"
+        with pytest.raises(ValueError, match=expected):
+            CASES[name].function(*inputs, **{option: wrong})
+
+
+def test_shape_errors_state_the_known_sizes():
+    with pytest.raises(ValueError, match=r"positives must have shape \(N, D\) with N = 5, D = 7, got \(4, 7\)"):
+        ops.contrastive_loss(random(5, 7), random(4, 7))
+    with pytest.raises(ValueError, match=r"residual must have the shape of x, \(3, 5, 4, 2\), got \(3, 5, 2, 4\)"):
+        call_norm(*norm()(1)[:5], random(3, 5, 2, 4))
+    with pytest.raises(ValueError, match=r"target requires a gradient, .*: pass target.detach\(\)"):
+        ops.high_order_attention_mse(*high_order(target=True, needs_grad=(3,))(1))
 
 
 @each_case

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 
 from dfkd_fast import ops
-from dfkd_fast.testing import (
-    assert_close,
-    extreme,
-    random,
-    unit_roundoff,
-    value_and_gradients,
-)
+from dfkd_fast.testing import assert_close, extreme, random, unit_roundoff, value_and_gradients
 
-from .table import DTYPES, vectors
+from .table import DTYPES, assert_matches, vectors
 
 REDUCTIONS = ("mean", "sum", "none")
 FLAGS = [(symmetric, normalize) for symmetric in (False, True) for normalize in (False, True)]
@@ -49,27 +44,8 @@ def make(n=5, dim=7, *, dtype=torch.float64, requires_grad=False):
     ("n", "dim", "temperature"), [(1, 3, 0.1), (2, 1, 0.5), (5, 7, 0.1), (9, 4, 1.7), (6, 130, 0.02)]
 )
 def test_value_and_gradients_follow_the_formula(n, dim, temperature, symmetric, normalize, reduction):
-    inputs = make(n, dim)
     options = {"temperature": temperature, "symmetric": symmetric, "normalize": normalize, "reduction": reduction}
-    values, gradients = value_and_gradients(lambda *a: ops.contrastive_loss(*a, **options), inputs)
-    expected, expected_gradients = value_and_gradients(lambda *a: definition(*a, **options), inputs)
-    assert_close(values[0], expected[0], atol=1e-12, rtol=1e-12)
-    for got, expected_value, name in zip(gradients, expected_gradients, ("anchors", "positives"), strict=True):
-        assert_close(got, expected_value, atol=1e-11, rtol=1e-11, name=f"gradient of {name}")
-
-
-@pytest.mark.parametrize(("symmetric", "normalize"), FLAGS)
-def test_gradcheck_once_and_twice(symmetric, normalize):
-    op = lambda *a: ops.contrastive_loss(*a, temperature=0.3, symmetric=symmetric, normalize=normalize)  # noqa: E731
-    assert gradcheck(op, make(4, 3, requires_grad=True))
-    assert gradgradcheck(op, make(4, 3, requires_grad=True))
-
-
-def test_one_pair_has_nothing_to_tell_apart():
-    t, s = make(1, 4, requires_grad=True)
-    for symmetric in (False, True):
-        loss = ops.contrastive_loss(t, s, symmetric=symmetric)
-        assert_close(loss, 0.0, atol=1e-14)
+    assert_matches(partial(ops.contrastive_loss, **options), partial(definition, **options), make(n, dim), rtol=1e-11)
 
 
 def test_only_the_anchor_itself_is_left_out():
@@ -77,14 +53,6 @@ def test_only_the_anchor_itself_is_left_out():
     t = torch.ones(2, 3, dtype=torch.float64)
     for symmetric in (False, True):
         assert_close(ops.contrastive_loss(t, t, symmetric=symmetric), math.log(3), atol=1e-12)
-
-
-def test_symmetric_none_gives_anchors_then_positives():
-    t, s = make()
-    both = ops.contrastive_loss(t, s, symmetric=True, reduction="none")
-    assert both.shape == (10,)
-    assert_close(both[:5], ops.contrastive_loss(t, s, reduction="none"), atol=1e-13)
-    assert_close(both[5:], ops.contrastive_loss(s, t, reduction="none"), atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -175,28 +143,3 @@ def test_dtypes_may_differ():
     t, s = make()
     assert ops.contrastive_loss(t.bfloat16(), s.float()).dtype == torch.float32
     assert ops.contrastive_loss(t, s.float()).dtype == torch.float64
-
-
-def test_arguments_are_checked():
-    t, s = make()
-    op = ops.contrastive_loss
-    with pytest.raises(TypeError, match="anchors must be a tensor, got int"):
-        op(1, s)
-    with pytest.raises(TypeError, match=r"positives must be of dtype .*, got torch.bool"):
-        op(t, s.bool())
-    with pytest.raises(ValueError, match=r"anchors must have shape \(N, D\), got \(5,\)"):
-        op(t[:, 0], s)
-    with pytest.raises(ValueError, match=r"positives must have shape \(N, D\) with N = 5, D = 7, got \(4, 7\)"):
-        op(t, s[:4])
-    with pytest.raises(ValueError, match=r"anchors must have shape \(N, D\), and nothing but N may be 0, got \(5, 0\)"):
-        op(t[:, :0], s[:, :0])
-    with pytest.raises(ValueError, match="positives must be on the device of anchors, cpu, got meta"):
-        op(t, s.to("meta"))
-    for wrong in (0, 0.0, -0.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match="temperature must be a finite number above 0, got"):
-            op(t, s, temperature=wrong)
-    for wrong in ("0.1", None, True, torch.tensor(0.1)):
-        with pytest.raises(TypeError, match="temperature must be a number, got"):
-            op(t, s, temperature=wrong)
-    with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', got 'batchmean'"):
-        op(t, s, reduction="batchmean")
