@@ -1,8 +1,8 @@
-"""Data-free knowledge distillation for fine-grained recognition, as a fast engine.
+"""Fast data-free knowledge distillation for fine-grained recognition.
 
-The method is Shao et al., "Data-free Knowledge Distillation for Fine-grained Visual Categorization", ICCV 2023.
+Implements Shao et al., "Data-free Knowledge Distillation for Fine-grained Visual Categorization", ICCV 2023.
 
-Names are resolved on first use, so that ``import dfkd_fast.ops`` needs torch and nothing else of the dependencies.
+Names are imported on first use, so ``import dfkd_fast.ops`` requires only torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Supervised contrastive loss (Khosla et al., NeurIPS 2020) as SupContrast and its copies call it."""
+"""Supervised contrastive loss (Khosla et al., NeurIPS 2020), with the arguments of SupContrast and its copies."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class SupervisedContrast(nn.Module):
 
 
 def _positives(features: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
-    """(N, N) in float32, on the device of features."""
+    """The mask of positives, (N, N), float32, on the device of features."""
     count, device = features.shape[0], features.device
     if mask is not None:
         return mask.to(device, torch.float32)

@@ -1,4 +1,4 @@
-"""Mixed high-order attention: the attended features and the map."""
+"""Mixed high-order attention: the gated features and the gate."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _MODES, _RESULTS = ("joint", "per_order"), ("features", "map")  # in the order o
 
 
 def _allocate(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str) -> Tensor:
-    """The features that pass, or the map; backward recomputes the products from x."""
+    """The gated features or the gate. Backward recomputes the products from x."""
     return empty_map_like(x, preserve=result == "features")
 
 
 def new_gradient(tensor: Tensor) -> Tensor:
-    """A gradient to be filled: of maps in their layout, of weights contiguous."""
+    """Allocate a gradient: with the strides of maps, contiguous for weights."""
     return torch.empty_like(tensor) if tensor.ndim == 4 else tensor.new_empty(tensor.shape)
 
 
@@ -64,14 +64,14 @@ _fused = fused_op(
 
 
 def product_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """Weights in the dtype that the matrix products run in, as in the reference."""
+    """Cast weights to the dtype of the matrix products, as the reference does."""
     return tuple(weight.to(x.dtype).to(product_dtype(x)) for weight in weights)
 
 
 def unsupported_order(out_weight: Tensor) -> str | None:
-    """Why the kernels cannot take so many orders; None if they can."""
+    """Return why the kernels do not support the order, or None if they do."""
     order = out_weight.shape[0]
-    return None if order <= 4 else f"its kernels go up to order 4, not {order}"
+    return None if order <= 4 else f"its kernels support orders up to 4, not {order}"
 
 
 def _run(backend: str, result: str, x: Tensor, *weights: Tensor, mode: str) -> Tensor:
@@ -104,9 +104,9 @@ def high_order_attention(
     mode: Literal["joint", "per_order"] = "joint",
     backend: str | None = None,
 ) -> Tensor:
-    """Features gated by a polynomial of themselves: ``y = A * x`` (paper, section 3.3; Chen et al., ICCV 2019).
+    """Apply mixed high-order attention, ``y = A * x`` (paper, section 3.3; Chen et al., ICCV 2019).
 
-    Order r multiplies r linear maps of each position's features, and a sigmoid of the rectified products is the gate::
+    Order r multiplies r linear maps of each position's features. The gate is a sigmoid of the rectified products::
 
         z_r = prod over i = 1..r of proj_{r,i} x           l_r = out_r relu(z_r)
         A   = sigmoid(sum over r of l_r)                    "joint" (the paper's figure 3)
@@ -114,20 +114,20 @@ def high_order_attention(
 
     Args:
         x: (N, C, H, W), float16, bfloat16, float32 or float64; N may be 0.
-        proj_weight: (R(R+1)/2, K, C), any floating dtype, factors ordered (1, 1), (2, 1), (2, 2), (3, 1), ...
+        proj_weight: (R(R+1)/2, K, C), any floating dtype, in the order (1, 1), (2, 1), (2, 2), (3, 1), ...
         out_weight: (R, C, K), any floating dtype.
-        mode: one sigmoid over all orders, or the mean of one an order.
+        mode: "joint" or "per_order".
         backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
-        y, (N, C, H, W), in the dtype and memory format of x. The two matrix products run in the autocast type, without
-        autocast in that of x; products of maps and the sigmoid in float32 (float64 for float64). Differentiable in all
-        three tensors.
+        y, (N, C, H, W), with the dtype and memory format of x. The matrix products run in the autocast dtype, or that
+        of x without autocast; the products of maps and the sigmoid in float32 (float64 if x is). Differentiable with
+        respect to all three tensors.
 
     Raises:
-        TypeError: an argument is no floating-point tensor.
-        ValueError: shapes or devices that do not agree, an unknown mode or backend.
-        RuntimeError: the backend asked for cannot serve these arguments.
+        TypeError: a tensor argument is not a floating-point tensor.
+        ValueError: shapes or devices do not match, or mode or backend is unknown.
+        RuntimeError: the requested backend does not support the arguments.
     """
     require_arguments(x, proj_weight, out_weight, mode)
     return dispatch("high_order_attention", backend, x, proj_weight, out_weight, mode=mode)
@@ -141,29 +141,29 @@ def high_order_attention_map(
     mode: Literal["joint", "per_order"] = "joint",
     backend: str | None = None,
 ) -> Tensor:
-    """The gate A of :func:`high_order_attention` alone, each value in [0, 1].
+    """Compute the gate A of :func:`high_order_attention` (paper, section 3.3).
 
     Args:
-        x: (N, C, H, W).
-        proj_weight: (R(R+1)/2, K, C).
-        out_weight: (R, C, K).
-        mode: as there.
+        x: (N, C, H, W), float16, bfloat16, float32 or float64; N may be 0.
+        proj_weight: (R(R+1)/2, K, C), any floating dtype.
+        out_weight: (R, C, K), any floating dtype.
+        mode: "joint" or "per_order", as in :func:`high_order_attention`.
         backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
-        A, (N, C, H, W), in the dtype and memory format of x. Differentiable in all three tensors.
+        A, (N, C, H, W), in [0, 1], with the dtype and memory format of x. Differentiable with respect to all tensors.
 
     Raises:
-        TypeError: as there.
-        ValueError: as there.
-        RuntimeError: as there.
+        TypeError: a tensor argument is not a floating-point tensor.
+        ValueError: shapes or devices do not match, or mode or backend is unknown.
+        RuntimeError: the requested backend does not support the arguments.
     """
     require_arguments(x, proj_weight, out_weight, mode)
     return dispatch("high_order_attention_map", backend, x, proj_weight, out_weight, mode=mode)
 
 
 def require_arguments(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str) -> None:
-    """Checks what all forms of the op share; raises as :func:`high_order_attention`."""
+    """Check the arguments that all forms of the op share; raises the errors of :func:`high_order_attention`."""
     require_tensor("x", x, ("N", "C", "H", "W"))
     require_tensor("out_weight", out_weight, ("R", "C", "K"), ("x", x), C=x.shape[1])
     order, _, hidden = out_weight.shape

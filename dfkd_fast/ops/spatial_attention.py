@@ -1,4 +1,4 @@
-"""The gate of the generator's spatial attention modules."""
+"""Gating in the generator's spatial attention modules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FORMS = ("spatial", "spatial_mean1", "channel")  # in the order of csrc/launche
 def _allocate(
     features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str
 ) -> tuple[Tensor, Tensor]:
-    """The gated features, and for backward each channel's largest logit and the sum of exponentials below it."""
+    """The gated features, and for backward each channel's maximum logit and sum of exponentials."""
     samples, channels = features.shape[:2]
     saved = features.new_empty(0 if form == "channel" else (2, samples, channels), dtype=torch.float32)
     return empty_map_like(features, preserve=True), saved
@@ -84,7 +84,7 @@ def spatial_attention(
     form: Literal["spatial", "spatial_mean1", "channel"] = "spatial",
     backend: str | None = None,
 ) -> Tensor:
-    """Expand narrow maps to a logit per feature and gate by their softmax: ``F + scale k softmax(l) F`` (paper, Eq. 6).
+    """Gate features by the softmax of expanded maps: ``F + scale k softmax(l) F`` (paper, Eq. 6).
 
     The logits are ``l = weight hidden + bias`` at each position::
 
@@ -96,19 +96,20 @@ def spatial_attention(
         features: F, (N, C, H, W), float16, bfloat16, float32 or float64; N may be 0.
         hidden: (N, K, H, W), any floating dtype.
         weight: (C, K), any floating dtype.
-        bias: (C,) or None. The two spatial forms do not depend on it: its gradient there is exactly zero.
+        bias: (C,), any floating dtype, or None. The two spatial forms do not depend on it; its gradient is zero there.
         scale: lambda, any finite number.
-        form: which softmax.
+        form: "spatial", "spatial_mean1" or "channel".
         backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
-        (N, C, H, W), in the dtype and memory format of features. The matrix product runs in the autocast type, without
-        autocast in that of hidden; softmax and gate in float32 (float64 for float64). Differentiable in all tensors.
+        (N, C, H, W), with the dtype and memory format of features. The matrix product runs in the autocast dtype or,
+        without autocast, in that of hidden; softmax and gate in float32 (float64 if features are). Differentiable with
+        respect to all tensors.
 
     Raises:
-        TypeError: a tensor argument is no floating-point tensor, or scale is no number.
-        ValueError: shapes or devices that do not agree, a scale that is not finite, an unknown form or backend.
-        RuntimeError: the backend asked for cannot serve these arguments.
+        TypeError: a tensor argument is not a floating-point tensor, or scale is not a number.
+        ValueError: shapes or devices do not match, scale is not finite, or form or backend is unknown.
+        RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("features", features, ("N", "C", "H", "W"))
     batch, channels, height, width = features.shape

@@ -1,4 +1,4 @@
-"""What the drop-ins' projects define, written out in float64, and how a drop-in is compared with it."""
+"""Definitions of the drop-ins in float64, and their comparison with the drop-ins."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..ops.test_contrastive_loss import definition as contrastive_loss
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
 
 
-def assert_same(ours, theirs, *inputs, atol=1e-5):
-    """Values, and gradients for a random upstream gradient, within 1e-5 of a magnitude of one."""
-    assert_matches(ours, theirs, inputs, atol=atol, rtol=1e-5)
+def assert_same(function, definition, *inputs, atol=1e-5):
+    """Assert equal values, and equal gradients for random output gradients, within 1e-5 of a magnitude of 1."""
+    assert_matches(function, definition, inputs, atol=atol, rtol=1e-5)
 
 
 def logits(*shape, seed=0, scale=3.0):
@@ -46,7 +46,7 @@ def entropy(x):
 
 
 def attention_distance(student, teacher, power):
-    """Loops over samples, and average pooling where one map is twice the other."""
+    """Loop over samples, with average pooling if one map is twice the size of the other."""
     size = min(student.shape[2], teacher.shape[2])
     rows = []
     for x in (student, teacher):
@@ -58,7 +58,7 @@ def attention_distance(student, teacher, power):
 
 
 def differences(x):
-    """Of neighbours in four directions."""
+    """Differences of neighboring pixels in four directions."""
     h, w = x.shape[2:]
     for di, dj in ((0, 1), (1, 0), (1, 1), (1, -1)):
         a = x[:, :, : h - di, max(0, -dj) : w - max(0, dj)]

@@ -1,4 +1,4 @@
-"""``COVERAGE`` of each drop-in module says which op is behind which call: each line is called here, and watched."""
+"""Each entry of ``COVERAGE`` calls the op that it names and no other."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def io_dicts(pair):
 
 
 def after_forward(hook, *arguments):
-    """Hook a BatchNorm and run it."""
+    """Run a BatchNorm with a hook."""
     module = nn.BatchNorm2d(6).eval()
     hook(module, *arguments)
     module(MAPS[0])
 
 
 def sup_con(kind):
-    """The calls that ContrastLoss and SupConLoss have in common, by case."""
+    """Calls of ContrastLoss or SupConLoss, by case."""
     return {
         'two views, no labels, no mask, contrast_mode "all"': lambda: kind()(VIEWS),
         'two views, no labels, no mask, contrast_mode "one"': lambda: kind(contrast_mode="one")(VIEWS),
@@ -133,14 +133,14 @@ if metric_learning is not None:
         ("SupConLoss", "labels or pairs"): lambda: metric_learning.SupConLoss()(LOGITS[0], labels),
     }
 ELSEWHERE = {
-    # Two processes run in test_compat_contrastive.py.
+    # test_compat_contrastive.py tests it with two processes.
     (lightly, "NTXentLoss", "negatives gathered from several processes"),
 }
 
 
 @pytest.fixture
 def called(monkeypatch):
-    """The names of the ops that are called."""
+    """Names of the ops that have been called."""
     seen = []
     for name in ops.backends():
         original = getattr(ops, name)
@@ -161,13 +161,13 @@ LINES = [(module, case) for module in CALLS for case in module.COVERAGE if (modu
     LINES,
     ids=[f"{module.__name__.split('.')[-1]}.{case.name}: {case.case}" for module, case in LINES],
 )
-def test_the_op_of_a_line_is_called_and_no_other(module, case, called):
+def test_only_the_op_of_an_entry_is_called(module, case, called):
     CALLS[module][case.name, case.case]()
     assert set(called) == ({case.op} if case.op else set())
 
 
 @pytest.mark.parametrize("module", CALLS, ids=lambda module: module.__name__.split(".")[-1])
-def test_every_name_has_its_lines(module):
+def test_coverage_lists_every_name_once_per_case(module):
     lines = [case[:2] for case in module.COVERAGE]
     assert len(set(lines)) == len(lines)
     assert set(CALLS[module]) == {line for line in lines if (module, *line) not in ELSEWHERE}
@@ -176,13 +176,13 @@ def test_every_name_has_its_lines(module):
     assert all(isinstance(case, compat.Case) and case.op in (None, *ops.backends()) for case in module.COVERAGE)
 
 
-def test_the_table_names_every_module():
+def test_modules_are_listed_and_documented():
     assert set(compat.MODULES) == {module.__name__.rpartition(".")[2] for module in CALLS} | {"metric_learning"}
     assert all(f"``{name}``" in compat.__doc__ for name in compat.MODULES)
 
 
-def test_importing_brings_nothing_but_what_is_asked_for(tmp_path):
-    """The package brings no module of its own, and the modules none of the projects they stand for.
+def test_imports_are_lazy_and_optional(tmp_path):
+    """Importing the package imports no module, and the modules import none of the original projects.
 
     Where those are not installed, torchdistill's losses do without; pytorch-metric-learning's say what to install.
     """
@@ -190,8 +190,8 @@ def test_importing_brings_nothing_but_what_is_asked_for(tmp_path):
         "import sys, dfkd_fast.compat as c\n"
         "print([name for name in sys.modules if name.startswith('dfkd_fast.compat.') and name[17] != '_'])\n"
         "import dfkd_fast.compat.lightly, dfkd_fast.compat.datafree, dfkd_fast.compat.cpsc\n"
-        "theirs = ('lightly', 'pytorch_metric_learning', 'torchdistill', 'torchvision')\n"
-        "print([name for name in theirs if name in sys.modules])\n"
+        "projects = ('lightly', 'pytorch_metric_learning', 'torchdistill', 'torchvision')\n"
+        "print([name for name in projects if name in sys.modules])\n"
         "sys.modules.update(dict.fromkeys(('torchdistill', 'pytorch_metric_learning')))\n"
         "import dfkd_fast.compat.torchdistill\n"
         "print('imported')\n"

@@ -1,4 +1,4 @@
-"""Hooks of DataFree, DeepInversion and CPSC: what they keep at each forward, by its definition."""
+"""Hooks of DataFree, DeepInversion and CPSC against their definitions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOOKS = {
 
 
 def batchnorm(channels=5, seed=7):
-    """With stored statistics that are not those of a fresh one."""
+    """A BatchNorm with random running statistics."""
     bn = nn.BatchNorm2d(channels).eval().requires_grad_(False)
     bn.running_mean.copy_(random(channels, seed=seed))
     bn.running_var.copy_(random(channels, seed=seed + 1).abs() + 0.5)
@@ -59,7 +59,7 @@ def test_r_feature_matches_definition(kind, shape, dtype, layout):
 
 
 @pytest.mark.parametrize("rate", [0.9, 0.0, 0.25])
-def test_a_momentum_mixes_what_was_kept_with_what_is_there(rate):
+def test_momentum_averages_stored_and_batch_statistics(rate):
     bn = batchnorm()
     hook = datafree.DeepInversionHook(bn, rate)
     assert (hook.module, hook.mmt_rate, hook.mmt, hook.tmp_val) == (bn, rate, None, None)
@@ -77,7 +77,7 @@ def test_a_momentum_mixes_what_was_kept_with_what_is_there(rate):
         for value, truth in zip(hook.tmp_val, (mean, var), strict=True):
             assert_close(value, truth, atol=1e-5)
             assert value.requires_grad
-        # Not at every step: without it nothing is kept.
+        # Skipped in one step, after which the stored statistics must be unchanged.
         if step != 1:
             hook.update_mmt()
             kept = tuple(v.detach() for v in (mixed if kept is not None else (mean, var)))
@@ -86,7 +86,7 @@ def test_a_momentum_mixes_what_was_kept_with_what_is_there(rate):
             assert not value.requires_grad
 
 
-def test_without_a_rate_there_is_no_momentum():
+def test_update_mmt_raises_without_rate_or_forward():
     bn = batchnorm()
     hook = datafree.DeepInversionHook(bn)
     bn(random(2, 5, 3, 3))
@@ -97,7 +97,7 @@ def test_without_a_rate_there_is_no_momentum():
 
 
 @pytest.mark.parametrize(("name", "kind"), HOOKS.items(), ids=HOOKS)
-def test_a_hook_comes_off(name, kind):
+def test_removed_hook_no_longer_runs(name, kind):
     bn = batchnorm()
     hook = kind(bn)
     with pytest.raises(AttributeError):
@@ -112,7 +112,7 @@ def test_a_hook_comes_off(name, kind):
 
 
 @pytest.mark.parametrize("kind", HOOKS.values(), ids=HOOKS)
-def test_errors_are_those_of_pytorch(kind):
+def test_errors_match_pytorch(kind):
     hooked = nn.BatchNorm1d(5).eval()
     kind(hooked)
     with pytest.raises(IndexError):
@@ -123,7 +123,7 @@ def test_errors_are_those_of_pytorch(kind):
         hooked(random(4, 5, 2, 2))
 
 
-def test_a_hook_in_training_compares_with_what_the_forward_has_stored():
+def test_hook_in_training_uses_updated_running_statistics():
     bn = batchnorm().train()
     hook = datafree.DeepInversionHook(bn)
     x = random(4, 5, 3, 3)
@@ -131,7 +131,7 @@ def test_a_hook_in_training_compares_with_what_the_forward_has_stored():
     assert_close(hook.r_feature, distance(bn, *statistics(x)), atol=1e-5, rtol=1e-5)
 
 
-def test_feature_hooks_keep_what_a_module_gets_and_gives():
+def test_feature_hooks_store_input_and_output():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
     hooks = datafree.register_hooks(network)
     assert [type(hook) for hook in hooks] == [datafree.FeatureHook] * 2
@@ -149,7 +149,7 @@ def test_feature_hooks_keep_what_a_module_gets_and_gives():
 
 
 @pytest.mark.parametrize("kind", [datafree.InstanceMeanHook, datafree.FeatureMeanHook])
-def test_instance_means(kind):
+def test_instance_mean_hooks_store_means_over_positions(kind):
     module = nn.Conv2d(3, 4, 1)
     hook = kind(module)
     assert repr(hook) == f"<Feature Hook>: {module}"
@@ -163,7 +163,7 @@ def test_instance_means(kind):
 
 @pytest.mark.parametrize("on_input", [True, False])
 @pytest.mark.parametrize("dim", [[0, 2, 3], (0, 2, 3), [2, 3], [0], 1])
-def test_means_and_variances_of_what_a_module_gets_or_gives(on_input, dim):
+def test_mean_var_hook_stores_statistics_of_input_or_output(on_input, dim):
     module = nn.Conv2d(3, 4, 1)
     hook = datafree.FeatureMeanVarHook(module, on_input, dim)
     x = random(2, 3, 4, 5).requires_grad_()
@@ -177,7 +177,7 @@ def test_means_and_variances_of_what_a_module_gets_or_gives(on_input, dim):
     assert not module._forward_hooks
 
 
-def test_means_and_variances_outlive_what_changes_the_features_in_place():
+def test_mean_var_hook_supports_later_in_place_changes():
     module = nn.Conv2d(3, 4, 1)
     hook = datafree.FeatureMeanVarHook(module, on_input=False)
     assert hook.dim == [0, 2, 3]

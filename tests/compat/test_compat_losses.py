@@ -1,4 +1,4 @@
-"""Drop-ins on logits and maps: equal to the originals, or to their definitions where those are on no index."""
+"""Drop-ins on logits and maps against torchdistill, or against definitions of projects without a package."""
 
 from __future__ import annotations
 
@@ -121,17 +121,17 @@ DROP_INS = {
 
 
 @pytest.mark.parametrize("name", DROP_INS)
-def test_value_and_gradients_are_those_of_the_definition(name):
-    ours, theirs, shape = DROP_INS[name]
-    assert_same(ours, theirs, *logits(*shape))
+def test_value_and_gradients_match_definition(name):
+    fast, original, shape = DROP_INS[name]
+    assert_same(fast, original, *logits(*shape))
 
 
 @given(
     *(st.integers(1, 7), st.integers(1, 12), st.floats(0.5, 20)),
     *(st.sampled_from(REDUCTIONS), st.integers(0, 1_000_000)),
 )
-def test_kldiv_is_its_definition(count, classes, temperature, reduction, seed):
-    # The logarithms of probabilities near one half are rounded to 6e-8, and their differences multiplied by T^2.
+def test_kldiv_matches_definition(count, classes, temperature, reduction, seed):
+    # Log-probabilities near one half have rounding errors of 6e-8, which are multiplied by T^2.
     atol = 1e-5 * max(1, temperature**2 / 25)
     definition = lambda s, t: divergence(s, t, temperature, reduction) * temperature**2  # noqa: E731
     inputs = logits(count, classes, seed=seed)
@@ -140,7 +140,7 @@ def test_kldiv_is_its_definition(count, classes, temperature, reduction, seed):
 
 
 @given(st.sampled_from(REDUCTIONS), st.floats(0.5, 5), st.integers(0, 1_000_000))
-def test_jsdiv_is_its_definition(reduction, temperature, seed):
+def test_jsdiv_matches_definition(reduction, temperature, seed):
     definition = lambda s, t: jensen_shannon(s, t, temperature, reduction)  # noqa: E731
     assert_same(lambda s, t: datafree.jsdiv(s, t, temperature, reduction), definition, *logits(4, 6, seed=seed))
 
@@ -148,7 +148,7 @@ def test_jsdiv_is_its_definition(reduction, temperature, seed):
 @pytest.mark.parametrize(
     ("size_s", "size_t", "power"), [(4, 4, 1), (4, 4, 2), (8, 4, 2), (8, 4, 4), (4, 8, 2), (4, 8, 1)]
 )
-def test_attention_transfer(size_s, size_t, power):
+def test_attention_transfer_matches_definition(size_s, size_t, power):
     maps = random(3, 5, size_s, size_s), random(3, 7, size_t, size_t, seed=1)
     definition = lambda s, t: attention_distance(s, t, power)  # noqa: E731
     assert_same(lambda s, t: mdistiller.single_stage_at_loss(s, t, power), definition, *maps)
@@ -158,7 +158,7 @@ def test_attention_transfer(size_s, size_t, power):
 
 
 def test_losses_compile():
-    """All in one graph."""
+    """All losses in one graph."""
     losses = [
         *(lambda s, t: datafree.kldiv(s, t, 4.0), lambda s, t: datafree.kldiv(s, t, 4.0, "none")),
         *(
@@ -173,7 +173,7 @@ def test_losses_compile():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits(dtype):
+def test_half_precision_logits_match_float64(dtype):
     student, teacher = (x.to(dtype).requires_grad_() for x in logits(8, 100))
     loss = datafree.kldiv(student, teacher, T=4.0)
     loss.backward()
@@ -218,7 +218,7 @@ def test_signatures_and_attributes_match_originals(module, name, signature):
 
 
 @pytest.mark.parametrize("call", [datafree.kldiv, datafree.KLDiv(), cpsc.kdloss, repdistiller.DistillKL(1)])
-def test_errors_of_logits_are_those_of_pytorch(call):
+def test_errors_match_pytorch(call):
     with pytest.raises(RuntimeError):
         call(torch.zeros(3, 4), torch.zeros(3, 5))
     with pytest.raises(IndexError):
@@ -229,7 +229,7 @@ def test_errors_of_logits_are_those_of_pytorch(call):
         datafree.get_image_prior_losses(torch.zeros(3, 5, 6))
 
 
-def test_attention_transfer_gives_a_list_or_a_sum():
+def test_attention_transfer_returns_list_or_sum():
     maps = [random(2, 3, 4, 4), random(2, 5, 2, 2)]
     losses = repdistiller.Attention()(maps, [random(2, 3, 4, 4, seed=2), random(2, 4, 2, 2, seed=3)])
     assert isinstance(losses, list)
@@ -256,28 +256,27 @@ def torchdistill():
     ],
 )
 @pytest.mark.parametrize("shape", [(6, 6), (2, 5, 3, 3)])
-def test_kd_loss_equals_torchdistills(torchdistill, arguments, reduction, shape):
+def test_kd_loss_matches_torchdistill(torchdistill, arguments, reduction, shape):
     student, teacher = logits(*shape)
     targets = torch.randint(0, shape[1], (shape[0], *shape[2:]))
     if len(shape) > 2 and reduction == "none":
         targets = None
-    ours, theirs = (
+    fast, original = (
         kind(**IO, temperature=4.0, reduction=reduction, **arguments) for kind in (drop_in.KDLoss, torchdistill.KDLoss)
     )
-    # An attribute both have is the same in both.
     names = ("student_module_path", "teacher_module_io", "temperature", "alpha", "beta", "reduction", "log_target")
-    assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
-    assert repr(ours) == repr(theirs)
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert [getattr(fast, name) for name in names] == [getattr(original, name) for name in names]
+    assert repr(fast) == repr(original)
+    assert fast.state_dict().keys() == original.state_dict().keys()
     assert_same(
-        lambda s, t: ours(*io_dicts(s, t), targets, "more", other=1),
-        lambda s, t: theirs(*io_dicts(s, t), targets, "more", other=1),
+        lambda s, t: fast(*io_dicts(s, t), targets, "more", other=1),
+        lambda s, t: original(*io_dicts(s, t), targets, "more", other=1),
         student,
         teacher,
     )
 
 
-def test_kd_loss_refuses_what_torchdistills_refuses(torchdistill):
+def test_errors_match_torchdistill(torchdistill):
     for kind in (drop_in.KDLoss, torchdistill.KDLoss):
         with pytest.raises(TypeError):
             kind(**IO, temperature=1.0)
@@ -292,13 +291,13 @@ def test_kd_loss_refuses_what_torchdistills_refuses(torchdistill):
 
 
 @pytest.mark.parametrize("mode", ["code", "paper"])
-def test_at_loss_equals_torchdistills(torchdistill, mode):
+def test_at_loss_matches_torchdistill(torchdistill, mode):
     pairs = {
         "first": {"student": {"path": "a", "io": "output"}, "teacher": {"path": "a", "io": "output"}, "weight": 2.5},
         "second": {"student": {"path": "b", "io": "output"}, "teacher": {"path": "b", "io": "input"}},
     }
-    ours, theirs = (kind(pairs, mode) for kind in (drop_in.ATLoss, torchdistill.ATLoss))
-    assert (ours.at_pairs, ours.mode) == (theirs.at_pairs, theirs.mode)
+    fast, original = (kind(pairs, mode) for kind in (drop_in.ATLoss, torchdistill.ATLoss))
+    assert (fast.at_pairs, fast.mode) == (original.at_pairs, original.mode)
     shapes = ((3, 4, 5, 6), (3, 2, 3, 3), (3, 7, 5, 6), (3, 2, 3, 3))
     tensors = [random(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
@@ -307,10 +306,10 @@ def test_at_loss_equals_torchdistills(torchdistill, mode):
             {"a": {"output": a}, "b": {"output": b}}, {"a": {"output": c}, "b": {"input": d}}, targets=None
         )
 
-    assert_same(call(ours), call(theirs), *tensors)
+    assert_same(call(fast), call(original), *tensors)
 
 
-def test_torchdistills_registry_gives_the_drop_in(torchdistill):
+def test_torchdistill_registry_returns_drop_ins(torchdistill):
     from torchdistill.losses.registry import get_mid_level_loss
 
     kwargs = {**IO, "temperature": 4.0, "alpha": 0.5}

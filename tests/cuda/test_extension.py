@@ -121,7 +121,8 @@ def test_a_refused_call_goes_on_to_triton_or_raises_if_named(
     ):
         assert chosen(count, **options) == "triton"
         with pytest.raises(
-            UnsupportedError, match=f"'cuda', asked for by backend, cannot serve contrastive_loss: {said}"
+            UnsupportedError,
+            match=f"'cuda', requested by backend, does not support this call of contrastive_loss: {said}",
         ):
             chosen(count, "cuda", **options)
 

@@ -1,4 +1,4 @@
-"""batchnorm_statistics and channel_statistics against their definitions, written out in float64."""
+"""batchnorm_statistics and channel_statistics against definitions in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = {**MAP_SHAPES, "vectors": (6, 5), "sequence": (2, 3, 7), "volume": (2, 
 
 
 def definition(x, running_mean, running_var, weight, bias, residual, *, activation, eps=1e-3):
-    """Channel by channel."""
+    """Compute each channel in turn."""
     maps, means, variances = [], [], []
     for c in range(x.shape[1]):
         v = x[:, c]
@@ -46,7 +46,7 @@ def make(shape=(3, 5, 4, 2), *, dtype=torch.float64, **options):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("affine", "residual"), [(True, False), (False, True), (True, True), (False, False)])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_values_and_gradients_follow_the_formula(shape, affine, residual, activation):
+def test_values_and_gradients_match_formula(shape, affine, residual, activation):
     inputs = make(shape, affine=affine, residual=residual)
     assert_matches(partial(call, activation=activation), partial(definition, activation=activation), inputs)
     if activation == "none":
@@ -61,15 +61,15 @@ def test_values_and_gradients_follow_the_formula(shape, affine, residual, activa
         *((3000.0, 2.0, "channels_last"), (1e-3, 1e-6, "channels_last"), (1e-3, 1e-6, "contiguous")),
     ],
 )
-def test_statistics_are_sound_far_from_zero(backend_and_device, mean, deviation, layout):
-    """Whatever the running mean says. E[x^2] - E[x]^2 would lose 225 u of the variance at 30, and all of it at 1000."""
+def test_statistics_are_accurate_for_large_means(backend_and_device, mean, deviation, layout):
+    """E[x^2] - E[x]^2 would have an error of 225 u at mean 30, and no correct digit at 1000."""
     backend, device = backend_and_device
     x = random(16, 3, 28, 28, scale=deviation, shift=mean, seed=3, layout=layout, device=device)
     zero, one = torch.zeros(3, device=device), torch.ones(3, device=device)
     _, got_mean, got_var = ops.batchnorm_statistics(x, zero, one, None, None, 1e-5, backend=backend)
     exact, u = x.double(), unit_roundoff(torch.float32)
     centre = exact.mean((0, 2, 3))
-    # The mean: pairwise sums of 12,544 terms. The variance: that error's square, and its own sum.
+    # mean: pairwise sums of 12,544 terms. var: the square of that error, and an own sum.
     assert_close(got_mean, centre, atol=0.0, rtol=16 * u, name="mean")
     spread = (exact - centre[:, None, None]).square().mean((0, 2, 3))
     assert_close(got_var, spread, atol=(16 * u * mean) ** 2, rtol=64 * u, name="var")
@@ -77,10 +77,10 @@ def test_statistics_are_sound_far_from_zero(backend_and_device, mean, deviation,
 
 @pytest.mark.parametrize(("activation", "function"), [("relu", F.relu), ("relu6", F.relu6)])
 @pytest.mark.parametrize("residual", [False, True])
-def test_activations_agree_with_torch_at_their_corners(backend_and_device, residual, activation, function):
+def test_activations_match_torch_at_their_limits(backend_and_device, residual, activation, function):
     backend, device = backend_and_device
     x = torch.tensor([[-1.0, 0.0, 6.0, 7.0, math.nan]], device=device, requires_grad=True)
-    eps = 2.0**-10  # so that the variance and eps add to one exactly
+    eps = 2.0**-10  # var + eps is exactly 1
     zeros, var = torch.zeros(5, device=device), torch.full((5,), 1 - eps, device=device)
     other = torch.zeros_like(x) if residual else None
     results = []
@@ -98,22 +98,22 @@ def test_activations_agree_with_torch_at_their_corners(backend_and_device, resid
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reduced_precision(dtype, activation):
-    """Everything is float32 but for one rounding of y and one of each gradient."""
+def test_reduced_precision_stays_within_bound(dtype, activation):
+    """Only y and the gradients are rounded, once; the rest is float32."""
     inputs = make((4, 6, 9, 7), dtype=dtype, residual=True)
     exact = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
     values, gradients = value_and_gradients(lambda *a: call(*a, activation=activation), inputs)
     expected, expected_gradients = value_and_gradients(partial(definition, activation=activation), exact)
     assert [v.dtype for v in values] == [dtype, torch.float32, torch.float32]
     single = unit_roundoff(torch.float32)
-    # Of terms up to (3 + 8) / sqrt(0.1) before they cancel.
+    # Terms are up to (3 + 8) / sqrt(0.1) before they cancel.
     assert_close(values[0], expected[0], atol=256 * single, rtol=unit_roundoff(dtype), name="y")
     for got, expected_value in zip(values[1:], expected[1:], strict=True):
         assert_close(got, expected_value, atol=16 * single, rtol=16 * single)
     for got, expected_value, given in zip(gradients, expected_gradients, inputs, strict=True):
         if expected_value is not None:
             assert got.dtype == given.dtype
-            # The upstream gradient of y is rounded to dtype: of the sums over 252 positions each term is.
+            # The output gradient, and thus each of 252 terms of a sum, is rounded to dtype.
             assert (got.double() - expected_value).norm() <= 8 * unit_roundoff(dtype) * expected_value.norm()
 
 

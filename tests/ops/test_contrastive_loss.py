@@ -1,4 +1,4 @@
-"""contrastive_loss against Eq. 8 and 9 of the paper, written out in float64."""
+"""contrastive_loss against Eq. 8 and 9 of the paper in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLAGS = [(symmetric, normalize) for symmetric in (False, True) for normalize in 
 
 
 def definition(anchors, positives, *, temperature=0.1, symmetric=False, normalize=True, reduction="mean"):
-    """Anchor by anchor, vector by vector."""
+    """Compute each pair of vectors in turn."""
     vectors = [*anchors, *positives]
     if normalize:
         vectors = [v / torch.sqrt((v * v).sum()) if v.detach().any() else torch.zeros_like(v) for v in vectors]
@@ -43,13 +43,13 @@ def make(n=5, dim=7, *, dtype=torch.float64, requires_grad=False):
 @pytest.mark.parametrize(
     ("n", "dim", "temperature"), [(1, 3, 0.1), (2, 1, 0.5), (5, 7, 0.1), (9, 4, 1.7), (6, 130, 0.02)]
 )
-def test_value_and_gradients_follow_the_formula(n, dim, temperature, symmetric, normalize, reduction):
+def test_value_and_gradients_match_formula(n, dim, temperature, symmetric, normalize, reduction):
     options = {"temperature": temperature, "symmetric": symmetric, "normalize": normalize, "reduction": reduction}
     assert_matches(partial(ops.contrastive_loss, **options), partial(definition, **options), make(n, dim), rtol=1e-11)
 
 
-def test_only_the_anchor_itself_is_left_out():
-    """Four equal vectors: each anchor sees three, all alike: log 3 (log 2 were the other anchor left out)."""
+def test_sum_excludes_only_the_anchor():
+    """With four equal vectors, each anchor has three others: log 3. Excluding the other anchor would give log 2."""
     t = torch.ones(2, 3, dtype=torch.float64)
     for symmetric in (False, True):
         assert_close(ops.contrastive_loss(t, t, symmetric=symmetric), math.log(3), atol=1e-12)
@@ -57,10 +57,10 @@ def test_only_the_anchor_itself_is_left_out():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_rows_of_zero_length(symmetric, dtype):
-    """Similarity zero, gradient exactly zero, no NaN: once, and twice."""
+def test_zero_rows_have_zero_gradient(symmetric, dtype):
+    """Similarity and gradient are exactly zero, and second derivatives are finite."""
     t, s = make(dtype=dtype)
-    t[1], t[3], s[1], s[4] = 0, 0, 0, 0  # pair 1 has two such rows, 3 and 4 one each
+    t[1], t[3], s[1], s[4] = 0, 0, 0, 0  # both rows of pair 1, one row of pairs 3 and 4
     t.requires_grad_()
     s.requires_grad_()
     loss = ops.contrastive_loss(t, s, symmetric=symmetric)
@@ -76,14 +76,14 @@ def test_rows_of_zero_length(symmetric, dtype):
     assert all(g.isfinite().all() for g in again)
 
 
-def test_without_normalisation_a_zero_row_is_a_row_like_others():
+def test_zero_row_without_normalization_passes_gradcheck():
     t, s = make(requires_grad=True)
     t.data[1] = 0
     op = lambda *a: ops.contrastive_loss(*a, temperature=0.5, normalize=False)  # noqa: E731
     assert gradcheck(op, (t, s))
 
 
-def test_the_length_of_a_row_does_not_matter():
+def test_loss_does_not_depend_on_row_length():
     t, s = make(dtype=torch.float32)
     expected = ops.contrastive_loss(t, s)
     for factor in (2.0**-120, 2.0**100):
@@ -92,22 +92,22 @@ def test_the_length_of_a_row_does_not_matter():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_extreme_rows_stay_finite(dtype):
+def test_extreme_rows_give_finite_loss(dtype):
     values, gradients = value_and_gradients(
         lambda *a: ops.contrastive_loss(*a, reduction="none"),
         (extreme(12, 9, dtype=dtype).requires_grad_(), random(12, 9, dtype=dtype, requires_grad=True)),
     )
     assert values[0].isfinite().all()
-    # The rows of tiny length have gradients as large as their length is small; float32 holds them, the others may not.
+    # Gradients of very short rows are large, and may overflow to infinity in the reduced-precision dtypes.
     assert not any(g.isnan().any() for g in gradients)
 
 
-def test_small_temperature_is_stable():
+def test_small_temperature_matches_float64():
     values, gradients = value_and_gradients(
         lambda *a: ops.contrastive_loss(*a, temperature=1e-4, reduction="none"), make(dtype=torch.float32)
     )
     expected = definition(*(t.double() for t in make(dtype=torch.float32)), temperature=1e-4, reduction="none")
-    # A rounding of a similarity in [-1, 1], divided by the temperature.
+    # Rounding errors of similarities in [-1, 1], divided by the temperature.
     assert_close(values[0], expected, atol=16 * unit_roundoff(torch.float32) / 1e-4)
     assert all(g.isfinite().all() for g in gradients)
 
@@ -123,14 +123,14 @@ def test_empty_batch():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_reduced_precision(dtype, symmetric):
-    """The inputs as given are exact; everything after is float32, and only the gradients are rounded back."""
+def test_reduced_precision_stays_within_bound(dtype, symmetric):
+    """Only the gradients are rounded to the inputs' dtype; the rest is float32."""
     inputs = make(8, 33, dtype=dtype)
     exact = [t.double() for t in inputs]
     values, gradients = value_and_gradients(lambda *a: ops.contrastive_loss(*a, symmetric=symmetric), inputs)
     expected, expected_gradients = value_and_gradients(lambda *a: definition(*a, symmetric=symmetric), exact)
     assert values[0].dtype == torch.float32
-    single = 64 * unit_roundoff(torch.float32)  # 33 terms a similarity, times 1 / temperature, in random walk
+    single = 64 * unit_roundoff(torch.float32)  # random walk of 33 terms per similarity, times 1 / temperature
     assert_close(values[0], expected[0], atol=single, rtol=single)
     for got, expected_value in zip(gradients, expected_gradients, strict=True):
         assert got.dtype == dtype

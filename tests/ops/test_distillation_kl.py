@@ -1,4 +1,4 @@
-"""distillation_kl against the definition of the divergence, written out in float64, and against torch's kl_div."""
+"""distillation_kl against the definition of the divergence in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REDUCTIONS = ("batchmean", "sum", "mean", "none")
 
 
 def definition(student, teacher, *, temperature=1.0, direction="forward", reduction="batchmean", squared=True):
-    """Class by class, from probabilities."""
+    """Compute each class in turn, from probabilities."""
     rows = []
     for s, t in zip(student, teacher, strict=True):
         q = torch.exp(s / temperature) / torch.exp(s / temperature).sum()
@@ -55,7 +55,7 @@ def test_value_and_gradients_match_formula(n, classes, temperature, squared, dir
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_extreme_logits(dtype, direction):
+def test_extreme_logits_give_finite_results(dtype, direction):
     s, t = extreme(12, 9, dtype=dtype), extreme(12, 9, dtype=dtype, seed=1).roll(1, 0)
     op = lambda *a: ops.distillation_kl(*a, direction=direction, reduction="sum")  # noqa: E731
     values, gradients = value_and_gradients(op, (s, t))
@@ -65,14 +65,14 @@ def test_extreme_logits(dtype, direction):
 
 
 def made_for(backend, device, *shape):
-    """Logits in the widest dtype of a backend, and a tolerance."""
+    """Logits in the most precise dtype of a backend, and a tolerance."""
     dtype, atol = (torch.float64, 1e-14) if backend == "reference" else (torch.float32, 1e-6)
     return *logits(shape, dtype=dtype, device=device)(1), atol
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_equal_logits_are_no_distance(backend_and_device, direction):
-    """Up to a constant, too."""
+def test_equal_logits_have_zero_divergence_and_gradient(backend_and_device, direction):
+    """A constant offset of the logits changes nothing."""
     s, _, atol = made_for(*backend_and_device, 4, 9)
     op = lambda *a: ops.distillation_kl(*a, direction=direction, backend=backend_and_device[0])  # noqa: E731
     for teacher, allowed in ((s.clone(), atol if backend_and_device[0] == "reference" else 0.0), (s + 5, atol)):
@@ -82,8 +82,8 @@ def test_equal_logits_are_no_distance(backend_and_device, direction):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_masked_classes(backend_and_device, direction):
-    """Minus infinity on both sides is as if the class did not exist, in value and gradients."""
+def test_masked_classes_have_no_effect(backend_and_device, direction):
+    """Classes with logits of minus infinity on both sides do not affect value or gradients."""
     s, t, atol = made_for(*backend_and_device, 3, 6)
     keep = [0, 2, 3, 5]
     masked_s, masked_t = s.clone(), t.clone()
@@ -97,9 +97,9 @@ def test_masked_classes(backend_and_device, direction):
         assert_close(got[:, [1, 4]], 0.0, atol=0.0)
 
 
-def test_a_class_masked_on_one_side(backend_and_device):
+def test_class_masked_on_one_side(backend_and_device):
     s, t, atol = made_for(*backend_and_device, 2, 4)
-    t[0, 1] = -math.inf  # the teacher excludes it: it adds nothing, as in torch
+    t[0, 1] = -math.inf  # adds 0, as in torch
     op = lambda *a: ops.distillation_kl(*a, backend=backend_and_device[0])  # noqa: E731
     (value,), gradients = value_and_gradients(op, (s, t))
     (expected,), expected_gradients = value_and_gradients(ops.distillation_kl, (s.double(), t.double()))
@@ -107,7 +107,7 @@ def test_a_class_masked_on_one_side(backend_and_device):
     for got, expected_value in zip((value, *gradients), (expected, *expected_gradients), strict=True):
         assert got.isfinite().all()
         assert_close(got, expected_value, atol=atol)
-    assert op(t, s) == math.inf  # the student excludes what the teacher expects
+    assert op(t, s) == math.inf  # the student excludes a class that the teacher expects
 
 
 def test_empty_batch():
@@ -121,8 +121,8 @@ def test_empty_batch():
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reduced_precision(dtype, direction):
-    """The logits as given are exact; everything after is float32, and only the gradients are rounded back."""
+def test_reduced_precision_stays_within_bound(dtype, direction):
+    """Only the gradients are rounded to the logits' dtype; the rest is float32."""
     inputs = make(8, 50, dtype=dtype)
     exact = [t.double() for t in inputs]
     op = lambda *a: ops.distillation_kl(*a, temperature=2.0, direction=direction)  # noqa: E731
@@ -130,12 +130,12 @@ def test_reduced_precision(dtype, direction):
     define = lambda *a: definition(*a, temperature=2.0, direction=direction)  # noqa: E731
     (expected,), expected_gradients = value_and_gradients(define, exact)
     assert value.dtype == torch.float32
-    # log p and log q are near 4, each off by some u of that; p sums to one, and temperature squared is 4.
+    # log p and log q are near 4, with errors of a few u; p sums to 1; temperature squared is 4.
     single = 64 * unit_roundoff(torch.float32)
     assert_close(value, expected, atol=single, rtol=single)
     for got, expected_value in zip(gradients, expected_gradients, strict=True):
         assert got.dtype == dtype
-        tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # below it float16 rounds to a fixed grid
+        tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest denormal
         assert_close(
             got, expected_value, atol=single * float(expected_value.abs().max()) + tiny, rtol=unit_roundoff(dtype)
         )
@@ -149,7 +149,7 @@ def test_dtypes_may_differ():
     assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32]
 
 
-def test_the_hessian_is_that_of_the_formula():
+def test_hessian_matches_formula():
     s, t = make()
     curvature = torch.func.hessian(lambda x: ops.distillation_kl(x[None], t[:1]))(s[0])
     q = s[0].softmax(0)

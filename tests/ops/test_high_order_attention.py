@@ -1,4 +1,4 @@
-"""high_order_attention against the formula of the paper, written out in float64."""
+"""high_order_attention against the formula of the paper in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODES = ("joint", "per_order")
 
 
 def definition(x, proj_weight, out_weight, mode):
-    """y and A, factor by factor, order by order, at rows of features."""
+    """Compute y and A, one factor at a time."""
     rows = x.movedim(1, -1)
     order = out_weight.shape[0]
     factor, logits = 0, []
@@ -41,7 +41,7 @@ def make(shape=(2, 8, 4, 4), *, dtype=torch.float64, requires_grad=False, **opti
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("shape", MAP_SHAPES.values(), ids=MAP_SHAPES)
-def test_value_and_gradients_follow_the_formula(shape, order, mode):
+def test_value_and_gradients_match_formula(shape, order, mode):
     inputs = make(shape, order=order)
     for i, function in enumerate((ops.high_order_attention, ops.high_order_attention_map)):
         formula = lambda *a, i=i: definition(*a, mode)[i]  # noqa: E731
@@ -51,17 +51,17 @@ def test_value_and_gradients_follow_the_formula(shape, order, mode):
 def test_values_and_gradients_are_finite_for_a_zero_factor_and_a_saturated_gate():
     x, proj, out = make((1, 4, 2, 2), hidden=3, dtype=torch.float32)
     without_factor = proj.clone()
-    without_factor[3] = 0  # the first factor of order 3: its gradient is not z_3 divided by it
+    without_factor[3] = 0  # first factor of order 3; its gradient must not be computed as z_3 / factor
     for inputs in ((x, without_factor, out), (x * 1e4, proj, out)):
         values, gradients = value_and_gradients(ops.high_order_attention, inputs)
         assert all(t.isfinite().all() for t in (*values, *gradients))
 
 
 def error_bound(x, proj, out, u):
-    """How far y may be off when both products and y are rounded to unit roundoff u and the rest is exact.
+    """Bound the error of y if only the matrix products and y are rounded, with unit roundoff u.
 
-    Each factor is off by u of itself, so z_r by r u, its rounding adds one, the second product sums these over the
-    absolute values and rounds once more; the sigmoid's slope is at most 1 / 4. First order in u; 1.1 covers the rest.
+    Each factor has relative error u, so z_r has r u, plus one for its rounding. The second product sums these over
+    absolute values and adds one rounding. The sigmoid's slope is at most 1 / 4. The factor 1.1 covers higher orders.
     """
     factors = torch.einsum("fkc,nchw->fnkhw", proj, x)
     logits, error, first = 0, 0, 0
@@ -75,23 +75,23 @@ def error_bound(x, proj, out, u):
 
 @pytest.mark.parametrize("order", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reduced_precision_stays_within_its_bound(dtype, order):
+def test_reduced_precision_stays_within_bound(dtype, order):
     inputs = make((2, 24, 7, 5), order=order, dtype=dtype)
     exact = [t.double() for t in inputs]
     y = ops.high_order_attention(*inputs)
     assert y.dtype == dtype
-    # In float32 the sums of products round too, once a term.
+    # In float32 each term of a sum is rounded too.
     u = unit_roundoff(dtype) * (24 if dtype == torch.float32 else 1)
     assert_close(y, definition(*exact, "joint")[0], atol=error_bound(*exact, u) + 1e-6 * (dtype != torch.float32))
     _, gradients = value_and_gradients(ops.high_order_attention, inputs)
     _, expected = value_and_gradients(lambda *a: definition(*a, "joint")[0], exact)
     for got, expected_value, given in zip(gradients, expected, inputs, strict=True):
         assert got.dtype == given.dtype
-        # Some dozen roundings lie on the way, each of random sign, in the norm of the gradient; 32 u covers their sum.
+        # 32 u covers about a dozen roundings with random signs, in the norm of the gradient.
         assert (got.double() - expected_value).norm() <= 32 * unit_roundoff(dtype) * expected_value.norm()
 
 
-def test_autocast_runs_the_products_in_its_type_and_keeps_the_dtype_of_x():
+def test_autocast_changes_only_dtype_of_products():
     inputs = make((2, 24, 5, 5), dtype=torch.float32)
     exact = [t.double() for t in inputs]
     plain = ops.high_order_attention(*inputs)
@@ -101,13 +101,13 @@ def test_autocast_runs_the_products_in_its_type_and_keeps_the_dtype_of_x():
     assert y.dtype == torch.float32
     assert halved.dtype == torch.bfloat16
     error = (y.double() - definition(*exact, "joint")[0]).abs().max()
-    assert error > 8 * (plain.double() - definition(*exact, "joint")[0]).abs().max()  # so it did run in bfloat16
+    assert error > 8 * (plain.double() - definition(*exact, "joint")[0]).abs().max()  # it ran in bfloat16
     u = unit_roundoff(torch.bfloat16)
-    # Inputs and weights are rounded as well here: two more u a factor, one more in the second product.
+    # Inputs and weights are rounded too: two more u per factor, and one in the second product.
     assert_close(y, definition(*exact, "joint")[0], atol=3 * error_bound(*exact, u) + 1e-6)
 
 
-def test_weights_of_another_dtype_are_cast_for_the_product():
+def test_weights_are_cast_to_dtype_of_x():
     x, proj, out = make((2, 8, 3, 3), dtype=torch.bfloat16)
     y = ops.high_order_attention(x, proj.float(), out.float())
     assert y.dtype == torch.bfloat16
@@ -116,7 +116,7 @@ def test_weights_of_another_dtype_are_cast_for_the_product():
     assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.float32]
 
 
-def test_forward_mode_derivatives():
+def test_forward_mode_derivative_matches_gradient():
     x, proj, out = make((3, 4, 2, 2))
     total = lambda w: ops.high_order_attention(x, w, out).square().sum()  # noqa: E731
     _, tangent = torch.func.jvp(total, (proj,), (torch.ones_like(proj),))

@@ -1,4 +1,4 @@
-"""high_order_attention_mse against the formula in float64."""
+"""high_order_attention_mse against its formula in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .test_high_order_attention import definition as attended
 
 
 def make(shape=(2, 8, 4, 4), **options):
-    """All but the target require a gradient."""
+    """Inputs of which all except the target require a gradient."""
     return high_order(shape, dtype=torch.float64, target=True, **options)(1)
 
 
@@ -25,7 +25,7 @@ def make(shape=(2, 8, 4, 4), **options):
 @pytest.mark.parametrize(
     "shape", [s for s in MAP_SHAPES.values() if s[0]], ids=[n for n, s in MAP_SHAPES.items() if s[0]]
 )
-def test_value_and_gradients_follow_the_formula(shape, order, mode):
+def test_value_and_gradients_match_formula(shape, order, mode):
     assert_matches(
         partial(ops.high_order_attention_mse, mode=mode),
         lambda x, proj, out, target: (attended(x, proj, out, mode)[0] - target).square().mean(),
@@ -36,7 +36,7 @@ def test_value_and_gradients_follow_the_formula(shape, order, mode):
     )
 
 
-def test_dtypes_and_the_empty_batch():
+def test_dtypes_may_differ_and_empty_batch_is_nan():
     x, proj, out, target = (t.detach() for t in make((2, 8, 3, 3)))
     assert ops.high_order_attention_mse(x, proj, out, target.half()).dtype == torch.float64
     assert ops.high_order_attention_mse(x.half(), proj, out, target).dtype == torch.float32

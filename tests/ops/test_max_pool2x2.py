@@ -1,4 +1,4 @@
-"""max_pool2x2 and max_unpool2x2 against the definition, window by window, and against torch's pooling and unpooling."""
+"""max_pool2x2 and max_unpool2x2 against their definitions and torch's pooling and unpooling."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dfkd_fast import ops
 from dfkd_fast.testing import LAYOUTS, random, with_layout
 
 from .table import POOL_SHAPES as SHAPES
-from .table import assert_matches, assert_same, special_values, there_and_back, ties
+from .table import assert_matches, assert_same, pool_and_unpool, special_values, ties
 
 
 def definition(x, relu):
-    """Window by window: a value takes over if it is larger or NaN."""
+    """Search each window; a larger value or NaN replaces the maximum."""
     n, c, h, w = x.shape
     y, code = x.new_empty(n, c, h // 2, w // 2), torch.empty(n, c, h // 2, w // 2, dtype=torch.uint8)
     for at in itertools.product(range(n), range(c), range(h // 2), range(w // 2)):
@@ -36,7 +36,7 @@ def definition(x, relu):
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_values_and_codes_follow_the_definition(shape, relu):
+def test_values_and_codes_match_definition(shape, relu):
     for x in (random(*shape, dtype=torch.float64), ties(*shape), special_values()):
         y, code = ops.max_pool2x2(x, relu=relu)
         expected, expected_code = definition(x, relu)
@@ -48,8 +48,8 @@ def test_values_and_codes_follow_the_definition(shape, relu):
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_pair_is_torchs(shape, relu):
-    """Values, places and gradients of pooling, something in between, and unpooling."""
+def test_pooling_and_unpooling_match_torch(shape, relu):
+    """Values, positions and gradients of pooling followed by unpooling."""
 
     def torch_pool(x):
         return F.max_pool2d(F.relu(x) if relu else x, 2, return_indices=True)
@@ -64,10 +64,10 @@ def test_the_pair_is_torchs(shape, relu):
     rows, columns = (torch.arange(n).mul(2) for n in code.shape[2:])
     place = (code & 3).long()
     assert torch.equal((rows[:, None] + place // 2) * width + columns + place % 2, index)
-    assert_matches(partial(there_and_back, relu=relu), torch_pair, [x], atol=0.0, rtol=0.0)
+    assert_matches(partial(pool_and_unpool, relu=relu), torch_pair, [x], atol=0.0, rtol=0.0)
 
 
-def test_unpooling_takes_the_sizes_that_pool_to_it():
+def test_unpooling_supports_all_sizes_that_pool_to_input():
     y, code = random(2, 3, 2, 4), torch.randint(0, 4, (2, 3, 2, 4), dtype=torch.uint8)
     even = ops.max_unpool2x2(y, code)
     assert even.shape == (2, 3, 4, 8)
@@ -81,7 +81,7 @@ def test_unpooling_takes_the_sizes_that_pool_to_it():
         assert torch.equal(ops.max_unpool2x2(y, code, list(size)), out)
 
 
-def test_only_the_lowest_two_bits_of_a_code_name_a_place():
+def test_unpooling_reads_only_lowest_two_bits_of_code():
     y, code = random(2, 3, 2, 4), torch.randint(0, 4, (2, 3, 2, 4), dtype=torch.uint8)
     for high in (4, 252):
         assert torch.equal(ops.max_unpool2x2(y, code | high), ops.max_unpool2x2(y, code))
@@ -90,7 +90,7 @@ def test_only_the_lowest_two_bits_of_a_code_name_a_place():
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradcheck_once_and_twice(layout, relu):
-    # No two values of a window, and none and zero, are closer than what gradcheck moves them by.
+    # Values differ from each other and from zero by more than gradcheck's step.
     values = torch.randperm(2 * 3 * 5 * 4, dtype=torch.float64).view(2, 3, 5, 4) - 59.5
     x = with_layout(values, layout).requires_grad_()
     code = ops.max_pool2x2(x)[1]
@@ -98,14 +98,14 @@ def test_gradcheck_once_and_twice(layout, relu):
     for function, leaf in (
         (lambda x: ops.max_pool2x2(x, relu=relu)[0], x),
         (lambda y: ops.max_unpool2x2(y, code, (5, 4)), y),
-        (lambda x: there_and_back(x, relu=relu) ** 2, x),
+        (lambda x: pool_and_unpool(x, relu=relu) ** 2, x),
     ):
         assert gradcheck(function, leaf)
         assert gradgradcheck(function, leaf)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_results_are_laid_out_as_the_input(layout):
+def test_results_keep_memory_format_of_input(layout):
     x = random(2, 6, 5, 4, layout=layout)
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     y, code = ops.max_pool2x2(x)

@@ -1,4 +1,4 @@
-"""statistics_distance against plain norms in float64."""
+"""statistics_distance against its definition in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPES = {**MAP_SHAPES, "vectors": (6, 5), "sequence": (2, 3, 7), "volume": (2, 
 
 
 def definition(x, running_mean, running_var):
-    """Channel by channel."""
+    """Compute each channel in turn."""
     means, spreads = 0.0, 0.0
     for c in range(x.shape[1]):
         v = x[:, c].double()
@@ -36,11 +36,11 @@ def gradient(value, x):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_value_and_gradient_follow_the_formula(shape):
+def test_value_and_gradient_match_formula(shape):
     assert_matches(ops.statistics_distance, definition, exactly(shape))
 
 
-def test_the_running_statistics_are_constants():
+def test_running_statistics_receive_no_gradient():
     x, mean, var = exactly()
     value = ops.statistics_distance(x, mean.requires_grad_(), var.requires_grad_())
     assert torch.autograd.grad(value, (mean, var), allow_unused=True) == (None, None)
@@ -59,7 +59,7 @@ def test_dtypes_may_differ(dtype, other):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_statistics_that_agree_are_no_distance(backend_and_device, layout):
+def test_equal_statistics_have_zero_distance_and_gradient(backend_and_device, layout):
     backend, device = backend_and_device
     op = lambda *a: ops.statistics_distance(*a, backend=backend)  # noqa: E731
     x = random(3, 7, 5, 3, scale=3.0, layout=layout, device=device).requires_grad_()
@@ -67,7 +67,7 @@ def test_statistics_that_agree_are_no_distance(backend_and_device, layout):
     value = op(x, mean, var)
     assert value == 0
     assert not gradient(value, x).any()
-    # Where one norm is zero, the other has its gradient.
+    # If one norm is zero, the gradient of the other remains.
     value = op(x, mean + 1, var)
     assert_close(value, math.sqrt(7), atol=1e-5)
     assert_close(gradient(value, x), -1 / math.sqrt(7) / 45, atol=1e-7)
