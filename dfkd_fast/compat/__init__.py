@@ -33,7 +33,8 @@ signatures, attributes, values, gradients and errors are those of the originals,
 * ``SupConLoss`` and ``ContrastLoss`` stay finite for unnormalized features; the originals' exponentials can underflow.
 * PyTorch's warnings (``size_average``, reduction "mean" of a divergence) are not repeated.
 
-Import the modules one by one. They do not need the projects, except where the table says so.
+Tensors may have any floating dtype unless stated otherwise. Calls that no op supports raise PyTorch's errors. Import
+the modules one by one; only ``metric_learning`` needs the original project.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from dfkd_fast import ops
 
 __all__ = [
     "activation_map",
-    "alike",
     "covered",
     "differences",
     "distance",
@@ -24,6 +23,7 @@ __all__ = [
     "input_distance",
     "input_statistics",
     "kl_div",
+    "matching",
     "positive",
     "softened_kl",
     "stage_distance",
@@ -37,9 +37,9 @@ def floating(x: Any, ndim: int) -> bool:
     return isinstance(x, Tensor) and x.dtype in _DTYPES and x.ndim == ndim and 0 not in x.shape[1:]
 
 
-def alike(a: Tensor, b: Tensor) -> bool:
-    """Whether a and b have the same shape and device."""
-    return a.shape == b.shape and a.device == b.device
+def matching(a: Any, b: Any) -> bool:
+    """Whether an op supports a and b as two tensors (N, D) with the same shape and device."""
+    return floating(a, 2) and floating(b, 2) and a.shape == b.shape and a.device == b.device
 
 
 def positive(value: Any) -> bool:
@@ -49,13 +49,8 @@ def positive(value: Any) -> bool:
 
 def covered(student: Any, teacher: Any, temperature: Any, reduction: Any = "batchmean") -> bool:
     """Whether :func:`dfkd_fast.ops.distillation_kl` supports the logits, temperature and reduction."""
-    return (
-        floating(student, 2)
-        and floating(teacher, 2)
-        and alike(student, teacher)
-        and positive(temperature)
-        and reduction in ("batchmean", "sum", "mean", "none")
-    )
+    options = positive(temperature) and reduction in ("batchmean", "sum", "mean", "none")
+    return options and matching(student, teacher)
 
 
 def softened_kl(student: Tensor, teacher: Tensor, temperature: Any, reduction: Any, *, squared: bool = True) -> Tensor:

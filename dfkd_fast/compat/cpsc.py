@@ -48,7 +48,7 @@ class SupConLoss(SupervisedContrast):
         self.device = device
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Compute the loss, a scalar, of features (N, views, ...) and labels (N,) or a mask (N, N) of positives.
+        """Compute the loss, a scalar, of floating-point features (N, views, ...) and labels (N,) or a mask (N, N).
 
         Raises:
             ValueError: features have fewer than three dimensions, both labels and mask are given, the number of labels

@@ -86,7 +86,7 @@ class KLDiv(nn.Module):
         self.reduction = reduction
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Compute the divergence of the logits of student and teacher, (N, classes, ...)."""
+        """Compute the divergence of the logits of student and teacher, (N, classes, ...), any floating dtype."""
         return kldiv(logits, targets, T=self.T, reduction=self.reduction)
 
 
@@ -105,23 +105,45 @@ def jsdiv(logits: Tensor, targets: Tensor, T: float = 1.0, reduction: str = "bat
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Return ``torch.nn.functional.cross_entropy`` of logits (N, classes) and labels (N,), int64; its errors apply."""
+    """Return ``torch.nn.functional.cross_entropy`` of logits (N, classes), any floating dtype, and int64 labels (N,).
+
+    Raises:
+        ValueError: the batch sizes differ, or the reduction is unknown.
+    """
     return F.cross_entropy(logits, targets, reduction=reduction)
 
 
 def class_balance_loss(logits: Tensor) -> Tensor:
-    """Return the negative entropy of mean class probabilities for logits (N, classes) (Chen et al., ICCV 2019)."""
+    """Return the negative entropy of mean class probabilities (Chen et al., ICCV 2019).
+
+    Args:
+        logits: (N, classes), any floating dtype.
+
+    Raises:
+        IndexError: logits have fewer than two dimensions.
+    """
     mean = logits.softmax(1).mean(0)
     return (mean * mean.log()).sum()
 
 
 def onehot_loss(logits: Tensor, targets: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy of logits (N, classes) with labels (N,) or their argmax (Chen et al., ICCV 2019)."""
+    """Return the cross-entropy of logits with labels or with their own argmax (Chen et al., ICCV 2019).
+
+    Args:
+        logits: (N, classes), any floating dtype.
+        targets: labels (N,), int64; by default the argmax of the logits.
+
+    Raises:
+        ValueError: the batch sizes differ.
+    """
     return cross_entropy(logits, logits.max(1)[1] if targets is None else targets)
 
 
 def get_image_prior_losses(inputs_jit: Tensor) -> Tensor:
-    """Return the total variation of images (N, C, H, W): the sum of mean absolute differences in four directions.
+    """Return the total variation: the sum of mean absolute differences in four directions (Yin et al., CVPR 2020).
+
+    Args:
+        inputs_jit: images (N, C, H, W), any floating dtype.
 
     Raises:
         IndexError: images have fewer than four dimensions.
@@ -284,7 +306,7 @@ class ContrastLoss(SupervisedContrast):
         mask: Tensor | None = None,
         return_logits: bool = False,
     ) -> Any:
-        """Compute the losses, (anchor views, N), of features (N, views, ...) and labels (N,) or a mask (N, N).
+        """Compute the losses, (anchor views, N), of float features (N, views, ...) and labels (N,) or a mask (N, N).
 
         With ``return_logits``, also return similarities / temperature, (anchor views * N, views * N).
 

@@ -44,7 +44,10 @@ class DeepInversionFeatureHook:
 
 
 def get_image_prior_losses(inputs_jit: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two total variations of images (N, C, H, W): the sum of mean absolute differences and that of L2 norms.
+    """Return two total variations: the sum of mean absolute differences and that of L2 norms (Yin et al., CVPR 2020).
+
+    Args:
+        inputs_jit: images (N, C, H, W), any floating dtype.
 
     Raises:
         IndexError: images have fewer than four dimensions.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import ops
 from dfkd_fast.compat import Case
-from dfkd_fast.compat._common import alike, floating, positive
+from dfkd_fast.compat._common import matching, positive
 
 __all__ = ["COVERAGE", "MemoryBankModule", "NTXentLoss"]
 
@@ -157,9 +157,7 @@ class NTXentLoss(nn.Module):
             and processes == 1
             and positive(self.temperature)
             and count > 0
-            and floating(out0, 2)
-            and floating(out1, 2)
-            and alike(out0, out1)
+            and matching(out0, out1)
             and not mixed
         ):
             return ops.contrastive_loss(out0, out1, temperature=self.temperature, symmetric=True)

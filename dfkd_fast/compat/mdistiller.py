@@ -37,13 +37,19 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) 
 
 
 def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:
-    """Compute attention transfer with power p for one stage (N, C, H, W) (Zagoruyko et al., ICLR 2017).
+    """Compute attention transfer for one stage (Zagoruyko and Komodakis, ICLR 2017).
 
-    Channels and heights of student and teacher may differ. Wrong shapes raise PyTorch's errors.
+    Args:
+        f_s: the student's features (N, C, H, W), any floating dtype.
+        f_t: the teacher's features (N, C, H, W); C and H may differ.
+        p: power of the features.
+
+    Raises:
+        RuntimeError: the batch sizes differ.
     """
     return stage_distance(f_s, f_t, p)
 
 
 def at_loss(g_s: Iterable[Tensor], g_t: Iterable[Tensor], p: float) -> Tensor | int:
-    """Return the sum of :func:`single_stage_at_loss` over pairs of stages; 0 if there are none."""
+    """Return the sum of :func:`single_stage_at_loss`, whose errors apply, over pairs of stages; 0 if there are none."""
     return sum(single_stage_at_loss(f_s, f_t, p) for f_s, f_t in zip(g_s, g_t, strict=False))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dfkd_fast import ops
 from dfkd_fast.compat import Case
-from dfkd_fast.compat._common import alike, floating, positive
+from dfkd_fast.compat._common import matching, positive
 
 try:
     from pytorch_metric_learning import distances, losses, reducers
@@ -105,9 +105,7 @@ class SelfSupervisedLoss(losses.SelfSupervisedLoss):
         if (
             self.symmetric
             and type(self.loss) in (NTXentLoss, SupConLoss)
-            and floating(embeddings, 2)
-            and floating(ref_emb, 2)
-            and alike(embeddings, ref_emb)
+            and matching(embeddings, ref_emb)
             and embeddings.dtype == ref_emb.dtype
             and embeddings.shape[0] > 0
             and self.loss.covers(embeddings.shape[0])

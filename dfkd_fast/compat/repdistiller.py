@@ -50,11 +50,15 @@ class Attention(nn.Module):
         self.p = p
 
     def forward(self, g_s: Iterable[Tensor], g_t: Iterable[Tensor]) -> list[Tensor]:
-        """Return one loss per pair of stages (N, C, H, W) of student and teacher."""
+        """Return one loss per pair of stages (N, C, H, W), any floating dtype, of student and teacher.
+
+        Raises:
+            RuntimeError: the batch sizes of a pair differ.
+        """
         return [self.at_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=False)]
 
     def at_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
-        """Compute the loss of one pair of stages (N, C, H, W); channels and heights may differ."""
+        """Compute the loss of one pair of stages, as in :meth:`forward`; channels and heights may differ."""
         return stage_distance(f_s, f_t, self.p)
 
     def at(self, f: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class ATLoss(nn.Module):
         return F.normalize(feature_map.square().sum(1).flatten(1))
 
     def compute_at_loss_paper(self, student_feature_map: Tensor, teacher_feature_map: Tensor) -> Tensor:
-        """Return the L2 norm of the difference of attention maps, summed over N."""
+        """Return the L2 norm of the difference of attention maps of (N, C, H, W), summed over N."""
         student, teacher = map(self.attention_transfer_paper, (student_feature_map, teacher_feature_map))
         return torch.linalg.vector_norm(student - teacher, dim=1).sum()
 
@@ -148,7 +148,7 @@ class ATLoss(nn.Module):
         return activation_map(feature_map, 2)
 
     def compute_at_loss(self, student_feature_map: Tensor, teacher_feature_map: Tensor) -> Tensor:
-        """Return the mean squared difference of attention maps."""
+        """Return the mean squared difference of attention maps of (N, C, H, W)."""
         student, teacher = map(self.attention_transfer, (student_feature_map, teacher_feature_map))
         return (student - teacher).square().mean()
 
@@ -159,7 +159,7 @@ class ATLoss(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Compute the weighted sum over pairs from the recorded inputs and outputs of modules.
+        """Compute the weighted sum over pairs from the recorded inputs and outputs of modules, (N, C, H, W).
 
         Raises:
             KeyError: a module, or its "input" or "output", is missing.

@@ -56,11 +56,15 @@ class HighOrderAttention(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the gated features A * x for x (N, C, H, W), any floating dtype."""
+        """Return the gated features A * x for x (N, C, H, W), any floating dtype.
+
+        Raises:
+            ValueError: x is not (N, C, H, W) with C = channels.
+        """
         return ops.high_order_attention(x, self.proj_weight, self.out_weight, mode=self.mode)
 
     def attention(self, x: Tensor) -> Tensor:
-        """Return the gate A in [0, 1] for x (N, C, H, W), any floating dtype."""
+        """Return the gate A in [0, 1]; arguments and errors are those of :meth:`forward`."""
         return ops.high_order_attention_map(x, self.proj_weight, self.out_weight, mode=self.mode)
 
     def extra_repr(self) -> str:
@@ -105,7 +109,7 @@ class SpatialAttention(nn.Module):
         self.expand = nn.Conv2d(width, channels, 1)
 
     def hidden(self, features: Tensor) -> Tensor:
-        """Compute the hourglass: features (N, C, H, W), with H and W at least 2, to (N, C / r, H, W)."""
+        """Compute the hourglass, (N, C / r, H, W); arguments and errors are those of :meth:`forward`."""
         normed = self.encode_norm(self.encode(self.reduce(features)))
         pooled, code = ops.max_pool2x2(normed, relu=True)
         gamma = F.relu(self.bottleneck_norm(self.bottleneck(pooled)))

@@ -39,7 +39,8 @@ class SemanticFeatureContrast(nn.Module):
         """Compute the loss, a float32 scalar, of features (N, teacher_dim) and (N, student_dim), any floating dtype.
 
         Raises:
-            ValueError: the numbers of rows differ, or the temperature is not positive.
+            ValueError: the batch sizes differ, or the temperature is not positive.
+            RuntimeError: the features do not have the heads' width or dtype.
         """
         anchors, positives = self.teacher_head(teacher.detach()), self.student_head(student)
         return ops.contrastive_loss(anchors, positives, temperature=self.temperature, symmetric=self.symmetric)

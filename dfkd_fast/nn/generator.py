@@ -84,7 +84,11 @@ class AttentionGenerator(nn.Module):
         self.paint = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, noise: Tensor) -> Tensor:
-        """Generate images (N, 3, H, W) from noise (N, latent_dim), any floating dtype."""
+        """Generate images (N, 3, H, W) from noise (N, latent_dim), with the dtype of the weights.
+
+        Raises:
+            RuntimeError: the noise does not have latent_dim columns or the dtype of the weights.
+        """
         first = self.project(noise).unflatten(1, (-1, self.first, self.first))
         return self.paint(self.blocks(self.project_norm(first))).tanh()
 

@@ -19,5 +19,9 @@ class ProjectionHead(nn.Sequential):
         super().__init__(nn.Linear(in_features, in_features), nn.ReLU(), nn.Linear(in_features, out_features))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project features (N, in_features) to (N, out_features), with the dtype of the weights."""
+        """Project features (N, in_features) to (N, out_features), with the dtype of the weights.
+
+        Raises:
+            RuntimeError: the features do not have in_features columns or the dtype of the weights.
+        """
         return super().forward(features)

@@ -22,7 +22,6 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ class Implementation:
     Args:
         function: takes the public function's checked arguments, without ``backend``.
         unsupported_reason: takes the same; returns why ``function`` does not support them, None if it does.
-        automatic: takes the same; returns whether dispatch may choose the backend when no backend is named.
+        automatic: takes the same; returns whether dispatch may select the backend automatically.
     """
 
     function: Callable[..., Any]
@@ -155,9 +154,7 @@ class backend:
     def __enter__(self) -> None:
         _local.stack = (*getattr(_local, "stack", ()), self.name)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         _local.stack = _local.stack[:-1]
 
 

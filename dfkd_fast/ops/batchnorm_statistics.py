@@ -21,11 +21,11 @@ def _channels_last(x: Tensor) -> torch.memory_format | None:
     """The channels-last format if the strides of x have its order, by the rule of PyTorch's norms; else None."""
     if x.ndim not in (4, 5) or x.shape[1] == 1 or all(size == 1 for size in x.shape[2:]):
         return None
-    least = 0
+    lower = 0
     for dim in (1, *range(x.ndim - 1, 1, -1), 0):
-        if x.stride(dim) < least:
+        if x.stride(dim) < lower:
             return None
-        least = x.stride(dim) * max(x.shape[dim], 1)
+        lower = x.stride(dim) * max(x.shape[dim], 1)
     return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
 
 
@@ -121,12 +121,8 @@ def _triton(*norm: Any, activation: str, residual: Tensor | None) -> tuple[Tenso
     return _fused(*norm, activation, keep_mask, residual)[:3]
 
 
-def _unsupported(x: Tensor, *norm: Any, activation: str, residual: Tensor | None) -> str | None:
-    return unsupported_reason(x, residual)
-
-
 register("batchnorm_statistics", "reference", reference.batchnorm_statistics)
-register("batchnorm_statistics", "triton", _triton, _unsupported)
+register("batchnorm_statistics", "triton", _triton, lambda x, *_, residual, **__: unsupported_reason(x, residual))
 register("channel_statistics", "reference", reference.channel_statistics)
 register("channel_statistics", "triton", _statistics["triton"], unsupported_reason)
 

@@ -65,7 +65,7 @@ _ALIGNMENT = 16  # bytes, of each pointer passed to a launcher
 
 
 @functools.lru_cache(1024)
-def _refusal(op: str, device: int, sizes: tuple[tuple[str, Any], ...]) -> str | None:
+def _cached_reason(op: str, device: int, sizes: tuple[tuple[str, Any], ...]) -> str | None:
     """Return why the device or the launchers do not support an op's forward or backward, or None if they do."""
     found = torch.cuda.get_device_properties(device)
     if (found.major, found.minor) != (9, 0):
@@ -78,8 +78,8 @@ def _refusal(op: str, device: int, sizes: tuple[tuple[str, Any], ...]) -> str | 
 
 
 @torch.compiler.assume_constant_result
-def _constant_refusal(op: str, device: int, sizes: tuple[tuple[str, Any], ...]) -> str | None:
-    return _refusal(op, device, sizes)
+def _constant_reason(op: str, device: int, sizes: tuple[tuple[str, Any], ...]) -> str | None:
+    return _cached_reason(op, device, sizes)
 
 
 def unsupported_by_extension(op: str, x: Tensor, *dtypes: torch.dtype, **sizes: Any) -> str | None:
@@ -97,12 +97,12 @@ def unsupported_by_extension(op: str, x: Tensor, *dtypes: torch.dtype, **sizes: 
         return f"its kernels run on CUDA devices, not on {x.device.type}"
     for dtype in dtypes:
         if dtype != x.dtype:
-            return f"its kernels need tensors of one dtype, not {_word(x.dtype)} and {_word(dtype)}"
-    words = tuple((name, _word(size)) for name, size in {"dtype": x.dtype, **sizes}.items())
-    return _constant_refusal(op, x.device.index or 0, words)
+            return f"its kernels need tensors of one dtype, not {_argument(x.dtype)} and {_argument(dtype)}"
+    arguments = tuple((name, _argument(size)) for name, size in {"dtype": x.dtype, **sizes}.items())
+    return _constant_reason(op, x.device.index or 0, arguments)
 
 
-def _word(size: Any) -> Any:
+def _argument(size: Any) -> Any:
     """Convert a size or option to what csrc/ expects."""
     if isinstance(size, torch.dtype):
         return str(size).removeprefix("torch.")
@@ -166,7 +166,7 @@ def unsupported_reason(op: str, *, num_sms: int | None = None, **sizes: Any) -> 
     Raises:
         RuntimeError: the extension is unavailable.
     """
-    return _module().unsupported_reason(op, num_sms, **{name: _word(size) for name, size in sizes.items()})
+    return _module().unsupported_reason(op, num_sms, **{name: _argument(size) for name, size in sizes.items()})
 
 
 def launches(op: str, *, resources: bool = True, **sizes: Any) -> list[dict[str, Any]]:
@@ -186,7 +186,7 @@ def launches(op: str, *, resources: bool = True, **sizes: Any) -> list[dict[str,
         ValueError: the launcher does not support these sizes.
         RuntimeError: the extension is unavailable, or resources are requested without a GPU.
     """
-    found = _module().launches(op, resources, **{name: _word(size) for name, size in sizes.items()})
+    found = _module().launches(op, resources, **{name: _argument(size) for name, size in sizes.items()})
     return [{**each, "kernel": kernel_name(each["kernel"])} for each in found]
 
 

@@ -78,10 +78,6 @@ def _run(backend: str, result: str, x: Tensor, *weights: Tensor, mode: str) -> T
     return _fused[backend](x, *product_weights(x, *weights), mode, result)
 
 
-def _unsupported(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
-    return unsupported_reason(x) or unsupported_order(out_weight)
-
-
 def _unsupported_by_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
     samples, channels, height, width = x.shape
     order, _, hidden = out_weight.shape
@@ -92,7 +88,12 @@ def _unsupported_by_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, 
 register("high_order_attention", "reference", reference.high_order_attention)
 register("high_order_attention_map", "reference", reference.high_order_attention_map)
 for _op, _result in (("high_order_attention", "features"), ("high_order_attention_map", "map")):
-    register(_op, "triton", partial(_run, "triton", _result), _unsupported)
+    register(
+        _op,
+        "triton",
+        partial(_run, "triton", _result),
+        lambda x, _, out, **__: unsupported_reason(x) or unsupported_order(out),
+    )
     register(_op, "cuda", partial(_run, "cuda", _result), _unsupported_by_cuda)
 
 

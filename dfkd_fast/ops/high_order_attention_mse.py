@@ -30,16 +30,13 @@ _fused = fused_op(
 )
 
 
-def _triton(x: Tensor, proj_weight: Tensor, out_weight: Tensor, target: Tensor, *, mode: str) -> Tensor:
-    return _fused["triton"](x, *product_weights(x, proj_weight, out_weight), target, mode)
-
-
-def _unsupported(x: Tensor, proj_weight: Tensor, out_weight: Tensor, target: Tensor, *, mode: str) -> str | None:
-    return unsupported_reason(x, target) or unsupported_order(out_weight)
-
-
 register("high_order_attention_mse", "reference", reference.high_order_attention_mse)
-register("high_order_attention_mse", "triton", _triton, _unsupported)
+register(
+    "high_order_attention_mse",
+    "triton",
+    lambda x, proj, out, target, *, mode: _fused["triton"](x, *product_weights(x, proj, out), target, mode),
+    lambda x, proj, out, target, *, mode: unsupported_reason(x, target) or unsupported_order(out),
+)
 
 
 def high_order_attention_mse(

@@ -89,7 +89,7 @@ def with_layout(x: Tensor, layout: Layout) -> Tensor:
 
 
 def extreme(rows: int, columns: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Return finite values (rows, columns) that overflow or underflow a naive exponential, sum or square.
+    """Return finite values of shape (rows, columns) that overflow or underflow a naive exponential, sum or square.
 
     Rows cycle through large and spread, large and equal, one large element, one large negative element, denormal, zero.
     """
