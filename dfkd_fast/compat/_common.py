@@ -14,21 +14,6 @@ from torch import Tensor
 
 from dfkd_fast import ops
 
-__all__ = [
-    "activation_map",
-    "covered",
-    "differences",
-    "distance",
-    "floating",
-    "input_distance",
-    "input_statistics",
-    "kl_div",
-    "matching",
-    "positive",
-    "softened_kl",
-    "stage_distance",
-]
-
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

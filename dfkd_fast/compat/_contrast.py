@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from dfkd_fast import ops
 from dfkd_fast.compat._common import floating, positive
 
-__all__ = ["SupervisedContrast"]
-
 
 class SupervisedContrast(nn.Module):
     """The loss of ``ContrastLoss`` and ``SupConLoss``."""
@@ -29,7 +27,7 @@ class SupervisedContrast(nn.Module):
         reduction: str,
         return_logits: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Computes the loss, and the similarities divided by the temperature if requested.
+        """Compute the loss, and the similarities divided by the temperature if requested.
 
         Args:
             features: (N, views, ...), not normalised here.

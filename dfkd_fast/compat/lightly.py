@@ -141,7 +141,7 @@ class NTXentLoss(nn.Module):
             raise ValueError("gather_distributed is True but torch.distributed is not available")
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """Compute the loss, a scalar, of two views (N, dim), any floating dtype; equal rows are positives.
+        """Compute the loss, a scalar, of two views (N, dim), any floating dtype; rows with one index are positives.
 
         Raises:
             ValueError: out0 does not have two dimensions.

@@ -51,5 +51,5 @@ def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:
 
 
 def at_loss(g_s: Iterable[Tensor], g_t: Iterable[Tensor], p: float) -> Tensor | int:
-    """Return the sum of :func:`single_stage_at_loss`, whose errors apply, over pairs of stages; 0 if there are none."""
+    """Return the sum of :func:`single_stage_at_loss` over pairs of stages, with the same errors; 0 without pairs."""
     return sum(single_stage_at_loss(f_s, f_t, p) for f_s, f_t in zip(g_s, g_t, strict=False))

@@ -97,7 +97,7 @@ class SupConLoss(losses.SupConLoss):
 
 
 class SelfSupervisedLoss(losses.SelfSupervisedLoss):
-    """Applies a loss to two views of a batch with equal rows as positives, as the library's class."""
+    """Applies a loss to two views of a batch, as the library's class; rows with one index are positives."""
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
         """Compute the loss of two views (N, dim), any floating dtype; the library's errors apply."""

@@ -14,5 +14,5 @@ def statistics_distance(x: Tensor, running_mean: Tensor, running_var: Tensor) ->
     """Return the Euclidean distance between the channel means of x (N, C, ...) and running_mean, plus variances."""
     mean, var = channel_statistics(x)
     # The gradient of torch.dist at zero is zero; that of a square root would be NaN.
-    total = torch.dist(mean, running_mean.detach()) + torch.dist(var, running_var.detach())
-    return total.to(mean.dtype)  # running statistics may be float64
+    distance = torch.dist(mean, running_mean.detach()) + torch.dist(var, running_var.detach())
+    return distance.to(mean.dtype)  # running statistics may be float64

@@ -60,9 +60,9 @@ def describe_difference(
     if not off.any():
         return ""
     lines = [f"{name}: {int(off.sum())} of {off.numel()} elements differ"]
-    numbers = off & ~(a.isnan() | b.isnan())
-    if numbers.any():
-        excess = torch.where(numbers, (error - allowed).nan_to_num(nan=torch.inf), -torch.inf)
+    comparable = off & ~(a.isnan() | b.isnan())
+    if comparable.any():
+        excess = torch.where(comparable, (error - allowed).nan_to_num(nan=torch.inf), -torch.inf)
         at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), off.shape))
         values = f"{float(a[at])!r}, expected {float(b[at])!r}"
         lines.append(

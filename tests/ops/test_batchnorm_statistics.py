@@ -69,7 +69,7 @@ def test_statistics_are_accurate_for_large_means(backend_and_device, mean, devia
     _, got_mean, got_var = ops.batchnorm_statistics(x, zero, one, None, None, 1e-5, backend=backend)
     exact, u = x.double(), unit_roundoff(torch.float32)
     centre = exact.mean((0, 2, 3))
-    # mean: pairwise sums of 12,544 terms. var: the square of that error, and an own sum.
+    # mean: pairwise sums of 12,544 terms. var: the square of that error, and the error of its sum.
     assert_close(got_mean, centre, atol=0.0, rtol=16 * u, name="mean")
     spread = (exact - centre[:, None, None]).square().mean((0, 2, 3))
     assert_close(got_var, spread, atol=(16 * u * mean) ** 2, rtol=64 * u, name="var")
