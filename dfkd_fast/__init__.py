@@ -1,8 +1,8 @@
-"""Data-free knowledge distillation for fine-grained recognition, as a fast engine.
+"""Fast data-free knowledge distillation for fine-grained recognition.
 
-The method is Shao et al., "Data-free Knowledge Distillation for Fine-grained Visual Categorization", ICCV 2023.
+Implements Shao et al., "Data-free Knowledge Distillation for Fine-grained Visual Categorization", ICCV 2023.
 
-Names are resolved on first use, so that ``import dfkd_fast.ops`` needs torch and nothing else of the dependencies.
+Names are imported on first use, so ``import dfkd_fast.ops`` requires only torch.
 """
 
 from importlib import import_module
@@ -11,19 +11,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "distill": "dfkd_fast.engine",
-    "teach": "dfkd_fast.engine",
-    "evaluate": "dfkd_fast.engine",
-    "DistillResult": "dfkd_fast.engine",
-    "DistillConfig": "dfkd_fast.config",
-    "TeachConfig": "dfkd_fast.config",
-    "AttentionGenerator": "dfkd_fast.nn",
-    "HighOrderAttention": "dfkd_fast.nn",
-    "ProjectionHead": "dfkd_fast.nn",
-    "SemanticFeatureContrast": "dfkd_fast.nn",
-    "SpatialAttention": "dfkd_fast.nn",
-    "patch": "dfkd_fast.graph",
-    "unpatch": "dfkd_fast.graph",
+    **dict.fromkeys(("distill", "teach", "evaluate", "DistillResult"), "dfkd_fast.engine"),
+    **dict.fromkeys(("DistillConfig", "TeachConfig"), "dfkd_fast.config"),
+    **dict.fromkeys(("AttentionGenerator", "HighOrderAttention", "ProjectionHead"), "dfkd_fast.nn"),
+    **dict.fromkeys(("SemanticFeatureContrast", "SpatialAttention"), "dfkd_fast.nn"),
+    **dict.fromkeys(("patch", "unpatch"), "dfkd_fast.graph"),
 }
 
 if TYPE_CHECKING:

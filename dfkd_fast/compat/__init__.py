@@ -1,12 +1,12 @@
-"""Losses and hooks of other distillation projects under their own names, with this package's ops behind them.
+"""Drop-in replacements for losses and hooks of other distillation projects, computed by this package's ops.
 
-A script keeps its loop and changes one import::
+Change one import of a script::
 
     from datafree.criterions import kldiv                # before
     from dfkd_fast.compat.datafree import kldiv          # after
 
 =====================  ====================================================  ==========================================
-module                 stands for                                            gives
+module                 replaces                                              provides
 =====================  ====================================================  ==========================================
 ``datafree``           DataFree and CMI, Fast-Datafree, NAYER (zju-vipa,     kldiv, KLDiv, jsdiv, cross_entropy,
                        tmtuan1307): criterions.py, hooks.py,                 class_balance_loss, onehot_loss,
@@ -24,19 +24,17 @@ module                 stands for                                            giv
 ``torchdistill``       torchdistill 1.1: losses/mid_level.py                 KDLoss, ATLoss, in its registry
 =====================  ====================================================  ==========================================
 
-Each module has a table ``COVERAGE`` of :class:`Case`: which arguments go to which op, and which are computed in plain
-PyTorch. Names, signatures, attributes, values, gradients and errors are the originals', with these differences:
+Each module has a table ``COVERAGE`` of :class:`Case`: the op that computes each kind of call, or plain PyTorch. Names,
+signatures, attributes, values, gradients and errors are those of the originals, with these differences:
 
-* Of float16 and bfloat16 tensors the ops give float32, computed in float32, where an original rounds every step to the
-  dtype of its input.
-* A softened probability of exactly zero adds zero to a divergence, where an original can give NaN.
-* Rows of zero length have similarity zero and get no gradient; an original divides them by a small number.
-* What loses all digits in an original comes out finite here: the sum of exponentials in ``SupConLoss`` and
-  ``ContrastLoss`` of features that are not normalised.
-* PyTorch's warnings on the way (``size_average``, reduction "mean" of a divergence) are not repeated.
+* For float16 and bfloat16 inputs the ops compute and return float32; the originals round each step to that dtype.
+* A softened probability of exactly zero contributes zero to a divergence; an original can return NaN.
+* Zero rows have similarity 0 and get zero gradient; an original divides them by a small number.
+* ``SupConLoss`` and ``ContrastLoss`` stay finite for unnormalized features; the originals' exponentials can underflow.
+* PyTorch's warnings (``size_average``, reduction "mean" of a divergence) are not repeated.
 
-Nothing is imported here: ``dfkd_fast.compat.lightly`` and the others are imported one by one, and need none of the
-projects but where the table says so.
+Tensors may have any floating dtype unless stated otherwise. Calls that no op supports raise PyTorch's errors. Import
+the modules one by one; only ``metric_learning`` needs the original project.
 """
 
 from __future__ import annotations
@@ -59,12 +57,12 @@ MODULES = (
 
 
 class Case(NamedTuple):
-    """One way to call a drop-in, and what computes it: a line of a module's ``COVERAGE``.
+    """One entry of ``COVERAGE``: a kind of call and what computes it.
 
     Attributes:
-        name: the function or class.
-        case: the arguments meant, in words.
-        op: the function of :mod:`dfkd_fast.ops` behind it; None for plain PyTorch.
+        name: name of the function or class.
+        case: description of the arguments.
+        op: name of the function in :mod:`dfkd_fast.ops` that computes it; None for plain PyTorch.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""What several drop-ins share: which calls an op takes, and the losses that the projects write alike.
+"""Shared by the drop-ins: checks whether an op supports a call, and losses that several projects have.
 
-A call that no op takes is left to plain PyTorch, whose errors are those of the originals.
+Calls that no op supports run in plain PyTorch and raise the errors of the originals.
 """
 
 from __future__ import annotations
@@ -14,59 +14,39 @@ from torch import Tensor
 
 from dfkd_fast import ops
 
-__all__ = [
-    "activation_map",
-    "alike",
-    "covered",
-    "differences",
-    "distance",
-    "floating",
-    "input_distance",
-    "input_statistics",
-    "kl_div",
-    "positive",
-    "softened_kl",
-    "stage_distance",
-]
-
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def floating(x: Any, ndim: int) -> bool:
-    """A tensor of a dtype that the ops take, with so many dimensions, none but the first empty."""
+    """Whether x is a tensor of a supported dtype with ``ndim`` dimensions, of which only the first may be empty."""
     return isinstance(x, Tensor) and x.dtype in _DTYPES and x.ndim == ndim and 0 not in x.shape[1:]
 
 
-def alike(a: Tensor, b: Tensor) -> bool:
-    """Of one shape, on one device."""
-    return a.shape == b.shape and a.device == b.device
+def matching(a: Any, b: Any) -> bool:
+    """Whether an op supports a and b as two tensors (N, D) with the same shape and device."""
+    return floating(a, 2) and floating(b, 2) and a.shape == b.shape and a.device == b.device
 
 
 def positive(value: Any) -> bool:
-    """A finite Python number above zero."""
+    """Whether value is a finite, positive Python number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def covered(student: Any, teacher: Any, temperature: Any, reduction: Any = "batchmean") -> bool:
-    """Whether :func:`dfkd_fast.ops.distillation_kl` computes it: logits (N, classes) of one shape, T above zero."""
-    return (
-        floating(student, 2)
-        and floating(teacher, 2)
-        and alike(student, teacher)
-        and positive(temperature)
-        and reduction in ("batchmean", "sum", "mean", "none")
-    )
+    """Whether :func:`dfkd_fast.ops.distillation_kl` supports the logits, temperature and reduction."""
+    options = positive(temperature) and reduction in ("batchmean", "sum", "mean", "none")
+    return options and matching(student, teacher)
 
 
 def softened_kl(student: Tensor, teacher: Tensor, temperature: Any, reduction: Any, *, squared: bool = True) -> Tensor:
-    """KL(teacher || student) of softened class probabilities along dimension 1.
+    """Compute KL(teacher || student) of softened class probabilities along dimension 1 (Hinton et al., 2015).
 
     Args:
-        student: (N, classes, ...) logits.
-        teacher: likewise.
-        temperature: of both softmaxes.
-        reduction: as that of ``torch.nn.functional.kl_div``.
-        squared: times temperature squared.
+        student: logits (N, classes, ...), any floating dtype.
+        teacher: logits with the same shape.
+        temperature: temperature of both softmaxes.
+        reduction: as in ``torch.nn.functional.kl_div``.
+        squared: multiply by temperature squared.
     """
     if covered(student, teacher, temperature, reduction):
         return ops.distillation_kl(student, teacher, temperature=temperature, reduction=reduction, squared=squared)
@@ -76,36 +56,36 @@ def softened_kl(student: Tensor, teacher: Tensor, temperature: Any, reduction: A
 
 
 def kl_div(log_q: Tensor, p: Tensor, reduction: Any) -> Tensor:
-    """That of PyTorch, which warns of its "mean"; here it is what a caller of the originals has asked for."""
+    """``F.kl_div`` without PyTorch's warning about reduction "mean"."""
     if reduction == "mean":
         return F.kl_div(log_q, p, reduction="none").mean()
     return F.kl_div(log_q, p, reduction=reduction)
 
 
 def input_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (C,), of maps (N, C, H, W); other shapes raise what they raise in PyTorch."""
+    """Return mean and biased variance, (C,), of maps (N, C, H, W); other shapes raise PyTorch's errors."""
     if floating(x, 4):
         return ops.channel_statistics(x)
     return x.mean([0, 2, 3]), x.permute(1, 0, 2, 3).flatten(1).var(1, unbiased=False)
 
 
-def _stored(value: Any, x: Tensor) -> bool:
-    """One number a channel of x, on its device."""
+def _per_channel(value: Any, x: Tensor) -> bool:
+    """Whether value is a tensor with one element per channel of x, on the device of x."""
     return floating(value, 1) and value.shape[0] == x.shape[1] and value.device == x.device
 
 
 def input_distance(x: Tensor, running_mean: Any, running_var: Any, *, moved: bool = False) -> Tensor:
-    """Distance of the statistics of maps (N, C, H, W) to the stored ones, (C,) (Yin et al., CVPR 2020, Eq. 4).
+    """Compute the distance of batch statistics to running statistics (Yin et al., CVPR 2020, Eq. 4).
 
-    Shapes that the op does not take raise what they raise in PyTorch.
+    Shapes that the op does not support raise PyTorch's errors.
 
     Args:
-        x: the maps.
-        running_mean: the stored means, detached here.
-        running_var: likewise.
-        moved: whether the stored are first taken to the type and device of the maps' own.
+        x: maps (N, C, H, W), any floating dtype.
+        running_mean: (C,); detached.
+        running_var: (C,); detached.
+        moved: whether to cast the running statistics to the dtype and device of the batch statistics.
     """
-    if floating(x, 4) and _stored(running_mean, x) and _stored(running_var, x):
+    if floating(x, 4) and _per_channel(running_mean, x) and _per_channel(running_var, x):
         return ops.statistics_distance(x, running_mean, running_var)
     mean, var = input_statistics(x)
     running_mean, running_var = running_mean.detach(), running_var.detach()
@@ -115,20 +95,17 @@ def input_distance(x: Tensor, running_mean: Any, running_var: Any, *, moved: boo
 
 
 def distance(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """Euclidean distance of the variances plus that of the means."""
+    """Return the Euclidean distance of the variances plus that of the means."""
     return torch.linalg.vector_norm(running_var - var) + torch.linalg.vector_norm(running_mean - mean)
 
 
 def activation_map(features: Tensor, power: Any) -> Tensor:
-    """(N, C, H, W) to unit rows (N, H W): the mean over channels of the features to a power.
-
-    Zagoruyko and Komodakis, ICLR 2017. No op computes it.
-    """
+    """Return the channel mean of features (N, C, H, W) to a power, as unit rows (N, H W)."""
     return F.normalize(features.pow(power).mean(1).flatten(1))
 
 
 def stage_distance(student: Tensor, teacher: Tensor, power: Any) -> Tensor:
-    """Mean squared difference of two maps, the larger one pooled to the height of the smaller, squared."""
+    """Return the mean squared difference of two attention maps, the larger pooled to the smaller's height squared."""
     heights = student.shape[2], teacher.shape[2]
     size = (min(heights),) * 2
     if heights[0] > heights[1]:
@@ -139,7 +116,7 @@ def stage_distance(student: Tensor, teacher: Tensor, power: Any) -> Tensor:
 
 
 def differences(images: Tensor) -> tuple[Tensor, ...]:
-    """Total variation of images (N, C, H, W): the differences right, down and along both diagonals. No op has it."""
+    """Return differences of neighboring pixels in images (N, C, H, W): right, down and along both diagonals."""
     return (
         images[:, :, :, 1:] - images[:, :, :, :-1],
         images[:, :, 1:, :] - images[:, :, :-1, :],

@@ -1,14 +1,14 @@
-"""Losses and hook of CPSC-DFKD (RoryShao/CPSC-DFKD, ``metric/loss.py`` and ``metric/DeepInversion.py``)."""
+"""Losses and hooks of CPSC-DFKD (RoryShao/CPSC-DFKD, ``metric/loss.py`` and ``metric/DeepInversion.py``)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfkd_fast.compat import Case
 from dfkd_fast.compat._common import input_distance, softened_kl
-from dfkd_fast.compat._contrast import contrast
+from dfkd_fast.compat._contrast import SupervisedContrast
 from dfkd_fast.compat.deepinversion import DeepInversionFeatureHook as _FeatureHook
 
 __all__ = ["COVERAGE", "DeepInversionFeatureHook", "SupConLoss", "kdloss"]
@@ -25,16 +25,16 @@ COVERAGE = (
 )
 
 
-class SupConLoss(nn.Module):
-    """Supervised contrastive loss; without labels and mask that of SimCLR.
+class SupConLoss(SupervisedContrast):
+    """Supervised contrastive loss (Khosla et al., 2020); without labels and mask, the loss of SimCLR.
 
-    The features are compared as they are: CPSC-DFKD does not normalise them.
+    The features are not normalized, as in CPSC-DFKD.
 
     Args:
-        temperature: of the similarities.
-        contrast_mode: "all" views are anchors, or the first "one".
+        temperature: temperature of the similarities.
+        contrast_mode: "all" uses all views as anchors, "one" the first.
         base_temperature: the loss is scaled by temperature / base_temperature.
-        device: kept, and not needed: everything is computed where the features are.
+        device: unused; the loss is computed on the features' device.
     """
 
     def __init__(
@@ -44,37 +44,32 @@ class SupConLoss(nn.Module):
         base_temperature: float = 0.07,
         device: str = "cuda:0",
     ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.contrast_mode = contrast_mode
-        self.base_temperature = base_temperature
+        super().__init__(temperature, contrast_mode, base_temperature)
         self.device = device
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Features (N, views, ...), and labels (N,) or a mask (N, N) of positives, to a scalar.
+        """Compute the loss, a scalar, of floating-point features (N, views, ...) and labels (N,) or a mask (N, N).
 
         Raises:
-            ValueError: fewer than three dimensions; labels and mask; labels of another number; an unknown mode.
+            ValueError: features have fewer than three dimensions, both labels and mask are given, the number of labels
+                is not N, or the mode is unknown.
             IndexError: N = 0.
         """
-        return contrast(
-            features,
-            labels,
-            mask,
-            temperature=self.temperature,
-            base_temperature=self.base_temperature,
-            contrast_mode=self.contrast_mode,
-            reduction="mean",
-        )[0]
+        return self.contrast(features, labels, mask, reduction="mean")[0]
 
 
 def kdloss(y: Tensor, teacher_scores: Tensor) -> Tensor:
-    """KL(teacher || student) of logits (N, classes) without a temperature, summed over classes, mean over N."""
+    """Compute KL(teacher || student) of logits (N, classes), any floating dtype, with temperature 1 and mean over N.
+
+    Raises:
+        RuntimeError: the shapes cannot be broadcast.
+        IndexError: the logits have fewer than two dimensions.
+    """
     return softened_kl(y, teacher_scores, 1, "batchmean")
 
 
 class DeepInversionFeatureHook(_FeatureHook):
-    """As that of :mod:`dfkd_fast.compat.deepinversion`, with the stored statistics in the type of the batch's."""
+    """DeepInversion's hook of the same name, but it casts running statistics to the dtype of the batch statistics."""
 
     def hook_fn(self, module: Any, input: tuple[Tensor, ...], output: Any) -> None:
         self.r_feature = input_distance(input[0], module.running_mean, module.running_var, moved=True)

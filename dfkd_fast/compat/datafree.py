@@ -1,6 +1,6 @@
-"""Losses and hooks of DataFree: CMI, Fast-Datafree, NAYER and their descendants.
+"""Losses and hooks of DataFree and its descendants CMI, Fast-Datafree and NAYER.
 
-The originals are ``datafree/criterions.py``, ``datafree/hooks.py`` and ``datafree/synthesis/contrastive.py`` of
+The originals are ``datafree/criterions.py``, ``datafree/hooks.py`` and ``datafree/synthesis/contrastive.py`` in
 zju-vipa/CMI, zju-vipa/Fast-Datafree and tmtuan1307/NAYER.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.compat import Case
 from dfkd_fast.compat._common import differences, distance, input_distance, input_statistics, kl_div, softened_kl
-from dfkd_fast.compat._contrast import contrast
+from dfkd_fast.compat._contrast import SupervisedContrast
 
 __all__ = [
     "COVERAGE",
@@ -47,7 +47,7 @@ COVERAGE = (
     Case("get_image_prior_losses", "always", None),
     Case("DeepInversionHook", "maps (N, C, H, W)", "statistics_distance"),
     Case("DeepInversionHook", "maps (N, C, H, W), with mmt_rate", "channel_statistics"),
-    Case("FeatureMeanVarHook", "always", None),  # PyTorch has one kernel for it; an op takes longer to call
+    Case("FeatureMeanVarHook", "always", None),  # one PyTorch kernel computes it with less overhead than an op
     Case("FeatureHook", "always", None),
     Case("InstanceMeanHook", "always", None),
     Case("FeatureMeanHook", "always", None),
@@ -61,19 +61,24 @@ COVERAGE = (
 
 
 def kldiv(logits: Tensor, targets: Tensor, T: float = 1.0, reduction: str = "batchmean") -> Tensor:
-    """KL(softmax(targets / T) || softmax(logits / T)) times T squared.
+    """Compute KL(softmax(targets / T) || softmax(logits / T)) times T squared (Hinton et al., arXiv:1503.02531).
 
     Args:
-        logits: (N, classes, ...), the student's.
-        targets: likewise, the teacher's logits.
-        T: the temperature.
-        reduction: as that of ``torch.nn.functional.kl_div``; "none" is one value an element.
+        logits: the student's logits, (N, classes, ...), any floating dtype.
+        targets: the teacher's logits, with the same shape.
+        T: temperature.
+        reduction: as in ``torch.nn.functional.kl_div``.
+
+    Raises:
+        RuntimeError: the shapes cannot be broadcast.
+        IndexError: the logits have fewer than two dimensions.
+        ValueError: the reduction is unknown.
     """
     return softened_kl(logits, targets, T, reduction)
 
 
 class KLDiv(nn.Module):
-    """:func:`kldiv` as a module, of the same arguments."""
+    """:func:`kldiv` as a module, with the same arguments and errors."""
 
     def __init__(self, T: float = 1.0, reduction: str = "batchmean") -> None:
         super().__init__()
@@ -81,50 +86,76 @@ class KLDiv(nn.Module):
         self.reduction = reduction
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Logits of student and teacher, (N, classes, ...), to their divergence."""
+        """Compute the divergence of the logits of student and teacher, (N, classes, ...), any floating dtype."""
         return kldiv(logits, targets, T=self.T, reduction=self.reduction)
 
 
 def jsdiv(logits: Tensor, targets: Tensor, T: float = 1.0, reduction: str = "batchmean") -> Tensor:
-    """Half of KL(M || P) + KL(M || Q), with M the mean of the softened probabilities P and Q, all within [0.01, 0.99].
+    """Compute half of KL(M || P) + KL(M || Q) for softened probabilities P and Q and their mean M (CMI).
 
-    Arguments as those of :func:`kldiv`; not times T squared. M || P rather than P || M is the original's order.
+    P, Q and M are clamped to [0.01, 0.99]. The result is not multiplied by T squared. The original has M || P, not
+    P || M. Arguments and errors are those of :func:`kldiv`.
     """
     p = F.softmax(logits / T, dim=1)
     q = F.softmax(targets / T, dim=1)
     m = (0.5 * (p + q)).clamp(0.01, 0.99)
-    # Half of both divergences is the one to the mean of both logarithms.
+    # The mean of both divergences is the divergence from the mean logarithm.
     log_p, log_q = (x.clamp(0.01, 0.99).log() for x in (p, q))
     return kl_div(0.5 * (log_p + log_q), m, reduction)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """``torch.nn.functional.cross_entropy`` of logits (N, classes) and labels (N,)."""
+    """Return ``torch.nn.functional.cross_entropy`` of logits (N, classes), any floating dtype, and int64 labels (N,).
+
+    Raises:
+        ValueError: the batch sizes differ, or the reduction is unknown.
+    """
     return F.cross_entropy(logits, targets, reduction=reduction)
 
 
 def class_balance_loss(logits: Tensor) -> Tensor:
-    """Minus the entropy of the mean class probabilities of logits (N, classes) (DAFL)."""
+    """Return the negative entropy of mean class probabilities (Chen et al., ICCV 2019).
+
+    Args:
+        logits: (N, classes), any floating dtype.
+
+    Raises:
+        IndexError: logits have fewer than two dimensions.
+    """
     mean = logits.softmax(1).mean(0)
     return (mean * mean.log()).sum()
 
 
 def onehot_loss(logits: Tensor, targets: Tensor | None = None) -> Tensor:
-    """Cross-entropy of logits (N, classes) to labels (N,), without them to their own largest class (DAFL)."""
+    """Return the cross-entropy of logits with labels or with their own argmax (Chen et al., ICCV 2019).
+
+    Args:
+        logits: (N, classes), any floating dtype.
+        targets: labels (N,), int64; by default the argmax of the logits.
+
+    Raises:
+        ValueError: the batch sizes differ.
+    """
     return cross_entropy(logits, logits.max(1)[1] if targets is None else targets)
 
 
 def get_image_prior_losses(inputs_jit: Tensor) -> Tensor:
-    """Total variation of images (N, C, H, W): the mean absolute differences in four directions, summed."""
-    right, down, left_below, right_below = (d.abs().mean() for d in differences(inputs_jit))
-    return right + down + left_below + right_below
+    """Return the total variation: the sum of mean absolute differences in four directions (Yin et al., CVPR 2020).
+
+    Args:
+        inputs_jit: images (N, C, H, W), any floating dtype.
+
+    Raises:
+        IndexError: images have fewer than four dimensions.
+    """
+    return torch.stack([d.abs().mean() for d in differences(inputs_jit)]).sum()
 
 
 class _Hook:
-    """A forward hook on a module, which it keeps.
+    """A forward hook on a module.
 
     Attributes:
-        hook: the handle.
+        hook: handle of the hook.
         module: the module.
     """
 
@@ -136,7 +167,7 @@ class _Hook:
         raise NotImplementedError
 
     def remove(self) -> None:
-        """Take the hook off the module."""
+        """Remove the hook from the module."""
         self.hook.remove()
 
 
@@ -146,7 +177,7 @@ class _NamedHook(_Hook):
 
 
 class FeatureHook(_NamedHook):
-    """Keeps what a module is given and gives, as ``input`` and ``output``."""
+    """Stores the first input and the output of a module, as ``input`` and ``output``."""
 
     input: Tensor
     output: Any
@@ -157,7 +188,7 @@ class FeatureHook(_NamedHook):
 
 
 class InstanceMeanHook(_NamedHook):
-    """Keeps the mean over positions of the maps (N, C, H, W) that a module is given, as ``instance_mean`` (N, C)."""
+    """Stores the mean over positions of a module's input (N, C, H, W), as ``instance_mean`` (N, C)."""
 
     instance_mean: Tensor
 
@@ -166,16 +197,16 @@ class InstanceMeanHook(_NamedHook):
 
 
 class FeatureMeanHook(InstanceMeanHook):
-    """As :class:`InstanceMeanHook`; the originals have both."""
+    """Same as :class:`InstanceMeanHook`; the originals have both."""
 
 
 class FeatureMeanVarHook(_Hook):
-    """Keeps mean and unbiased variance of a module's maps, as ``mean`` and ``var``.
+    """Stores mean and unbiased variance of a module's features, as ``mean`` and ``var``.
 
     Args:
         module: the module.
-        on_input: of what it is given, or else of what it gives.
-        dim: the dimensions that are averaged over.
+        on_input: use the module's input instead of its output.
+        dim: dimensions to average over.
     """
 
     mean: Tensor
@@ -187,33 +218,33 @@ class FeatureMeanVarHook(_Hook):
         self.dim = dim if isinstance(dim, int) else list(dim)
 
     def hook_fn(self, module: Any, input: tuple[Tensor, ...], output: Any) -> None:
-        # A copy: what follows may change the features in place, and backward needs them as they were.
+        # Cloned, because later modules may change the features in place before backward reads them.
         features = (input[0] if self.on_input else output).clone()
         self.var, self.mean = torch.var_mean(features, dim=self.dim, unbiased=True)
 
     def remove(self) -> None:
-        """Take the hook off the module."""
+        """Remove the hook from the module."""
         super().remove()
         self.output = None
 
 
 def register_hooks(modules: Iterable[nn.Module]) -> list[FeatureHook]:
-    """One :class:`FeatureHook` a module."""
+    """Return one :class:`FeatureHook` per module."""
     return [FeatureHook(module) for module in modules]
 
 
 class DeepInversionHook(_Hook):
-    """Compares what a BatchNorm is given with what it has stored, at each forward of it.
+    """Compares batch statistics of a BatchNorm's input with its running statistics in each forward.
 
     Args:
-        module: with ``running_mean`` and ``running_var`` (C,), given maps (N, C, H, W).
-        mmt_rate: None as in CMI. With a rate, as in Fast-Datafree and NAYER, what is compared is the batch's statistics
-            times (1 - mmt_rate) plus the kept ones times mmt_rate, once :meth:`update_mmt` has kept some.
+        module: a module with ``running_mean`` and ``running_var`` (C,) and inputs (N, C, H, W).
+        mmt_rate: None as in CMI. With a rate, as in Fast-Datafree and NAYER, the batch statistics are first averaged
+            with those stored by :meth:`update_mmt`, which have weight mmt_rate.
 
     Attributes:
-        r_feature: after a forward, ``||running_var - var|| + ||running_mean - mean||``, var biased; a scalar,
-            differentiable in the input.
-        mmt: the kept mean and variance; None before :meth:`update_mmt`.
+        r_feature: ``||running_var - var|| + ||running_mean - mean||`` of the last forward, with biased var; a scalar,
+            differentiable with respect to the input (Yin et al., CVPR 2020, Eq. 4).
+        mmt: the stored mean and variance; None before :meth:`update_mmt`.
         tmp_val: mean and variance of the last input; None without a rate.
     """
 
@@ -231,48 +262,42 @@ class DeepInversionHook(_Hook):
             return
         self.tmp_val = mean, var = input_statistics(input[0])
         if self.mmt is not None:
-            mean, var = self._smoothed(mean, var)
+            mean, var = self._averaged(mean, var)
         self.r_feature = distance(module.running_mean.detach(), module.running_var.detach(), mean, var)
 
-    def _smoothed(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def _averaged(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         assert self.mmt is not None
         assert self.mmt_rate is not None
-        kept_mean, kept_var = self.mmt
-        # Not torch.lerp, which wants both of one dtype.
+        old_mean, old_var = self.mmt
+        # torch.lerp would need both in the same dtype.
         new = 1 - self.mmt_rate
-        return self.mmt_rate * kept_mean + new * mean, self.mmt_rate * kept_var + new * var
+        return self.mmt_rate * old_mean + new * mean, self.mmt_rate * old_var + new * var
 
     def update_mmt(self) -> None:
-        """Keep the statistics of the last input: the first as they are, later ones smoothed into the kept.
+        """Store the statistics of the last input, averaged with those stored before.
 
         Raises:
-            AttributeError: there is no rate; CMI's hook, without one, has no such method.
-            TypeError: there was no input yet.
+            AttributeError: mmt_rate is None; CMI's hook does not have this method.
+            TypeError: the module has not run yet.
         """
         if self.mmt_rate is None:
-            raise AttributeError("DeepInversionHook was made without mmt_rate and keeps no statistics")
+            raise AttributeError("DeepInversionHook has no mmt_rate and stores no statistics")
         if self.tmp_val is None:
-            raise TypeError("update_mmt needs a forward of the hooked module first")
+            raise TypeError("update_mmt requires a forward of the hooked module first")
         mean, var = (value.detach() for value in self.tmp_val)
-        self.mmt = (mean, var) if self.mmt is None else self._smoothed(mean, var)
+        self.mmt = (mean, var) if self.mmt is None else self._averaged(mean, var)
 
 
-class ContrastLoss(nn.Module):
-    """Supervised contrastive loss, one value an anchor; without labels and mask that of SimCLR.
+class ContrastLoss(SupervisedContrast):
+    """Supervised contrastive loss (Khosla et al., 2020), one value per anchor; without labels and mask, that of SimCLR.
 
-    The features are compared as they are; CMI's head normalises them.
+    The features are not normalized here; CMI's head normalizes them.
 
     Args:
-        temperature: of the similarities.
-        contrast_mode: "all" views are anchors, or the first "one".
+        temperature: temperature of the similarities.
+        contrast_mode: "all" uses all views as anchors, "one" the first.
         base_temperature: the loss is scaled by temperature / base_temperature.
     """
-
-    def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.contrast_mode = contrast_mode
-        self.base_temperature = base_temperature
 
     def forward(
         self,
@@ -281,22 +306,14 @@ class ContrastLoss(nn.Module):
         mask: Tensor | None = None,
         return_logits: bool = False,
     ) -> Any:
-        """Features (N, views, ...), and labels (N,) or a mask (N, N) of positives, to (anchor views, N).
+        """Compute the losses, (anchor views, N), of float features (N, views, ...) and labels (N,) or a mask (N, N).
 
-        With ``return_logits`` a pair of that and the similarities over the temperature, (anchor views * N, views * N).
+        With ``return_logits``, also return similarities / temperature, (anchor views * N, views * N).
 
         Raises:
-            ValueError: fewer than three dimensions; labels and mask; labels of another number; an unknown mode.
+            ValueError: features have fewer than three dimensions, both labels and mask are given, the number of labels
+                is not N, or the mode is unknown.
             IndexError: N = 0.
         """
-        loss, logits = contrast(
-            features,
-            labels,
-            mask,
-            temperature=self.temperature,
-            base_temperature=self.base_temperature,
-            contrast_mode=self.contrast_mode,
-            reduction="none",
-            return_logits=return_logits,
-        )
+        loss, logits = self.contrast(features, labels, mask, reduction="none", return_logits=return_logits)
         return (loss, logits) if return_logits else loss

@@ -1,4 +1,4 @@
-"""DeepInversion's hook and image prior (NVlabs/DeepInversion, ``deepinversion.py``)."""
+"""Hook and image prior of DeepInversion (NVlabs/DeepInversion, ``deepinversion.py``)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ COVERAGE = (
 
 
 class DeepInversionFeatureHook:
-    """Compares what a BatchNorm is given with what it has stored, at each forward of it.
+    """Compares batch statistics of a BatchNorm's input with its running statistics in each forward.
 
     Args:
-        module: with ``running_mean`` and ``running_var`` (C,), given maps (N, C, H, W).
+        module: a module with ``running_mean`` and ``running_var`` (C,) and inputs (N, C, H, W).
 
     Attributes:
-        hook: the handle of the forward hook.
-        r_feature: after a forward, ``||running_var - var|| + ||running_mean - mean||`` of its input, var biased; a
-            scalar, differentiable in the input.
+        hook: handle of the forward hook.
+        r_feature: ``||running_var - var|| + ||running_mean - mean||`` of the last forward, with biased var; a scalar,
+            differentiable with respect to the input (Yin et al., CVPR 2020, Eq. 4).
     """
 
     r_feature: Tensor
@@ -39,14 +39,21 @@ class DeepInversionFeatureHook:
         self.r_feature = input_distance(input[0], module.running_mean, module.running_var)
 
     def close(self) -> None:
-        """Take the hook off the module."""
+        """Remove the hook from the module."""
         self.hook.remove()
 
 
 def get_image_prior_losses(inputs_jit: Tensor) -> tuple[Tensor, Tensor]:
-    """Total variation of images (N, C, H, W): the mean absolute differences summed, and the norms summed."""
+    """Return two total variations: the sum of mean absolute differences and that of L2 norms (Yin et al., CVPR 2020).
+
+    Args:
+        inputs_jit: images (N, C, H, W), any floating dtype.
+
+    Raises:
+        IndexError: images have fewer than four dimensions.
+    """
     found = differences(inputs_jit)
-    right, down, left_below, right_below = (d.abs().mean() for d in found)
-    absolute = right + down + left_below + right_below
-    right, down, left_below, right_below = (torch.linalg.vector_norm(d) for d in found)
-    return absolute, right + down + left_below + right_below
+    return (
+        torch.stack([d.abs().mean() for d in found]).sum(),
+        torch.stack([torch.linalg.vector_norm(d) for d in found]).sum(),
+    )

@@ -1,6 +1,6 @@
-"""lightly's contrastive loss (lightly 1.6, ``loss/ntx_ent_loss.py`` and ``models/modules/memory_bank.py``).
+"""Contrastive loss of lightly (lightly 1.6, ``loss/ntx_ent_loss.py`` and ``models/modules/memory_bank.py``).
 
-lightly need not be installed.
+Does not require lightly.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import ops
 from dfkd_fast.compat import Case
-from dfkd_fast.compat._common import alike, floating, positive
+from dfkd_fast.compat._common import matching, positive
 
 __all__ = ["COVERAGE", "MemoryBankModule", "NTXentLoss"]
 
@@ -27,7 +27,7 @@ COVERAGE = (
 
 
 def _processes() -> tuple[int, int]:
-    """Rank of this process and number of processes; 0 and 1 where none are connected."""
+    """The rank of this process and the number of processes; 0 and 1 without a process group."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
@@ -35,27 +35,27 @@ def _processes() -> tuple[int, int]:
 
 
 def _gather(x: Tensor) -> Tensor:
-    """The rows of all processes, this one's differentiable through all of them."""
+    """The rows of all processes. Gradients flow back to each process."""
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(x))
 
 
 class MemoryBankModule(nn.Module):
-    """A ring of features of earlier batches.
+    """Ring buffer of features from earlier batches.
 
     Args:
         size: (number of features, dim), or 0 for no bank.
-        gather_distributed: keep the features of all processes.
-        feature_dim_first: give the bank as (dim, number), or else as (number, dim).
+        gather_distributed: store the features of all processes.
+        feature_dim_first: return the bank as (dim, number) instead of (number, dim).
 
     Attributes:
-        size: as a tuple.
-        bank: (number, dim), random unit rows at first. A buffer that is not saved, as ``bank_ptr``.
-        bank_ptr: (1,), the row that is written next.
+        size: the size as a tuple.
+        bank: (number, dim), float32, initialized with random unit rows; a non-persistent buffer.
+        bank_ptr: (1,), int64, index of the next row to write; a non-persistent buffer.
 
     Raises:
-        ValueError: a negative size; a number of features without their dim; neither 0 nor two numbers.
+        ValueError: size is negative, or neither 0 nor two numbers.
     """
 
     bank: Tensor
@@ -82,12 +82,12 @@ class MemoryBankModule(nn.Module):
     def forward(
         self, output: Tensor, labels: Tensor | None = None, update: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Features (N, dim) and, beside them, a copy of the bank as it was before; None without a bank.
+        """Return the features and a copy of the bank before the update, or None without a bank.
 
         Args:
-            output: (N, dim), given back as it is.
-            labels: not used.
-            update: write the features into the bank.
+            output: features (N, dim), any floating dtype; returned unchanged.
+            labels: unused.
+            update: write the features to the bank.
         """
         if self.size[0] == 0:
             return output, None
@@ -102,25 +102,25 @@ class MemoryBankModule(nn.Module):
             rows = _gather(rows)
         start = int(self.bank_ptr)
         end = start + rows.shape[0]
-        # Rows past the end are not carried over to the start.
+        # As in lightly, rows past the end are dropped.
         self.bank[start:end] = rows[: self.size[0] - start]
         self.bank_ptr[0] = end if end < self.size[0] else 0
 
 
 class NTXentLoss(nn.Module):
-    """Normalised temperature-scaled cross entropy (SimCLR), with a memory bank that of MoCo.
+    """NT-Xent loss (SimCLR, Chen et al., ICML 2020); with a memory bank, the loss of MoCo (He et al., CVPR 2020).
 
     Args:
-        temperature: of the cosine similarities.
+        temperature: temperature of the cosine similarities.
         memory_bank_size: (number of features, dim), or 0 for no bank.
-        gather_distributed: the vectors of all processes are negatives, and go into the bank.
+        gather_distributed: use the vectors of all processes as negatives, and store them in the bank.
 
     Attributes:
-        memory_bank: the bank; it is written to where the first vectors require a gradient.
+        memory_bank: the :class:`MemoryBankModule`, updated if the first vectors require a gradient.
 
     Raises:
-        ValueError: a temperature within 1e-8 of zero; a size that :class:`MemoryBankModule` does not take;
-            gather_distributed where PyTorch has no ``torch.distributed``.
+        ValueError: the temperature is within 1e-8 of zero, the bank's size is invalid, or gather_distributed is set and
+            PyTorch is built without ``torch.distributed``.
     """
 
     def __init__(
@@ -141,12 +141,12 @@ class NTXentLoss(nn.Module):
             raise ValueError("gather_distributed is True but torch.distributed is not available")
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """Vectors (N, dim) of two views, row i of the one belonging to row i of the other, to a scalar.
+        """Compute the loss, a scalar, of two views (N, dim), any floating dtype; rows with one index are positives.
 
         Raises:
-            ValueError: out0 has not two dimensions.
-            IndexError: views of different N.
-            RuntimeError: N = 0, or views of different dim or dtype.
+            ValueError: out0 does not have two dimensions.
+            IndexError: the numbers of rows differ.
+            RuntimeError: N = 0, or dim or dtype differs.
         """
         count, _ = out0.shape
         rank, processes = _processes() if self.gather_distributed else (0, 1)
@@ -157,9 +157,7 @@ class NTXentLoss(nn.Module):
             and processes == 1
             and positive(self.temperature)
             and count > 0
-            and floating(out0, 2)
-            and floating(out1, 2)
-            and alike(out0, out1)
+            and matching(out0, out1)
             and not mixed
         ):
             return ops.contrastive_loss(out0, out1, temperature=self.temperature, symmetric=True)
@@ -180,7 +178,7 @@ class NTXentLoss(nn.Module):
         return self.cross_entropy(similarity.scatter(1, itself[:, None], -torch.inf), other)
 
     def _against_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """Each of out0 against its positive in out1, with the bank as negatives."""
+        """The loss of out0 with its positives in out1 and the bank as negatives."""
         out1, negatives = self.memory_bank(out1, update=out0.requires_grad)
         similar = (out0 * out1).sum(1, keepdim=True)
         logits = torch.cat([similar, out0 @ negatives.to(out0.device)], dim=1) / self.temperature

@@ -20,24 +20,36 @@ COVERAGE = (
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) times temperature squared, summed over dimension 1, mean over all others.
+    """Compute KL(teacher || student) times temperature squared, summed over classes (Hinton et al., arXiv:1503.02531).
 
     Args:
-        logits_student: (N, classes).
-        logits_teacher: likewise.
-        temperature: of both softmaxes.
+        logits_student: (N, classes, ...), any floating dtype; the mean is over all dimensions except classes.
+        logits_teacher: same shape as logits_student.
+        temperature: temperature of both softmaxes.
+
+    Raises:
+        RuntimeError: the shapes cannot be broadcast.
     """
     if covered(logits_student, logits_teacher, temperature):
         return softened_kl(logits_student, logits_teacher, temperature, "batchmean")
-    # Of more dimensions than two "batchmean" would be another mean.
+    # With more than two dimensions, "batchmean" would divide only by N.
     return softened_kl(logits_student, logits_teacher, temperature, "none").sum(1).mean()
 
 
 def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:
-    """Attention transfer of one stage (N, C, H, W); channels and heights may differ, p is the features' power."""
+    """Compute attention transfer for one stage (Zagoruyko and Komodakis, ICLR 2017).
+
+    Args:
+        f_s: the student's features (N, C, H, W), any floating dtype.
+        f_t: the teacher's features (N, C, H, W); C and H may differ.
+        p: power of the features.
+
+    Raises:
+        RuntimeError: the batch sizes differ.
+    """
     return stage_distance(f_s, f_t, p)
 
 
 def at_loss(g_s: Iterable[Tensor], g_t: Iterable[Tensor], p: float) -> Tensor | int:
-    """Attention transfer summed over stages, paired in order; 0 where there are none."""
+    """Return the sum of :func:`single_stage_at_loss` over pairs of stages, with the same errors; 0 without pairs."""
     return sum(single_stage_at_loss(f_s, f_t, p) for f_s, f_t in zip(g_s, g_t, strict=False))

@@ -1,8 +1,7 @@
-"""pytorch-metric-learning's contrastive losses, and the wrapper that pairs two views (2.9, ``losses``).
+"""Contrastive losses and ``SelfSupervisedLoss`` of pytorch-metric-learning 2.9, which must be installed.
 
-The classes are those of pytorch-metric-learning, which must be installed, with one call of theirs computed by an op:
-``SelfSupervisedLoss(loss)(embeddings, ref_emb)``. Everything else, labels, pairs, distances, reducers and regularisers,
-is the library's own code.
+The classes extend those of the library. An op computes ``SelfSupervisedLoss(loss)(embeddings, ref_emb)``; the library
+computes all other calls, such as those with labels, pairs, distances, reducers or regularizers.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from dfkd_fast import ops
 from dfkd_fast.compat import Case
-from dfkd_fast.compat._common import alike, floating, positive
+from dfkd_fast.compat._common import matching, positive
 
 try:
     from pytorch_metric_learning import distances, losses, reducers
@@ -40,7 +39,7 @@ COVERAGE = (
 
 
 def _plain(loss: Any, reducer: type) -> bool:
-    """Whether a loss takes the cosine, averages as it does by default, and records and adds nothing."""
+    """Whether a loss uses cosine similarity and the given reducer, without statistics or regularizer."""
     distance = loss.distance
     recorded = (part.collect_stats for part in (loss, distance, loss.reducer))
     return (
@@ -53,13 +52,13 @@ def _plain(loss: Any, reducer: type) -> bool:
 
 
 class NTXentLoss(losses.NTXentLoss):
-    """Normalised temperature-scaled cross entropy: each positive pair against the anchor's negatives."""
+    """NT-Xent loss (Chen et al., ICML 2020); arguments and errors are those of the library's class."""
 
     def covers(self, count: int) -> bool:
-        """Whether :meth:`of_views` gives what the original gives for so many samples.
+        """Whether :meth:`of_views` equals the original for ``count`` samples.
 
-        There the smallest normal number of float32, exp(-87), is added to each probability, so that no loss is above
-        87. A probability is at least exp(-2 / temperature) / (2 count): above exp(-70) nothing can be seen of it.
+        The original adds exp(-87), the smallest normal float32 number, to each probability. Probabilities are at least
+        exp(-2 / temperature) / (2 count); if that is above exp(-70), the addition has no effect.
         """
         return (
             _plain(self, reducers.MeanReducer)
@@ -68,17 +67,17 @@ class NTXentLoss(losses.NTXentLoss):
         )
 
     def of_views(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
-        """Two views (N, dim), each a positive of the other, to a scalar."""
+        """Compute the loss, a scalar, of two views (N, dim)."""
         return ops.contrastive_loss(embeddings, ref_emb, temperature=self.temperature, symmetric=True)
 
 
 class SupConLoss(losses.SupConLoss):
-    """Supervised contrastive loss: the mean over an anchor's positives, then over anchors whose loss is above zero."""
+    """Supervised contrastive loss (Khosla et al., NeurIPS 2020), mean over nonzero losses, as the library's class."""
 
     def covers(self, count: int) -> bool:
-        """Whether :meth:`of_views` gives what the original gives for so many samples.
+        """Whether :meth:`of_views` equals the original for ``count`` samples.
 
-        Which losses are above zero is a matter of rounding where they are tiny, as they often are at low temperatures.
+        At low temperatures many losses are tiny, and rounding decides which are greater than zero.
         """
         reducer = self.reducer
         return (
@@ -89,7 +88,7 @@ class SupConLoss(losses.SupConLoss):
         )
 
     def of_views(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
-        """Two views (N, dim), each a positive of the other, to a scalar."""
+        """Compute the loss, a scalar, of two views (N, dim)."""
         values = ops.contrastive_loss(
             embeddings, ref_emb, temperature=self.temperature, symmetric=True, reduction="none"
         )
@@ -98,17 +97,15 @@ class SupConLoss(losses.SupConLoss):
 
 
 class SelfSupervisedLoss(losses.SelfSupervisedLoss):
-    """A loss of two views of a batch, of which row i of the one belongs to row i of the other."""
+    """Applies a loss to two views of a batch, as the library's class; rows with one index are positives."""
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
-        """Two views (N, dim) to what the wrapped loss gives for them."""
-        # Not isinstance: a class that extends these may compute something else.
-        ours = self.symmetric and type(self.loss) in (NTXentLoss, SupConLoss)
+        """Compute the loss of two views (N, dim), any floating dtype; the library's errors apply."""
+        # isinstance would accept subclasses, which may compute something else.
         if (
-            ours
-            and floating(embeddings, 2)
-            and floating(ref_emb, 2)
-            and alike(embeddings, ref_emb)
+            self.symmetric
+            and type(self.loss) in (NTXentLoss, SupConLoss)
+            and matching(embeddings, ref_emb)
             and embeddings.dtype == ref_emb.dtype
             and embeddings.shape[0] > 0
             and self.loss.covers(embeddings.shape[0])

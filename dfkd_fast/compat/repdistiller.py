@@ -19,10 +19,10 @@ COVERAGE = (
 
 
 class DistillKL(nn.Module):
-    """Distillation loss on logits.
+    """Distillation loss on logits (Hinton et al., arXiv:1503.02531).
 
     Args:
-        T: the temperature of both softmaxes.
+        T: temperature of both softmaxes.
     """
 
     def __init__(self, T: float) -> None:
@@ -30,15 +30,19 @@ class DistillKL(nn.Module):
         self.T = T
 
     def forward(self, y_s: Tensor, y_t: Tensor) -> Tensor:
-        """Logits (N, classes) of student and teacher to KL(teacher || student) times T squared, mean over N."""
+        """Compute KL(teacher || student) times T squared, mean over N, of logits (N, classes), any floating dtype.
+
+        Raises:
+            RuntimeError: the shapes cannot be broadcast.
+        """
         return softened_kl(y_s, y_t, self.T, "batchmean")
 
 
 class Attention(nn.Module):
-    """Attention transfer.
+    """Attention transfer (Zagoruyko and Komodakis, ICLR 2017).
 
     Args:
-        p: the power of the features whose mean over channels is a position's attention.
+        p: power of the features; their mean over channels is a position's attention.
     """
 
     def __init__(self, p: float = 2) -> None:
@@ -46,13 +50,17 @@ class Attention(nn.Module):
         self.p = p
 
     def forward(self, g_s: Iterable[Tensor], g_t: Iterable[Tensor]) -> list[Tensor]:
-        """Stages (N, C, H, W) of student and teacher, paired in order, to one loss a pair."""
+        """Return one loss per pair of stages (N, C, H, W), any floating dtype, of student and teacher.
+
+        Raises:
+            RuntimeError: the batch sizes of a pair differ.
+        """
         return [self.at_loss(f_s, f_t) for f_s, f_t in zip(g_s, g_t, strict=False)]
 
     def at_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
-        """Loss of one pair of stages; channels and heights may differ."""
+        """Compute the loss of one pair of stages, as in :meth:`forward`; channels and heights may differ."""
         return stage_distance(f_s, f_t, self.p)
 
     def at(self, f: Tensor) -> Tensor:
-        """(N, C, H, W) to its attention as unit rows (N, H W)."""
+        """Return the attention of features (N, C, H, W) as unit rows (N, H W)."""
         return activation_map(f, self.p)

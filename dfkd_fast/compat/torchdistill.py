@@ -1,7 +1,7 @@
-"""torchdistill's losses on logits and activation maps (torchdistill 1.1, ``losses/mid_level.py``).
+"""Losses of torchdistill on logits and activation maps (torchdistill 1.1, ``losses/mid_level.py``).
 
-Where torchdistill is installed, importing this module registers both under their names in place of its own, so that
-configurations that say ``key: 'KDLoss'`` get these; torchdistill's ``dependencies`` list is a place for the import.
+If torchdistill is installed, importing this module replaces both losses in its registry, so configurations with ``key:
+'KDLoss'`` use them. The ``dependencies`` list of a configuration can import the module.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ COVERAGE = (
 
 
 def _registry() -> Callable[[type[nn.Module]], Any] | None:
-    """torchdistill's own registration; None where it is not installed."""
+    """torchdistill's registration function, or None if it is not installed."""
     try:
-        # Before ours: its losses are registered when they are first imported, over what has their names.
+        # Importing mid_level registers torchdistill's losses, so it must come before the replacement.
         from torchdistill.losses import mid_level, registry
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "torchdistill":
@@ -40,28 +40,28 @@ def _registry() -> Callable[[type[nn.Module]], Any] | None:
 
 
 class KDLoss(nn.KLDivLoss):
-    """Distillation loss on logits, with or without labels.
+    """Distillation loss on logits (Hinton et al., arXiv:1503.02531), with or without labels.
 
-    With labels and a weight alpha for them::
+    With labels::
 
         alpha * cross_entropy(student, targets) + beta * temperature^2 * KL(teacher || student)
 
-    Without labels, or with alpha None or 0, it is the divergence alone, not times temperature squared.
+    Without labels, or if alpha is None or 0, the loss is KL(teacher || student).
 
     Args:
-        student_module_path: the module of the student whose logits these are.
-        student_module_io: "input" or "output" of it.
-        teacher_module_path: likewise of the teacher.
-        teacher_module_io: likewise.
-        temperature: of both softmaxes.
+        student_module_path: path of the student module with the logits.
+        student_module_io: "input" or "output" of that module.
+        teacher_module_path: path of the teacher module with the logits.
+        teacher_module_io: "input" or "output" of that module.
+        temperature: temperature of both softmaxes.
         alpha: weight of the cross entropy.
-        beta: weight of the divergence; None is 1 - alpha.
-        reduction: of the divergence, as that of ``torch.nn.functional.kl_div``, and of the cross entropy, which is a
-            mean for "batchmean".
-        **kwargs: of ``torch.nn.CrossEntropyLoss``.
+        beta: weight of the divergence; by default 1 - alpha.
+        reduction: reduction of both terms, as in ``torch.nn.functional.kl_div``; the cross entropy uses "mean" for
+            "batchmean".
+        **kwargs: arguments of ``torch.nn.CrossEntropyLoss``.
 
     Raises:
-        TypeError: alpha and beta are both None, or there is an argument that ``CrossEntropyLoss`` does not take.
+        TypeError: alpha and beta are both None, or ``CrossEntropyLoss`` does not accept an argument.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class KDLoss(nn.KLDivLoss):
     ) -> None:
         super().__init__(reduction=reduction)
         if alpha is None and beta is None:
-            raise TypeError("beta is 1 - alpha where it is not given, so that one of the two must be a number")
+            raise TypeError("alpha or beta must be a number: beta is 1 - alpha by default")
         self.student_module_path = student_module_path
         self.student_module_io = student_module_io
         self.teacher_module_path = teacher_module_path
@@ -98,10 +98,10 @@ class KDLoss(nn.KLDivLoss):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """What the hooked modules were given and gave, and labels (N,), to the loss.
+        """Compute the loss from the recorded inputs and outputs of modules, logits (N, classes), and labels (N,).
 
         Raises:
-            KeyError: a module or "input" or "output" of it is not there.
+            KeyError: a module, or its "input" or "output", is missing.
         """
         student = student_io_dict[self.student_module_path][self.student_module_io]
         teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
@@ -113,17 +113,16 @@ class KDLoss(nn.KLDivLoss):
 
 
 class ATLoss(nn.Module):
-    """Attention transfer between pairs of maps (N, C, H, W).
+    """Attention transfer between pairs of maps (N, C, H, W) (Zagoruyko and Komodakis, ICLR 2017).
 
     Args:
-        at_pairs: for each pair ``student`` and ``teacher``, both with the ``path`` and ``io`` of a map, and a
-            ``weight``, 1 if left out.
-        mode: "code" is the mean squared difference of the normalised maps, "paper" the norm of that difference, mean
-            over the batch.
-        **kwargs: not used.
+        at_pairs: for each pair, ``student`` and ``teacher`` with the ``path`` and ``io`` of a map, and optionally a
+            ``weight`` (default 1).
+        mode: "code" for the mean squared difference of normalized maps, "paper" for its L2 norm, averaged over N.
+        **kwargs: unused.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: the mode is unknown.
     """
 
     def __init__(self, at_pairs: Mapping[str, Mapping[str, Any]], mode: str = "code", **kwargs: Any) -> None:
@@ -135,21 +134,21 @@ class ATLoss(nn.Module):
 
     @staticmethod
     def attention_transfer_paper(feature_map: Tensor) -> Tensor:
-        """(N, C, H, W) to unit rows (N, H W): the sum of squares over channels."""
+        """Return the sum of squares over channels of (N, C, H, W), as unit rows (N, H W)."""
         return F.normalize(feature_map.square().sum(1).flatten(1))
 
     def compute_at_loss_paper(self, student_feature_map: Tensor, teacher_feature_map: Tensor) -> Tensor:
-        """The norm of the difference, summed over N."""
+        """Return the L2 norm of the difference of attention maps of (N, C, H, W), summed over N."""
         student, teacher = map(self.attention_transfer_paper, (student_feature_map, teacher_feature_map))
         return torch.linalg.vector_norm(student - teacher, dim=1).sum()
 
     @staticmethod
     def attention_transfer(feature_map: Tensor) -> Tensor:
-        """(N, C, H, W) to unit rows (N, H W): the mean of squares over channels."""
+        """Return the mean of squares over channels of (N, C, H, W), as unit rows (N, H W)."""
         return activation_map(feature_map, 2)
 
     def compute_at_loss(self, student_feature_map: Tensor, teacher_feature_map: Tensor) -> Tensor:
-        """The mean squared difference."""
+        """Return the mean squared difference of attention maps of (N, C, H, W)."""
         student, teacher = map(self.attention_transfer, (student_feature_map, teacher_feature_map))
         return (student - teacher).square().mean()
 
@@ -160,7 +159,11 @@ class ATLoss(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """What the hooked modules were given and gave to the weighted sum over pairs."""
+        """Compute the weighted sum over pairs from the recorded inputs and outputs of modules, (N, C, H, W).
+
+        Raises:
+            KeyError: a module, or its "input" or "output", is missing.
+        """
         total: Any = 0
         batch_size: Any = None
         for pair in self.at_pairs.values():

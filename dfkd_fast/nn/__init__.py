@@ -1,6 +1,6 @@
-"""Modules of the method. They hold parameters and call :mod:`dfkd_fast.ops` for the mathematics.
+"""The method's modules. They hold parameters and call :mod:`dfkd_fast.ops`.
 
-Each stands alone, to be lifted into other code: none needs anything else of the package but the ops.
+Each can be used in other code: it depends only on torch and the ops.
 """
 
 from dfkd_fast.nn.attention import HighOrderAttention, SpatialAttention

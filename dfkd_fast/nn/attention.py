@@ -1,4 +1,4 @@
-"""Attention modules: parameters and convolutions here, the attention's own mathematics in :mod:`dfkd_fast.ops`."""
+"""Attention modules. They hold parameters and convolutions; :mod:`dfkd_fast.ops` computes the attention."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ __all__ = ["HighOrderAttention", "SpatialAttention"]
 class HighOrderAttention(nn.Module):
     """Mixed high-order attention (paper, section 3.3; Chen et al., ICCV 2019).
 
-    Order r multiplies r linear maps of the features element-wise; the rectified products of all orders decide, through
-    a sigmoid, how much of each feature passes.
+    Order r multiplies r linear maps of the features. A sigmoid of the rectified products gates the features.
 
     Args:
-        channels: C, of the features.
-        order: R, the highest order.
-        reduction: C / K; the maps have K = max(1, C // reduction) channels.
-        mode: ``joint`` is one sigmoid over the summed orders, ``per_order`` the mean of one sigmoid an order.
+        channels: number of channels C of the features.
+        order: highest order R.
+        reduction: C / K; the linear maps have K = max(1, C // reduction) channels.
+        mode: ``joint`` applies one sigmoid to the sum over orders, ``per_order`` averages one sigmoid per order.
 
     Attributes:
-        proj_weight: (R (R + 1) / 2, K, C), factors ordered (1, 1), (2, 1), (2, 2), (3, 1), ...
+        proj_weight: (R (R + 1) / 2, K, C), in the order (1, 1), (2, 1), (2, 2), (3, 1), ...
         out_weight: (R, C, K).
 
     Raises:
-        ValueError: channels, order or reduction below 1, or an unknown mode.
+        ValueError: channels, order or reduction is less than 1, or mode is unknown.
     """
 
     def __init__(
@@ -51,17 +50,21 @@ class HighOrderAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw both weights as ``nn.Conv2d`` draws those of a 1 x 1 convolution: uniform within 1 / sqrt(fan in)."""
+        """Initialize both weights like a 1 x 1 ``nn.Conv2d``: uniform within 1 / sqrt(fan in)."""
         for weight in (self.proj_weight, self.out_weight):
             bound = 1 / math.sqrt(weight.shape[-1])
             nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The attended features A * x, (N, C, H, W) as x."""
+        """Return the gated features A * x for x (N, C, H, W), any floating dtype.
+
+        Raises:
+            ValueError: x is not (N, C, H, W) with C = channels.
+        """
         return ops.high_order_attention(x, self.proj_weight, self.out_weight, mode=self.mode)
 
     def attention(self, x: Tensor) -> Tensor:
-        """The attention map A alone, (N, C, H, W), each value in (0, 1)."""
+        """Return the gate A in [0, 1]; arguments and errors are those of :meth:`forward`."""
         return ops.high_order_attention_map(x, self.proj_weight, self.out_weight, mode=self.mode)
 
     def extra_repr(self) -> str:
@@ -71,15 +74,15 @@ class HighOrderAttention(nn.Module):
 class SpatialAttention(nn.Module):
     """The generator's spatial attention module (paper, Eq. 4 to 6 and figure 2).
 
-    A narrow hourglass of convolutions, one pooling and one unpooling deep, writes a map per channel; the softmax of
-    that map gates the features: ``F + scale * softmax(A_s) * F``.
+    A narrow hourglass of convolutions with one pooling and one unpooling computes a map A_s per channel. Its softmax
+    gates the features: ``F + scale * softmax(A_s) * F``.
 
     Args:
-        channels: C, of the features.
-        reduction: r; the hourglass is C / r channels wide at its ends.
-        scale: lambda of Eq. 6.
-        form: ``spatial`` is the softmax over the H W positions of each channel, ``spatial_mean1`` the same times H W,
-            ``channel`` the softmax over the channels at each position.
+        channels: number of channels C of the features.
+        reduction: r; the hourglass has C / r channels at its ends.
+        scale: lambda in Eq. 6.
+        form: ``spatial`` applies the softmax over the H W positions of each channel, ``spatial_mean1`` multiplies that
+            by H W, ``channel`` applies the softmax over the channels at each position.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class SpatialAttention(nn.Module):
         width = max(1, channels // reduction)
         self.scale, self.form = scale, form
         self.reduce = nn.Conv2d(channels, width, 1)
-        # A convolution before a BatchNorm has no bias: the norm would subtract it.
+        # No bias before a BatchNorm, which would subtract it.
         self.encode = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)
         self.encode_norm = nn.BatchNorm2d(2 * width)
         self.bottleneck = nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False)
@@ -106,7 +109,7 @@ class SpatialAttention(nn.Module):
         self.expand = nn.Conv2d(width, channels, 1)
 
     def hidden(self, features: Tensor) -> Tensor:
-        """The hourglass: (N, C, H, W) to the maps h, (N, C / r, H, W), that the gate expands. H and W at least 2."""
+        """Compute the hourglass, (N, C / r, H, W); arguments and errors are those of :meth:`forward`."""
         normed = self.encode_norm(self.encode(self.reduce(features)))
         pooled, code = ops.max_pool2x2(normed, relu=True)
         gamma = F.relu(self.bottleneck_norm(self.bottleneck(pooled)))
@@ -115,7 +118,11 @@ class SpatialAttention(nn.Module):
         return F.relu(self.decode_norm(self.decode(unpooled)))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Gate (N, C, H, W) features; the result has their shape."""
+        """Gate features (N, C, H, W), with H and W at least 2, any floating dtype; the result has the same shape.
+
+        Raises:
+            ValueError: H or W is less than 2, or the form is unknown.
+        """
         weight = self.expand.weight.flatten(1)
         return ops.spatial_attention(
             features, self.hidden(features), weight, self.expand.bias, scale=self.scale, form=self.form

@@ -1,4 +1,4 @@
-"""The semantic feature contrast as a module of two feature tensors."""
+"""Semantic feature contrast of teacher and student features."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["SemanticFeatureContrast"]
 
 
 class SemanticFeatureContrast(nn.Module):
-    """L_SFCL (paper, Eq. 8, 9): the teacher's and the student's view of one image attract, all other views repel.
+    """L_SFCL: contrastive loss between teacher and student features of the same images (paper, Eq. 8 and 9).
 
-    A head a side brings both views into one space; the loss there is :func:`dfkd_fast.ops.contrastive_loss`. Both heads
-    train with the student, and the teacher gets no gradient.
+    One projection head per network maps the features to a common space, where :func:`dfkd_fast.ops.contrastive_loss`
+    compares them. Both heads train with the student; the teacher receives no gradient.
 
     Args:
         teacher_dim: width of the teacher's penultimate features.
-        student_dim: width of the student's.
-        dim: D, the width of the common space.
-        temperature: tau, above 0.
-        symmetric: the student's views are anchors too.
+        student_dim: width of the student's penultimate features.
+        dim: width D of the common space.
+        temperature: tau, greater than 0.
+        symmetric: use the student's vectors as anchors too.
 
     Attributes:
         teacher_head, student_head: :class:`ProjectionHead`.
@@ -36,7 +36,12 @@ class SemanticFeatureContrast(nn.Module):
         self.student_head = ProjectionHead(student_dim, dim)
 
     def forward(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """Features (N, teacher_dim) and (N, student_dim) of the same N images to a float32 scalar."""
+        """Compute the loss, a float32 scalar, of features (N, teacher_dim) and (N, student_dim), any floating dtype.
+
+        Raises:
+            ValueError: the batch sizes differ, or the temperature is not positive.
+            RuntimeError: the features do not have the heads' width or dtype.
+        """
         anchors, positives = self.teacher_head(teacher.detach()), self.student_head(student)
         return ops.contrastive_loss(anchors, positives, temperature=self.temperature, symmetric=self.symmetric)
 

@@ -1,4 +1,4 @@
-"""The attention generator (paper, table 6): noise to images."""
+"""The attention generator (paper, table 6)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["AttentionGenerator", "freeze_spectral_norm"]
 
 
 class _Block(nn.Module):
-    """Twice the size: transposed convolution, [BatchNorm], LeakyReLU, [spatial attention]."""
+    """Upsamples by 2: transposed convolution, [BatchNorm], LeakyReLU, [spatial attention]."""
 
     def __init__(
         self, inputs: int, outputs: int, *, batch_norm: bool, spectral_norm: bool, attention: SpatialAttention | None
@@ -33,23 +33,24 @@ class _Block(nn.Module):
 
 
 class AttentionGenerator(nn.Module):
-    """Noise (N, latent_dim) to images (N, 3, H, W) in [-1, 1].
+    """Generates images (N, 3, H, W) in [-1, 1] from noise (N, latent_dim) (paper, table 6).
 
-    A linear layer and a BatchNorm make the first map, H / 16 x W / 16; four blocks double it; a convolution and tanh
-    paint it. Spectral norm is on the transposed convolutions alone.
+    A linear layer and a BatchNorm produce the first map, H / 16 x W / 16. Four blocks double its size, and a
+    convolution with tanh produces the image.
 
     Args:
-        image_size: H and W, a multiple of 16.
+        image_size: H and W in pixels, a multiple of 16.
         latent_dim: length of the noise vector.
-        channels: widths of the first map and of the four blocks' outputs.
-        batch_norm: a BatchNorm in each block; the paper's table has none.
-        spectral_norm: spectral norm, one power iteration each time the module runs in training mode.
-        attention: the gate's form, or ``none`` for a generator without attention modules.
-        attention_scale: lambda of Eq. 6.
-        attention_reduction: r of the attention modules.
+        channels: number of channels of the first map and of the four blocks' outputs.
+        batch_norm: use a BatchNorm in each block; the paper's table has none.
+        spectral_norm: apply spectral norm to the transposed convolutions, with one power iteration per forward in
+            training mode.
+        attention: form of the spatial attention, or ``none`` for no attention modules.
+        attention_scale: lambda in Eq. 6.
+        attention_reduction: reduction r of the attention modules.
 
     Raises:
-        ValueError: image_size is not a positive multiple of 16, or channels are not five.
+        ValueError: image_size is not a positive multiple of 16, or channels does not have five entries.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class AttentionGenerator(nn.Module):
         if image_size < 16 or image_size % 16:
             raise ValueError(f"image_size must be a positive multiple of 16, got {image_size}")
         if len(channels) != 5:
-            raise ValueError(f"channels must be five widths, the first map's and the four blocks', got {channels}")
+            raise ValueError(f"channels must have five entries, for the first map and four blocks, got {channels}")
         self.image_size, self.latent_dim, self.first = image_size, latent_dim, image_size // 16
         self.project = nn.Linear(latent_dim, channels[0] * self.first**2)
         self.project_norm = nn.BatchNorm2d(channels[0])
@@ -83,15 +84,20 @@ class AttentionGenerator(nn.Module):
         self.paint = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, noise: Tensor) -> Tensor:
+        """Generate images (N, 3, H, W) from noise (N, latent_dim), with the dtype of the weights.
+
+        Raises:
+            RuntimeError: the noise does not have latent_dim columns or the dtype of the weights.
+        """
         first = self.project(noise).unflatten(1, (-1, self.first, self.first))
         return self.paint(self.blocks(self.project_norm(first))).tanh()
 
 
 @contextmanager
 def freeze_spectral_norm(module: nn.Module) -> Iterator[None]:
-    """Inside, spectral norms of ``module`` divide by their present estimate and do not iterate it.
+    """Context manager in which spectral norms of ``module`` use their current estimate without power iterations.
 
-    A student step draws images from a generator that it must leave untouched, power-iteration vectors included.
+    A student step generates images but must not change the generator's power-iteration vectors.
     """
     norms = [
         parametrization

@@ -1,7 +1,7 @@
-"""The mathematics of the method as functions of tensors, each with one or more backends behind it.
+"""The method's operations as functions of tensors, each with one or more backends.
 
-Every function checks its arguments, chooses a backend (see :class:`backend`) and calls it. All are differentiable, work
-under ``torch.compile(fullgraph=True)`` and autocast, and take non-contiguous and empty inputs.
+Each function checks its arguments, selects a backend (see :class:`backend`) and calls it. All are differentiable,
+support ``torch.compile(fullgraph=True)`` and autocast, and accept non-contiguous tensors and empty batches.
 """
 
 from dfkd_fast.ops.backend import backend, backends

@@ -1,19 +1,19 @@
-"""Which implementation of an op runs: a registry, and the rule that chooses from it.
+"""Registry of op implementations and backend selection.
 
-The choice falls on the first of these that names a backend:
+The backend is the first of:
 
 1. the op's ``backend`` argument;
-2. the innermost ``with dfkd_fast.ops.backend(...)`` of the calling thread;
-3. the environment variable ``DFKD_FAST_BACKEND`` (for debugging; a compiled function keeps the value of its tracing);
-4. none: the best backend that serves these arguments, in the order of :data:`NAMES`; but ``cuda`` only for shapes for
-   which it has been measured to be the fastest (:mod:`dfkd_fast.ops.choices`), and in eager mode no fused backend below
-   the sizes of :data:`EAGER_MIN_NUMEL`.
+2. the innermost ``with dfkd_fast.ops.backend(...)`` in the calling thread;
+3. the environment variable ``DFKD_FAST_BACKEND`` (for debugging; compiled functions keep the value from tracing);
+4. automatic: the first backend in :data:`NAMES` that supports the arguments. ``cuda`` is selected only for shapes for
+   which it has been measured to be the fastest (:mod:`dfkd_fast.ops.choices`). In eager mode, fused backends are
+   selected only from the sizes in :data:`EAGER_MIN_NUMEL`.
 
-``cuda`` is CUDA C++ (csrc/) for devices of compute capability 9.0: wgmma, TMA, clusters and grid-wide barriers. Its
-launchers serve fewer shapes than ``triton``, and say why they refuse one.
+``cuda`` is CUDA C++ (csrc/) for devices of compute capability 9.0. It uses wgmma, TMA, clusters and grid-wide barriers,
+and supports fewer shapes than ``triton``.
 
-A backend that was named is used or an error says why it cannot be; it is never replaced silently. :func:`register` adds
-backends of other names, which are used only when named.
+A requested backend is never replaced: if it does not support the arguments, the op raises an error with the reason.
+:func:`register` adds backends under other names, which run only on request.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -45,11 +44,10 @@ __all__ = [
 ]
 
 NAMES = ("cuda", "triton", "reference")
-"""The backends that the package comes with, best first."""
+"""The built-in backends, in order of preference."""
 
 VARIABLE = "DFKD_FAST_BACKEND"
-"""The environment variable."""
-
+"""Environment variable that selects a backend."""
 
 EAGER_MIN_NUMEL = {
     "batchnorm_statistics": 2**24,
@@ -64,61 +62,46 @@ EAGER_MIN_NUMEL = {
     "spatial_attention": 2**23,
     "statistics_distance": 2**24,
 }
-"""Elements of an op's first tensor from which a fused backend is chosen automatically in eager mode.
+"""Smallest number of elements in an op's first tensor for which eager mode selects a fused backend.
 
-Launching a fused kernel from Python takes longer than PyTorch takes for several small kernels of its own, so an eager
-call is faster fused only once the reference keeps the GPU busy for longer than that. Under torch.compile and in CUDA
-graphs launches are free, and the fused op runs at every size. The values are provisional: CPU time per call measured
-without a GPU, over the reference's memory traffic at 2.95 TB/s.
+Launching a fused kernel from Python takes longer than launching several small PyTorch kernels, so an eager call is
+faster fused only if the reference keeps the GPU busy for longer than the launch. Under torch.compile and in CUDA graphs
+launch overhead vanishes, and the fused op runs at every size. The values are provisional: CPU time per call, measured
+without a GPU, compared with the reference's memory traffic at 2.95 TB/s.
 """
 
 
 def _small_and_eager(op: str, x: Tensor) -> bool:
-    """Whether launches would cost an automatically chosen fused backend more than it saves."""
+    """Whether the launch overhead of a fused backend would exceed the time it saves."""
     if not x.is_cuda or torch.compiler.is_compiling() or x.numel() >= EAGER_MIN_NUMEL[op]:
         return False
-    # Graphs are captured, and warmed up before, on a side stream.
+    # CUDA graphs are warmed up and captured on a side stream.
     return torch.cuda.current_stream(x.device) == torch.cuda.default_stream(x.device)
 
 
 class UnsupportedError(RuntimeError):
-    """The backend that was asked for cannot serve these arguments; the message says why."""
-
-
-def _supports_all(*args: Any, **kwargs: Any) -> str | None:
-    return None
+    """The requested backend does not support the arguments; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend's way to compute an op.
+    """One backend's implementation of an op.
 
     Args:
-        function: takes the public function's arguments, checked, without ``backend``.
-        unsupported_reason: takes the same; why ``function`` cannot serve them, None if it can.
-        interpreted: on the CPU it runs in an interpreter, for tests: there it is used only when named.
-        faster: takes the arguments; whether it is known to be faster than the backends after it. If not, it is used
-            only when named.
+        function: takes the public function's checked arguments, without ``backend``.
+        unsupported_reason: takes the same; returns why ``function`` does not support them, None if it does.
+        automatic: takes the same; returns whether dispatch may select the backend automatically.
     """
 
     function: Callable[..., Any]
-    unsupported_reason: Callable[..., str | None] = _supports_all
-    interpreted: bool = False
-    faster: Callable[..., bool] | None = None
-
-    def automatic(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether it may be chosen where no backend was named."""
-        if self.interpreted and args[0].device.type == "cpu":
-            return False
-        if self.faster is not None and not self.faster(*args, **kwargs):
-            return False
-        return self.unsupported_reason(*args, **kwargs) is None
+    unsupported_reason: Callable[..., str | None] = lambda *args, **kwargs: None
+    automatic: Callable[..., bool] = lambda *args, **kwargs: True
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
-_names = list(NAMES)  # and those that register() was given
+_names = list(NAMES)  # register() adds others
 
-# A thread's own stack of names. Dynamo follows threading.local and guards on it, which it does not for ContextVar.
+# Each thread's stack of names. Dynamo traces and guards on threading.local, but not on ContextVar.
 _local = threading.local()
 
 
@@ -126,45 +109,42 @@ def register(
     op: str,
     name: str,
     function: Callable[..., Any],
-    unsupported_reason: Callable[..., str | None] = _supports_all,
+    unsupported_reason: Callable[..., str | None] = lambda *args, **kwargs: None,
 ) -> None:
-    """Plug an implementation in under a public op; see :class:`Implementation`.
+    """Register an implementation of a public op; see :class:`Implementation`.
 
     Args:
         op: name of the op.
-        name: of the backend: one of :data:`NAMES`, or another, which is then used only when named.
-        function: takes the public function's arguments, checked, without ``backend``.
-        unsupported_reason: takes the same; why ``function`` cannot serve them, None if it can.
+        name: name of the backend: one in :data:`NAMES`, or another, which then runs only on request.
+        function: takes the public function's checked arguments, without ``backend``.
+        unsupported_reason: takes the same; returns why ``function`` does not support them, None if it does.
     """
     if name not in _names:
         _names.insert(-1, name)  # before the reference
 
-    def fastest(x: Any, *args: Any, **kwargs: Any) -> bool:
-        return choices.faster(op, x) == name
+    def automatic(x: Tensor, *args: Any, **kwargs: Any) -> bool:
+        if name == "triton" and x.device.type == "cpu":
+            return False  # The interpreter is for tests.
+        return name != "cuda" or choices.faster(op, x) == name
 
-    _registry.setdefault(op, {})[name] = Implementation(
-        function,
-        unsupported_reason,
-        interpreted=name == "triton",
-        faster=fastest if name == "cuda" else None,
-    )
+    _registry.setdefault(op, {})[name] = Implementation(function, unsupported_reason, automatic)
 
 
 def backends() -> dict[str, tuple[str, ...]]:
-    """The backends that each op has an implementation for, best first."""
+    """Return the names of each op's registered backends, in order of preference."""
     return {op: tuple(name for name in _names if name in table) for op, table in _registry.items()}
 
 
 class backend:
-    """Run every op inside the ``with`` block, in this thread, on one backend.
+    """Context manager that selects the backend of all ops called in this thread.
 
-    Blocks nest, the innermost counts, and an op's own ``backend`` argument beats them all.
+    The innermost context applies. An op's ``backend`` argument takes precedence.
 
     Args:
-        name: ``"cuda"``, ``"triton"``, ``"reference"`` or a name that :func:`register` was given.
+        name: ``"cuda"``, ``"triton"``, ``"reference"`` or a name passed to :func:`register`.
 
     Raises:
-        ValueError: no such backend name.
+        ValueError: the name is unknown.
     """
 
     def __init__(self, name: str) -> None:
@@ -174,14 +154,12 @@ class backend:
     def __enter__(self) -> None:
         _local.stack = (*getattr(_local, "stack", ()), self.name)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         _local.stack = _local.stack[:-1]
 
 
 def _named(argument: str | None) -> tuple[str, str] | None:
-    """The backend that was asked for, and by what."""
+    """The requested backend and what requested it; None if the choice is automatic."""
     if argument is not None:
         return argument, "backend"
     stack = getattr(_local, "stack", ())
@@ -192,37 +170,38 @@ def _named(argument: str | None) -> tuple[str, str] | None:
 
 
 def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
-    """Choose an implementation of ``op`` for these arguments and call it.
+    """Select an implementation of ``op`` for the arguments and call it.
 
     Args:
-        op: as registered.
+        op: name of the op.
         requested: the public function's ``backend`` argument.
-        *args: passed on.
-        **kwargs: passed on.
+        *args: passed to the implementation.
+        **kwargs: passed to the implementation.
 
     Raises:
-        ValueError: an unknown backend name was asked for.
-        RuntimeError: the backend asked for has no implementation of this op.
-        UnsupportedError: it cannot serve these arguments.
+        ValueError: the requested backend is unknown.
+        RuntimeError: the requested backend does not implement the op.
+        UnsupportedError: the requested backend does not support the arguments.
     """
     table = _registry[op]
     named = _named(requested)
     if named is None:
         for name in NAMES:
-            if name in table and table[name].automatic(*args, **kwargs):
-                if name != "reference" and _small_and_eager(op, args[0]):
-                    continue
+            if name not in table or (name != "reference" and _small_and_eager(op, args[0])):
+                continue
+            found = table[name]
+            if found.automatic(*args, **kwargs) and found.unsupported_reason(*args, **kwargs) is None:
                 with nvtx_range("op", op):
-                    return table[name].function(*args, **kwargs)
-        raise RuntimeError(f"no backend can serve {op} for these arguments")
+                    return found.function(*args, **kwargs)
+        raise RuntimeError(f"no backend of {op} supports these arguments")
     name, source = named
     require_choice(source, name, tuple(_names))
     if name not in table:
         raise RuntimeError(
-            f"backend {name!r}, asked for by {source}, has no implementation of {op}; it has {', '.join(sorted(table))}"
+            f"backend {name!r}, requested by {source}, does not implement {op}; available: {', '.join(sorted(table))}"
         )
     reason = table[name].unsupported_reason(*args, **kwargs)
     if reason is not None:
-        raise UnsupportedError(f"backend {name!r}, asked for by {source}, cannot serve {op}: {reason}")
+        raise UnsupportedError(f"backend {name!r}, requested by {source}, does not support this call of {op}: {reason}")
     with nvtx_range("op", op):
         return table[name].function(*args, **kwargs)

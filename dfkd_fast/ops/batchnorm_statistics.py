@@ -18,19 +18,19 @@ __all__ = ["batchnorm_statistics", "channel_statistics", "new_map"]
 
 
 def _channels_last(x: Tensor) -> torch.memory_format | None:
-    """The channels-last format where the strides of x are in its order, as PyTorch's own norms choose it."""
+    """The channels-last format if the strides of x have its order, by the rule of PyTorch's norms; else None."""
     if x.ndim not in (4, 5) or x.shape[1] == 1 or all(size == 1 for size in x.shape[2:]):
         return None
-    least = 0
+    lower = 0
     for dim in (1, *range(x.ndim - 1, 1, -1), 0):
-        if x.stride(dim) < least:
+        if x.stride(dim) < lower:
             return None
-        least = x.stride(dim) * max(x.shape[dim], 1)
+        lower = x.stride(dim) * max(x.shape[dim], 1)
     return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
 
 
 def new_map(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Of the shape of x: channels-last where x is, else contiguous."""
+    """Allocate a tensor with the shape of x: channels-last if x is, else contiguous."""
     return torch.empty_like(x, dtype=dtype, memory_format=_channels_last(x) or torch.contiguous_format)
 
 
@@ -49,7 +49,7 @@ def _allocate(
     keep_mask: bool,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, mean and var; one bit per element for whether the activation passes it, (N, octets of channels, positions)."""
+    """y, mean, var and the activation's mask: one bit per element, in bytes of 8 channels, (N, C / 8, positions)."""
     count, octets, positions = (x.shape[0], (x.shape[1] + 7) // 8, math.prod(x.shape[2:])) if keep_mask else (0, 0, 0)
     strides = (1, octets) if x.ndim == 2 or _channels_last(x) is not None else (positions, 1)
     mask = x.new_empty_strided((count, octets, positions), (octets * positions, *strides), dtype=torch.uint8)
@@ -72,7 +72,7 @@ def _allocate_backward(
     residual_dtype: torch.dtype | None,
     needs_grad: list[bool],
 ) -> list[Tensor]:
-    """Gradients of x, weight, bias and residual, which is not kept."""
+    """Gradients of x, weight, bias and residual. The residual is not saved, so its dtype is an argument."""
     like = ((x, None), (weight, None), (bias, None), (x, residual_dtype))
     return [new_map(t, dtype) for (t, dtype), need in zip(like, needs_grad, strict=True) if need and t is not None]
 
@@ -93,7 +93,7 @@ def _gradients(
     (*norm, mean, mask), (eps, activation, residual_dtype) = saved, options
     gradients: list[Tensor | None] = [None] * 9
     with_grad = (0, 3, 4, 8)  # x, weight, bias and residual
-    # Only x has a gradient through mean and var.
+    # Only x receives a gradient through mean and var.
     needs = [bool(needs_grad[i]) and (i == 0 or grads[0] is not None) for i in with_grad]
     if needs[3] and activation == "none" and grads[0] is not None:
         gradients[8], needs[3] = grads[0].to(residual_dtype), False
@@ -116,17 +116,13 @@ _statistics = fused_op(
 
 
 def _triton(*norm: Any, activation: str, residual: Tensor | None) -> tuple[Tensor, ...]:
-    # Without a residual the mask costs no more to recompute than to keep: backward reads x anyway.
+    # Without a residual, backward recomputes the mask from x, which it reads in any case.
     keep_mask = residual is not None and activation != "none" and torch.is_grad_enabled()
     return _fused(*norm, activation, keep_mask, residual)[:3]
 
 
-def _unsupported(x: Tensor, *norm: Any, activation: str, residual: Tensor | None) -> str | None:
-    return unsupported_reason(x, residual)
-
-
 register("batchnorm_statistics", "reference", reference.batchnorm_statistics)
-register("batchnorm_statistics", "triton", _triton, _unsupported)
+register("batchnorm_statistics", "triton", _triton, lambda x, *_, residual, **__: unsupported_reason(x, residual))
 register("channel_statistics", "reference", reference.channel_statistics)
 register("channel_statistics", "triton", _statistics["triton"], unsupported_reason)
 
@@ -143,75 +139,63 @@ def batchnorm_statistics(
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorm with stored statistics, and the statistics of the batch beside it (paper, Eq. 3).
+    """Apply a BatchNorm with running statistics and return the batch statistics of its input (paper, Eq. 3).
 
     ::
 
         y = activation((x - running_mean) / sqrt(running_var + eps) * weight + bias + residual)
-        mean_c, var_c = mean and biased variance of x[:, c] over all else
+        mean_c, var_c = mean and biased variance of x[:, c]
 
     Args:
         x: (N, C, ...), float16, bfloat16, float32 or float64; N may be 0.
-        running_mean: (C,), any floating dtype; a constant, which gets no gradient.
-        running_var: (C,), likewise.
-        weight: (C,), or None for one.
-        bias: (C,), or None for zero.
-        eps: above 0.
-        activation: what follows the norm, after the residual is added.
-        residual: shape of x, or None for zero.
+        running_mean: (C,), any floating dtype; a constant without gradient.
+        running_var: (C,), any floating dtype; a constant without gradient.
+        weight: (C,), any floating dtype; None means 1.
+        bias: (C,), any floating dtype; None means 0.
+        eps: greater than 0.
+        activation: applied after the residual is added.
+        residual: same shape as x, any floating dtype; None means 0.
         backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
-        y, in shape, dtype and memory format of x; mean and var, (C,), in float32 (float64 for float64), NaN for N = 0.
-        Computed in float32, rounded once. All three are differentiable: y in x, weight, bias and residual, mean and var
-        in x.
+        y, with the shape, dtype and memory format of x; mean and var, (C,), float32 (float64 if x is), NaN if N = 0. y
+        is computed in float32 and rounded once. It is differentiable with respect to x, weight, bias and residual; mean
+        and var with respect to x.
 
     Raises:
-        TypeError: a tensor argument is no floating-point tensor, or eps is no number.
-        ValueError: shapes or devices that do not agree, eps <= 0, an unknown activation or backend.
-        RuntimeError: the backend asked for cannot serve these arguments.
+        TypeError: a tensor argument is not a floating-point tensor, or eps is not a number.
+        ValueError: shapes or devices do not match, eps is not positive, or activation or backend is unknown.
+        RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("x", x, ("N", "C", "..."))
-    channels = x.shape[1]
-    for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
-        require_tensor(name, vector, ("C",), ("x", x), C=channels)
-    for name, optional in (("weight", weight), ("bias", bias)):
-        if optional is not None:
-            require_tensor(name, optional, ("C",), ("x", x), C=channels)
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, vector in vectors.items():
+        if vector is not None or name.startswith("running"):
+            require_tensor(name, vector, ("C",), ("x", x), C=x.shape[1])
     require_number("eps", eps, above=0)
     require_choice("activation", activation, ("none", "relu", "relu6"))
     if residual is not None:
         require_tensor("residual", residual, ("N", "C", "..."), ("x", x))
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
-    return dispatch(
-        "batchnorm_statistics",
-        backend,
-        x,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        eps,
-        activation=activation,
-        residual=residual,
-    )
+    norm = (x, running_mean, running_var, weight, bias, eps)
+    return dispatch("batchnorm_statistics", backend, *norm, activation=activation, residual=residual)
 
 
 def channel_statistics(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, as :func:`batchnorm_statistics` gives them.
+    """Return the mean and biased variance of each channel, as :func:`batchnorm_statistics` does (paper, Eq. 3).
 
     Args:
         x: (N, C, ...), float16, bfloat16, float32 or float64; N may be 0.
         backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
-        mean and var, (C,), in float32 (float64 for float64), NaN for N = 0. Differentiable.
+        mean and var, (C,), float32 (float64 if x is), NaN if N = 0. Differentiable.
 
     Raises:
-        TypeError: x is no floating-point tensor.
-        ValueError: x has fewer than two dimensions or no channel; an unknown backend.
-        RuntimeError: the backend asked for cannot serve these arguments.
+        TypeError: x is not a floating-point tensor.
+        ValueError: x has fewer than two dimensions or no channels, or the backend is unknown.
+        RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("x", x, ("N", "C", "..."))
     return dispatch("channel_statistics", backend, x)

@@ -1,4 +1,4 @@
-"""Argument checks of the public ops: they run before any compute and cost no synchronisation."""
+"""Argument checks of the public ops. They run before any computation and do not synchronize the device."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def require_tensor(
     name: str, value: object, layout: tuple[str, ...], like: tuple[str, Tensor] | None = None, **sizes: int
 ) -> Tensor:
-    """A floating-point tensor of the given layout.
+    """Check that an argument is a floating-point tensor with the given shape and device.
 
     Args:
-        name: of the argument, for the message.
+        name: name of the argument, for the message.
         value: the argument.
-        layout: the name of each dimension; ``...`` at the end stands for any number of further ones. None but N, and
-            those under ``...``, may be empty.
-        like: name and value of a tensor whose device it must share.
-        **sizes: what the named dimensions must be.
+        layout: the name of each dimension. A final ``...`` stands for any number of further dimensions. Only N and the
+            dimensions under ``...`` may be empty.
+        like: name and value of a tensor that must be on the same device.
+        **sizes: required sizes of named dimensions.
 
     Returns:
-        The argument itself.
+        The argument.
 
     Raises:
-        TypeError: it is not a tensor, or not of dtype float16, bfloat16, float32 or float64.
-        ValueError: its shape or device is another.
+        TypeError: the argument is not a tensor of dtype float16, bfloat16, float32 or float64.
+        ValueError: the shape or the device is wrong.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -45,7 +45,7 @@ def require_tensor(
         known = ", ".join(f"{label} = {size}" for label, size in sizes.items() if label in named)
         raise ValueError(
             f"{name} must have shape ({', '.join(layout)}){f' with {known}' if known else ''}"
-            f"{', and nothing but N may be 0' if 0 in value.shape else ''}, got {tuple(value.shape)}"
+            f"{', where only N may be 0' if 0 in value.shape else ''}, got {tuple(value.shape)}"
         )
     if like is not None and value.device != like[1].device:
         raise ValueError(f"{name} must be on the device of {like[0]}, {like[1].device}, got {value.device}")
@@ -53,10 +53,10 @@ def require_tensor(
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """One of a few strings.
+    """Check that an argument is one of the given strings.
 
     Raises:
-        ValueError: none of them.
+        ValueError: it is not.
     """
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices[:-1])
@@ -64,15 +64,15 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def require_number(name: str, value: object, *, above: float | None = None) -> None:
-    """A finite Python number.
+    """Check that an argument is a finite Python number.
 
     Raises:
-        TypeError: it is no int or float.
-        ValueError: it is not finite, or not above ``above``.
+        TypeError: it is not an int or a float.
+        ValueError: it is not finite, or not greater than ``above``.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     low = float("-inf") if above is None else above
-    # Written so that NaN, which compares false with everything, is refused too.
+    # NaN fails this comparison too.
     if not (low < value < float("inf")):
         raise ValueError(f"{name} must be a finite number{'' if above is None else f' above {above}'}, got {value}")

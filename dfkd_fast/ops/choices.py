@@ -1,7 +1,7 @@
-"""Which backend is the fastest for which shapes, by measurement: the table that dispatch reads.
+"""The table of the fastest measured backend per op, architecture, dtype and shape class.
 
-``kernels/choices.json`` is written by `make report` from committed results, where ``triton`` and ``cuda`` have both
-been measured on a device. Nothing is chosen without a measurement.
+``make report`` writes ``kernels/choices.json`` from committed results in which ``triton`` and ``cuda`` were measured on
+the same device. ``cuda`` is selected automatically only if the table says that it is the fastest.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Key = tuple[str, int, str, tuple[int, ...]]
 
 
 def shape_class(x: Tensor) -> tuple[int, ...]:
-    """Powers of two that sizes are rounded up to: of maps (N, C, H, W) positions N H W and channels, else each size."""
+    """The sizes' base-2 logarithms, rounded up: of N H W and C for maps (N, C, H, W), of each size otherwise."""
     n, *rest = x.shape
     sizes = (n * rest[1] * rest[2], rest[0]) if len(rest) == 3 else (n, *rest)
     return tuple(max(0, int(size) - 1).bit_length() for size in sizes)
 
 
 def read_choices(path: Path) -> dict[Key, str]:
-    """The fastest backend by op, architecture, dtype and class of shapes; empty where there is no such file."""
+    """Read the fastest backend per op, architecture, dtype and shape class; empty if the file does not exist."""
     if not path.exists():
         return {}
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
@@ -52,10 +52,10 @@ def _architecture(index: int) -> int:
 
 
 def faster(op: str, x: Tensor) -> str | None:
-    """The backend that was measured to be the fastest for tensors like ``x``; None where none was.
+    """Return the fastest measured backend for tensors like ``x``, or None if there is no measurement.
 
     Args:
-        op: its name.
+        op: name of the op.
         x: the op's first tensor.
     """
     if op not in _MEASURED or not x.is_cuda:

@@ -21,7 +21,7 @@ _REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/launchers.h
 def _allocate(
     anchors: Tensor, positives: Tensor, temperature: float, symmetric: bool, normalize: bool, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and for backward one logarithm of a sum per anchor."""
+    """The loss, and for backward the log-sum-exp of each anchor."""
     count = (2 if symmetric else 1) * anchors.shape[0]
     shape = (count,) if reduction == "none" else ()
     return anchors.new_empty(shape, dtype=torch.float32), anchors.new_empty(count, dtype=torch.float32)
@@ -49,11 +49,11 @@ _fused = fused_op(
 
 
 def _unsupported_by_cuda(
-    anchors: Tensor, positives: Tensor, *, temperature: float, normalize: bool, **options: Any
+    anchors: Tensor, positives: Tensor, *, temperature: float, normalize: bool, **_: Any
 ) -> str | None:
     count, dim = anchors.shape
-    sizes = {"count": count, "dim": dim, "temperature": float(temperature), "normalize": normalize}
-    return unsupported_by_extension("contrastive_loss", anchors, positives.dtype, **sizes)
+    options = {"count": count, "dim": dim, "temperature": float(temperature), "normalize": normalize}
+    return unsupported_by_extension("contrastive_loss", anchors, positives.dtype, **options)
 
 
 register("contrastive_loss", "reference", reference.contrastive_loss)
@@ -71,46 +71,39 @@ def contrastive_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Each anchor against its positive and all other vectors (paper, Eq. 8 and 9; NT-Xent, Chen et al., ICML 2020).
+    """Compute the NT-Xent contrastive loss (paper, Eq. 8 and 9; Chen et al., ICML 2020).
 
-    With v the 2N vectors, anchors then positives, and S their scalar products over the temperature::
+    With S the dot products of all 2N vectors (anchors, then positives), divided by the temperature::
 
         loss_i = log(sum over j != i of exp(S_ij)) - S_{i, N + i}        i = 1..N
 
-    Only the anchor itself is left out of the sum; the other anchors are negatives too.
+    The sum excludes only the anchor itself: the other anchors are negatives too.
 
     Args:
-        anchors: (N, D), the teacher's, float16, bfloat16, float32 or float64; N may be 0.
-        positives: (N, D), the student's; row i belongs to anchor i.
-        temperature: tau, above 0.
-        symmetric: the positives are anchors too: 2N anchors, and "mean" is over them all.
-        normalize: scale the rows to unit length first. A row of zero length then has similarity zero with every other
-            and receives exactly zero gradient. Without it the rows are taken as they are.
-        reduction: "mean" over anchors (NaN for N = 0), "sum", or "none": one value an anchor, (N,), and with
-            ``symmetric`` (2N,), first those of ``anchors``, then those of ``positives``.
+        anchors: (N, D), the teacher's vectors, float16, bfloat16, float32 or float64; N may be 0.
+        positives: (N, D), the student's vectors, any floating dtype; row i is the positive of anchor i.
+        temperature: tau, greater than 0.
+        symmetric: use the positives as anchors too, which gives 2N anchors.
+        normalize: scale rows to unit length first. A zero row has similarity 0 with all others and gets zero gradient.
+        reduction: "mean" over anchors (NaN if N = 0), "sum", or "none" for one value per anchor: (N,), or (2N,) if
+            symmetric, with the values of ``anchors`` first.
         backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
-        A scalar or one value an anchor, in float32 (float64 where an input is). Computed in float32 throughout, under
-        autocast too. Differentiable in both tensors.
+        The loss, a scalar or one value per anchor, float32 (float64 if an input is). Computed in float32, under
+        autocast too. Differentiable with respect to both tensors.
 
     Raises:
-        TypeError: anchors or positives are no floating-point tensors, or temperature is no number.
-        ValueError: shapes or devices that do not agree, temperature <= 0, an unknown reduction or backend.
-        RuntimeError: the backend asked for cannot serve these arguments.
+        TypeError: anchors or positives is not a floating-point tensor, or temperature is not a number.
+        ValueError: shapes or devices do not match, temperature is not positive, or reduction or backend is unknown.
+        RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("anchors", anchors, ("N", "D"))
     count, dim = anchors.shape
     require_tensor("positives", positives, ("N", "D"), ("anchors", anchors), N=count, D=dim)
     require_number("temperature", temperature, above=0)
     require_choice("reduction", reduction, ("mean", "sum", "none"))
+    flags = {"symmetric": bool(symmetric), "normalize": bool(normalize)}
     return dispatch(
-        "contrastive_loss",
-        backend,
-        anchors,
-        positives,
-        temperature=temperature,
-        symmetric=bool(symmetric),
-        normalize=bool(normalize),
-        reduction=reduction,
+        "contrastive_loss", backend, anchors, positives, temperature=temperature, reduction=reduction, **flags
     )

@@ -1,8 +1,8 @@
-"""From one declaration of an op: its operators in ``torch.ops.dfkd_fast``, their fakes, vmap rules and gradient.
+"""Registers an op's operators in ``torch.ops.dfkd_fast`` with their fakes, vmap rules and autograd.
 
-An operator is functional: it allocates its results and has a kernel fill them. Its schema is inferred from the
-annotations of the function that allocates, and its fake implementation, which ``torch.compile`` traces with, is that
-same function, so that strides cannot differ between the two.
+Operators are functional: they allocate their results and launch a kernel that fills them. The schema is inferred from
+the annotations of the allocation function. The same function is the fake implementation that ``torch.compile`` traces,
+so strides always agree.
 """
 
 from __future__ import annotations
@@ -21,32 +21,34 @@ from torch import Tensor
 __all__ = [
     "INTERPRETED",
     "differentiable",
+    "empty_map_like",
     "fused_op",
     "no_second_derivative",
     "operator",
+    "product_dtype",
     "recorded",
     "unsupported_reason",
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton's kernels run in its interpreter, on the CPU. Triton reads the same variable once, too."""
+"""Whether Triton kernels run in the interpreter, on the CPU. Triton reads the variable once, at import, as well."""
 
 _TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LIBRARY = torch.library.Library("dfkd_fast", "FRAGMENT")
 
 Launch = Callable[..., None] | str
-"""Takes an operator's arguments and results and fills the results; or its name in kernels/: ``"module.function"``."""
+"""A function of an operator's arguments and results that fills the results, or its name in kernels/, "module.name"."""
 
 _recording = False
 
 
 @contextmanager
 def recorded(arch: int) -> Iterator[list[Any]]:
-    """Inside, ops on meta tensors record the launches that they would make; see :mod:`dfkd_fast.kernels.common`.
+    """Context manager in which ops on meta tensors record their launches; see :mod:`dfkd_fast.kernels.common`.
 
     Args:
-        arch: the architecture that launches are configured for: 90 for sm_90.
+        arch: the architecture to configure launches for, such as 90 for sm_90.
     """
     from dfkd_fast.kernels.common import recording
 
@@ -65,14 +67,14 @@ def _launcher(launch: Launch) -> Callable[..., None]:
     module, _, function = launch.partition(".")
 
     def imported(*arguments: Any) -> None:
-        # Not before the first launch: Triton may not be installed.
+        # Imported at the first launch, because Triton may not be installed.
         getattr(importlib.import_module(f"dfkd_fast.kernels.{module}"), function)(*arguments)
 
     return imported
 
 
 def _vmap_rule(overload: Any) -> Callable[..., Any]:
-    """Calls the operator once per sample: kernels take no further batch dimension."""
+    """A vmap rule that calls the operator once per sample, because kernels do not support another batch dimension."""
 
     def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
         pairs = list(zip(arguments, in_dims, strict=True))
@@ -82,7 +84,7 @@ def _vmap_rule(overload: Any) -> Callable[..., Any]:
         ]
         if isinstance(each[0], Tensor):
             return torch.stack(each), 0
-        kind = type(each[0])  # tuple or list, as the schema says
+        kind = type(each[0])  # tuple or list, depending on the schema
         stacked = kind(torch.stack(column) for column in zip(*each, strict=True))
         return stacked, kind([0] * len(stacked))
 
@@ -127,15 +129,15 @@ def operator(name: str, allocate: Callable[..., Any], launch: Launch) -> Callabl
     """Define an operator.
 
     Args:
-        name: in ``torch.ops.dfkd_fast``.
-        allocate: takes the operator's arguments, returns its results, not filled. Its annotations are the schema. Also
-            run on fake tensors, so it must not look at values. One that returns ``list[Tensor]`` allocates gradients:
-            its last argument, ``needs_grad: list[bool]``, says which, and the list holds only those.
-        launch: takes the arguments and the results, and fills them. Instead of ``needs_grad`` it is given None for each
-            gradient that is not needed.
+        name: name in ``torch.ops.dfkd_fast``.
+        allocate: takes the operator's arguments and returns empty results. Its annotations define the schema. It also
+            runs on fake tensors and must not read values. If it returns ``list[Tensor]``, the results are gradients:
+            the last argument, ``needs_grad: list[bool]``, selects which to allocate.
+        launch: takes the arguments and the results and fills the results. For gradients, it receives None for each that
+            is not needed, instead of ``needs_grad``.
 
     Returns:
-        The operator. One that computes gradients returns None for each that is not needed.
+        The operator. If it computes gradients, it returns None for each that is not needed.
     """
     schema = torch.library.infer_schema(allocate, mutates_args=())
     overload = _define(name, schema, allocate, launch)
@@ -145,9 +147,9 @@ def operator(name: str, allocate: Callable[..., Any], launch: Launch) -> Callabl
 
 
 class _Once(torch.autograd.Function):
-    """The identity on a gradient; its backward is an error.
+    """The identity on a gradient; its backward raises an error.
 
-    In place of :func:`torch.autograd.function.once_differentiable`, whose error names neither the op nor the remedy.
+    The error of :func:`torch.autograd.function.once_differentiable` names neither the op nor the remedy.
     """
 
     generate_vmap_rule = True
@@ -162,21 +164,19 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(
-            f"{ctx.op}: fused backends have no second derivative; use backend='reference', which has them all"
-        )
+        raise RuntimeError(f"{ctx.op}: fused backends do not support second derivatives; use backend='reference'")
 
 
 def no_second_derivative(op: str, gradients: Sequence[Tensor | None], *inputs: Tensor | None) -> tuple[Any, ...]:
-    """The gradients that a backward returns, such that differentiating them raises an error that names the op.
+    """Return a backward's gradients such that differentiating them raises an error that names the op.
 
     Args:
         op: name of the public op.
-        gradients: the backward's results.
-        *inputs: the tensors that they depend on, grad_output included.
+        gradients: the results of the backward.
+        *inputs: the tensors that the gradients depend on, grad_output included.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        # An ordinary backward records nothing; a compiled one refuses a second derivative by itself.
+        # An ordinary backward records no graph, and compiled code raises an error for second derivatives.
         return tuple(gradients)
     return tuple(None if g is None else _Once.apply(op, g, *inputs) for g in gradients)
 
@@ -190,20 +190,21 @@ def differentiable(
     outputs: int = 1,
     signature: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Give a function of tensors and options a gradient, also under torch.func's transforms and torch.compile.
+    """Add a backward to a function of tensors and options, with support for torch.func and torch.compile.
+
+    ``torch.library.register_autograd`` is not used, because its operators raise an error under ``torch.func.grad``.
 
     Args:
-        name: of the public op, for the error of a second derivative.
-        forward: returns a tensor or a tuple of them.
-        save: takes the tuple of arguments and that of results; returns tensors and options for ``backward``.
-        backward: takes whether each argument needs a gradient, those tensors, those options and the gradient of each
-            differentiable result, None if it is zero; returns those of the first arguments.
-        outputs: number of results that are differentiable; they come first.
-        signature: has the parameters of ``forward``, if that is an operator.
+        name: name of the public op, for error messages.
+        forward: returns a tensor or a tuple of tensors.
+        save: takes the tuples of arguments and results; returns tensors and options for ``backward``.
+        backward: takes ``needs_input_grad``, the saved tensors, the options, and the gradient of each differentiable
+            result (None if zero); returns the gradients of the first arguments.
+        outputs: number of differentiable results; they come first.
+        signature: a function with the parameters of ``forward``, if ``forward`` is an operator.
 
     Returns:
-        ``forward``, with a gradient. Not through ``torch.library.register_autograd``, whose operators raise an error
-        under ``torch.func.grad``.
+        The differentiable function.
     """
 
     class Fused(torch.autograd.Function):
@@ -220,7 +221,7 @@ def differentiable(
             ctx.save_for_backward(*tensors)
             if results[outputs:]:
                 ctx.mark_non_differentiable(*results[outputs:])
-            if not torch.compiler.is_compiling():  # Dynamo passes zeros for missing gradients in any case
+            if not torch.compiler.is_compiling():  # Dynamo always materializes missing gradients
                 ctx.set_materialize_grads(False)
 
         @staticmethod
@@ -230,8 +231,8 @@ def differentiable(
             found = no_second_derivative(name, found, *grads, *saved)
             return (*found, *[None] * (len(needs) - len(found)))
 
-    # Without gradients Dynamo calls forward itself, and puts a context in front unless the signature has as many
-    # parameters as there are arguments.
+    # If no input needs a gradient, Dynamo calls forward directly, and prepends a context unless the signature has as
+    # many parameters as there are arguments.
     vars(Fused)["forward"].__func__.__signature__ = inspect.signature(signature or forward)
     Fused.__name__ = Fused.__qualname__ = "".join(word.capitalize() for word in name.split("_"))
     return Fused.apply
@@ -248,7 +249,7 @@ def fused_op(
     new_gradient: Callable[[Tensor], Tensor] = torch.empty_like,
     **launches: tuple[Launch, Launch],
 ) -> dict[str, Callable[..., Any]]:
-    """Declare a differentiable op: a forward and a backward operator per backend.
+    """Declare a differentiable op with a forward and a backward operator per backend.
 
     ::
 
@@ -256,17 +257,17 @@ def fused_op(
         name_backward(<grad_outputs>, <arguments>, <saved results>, bool[] needs_grad) -> Tensor[]
 
     Args:
-        name: of the op and, for backend "triton", of its operator; for others it ends in ``_<backend>``.
-        allocate: of the forward operator, see :func:`operator`.
+        name: name of the op and of its Triton operator; operators of other backends end in ``_<backend>``.
+        allocate: allocation of the forward operator, see :func:`operator`.
         outputs: number of results that are returned and differentiable; they come first.
-        saved: positions of the results that backward reads; None for all that follow the outputs.
-        reads: names of the tensors that backward reads; None for all. Others are not among its arguments.
-        constants: names of the tensors that get no gradient although backward reads them.
+        saved: indices of the results that backward reads; by default, all after the outputs.
+        reads: names of the tensors that backward reads; by default, all.
+        constants: names of the tensors that backward reads but that receive no gradient.
         new_gradient: allocates the gradient of a tensor.
-        **launches: forward and backward of each backend.
+        **launches: the forward and backward launch of each backend.
 
     Returns:
-        The op's function by backend. It takes the arguments of ``allocate`` and returns the outputs.
+        The op's function per backend. It takes the arguments of ``allocate`` and returns the outputs.
     """
     forward_schema = torch.library.infer_schema(allocate, mutates_args=())
     arguments, _, results = forward_schema[1:].partition(") -> ")
@@ -276,12 +277,12 @@ def fused_op(
     saved = tuple(range(outputs, count)) if saved is None else saved
     tensors = [i for i, text in enumerate(declared) if text.startswith("Tensor")]
     read = [i for i in tensors if reads is None or names[i] in reads]
-    passed = [i for i in range(len(names)) if i in read or i not in tensors]  # to backward
+    passed = [i for i in range(len(names)) if i in read or i not in tensors]  # arguments that backward takes
     with_grad = [i for i in read if names[i] not in constants]
     grad_outputs = [f"Tensor{'?' if outputs > 1 else ''} grad_output{i}" for i in range(outputs)]
     listed = (*grad_outputs, *(declared[i] for i in passed), *(f"Tensor saved{i}" for i in saved), "bool[] needs_grad")
     backward_schema = f"({', '.join(listed)}) -> Tensor[]"
-    places = [outputs + passed.index(i) for i in with_grad]  # of those tensors among the arguments of backward
+    places = [outputs + passed.index(i) for i in with_grad]  # their positions in backward's arguments
 
     def allocate_backward(*given: Any) -> list[Tensor]:
         needs_grad = given[-1]
@@ -318,8 +319,24 @@ def fused_op(
     return {backend: declare(backend, *pair) for backend, pair in launches.items()}
 
 
+def empty_map_like(x: Tensor, *, preserve: bool = False) -> Tensor:
+    """Allocate a tensor like x: channels-last if x is, else contiguous or, to ``preserve``, with the strides of x."""
+    if x.ndim == 4 and x.stride(1) == 1 and x.shape[1] != 1 and x.shape[2] * x.shape[3] != 1:
+        return torch.empty_like(x, memory_format=torch.channels_last)
+    if preserve and not x.is_contiguous():
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with x: autocast's dtype if it is enabled, else that of x."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
 def unsupported_reason(*tensors: Tensor | None) -> str | None:
-    """Why Triton's kernels cannot take these tensors; None if they can."""
+    """Return why the Triton kernels do not support these tensors, or None if they do."""
     if not _TRITON:
         return "triton is not installed"
     if _recording:
@@ -328,9 +345,9 @@ def unsupported_reason(*tensors: Tensor | None) -> str | None:
         if tensor is None:
             continue
         if tensor.dtype not in _DTYPES:
-            return f"its kernels take float16, bfloat16 and float32, not {str(tensor.dtype).removeprefix('torch.')}"
+            return f"its kernels support float16, bfloat16 and float32, not {str(tensor.dtype).removeprefix('torch.')}"
         if not tensor.is_cuda and not (INTERPRETED and tensor.device.type == "cpu"):
             return f"its kernels run on CUDA devices, not on {tensor.device.type}"
         if tensor.is_cuda and INTERPRETED:
-            return "TRITON_INTERPRET=1 is set, and the interpreter is for CPU tensors"
+            return "TRITON_INTERPRET=1 is set, and the interpreter supports only CPU tensors"
     return None

@@ -16,7 +16,7 @@ __all__ = ["distillation_kl"]
 
 
 def _allocate(a: Tensor, b: Tensor, temperature: float, squared: bool, reduction: str) -> tuple[Tensor, Tensor]:
-    """KL(softmax(a) || softmax(b)), and five numbers per row for backward."""
+    """KL(softmax(a) || softmax(b)), and five values per row for backward."""
     shape = a.shape if reduction == "none" else ()
     return a.new_empty(shape, dtype=torch.float32), a.new_empty((5, a.shape[0]), dtype=torch.float32)
 
@@ -43,33 +43,33 @@ def distillation_kl(
     squared: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """KL divergence between the softened class probabilities, times temperature squared (paper, Eq. 2; Hinton et al.).
+    """Compute the KL divergence of softened class probabilities (paper, Eq. 2; Hinton et al., arXiv:1503.02531).
 
     With p = softmax(teacher / temperature) and q = softmax(student / temperature)::
 
         "forward"  KL(p || q) = sum over classes of p (log p - log q)
         "reverse"  KL(q || p) = sum over classes of q (log q - log p)
 
-    A class whose first probability is zero adds zero, whatever the second is (``0 log 0 = 0``), so classes masked with
-    logits of minus infinity on both sides drop out, where torch's ``kl_div`` gives NaN.
+    A class whose first probability is 0 contributes 0 (``0 log 0 = 0``). Classes masked with logits of minus infinity
+    on both sides therefore have no effect; torch's ``kl_div`` gives NaN for them.
 
     Args:
         student_logits: (N, classes), float16, bfloat16, float32 or float64; N may be 0.
         teacher_logits: (N, classes), any floating dtype.
-        temperature: above 0.
-        direction: which of the two.
-        reduction: as ``torch.nn.functional.kl_div``: "batchmean" divides the sum by N, "mean" by N times classes, both
-            NaN for N = 0; "none" is (N, classes), the terms of the sum.
-        squared: times temperature squared, which keeps gradients of one size; False leaves that out.
+        temperature: greater than 0.
+        direction: "forward" or "reverse".
+        reduction: as in ``torch.nn.functional.kl_div``: "batchmean" divides the sum by N, "mean" by N times classes,
+            both NaN if N = 0; "none" returns the terms of the sum, (N, classes).
+        squared: multiply by temperature squared, so that the size of the gradients does not depend on it.
         backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
-        A scalar or (N, classes), in float32 (float64 where an input is). Differentiable in both tensors.
+        A scalar or (N, classes), float32 (float64 if an input is). Differentiable with respect to both tensors.
 
     Raises:
-        TypeError: an argument is no floating-point tensor, or temperature is no number.
-        ValueError: shapes or devices that do not agree, temperature <= 0, an unknown direction, reduction or backend.
-        RuntimeError: the backend asked for cannot serve these arguments.
+        TypeError: a tensor argument is not a floating-point tensor, or temperature is not a number.
+        ValueError: shapes or devices do not match, temperature is not positive, or an option is unknown.
+        RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("student_logits", student_logits, ("N", "classes"))
     count, classes = student_logits.shape
@@ -78,13 +78,5 @@ def distillation_kl(
     require_number("temperature", temperature, above=0)
     require_choice("direction", direction, ("forward", "reverse"))
     require_choice("reduction", reduction, ("batchmean", "sum", "mean", "none"))
-    return dispatch(
-        "distillation_kl",
-        backend,
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        direction=direction,
-        reduction=reduction,
-        squared=bool(squared),
-    )
+    options = {"temperature": temperature, "direction": direction, "reduction": reduction, "squared": bool(squared)}
+    return dispatch("distillation_kl", backend, student_logits, teacher_logits, **options)

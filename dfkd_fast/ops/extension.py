@@ -1,8 +1,8 @@
-"""The CUDA extension: whether it is here, and why not.
+"""Loads the CUDA extension and asks its launchers what they support.
 
-It is built by CMakeLists.txt into this package's folder: ``_operators.so`` defines ``torch.ops.dfkd_fast_cuda``,
-``libdfkd_kernels.so`` holds the kernels, ``_C`` tells of both. Nothing of it is loaded where torch is built without
-CUDA. Its kernels are for devices of compute capability 9.0; what they serve their launchers say (csrc/launchers.h).
+CMakeLists.txt builds the extension into this package: ``_operators.so`` defines ``torch.ops.dfkd_fast_cuda``,
+``libdfkd_kernels.so`` holds the kernels, and ``_C`` describes both. They are not loaded if torch is built without CUDA.
+The kernels need compute capability 9.0; csrc/launchers.h lists the supported sizes.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def _load() -> str | None:
 
 
 UNAVAILABLE = _load()
-"""Why the kernels of csrc/ cannot be called; None where they can."""
+"""Why the kernels in csrc/ cannot be called, or None if they can."""
 
 
 def build() -> dict[str, Any] | None:
-    """``toolkit``, ``architecture`` and ``commit`` of the extension; None if there is none."""
+    """Return ``toolkit``, ``architecture`` and ``commit`` of the extension, or None if it is unavailable."""
     if UNAVAILABLE is not None:
         return None
     from dfkd_fast import _C
@@ -61,12 +61,12 @@ def build() -> dict[str, Any] | None:
     return _C.build()
 
 
-_ALIGNMENT = 16  # bytes; of every pointer that a launcher is given
+_ALIGNMENT = 16  # bytes, of each pointer passed to a launcher
 
 
 @functools.lru_cache(1024)
-def _refusal(op: str, device: int, sizes: tuple[tuple[str, Any], ...]) -> str | None:
-    """Why a device or the launchers cannot compute an op, forward or backward."""
+def _cached_reason(op: str, device: int, sizes: tuple[tuple[str, Any], ...]) -> str | None:
+    """Return why the device or the launchers do not support an op's forward or backward, or None if they do."""
     found = torch.cuda.get_device_properties(device)
     if (found.major, found.minor) != (9, 0):
         return f"its kernels need a device of compute capability 9.0, not {found.major}.{found.minor}"
@@ -78,17 +78,17 @@ def _refusal(op: str, device: int, sizes: tuple[tuple[str, Any], ...]) -> str | 
 
 
 @torch.compiler.assume_constant_result
-def _constant_refusal(op: str, device: int, sizes: tuple[tuple[str, Any], ...]) -> str | None:
-    return _refusal(op, device, sizes)
+def _constant_reason(op: str, device: int, sizes: tuple[tuple[str, Any], ...]) -> str | None:
+    return _cached_reason(op, device, sizes)
 
 
 def unsupported_by_extension(op: str, x: Tensor, *dtypes: torch.dtype, **sizes: Any) -> str | None:
-    """Why the kernels of csrc/ cannot compute an op, forward and backward; None if they can.
+    """Return why the kernels in csrc/ do not support a call of an op, or None if they do.
 
     Args:
         op: ``contrastive_loss``, ``spatial_attention`` or ``high_order_attention``.
-        x: its first tensor.
-        *dtypes: of the other tensors that must have the dtype of x.
+        x: the op's first tensor.
+        *dtypes: dtypes of the other tensors, which must equal that of x.
         **sizes: as in :func:`unsupported_reason`, without ``dtype``.
     """
     if UNAVAILABLE is not None:
@@ -97,20 +97,18 @@ def unsupported_by_extension(op: str, x: Tensor, *dtypes: torch.dtype, **sizes: 
         return f"its kernels run on CUDA devices, not on {x.device.type}"
     for dtype in dtypes:
         if dtype != x.dtype:
-            return f"its kernels take tensors of one dtype, not {_word(x.dtype)} and {_word(dtype)}"
-    return _asked(op, x.device.index or 0, {"dtype": x.dtype, **sizes})
+            return f"its kernels need tensors of one dtype, not {_argument(x.dtype)} and {_argument(dtype)}"
+    arguments = tuple((name, _argument(size)) for name, size in {"dtype": x.dtype, **sizes}.items())
+    return _constant_reason(op, x.device.index or 0, arguments)
 
 
-def _asked(op: str, device: int, sizes: dict[str, Any]) -> str | None:
-    return _constant_refusal(op, device, tuple((name, _word(size)) for name, size in sizes.items()))
-
-
-def _word(size: Any) -> Any:
-    """A size or option as csrc/ takes it."""
+def _argument(size: Any) -> Any:
+    """Convert a size or option to what csrc/ expects."""
     if isinstance(size, torch.dtype):
         return str(size).removeprefix("torch.")
     if torch.compiler.is_compiling():
-        # What launchers serve has limits at many sizes: the graph is for these numbers.
+        # Launchers limit many sizes, so the graph is specialized to these. torch.fx.experimental has the only function
+        # that guards on a symbolic float or bool as well as on an int.
         from torch.fx.experimental.symbolic_shapes import guard_scalar
 
         return size if isinstance(size, str) else guard_scalar(size)
@@ -118,24 +116,24 @@ def _word(size: Any) -> Any:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """A contiguous tensor with the alignment that launchers ask for: x itself, or a copy."""
+    """Return x if it is contiguous and aligned as launchers require, else a copy that is."""
     x = x.contiguous()
     return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Maps (N, C, H, W) as (N, H W, C) without gaps; of channels-last maps a view."""
+    """Return maps (N, C, H, W) as contiguous (N, H W, C): a view if they are channels-last, else a copy."""
     return aligned(x.permute(0, 2, 3, 1).flatten(1, 2))
 
 
 def or_empty(like: Tensor, *gradients: Tensor | None) -> list[Tensor]:
-    """The gradients; for each that is None, an empty tensor, which the launchers take for one that is not needed."""
+    """Replace each None by an empty tensor, which tells launchers that the gradient is not needed."""
     return [like.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
 @contextmanager
 def filled_as_rows(result: Tensor) -> Iterator[Tensor]:
-    """What a launcher fills instead of maps (N, C, H, W); empty results stay as they are."""
+    """Context manager that yields rows (N, H W, C) for a launcher to fill, and copies them to the maps if needed."""
     if result.numel() == 0:
         yield result
         return
@@ -149,57 +147,54 @@ def filled_as_rows(result: Tensor) -> Iterator[Tensor]:
 
 
 def kernel_name(name: str) -> str:
-    """A kernel's name as it stands in the source, with its template arguments, from the demangled one."""
+    """Return a kernel's name and template arguments as in the source code, from its demangled name."""
     name = re.sub(r"\(anonymous namespace\)::|dfkd::|_GLOBAL__N__\w+::", "", name)
     name = re.sub(r">\(.*", ">", name) if "<" in name.partition("(")[0] else name.partition("(")[0]
     return name.removeprefix("void ").strip()
 
 
 def unsupported_reason(op: str, *, num_sms: int | None = None, **sizes: Any) -> str | None:
-    """Why the launcher of an op does not serve these sizes and options, in its own words; None if it does.
-
-    Needs no GPU.
+    """Return why a launcher does not support these sizes and options, or None if it does. Needs no GPU.
 
     Args:
-        op: ``contrastive_loss``, ``spatial_attention``, ``high_order_attention``, or one with ``_backward``.
-        num_sms: multiprocessors of the device, for kernels whose blocks must all be resident; None if any number will
-            do.
-        **sizes: as csrc/launchers.h names them: ``count`` and ``dim``; ``samples``, ``channels``, ``maps`` and
-            ``positions``; ``positions``, ``channels``, ``hidden`` and ``order``. Options as the public functions name
-            them, ``dtype``, and ``needs_grad_...`` of a backward.
+        op: ``contrastive_loss``, ``spatial_attention`` or ``high_order_attention``, or one of them with ``_backward``.
+        num_sms: number of SMs of the device, for kernels whose blocks must all be resident; None skips that check.
+        **sizes: the sizes in csrc/launchers.h (``count`` and ``dim``; ``samples``, ``channels``, ``maps`` and
+            ``positions``; ``positions``, ``channels``, ``hidden`` and ``order``), the public function's options,
+            ``dtype``, and for a backward ``needs_grad_...``.
 
     Raises:
-        RuntimeError: there is no extension.
+        RuntimeError: the extension is unavailable.
     """
-    return _module().unsupported_reason(op, num_sms, **{name: _word(size) for name, size in sizes.items()})
+    return _module().unsupported_reason(op, num_sms, **{name: _argument(size) for name, size in sizes.items()})
 
 
 def launches(op: str, *, resources: bool = True, **sizes: Any) -> list[dict[str, Any]]:
-    """What that launcher would launch, in order; nothing is launched.
+    """Return the launches that a launcher would make, in order, without making them.
 
     Args:
         op: as in :func:`unsupported_reason`.
-        resources: also what each launch takes of the present GPU; without it, no GPU is needed.
+        resources: include the resources that each launch uses on the current GPU.
         **sizes: as in :func:`unsupported_reason`.
 
     Returns:
         A dict per kernel: ``kernel`` (its name), ``grid``, ``block``, ``cluster`` (blocks along x), ``cooperative`` and
-        ``dynamic_shared`` (bytes); with resources also ``registers``, ``local`` (bytes a thread), ``static_shared``,
+        ``dynamic_shared`` (bytes); with resources also ``registers``, ``local`` (bytes per thread), ``static_shared``,
         ``blocks_per_multiprocessor``, ``occupancy``, ``active_clusters`` and ``multiprocessors``.
 
     Raises:
-        ValueError: the launcher does not serve these sizes.
-        RuntimeError: there is no extension, or resources are asked for and there is no GPU.
+        ValueError: the launcher does not support these sizes.
+        RuntimeError: the extension is unavailable, or resources are requested without a GPU.
     """
-    found = _module().launches(op, resources, **{name: _word(size) for name, size in sizes.items()})
+    found = _module().launches(op, resources, **{name: _argument(size) for name, size in sizes.items()})
     return [{**each, "kernel": kernel_name(each["kernel"])} for each in found]
 
 
 def kernels() -> set[str]:
-    """The names of all kernels of the extension.
+    """Return the names of the extension's kernels.
 
     Raises:
-        RuntimeError: there is no extension.
+        RuntimeError: the extension is unavailable.
     """
     return {kernel_name(name) for name in _module().kernels()}
 

@@ -1,4 +1,4 @@
-"""Mixed high-order attention: the attended features and the map."""
+"""Mixed high-order attention: the gated features and the gate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_tensor
-from dfkd_fast.ops.custom_op import fused_op, unsupported_reason
+from dfkd_fast.ops.custom_op import empty_map_like, fused_op, product_dtype, unsupported_reason
 from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, or_empty, unsupported_by_extension
 from dfkd_fast.reference import high_order_attention as reference
 
@@ -27,17 +27,12 @@ _MODES, _RESULTS = ("joint", "per_order"), ("features", "map")  # in the order o
 
 
 def _allocate(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str) -> Tensor:
-    """The features that pass, or the map; backward recomputes the products from x."""
-    _, channels, height, width = x.shape
-    if x.stride(1) == 1 and channels != 1 and height * width != 1:
-        return torch.empty_like(x, memory_format=torch.channels_last)
-    if result == "map" or x.is_contiguous():
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return torch.empty_like(x)
+    """The gated features or the gate. Backward recomputes the products from x."""
+    return empty_map_like(x, preserve=result == "features")
 
 
 def new_gradient(tensor: Tensor) -> Tensor:
-    """A gradient to be filled: of maps in their layout, of weights contiguous."""
+    """Allocate a gradient: with the strides of maps, contiguous for weights."""
     return torch.empty_like(tensor) if tensor.ndim == 4 else tensor.new_empty(tensor.shape)
 
 
@@ -68,43 +63,37 @@ _fused = fused_op(
 )
 
 
-def _product_type(x: Tensor) -> torch.dtype:
-    """The dtype that the matrix products run in, as in the reference."""
-    device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
-
-
 def product_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """Weights in the dtype that the matrix products run in, as in the reference."""
-    return tuple(weight.to(x.dtype).to(_product_type(x)) for weight in weights)
+    """Cast weights to the dtype of the matrix products, as the reference does."""
+    return tuple(weight.to(x.dtype).to(product_dtype(x)) for weight in weights)
 
 
 def unsupported_order(out_weight: Tensor) -> str | None:
-    """Why the kernels cannot take so many orders; None if they can."""
+    """Return why the kernels do not support the order, or None if they do."""
     order = out_weight.shape[0]
-    return None if order <= 4 else f"its kernels go up to order 4, not {order}"
+    return None if order <= 4 else f"its kernels support orders up to 4, not {order}"
 
 
 def _run(backend: str, result: str, x: Tensor, *weights: Tensor, mode: str) -> Tensor:
     return _fused[backend](x, *product_weights(x, *weights), mode, result)
 
 
-def _unsupported(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
-    return unsupported_reason(x) or unsupported_order(out_weight)
-
-
 def _unsupported_by_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> str | None:
     samples, channels, height, width = x.shape
     order, _, hidden = out_weight.shape
     sizes = {"positions": samples * height * width, "channels": channels, "hidden": hidden, "order": order}
-    return unsupported_by_extension("high_order_attention", x, _product_type(x), mode=mode, **sizes)
+    return unsupported_by_extension("high_order_attention", x, product_dtype(x), mode=mode, **sizes)
 
 
 register("high_order_attention", "reference", reference.high_order_attention)
 register("high_order_attention_map", "reference", reference.high_order_attention_map)
 for _op, _result in (("high_order_attention", "features"), ("high_order_attention_map", "map")):
-    register(_op, "triton", partial(_run, "triton", _result), _unsupported)
+    register(
+        _op,
+        "triton",
+        partial(_run, "triton", _result),
+        lambda x, _, out, **__: unsupported_reason(x) or unsupported_order(out),
+    )
     register(_op, "cuda", partial(_run, "cuda", _result), _unsupported_by_cuda)
 
 
@@ -116,9 +105,9 @@ def high_order_attention(
     mode: Literal["joint", "per_order"] = "joint",
     backend: str | None = None,
 ) -> Tensor:
-    """Features gated by a polynomial of themselves: ``y = A * x`` (paper, section 3.3; Chen et al., ICCV 2019).
+    """Apply mixed high-order attention, ``y = A * x`` (paper, section 3.3; Chen et al., ICCV 2019).
 
-    Order r multiplies r linear maps of each position's features, and a sigmoid of the rectified products is the gate::
+    Order r multiplies r linear maps of each position's features. The gate is a sigmoid of the rectified products::
 
         z_r = prod over i = 1..r of proj_{r,i} x           l_r = out_r relu(z_r)
         A   = sigmoid(sum over r of l_r)                    "joint" (the paper's figure 3)
@@ -126,20 +115,20 @@ def high_order_attention(
 
     Args:
         x: (N, C, H, W), float16, bfloat16, float32 or float64; N may be 0.
-        proj_weight: (R(R+1)/2, K, C), any floating dtype, factors ordered (1, 1), (2, 1), (2, 2), (3, 1), ...
+        proj_weight: (R(R+1)/2, K, C), any floating dtype, in the order (1, 1), (2, 1), (2, 2), (3, 1), ...
         out_weight: (R, C, K), any floating dtype.
-        mode: one sigmoid over all orders, or the mean of one an order.
+        mode: "joint" or "per_order".
         backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
-        y, (N, C, H, W), in the dtype and memory format of x. The two matrix products run in the autocast type, without
-        autocast in that of x; products of maps and the sigmoid in float32 (float64 for float64). Differentiable in all
-        three tensors.
+        y, (N, C, H, W), with the dtype and memory format of x. The matrix products run in the autocast dtype, or that
+        of x without autocast; the products of maps and the sigmoid in float32 (float64 if x is). Differentiable with
+        respect to all three tensors.
 
     Raises:
-        TypeError: an argument is no floating-point tensor.
-        ValueError: shapes or devices that do not agree, an unknown mode or backend.
-        RuntimeError: the backend asked for cannot serve these arguments.
+        TypeError: a tensor argument is not a floating-point tensor.
+        ValueError: shapes or devices do not match, or mode or backend is unknown.
+        RuntimeError: the requested backend does not support the arguments.
     """
     require_arguments(x, proj_weight, out_weight, mode)
     return dispatch("high_order_attention", backend, x, proj_weight, out_weight, mode=mode)
@@ -153,29 +142,29 @@ def high_order_attention_map(
     mode: Literal["joint", "per_order"] = "joint",
     backend: str | None = None,
 ) -> Tensor:
-    """The gate A of :func:`high_order_attention` alone, each value in [0, 1].
+    """Compute the gate A of :func:`high_order_attention` (paper, section 3.3).
 
     Args:
-        x: (N, C, H, W).
-        proj_weight: (R(R+1)/2, K, C).
-        out_weight: (R, C, K).
-        mode: as there.
+        x: (N, C, H, W), float16, bfloat16, float32 or float64; N may be 0.
+        proj_weight: (R(R+1)/2, K, C), any floating dtype.
+        out_weight: (R, C, K), any floating dtype.
+        mode: "joint" or "per_order", as in :func:`high_order_attention`.
         backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
-        A, (N, C, H, W), in the dtype and memory format of x. Differentiable in all three tensors.
+        A, (N, C, H, W), in [0, 1], with the dtype and memory format of x. Differentiable with respect to all tensors.
 
     Raises:
-        TypeError: as there.
-        ValueError: as there.
-        RuntimeError: as there.
+        TypeError: a tensor argument is not a floating-point tensor.
+        ValueError: shapes or devices do not match, or mode or backend is unknown.
+        RuntimeError: the requested backend does not support the arguments.
     """
     require_arguments(x, proj_weight, out_weight, mode)
     return dispatch("high_order_attention_map", backend, x, proj_weight, out_weight, mode=mode)
 
 
 def require_arguments(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str) -> None:
-    """Checks what all forms of the op share; raises as :func:`high_order_attention`."""
+    """Check the arguments that all forms of the op share; raises the errors of :func:`high_order_attention`."""
     require_tensor("x", x, ("N", "C", "H", "W"))
     require_tensor("out_weight", out_weight, ("R", "C", "K"), ("x", x), C=x.shape[1])
     order, _, hidden = out_weight.shape

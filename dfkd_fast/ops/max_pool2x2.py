@@ -45,7 +45,7 @@ _pool = operator("max_pool2x2", _allocate_pool, "max_pool2x2.pool")
 _unpool = operator("max_unpool2x2", _allocate_unpool, "max_pool2x2.unpool")
 _gather = operator("max_unpool2x2_backward", _allocate_gather, "max_pool2x2.gather")
 
-# The gradients need only the codes. The backward of each is the forward of the other, but for the layout.
+# The gradients need only the codes. The backward of each op is the forward of the other, except for the layout.
 _max_pool = differentiable(
     "max_pool2x2",
     _pool,
@@ -72,25 +72,25 @@ register(
 
 
 def max_pool2x2(x: Tensor, *, relu: bool = False, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """The largest of each 2 x 2, and which of the four it is: ``F.max_pool2d(x, 2)`` with a byte in place of its index.
+    """Apply 2 x 2 max pooling, as ``F.max_pool2d(x, 2)``, and return a uint8 code instead of an int64 index.
 
-    The last row of an odd height belongs to no 2 x 2 and is left out, as is the last column of an odd width.
+    The last row of an odd height and the last column of an odd width are ignored.
 
     Args:
         x: (N, C, H, W), float16, bfloat16, float32 or float64; H and W at least 2, N may be 0.
-        relu: pool max(0, x). The result is that of ``F.relu`` before, ties at zero and gradients included.
+        relu: apply ``F.relu`` first. Values, ties at zero and gradients are the same.
         backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
-        Both (N, C, H // 2, W // 2), channels-last where x is. First the maxima, in the dtype of x, differentiable; NaN
-        wins over any number. Second the code, uint8, not differentiable: 2 dy + dx, 0 to 3, of the element that won,
-        the first of equals as in PyTorch. With ``relu``, 4 stands for four that are all zero after it: the first won,
-        as code 0 says, and no gradient passes.
+        The maxima and their codes, both (N, C, H // 2, W // 2) and channels-last if x is. The maxima have the dtype of
+        x and are differentiable; NaN is greater than any number. The code is 2 dy + dx of the maximum, the first one
+        among equals as in PyTorch. With ``relu``, code 4 marks windows that are all zero after it: the first element is
+        the maximum, and no gradient flows.
 
     Raises:
-        TypeError: x is no floating-point tensor.
-        ValueError: x is not (N, C, H, W), or H or W is below 2, or an unknown backend.
-        RuntimeError: the backend asked for cannot serve these arguments.
+        TypeError: x is not a floating-point tensor.
+        ValueError: x is not (N, C, H, W), H or W is less than 2, or the backend is unknown.
+        RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("x", x, ("N", "C", "H", "W"))
     if x.shape[2] < 2 or x.shape[3] < 2:
@@ -101,22 +101,22 @@ def max_pool2x2(x: Tensor, *, relu: bool = False, backend: str | None = None) ->
 def max_unpool2x2(
     y: Tensor, code: Tensor, output_size: Sequence[int] | None = None, *, backend: str | None = None
 ) -> Tensor:
-    """Each value to where :func:`max_pool2x2` found it, zeros elsewhere: ``F.max_unpool2d`` with a byte for its index.
+    """Invert :func:`max_pool2x2`, as ``F.max_unpool2d``: place values at their codes' positions and zeros elsewhere.
 
     Args:
         y: (N, C, h, w), float16, bfloat16, float32 or float64; N may be 0.
-        code: (N, C, h, w), uint8, as :func:`max_pool2x2` returns it; of a code the lowest two bits count.
-        output_size: H and W of the result: 2 h or 2 h + 1 and 2 w or 2 w + 1; None is the even ones.
+        code: (N, C, h, w), uint8, as returned by :func:`max_pool2x2`; only the lowest two bits are read.
+        output_size: H and W of the result: 2 h or 2 h + 1, and 2 w or 2 w + 1; by default the even sizes.
         backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
-        (N, C, H, W) in the dtype of y, channels-last where y is. Differentiable in y.
+        (N, C, H, W), with the dtype of y, channels-last if y is. Differentiable with respect to y.
 
     Raises:
-        TypeError: y is no floating-point tensor, or code no tensor of dtype uint8.
-        ValueError: y is not (N, C, h, w), code has another shape or device, output_size is none of the above, or an
-            unknown backend.
-        RuntimeError: the backend asked for cannot serve these arguments.
+        TypeError: y is not a floating-point tensor, or code is not a uint8 tensor.
+        ValueError: y is not (N, C, h, w), code does not match its shape or device, or output_size or backend is
+            invalid.
+        RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("y", y, ("N", "C", "h", "w"))
     if not isinstance(code, Tensor):

@@ -1,4 +1,4 @@
-"""The gate of the generator's spatial attention modules."""
+"""Gating in the generator's spatial attention modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
-from dfkd_fast.ops.custom_op import fused_op, unsupported_reason
+from dfkd_fast.ops.custom_op import empty_map_like, fused_op, product_dtype, unsupported_reason
 from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, or_empty, unsupported_by_extension
 from dfkd_fast.reference import spatial_attention as reference
 
@@ -19,26 +19,13 @@ __all__ = ["spatial_attention"]
 _FORMS = ("spatial", "spatial_mean1", "channel")  # in the order of csrc/launchers.h
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """With more than one channel and position, as PyTorch has it."""
-    return x.stride(1) == 1 and x.shape[1] != 1 and x.shape[2] * x.shape[3] != 1
-
-
-def _new_gradient(tensor: Tensor) -> Tensor:
-    last = tensor.ndim == 4 and _is_channels_last(tensor)
-    return torch.empty_like(tensor, memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
 def _allocate(
     features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str
 ) -> tuple[Tensor, Tensor]:
-    """The gated features, and for backward each channel's largest logit and the sum of exponentials below it."""
+    """The gated features, and for backward each channel's maximum logit and sum of exponentials."""
     samples, channels = features.shape[:2]
     saved = features.new_empty(0 if form == "channel" else (2, samples, channels), dtype=torch.float32)
-    if _is_channels_last(features) or features.is_contiguous():
-        return _new_gradient(features), saved
-    # Other strides without gaps stay, as they do in the reference.
-    return torch.empty_like(features), saved
+    return empty_map_like(features, preserve=True), saved
 
 
 def _cuda_forward(*arguments: Any) -> None:
@@ -62,21 +49,14 @@ def _cuda_backward(*arguments: Any) -> None:
 _fused = fused_op(
     "spatial_attention",
     _allocate,
-    new_gradient=_new_gradient,
+    new_gradient=empty_map_like,
     triton=("spatial_attention.forward", "spatial_attention.backward"),
     cuda=(_cuda_forward, _cuda_backward),
 )
 
 
-def _product_type(hidden: Tensor) -> torch.dtype:
-    """The dtype of the matrix product; the kernels cast the weight to it."""
-    device = hidden.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
-
-
 def _run(backend: str, features: Tensor, hidden: Tensor, *parameters: Tensor | None, **options: Any) -> Tensor:
-    return _fused[backend](features, hidden.to(_product_type(hidden)), *parameters, **options)
+    return _fused[backend](features, hidden.to(product_dtype(hidden)), *parameters, **options)
 
 
 def _unsupported_by_cuda(
@@ -85,7 +65,7 @@ def _unsupported_by_cuda(
     samples, channels, height, width = features.shape
     sizes = {"samples": samples, "channels": channels, "maps": weight.shape[1], "positions": height * width}
     parameters = {"weight_dtype": weight.dtype, "bias_dtype": weight.dtype if bias is None else bias.dtype}
-    dtype = _product_type(hidden)
+    dtype = product_dtype(hidden)
     return unsupported_by_extension("spatial_attention", features, dtype, form=form, **sizes, **parameters)
 
 
@@ -104,7 +84,7 @@ def spatial_attention(
     form: Literal["spatial", "spatial_mean1", "channel"] = "spatial",
     backend: str | None = None,
 ) -> Tensor:
-    """Expand narrow maps to a logit per feature and gate by their softmax: ``F + scale k softmax(l) F`` (paper, Eq. 6).
+    """Gate features by the softmax of expanded maps: ``F + scale k softmax(l) F`` (paper, Eq. 6).
 
     The logits are ``l = weight hidden + bias`` at each position::
 
@@ -116,19 +96,20 @@ def spatial_attention(
         features: F, (N, C, H, W), float16, bfloat16, float32 or float64; N may be 0.
         hidden: (N, K, H, W), any floating dtype.
         weight: (C, K), any floating dtype.
-        bias: (C,) or None. The two spatial forms do not depend on it: its gradient there is exactly zero.
+        bias: (C,), any floating dtype, or None. The two spatial forms do not depend on it; its gradient is zero there.
         scale: lambda, any finite number.
-        form: which softmax.
+        form: "spatial", "spatial_mean1" or "channel".
         backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
-        (N, C, H, W), in the dtype and memory format of features. The matrix product runs in the autocast type, without
-        autocast in that of hidden; softmax and gate in float32 (float64 for float64). Differentiable in all tensors.
+        (N, C, H, W), with the dtype and memory format of features. The matrix product runs in the autocast dtype or,
+        without autocast, in that of hidden; softmax and gate in float32 (float64 if features are). Differentiable with
+        respect to all tensors.
 
     Raises:
-        TypeError: a tensor argument is no floating-point tensor, or scale is no number.
-        ValueError: shapes or devices that do not agree, a scale that is not finite, an unknown form or backend.
-        RuntimeError: the backend asked for cannot serve these arguments.
+        TypeError: a tensor argument is not a floating-point tensor, or scale is not a number.
+        ValueError: shapes or devices do not match, scale is not finite, or form or backend is unknown.
+        RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("features", features, ("N", "C", "H", "W"))
     batch, channels, height, width = features.shape

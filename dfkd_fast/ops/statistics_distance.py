@@ -1,4 +1,4 @@
-"""One layer's term of L_BN."""
+"""Distance between batch statistics and running statistics: one layer's term of L_BN."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["statistics_distance"]
 
 
 def _allocate(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
-    """The distance; for backward the mean of x and the directions of the two differences."""
+    """The distance, and for backward the mean of x and the two unit difference vectors."""
     return x.new_empty((), dtype=torch.float32), x.new_empty((3, x.shape[1]), dtype=torch.float32)
 
 
@@ -32,27 +32,27 @@ register("statistics_distance", "triton", _fused["triton"], lambda x, *stored: u
 
 
 def statistics_distance(x: Tensor, running_mean: Tensor, running_var: Tensor, *, backend: str | None = None) -> Tensor:
-    """How far a batch's statistics are from stored ones: one layer's term of L_BN (paper, Eq. 3; Yin et al., Eq. 4).
+    """Compute one layer's term of L_BN (paper, Eq. 3; Yin et al., CVPR 2020, Eq. 4).
 
-    With the statistics of :func:`~dfkd_fast.ops.channel_statistics`, neither norm squared::
+    With the mean and biased variance of :func:`~dfkd_fast.ops.channel_statistics`::
 
         ||mean(x) - running_mean|| + ||var(x) - running_var||
 
-    The gradient of a norm at zero is taken as zero.
+    The gradient of a norm at zero is zero.
 
     Args:
         x: (N, C, ...), float16, bfloat16, float32 or float64; N may be 0.
-        running_mean: (C,), any floating dtype; a constant, which gets no gradient.
-        running_var: (C,), likewise; compared with the biased variance.
+        running_mean: (C,), any floating dtype; a constant without gradient.
+        running_var: (C,), any floating dtype; a constant without gradient.
         backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
-        A scalar, in float32 (float64 for float64), NaN for N = 0. Differentiable in x.
+        A scalar, float32 (float64 if x is), NaN if N = 0. Differentiable with respect to x.
 
     Raises:
-        TypeError: an argument is no floating-point tensor.
-        ValueError: shapes or devices that do not agree, an unknown backend.
-        RuntimeError: the backend asked for cannot serve these arguments.
+        TypeError: a tensor argument is not a floating-point tensor.
+        ValueError: shapes or devices do not match, or the backend is unknown.
+        RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("x", x, ("N", "C", "..."))
     for name, vector in (("running_mean", running_mean), ("running_var", running_var)):

@@ -1,4 +1,4 @@
-"""The ops in plain PyTorch: the definition that every other backend is checked against.
+"""The ops in plain PyTorch. They define the ops, and tests check every other backend against them.
 
-Readable, differentiable any number of times, on any device. Arguments were checked in :mod:`dfkd_fast.ops`.
+They run on any device and support derivatives of any order. :mod:`dfkd_fast.ops` checks their arguments.
 """

@@ -1,4 +1,4 @@
-"""A frozen BatchNorm and its input's statistics in plain PyTorch. See :func:`dfkd_fast.ops.batchnorm_statistics`."""
+"""BatchNorm with batch statistics in plain PyTorch. Formulas: :func:`dfkd_fast.ops.batchnorm_statistics`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def batchnorm_statistics(
     activation: str,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The activated norm of x (N, C, ...) with the stored statistics, and the batch's mean and biased variance."""
+    """Normalize x (N, C, ...) with running statistics; also return its mean and biased variance."""
     upcast_x = upcast(x)
     mean, var, scale, shift = (
         None if vector is None else vector.to(upcast_x.dtype) for vector in (running_mean, running_var, weight, bias)
@@ -37,9 +37,9 @@ def batchnorm_statistics(
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of (N, C, ...)."""
+    """Return the mean and biased variance of each channel of (N, C, ...)."""
     upcast_x = upcast(x)
-    # In two passes, since E[x^2] - E[x]^2 cancels. torch.var_mean gives the same, on the CPU ten times slower.
+    # Two passes, because E[x^2] - E[x]^2 cancels. torch.var_mean is ten times slower on the CPU.
     others = [dim for dim in range(x.ndim) if dim != 1]
     mean = upcast_x.mean(others, keepdim=True)
     return mean.flatten(), (upcast_x - mean).square().mean(others)

@@ -13,9 +13,9 @@ __all__ = ["contrastive_loss"]
 def contrastive_loss(
     anchors: Tensor, positives: Tensor, *, temperature: float, symmetric: bool, normalize: bool, reduction: str
 ) -> Tensor:
-    """NT-Xent for anchors and positives (N, D); one value an anchor before the reduction."""
+    """NT-Xent loss of anchors and positives (N, D)."""
     count = anchors.shape[0]
-    # A loss: rounding the similarities to an autocast type would cost as much as 1 / temperature of it.
+    # Without autocast, because rounding errors of the similarities are multiplied by 1 / temperature.
     with torch.autocast(anchors.device.type, enabled=False):
         vectors = torch.cat([upcast(anchors), upcast(positives)])
         if normalize:
@@ -33,11 +33,11 @@ def contrastive_loss(
 
 
 def _unit_rows(x: Tensor) -> Tensor:
-    """Rows scaled to unit length; rows of zeros stay so, and get no gradient."""
+    """Scale rows to unit length. Zero rows stay zero and get zero gradient."""
     largest = x.detach().abs().amax(1, keepdim=True)
     zero = largest == 0
-    # The unit row does not change with the length, so dividing by a constant first changes no derivative, and keeps the
-    # squares of very long and very short rows in range.
+    # Dividing by a constant first keeps squares of very long and very short rows in range. It changes no derivative,
+    # because the unit row does not depend on the length.
     x = x / largest.masked_fill(zero, 1)
     length = x.square().sum(1, keepdim=True).masked_fill(zero, 1).sqrt()
     return (x / length).masked_fill(zero, 0)

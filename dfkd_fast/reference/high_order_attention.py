@@ -14,28 +14,28 @@ __all__ = ["attention", "high_order_attention", "high_order_attention_map"]
 
 
 def high_order_attention(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> Tensor:
-    """``A * x`` for x (N, C, H, W), proj_weight (R(R+1)/2, K, C), out_weight (R, C, K)."""
+    """Return ``A * x`` for x (N, C, H, W), proj_weight (R(R+1)/2, K, C) and out_weight (R, C, K)."""
     return match_memory_format((upcast(x) * attention(x, proj_weight, out_weight, mode)).to(x.dtype), x)
 
 
 def high_order_attention_map(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, mode: str) -> Tensor:
-    """A alone."""
+    """Return the gate A."""
     return match_memory_format(attention(x, proj_weight, out_weight, mode).to(x.dtype), x)
 
 
 def attention(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str) -> Tensor:
-    """A in the type of sums: float32, or float64 for float64."""
+    """Return the gate A in float32, or float64 for float64."""
     factors, order = proj_weight.shape[0], out_weight.shape[0]
-    # All projections are one product over stacked rows.
+    # One matrix product with stacked rows computes all projections.
     projected = pointwise(x, proj_weight.flatten(0, 1))
     maps = upcast(projected).chunk(factors, dim=1)
     rectified = []
     for r in range(1, order + 1):
         first = r * (r - 1) // 2
-        # One factor after the other: the gradient of torch.prod would look for zeros.
+        # Multiplies the factors in turn, because the gradient of torch.prod searches for zeros.
         rectified.append(reduce(mul, maps[first : first + r]).relu().to(projected.dtype))
     if mode == "joint":
-        # Summing over r is one product over stacked columns.
+        # One matrix product with stacked columns sums over r.
         return upcast(pointwise(torch.cat(rectified, dim=1), out_weight.transpose(0, 1).flatten(1))).sigmoid()
     gates = [upcast(pointwise(a, out)).sigmoid() for a, out in zip(rectified, out_weight.unbind(), strict=True)]
     return sum(gates[1:], gates[0]) / order

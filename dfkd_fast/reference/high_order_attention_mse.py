@@ -1,4 +1,4 @@
-"""Error of attended features in plain PyTorch. Formulas: :func:`dfkd_fast.ops.high_order_attention_mse`."""
+"""Error of gated features in plain PyTorch. Formulas: :func:`dfkd_fast.ops.high_order_attention_mse`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ __all__ = ["high_order_attention_mse"]
 def high_order_attention_mse(
     x: Tensor, proj_weight: Tensor, out_weight: Tensor, target: Tensor, *, mode: str
 ) -> Tensor:
-    """The mean of ``(A * x - target)^2`` for x and target (N, C, H, W); weights as those of high_order_attention."""
+    """Return the mean of ``(A * x - target)^2`` for x and target (N, C, H, W)."""
     attended = upcast(x) * attention(x, proj_weight, out_weight, mode)
     return (attended - target.to(attended.dtype)).square().mean()

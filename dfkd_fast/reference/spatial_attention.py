@@ -1,4 +1,4 @@
-"""The gate of the spatial attention modules in plain PyTorch. Formulas: :func:`dfkd_fast.ops.spatial_attention`."""
+"""Spatial attention gating in plain PyTorch. Formulas: :func:`dfkd_fast.ops.spatial_attention`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def spatial_attention(
         gate = scale * logits.softmax(1)
     else:
         if bias is not None:
-            # A constant along the softmax: leaving it out loses nothing and keeps precision. Its gradient is then zero
-            # to the bit, yet exists, as whoever holds the parameter expects.
+            # The softmax does not depend on the bias, and leaving it out keeps precision. Multiplying by 0 gives the
+            # parameter a gradient that is exactly zero.
             weight = weight + 0 * bias[:, None]
         logits = upcast(pointwise(hidden, weight))
         softmax = logits.flatten(2).softmax(-1).view_as(logits)
         positions = logits.shape[2] * logits.shape[3]
         gate = (scale * positions if form == "spatial_mean1" else scale) * softmax
     f = upcast(features)
-    # Not f * (1 + gate): next to 1 a gate of 1e-6 would lose most of its digits.
+    # f * (1 + gate) would lose most digits of a small gate.
     return match_memory_format((f + f * gate).to(features.dtype), features)

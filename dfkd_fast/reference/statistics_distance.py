@@ -1,4 +1,4 @@
-"""How far a batch's statistics are from stored ones, plainly. See :func:`dfkd_fast.ops.statistics_distance`."""
+"""Distance to running statistics in plain PyTorch. Formulas: :func:`dfkd_fast.ops.statistics_distance`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ __all__ = ["statistics_distance"]
 
 
 def statistics_distance(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-    """Euclidean distance of the channels' means of x (N, C, ...) to the stored ones, plus that of the variances."""
+    """Return the Euclidean distance between the channel means of x (N, C, ...) and running_mean, plus variances."""
     mean, var = channel_statistics(x)
-    # torch.dist rather than a root of squares, whose gradient at zero would be no number.
-    total = torch.dist(mean, running_mean.detach()) + torch.dist(var, running_var.detach())
-    return total.to(mean.dtype)  # stored statistics may have more digits
+    # The gradient of torch.dist at zero is zero; that of a square root would be NaN.
+    distance = torch.dist(mean, running_mean.detach()) + torch.dist(var, running_var.detach())
+    return distance.to(mean.dtype)  # running statistics may be float64

@@ -1,4 +1,4 @@
-"""For testing kernels, ours and yours: inputs that break them, and comparisons that say where.
+"""Tools for testing kernels: difficult inputs, and comparisons that report where results differ.
 
 ::
 
@@ -7,7 +7,7 @@
 
     x = random(2, 7, 5, 3, dtype=torch.bfloat16, layout="strided")
     ...
-    assert_no_worse(mine, than=plain_bf16, truth=plain_float64, name="y")
+    assert_no_worse(y, than=pytorch_bfloat16, truth=pytorch_float64, name="y")
 """
 
 from dfkd_fast.testing.compare import assert_close, assert_no_worse, describe_difference, unit_roundoff

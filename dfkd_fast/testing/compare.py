@@ -1,4 +1,4 @@
-"""Comparisons that name the worst element, and tolerances that follow from a dtype."""
+"""Comparisons that report the worst element, and tolerances derived from dtypes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ __all__ = ["assert_close", "assert_no_worse", "describe_difference", "unit_round
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """The largest relative error of one rounding to nearest: half of ``torch.finfo(dtype).eps``."""
+    """Return the largest relative error of rounding to ``dtype``: half of ``torch.finfo(dtype).eps``.
+
+    Raises:
+        TypeError: dtype is not a floating-point dtype.
+    """
     return torch.finfo(dtype).eps / 2
 
 
 def assert_close(
     actual: Tensor, expected: Tensor | float, *, atol: float | Tensor, rtol: float = 0.0, name: str = "value"
 ) -> None:
-    """Every element within ``atol + rtol |expected|`` of the expected one, compared in float64.
+    """Assert that every element is within ``atol + rtol |expected|`` of its expected value, in float64.
 
-    NaN matches NaN and an infinity matches the same infinity; dtypes may differ, shapes may not.
+    NaN matches NaN, and an infinity matches the same infinity. Dtypes may differ.
 
     Args:
-        actual: what came.
-        expected: the expected values; every element must be a number.
-        atol: absolute tolerance, one for all or a tensor with one an element (an error bound worked out elementwise).
+        actual: the values to check, any shape and dtype.
+        expected: the expected values, with the same shape, or one number for all elements.
+        atol: absolute tolerance, one for all elements or a tensor that broadcasts to them.
         rtol: relative tolerance.
-        name: of the quantity, for the message.
+        name: name of the quantity, for the message.
 
     Raises:
-        AssertionError: with the worst element's index, both values and its allowance, how many are off, and where NaN
-            stands on one side alone.
+        AssertionError: an element or the shape differs. The message states the number of differing elements, the worst
+            one with both values and its tolerance, and the positions of unmatched NaN.
     """
     difference = describe_difference(actual, expected, atol=atol, rtol=rtol, name=name)
     if difference:
@@ -41,7 +45,7 @@ def assert_close(
 def describe_difference(
     actual: Tensor, expected: Tensor | float, *, atol: float | Tensor, rtol: float = 0.0, name: str = "value"
 ) -> str:
-    """What :func:`assert_close` would say; empty where it would be content."""
+    """Return the error message of :func:`assert_close`, which takes the same arguments; empty if it would pass."""
     if not isinstance(expected, Tensor):
         expected = torch.full_like(actual, expected, dtype=torch.float64)
     if actual.shape != expected.shape:
@@ -56,9 +60,9 @@ def describe_difference(
     if not off.any():
         return ""
     lines = [f"{name}: {int(off.sum())} of {off.numel()} elements differ"]
-    numbers = off & ~(a.isnan() | b.isnan())
-    if numbers.any():
-        excess = torch.where(numbers, (error - allowed).nan_to_num(nan=torch.inf), -torch.inf)
+    comparable = off & ~(a.isnan() | b.isnan())
+    if comparable.any():
+        excess = torch.where(comparable, (error - allowed).nan_to_num(nan=torch.inf), -torch.inf)
         at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), off.shape))
         values = f"{float(a[at])!r}, expected {float(b[at])!r}"
         lines.append(
@@ -68,31 +72,31 @@ def describe_difference(
         if mask.any():
             places = [tuple(place) for place in mask.nonzero()[:5].tolist()]
             more = f" and {int(mask.sum()) - 5} more" if mask.sum() > 5 else ""
-            lines.append(f"NaN in {side} alone at {', '.join(map(str, places))}{more}")
+            lines.append(f"NaN only in {side} at {', '.join(map(str, places))}{more}")
     return "; ".join(lines)
 
 
 def assert_no_worse(
     actual: Tensor, *, than: Tensor, truth: Tensor, factor: float = 2.0, floor: float = 0.0, name: str = "value"
 ) -> float:
-    """The error of ``actual`` against the truth is at most ``factor`` times that of a plain computation in its dtype.
+    """Assert that the error of ``actual`` is at most ``factor`` times the error of plain PyTorch in the same dtype.
 
-    This is how a kernel's tolerance is derived rather than guessed. The error is the root mean square and the maximum
-    over all elements; both must hold.
+    This derives a kernel's tolerance instead of guessing it. Both the root mean square error and the maximum error over
+    all elements must satisfy it.
 
     Args:
-        actual: the kernel's result.
-        than: what plain PyTorch gives in the same dtype.
-        truth: what it gives in float64.
-        factor: how many times worse is still right.
-        floor: an absolute error that is always allowed, for quantities on which the plain computation is exact by luck.
-        name: of the quantity, for the message.
+        actual: the kernel's result, any shape and dtype.
+        than: PyTorch's result in the same dtype, with the same shape.
+        truth: PyTorch's result in float64, with the same shape.
+        factor: allowed ratio of errors.
+        floor: absolute error that is always allowed, because PyTorch may be exact by chance.
+        name: name of the quantity, for the message.
 
     Returns:
-        The root mean square error of ``actual`` over that of ``than``; 0 where both are exact.
+        The root mean square error of ``actual`` divided by that of ``than``; 0 if both are exact.
 
     Raises:
-        AssertionError: it is worse; the message has both errors and the worst element.
+        AssertionError: an error is larger than allowed, or shapes differ.
     """
     for tensor, which in ((actual, "actual"), (than, "than")):
         if tensor.shape != truth.shape:
@@ -100,19 +104,19 @@ def assert_no_worse(
     if truth.numel() == 0:
         return 0.0
     t = truth.detach().double()
-    mine, plain = ((tensor.detach().double() - t).abs() for tensor in (actual, than))
-    mean_mine, mean_plain = (float(error.square().mean().sqrt()) for error in (mine, plain))
+    error, plain = ((tensor.detach().double() - t).abs() for tensor in (actual, than))
+    rms, plain_rms = (float(e.square().mean().sqrt()) for e in (error, plain))
     for measure, a, b in (
-        ("root mean square", mean_mine, mean_plain),
-        ("largest", float(mine.max()), float(plain.max())),
+        ("root mean square", rms, plain_rms),
+        ("largest", float(error.max()), float(plain.max())),
     ):
-        # Not written as a > b: NaN must fail.
+        # NaN fails this comparison.
         if not a <= factor * b + floor:
-            worst = tuple(int(i) for i in torch.unravel_index(mine.nan_to_num(nan=torch.inf).argmax(), mine.shape))
+            worst = tuple(int(i) for i in torch.unravel_index(error.nan_to_num(nan=torch.inf).argmax(), error.shape))
             raise AssertionError(
-                f"{name}: {measure} error {a:.3e} against {b:.3e} of the plain computation, allowed "
-                f"{factor} times that; worst at {worst}: {float(actual[worst])!r}, truth {float(t[worst])!r}"
+                f"{name}: {measure} error {a:.3e} is more than {factor} times that of plain PyTorch, {b:.3e}; "
+                f"worst at {worst}: {float(actual[worst])!r}, truth {float(t[worst])!r}"
             )
-    if mean_plain == 0:
-        return 0.0 if mean_mine == 0 else math.inf
-    return mean_mine / mean_plain
+    if plain_rms == 0:
+        return 0.0 if rms == 0 else math.inf
+    return rms / plain_rms

@@ -1,8 +1,9 @@
-"""Values with gradients, eager and compiled."""
+"""Computes and compares values and gradients, eager and compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +18,19 @@ __all__ = ["assert_backend_no_worse", "assert_compiles", "value_and_gradients"]
 def value_and_gradients(
     function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor | None], *, seed: int = 1
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """Outputs of a function, and the gradients of its inputs for a random upstream gradient (never all ones).
+    """Return the outputs of a function and the gradients of its inputs for random output gradients.
 
     Args:
-        function: takes the inputs, returns a tensor or a tuple of them.
-        inputs: tensors, or None for an argument left out. Gradients are taken of those that require one; where none
-            does, of all. The same seed gives the same upstream gradients whatever the dtype.
-        seed: of the upstream gradients.
+        function: takes the inputs, returns a tensor or a tuple of tensors.
+        inputs: tensors of any shape and floating dtype, or None for an omitted argument. If none requires a gradient,
+            all are differentiated.
+        seed: seed of the output gradients, which are the same in every dtype, up to rounding.
 
     Returns:
-        The outputs, detached, as a tuple; the gradients, one an input, None for inputs that take none.
+        The outputs, detached, as a tuple; one gradient per input, None for inputs that are not differentiated.
+
+    Raises:
+        RuntimeError: an output does not depend on any of those inputs.
     """
     some = any(t is not None and t.requires_grad for t in inputs)
     leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad or not some) for t in inputs]
@@ -52,23 +56,23 @@ def assert_backend_no_worse(
     draws: int = 4,
     factor: float = 2.0,
 ) -> float:
-    """Values and gradients of a backend err at most ``factor`` times as far from float64 as the reference's.
+    """Assert that a backend's errors against float64 are at most ``factor`` times those of the reference.
 
-    Errors are taken over several draws together, since a single number, a loss say, can be exact by luck. One unit in
-    the last place of the largest true value is always allowed.
+    Errors are computed over several draws together, because a single value, such as a loss, can be exact by chance. One
+    unit in the last place of the largest true value is always allowed.
 
     Args:
         function: takes the inputs and ``backend``.
-        inputs: takes a seed; those that require a gradient, or all where none does, are differentiated.
-        backend: the one under test.
-        draws: how many seeds, from 0.
-        factor: how many times worse is still right.
+        inputs: returns the inputs for a seed, see :func:`value_and_gradients`.
+        backend: the backend to test.
+        draws: number of draws.
+        factor: allowed ratio of errors.
 
     Returns:
-        The largest ratio of root mean square errors, the backend's over the reference's, of all values and gradients.
+        The largest ratio of root mean square errors, backend to reference, over all values and gradients.
 
     Raises:
-        AssertionError: it is worse, or a result has another dtype, shape or memory format than the reference's.
+        AssertionError: an error is larger than allowed, or a dtype, shape or memory format differs from the reference.
     """
     columns: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for seed in range(draws):
@@ -76,10 +80,7 @@ def assert_backend_no_worse(
         exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in given]
         results = []
         for tensors, name in ((given, backend), (given, "reference"), (exact, "reference")):
-            values, gradients = value_and_gradients(
-                lambda *a, name=name: function(*a, backend=name),
-                tensors,
-            )
+            values, gradients = value_and_gradients(partial(function, backend=name), tensors)
             named = {f"output {i}": value for i, value in enumerate(values)}
             results.append(named | {f"gradient of input {i}": g for i, g in enumerate(gradients) if g is not None})
         for name, value in results[0].items():
@@ -91,15 +92,14 @@ def assert_backend_no_worse(
             columns.setdefault(name, []).append((value, plain, results[2][name]))
     ratio = 0.0
     for name, rows in columns.items():
-        mine, plain, truth = (torch.cat([t.flatten() for t in column]) for column in zip(*rows, strict=True))
-        # The mean of nothing is no number, in any dtype.
+        actual, plain, truth = (torch.cat([t.flatten() for t in column]) for column in zip(*rows, strict=True))
+        # Empty means are NaN in every dtype.
         number = ~truth.isnan()
-        if not mine[~number].isnan().all():
-            raise AssertionError(f"{name}: a number where there is none")
-        mine, plain, truth = mine[number], plain[number], truth[number]
-        ulp = torch.finfo(mine.dtype).eps * float(truth.abs().max()) if truth.numel() else 0.0
-        each = assert_no_worse(mine, than=plain, truth=truth, factor=factor, floor=ulp, name=name)
-        ratio = max(ratio, each)
+        if not actual[~number].isnan().all():
+            raise AssertionError(f"{name}: expected NaN")
+        actual, plain, truth = actual[number], plain[number], truth[number]
+        ulp = torch.finfo(actual.dtype).eps * float(truth.abs().max()) if truth.numel() else 0.0
+        ratio = max(ratio, assert_no_worse(actual, than=plain, truth=truth, factor=factor, floor=ulp, name=name))
     return ratio
 
 
@@ -112,22 +112,22 @@ def assert_compiles(
     atol: float = 0.0,
     rtol: float = 0.0,
 ) -> Any:
-    """Forward and backward of ``torch.compile(function, fullgraph=True)`` equal those of the function itself.
+    """Assert that ``torch.compile(function, fullgraph=True)`` gives the same values and gradients as the function.
 
     Args:
-        function: takes the inputs, returns a tensor or a tuple of them.
-        calls: the inputs of each call, one after the other on one compiled function.
-        backend: of torch.compile.
-        dynamic: as there.
-        atol: as in :func:`assert_close`.
-        rtol: likewise.
+        function: takes the inputs, returns a tensor or a tuple of tensors.
+        calls: inputs of successive calls of the compiled function, see :func:`value_and_gradients`.
+        backend: backend of torch.compile.
+        dynamic: whether torch.compile uses dynamic shapes.
+        atol: absolute tolerance, as in :func:`assert_close`.
+        rtol: relative tolerance.
 
     Returns:
         The compiled function.
 
     Raises:
         AssertionError: an output or a gradient differs.
-        torch._dynamo.exc.Unsupported: there is a graph break.
+        torch._dynamo.exc.Unsupported: there is a graph break (torch has no public name for this exception).
     """
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)

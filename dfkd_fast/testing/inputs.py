@@ -1,4 +1,4 @@
-"""Input makers: seeded values in awkward shapes, memory layouts and magnitudes."""
+"""Random inputs with difficult shapes, memory layouts and magnitudes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["LAYOUTS", "MAP_SHAPES", "Layout", "extreme", "random", "with_layout"
 Layout = Literal["contiguous", "channels_last", "strided", "transposed", "offset"]
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-"""Memory layouts that :func:`with_layout` makes."""
+"""Memory layouts of :func:`with_layout`."""
 
 MAP_SHAPES: dict[str, tuple[int, int, int, int]] = {
     "plain": (2, 8, 4, 4),
@@ -25,7 +25,7 @@ MAP_SHAPES: dict[str, tuple[int, int, int, int]] = {
     "one element": (1, 1, 1, 1),
     "empty batch": (0, 5, 3, 2),
 }
-"""Feature maps (N, C, H, W), each by the reason why it is here."""
+"""Shapes (N, C, H, W) of feature maps, by the property that they test."""
 
 
 def random(
@@ -38,17 +38,17 @@ def random(
     shift: float = 0.0,
     requires_grad: bool = False,
 ) -> Tensor:
-    """Normally distributed values, the same for one seed in every dtype (but for rounding), layout and device.
+    """Return normally distributed values. A seed gives the same values in every dtype (up to rounding) and layout.
 
     Args:
-        *shape: of the tensor.
-        dtype: drawn in float64 on the CPU, then rounded to this.
-        layout: where the values lie; see :func:`with_layout`.
-        device: where they go.
-        seed: of the draw.
+        *shape: shape of the tensor.
+        dtype: dtype of the tensor; values are drawn in float64 on the CPU, then rounded.
+        layout: memory layout, see :func:`with_layout`.
+        device: device of the tensor.
+        seed: seed of the generator.
         scale: standard deviation.
         shift: mean.
-        requires_grad: make it a leaf that does.
+        requires_grad: whether the tensor requires a gradient.
 
     Raises:
         ValueError: the layout does not apply to the shape.
@@ -58,14 +58,13 @@ def random(
 
 
 def with_layout(x: Tensor, layout: Layout) -> Tensor:
-    """A detached copy of x, value for value, in another memory layout.
+    """Return a detached copy of x in another memory layout.
 
     Args:
-        x: the tensor.
+        x: a tensor of any floating dtype.
         layout: ``contiguous``; ``channels_last`` (four dimensions); ``strided``, every other element of a buffer along
-            each dimension, NaN in between, so that a kernel that ignores strides gives itself away; ``transposed``,
-            the last two dimensions exchanged in memory; ``offset``, contiguous from the second element of a buffer,
-            which no vector load finds aligned.
+            each dimension, with NaN in between to expose kernels that ignore strides; ``transposed``, the last two
+            dimensions swapped in memory; ``offset``, contiguous from the second element of a buffer, and so misaligned.
 
     Raises:
         ValueError: the layout does not apply to the shape.
@@ -90,9 +89,9 @@ def with_layout(x: Tensor, layout: Layout) -> Tensor:
 
 
 def extreme(rows: int, columns: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Rows (rows, columns) that overflow or underflow a careless exponential, sum or square, by turns.
+    """Return finite values of shape (rows, columns) that overflow or underflow a naive exponential, sum or square.
 
-    Large and spread; large and equal; one far above the rest; one far below; denormal; zero. All are finite in dtype.
+    Rows cycle through large and spread, large and equal, one large element, one large negative element, denormal, zero.
     """
     largest = min(torch.finfo(dtype).max, 1e30) / 8
     spread = random(rows, columns, dtype=torch.float64, seed=seed)

@@ -1,23 +1,21 @@
-"""What the drop-ins' projects define, written out in float64, and how a drop-in is compared with it."""
+"""Definitions of the drop-ins in float64, and their comparison with the drop-ins."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from dfkd_fast.testing import assert_close, random, value_and_gradients
+from dfkd_fast.testing import random
+
+from ..ops.table import assert_matches
+from ..ops.test_contrastive_loss import definition as contrastive_loss
 
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
 
 
-def assert_same(ours, theirs, *inputs, atol=1e-5):
-    """Values, and gradients for a random upstream gradient, within 1e-5 of a magnitude of one."""
-    for name, mine, expected in zip(
-        ("value", "gradient"), value_and_gradients(ours, inputs), value_and_gradients(theirs, inputs), strict=True
-    ):
-        for a, b in zip(mine, expected, strict=True):
-            if b is not None:
-                assert_close(a, b, atol=atol, rtol=1e-5, name=name)
+def assert_same(function, definition, *inputs, atol=1e-5):
+    """Assert equal values, and equal gradients for random output gradients, within 1e-5 of a magnitude of 1."""
+    assert_matches(function, definition, inputs, atol=atol, rtol=1e-5)
 
 
 def logits(*shape, seed=0, scale=3.0):
@@ -48,7 +46,7 @@ def entropy(x):
 
 
 def attention_distance(student, teacher, power):
-    """Loops over samples, and average pooling where one map is twice the other."""
+    """Loop over samples, with average pooling if one map is twice the size of the other."""
     size = min(student.shape[2], teacher.shape[2])
     rows = []
     for x in (student, teacher):
@@ -60,7 +58,7 @@ def attention_distance(student, teacher, power):
 
 
 def differences(x):
-    """Of neighbours in four directions."""
+    """Differences of neighboring pixels in four directions."""
     h, w = x.shape[2:]
     for di, dj in ((0, 1), (1, 0), (1, 1), (1, -1)):
         a = x[:, :, : h - di, max(0, -dj) : w - max(0, dj)]
@@ -77,23 +75,8 @@ def euclidean_variation(x):
 
 
 def nt_xent(out0, out1, temperature):
-    """Algorithm 1 of SimCLR, one anchor after the other."""
-    z = torch.cat([out0, out1]).double()
-    z = torch.stack([row / row.norm() for row in z])
-    count = len(out0)
-    losses = []
-    for i in range(2 * count):
-        similar = torch.stack([z[i] @ z[k] / temperature for k in range(2 * count) if k != i])
-        losses.append(similar.logsumexp(0) - z[i] @ z[(i + count) % (2 * count)] / temperature)
-    return torch.stack(losses).mean().float()
-
-
-def bank_nt_xent(out0, out1, bank, temperature):
-    """InfoNCE of each first vector: its second one against the bank."""
-    a, b = (F.normalize(x.double()) for x in (out0, out1))
-    positive = (a * b).sum(1) / temperature
-    negative = a @ bank.double().T / temperature
-    return (torch.cat([positive[:, None], negative], 1).logsumexp(1) - positive).mean().float()
+    """Algorithm 1 of SimCLR."""
+    return contrastive_loss(out0.double(), out1.double(), temperature=temperature, symmetric=True).float()
 
 
 def sup_con(features, positives, temperature, base_temperature, mode):

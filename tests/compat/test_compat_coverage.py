@@ -1,10 +1,9 @@
-"""``COVERAGE`` of each drop-in module says which op is behind which call: each line is called here, and watched."""
+"""Each entry of ``COVERAGE`` calls the op that it names and no other."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 import torch
@@ -14,14 +13,13 @@ from dfkd_fast import compat, ops
 from dfkd_fast.compat import cpsc, datafree, deepinversion, lightly, mdistiller, repdistiller, torchdistill
 from dfkd_fast.testing import random
 
-NAMES = (
-    "distillation_kl",
-    "contrastive_loss",
-    "channel_statistics",
-    "statistics_distance",
-    "batchnorm_statistics",
-    "high_order_attention",
-)
+from .definitions import REDUCTIONS
+
+try:
+    from dfkd_fast.compat import metric_learning
+except ModuleNotFoundError:
+    metric_learning = None
+
 LOGITS = random(4, 6), random(4, 6, seed=1)
 MAPS = random(4, 6, 2, 2), random(4, 6, 2, 2, seed=1)
 VIEWS = random(4, 2, 8)
@@ -33,22 +31,14 @@ def io_dicts(pair):
 
 
 def after_forward(hook, *arguments):
-    """Hook a BatchNorm and run it."""
+    """Run a BatchNorm with a hook."""
     module = nn.BatchNorm2d(6).eval()
     hook(module, *arguments)
     module(MAPS[0])
 
 
-def with_momentum():
-    module = nn.BatchNorm2d(6).eval()
-    hook = datafree.DeepInversionHook(module, 0.9)
-    module(MAPS[0])
-    hook.update_mmt()
-    module(MAPS[1])
-
-
 def sup_con(kind):
-    """The calls that ContrastLoss and SupConLoss have in common, by case."""
+    """Calls of ContrastLoss or SupConLoss, by case."""
     return {
         'two views, no labels, no mask, contrast_mode "all"': lambda: kind()(VIEWS),
         'two views, no labels, no mask, contrast_mode "one"': lambda: kind(contrast_mode="one")(VIEWS),
@@ -58,9 +48,9 @@ def sup_con(kind):
     }
 
 
-ONE_SHAPE, ANY_REDUCTION = "logits (N, classes) of one shape", "logits (N, classes) of one shape, any reduction"
+ONE_SHAPE, BN_MAPS = "logits (N, classes) of one shape", "maps (N, C, H, W)"
+ANY_REDUCTION = f"{ONE_SHAPE}, any reduction"
 OTHERS, LOGIT_MAPS = "other shapes", "other shapes, such as maps of logits"
-REDUCTIONS = ("batchmean", "sum", "mean", "none")
 
 CALLS = {
     datafree: {
@@ -73,8 +63,8 @@ CALLS = {
         ("class_balance_loss", "always"): lambda: datafree.class_balance_loss(LOGITS[0]),
         ("onehot_loss", "always"): lambda: datafree.onehot_loss(LOGITS[0]),
         ("get_image_prior_losses", "always"): lambda: datafree.get_image_prior_losses(MAPS[0]),
-        ("DeepInversionHook", "maps (N, C, H, W)"): lambda: after_forward(datafree.DeepInversionHook),
-        ("DeepInversionHook", "maps (N, C, H, W), with mmt_rate"): with_momentum,
+        ("DeepInversionHook", BN_MAPS): lambda: after_forward(datafree.DeepInversionHook),
+        ("DeepInversionHook", f"{BN_MAPS}, with mmt_rate"): lambda: after_forward(datafree.DeepInversionHook, 0.9),
         ("FeatureMeanVarHook", "always"): lambda: after_forward(datafree.FeatureMeanVarHook),
         ("FeatureHook", "always"): lambda: after_forward(datafree.FeatureHook),
         ("InstanceMeanHook", "always"): lambda: after_forward(datafree.InstanceMeanHook),
@@ -83,16 +73,14 @@ CALLS = {
         ("ContrastLoss", "return_logits"): lambda: datafree.ContrastLoss()(VIEWS, return_logits=True),
     },
     deepinversion: {
-        ("DeepInversionFeatureHook", "maps (N, C, H, W)"): lambda: after_forward(
-            deepinversion.DeepInversionFeatureHook
-        ),
+        ("DeepInversionFeatureHook", BN_MAPS): lambda: after_forward(deepinversion.DeepInversionFeatureHook),
         ("get_image_prior_losses", "always"): lambda: deepinversion.get_image_prior_losses(MAPS[0]),
     },
     cpsc: {
         ("kdloss", ONE_SHAPE): lambda: cpsc.kdloss(*LOGITS),
         ("kdloss", OTHERS): lambda: cpsc.kdloss(*MAPS),
         **{("SupConLoss", case): call for case, call in sup_con(cpsc.SupConLoss).items()},
-        ("DeepInversionFeatureHook", "maps (N, C, H, W)"): lambda: after_forward(cpsc.DeepInversionFeatureHook),
+        ("DeepInversionFeatureHook", BN_MAPS): lambda: after_forward(cpsc.DeepInversionFeatureHook),
     },
     lightly: {
         ("NTXentLoss", "no memory bank, one process"): lambda: lightly.NTXentLoss(0.1, 0, True)(*LOGITS),
@@ -115,7 +103,7 @@ CALLS = {
         ("KDLoss", ANY_REDUCTION): lambda: [
             torchdistill.KDLoss(*PATHS, 4, alpha=0, reduction=r)(*io_dicts(LOGITS)) for r in REDUCTIONS
         ],
-        ("KDLoss", "logits (N, classes) of one shape, with targets"): lambda: torchdistill.KDLoss(*PATHS, 4, alpha=0.5)(
+        ("KDLoss", f"{ONE_SHAPE}, with targets"): lambda: torchdistill.KDLoss(*PATHS, 4, alpha=0.5)(
             *io_dicts(LOGITS), torch.arange(4)
         ),
         ("KDLoss", LOGIT_MAPS): lambda: torchdistill.KDLoss(*PATHS, 4, alpha=0.5)(*io_dicts(MAPS)),
@@ -124,17 +112,37 @@ CALLS = {
         )(*io_dicts(MAPS)),
     },
 }
+if metric_learning is not None:
+    wrap, nt_xent = metric_learning.SelfSupervisedLoss, metric_learning.NTXentLoss
+    triplet, distance = metric_learning.losses.TripletMarginLoss, metric_learning.distances.LpDistance
+    labels = torch.arange(4) % 2
+    CALLS[metric_learning] = {
+        ("SelfSupervisedLoss", "symmetric, of NTXentLoss with its defaults"): lambda: wrap(nt_xent())(*LOGITS),
+        ("SelfSupervisedLoss", "symmetric, of SupConLoss with its defaults"): lambda: wrap(
+            metric_learning.SupConLoss()
+        )(*LOGITS),
+        ("SelfSupervisedLoss", "not symmetric"): lambda: wrap(nt_xent(), symmetric=False)(*LOGITS),
+        ("SelfSupervisedLoss", "of another loss"): lambda: wrap(triplet())(*LOGITS),
+        ("SelfSupervisedLoss", "of a temperature so low that the original loses digits"): lambda: [
+            wrap(loss)(*LOGITS) for loss in (nt_xent(0.02), metric_learning.SupConLoss(0.05))
+        ],
+        ("SelfSupervisedLoss", "of a loss with another distance, reducer or regulariser"): lambda: wrap(
+            nt_xent(distance=distance())
+        )(*LOGITS),
+        ("NTXentLoss", "labels or pairs"): lambda: nt_xent()(LOGITS[0], labels),
+        ("SupConLoss", "labels or pairs"): lambda: metric_learning.SupConLoss()(LOGITS[0], labels),
+    }
 ELSEWHERE = {
-    # Two processes run in test_compat_contrastive.py.
+    # test_compat_contrastive.py tests it with two processes.
     (lightly, "NTXentLoss", "negatives gathered from several processes"),
 }
 
 
 @pytest.fixture
 def called(monkeypatch):
-    """The names of the ops that are called."""
+    """Names of the ops that have been called."""
     seen = []
-    for name in NAMES:
+    for name in ops.backends():
         original = getattr(ops, name)
 
         def watched(*args, name=name, original=original, **kwargs):
@@ -153,57 +161,28 @@ LINES = [(module, case) for module in CALLS for case in module.COVERAGE if (modu
     LINES,
     ids=[f"{module.__name__.split('.')[-1]}.{case.name}: {case.case}" for module, case in LINES],
 )
-def test_the_op_of_a_line_is_called_and_no_other(module, case, called):
+def test_only_the_op_of_an_entry_is_called(module, case, called):
     CALLS[module][case.name, case.case]()
     assert set(called) == ({case.op} if case.op else set())
 
 
-def test_metric_learning_lines(called):
-    pytest.importorskip("pytorch_metric_learning")
-    from pytorch_metric_learning.distances import LpDistance
-
-    module = import_module("dfkd_fast.compat.metric_learning")
-    wrap, nt_xent, sup_con_loss = module.SelfSupervisedLoss, module.NTXentLoss, module.SupConLoss
-    calls = {
-        ("SelfSupervisedLoss", "symmetric, of NTXentLoss with its defaults"): lambda: wrap(nt_xent())(*LOGITS),
-        ("SelfSupervisedLoss", "symmetric, of SupConLoss with its defaults"): lambda: wrap(sup_con_loss())(*LOGITS),
-        ("SelfSupervisedLoss", "not symmetric"): lambda: wrap(nt_xent(), symmetric=False)(*LOGITS),
-        ("SelfSupervisedLoss", "of another loss"): lambda: wrap(module.losses.TripletMarginLoss())(*LOGITS),
-        ("SelfSupervisedLoss", "of a temperature so low that the original loses digits"): lambda: [
-            wrap(nt_xent(0.02))(*LOGITS),
-            wrap(sup_con_loss(0.05))(*LOGITS),
-        ],
-        ("SelfSupervisedLoss", "of a loss with another distance, reducer or regulariser"): lambda: wrap(
-            nt_xent(distance=LpDistance())
-        )(*LOGITS),
-        ("NTXentLoss", "labels or pairs"): lambda: nt_xent()(LOGITS[0], torch.arange(4) % 2),
-        ("SupConLoss", "labels or pairs"): lambda: sup_con_loss()(LOGITS[0], torch.arange(4) % 2),
-    }
-    assert calls.keys() == {case[:2] for case in module.COVERAGE}
-    for case in module.COVERAGE:
-        called.clear()
-        calls[case[:2]]()
-        assert set(called) == ({case.op} if case.op else set()), case
-
-
 @pytest.mark.parametrize("module", CALLS, ids=lambda module: module.__name__.split(".")[-1])
-def test_every_name_has_its_lines(module):
+def test_coverage_lists_every_name_once_per_case(module):
     lines = [case[:2] for case in module.COVERAGE]
     assert len(set(lines)) == len(lines)
     assert set(CALLS[module]) == {line for line in lines if (module, *line) not in ELSEWHERE}
     public = set(module.__all__) - {"COVERAGE", "register_hooks"}
     assert {case.name for case in module.COVERAGE} == public
-    assert all(isinstance(case, compat.Case) and case.op in (None, *NAMES) for case in module.COVERAGE)
+    assert all(isinstance(case, compat.Case) and case.op in (None, *ops.backends()) for case in module.COVERAGE)
 
 
-def test_the_table_names_every_module():
-    watched = {module.__name__.rpartition(".")[2] for module in CALLS} | {"metric_learning"}
-    assert set(compat.MODULES) == watched
+def test_modules_are_listed_and_documented():
+    assert set(compat.MODULES) == {module.__name__.rpartition(".")[2] for module in CALLS} | {"metric_learning"}
     assert all(f"``{name}``" in compat.__doc__ for name in compat.MODULES)
 
 
-def test_importing_brings_nothing_but_what_is_asked_for(tmp_path):
-    """The package brings no module of its own, and the modules none of the projects they stand for.
+def test_imports_are_lazy_and_optional(tmp_path):
+    """Importing the package imports no module, and the modules import none of the original projects.
 
     Where those are not installed, torchdistill's losses do without; pytorch-metric-learning's say what to install.
     """
@@ -211,8 +190,8 @@ def test_importing_brings_nothing_but_what_is_asked_for(tmp_path):
         "import sys, dfkd_fast.compat as c\n"
         "print([name for name in sys.modules if name.startswith('dfkd_fast.compat.') and name[17] != '_'])\n"
         "import dfkd_fast.compat.lightly, dfkd_fast.compat.datafree, dfkd_fast.compat.cpsc\n"
-        "theirs = ('lightly', 'pytorch_metric_learning', 'torchdistill', 'torchvision')\n"
-        "print([name for name in theirs if name in sys.modules])\n"
+        "projects = ('lightly', 'pytorch_metric_learning', 'torchdistill', 'torchvision')\n"
+        "print([name for name in projects if name in sys.modules])\n"
         "sys.modules.update(dict.fromkeys(('torchdistill', 'pytorch_metric_learning')))\n"
         "import dfkd_fast.compat.torchdistill\n"
         "print('imported')\n"

@@ -1,8 +1,9 @@
-"""Drop-ins on logits and maps: equal to the originals, or to their definitions where those are on no index."""
+"""Drop-ins on logits and maps against torchdistill, or against definitions of projects without a package."""
 
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -43,54 +44,53 @@ def kd_loss(temperature=4.0, alpha=0.0, labels=None, **options):
     return lambda s, t: loss(*io_dicts(s, t), labels)
 
 
-# Each drop-in with its definition and the shape of the logits.
+def scaled(temperature, reduction="batchmean"):
+    return lambda s, t: divergence(s, t, temperature, reduction) * temperature**2
+
+
+TEMPERATURES, LOGITS, LOGIT_MAPS, IMAGES = (1, 4, 0.7), (5, 9), (3, 5, 2, 4), (2, 3, 5, 6)
+# Each drop-in with its definition and the shape of its two inputs.
 DROP_INS = {
     **{
         f"kldiv, {reduction}, {shape}": (
-            lambda s, t, r=reduction: datafree.kldiv(s, t, T=2.0, reduction=r),
-            lambda s, t, r=reduction: divergence(s, t, 2.0, r) * 4,
+            partial(datafree.kldiv, T=2.0, reduction=reduction),
+            scaled(2.0, reduction),
             shape,
         )
         for reduction in REDUCTIONS
-        for shape in ((2, 5, 3, 4), (3, 4, 2))
+        for shape in (LOGIT_MAPS, (3, 4, 2))
     },
     "kldiv, masked by the caller": (
         lambda s, t: -(datafree.kldiv(s, t, reduction="none").sum(1) * MASK).mean(),
         lambda s, t: -(divergence(s, t, reduction="none").sum(1) * MASK).mean(),
         (6, 10),
     ),
-    "kldiv, broadcast": (
-        lambda s, t: datafree.kldiv(s, t[:1]),
-        lambda s, t: divergence(s, t[:1].expand_as(s)),
-        (4, 6),
-    ),
-    "kldiv, of a temperature that is learned": (
+    "kldiv, broadcast": (lambda s, t: datafree.kldiv(s, t[:1]), lambda s, t: divergence(s, t[:1].expand_as(s)), LOGITS),
+    "kldiv, learned temperature": (
         lambda s, t: datafree.kldiv(s, t, T=2 + s[0, 0] / 10),
         lambda s, t: divergence(s, t, 2 + s[0, 0].double() / 10) * (2 + s[0, 0] / 10) ** 2,
-        (4, 6),
+        LOGITS,
     ),
+    **{f"DistillKL, temperature {tau}": (repdistiller.DistillKL(tau), scaled(tau), LOGITS) for tau in TEMPERATURES},
+    **{f"KLDiv, temperature {tau}": (datafree.KLDiv(tau), scaled(tau), LOGITS) for tau in TEMPERATURES},
     **{
-        f"{name}, temperature {tau}": (
-            lambda s, t, loss=loss, tau=tau: loss(tau)(s, t),
-            lambda s, t, tau=tau: divergence(s, t, tau) * tau**2,
-            (5, 9),
-        )
-        for tau in (1, 4, 0.7)
-        for name, loss in (
-            ("DistillKL", repdistiller.DistillKL),
-            ("kd_loss", lambda tau: lambda s, t: mdistiller.kd_loss(s, t, tau)),
-            ("KLDiv", datafree.KLDiv),
-        )
+        f"kd_loss, temperature {tau}": (partial(mdistiller.kd_loss, temperature=tau), scaled(tau), LOGITS)
+        for tau in TEMPERATURES
     },
-    "kdloss": (cpsc.kdloss, divergence, (5, 9)),
-    "kdloss of maps": (cpsc.kdloss, divergence, (3, 5, 2, 4)),
-    "DistillKL of maps": (repdistiller.DistillKL(2.0), lambda s, t: divergence(s, t, 2.0) * 4, (3, 5, 2, 4)),
-    "kd_loss of maps, a mean over positions": (
-        lambda s, t: mdistiller.kd_loss(s, t, 2.0),
+    "kdloss": (cpsc.kdloss, divergence, LOGITS),
+    "kdloss of maps": (cpsc.kdloss, divergence, LOGIT_MAPS),
+    "DistillKL of maps": (repdistiller.DistillKL(2.0), scaled(2.0), LOGIT_MAPS),
+    "kd_loss of maps, mean over positions": (
+        partial(mdistiller.kd_loss, temperature=2.0),
         lambda s, t: divergence(s, t, 2.0, "none").sum(1).mean() * 4,
-        (3, 5, 2, 4),
+        LOGIT_MAPS,
     ),
     "class_balance_loss": (lambda s, t: datafree.class_balance_loss(s - t), lambda s, t: entropy(s - t), (7, 5)),
+    "cross_entropy": (
+        lambda s, t: datafree.cross_entropy(s - t, LABELS, "none"),
+        lambda s, t: F.cross_entropy(s - t, LABELS, reduction="none"),
+        (6, 5),
+    ),
     "onehot_loss": (
         lambda s, t: datafree.onehot_loss(s) + t.sum(),
         lambda s, t: -s.log_softmax(1)[torch.arange(6), s.argmax(1)].mean() + t.sum(),
@@ -101,15 +101,15 @@ DROP_INS = {
         lambda s, t: F.nll_loss(s.log_softmax(1), LABELS) + t.sum(),
         (6, 5),
     ),
-    "image priors, DataFree's absolute differences": (
+    "DataFree's image prior": (
         lambda s, t: datafree.get_image_prior_losses(s - t),
         lambda s, t: absolute_variation(s - t),
-        (2, 3, 5, 6),
+        IMAGES,
     ),
-    "image priors, DeepInversion's pair": (
+    "DeepInversion's image priors": (
         lambda s, t: deepinversion.get_image_prior_losses(s - t),
         lambda s, t: (absolute_variation(s - t), euclidean_variation(s - t)),
-        (2, 3, 5, 6),
+        IMAGES,
     ),
     "KDLoss without labels": (kd_loss(alpha=0.3), lambda s, t: divergence(s, t, 4.0), (6, 5)),
     "KDLoss with labels": (
@@ -121,17 +121,17 @@ DROP_INS = {
 
 
 @pytest.mark.parametrize("name", DROP_INS)
-def test_value_and_gradients_are_those_of_the_definition(name):
-    ours, theirs, shape = DROP_INS[name]
-    assert_same(ours, theirs, *logits(*shape))
+def test_value_and_gradients_match_definition(name):
+    fast, original, shape = DROP_INS[name]
+    assert_same(fast, original, *logits(*shape))
 
 
 @given(
     *(st.integers(1, 7), st.integers(1, 12), st.floats(0.5, 20)),
     *(st.sampled_from(REDUCTIONS), st.integers(0, 1_000_000)),
 )
-def test_kldiv_is_its_definition(count, classes, temperature, reduction, seed):
-    # The logarithms of probabilities near one half are rounded to 6e-8, and their differences multiplied by T^2.
+def test_kldiv_matches_definition(count, classes, temperature, reduction, seed):
+    # Log-probabilities near one half have rounding errors of 6e-8, which are multiplied by T^2.
     atol = 1e-5 * max(1, temperature**2 / 25)
     definition = lambda s, t: divergence(s, t, temperature, reduction) * temperature**2  # noqa: E731
     inputs = logits(count, classes, seed=seed)
@@ -140,26 +140,15 @@ def test_kldiv_is_its_definition(count, classes, temperature, reduction, seed):
 
 
 @given(st.sampled_from(REDUCTIONS), st.floats(0.5, 5), st.integers(0, 1_000_000))
-def test_jsdiv_is_its_definition(reduction, temperature, seed):
+def test_jsdiv_matches_definition(reduction, temperature, seed):
     definition = lambda s, t: jensen_shannon(s, t, temperature, reduction)  # noqa: E731
     assert_same(lambda s, t: datafree.jsdiv(s, t, temperature, reduction), definition, *logits(4, 6, seed=seed))
-
-
-def test_image_priors_need_a_batch():
-    with pytest.raises(IndexError):
-        datafree.get_image_prior_losses(random(3, 5, 6))
-
-
-def test_cross_entropy_is_torchs():
-    scores, labels = logits(7, 5)[0], torch.arange(7) % 5
-    expected = F.cross_entropy(scores, labels, reduction="none")
-    assert_close(datafree.cross_entropy(scores, labels, "none"), expected, atol=0)
 
 
 @pytest.mark.parametrize(
     ("size_s", "size_t", "power"), [(4, 4, 1), (4, 4, 2), (8, 4, 2), (8, 4, 4), (4, 8, 2), (4, 8, 1)]
 )
-def test_attention_transfer(size_s, size_t, power):
+def test_attention_transfer_matches_definition(size_s, size_t, power):
     maps = random(3, 5, size_s, size_s), random(3, 7, size_t, size_t, seed=1)
     definition = lambda s, t: attention_distance(s, t, power)  # noqa: E731
     assert_same(lambda s, t: mdistiller.single_stage_at_loss(s, t, power), definition, *maps)
@@ -169,7 +158,7 @@ def test_attention_transfer(size_s, size_t, power):
 
 
 def test_losses_compile():
-    """All in one graph."""
+    """All losses in one graph."""
     losses = [
         *(lambda s, t: datafree.kldiv(s, t, 4.0), lambda s, t: datafree.kldiv(s, t, 4.0, "none")),
         *(
@@ -184,7 +173,7 @@ def test_losses_compile():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits(dtype):
+def test_half_precision_logits_match_float64(dtype):
     student, teacher = (x.to(dtype).requires_grad_() for x in logits(8, 100))
     loss = datafree.kldiv(student, teacher, T=4.0)
     loss.backward()
@@ -218,35 +207,29 @@ def test_half_precision_logits(dtype):
         (mdistiller, "at_loss", "(g_s, g_t, p)"),
     ],
 )
-def test_signatures(module, name, signature):
-    found = inspect.signature(getattr(module, name))
-    plain = [p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values()]
+def test_signatures_and_attributes_match_originals(module, name, signature):
+    function = getattr(module, name)
+    parameters = inspect.signature(function).parameters.values()
+    plain = [p.replace(annotation=p.empty) for p in parameters]
     assert str(inspect.Signature(plain)) == signature
-
-
-def test_attributes():
-    kl = datafree.KLDiv(2.0, "sum")
-    assert (kl.T, kl.reduction) == (2.0, "sum")
-    assert repdistiller.DistillKL(3).T == 3
-    assert repdistiller.Attention().p == 2
-    loss = cpsc.SupConLoss(0.1, "one", 0.2, "cpu")
-    assert (loss.temperature, loss.contrast_mode, loss.base_temperature, loss.device) == (0.1, "one", 0.2, "cpu")
+    if inspect.isclass(function) and issubclass(function, nn.Module):
+        arguments = {p.name: 3 if p.default is p.empty else p.default for p in parameters}
+        assert arguments.items() <= vars(function(**arguments)).items()
 
 
 @pytest.mark.parametrize("call", [datafree.kldiv, datafree.KLDiv(), cpsc.kdloss, repdistiller.DistillKL(1)])
-def test_errors_of_logits_are_those_of_pytorch(call):
+def test_errors_match_pytorch(call):
     with pytest.raises(RuntimeError):
         call(torch.zeros(3, 4), torch.zeros(3, 5))
     with pytest.raises(IndexError):
         call(torch.zeros(3), torch.zeros(3))
-
-
-def test_an_unknown_reduction_is_refused():
     with pytest.raises(ValueError, match="median"):
         datafree.kldiv(torch.zeros(2, 3), torch.zeros(2, 3), reduction="median")
+    with pytest.raises(IndexError):
+        datafree.get_image_prior_losses(torch.zeros(3, 5, 6))
 
 
-def test_attention_transfer_gives_a_list_or_a_sum():
+def test_attention_transfer_returns_list_or_sum():
     maps = [random(2, 3, 4, 4), random(2, 5, 2, 2)]
     losses = repdistiller.Attention()(maps, [random(2, 3, 4, 4, seed=2), random(2, 4, 2, 2, seed=3)])
     assert isinstance(losses, list)
@@ -261,58 +244,39 @@ def torchdistill():
     return pytest.importorskip("torchdistill.losses.mid_level")
 
 
-@pytest.mark.parametrize(
-    ("weights", "temperature", "reduction", "labelled"),
-    [
-        ({"alpha": 0.3}, 4.0, "batchmean", True),
-        ({"alpha": 0.3}, 1.0, "none", False),
-        ({"alpha": 0.3, "beta": 2.0}, 1.0, "sum", True),
-        ({"alpha": 0.3, "beta": 2.0}, 4.0, "none", True),
-        ({"alpha": 0}, 4.0, "mean", True),
-        ({"alpha": None, "beta": 1.0}, 1.0, "batchmean", True),
-    ],
-)
-def test_kd_loss_of_torchdistill(weights, temperature, reduction, labelled):
-    targets = torch.arange(6) if labelled else None
-    loss = drop_in.KDLoss(**IO, temperature=temperature, reduction=reduction, **weights)
-
-    def definition(s, t):
-        soft = divergence(s, t, temperature, reduction)
-        if not weights["alpha"] or targets is None:
-            return soft
-        # (N,) and (N, classes) are added where nothing is reduced.
-        hard = F.cross_entropy(s, targets, reduction=reduction if reduction in ("sum", "none") else "mean")
-        return weights["alpha"] * hard + weights.get("beta", 1 - weights["alpha"]) * temperature**2 * soft
-
-    assert_same(lambda s, t: loss(*io_dicts(s, t), targets), definition, *logits(6, 6))
-
-
 @pytest.mark.filterwarnings("ignore:reduction")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("arguments", [{"alpha": 0.9, "label_smoothing": 0.1}, {"alpha": 0, "beta": 3}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"alpha": 0.9, "label_smoothing": 0.1},
+        {"alpha": 0.3, "beta": 2.0},
+        {"alpha": 0, "beta": 3},
+        {"alpha": None, "beta": 1.0},
+    ],
+)
 @pytest.mark.parametrize("shape", [(6, 6), (2, 5, 3, 3)])
-def test_kd_loss_equals_torchdistills(torchdistill, arguments, reduction, shape):
+def test_kd_loss_matches_torchdistill(torchdistill, arguments, reduction, shape):
     student, teacher = logits(*shape)
     targets = torch.randint(0, shape[1], (shape[0], *shape[2:]))
     if len(shape) > 2 and reduction == "none":
         targets = None
-    ours, theirs = (
+    fast, original = (
         kind(**IO, temperature=4.0, reduction=reduction, **arguments) for kind in (drop_in.KDLoss, torchdistill.KDLoss)
     )
-    # An attribute both have is the same in both.
     names = ("student_module_path", "teacher_module_io", "temperature", "alpha", "beta", "reduction", "log_target")
-    assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
-    assert repr(ours) == repr(theirs)
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert [getattr(fast, name) for name in names] == [getattr(original, name) for name in names]
+    assert repr(fast) == repr(original)
+    assert fast.state_dict().keys() == original.state_dict().keys()
     assert_same(
-        lambda s, t: ours(*io_dicts(s, t), targets, "more", other=1),
-        lambda s, t: theirs(*io_dicts(s, t), targets, "more", other=1),
+        lambda s, t: fast(*io_dicts(s, t), targets, "more", other=1),
+        lambda s, t: original(*io_dicts(s, t), targets, "more", other=1),
         student,
         teacher,
     )
 
 
-def test_kd_loss_refuses_what_torchdistills_refuses(torchdistill):
+def test_errors_match_torchdistill(torchdistill):
     for kind in (drop_in.KDLoss, torchdistill.KDLoss):
         with pytest.raises(TypeError):
             kind(**IO, temperature=1.0)
@@ -327,50 +291,27 @@ def test_kd_loss_refuses_what_torchdistills_refuses(torchdistill):
 
 
 @pytest.mark.parametrize("mode", ["code", "paper"])
-def test_at_loss_equals_torchdistills(torchdistill, mode):
+def test_at_loss_matches_torchdistill(torchdistill, mode):
     pairs = {
         "first": {"student": {"path": "a", "io": "output"}, "teacher": {"path": "a", "io": "output"}, "weight": 2.5},
         "second": {"student": {"path": "b", "io": "output"}, "teacher": {"path": "b", "io": "input"}},
     }
-    ours, theirs = (kind(pairs, mode) for kind in (drop_in.ATLoss, torchdistill.ATLoss))
-    assert (ours.at_pairs, ours.mode) == (theirs.at_pairs, theirs.mode)
-    tensors = [
-        random(3, 4, 5, 6, seed=0),
-        random(3, 2, 3, 3, seed=1),
-        random(3, 7, 5, 6, seed=2),
-        random(3, 2, 3, 3, seed=3),
-    ]
+    fast, original = (kind(pairs, mode) for kind in (drop_in.ATLoss, torchdistill.ATLoss))
+    assert (fast.at_pairs, fast.mode) == (original.at_pairs, original.mode)
+    shapes = ((3, 4, 5, 6), (3, 2, 3, 3), (3, 7, 5, 6), (3, 2, 3, 3))
+    tensors = [random(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
     def call(loss):
         return lambda a, b, c, d: loss(
             {"a": {"output": a}, "b": {"output": b}}, {"a": {"output": c}, "b": {"input": d}}, targets=None
         )
 
-    assert_same(call(ours), call(theirs), *tensors)
+    assert_same(call(fast), call(original), *tensors)
 
 
-def test_torchdistills_registry_gives_the_drop_in(torchdistill):
-    from torchdistill.losses.registry import get_high_level_loss, get_mid_level_loss
+def test_torchdistill_registry_returns_drop_ins(torchdistill):
+    from torchdistill.losses.registry import get_mid_level_loss
 
     kwargs = {**IO, "temperature": 4.0, "alpha": 0.5}
     assert type(get_mid_level_loss({"key": "KDLoss", "kwargs": kwargs})) is drop_in.KDLoss
     assert type(get_mid_level_loss({"key": "ATLoss", "kwargs": {"at_pairs": {}}})) is drop_in.ATLoss
-    # As a configuration of torchdistill's own trainer names it.
-    weighted = get_high_level_loss(
-        {
-            "key": "WeightedSumLoss",
-            "kwargs": {"sub_terms": {"kd": {"criterion": {"key": "KDLoss", "kwargs": kwargs}, "weight": 2.0}}},
-        }
-    )
-    student, teacher = logits(3, 4)
-    students, teachers = io_dicts(student, teacher)
-    targets = torch.tensor([0, 1, 2])
-    total = weighted({"student": students, "teacher": teachers}, {}, targets)
-    original = torchdistill.KDLoss(**kwargs)(students, teachers, targets)
-    assert_close(total, 2 * original, atol=1e-5, rtol=1e-5)
-
-
-def test_kd_loss_is_a_kl_div_loss():
-    loss = drop_in.KDLoss(**IO, temperature=2.0, alpha=0.25)
-    assert isinstance(loss, nn.KLDivLoss)
-    assert (loss.reduction, loss.beta, loss.cross_entropy_loss.reduction) == ("batchmean", 0.75, "mean")

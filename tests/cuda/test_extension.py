@@ -78,7 +78,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The GPU there is, an H100 at first."""
     found = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
-    extension._refusal.cache_clear()
+    extension._cached_reason.cache_clear()
     return found
 
 
@@ -121,7 +121,8 @@ def test_a_refused_call_goes_on_to_triton_or_raises_if_named(
     ):
         assert chosen(count, **options) == "triton"
         with pytest.raises(
-            UnsupportedError, match=f"'cuda', asked for by backend, cannot serve contrastive_loss: {said}"
+            UnsupportedError,
+            match=f"'cuda', requested by backend, does not support this call of contrastive_loss: {said}",
         ):
             chosen(count, "cuda", **options)
 
@@ -145,7 +146,7 @@ def test_each_op_asks_its_launchers_forward_and_backward(device: SimpleNamespace
     assert "R of out_weight (R, C, K) is 4" in str(high_order(4))
     assert "K of out_weight (R, C, K) is 136" in str(high_order(3, 136))
     device.multi_processor_count = 4
-    extension._refusal.cache_clear()
+    extension._cached_reason.cache_clear()
     assert "spatial_attention_backward takes 6 multiprocessors at once; the device has 4" in str(spatial(64))
 
 

@@ -10,7 +10,7 @@ import torch
 from dfkd_fast import ops
 from dfkd_fast.testing import LAYOUTS, assert_backend_no_worse, random, value_and_gradients, with_layout
 
-from ..ops.table import DTYPES, POOL_SHAPES, assert_same, maps, special_values, there_and_back, ties
+from ..ops.table import DTYPES, POOL_SHAPES, assert_same, maps, pool_and_unpool, special_values, ties
 
 
 def assert_same_bits(run):
@@ -47,7 +47,7 @@ def test_matches_reference_bits(kernel_device, shape):
 def test_matches_float64_reference(kernel_device, dtype):
     make = maps((2, 5, 5, 6), dtype=dtype, layout="channels_last", device=kernel_device)
     assert_backend_no_worse(lambda x, backend: ops.max_pool2x2(x, backend=backend)[0], make)
-    assert_backend_no_worse(there_and_back, make)
+    assert_backend_no_worse(pool_and_unpool, make)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""The ops as tests call them: inputs drawn from a seed, tilings, and the calls of tests/ops/test_contract.py."""
+"""Seeded inputs, tile sizes and the table of cases for tests of ops."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public name for it
 
 from dfkd_fast import ops
-from dfkd_fast.testing import LAYOUTS, random
+from dfkd_fast.testing import LAYOUTS, assert_close, random, value_and_gradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes of Triton's kernels."""
+"""Dtypes supported by the Triton kernels."""
 
 Make = Callable[[int], list[Any]]
-"""Draws an op's inputs from a seed; None is an argument left out."""
+"""Returns an op's inputs for a seed; None is an omitted argument."""
 
 
 def _drawn(*draws: Callable[..., Tensor] | None, needs_grad: Sequence[int] = ()) -> Make:
@@ -34,19 +33,39 @@ def _drawn(*draws: Callable[..., Tensor] | None, needs_grad: Sequence[int] = ())
     return make
 
 
+def assert_matches(
+    function: Callable[..., Any],
+    definition: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    *,
+    atol: float = 1e-12,
+    gradient_atol: float | None = None,
+    rtol: float = 1e-12,
+) -> None:
+    """Assert that a function has the values and gradients of its definition, for random output gradients."""
+    values, gradients = value_and_gradients(function, inputs)
+    expected, expected_gradients = value_and_gradients(definition, inputs)
+    for i, (a, b) in enumerate(zip(values, expected, strict=True)):
+        assert_close(a, b, atol=atol, rtol=rtol, name=f"output {i}")
+    for i, (a, b) in enumerate(zip(gradients, expected_gradients, strict=True)):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b, atol=gradient_atol or atol, rtol=rtol, name=f"gradient of input {i}")
+
+
 def _variance(*shape: int, **options: Any) -> Tensor:
     return random(*shape, **options).square() + 0.1
 
 
 def vectors(shape=(5, 7), *, dtype=torch.float32, other=None, needs_grad=(), **options: Any) -> Make:
-    """Two (N, D): of :func:`ops.contrastive_loss`. ``other`` is the dtype of the second."""
+    """Inputs of :func:`ops.contrastive_loss`: two (N, D). ``other`` is the dtype of the second."""
     return _drawn(
         *(partial(random, *shape, dtype=d, **options) for d in (dtype, other or dtype)), needs_grad=needs_grad
     )
 
 
 def logits(shape=(4, 7), *, scale=2.0, **options: Any) -> Make:
-    """Two (N, classes): of :func:`ops.distillation_kl`."""
+    """Inputs of :func:`ops.distillation_kl`: two (N, classes)."""
     return vectors(shape, scale=scale, **options)
 
 
@@ -61,7 +80,7 @@ def attention(
     bias=True,
     needs_grad=(),
 ) -> Make:
-    """Of :func:`ops.spatial_attention`: logits of deviation 1. ``parameters`` is the dtype of weight and bias."""
+    """Inputs of :func:`ops.spatial_attention`. ``parameters`` is the dtype of weight and bias."""
     n, c, h, w = shape
     maps = {"dtype": dtype, "layout": layout, "device": device}
     fixed = {"dtype": parameters or dtype, "device": device}
@@ -75,7 +94,7 @@ def attention(
 
 
 def near(form: str, shape: Sequence[int]) -> float:
-    """A scale at which what spatial_attention adds to the features is as large as they are."""
+    """A scale at which spatial_attention adds about as much as the features themselves."""
     return {"spatial": float(shape[2] * shape[3]), "spatial_mean1": 1.0, "channel": float(shape[1])}[form]
 
 
@@ -91,9 +110,9 @@ def high_order(
     target=False,
     needs_grad=None,
 ) -> Make:
-    """Of :func:`ops.high_order_attention`: weights of deviation 1.5 / sqrt(fan in), at which all orders matter.
+    """Inputs of :func:`ops.high_order_attention`, with weights large enough for all orders to matter.
 
-    With ``target`` of :func:`ops.high_order_attention_mse`, all but the target requiring a gradient.
+    With ``target``, inputs of :func:`ops.high_order_attention_mse`; all except the target require a gradient.
     """
     channels = shape[1]
     hidden = hidden or max(1, channels // 4)
@@ -118,7 +137,7 @@ def norm(
     device="cpu",
     needs_grad=(0, 3, 4, 5),
 ) -> Make:
-    """x, running mean and variance, weight, bias and residual, in the order of :func:`call_norm`."""
+    """Inputs of :func:`call_norm`: x, running mean and variance, weight, bias and residual."""
     fixed = {"dtype": dtype, "device": device}
     vector = partial(random, shape[1], **fixed)
     return _drawn(
@@ -137,7 +156,7 @@ def call_norm(x, running_mean, running_var, weight, bias, residual, *, eps=1e-3,
 
 
 def stored(shape=(3, 5, 4, 2), *, dtype=torch.float32, other=None, layout="contiguous", device="cpu", needs_grad=(0,)):
-    """x, running mean and variance: of :func:`ops.statistics_distance`. ``other`` is the dtype of the statistics."""
+    """Inputs of :func:`ops.statistics_distance`. ``other`` is the dtype of the running statistics."""
     fixed = {"dtype": other or dtype, "device": device}
     return _drawn(
         partial(random, *shape, scale=3.0, shift=1.0, dtype=dtype, layout=layout, device=device),
@@ -148,7 +167,7 @@ def stored(shape=(3, 5, 4, 2), *, dtype=torch.float32, other=None, layout="conti
 
 
 def maps(shape=(2, 6, 5, 4), *, needs_grad=(), **options: Any) -> Make:
-    """Of ops that take a map only."""
+    """Inputs of ops with one map."""
     return _drawn(partial(random, *shape, **options), needs_grad=needs_grad)
 
 
@@ -166,31 +185,31 @@ POOL_SHAPES = {
 
 
 def ties(*shape: int, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
-    """Few different values, most of them not positive: windows with equals, and windows without anything positive."""
+    """Few distinct values, mostly not positive, so that windows have ties or no positive element."""
     return random(*shape, dtype=dtype, **options).round().clamp(-2, 1)
 
 
 def special_values(dtype: torch.dtype = torch.float64) -> Tensor:
-    """Every window of four special values."""
+    """All 2 x 2 windows of special values."""
     special = (math.nan, -math.inf, -1.0, -0.0, 0.0, 1.0, math.inf)
     return torch.tensor(list(itertools.product(special, repeat=4)), dtype=dtype).view(7, 7 * 7 * 7, 2, 2)
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
-    """Equal to the bit but for the sign of zero, NaN where NaN is, in equal strides and dtype."""
+    """Assert equal values (except for the sign of zero), dtypes and strides; NaN equals NaN."""
     assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
     assert torch.equal(a.isnan(), b.isnan())
     assert torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))
 
 
-def there_and_back(x, *, relu=True, backend=None):
-    """Pooling, something in between, and unpooling."""
+def pool_and_unpool(x, *, relu=True, backend=None):
+    """Pool, multiply, and unpool."""
     y, code = ops.max_pool2x2(x, relu=relu, backend=backend)
     return ops.max_unpool2x2(y * 3, code, x.shape[2:], backend=backend)
 
 
 def unpool(y, *, backend=None):
-    """Unpooling by codes of all kinds."""
+    """Unpool with every code."""
     code = (torch.arange(y.numel(), device=y.device) % 7).to(torch.uint8).view(y.shape)
     return ops.max_unpool2x2(y, code, backend=backend)
 
@@ -206,26 +225,26 @@ def _tiles(kernels: Sequence[str], tile: dict[str, int], **launch: Any) -> Itera
 
 
 def high_order_tiles(channels: int) -> AbstractContextManager[None]:
-    """Tiles of 16 rows by so many channels: fewer than there are is the form that splits them."""
+    """Use tiles of 16 rows and the given number of channels; fewer than C select the split kernels."""
     names = ("high_order_attention", "high_order_attention_backward", "high_order_attention_weights")
     return _tiles(names, {"BLOCK_M": 16, "BLOCK_C": channels, "BLOCK_K": 16})
 
 
 def spatial_tiles(**changed: int) -> AbstractContextManager[None]:
-    """Several tiles to a map, a channel and a chunk, where shapes are small."""
+    """Use several tiles per map, channel and chunk for small shapes."""
     names = [f"spatial_attention_{name}" for name in ("statistics", "delta", "gate", "rows", "gradients")]
     tile = {"BLOCK_M": 16, "BLOCK_C": 16, "BLOCK_K": 16, "TILES": 1, "PROGRAMS": 2, "MEGABYTES": 0}
     return _tiles(names, {**tile, **changed})
 
 
 def distance_tiles() -> AbstractContextManager[None]:
-    """32 channels at a time: thousands of them take the interpreter too long."""
+    """Use 32 channels per tile, because the interpreter is slow with thousands."""
     return _tiles(["statistics_distance"], {"BLOCK": 32}, num_warps=1)
 
 
 @contextmanager
 def contrastive_tiles(split: int = 1) -> Iterator[None]:
-    """Columns split over many programs, where few vectors would be served in one."""
+    """Split columns over many programs, even for few vectors."""
     from dfkd_fast.kernels import contrastive_loss as kernels
 
     with mock.patch.multiple(kernels, SMALL=0, tiles_per_program=lambda blocks, tiles, available: split):
@@ -233,7 +252,7 @@ def contrastive_tiles(split: int = 1) -> Iterator[None]:
 
 
 class RecordedOperators(TorchDispatchMode):
-    """Keeps the calls of the library's operators."""
+    """Records calls of dfkd_fast operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,25 +260,25 @@ class RecordedOperators(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         if function.namespace == "dfkd_fast":
-            self.calls.append((function, tree_map_only(Tensor, Tensor.detach, arguments)))
+            self.calls.append((function, tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)))
         return function(*arguments, **(keywords or {}))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A public function with options, and how its contract is tested.
+    """A public function with options, for the tests in test_contract.py.
 
     Attributes:
         function: takes the inputs and ``backend``.
-        make: draws inputs of a shape.
-        shapes: three small ones, the first of which no tile fits.
-        needs_grad: arguments that may require a gradient.
-        tiling: context in which Triton's kernels run.
-        batched: arguments with a dimension for samples.
-        autocast: whether autocast changes nothing.
-        many: a shape that takes several programs.
+        make: returns the inputs for a shape.
+        shapes: three small shapes; the first is not a multiple of any tile.
+        needs_grad: indices of differentiable arguments.
+        tiling: context in which Triton kernels run.
+        batched: indices of arguments with a batch dimension.
+        autocast: whether autocast has no effect.
+        many: a shape that needs several programs.
         graph: a shape for a GPU.
-        atol: absolute tolerance in float32, relative to one.
+        atol: absolute tolerance in float32.
     """
 
     function: Callable[..., Any]
@@ -329,7 +348,7 @@ CASES: dict[str, Case] = {
     "channel_statistics": Case(function=ops.channel_statistics, make=maps, **_MAPS),
     "statistics_distance": Case(function=ops.statistics_distance, make=stored, **_MAPS),
     "max_pool2x2": Case(
-        function=there_and_back, make=maps, **{**_MAPS, "shapes": ((2, 7, 5, 3), (3, 3, 4, 6), (2, 3, 4, 6))}
+        function=pool_and_unpool, make=maps, **{**_MAPS, "shapes": ((2, 7, 5, 3), (3, 3, 4, 6), (2, 3, 4, 6))}
     ),
     "max_unpool2x2": Case(function=unpool, make=maps, **_MAPS),
 }

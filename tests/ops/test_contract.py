@@ -1,21 +1,24 @@
-"""What every op promises, for the reference and for the kernels of Triton, in the calls of table.py."""
+"""Properties of every op, for the reference and the Triton kernels, with the cases in table.py."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import math
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 
 from dfkd_fast import ops
 from dfkd_fast.testing import assert_close, assert_compiles, random, value_and_gradients, with_layout
 
-from .table import CASES, DTYPES, Case, RecordedOperators, high_order, logits, maps, norm, stored
+from .table import CASES, DTYPES, Case, RecordedOperators, call_norm, high_order, logits, maps, norm, stored
 
-ONE_FOR_EACH_OP = [name for name in CASES if name.split(",")[0] not in {n.split(",")[0] for n in CASES if n < name}]
+ONE_PER_OP = [name for name in CASES if name.split(",")[0] not in {n.split(",")[0] for n in CASES if n < name}]
 DISTINCT = [name for name in CASES if "tiles" not in name or name.split(",")[0] not in CASES]
 
 each_case = pytest.mark.parametrize("name", CASES)
@@ -29,26 +32,117 @@ def tensors(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
-def relaid(t: Tensor | None, layout: Any) -> Tensor | None:
-    """In a layout, where it applies."""
+def to_layout(t: Tensor | None, layout: Any) -> Tensor | None:
+    """Return t in a memory layout, if the layout applies."""
     if t is None or t.ndim < (4 if layout == "channels_last" else 2):
         return t
     return with_layout(t, layout).requires_grad_(t.requires_grad)
 
 
 def assert_equal(found: Any, expected: Any) -> None:
-    """To the bit."""
+    """Assert bitwise equality."""
     for a, b in zip(found, expected, strict=True):
         assert a is b is None or torch.equal(a, b)
 
 
+OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "distillation_kl": {"direction": ("forward", "reverse"), "reduction": ("batchmean", "sum", "mean", "none")},
+    "contrastive_loss": {"symmetric": (0, 1), "normalize": (0, 1), "reduction": ("mean", "sum", "none")},
+    "spatial_attention": {"form": ("spatial", "spatial_mean1", "channel")},
+    "high_order_attention": {"mode": ("joint", "per_order")},
+    "high_order_attention_map": {"mode": ("joint", "per_order")},
+    "high_order_attention_mse": {"mode": ("joint", "per_order")},
+    "batchnorm_statistics": {"activation": ("none", "relu", "relu6")},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (name, dict(zip(OPTIONS.get(name.split(",")[0], ()), values, strict=True)))
+        for name in ONE_PER_OP
+        for values in itertools.product(*OPTIONS.get(name.split(",")[0], {}).values())
+    ],
+)
+def test_gradcheck_passes_for_first_and_second_derivatives(name, options):
+    case = CASES[name]
+    shape = (2, 8, 2, 2) if len(case.shapes[0]) == 4 else (4, 3)
+    inputs = case.make(shape, dtype=torch.float64, needs_grad=case.needs_grad)(1)
+    assert gradcheck(partial(case.function, **options), inputs)
+    assert gradgradcheck(partial(case.function, **options), inputs)
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_PER_OP if name != "max_unpool2x2"])
+def test_tensor_arguments_are_checked(name):
+    """Errors name the argument with the wrong type, dtype, shape or device."""
+    case = CASES[name]
+    inputs = [None if t is None else t.detach() for t in case.make(case.shapes[0])(1)]
+    parameters = list(inspect.signature(case.function).parameters)[: len(inputs)]
+    for i, (argument, given) in enumerate(zip(parameters, inputs, strict=True)):
+        wrong: list[tuple[type[Exception], str, Any]] = [
+            (TypeError, f"{argument} must be a tensor, got str", "text"),
+            (TypeError, f"{argument} must be of dtype .*, got torch.int64", given.long()),
+            (TypeError, f"{argument} must be of dtype .*, got torch.complex64", given.to(torch.complex64)),
+            (ValueError, rf"{argument} must have shape \(", given.flatten() if given.ndim > 1 else given[:-1]),
+        ]
+        if given.ndim > 1:
+            wrong.append((ValueError, f"{argument} must have shape .* only N may be 0", given[:, :0]))
+        if i > 0:
+            first = parameters[0]
+            wrong.append((ValueError, f"{argument} must be on the device of {first}, cpu, got meta", given.to("meta")))
+            for dim, size in enumerate(given.shape):
+                wrong.append((ValueError, "must have (the )?shape", given.narrow(dim, 0, size - 1)))
+        for error, message, value in wrong:
+            with pytest.raises(error, match=message):
+                case.function(*inputs[:i], value, *inputs[i + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *(("distillation_kl", "temperature"), ("contrastive_loss", "temperature")),
+        *(("batchnorm_statistics", "eps"), ("spatial_attention", "scale")),
+    ],
+)
+def test_numeric_options_are_checked(name, option):
+    function, inputs = CASES[name].function, CASES[name].make(CASES[name].shapes[0])(1)
+    above = option != "scale"
+    for wrong in (math.nan, math.inf, *((0, 0.0, -0.1) if above else ())):
+        with pytest.raises(ValueError, match=f"{option} must be a finite number{' above 0' if above else ''}, got"):
+            function(*inputs, **{option: wrong})
+    for wrong in ("0.1", None, True, torch.tensor(0.1)):
+        with pytest.raises(TypeError, match=f"{option} must be a number, got {type(wrong).__name__}"):
+            function(*inputs, **{option: wrong})
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(n, o) for n in ONE_PER_OP for o in OPTIONS.get(n.split(",")[0], {}) if o not in ("symmetric", "normalize")],
+)
+def test_choices_are_checked(name, option):
+    inputs, (*others, last) = CASES[name].make(CASES[name].shapes[0])(1), OPTIONS[name.split(",")[0]][option]
+    for wrong in ("both", None):
+        expected = f"{option} must be {', '.join(map(repr, others))} or {last!r}, got {wrong!r}"
+        with pytest.raises(ValueError, match=expected):
+            CASES[name].function(*inputs, **{option: wrong})
+
+
+def test_shape_errors_state_the_known_sizes():
+    with pytest.raises(ValueError, match=r"positives must have shape \(N, D\) with N = 5, D = 7, got \(4, 7\)"):
+        ops.contrastive_loss(random(5, 7), random(4, 7))
+    with pytest.raises(ValueError, match=r"residual must have the shape of x, \(3, 5, 4, 2\), got \(3, 5, 2, 4\)"):
+        call_norm(*norm()(1)[:5], random(3, 5, 2, 4))
+    with pytest.raises(ValueError, match=r"target requires a gradient, .*: pass target.detach\(\)"):
+        ops.high_order_attention_mse(*high_order(target=True, needs_grad=(3,))(1))
+
+
 @each_case
-def test_memory_layout_changes_nothing(name):
+def test_memory_layout_does_not_change_results(name):
     case = CASES[name]
     inputs = case.make(case.shapes[0])(1)
     expected, expected_gradients = value_and_gradients(case.function, inputs)
     for layout in case.layouts:
-        laid = [relaid(t, layout) for t in inputs]
+        laid = [to_layout(t, layout) for t in inputs]
         values, gradients = value_and_gradients(case.function, laid)
         for a, b in zip((*values, *gradients), (*expected, *expected_gradients), strict=True):
             if b is not None:
@@ -56,8 +150,8 @@ def test_memory_layout_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if len(CASES[name].shapes[0]) == 4])
-def test_maps_lie_as_the_map_that_came_in(backend_and_device, name):
-    """Values, and the gradient of the map by kernels, in every dtype."""
+def test_results_keep_memory_format_of_input(backend_and_device, name):
+    """Values in every dtype, and for kernels the gradient of the map too."""
     case, (backend, device) = CASES[name], backend_and_device
     for number, dtype in enumerate(DTYPES if backend == "triton" else (torch.float64, *DTYPES)):
         layout, form = (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format))[number % 2]
@@ -69,7 +163,7 @@ def test_maps_lie_as_the_map_that_came_in(backend_and_device, name):
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-def test_the_reference_compiles_without_graph_breaks(name):
+def test_reference_compiles_without_graph_breaks(name):
     case = CASES[name]
     layout = case.layouts[1]  # channels-last maps
     calls = [case.make(shape, layout=layout)(1) for shape in case.shapes[1:]]
@@ -78,7 +172,7 @@ def test_the_reference_compiles_without_graph_breaks(name):
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_kernels_compile_with_dynamic_shapes(kernel_device, name):
-    """Shapes that come one after the other, the kernel in the midst of a graph."""
+    """Calls with several shapes, with other operations before the kernel."""
     case = CASES[name]
     calls = [case.make(shape, layout=case.layouts[1], device=kernel_device)(1) for shape in case.shapes[1:]]
     function = with_backend(case, "triton")
@@ -87,8 +181,8 @@ def test_kernels_compile_with_dynamic_shapes(kernel_device, name):
 
 
 def test_kernels_compile_with_inductor(kernel_device):
-    """All ops in one graph, since its compiler takes long; static shapes first, which the second call makes dynamic."""
-    cases = [CASES[name] for name in ONE_FOR_EACH_OP]
+    """All ops in one graph, because Inductor is slow. The second call makes shapes dynamic."""
+    cases = [CASES[name] for name in ONE_PER_OP]
     calls = []
     for which in (1, 2):
         made = [case.make(case.shapes[which], layout=case.layouts[1], device=kernel_device)(1) for case in cases]
@@ -110,8 +204,8 @@ def test_kernels_compile_with_inductor(kernel_device):
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-def test_function_transforms(backend_and_device, name):
-    """grad, vmap, and vmap of grad, over samples and with what is shared: as one call after the other."""
+def test_function_transforms_match_separate_calls(backend_and_device, name):
+    """grad, vmap and vmap of grad equal separate calls, with batched and shared arguments."""
     case, (backend, device) = CASES[name], backend_and_device
     dtype, atol = (torch.float64, 1e-11) if backend == "reference" else (torch.float32, 0.0)
     first, second = (
@@ -139,7 +233,7 @@ def test_function_transforms(backend_and_device, name):
 
 
 @pytest.mark.parametrize("name", [name for name in DISTINCT if CASES[name].autocast])
-def test_autocast_changes_nothing(backend_and_device, name):
+def test_autocast_does_not_change_results(backend_and_device, name):
     case, (backend, device) = CASES[name], backend_and_device
     inputs = case.make(case.shapes[0], device=device)(1)
     expected = tensors(case.function(*inputs, backend=backend))
@@ -150,24 +244,24 @@ def test_autocast_changes_nothing(backend_and_device, name):
 
 
 @each_case
-def test_backends_are_checked(name):
+def test_unknown_and_unsupported_backends_raise(name):
     case, op = CASES[name], name.split(",")[0]
     inputs = case.make(case.shapes[0])(1)
     with pytest.raises(ValueError, match="backend must be 'cuda', 'triton' or 'reference', got 'numpy'"):
         case.function(*inputs, backend="numpy")
     with pytest.raises(
-        RuntimeError, match=f"'cuda', asked for by backend, (cannot serve|has no implementation of) {op}"
+        RuntimeError, match=f"'cuda', requested by backend, (does not support this call of|does not implement) {op}"
     ):
         case.function(*inputs, backend="cuda")
 
 
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-FEWER_CHECKS = ("test_schema", "test_faketensor")  # those that strides make a difference to
+FEWER_CHECKS = ("test_schema", "test_faketensor")  # those that depend on strides
 
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_operators_pass_opcheck(kernel_device, name):
-    """Those that a call takes, forward and backward, in each layout; then with one gradient in and one out."""
+    """Forward and backward operators in each layout, with all gradients and with only one."""
     case = CASES[name]
     for number, layout in enumerate(case.layouts[1:]):
         inputs = case.make(case.shapes[0], layout=layout, device=kernel_device)(1)
@@ -184,7 +278,7 @@ def test_operators_pass_opcheck(kernel_device, name):
 
 
 @each_case
-def test_two_runs_give_the_same_bits(kernel_device, name):
+def test_results_are_deterministic(kernel_device, name):
     case = CASES[name]
     inputs = case.make(case.many, dtype=torch.bfloat16, layout=case.layouts[1], device=kernel_device)(1)
     with case.tiling():
@@ -193,8 +287,8 @@ def test_two_runs_give_the_same_bits(kernel_device, name):
 
 
 @each_case
-def test_each_subset_of_gradients(kernel_device, name):
-    """The bits of a gradient do not depend on which others are asked for; the others are None."""
+def test_gradients_do_not_depend_on_requested_subset(kernel_device, name):
+    """A gradient does not depend on which others are requested. Gradients that are not requested are None."""
     case = CASES[name]
     inputs = [t if t is None else t.detach() for t in case.make(case.shapes[0], device=kernel_device)(1)]
 
@@ -216,7 +310,7 @@ def test_each_subset_of_gradients(kernel_device, name):
 
 
 @each_case
-def test_an_empty_batch_is_as_the_references(kernel_device, name):
+def test_empty_batch_matches_reference(kernel_device, name):
     case = CASES[name]
     inputs = case.make((0, *case.shapes[0][1:]), device=kernel_device)(1)
     with case.tiling():
@@ -228,34 +322,32 @@ def test_an_empty_batch_is_as_the_references(kernel_device, name):
 
 
 @each_case
-def test_a_named_backend_says_why_it_cannot_serve(kernel_device, name):
+def test_unsupported_dtype_raises_with_reason(kernel_device, name):
     case, op = CASES[name], name.split(",")[0]
     for i in case.batched:
         inputs = case.make(case.shapes[0], device=kernel_device)(1)
         inputs[i] = inputs[i].double()
-        with pytest.raises(
-            RuntimeError, match=f"'triton', asked for by backend, cannot serve {op}: its kernels take .*, not float64"
-        ):
+        with pytest.raises(RuntimeError, match=f"'triton', requested by backend, .* {op}: its kernels .*, not float64"):
             case.function(*inputs, backend="triton")
 
 
 @each_case
-def test_second_derivatives_are_a_clear_error(kernel_device, name):
+def test_second_derivatives_raise(kernel_device, name):
     case, op = CASES[name], name.split(",")[0].removesuffix("_map")
     inputs = case.make(case.shapes[1], device=kernel_device)(1)
     leaves = [t if t is None else t.detach().requires_grad_(i in case.needs_grad) for i, t in enumerate(inputs)]
     total = sum(value.square().sum() for value in tensors(case.function(*leaves, backend="triton")))
     for gradient in torch.autograd.grad(total, [leaves[i] for i in case.needs_grad], create_graph=True):
         with pytest.raises(
-            RuntimeError, match=f"{op}: fused backends have no second derivative; use backend='reference'"
+            RuntimeError, match=f"{op}: fused backends do not support second derivatives; use backend='reference'"
         ):
             gradient.square().sum().backward(retain_graph=True)
 
 
 @pytest.mark.gpu
 @each_case
-def test_a_captured_graph_follows_its_inputs(name):
-    """Over a hundred replays, so that what one leaves behind would show in the next."""
+def test_cuda_graph_replays_match_eager(name):
+    """A hundred replays would reveal state that one leaves behind for the next."""
     case = CASES[name]
     make = case.make(case.graph, dtype=torch.bfloat16, layout=case.layouts[1], device="cuda")
     inputs = [t if t is None else t.detach().requires_grad_(i in case.needs_grad) for i, t in enumerate(make(1))]
@@ -288,7 +380,7 @@ def test_a_captured_graph_follows_its_inputs(name):
 
 BRAIN: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
 MAP = {**BRAIN, "layout": "channels_last"}
-# Shapes, and bytes that forward may take beyond its results, and both beyond results and gradients.
+# Inputs, function, extra bytes in forward beyond results, and in both passes beyond results and gradients.
 _SIZE = 2 * 64 * 64 * 56 * 56
 MEMORY: dict[str, tuple[Any, Any, float, float]] = {
     "distillation_kl": (
@@ -303,7 +395,7 @@ MEMORY: dict[str, tuple[Any, Any, float, float]] = {
         *(high_order((64, 64, 56, 56), **MAP, target=True, needs_grad=(0,)), ops.high_order_attention_mse),
         *(_SIZE // 8, _SIZE // 8),
     ),
-    "batchnorm_statistics": (  # which keeps a bit per element
+    "batchnorm_statistics": (  # saves one bit per element
         norm((64, 64, 112, 112), **MAP, residual=True, affine=False, needs_grad=(0, 5)),
         CASES["batchnorm_statistics"].function,
         *(_SIZE // 4 + 2**21, _SIZE // 4 + 2**22),
@@ -318,7 +410,7 @@ MEMORY: dict[str, tuple[Any, Any, float, float]] = {
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MEMORY)
-def test_memory_is_that_of_results_and_gradients(name):
+def test_peak_memory_is_bounded(name):
     make, function, forward_beyond, both_beyond = MEMORY[name]
     inputs = make(1)
     leaves = [t for t in inputs if t is not None and t.requires_grad]
