@@ -90,9 +90,8 @@ __global__ void __launch_bounds__((resident_groups(PANELS, EACH) + 1) * kWarpgro
         tma_load(out_tile + p * kOrders * 64 * kUnits, out_map, 0, 64 * p, 0, weights);
       }
       PipelineState state;
-      bool again = false;
       for (int tile = first; tile < tiles; tile += step) {
-        if (again) mbarrier_wait(empty + state.index, state.phase ^ 1);
+        mbarrier_wait(empty + state.index, state.phase ^ 1);
         mbarrier_arrive_expect_tx(full + state.index, 2 * PANELS * kSquare);
 #pragma unroll
         for (int p = 0; p < PANELS; ++p) {
@@ -100,7 +99,6 @@ __global__ void __launch_bounds__((resident_groups(PANELS, EACH) + 1) * kWarpgro
                    full + state.index);
         }
         state.advance(kSlots);
-        again = again || state.index == 0;
       }
     }
   } else {
@@ -132,7 +130,7 @@ __global__ void __launch_bounds__((resident_groups(PANELS, EACH) + 1) * kWarpgro
         __syncwarp();
         warpgroup_wait<0>();
         warpgroup_fence_operand(u);
-        rectify<T, kUnits>(u, a);
+        rectify_fragments<T, kUnits>(u, a);
       }
       if constexpr (EACH) {
 #pragma unroll
@@ -303,7 +301,7 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
       release(kPanels - 1);
       if (lane < PARTS - 1) mbarrier_arrive_cluster_relaxed(spent + group, team + other(1 + lane));
       __syncwarp();
-      rectify<T, kPartUnits>(u, a[0]);
+      rectify_fragments<T, kPartUnits>(u, a[0]);
     }
     // Products read a[0] from here on: what is sent is another copy.
 #pragma unroll
@@ -410,19 +408,12 @@ struct Maps {
 template <int UNITS>
 int make_maps(Maps& to, const Problem& p, const void* x, const void* proj, const void* out, void* y, int rows,
               int factors) {
-  const int64_t channels = p.channels, hidden = p.hidden;
-  const int64_t all = channels * p.count;  // what the map's third dimension of one would step by
-  int error = make_tensor_map<64>(&to.x, x, {channels, p.count, 1}, channels, all, {64, rows, 1});
-  if (!error) error = make_tensor_map<64>(&to.y, y, {channels, p.count, 1}, channels, all, {64, kGroupRows, 1});
-  if (!error) {
-    error = make_tensor_map<64>(&to.proj, proj, {channels, hidden, factors_of(p.order)}, channels, channels * hidden,
-                                {64, UNITS, factors});
-  }
-  if (!error) {
-    error = make_tensor_map<UNITS>(&to.out, out, {hidden, channels, p.order}, hidden, channels * hidden,
-                                   {UNITS, 64, kOrders});
-  }
-  return error;
+  MapMaker make;
+  make.rows<64>(to.x, x, p.count, p.channels, 64, rows);
+  make.rows<64>(to.y, y, p.count, p.channels, 64, kGroupRows);
+  make.weights<64>(to.proj, proj, factors_of(p.order), p.hidden, p.channels, {64, UNITS, factors});
+  make.weights<UNITS>(to.out, out, p.order, p.channels, p.hidden, {UNITS, 64, kOrders});
+  return make.error;
 }
 
 template <typename T, int PANELS, bool EACH>

@@ -72,6 +72,22 @@ inline int require_sizes(int64_t positions, int64_t channels, int64_t hidden, in
   return status;
 }
 
+// Descriptors of a launch's tensors, until one fails.
+struct MapMaker {
+  int error = 0;
+
+  // (outer, rows, columns), contiguous.
+  template <int WIDTH>
+  void weights(TensorMap& to, const void* base, int64_t outer, int64_t rows, int64_t columns, Shape tile) {
+    if (!error) error = make_tensor_map<WIDTH>(&to, base, {columns, rows, outer}, columns, rows * columns, tile);
+  }
+  // A matrix (rows, columns) in tiles.
+  template <int WIDTH>
+  void rows(TensorMap& to, const void* base, int64_t count, int64_t columns, int64_t tile_columns, int64_t tile_rows) {
+    weights<WIDTH>(to, base, 1, count, columns, {tile_columns, tile_rows, 1});
+  }
+};
+
 struct Problem {
   int64_t count;
   int channels, hidden, order, gates, map;
@@ -93,24 +109,21 @@ struct Parts {
 // ---- numbers -------------------------------------------------------------------------------------------------------
 
 // Two numbers out of one register.
-#ifdef DFKD_HOST
-template <typename T>
-void unpack_pair(uint32_t pair, float (&values)[2]) {
-  values[0] = to_float(T{static_cast<uint16_t>(pair & 0xffffu)});
-  values[1] = to_float(T{static_cast<uint16_t>(pair >> 16)});
-}
-inline float reciprocal_fast(float x) { return 1.0f / x; }
-#else
 template <typename T>
 __device__ __forceinline__ void unpack_pair(uint32_t pair, float (&values)[2]) {
+#ifndef DFKD_HOST
   if constexpr (std::is_same_v<T, bfloat16>) {
     values[0] = __uint_as_float(pair << 16);
     values[1] = __uint_as_float(pair & 0xffff0000u);
-  } else {
-    values[0] = to_float(T{static_cast<uint16_t>(pair & 0xffffu)});
-    values[1] = to_float(T{static_cast<uint16_t>(pair >> 16)});
+    return;
   }
+#endif
+  values[0] = to_float(T{static_cast<uint16_t>(pair)});
+  values[1] = to_float(T{static_cast<uint16_t>(pair >> 16)});
 }
+#ifdef DFKD_HOST
+inline float reciprocal_fast(float x) { return 1.0f / x; }
+#else
 // Without the steps that keep denormal numbers.
 __device__ __forceinline__ float reciprocal_fast(float x) {
   float result;
@@ -126,28 +139,46 @@ __device__ __forceinline__ float opened(float logit) { return reciprocal_fast(1.
 
 // ---- the two products of a warpgroup's positions -------------------------------------------------------------------
 
-// UNITS hidden units: u[factor UNITS / 8 + ...] of the first product to a, the left operands of the second one's steps
-// of 16 units, those of order 1 first.
-template <typename T, int UNITS>
-__device__ __forceinline__ void rectify(const float (&u)[kFactors * UNITS / 8][4],
-                                        uint32_t (&a)[kOrders * UNITS / 16][4]) {
-  for_orders<kOrders>([&](auto order, auto first) {
-    constexpr int kOrder = order, kFirst = first;
+// Asks for STEPS products, step(k) each, and waits for them. registers: their accumulators, and left operands.
+template <int STEPS, typename Step, typename... Registers>
+__device__ __forceinline__ void gemm(Step step, Registers&... registers) {
+  (warpgroup_fence_operand(registers), ...);
+  warpgroup_arrive();
 #pragma unroll
-    for (int n = 0; n < UNITS / 8; ++n) {
-      float z[4];
+  for (int k = 0; k < STEPS; ++k) step(k);
+  warpgroup_commit_batch();
+  warpgroup_wait<0>();
+  (warpgroup_fence_operand(registers), ...);
+}
+
+// a of 8 CHUNKS hidden units from their factors u[CHUNKS factor + n]: two units at a time to store(order - 1, n, half, a).
+template <typename T, int CHUNKS, typename Store>
+__device__ __forceinline__ void rectify(const float (&u)[kFactors * CHUNKS][4], Store store) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float each[kOrder];
+  for (int n = 0; n < CHUNKS; ++n) {
 #pragma unroll
-        for (int i = 0; i < kOrder; ++i) each[i] = u[(kFirst + i) * (UNITS / 8) + n][e];
-        const float product = product_of(each);
-        z[e] = positive(product, product);
-      }
-      uint32_t(&operand)[4] = a[(kOrder - 1) * (UNITS / 16) + n / 2];
-      operand[n % 2 * 2] = pack_rounded<T>(z[0], z[1]);
-      operand[n % 2 * 2 + 1] = pack_rounded<T>(z[2], z[3]);
+    for (int half = 0; half < 2; ++half) {
+      for_orders<kOrders>([&](auto order, auto first) {
+        constexpr int kOrder = order, kFirst = first;
+        float z[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float factors[kOrder];
+#pragma unroll
+          for (int i = 0; i < kOrder; ++i) factors[i] = u[CHUNKS * (kFirst + i) + n][2 * half + e];
+          z[e] = product_of(factors);
+        }
+        store(kOrder - 1, n, half, pack_rounded<T>(positive(z[0], z[0]), positive(z[1], z[1])));
+      });
     }
+  }
+}
+// The same to the left operands of the second product's steps of 16 units, those of order 1 first.
+template <typename T, int UNITS>
+__device__ __forceinline__ void rectify_fragments(const float (&u)[kFactors * UNITS / 8][4],
+                                                  uint32_t (&a)[kOrders * UNITS / 16][4]) {
+  rectify<T, UNITS / 8>(u, [&](int r, int n, int half, uint32_t pair) {
+    a[r * (UNITS / 16) + n / 2][n % 2 * 2 + half] = pair;
   });
 }
 

@@ -85,21 +85,6 @@ int groups_of(const Problem& p, int way) {
   return time(3) <= time(2) ? 3 : 2;
 }
 
-struct Maps {
-  int error = 0;
-
-  // (outer, rows, columns), contiguous.
-  template <int WIDTH, typename T>
-  void weights(TensorMap& to, const T* base, int64_t outer, int64_t rows, int64_t columns, Shape tile) {
-    if (!error) error = make_tensor_map<WIDTH>(&to, base, {columns, rows, outer}, columns, rows * columns, tile);
-  }
-  // A matrix (rows, columns) in tiles.
-  template <int WIDTH, typename T>
-  void rows(TensorMap& to, const T* base, int64_t count, int64_t columns, int64_t tile_columns, int64_t tile_rows) {
-    weights<WIDTH>(to, base, 1, count, columns, {tile_columns, tile_rows, 1});
-  }
-};
-
 // What lies in the scratch.
 template <typename T>
 struct Buffers {
@@ -143,7 +128,7 @@ int launch_chain(const Problem& p, const Buffers<T>& at, const Arguments<T>& giv
   const bool needs_grad_x = given.dx != nullptr, needs_grad_factors = needs_grad_x || given.dproj != nullptr;
   constexpr int kUnits = Sizes::kUnits;
   ChainMaps maps{};
-  Maps make;
+  MapMaker make;
   make.rows<64>(maps.x, given.x, p.count, p.channels, 64, Sizes::kRowsOfRank);
   make.rows<64>(maps.x_slice, given.x, p.count, p.channels, 64, Sizes::kRows);
   make.rows<64>(maps.grad_output, given.grad_output, p.count, p.channels, 64, Sizes::kRows);
@@ -184,7 +169,7 @@ int launch_weights(const Problem& p, const Buffers<T>& at, const Arguments<T>& g
   const Jobs& jobs = at.jobs;
   if (jobs.total == 0) return 0;
   WeightMaps maps{};
-  Maps make;
+  MapMaker make;
   make.rows<64>(maps.x, given.x, p.count, p.channels, 64, 64);
   make.rows<64>(maps.slopes, at.slopes, p.count, jobs.gates * jobs.channels, 64, 64);
   make.rows<64>(maps.a, at.a, p.count, kOrders * jobs.units, 64, 64);
@@ -198,7 +183,7 @@ int launch_weights(const Problem& p, const Buffers<T>& at, const Arguments<T>& g
 template <typename T>
 int launch_once(const Problem& p, const Buffers<T>& at, const Arguments<T>& given, void* stream) {
   OnceMaps maps{};
-  Maps make;
+  MapMaker make;
   make.rows<64>(maps.x, given.x, p.count, p.channels, 64, 64);
   make.rows<64>(maps.grad_output, given.grad_output, p.count, p.channels, 64, 64);
   make.weights<64>(maps.proj, given.proj, factors_of(p.order), p.hidden, p.channels, {64, 16, kFactors});
@@ -225,16 +210,10 @@ int backward(const Problem& p, int way, const Arguments<T>& given, void* scratch
   if (p.count > 0 && at.blocks > 0) {
     error = launch_once(p, at, given, stream);
   } else if (p.count > 0) {
-    switch (at.jobs.ranks) {
-      case 1:
-        error = launch_chain_of<T, 1>(p, way, at, given, stream);
-        break;
-      case 2:
-        error = launch_chain_of<T, 2>(p, way, at, given, stream);
-        break;
-      default:
-        error = launch_chain_of<T, 4>(p, way, at, given, stream);
-    }
+    const int ranks = at.jobs.ranks;
+    error = ranks == 1   ? launch_chain_of<T, 1>(p, way, at, given, stream)
+            : ranks == 2 ? launch_chain_of<T, 2>(p, way, at, given, stream)
+                         : launch_chain_of<T, 4>(p, way, at, given, stream);
     if (!error) error = launch_weights(p, at, given, stream);
   }
   if (error) return error;

@@ -81,12 +81,33 @@ __device__ __forceinline__ void each_pair(const Pairs<64>& wide, unsigned char* 
   }
 }
 
-// Gradients of the factors of one order from these factors and da, both of two hidden units, to be rounded.
-template <typename T, int R>
-__device__ __forceinline__ void factor_gradients(const float (&u)[2][R], const float (&da)[2], uint32_t (&du)[R]) {
-  const float dz[2] = {positive(product_of(u[0]), da[0]), positive(product_of(u[1]), da[1])};
+// Gradients of the factors of 8 CHUNKS hidden units from da: load(factor, n, half, pair) gives two units of a factor,
+// and their gradients go to store(factor, n, half, du).
+template <typename T, int CHUNKS, typename Load, typename Store>
+__device__ __forceinline__ void factor_gradients(const float (&da)[kOrders * CHUNKS][4], Load load, Store store) {
 #pragma unroll
-  for (int i = 0; i < R; ++i) du[i] = pack_rounded<T>(dz[0] * others(u[0], i), dz[1] * others(u[1], i));
+  for (int n = 0; n < CHUNKS; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      for_orders<kOrders>([&](auto order, auto first) {
+        constexpr int kOrder = order, kFirst = first;
+        float u[2][kOrder];
+#pragma unroll
+        for (int i = 0; i < kOrder; ++i) {
+          float pair[2];
+          load(kFirst + i, n, half, pair);
+          u[0][i] = pair[0], u[1][i] = pair[1];
+        }
+        const float(&gradient)[4] = da[CHUNKS * (kOrder - 1) + n];
+        const float dz[2] = {positive(product_of(u[0]), gradient[2 * half]),
+                             positive(product_of(u[1]), gradient[2 * half + 1])};
+#pragma unroll
+        for (int i = 0; i < kOrder; ++i) {
+          store(kFirst + i, n, half, pack_rounded<T>(dz[0] * others(u[0], i), dz[1] * others(u[1], i)));
+        }
+      });
+    }
+  }
 }
 
 // From a warpgroup's factors of 8 CHUNKS hidden units of each: a to chunks from `first` on of three panels of 64 x 32,
@@ -95,28 +116,13 @@ template <typename T, int CHUNKS, typename Keep>
 __device__ __forceinline__ void rectify_slice(const float (&u)[kFactors * CHUNKS][4], unsigned char* panels, int first,
                                               Keep keep) {
   const Pairs<32> narrow;
+  rectify<T, CHUNKS>(u, [&](int r, int n, int half, uint32_t a) {
+    *narrow.at(panels + r * 64 * 32 * 2, half, first + n) = a;
+  });
 #pragma unroll
-  for (int n = 0; n < CHUNKS; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      for_orders<kOrders>([&](auto order, auto begin) {
-        constexpr int kOrder = order, kFirst = begin;
-        float z[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float mine[kOrder];
-#pragma unroll
-          for (int i = 0; i < kOrder; ++i) mine[i] = u[CHUNKS * (kFirst + i) + n][2 * half + e];
-          z[e] = product_of(mine);
-        }
-        *narrow.at(panels + (kOrder - 1) * 64 * 32 * 2, half, first + n) =
-            pack_rounded<T>(positive(z[0], z[0]), positive(z[1], z[1]));
-      });
-#pragma unroll
-      for (int f = 0; f < kFactors; ++f) {
-        keep(f, n, half) = pack_rounded<T>(u[CHUNKS * f + n][2 * half], u[CHUNKS * f + n][2 * half + 1]);
-      }
-    }
+  for (int i = 0; i < kFactors * CHUNKS * 2; ++i) {
+    const int f = i % kFactors, n = i / kFactors / 2, half = i / kFactors % 2;
+    keep(f, n, half) = pack_rounded<T>(u[CHUNKS * f + n][2 * half], u[CHUNKS * f + n][2 * half + 1]);
   }
 }
 
@@ -125,27 +131,9 @@ template <typename T, int CHUNKS, typename Keep>
 __device__ __forceinline__ void factor_gradients_slice(Keep keep, const float (&da)[kOrders * CHUNKS][4],
                                                        unsigned char* panels, int first) {
   const Pairs<32> narrow;
-#pragma unroll
-  for (int n = 0; n < CHUNKS; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      for_orders<kOrders>([&](auto order, auto begin) {
-        constexpr int kOrder = order, kFirst = begin;
-        float u[2][kOrder];
-#pragma unroll
-        for (int i = 0; i < kOrder; ++i) {
-          float pair[2];
-          unpack_pair<T>(keep(kFirst + i, n, half), pair);
-          u[0][i] = pair[0], u[1][i] = pair[1];
-        }
-        const float(&gradient)[4] = da[CHUNKS * (kOrder - 1) + n];
-        uint32_t du[kOrder];
-        factor_gradients<T>(u, {gradient[2 * half], gradient[2 * half + 1]}, du);
-#pragma unroll
-        for (int i = 0; i < kOrder; ++i) *narrow.at(panels + (kFirst + i) * 64 * 32 * 2, half, first + n) = du[i];
-      });
-    }
-  }
+  factor_gradients<T, CHUNKS>(
+      da, [&](int f, int n, int half, float(&pair)[2]) { unpack_pair<T>(keep(f, n, half), pair); },
+      [&](int f, int n, int half, uint32_t du) { *narrow.at(panels + f * 64 * 32 * 2, half, first + n) = du; });
 }
 
 // ---- the chain ------------------------------------------------------------------------------------------------------
@@ -472,26 +460,21 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
       {
         float da[kOrders][kSliceUnits / 8][4] = {};
         auto& all = reinterpret_cast<float(&)[kOrders * kSliceUnits / 8][4]>(da);
-        if constexpr (EACH) {
-#pragma unroll
-          for (int r = 0; r < kOrders; ++r) {
-            products(da[r], Sizes::kPanels, [&](unsigned char* left, unsigned char* right) {
-              const uint64_t a = make_smem_desc<64>(left + mine() * kPanelBytes), b = make_smem_desc<32>(right, 4096);
-#pragma unroll
-              for (int k = 0; k < 4; ++k) {
-                wgmma<T, kSliceUnits, false, true>(da[r], advance_desc(a, 32 * k), advance_desc(b, 1024 * k), true);
-              }
-            });
-          }
-        } else {
-          products(all, Sizes::kPanels, [&](unsigned char* left, unsigned char* right) {
+        constexpr int kColumns = EACH ? kSliceUnits : kOrders * kSliceUnits;
+        const auto add = [&](auto& d) {
+          products(d, Sizes::kPanels, [&](unsigned char* left, unsigned char* right) {
             const uint64_t a = make_smem_desc<64>(left + mine() * kPanelBytes), b = make_smem_desc<32>(right, 4096);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-              wgmma<T, kOrders * kSliceUnits, false, true>(all, advance_desc(a, 32 * k), advance_desc(b, 1024 * k),
-                                                           true);
+              wgmma<T, kColumns, false, true>(d, advance_desc(a, 32 * k), advance_desc(b, 1024 * k), true);
             }
           });
+        };
+        if constexpr (EACH) {
+#pragma unroll
+          for (int r = 0; r < kOrders; ++r) add(da[r]);
+        } else {
+          add(all);
         }
         begin_panels();
         factor_gradients_slice<T, 4>(in_factors(), all, panels(), 0);

@@ -7,6 +7,70 @@
 
 namespace dfkd::high_order::back {
 
+// The gates of 64 channels backward: dl replaces the gradient in its panel and goes to keep(n, half, dl), and what x gets
+// through the gate goes to the panel of dx.
+template <typename T, int BATCH, typename Keep>
+__device__ __forceinline__ void gate_backward(const Pairs<64>& wide, const float (&logits)[8][4],
+                                              unsigned char* x_panel, unsigned char* g_panel, unsigned char* dx_panel,
+                                              uint32_t features, Keep keep) {
+  each_pair<T, BATCH>(wide, x_panel, g_panel, features, [&](int n, int half, uint32_t x_pair, uint32_t g_pair) {
+    float value[2], g[2], dl[2];
+    unpack_pair<T>(x_pair, value);
+    unpack_pair<T>(g_pair, g);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float gate, slope;
+      open_gate(logits[n][2 * half + e], gate, slope);
+      dl[e] = g[e] * value[e] * slope;
+      g[e] *= gate;
+    }
+    const uint32_t dl_pair = pack_rounded<T>(dl[0], dl[1]);
+    *wide.at(dx_panel, half, n) = pack_rounded<T>(g[0], g[1]) & features;
+    *wide.at(g_panel, half, n) = dl_pair;
+    keep(n, half, dl_pair);
+  });
+}
+
+// Adds what x gets through the factors to its panel.
+template <typename T>
+__device__ __forceinline__ void add_to_dx(const Pairs<64>& wide, unsigned char* dx_panel, const float (&dx)[8][4]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t* const pair = wide.at(dx_panel, half, n);
+      float before[2];
+      unpack_pair<T>(*pair, before);
+      *pair = pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
+    }
+  }
+}
+
+// A warpgroup's sums over positions, of 64 channels from channel0 on, to a block's parts: dproj (6, UNITS, CHANNELS),
+// dout (3, CHANNELS, UNITS).
+template <int CHANNELS, int UNITS>
+__device__ __forceinline__ void store_parts(float* parts, int channel0, const float (&dproj)[kFactors * UNITS / 8][4],
+                                            const float (&dout)[kOrders * UNITS / 8][4]) {
+  const int warp = thread_anew() / kLanes % 4, lane = thread_anew() % kLanes;
+  const int channel = channel0 + 16 * warp + lane / 4, column = 2 * (lane % 4);
+  float* const to_proj = parts + column * CHANNELS + channel;
+  float* const to_out = parts + kFactors * UNITS * CHANNELS + channel * UNITS + column;
+#pragma unroll
+  for (int n = 0; n < kFactors * UNITS / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to_proj[(8 * n + e % 2) * CHANNELS + 8 * (e / 2)] = dproj[n][e];
+  }
+#pragma unroll
+  for (int n = 0; n < kOrders * UNITS / 8; ++n) {
+    const int order = n / (UNITS / 8), unit = n % (UNITS / 8) * 8;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      *reinterpret_cast<FloatPair*>(to_out + (order * CHANNELS + 8 * half) * UNITS + unit) = {dout[n][2 * half],
+                                                                                             dout[n][2 * half + 1]};
+    }
+  }
+}
+
 // ---- up to 64 channels and 16 hidden units --------------------------------------------------------------------------
 
 constexpr int kNarrowChannels = 64, kNarrowUnits = 16, kNarrowGroups = 2, kNarrowStages = 4;
@@ -83,104 +147,45 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
       mbarrier_wait(barriers + 2 * ring.stage(), ring.parity());
 
       float u[kFactors * 2][4];
-      warpgroup_fence_operand(u);
-      warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
+      gemm<4>([&](int k) {
         wgmma<T, kFactors * kNarrowUnits>(u, advance_desc(make_smem_desc<64>(x_panel), 32 * k),
                                           advance_desc(make_smem_desc<64>(proj), 32 * k), k > 0);
-      }
-      warpgroup_commit_batch();
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(u);
+      }, u);
       if (thread % kWarpgroup == 0) tma_store_wait_read<0>();
       named_barrier_sync(1 + group, kWarpgroup);  // the dx before is stored
 
       uint32_t a[kOrders][4];
       const Pairs<16> narrow;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        for_orders<kOrders>([&](auto order, auto first) {
-          constexpr int kOrder = order, kFirst = first;
-          float z[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float mine[kOrder];
-#pragma unroll
-            for (int j = 0; j < kOrder; ++j) mine[j] = u[2 * (kFirst + j) + i / 2][2 * (i % 2) + e];
-            z[e] = product_of(mine);
-          }
-          a[kOrder - 1][i] = pack_rounded<T>(positive(z[0], z[0]), positive(z[1], z[1]));
-          *narrow.at(a_panels + (kOrder - 1) * kUnitPanel, i % 2, i / 2) = a[kOrder - 1][i];
-        });
-      }
+      rectify<T, 2>(u, [&](int r, int n, int half, uint32_t pair) {
+        a[r][2 * n + half] = pair;
+        *narrow.at(a_panels + r * kUnitPanel, half, n) = pair;
+      });
       float logits[8][4];
-      warpgroup_fence_operand(logits);
-      warpgroup_fence_operand(a);
-      warpgroup_arrive();
-#pragma unroll
-      for (int r = 0; r < kOrders; ++r) wgmma<T, 64>(logits, a[r], make_smem_desc<16>(out + r * kUnitPanel), r > 0);
-      warpgroup_commit_batch();
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(logits);
-      warpgroup_fence_operand(a);
+      gemm<kOrders>([&](int r) { wgmma<T, 64>(logits, a[r], make_smem_desc<16>(out + r * kUnitPanel), r > 0); },
+                    logits, a);
 
       uint32_t slopes[4][4];
       const Pairs<64> wide;
-      each_pair<T, 8>(wide, x_panel, g_panel, features, [&](int n, int half, uint32_t x_pair, uint32_t g_pair) {
-        float value[2], g[2], dl[2];
-        unpack_pair<T>(x_pair, value);
-        unpack_pair<T>(g_pair, g);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float gate, slope;
-          open_gate(logits[n][2 * half + e], gate, slope);
-          dl[e] = g[e] * value[e] * slope;
-          g[e] *= gate;
-        }
-        *wide.at(dx_panel, half, n) = pack_rounded<T>(g[0], g[1]) & features;
-        slopes[n / 2][n % 2 * 2 + half] = pack_rounded<T>(dl[0], dl[1]);
-        *wide.at(g_panel, half, n) = slopes[n / 2][n % 2 * 2 + half];
-      });
+      gate_backward<T, 8>(wide, logits, x_panel, g_panel, dx_panel, features,
+                          [&](int n, int half, uint32_t dl) { slopes[n / 2][n % 2 * 2 + half] = dl; });
 
       float da[kOrders * 2][4];
-      warpgroup_fence_operand(da);
-      warpgroup_fence_operand(slopes);
-      warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
+      gemm<4>([&](int k) {
         wgmma<T, kOrders * kNarrowUnits, true>(da, slopes[k],
                                                advance_desc(make_smem_desc<16>(out, kUnitPanel), 512 * k), k > 0);
-      }
-      warpgroup_commit_batch();
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(da);
-      warpgroup_fence_operand(slopes);
+      }, da, slopes);
 
       uint32_t du[kFactors][4];
       const Pairs<32> pairs;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        for_orders<kOrders>([&](auto order, auto first) {
-          constexpr int kOrder = order, kFirst = first;
-          float mine[2][kOrder];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-#pragma unroll
-            for (int j = 0; j < kOrder; ++j) mine[e][j] = u[2 * (kFirst + j) + i / 2][2 * (i % 2) + e];
-          }
-          const float(&gradient)[4] = da[2 * (kOrder - 1) + i / 2];
-          uint32_t result[kOrder];
-          factor_gradients<T>(mine, {gradient[2 * (i % 2)], gradient[2 * (i % 2) + 1]}, result);
-#pragma unroll
-          for (int j = 0; j < kOrder; ++j) {
-            constexpr int kBegin = kFirst;
-            const int f = kBegin + j;
-            du[f][i] = result[j];
-            *pairs.at(du_panels + f / 2 * kFactorsPanel, i % 2, f % 2 * 2 + i / 2) = result[j];
-          }
-        });
-      }
+      factor_gradients<T, 2>(
+          da,
+          [&](int f, int n, int half, float(&pair)[2]) {
+            pair[0] = u[2 * f + n][2 * half], pair[1] = u[2 * f + n][2 * half + 1];
+          },
+          [&](int f, int n, int half, uint32_t pair) {
+            du[f][2 * n + half] = pair;
+            *pairs.at(du_panels + f / 2 * kFactorsPanel, half, f % 2 * 2 + n) = pair;
+          });
       fence_proxy_async();
       float dx[8][4];
       warpgroup_fence_operand(dx);
@@ -210,16 +215,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
       warpgroup_wait<1>();
       warpgroup_fence_operand(dx);
       warpgroup_fence_operand(du);
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t* const pair = wide.at(dx_panel, half, n);
-          float before[2];
-          unpack_pair<T>(*pair, before);
-          *pair = pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
-        }
-      }
+      add_to_dx<T>(wide, dx_panel, dx);
       fence_proxy_async();
       warpgroup_wait<0>();
       warpgroup_fence_operand(dproj);
@@ -247,25 +243,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
     named_barrier_sync(3, kNarrowGroups * kWarpgroup);
     if (group == 0) {
       each_sum([&](float& sum, int i) { sum += sums[i * kWarpgroup]; });
-      float* const to_proj = parts + blockIdx.x * kNarrowParts;
-      float* const to_out = to_proj + kFactors * kNarrowUnits * kNarrowChannels;
-      const int channel = 16 * warp + lane / 4, column = 2 * (lane % 4);
-#pragma unroll
-      for (int n = 0; n < kFactors * 2; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          to_proj[(8 * n + column + e % 2) * kNarrowChannels + channel + 8 * (e / 2)] = dproj[n][e];
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kOrders * 2; ++n) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = n / 2 * kNarrowChannels + channel + 8 * half;
-          *reinterpret_cast<FloatPair*>(to_out + row * kNarrowUnits + n % 2 * 8 + column) = {dout[n][2 * half],
-                                                                                              dout[n][2 * half + 1]};
-        }
-      }
+      store_parts<kNarrowChannels, kNarrowUnits>(parts + blockIdx.x * kNarrowParts, 0, dproj, dout);
     }
   }
 }
@@ -335,16 +313,10 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       {
         float u[kFactors * 2][4];
         const uint64_t a = make_smem_desc<64>(x_panels), b = make_smem_desc<64>(proj + part() * kProjHalf);
-        warpgroup_fence_operand(u);
-        warpgroup_arrive();
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
+        gemm<8>([&](int k) {
           wgmma<T, kFactors * 16>(u, advance_desc(a, k / 4 * kPanelBytes + k % 4 * 32),
                                   advance_desc(b, k / 4 * kProjPanel + k % 4 * 32), k > 0);
-        }
-        warpgroup_commit_batch();
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(u);
+        }, u);
         rectify_slice<T, 2>(u, a_panels, 2 * part(), in_du());
       }
       if (elected(kWarpgroup)) tma_store_wait_read<0>();
@@ -353,50 +325,22 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       {
         float logits[8][4];
         const uint64_t a = make_smem_desc<32>(a_panels), b = make_smem_desc<16>(out + part() * 64 * 16 * 2);
-        warpgroup_fence_operand(logits);
-        warpgroup_arrive();
-#pragma unroll
-        for (int k = 0; k < kOrders * 2; ++k) {
+        gemm<kOrders * 2>([&](int k) {
           wgmma<T, 64>(logits, advance_desc(a, k / 2 * kUnitsPanel + k % 2 * 32),
                        advance_desc(b, k % 2 * kOutHalf + k / 2 * kOutPanel), k > 0);
-        }
-        warpgroup_commit_batch();
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(logits);
-        const Pairs<64> wide;
-        unsigned char* const dx_panel = dx_panel_of();
-        unsigned char* const x_panel = x_panels + part() * kPanelBytes;
-        unsigned char* const g_panel = g_panels + part() * kPanelBytes;
-        each_pair<T, 4>(wide, x_panel, g_panel, features, [&](int n, int half, uint32_t x_pair, uint32_t g_pair) {
-          float value[2], g[2], dl[2];
-          unpack_pair<T>(x_pair, value);
-          unpack_pair<T>(g_pair, g);
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float gate, slope;
-            open_gate(logits[n][2 * half + e], gate, slope);
-            dl[e] = g[e] * value[e] * slope;
-            g[e] *= gate;
-          }
-          *wide.at(g_panel, half, n) = pack_rounded<T>(dl[0], dl[1]);
-          *wide.at(dx_panel, half, n) = pack_rounded<T>(g[0], g[1]) & features;
-        });
+        }, logits);
+        gate_backward<T, 4>(Pairs<64>(), logits, x_panels + part() * kPanelBytes, g_panels + part() * kPanelBytes,
+                            dx_panel_of(), features, [](int, int, uint32_t) {});
       }
       fence_proxy_async();
       named_barrier_sync(1, 2 * kWarpgroup);
       {
         float da[kOrders * 2][4];
         const uint64_t a = make_smem_desc<64>(g_panels), b = make_smem_desc<16>(out + part() * kOutHalf, kOutPanel);
-        warpgroup_fence_operand(da);
-        warpgroup_arrive();
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
+        gemm<8>([&](int k) {
           wgmma<T, kOrders * 16, false, true>(da, advance_desc(a, k / 4 * kPanelBytes + k % 4 * 32),
                                               advance_desc(b, 512 * k), k > 0);
-        }
-        warpgroup_commit_batch();
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(da);
+        }, da);
         factor_gradients_slice<T, 2>(in_du(), da, du_panels, 2 * part());
       }
       fence_proxy_async();
@@ -414,18 +358,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       if (elected(kLanes)) mbarrier_arrive(filled + stage);  // the sums follow the chain's next products
       warpgroup_wait<0>();
       warpgroup_fence_operand(dx);
-      const Pairs<64> wide;
       unsigned char* const dx_panel = dx_panel_of();
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t* const pair = wide.at(dx_panel, half, n);
-          float before[2];
-          unpack_pair<T>(*pair, before);
-          *pair = pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
-        }
-      }
+      add_to_dx<T>(Pairs<64>(), dx_panel, dx);
       fence_proxy_async();
       named_barrier_sync(2 + part(), kWarpgroup);
       if (needs_grad_x && elected(kWarpgroup)) {
@@ -436,7 +370,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     if (elected(kWarpgroup)) tma_store_wait<0>();
   } else {
     warpgroup_reg_alloc<176>();
-    const int part = thread / kWarpgroup % 2, warp = thread / kLanes % 4, lane = thread % kLanes;
+    const int part = thread / kWarpgroup % 2, lane = thread % kLanes;
     const bool fetches = thread == 2 * kWarpgroup;
     const auto fetch = [&](int stage, int tile) {
       unsigned char* const to = stages + stage * kWideStage;
@@ -468,20 +402,12 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       unsigned char* const du_panels = a_panels + kOrders * kUnitsPanel;
       mbarrier_wait(loaded + stage, parity);
       mbarrier_wait(filled + stage, parity);
-      warpgroup_fence_operand(dproj);
-      warpgroup_fence_operand(dout);
-      warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
+      gemm<4>([&](int k) {
         wgmma<T, kFactors * 32, true, true>(dproj, advance_desc(make_smem_desc<64>(x_panel, kPanelBytes), 2048 * k),
                                             advance_desc(make_smem_desc<32>(du_panels, kUnitsPanel), 1024 * k), true);
         wgmma<T, kOrders * 32, true, true>(dout, advance_desc(make_smem_desc<64>(g_panel, kPanelBytes), 2048 * k),
                                            advance_desc(make_smem_desc<32>(a_panels, kUnitsPanel), 1024 * k), true);
-      }
-      warpgroup_commit_batch();
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(dproj);
-      warpgroup_fence_operand(dout);
+      }, dproj, dout);
       if (lane == 0) mbarrier_arrive(empty + stage);
       if (fetches && tile_of(round + kWideStages) < tiles) {
         mbarrier_wait(empty + stage, parity);
@@ -489,24 +415,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       }
       __syncwarp();
     }
-    float* to_proj = parts + blockIdx.x * kWideParts;
-    float* to_out = to_proj + kFactors * kWideUnits * kWideChannels;
-    const int channel = 64 * part + 16 * warp + lane / 4, column = 2 * (lane % 4);
-    to_proj += column * kWideChannels + channel;
-    to_out += channel * kWideUnits + column;
-#pragma unroll
-    for (int n = 0; n < kFactors * 4; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) to_proj[(8 * n + e % 2) * kWideChannels + 8 * (e / 2)] = dproj[n][e];
-    }
-#pragma unroll
-    for (int n = 0; n < kOrders * 4; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        *reinterpret_cast<FloatPair*>(to_out + (n / 4 * kWideChannels + 8 * half) * kWideUnits + n % 4 * 8) = {
-            dout[n][2 * half], dout[n][2 * half + 1]};
-      }
-    }
+    store_parts<kWideChannels, kWideUnits>(parts + blockIdx.x * kWideParts, 64 * part, dproj, dout);
   }
 }
 

@@ -154,26 +154,10 @@ struct alignas(16) Four {
 template <typename T>
 struct Gradient {
   T* to;
-  int64_t rows, columns, rows_from, columns_from, begin, fours;
+  int rows, columns, rows_from, columns_from, begin, fours;
 };
 
 constexpr int kFours = kLanes;  // of a block: each of its warps adds some of their parts
-
-// One thread's four numbers of a gradient, all of whose parts but those of other adders it adds up.
-template <typename T>
-__device__ __forceinline__ Four add_some(const float* parts, const Gradient<T>& of, int64_t i, int adder, int adders,
-                                         int64_t splits, int64_t stride) {
-  const int64_t column = i % of.columns, row = i / of.columns % of.rows, outer = i / of.columns / of.rows;
-  const float* const from = parts + of.begin + (outer * of.rows_from + row) * of.columns_from + column;
-  Four sum{};
-#pragma unroll 8
-  for (int64_t split = adder; split < splits; split += adders) {
-    const Four part = *reinterpret_cast<const Four*>(from + split * stride);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sum.values[e] += part.values[e];
-  }
-  return sum;
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kLanes * 16)
@@ -181,22 +165,31 @@ __global__ void __launch_bounds__(kLanes * 16)
   Four* const sums = reinterpret_cast<Four*>(shared_memory());
   const int lane = static_cast<int>(threadIdx.x) % kLanes, adder = static_cast<int>(threadIdx.x) / kLanes;
   const int adders = static_cast<int>(blockDim.x) / kLanes;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kFours + lane, j = i - first.fours;
+  const int number = static_cast<int>(blockIdx.x) * kFours + lane;
+  const bool in_first = number < first.fours;
+  const Gradient<T> of = in_first ? first : second;
+  const int i = 4 * (in_first ? number : number - first.fours);
+  const bool valid = i < 4 * of.fours;
   Four sum{};
-  if (j < 0) {
-    sum = add_some(parts, first, 4 * i, adder, adders, splits, stride);
-  } else if (j < second.fours) {
-    sum = add_some(parts, second, 4 * j, adder, adders, splits, stride);
+  if (valid) {
+    const int column = i % of.columns, row = i / of.columns % of.rows, outer = i / of.columns / of.rows;
+    const float* const from = parts + of.begin + (outer * of.rows_from + row) * of.columns_from + column;
+#pragma unroll 8
+    for (int64_t split = adder; split < splits; split += adders) {
+      const Four part = *reinterpret_cast<const Four*>(from + split * stride);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum.values[e] += part.values[e];
+    }
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
-  if (adder != 0 || j >= second.fours) return;
+  if (adder != 0 || !valid) return;
   for (int other = 1; other < adders; ++other) {
     const Four part = sums[other * kLanes + lane];
 #pragma unroll
     for (int e = 0; e < 4; ++e) sum.values[e] += part.values[e];
   }
-  uint32_t* const to = reinterpret_cast<uint32_t*>(j < 0 ? first.to + 4 * i : second.to + 4 * j);
+  uint32_t* const to = reinterpret_cast<uint32_t*>(of.to + i);
   to[0] = pack_rounded<T>(sum.values[0], sum.values[1]);
   to[1] = pack_rounded<T>(sum.values[2], sum.values[3]);
 }
@@ -205,14 +198,13 @@ __global__ void __launch_bounds__(kLanes * 16)
 template <typename T>
 int add_parts(const float* parts, const Problem& p, int padded_channels, int padded_units, T* dproj, T* dout,
               int64_t splits, bool both, void* stream) {
-  const int64_t padded = static_cast<int64_t>(padded_channels) * padded_units;
-  const int64_t weight = static_cast<int64_t>(p.channels) * p.hidden;
-  const Gradient<T> proj{dproj,        p.hidden,        p.channels, padded_units,
-                         padded_channels, 0, dproj == nullptr ? 0 : factors_of(p.order) * weight / 4};
-  const int64_t begin = dproj == nullptr && !both ? 0 : kFactors * padded;
+  const int padded = padded_channels * padded_units, weight = p.channels * p.hidden;
+  const Gradient<T> proj{dproj,           p.hidden, p.channels, padded_units,
+                         padded_channels, 0,        dproj == nullptr ? 0 : factors_of(p.order) * weight / 4};
+  const int begin = dproj == nullptr && !both ? 0 : kFactors * padded;
   const Gradient<T> out{dout,         p.channels, p.hidden, padded_channels,
                         padded_units, begin,      dout == nullptr ? 0 : p.order * weight / 4};
-  const int64_t stride = begin + (dout == nullptr && !both ? 0 : kOrders * padded), fours = proj.fours + out.fours;
+  const int stride = begin + (dout == nullptr && !both ? 0 : kOrders * padded), fours = proj.fours + out.fours;
   if (fours == 0) return 0;
   const unsigned adders = splits > 64 ? 16 : splits > 8 ? 8 : 2;
   return launch(add_parts_kernel<T>, dim3(static_cast<unsigned>(divide_up(fours, kFours))), dim3(kLanes * adders),

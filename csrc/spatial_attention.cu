@@ -179,17 +179,17 @@ __device__ __forceinline__ void merge(const Plan& x, const Memory& to, const Sea
   const int c = at.number;
   float* const here = to.exchange + round % 2 * x.team * 2 * width;
   if (c < width) {
+    float top, sum;
+    const auto combine = [&](int count, auto source, int stride) {
+      top = -kInfinity, sum = 0.0f;
+      for (int i = 0; i < count; ++i) top = larger(top, source(i)[0]);
+      for (int i = 0; i < count; ++i) sum += source(i)[stride] * exp_below(source(i)[0] - base_of(top));
+    };
     // Warps of this channel's panel: of every panels-th warpgroup.
-    float top = -kInfinity, sum = 0.0f;
-    for (int i = 0; i < 4 * x.cut.strips; ++i) {
-      const int warp = (i / 4 * x.cut.panels + c / kPanel) * 4 + i % 4;
-      top = larger(top, to.shares[2 * (warp * kPanel + c % kPanel)]);
-    }
-    for (int i = 0; i < 4 * x.cut.strips; ++i) {
-      const int warp = (i / 4 * x.cut.panels + c / kPanel) * 4 + i % 4;
-      const float* from = to.shares + 2 * (warp * kPanel + c % kPanel);
-      sum += from[1] * exp_below(from[0] - base_of(top));
-    }
+    const auto of_warp = [&](int i) {
+      return to.shares + 2 * (((i / 4 * x.cut.panels + c / kPanel) * 4 + i % 4) * kPanel + c % kPanel);
+    };
+    combine(4 * x.cut.strips, of_warp, 1);
 #pragma unroll 1
     for (int rank = 0; rank < x.team; ++rank) {
       float* there = map_shared_rank(here + share.rank * 2 * width, rank);
@@ -199,15 +199,7 @@ __device__ __forceinline__ void merge(const Plan& x, const Memory& to, const Sea
     __syncwarp();
     if (at.lane < x.team) mbarrier_arrive_cluster(&barriers.merged, at.lane);
     mbarrier_wait_cluster(&barriers.merged, round % 2);
-    top = -kInfinity;
-    sum = 0.0f;
-#pragma unroll 1
-    for (int rank = 0; rank < x.team; ++rank) top = larger(top, here[rank * 2 * width + c]);
-#pragma unroll 1
-    for (int rank = 0; rank < x.team; ++rank) {
-      const float* from = here + rank * 2 * width + c;
-      sum += from[width] * exp_below(from[0] - base_of(top));
-    }
+    combine(x.team, [&](int rank) { return here + rank * 2 * width + c; }, width);
     to.numbers[place_of_number(c)] = top;
     to.numbers[width + place_of_number(c)] = x.scale / sum;
     if (share.rank == 0 && c < x.cut.channels) {
@@ -226,7 +218,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const Memory memory(x);
   const Share share(x);
   Barriers& barriers = *memory.barriers;
-  const int thread = static_cast<int>(threadIdx.x), strips = x.cut.strips;
+  const int thread = static_cast<int>(threadIdx.x);
   if (thread == kConsumers) {
     prefetch_tensormap(features);
     prefetch_tensormap(hidden);
@@ -249,7 +241,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   if (thread >= kConsumers) {
     warpgroup_reg_dealloc<kCopyRegisters>();
     const int warp = thread / kLanes - kConsumerWarps;
-    const bool for_gate = warp == 0;
     if (warp < 2 && thread % kLanes == 0) {
       PipelineState state;
 #pragma unroll 1
@@ -257,31 +248,20 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #pragma unroll 1
         for (int tile = 0; tile < share.tiles; ++tile) {
           const int row = (share.first_tile + tile) * x.cut.rows();
-          if (for_gate) {
+          if (warp == 0) {  // for the gate; the other one for statistics
             unsigned char* stage = memory.stages + state.index * x.stage_bytes();
             Barrier* full = &barriers.full[state.index];
             mbarrier_wait(&barriers.empty[state.index], state.phase ^ 1);
             mbarrier_arrive_expect_tx(full, x.stage_bytes());
-#pragma unroll 1
-            for (int strip = 0; strip < strips; ++strip) {
-              tma_load(stage + kTileBytes + strip * x.cut.narrow_bytes(), hidden, 0, row + kPanel * strip, sample,
-                       full);
-            }
-#pragma unroll 1
-            for (int group = 0; group < kGroups; ++group) {
-              tma_load(stage + group * kPanelBytes, features, kPanel * (group % x.cut.panels),
-                       row + kPanel * (group / x.cut.panels), sample, full);
-            }
+            load_hidden(x.cut, stage + kTileBytes, hidden, row, sample, full);
+            load_tile(x.cut, stage, features, row, sample, full);
             state.advance(x.stages);
           } else {
             unsigned char* stage = memory.hidden + state.index * x.cut.hidden_bytes();
+            Barrier* full = &barriers.hidden_full[state.index];
             mbarrier_wait(&barriers.hidden_empty[state.index], state.phase ^ 1);
-            mbarrier_arrive_expect_tx(&barriers.hidden_full[state.index], x.cut.hidden_bytes());
-#pragma unroll 1
-            for (int strip = 0; strip < strips; ++strip) {
-              tma_load(stage + strip * x.cut.narrow_bytes(), hidden, 0, row + kPanel * strip, sample,
-                       &barriers.hidden_full[state.index]);
-            }
+            mbarrier_arrive_expect_tx(full, x.cut.hidden_bytes());
+            load_hidden(x.cut, stage, hidden, row, sample, full);
             state.advance(x.hidden_stages);
           }
         }
@@ -294,8 +274,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     named_barrier_sync(1, kConsumers);
     const Seat at(x.cut);
     const unsigned char* mine = memory.weight + at.panel * x.cut.narrow_bytes();
-    const int width = x.cut.width();
-    const int to_strip = at.strip * x.cut.narrow_bytes();
+    const int width = x.cut.width(), to_strip = at.strip * x.cut.narrow_bytes();
     PipelineState gate, statistics;
     Running running;
     for (int round = 0, sample = share.team; sample - x.teams < x.cut.samples; ++round, sample += x.teams) {
@@ -306,18 +285,18 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         float logits[8][4];
         if (sample < x.cut.samples) {
           mbarrier_wait(&barriers.hidden_full[statistics.index], statistics.phase);
-          expand<T, NARROW>(logits, memory.hidden + statistics.index * x.cut.hidden_bytes() + to_strip, mine);
+          expand<T, NARROW>(logits, memory.hidden + statistics.index * x.cut.hidden_bytes() + to_strip, mine,
+                            x.cut.positions - row - at.g);
           __syncwarp();
           if (at.lane == 0) mbarrier_arrive(&barriers.hidden_empty[statistics.index]);
           statistics.advance(x.hidden_stages);
-          leave_out(logits, x.cut.positions - row - at.g);
           running.add(logits);
         }
         if (gated < 0) continue;
         unsigned char* stage = memory.stages + gate.index * x.stage_bytes();
         unsigned char* panel = stage + at.group * kPanelBytes;
         mbarrier_wait(&barriers.full[gate.index], gate.phase);
-        expand<T, NARROW>(logits, stage + kTileBytes + to_strip, mine);
+        expand<T, NARROW>(logits, stage + kTileBytes + to_strip, mine, kPanel);
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
           Vector f[2];

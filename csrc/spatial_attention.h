@@ -144,14 +144,9 @@ int map_of(TensorMap* to, const void* base, const Cut& x, int channels, int rows
 // Call f with the width of a panel of narrow maps as a constant.
 template <typename F>
 int with_width(int narrow, F f) {
-  switch (narrow) {
-    case 16:
-      return f(std::integral_constant<int, 16>{});
-    case 32:
-      return f(std::integral_constant<int, 32>{});
-    default:
-      return f(std::integral_constant<int, 64>{});
-  }
+  if (narrow == 16) return f(std::integral_constant<int, 16>{});
+  if (narrow == 32) return f(std::integral_constant<int, 32>{});
+  return f(std::integral_constant<int, 64>{});
 }
 
 // The channel of its panel that a column of products has. A lane's columns 8 n + 2 t + e, for n < 8 and e < 2, are
@@ -207,9 +202,27 @@ struct Seat {
   __device__ __forceinline__ int row() const { return 16 * warp + g; }
 };
 
-// Logits of a warpgroup: logits[n][2 half + e] is row() + 8 half, channel 16 t + 2 n + e of its panel.
+// By one thread: narrow maps of a tile's positions, from row on, and a tile of all channels.
+__device__ __forceinline__ void load_hidden(const Cut& x, unsigned char* to, const TensorMap& hidden, int row,
+                                            int sample, Barrier* full) {
+#pragma unroll 1
+  for (int strip = 0; strip < x.strips; ++strip) {
+    tma_load(to + strip * x.narrow_bytes(), hidden, 0, row + kPanel * strip, sample, full);
+  }
+}
+__device__ __forceinline__ void load_tile(const Cut& x, unsigned char* to, const TensorMap& from, int row, int sample,
+                                          Barrier* full) {
+#pragma unroll 1
+  for (int group = 0; group < kGroups; ++group) {
+    tma_load(to + group * kPanelBytes, from, kPanel * (group % x.panels), row + kPanel * (group / x.panels), sample,
+             full);
+  }
+}
+
+// Logits of a warpgroup: logits[n][2 half + e] is row() + 8 half, channel 16 t + 2 n + e of its panel. Those of positions
+// that there are not are minus infinity, for no share in a softmax: left counts them from the lane's first row on.
 template <typename T, int NARROW>
-__device__ __forceinline__ void expand(float (&logits)[8][4], const void* hidden, const void* weight) {
+__device__ __forceinline__ void expand(float (&logits)[8][4], const void* hidden, const void* weight, int left) {
   const uint64_t a = make_smem_desc<NARROW>(hidden), b = make_smem_desc<NARROW>(weight);
   warpgroup_fence_operand(logits);
   warpgroup_arrive();
@@ -220,10 +233,6 @@ __device__ __forceinline__ void expand(float (&logits)[8][4], const void* hidden
   warpgroup_commit_batch();
   warpgroup_wait<0>();
   warpgroup_fence_operand(logits);
-}
-
-// Logits of positions that there are not to minus infinity, for no share in a softmax. left: of the lane's first row.
-__device__ __forceinline__ void leave_out(float (&logits)[8][4], int left) {
   if (left > 8) return;
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
@@ -296,9 +305,7 @@ __device__ __forceinline__ void add_weight(const Cut& x, const Seat& at, unsigne
 template <typename T, int NARROW>
 __device__ __forceinline__ void make_hidden(const Cut& x, const Seat& at, unsigned char* stage,
                                             const unsigned char* weight, int row, T* to) {
-  float dh[NARROW / 8][4];
-#pragma unroll
-  for (int i = 0; i < NARROW / 2; ++i) dh[i / 4][i % 4] = 0.0f;
+  float dh[NARROW / 8][4] = {};
 #pragma unroll 1
   for (int panel = 0; panel < x.panels; ++panel) {
     warpgroup_fence_operand(dh);

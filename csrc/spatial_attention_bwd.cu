@@ -113,16 +113,9 @@ __device__ __forceinline__ void bring_tile(const Plan& x, const Memory& memory, 
   Barrier* full = &memory.barriers->full[which];
   mbarrier_wait(&memory.barriers->empty[which], (items.number / x.stages & 1) ^ 1);
   mbarrier_arrive_expect_tx(full, x.stage_bytes());
-#pragma unroll 1
-  for (int strip = 0; strip < x.cut.strips; ++strip) {
-    tma_load(stage + 2 * kTileBytes + strip * x.cut.narrow_bytes(), hidden, 0, row + kPanel * strip, sample, full);
-  }
-#pragma unroll 1
-  for (int group = 0; group < kGroups; ++group) {
-    const int channel = kPanel * (group % x.cut.panels), first = row + kPanel * (group / x.cut.panels);
-    tma_load(stage + group * kPanelBytes, features, channel, first, sample, full);
-    tma_load(stage + kTileBytes + group * kPanelBytes, grad_output, channel, first, sample, full);
-  }
+  load_hidden(x.cut, stage + 2 * kTileBytes, hidden, row, sample, full);
+  load_tile(x.cut, stage, features, row, sample, full);
+  load_tile(x.cut, stage + kTileBytes, grad_output, row, sample, full);
 }
 
 // By a warp: numbers of 128 channels, its own four from c on, of a tile's sample; for the second reading D too, when it
@@ -175,8 +168,7 @@ __device__ __forceinline__ void add_slopes(const Plan& x, const Seat& at, unsign
                                            const unsigned char* weight, int left, Barrier* summed) {
   float logits[8][4], sums[16];
   expand<T, NARROW>(logits, stage + 2 * kTileBytes + at.strip * x.cut.narrow_bytes(),
-                    weight + at.panel * x.cut.narrow_bytes());
-  leave_out(logits, left);
+                    weight + at.panel * x.cut.narrow_bytes(), left);
   unsigned char* const features = stage + at.group * kPanelBytes;
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
@@ -262,8 +254,7 @@ __device__ __forceinline__ void make_slopes(const Plan& x, const Seat& at, unsig
                                             const unsigned char* weight, int left) {
   float logits[8][4];
   expand<T, NARROW>(logits, stage + 2 * kTileBytes + at.strip * x.cut.narrow_bytes(),
-                    weight + at.panel * x.cut.narrow_bytes());
-  leave_out(logits, left);
+                    weight + at.panel * x.cut.narrow_bytes(), left);
   unsigned char* const features = stage + at.group * kPanelBytes;
   Vector slopes[2][2];
 #pragma unroll
@@ -361,9 +352,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     fence_proxy_async();
     named_barrier_sync(kEverybody, kConsumers);
     const Seat at(x.cut);
-    float dw[NARROW / 8][4];
-#pragma unroll
-    for (int i = 0; i < NARROW / 2; ++i) dw[i / 4][i % 4] = 0.0f;
+    float dw[NARROW / 8][4] = {};
     int item = 0;
 #pragma unroll 1
     for (int step = 0; step < x.steps + x.lag; ++step) {
