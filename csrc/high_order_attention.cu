@@ -24,42 +24,44 @@ namespace {
 using namespace dfkd;
 using namespace dfkd::high_order;
 
+struct TensorMaps {
+  TensorMap x, y, proj, out;
+};
+
 // ---- weights resident in shared memory -----------------------------------------------------------------------------
 
-// Two consumer warpgroups if three would not have enough registers.
-constexpr int resident_consumers(int cblocks, bool per_order) { return cblocks == 2 && per_order ? 2 : 3; }
-#ifdef DFKD_HOST  // small tests then reach every loop
-constexpr int kResidentGrid = 2;
-constexpr int resident_stages(int) { return 4; }
+#ifdef DFKD_HOST
+constexpr int kResidentGrid = 2;  // small tests then reach every loop
 #else
 constexpr int kResidentGrid = kNumSMs;
-constexpr int resident_stages(int cblocks) { return cblocks == 1 ? 18 : 9; }
 #endif
 
-constexpr int resident_proj_elements(int cblocks) { return cblocks * kFactors * 16 * cblocks * 64; }
-constexpr int resident_out_elements(int cblocks) { return cblocks * kOrders * 64 * 16 * cblocks; }
-constexpr int resident_weight_elements(int cblocks) {
-  return resident_proj_elements(cblocks) + resident_out_elements(cblocks);
-}
-constexpr size_t resident_smem_bytes(int cblocks) {
-  const int stages = resident_stages(cblocks);
-  return 2 * static_cast<size_t>(resident_weight_elements(cblocks) + stages * cblocks * kBoxElements) +
-         sizeof(Barrier) * static_cast<size_t>(2 * stages + 1);
-}
+template <int CBLOCKS, bool PER_ORDER>
+struct ResidentTraits {
+  // Two consumer warpgroups if three would not have enough registers.
+  static constexpr int kConsumers = CBLOCKS == 2 && PER_ORDER ? 2 : 3, kThreads = (kConsumers + 1) * kWarpgroup;
+#ifdef DFKD_HOST
+  static constexpr int kStages = 4;
+#else
+  static constexpr int kStages = CBLOCKS == 1 ? 18 : 9;
+#endif
+  static constexpr int kUnits = 16 * CBLOCKS, kColumns = kFactors * kUnits;
+  static constexpr int kProj = CBLOCKS * kColumns * 64, kOut = CBLOCKS * kOrders * 64 * kUnits;  // elements
+  static constexpr size_t kSmemBytes = 2 * (kProj + kOut + kStages * CBLOCKS * kBoxElements) + 8 * (2 * kStages + 1);
+};
 
 // CBLOCKS blocks of 64 channels, 16 CBLOCKS hidden units. PER_ORDER: one gate per order.
 template <typename T, int CBLOCKS, bool PER_ORDER>
-__global__ void __launch_bounds__((resident_consumers(CBLOCKS, PER_ORDER) + 1) * kWarpgroup, 1)
-    resident_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
-                   const __grid_constant__ TensorMap proj_map, const __grid_constant__ TensorMap out_map, int tiles,
-                   int order, int return_gate) {
-  constexpr int kUnits = 16 * CBLOCKS, kColumns = kFactors * kUnits, kStages = resident_stages(CBLOCKS);
-  constexpr int kConsumers = resident_consumers(CBLOCKS, PER_ORDER);
+__global__ void __launch_bounds__(ResidentTraits<CBLOCKS, PER_ORDER>::kThreads, 1)
+    resident_wgmma(const __grid_constant__ TensorMaps maps, int tiles, int order, int return_gate) {
+  using Traits = ResidentTraits<CBLOCKS, PER_ORDER>;
+  constexpr int kUnits = Traits::kUnits, kColumns = Traits::kColumns, kStages = Traits::kStages;
+  constexpr int kConsumers = Traits::kConsumers;
   const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroup;
   const int first_tile = static_cast<int>(blockIdx.x), tile_step = static_cast<int>(gridDim.x);
-  T* const proj_smem = reinterpret_cast<T*>(shared_memory());       // [CBLOCKS, factors, units, 64]
-  T* const out_smem = proj_smem + resident_proj_elements(CBLOCKS);  // [CBLOCKS, orders, 64, units]
-  T* const x_smem = out_smem + resident_out_elements(CBLOCKS);      // [stages, CBLOCKS, 64, 64]
+  T* const proj_smem = reinterpret_cast<T*>(shared_memory());  // [CBLOCKS, factors, units, 64]
+  T* const out_smem = proj_smem + Traits::kProj;               // [CBLOCKS, orders, 64, units]
+  T* const x_smem = out_smem + Traits::kOut;                   // [stages, CBLOCKS, 64, 64]
   Barrier* const full = reinterpret_cast<Barrier*>(x_smem + kStages * CBLOCKS * kBoxElements);
   Barrier* const empty = full + kStages;
   Barrier* const weights_full = empty + kStages;
@@ -77,13 +79,13 @@ __global__ void __launch_bounds__((resident_consumers(CBLOCKS, PER_ORDER) + 1) *
   if (warpgroup == kConsumers) {
     warpgroup_reg_dealloc<24>();
     if (thread % kWarpgroup == 0) {
-      prefetch_tensormap(x_map);
-      prefetch_tensormap(y_map);
-      mbarrier_arrive_expect_tx(weights_full, 2 * resident_weight_elements(CBLOCKS));
+      prefetch_tensormap(maps.x);
+      prefetch_tensormap(maps.y);
+      mbarrier_arrive_expect_tx(weights_full, 2 * (Traits::kProj + Traits::kOut));
 #pragma unroll
       for (int p = 0; p < CBLOCKS; ++p) {
-        tma_load(proj_smem + p * kColumns * 64, proj_map, 64 * p, 0, 0, weights_full);
-        tma_load(out_smem + p * kOrders * 64 * kUnits, out_map, 0, 64 * p, 0, weights_full);
+        tma_load(proj_smem + p * kColumns * 64, maps.proj, 64 * p, 0, 0, weights_full);
+        tma_load(out_smem + p * kOrders * 64 * kUnits, maps.out, 0, 64 * p, 0, weights_full);
       }
       PipelineState state;
       for (int tile = first_tile; tile < tiles; tile += tile_step) {
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__((resident_consumers(CBLOCKS, PER_ORDER) + 1) *
         mbarrier_arrive_expect_tx(full + state.index, 2 * CBLOCKS * kBoxElements);
 #pragma unroll
         for (int p = 0; p < CBLOCKS; ++p) {
-          tma_load(x_smem + (state.index * CBLOCKS + p) * kBoxElements, x_map, 64 * p, tile * kWarpgroupRows, 0,
+          tma_load(x_smem + (state.index * CBLOCKS + p) * kBoxElements, maps.x, 64 * p, tile * kWarpgroupRows, 0,
                    full + state.index);
         }
         state.advance(kStages);
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__((resident_consumers(CBLOCKS, PER_ORDER) + 1) *
       if (elected) {
 #pragma unroll
         for (int p = 0; p < CBLOCKS; ++p) {
-          tma_store(y_map, x_tile + p * kBoxElements, 64 * p, tile * kWarpgroupRows, 0);
+          tma_store(maps.y, x_tile + p * kBoxElements, 64 * p, tile * kWarpgroupRows, 0);
         }
         tma_store_commit();
       }
@@ -182,21 +184,20 @@ constexpr int kSplitUnits = 32, kSplitProjN = kFactors * kSplitUnits;  // per bl
 constexpr int kWeightStage = kSplitProjN * 64;                         // elements, loaded in two halves
 static_assert(kWeightStage == 2 * kOrders * 64 * kSplitUnits);
 
-constexpr int split_stages(int split, int consumers) { return split == 4 ? 4 : consumers == 3 ? 5 : 6; }
-constexpr size_t split_smem_bytes(int split, int consumers) {
-  const int cblocks = 2 * split, stages = split_stages(split, consumers);
-  return 2 * static_cast<size_t>(cblocks * consumers * kBoxElements + stages * kWeightStage) +
-         sizeof(Barrier) * static_cast<size_t>(cblocks + 2 * stages + 2 * consumers);
-}
+template <int SPLIT, int CONSUMERS>
+struct SplitTraits {
+  static constexpr int kStages = SPLIT == 4 ? 4 : CONSUMERS == 3 ? 5 : 6, kThreads = (CONSUMERS + 1) * kWarpgroup;
+  static constexpr int kChannelBlocks = 2 * SPLIT, kXBlock = CONSUMERS * kBoxElements;
+  static constexpr size_t kSmemBytes =
+      2 * (kChannelBlocks * kXBlock + kStages * kWeightStage) + 8 * (kChannelBlocks + 2 * kStages + 2 * CONSUMERS);
+};
 
 // 128 SPLIT channels, 32 SPLIT hidden units, CONSUMERS consumer warpgroups, TILES tiles of positions per cluster.
 template <typename T, int SPLIT, int TILES, int CONSUMERS, bool PER_ORDER>
-__global__ void __launch_bounds__((CONSUMERS + 1) * kWarpgroup, 1)
-    split_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
-                const __grid_constant__ TensorMap proj_map, const __grid_constant__ TensorMap out_map, int order,
-                int return_gate) {
-  constexpr int kChannelBlocks = 2 * SPLIT, kXBlock = CONSUMERS * kBoxElements;
-  constexpr int kStages = split_stages(SPLIT, CONSUMERS);
+__global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
+    split_wgmma(const __grid_constant__ TensorMaps maps, int order, int return_gate) {
+  using Traits = SplitTraits<SPLIT, CONSUMERS>;
+  constexpr int kChannelBlocks = Traits::kChannelBlocks, kXBlock = Traits::kXBlock, kStages = Traits::kStages;
   constexpr int kWeightLoads = kChannelBlocks + SPLIT, kSteps = kOrders * kSplitUnits / 16;
   static_assert(SPLIT <= kStages && (SPLIT & (SPLIT - 1)) == 0);
   const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroup, lane = thread % kLanes;
@@ -225,10 +226,10 @@ __global__ void __launch_bounds__((CONSUMERS + 1) * kWarpgroup, 1)
     }
     fence_barrier_init();
     for (int i = 0; i < CONSUMERS; ++i) mbarrier_arrive_expect_tx(a_full + i, (SPLIT - 1) * 16 * kSteps * kWarpgroup);
-    prefetch_tensormap(x_map);
-    prefetch_tensormap(y_map);
-    prefetch_tensormap(proj_map);
-    prefetch_tensormap(out_map);
+    prefetch_tensormap(maps.x);
+    prefetch_tensormap(maps.y);
+    prefetch_tensormap(maps.proj);
+    prefetch_tensormap(maps.out);
   }
   cluster_sync();
 
@@ -243,7 +244,7 @@ __global__ void __launch_bounds__((CONSUMERS + 1) * kWarpgroup, 1)
       for (int i = 0; i < kWeightLoads; ++i) {
         if (i < 2) {
           const int block = 2 * split_rank + i;
-          tma_load_multicast(tile_mask, x_tile + block * kXBlock, x_map, 64 * block,
+          tma_load_multicast(tile_mask, x_tile + block * kXBlock, maps.x, 64 * block,
                              tile * CONSUMERS * kWarpgroupRows, 0, x_full + block);
         }
         const int stage = i % kStages;
@@ -255,7 +256,7 @@ __global__ void __launch_bounds__((CONSUMERS + 1) * kWarpgroup, 1)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           T* const to = weights + stage * kWeightStage + half * (kWeightStage / 2);
-          const TensorMap& from = is_proj ? proj_map : out_map;
+          const TensorMap& from = is_proj ? maps.proj : maps.out;
           const int x = is_proj ? channel : unit;
           const int y = is_proj ? kSplitUnits * split_rank : 128 * split_rank + 64 * half;
           const int z = is_proj ? kFactors / 2 * half : 0;
@@ -334,7 +335,7 @@ __global__ void __launch_bounds__((CONSUMERS + 1) * kWarpgroup, 1)
       fence_proxy_async();
       named_barrier_sync(1 + warpgroup, kWarpgroup);
       if (thread % kWarpgroup == 0) {
-        tma_store(y_map, box, 128 * split_rank + 64 * half, (tile * CONSUMERS + warpgroup) * kWarpgroupRows, 0);
+        tma_store(maps.y, box, 128 * split_rank + 64 * half, (tile * CONSUMERS + warpgroup) * kWarpgroupRows, 0);
         tma_store_commit();
       }
       __syncwarp();
@@ -405,20 +406,16 @@ int padded_channels(int64_t channels, int64_t hidden) {
   return kMaxChannels;
 }
 
-struct TensorMaps {
-  TensorMap x, y, proj, out;
-};
-
 // rows: of a tile of x. UNITS and factors: of a box of proj; a box of out has UNITS units.
 template <int UNITS>
 int make_tensor_maps(TensorMaps& to, const Problem& p, const void* x, const void* proj, const void* out, void* y,
                      int rows, int factors) {
-  TensorMapBuilder make;
-  make.matrix<64>(to.x, x, p.positions, p.channels, 64, rows);
-  make.matrix<64>(to.y, y, p.positions, p.channels, 64, kWarpgroupRows);
-  make.tensor<64>(to.proj, proj, num_factors(p.order), p.hidden, p.channels, {64, UNITS, factors});
-  make.tensor<UNITS>(to.out, out, p.order, p.channels, p.hidden, {UNITS, 64, kOrders});
-  return make.error;
+  TensorMapBuilder build{p};
+  build.matrix<64>(to.x, x, p.channels, 64, rows);
+  build.matrix<64>(to.y, y, p.channels, 64, kWarpgroupRows);
+  build.proj_weight<64>(to.proj, proj, {64, UNITS, factors});
+  build.out_weight<UNITS>(to.out, out, {UNITS, 64, kOrders});
+  return build.error;
 }
 
 template <typename T, int CBLOCKS, bool PER_ORDER>
@@ -427,11 +424,11 @@ int launch_resident(const Problem& p, const void* x, const void* proj, const voi
   if (const int error = make_tensor_maps<16 * CBLOCKS>(maps, p, x, proj, out, y, kWarpgroupRows, kFactors)) {
     return error;
   }
+  using Traits = ResidentTraits<CBLOCKS, PER_ORDER>;
   const int64_t tiles = divide_up(p.positions, kWarpgroupRows);
   const dim3 blocks(static_cast<unsigned>(tiles < kResidentGrid ? tiles : kResidentGrid));
-  const dim3 threads((resident_consumers(CBLOCKS, PER_ORDER) + 1) * kWarpgroup);
-  return launch(resident_wgmma<T, CBLOCKS, PER_ORDER>, blocks, threads, resident_smem_bytes(CBLOCKS), stream, maps.x,
-                maps.y, maps.proj, maps.out, tiles, p.order, p.return_gate);
+  return launch(resident_wgmma<T, CBLOCKS, PER_ORDER>, blocks, dim3(Traits::kThreads), Traits::kSmemBytes, stream,
+                maps, tiles, p.order, p.return_gate);
 }
 
 template <typename T, int SPLIT, int TILES, int CONSUMERS, bool PER_ORDER>
@@ -439,11 +436,10 @@ int launch_split(const Problem& p, const void* x, const void* proj, const void* 
   TensorMaps maps;
   const int rows = CONSUMERS * kWarpgroupRows;
   if (const int error = make_tensor_maps<kSplitUnits>(maps, p, x, proj, out, y, rows, kFactors / 2)) return error;
-  const int64_t clusters = divide_up(p.positions, TILES * rows);
-  return launch_cluster(split_wgmma<T, SPLIT, TILES, CONSUMERS, PER_ORDER>,
-                        dim3(static_cast<unsigned>(clusters * SPLIT * TILES)), dim3((CONSUMERS + 1) * kWarpgroup),
-                        split_smem_bytes(SPLIT, CONSUMERS), SPLIT * TILES, false, stream, maps.x, maps.y, maps.proj,
-                        maps.out, p.order, p.return_gate);
+  using Traits = SplitTraits<SPLIT, CONSUMERS>;
+  const dim3 blocks(static_cast<unsigned>(divide_up(p.positions, TILES * rows) * SPLIT * TILES));
+  return launch_cluster(split_wgmma<T, SPLIT, TILES, CONSUMERS, PER_ORDER>, blocks, dim3(Traits::kThreads),
+                        Traits::kSmemBytes, SPLIT * TILES, false, stream, maps, p.order, p.return_gate);
 }
 
 // PER_ORDER needs more registers: two consumer warpgroups.

@@ -72,27 +72,36 @@ inline int require_sizes(int64_t positions, int64_t channels, int64_t hidden, in
   return status;
 }
 
-// Creates a launch's TMA descriptors; `error` keeps the first failure.
-struct TensorMapBuilder {
-  int error = 0;
-
-  // A contiguous tensor (outer, rows, columns).
-  template <int WIDTH>
-  void tensor(TensorMap& to, const void* base, int64_t outer, int64_t rows, int64_t columns, Shape tile) {
-    if (!error) error = make_tensor_map<WIDTH>(&to, base, {columns, rows, outer}, columns, rows * columns, tile);
-  }
-  // A contiguous matrix (rows, columns).
-  template <int WIDTH>
-  void matrix(TensorMap& to, const void* base, int64_t rows, int64_t columns, int64_t tile_columns, int64_t tile_rows) {
-    tensor<WIDTH>(to, base, 1, rows, columns, {tile_columns, tile_rows, 1});
-  }
-};
-
 struct Problem {
   int64_t positions;
   int channels, hidden, order;
   int num_gates;    // 1 for mode "joint", one per order for "per_order"
   int return_gate;  // the result is A instead of A x
+};
+
+// Creates a launch's TMA descriptors; `error` keeps the first failure.
+struct TensorMapBuilder {
+  const Problem& p;
+  int error = 0;
+
+  // A contiguous tensor [z, y, x].
+  template <int WIDTH>
+  void tensor(TensorMap& to, const void* base, Shape shape, Shape box) {
+    if (!error) error = make_tensor_map<WIDTH>(&to, base, shape, shape.x, shape.x * shape.y, box);
+  }
+  // [positions, columns]
+  template <int WIDTH>
+  void matrix(TensorMap& to, const void* base, int64_t columns, int64_t box_columns, int64_t box_rows) {
+    tensor<WIDTH>(to, base, {columns, p.positions, 1}, {box_columns, box_rows, 1});
+  }
+  template <int WIDTH>
+  void proj_weight(TensorMap& to, const void* base, Shape box) {
+    tensor<WIDTH>(to, base, {p.channels, p.hidden, num_factors(p.order)}, box);
+  }
+  template <int WIDTH>
+  void out_weight(TensorMap& to, const void* base, Shape box) {
+    tensor<WIDTH>(to, base, {p.hidden, p.channels, p.order}, box);
+  }
 };
 
 // Allocates consecutive buffers of the scratch memory. With a null base it only counts bytes.
@@ -135,7 +144,7 @@ __device__ __forceinline__ float rcp_approx(float x) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// The sigmoid: two of the slow instructions and two product_except.
+// Two MUFU instructions, ex2 and rcp, and two others.
 __device__ __forceinline__ float sigmoid(float logit) { return rcp_approx(1.0f + exp2_flushed(-kLog2E * logit)); }
 
 // ---- GEMMs ---------------------------------------------------------------------------------------------------------

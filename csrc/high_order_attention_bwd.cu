@@ -126,28 +126,23 @@ int launch_chain(const Problem& p, const Buffers<T>& buffers, const Tensors<T>& 
   const bool needs_grad_x = tensors.dx != nullptr, needs_grad_factors = needs_grad_x || tensors.dproj != nullptr;
   constexpr int kUnits = Traits::kUnits;
   ChainTensorMaps maps{};
-  TensorMapBuilder build;
-  build.matrix<64>(maps.x, tensors.x, p.positions, p.channels, 64, Traits::kRowsPerRank);
-  build.matrix<64>(maps.x_channels, tensors.x, p.positions, p.channels, 64, Traits::kRows);
-  build.matrix<64>(maps.grad_output, tensors.grad_output, p.positions, p.channels, 64, Traits::kRows);
-  build.tensor<64>(maps.proj_units, tensors.proj, num_factors(p.order), p.hidden, p.channels,
-                   {64, kBlockUnits, kFactors});
-  build.tensor<64>(maps.proj_channels, tensors.proj, num_factors(p.order), p.hidden, p.channels,
-                   {64, RANKS == 1 ? 32 : 64, RANKS == 1 ? 2 : 1});
-  build.tensor<Traits::kABoxWidth>(maps.out_channels, tensors.out, p.order, p.channels, p.hidden,
-                                   {Traits::kABoxWidth, kBlockChannels, 1});
-  build.tensor<32>(maps.out_units, tensors.out, p.order, p.channels, p.hidden,
-                   {kBlockUnits, 64, PER_ORDER ? 1 : kOrders});
-  build.matrix<Traits::kABoxWidth>(maps.a, buffers.a, p.positions, kOrders * kUnits, Traits::kABoxWidth,
-                                   Traits::kRowsPerRank);
-  build.matrix<32>(maps.a_store, buffers.a, p.positions, kOrders * kUnits, kBlockUnits, 64);
-  build.matrix<64>(maps.dl, buffers.dl, p.positions, Traits::kNumGates * Traits::kChannels, 64, Traits::kRowsPerRank);
-  build.matrix<64>(maps.dl_store, buffers.dl, p.positions, Traits::kNumGates * Traits::kChannels, 64, 64);
+  TensorMapBuilder build{p};
+  build.matrix<64>(maps.x, tensors.x, p.channels, 64, Traits::kRowsPerRank);
+  build.matrix<64>(maps.x_channels, tensors.x, p.channels, 64, Traits::kRows);
+  build.matrix<64>(maps.grad_output, tensors.grad_output, p.channels, 64, Traits::kRows);
+  build.proj_weight<64>(maps.proj_units, tensors.proj, {64, kBlockUnits, kFactors});
+  build.proj_weight<64>(maps.proj_channels, tensors.proj, {64, RANKS == 1 ? 32 : 64, RANKS == 1 ? 2 : 1});
+  build.out_weight<Traits::kABoxWidth>(maps.out_channels, tensors.out, {Traits::kABoxWidth, kBlockChannels, 1});
+  build.out_weight<32>(maps.out_units, tensors.out, {kBlockUnits, 64, PER_ORDER ? 1 : kOrders});
+  build.matrix<Traits::kABoxWidth>(maps.a, buffers.a, kOrders * kUnits, Traits::kABoxWidth, Traits::kRowsPerRank);
+  build.matrix<32>(maps.a_store, buffers.a, kOrders * kUnits, kBlockUnits, 64);
+  build.matrix<64>(maps.dl, buffers.dl, Traits::kNumGates * Traits::kChannels, 64, Traits::kRowsPerRank);
+  build.matrix<64>(maps.dl_store, buffers.dl, Traits::kNumGates * Traits::kChannels, 64, 64);
   if (needs_grad_factors) {
-    build.matrix<64>(maps.du, buffers.du, p.positions, kFactors * kUnits, 64, Traits::kRowsPerRank);
-    build.matrix<32>(maps.du_store, buffers.du, p.positions, kFactors * kUnits, kBlockUnits, 64);
+    build.matrix<64>(maps.du, buffers.du, kFactors * kUnits, 64, Traits::kRowsPerRank);
+    build.matrix<32>(maps.du_store, buffers.du, kFactors * kUnits, kBlockUnits, 64);
   }
-  if (needs_grad_x) build.matrix<64>(maps.dx_store, tensors.dx, p.positions, p.channels, 64, 64);
+  if (needs_grad_x) build.matrix<64>(maps.dx_store, tensors.dx, p.channels, 64, 64);
   if (build.error) return build.error;
   const int64_t tiles = divide_up(p.positions, Traits::kRows), limit = max_clusters(RANKS);
   const int64_t clusters = tiles < limit ? tiles : limit;
@@ -170,11 +165,11 @@ int launch_weight_grads(const Problem& p, const Buffers<T>& buffers, const Tenso
   const WeightGradTiles& tiles = buffers.tiles;
   if (tiles.count == 0) return 0;
   WeightGradTensorMaps maps{};
-  TensorMapBuilder build;
-  build.matrix<64>(maps.x, tensors.x, p.positions, p.channels, 64, 64);
-  build.matrix<64>(maps.dl, buffers.dl, p.positions, tiles.gates * tiles.channels, 64, 64);
-  build.matrix<64>(maps.a, buffers.a, p.positions, kOrders * tiles.units, 64, 64);
-  if (tiles.proj_tiles > 0) build.matrix<64>(maps.du, buffers.du, p.positions, kFactors * tiles.units, 64, 64);
+  TensorMapBuilder build{p};
+  build.matrix<64>(maps.x, tensors.x, p.channels, 64, 64);
+  build.matrix<64>(maps.dl, buffers.dl, tiles.gates * tiles.channels, 64, 64);
+  build.matrix<64>(maps.a, buffers.a, kOrders * tiles.units, 64, 64);
+  if (tiles.proj_tiles > 0) build.matrix<64>(maps.du, buffers.du, kFactors * tiles.units, 64, 64);
   if (build.error) return build.error;
   const dim3 blocks(static_cast<unsigned>(tiles.count), static_cast<unsigned>(tiles.splits));
   return launch(weight_grad_wgmma<T>, blocks, dim3(kGradThreads), kGradSmemBytes, stream, maps, buffers.partials,
@@ -184,12 +179,12 @@ int launch_weight_grads(const Problem& p, const Buffers<T>& buffers, const Tenso
 template <typename T>
 int launch_one_pass(const Problem& p, const Buffers<T>& buffers, const Tensors<T>& tensors, void* stream) {
   OnePassTensorMaps maps{};
-  TensorMapBuilder build;
-  build.matrix<64>(maps.x, tensors.x, p.positions, p.channels, 64, 64);
-  build.matrix<64>(maps.grad_output, tensors.grad_output, p.positions, p.channels, 64, 64);
-  build.tensor<64>(maps.proj, tensors.proj, num_factors(p.order), p.hidden, p.channels, {64, 16, kFactors});
-  build.tensor<16>(maps.out, tensors.out, p.order, p.channels, p.hidden, {16, buffers.channels, kOrders});
-  if (tensors.dx != nullptr) build.matrix<64>(maps.dx, tensors.dx, p.positions, p.channels, 64, 64);
+  TensorMapBuilder build{p};
+  build.matrix<64>(maps.x, tensors.x, p.channels, 64, 64);
+  build.matrix<64>(maps.grad_output, tensors.grad_output, p.channels, 64, 64);
+  build.proj_weight<64>(maps.proj, tensors.proj, {64, 16, kFactors});
+  build.out_weight<16>(maps.out, tensors.out, {16, buffers.channels, kOrders});
+  if (tensors.dx != nullptr) build.matrix<64>(maps.dx, tensors.dx, p.channels, 64, 64);
   if (build.error) return build.error;
   const bool is_64 = buffers.channels == OnePass64::kChannels;
   return launch(is_64 ? one_pass_64_wgmma<T> : one_pass_128_wgmma<T>, dim3(static_cast<unsigned>(buffers.splits)),

@@ -11,6 +11,9 @@ namespace dfkd::high_order::bwd {
 constexpr int kBlockChannels = 128, kBlockUnits = 32;  // per block of a cluster
 constexpr int kBoxBytes = 64 * 64 * 2;
 
+template <int WIDTH>
+using Width = std::integral_constant<int, WIDTH>;
+
 // A PipelineState in one register.
 template <int STAGES>
 struct PackedPipelineState {
@@ -194,7 +197,7 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
   if (warpgroup == CONSUMERS) {
     warpgroup_reg_dealloc<CONSUMERS == 2 ? 40 : 32>();
     const int rank = RANKS == 1 ? 0 : cluster_rank();
-    // One thread loads A operands, which depend on other blocks. Another loads B operands and runs ahead of it.
+    // One thread loads the A half of a stage, which depends on other blocks. Another runs ahead and loads the B half.
     const auto producer_acquire = [&](int bytes) {
       mbarrier_wait(empty + pipe.stage(), pipe.phase() ^ 1);
       mbarrier_arrive_expect_tx(full + pipe.stage(), bytes);
@@ -303,8 +306,11 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
         if (other < RANKS) mbarrier_arrive_cluster_relaxed(empty + stage, other);
       }
     };
-    // d += A B over `steps` pipeline stages. issue(a_smem, b_smem) issues the wgmmas of one stage.
-    const auto mma = [&](auto& d, int steps, auto issue) {
+    // d += A B over `steps` pipeline stages of a_width along K. A (K-major) and B are boxes with a_width and b_width
+    // columns. The last three arguments are integral constants.
+    const auto mma = [&]<int N>(float(&d)[N][4], int steps, auto a_width, auto b_width, auto b_mn_major) {
+      constexpr int kAWidth = a_width, kBWidth = b_width;
+      constexpr bool kMnMajor = b_mn_major;
       int prev_stage = 0;
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
@@ -312,7 +318,13 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
         unsigned char* const operands = smem + pipe.stage() * Traits::kStageBytes;
         warpgroup_fence_operand(d);
         warpgroup_arrive();
-        issue(operands, operands + Traits::kABytes);
+        const uint64_t a = make_smem_desc<kAWidth>(operands + warpgroup_idx() * 64 * kAWidth * 2);
+        const uint64_t b = make_smem_desc<kBWidth>(operands + Traits::kABytes, kMnMajor ? 64 * kBWidth * 2 : 16);
+#pragma unroll
+        for (int k = 0; k < kAWidth / 16; ++k) {
+          constexpr int kBStep = kMnMajor ? 32 * kBWidth : 32;
+          wgmma<T, 8 * N, false, kMnMajor>(d, advance_desc(a, 32 * k), advance_desc(b, kBStep * k), true);
+        }
         warpgroup_commit_batch();
         if (step > 0) {
           warpgroup_wait<1>();
@@ -360,7 +372,7 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
       // where their gradients will be; dl does not overwrite them.
       constexpr int kInRegisters = CONSUMERS == 2 ? kFactors : kFactors - 2;
       uint32_t factors[kInRegisters * 2][4];
-      const auto in_factors = [&] {
+      const auto factor_at = [&] {
         return [&factors, pairs = FragmentPairs<32>(), to = store_smem()](int f, int n, int half) -> uint32_t& {
           if (f >= kInRegisters) return *pairs.at(to + f * 64 * kBlockUnits * 2, half, n);
           return factors[f * 2 % (kInRegisters * 2) + n / 2][n % 2 * 2 + half];
@@ -368,15 +380,9 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
       };
       {
         float u[kFactors * kBlockUnits / 8][4] = {};
-        mma(u, Traits::kChannelBlocks, [&](unsigned char* a_smem, unsigned char* b_smem) {
-          const uint64_t a = make_smem_desc<64>(a_smem + warpgroup_idx() * kBoxBytes), b = make_smem_desc<64>(b_smem);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            wgmma<T, kFactors * kBlockUnits>(u, advance_desc(a, 32 * k), advance_desc(b, 32 * k), true);
-          }
-        });
+        mma(u, Traits::kChannelBlocks, Width<64>{}, Width<64>{}, std::false_type{});
         begin_store();
-        store_activations<T, 4>(u, store_smem(), 0, in_factors());
+        store_activations<T, 4>(u, store_smem(), 0, factor_at());
         warpgroup_fence_operand(factors);  // round here, not at each use
         issue_store(0, [&] {
           for (int r = 0; r < kOrders; ++r) {
@@ -394,15 +400,7 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
           [[maybe_unused]] const float inv_order = r < order ? 1.0f / static_cast<float>(order) : 0.0f;
           float logits[16][4] = {};
           constexpr int kSteps = (PER_ORDER ? 1 : kOrders) * Traits::kLogitSteps;
-          mma(logits, kSteps, [&](unsigned char* a_smem, unsigned char* b_smem) {
-            constexpr int kWidth = Traits::kABoxWidth;
-            const uint64_t a = make_smem_desc<kWidth>(a_smem + warpgroup_idx() * 64 * kWidth * 2);
-            const uint64_t b = make_smem_desc<kWidth>(b_smem);
-#pragma unroll
-            for (int k = 0; k < kWidth / 16; ++k) {
-              wgmma<T, kBlockChannels>(logits, advance_desc(a, 32 * k), advance_desc(b, 32 * k), true);
-            }
-          });
+          mma(logits, kSteps, Width<Traits::kABoxWidth>{}, Width<Traits::kABoxWidth>{}, std::false_type{});
           begin_store();
 #pragma unroll
           for (int p = 0; p < 2; ++p) {
@@ -411,7 +409,7 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
             unsigned char* const g_box = x_box + Traits::kABytes;
             const FragmentPairs<64> pairs;
             unsigned char* const dl_box = store_smem() + p * kBoxBytes;
-            const auto use = [&](int n, int half, uint32_t x_pair, uint32_t g_pair) {
+            const auto gate_backward = [&](int n, int half, uint32_t x_pair, uint32_t g_pair) {
               float value[2], g[2], dl[2], gate[2];
               unpack_pair<T>(x_pair, value);
               unpack_pair<T>(g_pair, g);
@@ -432,7 +430,7 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
                 gate_dx[4 * p + n / 2][n % 2 * 2 + half] = pack_rounded<T>(g[0] * gate[0], g[1] * gate[1]);
               }
             };
-            for_each_pair<T, 8>(pairs, x_box, g_box, feature_mask, use);
+            for_each_pair<T, 8>(pairs, x_box, g_box, feature_mask, gate_backward);
             __syncwarp();
             consumer_release(pipe.stage());
             pipe.advance();
@@ -460,25 +458,16 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
       {
         float da[kOrders][kBlockUnits / 8][4] = {};
         auto& da_all = reinterpret_cast<float(&)[kOrders * kBlockUnits / 8][4]>(da);
-        constexpr int kColumns = PER_ORDER ? kBlockUnits : kOrders * kBlockUnits;
-        const auto accumulate = [&](auto& d) {
-          mma(d, Traits::kChannelBlocks, [&](unsigned char* a_smem, unsigned char* b_smem) {
-            const uint64_t a = make_smem_desc<64>(a_smem + warpgroup_idx() * kBoxBytes);
-            const uint64_t b = make_smem_desc<32>(b_smem, 4096);
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-              wgmma<T, kColumns, false, true>(d, advance_desc(a, 32 * k), advance_desc(b, 1024 * k), true);
-            }
-          });
-        };
         if constexpr (PER_ORDER) {
 #pragma unroll
-          for (int r = 0; r < kOrders; ++r) accumulate(da[r]);
+          for (int r = 0; r < kOrders; ++r) {
+            mma(da[r], Traits::kChannelBlocks, Width<64>{}, Width<32>{}, std::true_type{});
+          }
         } else {
-          accumulate(da_all);
+          mma(da_all, Traits::kChannelBlocks, Width<64>{}, Width<32>{}, std::true_type{});
         }
         begin_store();
-        store_factor_gradients<T, 4>(in_factors(), da_all, store_smem(), 0);
+        store_factor_gradients<T, 4>(factor_at(), da_all, store_smem(), 0);
         issue_store(2, [&] {
           for (int f = 0; f < kFactors; ++f) {
             tma_store(maps.du_store, store_smem() + f * 64 * kBlockUnits * 2,
@@ -489,24 +478,17 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
       if (!needs_grad_x) continue;
 
       float dx[16][4] = {};
-      mma(dx, Traits::kDxSteps, [&](unsigned char* a_smem, unsigned char* b_smem) {
-        const uint64_t a = make_smem_desc<64>(a_smem + warpgroup_idx() * kBoxBytes);
-        const uint64_t b = make_smem_desc<64>(b_smem, kBoxBytes);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          wgmma<T, kBlockChannels, false, true>(dx, advance_desc(a, 32 * k), advance_desc(b, 2048 * k), true);
-        }
-      });
+      mma(dx, Traits::kDxSteps, Width<64>{}, Width<64>{}, std::true_type{});
       begin_store();
       const FragmentPairs<64> pairs;
-      unsigned char* const dx_boxs = store_smem();
+      unsigned char* const dx_smem = store_smem();
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float direct[2];
           unpack_pair<T>(gate_dx[n / 2][n % 2 * 2 + half] & feature_mask, direct);
-          *pairs.at(dx_boxs + n / 8 * kBoxBytes, half, n % 8) =
+          *pairs.at(dx_smem + n / 8 * kBoxBytes, half, n % 8) =
               pack_rounded<T>(direct[0] + dx[n][2 * half], direct[1] + dx[n][2 * half + 1]);
         }
       }

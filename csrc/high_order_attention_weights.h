@@ -23,13 +23,12 @@ constexpr size_t kGradSmemBytes = kGradStages * (kGradStageBytes + 16);
 // gradient has the same bits whichever other gradients are computed.
 struct WeightGradTiles {
   int channels, units, ranks, gates;  // padded
-  int proj_tiles_n, proj_tiles, out_tiles_n, out_tiles, count;
+  int proj_tiles, out_tiles_n, out_tiles, count;
   int64_t steps_per_split, splits, proj_size, split_size;  // sizes: elements of the partial sums
 
   WeightGradTiles(int64_t positions, int ranks_, int gates_, bool needs_grad_proj, bool needs_grad_out)
       : channels(kBlockChannels * ranks_), units(kBlockUnits * ranks_), ranks(ranks_), gates(gates_) {
-    proj_tiles_n = ranks;
-    proj_tiles = ranks * proj_tiles_n;
+    proj_tiles = ranks * ranks;
     const int gate_columns = kOrders / gates * units;  // columns of a that share an A operand
     out_tiles_n = gates * static_cast<int>(divide_up(gate_columns, kTileN));
     out_tiles = ranks * out_tiles_n;
@@ -61,7 +60,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
   const int block = static_cast<int>(blockIdx.x);
   const bool is_proj = block < tiles.proj_tiles;
   const int tile = is_proj ? block : block - tiles.proj_tiles;
-  const int tiles_n = is_proj ? tiles.proj_tiles_n : tiles.out_tiles_n;
+  const int tiles_n = is_proj ? tiles.ranks : tiles.out_tiles_n;
   const int channel0 = tile / tiles_n * kTileM;
   // The tiles of dout are ordered by gate, since each gate has its own dl.
   const int gate_tiles = is_proj ? tiles_n : tiles_n / tiles.gates, gate = tile % tiles_n / gate_tiles;

@@ -88,7 +88,7 @@ struct Barriers {
 };
 static_assert(sizeof(Barriers) <= kBarrierBytes);
 
-// Online softmax of a lane's 16 channels. row_sum is relative to `base`, chunk is at least row_max and only moves, with
+// Online softmax of a lane's 16 channels. row_sum is relative to `base`, which is at least row_max and only moves, with
 // headroom, when row_max exceeds it: rescaling is rare.
 struct OnlineSoftmax {
   float row_max[16], base[16], row_sum[16];
@@ -244,6 +244,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   if (thread >= kConsumerThreads) {
     warpgroup_reg_dealloc<kProducerRegisters>();
     const int warp = thread / kLanes - kConsumerWarps;
+    const bool for_gate = warp == 0;  // warp 1 loads h for the statistics
+    unsigned char* const stages = for_gate ? storage.stages : storage.hidden;
+    const int stage_bytes = for_gate ? params.stage_bytes() : tiling.hidden_tile_bytes();
     if (warp < 2 && thread % kLanes == 0) {
       PipelineState state;
 #pragma unroll 1
@@ -251,22 +254,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #pragma unroll 1
         for (int tile = 0; tile < scheduler.tiles; ++tile) {
           const int row = (scheduler.first_tile + tile) * tiling.tile_rows();
-          if (warp == 0) {  // for the gate; warp 1 for the statistics
-            unsigned char* stage = storage.stages + state.index * params.stage_bytes();
-            Barrier* full = &barriers.full[state.index];
-            mbarrier_wait(&barriers.empty[state.index], state.phase ^ 1);
-            mbarrier_arrive_expect_tx(full, params.stage_bytes());
-            load_hidden(tiling, stage + kTileBytes, hidden, row, sample, full);
-            load_tile(tiling, stage, features, row, sample, full);
-            state.advance(params.stages);
-          } else {
-            unsigned char* stage = storage.hidden + state.index * tiling.hidden_tile_bytes();
-            Barrier* full = &barriers.hidden_full[state.index];
-            mbarrier_wait(&barriers.hidden_empty[state.index], state.phase ^ 1);
-            mbarrier_arrive_expect_tx(full, tiling.hidden_tile_bytes());
-            load_hidden(tiling, stage, hidden, row, sample, full);
-            state.advance(params.hidden_stages);
-          }
+          Barrier* full = (for_gate ? barriers.full : barriers.hidden_full) + state.index;
+          mbarrier_wait((for_gate ? barriers.empty : barriers.hidden_empty) + state.index, state.phase ^ 1);
+          mbarrier_arrive_expect_tx(full, stage_bytes);
+          unsigned char* const stage = stages + state.index * stage_bytes;
+          load_hidden(tiling, stage + (for_gate ? kTileBytes : 0), hidden, row, sample, full);
+          if (for_gate) load_tile(tiling, stage, features, row, sample, full);
+          state.advance(for_gate ? params.stages : params.hidden_stages);
         }
       }
     }
