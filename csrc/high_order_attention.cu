@@ -79,8 +79,7 @@ __global__ void __launch_bounds__(ResidentTraits<CBLOCKS, PER_ORDER>::kThreads, 
   if (warpgroup == kConsumers) {
     warpgroup_reg_dealloc<24>();
     if (thread % kWarpgroup == 0) {
-      prefetch_tensormap(maps.x);
-      prefetch_tensormap(maps.y);
+      prefetch_tensormaps(maps.x, maps.y);
       mbarrier_arrive_expect_tx(weights_full, 2 * (Traits::kProj + Traits::kOut));
 #pragma unroll
       for (int p = 0; p < CBLOCKS; ++p) {
@@ -226,10 +225,7 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
     }
     fence_barrier_init();
     for (int i = 0; i < CONSUMERS; ++i) mbarrier_arrive_expect_tx(a_full + i, (SPLIT - 1) * 16 * kSteps * kWarpgroup);
-    prefetch_tensormap(maps.x);
-    prefetch_tensormap(maps.y);
-    prefetch_tensormap(maps.proj);
-    prefetch_tensormap(maps.out);
+    prefetch_tensormaps(maps.x, maps.y, maps.proj, maps.out);
   }
   cluster_sync();
 

@@ -36,16 +36,9 @@ struct alignas(sizeof(T) * N) AlignedArray {
 // x if z > 0, else 0. A NaN in z returns x, as in torch.relu.
 __device__ __forceinline__ float where_positive(float z, float x) { return z <= 0.0f ? 0.0f : x; }
 
-// The product of all factors of one order, or of all but one.
+// The product of the factors of one order, all or all but one.
 template <int R>
-__device__ __forceinline__ float product_of(const float (&u)[R]) {
-  float z = u[0];
-#pragma unroll
-  for (int i = 1; i < R; ++i) z *= u[i];
-  return z;
-}
-template <int R>
-__device__ __forceinline__ float product_except(const float (&u)[R], int excluded) {
+__device__ __forceinline__ float product_of(const float (&u)[R], int excluded = -1) {
   float z = 1.0f;
 #pragma unroll
   for (int i = 0; i < R; ++i) {
@@ -146,6 +139,11 @@ constexpr float kLog2E = 1.44269504f;
 
 // Two MUFU instructions, ex2 and rcp, and two others.
 __device__ __forceinline__ float sigmoid(float logit) { return rcp_approx(1.0f + exp2_flushed(-kLog2E * logit)); }
+
+template <typename... Maps>
+__device__ __forceinline__ void prefetch_tensormaps(const Maps&... maps) {
+  (prefetch_tensormap(maps), ...);
+}
 
 // ---- GEMMs ---------------------------------------------------------------------------------------------------------
 

@@ -105,8 +105,7 @@ __device__ __forceinline__ void factor_gradients(const float (&da)[kOrders * CHU
                              where_positive(product_of(u[1]), gradient[2 * half + 1])};
 #pragma unroll
         for (int i = 0; i < kOrder; ++i) {
-          store(kFirst + i, n, half,
-                pack_rounded<T>(dz[0] * product_except(u[0], i), dz[1] * product_except(u[1], i)));
+          store(kFirst + i, n, half, pack_rounded<T>(dz[0] * product_of(u[0], i), dz[1] * product_of(u[1], i)));
         }
       });
     }
@@ -204,11 +203,7 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
       return smem + pipe.stage() * Traits::kStageBytes;
     };
     if (warp == 0 && lane == 0) {
-      prefetch_tensormap(maps.proj_units);
-      prefetch_tensormap(maps.out_channels);
-      prefetch_tensormap(maps.grad_output);
-      prefetch_tensormap(maps.out_units);
-      prefetch_tensormap(maps.proj_channels);
+      prefetch_tensormaps(maps.proj_units, maps.out_channels, maps.grad_output, maps.out_units, maps.proj_channels);
       const int channel = kBlockChannels * rank, unit = kBlockUnits * rank;
       for (int tile = first_tile; tile < tiles; tile += tile_step) {
         const auto load_b = [&](const TensorMap& from, int bytes, int x, int y, int z) {
@@ -243,10 +238,7 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
         }
       }
     } else if (warp == 1 && lane == 0) {
-      prefetch_tensormap(maps.x);
-      prefetch_tensormap(maps.a);
-      prefetch_tensormap(maps.x_channels);
-      prefetch_tensormap(maps.dl);
+      prefetch_tensormaps(maps.x, maps.a, maps.x_channels, maps.dl);
       int phase = 0;
       for (int tile = first_tile; tile < tiles; tile += tile_step, phase ^= 1) {
         // Each block multicasts its rows to the cluster.
@@ -294,8 +286,7 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
     const auto rank = [] { return RANKS == 1 ? 0 : cluster_rank(); };
     const auto elected = [] { return reload_thread_idx() % kWarpgroup == 0; };
     if (thread % kWarpgroup == 0) {
-      prefetch_tensormap(maps.a_store);
-      prefetch_tensormap(maps.dl_store);
+      prefetch_tensormaps(maps.a_store, maps.dl_store);
     }
 
     const auto consumer_release = [&](int stage) {

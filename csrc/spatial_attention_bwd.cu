@@ -475,19 +475,22 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_dw(const float* partial
   }
 }
 
-struct ScratchBytes {
-  int64_t counters, tile_delta, delta, dw_partials;
-
-  explicit ScratchBytes(const Tiling& tiling) {
-    const auto align = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
-    const int64_t samples = tiling.samples, channels = tiling.channels;
-    counters = align(2 * 4 * samples);
-    tile_delta = align(4 * samples * tiling.tiles * channels);
-    delta = align(4 * samples * channels * tiling.row_blocks);
-    dw_partials = align(4 * kNumSMs * channels * tiling.hidden);
-  }
-  int64_t total() const { return counters + tile_delta + delta + dw_partials; }
-};
+// Lays out the scratch memory, which may be null, and returns its size in bytes.
+int64_t make_workspace(const Tiling& tiling, void* scratch, Workspace* workspace) {
+  const int64_t samples = tiling.samples, channels = tiling.channels;
+  int64_t used = 0;
+  const auto allocate = [&](int64_t elements) {
+    float* const buffer = scratch == nullptr ? nullptr : static_cast<float*>(scratch) + used;
+    used += (elements + 3) / 4 * 4;
+    return buffer;
+  };
+  workspace->tiles_done = reinterpret_cast<unsigned*>(allocate(2 * samples));
+  workspace->delta_done = workspace->tiles_done + (scratch == nullptr ? 0 : samples);
+  workspace->tile_delta = allocate(samples * tiling.tiles * channels);
+  workspace->delta = allocate(samples * channels * tiling.row_blocks);
+  workspace->dw_partials = allocate(kNumSMs * channels * tiling.hidden);
+  return 4 * used;
+}
 
 Params make_params(const Tiling& tiling, bool needs_dl) {
   Params params{};
@@ -538,7 +541,8 @@ extern "C" {
 int64_t dfkd_spatial_attention_backward_scratch(int64_t samples, int64_t channels, int64_t maps, int64_t positions,
                                                 int form) {
   if (require_supported(samples, channels, maps, positions, form)) return 0;
-  return ScratchBytes(make_tiling(samples, channels, maps, positions)).total();
+  Workspace workspace{};
+  return make_workspace(make_tiling(samples, channels, maps, positions), nullptr, &workspace);
 }
 
 int dfkd_spatial_attention_backward(const void* grad_output, const void* features, const void* hidden,
@@ -558,13 +562,8 @@ int dfkd_spatial_attention_backward(const void* grad_output, const void* feature
     params.needs_grad_features = d_features != nullptr;
     params.needs_grad_hidden = d_hidden != nullptr;
     params.needs_grad_weight = d_weight != nullptr;
-    const ScratchBytes bytes(params.tiling);
     Workspace workspace{};
-    workspace.tiles_done = static_cast<unsigned*>(scratch);
-    workspace.delta_done = workspace.tiles_done + samples;
-    workspace.tile_delta = static_cast<float*>(scratch) + bytes.counters / 4;
-    workspace.delta = workspace.tile_delta + bytes.tile_delta / 4;
-    workspace.dw_partials = workspace.delta + bytes.delta / 4;
+    make_workspace(params.tiling, scratch, &workspace);
     if (params.tiles > 0 && (needs_dl || params.needs_grad_features)) {
       const int error = dispatch_hidden_width(params.tiling.hidden_width, [=](auto width) {
         return launch_gate_bwd<T, decltype(width)::value>(params, grad_output, features, hidden, weight, saved,
