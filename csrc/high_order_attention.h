@@ -1,7 +1,10 @@
-// Mixed high-order attention: what its kernels share.
+// Mixed high-order attention: code shared by the forward and backward kernels.
 //
-// A warpgroup has 64 positions. One product gives all six factors of some hidden units, units of a factor side by side,
-// so that their accumulators, multiplied and rectified, are the left operand of the second product as they lie.
+// A warpgroup computes 64 positions. One GEMM computes all six factors of a set of hidden units, with the units of each
+// factor contiguous along N. The products of its accumulator fragments, after ReLU, are the register A operand of the
+// second GEMM.
+//
+// A "box" is the 64 x 64 shared-memory tile that one TMA instruction copies with the 128-byte swizzle.
 #pragma once
 
 #include "sm90.h"
@@ -9,110 +12,123 @@
 namespace dfkd::high_order {
 
 #ifdef DFKD_HOST
-constexpr int kProcessors = 1;  // so that small tests reach every loop
+constexpr int kNumSMs = 1;  // small tests then reach every loop
 #else
-// Of the card that this is written for: the same bits wherever they run.
-constexpr int kProcessors = 132;
+constexpr int kNumSMs = 132;  // of an H100; fixed, so that results are bitwise equal on every device
 #endif
 
-__host__ __device__ constexpr int factors_of(int order) { return order * (order + 1) / 2; }
+__host__ __device__ constexpr int num_factors(int order) { return order * (order + 1) / 2; }
 
-constexpr int kOrders = 3, kFactors = factors_of(kOrders);  // of fewer orders the rest is zeros
-constexpr int kGroupRows = 64;                              // positions of a warpgroup
-constexpr int kSquare = kGroupRows * 64;                    // elements of a panel of 64 rows and 64 columns
+constexpr int kOrders = 3, kFactors = num_factors(kOrders);  // lower orders are padded with zeros
+constexpr int kWarpgroupRows = 64;                           // positions per warpgroup
+constexpr int kBoxElements = kWarpgroupRows * 64;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-struct alignas(16) Chunk {
-  uint32_t words[4];
-};
-struct alignas(8) FloatPair {
-  float first, second;
+template <typename T, int N>
+struct alignas(sizeof(T) * N) AlignedArray {
+  T at[N];
 };
 
-// ---- the formulas --------------------------------------------------------------------------------------------------
+// ---- element-wise functions ----------------------------------------------------------------------------------------
 
-// x where z is not at or below zero: a NaN in z passes, as torch's relu lets it.
-__device__ __forceinline__ float positive(float z, float x) { return z <= 0.0f ? 0.0f : x; }
+// x if z > 0, else 0. A NaN in z returns x, as in torch.relu.
+__device__ __forceinline__ float where_positive(float z, float x) { return z <= 0.0f ? 0.0f : x; }
 
 // The product of the factors of one order, all or all but one.
 template <int R>
-__device__ __forceinline__ float product_of(const float (&u)[R]) {
-  float z = u[0];
-#pragma unroll
-  for (int i = 1; i < R; ++i) z *= u[i];
-  return z;
-}
-template <int R>
-__device__ __forceinline__ float others(const float (&u)[R], int but) {
+__device__ __forceinline__ float product_of(const float (&u)[R], int excluded = -1) {
   float z = 1.0f;
 #pragma unroll
   for (int i = 0; i < R; ++i) {
-    if (i != but) z *= u[i];
+    if (i != excluded) z *= u[i];
   }
   return z;
 }
 
-// Call f with every order from 1 to R as a constant, and where its first factor is.
+// Calls f(order, index of its first factor) for orders 1 to R, both as integral constants.
 template <int R, typename F>
-__device__ __forceinline__ void for_orders(F f) {
-  if constexpr (R > 1) for_orders<R - 1>(f);
-  f(std::integral_constant<int, R>{}, std::integral_constant<int, factors_of(R - 1)>{});
+__device__ __forceinline__ void for_each_order(F f) {
+  if constexpr (R > 1) for_each_order<R - 1>(f);
+  f(std::integral_constant<int, R>{}, std::integral_constant<int, num_factors(R - 1)>{});
 }
 
-constexpr int kMostChannels = 512, kMostHidden = 128;
+constexpr int kMaxChannels = 512, kMaxHidden = 128;
 
-// 0 where sizes are served, otherwise DFKD_INVALID with the reason.
+// Returns 0 if the kernels support the sizes, else DFKD_INVALID with the reason.
 inline int require_sizes(int64_t positions, int64_t channels, int64_t hidden, int64_t order) {
   int status = require_size("R of out_weight (R, C, K)", order, 1, kOrders);
-  if (!status) status = require_size("C of out_weight (R, C, K)", channels, 8, kMostChannels, 8);
-  if (!status) status = require_size("K of out_weight (R, C, K)", hidden, 8, kMostHidden, 8);
+  if (!status) status = require_size("C of out_weight (R, C, K)", channels, 8, kMaxChannels, 8);
+  if (!status) status = require_size("K of out_weight (R, C, K)", hidden, 8, kMaxHidden, 8);
   if (!status) status = require_size("N H W of x (N, C, H, W)", positions, 0, int64_t{1} << 30);
   return status;
 }
 
 struct Problem {
-  int64_t count;
-  int channels, hidden, order, gates, map;
+  int64_t positions;
+  int channels, hidden, order;
+  int num_gates;    // 1 for mode "joint", one per order for "per_order"
+  int return_gate;  // the result is A instead of A x
 };
 
-// Parts of the scratch one after the other; without a base only their size.
-struct Parts {
+// Creates a launch's TMA descriptors; `error` keeps the first failure.
+struct TensorMapBuilder {
+  const Problem& p;
+  int error = 0;
+
+  // A contiguous tensor [z, y, x].
+  template <int WIDTH>
+  void tensor(TensorMap& to, const void* base, Shape shape, Shape box) {
+    if (!error) error = make_tensor_map<WIDTH>(&to, base, shape, shape.x, shape.x * shape.y, box);
+  }
+  // [positions, columns]
+  template <int WIDTH>
+  void matrix(TensorMap& to, const void* base, int64_t columns, int64_t box_columns, int64_t box_rows) {
+    tensor<WIDTH>(to, base, {columns, p.positions, 1}, {box_columns, box_rows, 1});
+  }
+  template <int WIDTH>
+  void proj_weight(TensorMap& to, const void* base, Shape box) {
+    tensor<WIDTH>(to, base, {p.channels, p.hidden, num_factors(p.order)}, box);
+  }
+  template <int WIDTH>
+  void out_weight(TensorMap& to, const void* base, Shape box) {
+    tensor<WIDTH>(to, base, {p.hidden, p.channels, p.order}, box);
+  }
+};
+
+// Allocates consecutive buffers of the scratch memory. With a null base it only counts bytes.
+struct ScratchAllocator {
   unsigned char* base;
   int64_t used = 0;
 
   template <typename T>
-  T* take(int64_t elements) {
-    T* const part = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+  T* allocate(int64_t elements) {
+    T* const buffer = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
     used += round_up(elements * static_cast<int64_t>(sizeof(T)), 16);
-    return part;
+    return buffer;
   }
 };
 
-// ---- numbers -------------------------------------------------------------------------------------------------------
+// ---- conversions ---------------------------------------------------------------------------------------------------
 
-// Two numbers out of one register.
-#ifdef DFKD_HOST
-template <typename T>
-void unpack_pair(uint32_t pair, float (&values)[2]) {
-  values[0] = to_float(T{static_cast<uint16_t>(pair & 0xffffu)});
-  values[1] = to_float(T{static_cast<uint16_t>(pair >> 16)});
-}
-inline float reciprocal_fast(float x) { return 1.0f / x; }
-#else
 template <typename T>
 __device__ __forceinline__ void unpack_pair(uint32_t pair, float (&values)[2]) {
+#ifndef DFKD_HOST
   if constexpr (std::is_same_v<T, bfloat16>) {
     values[0] = __uint_as_float(pair << 16);
     values[1] = __uint_as_float(pair & 0xffff0000u);
-  } else {
-    values[0] = to_float(T{static_cast<uint16_t>(pair & 0xffffu)});
-    values[1] = to_float(T{static_cast<uint16_t>(pair >> 16)});
+    return;
   }
+#endif
+  values[0] = to_float(T{static_cast<uint16_t>(pair)});
+  values[1] = to_float(T{static_cast<uint16_t>(pair >> 16)});
 }
-// Without the steps that keep denormal numbers.
-__device__ __forceinline__ float reciprocal_fast(float x) {
+
+#ifdef DFKD_HOST
+inline float rcp_approx(float x) { return 1.0f / x; }
+#else
+__device__ __forceinline__ float rcp_approx(float x) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
@@ -121,89 +137,113 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// The sigmoid: two of the slow instructions and two others.
-__device__ __forceinline__ float opened(float logit) { return reciprocal_fast(1.0f + exp2_flushed(-kLog2E * logit)); }
+// Two MUFU instructions, ex2 and rcp, and two others.
+__device__ __forceinline__ float sigmoid(float logit) { return rcp_approx(1.0f + exp2_flushed(-kLog2E * logit)); }
 
-// ---- the two products of a warpgroup's positions -------------------------------------------------------------------
+template <typename... Maps>
+__device__ __forceinline__ void prefetch_tensormaps(const Maps&... maps) {
+  (prefetch_tensormap(maps), ...);
+}
 
-// UNITS hidden units: u[factor UNITS / 8 + ...] of the first product to a, the left operands of the second one's steps
-// of 16 units, those of order 1 first.
-template <typename T, int UNITS>
-__device__ __forceinline__ void rectify(const float (&u)[kFactors * UNITS / 8][4],
-                                        uint32_t (&a)[kOrders * UNITS / 16][4]) {
-  for_orders<kOrders>([&](auto order, auto first) {
-    constexpr int kOrder = order, kFirst = first;
+// ---- GEMMs ---------------------------------------------------------------------------------------------------------
+
+// Issues the wgmmas of STEPS k-steps by step(k) and waits for them. registers: accumulators and A fragments.
+template <int STEPS, typename Step, typename... Registers>
+__device__ __forceinline__ void gemm(Step step, Registers&... registers) {
+  (warpgroup_fence_operand(registers), ...);
+  warpgroup_arrive();
 #pragma unroll
-    for (int n = 0; n < UNITS / 8; ++n) {
-      float z[4];
+  for (int k = 0; k < STEPS; ++k) step(k);
+  warpgroup_commit_batch();
+  warpgroup_wait<0>();
+  (warpgroup_fence_operand(registers), ...);
+}
+
+// a_r = relu(prod_i u_r,i) for 8 CHUNKS hidden units. u: accumulators, index CHUNKS * factor + n. Calls
+// store(r - 1, n, half, a) for each pair of units.
+template <typename T, int CHUNKS, typename Store>
+__device__ __forceinline__ void relu_product(const float (&u)[kFactors * CHUNKS][4], Store store) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float each[kOrder];
+  for (int n = 0; n < CHUNKS; ++n) {
 #pragma unroll
-        for (int i = 0; i < kOrder; ++i) each[i] = u[(kFirst + i) * (UNITS / 8) + n][e];
-        const float product = product_of(each);
-        z[e] = positive(product, product);
-      }
-      uint32_t(&operand)[4] = a[(kOrder - 1) * (UNITS / 16) + n / 2];
-      operand[n % 2 * 2] = pack_rounded<T>(z[0], z[1]);
-      operand[n % 2 * 2 + 1] = pack_rounded<T>(z[2], z[3]);
+    for (int half = 0; half < 2; ++half) {
+      for_each_order<kOrders>([&](auto order, auto first) {
+        constexpr int kOrder = order, kFirst = first;
+        float z[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float factors[kOrder];
+#pragma unroll
+          for (int i = 0; i < kOrder; ++i) factors[i] = u[CHUNKS * (kFirst + i) + n][2 * half + e];
+          z[e] = product_of(factors);
+        }
+        store(kOrder - 1, n, half, pack_rounded<T>(where_positive(z[0], z[0]), where_positive(z[1], z[1])));
+      });
     }
+  }
+}
+// The same, as A fragments of the second GEMM: k-steps of 16 units, order by order.
+template <typename T, int UNITS>
+__device__ __forceinline__ void relu_product_fragments(const float (&u)[kFactors * UNITS / 8][4],
+                                                       uint32_t (&a)[kOrders * UNITS / 16][4]) {
+  relu_product<T, UNITS / 8>(u, [&](int r, int n, int half, uint32_t pair) {
+    a[r * (UNITS / 16) + n / 2][n % 2 * 2 + half] = pair;
   });
 }
 
-template <int MANY>
-__device__ __forceinline__ void hold_all(float (&logits)[MANY][8][4]) {
+template <int N>
+__device__ __forceinline__ void warpgroup_fence_operands(float (&logits)[N][8][4]) {
 #pragma unroll
-  for (int r = 0; r < MANY; ++r) warpgroup_fence_operand(logits[r]);
+  for (int r = 0; r < N; ++r) warpgroup_fence_operand(logits[r]);
 }
 
-// Begin to add to the logits of 64 channels what UNITS units give: panels (orders, 64, UNITS). EACH: logits of each
-// order apart. `add` where something is in the logits already.
-template <typename T, int UNITS, bool EACH>
-__device__ __forceinline__ void add_logits(float (&logits)[EACH ? kOrders : 1][8][4],
-                                           const uint32_t (&a)[kOrders * UNITS / 16][4], const T* panels, bool add) {
+// Issues logits (+)= a out^T for 64 channels and UNITS hidden units. out_smem: (orders, 64, UNITS), swizzled. PER_ORDER
+// keeps the logits of each order apart.
+template <typename T, int UNITS, bool PER_ORDER>
+__device__ __forceinline__ void mma_logits(float (&logits)[PER_ORDER ? kOrders : 1][8][4],
+                                           const uint32_t (&a)[kOrders * UNITS / 16][4], const T* out_smem,
+                                           bool accumulate) {
   constexpr int kSteps = UNITS / 16;
 #pragma unroll
   for (int r = 0; r < kOrders; ++r) {
-    const uint64_t columns = make_smem_desc<UNITS>(panels + r * 64 * UNITS);
+    const uint64_t b = make_smem_desc<UNITS>(out_smem + r * 64 * UNITS);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      wgmma<T, 64>(logits[EACH ? r : 0], a[r * kSteps + k], advance_desc(columns, 32 * k),
-                   add || (EACH ? k : r + k) > 0);
+      wgmma<T, 64>(logits[PER_ORDER ? r : 0], a[r * kSteps + k], advance_desc(b, 32 * k),
+                   accumulate || (PER_ORDER ? k : r + k) > 0);
     }
   }
 }
 
-// Replace x in a warpgroup's 64 x 64 panel by A x, or by A alone. Each thread has the pairs that its logits are of.
-// share: 1 / order.
-template <typename T, bool EACH>
-__device__ __forceinline__ void open_gate(const float (&logits)[EACH ? kOrders : 1][8][4], T* panel, int order,
-                                          int map, float share) {
+// Replaces x by A x, or by A, in a warpgroup's box. Each thread updates the elements of its accumulator fragment.
+template <typename T, bool PER_ORDER>
+__device__ __forceinline__ void apply_gate(const float (&logits)[PER_ORDER ? kOrders : 1][8][4], T* box, int order,
+                                           int return_gate, float inv_order) {
   const int warp = static_cast<int>(threadIdx.x) % kWarpgroup / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
-  // Chunks of a row are exchanged by its number alone: another chunk is a change of the same bits.
+  // The swizzle XORs the chunk index with the row, so another chunk of the row is one more XOR.
   const int row = 16 * warp + lane / 4, pair = 2 * (lane % 4);
-  const int mine = swizzled<64>(row, 0), of_matrix = swizzled<64>(16 * warp + lane % 16, lane / 16);
+  const int store_offset = swizzled<64>(row, 0), ldmatrix_offset = swizzled<64>(16 * warp + lane % 16, lane / 16);
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     uint32_t pairs[4] = {};
-    if (!map) ldmatrix(pairs, panel + (of_matrix ^ (16 * c)));
+    if (!return_gate) ldmatrix(pairs, box + (ldmatrix_offset ^ (16 * c)));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int n = 2 * c + i / 2, half = i % 2;
       float gate[2], value[2] = {1.0f, 1.0f};
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        gate[e] = opened(logits[0][n][2 * half + e]);
-        if constexpr (EACH) {
+        gate[e] = sigmoid(logits[0][n][2 * half + e]);
+        if constexpr (PER_ORDER) {
 #pragma unroll
           for (int r = 1; r < kOrders; ++r) {
-            if (r < order) gate[e] += opened(logits[r][n][2 * half + e]);
+            if (r < order) gate[e] += sigmoid(logits[r][n][2 * half + e]);
           }
-          gate[e] *= share;
+          gate[e] *= inv_order;
         }
       }
-      if (!map) unpack_pair<T>(pairs[i], value);
-      *reinterpret_cast<uint32_t*>(panel + (mine ^ (8 * n)) + 512 * half + pair) =
+      if (!return_gate) unpack_pair<T>(pairs[i], value);
+      *reinterpret_cast<uint32_t*>(box + (store_offset ^ (8 * n)) + 512 * half + pair) =
           pack_rounded<T>(value[0] * gate[0], value[1] * gate[1]);
     }
   }

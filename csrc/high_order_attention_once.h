@@ -1,186 +1,197 @@
-// Mixed high-order attention, backward on sm_90a in one pass, for joint gates and few channels: weights lie in shared
-// memory, their gradients in registers, and no hidden activation leaves the block. 6 P C bytes, and parts of the
-// weights' gradients of each block.
+// Mixed high-order attention, backward for sm_90a in one pass, for joint gates and few channels: weights stay in shared
+// memory, their gradients in registers, and hidden activations never leave the block. It moves 6 P C bytes and, per
+// block, one partial sum of the weight gradients.
 #pragma once
 
 #include "high_order_attention_bwd.h"
 
-namespace dfkd::high_order::back {
+namespace dfkd::high_order::bwd {
+
+// Backward of the gates of 64 channels: dl replaces grad_output and goes to store_dl(n, half, dl); g A goes to dx_box.
+template <typename T, int BATCH, typename StoreDl>
+__device__ __forceinline__ void gate_backward(const FragmentPairs<64>& pairs, const float (&logits)[8][4],
+                                              unsigned char* x_box, unsigned char* g_box, unsigned char* dx_box,
+                                              uint32_t feature_mask, StoreDl store_dl) {
+  const auto backward = [&](int n, int half, uint32_t x_pair, uint32_t g_pair) {
+    float value[2], g[2], dl[2];
+    unpack_pair<T>(x_pair, value);
+    unpack_pair<T>(g_pair, g);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float gate, derivative;
+      sigmoid_backward(logits[n][2 * half + e], gate, derivative);
+      dl[e] = g[e] * value[e] * derivative;
+      g[e] *= gate;
+    }
+    const uint32_t dl_pair = pack_rounded<T>(dl[0], dl[1]);
+    *pairs.at(dx_box, half, n) = pack_rounded<T>(g[0], g[1]) & feature_mask;
+    *pairs.at(g_box, half, n) = dl_pair;
+    store_dl(n, half, dl_pair);
+  };
+  for_each_pair<T, BATCH>(pairs, x_box, g_box, feature_mask, backward);
+}
+
+// dx_box += dx
+template <typename T>
+__device__ __forceinline__ void add_to_dx(const FragmentPairs<64>& pairs, unsigned char* dx_box,
+                                          const float (&dx)[8][4]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t* const pair = pairs.at(dx_box, half, n);
+      float before[2];
+      unpack_pair<T>(*pair, before);
+      *pair = pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
+    }
+  }
+}
+
+// Stores a warpgroup's accumulators of 64 channels, from channel0 on, to the block's partial sums: dproj [6, UNITS,
+// CHANNELS], then dout [3, CHANNELS, UNITS].
+template <int CHANNELS, int UNITS>
+__device__ __forceinline__ void store_partials(float* partials, int channel0,
+                                               const float (&dproj)[kFactors * UNITS / 8][4],
+                                               const float (&dout)[kOrders * UNITS / 8][4]) {
+  const int warp = reload_thread_idx() / kLanes % 4, lane = reload_thread_idx() % kLanes;
+  const int channel = channel0 + 16 * warp + lane / 4, column = 2 * (lane % 4);
+  float* const to_proj = partials + column * CHANNELS + channel;
+  float* const to_out = partials + kFactors * UNITS * CHANNELS + channel * UNITS + column;
+#pragma unroll
+  for (int n = 0; n < kFactors * UNITS / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to_proj[(8 * n + e % 2) * CHANNELS + 8 * (e / 2)] = dproj[n][e];
+  }
+#pragma unroll
+  for (int n = 0; n < kOrders * UNITS / 8; ++n) {
+    const int order = n / (UNITS / 8), unit = n % (UNITS / 8) * 8;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float* const to = to_out + (order * CHANNELS + 8 * half) * UNITS + unit;
+      *reinterpret_cast<AlignedArray<float, 2>*>(to) = {dout[n][2 * half], dout[n][2 * half + 1]};
+    }
+  }
+}
 
 // ---- up to 64 channels and 16 hidden units --------------------------------------------------------------------------
 
-constexpr int kNarrowChannels = 64, kNarrowUnits = 16, kNarrowGroups = 2, kNarrowStages = 4;
-constexpr int kNarrowThreads = kWarpgroup * (kNarrowGroups + 1);
-constexpr int kProjBytes = kFactors * kNarrowUnits * 64 * 2, kOutBytes = kOrders * 64 * kNarrowUnits * 2;
-constexpr int kUnitPanel = 64 * kNarrowUnits * 2, kFactorsPanel = 2 * kUnitPanel;  // of a, of two factors
-// What a warpgroup has beside tiles of x and of the gradient: du, a and dx.
-constexpr int kNarrowKept = kFactors * kUnitPanel + kOrders * kUnitPanel + kPanelBytes;
-constexpr int kNarrowGroup = kNarrowKept + kNarrowStages * 2 * kPanelBytes;
-constexpr int kNarrowBarriers = kProjBytes + kOutBytes + kNarrowGroups * kNarrowGroup;
-constexpr size_t kNarrowShared = kNarrowBarriers + 8 * (1 + 2 * kNarrowGroups * kNarrowStages);
-constexpr int64_t kNarrowParts = (kFactors + kOrders) * kNarrowChannels * kNarrowUnits;
+struct OnePass64 {
+  static constexpr int kChannels = 64, kUnits = 16, kConsumers = 2, kStages = 4;
+  static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
+  static constexpr int kProjBytes = kFactors * kUnits * 64 * 2, kOutBytes = kOrders * 64 * kUnits * 2;
+  static constexpr int kUnitTile = 64 * kUnits * 2, kFactorPairTile = 2 * kUnitTile;  // bytes of a tile of a, of du
+  static constexpr int kWorkBytes = (kFactors + kOrders) * kUnitTile + kBoxBytes;     // du, a and dx of a warpgroup
+  static constexpr int kConsumerBytes = kWorkBytes + kStages * 2 * kBoxBytes;
+  static constexpr int kBarrierOffset = kProjBytes + kOutBytes + kConsumers * kConsumerBytes;
+  static constexpr size_t kSmemBytes = kBarrierOffset + 8 * (1 + 2 * kConsumers * kStages);
+  static constexpr int64_t kPartials = (kFactors + kOrders) * kChannels * kUnits;
+};
 
-struct OnceMaps {
+struct OnePassTensorMaps {
   TensorMap x, grad_output, proj, out, dx;
 };
 
-// Two warpgroups walk over tiles of 64 positions, each with the sums over its positions in registers: parts (blocks,
-// dproj (6, 16, 64) and dout (3, 64, 16)). dx, where wanted. features: all bits, or none where the result is the map.
+// Each of two consumer warpgroups has its own pipeline of 64-position tiles and accumulates dproj and dout in its
+// registers. partials: [blocks, dproj [6, 16, 64], dout [3, 64, 16]].
 template <typename T>
-__global__ void __launch_bounds__(kNarrowThreads, 1)
-    once_narrow_wgmma(const __grid_constant__ OnceMaps maps, float* parts, int tiles, uint32_t features, int needs_grad_x) {
-  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup, lane = thread % kLanes;
+__global__ void __launch_bounds__(OnePass64::kThreads, 1)
+    one_pass_64_wgmma(const __grid_constant__ OnePassTensorMaps maps, float* partials, int tiles,
+                      uint32_t feature_mask, int needs_grad_x) {
+  using Traits = OnePass64;
+  const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroup, lane = thread % kLanes;
   const int warp = thread / kLanes % 4;
-  unsigned char* const proj = shared_memory();   // (6, 16) rows of 64
-  unsigned char* const out = proj + kProjBytes;  // 3 x 64 rows of 16
-  unsigned char* const groups = out + kOutBytes;
-  Barrier* const weights = reinterpret_cast<Barrier*>(proj + kNarrowBarriers);
-  const int tile_step = static_cast<int>(gridDim.x) * kNarrowGroups;
+  unsigned char* const proj = shared_memory();           // [6, 16, 64]
+  unsigned char* const out = proj + Traits::kProjBytes;  // [3, 64, 16]
+  unsigned char* const consumers = out + Traits::kOutBytes;
+  Barrier* const weights_full = reinterpret_cast<Barrier*>(proj + Traits::kBarrierOffset);
+  const int tile_step = static_cast<int>(gridDim.x) * Traits::kConsumers;
 
   if (thread == 0) {
-    mbarrier_init(weights, 1);
-    for (int i = 0; i < kNarrowGroups * kNarrowStages; ++i) {
-      mbarrier_init(weights + 1 + 2 * i, 1);
-      mbarrier_init(weights + 2 + 2 * i, 4);
+    mbarrier_init(weights_full, 1);
+    for (int i = 0; i < Traits::kConsumers * Traits::kStages; ++i) {
+      mbarrier_init(weights_full + 1 + 2 * i, 1);
+      mbarrier_init(weights_full + 2 + 2 * i, 4);
     }
     fence_barrier_init();
   }
   __syncthreads();
 
-  PackedPipelineState<kNarrowStages> ring;
-  if (group == kNarrowGroups) {
+  PackedPipelineState<Traits::kStages> pipe;
+  if (warpgroup == Traits::kConsumers) {
     warpgroup_reg_dealloc<40>();
-    if (warp < kNarrowGroups && lane == 0) {
+    if (warp < Traits::kConsumers && lane == 0) {
       if (warp == 0) {
-        mbarrier_arrive_expect_tx(weights, kProjBytes + kOutBytes);
-        tma_load(proj, maps.proj, 0, 0, 0, weights);
-        tma_load(out, maps.out, 0, 0, 0, weights);
+        mbarrier_arrive_expect_tx(weights_full, Traits::kProjBytes + Traits::kOutBytes);
+        tma_load(proj, maps.proj, 0, 0, 0, weights_full);
+        tma_load(out, maps.out, 0, 0, 0, weights_full);
       }
-      for (int tile = static_cast<int>(blockIdx.x) * kNarrowGroups + warp; tile < tiles; tile += tile_step) {
-        Barrier* const full = weights + 1 + 2 * (warp * kNarrowStages + ring.stage());
-        unsigned char* const to = groups + warp * kNarrowGroup + kNarrowKept + ring.stage() * 2 * kPanelBytes;
-        mbarrier_wait(full + 1, ring.parity() ^ 1);
-        mbarrier_arrive_expect_tx(full, 2 * kPanelBytes);
+      for (int tile = static_cast<int>(blockIdx.x) * Traits::kConsumers + warp; tile < tiles; tile += tile_step) {
+        Barrier* const full = weights_full + 1 + 2 * (warp * Traits::kStages + pipe.stage());
+        unsigned char* const stages = consumers + warp * Traits::kConsumerBytes + Traits::kWorkBytes;
+        unsigned char* const to = stages + pipe.stage() * 2 * kBoxBytes;
+        mbarrier_wait(full + 1, pipe.phase() ^ 1);
+        mbarrier_arrive_expect_tx(full, 2 * kBoxBytes);
         tma_load(to, maps.x, 0, 64 * tile, 0, full);
-        tma_load(to + kPanelBytes, maps.grad_output, 0, 64 * tile, 0, full);
-        ring.next();
+        tma_load(to + kBoxBytes, maps.grad_output, 0, 64 * tile, 0, full);
+        pipe.advance();
       }
     }
   } else {
     warpgroup_reg_alloc<232>();
-    unsigned char* const du_panels = groups + group * kNarrowGroup;     // 3 of two factors
-    unsigned char* const a_panels = du_panels + kFactors * kUnitPanel;  // one an order
-    unsigned char* const dx_panel = a_panels + kOrders * kUnitPanel;
-    unsigned char* const stages = groups + group * kNarrowGroup + kNarrowKept;
-    Barrier* const barriers = weights + 1 + 2 * group * kNarrowStages;
-    float dproj[kFactors * 2][4] = {}, dout[kOrders * 2][4] = {};  // (channels, units of each factor or order)
-    mbarrier_wait(weights, 0);
+    unsigned char* const du_tiles = consumers + warpgroup * Traits::kConsumerBytes;  // 3 tiles of two factors each
+    unsigned char* const a_tiles = du_tiles + kFactors * Traits::kUnitTile;          // 3 tiles of one order each
+    unsigned char* const dx_box = a_tiles + kOrders * Traits::kUnitTile;
+    unsigned char* const stages = consumers + warpgroup * Traits::kConsumerBytes + Traits::kWorkBytes;
+    Barrier* const barriers = weights_full + 1 + 2 * warpgroup * Traits::kStages;
+    float dproj[kFactors * 2][4] = {}, dout[kOrders * 2][4] = {};  // [channels, factors or orders, units]
+    mbarrier_wait(weights_full, 0);
 
 #pragma unroll 1
-    for (int tile = static_cast<int>(blockIdx.x) * kNarrowGroups + group; tile < tiles; tile += tile_step) {
-      unsigned char* const x_panel = stages + ring.stage() * 2 * kPanelBytes;
-      unsigned char* const g_panel = x_panel + kPanelBytes;  // dl replaces the gradient
-      mbarrier_wait(barriers + 2 * ring.stage(), ring.parity());
+    for (int tile = static_cast<int>(blockIdx.x) * Traits::kConsumers + warpgroup; tile < tiles; tile += tile_step) {
+      unsigned char* const x_box = stages + pipe.stage() * 2 * kBoxBytes;
+      unsigned char* const g_box = x_box + kBoxBytes;  // dl replaces grad_output
+      mbarrier_wait(barriers + 2 * pipe.stage(), pipe.phase());
 
       float u[kFactors * 2][4];
-      warpgroup_fence_operand(u);
-      warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        wgmma<T, kFactors * kNarrowUnits>(u, advance_desc(make_smem_desc<64>(x_panel), 32 * k),
-                                          advance_desc(make_smem_desc<64>(proj), 32 * k), k > 0);
-      }
-      warpgroup_commit_batch();
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(u);
+      gemm<4>([&](int k) {
+        wgmma<T, kFactors * Traits::kUnits>(u, advance_desc(make_smem_desc<64>(x_box), 32 * k),
+                                            advance_desc(make_smem_desc<64>(proj), 32 * k), k > 0);
+      }, u);
       if (thread % kWarpgroup == 0) tma_store_wait_read<0>();
-      named_barrier_sync(1 + group, kWarpgroup);  // the dx before is stored
+      named_barrier_sync(1 + warpgroup, kWarpgroup);  // the last TMA store has read dx_box
 
       uint32_t a[kOrders][4];
-      const Pairs<16> narrow;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        for_orders<kOrders>([&](auto order, auto first) {
-          constexpr int kOrder = order, kFirst = first;
-          float z[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float mine[kOrder];
-#pragma unroll
-            for (int j = 0; j < kOrder; ++j) mine[j] = u[2 * (kFirst + j) + i / 2][2 * (i % 2) + e];
-            z[e] = product_of(mine);
-          }
-          a[kOrder - 1][i] = pack_rounded<T>(positive(z[0], z[0]), positive(z[1], z[1]));
-          *narrow.at(a_panels + (kOrder - 1) * kUnitPanel, i % 2, i / 2) = a[kOrder - 1][i];
-        });
-      }
-      float logits[8][4];
-      warpgroup_fence_operand(logits);
-      warpgroup_fence_operand(a);
-      warpgroup_arrive();
-#pragma unroll
-      for (int r = 0; r < kOrders; ++r) wgmma<T, 64>(logits, a[r], make_smem_desc<16>(out + r * kUnitPanel), r > 0);
-      warpgroup_commit_batch();
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(logits);
-      warpgroup_fence_operand(a);
-
-      uint32_t slopes[4][4];
-      const Pairs<64> wide;
-      each_pair<T, 8>(wide, x_panel, g_panel, features, [&](int n, int half, uint32_t x_pair, uint32_t g_pair) {
-        float value[2], g[2], dl[2];
-        unpack_pair<T>(x_pair, value);
-        unpack_pair<T>(g_pair, g);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float gate, slope;
-          open_gate(logits[n][2 * half + e], gate, slope);
-          dl[e] = g[e] * value[e] * slope;
-          g[e] *= gate;
-        }
-        *wide.at(dx_panel, half, n) = pack_rounded<T>(g[0], g[1]) & features;
-        slopes[n / 2][n % 2 * 2 + half] = pack_rounded<T>(dl[0], dl[1]);
-        *wide.at(g_panel, half, n) = slopes[n / 2][n % 2 * 2 + half];
+      const FragmentPairs<16> a_pairs;
+      relu_product<T, 2>(u, [&](int r, int n, int half, uint32_t pair) {
+        a[r][2 * n + half] = pair;
+        *a_pairs.at(a_tiles + r * Traits::kUnitTile, half, n) = pair;
       });
+      float logits[8][4];
+      gemm<kOrders>([&](int r) { wgmma<T, 64>(logits, a[r], make_smem_desc<16>(out + r * Traits::kUnitTile), r > 0); },
+                    logits, a);
+
+      uint32_t dl[4][4];
+      const FragmentPairs<64> channel_pairs;
+      gate_backward<T, 8>(channel_pairs, logits, x_box, g_box, dx_box, feature_mask,
+                          [&](int n, int half, uint32_t pair) { dl[n / 2][n % 2 * 2 + half] = pair; });
 
       float da[kOrders * 2][4];
-      warpgroup_fence_operand(da);
-      warpgroup_fence_operand(slopes);
-      warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        wgmma<T, kOrders * kNarrowUnits, true>(da, slopes[k],
-                                               advance_desc(make_smem_desc<16>(out, kUnitPanel), 512 * k), k > 0);
-      }
-      warpgroup_commit_batch();
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(da);
-      warpgroup_fence_operand(slopes);
+      gemm<4>([&](int k) {
+        const uint64_t b = make_smem_desc<16>(out, Traits::kUnitTile);
+        wgmma<T, kOrders * Traits::kUnits, true>(da, dl[k], advance_desc(b, 512 * k), k > 0);
+      }, da, dl);
 
       uint32_t du[kFactors][4];
-      const Pairs<32> pairs;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        for_orders<kOrders>([&](auto order, auto first) {
-          constexpr int kOrder = order, kFirst = first;
-          float mine[2][kOrder];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-#pragma unroll
-            for (int j = 0; j < kOrder; ++j) mine[e][j] = u[2 * (kFirst + j) + i / 2][2 * (i % 2) + e];
-          }
-          const float(&gradient)[4] = da[2 * (kOrder - 1) + i / 2];
-          uint32_t result[kOrder];
-          factor_gradients<T>(mine, {gradient[2 * (i % 2)], gradient[2 * (i % 2) + 1]}, result);
-#pragma unroll
-          for (int j = 0; j < kOrder; ++j) {
-            constexpr int kBegin = kFirst;
-            const int f = kBegin + j;
-            du[f][i] = result[j];
-            *pairs.at(du_panels + f / 2 * kFactorsPanel, i % 2, f % 2 * 2 + i / 2) = result[j];
-          }
-        });
-      }
+      const FragmentPairs<32> du_pairs;
+      factor_gradients<T, 2>(
+          da,
+          [&](int f, int n, int half, float(&pair)[2]) {
+            pair[0] = u[2 * f + n][2 * half], pair[1] = u[2 * f + n][2 * half + 1];
+          },
+          [&](int f, int n, int half, uint32_t pair) {
+            du[f][2 * n + half] = pair;
+            *du_pairs.at(du_tiles + f / 2 * Traits::kFactorPairTile, half, f % 2 * 2 + n) = pair;
+          });
       fence_proxy_async();
       float dx[8][4];
       warpgroup_fence_operand(dx);
@@ -188,122 +199,99 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
       warpgroup_arrive();
 #pragma unroll
       for (int f = 0; f < kFactors; ++f) {
-        wgmma<T, 64, true>(dx, du[f], advance_desc(make_smem_desc<64>(proj, kPanelBytes), f * kNarrowUnits * 128),
-                           f > 0);
+        const uint64_t b = make_smem_desc<64>(proj, kBoxBytes);
+        wgmma<T, 64, true>(dx, du[f], advance_desc(b, f * Traits::kUnits * 128), f > 0);
       }
       warpgroup_commit_batch();
-      named_barrier_sync(1 + group, kWarpgroup);  // du, a and dl are there
+      named_barrier_sync(1 + warpgroup, kWarpgroup);  // du, a and dl are in shared memory
       warpgroup_fence_operand(dproj);
       warpgroup_fence_operand(dout);
       warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const uint64_t x = make_smem_desc<64>(x_panel, kPanelBytes), g = make_smem_desc<64>(g_panel, kPanelBytes);
-        const uint64_t du_operand = make_smem_desc<32>(du_panels, kFactorsPanel);
-        const uint64_t a_operand = make_smem_desc<16>(a_panels, kUnitPanel);
-        wgmma<T, kFactors * kNarrowUnits, true, true>(dproj, advance_desc(x, 2048 * k),
-                                                      advance_desc(du_operand, 1024 * k), true);
-        wgmma<T, kOrders * kNarrowUnits, true, true>(dout, advance_desc(g, 2048 * k), advance_desc(a_operand, 512 * k),
-                                                     true);
+        const uint64_t x = make_smem_desc<64>(x_box, kBoxBytes), g = make_smem_desc<64>(g_box, kBoxBytes);
+        const uint64_t du_operand = make_smem_desc<32>(du_tiles, Traits::kFactorPairTile);
+        const uint64_t a_operand = make_smem_desc<16>(a_tiles, Traits::kUnitTile);
+        wgmma<T, kFactors * Traits::kUnits, true, true>(dproj, advance_desc(x, 2048 * k),
+                                                        advance_desc(du_operand, 1024 * k), true);
+        wgmma<T, kOrders * Traits::kUnits, true, true>(dout, advance_desc(g, 2048 * k),
+                                                       advance_desc(a_operand, 512 * k), true);
       }
       warpgroup_commit_batch();
       warpgroup_wait<1>();
       warpgroup_fence_operand(dx);
       warpgroup_fence_operand(du);
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t* const pair = wide.at(dx_panel, half, n);
-          float before[2];
-          unpack_pair<T>(*pair, before);
-          *pair = pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
-        }
-      }
+      add_to_dx<T>(channel_pairs, dx_box, dx);
       fence_proxy_async();
       warpgroup_wait<0>();
       warpgroup_fence_operand(dproj);
       warpgroup_fence_operand(dout);
-      if (lane == 0) mbarrier_arrive(barriers + 2 * ring.stage() + 1);
-      ring.next();
-      named_barrier_sync(1 + group, kWarpgroup);  // dx is there, and no warp's products read a and du any more
+      if (lane == 0) mbarrier_arrive(barriers + 2 * pipe.stage() + 1);
+      pipe.advance();
+      named_barrier_sync(1 + warpgroup, kWarpgroup);  // dx is in shared memory; a and du have been read
       if (needs_grad_x && thread % kWarpgroup == 0) {
-        tma_store(maps.dx, dx_panel, 0, 64 * tile, 0);
+        tma_store(maps.dx, dx_box, 0, 64 * tile, 0);
         tma_store_commit();
       }
     }
     if (thread % kWarpgroup == 0) tma_store_wait<0>();
 
-    // One warpgroup's sums to the other's.
-    float* const sums = reinterpret_cast<float*>(groups) + thread % kWarpgroup;
-    const auto each_sum = [&](auto f) {
+    // Add the accumulators of both warpgroups.
+    float* const sums = reinterpret_cast<float*>(consumers) + thread % kWarpgroup;
+    const auto for_each_sum = [&](auto f) {
 #pragma unroll
       for (int i = 0; i < kFactors * 8; ++i) f(dproj[i / 4][i % 4], i);
 #pragma unroll
       for (int i = 0; i < kOrders * 8; ++i) f(dout[i / 4][i % 4], kFactors * 8 + i);
     };
-    named_barrier_sync(3, kNarrowGroups * kWarpgroup);
-    if (group == 1) each_sum([&](float sum, int i) { sums[i * kWarpgroup] = sum; });
-    named_barrier_sync(3, kNarrowGroups * kWarpgroup);
-    if (group == 0) {
-      each_sum([&](float& sum, int i) { sum += sums[i * kWarpgroup]; });
-      float* const to_proj = parts + blockIdx.x * kNarrowParts;
-      float* const to_out = to_proj + kFactors * kNarrowUnits * kNarrowChannels;
-      const int channel = 16 * warp + lane / 4, column = 2 * (lane % 4);
-#pragma unroll
-      for (int n = 0; n < kFactors * 2; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          to_proj[(8 * n + column + e % 2) * kNarrowChannels + channel + 8 * (e / 2)] = dproj[n][e];
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kOrders * 2; ++n) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = n / 2 * kNarrowChannels + channel + 8 * half;
-          *reinterpret_cast<FloatPair*>(to_out + row * kNarrowUnits + n % 2 * 8 + column) = {dout[n][2 * half],
-                                                                                              dout[n][2 * half + 1]};
-        }
-      }
+    named_barrier_sync(3, Traits::kConsumers * kWarpgroup);
+    if (warpgroup == 1) for_each_sum([&](float sum, int i) { sums[i * kWarpgroup] = sum; });
+    named_barrier_sync(3, Traits::kConsumers * kWarpgroup);
+    if (warpgroup == 0) {
+      for_each_sum([&](float& sum, int i) { sum += sums[i * kWarpgroup]; });
+      store_partials<Traits::kChannels, Traits::kUnits>(partials + blockIdx.x * Traits::kPartials, 0, dproj, dout);
     }
   }
 }
 
 // ---- up to 128 channels and 32 hidden units -------------------------------------------------------------------------
 
-constexpr int kWideChannels = 128, kWideUnits = 32, kWideStages = 2, kWideThreads = 4 * kWarpgroup;
-// proj: for each 64 channels, and in them for each half of the units, (6, 16) rows; out: for each half (3, 128) rows.
-constexpr int kProjHalf = kFactors * 16 * 64 * 2, kProjPanel = 2 * kProjHalf;
-constexpr int kOutPanel = 128 * 16 * 2, kOutHalf = kOrders * kOutPanel;
-constexpr int kWideWeights = 2 * kProjPanel + 2 * kOutHalf;
-constexpr int kUnitsPanel = 64 * 32 * 2;  // of one order of a, or one factor of du
-constexpr int kWideStage = 4 * kPanelBytes + (kOrders + kFactors) * kUnitsPanel;
-constexpr int kWideBarriers = kWideWeights + kWideStages * kWideStage + 2 * kPanelBytes;
-constexpr size_t kWideShared = kWideBarriers + 8 * (1 + 3 * kWideStages);
-constexpr int64_t kWideParts = (kFactors + kOrders) * kWideChannels * kWideUnits;
+struct OnePass128 {
+  static constexpr int kChannels = 128, kUnits = 32, kStages = 2, kThreads = 4 * kWarpgroup;
+  // proj [2 channel blocks, 2 halves of the units, 6, 16, 64]; out [2 halves of the units, 3, 128, 16]. Bytes.
+  static constexpr int kProjHalf = kFactors * 16 * 64 * 2, kProjBlock = 2 * kProjHalf;
+  static constexpr int kOutOrder = 128 * 16 * 2, kOutHalf = kOrders * kOutOrder;
+  static constexpr int kWeightBytes = 2 * kProjBlock + 2 * kOutHalf;
+  static constexpr int kUnitTile = 64 * 32 * 2;  // of one order of a, or one factor of du
+  static constexpr int kStageBytes = 4 * kBoxBytes + (kOrders + kFactors) * kUnitTile;
+  static constexpr int kBarrierOffset = kWeightBytes + kStages * kStageBytes + 2 * kBoxBytes;
+  static constexpr size_t kSmemBytes = kBarrierOffset + 8 * (1 + 3 * kStages);
+  static constexpr int64_t kPartials = (kFactors + kOrders) * kChannels * kUnits;
+};
 
-// Two warpgroups make a, dl and du of a tile of 64 positions, in shared memory, and dx, each for half of the units and
-// channels; two others, which also fetch tiles, add up the products over positions of the tile before meanwhile, each
-// for 64 channels: parts (blocks, dproj (6, 32, 128) and dout (3, 128, 32)).
+// Warpgroups 0 and 1 compute a, dl and du of a 64-position tile into the stage, and dx, each for half of the units and
+// channels. Warpgroups 2 and 3, which also issue the TMA loads, accumulate dproj and dout of the previous tile, each
+// for 64 channels. partials: [blocks, dproj [6, 32, 128], dout [3, 128, 32]].
 template <typename T>
-__global__ void __launch_bounds__(kWideThreads, 1)
-    once_wide_wgmma(const __grid_constant__ OnceMaps maps, float* parts, int tiles, uint32_t features, int needs_grad_x) {
+__global__ void __launch_bounds__(OnePass128::kThreads, 1)
+    one_pass_128_wgmma(const __grid_constant__ OnePassTensorMaps maps, float* partials, int tiles,
+                       uint32_t feature_mask, int needs_grad_x) {
+  using Traits = OnePass128;
   const int thread = static_cast<int>(threadIdx.x);
   unsigned char* const proj = shared_memory();
-  unsigned char* const out = proj + 2 * kProjPanel;
-  unsigned char* const stages = proj + kWideWeights;  // x, dl in place of the gradient, a, du
-  Barrier* const weights = reinterpret_cast<Barrier*>(proj + kWideBarriers);
-  Barrier* const loaded = weights + 1;
-  Barrier* const filled = loaded + kWideStages;
-  Barrier* const empty = filled + kWideStages;
+  unsigned char* const out = proj + 2 * Traits::kProjBlock;
+  unsigned char* const stages = proj + Traits::kWeightBytes;  // x, grad_output (then dl), a, du
+  Barrier* const weights_full = reinterpret_cast<Barrier*>(proj + Traits::kBarrierOffset);
+  Barrier* const full = weights_full + 1;
+  Barrier* const computed = full + Traits::kStages;
+  Barrier* const empty = computed + Traits::kStages;
   const auto tile_of = [](int round) { return static_cast<int>(blockIdx.x + round * gridDim.x); };
 
   if (thread == 0) {
-    mbarrier_init(weights, 1);
-    for (int i = 0; i < kWideStages; ++i) {
-      mbarrier_init(loaded + i, 1);
-      mbarrier_init(filled + i, 8);
+    mbarrier_init(weights_full, 1);
+    for (int i = 0; i < Traits::kStages; ++i) {
+      mbarrier_init(full + i, 1);
+      mbarrier_init(computed + i, 8);
       mbarrier_init(empty + i, 8);
     }
     fence_barrier_init();
@@ -312,202 +300,138 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 
   if (thread < 2 * kWarpgroup) {
     warpgroup_reg_dealloc<80>();
-    // Which half is this warpgroup's; read where it is used, as all else that registers need not hold.
-    const auto part = [] { return thread_anew() / kWarpgroup % 2; };
-    const auto elected = [](int threads) { return thread_anew() % threads == 0; };
-    const auto dx_panel_of = [=] { return stages + kWideStages * kWideStage + part() * kPanelBytes; };
-    mbarrier_wait(weights, 0);
+    // Recomputed at each use to save registers.
+    const auto half_idx = [] { return reload_thread_idx() / kWarpgroup % 2; };
+    const auto elected = [](int threads) { return reload_thread_idx() % threads == 0; };
+    const auto dx_box = [=] { return stages + Traits::kStages * Traits::kStageBytes + half_idx() * kBoxBytes; };
+    mbarrier_wait(weights_full, 0);
 #pragma unroll 1
     for (int round = 0; tile_of(round) < tiles; ++round) {
-      const int stage = round % kWideStages, parity = round / kWideStages % 2;
-      unsigned char* const x_panels = stages + stage * kWideStage;
-      unsigned char* const g_panels = x_panels + 2 * kPanelBytes;
-      unsigned char* const a_panels = g_panels + 2 * kPanelBytes;
-      unsigned char* const du_panels = a_panels + kOrders * kUnitsPanel;
-      mbarrier_wait(loaded + stage, parity);
+      const int stage = round % Traits::kStages, phase = round / Traits::kStages % 2;
+      unsigned char* const x_smem = stages + stage * Traits::kStageBytes;
+      unsigned char* const g_smem = x_smem + 2 * kBoxBytes;
+      unsigned char* const a_tiles = g_smem + 2 * kBoxBytes;
+      unsigned char* const du_tiles = a_tiles + kOrders * Traits::kUnitTile;
+      mbarrier_wait(full + stage, phase);
 
-      // Factors lie there until du takes their place.
-      const auto in_du = [&] {
-        return [du_panels, pairs = Pairs<32>(), first = 2 * part()](int f, int n, int half) -> uint32_t& {
-          return *pairs.at(du_panels + f * kUnitsPanel, half, first + n);
+      // du replaces the factors.
+      const auto factor_at = [&] {
+        return [du_tiles, pairs = FragmentPairs<32>(), first = 2 * half_idx()](int f, int n, int half) -> uint32_t& {
+          return *pairs.at(du_tiles + f * Traits::kUnitTile, half, first + n);
         };
       };
       {
         float u[kFactors * 2][4];
-        const uint64_t a = make_smem_desc<64>(x_panels), b = make_smem_desc<64>(proj + part() * kProjHalf);
-        warpgroup_fence_operand(u);
-        warpgroup_arrive();
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          wgmma<T, kFactors * 16>(u, advance_desc(a, k / 4 * kPanelBytes + k % 4 * 32),
-                                  advance_desc(b, k / 4 * kProjPanel + k % 4 * 32), k > 0);
-        }
-        warpgroup_commit_batch();
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(u);
-        rectify_slice<T, 2>(u, a_panels, 2 * part(), in_du());
+        const uint64_t a = make_smem_desc<64>(x_smem), b = make_smem_desc<64>(proj + half_idx() * Traits::kProjHalf);
+        gemm<8>([&](int k) {
+          wgmma<T, kFactors * 16>(u, advance_desc(a, k / 4 * kBoxBytes + k % 4 * 32),
+                                  advance_desc(b, k / 4 * Traits::kProjBlock + k % 4 * 32), k > 0);
+        }, u);
+        store_activations<T, 2>(u, a_tiles, 2 * half_idx(), factor_at());
       }
       if (elected(kWarpgroup)) tma_store_wait_read<0>();
       fence_proxy_async();
-      named_barrier_sync(1, 2 * kWarpgroup);  // a is there, and the dx before is stored
+      named_barrier_sync(1, 2 * kWarpgroup);  // a is in shared memory; the last TMA store has read dx
       {
         float logits[8][4];
-        const uint64_t a = make_smem_desc<32>(a_panels), b = make_smem_desc<16>(out + part() * 64 * 16 * 2);
-        warpgroup_fence_operand(logits);
-        warpgroup_arrive();
-#pragma unroll
-        for (int k = 0; k < kOrders * 2; ++k) {
-          wgmma<T, 64>(logits, advance_desc(a, k / 2 * kUnitsPanel + k % 2 * 32),
-                       advance_desc(b, k % 2 * kOutHalf + k / 2 * kOutPanel), k > 0);
-        }
-        warpgroup_commit_batch();
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(logits);
-        const Pairs<64> wide;
-        unsigned char* const dx_panel = dx_panel_of();
-        unsigned char* const x_panel = x_panels + part() * kPanelBytes;
-        unsigned char* const g_panel = g_panels + part() * kPanelBytes;
-        each_pair<T, 4>(wide, x_panel, g_panel, features, [&](int n, int half, uint32_t x_pair, uint32_t g_pair) {
-          float value[2], g[2], dl[2];
-          unpack_pair<T>(x_pair, value);
-          unpack_pair<T>(g_pair, g);
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float gate, slope;
-            open_gate(logits[n][2 * half + e], gate, slope);
-            dl[e] = g[e] * value[e] * slope;
-            g[e] *= gate;
-          }
-          *wide.at(g_panel, half, n) = pack_rounded<T>(dl[0], dl[1]);
-          *wide.at(dx_panel, half, n) = pack_rounded<T>(g[0], g[1]) & features;
-        });
+        const uint64_t a = make_smem_desc<32>(a_tiles), b = make_smem_desc<16>(out + half_idx() * 64 * 16 * 2);
+        gemm<kOrders * 2>([&](int k) {
+          wgmma<T, 64>(logits, advance_desc(a, k / 2 * Traits::kUnitTile + k % 2 * 32),
+                       advance_desc(b, k % 2 * Traits::kOutHalf + k / 2 * Traits::kOutOrder), k > 0);
+        }, logits);
+        gate_backward<T, 4>(FragmentPairs<64>(), logits, x_smem + half_idx() * kBoxBytes,
+                            g_smem + half_idx() * kBoxBytes, dx_box(), feature_mask, [](int, int, uint32_t) {});
       }
       fence_proxy_async();
       named_barrier_sync(1, 2 * kWarpgroup);
       {
         float da[kOrders * 2][4];
-        const uint64_t a = make_smem_desc<64>(g_panels), b = make_smem_desc<16>(out + part() * kOutHalf, kOutPanel);
-        warpgroup_fence_operand(da);
-        warpgroup_arrive();
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          wgmma<T, kOrders * 16, false, true>(da, advance_desc(a, k / 4 * kPanelBytes + k % 4 * 32),
+        const uint64_t a = make_smem_desc<64>(g_smem);
+        const uint64_t b = make_smem_desc<16>(out + half_idx() * Traits::kOutHalf, Traits::kOutOrder);
+        gemm<8>([&](int k) {
+          wgmma<T, kOrders * 16, false, true>(da, advance_desc(a, k / 4 * kBoxBytes + k % 4 * 32),
                                               advance_desc(b, 512 * k), k > 0);
-        }
-        warpgroup_commit_batch();
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(da);
-        factor_gradients_slice<T, 2>(in_du(), da, du_panels, 2 * part());
+        }, da);
+        store_factor_gradients<T, 2>(factor_at(), da, du_tiles, 2 * half_idx());
       }
       fence_proxy_async();
       named_barrier_sync(1, 2 * kWarpgroup);
       float dx[8][4];
-      const uint64_t a = make_smem_desc<32>(du_panels), b = make_smem_desc<64>(proj + part() * kProjPanel, kPanelBytes);
+      const uint64_t a = make_smem_desc<32>(du_tiles);
+      const uint64_t b = make_smem_desc<64>(proj + half_idx() * Traits::kProjBlock, kBoxBytes);
       warpgroup_fence_operand(dx);
       warpgroup_arrive();
 #pragma unroll
       for (int k = 0; k < kFactors * 2; ++k) {
-        wgmma<T, 64, false, true>(dx, advance_desc(a, k / 2 * kUnitsPanel + k % 2 * 32),
-                                  advance_desc(b, k % 2 * kProjHalf + k / 2 * 2048), k > 0);
+        wgmma<T, 64, false, true>(dx, advance_desc(a, k / 2 * Traits::kUnitTile + k % 2 * 32),
+                                  advance_desc(b, k % 2 * Traits::kProjHalf + k / 2 * 2048), k > 0);
       }
       warpgroup_commit_batch();
-      if (elected(kLanes)) mbarrier_arrive(filled + stage);  // the sums follow the chain's next products
+      if (elected(kLanes)) mbarrier_arrive(computed + stage);  // the dproj and dout wgmmas run after these
       warpgroup_wait<0>();
       warpgroup_fence_operand(dx);
-      const Pairs<64> wide;
-      unsigned char* const dx_panel = dx_panel_of();
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t* const pair = wide.at(dx_panel, half, n);
-          float before[2];
-          unpack_pair<T>(*pair, before);
-          *pair = pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
-        }
-      }
+      unsigned char* const dx_smem = dx_box();
+      add_to_dx<T>(FragmentPairs<64>(), dx_smem, dx);
       fence_proxy_async();
-      named_barrier_sync(2 + part(), kWarpgroup);
+      named_barrier_sync(2 + half_idx(), kWarpgroup);
       if (needs_grad_x && elected(kWarpgroup)) {
-        tma_store(maps.dx, dx_panel, 64 * part(), 64 * tile_of(round), 0);
+        tma_store(maps.dx, dx_smem, 64 * half_idx(), 64 * tile_of(round), 0);
         tma_store_commit();
       }
     }
     if (elected(kWarpgroup)) tma_store_wait<0>();
   } else {
     warpgroup_reg_alloc<176>();
-    const int part = thread / kWarpgroup % 2, warp = thread / kLanes % 4, lane = thread % kLanes;
-    const bool fetches = thread == 2 * kWarpgroup;
-    const auto fetch = [&](int stage, int tile) {
-      unsigned char* const to = stages + stage * kWideStage;
-      mbarrier_arrive_expect_tx(loaded + stage, 4 * kPanelBytes);
+    const int half_idx = thread / kWarpgroup % 2, lane = thread % kLanes;
+    const bool is_producer = thread == 2 * kWarpgroup;
+    const auto load_stage = [&](int stage, int tile) {
+      unsigned char* const to = stages + stage * Traits::kStageBytes;
+      mbarrier_arrive_expect_tx(full + stage, 4 * kBoxBytes);
       for (int p = 0; p < 2; ++p) {
-        tma_load(to + p * kPanelBytes, maps.x, 64 * p, 64 * tile, 0, loaded + stage);
-        tma_load(to + (2 + p) * kPanelBytes, maps.grad_output, 64 * p, 64 * tile, 0, loaded + stage);
+        tma_load(to + p * kBoxBytes, maps.x, 64 * p, 64 * tile, 0, full + stage);
+        tma_load(to + (2 + p) * kBoxBytes, maps.grad_output, 64 * p, 64 * tile, 0, full + stage);
       }
     };
-    if (fetches) {
-      fetch(0, tile_of(0));  // there is one for each block
-      mbarrier_arrive_expect_tx(weights, kWideWeights);
+    if (is_producer) {
+      load_stage(0, tile_of(0));
+      mbarrier_arrive_expect_tx(weights_full, Traits::kWeightBytes);
       for (int half = 0; half < 2; ++half) {
         for (int p = 0; p < 2; ++p) {
-          tma_load(proj + p * kProjPanel + half * kProjHalf, maps.proj, 64 * p, 16 * half, 0, weights);
+          unsigned char* const to = proj + p * Traits::kProjBlock + half * Traits::kProjHalf;
+          tma_load(to, maps.proj, 64 * p, 16 * half, 0, weights_full);
         }
-        tma_load(out + half * kOutHalf, maps.out, 16 * half, 0, 0, weights);
+        tma_load(out + half * Traits::kOutHalf, maps.out, 16 * half, 0, 0, weights_full);
       }
-      if (tile_of(1) < tiles) fetch(1, tile_of(1));
+      if (tile_of(1) < tiles) load_stage(1, tile_of(1));
     }
     __syncwarp();
     float dproj[kFactors * 4][4] = {}, dout[kOrders * 4][4] = {};
 #pragma unroll 1
     for (int round = 0; tile_of(round) < tiles; ++round) {
-      const int stage = round % kWideStages, parity = round / kWideStages % 2;
-      unsigned char* const x_panel = stages + stage * kWideStage + part * kPanelBytes;
-      unsigned char* const g_panel = x_panel + 2 * kPanelBytes;
-      unsigned char* const a_panels = stages + stage * kWideStage + 4 * kPanelBytes;
-      unsigned char* const du_panels = a_panels + kOrders * kUnitsPanel;
-      mbarrier_wait(loaded + stage, parity);
-      mbarrier_wait(filled + stage, parity);
-      warpgroup_fence_operand(dproj);
-      warpgroup_fence_operand(dout);
-      warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        wgmma<T, kFactors * 32, true, true>(dproj, advance_desc(make_smem_desc<64>(x_panel, kPanelBytes), 2048 * k),
-                                            advance_desc(make_smem_desc<32>(du_panels, kUnitsPanel), 1024 * k), true);
-        wgmma<T, kOrders * 32, true, true>(dout, advance_desc(make_smem_desc<64>(g_panel, kPanelBytes), 2048 * k),
-                                           advance_desc(make_smem_desc<32>(a_panels, kUnitsPanel), 1024 * k), true);
-      }
-      warpgroup_commit_batch();
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(dproj);
-      warpgroup_fence_operand(dout);
+      const int stage = round % Traits::kStages, phase = round / Traits::kStages % 2;
+      unsigned char* const x_box = stages + stage * Traits::kStageBytes + half_idx * kBoxBytes;
+      unsigned char* const dl_box = x_box + 2 * kBoxBytes;
+      unsigned char* const a_tiles = stages + stage * Traits::kStageBytes + 4 * kBoxBytes;
+      unsigned char* const du_tiles = a_tiles + kOrders * Traits::kUnitTile;
+      mbarrier_wait(full + stage, phase);
+      mbarrier_wait(computed + stage, phase);
+      const uint64_t x = make_smem_desc<64>(x_box, kBoxBytes), dl = make_smem_desc<64>(dl_box, kBoxBytes);
+      const uint64_t du = make_smem_desc<32>(du_tiles, Traits::kUnitTile);
+      const uint64_t a = make_smem_desc<32>(a_tiles, Traits::kUnitTile);
+      gemm<4>([&](int k) {
+        wgmma<T, kFactors * 32, true, true>(dproj, advance_desc(x, 2048 * k), advance_desc(du, 1024 * k), true);
+        wgmma<T, kOrders * 32, true, true>(dout, advance_desc(dl, 2048 * k), advance_desc(a, 1024 * k), true);
+      }, dproj, dout);
       if (lane == 0) mbarrier_arrive(empty + stage);
-      if (fetches && tile_of(round + kWideStages) < tiles) {
-        mbarrier_wait(empty + stage, parity);
-        fetch(stage, tile_of(round + kWideStages));
+      if (is_producer && tile_of(round + Traits::kStages) < tiles) {
+        mbarrier_wait(empty + stage, phase);
+        load_stage(stage, tile_of(round + Traits::kStages));
       }
       __syncwarp();
     }
-    float* to_proj = parts + blockIdx.x * kWideParts;
-    float* to_out = to_proj + kFactors * kWideUnits * kWideChannels;
-    const int channel = 64 * part + 16 * warp + lane / 4, column = 2 * (lane % 4);
-    to_proj += column * kWideChannels + channel;
-    to_out += channel * kWideUnits + column;
-#pragma unroll
-    for (int n = 0; n < kFactors * 4; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) to_proj[(8 * n + e % 2) * kWideChannels + 8 * (e / 2)] = dproj[n][e];
-    }
-#pragma unroll
-    for (int n = 0; n < kOrders * 4; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        *reinterpret_cast<FloatPair*>(to_out + (n / 4 * kWideChannels + 8 * half) * kWideUnits + n % 4 * 8) = {
-            dout[n][2 * half], dout[n][2 * half + 1]};
-      }
-    }
+    store_partials<Traits::kChannels, Traits::kUnits>(partials + blockIdx.x * Traits::kPartials, 64 * half_idx, dproj,
+                                                      dout);
   }
 }
 
-}  // namespace dfkd::high_order::back
+}  // namespace dfkd::high_order::bwd

@@ -1,74 +1,77 @@
-// Mixed high-order attention, backward on sm_90a: gradients of the weights from activations in memory.
+// Mixed high-order attention, backward for sm_90a: split-K GEMMs of the weight gradients.
 //
-// dproj = sum over positions of du x^T and dout_r = sum over positions of dl_r a_r^T: both operands have positions as
-// rows, and are taken by columns. Sizes inside are padded as in high_order_attention_bwd.h.
+// dproj = sum over positions of du x^T and dout_r = sum over positions of dl_r a_r^T, with du, dl_r and a_r from the
+// scratch memory. Positions are the K dimension, so all operands are MN-major. Sizes are padded as in
+// high_order_attention_bwd.h.
 #pragma once
 
 #include "high_order_attention_bwd.h"
 
-namespace dfkd::high_order::back {
+namespace dfkd::high_order::bwd {
 
-constexpr int kJobRows = 128, kJobColumns = 192;  // channels, and columns of du or a
-constexpr int kWeightStages = 5, kWeightStage = (kJobRows + kJobColumns) / 64 * kPanelBytes;
+constexpr int kTileM = 128, kTileN = 192;  // channels, columns of du or a
+constexpr int kGradStages = 5, kGradStageBytes = (kTileM + kTileN) / 64 * kBoxBytes;
 #ifdef DFKD_HOST
-constexpr int kWeightBlocks = 12;
+constexpr int kGradBlocks = 12;
 #else
-constexpr int kWeightBlocks = kProcessors;
+constexpr int kGradBlocks = kNumSMs;
 #endif
-constexpr int kWeightThreads = 2 * kWarpgroup + kLanes;
-constexpr size_t kWeightShared = kWeightStages * (kWeightStage + 16);
+constexpr int kGradThreads = 2 * kWarpgroup + kLanes;
+constexpr size_t kGradSmemBytes = kGradStages * (kGradStageBytes + 16);
 
-// Tiles of dproj, then those of dout, and in how many sums each is split: what every size is of follows from sizes
-// alone, so that a gradient has the same bits whatever else is wanted.
-struct Jobs {
+// Tile scheduler: tiles of dproj, then of dout, each split along positions. The split depends only on sizes, so that a
+// gradient has the same bits whichever other gradients are computed.
+struct WeightGradTiles {
   int channels, units, ranks, gates;  // padded
-  int across, projections, out_across, outs, total;
-  int64_t steps, splits, projection_size, size;
+  int proj_tiles, out_tiles_n, out_tiles, count;
+  int64_t steps_per_split, splits, proj_size, split_size;  // sizes: elements of the partial sums
 
-  Jobs(int64_t count, int ranks_, int gates_, bool needs_grad_proj, bool needs_grad_out)
-      : channels(kSliceChannels * ranks_), units(kSliceUnits * ranks_), ranks(ranks_), gates(gates_) {
-    across = ranks;
-    projections = ranks * across;
-    const int gate_columns = kOrders / gates * units;  // whose left operand is the same
-    out_across = gates * static_cast<int>(divide_up(gate_columns, kJobColumns));
-    outs = ranks * out_across;
-    const int64_t panels = divide_up(count, 64), most = kWeightBlocks / (projections + outs);
-    steps = divide_up(panels, most > 2 ? most : 2);
-    splits = steps > 0 ? divide_up(panels, steps) : 0;
-    projections = needs_grad_proj ? projections : 0;
-    outs = needs_grad_out ? outs : 0;
-    total = projections + outs;
-    projection_size = needs_grad_proj ? static_cast<int64_t>(kFactors) * units * channels : 0;
-    size = projection_size + (needs_grad_out ? static_cast<int64_t>(kOrders) * channels * units : 0);
+  WeightGradTiles(int64_t positions, int ranks_, int gates_, bool needs_grad_proj, bool needs_grad_out)
+      : channels(kBlockChannels * ranks_), units(kBlockUnits * ranks_), ranks(ranks_), gates(gates_) {
+    proj_tiles = ranks * ranks;
+    const int gate_columns = kOrders / gates * units;  // columns of a that share an A operand
+    out_tiles_n = gates * static_cast<int>(divide_up(gate_columns, kTileN));
+    out_tiles = ranks * out_tiles_n;
+    const int64_t k_blocks = divide_up(positions, 64), max_splits = kGradBlocks / (proj_tiles + out_tiles);
+    steps_per_split = divide_up(k_blocks, max_splits > 2 ? max_splits : 2);
+    splits = steps_per_split > 0 ? divide_up(k_blocks, steps_per_split) : 0;
+    proj_tiles = needs_grad_proj ? proj_tiles : 0;
+    out_tiles = needs_grad_out ? out_tiles : 0;
+    count = proj_tiles + out_tiles;
+    proj_size = needs_grad_proj ? static_cast<int64_t>(kFactors) * units * channels : 0;
+    split_size = proj_size + (needs_grad_out ? static_cast<int64_t>(kOrders) * channels * units : 0);
   }
 };
 
-struct WeightMaps {
-  TensorMap x, factors, slopes, a;  // tiles of 64 x 64
+struct WeightGradTensorMaps {
+  TensorMap x, du, dl, a;  // boxes of 64 x 64
 };
 
-// parts (splits, dproj (6, K, C) and dout (3, C, K)), of what is wanted. Two warpgroups with 64 channels each.
+// Two consumer warpgroups of 64 channels each. partials: [splits, dproj [6, K, C], dout [3, C, K]], only needed
+// gradients.
 template <typename T>
-__global__ void __launch_bounds__(kWeightThreads, 1)
-    weights_wgmma(const __grid_constant__ WeightMaps maps, float* parts, int64_t count, Jobs jobs) {
-  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup, lane = thread % kLanes;
-  unsigned char* const memory = shared_memory();
-  Barrier* const full = reinterpret_cast<Barrier*>(memory + kWeightStages * kWeightStage);
-  Barrier* const empty = full + kWeightStages;
-  const int first_job = static_cast<int>(blockIdx.x);
-  const bool projection = first_job < jobs.projections;
-  const int job = projection ? first_job : first_job - jobs.projections;
-  const int across = projection ? jobs.across : jobs.out_across;
-  const int channel0 = job / across * kJobRows;
-  // Of du, or of the columns of a whose left operand is the same: the tiles of one gate, then those of the next.
-  const int gate_tiles = projection ? across : across / jobs.gates, gate = job % across / gate_tiles;
-  const int first_column = job % across % gate_tiles * kJobColumns;
-  const int columns = projection ? kFactors * jobs.units : kOrders / jobs.gates * jobs.units;
-  const int64_t step0 = static_cast<int64_t>(blockIdx.y) * jobs.steps, panels = (count + 63) / 64;
-  const int steps = static_cast<int>(step0 + jobs.steps < panels ? jobs.steps : panels - step0);
+__global__ void __launch_bounds__(kGradThreads, 1)
+    weight_grad_wgmma(const __grid_constant__ WeightGradTensorMaps maps, float* partials, int64_t positions,
+                      WeightGradTiles tiles) {
+  const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroup, lane = thread % kLanes;
+  unsigned char* const smem = shared_memory();
+  Barrier* const full = reinterpret_cast<Barrier*>(smem + kGradStages * kGradStageBytes);
+  Barrier* const empty = full + kGradStages;
+  const int block = static_cast<int>(blockIdx.x);
+  const bool is_proj = block < tiles.proj_tiles;
+  const int tile = is_proj ? block : block - tiles.proj_tiles;
+  const int tiles_n = is_proj ? tiles.ranks : tiles.out_tiles_n;
+  const int channel0 = tile / tiles_n * kTileM;
+  // The tiles of dout are ordered by gate, since each gate has its own dl.
+  const int gate_tiles = is_proj ? tiles_n : tiles_n / tiles.gates, gate = tile % tiles_n / gate_tiles;
+  const int first_column = tile % tiles_n % gate_tiles * kTileN;
+  const int columns = is_proj ? kFactors * tiles.units : kOrders / tiles.gates * tiles.units;
+  const int64_t step0 = static_cast<int64_t>(blockIdx.y) * tiles.steps_per_split, k_blocks = (positions + 63) / 64;
+  const int64_t steps_left = k_blocks - step0;
+  const int steps = static_cast<int>(tiles.steps_per_split < steps_left ? tiles.steps_per_split : steps_left);
 
   if (thread == 0) {
-    for (int i = 0; i < kWeightStages; ++i) {
+    for (int i = 0; i < kGradStages; ++i) {
       mbarrier_init(full + i, 1);
       mbarrier_init(empty + i, 8);
     }
@@ -76,147 +79,140 @@ __global__ void __launch_bounds__(kWeightThreads, 1)
   }
   __syncthreads();
 
-  PackedPipelineState<kWeightStages> ring;
-  if (group == 2) {
+  PackedPipelineState<kGradStages> pipe;
+  if (warpgroup == 2) {
     if (lane == 0) {
-      const TensorMap& left = projection ? maps.x : maps.slopes;
-      const TensorMap& right = projection ? maps.factors : maps.a;
-      const int x = gate * jobs.channels + channel0, y = gate * columns + first_column;
+      const TensorMap& a_map = is_proj ? maps.x : maps.dl;
+      const TensorMap& b_map = is_proj ? maps.du : maps.a;
+      const int x = gate * tiles.channels + channel0, y = gate * columns + first_column;
       for (int step = 0; step < steps; ++step) {
-        mbarrier_wait(empty + ring.stage(), ring.parity() ^ 1);
-        mbarrier_arrive_expect_tx(full + ring.stage(), kWeightStage);
-        unsigned char* const to = memory + ring.stage() * kWeightStage;
+        mbarrier_wait(empty + pipe.stage(), pipe.phase() ^ 1);
+        mbarrier_arrive_expect_tx(full + pipe.stage(), kGradStageBytes);
+        unsigned char* const to = smem + pipe.stage() * kGradStageBytes;
         const int position = static_cast<int>(step0 + step) * 64;
-        for (int p = 0; p < kJobRows / 64; ++p) {
-          tma_load(to + p * kPanelBytes, left, x + 64 * p, position, 0, full + ring.stage());
+        for (int p = 0; p < kTileM / 64; ++p) {
+          tma_load(to + p * kBoxBytes, a_map, x + 64 * p, position, 0, full + pipe.stage());
         }
-        for (int p = 0; p < kJobColumns / 64; ++p) {
-          tma_load(to + (kJobRows / 64 + p) * kPanelBytes, right, y + 64 * p, position, 0, full + ring.stage());
+        for (int p = 0; p < kTileN / 64; ++p) {
+          tma_load(to + (kTileM / 64 + p) * kBoxBytes, b_map, y + 64 * p, position, 0, full + pipe.stage());
         }
-        ring.next();
+        pipe.advance();
       }
     }
     return;
   }
 
-  float sum[kJobColumns / 8][4];
-  int before = 0;
+  float accumulator[kTileN / 8][4];
+  int prev_stage = 0;
   for (int step = 0; step < steps; ++step) {
-    mbarrier_wait(full + ring.stage(), ring.parity());
-    unsigned char* const panel = memory + ring.stage() * kWeightStage;
-    const uint64_t a = make_smem_desc<64>(panel + group * kPanelBytes, kPanelBytes);
-    const uint64_t b = make_smem_desc<64>(panel + kJobRows / 64 * kPanelBytes, kPanelBytes);
-    warpgroup_fence_operand(sum);
+    mbarrier_wait(full + pipe.stage(), pipe.phase());
+    unsigned char* const stage = smem + pipe.stage() * kGradStageBytes;
+    const uint64_t a = make_smem_desc<64>(stage + warpgroup * kBoxBytes, kBoxBytes);
+    const uint64_t b = make_smem_desc<64>(stage + kTileM / 64 * kBoxBytes, kBoxBytes);
+    warpgroup_fence_operand(accumulator);
     warpgroup_arrive();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      wgmma<T, kJobColumns, true, true>(sum, advance_desc(a, 2048 * k), advance_desc(b, 2048 * k), step > 0 || k > 0);
+      wgmma<T, kTileN, true, true>(accumulator, advance_desc(a, 2048 * k), advance_desc(b, 2048 * k), step + k > 0);
     }
     warpgroup_commit_batch();
     if (step > 0) {
       warpgroup_wait<1>();
-      if (lane == 0) mbarrier_arrive(empty + before);
+      if (lane == 0) mbarrier_arrive(empty + prev_stage);
     }
-    before = ring.stage();
-    ring.next();
+    prev_stage = pipe.stage();
+    pipe.advance();
   }
   warpgroup_wait<0>();
-  warpgroup_fence_operand(sum);
+  warpgroup_fence_operand(accumulator);
 
-  float* const to = parts + blockIdx.y * jobs.size + (projection ? 0 : jobs.projection_size);
-  const int channel = channel0 + 64 * group + 16 * (thread / kLanes % 4) + lane / 4;
+  float* const to = partials + blockIdx.y * tiles.split_size + (is_proj ? 0 : tiles.proj_size);
+  const int channel = channel0 + 64 * warpgroup + 16 * (thread / kLanes % 4) + lane / 4;
 #pragma unroll
-  for (int n = 0; n < kJobColumns / 8; ++n) {
+  for (int n = 0; n < kTileN / 8; ++n) {
     const int column = first_column + 8 * n + 2 * (lane % 4);
     if (column >= columns) continue;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t c = channel + 8 * half;
-      if (projection) {  // eight lanes write neighbours
-        to[static_cast<int64_t>(column) * jobs.channels + c] = sum[n][2 * half];
-        to[static_cast<int64_t>(column + 1) * jobs.channels + c] = sum[n][2 * half + 1];
+      if (is_proj) {  // eight lanes write consecutive channels
+        to[static_cast<int64_t>(column) * tiles.channels + c] = accumulator[n][2 * half];
+        to[static_cast<int64_t>(column + 1) * tiles.channels + c] = accumulator[n][2 * half + 1];
       } else {
-        const int order = gate * (kOrders / jobs.gates) + column / jobs.units;
-        *reinterpret_cast<FloatPair*>(to + (order * jobs.channels + c) * jobs.units + column % jobs.units) = {
-            sum[n][2 * half], sum[n][2 * half + 1]};
+        const int order = gate * (kOrders / tiles.gates) + column / tiles.units;
+        float* const pair = to + (order * tiles.channels + c) * tiles.units + column % tiles.units;
+        *reinterpret_cast<AlignedArray<float, 2>*>(pair) = {accumulator[n][2 * half], accumulator[n][2 * half + 1]};
       }
     }
   }
 }
 
-// ---- parts ----------------------------------------------------------------------------------------------------------
+// ---- reduction over splits ------------------------------------------------------------------------------------------
 
-struct alignas(16) Four {
-  float values[4];
-};
+using Float4 = AlignedArray<float, 4>;
 
-// Where the parts of a gradient (outer, rows, columns) lie: (outer, rows_from, columns_from) numbers from begin on.
+// A gradient [outer, rows, columns]; its partial sums are [outer, padded_rows, padded_columns], at `offset`.
 template <typename T>
-struct Gradient {
+struct PaddedGradient {
   T* to;
-  int64_t rows, columns, rows_from, columns_from, begin, fours;
+  int rows, columns, padded_rows, padded_columns, offset, vectors;
 };
 
-constexpr int kFours = kLanes;  // of a block: each of its warps adds some of their parts
-
-// One thread's four numbers of a gradient, all of whose parts but those of other adders it adds up.
-template <typename T>
-__device__ __forceinline__ Four add_some(const float* parts, const Gradient<T>& of, int64_t i, int adder, int adders,
-                                         int64_t splits, int64_t stride) {
-  const int64_t column = i % of.columns, row = i / of.columns % of.rows, outer = i / of.columns / of.rows;
-  const float* const from = parts + of.begin + (outer * of.rows_from + row) * of.columns_from + column;
-  Four sum{};
-#pragma unroll 8
-  for (int64_t split = adder; split < splits; split += adders) {
-    const Four part = *reinterpret_cast<const Four*>(from + split * stride);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sum.values[e] += part.values[e];
-  }
-  return sum;
-}
+constexpr int kVectors = kLanes;  // per block; each warp sums some of the splits
 
 template <typename T>
 __global__ void __launch_bounds__(kLanes * 16)
-    add_parts_kernel(const float* parts, Gradient<T> first, Gradient<T> second, int64_t splits, int64_t stride) {
-  Four* const sums = reinterpret_cast<Four*>(shared_memory());
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, adder = static_cast<int>(threadIdx.x) / kLanes;
-  const int adders = static_cast<int>(blockDim.x) / kLanes;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kFours + lane, j = i - first.fours;
-  Four sum{};
-  if (j < 0) {
-    sum = add_some(parts, first, 4 * i, adder, adders, splits, stride);
-  } else if (j < second.fours) {
-    sum = add_some(parts, second, 4 * j, adder, adders, splits, stride);
+    reduce_splits_kernel(const float* partials, PaddedGradient<T> first, PaddedGradient<T> second, int64_t splits,
+                         int64_t stride) {
+  Float4* const sums = reinterpret_cast<Float4*>(shared_memory());
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
+  const int warps = static_cast<int>(blockDim.x) / kLanes;
+  const int vector = static_cast<int>(blockIdx.x) * kVectors + lane;
+  const bool in_first = vector < first.vectors;
+  const PaddedGradient<T> gradient = in_first ? first : second;
+  const int i = 4 * (in_first ? vector : vector - first.vectors);
+  const bool valid = i < 4 * gradient.vectors;
+  Float4 sum{};
+  if (valid) {
+    const int column = i % gradient.columns, row = i / gradient.columns;
+    const int padded_row = row / gradient.rows * gradient.padded_rows + row % gradient.rows;
+    const float* const from = partials + gradient.offset + padded_row * gradient.padded_columns + column;
+#pragma unroll 8
+    for (int64_t split = warp; split < splits; split += warps) {
+      const Float4 partial = *reinterpret_cast<const Float4*>(from + split * stride);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum.at[e] += partial.at[e];
+    }
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
-  if (adder != 0 || j >= second.fours) return;
-  for (int other = 1; other < adders; ++other) {
-    const Four part = sums[other * kLanes + lane];
+  if (warp != 0 || !valid) return;
+  for (int other = 1; other < warps; ++other) {
+    const Float4 partial = sums[other * kLanes + lane];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) sum.values[e] += part.values[e];
+    for (int e = 0; e < 4; ++e) sum.at[e] += partial.at[e];
   }
-  uint32_t* const to = reinterpret_cast<uint32_t*>(j < 0 ? first.to + 4 * i : second.to + 4 * j);
-  to[0] = pack_rounded<T>(sum.values[0], sum.values[1]);
-  to[1] = pack_rounded<T>(sum.values[2], sum.values[3]);
+  uint32_t* const to = reinterpret_cast<uint32_t*>(gradient.to + i);
+  to[0] = pack_rounded<T>(sum.at[0], sum.at[1]);
+  to[1] = pack_rounded<T>(sum.at[2], sum.at[3]);
 }
 
-// From parts of dproj (6, K, C), then dout (3, C, K), padded to other sizes; both in each part, or what is wanted.
+// The partial sums of a split are dproj [6, K, C], then dout [3, C, K], padded: `both`, or only the needed ones.
 template <typename T>
-int add_parts(const float* parts, const Problem& p, int padded_channels, int padded_units, T* dproj, T* dout,
+int reduce_splits(const float* partials, const Problem& p, int padded_channels, int padded_units, T* dproj, T* dout,
               int64_t splits, bool both, void* stream) {
-  const int64_t padded = static_cast<int64_t>(padded_channels) * padded_units;
-  const int64_t weight = static_cast<int64_t>(p.channels) * p.hidden;
-  const Gradient<T> proj{dproj,        p.hidden,        p.channels, padded_units,
-                         padded_channels, 0, dproj == nullptr ? 0 : factors_of(p.order) * weight / 4};
-  const int64_t begin = dproj == nullptr && !both ? 0 : kFactors * padded;
-  const Gradient<T> out{dout,         p.channels, p.hidden, padded_channels,
-                        padded_units, begin,      dout == nullptr ? 0 : p.order * weight / 4};
-  const int64_t stride = begin + (dout == nullptr && !both ? 0 : kOrders * padded), fours = proj.fours + out.fours;
-  if (fours == 0) return 0;
-  const unsigned adders = splits > 64 ? 16 : splits > 8 ? 8 : 2;
-  return launch(add_parts_kernel<T>, dim3(static_cast<unsigned>(divide_up(fours, kFours))), dim3(kLanes * adders),
-                sizeof(Four) * kLanes * adders, stream, parts, proj, out, splits, stride);
+  const int padded = padded_channels * padded_units, weight = p.channels * p.hidden;
+  const int proj_vectors = dproj == nullptr ? 0 : num_factors(p.order) * weight / 4;
+  const int out_vectors = dout == nullptr ? 0 : p.order * weight / 4, vectors = proj_vectors + out_vectors;
+  const int out_offset = dproj == nullptr && !both ? 0 : kFactors * padded;
+  const int stride = out_offset + (dout == nullptr && !both ? 0 : kOrders * padded);
+  const PaddedGradient<T> proj{dproj, p.hidden, p.channels, padded_units, padded_channels, 0, proj_vectors};
+  const PaddedGradient<T> out{dout, p.channels, p.hidden, padded_channels, padded_units, out_offset, out_vectors};
+  if (vectors == 0) return 0;
+  const unsigned warps = splits > 64 ? 16 : splits > 8 ? 8 : 2;
+  const dim3 blocks(static_cast<unsigned>(divide_up(vectors, kVectors)));
+  return launch(reduce_splits_kernel<T>, blocks, dim3(kLanes * warps), sizeof(Float4) * kLanes * warps, stream,
+                partials, proj, out, splits, stride);
 }
 
-}  // namespace dfkd::high_order::back
+}  // namespace dfkd::high_order::bwd

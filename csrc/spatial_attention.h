@@ -1,12 +1,13 @@
-// What the kernels of spatial_attention, forward and backward, share: tiles, panels, the expand product.
+// Spatial attention: code shared by the forward and backward kernels: tiling, the logits GEMM, the weight gradients.
 //
-// A block of four warpgroups takes tiles of one sample's positions by all channels, at most 256, in `panels` of 64:
-// each warpgroup has one panel of 64 positions by 64 channels, warpgroup w that of channels 64 (w % panels) on and
-// positions 64 (w / panels) on. TMA brings panels as wgmma takes them (sm90.h), 8 KB each.
+// Four consumer warpgroups process a tile: positions of one sample by all channels, at most 256. A warpgroup has one
+// "box" of 64 positions x 64 channels, 8 KB, which TMA loads with the 128-byte swizzle: warpgroup w has the channels
+// from 64 (w % channel_blocks) and the positions from 64 (w / channel_blocks).
 //
-// A lane's accumulators are two columns of each eight. The weight's rows, the products' columns, are therefore put into
-// shared memory in such an order (channel_of) that a lane holds 16 neighbouring channels of two positions, two chunks
-// of 16 bytes, and that eight neighbouring lanes, two positions of 64 channels, meet in no bank.
+// An accumulator fragment holds two of each eight columns. The weight's rows, the N dimension of the logits GEMM, are
+// permuted in shared memory (channel_of_column), so that a lane holds 16 consecutive channels of two positions, two
+// 16-byte chunks each, and eight neighbouring lanes, two positions of 64 channels, access shared memory without bank
+// conflicts.
 #pragma once
 
 #include "sm90.h"
@@ -18,250 +19,251 @@ enum Form { kSpatial = 0, kSpatialMean1 = 1, kChannel = 2 };
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kInfinity = __builtin_huge_valf();
 
-struct alignas(16) Vector {
-  uint32_t words[4];
+template <typename T, int N>
+struct alignas(sizeof(T) * N) AlignedArray {
+  T at[N];
 };
-struct alignas(16) Numbers {
-  float at[4];
-};
+using Float4 = AlignedArray<float, 4>;
+using Uint4 = AlignedArray<uint32_t, 4>;
 
-// ---- arithmetic ---------------------------------------------------------------------------------------------------
+// ---- element-wise functions -----------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }  // a NaN counts for nothing
+// exp(x) for x <= 0. Denormal results may flush to zero: every softmax sum is at least 1.
+__device__ __forceinline__ float exp_nonpositive(float x) { return exp2_flushed(x * kLog2E); }
 
-// exp(x) for x <= 0 without the care for denormal results, which are nothing beside the 1 that every softmax has.
-__device__ __forceinline__ float exp_below(float x) { return exp2_flushed(x * kLog2E); }
-
-// What to measure exponentials from: the maximum, unless there is none yet.
-__device__ __forceinline__ float base_of(float top) { return top == -kInfinity ? 0.0f : top; }
+// Avoids -inf - (-inf) while there is no maximum yet.
+__device__ __forceinline__ float finite_max(float row_max) { return row_max == -kInfinity ? 0.0f : row_max; }
 
 template <typename T>
-__device__ __forceinline__ void unpack(float (&values)[8], const Vector& from) {
+__device__ __forceinline__ void unpack8(float (&values)[8], const Uint4& from) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    values[2 * i] = to_float(T{static_cast<uint16_t>(from.words[i])});
-    values[2 * i + 1] = to_float(T{static_cast<uint16_t>(from.words[i] >> 16)});
+    values[2 * i] = to_float(T{static_cast<uint16_t>(from.at[i])});
+    values[2 * i + 1] = to_float(T{static_cast<uint16_t>(from.at[i] >> 16)});
   }
 }
 
 template <typename T>
-__device__ __forceinline__ Vector round_all(const float (&values)[8]) {
-  Vector to;
+__device__ __forceinline__ Uint4 pack8(const float (&values)[8]) {
+  Uint4 to;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) to.words[i] = pack_rounded<T>(values[2 * i], values[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) to.at[i] = pack_rounded<T>(values[2 * i], values[2 * i + 1]);
   return to;
 }
 
-// Parameters may be of another type than maps: a network's own, under autocast.
-__device__ __forceinline__ float read_as(const void* from, int64_t at, int dtype) {
-  if (dtype == DFKD_FLOAT32) return static_cast<const float*>(from)[at];
-  if (dtype == DFKD_FLOAT16) return to_float(static_cast<const float16*>(from)[at]);
-  return to_float(static_cast<const bfloat16*>(from)[at]);
+// Parameters may have another dtype than the feature maps, under autocast.
+__device__ __forceinline__ float load_as(const void* from, int64_t i, int dtype) {
+  if (dtype == DFKD_FLOAT32) return static_cast<const float*>(from)[i];
+  if (dtype == DFKD_FLOAT16) return to_float(static_cast<const float16*>(from)[i]);
+  return to_float(static_cast<const bfloat16*>(from)[i]);
 }
-__device__ __forceinline__ void write_as(void* to, int64_t at, int dtype, float value) {
+__device__ __forceinline__ void store_as(void* to, int64_t i, int dtype, float value) {
   if (dtype == DFKD_FLOAT32) {
-    static_cast<float*>(to)[at] = value;
+    static_cast<float*>(to)[i] = value;
   } else if (dtype == DFKD_FLOAT16) {
-    static_cast<float16*>(to)[at] = from_float<float16>(value);
+    static_cast<float16*>(to)[i] = from_float<float16>(value);
   } else {
-    static_cast<bfloat16*>(to)[at] = from_float<bfloat16>(value);
+    static_cast<bfloat16*>(to)[i] = from_float<bfloat16>(value);
   }
 }
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
-constexpr int kGroups = 4, kConsumers = kGroups * kWarpgroup, kConsumerWarps = kConsumers / kLanes;
-constexpr int kBlockThreads = kConsumers + kWarpgroup;  // one more warpgroup, of which single threads copy
-constexpr int kCopyRegisters = 32, kConsumerRegisters = 112;
-constexpr int kPanel = 64, kPanelBytes = 2 * kPanel * kPanel;
-constexpr int kTileBytes = kGroups * kPanelBytes;  // of one map
-constexpr int kMostChannels = 256, kMostNarrow = 64;
-constexpr int kSharedMemory = 232448;  // of a block
+constexpr int kConsumerWarpgroups = 4, kConsumerThreads = kConsumerWarpgroups * kWarpgroup;
+constexpr int kConsumerWarps = kConsumerThreads / kLanes;
+constexpr int kBlockThreads = kConsumerThreads + kWarpgroup;  // plus a producer warpgroup
+constexpr int kProducerRegisters = 32, kConsumerRegisters = 112;
+constexpr int kBox = 64, kBoxBytes = 2 * kBox * kBox;
+constexpr int kTileBytes = kConsumerWarpgroups * kBoxBytes;  // of features or grad_output
+constexpr int kMaxChannels = 256, kMaxHidden = 64;
+constexpr int kMaxSmemBytes = 232448;  // per block
 
-// How a call is cut into tiles.
-struct Cut {
-  int positions, tiles;  // of a sample
-  int samples, channels, maps;
-  int panels;  // 1, 2 or 4
-  int strips;  // of 64 positions, that a tile has: the warpgroups that share a panel
-  int narrow;  // width of a panel of narrow maps: 16, 32 or 64
+struct Tiling {
+  int positions, tiles;  // per sample
+  int samples, channels, hidden;
+  int channel_blocks;  // of 64 channels: 1, 2 or 4
+  int row_blocks;      // of 64 positions per tile: 4 / channel_blocks
+  int hidden_width;    // hidden, padded to 16, 32 or 64
 
-  __host__ __device__ int rows() const { return kPanel * strips; }
-  __host__ __device__ int width() const { return kPanel * panels; }
-  __host__ __device__ int narrow_bytes() const { return 2 * kPanel * narrow; }  // of 64 positions or 64 channels
-  __host__ __device__ int hidden_bytes() const { return strips * narrow_bytes(); }
-  __host__ __device__ int weight_bytes() const { return panels * narrow_bytes(); }
+  __host__ __device__ int tile_rows() const { return kBox * row_blocks; }
+  __host__ __device__ int padded_channels() const { return kBox * channel_blocks; }
+  __host__ __device__ int hidden_box_bytes() const { return 2 * kBox * hidden_width; }  // 64 positions or channels
+  __host__ __device__ int hidden_tile_bytes() const { return row_blocks * hidden_box_bytes(); }
+  __host__ __device__ int weight_bytes() const { return channel_blocks * hidden_box_bytes(); }
 };
 
-// All that the softmax is multiplied by.
-inline float scale_of(float scale, int form, int64_t positions) {
-  const double by = form == kSpatialMean1 ? static_cast<double>(positions) : 1.0;
-  return static_cast<float>(static_cast<double>(scale) * by);
+// The factor of the softmax.
+inline float softmax_scale(float scale, int form, int64_t positions) {
+  const double factor = form == kSpatialMean1 ? static_cast<double>(positions) : 1.0;
+  return static_cast<float>(static_cast<double>(scale) * factor);
 }
 
-inline int require_parameter(const char* name, int dtype) {
+inline int require_parameter_dtype(const char* name, int dtype) {
   if (dtype >= DFKD_FLOAT32 && dtype <= DFKD_BFLOAT16) return 0;
   return dfkd_refuse("dtype of %s must be float32, float16 or bfloat16", name);
 }
 
-// 0 where sizes and form are served, otherwise DFKD_INVALID with the reason.
-inline int require_served(int64_t samples, int64_t channels, int64_t maps, int64_t positions, int form) {
-  constexpr int64_t kMost = (int64_t{1} << 30) - 1;  // tiles and positions are counted in 32 bits
+// Returns 0 if the kernels support the sizes and the form, else DFKD_INVALID with the reason.
+inline int require_supported(int64_t samples, int64_t channels, int64_t hidden, int64_t positions, int form) {
+  constexpr int64_t kMax = (int64_t{1} << 30) - 1;  // tiles and positions are 32-bit integers
   if (form == kChannel) return dfkd_refuse("form is 'channel'; the kernel serves 'spatial' and 'spatial_mean1'");
   int status = require_size("form", form, kSpatial, kSpatialMean1);
   if (!status) status = require_size("N of features (N, C, H, W)", samples, 0, (1 << 24) - 1);
-  if (!status) status = require_size("C of features (N, C, H, W)", channels, 8, kMostChannels, 8);
-  if (!status) status = require_size("K of hidden (N, K, H, W)", maps, 8, kMostNarrow, 8);
-  if (!status) status = require_size("H W of features (N, C, H, W)", positions, 1, kMost);
-  if (!status) status = require_size("N H W / 64 of features", samples * ((positions + kPanel - 1) / kPanel), 0, kMost);
+  if (!status) status = require_size("C of features (N, C, H, W)", channels, 8, kMaxChannels, 8);
+  if (!status) status = require_size("K of hidden (N, K, H, W)", hidden, 8, kMaxHidden, 8);
+  if (!status) status = require_size("H W of features (N, C, H, W)", positions, 1, kMax);
+  if (!status) status = require_size("N H W / 64 of features", samples * ((positions + kBox - 1) / kBox), 0, kMax);
   return status;
 }
 
-// Scratch memory comes in parts that begin at 16 bytes.
-constexpr int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
-
-inline Cut cut_tiles(int64_t samples, int64_t channels, int64_t maps, int64_t positions) {
-  Cut x{};
-  x.positions = static_cast<int>(positions);
-  x.samples = static_cast<int>(samples);
-  x.channels = static_cast<int>(channels);
-  x.maps = static_cast<int>(maps);
-  x.panels = channels <= kPanel ? 1 : channels <= 2 * kPanel ? 2 : 4;
-  x.strips = kGroups / x.panels;
-  x.narrow = maps <= 16 ? 16 : maps <= 32 ? 32 : 64;
-  x.tiles = (positions + x.rows() - 1) / x.rows();
-  return x;
+inline Tiling make_tiling(int64_t samples, int64_t channels, int64_t hidden, int64_t positions) {
+  Tiling tiling{};
+  tiling.positions = static_cast<int>(positions);
+  tiling.samples = static_cast<int>(samples);
+  tiling.channels = static_cast<int>(channels);
+  tiling.hidden = static_cast<int>(hidden);
+  tiling.channel_blocks = channels <= kBox ? 1 : channels <= 2 * kBox ? 2 : 4;
+  tiling.row_blocks = kConsumerWarpgroups / tiling.channel_blocks;
+  tiling.hidden_width = hidden <= 16 ? 16 : hidden <= 32 ? 32 : 64;
+  tiling.tiles = (positions + tiling.tile_rows() - 1) / tiling.tile_rows();
+  return tiling;
 }
 
-// Of a channels-last map (samples, positions, channels), in tiles of so many positions.
+// The TMA descriptor of a channels-last map [samples, positions, channels], with boxes of `rows` positions.
 template <int WIDTH>
-int map_of(TensorMap* to, const void* base, const Cut& x, int channels, int rows) {
-  return make_tensor_map<WIDTH>(to, base, {channels, x.positions, x.samples}, channels,
-                                static_cast<int64_t>(x.positions) * channels,
-                                {WIDTH, rows, 1});
+int make_box_map(TensorMap* to, const void* base, const Tiling& tiling, int channels, int rows) {
+  return make_tensor_map<WIDTH>(to, base, {channels, tiling.positions, tiling.samples}, channels,
+                                static_cast<int64_t>(tiling.positions) * channels, {WIDTH, rows, 1});
 }
 
-// Call f with the width of a panel of narrow maps as a constant.
+// Calls f with hidden_width as a constant.
 template <typename F>
-int with_width(int narrow, F f) {
-  switch (narrow) {
-    case 16:
-      return f(std::integral_constant<int, 16>{});
-    case 32:
-      return f(std::integral_constant<int, 32>{});
-    default:
-      return f(std::integral_constant<int, 64>{});
-  }
+int dispatch_hidden_width(int hidden_width, F f) {
+  if (hidden_width == 16) return f(std::integral_constant<int, 16>{});
+  if (hidden_width == 32) return f(std::integral_constant<int, 32>{});
+  return f(std::integral_constant<int, 64>{});
 }
 
-// The channel of its panel that a column of products has. A lane's columns 8 n + 2 t + e, for n < 8 and e < 2, are
-// channels 16 t + 2 n + e.
-__device__ __forceinline__ int channel_of(int column) {
+// The channel, within its block of 64, of a column of the logits GEMM: a lane's columns 8 n + 2 t + e, n < 8 and e < 2,
+// are channels 16 t + 2 n + e.
+__device__ __forceinline__ int channel_of_column(int column) {
   return 16 * (column % 8 / 2) + 2 * (column / 8) + column % 2;
 }
 
-// The weight in panels of 64 columns, by all consumers; then fence_proxy_async() and a barrier.
-template <typename T, int NARROW>
-__device__ __forceinline__ void write_weight(const Cut& x, const void* weight, int dtype, T* to) {
-  constexpr int kChunks = NARROW / 8;
+// Stores the weight to shared memory as swizzled boxes of 64 channels. By all consumers; then fence_proxy_async() and a
+// barrier.
+template <typename T, int HIDDEN>
+__device__ __forceinline__ void store_weight(const Tiling& tiling, const void* weight, int dtype, T* to) {
+  constexpr int kChunks = HIDDEN / 8;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < x.width() * kChunks; i += kConsumers) {
-    const int column = i / kChunks, chunk = i % kChunks, panel = column / kPanel;
-    const int channel = kPanel * panel + channel_of(column % kPanel);
+  for (int i = static_cast<int>(threadIdx.x); i < tiling.padded_channels() * kChunks; i += kConsumerThreads) {
+    const int column = i / kChunks, chunk = i % kChunks, channel_block = column / kBox;
+    const int channel = kBox * channel_block + channel_of_column(column % kBox);
     float values[8];
-    const bool valid = channel < x.channels && 8 * chunk < x.maps;
+    const bool valid = channel < tiling.channels && 8 * chunk < tiling.hidden;
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      values[k] = valid ? read_as(weight, static_cast<int64_t>(channel) * x.maps + 8 * chunk + k, dtype) : 0.0f;
+      values[k] = valid ? load_as(weight, static_cast<int64_t>(channel) * tiling.hidden + 8 * chunk + k, dtype) : 0.0f;
     }
-    T* at = to + panel * (kPanel * NARROW) + swizzled<NARROW>(column % kPanel, chunk);
-    *reinterpret_cast<Vector*>(at) = round_all<T>(values);
+    T* chunk_smem = to + channel_block * (kBox * HIDDEN) + swizzled<HIDDEN>(column % kBox, chunk);
+    *reinterpret_cast<Uint4*>(chunk_smem) = pack8<T>(values);
   }
 }
 
-// A consumer's place.
-struct Seat {
-  int group, warp, lane, g, t;  // warp: of the warpgroup; g and t: row and pair of columns of a fragment
-  int panel, strip;             // of the warpgroup: which 64 channels, which 64 positions
-  int number;                   // of the thread in its block
+struct ConsumerCoords {
+  int warpgroup, warp, lane, g, t;  // warp: within the warpgroup; g, t: row and column pair of an accumulator fragment
+  int channel_block, row_block;     // of the warpgroup's box
+  int thread;                       // within the block
 
-  __device__ __forceinline__ explicit Seat(const Cut& x) {
-    number = static_cast<int>(threadIdx.x);
-    group = __shfl_sync(kAll, number / kWarpgroup, 0);  // which compilers then know to be the same for a warp
-    warp = number % kWarpgroup / kLanes;
-    lane = number % kLanes;
+  __device__ __forceinline__ explicit ConsumerCoords(const Tiling& tiling) {
+    thread = static_cast<int>(threadIdx.x);
+    warpgroup = __shfl_sync(kAll, thread / kWarpgroup, 0);  // tells the compiler that it is warp-uniform
+    warp = thread % kWarpgroup / kLanes;
+    lane = thread % kLanes;
     g = lane / 4;
     t = lane % 4;
-    panel = group % x.panels;
-    strip = group / x.panels;
+    channel_block = warpgroup % tiling.channel_blocks;
+    row_block = warpgroup / tiling.channel_blocks;
   }
-  // The same, but that compilers do not keep what follows from it in registers over a loop.
-  __device__ __forceinline__ Seat anew() const {
-    Seat at = *this;
+  // A copy that the compiler recomputes derived values from, instead of keeping them in registers across a loop.
+  __device__ __forceinline__ ConsumerCoords reload() const {
+    ConsumerCoords copy = *this;
 #ifndef DFKD_HOST
-    asm volatile("" : "+r"(at.g), "+r"(at.t), "+r"(at.warp));
+    asm volatile("" : "+r"(copy.g), "+r"(copy.t), "+r"(copy.warp));
 #endif
-    return at;
+    return copy;
   }
-  // Of the lane's first row within the warpgroup's; the second is 8 further.
+  // The lane's first row of the warpgroup's 64. Its second is 8 further.
   __device__ __forceinline__ int row() const { return 16 * warp + g; }
 };
 
-// Logits of a warpgroup: logits[n][2 half + e] is row() + 8 half, channel 16 t + 2 n + e of its panel.
-template <typename T, int NARROW>
-__device__ __forceinline__ void expand(float (&logits)[8][4], const void* hidden, const void* weight) {
-  const uint64_t a = make_smem_desc<NARROW>(hidden), b = make_smem_desc<NARROW>(weight);
+// By one thread: issues the TMA loads of a tile of hidden, or of features or grad_output.
+__device__ __forceinline__ void load_hidden(const Tiling& tiling, unsigned char* to, const TensorMap& hidden, int row,
+                                            int sample, Barrier* full) {
+#pragma unroll 1
+  for (int i = 0; i < tiling.row_blocks; ++i) {
+    tma_load(to + i * tiling.hidden_box_bytes(), hidden, 0, row + kBox * i, sample, full);
+  }
+}
+__device__ __forceinline__ void load_tile(const Tiling& tiling, unsigned char* to, const TensorMap& from, int row,
+                                          int sample, Barrier* full) {
+#pragma unroll 1
+  for (int i = 0; i < kConsumerWarpgroups; ++i) {
+    tma_load(to + i * kBoxBytes, from, kBox * (i % tiling.channel_blocks), row + kBox * (i / tiling.channel_blocks),
+             sample, full);
+  }
+}
+
+// logits = hidden weight^T of a warpgroup's box: logits[n][2 half + e] is position row() + 8 half, channel
+// 16 t + 2 n + e. Positions past the end become -inf; valid_rows counts the valid ones from the lane's first row.
+template <typename T, int HIDDEN>
+__device__ __forceinline__ void compute_logits(float (&logits)[8][4], const void* hidden, const void* weight,
+                                               int valid_rows) {
+  const uint64_t a = make_smem_desc<HIDDEN>(hidden), b = make_smem_desc<HIDDEN>(weight);
   warpgroup_fence_operand(logits);
   warpgroup_arrive();
 #pragma unroll
-  for (int step = 0; step < NARROW / 16; ++step) {
-    wgmma<T, kPanel>(logits, advance_desc(a, 32 * step), advance_desc(b, 32 * step), step > 0);
+  for (int step = 0; step < HIDDEN / 16; ++step) {
+    wgmma<T, kBox>(logits, advance_desc(a, 32 * step), advance_desc(b, 32 * step), step > 0);
   }
   warpgroup_commit_batch();
   warpgroup_wait<0>();
   warpgroup_fence_operand(logits);
-}
-
-// Logits of positions that there are not to minus infinity, for no share in a softmax. left: of the lane's first row.
-__device__ __forceinline__ void leave_out(float (&logits)[8][4], int left) {
-  if (left > 8) return;
+  if (valid_rows > 8) return;
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
-    if (8 * (i % 4 / 2) >= left) logits[i / 4][i % 4] = -kInfinity;
+    if (8 * (i % 4 / 2) >= valid_rows) logits[i / 4][i % 4] = -kInfinity;
   }
 }
 
-// The lane's chunk of a panel: row() + 8 half, channels 16 t + 8 which on.
-__device__ __forceinline__ Vector* chunk_of(unsigned char* panel, const Seat& at, int half, int which) {
-  return reinterpret_cast<Vector*>(panel + 2 * swizzled<kPanel>(at.row() + 8 * half, 2 * at.t + which));
+// A lane's 16-byte chunk of a box: position row() + 8 half, channels from 16 t + 8 chunk.
+__device__ __forceinline__ Uint4* smem_chunk(unsigned char* box, const ConsumerCoords& coords, int half, int chunk) {
+  return reinterpret_cast<Uint4*>(box + 2 * swizzled<kBox>(coords.row() + 8 * half, 2 * coords.t + chunk));
 }
 
-// Where among numbers of channels that of one is: so that the four channels of which lanes of one row want numbers at
-// the same time, 16 apart, meet in no bank. Four neighbouring ones, from a multiple of four on, stay neighbours.
-__device__ __forceinline__ int place_of_number(int channel) { return channel ^ (channel / 32 % 2 * 4); }
+// The index of a channel's softmax statistics. It avoids bank conflicts between the four lanes of a row, which read
+// channels 16 apart, and keeps aligned groups of four contiguous.
+__device__ __forceinline__ int stats_index(int channel) { return channel ^ (channel / 32 % 2 * 4); }
 
-// Numbers of the lane's channels 16 t + 4 quad on of its panel.
-__device__ __forceinline__ Numbers numbers_of(const float* numbers, const Seat& at, int quad) {
-  return *reinterpret_cast<const Numbers*>(numbers + kPanel * at.panel + place_of_number(16 * at.t + 4 * quad));
+// Statistics of a lane's channels 16 t + 4 quad to 16 t + 4 quad + 3.
+__device__ __forceinline__ Float4 load_stats(const float* stats, const ConsumerCoords& coords, int quad) {
+  const int index = kBox * coords.channel_block + stats_index(16 * coords.t + 4 * quad);
+  return *reinterpret_cast<const Float4*>(stats + index);
 }
 
-// ---- for backward only: in a stage dl lies where f was, then comes g, and narrow maps are last --------------
+// ---- backward only: a stage holds features (then dl), grad_output (then df) and hidden ------------------------------
 
-// Sums over positions: over the rows of a warp.
-__device__ __forceinline__ float column_sum(float x) {
+// The sum over the 8 rows of a warp's fragment.
+__device__ __forceinline__ float sum_over_rows(float x) {
 #pragma unroll
   for (int distance = 4; distance < kLanes; distance *= 2) x += __shfl_xor_sync(kAll, x, distance);
   return x;
 }
 
-struct alignas(8) Pair {
-  float at[2];
-};
-
-// Over two lanes, each of which is left with one half of the COUNT * 2 channels: after 8, 4 and 2 lanes of eight rows
-// have 2 g and the next of them.
+// One step of a butterfly reduce-scatter of 16 channels: two lanes exchange halves, and each keeps the sum of one.
+// After steps 8, 4 and 2 a lane has channels 2 g and 2 g + 1, summed over the 8 rows.
 template <int COUNT>
-__device__ __forceinline__ void fold(float (&sums)[16], int lane) {
+__device__ __forceinline__ void reduce_scatter(float (&sums)[16], int lane) {
   const bool upper = (lane & (2 * COUNT)) != 0;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
@@ -270,44 +272,43 @@ __device__ __forceinline__ void fold(float (&sums)[16], int lane) {
   }
 }
 
-// Where in a stage a warp leaves its sums, in its own rows of f: of the panel's 64 channels.
-__device__ __forceinline__ float* sums_of(unsigned char* stage, int group, int warp) {
-  return reinterpret_cast<float*>(stage + group * kPanelBytes + warp * (kPanelBytes / 4));
+// A warp's partial sums of delta for its 64 channels, stored over its own rows of features.
+__device__ __forceinline__ float* warp_partials(unsigned char* stage, int warpgroup, int warp) {
+  return reinterpret_cast<float*>(stage + warpgroup * kBoxBytes + warp * (kBoxBytes / 4));
 }
 
-// dw of the warpgroup's channels and positions, added to what there is.
-template <typename T, int NARROW>
-__device__ __forceinline__ void add_weight(const Cut& x, const Seat& at, unsigned char* stage,
-                                           float (&dw)[NARROW / 8][4]) {
-  const uint64_t a = make_smem_desc<kPanel>(stage + at.group * kPanelBytes, kPanelBytes);
-  const uint64_t b = make_smem_desc<NARROW>(stage + 2 * kTileBytes + at.strip * x.narrow_bytes(), kPanelBytes);
+// dw += dl^T hidden, of the warpgroup's box.
+template <typename T, int HIDDEN>
+__device__ __forceinline__ void accumulate_dw(const Tiling& tiling, const ConsumerCoords& coords, unsigned char* stage,
+                                              float (&dw)[HIDDEN / 8][4]) {
+  const unsigned char* hidden = stage + 2 * kTileBytes + coords.row_block * tiling.hidden_box_bytes();
+  const uint64_t a = make_smem_desc<kBox>(stage + coords.warpgroup * kBoxBytes, kBoxBytes);
+  const uint64_t b = make_smem_desc<HIDDEN>(hidden, kBoxBytes);
   warpgroup_fence_operand(dw);
   warpgroup_arrive();
 #pragma unroll
-  for (int step = 0; step < kPanel / 16; ++step) {
-    wgmma<T, NARROW, true, true>(dw, advance_desc(a, 32 * kPanel * step), advance_desc(b, 32 * NARROW * step), true);
+  for (int step = 0; step < kBox / 16; ++step) {
+    wgmma<T, HIDDEN, true, true>(dw, advance_desc(a, 32 * kBox * step), advance_desc(b, 32 * HIDDEN * step), true);
   }
   warpgroup_commit_batch();
   warpgroup_wait<0>();
   warpgroup_fence_operand(dw);
 }
 
-// dh of all the strip's positions, by one warpgroup for all channels.
-template <typename T, int NARROW>
-__device__ __forceinline__ void make_hidden(const Cut& x, const Seat& at, unsigned char* stage,
-                                            const unsigned char* weight, int row, T* to) {
-  float dh[NARROW / 8][4];
-#pragma unroll
-  for (int i = 0; i < NARROW / 2; ++i) dh[i / 4][i % 4] = 0.0f;
+// dh = dl weight of 64 positions: one warpgroup sums over all channels.
+template <typename T, int HIDDEN>
+__device__ __forceinline__ void compute_dh(const Tiling& tiling, const ConsumerCoords& coords, unsigned char* stage,
+                                           const unsigned char* weight, int row, T* to) {
+  float dh[HIDDEN / 8][4] = {};
 #pragma unroll 1
-  for (int panel = 0; panel < x.panels; ++panel) {
+  for (int i = 0; i < tiling.channel_blocks; ++i) {
     warpgroup_fence_operand(dh);
     warpgroup_arrive();
-    const uint64_t a = make_smem_desc<kPanel>(stage + (at.strip * x.panels + panel) * kPanelBytes);
-    const uint64_t b = make_smem_desc<NARROW>(weight + panel * x.narrow_bytes(), kPanelBytes);
+    const uint64_t a = make_smem_desc<kBox>(stage + (coords.row_block * tiling.channel_blocks + i) * kBoxBytes);
+    const uint64_t b = make_smem_desc<HIDDEN>(weight + i * tiling.hidden_box_bytes(), kBoxBytes);
 #pragma unroll
-    for (int step = 0; step < kPanel / 16; ++step) {
-      wgmma<T, NARROW, false, true>(dh, advance_desc(a, 32 * step), advance_desc(b, 32 * NARROW * step), true);
+    for (int step = 0; step < kBox / 16; ++step) {
+      wgmma<T, HIDDEN, false, true>(dh, advance_desc(a, 32 * step), advance_desc(b, 32 * HIDDEN * step), true);
     }
     warpgroup_commit_batch();
     warpgroup_wait<0>();
@@ -315,12 +316,12 @@ __device__ __forceinline__ void make_hidden(const Cut& x, const Seat& at, unsign
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int position = row + at.row() + 8 * half;
-    if (position >= x.positions) continue;
-    T* const out = to + static_cast<int64_t>(position) * x.maps + 2 * at.t;
+    const int position = row + coords.row() + 8 * half;
+    if (position >= tiling.positions) continue;
+    T* const out = to + static_cast<int64_t>(position) * tiling.hidden + 2 * coords.t;
 #pragma unroll
-    for (int n = 0; n < NARROW / 8; ++n) {
-      if (8 * n < x.maps) {
+    for (int n = 0; n < HIDDEN / 8; ++n) {
+      if (8 * n < tiling.hidden) {
         *reinterpret_cast<uint32_t*>(out + 8 * n) = pack_rounded<T>(dh[n][2 * half], dh[n][2 * half + 1]);
       }
     }

@@ -1,30 +1,24 @@
-// The gate of the spatial attention modules, backward, for sm_90a: the two softmaxes over positions. With logits l and
-// softmax s as in spatial_attention.cu, made anew, and g the upstream gradient:
+// Spatial attention gate, backward, for sm_90a. With g = grad_output and the logits l and softmax s of
+// spatial_attention.cu, recomputed:
 //
-//   q = g f      D = sum of s q over positions      dl = scale s (q - D)
-//   df = g + g scale s      dh = w^T dl      dw = sum over positions of dl h
+//   delta = sum over positions of s g f      dl = scale s (g f - delta)
+//   df = g + g scale s                       dh = w^T dl      dw = sum over positions of dl h
 //
-// In a two-byte type 6 N C P bytes of f, g and df, 4 N C P more to read f and g again, which come from cache; 6 N K P
-// of narrow maps; 8 N C P K operations and 2 N C P exponentials. Memory is the limit while the second reading stays in
-// cache, and the way from cache to multiprocessors is next.
+// Traffic: 6 N C P bytes of f, g and df, 4 N C P to read f and g a second time, from L2, and 6 N K P of h and dh.
+// 8 N C P K FLOPs and 2 N C P exponentials. Memory-bound while the second pass hits in L2; L2 bandwidth is next.
 //
-//   clear      counters
-//   gradients  one cooperative launch. All tiles of all samples in a row are dealt to blocks in turn: in step i block b
-//              makes D of tile i B + b, its own part of it, and then gradients of the tile `lag` steps before, of which
-//              the sample's D is known by then. So all blocks are always at work on few neighbouring samples, however
-//              large one is, and what waits in cache between the readings is lag B tiles: 17 MB of f and g, 26 where a
-//              sample has more tiles than there are blocks. Parts of D are added up by the block that had the last tile
-//              of a sample, as soon as a counter says that all are there; another counter tells that D is known.
-//              dl replaces f in shared memory, in the order of columns that products have, and df replaces g: from
-//              there products take dl twice, by positions and by channels, and a tile store takes df. dw stays in
-//              accumulators over all tiles of a block.
-//   add_parts  adds up the blocks' dw
+// A cooperative, persistent kernel assigns the tiles of all samples to blocks round-robin. In step i, block b adds tile
+// i B + b to delta, and then computes the gradients of its tile of `lag` steps before, whose delta is complete by then.
+// So all blocks work on few neighbouring samples, and f and g of only lag B tiles must stay in L2: 17 MB, or 26 MB if a
+// sample has more tiles than there are blocks. The block with the last tile of a sample reduces delta, in a fixed
+// order, once a counter in memory says that all partial sums are there; a second counter says that delta is complete.
+// dl replaces f in the stage, with permuted columns, and is an operand of two GEMMs, K-major for dh and MN-major for
+// dw; df replaces g and is written by TMA stores; dw accumulates in registers over all tiles of a block.
 //
-// dl is rounded to the type of the maps, as the products that follow it in PyTorch take it. Four warpgroups do all
-// this, with 112 registers a thread. Warps of a fifth bring tiles, two or three ahead, bring numbers of their channels,
-// and add up and publish what the others' warps leave of D, for which these so need not wait for each other or for
-// memory.
-// Serves C up to 256 and K up to 64, multiples of 8. Not yet run on a GPU.
+// Four consumer warpgroups do this. The warps of a producer warpgroup issue TMA loads, load softmax statistics, and
+// reduce and store partial sums of delta, so that consumer warps need not wait for each other. Before and after this
+// kernel, two small ones clear the counters and reduce dw over blocks. dl is rounded to the maps' dtype before the
+// GEMMs, as in PyTorch. C up to 256 and K up to 64, multiples of 8. Not yet run on a GPU.
 #include "spatial_attention.h"
 
 namespace {
@@ -33,68 +27,71 @@ using namespace dfkd;
 using namespace dfkd::spatial;
 
 #ifdef DFKD_HOST
-constexpr int kBlocks = 3;
+constexpr int kNumSMs = 3;
 #else
-constexpr int kBlocks = 132;
+constexpr int kNumSMs = 132;
 #endif
-constexpr int kMostStages = 3, kSlots = 2;
-constexpr int kEverybody = 5;  // the barrier of all consumers; 1 to 4 are those of one strip of positions
+constexpr int kMaxStages = 3, kStatsStages = 2;
+constexpr int kConsumerBarrier = 5;  // named barrier of all consumers; 1 to 4: of the warpgroups of one row block
 
-// Shared memory for barriers and for numbers of channels: maxima, what to multiply exponentials by, D / scale.
-constexpr int kBarrierBytes = 1024, kNumberBytes = kSlots * 4 * 3 * kMostChannels;
-constexpr int kFixedBytes = kBarrierBytes + kNumberBytes;
+// Shared memory: barriers, then stages of row_max, scale / row_sum and delta / scale; then boxes.
+constexpr int kBarrierBytes = 1024, kStatsBytes = kStatsStages * 4 * 3 * kMaxChannels;
+constexpr int kFixedBytes = kBarrierBytes + kStatsBytes;
 static_assert(kFixedBytes % 1024 == 0);
 
-struct Plan {
-  Cut cut;
-  int tiles, blocks;  // of all samples
-  int steps, lag;     // steps in which there are tiles, and how many later their gradients are made
+struct Params {
+  Tiling tiling;
+  int tiles, blocks;     // tiles of all samples
+  int steps, lag;        // steps of the delta pass; the gradient pass of a tile runs `lag` steps later
   int stages;
-  unsigned summing_warps;  // which add up D of a sample: for each strip of a tile one of each 16 channels
+  unsigned delta_warps;  // warps that reduce delta of a sample: one per row block and 16 channels
   int weight_dtype;
   float scale;
-  bool narrow, needs_grad_features, needs_grad_hidden, needs_grad_weight;  // narrow: more than df
+  bool needs_dl;  // dh or dw
+  bool needs_grad_features, needs_grad_hidden, needs_grad_weight;
 
-  __host__ __device__ int stage_bytes() const { return 2 * kTileBytes + cut.hidden_bytes(); }
-  __host__ __device__ int bytes() const { return kFixedBytes + cut.weight_bytes() + stages * stage_bytes(); }
+  __host__ __device__ int stage_bytes() const { return 2 * kTileBytes + tiling.hidden_tile_bytes(); }
+  __host__ __device__ int smem_bytes() const { return kFixedBytes + tiling.weight_bytes() + stages * stage_bytes(); }
 };
 
-// What blocks tell each other, in scratch.
-struct Common {
-  unsigned *parts_done, *slopes_done;  // counters of each sample: tiles, and warps that have added up
-  float *parts, *slopes;               // D of tiles (tiles, channels), of samples (samples, strips, channels)
-  float* weight_parts;                 // dw of blocks
+// Scratch memory.
+struct Workspace {
+  unsigned *tiles_done, *delta_done;  // per sample: counters of tiles, and of warps that have reduced delta
+  float *tile_delta, *delta;          // [tiles, channels], [samples, row_blocks, channels]; without 1 / row_sum
+  float* dw_partials;                 // [blocks, channels, hidden]
 };
 
 struct Barriers {
-  Barrier full[kMostStages], empty[kMostStages];
-  Barrier summed[kMostStages];  // their consumers have left the sums of a first reading there
+  Barrier full[kMaxStages], empty[kMaxStages];
+  Barrier delta_full[kMaxStages];  // consumers have stored their partial sums of delta in the stage
 };
 
-struct Memory {
+struct SharedStorage {
   Barriers* barriers;
-  float* numbers;
+  float* row_stats;
   unsigned char *weight, *stages;
 
-  __device__ __forceinline__ explicit Memory(const Plan& x) {
+  __device__ __forceinline__ explicit SharedStorage(const Params& params) {
     barriers = reinterpret_cast<Barriers*>(shared_memory());
-    numbers = reinterpret_cast<float*>(shared_memory() + kBarrierBytes);
+    row_stats = reinterpret_cast<float*>(shared_memory() + kBarrierBytes);
     weight = shared_memory() + kFixedBytes;
-    stages = weight + x.cut.weight_bytes();
+    stages = weight + params.tiling.weight_bytes();
   }
-  __device__ __forceinline__ float* slot(int item) const { return numbers + item % kSlots * 3 * kMostChannels; }
+  __device__ __forceinline__ float* stats_stage(int item) const {
+    return row_stats + item % kStatsStages * 3 * kMaxChannels;
+  }
 };
 
-// What a block reads, one after the other: in each step a tile for D and one for gradients, where there are such.
-struct Items {
-  int number = -1, tile = 0, turn = -1;
+// The work items of a block: per step, the delta pass of one tile and the gradient pass of another, if they exist.
+struct TileScheduler {
+  int item = -1, tile = 0, half_step = -1;
 
-  __device__ __forceinline__ bool second() const { return turn % 2 == 1; }
-  __device__ __forceinline__ bool next(const Plan& x) {
-    while (++turn < 2 * (x.steps + x.lag)) {
-      tile = static_cast<int>(blockIdx.x) + (turn / 2 - (second() ? x.lag : 0)) * x.blocks;
-      if ((second() || x.narrow) && tile >= 0 && tile < x.tiles) {
-        ++number;
+  __device__ __forceinline__ bool is_gradient_pass() const { return half_step % 2 == 1; }
+  __device__ __forceinline__ bool next(const Params& params) {
+    while (++half_step < 2 * (params.steps + params.lag)) {
+      tile = static_cast<int>(blockIdx.x) + (half_step / 2 - (is_gradient_pass() ? params.lag : 0)) * params.blocks;
+      if ((is_gradient_pass() || params.needs_dl) && tile >= 0 && tile < params.tiles) {
+        ++item;
         return true;
       }
     }
@@ -102,426 +99,439 @@ struct Items {
   }
 };
 
-// ---- bringing tiles -------------------------------------------------------------------------------------------------
+// ---- producers ------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void bring_tile(const Plan& x, const Memory& memory, const Items& items,
-                                           const TensorMap& features, const TensorMap& grad_output,
-                                           const TensorMap& hidden) {
-  const int which = items.number % x.stages, sample = items.tile / x.cut.tiles;
-  const int row = items.tile % x.cut.tiles * x.cut.rows();
-  unsigned char* stage = memory.stages + which * x.stage_bytes();
-  Barrier* full = &memory.barriers->full[which];
-  mbarrier_wait(&memory.barriers->empty[which], (items.number / x.stages & 1) ^ 1);
-  mbarrier_arrive_expect_tx(full, x.stage_bytes());
-#pragma unroll 1
-  for (int strip = 0; strip < x.cut.strips; ++strip) {
-    tma_load(stage + 2 * kTileBytes + strip * x.cut.narrow_bytes(), hidden, 0, row + kPanel * strip, sample, full);
-  }
-#pragma unroll 1
-  for (int group = 0; group < kGroups; ++group) {
-    const int channel = kPanel * (group % x.cut.panels), first = row + kPanel * (group / x.cut.panels);
-    tma_load(stage + group * kPanelBytes, features, channel, first, sample, full);
-    tma_load(stage + kTileBytes + group * kPanelBytes, grad_output, channel, first, sample, full);
-  }
+__device__ __forceinline__ void load_stage(const Params& params, const SharedStorage& storage,
+                                           const TileScheduler& scheduler, const TensorMap& features,
+                                           const TensorMap& grad_output, const TensorMap& hidden) {
+  const int index = scheduler.item % params.stages, sample = scheduler.tile / params.tiling.tiles;
+  const int row = scheduler.tile % params.tiling.tiles * params.tiling.tile_rows();
+  unsigned char* stage = storage.stages + index * params.stage_bytes();
+  Barrier* full = &storage.barriers->full[index];
+  mbarrier_wait(&storage.barriers->empty[index], (scheduler.item / params.stages & 1) ^ 1);
+  mbarrier_arrive_expect_tx(full, params.stage_bytes());
+  load_hidden(params.tiling, stage + 2 * kTileBytes, hidden, row, sample, full);
+  load_tile(params.tiling, stage, features, row, sample, full);
+  load_tile(params.tiling, stage + kTileBytes, grad_output, row, sample, full);
 }
 
-// By a warp: numbers of 128 channels, its own four from c on, of a tile's sample; for the second reading D too, when it
-// is known.
-__device__ __forceinline__ void bring_numbers(const Plan& x, const Memory& memory, const Items& items, int c,
-                                              const float* saved, const Common& common) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, sample = items.tile / x.cut.tiles;
-  const int before = items.number - kSlots;
-  const bool with_slopes = items.second() && x.narrow;
+// By a warp: loads the statistics of 128 channels, four per lane from c on, and for the gradient pass waits for delta.
+__device__ __forceinline__ void load_row_stats(const Params& params, const SharedStorage& storage,
+                                               const TileScheduler& scheduler, int c, const float* saved,
+                                               const Workspace& workspace) {
+  const Tiling& tiling = params.tiling;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, sample = scheduler.tile / tiling.tiles;
+  const int previous = scheduler.item - kStatsStages;
+  const bool with_delta = scheduler.is_gradient_pass() && params.needs_dl;
   if (lane == 0) {
-    if (before >= 0) mbarrier_wait(&memory.barriers->empty[before % x.stages], before / x.stages & 1);
-    if (with_slopes) wait_global(common.slopes_done + sample, x.summing_warps);
+    if (previous >= 0) mbarrier_wait(&storage.barriers->empty[previous % params.stages], previous / params.stages & 1);
+    if (with_delta) wait_global(workspace.delta_done + sample, params.delta_warps);
   }
   __syncwarp();
-  if (c < x.cut.width()) {
-    Numbers top = {{0, 0, 0, 0}}, factor = top, slope = top;
-    if (c < x.cut.channels) {
-      const float* const from = saved + (static_cast<int64_t>(sample) * x.cut.channels + c);
-      top = *reinterpret_cast<const Numbers*>(from);
-      factor = *reinterpret_cast<const Numbers*>(from + static_cast<int64_t>(x.cut.samples) * x.cut.channels);
-      if (with_slopes) {
-        const float* part = common.slopes + (static_cast<int64_t>(sample) * x.cut.strips * x.cut.channels + c);
+  if (c < tiling.padded_channels()) {
+    Float4 row_max = {{0, 0, 0, 0}}, factor = row_max, delta = row_max;
+    if (c < tiling.channels) {
+      const float* const from = saved + (static_cast<int64_t>(sample) * tiling.channels + c);
+      row_max = *reinterpret_cast<const Float4*>(from);
+      factor = *reinterpret_cast<const Float4*>(from + static_cast<int64_t>(tiling.samples) * tiling.channels);
+      if (with_delta) {
+        const int64_t first = static_cast<int64_t>(sample) * tiling.row_blocks * tiling.channels;
+        const float* partial = workspace.delta + first + c;
 #pragma unroll 1
-        for (int i = 0; i < x.cut.strips; ++i, part += x.cut.channels) {
-          const Numbers more = *reinterpret_cast<const Numbers*>(part);
+        for (int i = 0; i < tiling.row_blocks; ++i, partial += tiling.channels) {
+          const Float4 more = *reinterpret_cast<const Float4*>(partial);
 #pragma unroll
-          for (int k = 0; k < 4; ++k) slope.at[k] += more.at[k];
+          for (int k = 0; k < 4; ++k) delta.at[k] += more.at[k];
         }
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        slope.at[k] = divide_fast(slope.at[k], factor.at[k]);
-        factor.at[k] = divide_fast(x.scale, factor.at[k]);
+        delta.at[k] = divide_fast(delta.at[k], factor.at[k]);
+        factor.at[k] = divide_fast(params.scale, factor.at[k]);
       }
     }
-    float* const to = memory.slot(items.number) + place_of_number(c);
-    *reinterpret_cast<Numbers*>(to) = top;
-    *reinterpret_cast<Numbers*>(to + kMostChannels) = factor;
-    *reinterpret_cast<Numbers*>(to + 2 * kMostChannels) = slope;
+    float* const to = storage.stats_stage(scheduler.item) + stats_index(c);
+    *reinterpret_cast<Float4*>(to) = row_max;
+    *reinterpret_cast<Float4*>(to + kMaxChannels) = factor;
+    *reinterpret_cast<Float4*>(to + 2 * kMaxChannels) = delta;
   }
   __syncwarp();
-  if (lane == 0) mbarrier_arrive(&memory.barriers->full[items.number % x.stages]);
+  if (lane == 0) mbarrier_arrive(&storage.barriers->full[scheduler.item % params.stages]);
 }
 
-// ---- D --------------------------------------------------------------------------------------------------------------
+// ---- delta ----------------------------------------------------------------------------------------------------------
 
-// A tile's part of D but for the factors 1 / total.
-template <typename T, int NARROW>
-__device__ __forceinline__ void add_slopes(const Plan& x, const Seat& at, unsigned char* stage, const float* numbers,
-                                           const unsigned char* weight, int left, Barrier* summed) {
+// A tile's partial sums of delta, without the factor 1 / row_sum.
+template <typename T, int HIDDEN>
+__device__ __forceinline__ void accumulate_delta(const Params& params, const ConsumerCoords& coords,
+                                                 unsigned char* stage, const float* row_stats,
+                                                 const unsigned char* weight, int valid_rows, Barrier* delta_full) {
+  const Tiling& tiling = params.tiling;
   float logits[8][4], sums[16];
-  expand<T, NARROW>(logits, stage + 2 * kTileBytes + at.strip * x.cut.narrow_bytes(),
-                    weight + at.panel * x.cut.narrow_bytes());
-  leave_out(logits, left);
-  unsigned char* const features = stage + at.group * kPanelBytes;
+  compute_logits<T, HIDDEN>(logits, stage + 2 * kTileBytes + coords.row_block * tiling.hidden_box_bytes(),
+                            weight + coords.channel_block * tiling.hidden_box_bytes(), valid_rows);
+  unsigned char* const features = stage + coords.warpgroup * kBoxBytes;
 #pragma unroll
-  for (int which = 0; which < 2; ++which) {
-    const Numbers tops[2] = {numbers_of(numbers, at, 2 * which), numbers_of(numbers, at, 2 * which + 1)};
+  for (int chunk = 0; chunk < 2; ++chunk) {
+    const Float4 row_max[2] = {load_stats(row_stats, coords, 2 * chunk), load_stats(row_stats, coords, 2 * chunk + 1)};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sums[8 * which + i] = 0.0f;
+    for (int i = 0; i < 8; ++i) sums[8 * chunk + i] = 0.0f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float f[8], g[8];
-      unpack<T>(f, *chunk_of(features, at, half, which));
-      unpack<T>(g, *chunk_of(features + kTileBytes, at, half, which));
+      unpack8<T>(f, *smem_chunk(features, coords, half, chunk));
+      unpack8<T>(g, *smem_chunk(features + kTileBytes, coords, half, chunk));
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const float e = exp_below(logits[4 * which + i / 2][2 * half + i % 2] - tops[i / 4].at[i % 4]);
-        sums[8 * which + i] += e * (g[i] * f[i]);
+        const float e = exp_nonpositive(logits[4 * chunk + i / 2][2 * half + i % 2] - row_max[i / 4].at[i % 4]);
+        sums[8 * chunk + i] += e * (g[i] * f[i]);
       }
     }
   }
-  fold<8>(sums, at.lane);
-  fold<4>(sums, at.lane);
-  fold<2>(sums, at.lane);
+  reduce_scatter<8>(sums, coords.lane);
+  reduce_scatter<4>(sums, coords.lane);
+  reduce_scatter<2>(sums, coords.lane);
   __syncwarp();
-  *reinterpret_cast<Pair*>(sums_of(stage, at.group, at.warp) + 16 * at.t + 2 * at.g) = {{sums[0], sums[1]}};
+  float* const to = warp_partials(stage, coords.warpgroup, coords.warp) + 16 * coords.t + 2 * coords.g;
+  *reinterpret_cast<AlignedArray<float, 2>*>(to) = {{sums[0], sums[1]}};
   fence_proxy_async();
   __syncwarp();
-  if (at.lane == 0) mbarrier_arrive(summed);
+  if (coords.lane == 0) mbarrier_arrive(delta_full);
 }
 
-// By a warp: a tile's part of D from sums of the consumers' warps. Its stage is free then.
-__device__ __forceinline__ void publish_slopes(const Plan& x, const Memory& memory, int which, int tile,
-                                               const Common& common) {
+// By a warp: reduces a tile's delta over consumer warps, stores it to memory and releases the stage.
+__device__ __forceinline__ void store_tile_delta(const Params& params, const SharedStorage& storage, int index,
+                                                 int tile, const Workspace& workspace) {
+  const Tiling& tiling = params.tiling;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  float* const part = common.parts + static_cast<int64_t>(tile) * x.cut.channels;
+  float* const to = workspace.tile_delta + static_cast<int64_t>(tile) * tiling.channels;
 #pragma unroll 2
-  for (int c = lane; c < x.cut.width(); c += kLanes) {
+  for (int c = lane; c < tiling.padded_channels(); c += kLanes) {
     float sum = 0.0f;
 #pragma unroll 4
-    for (int i = 0; i < 4 * x.cut.strips; ++i) {
-      const int group = i / 4 * x.cut.panels + c / kPanel;
-      sum += sums_of(memory.stages + which * x.stage_bytes(), group, i % 4)[c % kPanel];
+    for (int i = 0; i < 4 * tiling.row_blocks; ++i) {
+      const int warpgroup = i / 4 * tiling.channel_blocks + c / kBox;
+      sum += warp_partials(storage.stages + index * params.stage_bytes(), warpgroup, i % 4)[c % kBox];
     }
-    if (c < x.cut.channels) part[c] = sum;
+    if (c < tiling.channels) to[c] = sum;
   }
   __syncwarp();
-  if (lane < kConsumerWarps) mbarrier_arrive(&memory.barriers->empty[which]);
-  if (lane == 0) arrive_global(common.parts_done + tile / x.cut.tiles);
+  if (lane < kConsumerWarps) mbarrier_arrive(&storage.barriers->empty[index]);
+  if (lane == 0) arrive_global(workspace.tiles_done + tile / tiling.tiles);
 }
 
-// D of a sample from its tiles' parts, but for the factors: each warp by itself for 16 channels and its share of tiles,
-// four lanes side by side and eight of them along tiles.
-__device__ __forceinline__ void merge_slopes(const Plan& x, const Seat& at, int sample, const Common& common) {
-  const int warp = at.number / kLanes, share = warp / (4 * x.cut.panels);
-  const int first = warp % (4 * x.cut.panels) * 16, channel = first + 4 * at.t;
-  if (first >= x.cut.channels) return;
-  if (at.lane == 0) wait_global(common.parts_done + sample, static_cast<unsigned>(x.cut.tiles));
+// Reduces delta of a sample over its tiles. Each warp takes 16 channels, four lanes wide and eight tiles deep, and a
+// `part` of the tiles.
+__device__ __forceinline__ void reduce_delta(const Params& params, const ConsumerCoords& coords, int sample,
+                                             const Workspace& workspace) {
+  const Tiling& tiling = params.tiling;
+  const int warp = coords.thread / kLanes, part = warp / (4 * tiling.channel_blocks);
+  const int first = warp % (4 * tiling.channel_blocks) * 16, channel = first + 4 * coords.t;
+  if (first >= tiling.channels) return;
+  if (coords.lane == 0) wait_global(workspace.tiles_done + sample, static_cast<unsigned>(tiling.tiles));
   __syncwarp();
   float sums[4] = {0, 0, 0, 0};
-  const bool valid = channel < x.cut.channels;
+  const bool valid = channel < tiling.channels;
   if (valid) {
-    const float* from = common.parts + static_cast<int64_t>(sample) * x.cut.tiles * x.cut.channels + channel;
+    const int64_t first_tile = static_cast<int64_t>(sample) * tiling.tiles;
+    const float* from = workspace.tile_delta + first_tile * tiling.channels + channel;
 #pragma unroll 8
-    for (int tile = 8 * share + at.g; tile < x.cut.tiles; tile += 8 * x.cut.strips) {
-      const Numbers part = *reinterpret_cast<const Numbers*>(from + static_cast<int64_t>(tile) * x.cut.channels);
+    for (int tile = 8 * part + coords.g; tile < tiling.tiles; tile += 8 * tiling.row_blocks) {
+      const Float4 partial = *reinterpret_cast<const Float4*>(from + static_cast<int64_t>(tile) * tiling.channels);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[i] += part.at[i];
+      for (int i = 0; i < 4; ++i) sums[i] += partial.at[i];
     }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sums[i] = column_sum(sums[i]);
-  if (valid && at.g == 0) {
-    const int64_t place = (static_cast<int64_t>(sample) * x.cut.strips + share) * x.cut.channels + channel;
-    *reinterpret_cast<Numbers*>(common.slopes + place) = {{sums[0], sums[1], sums[2], sums[3]}};
+  for (int i = 0; i < 4; ++i) sums[i] = sum_over_rows(sums[i]);
+  if (valid && coords.g == 0) {
+    const int64_t index = (static_cast<int64_t>(sample) * tiling.row_blocks + part) * tiling.channels + channel;
+    *reinterpret_cast<Float4*>(workspace.delta + index) = {{sums[0], sums[1], sums[2], sums[3]}};
   }
   __syncwarp();
-  if (at.lane == 0) arrive_global(common.slopes_done + sample);
+  if (coords.lane == 0) arrive_global(workspace.delta_done + sample);
 }
 
 // ---- gradients ------------------------------------------------------------------------------------------------------
 
-// A tile of f to dl, its columns in the order of products, and of g to df.
-template <typename T, int NARROW>
-__device__ __forceinline__ void make_slopes(const Plan& x, const Seat& at, unsigned char* stage, const float* numbers,
-                                            const unsigned char* weight, int left) {
+// Replaces f by dl, with the columns of the logits GEMM, and g by df.
+template <typename T, int HIDDEN>
+__device__ __forceinline__ void compute_dl(const Params& params, const ConsumerCoords& coords, unsigned char* stage,
+                                           const float* row_stats, const unsigned char* weight, int valid_rows) {
+  const Tiling& tiling = params.tiling;
   float logits[8][4];
-  expand<T, NARROW>(logits, stage + 2 * kTileBytes + at.strip * x.cut.narrow_bytes(),
-                    weight + at.panel * x.cut.narrow_bytes());
-  leave_out(logits, left);
-  unsigned char* const features = stage + at.group * kPanelBytes;
-  Vector slopes[2][2];
+  compute_logits<T, HIDDEN>(logits, stage + 2 * kTileBytes + coords.row_block * tiling.hidden_box_bytes(),
+                            weight + coords.channel_block * tiling.hidden_box_bytes(), valid_rows);
+  unsigned char* const features = stage + coords.warpgroup * kBoxBytes;
+  Uint4 dl[2][2];
 #pragma unroll
-  for (int which = 0; which < 2; ++which) {
-    Vector f[2], g[2];
+  for (int chunk = 0; chunk < 2; ++chunk) {
+    Uint4 f[2], g[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      f[half] = *chunk_of(features, at, half, which);
-      g[half] = *chunk_of(features + kTileBytes, at, half, which);
+      f[half] = *smem_chunk(features, coords, half, chunk);
+      g[half] = *smem_chunk(features + kTileBytes, coords, half, chunk);
     }
 #pragma unroll
     for (int quad = 0; quad < 2; ++quad) {
-      const Numbers top = numbers_of(numbers, at, 2 * which + quad);
-      const Numbers factor = numbers_of(numbers + kMostChannels, at, 2 * which + quad);
-      const Numbers slope = numbers_of(numbers + 2 * kMostChannels, at, 2 * which + quad);
+      const Float4 row_max = load_stats(row_stats, coords, 2 * chunk + quad);
+      const Float4 factor = load_stats(row_stats + kMaxChannels, coords, 2 * chunk + quad);
+      const Float4 delta = load_stats(row_stats + 2 * kMaxChannels, coords, 2 * chunk + quad);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int half = i / 2, word = 2 * quad + i % 2;
-        float to_features[2], to_logits[2];
+        float df[2], dl_pair[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int c = 2 * (i % 2) + e;
-          const float s = exp_below(logits[4 * which + word][2 * half + e] - top.at[c]) * factor.at[c];  // times scale
-          const float u = to_float(T{static_cast<uint16_t>(g[half].words[word] >> (16 * e))});
-          const float v = to_float(T{static_cast<uint16_t>(f[half].words[word] >> (16 * e))});
-          to_features[e] = u + u * s;
-          to_logits[e] = s * (u * v - slope.at[c]);
+          const float logit = logits[4 * chunk + word][2 * half + e];
+          const float s = exp_nonpositive(logit - row_max.at[c]) * factor.at[c];  // scale times the softmax
+          const float grad = to_float(T{static_cast<uint16_t>(g[half].at[word] >> (16 * e))});
+          const float feature = to_float(T{static_cast<uint16_t>(f[half].at[word] >> (16 * e))});
+          df[e] = grad + grad * s;
+          dl_pair[e] = s * (grad * feature - delta.at[c]);
         }
-        g[half].words[word] = pack_rounded<T>(to_features[0], to_features[1]);
-        slopes[half][which].words[word] = pack_rounded<T>(to_logits[0], to_logits[1]);
+        g[half].at[word] = pack_rounded<T>(df[0], df[1]);
+        dl[half][chunk].at[word] = pack_rounded<T>(dl_pair[0], dl_pair[1]);
       }
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) *chunk_of(features + kTileBytes, at, half, which) = g[half];
+    for (int half = 0; half < 2; ++half) *smem_chunk(features + kTileBytes, coords, half, chunk) = g[half];
   }
-  if (!x.narrow) return;
-  __syncwarp();  // all lanes of a row have read it
+  if (!params.needs_dl) return;
+  __syncwarp();  // all lanes have read their chunks of f
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      unsigned char* const to = features + 2 * swizzled<kPanel>(at.row() + 8 * half, n) + 4 * at.t;
-      *reinterpret_cast<uint32_t*>(to) = slopes[half][n / 4].words[n % 4];
+      unsigned char* const to = features + 2 * swizzled<kBox>(coords.row() + 8 * half, n) + 4 * coords.t;
+      *reinterpret_cast<uint32_t*>(to) = dl[half][n / 4].at[n % 4];
     }
   }
 }
 
-template <typename T, int NARROW>
+template <typename T, int HIDDEN>
 __global__ void __launch_bounds__(kBlockThreads, 1)
-    gradients_wgmma(Plan x, const __grid_constant__ TensorMap features, const __grid_constant__ TensorMap grad_output,
-                     const __grid_constant__ TensorMap hidden, const __grid_constant__ TensorMap d_features,
-                     const void* weight, const float* saved, T* d_hidden, Common common) {
-  const Memory memory(x);
-  Barriers& barriers = *memory.barriers;
+    gate_bwd_wgmma(Params params, const __grid_constant__ TensorMap features,
+                   const __grid_constant__ TensorMap grad_output, const __grid_constant__ TensorMap hidden,
+                   const __grid_constant__ TensorMap d_features, const void* weight, const float* saved, T* d_hidden,
+                   Workspace workspace) {
+  const Tiling& tiling = params.tiling;
+  const SharedStorage storage(params);
+  Barriers& barriers = *storage.barriers;
   const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
-  if (thread == kConsumers) {
+  if (thread == kConsumerThreads) {
     prefetch_tensormap(features);
     prefetch_tensormap(grad_output);
     prefetch_tensormap(hidden);
     prefetch_tensormap(d_features);
-    for (int i = 0; i < x.stages; ++i) {
-      mbarrier_init(&barriers.full[i], x.cut.panels == kGroups ? 3 : 2);  // tiles, and numbers of each 128 channels
+    for (int i = 0; i < params.stages; ++i) {
+      // The TMA producer, and one warp per 128 channels of statistics.
+      mbarrier_init(&barriers.full[i], tiling.channel_blocks == kConsumerWarpgroups ? 3 : 2);
       mbarrier_init(&barriers.empty[i], kConsumerWarps);
-      mbarrier_init(&barriers.summed[i], kConsumerWarps);
+      mbarrier_init(&barriers.delta_full[i], kConsumerWarps);
     }
     fence_barrier_init();
   }
   __syncthreads();
 
-  if (thread >= kConsumers) {
-    warpgroup_reg_dealloc<kCopyRegisters>();
-    const int warp = (thread - kConsumers) / kLanes;
-    Items items;
-    if (thread == kConsumers) {
+  if (thread >= kConsumerThreads) {
+    warpgroup_reg_dealloc<kProducerRegisters>();
+    const int warp = (thread - kConsumerThreads) / kLanes;
+    TileScheduler scheduler;
+    if (thread == kConsumerThreads) {
 #pragma unroll 1
-      while (items.next(x)) bring_tile(x, memory, items, features, grad_output, hidden);
-    } else if (warp == 2 || (warp == 3 && x.cut.panels == kGroups)) {
+      while (scheduler.next(params)) load_stage(params, storage, scheduler, features, grad_output, hidden);
+    } else if (warp == 2 || (warp == 3 && tiling.channel_blocks == kConsumerWarpgroups)) {
       const int channel = 4 * (thread % kLanes) + (warp == 3 ? 4 * kLanes : 0);
 #pragma unroll 1
-      while (items.next(x)) bring_numbers(x, memory, items, channel, saved, common);
+      while (scheduler.next(params)) load_row_stats(params, storage, scheduler, channel, saved, workspace);
     } else if (warp == 1) {
-      unsigned parities = 0;  // of each stage, as not all that it holds is for a first reading
+      unsigned phases = 0;  // one bit per stage: the gradient pass does not use delta_full
 #pragma unroll 1
-      while (items.next(x)) {
-        if (items.second()) continue;
-        const int which = items.number % x.stages;
-        mbarrier_wait(&barriers.summed[which], static_cast<int>(parities >> which & 1));
-        parities ^= 1u << which;
-        publish_slopes(x, memory, which, items.tile, common);
+      while (scheduler.next(params)) {
+        if (scheduler.is_gradient_pass()) continue;
+        const int index = scheduler.item % params.stages;
+        mbarrier_wait(&barriers.delta_full[index], static_cast<int>(phases >> index & 1));
+        phases ^= 1u << index;
+        store_tile_delta(params, storage, index, scheduler.tile, workspace);
       }
     }
   } else {
     warpgroup_reg_alloc<kConsumerRegisters>();
-    write_weight<T, NARROW>(x.cut, weight, x.weight_dtype, reinterpret_cast<T*>(memory.weight));
+    store_weight<T, HIDDEN>(tiling, weight, params.weight_dtype, reinterpret_cast<T*>(storage.weight));
     fence_proxy_async();
-    named_barrier_sync(kEverybody, kConsumers);
-    const Seat at(x.cut);
-    float dw[NARROW / 8][4];
-#pragma unroll
-    for (int i = 0; i < NARROW / 2; ++i) dw[i / 4][i % 4] = 0.0f;
+    named_barrier_sync(kConsumerBarrier, kConsumerThreads);
+    const ConsumerCoords coords(tiling);
+    float dw[HIDDEN / 8][4] = {};
     int item = 0;
 #pragma unroll 1
-    for (int step = 0; step < x.steps + x.lag; ++step) {
-      const int tile = step * x.blocks + block;
-      const bool first_reading = x.narrow && tile < x.tiles;
-      if (first_reading) {
-        const int row = tile % x.cut.tiles * x.cut.rows() + kPanel * at.strip + at.row();
-        const int which = item % x.stages;
-        mbarrier_wait(&barriers.full[which], item / x.stages & 1);
-        add_slopes<T, NARROW>(x, at.anew(), memory.stages + which * x.stage_bytes(), memory.slot(item),
-                              memory.weight, x.cut.positions - row, &barriers.summed[which]);
+    for (int step = 0; step < params.steps + params.lag; ++step) {
+      const int tile = step * params.blocks + block;
+      const bool delta_pass = params.needs_dl && tile < params.tiles;
+      if (delta_pass) {
+        const int row = tile % tiling.tiles * tiling.tile_rows() + kBox * coords.row_block + coords.row();
+        const int index = item % params.stages;
+        mbarrier_wait(&barriers.full[index], item / params.stages & 1);
+        accumulate_delta<T, HIDDEN>(params, coords.reload(), storage.stages + index * params.stage_bytes(),
+                                    storage.stats_stage(item), storage.weight, tiling.positions - row,
+                                    &barriers.delta_full[index]);
         ++item;
       }
-      const int behind = tile - x.lag * x.blocks;
-      if (behind >= 0 && behind < x.tiles) {
-        const int sample = behind / x.cut.tiles;
-        const int row = behind % x.cut.tiles * x.cut.rows() + kPanel * at.strip;
-        const int which = item % x.stages;
-        unsigned char* stage = memory.stages + which * x.stage_bytes();
-        mbarrier_wait(&barriers.full[which], item / x.stages & 1);
-        make_slopes<T, NARROW>(x, at.anew(), stage, memory.slot(item), memory.weight,
-                               x.cut.positions - row - at.row());
+      const int gradient_tile = tile - params.lag * params.blocks;
+      if (gradient_tile >= 0 && gradient_tile < params.tiles) {
+        const int sample = gradient_tile / tiling.tiles;
+        const int row = gradient_tile % tiling.tiles * tiling.tile_rows() + kBox * coords.row_block;
+        const int index = item % params.stages;
+        unsigned char* stage = storage.stages + index * params.stage_bytes();
+        mbarrier_wait(&barriers.full[index], item / params.stages & 1);
+        compute_dl<T, HIDDEN>(params, coords.reload(), stage, storage.stats_stage(item), storage.weight,
+                              tiling.positions - row - coords.row());
         fence_proxy_async();
         __syncwarp();
-        if (at.lane == 0 && x.needs_grad_features) {
-          const int first = 16 * at.warp, channel = kPanel * at.panel;
-          if (row + first < x.cut.positions && channel < x.cut.channels) {
-            const unsigned char* from = stage + kTileBytes + at.group * kPanelBytes + 2 * kPanel * first;
+        if (coords.lane == 0 && params.needs_grad_features) {
+          const int first = 16 * coords.warp, channel = kBox * coords.channel_block;
+          if (row + first < tiling.positions && channel < tiling.channels) {
+            const unsigned char* from = stage + kTileBytes + coords.warpgroup * kBoxBytes + 2 * kBox * first;
             tma_store(d_features, from, channel, row + first, sample);
           }
           tma_store_commit();
         }
-        if (x.narrow) named_barrier_sync(1 + at.strip, kWarpgroup * x.cut.panels);
-        if (x.needs_grad_weight) add_weight<T, NARROW>(x.cut, at, stage, dw);
-        if (x.needs_grad_hidden && (step & (x.cut.panels - 1)) == at.panel) {
-          make_hidden<T, NARROW>(x.cut, at.anew(), stage, memory.weight, row,
-                                 d_hidden + static_cast<int64_t>(sample) * x.cut.positions * x.cut.maps);
+        if (params.needs_dl) named_barrier_sync(1 + coords.row_block, kWarpgroup * tiling.channel_blocks);
+        if (params.needs_grad_weight) accumulate_dw<T, HIDDEN>(tiling, coords, stage, dw);
+        if (params.needs_grad_hidden && (step & (tiling.channel_blocks - 1)) == coords.channel_block) {
+          compute_dh<T, HIDDEN>(tiling, coords.reload(), stage, storage.weight, row,
+                                d_hidden + static_cast<int64_t>(sample) * tiling.positions * tiling.hidden);
         }
         __syncwarp();
-        if (at.lane == 0) {
+        if (coords.lane == 0) {
           tma_store_wait_read<0>();
-          mbarrier_arrive(&barriers.empty[which]);
+          mbarrier_arrive(&barriers.empty[index]);
         }
         ++item;
       }
-      if (first_reading && tile % x.cut.tiles == x.cut.tiles - 1) {
-        merge_slopes(x, at, tile / x.cut.tiles, common);
+      if (delta_pass && tile % tiling.tiles == tiling.tiles - 1) {
+        reduce_delta(params, coords, tile / tiling.tiles, workspace);
       }
     }
-    if (at.lane == 0) tma_store_wait<0>();
-    if (x.needs_grad_weight) {
-      float* room = reinterpret_cast<float*>(memory.stages);
-      named_barrier_sync(kEverybody, kConsumers);
+    if (coords.lane == 0) tma_store_wait<0>();
+    if (params.needs_grad_weight) {
+      float* dw_smem = reinterpret_cast<float*>(storage.stages);
+      named_barrier_sync(kConsumerBarrier, kConsumerThreads);
 #pragma unroll
-      for (int n = 0; n < NARROW / 8; ++n) {
+      for (int n = 0; n < HIDDEN / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int line = thread / kWarpgroup * kPanel + at.row() + 8 * (i / 2);
-          room[line * NARROW + 8 * n + 2 * at.t + i % 2] = dw[n][i];
+          const int line = thread / kWarpgroup * kBox + coords.row() + 8 * (i / 2);
+          dw_smem[line * HIDDEN + 8 * n + 2 * coords.t + i % 2] = dw[n][i];
         }
       }
-      named_barrier_sync(kEverybody, kConsumers);
-      float* part = common.weight_parts + static_cast<int64_t>(block) * x.cut.channels * x.cut.maps;
-      for (int i = thread; i < x.cut.width() * NARROW; i += kConsumers) {
-        const int column = i / NARROW, k = i % NARROW;
-        const int channel = column / kPanel * kPanel + channel_of(column % kPanel);
-        if (channel >= x.cut.channels || k >= x.cut.maps) continue;
+      named_barrier_sync(kConsumerBarrier, kConsumerThreads);
+      float* to = workspace.dw_partials + static_cast<int64_t>(block) * tiling.channels * tiling.hidden;
+      for (int i = thread; i < tiling.padded_channels() * HIDDEN; i += kConsumerThreads) {
+        const int column = i / HIDDEN, k = i % HIDDEN;
+        const int channel = column / kBox * kBox + channel_of_column(column % kBox);
+        if (channel >= tiling.channels || k >= tiling.hidden) continue;
         float sum = 0.0f;
-        for (int strip = 0; strip < x.cut.strips; ++strip) sum += room[strip * x.cut.width() * NARROW + i];
-        part[channel * x.cut.maps + k] = sum;
+        for (int r = 0; r < tiling.row_blocks; ++r) sum += dw_smem[r * tiling.padded_channels() * HIDDEN + i];
+        to[channel * tiling.hidden + k] = sum;
       }
     }
   }
 }
 
-// ---- before and after -----------------------------------------------------------------------------------------------
+// ---- small kernels and launches -------------------------------------------------------------------------------------
 
-constexpr int kSumThreads = 512;
+constexpr int kReduceThreads = 512;
 
-__global__ void __launch_bounds__(kSumThreads) clear(unsigned* counters, int64_t count) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kSumThreads + static_cast<int>(threadIdx.x);
-  if (at < count) counters[at] = 0;
+__global__ void __launch_bounds__(kReduceThreads) clear_counters(unsigned* counters, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kReduceThreads + static_cast<int>(threadIdx.x);
+  if (i < count) counters[i] = 0;
 }
 
-// Add up `count` rows of `width` numbers for the weight's gradient; zeros for the bias's.
-__global__ void __launch_bounds__(kSumThreads) add_parts(const float* parts, int count, int width, int biases,
-                                                         void* d_weight, void* d_bias, int weight_dtype,
-                                                         int bias_dtype) {
+// d_weight = the sum of partials [count, width]; d_bias = 0, since the softmax cancels a bias.
+__global__ void __launch_bounds__(kReduceThreads) reduce_dw(const float* partials, int count, int width, int biases,
+                                                            void* d_weight, void* d_bias, int weight_dtype,
+                                                            int bias_dtype) {
   float* sums = reinterpret_cast<float*>(shared_memory());
   const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
-  const int at = static_cast<int>(blockIdx.x) * kLanes + lane;
+  const int i = static_cast<int>(blockIdx.x) * kLanes + lane;
   float sum = 0.0f;
-  if (at < width) {
+  if (i < width) {
 #pragma unroll 4
-    for (int row = warp; row < count; row += kSumThreads / kLanes) sum += parts[static_cast<int64_t>(row) * width + at];
+    for (int row = warp; row < count; row += kReduceThreads / kLanes) {
+      sum += partials[static_cast<int64_t>(row) * width + i];
+    }
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (warp != 0) return;
-  if (at < width) {
+  if (i < width) {
     float total = 0.0f;
-    for (int i = 0; i < kSumThreads / kLanes; ++i) total += sums[i * kLanes + lane];
-    write_as(d_weight, at, weight_dtype, total);
-  } else if (at - width < biases) {
-    write_as(d_bias, at - width, bias_dtype, 0.0f);
+    for (int w = 0; w < kReduceThreads / kLanes; ++w) total += sums[w * kLanes + lane];
+    store_as(d_weight, i, weight_dtype, total);
+  } else if (i - width < biases) {
+    store_as(d_bias, i - width, bias_dtype, 0.0f);
   }
 }
 
-// Bytes of scratch.
-struct Scratch {
-  int64_t counters, parts, slopes, weight_parts;
-
-  explicit Scratch(const Cut& x) {
-    const int64_t samples = x.samples, channels = x.channels;
-    counters = aligned(2 * 4 * samples);
-    parts = aligned(4 * samples * x.tiles * channels);
-    slopes = aligned(4 * samples * channels * x.strips);
-    weight_parts = aligned(4 * kBlocks * channels * x.maps);
-  }
-  int64_t all() const { return counters + parts + slopes + weight_parts; }
-};
-
-Plan plan(const Cut& cut, bool narrow) {
-  Plan x{};
-  x.cut = cut;
-  x.tiles = cut.samples * cut.tiles;
-  x.blocks = x.tiles < kBlocks ? x.tiles : kBlocks;
-  x.narrow = narrow;
-  x.summing_warps = static_cast<unsigned>(cut.strips * ((cut.channels + 15) / 16));
-  if (x.tiles > 0) {
-    x.steps = (x.tiles + x.blocks - 1) / x.blocks;
-    // A tile's sample ends so many steps later at most; D is known after that.
-    x.lag = narrow ? (cut.tiles - 1 + x.blocks - 1) / x.blocks + 1 : 0;
-  }
-  x.stages = (kSharedMemory - kFixedBytes - cut.weight_bytes()) / x.stage_bytes();
-  x.stages = x.stages < kMostStages ? x.stages : kMostStages;
-  return x;
+// Lays out the scratch memory, which may be null, and returns its size in bytes.
+int64_t make_workspace(const Tiling& tiling, void* scratch, Workspace* workspace) {
+  const int64_t samples = tiling.samples, channels = tiling.channels;
+  int64_t used = 0;
+  const auto allocate = [&](int64_t elements) {
+    float* const buffer = scratch == nullptr ? nullptr : static_cast<float*>(scratch) + used;
+    used += (elements + 3) / 4 * 4;
+    return buffer;
+  };
+  workspace->tiles_done = reinterpret_cast<unsigned*>(allocate(2 * samples));
+  workspace->delta_done = workspace->tiles_done + (scratch == nullptr ? 0 : samples);
+  workspace->tile_delta = allocate(samples * tiling.tiles * channels);
+  workspace->delta = allocate(samples * channels * tiling.row_blocks);
+  workspace->dw_partials = allocate(kNumSMs * channels * tiling.hidden);
+  return 4 * used;
 }
 
-template <typename T, int NARROW>
-int run(const Plan& x, const void* grad_output, const void* features, const void* hidden, const void* weight,
-        const void* saved, void* d_features, void* d_hidden, const Common& common, void* stream) {
-  TensorMap of_features, of_grad_output, of_hidden, of_results;
-  int error = map_of<kPanel>(&of_features, features, x.cut, x.cut.channels, kPanel);
-  if (error == 0) error = map_of<kPanel>(&of_grad_output, grad_output, x.cut, x.cut.channels, kPanel);
-  if (error == 0) error = map_of<NARROW>(&of_hidden, hidden, x.cut, x.cut.maps, kPanel);
+Params make_params(const Tiling& tiling, bool needs_dl) {
+  Params params{};
+  params.tiling = tiling;
+  params.tiles = tiling.samples * tiling.tiles;
+  params.blocks = params.tiles < kNumSMs ? params.tiles : kNumSMs;
+  params.needs_dl = needs_dl;
+  params.delta_warps = static_cast<unsigned>(tiling.row_blocks * ((tiling.channels + 15) / 16));
+  if (params.tiles > 0) {
+    params.steps = (params.tiles + params.blocks - 1) / params.blocks;
+    // The last tile of a sample is at most lag - 1 steps later, and delta complete after it.
+    params.lag = needs_dl ? (tiling.tiles - 1 + params.blocks - 1) / params.blocks + 1 : 0;
+  }
+  params.stages = (kMaxSmemBytes - kFixedBytes - tiling.weight_bytes()) / params.stage_bytes();
+  params.stages = params.stages < kMaxStages ? params.stages : kMaxStages;
+  return params;
+}
+
+template <typename T, int HIDDEN>
+int launch_gate_bwd(const Params& params, const void* grad_output, const void* features, const void* hidden,
+                    const void* weight, const void* saved, void* d_features, void* d_hidden,
+                    const Workspace& workspace, void* stream) {
+  const Tiling& tiling = params.tiling;
+  TensorMap features_map, grad_output_map, hidden_map, d_features_map;
+  int error = make_box_map<kBox>(&features_map, features, tiling, tiling.channels, kBox);
+  if (error == 0) error = make_box_map<kBox>(&grad_output_map, grad_output, tiling, tiling.channels, kBox);
+  if (error == 0) error = make_box_map<HIDDEN>(&hidden_map, hidden, tiling, tiling.hidden, kBox);
   if (error == 0) {
-    error = map_of<kPanel>(&of_results, x.needs_grad_features ? d_features : features, x.cut, x.cut.channels, 16);
+    const void* const base = params.needs_grad_features ? d_features : features;
+    error = make_box_map<kBox>(&d_features_map, base, tiling, tiling.channels, 16);
   }
-  if (error == 0 && x.narrow) {
-    const int64_t counters = 2 * static_cast<int64_t>(x.cut.samples);
-    error = launch(clear, dim3(static_cast<unsigned>((counters + kSumThreads - 1) / kSumThreads)), kSumThreads, 0,
-                   stream, common.parts_done, counters);
+  if (error == 0 && params.needs_dl) {
+    const int64_t counters = 2 * static_cast<int64_t>(tiling.samples);
+    const dim3 blocks(static_cast<unsigned>((counters + kReduceThreads - 1) / kReduceThreads));
+    error = launch(clear_counters, blocks, kReduceThreads, 0, stream, workspace.tiles_done, counters);
   }
   if (error != 0) return error;
-  return launch_cluster(gradients_wgmma<T, NARROW>, dim3(static_cast<unsigned>(x.blocks)), kBlockThreads,
-                        static_cast<size_t>(x.bytes()), 1, true, stream, x, of_features, of_grad_output, of_hidden,
-                        of_results, weight, static_cast<const float*>(saved), static_cast<T*>(d_hidden), common);
+  return launch_cluster(gate_bwd_wgmma<T, HIDDEN>, dim3(static_cast<unsigned>(params.blocks)), kBlockThreads,
+                        static_cast<size_t>(params.smem_bytes()), 1, true, stream, params, features_map,
+                        grad_output_map, hidden_map, d_features_map, weight, static_cast<const float*>(saved),
+                        static_cast<T*>(d_hidden), workspace);
 }
 
 }  // namespace
@@ -530,47 +540,43 @@ extern "C" {
 
 int64_t dfkd_spatial_attention_backward_scratch(int64_t samples, int64_t channels, int64_t maps, int64_t positions,
                                                 int form) {
-  if (require_served(samples, channels, maps, positions, form)) return 0;
-  return Scratch(cut_tiles(samples, channels, maps, positions)).all();
+  if (require_supported(samples, channels, maps, positions, form)) return 0;
+  Workspace workspace{};
+  return make_workspace(make_tiling(samples, channels, maps, positions), nullptr, &workspace);
 }
 
-int dfkd_spatial_attention_backward(const void* grad_output, const void* features, const void* hidden, const void* weight,
-                                    const void* saved, int64_t samples, int64_t channels, int64_t maps,
-                                    int64_t positions, int dtype, int weight_dtype, int bias_dtype, float scale,
-                                    int form, void* d_features, void* d_hidden, void* d_weight, void* d_bias,
-                                    void* scratch, void* stream) {
-  if (const int status = require_served(samples, channels, maps, positions, form)) return status;
-  if (const int status = require_parameter("weight", weight_dtype)) return status;
-  if (const int status = require_parameter("bias", bias_dtype)) return status;
+int dfkd_spatial_attention_backward(const void* grad_output, const void* features, const void* hidden,
+                                    const void* weight, const void* saved, int64_t samples, int64_t channels,
+                                    int64_t maps, int64_t positions, int dtype, int weight_dtype, int bias_dtype,
+                                    float scale, int form, void* d_features, void* d_hidden, void* d_weight,
+                                    void* d_bias, void* scratch, void* stream) {
+  if (const int status = require_supported(samples, channels, maps, positions, form)) return status;
+  if (const int status = require_parameter_dtype("weight", weight_dtype)) return status;
+  if (const int status = require_parameter_dtype("bias", bias_dtype)) return status;
   return with_type(dtype, [=](auto type) {
     using T = decltype(type);
-    const bool narrow = d_hidden != nullptr || d_weight != nullptr;
-    Plan x = plan(cut_tiles(samples, channels, maps, positions), narrow);
-    x.weight_dtype = weight_dtype;
-    x.scale = scale_of(scale, form, positions);
-    x.needs_grad_features = d_features != nullptr;
-    x.needs_grad_hidden = d_hidden != nullptr;
-    x.needs_grad_weight = d_weight != nullptr;
-    const Scratch room(x.cut);
-    Common common{};
-    common.parts_done = static_cast<unsigned*>(scratch);
-    common.slopes_done = common.parts_done + samples;
-    common.parts = static_cast<float*>(scratch) + room.counters / 4;
-    common.slopes = common.parts + room.parts / 4;
-    common.weight_parts = common.slopes + room.slopes / 4;
-    if (x.tiles > 0 && (narrow || x.needs_grad_features)) {
-      const int error = with_width(x.cut.narrow, [=](auto width) {
-        return run<T, decltype(width)::value>(x, grad_output, features, hidden, weight, saved, d_features, d_hidden,
-                                              common, stream);
+    const bool needs_dl = d_hidden != nullptr || d_weight != nullptr;
+    Params params = make_params(make_tiling(samples, channels, maps, positions), needs_dl);
+    params.weight_dtype = weight_dtype;
+    params.scale = softmax_scale(scale, form, positions);
+    params.needs_grad_features = d_features != nullptr;
+    params.needs_grad_hidden = d_hidden != nullptr;
+    params.needs_grad_weight = d_weight != nullptr;
+    Workspace workspace{};
+    make_workspace(params.tiling, scratch, &workspace);
+    if (params.tiles > 0 && (needs_dl || params.needs_grad_features)) {
+      const int error = dispatch_hidden_width(params.tiling.hidden_width, [=](auto width) {
+        return launch_gate_bwd<T, decltype(width)::value>(params, grad_output, features, hidden, weight, saved,
+                                                          d_features, d_hidden, workspace, stream);
       });
       if (error != 0) return error;
     }
-    const int weights = d_weight == nullptr ? 0 : x.cut.channels * x.cut.maps;
-    const int biases = d_bias == nullptr ? 0 : x.cut.channels;
+    const int weights = d_weight == nullptr ? 0 : params.tiling.channels * params.tiling.hidden;
+    const int biases = d_bias == nullptr ? 0 : params.tiling.channels;
     if (weights + biases == 0) return 0;
-    return launch(add_parts, dim3(static_cast<unsigned>((weights + biases + kLanes - 1) / kLanes)), kSumThreads,
-                  static_cast<size_t>(4 * kSumThreads), stream, common.weight_parts, x.blocks, weights, biases,
-                  d_weight, d_bias, weight_dtype, bias_dtype);
+    const dim3 blocks(static_cast<unsigned>((weights + biases + kLanes - 1) / kLanes));
+    return launch(reduce_dw, blocks, kReduceThreads, static_cast<size_t>(4 * kReduceThreads), stream,
+                  workspace.dw_partials, params.blocks, weights, biases, d_weight, d_bias, weight_dtype, bias_dtype);
   });
 }
 }
