@@ -66,7 +66,7 @@ __device__ __forceinline__ void add_plain(float (&totals)[2], const float (&s)[k
       if ((4 * n + i) % kEvery<SLAB> == kEvery<SLAB> / 2) {
         sum[r] = add_power_of_two(sum[r], x);
       } else {
-        sum[r] += exp2_flushed(x);
+        sum[r] += exp2_approx_ftz(x);
       }
     }
   }
@@ -93,7 +93,7 @@ __device__ __forceinline__ void add_masked(float (&totals)[2], const float (&s)[
       // Alike from either side, so that backward finds the same to the bit.
       const float x = s[i / 2][2 * r + i % 2] * ((inverse * inverses[at]) * scale_log2);
       positive = at == beside ? x : positive;
-      sum += at == own || at == beside || at >= end ? 0.0f : exp2_flushed(x);
+      sum += at == own || at == beside || at >= end ? 0.0f : exp2_approx_ftz(x);
     }
     if (beside >= 0 && beside < kTile && beside % 8 < 2 && 8 * r < rows) positives[8 * r] = positive;
     totals[r] += sum;
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge(const float* parts, const
 #pragma unroll 8
     for (int chunk = 0; chunk < chunks; ++chunk) total += parts[static_cast<int64_t>(chunk) * anchors + anchor];
     // The partner apart from all others: where it is nearly all there is, the loss is what they are beside it.
-    const float positive = positives[anchor], loss = log1pf(total * exp2_flushed(-positive));
+    const float positive = positives[anchor], loss = log1pf(total * exp2_approx_ftz(-positive));
     saved[anchor] = positive + loss * static_cast<float>(kLog2OfE);
     if (elementwise) out[anchor] = loss;
     sum += loss;
@@ -328,7 +328,7 @@ int dfkd_contrastive_loss(const void* anchors, const void* positives, int64_t co
                           int reduction, float* out, float* saved, void* scratch, void* stream) {
   if (const int status = require_sizes(count, dim)) return status;
   if (const int status = require_options(temperature, normalize)) return status;
-  return with_type(dtype, [&](auto type) {
+  return dispatch_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     const auto from = sides(static_cast<const T*>(anchors), static_cast<const T*>(positives), anchors_row,
                             anchors_column, positives_row, positives_column, count, dim);

@@ -13,7 +13,7 @@ namespace dfkd::contrastive {
 constexpr int kTile = 128;                      // vectors in a tile, of rows as of columns
 constexpr int kPanelBytes = kTile * 64 * 2;
 constexpr int kNumberBytes = kTile * 4;         // of one number of each vector of a tile
-constexpr int kRoles = 3 * kWarpgroup;          // threads: those that fetch, of which one does, and two warpgroups
+constexpr int kRoles = 3 * kWarpgroupSize;          // threads: those that fetch, of which one does, and two warpgroups
 constexpr int kFetching = 24, kMultiplying = 240;  // registers of their threads
 
 #ifdef DFKD_HOST
@@ -79,11 +79,11 @@ __device__ __forceinline__ float times_power(float x, int k) {
 
 // Over groups of GROUP neighbouring lanes, a power of two that is known at run time alone.
 __device__ __forceinline__ float group_sum(float x, int group) {
-  for (int distance = group / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAll, x, distance);
+  for (int distance = group / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kFullMask, x, distance);
   return x;
 }
 __device__ __forceinline__ float group_max(float x, int group) {
-  for (int distance = group / 2; distance > 0; distance /= 2) x = larger(x, __shfl_xor_sync(kAll, x, distance));
+  for (int distance = group / 2; distance > 0; distance /= 2) x = larger(x, __shfl_xor_sync(kFullMask, x, distance));
   return x;
 }
 
@@ -175,9 +175,9 @@ __device__ __forceinline__ bool meet(int a, int a_length, int b, int b_length) {
 // The first thread has the sum.
 __device__ __forceinline__ float block_sum(float x) {
   float* shared = reinterpret_cast<float*>(shared_memory());
-  const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kLanes;
+  const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarpSize;
   x = warp_sum(x);
-  if (thread % kLanes == 0) shared[thread / kLanes] = x;
+  if (thread % kWarpSize == 0) shared[thread / kWarpSize] = x;
   __syncthreads();
   return warp_sum(thread < warps ? shared[thread] : 0.0f);
 }
@@ -189,9 +189,9 @@ __device__ __forceinline__ float block_largest(const float* values, int64_t stri
   float largest = 0.0f;
   for (int i = thread; i < count; i += threads) largest = larger(largest, fabsf(values[i * stride]));
   largest = warp_max(largest);
-  if (thread % kLanes == 0) shared[thread / kLanes] = largest;
+  if (thread % kWarpSize == 0) shared[thread / kWarpSize] = largest;
   __syncthreads();
-  return warp_max(thread % kLanes < threads / kLanes ? shared[thread % kLanes] : 0.0f);
+  return warp_max(thread % kWarpSize < threads / kWarpSize ? shared[thread % kWarpSize] : 0.0f);
 }
 
 // ---- any number of vectors: y and numbers of each row in memory -----------------------------------------------------
@@ -234,7 +234,7 @@ static __global__ void __launch_bounds__(256)
   numbers[kPower * static_cast<int64_t>(padded) + row] = static_cast<float>(k);
   numbers[kGain * static_cast<int64_t>(padded) + row] = gain;
   numbers[kLevel * static_cast<int64_t>(padded) + row] = level;
-  const float share = gain * exp2_flushed(-level);
+  const float share = gain * exp2_approx_ftz(-level);
   numbers[kShare * static_cast<int64_t>(padded) + row] = share * kLift;
   numbers[kScaledShare * static_cast<int64_t>(padded) + row] = share * (inverse * kLift);
 }
@@ -269,7 +269,7 @@ int launch_prepare(const Plan& plan, const Sides<const T>& from, void* scratch, 
                    const float* grad_output, int64_t grad_output_stride, const float* unit, bool elementwise,
                    void* stream) {
   int group = 8;
-  while (group < kLanes && 8 * group < plan.width) group *= 2;
+  while (group < kWarpSize && 8 * group < plan.width) group *= 2;
   unsigned char* memory = static_cast<unsigned char*>(scratch);
   return launch(prepare<T>, static_cast<unsigned>(divide_up(plan.padded * group, 256)), 256, 0, stream, from,
                 reinterpret_cast<T*>(memory), reinterpret_cast<float*>(memory + plan.numbers), saved, grad_output,
@@ -286,9 +286,9 @@ inline int require_sizes(int64_t count, int64_t dim) {
   return status ? status : require_size("D of anchors (N, D)", dim, 1, 128);
 }
 inline int require_options(double temperature, int normalize) {
-  if (!normalize) return dfkd_refuse("normalize is False; the kernel serves True");
+  if (!normalize) return dfkd_unsupported("normalize is False; the kernel supports True");
   if (temperature > 0 && kLog2OfE / temperature <= kBound) return 0;
-  return dfkd_refuse("temperature is %g; the kernel serves %.7g and more", temperature, kLog2OfE / kBound);
+  return dfkd_unsupported("temperature is %g; the kernel supports %.7g and more", temperature, kLog2OfE / kBound);
 }
 
 // ---- the ring -------------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ struct Ring : PipelineState {
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
         mbarrier_init(full() + stage, 1);
-        mbarrier_init(empty() + stage, 2 * kWarpgroup / kLanes);
+        mbarrier_init(empty() + stage, 2 * kWarpgroupSize / kWarpSize);
       }
       fence_barrier_init();
     }
@@ -351,15 +351,15 @@ struct Ring : PipelineState {
   __device__ __forceinline__ void wait_full() const { mbarrier_wait(full(), phase); }
   __device__ __forceinline__ void release() const {
     __syncwarp();
-    if (threadIdx.x % kLanes == 0) mbarrier_arrive(empty());
+    if (threadIdx.x % kWarpSize == 0) mbarrier_arrive(empty());
   }
 };
 
 // 16 rows of the tile at an offset in shared memory, from ROW on, as a warp's part of the left operand.
 template <int SLAB>
 __device__ __forceinline__ void load_rows(uint32_t (&own)[SLAB / 16][4], int tile, int row) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const int first = tile + 2 * swizzled<64>(row + lane % 16, lane / 16);  // two chunks further is this with other bits
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int first = tile + 2 * swizzle_offset<64>(row + lane % 16, lane / 16);  // two chunks further is this with other bits
 #pragma unroll
   for (int k = 0; k < SLAB / 16; ++k) {
     ldmatrix(own[k], shared_memory() + (first ^ (k % 4 * 32)) + k / 4 * kPanelBytes);
@@ -379,17 +379,17 @@ __device__ __forceinline__ void multiply_rows(float (&s)[kTile / 8][4], uint32_t
 // Which warpgroup this is, in a way that tells the compiler that a warp agrees; and the first of the thread's rows in
 // 64 of its warpgroup.
 __device__ __forceinline__ int my_warpgroup() {
-  return __shfl_sync(kAll, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarpgroupSize, 0);
 }
 __device__ __forceinline__ int my_row() {
-  return static_cast<int>(threadIdx.x) % kWarpgroup / kLanes * 16 + static_cast<int>(threadIdx.x) % kLanes / 4;
+  return static_cast<int>(threadIdx.x) % kWarpgroupSize / kWarpSize * 16 + static_cast<int>(threadIdx.x) % kWarpSize / 4;
 }
 
 // The two warpgroups ask for products in turn, each for all that it can: left to themselves they may do the same at the
 // same time, and the tensor cores wait while both take exponentials. The second one lets the first begin, which awaits
 // the turn that nobody takes.
-__device__ __forceinline__ void await_turn(int warpgroup) { named_barrier_sync(warpgroup, 2 * kWarpgroup); }
-__device__ __forceinline__ void pass_turn(int warpgroup) { named_barrier_arrive(3 - warpgroup, 2 * kWarpgroup); }
+__device__ __forceinline__ void await_turn(int warpgroup) { named_barrier_sync(warpgroup, 2 * kWarpgroupSize); }
+__device__ __forceinline__ void pass_turn(int warpgroup) { named_barrier_arrive(3 - warpgroup, 2 * kWarpgroupSize); }
 __device__ __forceinline__ void begin_turns(int warpgroup) {
   if (warpgroup == 2) pass_turn(warpgroup);
 }

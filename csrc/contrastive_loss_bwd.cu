@@ -83,7 +83,7 @@ __device__ __forceinline__ void weigh(float (&s)[kTile / 8][4], const float* col
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float inverse_b = i % 2 ? inverses.y : inverses.x, share_b = i % 2 ? shares.y : shares.x;
-      s[n][i] = exp2_flushed((s[n][i] * inverse_b) * scale[i / 2]) * (share[i / 2] * inverse_b + share_b);
+      s[n][i] = exp2_approx_ftz((s[n][i] * inverse_b) * scale[i / 2]) * (share[i / 2] * inverse_b + share_b);
     }
   }
 }
@@ -112,9 +112,9 @@ __device__ __forceinline__ void weigh_partners(const float (&s)[kTile / 8][4], i
     const int i = row + 8 * r, j = partner + 8 * r;
     const float* gains = numbers + kGain * padded;
     const float* levels = numbers + kLevel * padded;
-    const float scaled = rounded_product(x, (numbers[i] * numbers[j]) * scale_log2);
-    pairs[8 * r] = (exp2_flushed(scaled - levels[i]) - 1.0f) * gains[i] +
-                   (exp2_flushed(scaled - levels[j]) - 1.0f) * gains[j];
+    const float scaled = mul_rn(x, (numbers[i] * numbers[j]) * scale_log2);
+    pairs[8 * r] = (exp2_approx_ftz(scaled - levels[i]) - 1.0f) * gains[i] +
+                   (exp2_approx_ftz(scaled - levels[j]) - 1.0f) * gains[j];
   }
 }
 
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kRoles, 1)
 #pragma unroll
         for (int i = 0; i < kTile / 4; ++i) {
           const float(&from)[4] = s[i / 4 * 2 + i % 4 / 2];
-          weights[i / 4][i % 4] = pack_rounded<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
+          weights[i / 4][i % 4] = pack_rn<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
         }
       };
 
@@ -264,8 +264,8 @@ template <typename T>
 __global__ void __launch_bounds__(256)
     finish(const T* vectors, const float* numbers, const float* unit, Sides<T> to, const float* parts,
            const float* pairs, const __grid_constant__ Work work, int width, int padded, float scale) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, column = 4 * lane;
-  const int at = static_cast<int>(blockIdx.x) * 8 + static_cast<int>(threadIdx.x) / kLanes;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, column = 4 * lane;
+  const int at = static_cast<int>(blockIdx.x) * 8 + static_cast<int>(threadIdx.x) / kWarpSize;
   const int rows = work.sides * work.count;
   if (at >= rows) return;  // a whole warp
   const int which = at >= work.count, side = work.first_side + which, local = at - which * work.count;
@@ -410,7 +410,7 @@ int dfkd_contrastive_loss_backward(const float* grad_output, int64_t grad_output
                                    int64_t d_positives_column, void* scratch, void* stream) {
   if (const int status = require_sizes(count, dim)) return status;
   if (const int status = require_options(temperature, normalize)) return status;
-  return with_type(dtype, [&](auto type) {
+  return dispatch_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     const auto from = sides(static_cast<const T*>(anchors), static_cast<const T*>(positives), anchors_row,
                             anchors_column, positives_row, positives_column, count, dim);

@@ -53,13 +53,13 @@ constexpr size_t resident_shared(int panels) {
 
 // PANELS of 64 channels, 16 PANELS hidden units; EACH: a gate an order.
 template <typename T, int PANELS, bool EACH>
-__global__ void __launch_bounds__((resident_groups(PANELS, EACH) + 1) * kWarpgroup, 1)
+__global__ void __launch_bounds__((resident_groups(PANELS, EACH) + 1) * kWarpgroupSize, 1)
     resident_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
                     const __grid_constant__ TensorMap proj_map, const __grid_constant__ TensorMap out_map, int tiles,
                     int order, int map) {
   constexpr int kUnits = 16 * PANELS, kColumns = kFactors * kUnits, kSlots = resident_slots(PANELS);
   constexpr int kGroups = resident_groups(PANELS, EACH);
-  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup;
+  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroupSize;
   const int first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
   T* const proj_tile = reinterpret_cast<T*>(shared_memory());  // PANELS x (factors, units, 64)
   T* const out_tile = proj_tile + resident_proj(PANELS);       // PANELS x (orders, 64, units)
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__((resident_groups(PANELS, EACH) + 1) * kWarpgro
 
   if (group == kGroups) {
     warpgroup_reg_dealloc<24>();
-    if (thread % kWarpgroup == 0) {
+    if (thread % kWarpgroupSize == 0) {
       prefetch_tensormap(x_map);
       prefetch_tensormap(y_map);
       mbarrier_arrive_expect_tx(weights, 2 * (resident_proj(PANELS) + resident_out(PANELS)));
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__((resident_groups(PANELS, EACH) + 1) * kWarpgro
     }
   } else {
     warpgroup_reg_alloc<kGroups == 3 ? 160 : 240>();
-    const bool speaker = thread % kWarpgroup == 0;
+    const bool speaker = thread % kWarpgroupSize == 0;
     const float share = 1.0f / static_cast<float>(order);
     int before = -1;  // the slot that this warpgroup had before
     PipelineState state;
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__((resident_groups(PANELS, EACH) + 1) * kWarpgro
         }
       }
       fence_proxy_async();
-      named_barrier_sync(1 + group, kWarpgroup);
+      named_barrier_sync(1 + group, kWarpgroupSize);
       if (speaker) {
 #pragma unroll
         for (int p = 0; p < PANELS; ++p) tma_store(y_map, x_tile + p * kSquare, 64 * p, tile * kGroupRows, 0);
@@ -195,14 +195,14 @@ constexpr size_t spread_shared(int parts, int groups) {
 
 // 128 PARTS channels, 32 PARTS hidden units; GROUPS warpgroups.
 template <typename T, int PARTS, int TILES, int GROUPS, bool EACH>
-__global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
+__global__ void __launch_bounds__((GROUPS + 1) * kWarpgroupSize, 1)
     spread_wgmma(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
                   const __grid_constant__ TensorMap proj_map, const __grid_constant__ TensorMap out_map, int order,
                   int map) {
   constexpr int kPanels = 2 * PARTS, kPanel = GROUPS * kSquare, kSlots = spread_slots(PARTS, GROUPS);
   constexpr int kPieces = kPanels + PARTS, kSteps = kOrders * kPartUnits / 16;
   static_assert(PARTS <= kSlots && (PARTS & (PARTS - 1)) == 0);
-  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup, lane = thread % kLanes;
+  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroupSize, lane = thread % kWarpSize;
   const int rank = cluster_rank(), part = rank & (PARTS - 1), team = rank - part, twin = rank / PARTS;
   const int tile = static_cast<int>(blockIdx.x) / (PARTS * TILES) * TILES + twin;
   T* const x_tile = reinterpret_cast<T*>(shared_memory());  // PANELS x (64 GROUPS, 64)
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
       mbarrier_init(given + i, 1);
     }
     fence_barrier_init();
-    for (int i = 0; i < GROUPS; ++i) mbarrier_arrive_expect_tx(given + i, (PARTS - 1) * 16 * kSteps * kWarpgroup);
+    for (int i = 0; i < GROUPS; ++i) mbarrier_arrive_expect_tx(given + i, (PARTS - 1) * 16 * kSteps * kWarpgroupSize);
     prefetch_tensormap(x_map);
     prefetch_tensormap(y_map);
     prefetch_tensormap(proj_map);
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
 
   if (group == GROUPS) {
     warpgroup_reg_dealloc<24>();
-    if (thread % kWarpgroup == 0) {
+    if (thread % kWarpgroupSize == 0) {
       // Every block begins with the panels of x that it copies itself.
       const unsigned team_ranks = ((1u << PARTS) - 1) << team, twins = (1u << part) | (1u << (part + PARTS));
       for (int i = 0; i < kPanels; ++i) mbarrier_arrive_expect_tx(x_full + i, 2 * kPanel);
@@ -329,8 +329,8 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
       T* const panel = group_panel(2 * part + half);
       open_gate<T, EACH>(from, panel, order, map, share);
       fence_proxy_async();
-      named_barrier_sync(1 + group, kWarpgroup);
-      if (thread % kWarpgroup == 0) {
+      named_barrier_sync(1 + group, kWarpgroupSize);
+      if (thread % kWarpgroupSize == 0) {
         tma_store(y_map, panel, 128 * part + 64 * half, (tile * GROUPS + group) * kGroupRows, 0);
         tma_store_commit();
       }
@@ -342,9 +342,9 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
     if constexpr (!EACH) add_parts_of(logits[1], 1, 0, 1);
 
     // Where a block's channels of x were, it puts its a: 16 bytes a thread and step.
-    const int place = thread % kWarpgroup * 8;
+    const int place = thread % kWarpgroupSize * 8;
     const auto exchange_at = [=](int of, int i) {
-      return group_panel(2 * of + i / 4) + i % 4 * kWarpgroup * 8 + place;
+      return group_panel(2 * of + i / 4) + i % 4 * kWarpgroupSize * 8 + place;
     };
     mbarrier_wait(spent + group, 0);
 #pragma unroll
@@ -366,10 +366,10 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
       warpgroup_fence_operand(a[j]);
     }
     // One warpgroup after the other, so that the gates of the first begin early: they take longer than the products.
-    if (group > 0) named_barrier_sync(GROUPS + group, 2 * kWarpgroup);
+    if (group > 0) named_barrier_sync(GROUPS + group, 2 * kWarpgroupSize);
     add_parts_of(logits[0], 0, 1, PARTS);
     if constexpr (!EACH) add_parts_of(logits[1], 1, 1, PARTS);
-    if (group < GROUPS - 1) named_barrier_arrive(GROUPS + group + 1, 2 * kWarpgroup);
+    if (group < GROUPS - 1) named_barrier_arrive(GROUPS + group + 1, 2 * kWarpgroupSize);
     if constexpr (EACH) {
       warpgroup_wait<0>();
       hold_all(logits[0]);
@@ -386,7 +386,7 @@ __global__ void __launch_bounds__((GROUPS + 1) * kWarpgroup, 1)
       hold_all(logits[1]);
       finish(logits[1], 1);
     }
-    if (thread % kWarpgroup == 0) tma_store_wait<0>();
+    if (thread % kWarpgroupSize == 0) tma_store_wait<0>();
     __syncwarp();
   }
   cluster_sync();
@@ -431,7 +431,7 @@ int launch_resident(const Problem& p, const void* x, const void* proj, const voi
   if (const int error = make_maps<16 * PANELS>(maps, p, x, proj, out, y, kGroupRows, kFactors)) return error;
   const int64_t tiles = divide_up(p.count, kGroupRows);
   const dim3 blocks(static_cast<unsigned>(tiles < kResidentBlocks ? tiles : kResidentBlocks));
-  return launch(resident_wgmma<T, PANELS, EACH>, blocks, dim3((resident_groups(PANELS, EACH) + 1) * kWarpgroup),
+  return launch(resident_wgmma<T, PANELS, EACH>, blocks, dim3((resident_groups(PANELS, EACH) + 1) * kWarpgroupSize),
                 resident_shared(PANELS), stream, maps.x, maps.y, maps.proj, maps.out, tiles, p.order, p.map);
 }
 
@@ -443,7 +443,7 @@ int launch_spread(const Problem& p, const void* x, const void* proj, const void*
   }
   const int64_t clusters = divide_up(p.count, TILES * GROUPS * kGroupRows);
   return launch_cluster(spread_wgmma<T, PARTS, TILES, GROUPS, EACH>,
-                        dim3(static_cast<unsigned>(clusters * PARTS * TILES)), dim3((GROUPS + 1) * kWarpgroup),
+                        dim3(static_cast<unsigned>(clusters * PARTS * TILES)), dim3((GROUPS + 1) * kWarpgroupSize),
                         spread_shared(PARTS, GROUPS), PARTS * TILES, false, stream, maps.x, maps.y, maps.proj,
                         maps.out, p.order, p.map);
 }
@@ -473,7 +473,7 @@ int dfkd_high_order_attention(const void* x, const void* proj_weight, const void
   if (const int status = require_sizes(positions, channels, hidden, order)) return status;
   const int orders = static_cast<int>(order);
   const Problem p{positions, static_cast<int>(channels), static_cast<int>(hidden), orders, mode ? orders : 1, result};
-  return with_type(dtype, [=](auto type) {
+  return dispatch_dtype(dtype, [=](auto type) {
     using T = decltype(type);
     if (positions == 0) return 0;
     return mode ? forward<T, true>(p, x, proj_weight, out_weight, y, stream)

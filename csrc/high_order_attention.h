@@ -122,7 +122,7 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 constexpr float kLog2E = 1.44269504f;
 
 // The sigmoid: two of the slow instructions and two others.
-__device__ __forceinline__ float opened(float logit) { return reciprocal_fast(1.0f + exp2_flushed(-kLog2E * logit)); }
+__device__ __forceinline__ float opened(float logit) { return reciprocal_fast(1.0f + exp2_approx_ftz(-kLog2E * logit)); }
 
 // ---- the two products of a warpgroup's positions -------------------------------------------------------------------
 
@@ -145,8 +145,8 @@ __device__ __forceinline__ void rectify(const float (&u)[kFactors * UNITS / 8][4
         z[e] = positive(product, product);
       }
       uint32_t(&operand)[4] = a[(kOrder - 1) * (UNITS / 16) + n / 2];
-      operand[n % 2 * 2] = pack_rounded<T>(z[0], z[1]);
-      operand[n % 2 * 2 + 1] = pack_rounded<T>(z[2], z[3]);
+      operand[n % 2 * 2] = pack_rn<T>(z[0], z[1]);
+      operand[n % 2 * 2 + 1] = pack_rn<T>(z[2], z[3]);
     }
   });
 }
@@ -179,10 +179,10 @@ __device__ __forceinline__ void add_logits(float (&logits)[EACH ? kOrders : 1][8
 template <typename T, bool EACH>
 __device__ __forceinline__ void open_gate(const float (&logits)[EACH ? kOrders : 1][8][4], T* panel, int order,
                                           int map, float share) {
-  const int warp = static_cast<int>(threadIdx.x) % kWarpgroup / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int warp = static_cast<int>(threadIdx.x) % kWarpgroupSize / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
   // Chunks of a row are exchanged by its number alone: another chunk is a change of the same bits.
   const int row = 16 * warp + lane / 4, pair = 2 * (lane % 4);
-  const int mine = swizzled<64>(row, 0), of_matrix = swizzled<64>(16 * warp + lane % 16, lane / 16);
+  const int mine = swizzle_offset<64>(row, 0), of_matrix = swizzle_offset<64>(16 * warp + lane % 16, lane / 16);
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     uint32_t pairs[4] = {};
@@ -204,7 +204,7 @@ __device__ __forceinline__ void open_gate(const float (&logits)[EACH ? kOrders :
       }
       if (!map) unpack_pair<T>(pairs[i], value);
       *reinterpret_cast<uint32_t*>(panel + (mine ^ (8 * n)) + 512 * half + pair) =
-          pack_rounded<T>(value[0] * gate[0], value[1] * gate[1]);
+          pack_rn<T>(value[0] * gate[0], value[1] * gate[1]);
     }
   }
 }

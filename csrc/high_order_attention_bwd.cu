@@ -68,9 +68,9 @@ int require_served(int64_t positions, int64_t channels, int64_t hidden, int64_t 
   if (!status) status = require_size("form of the backward", way, kBySize, kTallChain);
   if (status) return status;
   const bool once = once_here(channels, hidden, mode);
-  if (way == kOnce && !once) return dfkd_refuse("one pass serves joint gates of up to 128 channels and 32 hidden maps");
+  if (way == kOnce && !once) return dfkd_unsupported("one pass supports joint gates of up to 128 channels and 32 hidden maps");
   if (way == kTallChain && (mode != 0 || ranks_of(channels, hidden) == 1)) {
-    return dfkd_refuse("taller tiles serve joint gates of more than 128 channels or 32 hidden maps");
+    return dfkd_unsupported("taller tiles support joint gates of more than 128 channels or 32 hidden maps");
   }
   return 0;
 }
@@ -220,7 +220,7 @@ int launch_once(const Problem& p, const Buffers<T>& at, const Arguments<T>& give
 template <typename T>
 int backward(const Problem& p, int way, const Arguments<T>& given, void* scratch, void* stream) {
   const Buffers<T> at(p, way, given.dx != nullptr, given.dproj != nullptr, given.dout != nullptr, scratch);
-  if (at.bytes > 0 && scratch == nullptr) return dfkd_refuse("scratch is null");
+  if (at.bytes > 0 && scratch == nullptr) return dfkd_unsupported("scratch is null");
   int error = 0;
   if (p.count > 0 && at.blocks > 0) {
     error = launch_once(p, at, given, stream);
@@ -265,7 +265,7 @@ int dfkd_high_order_attention_backward(const void* grad_output, const void* x, c
   if (const int status = require_served(positions, channels, hidden, order, form, mode)) return status;
   const Problem p{positions,          static_cast<int>(channels), static_cast<int>(hidden), static_cast<int>(order),
                   mode ? kOrders : 1, result};
-  return with_type(dtype, [=](auto type) {
+  return dispatch_dtype(dtype, [=](auto type) {
     using T = decltype(type);
     const Arguments<T> given{static_cast<const T*>(grad_output),    static_cast<const T*>(x),
                              static_cast<const T*>(proj_weight), static_cast<const T*>(out_weight),

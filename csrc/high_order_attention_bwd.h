@@ -30,7 +30,7 @@ constexpr uint32_t kOnePair = std::is_same_v<T, bfloat16> ? 0x3f803f80u : 0x3c00
 
 // A and its slope A (1 - A) from one exponential, of what is not above zero.
 __device__ __forceinline__ void open_gate(float logit, float& gate, float& slope) {
-  const float e = exp2_flushed(-kLog2E * fabsf(logit)), d = reciprocal_fast(1.0f + e);
+  const float e = exp2_approx_ftz(-kLog2E * fabsf(logit)), d = reciprocal_fast(1.0f + e);
   gate = logit < 0.0f ? e * d : d;
   slope = e * d * d;
 }
@@ -54,8 +54,8 @@ struct Pairs {
 
   __device__ __forceinline__ Pairs() {
     const int thread = thread_anew();
-    const int row = thread % kWarpgroup / kLanes * 16 + thread % kLanes / 4;
-    place = 2 * swizzled<WIDTH>(row, 0) + thread % 4 * 4;
+    const int row = thread % kWarpgroupSize / kWarpSize * 16 + thread % kWarpSize / 4;
+    place = 2 * swizzle_offset<WIDTH>(row, 0) + thread % 4 * 4;
   }
   __device__ __forceinline__ uint32_t* at(unsigned char* panel, int half, int n) const {
     return reinterpret_cast<uint32_t*>(panel + (place ^ (16 * n)) + half * 8 * WIDTH * 2);
@@ -86,7 +86,7 @@ template <typename T, int R>
 __device__ __forceinline__ void factor_gradients(const float (&u)[2][R], const float (&da)[2], uint32_t (&du)[R]) {
   const float dz[2] = {positive(product_of(u[0]), da[0]), positive(product_of(u[1]), da[1])};
 #pragma unroll
-  for (int i = 0; i < R; ++i) du[i] = pack_rounded<T>(dz[0] * others(u[0], i), dz[1] * others(u[1], i));
+  for (int i = 0; i < R; ++i) du[i] = pack_rn<T>(dz[0] * others(u[0], i), dz[1] * others(u[1], i));
 }
 
 // From a warpgroup's factors of 8 CHUNKS hidden units of each: a to chunks from `first` on of three panels of 64 x 32,
@@ -110,11 +110,11 @@ __device__ __forceinline__ void rectify_slice(const float (&u)[kFactors * CHUNKS
           z[e] = product_of(mine);
         }
         *narrow.at(panels + (kOrder - 1) * 64 * 32 * 2, half, first + n) =
-            pack_rounded<T>(positive(z[0], z[0]), positive(z[1], z[1]));
+            pack_rn<T>(positive(z[0], z[0]), positive(z[1], z[1]));
       });
 #pragma unroll
       for (int f = 0; f < kFactors; ++f) {
-        keep(f, n, half) = pack_rounded<T>(u[CHUNKS * f + n][2 * half], u[CHUNKS * f + n][2 * half + 1]);
+        keep(f, n, half) = pack_rn<T>(u[CHUNKS * f + n][2 * half], u[CHUNKS * f + n][2 * half + 1]);
       }
     }
   }
@@ -173,16 +173,16 @@ struct Chain {
   static constexpr size_t kShared = kBarriers + 8 * (2 * kStages + 3);
   static constexpr int kPanels = kChannels / 64, kLogitSteps = kUnits / kUnitWidth;  // of one order
   static constexpr int kInputSteps = kFactors * kUnits / 64;
-  static constexpr int kThreads = kWarpgroup * (GROUPS + 1);
+  static constexpr int kThreads = kWarpgroupSize * (GROUPS + 1);
 };
 
 template <typename T, int RANKS, int GROUPS, bool EACH>
-__global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
+__global__ void __launch_bounds__(kWarpgroupSize * (GROUPS + 1), 1)
     chain_wgmma(const __grid_constant__ ChainMaps maps, int tiles, int order, uint32_t features, int needs_grad_factors,
                  int needs_grad_x) {
   using Sizes = Chain<RANKS, GROUPS, EACH>;
-  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup, lane = thread % kLanes;
-  const int warp = thread / kLanes % 4;
+  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroupSize, lane = thread % kWarpSize;
+  const int warp = thread / kWarpSize % 4;
   unsigned char* const memory = shared_memory();
   Barrier* const full = reinterpret_cast<Barrier*>(memory + Sizes::kBarriers);
   Barrier* const empty = full + Sizes::kStages;
@@ -299,20 +299,20 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
   } else {
     warpgroup_reg_alloc<GROUPS == 2 ? 232 : 160>();
     // Which warpgroup this is, and what it stores; read where they are used, as registers are few.
-    const auto mine = [] { return thread_anew() / kWarpgroup; };
+    const auto mine = [] { return thread_anew() / kWarpgroupSize; };
     const auto panels = [=] { return memory + Sizes::kKept + mine() * Sizes::kKeptOfGroup; };
     const auto slice = [] { return RANKS == 1 ? 0 : cluster_rank(); };
-    const auto elected = [] { return thread_anew() % kWarpgroup == 0; };
-    if (thread % kWarpgroup == 0) {
+    const auto elected = [] { return thread_anew() % kWarpgroupSize == 0; };
+    if (thread % kWarpgroupSize == 0) {
       prefetch_tensormap(maps.a_to);
       prefetch_tensormap(maps.slopes_to);
     }
 
     const auto release = [&](int stage) {
       if constexpr (RANKS == 1) {
-        if (thread_anew() % kLanes == 0) mbarrier_arrive(empty + stage);
+        if (thread_anew() % kWarpSize == 0) mbarrier_arrive(empty + stage);
       } else {
-        const int other = thread_anew() % kLanes;
+        const int other = thread_anew() % kWarpSize;
         if (other < RANKS) mbarrier_arrive_cluster_relaxed(empty + stage, other);
       }
     };
@@ -341,11 +341,11 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
     // Before panels of this warpgroup are written, and after it: store them, and tell the cluster where they are next.
     const auto begin_panels = [&] {
       if (elected()) tma_store_wait_read<0>();
-      named_barrier_sync(1 + mine(), kWarpgroup);
+      named_barrier_sync(1 + mine(), kWarpgroupSize);
     };
     const auto end_panels = [&](int tell, auto store) {
       fence_proxy_async();
-      named_barrier_sync(1 + mine(), kWarpgroup);
+      named_barrier_sync(1 + mine(), kWarpgroupSize);
       if (elected()) {
         store();
         tma_store_commit();
@@ -354,8 +354,8 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
           fence_proxy_async_global();
         }
       }
-      const int other = thread_anew() % kWarpgroup;
-      if (tell >= 0 && other < kLanes) {
+      const int other = thread_anew() % kWarpgroupSize;
+      if (tell >= 0 && other < kWarpSize) {
         __syncwarp();
         if constexpr (RANKS == 1) {
           if (other == 0) mbarrier_arrive(ready + tell);
@@ -439,9 +439,9 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
                   if (r == kOrders - 1) sum *= g[e];
                 }
               }
-              *wide.at(dl_panel, half, n) = pack_rounded<T>(dl[0], dl[1]);
+              *wide.at(dl_panel, half, n) = pack_rn<T>(dl[0], dl[1]);
               if constexpr (!EACH) {
-                through[4 * p + n / 2][n % 2 * 2 + half] = pack_rounded<T>(g[0] * opened[0], g[1] * opened[1]);
+                through[4 * p + n / 2][n % 2 * 2 + half] = pack_rn<T>(g[0] * opened[0], g[1] * opened[1]);
               }
             };
             each_pair<T, 8>(wide, x_panel, g_panel, features, use);
@@ -461,7 +461,7 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
           for (int n = 0; n < 16; ++n) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              through[n / 2][n % 2 * 2 + half] = pack_rounded<T>(gates[n][2 * half], gates[n][2 * half + 1]);
+              through[n / 2][n % 2 * 2 + half] = pack_rn<T>(gates[n][2 * half], gates[n][2 * half + 1]);
             }
           }
         }
@@ -522,7 +522,7 @@ __global__ void __launch_bounds__(kWarpgroup * (GROUPS + 1), 1)
           float before[2];
           unpack_pair<T>(through[n / 2][n % 2 * 2 + half] & features, before);
           *wide.at(dx_panels + n / 8 * kPanelBytes, half, n % 8) =
-              pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
+              pack_rn<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
         }
       }
       end_panels(-1, [&] {

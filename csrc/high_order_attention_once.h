@@ -10,7 +10,7 @@ namespace dfkd::high_order::back {
 // ---- up to 64 channels and 16 hidden units --------------------------------------------------------------------------
 
 constexpr int kNarrowChannels = 64, kNarrowUnits = 16, kNarrowGroups = 2, kNarrowStages = 4;
-constexpr int kNarrowThreads = kWarpgroup * (kNarrowGroups + 1);
+constexpr int kNarrowThreads = kWarpgroupSize * (kNarrowGroups + 1);
 constexpr int kProjBytes = kFactors * kNarrowUnits * 64 * 2, kOutBytes = kOrders * 64 * kNarrowUnits * 2;
 constexpr int kUnitPanel = 64 * kNarrowUnits * 2, kFactorsPanel = 2 * kUnitPanel;  // of a, of two factors
 // What a warpgroup has beside tiles of x and of the gradient: du, a and dx.
@@ -29,8 +29,8 @@ struct OnceMaps {
 template <typename T>
 __global__ void __launch_bounds__(kNarrowThreads, 1)
     once_narrow_wgmma(const __grid_constant__ OnceMaps maps, float* parts, int tiles, uint32_t features, int needs_grad_x) {
-  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup, lane = thread % kLanes;
-  const int warp = thread / kLanes % 4;
+  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroupSize, lane = thread % kWarpSize;
+  const int warp = thread / kWarpSize % 4;
   unsigned char* const proj = shared_memory();   // (6, 16) rows of 64
   unsigned char* const out = proj + kProjBytes;  // 3 x 64 rows of 16
   unsigned char* const groups = out + kOutBytes;
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
       warpgroup_commit_batch();
       warpgroup_wait<0>();
       warpgroup_fence_operand(u);
-      if (thread % kWarpgroup == 0) tma_store_wait_read<0>();
-      named_barrier_sync(1 + group, kWarpgroup);  // the dx before is stored
+      if (thread % kWarpgroupSize == 0) tma_store_wait_read<0>();
+      named_barrier_sync(1 + group, kWarpgroupSize);  // the dx before is stored
 
       uint32_t a[kOrders][4];
       const Pairs<16> narrow;
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
             for (int j = 0; j < kOrder; ++j) mine[j] = u[2 * (kFirst + j) + i / 2][2 * (i % 2) + e];
             z[e] = product_of(mine);
           }
-          a[kOrder - 1][i] = pack_rounded<T>(positive(z[0], z[0]), positive(z[1], z[1]));
+          a[kOrder - 1][i] = pack_rn<T>(positive(z[0], z[0]), positive(z[1], z[1]));
           *narrow.at(a_panels + (kOrder - 1) * kUnitPanel, i % 2, i / 2) = a[kOrder - 1][i];
         });
       }
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
           dl[e] = g[e] * value[e] * slope;
           g[e] *= gate;
         }
-        *wide.at(dx_panel, half, n) = pack_rounded<T>(g[0], g[1]) & features;
-        slopes[n / 2][n % 2 * 2 + half] = pack_rounded<T>(dl[0], dl[1]);
+        *wide.at(dx_panel, half, n) = pack_rn<T>(g[0], g[1]) & features;
+        slopes[n / 2][n % 2 * 2 + half] = pack_rn<T>(dl[0], dl[1]);
         *wide.at(g_panel, half, n) = slopes[n / 2][n % 2 * 2 + half];
       });
 
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
                            f > 0);
       }
       warpgroup_commit_batch();
-      named_barrier_sync(1 + group, kWarpgroup);  // du, a and dl are there
+      named_barrier_sync(1 + group, kWarpgroupSize);  // du, a and dl are there
       warpgroup_fence_operand(dproj);
       warpgroup_fence_operand(dout);
       warpgroup_arrive();
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
           uint32_t* const pair = wide.at(dx_panel, half, n);
           float before[2];
           unpack_pair<T>(*pair, before);
-          *pair = pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
+          *pair = pack_rn<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
         }
       }
       fence_proxy_async();
@@ -226,27 +226,27 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
       warpgroup_fence_operand(dout);
       if (lane == 0) mbarrier_arrive(barriers + 2 * ring.stage() + 1);
       ring.next();
-      named_barrier_sync(1 + group, kWarpgroup);  // dx is there, and no warp's products read a and du any more
-      if (needs_grad_x && thread % kWarpgroup == 0) {
+      named_barrier_sync(1 + group, kWarpgroupSize);  // dx is there, and no warp's products read a and du any more
+      if (needs_grad_x && thread % kWarpgroupSize == 0) {
         tma_store(maps.dx, dx_panel, 0, 64 * tile, 0);
         tma_store_commit();
       }
     }
-    if (thread % kWarpgroup == 0) tma_store_wait<0>();
+    if (thread % kWarpgroupSize == 0) tma_store_wait<0>();
 
     // One warpgroup's sums to the other's.
-    float* const sums = reinterpret_cast<float*>(groups) + thread % kWarpgroup;
+    float* const sums = reinterpret_cast<float*>(groups) + thread % kWarpgroupSize;
     const auto each_sum = [&](auto f) {
 #pragma unroll
       for (int i = 0; i < kFactors * 8; ++i) f(dproj[i / 4][i % 4], i);
 #pragma unroll
       for (int i = 0; i < kOrders * 8; ++i) f(dout[i / 4][i % 4], kFactors * 8 + i);
     };
-    named_barrier_sync(3, kNarrowGroups * kWarpgroup);
-    if (group == 1) each_sum([&](float sum, int i) { sums[i * kWarpgroup] = sum; });
-    named_barrier_sync(3, kNarrowGroups * kWarpgroup);
+    named_barrier_sync(3, kNarrowGroups * kWarpgroupSize);
+    if (group == 1) each_sum([&](float sum, int i) { sums[i * kWarpgroupSize] = sum; });
+    named_barrier_sync(3, kNarrowGroups * kWarpgroupSize);
     if (group == 0) {
-      each_sum([&](float& sum, int i) { sum += sums[i * kWarpgroup]; });
+      each_sum([&](float& sum, int i) { sum += sums[i * kWarpgroupSize]; });
       float* const to_proj = parts + blockIdx.x * kNarrowParts;
       float* const to_out = to_proj + kFactors * kNarrowUnits * kNarrowChannels;
       const int channel = 16 * warp + lane / 4, column = 2 * (lane % 4);
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kNarrowThreads, 1)
 
 // ---- up to 128 channels and 32 hidden units -------------------------------------------------------------------------
 
-constexpr int kWideChannels = 128, kWideUnits = 32, kWideStages = 2, kWideThreads = 4 * kWarpgroup;
+constexpr int kWideChannels = 128, kWideUnits = 32, kWideStages = 2, kWideThreads = 4 * kWarpgroupSize;
 // proj: for each 64 channels, and in them for each half of the units, (6, 16) rows; out: for each half (3, 128) rows.
 constexpr int kProjHalf = kFactors * 16 * 64 * 2, kProjPanel = 2 * kProjHalf;
 constexpr int kOutPanel = 128 * 16 * 2, kOutHalf = kOrders * kOutPanel;
@@ -310,10 +310,10 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   }
   __syncthreads();
 
-  if (thread < 2 * kWarpgroup) {
+  if (thread < 2 * kWarpgroupSize) {
     warpgroup_reg_dealloc<80>();
     // Which half is this warpgroup's; read where it is used, as all else that registers need not hold.
-    const auto part = [] { return thread_anew() / kWarpgroup % 2; };
+    const auto part = [] { return thread_anew() / kWarpgroupSize % 2; };
     const auto elected = [](int threads) { return thread_anew() % threads == 0; };
     const auto dx_panel_of = [=] { return stages + kWideStages * kWideStage + part() * kPanelBytes; };
     mbarrier_wait(weights, 0);
@@ -347,9 +347,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
         warpgroup_fence_operand(u);
         rectify_slice<T, 2>(u, a_panels, 2 * part(), in_du());
       }
-      if (elected(kWarpgroup)) tma_store_wait_read<0>();
+      if (elected(kWarpgroupSize)) tma_store_wait_read<0>();
       fence_proxy_async();
-      named_barrier_sync(1, 2 * kWarpgroup);  // a is there, and the dx before is stored
+      named_barrier_sync(1, 2 * kWarpgroupSize);  // a is there, and the dx before is stored
       {
         float logits[8][4];
         const uint64_t a = make_smem_desc<32>(a_panels), b = make_smem_desc<16>(out + part() * 64 * 16 * 2);
@@ -378,12 +378,12 @@ __global__ void __launch_bounds__(kWideThreads, 1)
             dl[e] = g[e] * value[e] * slope;
             g[e] *= gate;
           }
-          *wide.at(g_panel, half, n) = pack_rounded<T>(dl[0], dl[1]);
-          *wide.at(dx_panel, half, n) = pack_rounded<T>(g[0], g[1]) & features;
+          *wide.at(g_panel, half, n) = pack_rn<T>(dl[0], dl[1]);
+          *wide.at(dx_panel, half, n) = pack_rn<T>(g[0], g[1]) & features;
         });
       }
       fence_proxy_async();
-      named_barrier_sync(1, 2 * kWarpgroup);
+      named_barrier_sync(1, 2 * kWarpgroupSize);
       {
         float da[kOrders * 2][4];
         const uint64_t a = make_smem_desc<64>(g_panels), b = make_smem_desc<16>(out + part() * kOutHalf, kOutPanel);
@@ -400,7 +400,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
         factor_gradients_slice<T, 2>(in_du(), da, du_panels, 2 * part());
       }
       fence_proxy_async();
-      named_barrier_sync(1, 2 * kWarpgroup);
+      named_barrier_sync(1, 2 * kWarpgroupSize);
       float dx[8][4];
       const uint64_t a = make_smem_desc<32>(du_panels), b = make_smem_desc<64>(proj + part() * kProjPanel, kPanelBytes);
       warpgroup_fence_operand(dx);
@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
                                   advance_desc(b, k % 2 * kProjHalf + k / 2 * 2048), k > 0);
       }
       warpgroup_commit_batch();
-      if (elected(kLanes)) mbarrier_arrive(filled + stage);  // the sums follow the chain's next products
+      if (elected(kWarpSize)) mbarrier_arrive(filled + stage);  // the sums follow the chain's next products
       warpgroup_wait<0>();
       warpgroup_fence_operand(dx);
       const Pairs<64> wide;
@@ -423,21 +423,21 @@ __global__ void __launch_bounds__(kWideThreads, 1)
           uint32_t* const pair = wide.at(dx_panel, half, n);
           float before[2];
           unpack_pair<T>(*pair, before);
-          *pair = pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
+          *pair = pack_rn<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
         }
       }
       fence_proxy_async();
-      named_barrier_sync(2 + part(), kWarpgroup);
-      if (needs_grad_x && elected(kWarpgroup)) {
+      named_barrier_sync(2 + part(), kWarpgroupSize);
+      if (needs_grad_x && elected(kWarpgroupSize)) {
         tma_store(maps.dx, dx_panel, 64 * part(), 64 * tile_of(round), 0);
         tma_store_commit();
       }
     }
-    if (elected(kWarpgroup)) tma_store_wait<0>();
+    if (elected(kWarpgroupSize)) tma_store_wait<0>();
   } else {
     warpgroup_reg_alloc<176>();
-    const int part = thread / kWarpgroup % 2, warp = thread / kLanes % 4, lane = thread % kLanes;
-    const bool fetches = thread == 2 * kWarpgroup;
+    const int part = thread / kWarpgroupSize % 2, warp = thread / kWarpSize % 4, lane = thread % kWarpSize;
+    const bool fetches = thread == 2 * kWarpgroupSize;
     const auto fetch = [&](int stage, int tile) {
       unsigned char* const to = stages + stage * kWideStage;
       mbarrier_arrive_expect_tx(loaded + stage, 4 * kPanelBytes);

@@ -15,7 +15,7 @@ constexpr int kWeightBlocks = 12;
 #else
 constexpr int kWeightBlocks = kProcessors;
 #endif
-constexpr int kWeightThreads = 2 * kWarpgroup + kLanes;
+constexpr int kWeightThreads = 2 * kWarpgroupSize + kWarpSize;
 constexpr size_t kWeightShared = kWeightStages * (kWeightStage + 16);
 
 // Tiles of dproj, then those of dout, and in how many sums each is split: what every size is of follows from sizes
@@ -51,7 +51,7 @@ struct WeightMaps {
 template <typename T>
 __global__ void __launch_bounds__(kWeightThreads, 1)
     weights_wgmma(const __grid_constant__ WeightMaps maps, float* parts, int64_t count, Jobs jobs) {
-  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroup, lane = thread % kLanes;
+  const int thread = static_cast<int>(threadIdx.x), group = thread / kWarpgroupSize, lane = thread % kWarpSize;
   unsigned char* const memory = shared_memory();
   Barrier* const full = reinterpret_cast<Barrier*>(memory + kWeightStages * kWeightStage);
   Barrier* const empty = full + kWeightStages;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kWeightThreads, 1)
   warpgroup_fence_operand(sum);
 
   float* const to = parts + blockIdx.y * jobs.size + (projection ? 0 : jobs.projection_size);
-  const int channel = channel0 + 64 * group + 16 * (thread / kLanes % 4) + lane / 4;
+  const int channel = channel0 + 64 * group + 16 * (thread / kWarpSize % 4) + lane / 4;
 #pragma unroll
   for (int n = 0; n < kJobColumns / 8; ++n) {
     const int column = first_column + 8 * n + 2 * (lane % 4);
@@ -157,7 +157,7 @@ struct Gradient {
   int64_t rows, columns, rows_from, columns_from, begin, fours;
 };
 
-constexpr int kFours = kLanes;  // of a block: each of its warps adds some of their parts
+constexpr int kFours = kWarpSize;  // of a block: each of its warps adds some of their parts
 
 // One thread's four numbers of a gradient, all of whose parts but those of other adders it adds up.
 template <typename T>
@@ -176,11 +176,11 @@ __device__ __forceinline__ Four add_some(const float* parts, const Gradient<T>& 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kLanes * 16)
+__global__ void __launch_bounds__(kWarpSize * 16)
     add_parts_kernel(const float* parts, Gradient<T> first, Gradient<T> second, int64_t splits, int64_t stride) {
   Four* const sums = reinterpret_cast<Four*>(shared_memory());
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, adder = static_cast<int>(threadIdx.x) / kLanes;
-  const int adders = static_cast<int>(blockDim.x) / kLanes;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, adder = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int adders = static_cast<int>(blockDim.x) / kWarpSize;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kFours + lane, j = i - first.fours;
   Four sum{};
   if (j < 0) {
@@ -192,13 +192,13 @@ __global__ void __launch_bounds__(kLanes * 16)
   __syncthreads();
   if (adder != 0 || j >= second.fours) return;
   for (int other = 1; other < adders; ++other) {
-    const Four part = sums[other * kLanes + lane];
+    const Four part = sums[other * kWarpSize + lane];
 #pragma unroll
     for (int e = 0; e < 4; ++e) sum.values[e] += part.values[e];
   }
   uint32_t* const to = reinterpret_cast<uint32_t*>(j < 0 ? first.to + 4 * i : second.to + 4 * j);
-  to[0] = pack_rounded<T>(sum.values[0], sum.values[1]);
-  to[1] = pack_rounded<T>(sum.values[2], sum.values[3]);
+  to[0] = pack_rn<T>(sum.values[0], sum.values[1]);
+  to[1] = pack_rn<T>(sum.values[2], sum.values[3]);
 }
 
 // From parts of dproj (6, K, C), then dout (3, C, K), padded to other sizes; both in each part, or what is wanted.
@@ -215,8 +215,8 @@ int add_parts(const float* parts, const Problem& p, int padded_channels, int pad
   const int64_t stride = begin + (dout == nullptr && !both ? 0 : kOrders * padded), fours = proj.fours + out.fours;
   if (fours == 0) return 0;
   const unsigned adders = splits > 64 ? 16 : splits > 8 ? 8 : 2;
-  return launch(add_parts_kernel<T>, dim3(static_cast<unsigned>(divide_up(fours, kFours))), dim3(kLanes * adders),
-                sizeof(Four) * kLanes * adders, stream, parts, proj, out, splits, stride);
+  return launch(add_parts_kernel<T>, dim3(static_cast<unsigned>(divide_up(fours, kFours))), dim3(kWarpSize * adders),
+                sizeof(Four) * kWarpSize * adders, stream, parts, proj, out, splits, stride);
 }
 
 }  // namespace dfkd::high_order::back

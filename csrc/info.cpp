@@ -178,7 +178,7 @@ std::optional<std::string> unsupported_reason(const std::string& op, std::option
                                               const py::kwargs& given) {
   std::vector<dfkd_launch> launches;
   const int status = recorded(op, given, &launches);
-  if (status == DFKD_INVALID) return dfkd_reason();
+  if (status == DFKD_INVALID) return dfkd_unsupported_reason();
   require_success(status);
   for (const dfkd_launch& each : launches) {
     const int64_t blocks = int64_t{each.grid[0]} * each.grid[1] * each.grid[2];
@@ -202,7 +202,7 @@ py::tuple three(const uint32_t (&size)[3]) { return py::make_tuple(size[0], size
 std::vector<py::dict> launches(const std::string& op, bool resources, const py::kwargs& given) {
   std::vector<dfkd_launch> found;
   const int status = recorded(op, given, &found);
-  if (status == DFKD_INVALID) throw py::value_error(op + ": " + dfkd_reason());
+  if (status == DFKD_INVALID) throw py::value_error(op + ": " + dfkd_unsupported_reason());
   require_success(status);
   std::vector<py::dict> told;
   for (const dfkd_launch& each : found) {

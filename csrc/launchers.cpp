@@ -12,9 +12,9 @@ thread_local char reason[256] = "";
 
 extern "C" {
 
-const char* dfkd_reason(void) { return reason; }
+const char* dfkd_unsupported_reason(void) { return reason; }
 
-int dfkd_refuse(const char* format, ...) {
+int dfkd_unsupported(const char* format, ...) {
   std::va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(reason, sizeof(reason), format, arguments);
@@ -66,7 +66,7 @@ void dfkd_record(dfkd_launch* to, int64_t capacity) {
 
 int64_t dfkd_recorded(void) { return record == nullptr ? -1 : record_count; }
 
-int dfkd_note(const dfkd_launch* launch) {
+int dfkd_record_launch(const dfkd_launch* launch) {
   if (record == nullptr) return 0;
   if (record_count < record_capacity) record[record_count] = *launch;
   ++record_count;

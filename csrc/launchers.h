@@ -5,7 +5,7 @@
  * allocated, and nothing waits. Each function returns a cudaError_t: 0, or why nothing was launched. The formulas are
  * those of dfkd_fast.ops, whose docstrings define them.
  *
- * A launcher serves only some sizes and options, listed at each. For others it returns DFKD_INVALID, and dfkd_reason()
+ * A launcher serves only some sizes and options, listed at each. For others it returns DFKD_INVALID, and dfkd_unsupported_reason()
  * names the argument and its limit; the functions that return bytes of scratch then return 0.
  */
 #pragma once
@@ -21,12 +21,12 @@ extern "C" {
 #endif
 
 /* Why the last call on this thread that returned DFKD_INVALID did so. */
-const char* dfkd_reason(void);
+const char* dfkd_unsupported_reason(void);
 /* For a launcher: records the reason, formatted as by printf, and returns DFKD_INVALID. */
 #ifdef __GNUC__
 __attribute__((format(printf, 1, 2)))
 #endif
-int dfkd_refuse(const char* format, ...);
+int dfkd_unsupported(const char* format, ...);
 
 /* ---- contrastive_loss: NT-Xent over 2N vectors of D elements, float16 or bfloat16 -------------------------------
  *
@@ -109,7 +109,7 @@ void dfkd_record(dfkd_launch* to, int64_t capacity);
 /* How many launches since then, which may be more than capacity; -1 without a record. */
 int64_t dfkd_recorded(void);
 /* For a launcher: 0 without a record, else 1, and the launch is in it. */
-int dfkd_note(const dfkd_launch* launch);
+int dfkd_record_launch(const dfkd_launch* launch);
 /* The kernel's name as the compiler mangled it; null for another address. */
 const char* dfkd_kernel_name(const void* kernel);
 /* Writes the names of all kernels, as mangled, as far as capacity goes; returns how many there are. */

@@ -59,7 +59,7 @@ Tensor scratch_of(const Tensor& x, int64_t bytes) {
 }
 
 void check(int status, const char* op) {
-  STD_TORCH_CHECK(status != DFKD_INVALID, "dfkd_fast: ", op, ": ", dfkd_reason());
+  STD_TORCH_CHECK(status != DFKD_INVALID, "dfkd_fast: ", op, ": ", dfkd_unsupported_reason());
   STD_TORCH_CHECK(status == 0, "dfkd_fast: ", op, " was not launched, CUDA error ", status);
 }
 

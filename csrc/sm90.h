@@ -6,7 +6,7 @@
 // all of its index arithmetic runs in tests without a GPU. All its shared memory is dynamic: shared_memory().
 //
 // Operands of wgmma lie in shared memory in panels: rows of WIDTH (16, 32 or 64) elements, whose 16-byte chunks are
-// permuted within each 128 bytes (swizzled()), which is also what TMA loads through a TensorMap of the same width
+// permuted within each 128 bytes (swizzle_offset()), which is also what TMA loads through a TensorMap of the same width
 // write. A panel begins at a multiple of 16 * WIDTH bytes: 1024, 512 or 256.
 #pragma once
 
@@ -75,10 +75,10 @@ inline bfloat16 from_float<bfloat16>(float x) {
   return {static_cast<uint16_t>(bits >> 16)};
 }
 
-inline float rounded_product(float a, float b) { return a * b; }
-inline float exp2_flushed(float x) { return std::exp2(x); }
+inline float mul_rn(float a, float b) { return a * b; }
+inline float exp2_approx_ftz(float x) { return std::exp2(x); }
 inline float rsqrt_exact(float x) { return 1.0f / std::sqrt(x); }
-inline float divide_fast(float a, float b) { return a / b; }
+inline float fast_divide(float a, float b) { return a / b; }
 
 #else
 
@@ -101,15 +101,15 @@ __device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) {
 }
 
 // A product that is rounded: not one half of a fused operation.
-__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 // 2^x, where denormal results may be zero: beside larger terms of a sum, or added to one.
-__device__ __forceinline__ float exp2_flushed(float x) {
+__device__ __forceinline__ float exp2_approx_ftz(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 __device__ __forceinline__ float rsqrt_exact(float x) { return 1.0f / sqrtf(x); }
-__device__ __forceinline__ float divide_fast(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
 
 #endif
 
@@ -121,7 +121,7 @@ __device__ __forceinline__ uint32_t pack(T low, T high) {
 }
 // The same of two numbers, rounded to nearest.
 template <typename T>
-__device__ __forceinline__ uint32_t pack_rounded(float low, float high) {
+__device__ __forceinline__ uint32_t pack_rn(float low, float high) {
   static_assert(sizeof(T) == 2);
 #ifdef DFKD_HOST
   return pack(from_float<T>(low), from_float<T>(high));
@@ -138,22 +138,22 @@ __device__ __forceinline__ uint32_t pack_rounded(float low, float high) {
 
 // ---- warps --------------------------------------------------------------------------------------------------------
 
-constexpr int kLanes = 32;
-constexpr int kWarpgroup = 128;  // threads: four warps, the first of a number divisible by four
-constexpr unsigned kAll = 0xffffffffu;
+constexpr int kWarpSize = 32;
+constexpr int kWarpgroupSize = 128;  // threads: four warps, the first of a number divisible by four
+constexpr unsigned kFullMask = 0xffffffffu;
 
 // Over groups of WIDTH neighbouring lanes; every lane of a group has the result, and all lanes of the warp take part.
-template <int WIDTH = kLanes>
+template <int WIDTH = kWarpSize>
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-  for (int distance = WIDTH / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAll, x, distance);
+  for (int distance = WIDTH / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kFullMask, x, distance);
   return x;
 }
-template <int WIDTH = kLanes>
+template <int WIDTH = kWarpSize>
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int distance = WIDTH / 2; distance > 0; distance /= 2) {
-    const float other = __shfl_xor_sync(kAll, x, distance);
+    const float other = __shfl_xor_sync(kFullMask, x, distance);
     x = other > x || other != other ? other : x;  // a NaN stays
   }
   return x;
@@ -168,7 +168,7 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
 }
-__device__ __forceinline__ uint32_t smem_address(const void* shared) {
+__device__ __forceinline__ uint32_t cast_smem_ptr_to_uint(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 #endif
@@ -187,7 +187,7 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row) {
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(smem_address(row))
+               : "r"(cast_smem_ptr_to_uint(row))
                : "memory");
 }
 #endif
@@ -196,7 +196,7 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
 
 // The element of a panel where a chunk of 8 elements begins.
 template <int WIDTH>
-__host__ __device__ __forceinline__ constexpr int swizzled(int row, int chunk) {
+__host__ __device__ __forceinline__ constexpr int swizzle_offset(int row, int chunk) {
   static_assert(WIDTH == 16 || WIDTH == 32 || WIDTH == 64);
   const int number = row * (WIDTH / 8) + chunk;
   return (number ^ (number / 8 % (WIDTH / 8))) * 8;
@@ -211,7 +211,7 @@ __device__ __forceinline__ uint64_t make_smem_desc(const void* panel, int leadin
 #ifdef DFKD_HOST
   const uint64_t place = static_cast<uint64_t>(static_cast<const unsigned char*>(panel) - shared_memory());
 #else
-  const uint64_t place = smem_address(panel);
+  const uint64_t place = cast_smem_ptr_to_uint(panel);
 #endif
   return (kMode << 62) | ((kEightRows / 16) << 32) | (static_cast<uint64_t>(leading / 16) << 16) |
          ((place & 0x3ffff) / 16);
@@ -309,17 +309,17 @@ inline void fence_proxy_async_global() {}
 
 // By one thread; then fence_barrier_init() by it, and a barrier of the block, or of the cluster where others use it.
 __device__ __forceinline__ void mbarrier_init(Barrier* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(cast_smem_ptr_to_uint(barrier)), "r"(arrivals) : "memory");
 }
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive(Barrier* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(cast_smem_ptr_to_uint(barrier)) : "memory");
 }
 // One arrival, and so many more bytes that copies of this phase will bring.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(Barrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(cast_smem_ptr_to_uint(barrier)), "r"(bytes)
                : "memory");
 }
 // At the barrier in the same place of another block of the cluster, or of this one.
@@ -327,7 +327,7 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(Barrier* barrier, int ra
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(smem_address(barrier)),
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(cast_smem_ptr_to_uint(barrier)),
       "r"(rank)
       : "memory");
 }
@@ -336,7 +336,7 @@ __device__ __forceinline__ void mbarrier_arrive_cluster_relaxed(Barrier* barrier
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(smem_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(cast_smem_ptr_to_uint(barrier)),
       "r"(rank)
       : "memory");
 }
@@ -351,7 +351,7 @@ __device__ __forceinline__ void mbarrier_arrive_cluster_relaxed(Barrier* barrier
 #endif
 #define DFKD_WAIT(words)                                                                                             \
   asm volatile("{\n.reg .pred done;\n" DFKD_BEGIN_WAIT "again:\nmbarrier.try_wait.parity" words                     \
-               ".shared::cta.b64 done, [%0], %1;\n" DFKD_WAIT_AGAIN "}" ::"r"(smem_address(barrier)),                \
+               ".shared::cta.b64 done, [%0], %1;\n" DFKD_WAIT_AGAIN "}" ::"r"(cast_smem_ptr_to_uint(barrier)),                \
                "r"(parity)                                                                                           \
                : "memory")
 // Until the phase of this parity has ended; in a cluster, where other blocks arrive with what they wrote.
@@ -407,13 +407,13 @@ inline void tma_store(const TensorMap& map, const void* shared, int x, int y, in
   host::store_tile(map.map, shared, x, y, z);
 }
 inline void tma_store_commit() { host::commit_stores(); }
-template <int NEWEST_LEFT>
+template <int PENDING>
 void tma_store_wait_read() {
-  host::wait_stores(NEWEST_LEFT);
+  host::wait_stores(PENDING);
 }
-template <int NEWEST_LEFT>
+template <int PENDING>
 void tma_store_wait() {
-  host::wait_stores(NEWEST_LEFT);
+  host::wait_stores(PENDING);
 }
 inline void prefetch_tensormap(const TensorMap&) {}
 
@@ -422,8 +422,8 @@ inline void prefetch_tensormap(const TensorMap&) {}
 __device__ __forceinline__ void cp_async_bulk(void* shared, const void* global, int bytes, Barrier* full) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          smem_address(shared)),
-      "l"(global), "r"(bytes), "r"(smem_address(full))
+          cast_smem_ptr_to_uint(shared)),
+      "l"(global), "r"(bytes), "r"(cast_smem_ptr_to_uint(full))
       : "memory");
 }
 // By any thread: 16 bytes to the same place of another block, whose barrier in the place of `full` counts them.
@@ -433,15 +433,15 @@ __device__ __forceinline__ void st_async(void* there, const uint32_t (&values)[4
       "mapa.shared::cluster.u32 to, %0, %6;\n"
       "mapa.shared::cluster.u32 counts, %5, %6;\n"
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%1, %2, %3, %4}, [counts];\n}" ::"r"(
-          smem_address(there)),
-      "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(smem_address(full)), "r"(rank)
+          cast_smem_ptr_to_uint(there)),
+      "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(cast_smem_ptr_to_uint(full)), "r"(rank)
       : "memory");
 }
 __device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
-      "[%5];" ::"r"(smem_address(shared)),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(smem_address(full))
+      "[%5];" ::"r"(cast_smem_ptr_to_uint(shared)),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(cast_smem_ptr_to_uint(full))
       : "memory");
 }
 // To the same place of each block of the cluster whose bit is set, and counted by each one's barrier.
@@ -449,25 +449,25 @@ __device__ __forceinline__ void tma_load_multicast(unsigned ranks, void* shared,
                                                    int z, Barrier* full) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(smem_address(shared)),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(smem_address(full)), "h"(static_cast<uint16_t>(ranks))
+      "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(cast_smem_ptr_to_uint(shared)),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(cast_smem_ptr_to_uint(full)), "h"(static_cast<uint16_t>(ranks))
       : "memory");
 }
 __device__ __forceinline__ void tma_store(const TensorMap& map, const void* shared, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
-               "r"(smem_address(shared)), "r"(x), "r"(y), "r"(z)
+               "r"(cast_smem_ptr_to_uint(shared)), "r"(x), "r"(y), "r"(z)
                : "memory");
 }
 // Of the calling thread: a group of stores ends here; wait until all but the newest groups have been read from shared
 // memory, or are in memory. A thread waits for its own before it ends.
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <int NEWEST_LEFT>
+template <int PENDING>
 __device__ __forceinline__ void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(NEWEST_LEFT) : "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
-template <int NEWEST_LEFT>
+template <int PENDING>
 __device__ __forceinline__ void tma_store_wait() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(NEWEST_LEFT) : "memory");
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 __device__ __forceinline__ void prefetch_tensormap(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
@@ -515,8 +515,8 @@ template <typename T>
 T* map_shared_rank(T* mine, int rank) {
   return static_cast<T*>(host::at_rank(mine, rank));
 }
-inline void arrive_global(unsigned* counter) { host::arrive_global(counter); }
-inline void wait_global(const unsigned* counter, unsigned arrivals) { host::wait_global(counter, arrivals); }
+inline void global_barrier_arrive(unsigned* counter) { host::global_barrier_arrive(counter); }
+inline void global_barrier_wait(const unsigned* counter, unsigned arrivals) { host::global_barrier_wait(counter, arrivals); }
 #else
 __device__ __forceinline__ int cluster_rank() {
   uint32_t rank;
@@ -540,10 +540,10 @@ __device__ __forceinline__ T* map_shared_rank(T* mine, int rank) {
 }
 // Between blocks of a cooperative launch, through a counter in memory that begins at 0: one thread of a block after a
 // barrier of its block; and until so many have arrived, before one.
-__device__ __forceinline__ void arrive_global(unsigned* counter) {
+__device__ __forceinline__ void global_barrier_arrive(unsigned* counter) {
   asm volatile("fence.acq_rel.gpu;\nred.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
-__device__ __forceinline__ void wait_global(const unsigned* counter, unsigned arrivals) {
+__device__ __forceinline__ void global_barrier_wait(const unsigned* counter, unsigned arrivals) {
   unsigned found;
   [[maybe_unused]] unsigned tries = 0;
   do {
@@ -565,28 +565,28 @@ __device__ __forceinline__ void cluster_sync() {
 // in d[n] of columns 8 n + 2 (l % 4) and the next those of row 16 w + l / 4, then those of the row 8 further. a in
 // registers: a[0] that row's columns 2 (l % 4) and the next, a[1] those of the row 8 further, a[2] and a[3] the same 8
 // columns further. It is asynchronous: between warpgroup_arrive() and warpgroup_wait() nothing may touch d, a in
-// registers or the operands in shared memory; warpgroup_fence_operand() keeps the compiler from doing so. COLUMNS_A,
-// COLUMNS_B: that operand is MN-major.
-template <typename T, int N, bool COLUMNS_A = false, bool COLUMNS_B = false>
+// registers or the operands in shared memory; warpgroup_fence_operand() keeps the compiler from doing so. TRANSPOSE_A,
+// TRANSPOSE_B: that operand is MN-major.
+template <typename T, int N, bool TRANSPOSE_A = false, bool TRANSPOSE_B = false>
 __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add);
-template <typename T, int N, bool COLUMNS_B = false>
+template <typename T, int N, bool TRANSPOSE_B = false>
 __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add);
 
 #ifdef DFKD_HOST
 
-template <typename T, int N, bool COLUMNS_A, bool COLUMNS_B>
+template <typename T, int N, bool TRANSPOSE_A, bool TRANSPOSE_B>
 void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
-  host::multiply({&d[0][0], nullptr, a, b, N, std::is_same_v<T, bfloat16>, COLUMNS_A, COLUMNS_B, add});
+  host::multiply({&d[0][0], nullptr, a, b, N, std::is_same_v<T, bfloat16>, TRANSPOSE_A, TRANSPOSE_B, add});
 }
-template <typename T, int N, bool COLUMNS_B>
+template <typename T, int N, bool TRANSPOSE_B>
 void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-  host::multiply({&d[0][0], a, 0, b, N, std::is_same_v<T, bfloat16>, false, COLUMNS_B, add});
+  host::multiply({&d[0][0], a, 0, b, N, std::is_same_v<T, bfloat16>, false, TRANSPOSE_B, add});
 }
 inline void warpgroup_arrive() {}
 inline void warpgroup_commit_batch() { host::commit_products(); }
-template <int NEWEST_LEFT>
+template <int PENDING>
 void warpgroup_wait() {
-  host::wait_products(NEWEST_LEFT);
+  host::wait_products(PENDING);
 }
 template <int N>
 void warpgroup_fence_operand(float (&)[N][4]) {}
@@ -601,9 +601,9 @@ __device__ __forceinline__ void warpgroup_commit_batch() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 // Until all but the newest groups are done.
-template <int NEWEST_LEFT>
+template <int PENDING>
 __device__ __forceinline__ void warpgroup_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NEWEST_LEFT) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 template <int N>
 __device__ __forceinline__ void warpgroup_fence_operand(float (&d)[N][4]) {
@@ -648,14 +648,14 @@ __device__ __forceinline__ void warpgroup_fence_operand(uint32_t (&a)[N][4]) {
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" DFKD_##R "}, %" #A ", %" #B      \
                ", add, 1, 1, %" #TA ", %" #TB ";\n}"                                                                 \
                : DFKD_D##R(0)                                                                                        \
-               : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(COLUMNS_A ? 1 : 0), "n"(COLUMNS_B ? 1 : 0))
+               : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(TRANSPOSE_A ? 1 : 0), "n"(TRANSPOSE_B ? 1 : 0))
 #define DFKD_REGISTERS(TYPE, N, R, A0, A1, A2, A3, B, P, TB)                                                         \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P ", 0;\n"                                                  \
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" DFKD_##R "}, {%" #A0 ", %" #A1   \
                ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, %" #TB ";\n}"                                             \
                : DFKD_D##R(0)                                                                                        \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),                     \
-                 "n"(COLUMNS_B ? 1 : 0))
+                 "n"(TRANSPOSE_B ? 1 : 0))
 #define DFKD_CASE(KIND, N, ...)                       \
   if constexpr (std::is_same_v<T, bfloat16>) {        \
     KIND("bf16", N, __VA_ARGS__);                     \
@@ -663,7 +663,7 @@ __device__ __forceinline__ void warpgroup_fence_operand(uint32_t (&a)[N][4]) {
     KIND("f16", N, __VA_ARGS__);                      \
   }
 
-template <typename T, int N, bool COLUMNS_A, bool COLUMNS_B>
+template <typename T, int N, bool TRANSPOSE_A, bool TRANSPOSE_B>
 __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
   static_assert(sizeof(T) == 2);
   if constexpr (N == 16) {
@@ -686,7 +686,7 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t
   }
 }
 
-template <typename T, int N, bool COLUMNS_B>
+template <typename T, int N, bool TRANSPOSE_B>
 __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   static_assert(sizeof(T) == 2);
   if constexpr (N == 16) {
@@ -731,7 +731,7 @@ int launch_cluster(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, siz
                           static_cast<int64_t>(shared),
                           cluster,
                           cooperative};
-  if (dfkd_note(&noted)) return 0;
+  if (dfkd_record_launch(&noted)) return 0;
   cudaError_t error = cudaSuccess;
   if (shared > 48 * 1024) {
     error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
@@ -767,10 +767,10 @@ int launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shar
 
 // Call f with a value of the 16-bit element type that a dtype names; DFKD_INVALID with the reason for another dtype.
 template <typename F>
-int with_type(int dtype, F f) {
+int dispatch_dtype(int dtype, F f) {
   if (dtype == DFKD_FLOAT16) return f(float16{});
   if (dtype == DFKD_BFLOAT16) return f(bfloat16{});
-  return dfkd_refuse("dtype must be float16 or bfloat16");
+  return dfkd_unsupported("dtype must be float16 or bfloat16");
 }
 
 // 0 for a size that a kernel serves; otherwise DFKD_INVALID, with a reason that names the size and its limits.
@@ -778,9 +778,9 @@ inline int require_size(const char* name, int64_t value, int64_t least, int64_t 
   if (value >= least && value <= most && value % multiple_of == 0) return 0;
   const auto number = [](int64_t x) { return static_cast<long long>(x); };
   if (multiple_of == 1) {
-    return dfkd_refuse("%s is %lld; the kernel serves %lld to %lld", name, number(value), number(least), number(most));
+    return dfkd_unsupported("%s is %lld; the kernel supports %lld to %lld", name, number(value), number(least), number(most));
   }
-  return dfkd_refuse("%s is %lld; the kernel serves multiples of %d up to %lld", name, number(value), multiple_of,
+  return dfkd_unsupported("%s is %lld; the kernel supports multiples of %d up to %lld", name, number(value), multiple_of,
                      number(most));
 }
 

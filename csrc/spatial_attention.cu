@@ -167,10 +167,10 @@ __device__ __forceinline__ void merge(const Plan& x, const Memory& to, const Sea
   for (int c = 0; c < 16; ++c) {
     float top = mine.top[c];
 #pragma unroll
-    for (int distance = 4; distance < kLanes; distance *= 2) top = larger(top, __shfl_xor_sync(kAll, top, distance));
+    for (int distance = 4; distance < kWarpSize; distance *= 2) top = larger(top, __shfl_xor_sync(kFullMask, top, distance));
     const float sum = column_sum(mine.sum[c] * exp_below(mine.base[c] - base_of(top)));
     if (at.g == 0) {
-      float* out = to.shares + 2 * (at.number / kLanes * kPanel + 16 * at.t + c);
+      float* out = to.shares + 2 * (at.number / kWarpSize * kPanel + 16 * at.t + c);
       out[0] = top;
       out[1] = sum;
     }
@@ -241,16 +241,16 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       mbarrier_init(&barriers.hidden_full[i], 1);
       mbarrier_init(&barriers.hidden_empty[i], kConsumerWarps);
     }
-    mbarrier_init(&barriers.merged, x.team * x.cut.width() / kLanes);
+    mbarrier_init(&barriers.merged, x.team * x.cut.width() / kWarpSize);
     fence_barrier_init();
   }
   cluster_sync();
 
   if (thread >= kConsumers) {
     warpgroup_reg_dealloc<kCopyRegisters>();
-    const int warp = thread / kLanes - kConsumerWarps;
+    const int warp = thread / kWarpSize - kConsumerWarps;
     const bool for_gate = warp == 0;
-    if (warp < 2 && thread % kLanes == 0) {
+    if (warp < 2 && thread % kWarpSize == 0) {
       PipelineState state;
 #pragma unroll 1
       for (int sample = share.team; sample < x.cut.samples; sample += x.teams) {
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                 // Not f * (1 + gate): next to 1 a gate of 1e-6 would lose most of its digits.
                 y[e] += y[e] * (exp_below(logit - top.at[2 * (i % 2) + e]) * factor.at[2 * (i % 2) + e]);
               }
-              f[half].words[word] = pack_rounded<T>(y[0], y[1]);
+              f[half].words[word] = pack_rn<T>(y[0], y[1]);
             }
           }
 #pragma unroll
@@ -422,7 +422,7 @@ int dfkd_spatial_attention(const void* features, const void* hidden, const void*
                            int form, void* out, void* saved, void* stream) {
   if (const int status = require_served(samples, channels, maps, positions, form)) return status;
   if (const int status = require_parameter("weight", weight_dtype)) return status;
-  return with_type(dtype, [=](auto type) {
+  return dispatch_dtype(dtype, [=](auto type) {
     using T = decltype(type);
     if (samples == 0) return 0;
     Plan x = plan(cut_tiles(samples, channels, maps, positions));

@@ -30,7 +30,7 @@ struct alignas(16) Numbers {
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }  // a NaN counts for nothing
 
 // exp(x) for x <= 0 without the care for denormal results, which are nothing beside the 1 that every softmax has.
-__device__ __forceinline__ float exp_below(float x) { return exp2_flushed(x * kLog2E); }
+__device__ __forceinline__ float exp_below(float x) { return exp2_approx_ftz(x * kLog2E); }
 
 // What to measure exponentials from: the maximum, unless there is none yet.
 __device__ __forceinline__ float base_of(float top) { return top == -kInfinity ? 0.0f : top; }
@@ -48,7 +48,7 @@ template <typename T>
 __device__ __forceinline__ Vector round_all(const float (&values)[8]) {
   Vector to;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) to.words[i] = pack_rounded<T>(values[2 * i], values[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) to.words[i] = pack_rn<T>(values[2 * i], values[2 * i + 1]);
   return to;
 }
 
@@ -70,8 +70,8 @@ __device__ __forceinline__ void write_as(void* to, int64_t at, int dtype, float 
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
-constexpr int kGroups = 4, kConsumers = kGroups * kWarpgroup, kConsumerWarps = kConsumers / kLanes;
-constexpr int kBlockThreads = kConsumers + kWarpgroup;  // one more warpgroup, of which single threads copy
+constexpr int kGroups = 4, kConsumers = kGroups * kWarpgroupSize, kConsumerWarps = kConsumers / kWarpSize;
+constexpr int kBlockThreads = kConsumers + kWarpgroupSize;  // one more warpgroup, of which single threads copy
 constexpr int kCopyRegisters = 32, kConsumerRegisters = 112;
 constexpr int kPanel = 64, kPanelBytes = 2 * kPanel * kPanel;
 constexpr int kTileBytes = kGroups * kPanelBytes;  // of one map
@@ -101,13 +101,13 @@ inline float scale_of(float scale, int form, int64_t positions) {
 
 inline int require_parameter(const char* name, int dtype) {
   if (dtype >= DFKD_FLOAT32 && dtype <= DFKD_BFLOAT16) return 0;
-  return dfkd_refuse("dtype of %s must be float32, float16 or bfloat16", name);
+  return dfkd_unsupported("dtype of %s must be float32, float16 or bfloat16", name);
 }
 
 // 0 where sizes and form are served, otherwise DFKD_INVALID with the reason.
 inline int require_served(int64_t samples, int64_t channels, int64_t maps, int64_t positions, int form) {
   constexpr int64_t kMost = (int64_t{1} << 30) - 1;  // tiles and positions are counted in 32 bits
-  if (form == kChannel) return dfkd_refuse("form is 'channel'; the kernel serves 'spatial' and 'spatial_mean1'");
+  if (form == kChannel) return dfkd_unsupported("form is 'channel'; the kernel supports 'spatial' and 'spatial_mean1'");
   int status = require_size("form", form, kSpatial, kSpatialMean1);
   if (!status) status = require_size("N of features (N, C, H, W)", samples, 0, (1 << 24) - 1);
   if (!status) status = require_size("C of features (N, C, H, W)", channels, 8, kMostChannels, 8);
@@ -174,7 +174,7 @@ __device__ __forceinline__ void write_weight(const Cut& x, const void* weight, i
     for (int k = 0; k < 8; ++k) {
       values[k] = valid ? read_as(weight, static_cast<int64_t>(channel) * x.maps + 8 * chunk + k, dtype) : 0.0f;
     }
-    T* at = to + panel * (kPanel * NARROW) + swizzled<NARROW>(column % kPanel, chunk);
+    T* at = to + panel * (kPanel * NARROW) + swizzle_offset<NARROW>(column % kPanel, chunk);
     *reinterpret_cast<Vector*>(at) = round_all<T>(values);
   }
 }
@@ -187,9 +187,9 @@ struct Seat {
 
   __device__ __forceinline__ explicit Seat(const Cut& x) {
     number = static_cast<int>(threadIdx.x);
-    group = __shfl_sync(kAll, number / kWarpgroup, 0);  // which compilers then know to be the same for a warp
-    warp = number % kWarpgroup / kLanes;
-    lane = number % kLanes;
+    group = __shfl_sync(kFullMask, number / kWarpgroupSize, 0);  // which compilers then know to be the same for a warp
+    warp = number % kWarpgroupSize / kWarpSize;
+    lane = number % kWarpSize;
     g = lane / 4;
     t = lane % 4;
     panel = group % x.panels;
@@ -233,7 +233,7 @@ __device__ __forceinline__ void leave_out(float (&logits)[8][4], int left) {
 
 // The lane's chunk of a panel: row() + 8 half, channels 16 t + 8 which on.
 __device__ __forceinline__ Vector* chunk_of(unsigned char* panel, const Seat& at, int half, int which) {
-  return reinterpret_cast<Vector*>(panel + 2 * swizzled<kPanel>(at.row() + 8 * half, 2 * at.t + which));
+  return reinterpret_cast<Vector*>(panel + 2 * swizzle_offset<kPanel>(at.row() + 8 * half, 2 * at.t + which));
 }
 
 // Where among numbers of channels that of one is: so that the four channels of which lanes of one row want numbers at
@@ -250,7 +250,7 @@ __device__ __forceinline__ Numbers numbers_of(const float* numbers, const Seat& 
 // Sums over positions: over the rows of a warp.
 __device__ __forceinline__ float column_sum(float x) {
 #pragma unroll
-  for (int distance = 4; distance < kLanes; distance *= 2) x += __shfl_xor_sync(kAll, x, distance);
+  for (int distance = 4; distance < kWarpSize; distance *= 2) x += __shfl_xor_sync(kFullMask, x, distance);
   return x;
 }
 
@@ -266,7 +266,7 @@ __device__ __forceinline__ void fold(float (&sums)[16], int lane) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     const float kept = upper ? sums[i + COUNT] : sums[i], sent = upper ? sums[i] : sums[i + COUNT];
-    sums[i] = kept + __shfl_xor_sync(kAll, sent, 2 * COUNT);
+    sums[i] = kept + __shfl_xor_sync(kFullMask, sent, 2 * COUNT);
   }
 }
 
@@ -321,7 +321,7 @@ __device__ __forceinline__ void make_hidden(const Cut& x, const Seat& at, unsign
 #pragma unroll
     for (int n = 0; n < NARROW / 8; ++n) {
       if (8 * n < x.maps) {
-        *reinterpret_cast<uint32_t*>(out + 8 * n) = pack_rounded<T>(dh[n][2 * half], dh[n][2 * half + 1]);
+        *reinterpret_cast<uint32_t*>(out + 8 * n) = pack_rn<T>(dh[n][2 * half], dh[n][2 * half + 1]);
       }
     }
   }

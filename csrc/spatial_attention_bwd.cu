@@ -129,12 +129,12 @@ __device__ __forceinline__ void bring_tile(const Plan& x, const Memory& memory, 
 // is known.
 __device__ __forceinline__ void bring_numbers(const Plan& x, const Memory& memory, const Items& items, int c,
                                               const float* saved, const Common& common) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, sample = items.tile / x.cut.tiles;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, sample = items.tile / x.cut.tiles;
   const int before = items.number - kSlots;
   const bool with_slopes = items.second() && x.narrow;
   if (lane == 0) {
     if (before >= 0) mbarrier_wait(&memory.barriers->empty[before % x.stages], before / x.stages & 1);
-    if (with_slopes) wait_global(common.slopes_done + sample, x.summing_warps);
+    if (with_slopes) global_barrier_wait(common.slopes_done + sample, x.summing_warps);
   }
   __syncwarp();
   if (c < x.cut.width()) {
@@ -154,8 +154,8 @@ __device__ __forceinline__ void bring_numbers(const Plan& x, const Memory& memor
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        slope.at[k] = divide_fast(slope.at[k], factor.at[k]);
-        factor.at[k] = divide_fast(x.scale, factor.at[k]);
+        slope.at[k] = fast_divide(slope.at[k], factor.at[k]);
+        factor.at[k] = fast_divide(x.scale, factor.at[k]);
       }
     }
     float* const to = memory.slot(items.number) + place_of_number(c);
@@ -208,10 +208,10 @@ __device__ __forceinline__ void add_slopes(const Plan& x, const Seat& at, unsign
 // By a warp: a tile's part of D from sums of the consumers' warps. Its stage is free then.
 __device__ __forceinline__ void publish_slopes(const Plan& x, const Memory& memory, int which, int tile,
                                                const Common& common) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   float* const part = common.parts + static_cast<int64_t>(tile) * x.cut.channels;
 #pragma unroll 2
-  for (int c = lane; c < x.cut.width(); c += kLanes) {
+  for (int c = lane; c < x.cut.width(); c += kWarpSize) {
     float sum = 0.0f;
 #pragma unroll 4
     for (int i = 0; i < 4 * x.cut.strips; ++i) {
@@ -222,16 +222,16 @@ __device__ __forceinline__ void publish_slopes(const Plan& x, const Memory& memo
   }
   __syncwarp();
   if (lane < kConsumerWarps) mbarrier_arrive(&memory.barriers->empty[which]);
-  if (lane == 0) arrive_global(common.parts_done + tile / x.cut.tiles);
+  if (lane == 0) global_barrier_arrive(common.parts_done + tile / x.cut.tiles);
 }
 
 // D of a sample from its tiles' parts, but for the factors: each warp by itself for 16 channels and its share of tiles,
 // four lanes side by side and eight of them along tiles.
 __device__ __forceinline__ void merge_slopes(const Plan& x, const Seat& at, int sample, const Common& common) {
-  const int warp = at.number / kLanes, share = warp / (4 * x.cut.panels);
+  const int warp = at.number / kWarpSize, share = warp / (4 * x.cut.panels);
   const int first = warp % (4 * x.cut.panels) * 16, channel = first + 4 * at.t;
   if (first >= x.cut.channels) return;
-  if (at.lane == 0) wait_global(common.parts_done + sample, static_cast<unsigned>(x.cut.tiles));
+  if (at.lane == 0) global_barrier_wait(common.parts_done + sample, static_cast<unsigned>(x.cut.tiles));
   __syncwarp();
   float sums[4] = {0, 0, 0, 0};
   const bool valid = channel < x.cut.channels;
@@ -251,7 +251,7 @@ __device__ __forceinline__ void merge_slopes(const Plan& x, const Seat& at, int 
     *reinterpret_cast<Numbers*>(common.slopes + place) = {{sums[0], sums[1], sums[2], sums[3]}};
   }
   __syncwarp();
-  if (at.lane == 0) arrive_global(common.slopes_done + sample);
+  if (at.lane == 0) global_barrier_arrive(common.slopes_done + sample);
 }
 
 // ---- gradients ------------------------------------------------------------------------------------------------------
@@ -292,8 +292,8 @@ __device__ __forceinline__ void make_slopes(const Plan& x, const Seat& at, unsig
           to_features[e] = u + u * s;
           to_logits[e] = s * (u * v - slope.at[c]);
         }
-        g[half].words[word] = pack_rounded<T>(to_features[0], to_features[1]);
-        slopes[half][which].words[word] = pack_rounded<T>(to_logits[0], to_logits[1]);
+        g[half].words[word] = pack_rn<T>(to_features[0], to_features[1]);
+        slopes[half][which].words[word] = pack_rn<T>(to_logits[0], to_logits[1]);
       }
     }
 #pragma unroll
@@ -305,7 +305,7 @@ __device__ __forceinline__ void make_slopes(const Plan& x, const Seat& at, unsig
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      unsigned char* const to = features + 2 * swizzled<kPanel>(at.row() + 8 * half, n) + 4 * at.t;
+      unsigned char* const to = features + 2 * swizzle_offset<kPanel>(at.row() + 8 * half, n) + 4 * at.t;
       *reinterpret_cast<uint32_t*>(to) = slopes[half][n / 4].words[n % 4];
     }
   }
@@ -335,13 +335,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
   if (thread >= kConsumers) {
     warpgroup_reg_dealloc<kCopyRegisters>();
-    const int warp = (thread - kConsumers) / kLanes;
+    const int warp = (thread - kConsumers) / kWarpSize;
     Items items;
     if (thread == kConsumers) {
 #pragma unroll 1
       while (items.next(x)) bring_tile(x, memory, items, features, grad_output, hidden);
     } else if (warp == 2 || (warp == 3 && x.cut.panels == kGroups)) {
-      const int channel = 4 * (thread % kLanes) + (warp == 3 ? 4 * kLanes : 0);
+      const int channel = 4 * (thread % kWarpSize) + (warp == 3 ? 4 * kWarpSize : 0);
 #pragma unroll 1
       while (items.next(x)) bring_numbers(x, memory, items, channel, saved, common);
     } else if (warp == 1) {
@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
           }
           tma_store_commit();
         }
-        if (x.narrow) named_barrier_sync(1 + at.strip, kWarpgroup * x.cut.panels);
+        if (x.narrow) named_barrier_sync(1 + at.strip, kWarpgroupSize * x.cut.panels);
         if (x.needs_grad_weight) add_weight<T, NARROW>(x.cut, at, stage, dw);
         if (x.needs_grad_hidden && (step & (x.cut.panels - 1)) == at.panel) {
           make_hidden<T, NARROW>(x.cut, at.anew(), stage, memory.weight, row,
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       for (int n = 0; n < NARROW / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int line = thread / kWarpgroup * kPanel + at.row() + 8 * (i / 2);
+          const int line = thread / kWarpgroupSize * kPanel + at.row() + 8 * (i / 2);
           room[line * NARROW + 8 * n + 2 * at.t + i % 2] = dw[n][i];
         }
       }
@@ -453,19 +453,19 @@ __global__ void __launch_bounds__(kSumThreads) add_parts(const float* parts, int
                                                          void* d_weight, void* d_bias, int weight_dtype,
                                                          int bias_dtype) {
   float* sums = reinterpret_cast<float*>(shared_memory());
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
-  const int at = static_cast<int>(blockIdx.x) * kLanes + lane;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int at = static_cast<int>(blockIdx.x) * kWarpSize + lane;
   float sum = 0.0f;
   if (at < width) {
 #pragma unroll 4
-    for (int row = warp; row < count; row += kSumThreads / kLanes) sum += parts[static_cast<int64_t>(row) * width + at];
+    for (int row = warp; row < count; row += kSumThreads / kWarpSize) sum += parts[static_cast<int64_t>(row) * width + at];
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (warp != 0) return;
   if (at < width) {
     float total = 0.0f;
-    for (int i = 0; i < kSumThreads / kLanes; ++i) total += sums[i * kLanes + lane];
+    for (int i = 0; i < kSumThreads / kWarpSize; ++i) total += sums[i * kWarpSize + lane];
     write_as(d_weight, at, weight_dtype, total);
   } else if (at - width < biases) {
     write_as(d_bias, at - width, bias_dtype, 0.0f);
@@ -542,7 +542,7 @@ int dfkd_spatial_attention_backward(const void* grad_output, const void* feature
   if (const int status = require_served(samples, channels, maps, positions, form)) return status;
   if (const int status = require_parameter("weight", weight_dtype)) return status;
   if (const int status = require_parameter("bias", bias_dtype)) return status;
-  return with_type(dtype, [=](auto type) {
+  return dispatch_dtype(dtype, [=](auto type) {
     using T = decltype(type);
     const bool narrow = d_hidden != nullptr || d_weight != nullptr;
     Plan x = plan(cut_tiles(samples, channels, maps, positions), narrow);
@@ -568,7 +568,7 @@ int dfkd_spatial_attention_backward(const void* grad_output, const void* feature
     const int weights = d_weight == nullptr ? 0 : x.cut.channels * x.cut.maps;
     const int biases = d_bias == nullptr ? 0 : x.cut.channels;
     if (weights + biases == 0) return 0;
-    return launch(add_parts, dim3(static_cast<unsigned>((weights + biases + kLanes - 1) / kLanes)), kSumThreads,
+    return launch(add_parts, dim3(static_cast<unsigned>((weights + biases + kWarpSize - 1) / kWarpSize)), kSumThreads,
                   static_cast<size_t>(4 * kSumThreads), stream, common.weight_parts, x.blocks, weights, biases,
                   d_weight, d_bias, weight_dtype, bias_dtype);
   });

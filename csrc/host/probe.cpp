@@ -57,13 +57,13 @@ __global__ void matrices(const uint16_t* rows, uint32_t* out) {
 
 constexpr int kDepth = 128;
 
-// c (64, N) = a b over 128 elements. a is (64, 128), or with COLUMNS_A (128, 64); b (N, 128), or with COLUMNS_B
+// c (64, N) = a b over 128 elements. a is (64, 128), or with TRANSPOSE_A (128, 64); b (N, 128), or with TRANSPOSE_B
 // (128, N). With a in registers it comes from memory. wait: 0 reads c before the products are done.
-template <typename T, int N, int WIDTH, bool COLUMNS_A, bool COLUMNS_B>
+template <typename T, int N, int WIDTH, bool TRANSPOSE_A, bool TRANSPOSE_B>
 __global__ void product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map, const T* a,
                         float* c, int registers, int wait) {
-  constexpr int kPanelA = (COLUMNS_A ? kDepth : 64) * WIDTH * 2, kPanelB = (COLUMNS_B ? kDepth : N) * WIDTH * 2;
-  constexpr int kPanelsA = (COLUMNS_A ? 64 : kDepth) / WIDTH, kPanelsB = (COLUMNS_B ? N : kDepth) / WIDTH;
+  constexpr int kPanelA = (TRANSPOSE_A ? kDepth : 64) * WIDTH * 2, kPanelB = (TRANSPOSE_B ? kDepth : N) * WIDTH * 2;
+  constexpr int kPanelsA = (TRANSPOSE_A ? 64 : kDepth) / WIDTH, kPanelsB = (TRANSPOSE_B ? N : kDepth) / WIDTH;
   unsigned char* a_panels = shared_memory();
   unsigned char* b_panels = a_panels + kPanelsA * kPanelA;
   Barrier* full = reinterpret_cast<Barrier*>(b_panels + kPanelsB * kPanelB);
@@ -86,7 +86,7 @@ __global__ void product(const __grid_constant__ TensorMap a_map, const __grid_co
       T pair[2];
       for (int e = 0; e < 2; ++e) {
         const int m = row + i % 2 * 8, k = 16 * step + i / 2 * 8 + 2 * (lane % 4) + e;
-        pair[e] = a[COLUMNS_A ? k * 64 + m : m * kDepth + k];
+        pair[e] = a[TRANSPOSE_A ? k * 64 + m : m * kDepth + k];
       }
       left[step][i] = pack(pair[0], pair[1]);
     }
@@ -96,14 +96,14 @@ __global__ void product(const __grid_constant__ TensorMap a_map, const __grid_co
   for (int step = 0; step < kDepth / 16; ++step) {
     const int at = 16 * step;
     const int a_panel = at / WIDTH * kPanelA, b_panel = at / WIDTH * kPanelB;
-    const uint64_t from_a = COLUMNS_A ? advance_desc(make_smem_desc<WIDTH>(a_panels, kPanelA), at * WIDTH * 2)
+    const uint64_t from_a = TRANSPOSE_A ? advance_desc(make_smem_desc<WIDTH>(a_panels, kPanelA), at * WIDTH * 2)
                                       : advance_desc(make_smem_desc<WIDTH>(a_panels + a_panel), at % WIDTH * 2);
-    const uint64_t from_b = COLUMNS_B ? advance_desc(make_smem_desc<WIDTH>(b_panels, kPanelB), at * WIDTH * 2)
+    const uint64_t from_b = TRANSPOSE_B ? advance_desc(make_smem_desc<WIDTH>(b_panels, kPanelB), at * WIDTH * 2)
                                       : advance_desc(make_smem_desc<WIDTH>(b_panels + b_panel), at % WIDTH * 2);
     if (registers) {
-      wgmma<T, N, COLUMNS_B>(d, left[step], from_b, step > 0);
+      wgmma<T, N, TRANSPOSE_B>(d, left[step], from_b, step > 0);
     } else {
-      wgmma<T, N, COLUMNS_A, COLUMNS_B>(d, from_a, from_b, step > 0);
+      wgmma<T, N, TRANSPOSE_A, TRANSPOSE_B>(d, from_a, from_b, step > 0);
     }
   }
   warpgroup_commit_batch();
@@ -115,16 +115,16 @@ __global__ void product(const __grid_constant__ TensorMap a_map, const __grid_co
   warpgroup_wait<0>();
 }
 
-template <typename T, int N, int WIDTH, bool COLUMNS_A, bool COLUMNS_B>
+template <typename T, int N, int WIDTH, bool TRANSPOSE_A, bool TRANSPOSE_B>
 int run_product(const void* a, const void* b, float* c, int registers, int wait) {
   TensorMap a_map, b_map;
-  constexpr int64_t kWideA = COLUMNS_A ? 64 : kDepth, kHighA = COLUMNS_A ? kDepth : 64;
-  constexpr int64_t kWideB = COLUMNS_B ? N : kDepth, kHighB = COLUMNS_B ? kDepth : N;
+  constexpr int64_t kWideA = TRANSPOSE_A ? 64 : kDepth, kHighA = TRANSPOSE_A ? kDepth : 64;
+  constexpr int64_t kWideB = TRANSPOSE_B ? N : kDepth, kHighB = TRANSPOSE_B ? kDepth : N;
   int error = make_tensor_map<WIDTH>(&a_map, a, {kWideA, kHighA, 1}, kWideA, kWideA * kHighA, {WIDTH, kHighA, 1});
   if (error) return error;
   error = make_tensor_map<WIDTH>(&b_map, b, {kWideB, kHighB, 1}, kWideB, kWideB * kHighB, {WIDTH, kHighB, 1});
   if (error) return error;
-  return launch_cluster(product<T, N, WIDTH, COLUMNS_A, COLUMNS_B>, 1, kWarpgroup, 2 * kDepth * (64 + N) + 8, 1, false,
+  return launch_cluster(product<T, N, WIDTH, TRANSPOSE_A, TRANSPOSE_B>, 1, kWarpgroupSize, 2 * kDepth * (64 + N) + 8, 1, false,
                         nullptr, a_map, b_map, static_cast<const T*>(a), c, registers, wait);
 }
 
@@ -238,8 +238,8 @@ __global__ void some(int* out) {
 // All blocks of a launch pass their numbers on through memory.
 __global__ void grid(int* numbers, unsigned* counter, int* out) {
   numbers[blockIdx.x] = static_cast<int>(blockIdx.x) + 1;
-  arrive_global(counter);
-  wait_global(counter, gridDim.x);
+  global_barrier_arrive(counter);
+  global_barrier_wait(counter, gridDim.x);
   out[blockIdx.x] = numbers[(blockIdx.x + 1) % gridDim.x];
 }
 
@@ -257,22 +257,22 @@ int probe_reduced(const float* in, float* sums, float* largest) {
   return launch(reduced, 1, 32, 0, nullptr, in, sums, largest);
 }
 int probe_matrices(const uint16_t* rows, uint32_t* out) { return launch(matrices, 1, 32, 512, nullptr, rows, out); }
-int probe_wgmma(const void* a, const void* b, float* c, int dtype, int n, int width, int columns_a, int columns_b,
+int probe_wgmma(const void* a, const void* b, float* c, int dtype, int n, int width, int transpose_a, int transpose_b,
                 int registers, int wait) {
   const auto run = [&](auto type, auto columns, auto panel) {
     using T = decltype(type);
     constexpr int kColumns = decltype(columns)::value, kWidth = decltype(panel)::value;
     if constexpr (kColumns % kWidth != 0) {
       return DFKD_INVALID;
-    } else if (columns_a) {
-      return columns_b ? run_product<T, kColumns, kWidth, true, true>(a, b, c, registers, wait)
+    } else if (transpose_a) {
+      return transpose_b ? run_product<T, kColumns, kWidth, true, true>(a, b, c, registers, wait)
                        : run_product<T, kColumns, kWidth, true, false>(a, b, c, registers, wait);
     } else {
-      return columns_b ? run_product<T, kColumns, kWidth, false, true>(a, b, c, registers, wait)
+      return transpose_b ? run_product<T, kColumns, kWidth, false, true>(a, b, c, registers, wait)
                        : run_product<T, kColumns, kWidth, false, false>(a, b, c, registers, wait);
     }
   };
-  return with_type(dtype, [&](auto type) {
+  return dispatch_dtype(dtype, [&](auto type) {
     using std::integral_constant;
     if (n == 16 && width == 16) return run(type, integral_constant<int, 16>{}, integral_constant<int, 16>{});
     if (n == 96 && width == 32) return run(type, integral_constant<int, 96>{}, integral_constant<int, 32>{});

@@ -188,10 +188,10 @@ void perform(const Operation& operation, const unsigned char* shared) {
   }
   for (int k = 0; k < 16; ++k) {
     for (int m = 0; first.a == nullptr && m < 64; ++m) {
-      a[static_cast<size_t>(m * 16 + k)] = element_of(memory, first.a_operand, first.columns_a, m, k, first.bfloat);
+      a[static_cast<size_t>(m * 16 + k)] = element_of(memory, first.a_operand, first.transpose_a, m, k, first.bfloat);
     }
     for (int j = 0; j < n; ++j) {
-      b[static_cast<size_t>(k * n + j)] = element_of(memory, first.b_operand, first.columns_b, j, k, first.bfloat);
+      b[static_cast<size_t>(k * n + j)] = element_of(memory, first.b_operand, first.transpose_b, j, k, first.bfloat);
     }
   }
   multiply_arrays(a.data(), b.data(), d.data(), n);
@@ -307,8 +307,8 @@ void sync_some(int barrier, int threads, bool wait) {
   meet(asynchronous().some[barrier], threads, wait, "some of its block");
 }
 
-void arrive_global(unsigned* counter) { ++*counter; }
-void wait_global(const unsigned* counter, unsigned arrivals) {
+void global_barrier_arrive(unsigned* counter) { ++*counter; }
+void global_barrier_wait(const unsigned* counter, unsigned arrivals) {
   wait_until("other blocks", [counter, arrivals] { return *counter >= arrivals; });
 }
 
@@ -326,8 +326,8 @@ void multiply(const Product& product) {
         fail("threads of a warpgroup ask for different products");
       }
     }
-    check(first.b_operand, first.columns_b, first.n);
-    if (first.a == nullptr) check(first.a_operand, first.columns_a, 64);
+    check(first.b_operand, first.transpose_b, first.n);
+    if (first.a == nullptr) check(first.a_operand, first.transpose_a, 64);
     const bool behind_others = group.has(first.d);
     if (!behind_others && at_once()) {
       perform(operation, memory);

@@ -26,8 +26,8 @@ void commit_stores();
 void wait_stores(int newest_left);
 
 void sync_some(int barrier, int threads, bool wait);
-void arrive_global(unsigned* counter);
-void wait_global(const unsigned* counter, unsigned arrivals);
+void global_barrier_arrive(unsigned* counter);
+void global_barrier_wait(const unsigned* counter, unsigned arrivals);
 
 // One thread's part in a product: where its elements of d and, unless a is in shared memory, of a are.
 struct Product {
@@ -35,7 +35,7 @@ struct Product {
   const uint32_t* a;
   uint64_t a_operand, b_operand;
   int n;
-  bool bfloat, columns_a, columns_b, add;
+  bool bfloat, transpose_a, transpose_b, add;
 };
 void multiply(const Product& product);
 void commit_products();

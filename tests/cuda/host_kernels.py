@@ -181,7 +181,7 @@ class HostKernels:
 
 def _serve(library: str) -> None:
     functions = ctypes.CDLL(library)
-    functions.dfkd_reason.restype = ctypes.c_char_p
+    functions.dfkd_unsupported_reason.restype = ctypes.c_char_p
     for line in sys.stdin:
         name, told, order = json.loads(line)
         # A copy whose end is the end of its allocation, so that the sanitizer sees the first element beyond.
@@ -198,7 +198,7 @@ def _serve(library: str) -> None:
         status = getattr(functions, name)(*given)
         for number, array in arrays.items():
             np.save(told[number]["array"], array)
-        print(json.dumps([status, functions.dfkd_reason().decode()]), flush=True)
+        print(json.dumps([status, functions.dfkd_unsupported_reason().decode()]), flush=True)
 
 
 if __name__ == "__main__":

@@ -388,14 +388,14 @@ def test_what_is_refused(kernels):
     forward(*arguments())
     backward(*arguments())
     for change, said in [
-        ({"n": 128}, r"N of anchors \(N, D\) is 128; the kernel serves 129 to 8388608"),
+        ({"n": 128}, r"N of anchors \(N, D\) is 128; the kernel supports 129 to 8388608"),
         ({"n": 0}, r"N of anchors \(N, D\) is 0"),
-        ({"dim": 0}, r"D of anchors \(N, D\) is 0; the kernel serves 1 to 128"),
+        ({"dim": 0}, r"D of anchors \(N, D\) is 0; the kernel supports 1 to 128"),
         ({"dim": 129}, r"D of anchors \(N, D\) is 129"),
         ({"code": 0}, "dtype must be float16 or bfloat16"),
         ({"code": 3}, "dtype must be float16 or bfloat16"),
         ({"normalize": 0}, "normalize is False"),
-        ({"temperature": 0.03}, "temperature is 0.03; the kernel serves 0.03005615 and more"),
+        ({"temperature": 0.03}, "temperature is 0.03; the kernel supports 0.03005615 and more"),
         ({"temperature": 0.0}, "temperature is 0"),
     ]:
         for call in (forward, backward):

@@ -115,7 +115,7 @@ def test_a_refused_call_goes_on_to_triton_or_raises_if_named(
 
     assert chosen(200) == chosen(200, "cuda") == "cuda"
     for count, options, said in (
-        (128, {}, "N of anchors .* is 128; the kernel serves 129 to 8388608"),
+        (128, {}, "N of anchors .* is 128; the kernel supports 129 to 8388608"),
         (200, {"normalize": False}, "normalize is False"),
         (200, {"temperature": 0.01}, "temperature is 0.01"),
     ):

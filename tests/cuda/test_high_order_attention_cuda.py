@@ -262,7 +262,7 @@ def test_no_positions(kernels, channels):
 # Channels, hidden units, order, dtype, mode and form of backward.
 REFUSED = [
     (64, 16, 3, torch.float32, "joint", BY_SIZE, "dtype must be float16 or bfloat16"),
-    (64, 16, 4, torch.bfloat16, "joint", BY_SIZE, "R of out_weight .* is 4; the kernel serves 1 to 3"),
+    (64, 16, 4, torch.bfloat16, "joint", BY_SIZE, "R of out_weight .* is 4; the kernel supports 1 to 3"),
     (
         60,
         16,
@@ -270,7 +270,7 @@ REFUSED = [
         torch.bfloat16,
         "joint",
         BY_SIZE,
-        "C of out_weight .* is 60; the kernel serves multiples of 8 up to 512",
+        "C of out_weight .* is 60; the kernel supports multiples of 8 up to 512",
     ),
     (
         64,
@@ -279,13 +279,13 @@ REFUSED = [
         torch.bfloat16,
         "joint",
         BY_SIZE,
-        "K of out_weight .* is 12; the kernel serves multiples of 8 up to 128",
+        "K of out_weight .* is 12; the kernel supports multiples of 8 up to 128",
     ),
     (520, 16, 3, torch.bfloat16, "joint", BY_SIZE, "C of out_weight .* is 520"),
     (512, 136, 3, torch.bfloat16, "joint", BY_SIZE, "K of out_weight .* is 136"),
     (64, 16, 3, torch.bfloat16, "joint", 4, "form of the backward is 4"),
-    (64, 16, 3, torch.bfloat16, "per_order", ONCE, "one pass serves joint gates"),
-    (256, 16, 3, torch.bfloat16, "per_order", TALL, "taller tiles serve joint gates"),
+    (64, 16, 3, torch.bfloat16, "per_order", ONCE, "one pass supports joint gates"),
+    (256, 16, 3, torch.bfloat16, "per_order", TALL, "taller tiles support joint gates"),
     (128, 32, 3, torch.bfloat16, "joint", TALL, "more than 128 channels or 32 hidden maps"),
     (136, 16, 3, torch.bfloat16, "joint", ONCE, "up to 128 channels and 32 hidden maps"),
     (64, 40, 3, torch.bfloat16, "joint", ONCE, "up to 128 channels and 32 hidden maps"),

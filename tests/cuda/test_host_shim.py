@@ -73,22 +73,22 @@ def test_reductions_over_a_warp_and_its_groups(kernels):
 
 
 @pytest.mark.parametrize(
-    ("n", "width", "order", "columns_a", "columns_b"),
+    ("n", "width", "order", "transpose_a", "transpose_b"),
     [
         *((16, 16, 6, 0, 0), (16, 16, 0, 1, 1), (96, 32, 0, 0, 1)),
         *((96, 32, 1, 1, 0), (128, 64, 1, 1, 1), (128, 64, 6, 0, 0)),
     ],
 )
-def test_products_of_a_warpgroup(kernels, n, width, columns_a, columns_b, order):
+def test_products_of_a_warpgroup(kernels, n, width, transpose_a, transpose_b, order):
     torch.manual_seed(0)
     for dtype, code in ((torch.float16, 1), (torch.bfloat16, 2)):
         a, b = torch.randn(64, 128).to(dtype), torch.randn(128, n).to(dtype)
-        stored_a = (a.T if columns_a else a).contiguous().view(torch.int16).numpy()
-        stored_b = (b if columns_b else b.T).contiguous().view(torch.int16).numpy()
+        stored_a = (a.T if transpose_a else a).contiguous().view(torch.int16).numpy()
+        stored_b = (b if transpose_b else b.T).contiguous().view(torch.int16).numpy()
         for registers in (0, 1):
             c = np.zeros((64, n), dtype=np.float32)
             kernels(
-                "probe_wgmma", stored_a, stored_b, c, code, n, width, columns_a, columns_b, registers, 1, order=order
+                "probe_wgmma", stored_a, stored_b, c, code, n, width, transpose_a, transpose_b, registers, 1, order=order
             )
             torch.testing.assert_close(torch.from_numpy(c), a.float() @ b.float(), rtol=1e-4, atol=1e-4)
 

@@ -56,8 +56,8 @@ def test_options_decide() -> None:
 @pytest.mark.parametrize(
     ("op", "sizes", "said"),
     [
-        (OPS[0], {"count": 128, "dim": 64}, "N of anchors (N, D) is 128; the kernel serves 129 to 8388608"),
-        (OPS[0], {"count": 200, "dim": 64, "normalize": False}, "normalize is False; the kernel serves True"),
+        (OPS[0], {"count": 128, "dim": 64}, "N of anchors (N, D) is 128; the kernel supports 129 to 8388608"),
+        (OPS[0], {"count": 200, "dim": 64, "normalize": False}, "normalize is False; the kernel supports True"),
         (OPS[0], {"count": 200, "dim": 8, "dtype": "float64"}, "dtype must be float16 or bfloat16"),
         (
             OPS[1],
@@ -67,12 +67,12 @@ def test_options_decide() -> None:
         (
             OPS[1],
             {"samples": 1, "channels": 8, "maps": 200, "positions": 4},
-            "K of hidden (N, K, H, W) is 200; the kernel serves multiples of 8 up to 64",
+            "K of hidden (N, K, H, W) is 200; the kernel supports multiples of 8 up to 64",
         ),
         (
             OPS[2],
             {"positions": 8, "channels": 64, "hidden": 16, "order": 4},
-            "R of out_weight (R, C, K) is 4; the kernel serves 1 to 3",
+            "R of out_weight (R, C, K) is 4; the kernel supports 1 to 3",
         ),
     ],
 )

@@ -245,7 +245,7 @@ def test_what_is_not_served_is_refused(kernels):
         ((1, 20, 2, 2), 8, "spatial", torch.bfloat16, "C of features .* is 20"),
         ((1, 16, 2, 2), 12, "spatial", torch.bfloat16, "K of hidden .* is 12; .* multiples of 8 up to 64"),
         ((1, 16, 2, 2), 72, "spatial", torch.bfloat16, "K of hidden .* is 72"),
-        ((1, 16, 2, 2), 8, "channel", torch.bfloat16, "form is 'channel'; the kernel serves 'spatial' and"),
+        ((1, 16, 2, 2), 8, "channel", torch.bfloat16, "form is 'channel'; the kernel supports 'spatial' and"),
         ((1, 16, 2, 2), 8, "spatial", torch.float32, "dtype must be float16 or bfloat16"),
     ):
         call = Call(kernels, 0, *drawn(shape, hidden=hidden, dtype=dtype)(0), 1.0, form)
