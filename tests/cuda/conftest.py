@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: one build and one process for each op, for all tests of a session."""
+"""Builds the CUDA kernels for the CPU: one library and one process per op and test session."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _running() -> Iterator[dict[str, HostKernels]]:
 
 @pytest.fixture
 def kernels(request: Any, tmp_path_factory: pytest.TempPathFactory, _running: dict[str, HostKernels]) -> HostKernels:
-    """The kernels that the module names in ``KERNELS``, built once for all processes that run tests."""
+    """The kernels named by the test module's ``KERNELS``. All test processes share one build."""
     if compiler() is None:
         pytest.skip("no C++ compiler with sanitizers")
     name = request.module.KERNELS

@@ -88,7 +88,18 @@ def test_products_of_a_warpgroup(kernels, n, width, transpose_a, transpose_b, or
         for registers in (0, 1):
             c = np.zeros((64, n), dtype=np.float32)
             kernels(
-                "probe_wgmma", stored_a, stored_b, c, code, n, width, transpose_a, transpose_b, registers, 1, order=order
+                "probe_wgmma",
+                stored_a,
+                stored_b,
+                c,
+                code,
+                n,
+                width,
+                transpose_a,
+                transpose_b,
+                registers,
+                1,
+                order=order,
             )
             torch.testing.assert_close(torch.from_numpy(c), a.float() @ b.float(), rtol=1e-4, atol=1e-4)
 
