@@ -75,7 +75,6 @@ inline bfloat16 from_float<bfloat16>(float x) {
 
 inline float mul_rn(float a, float b) { return a * b; }
 inline float exp2_approx_ftz(float x) { return std::exp2(x); }
-inline float rsqrt_exact(float x) { return 1.0f / std::sqrt(x); }
 inline float fast_divide(float a, float b) { return a / b; }
 
 #else
@@ -106,7 +105,6 @@ __device__ __forceinline__ float exp2_approx_ftz(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
-__device__ __forceinline__ float rsqrt_exact(float x) { return 1.0f / sqrtf(x); }
 __device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
 
 #endif

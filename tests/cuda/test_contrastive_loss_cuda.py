@@ -24,7 +24,7 @@ CODES = {torch.float16: 1, torch.bfloat16: 2}
 DTYPES = tuple(CODES)
 F16, BF16 = DTYPES
 REDUCTIONS = ("mean", "sum", "none")
-CACHE = 20 << 20
+L2_BYTES = 20 << 20
 
 
 class Op:
@@ -96,14 +96,14 @@ def pair(n, dim, dtype, seed=0, **options):
 def launcher(kernels):
     """Sets the number of SMs, the smallest supported N and the cache size that the launchers assume."""
 
-    def configure(*, num_sms=132, smallest=129, cached_bytes=CACHE):
-        kernels("dfkd_host_contrastive_loss", num_sms, smallest, cached_bytes)
+    def configure(*, num_sms=132, min_count=129, l2_bytes=L2_BYTES):
+        kernels("dfkd_host_contrastive_loss", num_sms, min_count, l2_bytes)
 
     yield configure
     configure()
 
 
-SMALL = {"num_sms": 2, "smallest": 1}
+SMALL = {"num_sms": 2, "min_count": 1}
 
 
 @pytest.fixture
@@ -146,8 +146,8 @@ SLOW_CASES = {
         for symmetric in (False, True)
     },
     # Vectors that exceed the cache: blocks take whole rows.
-    "two blocks of whole rows": ((129, 9), F16, {"num_sms": 2, "cached_bytes": 0}, NONE | SYMMETRIC, 1),
-    "one block of whole rows": ((300, 9), F16, {"num_sms": 1, "cached_bytes": 0}, NONE, 1),
+    "two blocks of whole rows": ((129, 9), F16, {"num_sms": 2, "l2_bytes": 0}, NONE | SYMMETRIC, 1),
+    "one block of whole rows": ((300, 9), F16, {"num_sms": 1, "l2_bytes": 0}, NONE, 1),
     "four blocks": ((300, 9), F16, {"num_sms": 4}, NONE | SYMMETRIC, 1),
     "seven blocks": ((260, 9), F16, {"num_sms": 7}, NONE, 1),
 }
@@ -207,7 +207,7 @@ def test_memory_layouts_give_equal_results(kernels):
 )
 def test_each_subset_of_gradients(kernels, launcher, symmetric, n):
     """Bitwise equal if the row's columns are split the same way."""
-    launcher(num_sms=1, smallest=1, cached_bytes=0)
+    launcher(num_sms=1, min_count=1, l2_bytes=0)
     op = Op(kernels, symmetric=symmetric)
     inputs, grad_output = pair(n, 6, BF16), torch.tensor(-1.3)
     saved = op.forward(*inputs)[1]
@@ -351,7 +351,7 @@ def test_unsupported_arguments_are_refused(kernels, change, reason):
 def test_sweep(kernels, launcher, seed):
     draw = np.random.default_rng(seed)
     n, dim = int(draw.integers(1, 400)), int(draw.integers(1, 129))
-    launcher(num_sms=int(draw.choice([1, 3, 8, 132])), smallest=1, cached_bytes=int(draw.choice([0, CACHE])))
+    launcher(num_sms=int(draw.choice([1, 3, 8, 132])), min_count=1, l2_bytes=int(draw.choice([0, L2_BYTES])))
     symmetric, half = (bool(draw.integers(2)) for _ in range(2))
     options = {"symmetric": symmetric, "reduction": str(draw.choice(REDUCTIONS))}
     op = Op(kernels, temperature=float(draw.choice([0.031, 0.1, 0.5])), order=int(draw.integers(8)), **options)

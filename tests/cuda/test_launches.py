@@ -41,10 +41,10 @@ def test_kernel_names_are_shortened() -> None:
 
 def test_launches_of_contrastive_loss() -> None:
     found = launches(CONTRASTIVE, resources=False, **SIZES[CONTRASTIVE])
-    first, sums, merge = found
-    assert first["kernel"] == "contrastive::prepare<bfloat16>"
+    first, sums, combine = found
+    assert first["kernel"] == "contrastive::preprocess<bfloat16>"
     assert (sums["kernel"], sums["grid"]) == ("similarity_sums_wgmma<bfloat16, 128>", (128, 1, 1))
-    assert (merge["kernel"], merge["grid"]) == ("merge", (8, 1, 1))
+    assert (combine["kernel"], combine["grid"]) == ("combine", (8, 1, 1))
     assert [each["cluster"] for each in found] == [1, 1, 8]
     assert not any(each["cooperative"] for each in found)
     assert "similarity_sums_wgmma<float16, 64>" in names(CONTRASTIVE, count=129, dim=8, dtype=torch.float16)
