@@ -121,8 +121,8 @@ __device__ __forceinline__ void compute_partner_weights(const float (&acc_s)[kTi
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-// row_stats (kNumRowStats, padded_rows), partials (splits, sides, count, DIM), partner_weights (count). padded_rows is an
-// int, because an int64_t spills registers.
+// row_stats (kNumRowStats, padded_rows), partials (splits, sides, count, DIM), partner_weights (count). padded_rows is
+// an int, because an int64_t spills registers.
 template <typename T, int DIM>
 __global__ void __launch_bounds__(kNumThreads, 1)
     weighted_sums_wgmma(const __grid_constant__ TensorMap vectors, const float* row_stats, float* partials,

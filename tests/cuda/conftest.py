@@ -7,14 +7,7 @@ from typing import Any
 
 import pytest
 
-from .host_kernels import HostKernels, build, compiler
-
-SOURCES = {
-    "probe": ["host/probe.cpp"],
-    "contrastive_loss": ["contrastive_loss.cu", "contrastive_loss_bwd.cu"],
-    "spatial_attention": ["spatial_attention.cu", "spatial_attention_bwd.cu"],
-    "high_order_attention": ["high_order_attention.cu", "high_order_attention_bwd.cu"],
-}
+from .host_kernels import HostKernels, build, toolchain
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +21,10 @@ def _running() -> Iterator[dict[str, HostKernels]]:
 @pytest.fixture
 def kernels(request: Any, tmp_path_factory: pytest.TempPathFactory, _running: dict[str, HostKernels]) -> HostKernels:
     """The kernels named by the test module's ``KERNELS``. All test processes share one build."""
-    if compiler() is None:
+    if toolchain() is None:
         pytest.skip("no C++ compiler with sanitizers")
     name = request.module.KERNELS
     if name not in _running:
-        _running[name] = HostKernels(build(tmp_path_factory.getbasetemp().parent / "host", SOURCES[name]))
+        sources = ["host/probe.cpp"] if name == "probe" else [f"{name}.cu", f"{name}_bwd.cu"]
+        _running[name] = HostKernels(build(tmp_path_factory.getbasetemp().parent / "host", sources))
     return _running[name]

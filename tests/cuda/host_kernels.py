@@ -1,16 +1,17 @@
 """Runs the CUDA kernels of csrc/ on the CPU, compiled as C++ with the execution shim and sanitizers.
 
 The kernels run in a child process, because AddressSanitizer must be the first library that a process loads. Tensors are
-passed as files. An access out of bounds ends the child process, and the test fails with the sanitizer's report.
+pickled through pipes. An access out of bounds ends the child process, and the test fails with the sanitizer's report.
 """
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import hashlib
-import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import numpy as np
 if TYPE_CHECKING:  # the child process must not import torch
     from torch import Tensor
 
-__all__ = ["HostError", "HostKernels", "build", "compiler"]
+__all__ = ["HostError", "HostKernels", "build", "toolchain"]
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -42,16 +43,15 @@ class HostError(RuntimeError):
     """A sanitizer or the shim found an error and the child process ended. The message is its report."""
 
 
-def compiler() -> str | None:
-    """Returns a C++ compiler with sanitizers, or None."""
-    found = shutil.which(os.environ.get("CXX", "g++"))
-    return found if found is not None and Path(_asan(found)).is_absolute() else None
-
-
-def _asan(compiler: str) -> str:
-    """The path of AddressSanitizer's runtime; only its name if the compiler has none."""
+@functools.cache
+def toolchain() -> tuple[str, str] | None:
+    """Returns a C++ compiler and its AddressSanitizer runtime, or None."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        return None
     command = [compiler, "-print-file-name=libasan.so"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return (compiler, runtime) if Path(runtime).is_absolute() else None
 
 
 def build(folder: Path, sources: Sequence[str]) -> Path:
@@ -73,8 +73,8 @@ def build(folder: Path, sources: Sequence[str]) -> Path:
 
 def _compile(folder: Path, options: Sequence[str], inputs: Sequence[Path], suffix: str) -> Path:
     """Runs the compiler unless the output exists."""
-    found = compiler()
-    assert found is not None
+    tools = toolchain()
+    assert tools is not None
     digest = hashlib.sha256(repr((_FLAGS, tuple(map(str, inputs)))).encode())
     for path in sorted(CSRC.rglob("*")):
         if path in inputs or path.suffix == ".h":
@@ -86,7 +86,7 @@ def _compile(folder: Path, options: Sequence[str], inputs: Sequence[Path], suffi
         if not output.exists():
             partial = output.with_suffix(".partial")
             language = ("-x", "c++") if suffix == ".o" else ()
-            command = [found, *_FLAGS, *options, *language, *map(str, inputs), "-o", str(partial)]
+            command = [tools[0], *_FLAGS, *options, *language, *map(str, inputs), "-o", str(partial)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(done.stderr[-6000:])
@@ -117,28 +117,23 @@ class HostKernels:
 
     def __init__(self, library: Path) -> None:
         self._library = library
-        self._folder = tempfile.TemporaryDirectory(prefix="dfkd_fast_host_")
-        self._errors = Path(self._folder.name) / "errors"
-        self._process: subprocess.Popen[str] | None = None
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def _start(self) -> subprocess.Popen[str]:
-        found = compiler()
-        assert found is not None
+    def _start(self) -> subprocess.Popen[bytes]:
+        tools = toolchain()
+        assert tools is not None
         environment = {
             **os.environ,
-            "LD_PRELOAD": _asan(found),
+            "LD_PRELOAD": tools[1],
             "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=86:detect_stack_use_after_return=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
-        with self._errors.open("wb") as errors:
-            return subprocess.Popen(
-                [sys.executable, "-I", __file__, str(self._library)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                text=True,
-            )
+        command = [sys.executable, "-I", __file__, str(self._library)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        self._errors.seek(0)
+        self._errors.truncate()
+        return subprocess.Popen(command, **pipes, env=environment)
 
     def __call__(self, name: str, *arguments: Tensor | np.ndarray | float | None, order: int = 0) -> None:
         """Calls a launcher. The kernel updates tensors and arrays in place.
@@ -156,26 +151,20 @@ class HostKernels:
             self._process = self._start()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        storages = {i: storage for i, a in enumerate(arguments) if (storage := _storage(a)) is not None}
-        paths = {i: str(Path(self._folder.name) / f"{i}.npy") for i in storages}
-        for i, storage in storages.items():
-            np.save(paths[i], storage.numpy())
-        request = [name, [{"array": paths[i]} if i in paths else a for i, a in enumerate(arguments)], order]
+        storages = {i: storage.numpy() for i, a in enumerate(arguments) if (storage := _storage(a)) is not None}
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
+            pickle.dump((name, [storages.get(i, a) for i, a in enumerate(arguments)], order), self._process.stdin)
             self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
+            status, reason, results = pickle.load(self._process.stdout)
+        except (BrokenPipeError, EOFError):
             self._process.wait()
             self._process = None
-            raise HostError(self._errors.read_text(errors="replace")[-8000:])
-        status, reason = json.loads(answer)
+            self._errors.seek(0)
+            raise HostError(self._errors.read().decode(errors="replace")[-8000:]) from None
         if status:
             raise ValueError(f"{name} returned {status}" + (f": {reason}" if status == 1 else ""))
-        for i, storage in storages.items():
-            storage.numpy()[...] = np.load(paths[i])
+        for i, result in results.items():
+            storages[i][...] = result
 
     def scratch(self, name: str, *arguments: int) -> np.ndarray:
         """Returns exactly as many bytes as a scratch function asks for, NaN in every dtype."""
@@ -189,16 +178,19 @@ class HostKernels:
     def close(self) -> None:
         if self._process is not None:
             self._process.communicate()
-        self._folder.cleanup()
+        self._errors.close()
 
 
 def _serve(library: str) -> None:
     functions = ctypes.CDLL(library)
     functions.dfkd_unsupported_reason.restype = ctypes.c_char_p
-    for line in sys.stdin:
-        name, request, order = json.loads(line)
-        # Each array is an allocation of its own, so the sanitizer sees the first byte beyond its end.
-        arrays = {i: np.load(a["array"]) for i, a in enumerate(request) if isinstance(a, dict)}
+    while True:
+        try:
+            name, request, order = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        # Copies, so that each array is a separate allocation and the sanitizer sees accesses beyond its end.
+        arrays = {i: a.copy() for i, a in enumerate(request) if isinstance(a, np.ndarray)}
         arguments: list[Any] = []
         for i, argument in enumerate(request):
             if argument is None or i in arrays:
@@ -207,9 +199,8 @@ def _serve(library: str) -> None:
                 arguments.append(ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument))
         functions.dfkd_host_order(order)
         status = getattr(functions, name)(*arguments)
-        for i, array in arrays.items():
-            np.save(request[i]["array"], array)
-        print(json.dumps([status, functions.dfkd_unsupported_reason().decode()]), flush=True)
+        pickle.dump((status, functions.dfkd_unsupported_reason().decode(), arrays), sys.stdout.buffer)
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -55,23 +55,59 @@ def test_unneeded_gradients_launch_fewer_kernels() -> None:
     assert len(names(name, **sizes, needs_grad_proj=False, needs_grad_out=False)) < len(names(name, **sizes))
 
 
-@pytest.mark.parametrize(
-    ("op", "change", "reason"),
-    [
-        (CONTRASTIVE, {"count": 128}, "N of anchors (N, D) is 128; the kernel supports 129 to 8388608"),
-        (CONTRASTIVE, {"normalize": False}, "normalize is False; the kernel supports True"),
-        (CONTRASTIVE, {"dtype": "float64"}, "dtype must be float16 or bfloat16"),
-        (SPATIAL, {"weight_dtype": torch.float64}, "dtype of weight must be float32, float16 or bfloat16"),
-        (SPATIAL, {"maps": 200}, "K of hidden (N, K, H, W) is 200; the kernel supports multiples of 8 up to 64"),
-        (HIGH_ORDER, {"order": 4}, "R of out_weight (R, C, K) is 4; the kernel supports 1 to 3"),
-    ],
-)
-def test_unsupported_sizes_are_refused_with_a_reason(op: str, change: dict[str, Any], reason: str) -> None:
-    sizes = SIZES[op] | change
+C, K = "C of out_weight (R, C, K)", "K of out_weight (R, C, K)"
+MULTIPLES = "the kernel supports multiples of 8 up to"
+REFUSED: dict[str, dict[str, dict[str, Any]]] = {
+    CONTRASTIVE: {
+        "N of anchors (N, D) is 128; the kernel supports 129 to 8388608": {"count": 128},
+        "N of anchors (N, D) is 0; the kernel supports 129 to 8388608": {"count": 0},
+        "D of anchors (N, D) is 0; the kernel supports 1 to 128": {"dim": 0},
+        "D of anchors (N, D) is 129; the kernel supports 1 to 128": {"dim": 129},
+        "dtype must be float16 or bfloat16": {"dtype": "float32"},
+        "normalize is False; the kernel supports True": {"normalize": False},
+        "temperature is 0.03; the kernel supports 0.03005615 and more": {"temperature": 0.03},
+        "temperature is 0; the kernel supports 0.03005615 and more": {"temperature": 0.0},
+    },
+    SPATIAL: {
+        f"C of features (N, C, H, W) is 264; {MULTIPLES} 256": {"channels": 264},
+        f"C of features (N, C, H, W) is 20; {MULTIPLES} 256": {"channels": 20},
+        f"K of hidden (N, K, H, W) is 12; {MULTIPLES} 64": {"maps": 12},
+        f"K of hidden (N, K, H, W) is 72; {MULTIPLES} 64": {"maps": 72},
+        "form is 'channel'; the kernel supports 'spatial' and 'spatial_mean1'": {"form": "channel"},
+        "dtype must be float16 or bfloat16": {"dtype": "float64"},
+        "dtype of weight must be float32, float16 or bfloat16": {"weight_dtype": torch.float64},
+    },
+    HIGH_ORDER: {
+        "dtype must be float16 or bfloat16": {"dtype": torch.float32},
+        "R of out_weight (R, C, K) is 4; the kernel supports 1 to 3": {"order": 4},
+        f"{C} is 60; {MULTIPLES} 512": {"channels": 60},
+        f"{C} is 520; {MULTIPLES} 512": {"channels": 520},
+        f"{K} is 12; {MULTIPLES} 128": {"hidden": 12},
+        f"{K} is 136; {MULTIPLES} 128": {"hidden": 136},
+    },
+}
+
+
+@pytest.mark.parametrize(("op", "reason"), [(op, reason) for op in OPS for reason in REFUSED[op]])
+def test_unsupported_arguments_are_refused_with_a_reason(op: str, reason: str) -> None:
+    sizes = SIZES[op] | REFUSED[op][reason]
     for name in BOTH[op]:
         assert unsupported_reason(name, **sizes) == reason
         with pytest.raises(ValueError, match=f"{name}: {re.escape(reason)}"):
             launches(name, resources=False, **sizes)
+
+
+def test_unsupported_forms_of_backward_are_refused() -> None:
+    for channels, hidden, mode, form, reason in (
+        (64, 16, "joint", 4, "form of the backward is 4"),
+        (64, 16, "per_order", 1, "one pass supports joint gates"),
+        (256, 16, "per_order", 3, "taller tiles support joint gates"),
+        (128, 32, "joint", 3, "more than 128 channels or 32 hidden maps"),
+        (136, 16, "joint", 1, "up to 128 channels and 32 hidden maps"),
+        (64, 40, "joint", 1, "up to 128 channels and 32 hidden maps"),
+    ):
+        sizes = {"positions": 2, "channels": channels, "hidden": hidden, "mode": mode, "form": form}
+        assert reason in str(unsupported_reason(f"{HIGH_ORDER}_backward", **sizes))
 
 
 def test_cooperative_launches_need_one_sm_per_block() -> None:

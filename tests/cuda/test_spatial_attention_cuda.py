@@ -11,6 +11,7 @@ from dfkd_fast import ops
 from dfkd_fast.testing import assert_backend_no_worse, assert_close, value_and_gradients
 
 from ..ops.table import attention, near
+from .host_function import HostFunction
 
 KERNELS = "spatial_attention"
 FORMS = ("spatial", "spatial_mean1", "channel")
@@ -29,51 +30,47 @@ def unset(x):
     return torch.full_like(x, torch.nan)
 
 
-class Call:
-    """One forward call of the launchers and its backward call."""
+class Op:
+    """Calls the launchers like ``ops.spatial_attention``, with gradients."""
 
-    def __init__(self, kernels, order, features, hidden, weight, bias, scale, form):
-        self.kernels, self.order = kernels, order
-        self.tensors = [None if t is None else dense(t.detach()) for t in (features, hidden, weight, bias)]
-        n, c, h, w = features.shape
-        self.sizes = n, c, hidden.shape[1], h * w
-        self.dtypes = [CODES[t.dtype] for t in (features, weight, weight if bias is None else bias)]
+    def __init__(self, kernels, *, scale, form="spatial", order=0):
+        self.kernels, self.scale, self.form, self.order = kernels, scale, form, order
         self.options = float(scale), FORMS.index(form)
 
-    def forward(self):
-        out, saved = unset(self.tensors[0]), torch.full((2, *self.sizes[:2]), torch.nan)
-        arguments = (*self.tensors[:3], *self.sizes, *self.dtypes[:2], *self.options, out, saved, None)
+    def __call__(self, *tensors, backend="cuda"):
+        if backend == "cuda":
+            return HostFunction.apply(self, *tensors)
+        return ops.spatial_attention(*tensors, scale=self.scale, form=self.form, backend=backend)
+
+    def sizes(self, features, hidden):
+        n, c, h, w = features.shape
+        return n, c, hidden.shape[1], h * w
+
+    def forward(self, features, hidden, weight, bias):
+        sizes, dtypes = self.sizes(features, hidden), (CODES[features.dtype], CODES[weight.dtype])
+        features, hidden, weight = map(dense, (features, hidden, weight))
+        out, saved = unset(features), torch.full((2, *sizes[:2]), torch.nan)
+        arguments = (features, hidden, weight, *sizes, *dtypes, *self.options, out, saved, None)
         self.kernels("dfkd_spatial_attention", *arguments, order=self.order)
         return out, saved
 
-    def backward(self, grad_output, saved, needs_grad=(True, True, True, True)):
-        gradients = [unset(t) if needed else None for t, needed in zip(self.tensors, needs_grad, strict=True)]
-        scratch = self.kernels.scratch("dfkd_spatial_attention_backward_scratch", *self.sizes, self.options[-1])
+    def backward(self, grad_output, features, hidden, weight, bias, saved, needs_grad=(True, True, True, True)):
+        sizes = self.sizes(features, hidden)
+        dtypes = [CODES[t.dtype] for t in (features, weight, weight if bias is None else bias)]
+        tensors = [None if t is None else dense(t) for t in (features, hidden, weight, bias)]
+        gradients = [unset(t) if needed else None for t, needed in zip(tensors, needs_grad, strict=True)]
+        scratch = self.kernels.scratch("dfkd_spatial_attention_backward_scratch", *sizes, self.options[-1])
         assert scratch.size % 16 == 0
-        given = dense(grad_output), *self.tensors[:3], saved
-        arguments = (*given, *self.sizes, *self.dtypes, *self.options, *gradients, scratch, None)
+        given = dense(grad_output), *tensors[:3], saved
+        arguments = (*given, *sizes, *dtypes, *self.options, *gradients, scratch, None)
         self.kernels("dfkd_spatial_attention_backward", *arguments, order=self.order)
         return gradients
 
 
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *arguments):
-        ctx.call = Call(*arguments)
-        out, ctx.saved = ctx.call.forward()
-        return out
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        return None, None, *ctx.call.backward(grad_output, ctx.saved, ctx.needs_input_grad[2:6]), None, None
-
-
 @pytest.fixture
 def op(kernels):
-    def spatial_attention(*tensors, scale, form="spatial", backend="cuda", order=0):
-        if backend == "cuda":
-            return _Function.apply(kernels, order, *tensors, scale, form)
-        return ops.spatial_attention(*tensors, scale=scale, form=form, backend=backend)
+    def spatial_attention(*tensors, backend="cuda", **options):
+        return Op(kernels, **options)(*tensors, backend=backend)
 
     return spatial_attention
 
@@ -93,48 +90,37 @@ def check(op, shape, form="spatial", **options):
     assert_backend_no_worse(both, inputs(shape, **options), backend="cuda", draws=1)
 
 
-# Shape, hidden maps, and the case's reason.
-SHAPES = {
-    "one box of channels": ((1, 64, 23, 25), 8),
-    "more tiles than blocks": ((1, 40, 31, 33), 16),
-    "two boxes": ((2, 104, 13, 17), 24),
-    "three of four boxes": ((1, 168, 9, 11), 40),
-    "more samples than block groups": ((5, 8, 3, 7), 8),
-    "several samples per block group": ((3, 8, 39, 40), 8),
-    "most hidden maps": ((1, 64, 13, 25), 64),
+F16 = {"dtype": torch.float16}
+# Shape, hidden maps, form, options of inputs().
+CASES = {
+    "one tile": ((2, 24, 5, 4), 8, "spatial", {}),
+    "one tile, float16": ((2, 24, 5, 4), 8, "spatial_mean1", F16),
+    "one box of channels": ((1, 64, 23, 25), 8, "spatial", {}),
+    "more tiles than blocks": ((1, 40, 31, 33), 16, "spatial", {}),
+    "two boxes": ((2, 104, 13, 17), 24, "spatial", {}),
+    "three of four boxes": ((1, 168, 9, 11), 40, "spatial", {}),
+    "more samples than block groups": ((5, 8, 3, 7), 8, "spatial", {}),
+    "several samples per block group": ((3, 8, 39, 40), 8, "spatial", {}),
+    "most hidden maps": ((1, 64, 13, 25), 64, "spatial", {}),
+    "float32 parameters": ((1, 16, 3, 5), 8, "spatial", {"parameters": torch.float32}),
+    "float16 parameters": ((1, 16, 3, 5), 8, "spatial", {"parameters": torch.float16}),
+    **{f"gradients {i}": ((2, 72, 6, 12), 8, "spatial", {"needs_grad": i}) for i in ((0,), (1,), (2,), (0, 3))},
 }
-SLOW_SHAPES = {
-    "four boxes": ((3, 256, 13, 15), 32),
-    "many tiles": ((2, 72, 40, 31), 16),
-    "more samples than clusters": ((7, 128, 12, 13), 16),
+SLOW_CASES = {
+    f"{name}, {options}": (shape, hidden, "spatial_mean1", options)
+    for options in ({}, F16)
+    for name, shape, hidden in (
+        ("four boxes", (3, 256, 13, 15), 32),
+        ("many tiles", (2, 72, 40, 31), 16),
+        ("more samples than clusters", (7, 128, 12, 13), 16),
+    )
 }
 
 
-@pytest.mark.parametrize(("dtype", "form"), list(zip(DTYPES, SUPPORTED, strict=True)))
-def test_errors_are_within_twice_the_references(op, dtype, form):
-    check(op, (2, 24, 5, 4), form, dtype=dtype)
-
-
-@pytest.mark.parametrize(("shape", "hidden"), SHAPES.values(), ids=SHAPES)
-def test_several_tiles(op, shape, hidden):
-    check(op, shape, hidden=hidden)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("shape", "hidden"), SLOW_SHAPES.values(), ids=SLOW_SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_larger_maps(op, shape, hidden, dtype):
-    check(op, shape, "spatial_mean1", hidden=hidden, dtype=dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_parameters_of_another_dtype(op, dtype):
-    check(op, (1, 16, 3, 5), parameters=dtype)
-
-
-@pytest.mark.parametrize("needs_grad", [(0,), (1,), (2,), (0, 3)])
-def test_each_gradient_computed_separately(op, needs_grad):
-    check(op, (2, 72, 6, 12), needs_grad=needs_grad)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES)])
+def test_errors_are_within_twice_the_references(op, case):
+    shape, hidden, form, options = (CASES | SLOW_CASES)[case]
+    check(op, shape, form, hidden=hidden, **options)
 
 
 def test_subsets_of_gradients_are_bitwise_equal(op):
@@ -192,7 +178,7 @@ def test_bias_is_ignored(op):
 
 def test_forward_saves_row_max_and_row_sum(kernels):
     f, h, w, b = inputs((2, 72, 13, 11), hidden=16)(0)
-    row_max, row_sum = Call(kernels, 0, f, h, w, b, 1.0, "spatial").forward()[1]
+    row_max, row_sum = Op(kernels, scale=1.0).forward(f, h, w, b)[1]
     logits = torch.einsum("ck,nkp->ncp", w.double(), h.double().flatten(2))
     assert_close(row_max, logits.amax(2), atol=1e-5)
     assert_close(row_sum, (logits - logits.amax(2, keepdim=True)).exp().sum(2), atol=0, rtol=1e-5)
@@ -205,22 +191,6 @@ def test_results_do_not_depend_on_thread_order(op):
     for other in runs[1:]:
         for a, b in zip((*runs[0][0], *runs[0][1]), (*other[0], *other[1]), strict=True):
             assert torch.equal(a, b)
-
-
-def test_unsupported_arguments_are_refused(kernels):
-    for channels, hidden, form, dtype, reason in (
-        (264, 8, "spatial", torch.bfloat16, r"C of features .* is 264; .* multiples of 8 up to 256"),
-        (20, 8, "spatial", torch.bfloat16, "C of features .* is 20"),
-        (16, 12, "spatial", torch.bfloat16, "K of hidden .* is 12; .* multiples of 8 up to 64"),
-        (16, 72, "spatial", torch.bfloat16, "K of hidden .* is 72"),
-        (16, 8, "channel", torch.bfloat16, "form is 'channel'; the kernel supports 'spatial' and"),
-        (16, 8, "spatial", torch.float32, "dtype must be float16 or bfloat16"),
-    ):
-        call = Call(kernels, 0, *inputs((1, channels, 2, 2), hidden=hidden, dtype=dtype)(0), 1.0, form)
-        with pytest.raises(ValueError, match=f"dfkd_spatial_attention returned 1: {reason}"):
-            call.forward()
-        with pytest.raises(ValueError, match=f"dfkd_spatial_attention_backward returned 1: {reason}"):
-            call.backward(call.tensors[0], torch.zeros(1))
 
 
 @pytest.mark.slow
