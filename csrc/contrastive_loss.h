@@ -7,8 +7,6 @@
 // is copied from shared memory to registers.
 #pragma once
 
-#include <bit>
-
 #include "sm90.h"
 
 namespace dfkd::contrastive {

@@ -22,6 +22,7 @@
 #include <cstring>
 #endif
 
+#include <bit>
 #include <type_traits>
 
 #include "launchers.h"
@@ -40,17 +41,8 @@ struct alignas(2) bfloat16 {
 #ifdef DFKD_HOST
 
 inline float to_float(float x) { return x; }
-inline float to_float(float16 x) {
-  _Float16 value;
-  std::memcpy(&value, &x, 2);
-  return static_cast<float>(value);
-}
-inline float to_float(bfloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
+inline float to_float(float16 x) { return static_cast<float>(std::bit_cast<_Float16>(x)); }
+inline float to_float(bfloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 template <typename T>
 T from_float(float x);
 template <>
@@ -59,16 +51,12 @@ inline float from_float<float>(float x) {
 }
 template <>
 inline float16 from_float<float16>(float x) {
-  const _Float16 value = static_cast<_Float16>(x);
-  float16 result;
-  std::memcpy(&result, &value, 2);
-  return result;
+  return std::bit_cast<float16>(static_cast<_Float16>(x));
 }
 template <>
 inline bfloat16 from_float<bfloat16>(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
   if (std::isnan(x)) return {0x7fff};
+  uint32_t bits = std::bit_cast<uint32_t>(x);
   bits += 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
   return {static_cast<uint16_t>(bits >> 16)};
 }
@@ -109,18 +97,12 @@ __device__ __forceinline__ float fast_divide(float a, float b) { return __fdivid
 
 #endif
 
-// Packs two elements into a register, the first in the low half.
-template <typename T>
-__device__ __forceinline__ uint32_t pack(T low, T high) {
-  static_assert(sizeof(T) == 2);
-  return static_cast<uint32_t>(low.bits) | (static_cast<uint32_t>(high.bits) << 16);
-}
-// Rounds two float32 values to nearest and packs them.
+// Rounds two float32 values to nearest and packs them into a register, the first in the low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack_rn(float low, float high) {
   static_assert(sizeof(T) == 2);
 #ifdef DFKD_HOST
-  return pack(from_float<T>(low), from_float<T>(high));
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 #else
   uint32_t result;
   if constexpr (std::is_same_v<T, bfloat16>) {

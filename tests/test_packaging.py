@@ -105,7 +105,7 @@ def site(repository, tmp_path_factory):
     # Without the CUDA extension, which takes minutes to build; tests/cuda/test_extension.py builds it.
     pure = {**os.environ, "DFKD_FAST_CUDA": "0"}
     subprocess.run([*pip, *built, *offline], check=True, capture_output=True, env=pure)
-    (wheel,) = folder.glob("*.whl")
+    (wheel,) = folder.glob("*-py3-none-any.whl")
     subprocess.run([*pip, "install", "--target", str(folder / "site"), str(wheel), *offline], check=True)
     return folder / "site"
 
@@ -124,6 +124,7 @@ class TestWheel:
         missing = [str(path) for path in sorted(sources) if not (site / path).exists()]
         assert not missing
         assert (site / "dfkd_fast" / "py.typed").exists()
+        assert not list(site.rglob("dfkd_fast/*.so"))
 
     def test_imports_from_another_folder(self, site, tmp_path):
         code = (

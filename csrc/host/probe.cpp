@@ -38,35 +38,18 @@ __global__ void divergent_barrier() {
   if (threadIdx.x != 0) __syncwarp();
 }
 
-__global__ void warp_reduce(const float* in, float* sums, float* largest) {
-  const int me = static_cast<int>(threadIdx.x);
-  sums[me] = warp_sum(in[me]);
-  largest[me] = warp_max<8>(in[me]);
-}
-
-// The matrix fragments that each lane gets from 32 rows of 8 elements.
-__global__ void ldmatrix_rows(const uint16_t* rows, uint32_t* out) {
-  uint16_t* shared = reinterpret_cast<uint16_t*>(shared_memory());
-  const int lane = static_cast<int>(threadIdx.x);
-  for (int i = 0; i < 8; ++i) shared[8 * lane + i] = rows[8 * lane + i];
-  __syncwarp();
-  uint32_t r[4];
-  ldmatrix(r, shared + 8 * lane);
-  for (int i = 0; i < 4; ++i) out[4 * lane + i] = r[i];
-}
-
 constexpr int kK = 128;
 
-// c (64, N) = a b with K = 128. a is (64, 128), or (128, 64) with TRANSPOSE_A; b is (N, 128), or (128, N) with
-// TRANSPOSE_B. With `registers`, a is a register operand. With wait = 0, c is read before wgmma completes.
-template <typename T, int N, int WIDTH, bool TRANSPOSE_A, bool TRANSPOSE_B>
-__global__ void gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map, const T* a,
-                        float* c, int registers, int wait) {
-  constexpr int kBoxBytesA = (TRANSPOSE_A ? kK : 64) * WIDTH * 2, kBoxBytesB = (TRANSPOSE_B ? kK : N) * WIDTH * 2;
-  constexpr int kNumBoxesA = (TRANSPOSE_A ? 64 : kK) / WIDTH, kNumBoxesB = (TRANSPOSE_B ? N : kK) / WIDTH;
+constexpr int kN = 128;
+
+// c (64, N) = a (64, K) b (N, K)^T. With `registers`, a is a register operand. With wait = 0, c is read before wgmma
+// completes.
+__global__ void gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+                     const bfloat16* a, float* c, int registers, int wait) {
+  constexpr int kBoxBytesA = 64 * 64 * 2, kBoxBytesB = kN * 64 * 2;
   unsigned char* a_smem = shared_memory();
-  unsigned char* b_smem = a_smem + kNumBoxesA * kBoxBytesA;
-  Barrier* full = reinterpret_cast<Barrier*>(b_smem + kNumBoxesB * kBoxBytesB);
+  unsigned char* b_smem = a_smem + kK / 64 * kBoxBytesA;
+  Barrier* full = reinterpret_cast<Barrier*>(b_smem + kK / 64 * kBoxBytesB);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, row = thread / 32 * 16 + lane / 4;
   if (thread == 0) {
     mbarrier_init(full, 1);
@@ -74,58 +57,37 @@ __global__ void gemm(const __grid_constant__ TensorMap a_map, const __grid_const
   }
   __syncthreads();
   if (thread == 0) {
-    mbarrier_arrive_expect_tx(full, kNumBoxesA * kBoxBytesA + kNumBoxesB * kBoxBytesB);
-    for (int p = 0; p < kNumBoxesA; ++p) tma_load(a_smem + p * kBoxBytesA, a_map, p * WIDTH, 0, 0, full);
-    for (int p = 0; p < kNumBoxesB; ++p) tma_load(b_smem + p * kBoxBytesB, b_map, p * WIDTH, 0, 0, full);
+    mbarrier_arrive_expect_tx(full, kK / 64 * (kBoxBytesA + kBoxBytesB));
+    for (int box = 0; box < kK / 64; ++box) {
+      tma_load(a_smem + box * kBoxBytesA, a_map, box * 64, 0, 0, full);
+      tma_load(b_smem + box * kBoxBytesB, b_map, box * 64, 0, 0, full);
+    }
   }
   mbarrier_wait(full, 0);
-  float d[N / 8][4];
-  uint32_t left[kK / 16][4];
-  for (int step = 0; step < kK / 16; ++step) {
-    for (int i = 0; i < 4; ++i) {
-      T pair[2];
-      for (int e = 0; e < 2; ++e) {
-        const int m = row + i % 2 * 8, k = 16 * step + i / 2 * 8 + 2 * (lane % 4) + e;
-        pair[e] = a[TRANSPOSE_A ? k * 64 + m : m * kK + k];
-      }
-      left[step][i] = pack(pair[0], pair[1]);
-    }
+  float d[kN / 8][4];
+  uint32_t a_fragment[kK / 16][4];
+  for (int i = 0; i < kK / 4; ++i) {
+    const bfloat16* pair = a + (row + i % 2 * 8) * kK + i / 4 * 16 + i % 4 / 2 * 8 + 2 * (lane % 4);
+    a_fragment[i / 4][i % 4] = pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
   }
   warpgroup_fence_operand(d);
   warpgroup_arrive();
-  for (int step = 0; step < kK / 16; ++step) {
-    const int at = 16 * step;
-    const int a_box = at / WIDTH * kBoxBytesA, b_box = at / WIDTH * kBoxBytesB;
-    const uint64_t desc_a = TRANSPOSE_A ? advance_desc(make_smem_desc<WIDTH>(a_smem, kBoxBytesA), at * WIDTH * 2)
-                                      : advance_desc(make_smem_desc<WIDTH>(a_smem + a_box), at % WIDTH * 2);
-    const uint64_t desc_b = TRANSPOSE_B ? advance_desc(make_smem_desc<WIDTH>(b_smem, kBoxBytesB), at * WIDTH * 2)
-                                      : advance_desc(make_smem_desc<WIDTH>(b_smem + b_box), at % WIDTH * 2);
+  for (int k = 0; k < kK / 16; ++k) {
+    const uint64_t desc_a = advance_desc(make_smem_desc<64>(a_smem + k / 4 * kBoxBytesA), k % 4 * 32);
+    const uint64_t desc_b = advance_desc(make_smem_desc<64>(b_smem + k / 4 * kBoxBytesB), k % 4 * 32);
     if (registers) {
-      wgmma<T, N, TRANSPOSE_B>(d, left[step], desc_b, step > 0);
+      wgmma<bfloat16, kN>(d, a_fragment[k], desc_b, k > 0);
     } else {
-      wgmma<T, N, TRANSPOSE_A, TRANSPOSE_B>(d, desc_a, desc_b, step > 0);
+      wgmma<bfloat16, kN>(d, desc_a, desc_b, k > 0);
     }
   }
   warpgroup_commit_batch();
   if (wait) warpgroup_wait<0>();
   warpgroup_fence_operand(d);
-  for (int i = 0; i < N / 2; ++i) {
-    c[(row + i % 4 / 2 * 8) * N + i / 4 * 8 + 2 * (lane % 4) + i % 2] = d[i / 4][i % 4];
+  for (int i = 0; i < kN / 2; ++i) {
+    c[(row + i % 4 / 2 * 8) * kN + i / 4 * 8 + 2 * (lane % 4) + i % 2] = d[i / 4][i % 4];
   }
   warpgroup_wait<0>();
-}
-
-template <typename T, int N, int WIDTH, bool TRANSPOSE_A, bool TRANSPOSE_B>
-int run_gemm(const void* a, const void* b, float* c, int registers, int wait) {
-  TensorMap a_map, b_map;
-  constexpr int64_t kWideA = TRANSPOSE_A ? 64 : kK, kHighA = TRANSPOSE_A ? kK : 64;
-  constexpr int64_t kWideB = TRANSPOSE_B ? N : kK, kHighB = TRANSPOSE_B ? kK : N;
-  int error = make_tensor_map<WIDTH>(&a_map, a, {kWideA, kHighA, 1}, kWideA, kWideA * kHighA, {WIDTH, kHighA, 1});
-  if (error) return error;
-  error = make_tensor_map<WIDTH>(&b_map, b, {kWideB, kHighB, 1}, kWideB, kWideB * kHighB, {WIDTH, kHighB, 1});
-  if (error) return error;
-  return launch_cluster(gemm<T, N, WIDTH, TRANSPOSE_A, TRANSPOSE_B>, 1, kWarpgroupSize, 2 * kK * (64 + N) + 8, 1,
-                        false, nullptr, a_map, b_map, static_cast<const T*>(a), c, registers, wait);
 }
 
 // Copies a tile of one tensor to the same coordinates of another. With wait = 0, it does not wait for the load.
@@ -253,34 +215,14 @@ int probe_neighbor(int* out, int blocks, int threads, int barrier) {
 int probe_exchange(int* out, int barrier) { return launch(exchange, 1, 64, 256, nullptr, out, barrier); }
 int probe_shared_store(int* out, int index) { return launch(shared_store, 1, 1, 64, nullptr, out, index); }
 int probe_divergent_barrier() { return launch(divergent_barrier, 1, 32, 0, nullptr); }
-int probe_warp_reduce(const float* in, float* sums, float* largest) {
-  return launch(warp_reduce, 1, 32, 0, nullptr, in, sums, largest);
-}
-int probe_ldmatrix(const uint16_t* rows, uint32_t* out) {
-  return launch(ldmatrix_rows, 1, 32, 512, nullptr, rows, out);
-}
-int probe_wgmma(const void* a, const void* b, float* c, int dtype, int n, int width, int transpose_a, int transpose_b,
-                int registers, int wait) {
-  const auto run = [&](auto type, auto n_constant, auto box_width) {
-    using T = decltype(type);
-    constexpr int kN = decltype(n_constant)::value, kWidth = decltype(box_width)::value;
-    if constexpr (kN % kWidth != 0) {
-      return DFKD_INVALID;
-    } else if (transpose_a) {
-      return transpose_b ? run_gemm<T, kN, kWidth, true, true>(a, b, c, registers, wait)
-                         : run_gemm<T, kN, kWidth, true, false>(a, b, c, registers, wait);
-    } else {
-      return transpose_b ? run_gemm<T, kN, kWidth, false, true>(a, b, c, registers, wait)
-                         : run_gemm<T, kN, kWidth, false, false>(a, b, c, registers, wait);
-    }
-  };
-  return dispatch_dtype(dtype, [&](auto type) {
-    using std::integral_constant;
-    if (n == 16 && width == 16) return run(type, integral_constant<int, 16>{}, integral_constant<int, 16>{});
-    if (n == 96 && width == 32) return run(type, integral_constant<int, 96>{}, integral_constant<int, 32>{});
-    if (n == 128 && width == 64) return run(type, integral_constant<int, 128>{}, integral_constant<int, 64>{});
+int probe_wgmma(const void* a, const void* b, float* c, int registers, int wait) {
+  TensorMap a_map, b_map;
+  if (make_tensor_map<64>(&a_map, a, {kK, 64, 1}, kK, kK * 64, {64, 64, 1}) ||
+      make_tensor_map<64>(&b_map, b, {kK, kN, 1}, kK, kK * kN, {64, kN, 1})) {
     return DFKD_INVALID;
-  });
+  }
+  return launch(gemm, 1, kWarpgroupSize, 2 * kK * (64 + kN) + 8, nullptr, a_map, b_map,
+                static_cast<const bfloat16*>(a), c, registers, wait);
 }
 
 int probe_tma(void* tensor, int64_t size_x, int64_t size_y, int64_t size_z, int x, int y, int z, int width, int wait) {

@@ -281,7 +281,6 @@ unsigned char* slot(int lane) {
   return running->block->slots.data() + ((running->index / kWarp) * kWarp + lane) * kSlot;
 }
 unsigned char* shared_memory() { return running->block->shared.get(); }
-size_t shared_bytes() { return running->block->shared_bytes; }
 
 void block_barrier() {
   running->state = State::at_block;

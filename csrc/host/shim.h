@@ -47,7 +47,6 @@ unsigned char* slot(int lane);
 int lane();
 
 unsigned char* shared_memory();
-size_t shared_bytes();
 
 // Runs a grid: blocks one after the other, the blocks of a cluster (neighbors along x) concurrently, all blocks
 // concurrently if cooperative. Aborts with a message on a deadlock.
@@ -125,5 +124,3 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return dfkd::host::exchange(value, dfkd::host::lane() ^ mask);
 }
-
-using cudaStream_t = void*;

@@ -148,8 +148,8 @@ void check(uint64_t operand, bool transpose, int outer) {
 }
 
 // Without sanitizers: this loop takes most of the time and accesses only plain arrays.
-__attribute__((no_sanitize("address", "undefined"), optimize("O3"))) void multiply(const float* a,
-                                                                                  const float* b, double* d, int n) {
+__attribute__((no_sanitize("address", "undefined"), optimize("O3"))) void multiply(const float* a, const float* b,
+                                                                                  double* d, int n) {
   for (int m = 0; m < 64; ++m) {
     for (int k = 0; k < 16; ++k) {
       const double left = a[m * 16 + k];
@@ -166,15 +166,16 @@ void perform(const Operation& operation, const unsigned char* shared) {
   std::vector<float> a(64 * 16), b(16 * columns);
   std::vector<double> d(64 * columns);
   for (int thread = 0; thread < kGroup; ++thread) {
-    const Wgmma& part = operation.threads[thread];
+    const Wgmma& fragment = operation.threads[thread];
     const int row = thread / 32 * 16 + thread % 32 / 4, column = 2 * (thread % 4);
     if (!operation.saved.empty()) {
-      std::memcpy(part.d, operation.saved.data() + static_cast<size_t>(thread) * columns / 2, columns * 2);
+      std::memcpy(fragment.d, operation.saved.data() + static_cast<size_t>(thread) * columns / 2, columns * 2);
     }
-    if (part.a != nullptr) {
+    if (fragment.a != nullptr) {
       for (int i = 0; i < 8; ++i) {
-        const auto bits = static_cast<uint16_t>(part.a[i / 2] >> (16 * (i % 2)));
-        a[static_cast<size_t>((row + i / 2 % 2 * 8) * 16 + column + i / 4 * 8 + i % 2)] = value_of(bits, part.bfloat);
+        const auto bits = static_cast<uint16_t>(fragment.a[i / 2] >> (16 * (i % 2)));
+        const int at = (row + i / 2 % 2 * 8) * 16 + column + i / 4 * 8 + i % 2;
+        a[static_cast<size_t>(at)] = value_of(bits, fragment.bfloat);
       }
     }
   }
@@ -190,11 +191,11 @@ void perform(const Operation& operation, const unsigned char* shared) {
   }
   multiply(a.data(), b.data(), d.data(), n);
   for (int thread = 0; thread < kGroup; ++thread) {
-    const Wgmma& part = operation.threads[thread];
+    const Wgmma& fragment = operation.threads[thread];
     const int row = thread / 32 * 16 + thread % 32 / 4, column = 2 * (thread % 4);
     for (int i = 0; i < n / 2; ++i) {
       const int at = (row + i % 4 / 2 * 8) * n + i / 4 * 8 + column + i % 2;
-      part.d[i] = (part.accumulate ? part.d[i] : 0.0f) + static_cast<float>(d[static_cast<size_t>(at)]);
+      fragment.d[i] = (fragment.accumulate ? fragment.d[i] : 0.0f) + static_cast<float>(d[static_cast<size_t>(at)]);
     }
   }
 }
@@ -315,9 +316,9 @@ void wgmma(const Wgmma& arguments) {
     Operation operation;
     const Wgmma& first = group.threads[0];
     for (int thread = 0; thread < kGroup; ++thread) {
-      const Wgmma& part = operation.threads[thread] = group.threads[thread];
-      if (part.a_operand != first.a_operand || part.b_operand != first.b_operand || part.n != first.n ||
-          part.accumulate != first.accumulate || (part.a == nullptr) != (first.a == nullptr)) {
+      const Wgmma& fragment = operation.threads[thread] = group.threads[thread];
+      if (fragment.a_operand != first.a_operand || fragment.b_operand != first.b_operand || fragment.n != first.n ||
+          fragment.accumulate != first.accumulate || (fragment.a == nullptr) != (first.a == nullptr)) {
         fail("the threads of a warpgroup issue different wgmma");
       }
     }
@@ -326,9 +327,9 @@ void wgmma(const Wgmma& arguments) {
     if (!group.in_flight(first.d)) {
       if (immediate()) return perform(operation, memory);
       const auto each = static_cast<size_t>(first.n / 2);
-      for (const Wgmma& part : operation.threads) {
-        operation.saved.insert(operation.saved.end(), part.d, part.d + each);
-        std::fill(part.d, part.d + each, std::numeric_limits<float>::quiet_NaN());
+      for (const Wgmma& fragment : operation.threads) {
+        operation.saved.insert(operation.saved.end(), fragment.d, fragment.d + each);
+        std::fill(fragment.d, fragment.d + each, std::numeric_limits<float>::quiet_NaN());
       }
     }
     group.uncommitted.push_back(std::move(operation));

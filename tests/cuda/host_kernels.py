@@ -109,7 +109,7 @@ def _storage(argument: Any) -> Tensor | None:
 
 
 class HostKernels:
-    """Kernels in a child process. It is restarted after an error.
+    """Kernels in a child process. It is restarted after an error and exits with its parent.
 
     Args:
         library: from :func:`build`.
@@ -174,11 +174,6 @@ class HostKernels:
         except ValueError as found:  # the function returns the size where launchers return a status
             size = int(str(found).split("returned ")[1].split(":")[0])
         return np.full(size, 0xFF, dtype=np.uint8)
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.communicate()
-        self._errors.close()
 
 
 def _serve(library: str) -> None:

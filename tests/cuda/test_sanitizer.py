@@ -21,12 +21,7 @@ pytestmark = [
     pytest.mark.skipif(extension.UNAVAILABLE is not None, reason=str(extension.UNAVAILABLE)),
 ]
 
-TOOLS = {
-    "memcheck": [],
-    "racecheck": ["--racecheck-report", "analysis"],
-    "initcheck": [],
-    "synccheck": [],
-}
+TOOLS = {"memcheck": [], "racecheck": ["--racecheck-report", "analysis"], "initcheck": [], "synccheck": []}
 
 
 def sanitizer() -> str | None:
