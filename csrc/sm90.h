@@ -319,14 +319,14 @@ __device__ __forceinline__ void mbarrier_arrive_cluster_relaxed(Barrier* barrier
 }
 #ifdef DFKD_WATCH  // for debugging: a wait of more than two seconds traps
 #define DFKD_BEGIN_WAIT ".reg .u32 began, now;\nmov.u32 began, %%globaltimer_lo;\n"
-#define DFKD_WAIT_REPEAT                                                                                             \
+#define DFKD_WAIT_REPEAT                                                                                            \
   "@done bra over;\nmov.u32 now, %%globaltimer_lo;\nsub.u32 now, now, began;\nsetp.lt.u32 done, now, 2000000000;\n" \
   "@done bra again;\ntrap;\nover:\n"
 #else
 #define DFKD_BEGIN_WAIT ""
 #define DFKD_WAIT_REPEAT "@!done bra again;\n"
 #endif
-#define DFKD_WAIT(suffix)                                                                                             \
+#define DFKD_WAIT(suffix)                                                                                            \
   asm volatile("{\n.reg .pred done;\n" DFKD_BEGIN_WAIT "again:\nmbarrier.try_wait.parity" suffix                     \
                ".shared::cta.b64 done, [%0], %1;\n" DFKD_WAIT_REPEAT "}" ::"r"(cast_smem_ptr_to_uint(barrier)),      \
                "r"(parity)                                                                                           \
@@ -375,7 +375,7 @@ inline void tma_load_multicast(unsigned ranks, void* shared, const TensorMap& ma
   for (int rank = 0; rank < 16; ++rank) {
     if (ranks >> rank & 1u) {
       host::tma_load(host::at_rank(shared, rank), map.map, x, y, z,
-                      static_cast<uint64_t*>(host::at_rank(&full->state, rank)));
+                     static_cast<uint64_t*>(host::at_rank(&full->state, rank)));
     }
   }
 }
@@ -405,10 +405,11 @@ __device__ __forceinline__ void cp_async_bulk(void* shared, const void* global, 
 // Stores 16 bytes to the same offset in the shared memory of another block and counts them at its barrier.
 __device__ __forceinline__ void st_async(void* shared, const uint32_t (&values)[4], Barrier* full, int rank) {
   asm volatile(
-      "{\n.reg .b32 remote, barrier;\n"
+      "{\n.reg .b32 remote, remote_barrier;\n"
       "mapa.shared::cluster.u32 remote, %0, %6;\n"
-      "mapa.shared::cluster.u32 barrier, %5, %6;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote], {%1, %2, %3, %4}, [barrier];\n}" ::
+      "mapa.shared::cluster.u32 remote_barrier, %5, %6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote], {%1, %2, %3, %4}, "
+      "[remote_barrier];\n}" ::
       "r"(cast_smem_ptr_to_uint(shared)),
       "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(cast_smem_ptr_to_uint(full)), "r"(rank)
       : "memory");
@@ -606,9 +607,6 @@ __device__ __forceinline__ void warpgroup_fence_operand(uint32_t (&a)[N][4]) {
 #define DFKD_64 DFKD_40 ", " DFKD_TEN(4) ", " DFKD_TEN(5) ", %60, %61, %62, %63"
 #define DFKD_80 DFKD_40 ", " DFKD_TEN(4) ", " DFKD_TEN(5) ", " DFKD_TEN(6) ", " DFKD_TEN(7)
 #define DFKD_96 DFKD_80 ", " DFKD_TEN(8) ", %90, %91, %92, %93, %94, %95"
-#define DFKD_128 \
-  DFKD_80 ", " DFKD_TEN(8) ", " DFKD_TEN(9) ", " DFKD_TEN(10) ", " DFKD_TEN(11) \
-  ", %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define DFKD_D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define DFKD_D8(i) DFKD_D4(i), DFKD_D4(i + 1)
@@ -618,23 +616,22 @@ __device__ __forceinline__ void warpgroup_fence_operand(uint32_t (&a)[N][4]) {
 #define DFKD_D48(i) DFKD_D32(i), DFKD_D16(i + 8)
 #define DFKD_D64(i) DFKD_D32(i), DFKD_D32(i + 8)
 #define DFKD_D96(i) DFKD_D64(i), DFKD_D32(i + 16)
-#define DFKD_D128(i) DFKD_D64(i), DFKD_D64(i + 16)
 
 // d uses R registers; the other operands are numbered from R.
-#define DFKD_WGMMA_SS(TYPE, N, R, A, B, P, TA, TB)                                                                     \
+#define DFKD_WGMMA_SS(TYPE, N, R, A, B, P, TA, TB)                                                                   \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P ", 0;\n"                                                  \
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" DFKD_##R "}, %" #A ", %" #B      \
                ", add, 1, 1, %" #TA ", %" #TB ";\n}"                                                                 \
                : DFKD_D##R(0)                                                                                        \
                : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(TRANSPOSE_A ? 1 : 0), "n"(TRANSPOSE_B ? 1 : 0))
-#define DFKD_WGMMA_RS(TYPE, N, R, A0, A1, A2, A3, B, P, TB)                                                         \
+#define DFKD_WGMMA_RS(TYPE, N, R, A0, A1, A2, A3, B, P, TB)                                                          \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P ", 0;\n"                                                  \
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" DFKD_##R "}, {%" #A0 ", %" #A1   \
                ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, %" #TB ";\n}"                                             \
                : DFKD_D##R(0)                                                                                        \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),              \
                  "n"(TRANSPOSE_B ? 1 : 0))
-#define DFKD_WGMMA(KIND, N, ...)                       \
+#define DFKD_WGMMA(KIND, N, ...)                      \
   if constexpr (std::is_same_v<T, bfloat16>) {        \
     KIND("bf16", N, __VA_ARGS__);                     \
   } else {                                            \
@@ -656,34 +653,22 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t
     DFKD_WGMMA(DFKD_WGMMA_SS, 96, 48, 48, 49, 50, 51, 52)
   } else if constexpr (N == 128) {
     DFKD_WGMMA(DFKD_WGMMA_SS, 128, 64, 64, 65, 66, 67, 68)
-  } else if constexpr (N == 192) {
-    DFKD_WGMMA(DFKD_WGMMA_SS, 192, 96, 96, 97, 98, 99, 100)
   } else {
-    static_assert(N == 256);
-    DFKD_WGMMA(DFKD_WGMMA_SS, 256, 128, 128, 129, 130, 131, 132)
+    static_assert(N == 192);
+    DFKD_WGMMA(DFKD_WGMMA_SS, 192, 96, 96, 97, 98, 99, 100)
   }
 }
 
 template <typename T, int N, bool TRANSPOSE_B>
 __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   static_assert(sizeof(T) == 2);
-  if constexpr (N == 16) {
-    DFKD_WGMMA(DFKD_WGMMA_RS, 16, 8, 8, 9, 10, 11, 12, 13, 14)
-  } else if constexpr (N == 32) {
-    DFKD_WGMMA(DFKD_WGMMA_RS, 32, 16, 16, 17, 18, 19, 20, 21, 22)
-  } else if constexpr (N == 48) {
+  if constexpr (N == 48) {
     DFKD_WGMMA(DFKD_WGMMA_RS, 48, 24, 24, 25, 26, 27, 28, 29, 30)
   } else if constexpr (N == 64) {
     DFKD_WGMMA(DFKD_WGMMA_RS, 64, 32, 32, 33, 34, 35, 36, 37, 38)
-  } else if constexpr (N == 96) {
-    DFKD_WGMMA(DFKD_WGMMA_RS, 96, 48, 48, 49, 50, 51, 52, 53, 54)
-  } else if constexpr (N == 128) {
-    DFKD_WGMMA(DFKD_WGMMA_RS, 128, 64, 64, 65, 66, 67, 68, 69, 70)
-  } else if constexpr (N == 192) {
-    DFKD_WGMMA(DFKD_WGMMA_RS, 192, 96, 96, 97, 98, 99, 100, 101, 102)
   } else {
-    static_assert(N == 256);
-    DFKD_WGMMA(DFKD_WGMMA_RS, 256, 128, 128, 129, 130, 131, 132, 133, 134)
+    static_assert(N == 128);
+    DFKD_WGMMA(DFKD_WGMMA_RS, 128, 64, 64, 65, 66, 67, 68, 69, 70)
   }
 }
 
