@@ -1,11 +1,11 @@
-"""Where the packages lie, and the CUDA extension. All else about the distribution is in pyproject.toml.
+"""Package folders and the CUDA extension. All other metadata is in pyproject.toml.
 
-``kernels/``, ``configs/`` and ``benchmarks/`` stand at the top of the repository, where their readers look for them,
-and are installed as ``dfkd_fast.kernels``, ``dfkd_fast.configs`` and ``dfkd_fast.benchmarks``.
+``kernels/``, ``configs/`` and ``benchmarks/`` are top-level folders of the repository, installed as
+``dfkd_fast.kernels``, ``dfkd_fast.configs`` and ``dfkd_fast.benchmarks``.
 
-The extension is CMake's work (CMakeLists.txt). Where it cannot be built the package is installed without it and says
-why, once; ops then run on Triton or the reference. ``DFKD_FAST_CUDA=0`` leaves it out, ``DFKD_FAST_CUDA=1`` makes its
-absence an error.
+CMake builds the extension (CMakeLists.txt). If it cannot be built, the package is installed without it and prints the
+reason; ops then run on Triton or the reference. ``DFKD_FAST_CUDA=0`` skips the extension, ``DFKD_FAST_CUDA=1`` turns
+its absence into an error.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ for folder in MAPPED:
 
 
 def find_program(name: str) -> str | None:
-    """On the PATH, or beside this Python: pip puts them there, and need not be on the PATH itself."""
+    """Finds a program on the PATH or next to this Python, where pip installs programs."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler, or None."""
+    """Returns the path of nvcc, or None."""
     home = os.environ.get("CUDA_HOME")
     candidates = [Path(home) / "bin" / "nvcc"] if home else []
     candidates += [Path(found)] if (found := shutil.which("nvcc")) else []
@@ -47,7 +47,7 @@ def nvcc() -> str | None:
 
 
 def missing() -> str | None:
-    """Why the extension cannot be built here; None where it can."""
+    """Returns why the extension cannot be built; None if it can."""
     if os.environ.get("DFKD_FAST_CUDA") == "0":
         return "DFKD_FAST_CUDA is 0"
     if not any((ROOT / "csrc").glob("*.cu")):
@@ -63,14 +63,14 @@ def missing() -> str | None:
     torch = importlib.util.find_spec("torch")
     assert torch is not None
     assert torch.origin is not None
-    # Without importing it, which takes seconds.
+    # Read from the file, because importing torch takes seconds.
     if re.search(r"^cuda\b.*= None$", (Path(torch.origin).parent / "version.py").read_text(), re.MULTILINE):
         return "torch is built without CUDA"
     return None
 
 
 class CMakeBuild(build_ext):
-    """The three libraries of CMakeLists.txt, put where setuptools wants the one that it knows of."""
+    """Builds the three libraries of CMakeLists.txt into the folder of the one that setuptools knows."""
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -85,12 +85,12 @@ class CMakeBuild(build_ext):
             subprocess.run([cmake, "--build", str(folder), "--parallel", jobs], check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
-                f"dfkd_fast: the CUDA extension was not built: {error}; what failed stands above. "
-                "With DFKD_FAST_CUDA=0 in the environment the package installs without it"
+                f"dfkd_fast: the CUDA extension was not built: {error}; see the output above. "
+                "Set DFKD_FAST_CUDA=0 to install the package without it"
             ) from error
 
     def copy_extensions_to_source(self) -> None:
-        """For an editable install: all three, of which setuptools knows one."""
+        """For an editable install: copies all three libraries, of which setuptools knows one."""
         super().copy_extensions_to_source()
         for library in (Path(self.build_lib) / "dfkd_fast").glob("*.so"):
             shutil.copy2(library, ROOT / "dfkd_fast" / library.name)

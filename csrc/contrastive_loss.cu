@@ -1,28 +1,31 @@
-// NT-Xent over 2N vectors v, anchors then positives, without their similarity matrix: forward.
+// Forward of NT-Xent over M = 2N vectors v, anchors then positives, without storing their similarity matrix.
 //
-// With y_i = 2^k_i v_i the rows scaled by a power of two, which rounds nothing, and r_i = 1 / |y_i| (0 for a zero row):
+// With y_i = 2^k_i v_i, scaled exactly by a power of two, and r_i = 1 / |y_i| (0 for a zero vector):
 //
 //   s_ij = (y_i . y_j) r_i r_j log2(e) / tau      L_i = log2(sum over j != i of 2^s_ij)
 //   loss_i = log(2) (L_i - s_{i, partner of i})
 //
-// The tensor cores multiply the rows in the type they came in, in which they are exact; scaling follows in float32.
-// Cosines bound s, so that sums need no running maximum. L is what backward needs. What is served: launchers.h.
+// wgmma multiplies the vectors in their own dtype; the factors r are applied in float32. Cosines bound s, so the
+// softmax needs no running maximum. L is saved for backward. Supported sizes: launchers.h.
 //
-// Three launches, four for more than 8192 anchors: rows are scaled into scratch (prepare(), shared); a
-// block of similarity_sums_wgmma takes units of 256 rows by a span of columns, 128 at a time; their sums are merged.
+// 1. preprocess() scales the vectors into scratch.
+// 2. similarity_sums_wgmma is persistent. A work tile is 256 rows by one split of the columns. Two consumer warpgroups
+//    hold 128 rows each in registers and read the columns from the pipeline, 128 at a time.
+// 3. A cluster of combine() adds the splits and reduces the losses. With more than 8192 anchors, several clusters do,
+// and
+//    reduce_partials() adds their sums.
 //
-// With A anchors, M = 2N vectors and up to 128 dimensions: 2 A M D operations by wgmma and A M exponentials. At D = 128
-// a processor takes as long for either, 512 cycles for 64 x 128 similarities: what counts is that both go on at the
-// same time. So
-//  - two warpgroups of 128 rows ask for a tile's products in turn, 1024 cycles each, and have 1024 of the other's for
-//    their exponentials. These begin earlier, with the first of two accumulators of 64 x 128.
-//  - one exponential in kEvery is a polynomial of degree 5 (relative error below 2.2e-7, about that of the
-//    instruction) on the multipliers, which four instructions an element leave half idle.
-//  - rows are held in registers, as left operands: shared memory, of whose rate two operands would take three quarters,
-//    is read for columns alone.
-// Reads and writes 2 M D elements once. Every unit reads its columns from the second-level cache, A M D / 128 bytes in
-// all (8.6 GB with A = 65536, M = 2 A, D = 128: 16 bytes a cycle and processor at the tensor cores' rate); blocks walk
-// the same span at about the same time. Sums over a span go to scratch, 4 bytes an anchor.
+// With A anchors and D dimensions: 2 A M D FLOP by wgmma and A M exponentials. At D = 128, each takes 512 cycles per SM
+// for 64 x 128 similarities, so they must overlap:
+//  - Named barriers alternate the warpgroups: each issues 1024 cycles of wgmma and then has as long for its
+//    exponentials. These begin when the first of its two 64 x 128 accumulators is complete.
+//  - One exponential in kPolynomialPeriod is a polynomial of degree 5 on the FMA units (relative error below 2.2e-7,
+//    about that of ex2.approx).
+//  - With the rows in registers, wgmma reads only the columns from shared memory. Two operands in shared memory would
+//    take three quarters of its bandwidth.
+// Traffic: 2 M D elements from and to HBM. Each work tile reads its columns from L2, A M D / 128 bytes in all (8.6 GB
+// for A = 65536, M = 2 A, D = 128: 16 bytes per cycle and SM at the rate of the tensor cores); blocks read the same
+// split at about the same time. Each split writes 4 bytes per anchor.
 //
 // Not yet run on a GPU.
 #include "contrastive_loss.h"
@@ -32,13 +35,13 @@ namespace {
 using namespace dfkd;
 using namespace dfkd::contrastive;
 
-constexpr int kRows = 2 * kTile;  // of a unit
-template <int SLAB>
-constexpr int kEvery = SLAB == 128 ? 5 : 4;
+constexpr int kBlockM = 2 * kTile;
+template <int DIM>
+constexpr int kPolynomialPeriod = DIM == 128 ? 5 : 4;
 
-// sum + 2^x for |x| up to about kBound: 2^x = p 2^n with p = 2^f of |f| <= 1/2, as two factors. A NaN stays: p is one.
-__device__ __forceinline__ float add_power_of_two(float sum, float x) {
-  constexpr float kShift = 12582912.0f + 127.0f;  // to where units are the last place, and n 127 more than it is
+// sum + 2^x for |x| up to about kMaxLogit, with 2^x = 2^f 2^n and |f| <= 1/2. Propagates NaN through 2^f.
+__device__ __forceinline__ float add_exp2_polynomial(float sum, float x) {
+  constexpr float kShift = 12582912.0f + 127.0f;  // rounds x to an integer n and leaves n + 127 in the low bits
   const float shifted = x + kShift;
   const float f = x - (shifted - kShift);
   float p = 0.0013276472454890609f;
@@ -47,199 +50,205 @@ __device__ __forceinline__ float add_power_of_two(float sum, float x) {
   p = p * f + 0.24022120237350464f;
   p = p * f + 0.6931469440460205f;
   p = p * f + 1.0000001192092896f;
-  return p * float_of(bits_of(shifted) << 23) + sum;
+  return p * std::bit_cast<float>(std::bit_cast<uint32_t>(shifted) << 23) + sum;
 }
 
-// Adds 2^s of the thread's 32 columns in each of two rows, 8 apart.
-template <int SLAB>
-__device__ __forceinline__ void add_plain(float (&totals)[2], const float (&s)[kTile / 8][4], const float* inverses,
-                                          const float (&scale)[2]) {
+// Adds 2^s of the thread's 32 columns to the sums of its two rows.
+template <int DIM>
+__device__ __forceinline__ void accumulate_tile(float (&row_sum)[2], const float (&acc_s)[kTile / 8][4],
+                                                const float* inverse_norms, const float (&scale)[2]) {
   const int t = static_cast<int>(threadIdx.x) % 4;
-  float sum[2] = {};  // of the tile first: a sum of tens of thousands, one by one, loses digits
+  float sum[2] = {};  // per tile first, which is more accurate than one long sum
 #pragma unroll
   for (int n = 0; n < kTile / 8; ++n) {
-    const Two other = *reinterpret_cast<const Two*>(inverses + 8 * n + 2 * t);
+    const Float2 r_j = *reinterpret_cast<const Float2*>(inverse_norms + 8 * n + 2 * t);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = i / 2;
-      const float x = (s[n][i] * (i % 2 ? other.y : other.x)) * scale[r];
-      if ((4 * n + i) % kEvery<SLAB> == kEvery<SLAB> / 2) {
-        sum[r] = add_power_of_two(sum[r], x);
+      const float x = (acc_s[n][i] * (i % 2 ? r_j.y : r_j.x)) * scale[r];
+      if ((4 * n + i) % kPolynomialPeriod<DIM> == kPolynomialPeriod<DIM> / 2) {
+        sum[r] = add_exp2_polynomial(sum[r], x);
       } else {
-        sum[r] += exp2_flushed(x);
+        sum[r] += exp2_approx_ftz(x);
       }
     }
   }
-  totals[0] += sum[0];
-  totals[1] += sum[1];
+  row_sum[0] += sum[0];
+  row_sum[1] += sum[1];
 }
 
-// The same for a tile with the rows themselves, their partners or the end, `limit`, among its columns: all of these are
-// left out. What a partner has goes to `positives`, those of `rows` rows.
-__device__ __forceinline__ void add_masked(float (&totals)[2], const float (&s)[kTile / 8][4], const float* inverses,
-                                           const float* row_inverses, float scale_log2, int column, int row, int partner,
-                                           int limit, float* positives, int rows) {
+// For a tile that contains the rows themselves, their partners or the end of the columns: excludes all three from the
+// sums. Writes the partners' logits to `partner_logits`, if the row is one of `rows` valid ones.
+__device__ __forceinline__ void accumulate_masked_tile(float (&row_sum)[2], const float (&acc_s)[kTile / 8][4],
+                                                       const float* inverse_norms, const float* row_inverse_norms,
+                                                       float scale_log2, int column, int row, int partner, int limit,
+                                                       float* partner_logits, int rows) {
   const int t = static_cast<int>(threadIdx.x) % 4;
-  inverses += 2 * t;
+  inverse_norms += 2 * t;
   column += 2 * t;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int own = row + 8 * r - column, beside = partner + 8 * r - column, end = limit - column;
-    const float inverse = row_inverses[8 * r];
-    float positive = 0.0f, sum = 0.0f;
+    const int self_at = row + 8 * r - column, partner_at = partner + 8 * r - column, end = limit - column;
+    const float r_i = row_inverse_norms[8 * r];
+    float partner_logit = 0.0f, sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kTile / 4; ++i) {
       const int at = i / 2 * 8 + i % 2;
-      // Alike from either side, so that backward finds the same to the bit.
-      const float x = s[i / 2][2 * r + i % 2] * ((inverse * inverses[at]) * scale_log2);
-      positive = at == beside ? x : positive;
-      sum += at == own || at == beside || at >= end ? 0.0f : exp2_flushed(x);
+      // Symmetric in i and j, so that backward computes bitwise equal logits.
+      const float x = acc_s[i / 2][2 * r + i % 2] * ((r_i * inverse_norms[at]) * scale_log2);
+      partner_logit = at == partner_at ? x : partner_logit;
+      sum += at == self_at || at == partner_at || at >= end ? 0.0f : exp2_approx_ftz(x);
     }
-    if (beside >= 0 && beside < kTile && beside % 8 < 2 && 8 * r < rows) positives[8 * r] = positive;
-    totals[r] += sum;
+    const bool has_partner = partner_at >= 0 && partner_at < kTile && partner_at % 8 < 2;
+    if (has_partner && 8 * r < rows) partner_logits[8 * r] = partner_logit;
+    row_sum[r] += sum;
   }
 }
 
-// A unit: 256 rows of a side by `span` tiles of columns. All rows come first for some columns, then for the next.
-struct Unit {
-  int chunk, side, first, begin, end;  // of tiles of columns
+// 256 rows of a side by one split of the columns, in column tiles [begin, end). Row blocks vary fastest.
+struct WorkTile {
+  int split, side, row, begin, end;
 
-  __device__ __forceinline__ Unit(int number, int count, int sides, int span) {
-    const int blocks = (count + kRows - 1) / kRows, all = (2 * count + kTile - 1) / kTile;
-    chunk = number / (blocks * sides);
-    side = number / blocks % sides;
-    first = number % blocks * kRows;
-    begin = chunk * span;
-    end = begin + span < all ? begin + span : all;
+  __device__ __forceinline__ WorkTile(int tile_idx, int count, int sides, int tiles_per_split) {
+    const int row_blocks = (count + kBlockM - 1) / kBlockM, tiles = (2 * count + kTile - 1) / kTile;
+    split = tile_idx / (row_blocks * sides);
+    side = tile_idx / row_blocks % sides;
+    row = tile_idx % row_blocks * kBlockM;
+    begin = split * tiles_per_split;
+    end = begin + tiles_per_split < tiles ? begin + tiles_per_split : tiles;
   }
 };
 
-template <typename T, int SLAB>
-__global__ void __launch_bounds__(kRoles, 1)
-    similarity_sums_wgmma(const __grid_constant__ TensorMap vectors, const float* numbers, float* parts,
-                           float* positives, int count, int anchors, int span, int units, float scale_log2) {
-  Ring<SLAB, 1> ring;
-  ring.begin();
-  const int warpgroup = my_warpgroup(), sides = anchors / count;
+// row_stats (1, padded_rows), partials (splits, anchors), partner_logits (anchors).
+template <typename T, int DIM>
+__global__ void __launch_bounds__(kNumThreads, 1)
+    similarity_sums_wgmma(const __grid_constant__ TensorMap vectors, const float* row_stats, float* partials,
+                          float* partner_logits, int count, int anchors, int tiles_per_split, int num_work_tiles,
+                          float scale_log2) {
+  Pipeline<DIM, 1> pipeline;
+  pipeline.init();
+  const int warpgroup = canonical_warp_group_idx(), sides = anchors / count;
+  const int first_tile = static_cast<int>(blockIdx.x), num_blocks = static_cast<int>(gridDim.x);
   if (warpgroup == 0) {
-    warpgroup_reg_dealloc<kFetching>();
+    warpgroup_reg_dealloc<kProducerRegs>();
     if (threadIdx.x == 0) {
       prefetch_tensormap(vectors);
-      const float* const arrays[1] = {numbers};
-      for (int number = static_cast<int>(blockIdx.x); number < units; number += static_cast<int>(gridDim.x)) {
-        const Unit unit(number, count, sides, span);
-        ring.fetch(vectors, unit.side * count + unit.first);
-        ring.fetch(vectors, unit.side * count + unit.first + kTile);
-        for (int tile = unit.begin; tile < unit.end; ++tile) ring.fetch(vectors, tile * kTile, arrays);
+      const float* const stats[1] = {row_stats};
+      for (int tile_idx = first_tile; tile_idx < num_work_tiles; tile_idx += num_blocks) {
+        const WorkTile work(tile_idx, count, sides, tiles_per_split);
+        pipeline.load(vectors, work.side * count + work.row);
+        pipeline.load(vectors, work.side * count + work.row + kTile);
+        for (int tile = work.begin; tile < work.end; ++tile) pipeline.load(vectors, tile * kTile, stats);
       }
     }
   } else {
-    warpgroup_reg_alloc<kMultiplying>();
-    begin_turns(warpgroup);
-    uint32_t own[2][SLAB / 16][4];
-    float s[2][kTile / 8][4];
-    for (int number = static_cast<int>(blockIdx.x); number < units; number += static_cast<int>(gridDim.x)) {
-      const Unit unit(number, count, sides, span);
-      const int local = unit.first + (warpgroup - 1) * kTile;
-      const int row = unit.side * count + local, partner = (1 - unit.side) * count + local;
-      const int place = my_row();
-      float scale[2][2], totals[2][2] = {};
+    warpgroup_reg_alloc<kConsumerRegs>();
+    mma_init(warpgroup);
+    uint32_t rows[2][DIM / 16][4];
+    float acc_s[2][kTile / 8][4];
+    for (int tile_idx = first_tile; tile_idx < num_work_tiles; tile_idx += num_blocks) {
+      const WorkTile work(tile_idx, count, sides, tiles_per_split);
+      const int local_row = work.row + (warpgroup - 1) * kTile;  // within the side
+      const int row = work.side * count + local_row, partner = (1 - work.side) * count + local_row;
+      const int frag_row = fragment_row();
+      float scale[2][2], row_sum[2][2] = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        scale[i / 2][i % 2] = numbers[row + place + i / 2 * 64 + i % 2 * 8] * scale_log2;
+        scale[i / 2][i % 2] = row_stats[row + frag_row + i / 2 * 64 + i % 2 * 8] * scale_log2;
       }
 #pragma unroll
-      for (int of = 1; of <= 2; ++of) {
-        ring.wait_full();
-        if (warpgroup == of) {
-          load_rows<SLAB>(own[0], ring.offset(), place / 16 * 16);
-          load_rows<SLAB>(own[1], ring.offset(), 64 + place / 16 * 16);
+      for (int owner = 1; owner <= 2; ++owner) {
+        pipeline.consumer_wait();
+        if (warpgroup == owner) {
+          load_row_fragment<DIM>(rows[0], pipeline.offset(), frag_row / 16 * 16);
+          load_row_fragment<DIM>(rows[1], pipeline.offset(), 64 + frag_row / 16 * 16);
         }
-        ring.release();
-        ring.advance();
+        pipeline.consumer_release();
+        pipeline.advance();
       }
-      const auto add = [&](int half, int tile) {
-        const int column = tile * kTile, row_here = row + 64 * half, partner_here = partner + 64 * half;
-        if (column + kTile > 2 * count || meet(column, kTile, row_here, 64) ||
-            meet(column, kTile, partner_here, 64)) {
-          const int mine = row_here + place;
-          add_masked(totals[half], s[half], ring.numbers(), numbers + mine, scale_log2, column, mine, partner_here + place,
-                     2 * count, positives + mine, count - local - 64 * half - place);
+      const auto accumulate = [&](int half, int tile) {
+        const int column = tile * kTile, first = row + 64 * half, first_partner = partner + 64 * half;
+        if (column + kTile > 2 * count || overlaps(column, kTile, first, 64) ||
+            overlaps(column, kTile, first_partner, 64)) {
+          const int i = first + frag_row;
+          accumulate_masked_tile(row_sum[half], acc_s[half], pipeline.stats(), row_stats + i, scale_log2, column, i,
+                                 first_partner + frag_row, 2 * count, partner_logits + i,
+                                 count - local_row - 64 * half - frag_row);
         } else {
-          add_plain<SLAB>(totals[half], s[half], ring.numbers(), scale[half]);
+          accumulate_tile<DIM>(row_sum[half], acc_s[half], pipeline.stats(), scale[half]);
         }
       };
 
-      for (int tile = unit.begin; tile < unit.end; ++tile) {
-        ring.wait_full();
-        await_turn(warpgroup);
-        warpgroup_fence_operand(own[0]);
-        warpgroup_fence_operand(own[1]);
-        warpgroup_fence_operand(s[0]);
-        warpgroup_fence_operand(s[1]);
+      for (int tile = work.begin; tile < work.end; ++tile) {
+        pipeline.consumer_wait();
+        warp_scheduler_barrier_sync(warpgroup);
+        warpgroup_fence_operand(rows[0]);
+        warpgroup_fence_operand(rows[1]);
+        warpgroup_fence_operand(acc_s[0]);
+        warpgroup_fence_operand(acc_s[1]);
         warpgroup_arrive();
-        multiply_rows<T, SLAB>(s[0], own[0], ring.tile());
+        issue_similarities<T, DIM>(acc_s[0], rows[0], pipeline.tile());
         warpgroup_commit_batch();
-        multiply_rows<T, SLAB>(s[1], own[1], ring.tile());
+        issue_similarities<T, DIM>(acc_s[1], rows[1], pipeline.tile());
         warpgroup_commit_batch();
-        pass_turn(warpgroup);
+        warp_scheduler_barrier_arrive(warpgroup);
         warpgroup_wait<1>();
-        warpgroup_fence_operand(s[0]);
-        add(0, tile);
+        warpgroup_fence_operand(acc_s[0]);
+        accumulate(0, tile);
         warpgroup_wait<0>();
-        warpgroup_fence_operand(s[1]);
-        add(1, tile);
-        ring.release();
-        ring.advance();
+        warpgroup_fence_operand(acc_s[1]);
+        accumulate(1, tile);
+        pipeline.consumer_release();
+        pipeline.advance();
       }
 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float total = warp_sum<4>(totals[i / 2][i % 2]);
-        const int here = local + place + i / 2 * 64 + i % 2 * 8;
-        if (threadIdx.x % 4 == 0 && here < count) {
-          parts[static_cast<int64_t>(unit.chunk) * anchors + (unit.side * count + here)] = total;
+        const float sum = warp_sum<4>(row_sum[i / 2][i % 2]);
+        const int at = local_row + frag_row + i / 2 * 64 + i % 2 * 8;
+        if (threadIdx.x % 4 == 0 && at < count) {
+          partials[static_cast<int64_t>(work.split) * anchors + (work.side * count + at)] = sum;
         }
       }
     }
-    end_turns(warpgroup);
+    mma_finish(warpgroup);
   }
 }
 
-// ---- what the spans found -------------------------------------------------------------------------------------------
+// ---- epilogue kernels -----------------------------------------------------------------------------------------------
 
-constexpr int kMergeThreads = 512, kMergeCluster = 8;
+constexpr int kCombineThreads = 512, kCombineCluster = 8;
 
-// The spans in order, `rows` anchors a block: losses, or their sum over the rows of each cluster.
-__global__ void __launch_bounds__(kMergeThreads) merge(const float* parts, const float* positives, float* out,
-                                                       float* saved, int anchors, int chunks, int rows, float scale,
-                                                       int elementwise) {
-  cluster_arrive();  // a block has shared memory only from when it runs
-  float* sums = reinterpret_cast<float*>(shared_memory() + 128);
+// Adds the splits of `rows` anchors per block. Writes the losses, or their scaled sum per cluster, and L.
+__global__ void __launch_bounds__(kCombineThreads) combine(const float* partials, const float* partner_logits,
+                                                           float* out, float* saved_lse, int anchors, int splits,
+                                                           int rows, float scale, int elementwise) {
+  cluster_arrive();  // before DSMEM is accessed, all blocks must run
+  float* block_sums = reinterpret_cast<float*>(shared_memory() + 128);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * rows;
   float sum = 0.0f;
-  for (int64_t anchor = first + threadIdx.x; anchor < first + rows && anchor < anchors; anchor += kMergeThreads) {
-    float total = 0.0f;
+  for (int64_t anchor = first + threadIdx.x; anchor < first + rows && anchor < anchors; anchor += kCombineThreads) {
+    float row_sum = 0.0f;
 #pragma unroll 8
-    for (int chunk = 0; chunk < chunks; ++chunk) total += parts[static_cast<int64_t>(chunk) * anchors + anchor];
-    // The partner apart from all others: where it is nearly all there is, the loss is what they are beside it.
-    const float positive = positives[anchor], loss = log1pf(total * exp2_flushed(-positive));
-    saved[anchor] = positive + loss * static_cast<float>(kLog2OfE);
+    for (int split = 0; split < splits; ++split) row_sum += partials[static_cast<int64_t>(split) * anchors + anchor];
+    // row_sum excludes the partner: if the partner dominates, L minus its logit would cancel.
+    const float logit = partner_logits[anchor], loss = log1pf(row_sum * exp2_approx_ftz(-logit));
+    saved_lse[anchor] = logit + loss * static_cast<float>(kLog2OfE);
     if (elementwise) out[anchor] = loss;
     sum += loss;
   }
   sum = block_sum(sum);
   cluster_wait();
-  if (threadIdx.x == 0) *map_shared_rank(sums + cluster_rank(), 0) = sum;
+  if (threadIdx.x == 0) *map_shared_rank(block_sums + cluster_rank(), 0) = sum;
   cluster_sync();
   if (elementwise || threadIdx.x != 0 || cluster_rank() != 0) return;
   sum = 0.0f;
-  for (int rank = 0; rank < cluster_size(); ++rank) sum += sums[rank];
+  for (int rank = 0; rank < cluster_size(); ++rank) sum += block_sums[rank];
   out[static_cast<int>(blockIdx.x) / cluster_size()] = sum * scale;
 }
 
-// The sum of few numbers, in one block.
-__global__ void __launch_bounds__(256) total(const float* sums, float* out, int count, float scale) {
+// Reduces the clusters' sums in one block.
+__global__ void __launch_bounds__(256) reduce_partials(const float* sums, float* out, int count, float scale) {
   float sum = 0.0f;
   for (int i = static_cast<int>(threadIdx.x); i < count; i += 256) sum += sums[i];
   sum = block_sum(sum);
@@ -248,70 +257,69 @@ __global__ void __launch_bounds__(256) total(const float* sums, float* out, int 
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-struct Merging {
-  int64_t rows, clusters;  // of a block; of blocks
+struct ForwardConfig : Config {
+  int64_t row_blocks, tiles_per_split;
+  int64_t combine_rows, combine_clusters;  // rows per block
 };
-// One cluster, as long as its blocks need few rounds.
-Merging plan_merging(int64_t anchors) {
-  const bool few = anchors <= kMergeCluster * 2 * kMergeThreads;
-  const int64_t rows = few ? divide_up(anchors, kMergeCluster) : kMergeThreads / 2;
-  return {rows, divide_up(anchors, rows * kMergeCluster)};
-}
 
-Plan plan_forward(int64_t count, int64_t dim, int symmetric) {
-  Plan plan = plan_rows(count, dim, symmetric);
-  plan.rows = kRows;
-  plan.blocks = divide_up(count, kRows) * (symmetric ? 2 : 1);
+ForwardConfig forward_config(int64_t count, int64_t dim, int symmetric) {
+  ForwardConfig config{base_config(count, dim, symmetric), 0, 0, 0, 0};
+  config.row_blocks = divide_up(count, kBlockM) * (symmetric ? 2 : 1);
   const int64_t tiles = divide_up(2 * count, kTile);
   int64_t best_time = 0;
-  for (int64_t chunks = 1; chunks <= 64 && chunks <= tiles; ++chunks) {
-    const int64_t span = divide_up(tiles, chunks);
-    // A unit's beginning and end cost about a tile's time.
-    const int64_t time = divide_up(plan.blocks * divide_up(tiles, span), num_sms) * (span + 1);
-    if (chunks == 1 || time < best_time) plan.span = span, best_time = time;
+  for (int64_t splits = 1; splits <= 64 && splits <= tiles; ++splits) {
+    const int64_t length = divide_up(tiles, splits), work_tiles = config.row_blocks * divide_up(tiles, length);
+    // The prologue and epilogue of a work tile take about as long as one tile.
+    const int64_t time = divide_up(work_tiles, num_sms) * (length + 1);
+    if (splits == 1 || time < best_time) config.tiles_per_split = length, best_time = time;
   }
-  plan.chunks = divide_up(tiles, plan.span);
-  plan.parts = plan.numbers + plan.padded * 4;
-  plan.extra = plan.parts + round_up(plan.chunks * plan.anchors * 4, 16);
-  plan.bytes = plan.extra + round_up((plan.anchors + plan_merging(plan.anchors).clusters) * 4, 16);
-  return plan;
+  config.splits = divide_up(tiles, config.tiles_per_split);
+  const bool one_cluster = config.anchors <= kCombineCluster * 2 * kCombineThreads;
+  config.combine_rows = one_cluster ? divide_up(config.anchors, kCombineCluster) : kCombineThreads / 2;
+  config.combine_clusters = divide_up(config.anchors, config.combine_rows * kCombineCluster);
+  config.partials_offset = config.stats_offset + config.padded_rows * 4;
+  config.extra_offset = config.partials_offset + round_up(config.splits * config.anchors * 4, 16);
+  config.bytes = config.extra_offset + round_up((config.anchors + config.combine_clusters) * 4, 16);
+  return config;
 }
 
-template <typename T, int SLAB>
-int launch_sums(const Plan& plan, int64_t count, float scale_log2, void* scratch, void* stream) {
+template <typename T, int DIM>
+int launch_sums(const ForwardConfig& config, int64_t count, float scale_log2, void* scratch, void* stream) {
   unsigned char* memory = static_cast<unsigned char*>(scratch);
   TensorMap map;
-  const int status = map_vectors(&map, plan, memory);
+  const int status = make_vectors_map(&map, config, memory);
   if (status) return status;
-  const int64_t units = plan.blocks * plan.chunks;
-  const dim3 grid(static_cast<unsigned>(units < num_sms ? units : num_sms));
-  return launch(similarity_sums_wgmma<T, SLAB>, grid, kRoles, Ring<SLAB, 1>::kBytes, stream, map,
-                reinterpret_cast<const float*>(memory + plan.numbers), reinterpret_cast<float*>(memory + plan.parts),
-                reinterpret_cast<float*>(memory + plan.extra), count, plan.anchors, plan.span, units, scale_log2);
+  const int64_t work_tiles = config.row_blocks * config.splits;
+  const dim3 grid(static_cast<unsigned>(work_tiles < num_sms ? work_tiles : num_sms));
+  return launch(similarity_sums_wgmma<T, DIM>, grid, kNumThreads, Pipeline<DIM, 1>::kBytes, stream, map,
+                reinterpret_cast<const float*>(memory + config.stats_offset),
+                reinterpret_cast<float*>(memory + config.partials_offset),
+                reinterpret_cast<float*>(memory + config.extra_offset), count, config.anchors, config.tiles_per_split,
+                work_tiles, scale_log2);
 }
 
 template <typename T>
-int forward(const Sides<const T>& from, int64_t count, int64_t dim, double temperature, int symmetric, int reduction,
-            float* out, float* saved, void* scratch, void* stream) {
+int forward(const TensorPair<const T>& input, double temperature, int symmetric, int reduction, float* out,
+            float* saved_lse, void* scratch, void* stream) {
   const bool elementwise = reduction == DFKD_NONE;
-  const Plan plan = plan_forward(count, dim, symmetric);
-  const float scale = reduction == DFKD_MEAN ? static_cast<float>(1.0 / static_cast<double>(plan.anchors)) : 1.0f;
+  const ForwardConfig config = forward_config(input.count, input.dim, symmetric);
+  const float scale = reduction == DFKD_MEAN ? static_cast<float>(1.0 / static_cast<double>(config.anchors)) : 1.0f;
   unsigned char* memory = static_cast<unsigned char*>(scratch);
-  int status = launch_prepare<T>(plan, from, scratch, nullptr, nullptr, 0, nullptr, false, stream);
+  int status = launch_preprocess<T>(config, input, scratch, nullptr, nullptr, 0, nullptr, false, stream);
   if (status) return status;
-  const auto sums = plan.slab == 64 ? launch_sums<T, 64> : launch_sums<T, 128>;
-  status = sums(plan, count, static_cast<float>(kLog2OfE / temperature), scratch, stream);
+  const auto sums = config.padded_dim == 64 ? launch_sums<T, 64> : launch_sums<T, 128>;
+  status = sums(config, input.count, static_cast<float>(kLog2OfE / temperature), scratch, stream);
   if (status) return status;
-  const Merging merging = plan_merging(plan.anchors);
-  const bool direct = elementwise || merging.clusters == 1;
-  const float* positives = reinterpret_cast<const float*>(memory + plan.extra);
-  float* partial = reinterpret_cast<float*>(memory + plan.extra) + plan.anchors;
-  status = launch_cluster(merge, static_cast<unsigned>(merging.clusters * kMergeCluster), kMergeThreads,
-                          128 + kMergeCluster * 4, kMergeCluster, false, stream,
-                          reinterpret_cast<const float*>(memory + plan.parts), positives, direct ? out : partial,
-                          saved, plan.anchors, plan.chunks, merging.rows, direct ? scale : 1.0f, elementwise);
-  if (status || direct) return status;
-  return launch(total, 1, 256, 128, stream, partial, out, merging.clusters, scale);
+  const bool single = elementwise || config.combine_clusters == 1;
+  const float* partner_logits = reinterpret_cast<const float*>(memory + config.extra_offset);
+  float* cluster_sums = reinterpret_cast<float*>(memory + config.extra_offset) + config.anchors;
+  status = launch_cluster(combine, static_cast<unsigned>(config.combine_clusters * kCombineCluster), kCombineThreads,
+                          128 + kCombineCluster * 4, kCombineCluster, false, stream,
+                          reinterpret_cast<const float*>(memory + config.partials_offset), partner_logits,
+                          single ? out : cluster_sums, saved_lse, config.anchors, config.splits, config.combine_rows,
+                          single ? scale : 1.0f, elementwise);
+  if (status || single) return status;
+  return launch(reduce_partials, 1, 256, 128, stream, cluster_sums, out, config.combine_clusters, scale);
 }
 
 }  // namespace
@@ -319,7 +327,7 @@ int forward(const Sides<const T>& from, int64_t count, int64_t dim, double tempe
 extern "C" {
 
 int64_t dfkd_contrastive_loss_scratch(int64_t count, int64_t dim, int symmetric) {
-  return require_sizes(count, dim) == 0 ? plan_forward(count, dim, symmetric).bytes : 0;
+  return require_sizes(count, dim) == 0 ? forward_config(count, dim, symmetric).bytes : 0;
 }
 
 int dfkd_contrastive_loss(const void* anchors, const void* positives, int64_t count, int64_t dim,
@@ -328,19 +336,19 @@ int dfkd_contrastive_loss(const void* anchors, const void* positives, int64_t co
                           int reduction, float* out, float* saved, void* scratch, void* stream) {
   if (const int status = require_sizes(count, dim)) return status;
   if (const int status = require_options(temperature, normalize)) return status;
-  return with_type(dtype, [&](auto type) {
+  return dispatch_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    const auto from = sides(static_cast<const T*>(anchors), static_cast<const T*>(positives), anchors_row,
-                            anchors_column, positives_row, positives_column, count, dim);
-    return forward<T>(from, count, dim, temperature, symmetric, reduction, out, saved, scratch, stream);
+    const auto input = make_pair(static_cast<const T*>(anchors), static_cast<const T*>(positives), anchors_row,
+                                 anchors_column, positives_row, positives_column, count, dim);
+    return forward<T>(input, temperature, symmetric, reduction, out, saved, scratch, stream);
   });
 }
 
 #ifdef DFKD_HOST
-int dfkd_host_contrastive_loss(int64_t num_sms, int64_t smallest, int64_t cached_bytes) {
+int dfkd_host_contrastive_loss(int64_t num_sms, int64_t min_count, int64_t l2_bytes) {
   dfkd::contrastive::num_sms = static_cast<int>(num_sms);
-  dfkd::contrastive::smallest = smallest;
-  dfkd::contrastive::cached_bytes = cached_bytes;
+  dfkd::contrastive::min_count = min_count;
+  dfkd::contrastive::l2_bytes = l2_bytes;
   return 0;
 }
 #endif

@@ -1,408 +1,386 @@
-// What the two directions of contrastive_loss share: what they serve, rows in, and tiles on their way to the tensor
-// cores.
+// Shared by the forward and backward of contrastive_loss: supported sizes, the preprocessing of vectors, and the
+// pipeline that feeds the tensor cores.
 //
-// One warp of a block fetches, two warpgroups multiply. The vectors that prepare() left in memory come in tiles of 128
-// by copies through one map: in panels of 64 elements as products take them, through a ring of stages with a barrier
-// each way. Rows come the same way, from the ring into registers, where they are the products' left operand.
+// The kernels are warp specialized: one producer warpgroup, of which one thread issues TMA loads, and two consumer
+// warpgroups that issue wgmma. preprocess() writes the scaled vectors to scratch. They are loaded in tiles of 128, as
+// swizzled boxes of 64 elements, through a multi-stage mbarrier pipeline. The row operand takes the same pipeline and
+// is copied from shared memory to registers.
 #pragma once
 
 #include "sm90.h"
 
 namespace dfkd::contrastive {
 
-constexpr int kTile = 128;                      // vectors in a tile, of rows as of columns
-constexpr int kPanelBytes = kTile * 64 * 2;
-constexpr int kNumberBytes = kTile * 4;         // of one number of each vector of a tile
-constexpr int kRoles = 3 * kWarpgroup;          // threads: those that fetch, of which one does, and two warpgroups
-constexpr int kFetching = 24, kMultiplying = 240;  // registers of their threads
+constexpr int kTile = 128;  // vectors per tile, of rows and of columns
+constexpr int kBoxBytes = kTile * 64 * 2;
+constexpr int kStatBytes = kTile * 4;  // one row statistic of a tile
+constexpr int kNumThreads = 3 * kWarpgroupSize;
+constexpr int kProducerRegs = 24, kConsumerRegs = 240;
 
 #ifdef DFKD_HOST
-// Tests set them: fewer multiprocessors split the work otherwise, fewer vectors are served, and less fits in cache.
+// Set by tests, to split the work differently and to support small N.
 inline int num_sms = 132;
-inline int64_t smallest = 129, cached_bytes = int64_t{20} << 20;
+inline int64_t min_count = 129, l2_bytes = int64_t{20} << 20;
 #else
-// Of an H200. The scratch that a launch needs must not depend on the card, and fewer or more cost little.
-constexpr int num_sms = 132;
-constexpr int64_t smallest = 129;  // N; fewer vectors are left to Triton
-// So many bytes of vectors stay in either half of the second-level cache, wherever blocks are in them.
-constexpr int64_t cached_bytes = int64_t{20} << 20;
+constexpr int num_sms = 132;       // of an H200; a constant, because the scratch size must not depend on the device
+constexpr int64_t min_count = 129;  // Triton computes smaller N
+constexpr int64_t l2_bytes = int64_t{20} << 20;  // vectors of this size stay in both partitions of the L2 cache
 #endif
 
 constexpr double kLog2OfE = 1.4426950408889634;
-// Keeps weights of a softmax over a million vectors among float16's normal numbers, and a weight of two below its end.
-constexpr float kLift = 16384.0f;
-// Below this bound of |s|, sums of 2^s over any number of vectors are far from the ends of float32.
-constexpr double kBound = 48.0;
+// Keeps the softmax weights of a million vectors normal in float16, and a weight of 2 finite.
+constexpr float kWeightScale = 16384.0f;
+// With |s| up to this bound, sums of 2^s neither overflow nor underflow float32 for any number of vectors.
+constexpr double kMaxLogit = 48.0;
 
-#ifdef DFKD_HOST
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-#else
-__device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
-__device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
-#endif
+__device__ __forceinline__ float infinity() { return std::bit_cast<float>(0x7f800000u); }
+__device__ __forceinline__ float max_nan(float a, float b) { return b > a || b != b ? b : a; }  // propagates NaN
 
-__device__ __forceinline__ float infinity() { return float_of(0x7f800000u); }
-__device__ __forceinline__ float larger(float a, float b) { return b > a || b != b ? b : a; }  // a NaN stays
-
-struct alignas(8) Two {
+struct alignas(8) Float2 {
   float x, y;
 };
 template <typename T>
-struct alignas(4 * sizeof(T)) Four {
+struct alignas(4 * sizeof(T)) Vec4 {
   T x[4];
 };
 template <typename T>
-struct alignas(16) Eight {
+struct alignas(16) Vec8 {
   T x[8];
 };
 
-// floor(log2(x)) for x >= 0; 0 for 0.
-__device__ __forceinline__ int exponent(float x) {
+// floor(log2(x)) for x > 0, and 0 for x = 0.
+__device__ __forceinline__ int floor_log2(float x) {
   const bool denormal = x < 1.1754943508222875e-38f;
-  const int bits = static_cast<int>(bits_of(denormal ? x * 16777216.0f : x));
+  const int bits = static_cast<int>(std::bit_cast<uint32_t>(denormal ? x * 16777216.0f : x));
   return x == 0.0f ? 0 : (bits >> 23) - (denormal ? 151 : 127);
 }
-// x 2^k, by halves: 2^k itself may not exist in float32.
-__device__ __forceinline__ float times_power(float x, int k) {
-  const int half = k >> 1;
-  return x * float_of(static_cast<uint32_t>(half + 127) << 23) * float_of(static_cast<uint32_t>(k - half + 127) << 23);
+__device__ __forceinline__ float power_of_two(int k) {
+  return std::bit_cast<float>(static_cast<uint32_t>(k + 127) << 23);
+}
+// x 2^k in two steps, because 2^k may exceed float32.
+__device__ __forceinline__ float scale_by_power_of_two(float x, int k) {
+  return x * power_of_two(k >> 1) * power_of_two(k - (k >> 1));
 }
 
-// Over groups of GROUP neighbouring lanes, a power of two that is known at run time alone.
+// Reductions over groups of adjacent lanes. The group size is a power of two.
 __device__ __forceinline__ float group_sum(float x, int group) {
-  for (int distance = group / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAll, x, distance);
+  for (int distance = group / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kFullMask, x, distance);
   return x;
 }
 __device__ __forceinline__ float group_max(float x, int group) {
-  for (int distance = group / 2; distance > 0; distance /= 2) x = larger(x, __shfl_xor_sync(kAll, x, distance));
+  for (int distance = group / 2; distance > 0; distance /= 2) x = max_nan(x, __shfl_xor_sync(kFullMask, x, distance));
   return x;
 }
 
-// ---- the vectors: rows of two tensors, one after the other ----------------------------------------------------------
+// ---- the vectors: the rows of anchors (side 0), then those of positives (side 1) ------------------------------------
 
-// Elements, or gradients of them. A null pointer is a side that nobody wants.
+// Two strided tensors (N, D): vectors or their gradients. A null pointer is a gradient that is not needed.
 template <typename T>
-struct Sides {
-  T *first, *second;
-  int64_t first_row, first_column, second_row, second_column;
+struct TensorPair {
+  T* data[2];
+  int64_t row_stride[2], column_stride[2];
   int count, dim;
-  bool aligned;  // rows of whole aligned pieces of 16 bytes
+  bool vectorized;  // rows consist of aligned chunks of 16 bytes
 
   __device__ __forceinline__ T* at(int row, int column) const {
-    const bool in_first = row < count;
-    T* base = in_first ? first : second;
+    const bool second = row >= count;
+    T* base = second ? data[1] : data[0];
     if (base == nullptr) return nullptr;
-    return base + ((in_first ? row : row - count) * (in_first ? first_row : second_row) +
-                   column * (in_first ? first_column : second_column));
+    return base + (second ? row - count : row) * (second ? row_stride[1] : row_stride[0]) + column * step(row);
   }
+  // The distance between elements of a row. Not indexed by a variable, which would copy the struct to the stack.
+  __device__ __forceinline__ int64_t step(int row) const { return row < count ? column_stride[0] : column_stride[1]; }
 };
 
 template <typename T>
-Sides<T> sides(T* first, T* second, int64_t first_row, int64_t first_column, int64_t second_row, int64_t second_column,
-               int64_t count, int64_t dim) {
-  const auto whole = [dim](const void* base, int64_t row, int64_t column) {
-    return base == nullptr ||
-           (reinterpret_cast<uintptr_t>(base) % 16 == 0 && column == 1 && row % 8 == 0 && dim % 8 == 0);
+TensorPair<T> make_pair(T* anchors, T* positives, int64_t anchors_row, int64_t anchors_column, int64_t positives_row,
+                        int64_t positives_column, int64_t count, int64_t dim) {
+  const auto vectorized = [dim](const void* data, int64_t row, int64_t column) {
+    return data == nullptr ||
+           (reinterpret_cast<uintptr_t>(data) % 16 == 0 && column == 1 && row % 8 == 0 && dim % 8 == 0);
   };
-  return {first,       second,        first_row,
-          first_column, second_row,   second_column,
-          static_cast<int>(count),    static_cast<int>(dim),
-          whole(first, first_row, first_column) && whole(second, second_row, second_column)};
+  return {{anchors, positives},
+          {anchors_row, positives_row},
+          {anchors_column, positives_column},
+          static_cast<int>(count),
+          static_cast<int>(dim),
+          vectorized(anchors, anchors_row, anchors_column) && vectorized(positives, positives_row, positives_column)};
 }
 
-// Elements column to column + 7 of a row; zero outside.
+// Elements column to column + 7 of a row, zero outside of the tensor.
 template <typename T>
-__device__ __forceinline__ Eight<T> load_eight(const Sides<const T>& from, int row, int column) {
-  Eight<T> piece;
+__device__ __forceinline__ Vec8<T> load_vec8(const TensorPair<const T>& input, int row, int column) {
+  Vec8<T> v;
 #pragma unroll
-  for (int e = 0; e < 8; ++e) piece.x[e] = T{0};
-  if (row >= 2 * from.count || column >= from.dim) return piece;
-  const T* at = from.at(row, column);
-  if (from.aligned) return *reinterpret_cast<const Eight<T>*>(at);
-  const int64_t step = row < from.count ? from.first_column : from.second_column;
+  for (int e = 0; e < 8; ++e) v.x[e] = T{0};
+  if (row >= 2 * input.count || column >= input.dim) return v;
+  const T* pointer = input.at(row, column);
+  if (input.vectorized) return *reinterpret_cast<const Vec8<T>*>(pointer);
+  const int64_t stride = input.step(row);
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
-    if (column + e < from.dim) piece.x[e] = at[e * step];
+    if (column + e < input.dim) v.x[e] = pointer[e * stride];
   }
-  return piece;
+  return v;
 }
 
-// y = 2^k v of eight elements, and their share of |y|^2.
+// y = 2^k v; adds |y|^2 to `square`.
 template <typename T>
-__device__ __forceinline__ Eight<T> scale_eight(Eight<T> piece, int k, float& square) {
+__device__ __forceinline__ Vec8<T> scale_vec8(Vec8<T> v, int k, float& square) {
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
-    const float y = times_power(to_float(piece.x[e]), k);
+    const float y = scale_by_power_of_two(to_float(v.x[e]), k);
     square += y * y;
-    piece.x[e] = from_float<T>(y);
+    v.x[e] = from_float<T>(y);
   }
-  return piece;
+  return v;
 }
 template <typename T>
-__device__ __forceinline__ float largest_of(const Eight<T>& piece, float largest) {
+__device__ __forceinline__ float amax_vec8(const Vec8<T>& v, float amax) {
 #pragma unroll
-  for (int e = 0; e < 8; ++e) largest = larger(largest, fabsf(to_float(piece.x[e])));
-  return largest;
-}
-__device__ __forceinline__ float inverse_length(float square, float largest) {
-  return largest == 0.0f ? 0.0f : rsqrt_exact(square);
+  for (int e = 0; e < 8; ++e) amax = max_nan(amax, fabsf(to_float(v.x[e])));
+  return amax;
 }
 
-// g over its unit, 0 for what is no anchor: of the order of one, since it is rounded with the weights.
-__device__ __forceinline__ float gain_of(const float* grad_output, int64_t stride, int row, int anchors, bool elementwise,
-                                         float unit) {
-  if (row >= anchors) return 0.0f;
-  if (!elementwise) return 1.0f;
-  return unit == 0.0f ? 0.0f : grad_output[row * stride] / unit;
-}
-
-// Whether [a, a + a_length) and [b, b + b_length) have something in common.
-__device__ __forceinline__ bool meet(int a, int a_length, int b, int b_length) {
+// Whether [a, a + a_length) and [b, b + b_length) overlap.
+__device__ __forceinline__ bool overlaps(int a, int a_length, int b, int b_length) {
   return a < b + b_length && b < a + a_length;
 }
 
-// ---- reductions over a block, of which every thread must ask -------------------------------------------------------
+// ---- reductions over a block, called by all of its threads ----------------------------------------------------------
 
-// The first thread has the sum.
+// Thread 0 gets the sum.
 __device__ __forceinline__ float block_sum(float x) {
   float* shared = reinterpret_cast<float*>(shared_memory());
-  const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kLanes;
+  const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarpSize;
   x = warp_sum(x);
-  if (thread % kLanes == 0) shared[thread / kLanes] = x;
+  if (thread % kWarpSize == 0) shared[thread / kWarpSize] = x;
   __syncthreads();
   return warp_sum(thread < warps ? shared[thread] : 0.0f);
 }
 
-// The largest absolute value, for every thread.
-__device__ __forceinline__ float block_largest(const float* values, int64_t stride, int count) {
+// Every thread gets the largest absolute value.
+__device__ __forceinline__ float block_amax(const float* values, int64_t stride, int count) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  float largest = 0.0f;
-  for (int i = thread; i < count; i += threads) largest = larger(largest, fabsf(values[i * stride]));
-  largest = warp_max(largest);
-  if (thread % kLanes == 0) shared[thread / kLanes] = largest;
+  float amax = 0.0f;
+  for (int i = thread; i < count; i += threads) amax = max_nan(amax, fabsf(values[i * stride]));
+  amax = warp_max(amax);
+  if (thread % kWarpSize == 0) shared[thread / kWarpSize] = amax;
   __syncthreads();
-  return warp_max(thread % kLanes < threads / kLanes ? shared[thread % kLanes] : 0.0f);
+  return warp_max(thread % kWarpSize < threads / kWarpSize ? shared[thread % kWarpSize] : 0.0f);
 }
 
-// ---- any number of vectors: y and numbers of each row in memory -----------------------------------------------------
+// ---- preprocessing --------------------------------------------------------------------------------------------------
 
-// Arrays of `padded` numbers: r, and for backward k, g over its unit, L, g 2^-L, and that times r.
-enum Number { kInverse = 0, kPower = 1, kGain = 2, kLevel = 3, kShare = 4, kScaledShare = 5, kNumbers = 6 };
+// Row statistics, each an array of `padded_rows`: r, and for backward k, g, L, g 2^-L and g 2^-L r. g is divided by its
+// amax; the last two are multiplied by kWeightScale.
+enum RowStat { kInverseNorm, kExponent, kGrad, kLse, kGradExp, kScaledGradExp, kNumRowStats };
 
-// One group of lanes per row; rows past the last vector are zeros for a tile to end in. Static: each file that launches
-// it has its own.
+// Writes the scaled vectors y (padded_rows, padded_dim) and row_stats (kNumRowStats, padded_rows). Each row is computed
+// by a group of lanes; rows beyond the last vector are zero. Static: both .cu files define it.
 template <typename T>
 static __global__ void __launch_bounds__(256)
-    prepare(Sides<const T> from, T* vectors, float* numbers, const float* saved, const float* grad_output,
-            int64_t grad_output_stride, const float* unit, int anchors, int width, int padded, int group,
-            int elementwise) {
+    preprocess(TensorPair<const T> input, T* vectors, float* row_stats, const float* saved_lse,
+               const float* grad_output, int64_t grad_output_stride, const float* grad_amax, int anchors,
+               int padded_dim, int64_t padded_rows, int group, int elementwise) {
   const int row = static_cast<int>((blockIdx.x * int64_t{256} + threadIdx.x) / group);
-  const int member = static_cast<int>(threadIdx.x) % group;
-  const bool here = row < padded;
-  T* to = vectors + static_cast<int64_t>(here ? row : 0) * width;
-  float largest = 0.0f, square = 0.0f;
-  if (here) {
-    for (int column = 8 * member; column < width; column += 8 * group) {
-      largest = largest_of(load_eight(from, row, column), largest);
+  const int lane = static_cast<int>(threadIdx.x) % group;
+  const bool valid = row < padded_rows;
+  T* y = vectors + static_cast<int64_t>(valid ? row : 0) * padded_dim;
+  float amax = 0.0f, square = 0.0f;
+  if (valid) {
+    for (int column = 8 * lane; column < padded_dim; column += 8 * group) {
+      amax = amax_vec8(load_vec8(input, row, column), amax);
     }
   }
-  largest = group_max(largest, group);
-  const int k = -exponent(largest);
-  if (here) {
-    for (int column = 8 * member; column < width; column += 8 * group) {
-      const Eight<T> piece = load_eight(from, row, column);
-      *reinterpret_cast<Eight<T>*>(to + column) = scale_eight(piece, k, square);
+  amax = group_max(amax, group);
+  const int k = -floor_log2(amax);
+  if (valid) {
+    for (int column = 8 * lane; column < padded_dim; column += 8 * group) {
+      *reinterpret_cast<Vec8<T>*>(y + column) = scale_vec8(load_vec8(input, row, column), k, square);
     }
   }
   square = group_sum(square, group);
-  const float inverse = inverse_length(square, largest);
-  if (!here || member != 0) return;
-  numbers[kInverse * static_cast<int64_t>(padded) + row] = inverse;
-  if (saved == nullptr) return;
-  const float gain = gain_of(grad_output, grad_output_stride, row, anchors, elementwise, elementwise ? *unit : 1.0f);
-  const float level = row < anchors ? saved[row] : infinity();
-  numbers[kPower * static_cast<int64_t>(padded) + row] = static_cast<float>(k);
-  numbers[kGain * static_cast<int64_t>(padded) + row] = gain;
-  numbers[kLevel * static_cast<int64_t>(padded) + row] = level;
-  const float share = gain * exp2_flushed(-level);
-  numbers[kShare * static_cast<int64_t>(padded) + row] = share * kLift;
-  numbers[kScaledShare * static_cast<int64_t>(padded) + row] = share * (inverse * kLift);
+  if (!valid || lane != 0) return;
+  const float inverse_norm = amax == 0.0f ? 0.0f : 1.0f / sqrtf(square);
+  row_stats[kInverseNorm * padded_rows + row] = inverse_norm;
+  if (saved_lse == nullptr) return;
+  const float unit = elementwise ? *grad_amax : 1.0f;
+  float grad = 0.0f;
+  if (row < anchors && unit != 0.0f) grad = elementwise ? grad_output[row * grad_output_stride] / unit : 1.0f;
+  const float lse = row < anchors ? saved_lse[row] : infinity(), grad_exp = grad * exp2_approx_ftz(-lse);
+  row_stats[kExponent * padded_rows + row] = static_cast<float>(k);
+  row_stats[kGrad * padded_rows + row] = grad;
+  row_stats[kLse * padded_rows + row] = lse;
+  row_stats[kGradExp * padded_rows + row] = grad_exp * kWeightScale;
+  row_stats[kScaledGradExp * padded_rows + row] = grad_exp * (inverse_norm * kWeightScale);
 }
 
-// ---- plans ----------------------------------------------------------------------------------------------------------
+// ---- launch configuration -------------------------------------------------------------------------------------------
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// Sizes, and where parts lie in scratch.
-struct Plan {
-  int64_t anchors, width, padded;
-  int slab;                            // elements of a padded row: 64 or 128
-  int rows;                            // of a block
-  int64_t blocks;                      // of rows, on each side
-  int64_t span, chunks;                // tiles of columns in a unit; units of a row block
-  int64_t numbers, parts, extra, bytes;  // offsets in scratch, where the vectors come first
+// Sizes, and offsets in scratch. The scaled vectors come first.
+struct Config {
+  int64_t anchors, padded_rows, padded_dim;  // padded_dim is 64 or 128
+  int64_t splits;                            // partial results per row
+  int64_t stats_offset, partials_offset, extra_offset, bytes;
 };
 
-inline Plan plan_rows(int64_t count, int64_t dim, int symmetric) {
-  Plan plan{};
-  plan.anchors = symmetric ? 2 * count : count;
-  plan.slab = dim <= 64 ? 64 : 128;
-  plan.width = plan.slab;
-  plan.padded = round_up(2 * count + 256, 64);  // a tile of rows begins before 2 N
-  plan.numbers = plan.padded * plan.width * 2;
-  return plan;
+inline Config base_config(int64_t count, int64_t dim, int symmetric) {
+  Config config{};
+  config.anchors = symmetric ? 2 * count : count;
+  config.padded_rows = round_up(2 * count + 256, 64);  // a tile of rows begins before 2 N
+  config.padded_dim = dim <= 64 ? 64 : 128;
+  config.stats_offset = config.padded_rows * config.padded_dim * 2;
+  return config;
 }
 
 template <typename T>
-int launch_prepare(const Plan& plan, const Sides<const T>& from, void* scratch, const float* saved,
-                   const float* grad_output, int64_t grad_output_stride, const float* unit, bool elementwise,
-                   void* stream) {
+int launch_preprocess(const Config& config, const TensorPair<const T>& input, void* scratch, const float* saved_lse,
+                      const float* grad_output, int64_t grad_output_stride, const float* grad_amax, bool elementwise,
+                      void* stream) {
   int group = 8;
-  while (group < kLanes && 8 * group < plan.width) group *= 2;
+  while (group < kWarpSize && 8 * group < config.padded_dim) group *= 2;
   unsigned char* memory = static_cast<unsigned char*>(scratch);
-  return launch(prepare<T>, static_cast<unsigned>(divide_up(plan.padded * group, 256)), 256, 0, stream, from,
-                reinterpret_cast<T*>(memory), reinterpret_cast<float*>(memory + plan.numbers), saved, grad_output,
-                grad_output_stride, unit, plan.anchors, plan.width, plan.padded, group, elementwise);
+  return launch(preprocess<T>, static_cast<unsigned>(divide_up(config.padded_rows * group, 256)), 256, 0, stream, input,
+                reinterpret_cast<T*>(memory), reinterpret_cast<float*>(memory + config.stats_offset), saved_lse,
+                grad_output, grad_output_stride, grad_amax, config.anchors, config.padded_dim, config.padded_rows,
+                group, elementwise);
 }
 
-// ---- what is served -------------------------------------------------------------------------------------------------
+constexpr int64_t kMaxCount = int64_t{1} << 23;  // the tiles of a block are counted in 32 bits
 
-constexpr int64_t kMostCount = int64_t{1} << 23;  // a block's tiles are counted in 32 bits
-
-// 0 where sizes and options are served, otherwise DFKD_INVALID with the reason.
+// Returns 0 for supported arguments, otherwise DFKD_INVALID with the reason.
 inline int require_sizes(int64_t count, int64_t dim) {
-  const int status = require_size("N of anchors (N, D)", count, smallest, kMostCount);
+  const int status = require_size("N of anchors (N, D)", count, min_count, kMaxCount);
   return status ? status : require_size("D of anchors (N, D)", dim, 1, 128);
 }
 inline int require_options(double temperature, int normalize) {
-  if (!normalize) return dfkd_refuse("normalize is False; the kernel serves True");
-  if (temperature > 0 && kLog2OfE / temperature <= kBound) return 0;
-  return dfkd_refuse("temperature is %g; the kernel serves %.7g and more", temperature, kLog2OfE / kBound);
+  if (!normalize) return dfkd_unsupported("normalize is False; the kernel supports True");
+  if (temperature > 0 && kLog2OfE / temperature <= kMaxLogit) return 0;
+  return dfkd_unsupported("temperature is %g; the kernel supports %.7g and more", temperature, kLog2OfE / kMaxLogit);
 }
 
-// ---- the ring -------------------------------------------------------------------------------------------------------
+// ---- the pipeline ---------------------------------------------------------------------------------------------------
 
-// Where a role is in it. A stage: a tile of SLAB / 64 panels, and ARRAYS numbers of each of its vectors.
-template <int SLAB, int ARRAYS>
-struct Ring : PipelineState {
-  static constexpr int kStages = SLAB == 128 ? 6 : 8;
-  static constexpr int kTileBytes = SLAB / 64 * kPanelBytes;
-  static constexpr int kBytes = kStages * (kTileBytes + ARRAYS * kNumberBytes + 2 * static_cast<int>(sizeof(Barrier)));
+// A producer's or consumer's state of the pipeline. A stage holds a tile of vectors in DIM / 64 boxes, NUM_STATS row
+// statistics of each vector, a full and an empty barrier.
+template <int DIM, int NUM_STATS>
+struct Pipeline : PipelineState {
+  static constexpr int kStages = DIM == 128 ? 6 : 8;
+  static constexpr int kTileBytes = DIM / 64 * kBoxBytes;
+  static constexpr int kBytes = kStages * (kTileBytes + NUM_STATS * kStatBytes + 2 * static_cast<int>(sizeof(Barrier)));
 
   __device__ __forceinline__ int offset() const { return index * kTileBytes; }
   __device__ __forceinline__ unsigned char* tile() const { return shared_memory() + offset(); }
-  __device__ __forceinline__ float* numbers() const {
-    return reinterpret_cast<float*>(shared_memory() + kStages * kTileBytes + index * ARRAYS * kNumberBytes);
+  __device__ __forceinline__ float* stats() const {
+    return reinterpret_cast<float*>(shared_memory() + kStages * kTileBytes + index * NUM_STATS * kStatBytes);
   }
   __device__ __forceinline__ Barrier* full() const {
-    return reinterpret_cast<Barrier*>(shared_memory() + kStages * (kTileBytes + ARRAYS * kNumberBytes)) + index;
+    return reinterpret_cast<Barrier*>(shared_memory() + kStages * (kTileBytes + NUM_STATS * kStatBytes)) + index;
   }
   __device__ __forceinline__ Barrier* empty() const { return full() + kStages; }
 
   __device__ __forceinline__ void advance() { PipelineState::advance(kStages); }
 
-  // By all threads of the block, before anything else.
-  __device__ __forceinline__ void begin() const {
+  // Called by all threads of the block, once.
+  __device__ __forceinline__ void init() const {
     if (threadIdx.x == 0) {
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
         mbarrier_init(full() + stage, 1);
-        mbarrier_init(empty() + stage, 2 * kWarpgroup / kLanes);
+        mbarrier_init(empty() + stage, 2 * kWarpgroupSize / kWarpSize);
       }
       fence_barrier_init();
     }
     __syncthreads();
   }
 
-  // By one thread: vectors from `row` on, and numbers of theirs, or the vectors alone.
-  __device__ __forceinline__ void fetch(const TensorMap& map, int row, const float* const (&arrays)[ARRAYS]) {
-    begin_tile(map, row, ARRAYS * kNumberBytes);
+  // Called by the producer thread: loads the tile that begins at `row`, with or without row statistics.
+  __device__ __forceinline__ void load(const TensorMap& map, int row, const float* const (&stat_arrays)[NUM_STATS]) {
+    acquire_and_load(map, row, NUM_STATS * kStatBytes);
 #pragma unroll
-    for (int array = 0; array < ARRAYS; ++array) {
-      cp_async_bulk(numbers() + array * kTile, arrays[array] + row, kNumberBytes, full());
+    for (int i = 0; i < NUM_STATS; ++i) {
+      cp_async_bulk(stats() + i * kTile, stat_arrays[i] + row, kStatBytes, full());
     }
     advance();
   }
-  __device__ __forceinline__ void fetch(const TensorMap& map, int row) {
-    begin_tile(map, row, 0);
+  __device__ __forceinline__ void load(const TensorMap& map, int row) {
+    acquire_and_load(map, row, 0);
     advance();
   }
-  __device__ __forceinline__ void begin_tile(const TensorMap& map, int row, int more) const {
+  __device__ __forceinline__ void acquire_and_load(const TensorMap& map, int row, int stat_bytes) const {
     mbarrier_wait(empty(), phase ^ 1);
-    mbarrier_arrive_expect_tx(full(), kTileBytes + more);
+    mbarrier_arrive_expect_tx(full(), kTileBytes + stat_bytes);
 #pragma unroll
-    for (int panel = 0; panel < SLAB / 64; ++panel) {
-      tma_load(tile() + panel * kPanelBytes, map, 64 * panel, row, 0, full());
+    for (int box = 0; box < DIM / 64; ++box) {
+      tma_load(tile() + box * kBoxBytes, map, 64 * box, row, 0, full());
     }
   }
 
-  // By the threads that multiply.
-  __device__ __forceinline__ void wait_full() const { mbarrier_wait(full(), phase); }
-  __device__ __forceinline__ void release() const {
+  // Called by the consumer warpgroups.
+  __device__ __forceinline__ void consumer_wait() const { mbarrier_wait(full(), phase); }
+  __device__ __forceinline__ void consumer_release() const {
     __syncwarp();
-    if (threadIdx.x % kLanes == 0) mbarrier_arrive(empty());
+    if (threadIdx.x % kWarpSize == 0) mbarrier_arrive(empty());
   }
 };
 
-// 16 rows of the tile at an offset in shared memory, from ROW on, as a warp's part of the left operand.
-template <int SLAB>
-__device__ __forceinline__ void load_rows(uint32_t (&own)[SLAB / 16][4], int tile, int row) {
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const int first = tile + 2 * swizzled<64>(row + lane % 16, lane / 16);  // two chunks further is this with other bits
+// Copies a warp's 16 rows, from `row` on, of the tile at an offset in shared memory to the register operand of wgmma.
+template <int DIM>
+__device__ __forceinline__ void load_row_fragment(uint32_t (&fragment)[DIM / 16][4], int tile, int row) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  // XOR with 32 k is the swizzled offset two chunks further.
+  const int first = tile + 2 * swizzle_offset<64>(row + lane % 16, lane / 16);
 #pragma unroll
-  for (int k = 0; k < SLAB / 16; ++k) {
-    ldmatrix(own[k], shared_memory() + (first ^ (k % 4 * 32)) + k / 4 * kPanelBytes);
+  for (int k = 0; k < DIM / 16; ++k) {
+    ldmatrix(fragment[k], shared_memory() + (first ^ (k % 4 * 32)) + k / 4 * kBoxBytes);
   }
 }
 
-// s = rows times the tile's vectors, asynchronously.
-template <typename T, int SLAB>
-__device__ __forceinline__ void multiply_rows(float (&s)[kTile / 8][4], uint32_t (&own)[SLAB / 16][4],
-                                              const unsigned char* tile) {
+// Issues acc_s = rows x (vectors of the tile)^T.
+template <typename T, int DIM>
+__device__ __forceinline__ void issue_similarities(float (&acc_s)[kTile / 8][4], uint32_t (&rows)[DIM / 16][4],
+                                                   const unsigned char* tile) {
 #pragma unroll
-  for (int k = 0; k < SLAB / 16; ++k) {
-    wgmma<T, kTile>(s, own[k], advance_desc(make_smem_desc<64>(tile + k / 4 * kPanelBytes), k % 4 * 32), k > 0);
+  for (int k = 0; k < DIM / 16; ++k) {
+    wgmma<T, kTile>(acc_s, rows[k], advance_desc(make_smem_desc<64>(tile + k / 4 * kBoxBytes), k % 4 * 32), k > 0);
   }
 }
 
-// Which warpgroup this is, in a way that tells the compiler that a warp agrees; and the first of the thread's rows in
-// 64 of its warpgroup.
-__device__ __forceinline__ int my_warpgroup() {
-  return __shfl_sync(kAll, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+// The warpgroup index. The shuffle tells the compiler that it is uniform in a warp.
+__device__ __forceinline__ int canonical_warp_group_idx() {
+  return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarpgroupSize, 0);
 }
-__device__ __forceinline__ int my_row() {
-  return static_cast<int>(threadIdx.x) % kWarpgroup / kLanes * 16 + static_cast<int>(threadIdx.x) % kLanes / 4;
-}
-
-// The two warpgroups ask for products in turn, each for all that it can: left to themselves they may do the same at the
-// same time, and the tensor cores wait while both take exponentials. The second one lets the first begin, which awaits
-// the turn that nobody takes.
-__device__ __forceinline__ void await_turn(int warpgroup) { named_barrier_sync(warpgroup, 2 * kWarpgroup); }
-__device__ __forceinline__ void pass_turn(int warpgroup) { named_barrier_arrive(3 - warpgroup, 2 * kWarpgroup); }
-__device__ __forceinline__ void begin_turns(int warpgroup) {
-  if (warpgroup == 2) pass_turn(warpgroup);
-}
-__device__ __forceinline__ void end_turns(int warpgroup) {
-  if (warpgroup == 1) await_turn(warpgroup);
+// The first of the thread's two rows in an accumulator fragment of 64 rows.
+__device__ __forceinline__ int fragment_row() {
+  const int thread = static_cast<int>(threadIdx.x);
+  return thread % kWarpgroupSize / kWarpSize * 16 + thread % kWarpSize / 4;
 }
 
-// ---- launches -------------------------------------------------------------------------------------------------------
+// Named barriers order the consumer warpgroups (1 and 2) as in FlashAttention-3: while one issues its wgmma, the other
+// computes exponentials. Otherwise both might do the same at the same time. mma_init() lets warpgroup 1 begin, and
+// mma_finish() consumes the last arrival.
+__device__ __forceinline__ void warp_scheduler_barrier_sync(int warpgroup) {
+  named_barrier_sync(warpgroup, 2 * kWarpgroupSize);
+}
+__device__ __forceinline__ void warp_scheduler_barrier_arrive(int warpgroup) {
+  named_barrier_arrive(3 - warpgroup, 2 * kWarpgroupSize);
+}
+__device__ __forceinline__ void mma_init(int warpgroup) {
+  if (warpgroup == 2) warp_scheduler_barrier_arrive(warpgroup);
+}
+__device__ __forceinline__ void mma_finish(int warpgroup) {
+  if (warpgroup == 1) warp_scheduler_barrier_sync(warpgroup);
+}
 
-// Of the vectors in scratch, in tiles.
-inline int map_vectors(TensorMap* map, const Plan& plan, const void* vectors) {
-  return make_tensor_map<64>(map, vectors, {plan.width, plan.padded, 1}, plan.width, plan.width * plan.padded,
-                             {64, kTile, 1});
+// The TMA descriptor of the scaled vectors in scratch.
+inline int make_vectors_map(TensorMap* map, const Config& config, const void* vectors) {
+  return make_tensor_map<64>(map, vectors, {config.padded_dim, config.padded_rows, 1}, config.padded_dim,
+                             config.padded_dim * config.padded_rows, {64, kTile, 1});
 }
 
 }  // namespace dfkd::contrastive

@@ -39,7 +39,7 @@ constexpr int kResidentGrid = kNumSMs;
 template <int CBLOCKS, bool PER_ORDER>
 struct ResidentTraits {
   // Two consumer warpgroups if three would not have enough registers.
-  static constexpr int kConsumers = CBLOCKS == 2 && PER_ORDER ? 2 : 3, kThreads = (kConsumers + 1) * kWarpgroup;
+  static constexpr int kConsumers = CBLOCKS == 2 && PER_ORDER ? 2 : 3, kThreads = (kConsumers + 1) * kWarpgroupSize;
 #ifdef DFKD_HOST
   static constexpr int kStages = 4;
 #else
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(ResidentTraits<CBLOCKS, PER_ORDER>::kThreads, 
   using Traits = ResidentTraits<CBLOCKS, PER_ORDER>;
   constexpr int kUnits = Traits::kUnits, kColumns = Traits::kColumns, kStages = Traits::kStages;
   constexpr int kConsumers = Traits::kConsumers;
-  const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroup;
+  const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroupSize;
   const int first_tile = static_cast<int>(blockIdx.x), tile_step = static_cast<int>(gridDim.x);
   T* const proj_smem = reinterpret_cast<T*>(shared_memory());  // [CBLOCKS, factors, units, 64]
   T* const out_smem = proj_smem + Traits::kProj;               // [CBLOCKS, orders, 64, units]
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(ResidentTraits<CBLOCKS, PER_ORDER>::kThreads, 
 
   if (warpgroup == kConsumers) {
     warpgroup_reg_dealloc<24>();
-    if (thread % kWarpgroup == 0) {
+    if (thread % kWarpgroupSize == 0) {
       prefetch_tensormaps(maps.x, maps.y);
       mbarrier_arrive_expect_tx(weights_full, 2 * (Traits::kProj + Traits::kOut));
 #pragma unroll
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(ResidentTraits<CBLOCKS, PER_ORDER>::kThreads, 
     }
   } else {
     warpgroup_reg_alloc<kConsumers == 3 ? 160 : 240>();
-    const bool elected = thread % kWarpgroup == 0;
+    const bool elected = thread % kWarpgroupSize == 0;
     const float inv_order = 1.0f / static_cast<float>(order);
     int prev_stage = -1;
     PipelineState state;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(ResidentTraits<CBLOCKS, PER_ORDER>::kThreads, 
         }
       }
       fence_proxy_async();
-      named_barrier_sync(1 + warpgroup, kWarpgroup);
+      named_barrier_sync(1 + warpgroup, kWarpgroupSize);
       if (elected) {
 #pragma unroll
         for (int p = 0; p < CBLOCKS; ++p) {
@@ -185,7 +185,7 @@ static_assert(kWeightStage == 2 * kOrders * 64 * kSplitUnits);
 
 template <int SPLIT, int CONSUMERS>
 struct SplitTraits {
-  static constexpr int kStages = SPLIT == 4 ? 4 : CONSUMERS == 3 ? 5 : 6, kThreads = (CONSUMERS + 1) * kWarpgroup;
+  static constexpr int kStages = SPLIT == 4 ? 4 : CONSUMERS == 3 ? 5 : 6, kThreads = (CONSUMERS + 1) * kWarpgroupSize;
   static constexpr int kChannelBlocks = 2 * SPLIT, kXBlock = CONSUMERS * kBoxElements;
   static constexpr size_t kSmemBytes =
       2 * (kChannelBlocks * kXBlock + kStages * kWeightStage) + 8 * (kChannelBlocks + 2 * kStages + 2 * CONSUMERS);
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
   constexpr int kChannelBlocks = Traits::kChannelBlocks, kXBlock = Traits::kXBlock, kStages = Traits::kStages;
   constexpr int kWeightLoads = kChannelBlocks + SPLIT, kSteps = kOrders * kSplitUnits / 16;
   static_assert(SPLIT <= kStages && (SPLIT & (SPLIT - 1)) == 0);
-  const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroup, lane = thread % kLanes;
+  const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroupSize, lane = thread % kWarpSize;
   const int rank = cluster_rank(), split_rank = rank & (SPLIT - 1), first_rank = rank - split_rank;
   const int cluster_tile = rank / SPLIT;
   const int tile = static_cast<int>(blockIdx.x) / (SPLIT * TILES) * TILES + cluster_tile;
@@ -224,14 +224,16 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
       mbarrier_init(a_full + i, 1);
     }
     fence_barrier_init();
-    for (int i = 0; i < CONSUMERS; ++i) mbarrier_arrive_expect_tx(a_full + i, (SPLIT - 1) * 16 * kSteps * kWarpgroup);
+    for (int i = 0; i < CONSUMERS; ++i) {
+      mbarrier_arrive_expect_tx(a_full + i, (SPLIT - 1) * 16 * kSteps * kWarpgroupSize);
+    }
     prefetch_tensormaps(maps.x, maps.y, maps.proj, maps.out);
   }
   cluster_sync();
 
   if (warpgroup == CONSUMERS) {
     warpgroup_reg_dealloc<24>();
-    if (thread % kWarpgroup == 0) {
+    if (thread % kWarpgroupSize == 0) {
       // Every block starts with the channel blocks of x that it loads itself.
       const unsigned tile_mask = ((1u << SPLIT) - 1) << first_rank;
       const unsigned pair_mask = (1u << split_rank) | (1u << (split_rank + SPLIT));
@@ -329,8 +331,8 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
       T* const box = x_box(2 * split_rank + half);
       apply_gate<T, PER_ORDER>(from, box, order, return_gate, inv_order);
       fence_proxy_async();
-      named_barrier_sync(1 + warpgroup, kWarpgroup);
-      if (thread % kWarpgroup == 0) {
+      named_barrier_sync(1 + warpgroup, kWarpgroupSize);
+      if (thread % kWarpgroupSize == 0) {
         tma_store(maps.y, box, 128 * split_rank + 64 * half, (tile * CONSUMERS + warpgroup) * kWarpgroupRows, 0);
         tma_store_commit();
       }
@@ -342,9 +344,9 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
     if constexpr (!PER_ORDER) issue_logits(logits[1], 1, 0, 1);
 
     // A block's a fragments replace its channels of x: 16 bytes per thread and k-step.
-    const int offset = thread % kWarpgroup * 8;
+    const int offset = thread % kWarpgroupSize * 8;
     const auto a_slot = [=](int owner, int i) {
-      return x_box(2 * owner + i / 4) + i % 4 * kWarpgroup * 8 + offset;
+      return x_box(2 * owner + i / 4) + i % 4 * kWarpgroupSize * 8 + offset;
     };
     mbarrier_wait(x_empty + warpgroup, 0);
 #pragma unroll
@@ -366,10 +368,10 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
       warpgroup_fence_operand(a[j]);
     }
     // Warpgroups issue their wgmmas in order, so that the sigmoids of the first, which take longer, start early.
-    if (warpgroup > 0) named_barrier_sync(CONSUMERS + warpgroup, 2 * kWarpgroup);
+    if (warpgroup > 0) named_barrier_sync(CONSUMERS + warpgroup, 2 * kWarpgroupSize);
     issue_logits(logits[0], 0, 1, SPLIT);
     if constexpr (!PER_ORDER) issue_logits(logits[1], 1, 1, SPLIT);
-    if (warpgroup < CONSUMERS - 1) named_barrier_arrive(CONSUMERS + warpgroup + 1, 2 * kWarpgroup);
+    if (warpgroup < CONSUMERS - 1) named_barrier_arrive(CONSUMERS + warpgroup + 1, 2 * kWarpgroupSize);
     if constexpr (PER_ORDER) {
       warpgroup_wait<0>();
       warpgroup_fence_operands(logits[0]);
@@ -386,7 +388,7 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
       warpgroup_fence_operands(logits[1]);
       epilogue(logits[1], 1);
     }
-    if (thread % kWarpgroup == 0) tma_store_wait<0>();
+    if (thread % kWarpgroupSize == 0) tma_store_wait<0>();
     __syncwarp();
   }
   cluster_sync();
@@ -463,7 +465,7 @@ int dfkd_high_order_attention(const void* x, const void* proj_weight, const void
   if (const int status = require_sizes(positions, channels, hidden, order)) return status;
   const int orders = static_cast<int>(order);
   const Problem p{positions, static_cast<int>(channels), static_cast<int>(hidden), orders, mode ? orders : 1, result};
-  return with_type(dtype, [=](auto type) {
+  return dispatch_dtype(dtype, [=](auto type) {
     using T = decltype(type);
     if (positions == 0) return 0;
     return mode ? forward<T, true>(p, x, proj_weight, out_weight, y, stream)

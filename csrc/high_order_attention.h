@@ -138,7 +138,7 @@ __device__ __forceinline__ float rcp_approx(float x) {
 constexpr float kLog2E = 1.44269504f;
 
 // Two MUFU instructions, ex2 and rcp, and two others.
-__device__ __forceinline__ float sigmoid(float logit) { return rcp_approx(1.0f + exp2_flushed(-kLog2E * logit)); }
+__device__ __forceinline__ float sigmoid(float logit) { return rcp_approx(1.0f + exp2_approx_ftz(-kLog2E * logit)); }
 
 template <typename... Maps>
 __device__ __forceinline__ void prefetch_tensormaps(const Maps&... maps) {
@@ -177,7 +177,7 @@ __device__ __forceinline__ void relu_product(const float (&u)[kFactors * CHUNKS]
           for (int i = 0; i < kOrder; ++i) factors[i] = u[CHUNKS * (kFirst + i) + n][2 * half + e];
           z[e] = product_of(factors);
         }
-        store(kOrder - 1, n, half, pack_rounded<T>(where_positive(z[0], z[0]), where_positive(z[1], z[1])));
+        store(kOrder - 1, n, half, pack_rn<T>(where_positive(z[0], z[0]), where_positive(z[1], z[1])));
       });
     }
   }
@@ -219,10 +219,12 @@ __device__ __forceinline__ void mma_logits(float (&logits)[PER_ORDER ? kOrders :
 template <typename T, bool PER_ORDER>
 __device__ __forceinline__ void apply_gate(const float (&logits)[PER_ORDER ? kOrders : 1][8][4], T* box, int order,
                                            int return_gate, float inv_order) {
-  const int warp = static_cast<int>(threadIdx.x) % kWarpgroup / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int warp = static_cast<int>(threadIdx.x) % kWarpgroupSize / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   // The swizzle XORs the chunk index with the row, so another chunk of the row is one more XOR.
   const int row = 16 * warp + lane / 4, pair = 2 * (lane % 4);
-  const int store_offset = swizzled<64>(row, 0), ldmatrix_offset = swizzled<64>(16 * warp + lane % 16, lane / 16);
+  const int store_offset = swizzle_offset<64>(row, 0);
+  const int ldmatrix_offset = swizzle_offset<64>(16 * warp + lane % 16, lane / 16);
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     uint32_t pairs[4] = {};
@@ -244,7 +246,7 @@ __device__ __forceinline__ void apply_gate(const float (&logits)[PER_ORDER ? kOr
       }
       if (!return_gate) unpack_pair<T>(pairs[i], value);
       *reinterpret_cast<uint32_t*>(box + (store_offset ^ (8 * n)) + 512 * half + pair) =
-          pack_rounded<T>(value[0] * gate[0], value[1] * gate[1]);
+          pack_rn<T>(value[0] * gate[0], value[1] * gate[1]);
     }
   }
 }

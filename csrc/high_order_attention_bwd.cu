@@ -59,10 +59,10 @@ int require_supported(int64_t positions, int64_t channels, int64_t hidden, int64
   if (!status) status = require_size("form of the backward", form, kBySize, kTallChain);
   if (status) return status;
   if (form == kOnePass && !fits_one_pass(channels, hidden, mode)) {
-    return dfkd_refuse("one pass serves joint gates of up to 128 channels and 32 hidden maps");
+    return dfkd_unsupported("one pass supports joint gates of up to 128 channels and 32 hidden maps");
   }
   if (form == kTallChain && (mode != 0 || cluster_ranks(channels, hidden) == 1)) {
-    return dfkd_refuse("taller tiles serve joint gates of more than 128 channels or 32 hidden maps");
+    return dfkd_unsupported("taller tiles support joint gates of more than 128 channels or 32 hidden maps");
   }
   return 0;
 }
@@ -196,7 +196,7 @@ int launch_one_pass(const Problem& p, const Buffers<T>& buffers, const Tensors<T
 template <typename T>
 int backward(const Problem& p, int form, const Tensors<T>& tensors, void* scratch, void* stream) {
   const Buffers<T> buffers(p, form, tensors.dx != nullptr, tensors.dproj != nullptr, tensors.dout != nullptr, scratch);
-  if (buffers.bytes > 0 && scratch == nullptr) return dfkd_refuse("scratch is null");
+  if (buffers.bytes > 0 && scratch == nullptr) return dfkd_unsupported("scratch is null");
   int error = 0;
   if (p.positions > 0 && buffers.one_pass) {
     error = launch_one_pass(p, buffers, tensors, stream);
@@ -232,7 +232,7 @@ int dfkd_high_order_attention_backward(const void* grad_output, const void* x, c
   if (const int status = require_supported(positions, channels, hidden, order, form, mode)) return status;
   const Problem p{positions,          static_cast<int>(channels), static_cast<int>(hidden), static_cast<int>(order),
                   mode ? kOrders : 1, result};
-  return with_type(dtype, [=](auto type) {
+  return dispatch_dtype(dtype, [=](auto type) {
     using T = decltype(type);
     const Tensors<T> tensors{static_cast<const T*>(grad_output), static_cast<const T*>(x),
                              static_cast<const T*>(proj_weight), static_cast<const T*>(out_weight),

@@ -32,7 +32,7 @@ constexpr uint32_t kOnes = std::is_same_v<T, bfloat16> ? 0x3f803f80u : 0x3c003c0
 
 // A = sigmoid(logit) and A (1 - A), from one exponential of a non-positive number.
 __device__ __forceinline__ void sigmoid_backward(float logit, float& gate, float& derivative) {
-  const float e = exp2_flushed(-kLog2E * fabsf(logit)), d = rcp_approx(1.0f + e);
+  const float e = exp2_approx_ftz(-kLog2E * fabsf(logit)), d = rcp_approx(1.0f + e);
   gate = logit < 0.0f ? e * d : d;
   derivative = e * d * d;
 }
@@ -56,8 +56,8 @@ struct FragmentPairs {
 
   __device__ __forceinline__ FragmentPairs() {
     const int thread = reload_thread_idx();
-    const int row = thread % kWarpgroup / kLanes * 16 + thread % kLanes / 4;
-    offset = 2 * swizzled<WIDTH>(row, 0) + thread % 4 * 4;
+    const int row = thread % kWarpgroupSize / kWarpSize * 16 + thread % kWarpSize / 4;
+    offset = 2 * swizzle_offset<WIDTH>(row, 0) + thread % 4 * 4;
   }
   __device__ __forceinline__ uint32_t* at(unsigned char* tile, int half, int n) const {
     return reinterpret_cast<uint32_t*>(tile + (offset ^ (16 * n)) + half * 8 * WIDTH * 2);
@@ -105,7 +105,7 @@ __device__ __forceinline__ void factor_gradients(const float (&da)[kOrders * CHU
                              where_positive(product_of(u[1]), gradient[2 * half + 1])};
 #pragma unroll
         for (int i = 0; i < kOrder; ++i) {
-          store(kFirst + i, n, half, pack_rounded<T>(dz[0] * product_of(u[0], i), dz[1] * product_of(u[1], i)));
+          store(kFirst + i, n, half, pack_rn<T>(dz[0] * product_of(u[0], i), dz[1] * product_of(u[1], i)));
         }
       });
     }
@@ -124,7 +124,7 @@ __device__ __forceinline__ void store_activations(const float (&u)[kFactors * CH
 #pragma unroll
   for (int i = 0; i < kFactors * CHUNKS * 2; ++i) {
     const int f = i % kFactors, n = i / kFactors / 2, half = i / kFactors % 2;
-    factor_at(f, n, half) = pack_rounded<T>(u[CHUNKS * f + n][2 * half], u[CHUNKS * f + n][2 * half + 1]);
+    factor_at(f, n, half) = pack_rn<T>(u[CHUNKS * f + n][2 * half], u[CHUNKS * f + n][2 * half + 1]);
   }
 }
 
@@ -162,16 +162,16 @@ struct ChainTraits {
   static constexpr size_t kSmemBytes = kBarrierOffset + 8 * (2 * kStages + 3);
   static constexpr int kChannelBlocks = kChannels / 64, kLogitSteps = kUnits / kABoxWidth;  // per order
   static constexpr int kDxSteps = kFactors * kUnits / 64;
-  static constexpr int kThreads = kWarpgroup * (CONSUMERS + 1);
+  static constexpr int kThreads = kWarpgroupSize * (CONSUMERS + 1);
 };
 
 template <typename T, int RANKS, int CONSUMERS, bool PER_ORDER>
-__global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
+__global__ void __launch_bounds__(kWarpgroupSize * (CONSUMERS + 1), 1)
     chain_wgmma(const __grid_constant__ ChainTensorMaps maps, int tiles, int order, uint32_t feature_mask,
                 int needs_grad_factors, int needs_grad_x) {
   using Traits = ChainTraits<RANKS, CONSUMERS, PER_ORDER>;
-  const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroup, lane = thread % kLanes;
-  const int warp = thread / kLanes % 4;
+  const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroupSize, lane = thread % kWarpSize;
+  const int warp = thread / kWarpSize % 4;
   unsigned char* const smem = shared_memory();
   Barrier* const full = reinterpret_cast<Barrier*>(smem + Traits::kBarrierOffset);
   Barrier* const empty = full + Traits::kStages;
@@ -281,19 +281,19 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
   } else {
     warpgroup_reg_alloc<CONSUMERS == 2 ? 232 : 160>();
     // Recomputed at each use to save registers.
-    const auto warpgroup_idx = [] { return reload_thread_idx() / kWarpgroup; };
+    const auto warpgroup_idx = [] { return reload_thread_idx() / kWarpgroupSize; };
     const auto store_smem = [=] { return smem + Traits::kStoreOffset + warpgroup_idx() * Traits::kStoreBytes; };
     const auto rank = [] { return RANKS == 1 ? 0 : cluster_rank(); };
-    const auto elected = [] { return reload_thread_idx() % kWarpgroup == 0; };
-    if (thread % kWarpgroup == 0) {
+    const auto elected = [] { return reload_thread_idx() % kWarpgroupSize == 0; };
+    if (thread % kWarpgroupSize == 0) {
       prefetch_tensormaps(maps.a_store, maps.dl_store);
     }
 
     const auto consumer_release = [&](int stage) {
       if constexpr (RANKS == 1) {
-        if (reload_thread_idx() % kLanes == 0) mbarrier_arrive(empty + stage);
+        if (reload_thread_idx() % kWarpSize == 0) mbarrier_arrive(empty + stage);
       } else {
-        const int other = reload_thread_idx() % kLanes;
+        const int other = reload_thread_idx() % kWarpSize;
         if (other < RANKS) mbarrier_arrive_cluster_relaxed(empty + stage, other);
       }
     };
@@ -332,11 +332,11 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
     // arrives at that barrier of every block in the cluster once the data is in memory.
     const auto begin_store = [&] {
       if (elected()) tma_store_wait_read<0>();
-      named_barrier_sync(1 + warpgroup_idx(), kWarpgroup);
+      named_barrier_sync(1 + warpgroup_idx(), kWarpgroupSize);
     };
     const auto issue_store = [&](int stored_index, auto store) {
       fence_proxy_async();
-      named_barrier_sync(1 + warpgroup_idx(), kWarpgroup);
+      named_barrier_sync(1 + warpgroup_idx(), kWarpgroupSize);
       if (elected()) {
         store();
         tma_store_commit();
@@ -345,8 +345,8 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
           fence_proxy_async_global();
         }
       }
-      const int other = reload_thread_idx() % kWarpgroup;
-      if (stored_index >= 0 && other < kLanes) {
+      const int other = reload_thread_idx() % kWarpgroupSize;
+      if (stored_index >= 0 && other < kWarpSize) {
         __syncwarp();
         if constexpr (RANKS == 1) {
           if (other == 0) mbarrier_arrive(stored + stored_index);
@@ -416,9 +416,9 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
                   if (r == kOrders - 1) sum *= g[e];
                 }
               }
-              *pairs.at(dl_box, half, n) = pack_rounded<T>(dl[0], dl[1]);
+              *pairs.at(dl_box, half, n) = pack_rn<T>(dl[0], dl[1]);
               if constexpr (!PER_ORDER) {
-                gate_dx[4 * p + n / 2][n % 2 * 2 + half] = pack_rounded<T>(g[0] * gate[0], g[1] * gate[1]);
+                gate_dx[4 * p + n / 2][n % 2 * 2 + half] = pack_rn<T>(g[0] * gate[0], g[1] * gate[1]);
               }
             };
             for_each_pair<T, 8>(pairs, x_box, g_box, feature_mask, gate_backward);
@@ -438,7 +438,7 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
           for (int n = 0; n < 16; ++n) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              gate_dx[n / 2][n % 2 * 2 + half] = pack_rounded<T>(gate_sum[n][2 * half], gate_sum[n][2 * half + 1]);
+              gate_dx[n / 2][n % 2 * 2 + half] = pack_rn<T>(gate_sum[n][2 * half], gate_sum[n][2 * half + 1]);
             }
           }
         }
@@ -480,7 +480,7 @@ __global__ void __launch_bounds__(kWarpgroup * (CONSUMERS + 1), 1)
           float direct[2];
           unpack_pair<T>(gate_dx[n / 2][n % 2 * 2 + half] & feature_mask, direct);
           *pairs.at(dx_smem + n / 8 * kBoxBytes, half, n % 8) =
-              pack_rounded<T>(direct[0] + dx[n][2 * half], direct[1] + dx[n][2 * half + 1]);
+              pack_rn<T>(direct[0] + dx[n][2 * half], direct[1] + dx[n][2 * half + 1]);
         }
       }
       issue_store(-1, [&] {

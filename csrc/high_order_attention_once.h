@@ -23,8 +23,8 @@ __device__ __forceinline__ void gate_backward(const FragmentPairs<64>& pairs, co
       dl[e] = g[e] * value[e] * derivative;
       g[e] *= gate;
     }
-    const uint32_t dl_pair = pack_rounded<T>(dl[0], dl[1]);
-    *pairs.at(dx_box, half, n) = pack_rounded<T>(g[0], g[1]) & feature_mask;
+    const uint32_t dl_pair = pack_rn<T>(dl[0], dl[1]);
+    *pairs.at(dx_box, half, n) = pack_rn<T>(g[0], g[1]) & feature_mask;
     *pairs.at(g_box, half, n) = dl_pair;
     store_dl(n, half, dl_pair);
   };
@@ -42,7 +42,7 @@ __device__ __forceinline__ void add_to_dx(const FragmentPairs<64>& pairs, unsign
       uint32_t* const pair = pairs.at(dx_box, half, n);
       float before[2];
       unpack_pair<T>(*pair, before);
-      *pair = pack_rounded<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
+      *pair = pack_rn<T>(before[0] + dx[n][2 * half], before[1] + dx[n][2 * half + 1]);
     }
   }
 }
@@ -53,7 +53,7 @@ template <int CHANNELS, int UNITS>
 __device__ __forceinline__ void store_partials(float* partials, int channel0,
                                                const float (&dproj)[kFactors * UNITS / 8][4],
                                                const float (&dout)[kOrders * UNITS / 8][4]) {
-  const int warp = reload_thread_idx() / kLanes % 4, lane = reload_thread_idx() % kLanes;
+  const int warp = reload_thread_idx() / kWarpSize % 4, lane = reload_thread_idx() % kWarpSize;
   const int channel = channel0 + 16 * warp + lane / 4, column = 2 * (lane % 4);
   float* const to_proj = partials + column * CHANNELS + channel;
   float* const to_out = partials + kFactors * UNITS * CHANNELS + channel * UNITS + column;
@@ -77,7 +77,7 @@ __device__ __forceinline__ void store_partials(float* partials, int channel0,
 
 struct OnePass64 {
   static constexpr int kChannels = 64, kUnits = 16, kConsumers = 2, kStages = 4;
-  static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
+  static constexpr int kThreads = kWarpgroupSize * (kConsumers + 1);
   static constexpr int kProjBytes = kFactors * kUnits * 64 * 2, kOutBytes = kOrders * 64 * kUnits * 2;
   static constexpr int kUnitTile = 64 * kUnits * 2, kFactorPairTile = 2 * kUnitTile;  // bytes of a tile of a, of du
   static constexpr int kWorkBytes = (kFactors + kOrders) * kUnitTile + kBoxBytes;     // du, a and dx of a warpgroup
@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(OnePass64::kThreads, 1)
     one_pass_64_wgmma(const __grid_constant__ OnePassTensorMaps maps, float* partials, int tiles,
                       uint32_t feature_mask, int needs_grad_x) {
   using Traits = OnePass64;
-  const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroup, lane = thread % kLanes;
-  const int warp = thread / kLanes % 4;
+  const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroupSize, lane = thread % kWarpSize;
+  const int warp = thread / kWarpSize % 4;
   unsigned char* const proj = shared_memory();           // [6, 16, 64]
   unsigned char* const out = proj + Traits::kProjBytes;  // [3, 64, 16]
   unsigned char* const consumers = out + Traits::kOutBytes;
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(OnePass64::kThreads, 1)
         wgmma<T, kFactors * Traits::kUnits>(u, advance_desc(make_smem_desc<64>(x_box), 32 * k),
                                             advance_desc(make_smem_desc<64>(proj), 32 * k), k > 0);
       }, u);
-      if (thread % kWarpgroup == 0) tma_store_wait_read<0>();
-      named_barrier_sync(1 + warpgroup, kWarpgroup);  // the last TMA store has read dx_box
+      if (thread % kWarpgroupSize == 0) tma_store_wait_read<0>();
+      named_barrier_sync(1 + warpgroup, kWarpgroupSize);  // the last TMA store has read dx_box
 
       uint32_t a[kOrders][4];
       const FragmentPairs<16> a_pairs;
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(OnePass64::kThreads, 1)
         wgmma<T, 64, true>(dx, du[f], advance_desc(b, f * Traits::kUnits * 128), f > 0);
       }
       warpgroup_commit_batch();
-      named_barrier_sync(1 + warpgroup, kWarpgroup);  // du, a and dl are in shared memory
+      named_barrier_sync(1 + warpgroup, kWarpgroupSize);  // du, a and dl are in shared memory
       warpgroup_fence_operand(dproj);
       warpgroup_fence_operand(dout);
       warpgroup_arrive();
@@ -228,27 +228,27 @@ __global__ void __launch_bounds__(OnePass64::kThreads, 1)
       warpgroup_fence_operand(dout);
       if (lane == 0) mbarrier_arrive(barriers + 2 * pipe.stage() + 1);
       pipe.advance();
-      named_barrier_sync(1 + warpgroup, kWarpgroup);  // dx is in shared memory; a and du have been read
-      if (needs_grad_x && thread % kWarpgroup == 0) {
+      named_barrier_sync(1 + warpgroup, kWarpgroupSize);  // dx is in shared memory; a and du have been read
+      if (needs_grad_x && thread % kWarpgroupSize == 0) {
         tma_store(maps.dx, dx_box, 0, 64 * tile, 0);
         tma_store_commit();
       }
     }
-    if (thread % kWarpgroup == 0) tma_store_wait<0>();
+    if (thread % kWarpgroupSize == 0) tma_store_wait<0>();
 
     // Add the accumulators of both warpgroups.
-    float* const sums = reinterpret_cast<float*>(consumers) + thread % kWarpgroup;
+    float* const sums = reinterpret_cast<float*>(consumers) + thread % kWarpgroupSize;
     const auto for_each_sum = [&](auto f) {
 #pragma unroll
       for (int i = 0; i < kFactors * 8; ++i) f(dproj[i / 4][i % 4], i);
 #pragma unroll
       for (int i = 0; i < kOrders * 8; ++i) f(dout[i / 4][i % 4], kFactors * 8 + i);
     };
-    named_barrier_sync(3, Traits::kConsumers * kWarpgroup);
-    if (warpgroup == 1) for_each_sum([&](float sum, int i) { sums[i * kWarpgroup] = sum; });
-    named_barrier_sync(3, Traits::kConsumers * kWarpgroup);
+    named_barrier_sync(3, Traits::kConsumers * kWarpgroupSize);
+    if (warpgroup == 1) for_each_sum([&](float sum, int i) { sums[i * kWarpgroupSize] = sum; });
+    named_barrier_sync(3, Traits::kConsumers * kWarpgroupSize);
     if (warpgroup == 0) {
-      for_each_sum([&](float& sum, int i) { sum += sums[i * kWarpgroup]; });
+      for_each_sum([&](float& sum, int i) { sum += sums[i * kWarpgroupSize]; });
       store_partials<Traits::kChannels, Traits::kUnits>(partials + blockIdx.x * Traits::kPartials, 0, dproj, dout);
     }
   }
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(OnePass64::kThreads, 1)
 // ---- up to 128 channels and 32 hidden units -------------------------------------------------------------------------
 
 struct OnePass128 {
-  static constexpr int kChannels = 128, kUnits = 32, kStages = 2, kThreads = 4 * kWarpgroup;
+  static constexpr int kChannels = 128, kUnits = 32, kStages = 2, kThreads = 4 * kWarpgroupSize;
   // proj [2 channel blocks, 2 halves of the units, 6, 16, 64]; out [2 halves of the units, 3, 128, 16]. Bytes.
   static constexpr int kProjHalf = kFactors * 16 * 64 * 2, kProjBlock = 2 * kProjHalf;
   static constexpr int kOutOrder = 128 * 16 * 2, kOutHalf = kOrders * kOutOrder;
@@ -298,10 +298,10 @@ __global__ void __launch_bounds__(OnePass128::kThreads, 1)
   }
   __syncthreads();
 
-  if (thread < 2 * kWarpgroup) {
+  if (thread < 2 * kWarpgroupSize) {
     warpgroup_reg_dealloc<80>();
     // Recomputed at each use to save registers.
-    const auto half_idx = [] { return reload_thread_idx() / kWarpgroup % 2; };
+    const auto half_idx = [] { return reload_thread_idx() / kWarpgroupSize % 2; };
     const auto elected = [](int threads) { return reload_thread_idx() % threads == 0; };
     const auto dx_box = [=] { return stages + Traits::kStages * Traits::kStageBytes + half_idx() * kBoxBytes; };
     mbarrier_wait(weights_full, 0);
@@ -329,9 +329,9 @@ __global__ void __launch_bounds__(OnePass128::kThreads, 1)
         }, u);
         store_activations<T, 2>(u, a_tiles, 2 * half_idx(), factor_at());
       }
-      if (elected(kWarpgroup)) tma_store_wait_read<0>();
+      if (elected(kWarpgroupSize)) tma_store_wait_read<0>();
       fence_proxy_async();
-      named_barrier_sync(1, 2 * kWarpgroup);  // a is in shared memory; the last TMA store has read dx
+      named_barrier_sync(1, 2 * kWarpgroupSize);  // a is in shared memory; the last TMA store has read dx
       {
         float logits[8][4];
         const uint64_t a = make_smem_desc<32>(a_tiles), b = make_smem_desc<16>(out + half_idx() * 64 * 16 * 2);
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(OnePass128::kThreads, 1)
                             g_smem + half_idx() * kBoxBytes, dx_box(), feature_mask, [](int, int, uint32_t) {});
       }
       fence_proxy_async();
-      named_barrier_sync(1, 2 * kWarpgroup);
+      named_barrier_sync(1, 2 * kWarpgroupSize);
       {
         float da[kOrders * 2][4];
         const uint64_t a = make_smem_desc<64>(g_smem);
@@ -355,7 +355,7 @@ __global__ void __launch_bounds__(OnePass128::kThreads, 1)
         store_factor_gradients<T, 2>(factor_at(), da, du_tiles, 2 * half_idx());
       }
       fence_proxy_async();
-      named_barrier_sync(1, 2 * kWarpgroup);
+      named_barrier_sync(1, 2 * kWarpgroupSize);
       float dx[8][4];
       const uint64_t a = make_smem_desc<32>(du_tiles);
       const uint64_t b = make_smem_desc<64>(proj + half_idx() * Traits::kProjBlock, kBoxBytes);
@@ -367,23 +367,23 @@ __global__ void __launch_bounds__(OnePass128::kThreads, 1)
                                   advance_desc(b, k % 2 * Traits::kProjHalf + k / 2 * 2048), k > 0);
       }
       warpgroup_commit_batch();
-      if (elected(kLanes)) mbarrier_arrive(computed + stage);  // the dproj and dout wgmmas run after these
+      if (elected(kWarpSize)) mbarrier_arrive(computed + stage);  // the dproj and dout wgmmas run after these
       warpgroup_wait<0>();
       warpgroup_fence_operand(dx);
       unsigned char* const dx_smem = dx_box();
       add_to_dx<T>(FragmentPairs<64>(), dx_smem, dx);
       fence_proxy_async();
-      named_barrier_sync(2 + half_idx(), kWarpgroup);
-      if (needs_grad_x && elected(kWarpgroup)) {
+      named_barrier_sync(2 + half_idx(), kWarpgroupSize);
+      if (needs_grad_x && elected(kWarpgroupSize)) {
         tma_store(maps.dx, dx_smem, 64 * half_idx(), 64 * tile_of(round), 0);
         tma_store_commit();
       }
     }
-    if (elected(kWarpgroup)) tma_store_wait<0>();
+    if (elected(kWarpgroupSize)) tma_store_wait<0>();
   } else {
     warpgroup_reg_alloc<176>();
-    const int half_idx = thread / kWarpgroup % 2, lane = thread % kLanes;
-    const bool is_producer = thread == 2 * kWarpgroup;
+    const int half_idx = thread / kWarpgroupSize % 2, lane = thread % kWarpSize;
+    const bool is_producer = thread == 2 * kWarpgroupSize;
     const auto load_stage = [&](int stage, int tile) {
       unsigned char* const to = stages + stage * Traits::kStageBytes;
       mbarrier_arrive_expect_tx(full + stage, 4 * kBoxBytes);

@@ -16,7 +16,7 @@ constexpr int kGradBlocks = 12;
 #else
 constexpr int kGradBlocks = kNumSMs;
 #endif
-constexpr int kGradThreads = 2 * kWarpgroup + kLanes;
+constexpr int kGradThreads = 2 * kWarpgroupSize + kWarpSize;
 constexpr size_t kGradSmemBytes = kGradStages * (kGradStageBytes + 16);
 
 // Tile scheduler: tiles of dproj, then of dout, each split along positions. The split depends only on sizes, so that a
@@ -53,7 +53,7 @@ template <typename T>
 __global__ void __launch_bounds__(kGradThreads, 1)
     weight_grad_wgmma(const __grid_constant__ WeightGradTensorMaps maps, float* partials, int64_t positions,
                       WeightGradTiles tiles) {
-  const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroup, lane = thread % kLanes;
+  const int thread = static_cast<int>(threadIdx.x), warpgroup = thread / kWarpgroupSize, lane = thread % kWarpSize;
   unsigned char* const smem = shared_memory();
   Barrier* const full = reinterpret_cast<Barrier*>(smem + kGradStages * kGradStageBytes);
   Barrier* const empty = full + kGradStages;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kGradThreads, 1)
   warpgroup_fence_operand(accumulator);
 
   float* const to = partials + blockIdx.y * tiles.split_size + (is_proj ? 0 : tiles.proj_size);
-  const int channel = channel0 + 64 * warpgroup + 16 * (thread / kLanes % 4) + lane / 4;
+  const int channel = channel0 + 64 * warpgroup + 16 * (thread / kWarpSize % 4) + lane / 4;
 #pragma unroll
   for (int n = 0; n < kTileN / 8; ++n) {
     const int column = first_column + 8 * n + 2 * (lane % 4);
@@ -158,15 +158,15 @@ struct PaddedGradient {
   int rows, columns, padded_rows, padded_columns, offset, vectors;
 };
 
-constexpr int kVectors = kLanes;  // per block; each warp sums some of the splits
+constexpr int kVectors = kWarpSize;  // per block; each warp sums some of the splits
 
 template <typename T>
-__global__ void __launch_bounds__(kLanes * 16)
+__global__ void __launch_bounds__(kWarpSize * 16)
     reduce_splits_kernel(const float* partials, PaddedGradient<T> first, PaddedGradient<T> second, int64_t splits,
                          int64_t stride) {
   Float4* const sums = reinterpret_cast<Float4*>(shared_memory());
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
-  const int warps = static_cast<int>(blockDim.x) / kLanes;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   const int vector = static_cast<int>(blockIdx.x) * kVectors + lane;
   const bool in_first = vector < first.vectors;
   const PaddedGradient<T> gradient = in_first ? first : second;
@@ -188,13 +188,13 @@ __global__ void __launch_bounds__(kLanes * 16)
   __syncthreads();
   if (warp != 0 || !valid) return;
   for (int other = 1; other < warps; ++other) {
-    const Float4 partial = sums[other * kLanes + lane];
+    const Float4 partial = sums[other * kWarpSize + lane];
 #pragma unroll
     for (int e = 0; e < 4; ++e) sum.at[e] += partial.at[e];
   }
   uint32_t* const to = reinterpret_cast<uint32_t*>(gradient.to + i);
-  to[0] = pack_rounded<T>(sum.at[0], sum.at[1]);
-  to[1] = pack_rounded<T>(sum.at[2], sum.at[3]);
+  to[0] = pack_rn<T>(sum.at[0], sum.at[1]);
+  to[1] = pack_rn<T>(sum.at[2], sum.at[3]);
 }
 
 // The partial sums of a split are dproj [6, K, C], then dout [3, C, K], padded: `both`, or only the needed ones.
@@ -211,7 +211,7 @@ int reduce_splits(const float* partials, const Problem& p, int padded_channels, 
   if (vectors == 0) return 0;
   const unsigned warps = splits > 64 ? 16 : splits > 8 ? 8 : 2;
   const dim3 blocks(static_cast<unsigned>(divide_up(vectors, kVectors)));
-  return launch(reduce_splits_kernel<T>, blocks, dim3(kLanes * warps), sizeof(Float4) * kLanes * warps, stream,
+  return launch(reduce_splits_kernel<T>, blocks, dim3(kWarpSize * warps), sizeof(Float4) * kWarpSize * warps, stream,
                 partials, proj, out, splits, stride);
 }
 

@@ -1,4 +1,4 @@
-// Why a launcher refused, what launchers would launch and what that takes of a device; see launchers.h.
+// Reasons, recorded launches and their resources; see launchers.h.
 #include "launchers.h"
 
 #include <cstdarg>
@@ -12,9 +12,9 @@ thread_local char reason[256] = "";
 
 extern "C" {
 
-const char* dfkd_reason(void) { return reason; }
+const char* dfkd_unsupported_reason(void) { return reason; }
 
-int dfkd_refuse(const char* format, ...) {
+int dfkd_unsupported(const char* format, ...) {
   std::va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(reason, sizeof(reason), format, arguments);
@@ -23,7 +23,7 @@ int dfkd_refuse(const char* format, ...) {
 }
 }
 
-#ifndef DFKD_HOST  // with the execution shim nothing is recorded
+#ifndef DFKD_HOST  // the execution shim does not record launches
 #include <cuda_runtime.h>
 
 #include <cstddef>
@@ -34,10 +34,10 @@ namespace {
 thread_local dfkd_launch* record = nullptr;
 thread_local int64_t record_capacity = 0, record_count = 0;
 
-// Names by the address that a kernel is launched by. The runtime tells them too, but not without a driver.
+// Kernel names by the address that launches use. cudaFuncGetName needs a driver.
 std::unordered_map<const void*, const char*>& names() {
-  static std::unordered_map<const void*, const char*> known;
-  return known;
+  static std::unordered_map<const void*, const char*> map;
+  return map;
 }
 
 dim3 dimensions(const uint32_t (&size)[3]) { return {size[0], size[1], size[2]}; }
@@ -46,7 +46,7 @@ dim3 dimensions(const uint32_t (&size)[3]) { return {size[0], size[1], size[2]};
 
 extern "C" {
 
-// What compiled kernels call when this library is loaded; CMakeLists.txt has the linker lead it here (--wrap).
+// Called for each kernel when this library is loaded. The linker redirects it here (--wrap in CMakeLists.txt).
 void __real___cudaRegisterFunction(void** module, const char* kernel, char* device_kernel, const char* name,
                                    int thread_limit, void* thread, void* block, void* block_size, void* grid_size,
                                    int* warp_size);
@@ -66,7 +66,7 @@ void dfkd_record(dfkd_launch* to, int64_t capacity) {
 
 int64_t dfkd_recorded(void) { return record == nullptr ? -1 : record_count; }
 
-int dfkd_note(const dfkd_launch* launch) {
+int dfkd_record_launch(const dfkd_launch* launch) {
   if (record == nullptr) return 0;
   if (record_count < record_capacity) record[record_count] = *launch;
   ++record_count;
@@ -97,10 +97,10 @@ int dfkd_resources_of(const dfkd_launch* launch, dfkd_resources* to) {
   to->local = static_cast<int64_t>(kernel.localSizeBytes);
   int device = 0;
   if (error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  for (const auto& [place, which] : {std::pair{&to->multiprocessors, cudaDevAttrMultiProcessorCount},
-                                     std::pair{&to->threads_per_multiprocessor,
-                                               cudaDevAttrMaxThreadsPerMultiProcessor}}) {
-    if (error = cudaDeviceGetAttribute(place, which, device); error != cudaSuccess) return error;
+  for (const auto& [value, attribute] :
+       {std::pair{&to->multiprocessors, cudaDevAttrMultiProcessorCount},
+        std::pair{&to->threads_per_multiprocessor, cudaDevAttrMaxThreadsPerMultiProcessor}}) {
+    if (error = cudaDeviceGetAttribute(value, attribute, device); error != cudaSuccess) return error;
   }
   const auto shared = static_cast<size_t>(launch->shared);
   error = cudaFuncSetAttribute(launch->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));

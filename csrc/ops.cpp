@@ -1,8 +1,8 @@
-// The kernels as operators of torch, in a library of their own: torch.ops.dfkd_fast_cuda.
+// Registers the launchers as torch operators, torch.ops.dfkd_fast_cuda.
 //
-// On torch's stable ABI, so that one build serves torch 2.11 and later. Python keeps defining dfkd_fast::op with its
-// autograd and fake implementations; its launch functions call these, which fill results that were allocated there.
-// A launcher that does not serve a call raises with its reason.
+// They use torch's stable ABI, so one build works with torch 2.11 and later. Python defines the public operators
+// dfkd_fast::op with autograd and fake implementations, allocates their outputs, and calls these operators to fill
+// them. Unsupported arguments raise with the launcher's reason.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -26,17 +26,17 @@ int dtype_of(const Tensor& x) {
     case ScalarType::BFloat16:
       return DFKD_BFLOAT16;
     default:
-      STD_TORCH_CHECK(false, "dfkd_fast: float32, float16 or bfloat16 is needed");
+      STD_TORCH_CHECK(false, "dfkd_fast: expected float32, float16 or bfloat16");
   }
   return -1;
 }
 
-// Null for a result without elements, which stands for one that is not needed.
-void* result(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; }
+// Null for an empty tensor, which stands for a gradient that is not needed.
+void* output_ptr(const Tensor& x) { return x.numel() ? x.mutable_data_ptr() : nullptr; }
 
-void require_cuda(const Tensor& x) { STD_TORCH_CHECK(x.is_cuda(), "dfkd_fast: a CUDA tensor is needed"); }
+void require_cuda(const Tensor& x) { STD_TORCH_CHECK(x.is_cuda(), "dfkd_fast: expected a CUDA tensor"); }
 
-void require_alike(const Tensor& x, const Tensor& y, const char* name) {
+void require_same(const Tensor& x, const Tensor& y, const char* name) {
   STD_TORCH_CHECK(x.dim() == y.dim() && x.size(0) == y.size(0) && x.size(1) == y.size(1), "dfkd_fast: ", name,
                   " has another shape");
   STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "dfkd_fast: ", name, " has another dtype");
@@ -44,7 +44,7 @@ void require_alike(const Tensor& x, const Tensor& y, const char* name) {
 }
 
 void require_rows(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "dfkd_fast: ", name, " must be (N, H W, C), without gaps");
+  STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous(), "dfkd_fast: ", name, " must be a contiguous (N, H W, C)");
 }
 
 void* stream_of(const Tensor& x) {
@@ -53,14 +53,14 @@ void* stream_of(const Tensor& x) {
   return stream;
 }
 
-// Bytes of x's device that live until the caller's stream is done with them, as every tensor's do.
+// A scratch buffer on x's device from torch's caching allocator.
 Tensor scratch_of(const Tensor& x, int64_t bytes) {
   return torch::stable::new_empty(x, {bytes > 0 ? bytes : 1}, ScalarType::Byte);
 }
 
 void check(int status, const char* op) {
-  STD_TORCH_CHECK(status != DFKD_INVALID, "dfkd_fast: ", op, ": ", dfkd_reason());
-  STD_TORCH_CHECK(status == 0, "dfkd_fast: ", op, " was not launched, CUDA error ", status);
+  STD_TORCH_CHECK(status != DFKD_INVALID, "dfkd_fast: ", op, ": ", dfkd_unsupported_reason());
+  STD_TORCH_CHECK(status == 0, "dfkd_fast: ", op, " failed to launch with CUDA error ", status);
 }
 
 int64_t stride_of(const Tensor& x, int64_t dim) { return x.dim() > dim ? x.stride(dim) : 0; }
@@ -70,7 +70,7 @@ int64_t stride_of(const Tensor& x, int64_t dim) { return x.dim() > dim ? x.strid
 void contrastive_loss(const Tensor& anchors, const Tensor& positives, double temperature, bool symmetric,
                       bool normalize, int64_t reduction, const Tensor& out, const Tensor& saved) {
   require_cuda(anchors);
-  require_alike(anchors, positives, "positives");
+  require_same(anchors, positives, "positives");
   const DeviceGuard guard(anchors.get_device());
   const int64_t count = anchors.size(0), dim = anchors.size(1);
   const Tensor scratch = scratch_of(anchors, dfkd_contrastive_loss_scratch(count, dim, symmetric));
@@ -86,10 +86,10 @@ void contrastive_loss_backward(const Tensor& grad_output, const Tensor& anchors,
                                const Tensor& saved, double temperature, bool symmetric, bool normalize,
                                int64_t reduction, const Tensor& d_anchors, const Tensor& d_positives) {
   require_cuda(anchors);
-  require_alike(anchors, positives, "positives");
+  require_same(anchors, positives, "positives");
   const DeviceGuard guard(anchors.get_device());
   const int64_t count = anchors.size(0), dim = anchors.size(1);
-  void *to_anchors = result(d_anchors), *to_positives = result(d_positives);
+  void *to_anchors = output_ptr(d_anchors), *to_positives = output_ptr(d_positives);
   const int64_t bytes =
       dfkd_contrastive_loss_backward_scratch(count, dim, symmetric, to_anchors != nullptr, to_positives != nullptr);
   const Tensor scratch = scratch_of(anchors, bytes);
@@ -102,7 +102,7 @@ void contrastive_loss_backward(const Tensor& grad_output, const Tensor& anchors,
         "contrastive_loss_backward");
 }
 
-// ---- spatial_attention: maps as (N, H W, C) without gaps ------------------------------------------------------------
+// ---- spatial_attention: maps as contiguous (N, H W, C) --------------------------------------------------------------
 
 void spatial_attention(const Tensor& features, const Tensor& hidden, const Tensor& weight, double scale, int64_t form,
                        const Tensor& out, const Tensor& saved) {
@@ -115,7 +115,7 @@ void spatial_attention(const Tensor& features, const Tensor& hidden, const Tenso
   check(dfkd_spatial_attention(features.data_ptr(), hidden.data_ptr(), weight.data_ptr(), samples, channels,
                                hidden.size(2), positions, dtype_of(features), dtype_of(weight),
                                static_cast<float>(scale), static_cast<int>(form), out.mutable_data_ptr(),
-                               result(saved), stream_of(features)),
+                               output_ptr(saved), stream_of(features)),
         "spatial_attention");
 }
 
@@ -130,23 +130,24 @@ void spatial_attention_backward(const Tensor& grad_output, const Tensor& feature
   const DeviceGuard guard(features.get_device());
   const int64_t samples = features.size(0), positions = features.size(1), channels = features.size(2);
   const int64_t maps = hidden.size(2);
-  const int kind = static_cast<int>(form);
+  const int attention_form = static_cast<int>(form);
   const Tensor scratch =
-      scratch_of(features, dfkd_spatial_attention_backward_scratch(samples, channels, maps, positions, kind));
-  check(dfkd_spatial_attention_backward(grad_output.data_ptr(), features.data_ptr(), hidden.data_ptr(), weight.data_ptr(),
-                                        saved.data_ptr(), samples, channels, maps, positions, dtype_of(features),
-                                        dtype_of(weight), dtype_of(d_bias), static_cast<float>(scale), kind,
-                                        result(d_features), result(d_hidden), result(d_weight), result(d_bias),
+      scratch_of(features, dfkd_spatial_attention_backward_scratch(samples, channels, maps, positions, attention_form));
+  check(dfkd_spatial_attention_backward(grad_output.data_ptr(), features.data_ptr(), hidden.data_ptr(),
+                                        weight.data_ptr(), saved.data_ptr(), samples, channels, maps, positions,
+                                        dtype_of(features), dtype_of(weight), dtype_of(d_bias),
+                                        static_cast<float>(scale), attention_form, output_ptr(d_features),
+                                        output_ptr(d_hidden), output_ptr(d_weight), output_ptr(d_bias),
                                         scratch.data_ptr(), stream_of(features)),
         "spatial_attention_backward");
 }
 
-// ---- high_order_attention: maps as (N, H W, C) without gaps ---------------------------------------------------------
+// ---- high_order_attention: maps as contiguous (N, H W, C) -----------------------------------------------------------
 
-constexpr int kAsSizesSuggest = 0;
+constexpr int kFormBySize = 0;
 
 void high_order_attention(const Tensor& x, const Tensor& proj_weight, const Tensor& out_weight, int64_t mode,
-                          int64_t result_kind, const Tensor& y) {
+                          int64_t result, const Tensor& y) {
   require_cuda(x);
   require_rows(x, "x");
   require_rows(y, "y");
@@ -154,13 +155,13 @@ void high_order_attention(const Tensor& x, const Tensor& proj_weight, const Tens
   const int64_t positions = x.size(0) * x.size(1), channels = x.size(2);
   const int64_t order = out_weight.size(0), hidden = out_weight.size(2);
   check(dfkd_high_order_attention(x.data_ptr(), proj_weight.data_ptr(), out_weight.data_ptr(), positions, channels,
-                                  hidden, order, dtype_of(x), static_cast<int>(mode), static_cast<int>(result_kind),
+                                  hidden, order, dtype_of(x), static_cast<int>(mode), static_cast<int>(result),
                                   y.mutable_data_ptr(), stream_of(x)),
         "high_order_attention");
 }
 
 void high_order_attention_backward(const Tensor& grad_output, const Tensor& x, const Tensor& proj_weight,
-                                   const Tensor& out_weight, int64_t mode, int64_t result_kind, const Tensor& dx,
+                                   const Tensor& out_weight, int64_t mode, int64_t result, const Tensor& dx,
                                    const Tensor& dproj, const Tensor& dout) {
   require_cuda(x);
   require_rows(grad_output, "grad_output");
@@ -168,15 +169,15 @@ void high_order_attention_backward(const Tensor& grad_output, const Tensor& x, c
   const DeviceGuard guard(x.get_device());
   const int64_t positions = x.size(0) * x.size(1), channels = x.size(2);
   const int64_t order = out_weight.size(0), hidden = out_weight.size(2);
-  const int kind = static_cast<int>(mode);
-  void *to_x = result(dx), *to_proj = result(dproj), *to_out = result(dout);
+  const int gate_mode = static_cast<int>(mode);
+  void *to_x = output_ptr(dx), *to_proj = output_ptr(dproj), *to_out = output_ptr(dout);
   const int64_t bytes =
-      dfkd_high_order_attention_backward_scratch(positions, channels, hidden, order, kind, to_x != nullptr,
-                                                 to_proj != nullptr, to_out != nullptr, kAsSizesSuggest);
+      dfkd_high_order_attention_backward_scratch(positions, channels, hidden, order, gate_mode, to_x != nullptr,
+                                                 to_proj != nullptr, to_out != nullptr, kFormBySize);
   const Tensor scratch = scratch_of(x, bytes);
   check(dfkd_high_order_attention_backward(grad_output.data_ptr(), x.data_ptr(), proj_weight.data_ptr(),
                                            out_weight.data_ptr(), positions, channels, hidden, order, dtype_of(x),
-                                           kind, static_cast<int>(result_kind), kAsSizesSuggest, to_x, to_proj, to_out,
+                                           gate_mode, static_cast<int>(result), kFormBySize, to_x, to_proj, to_out,
                                            scratch.data_ptr(), stream_of(x)),
         "high_order_attention_backward");
 }
@@ -188,19 +189,20 @@ STABLE_TORCH_LIBRARY(dfkd_fast_cuda, library) {
       "high_order_attention(Tensor x, Tensor proj_weight, Tensor out_weight, int mode, int result, Tensor(a!) y) "
       "-> ()");
   library.def(
-      "high_order_attention_backward(Tensor upstream, Tensor x, Tensor proj_weight, Tensor out_weight, int mode, "
+      "high_order_attention_backward(Tensor grad_output, Tensor x, Tensor proj_weight, Tensor out_weight, int mode, "
       "int result, Tensor(a!) dx, Tensor(b!) dproj, Tensor(c!) dout) -> ()");
   library.def(
       "contrastive_loss(Tensor anchors, Tensor positives, float temperature, bool symmetric, bool normalize, "
       "int reduction, Tensor(a!) out, Tensor(b!) saved) -> ()");
   library.def(
-      "contrastive_loss_backward(Tensor upstream, Tensor anchors, Tensor positives, Tensor saved, float temperature, "
-      "bool symmetric, bool normalize, int reduction, Tensor(a!) d_anchors, Tensor(b!) d_positives) -> ()");
+      "contrastive_loss_backward(Tensor grad_output, Tensor anchors, Tensor positives, Tensor saved, "
+      "float temperature, bool symmetric, bool normalize, int reduction, Tensor(a!) d_anchors, Tensor(b!) d_positives) "
+      "-> ()");
   library.def(
       "spatial_attention(Tensor features, Tensor hidden, Tensor weight, float scale, int form, Tensor(a!) out, "
       "Tensor(b!) saved) -> ()");
   library.def(
-      "spatial_attention_backward(Tensor upstream, Tensor features, Tensor hidden, Tensor weight, Tensor saved, "
+      "spatial_attention_backward(Tensor grad_output, Tensor features, Tensor hidden, Tensor weight, Tensor saved, "
       "float scale, int form, Tensor(a!) d_features, Tensor(b!) d_hidden, Tensor(c!) d_weight, Tensor(d!) d_bias) "
       "-> ()");
 }

@@ -1,13 +1,11 @@
-// What the kernels are written in: element types, PTX instructions of sm_90a under CUTLASS's names, launches.
+// Element types, wrappers of sm_90a PTX instructions under the names of CUTLASS and PTX, and kernel launches.
 //
-// Compiled by nvcc these are CUDA's own; compiled as plain C++ with DFKD_HOST they are those of host/, with a body in
-// C++ for each instruction, where asynchronous work happens at once or as late as possible, as the test chooses. A
-// kernel uses nothing of CUDA but this header, threadIdx and its kin, __syncthreads and the warp shuffles here, so that
-// all of its index arithmetic runs in tests without a GPU. All its shared memory is dynamic: shared_memory().
+// nvcc compiles the PTX. With DFKD_HOST the header is plain C++ and calls host/, which implements each instruction on
+// the CPU. Kernels use only this header, threadIdx and the other index variables, __syncthreads and the warp shuffles,
+// so all of their index arithmetic is tested without a GPU. All shared memory is dynamic: shared_memory().
 //
-// Operands of wgmma lie in shared memory in panels: rows of WIDTH (16, 32 or 64) elements, whose 16-byte chunks are
-// permuted within each 128 bytes (swizzled()), which is also what TMA loads through a TensorMap of the same width
-// write. A panel begins at a multiple of 16 * WIDTH bytes: 1024, 512 or 256.
+// A wgmma operand in shared memory is one or more TMA boxes with rows of WIDTH = 16, 32 or 64 elements, in the 32, 64
+// or 128-byte swizzle mode (swizzle_offset()). A box is aligned to 16 * WIDTH bytes, the size of its swizzle atom.
 #pragma once
 
 #ifdef DFKD_HOST
@@ -24,6 +22,7 @@
 #include <cstring>
 #endif
 
+#include <bit>
 #include <type_traits>
 
 #include "launchers.h"
@@ -42,17 +41,8 @@ struct alignas(2) bfloat16 {
 #ifdef DFKD_HOST
 
 inline float to_float(float x) { return x; }
-inline float to_float(float16 x) {
-  _Float16 value;
-  std::memcpy(&value, &x, 2);
-  return static_cast<float>(value);
-}
-inline float to_float(bfloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
+inline float to_float(float16 x) { return static_cast<float>(std::bit_cast<_Float16>(x)); }
+inline float to_float(bfloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 template <typename T>
 T from_float(float x);
 template <>
@@ -61,24 +51,19 @@ inline float from_float<float>(float x) {
 }
 template <>
 inline float16 from_float<float16>(float x) {
-  const _Float16 value = static_cast<_Float16>(x);
-  float16 result;
-  std::memcpy(&result, &value, 2);
-  return result;
+  return std::bit_cast<float16>(static_cast<_Float16>(x));
 }
 template <>
 inline bfloat16 from_float<bfloat16>(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
   if (std::isnan(x)) return {0x7fff};
+  uint32_t bits = std::bit_cast<uint32_t>(x);
   bits += 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
   return {static_cast<uint16_t>(bits >> 16)};
 }
 
-inline float rounded_product(float a, float b) { return a * b; }
-inline float exp2_flushed(float x) { return std::exp2(x); }
-inline float rsqrt_exact(float x) { return 1.0f / std::sqrt(x); }
-inline float divide_fast(float a, float b) { return a / b; }
+inline float mul_rn(float a, float b) { return a * b; }
+inline float exp2_approx_ftz(float x) { return std::exp2(x); }
+inline float fast_divide(float a, float b) { return a / b; }
 
 #else
 
@@ -100,31 +85,24 @@ __device__ __forceinline__ bfloat16 from_float<bfloat16>(float x) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 }
 
-// A product that is rounded: not one half of a fused operation.
-__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
-// 2^x, where denormal results may be zero: beside larger terms of a sum, or added to one.
-__device__ __forceinline__ float exp2_flushed(float x) {
+// A rounded product, which the compiler does not contract to an FMA.
+__device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+// 2^x; denormal results are flushed to zero.
+__device__ __forceinline__ float exp2_approx_ftz(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
-__device__ __forceinline__ float rsqrt_exact(float x) { return 1.0f / sqrtf(x); }
-__device__ __forceinline__ float divide_fast(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
 
 #endif
 
-// Two elements in one register, the first in its low half, as the matrix instructions take them.
+// Rounds two float32 values to nearest and packs them into a register, the first in the low half.
 template <typename T>
-__device__ __forceinline__ uint32_t pack(T low, T high) {
-  static_assert(sizeof(T) == 2);
-  return static_cast<uint32_t>(low.bits) | (static_cast<uint32_t>(high.bits) << 16);
-}
-// The same of two numbers, rounded to nearest.
-template <typename T>
-__device__ __forceinline__ uint32_t pack_rounded(float low, float high) {
+__device__ __forceinline__ uint32_t pack_rn(float low, float high) {
   static_assert(sizeof(T) == 2);
 #ifdef DFKD_HOST
-  return pack(from_float<T>(low), from_float<T>(high));
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 #else
   uint32_t result;
   if constexpr (std::is_same_v<T, bfloat16>) {
@@ -138,23 +116,23 @@ __device__ __forceinline__ uint32_t pack_rounded(float low, float high) {
 
 // ---- warps --------------------------------------------------------------------------------------------------------
 
-constexpr int kLanes = 32;
-constexpr int kWarpgroup = 128;  // threads: four warps, the first of a number divisible by four
-constexpr unsigned kAll = 0xffffffffu;
+constexpr int kWarpSize = 32;
+constexpr int kWarpgroupSize = 128;
+constexpr unsigned kFullMask = 0xffffffffu;
 
-// Over groups of WIDTH neighbouring lanes; every lane of a group has the result, and all lanes of the warp take part.
-template <int WIDTH = kLanes>
+// Reductions over groups of WIDTH adjacent lanes. All lanes of the warp take part, and all get the result.
+template <int WIDTH = kWarpSize>
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-  for (int distance = WIDTH / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAll, x, distance);
+  for (int distance = WIDTH / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kFullMask, x, distance);
   return x;
 }
-template <int WIDTH = kLanes>
+template <int WIDTH = kWarpSize>
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int distance = WIDTH / 2; distance > 0; distance /= 2) {
-    const float other = __shfl_xor_sync(kAll, x, distance);
-    x = other > x || other != other ? other : x;  // a NaN stays
+    const float other = __shfl_xor_sync(kFullMask, x, distance);
+    x = other > x || other != other ? other : x;  // propagates NaN
   }
   return x;
 }
@@ -168,13 +146,13 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
 }
-__device__ __forceinline__ uint32_t smem_address(const void* shared) {
+__device__ __forceinline__ uint32_t cast_smem_ptr_to_uint(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 #endif
 
-// Four 8 x 8 matrices of 16-bit elements out of shared memory. Lane l names 16 aligned bytes: row l % 8 of matrix
-// l / 8. In r[i] it then holds of matrix i row l / 4, columns 2 (l % 4) and the next.
+// Loads four 8 x 8 matrices of 16-bit elements from shared memory. Lane l passes the address of row l % 8 of matrix
+// l / 8. It gets in r[i] row l / 4, columns 2 (l % 4) and 2 (l % 4) + 1 of matrix i.
 #ifdef DFKD_HOST
 inline void ldmatrix(uint32_t (&r)[4], const void* row) {
   std::memcpy(host::slot(host::lane()), row, 16);
@@ -187,45 +165,44 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row) {
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(smem_address(row))
+               : "r"(cast_smem_ptr_to_uint(row))
                : "memory");
 }
 #endif
 
-// ---- panels ---------------------------------------------------------------------------------------------------------
+// ---- swizzle --------------------------------------------------------------------------------------------------------
 
-// The element of a panel where a chunk of 8 elements begins.
+// The offset in elements of a chunk of 8 elements in a swizzled box.
 template <int WIDTH>
-__host__ __device__ __forceinline__ constexpr int swizzled(int row, int chunk) {
+__host__ __device__ __forceinline__ constexpr int swizzle_offset(int row, int chunk) {
   static_assert(WIDTH == 16 || WIDTH == 32 || WIDTH == 64);
-  const int number = row * (WIDTH / 8) + chunk;
-  return (number ^ (number / 8 % (WIDTH / 8))) * 8;
+  const int linear = row * (WIDTH / 8) + chunk;
+  return (linear ^ (linear / 8 % (WIDTH / 8))) * 8;
 }
 
-// An operand of wgmma in panels of WIDTH. K-major (the panel's rows are those of a, or the columns of b): its WIDTH
-// elements are WIDTH / 16 steps, 32 bytes apart. MN-major (the panel's rows are the columns of a, or the rows of b): 16
-// of them are a step, and where M or N is more than WIDTH, further panels follow at a distance of `leading` bytes.
+// The smem descriptor of a wgmma operand in boxes of WIDTH. K-major (a row of the box is a row of a or a column of b):
+// the WIDTH / 16 k-blocks of a box are 32 bytes apart. MN-major (a row of the box is a column of a or a row of b): a
+// k-block is 16 rows. If M or N exceeds WIDTH, further boxes follow at the leading-dimension byte offset `leading`.
 template <int WIDTH>
-__device__ __forceinline__ uint64_t make_smem_desc(const void* panel, int leading = 16) {
-  constexpr uint64_t kMode = WIDTH == 64 ? 1 : WIDTH == 32 ? 2 : 3, kEightRows = 16 * WIDTH;
+__device__ __forceinline__ uint64_t make_smem_desc(const void* box, int leading = 16) {
+  constexpr uint64_t kSwizzle = WIDTH == 64 ? 1 : WIDTH == 32 ? 2 : 3, kStride = 16 * WIDTH;
 #ifdef DFKD_HOST
-  const uint64_t place = static_cast<uint64_t>(static_cast<const unsigned char*>(panel) - shared_memory());
+  const uint64_t start = static_cast<uint64_t>(static_cast<const unsigned char*>(box) - shared_memory());
 #else
-  const uint64_t place = smem_address(panel);
+  const uint64_t start = cast_smem_ptr_to_uint(box);
 #endif
-  return (kMode << 62) | ((kEightRows / 16) << 32) | (static_cast<uint64_t>(leading / 16) << 16) |
-         ((place & 0x3ffff) / 16);
+  return (kSwizzle << 62) | ((kStride / 16) << 32) | (static_cast<uint64_t>(leading / 16) << 16) |
+         ((start & 0x3ffff) / 16);
 }
-// The same so many bytes further.
-__device__ __forceinline__ uint64_t advance_desc(uint64_t operand, int bytes) {
-  return operand + static_cast<uint64_t>(bytes / 16);
+// Advances the start address of a descriptor.
+__device__ __forceinline__ uint64_t advance_desc(uint64_t desc, int bytes) {
+  return desc + static_cast<uint64_t>(bytes / 16);
 }
 
 // ---- TMA descriptors ------------------------------------------------------------------------------------------------
 
-// A tensor of 16-bit elements in memory and the tile of one copy, at most three dimensions each, the innermost first. A
-// kernel takes it as `const __grid_constant__ TensorMap`. Loads fill with zeros outside of the tensor, and stores write
-// nothing there.
+// The TMA descriptor of a tensor of 16-bit elements with up to three dimensions, innermost first. Kernels take it as
+// `const __grid_constant__ TensorMap`. Outside of the tensor, loads return zeros and stores write nothing.
 struct TensorMap {
 #ifdef DFKD_HOST
   host::TensorMap map;
@@ -239,7 +216,7 @@ struct Shape {
 };
 
 #ifndef DFKD_HOST
-// The driver's function, found at run time since the driver is not linked; null without a driver.
+// Looked up at run time, because the driver is not linked. Null without a driver.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   static const auto found = [] {
     void* function = nullptr;
@@ -251,122 +228,122 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 }
 #endif
 
-// sizes and tile in elements; strides (y and z) in elements, multiples of 8; base aligned to 16 bytes. The tile's width
-// is that of a panel, or with WIDTH = 0 any multiple of 8, and its rows then lie without exchanged chunks. Returns a
-// cudaError_t.
+// Encodes a TMA descriptor. Sizes, box and strides are in elements; strides are multiples of 8, and base is aligned to
+// 16 bytes. box.x is WIDTH; with WIDTH = 0 it is any multiple of 8, and the box is not swizzled. Returns a cudaError_t.
 template <int WIDTH>
-int make_tensor_map(TensorMap* to, const void* base, Shape sizes, int64_t stride_y, int64_t stride_z, Shape tile) {
+int make_tensor_map(TensorMap* to, const void* base, Shape sizes, int64_t stride_y, int64_t stride_z, Shape box) {
 #ifdef DFKD_HOST
-  const int64_t all[3] = {sizes.x, sizes.y, sizes.z}, tiles[3] = {tile.x, tile.y, tile.z};
-  return host::make_tensor_map(&to->map, base, all, stride_y, stride_z, tiles, WIDTH) ? 0 : DFKD_INVALID;
+  const int64_t all[3] = {sizes.x, sizes.y, sizes.z}, boxes[3] = {box.x, box.y, box.z};
+  return host::make_tensor_map(&to->map, base, all, stride_y, stride_z, boxes, WIDTH) ? 0 : DFKD_INVALID;
 #else
   static_assert(WIDTH == 0 || WIDTH == 16 || WIDTH == 32 || WIDTH == 64);
-  if (dfkd_recorded() >= 0) return 0;  // nothing will be launched, and there may be no driver
+  if (dfkd_recorded() >= 0) return 0;  // a recorded launch is not executed, and there may be no driver
   const auto encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t all[3] = {static_cast<cuuint64_t>(sizes.x), static_cast<cuuint64_t>(sizes.y),
                              static_cast<cuuint64_t>(sizes.z)};
   const cuuint64_t strides[2] = {static_cast<cuuint64_t>(2 * stride_y), static_cast<cuuint64_t>(2 * stride_z)};
-  const cuuint32_t box[3] = {static_cast<cuuint32_t>(tile.x), static_cast<cuuint32_t>(tile.y),
-                             static_cast<cuuint32_t>(tile.z)};
-  const cuuint32_t every[3] = {1, 1, 1};
+  const cuuint32_t boxes[3] = {static_cast<cuuint32_t>(box.x), static_cast<cuuint32_t>(box.y),
+                               static_cast<cuuint32_t>(box.z)};
+  const cuuint32_t element_strides[3] = {1, 1, 1};
   const CUtensorMapSwizzle mode = WIDTH == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
                                   : WIDTH == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
                                   : WIDTH == 16 ? CU_TENSOR_MAP_SWIZZLE_32B
                                                 : CU_TENSOR_MAP_SWIZZLE_NONE;
-  // Of 16-bit elements only the size matters: nothing here computes with them.
   const CUresult result = encode(
-      &to->map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(base), all, strides, box, every,
+      &to->map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(base), all, strides, boxes, element_strides,
       CU_TENSOR_MAP_INTERLEAVE_NONE, mode, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? 0 : DFKD_INVALID;
 #endif
 }
 
-// ---- barriers in shared memory --------------------------------------------------------------------------------------
+// ---- mbarriers ------------------------------------------------------------------------------------------------------
 
-// Counts arrivals, and bytes that copies bring. A phase ends when as many have arrived as it was made for and all bytes
-// that were announced are there; then the next one begins. Phases are told apart by parity, the first being 0.
+// An mbarrier. A phase completes when all arrivals and all expected transaction bytes have come; then the next phase
+// begins. Waits name the parity of a phase; the first phase has parity 0.
 struct alignas(8) Barrier {
   uint64_t state;
 };
 
 #ifdef DFKD_HOST
 
-inline void mbarrier_init(Barrier* barrier, int arrivals) { host::barrier_init(&barrier->state, arrivals); }
+inline void mbarrier_init(Barrier* barrier, int arrivals) { host::mbarrier_init(&barrier->state, arrivals); }
 inline void fence_barrier_init() {}
-inline void mbarrier_arrive(Barrier* barrier) { host::barrier_arrive(&barrier->state, 0); }
-inline void mbarrier_arrive_expect_tx(Barrier* barrier, int bytes) { host::barrier_arrive(&barrier->state, bytes); }
+inline void mbarrier_arrive(Barrier* barrier) { host::mbarrier_arrive(&barrier->state, 0); }
+inline void mbarrier_arrive_expect_tx(Barrier* barrier, int bytes) { host::mbarrier_arrive(&barrier->state, bytes); }
 inline void mbarrier_arrive_cluster(Barrier* barrier, int rank) {
-  host::barrier_arrive(static_cast<uint64_t*>(host::at_rank(&barrier->state, rank)), 0);
+  host::mbarrier_arrive(static_cast<uint64_t*>(host::at_rank(&barrier->state, rank)), 0);
 }
 inline void mbarrier_arrive_cluster_relaxed(Barrier* barrier, int rank) { mbarrier_arrive_cluster(barrier, rank); }
-inline void mbarrier_wait(Barrier* barrier, int parity) { host::barrier_wait(&barrier->state, parity); }
-inline void mbarrier_wait_cluster(Barrier* barrier, int parity) { host::barrier_wait(&barrier->state, parity); }
-inline void fence_proxy_async() { host::fence_asynchronous(); }
+inline void mbarrier_wait(Barrier* barrier, int parity) { host::mbarrier_wait(&barrier->state, parity); }
+inline void mbarrier_wait_cluster(Barrier* barrier, int parity) { host::mbarrier_wait(&barrier->state, parity); }
+inline void fence_proxy_async() { host::fence_proxy_async(); }
 inline void fence_proxy_async_global() {}
 
 #else
 
-// By one thread; then fence_barrier_init() by it, and a barrier of the block, or of the cluster where others use it.
+// Called by one thread, followed by fence_barrier_init() and a barrier of the block or the cluster.
 __device__ __forceinline__ void mbarrier_init(Barrier* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(cast_smem_ptr_to_uint(barrier)), "r"(arrivals)
+               : "memory");
 }
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive(Barrier* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(cast_smem_ptr_to_uint(barrier)) : "memory");
 }
-// One arrival, and so many more bytes that copies of this phase will bring.
+// Arrives, and adds to the transaction bytes that the phase expects.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(Barrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(cast_smem_ptr_to_uint(barrier)),
+               "r"(bytes)
                : "memory");
 }
-// At the barrier in the same place of another block of the cluster, or of this one.
+// Arrives at the barrier at the same offset in the shared memory of another block of the cluster.
 __device__ __forceinline__ void mbarrier_arrive_cluster(Barrier* barrier, int rank) {
   asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(smem_address(barrier)),
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(cast_smem_ptr_to_uint(barrier)),
       "r"(rank)
       : "memory");
 }
-// The same without release semantics: it says that something has been read, and does not wait for the thread's stores.
+// Without release semantics, for consumers that have only read: it does not wait for the thread's stores.
 __device__ __forceinline__ void mbarrier_arrive_cluster_relaxed(Barrier* barrier, int rank) {
   asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(smem_address(barrier)),
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(cast_smem_ptr_to_uint(barrier)),
       "r"(rank)
       : "memory");
 }
-#ifdef DFKD_WATCH  // for debugging: a wait of two seconds ends the kernel
+#ifdef DFKD_WATCH  // for debugging: a wait of more than two seconds traps
 #define DFKD_BEGIN_WAIT ".reg .u32 began, now;\nmov.u32 began, %%globaltimer_lo;\n"
-#define DFKD_WAIT_AGAIN                                                                                             \
+#define DFKD_WAIT_REPEAT                                                                                            \
   "@done bra over;\nmov.u32 now, %%globaltimer_lo;\nsub.u32 now, now, began;\nsetp.lt.u32 done, now, 2000000000;\n" \
   "@done bra again;\ntrap;\nover:\n"
 #else
 #define DFKD_BEGIN_WAIT ""
-#define DFKD_WAIT_AGAIN "@!done bra again;\n"
+#define DFKD_WAIT_REPEAT "@!done bra again;\n"
 #endif
-#define DFKD_WAIT(words)                                                                                             \
-  asm volatile("{\n.reg .pred done;\n" DFKD_BEGIN_WAIT "again:\nmbarrier.try_wait.parity" words                     \
-               ".shared::cta.b64 done, [%0], %1;\n" DFKD_WAIT_AGAIN "}" ::"r"(smem_address(barrier)),                \
+#define DFKD_WAIT(suffix)                                                                                            \
+  asm volatile("{\n.reg .pred done;\n" DFKD_BEGIN_WAIT "again:\nmbarrier.try_wait.parity" suffix                     \
+               ".shared::cta.b64 done, [%0], %1;\n" DFKD_WAIT_REPEAT "}" ::"r"(cast_smem_ptr_to_uint(barrier)),      \
                "r"(parity)                                                                                           \
                : "memory")
-// Until the phase of this parity has ended; in a cluster, where other blocks arrive with what they wrote.
+// Waits until the phase of this parity completes. The cluster variant acquires the writes of other blocks.
 __device__ __forceinline__ void mbarrier_wait(Barrier* barrier, int parity) { DFKD_WAIT(""); }
 __device__ __forceinline__ void mbarrier_wait_cluster(Barrier* barrier, int parity) { DFKD_WAIT(".acquire.cluster"); }
-// By each thread that wrote shared memory which products or bulk copies read next, before the barrier between.
+// Makes the thread's stores to shared memory visible to wgmma and TMA. Called by each writer before a barrier.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// The same for memory of the device that bulk copies of the same kernel read: by the thread that wrote it or waited for
-// its stores, and by the one that copies, after the barrier between.
+// The same for global memory that bulk copies of the same kernel read. Called by the writer before the barrier and by
+// the copying thread after it.
 __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 #endif
 
-// A stage of a circular buffer, and the parity of the phase that ends when the stage is full. A producer waits for the
-// other parity, of the phase that ended when the stage was emptied: at once in the first round.
+// The stage and phase of a producer or consumer. Consumers wait for the full barrier with `phase`; producers wait for
+// the empty barrier with `phase ^ 1`, which returns immediately in the first round.
 struct PipelineState {
   int index = 0, phase = 0;
 
@@ -380,40 +357,39 @@ struct PipelineState {
 };
 
 // ---- bulk copies ----------------------------------------------------------------------------------------------------
-// Each by one thread, except st_async(). Addresses in shared memory are aligned to 128 bytes for tiles and to 16 for
-// other copies, as are addresses in memory and sizes. `full` counts all bytes of a tile, also those outside of the
-// tensor.
+// Issued by one thread, except st_async(). TMA boxes in shared memory are aligned to 128 bytes, other addresses and
+// sizes to 16. A TMA load counts all bytes of its box, including those outside of the tensor.
 
 #ifdef DFKD_HOST
 
 inline void cp_async_bulk(void* shared, const void* global, int bytes, Barrier* full) {
-  host::copy_bulk(shared, global, bytes, &full->state);
+  host::cp_async_bulk(shared, global, bytes, &full->state);
 }
-inline void st_async(void* there, const uint32_t (&values)[4], Barrier* full, int rank) {
-  host::store_later(host::at_rank(there, rank), values, static_cast<uint64_t*>(host::at_rank(&full->state, rank)));
+inline void st_async(void* shared, const uint32_t (&values)[4], Barrier* full, int rank) {
+  host::st_async(host::at_rank(shared, rank), values, static_cast<uint64_t*>(host::at_rank(&full->state, rank)));
 }
 inline void tma_load(void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
-  host::load_tile(shared, map.map, x, y, z, &full->state);
+  host::tma_load(shared, map.map, x, y, z, &full->state);
 }
 inline void tma_load_multicast(unsigned ranks, void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
   for (int rank = 0; rank < 16; ++rank) {
     if (ranks >> rank & 1u) {
-      host::load_tile(host::at_rank(shared, rank), map.map, x, y, z,
-                      static_cast<uint64_t*>(host::at_rank(&full->state, rank)));
+      host::tma_load(host::at_rank(shared, rank), map.map, x, y, z,
+                     static_cast<uint64_t*>(host::at_rank(&full->state, rank)));
     }
   }
 }
 inline void tma_store(const TensorMap& map, const void* shared, int x, int y, int z) {
-  host::store_tile(map.map, shared, x, y, z);
+  host::tma_store(map.map, shared, x, y, z);
 }
-inline void tma_store_commit() { host::commit_stores(); }
-template <int NEWEST_LEFT>
+inline void tma_store_commit() { host::tma_store_commit(); }
+template <int PENDING>
 void tma_store_wait_read() {
-  host::wait_stores(NEWEST_LEFT);
+  host::tma_store_wait(PENDING);
 }
-template <int NEWEST_LEFT>
+template <int PENDING>
 void tma_store_wait() {
-  host::wait_stores(NEWEST_LEFT);
+  host::tma_store_wait(PENDING);
 }
 inline void prefetch_tensormap(const TensorMap&) {}
 
@@ -422,52 +398,53 @@ inline void prefetch_tensormap(const TensorMap&) {}
 __device__ __forceinline__ void cp_async_bulk(void* shared, const void* global, int bytes, Barrier* full) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          smem_address(shared)),
-      "l"(global), "r"(bytes), "r"(smem_address(full))
+          cast_smem_ptr_to_uint(shared)),
+      "l"(global), "r"(bytes), "r"(cast_smem_ptr_to_uint(full))
       : "memory");
 }
-// By any thread: 16 bytes to the same place of another block, whose barrier in the place of `full` counts them.
-__device__ __forceinline__ void st_async(void* there, const uint32_t (&values)[4], Barrier* full, int rank) {
+// Stores 16 bytes to the same offset in the shared memory of another block and counts them at its barrier.
+__device__ __forceinline__ void st_async(void* shared, const uint32_t (&values)[4], Barrier* full, int rank) {
   asm volatile(
-      "{\n.reg .b32 to, counts;\n"
-      "mapa.shared::cluster.u32 to, %0, %6;\n"
-      "mapa.shared::cluster.u32 counts, %5, %6;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%1, %2, %3, %4}, [counts];\n}" ::"r"(
-          smem_address(there)),
-      "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(smem_address(full)), "r"(rank)
+      "{\n.reg .b32 remote, remote_barrier;\n"
+      "mapa.shared::cluster.u32 remote, %0, %6;\n"
+      "mapa.shared::cluster.u32 remote_barrier, %5, %6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote], {%1, %2, %3, %4}, "
+      "[remote_barrier];\n}" ::
+      "r"(cast_smem_ptr_to_uint(shared)),
+      "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3]), "r"(cast_smem_ptr_to_uint(full)), "r"(rank)
       : "memory");
 }
 __device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, int x, int y, int z, Barrier* full) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
-      "[%5];" ::"r"(smem_address(shared)),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(smem_address(full))
+      "[%5];" ::"r"(cast_smem_ptr_to_uint(shared)),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(cast_smem_ptr_to_uint(full))
       : "memory");
 }
-// To the same place of each block of the cluster whose bit is set, and counted by each one's barrier.
+// Loads to the same offset in each block of the cluster whose bit is set, and signals each block's barrier.
 __device__ __forceinline__ void tma_load_multicast(unsigned ranks, void* shared, const TensorMap& map, int x, int y,
                                                    int z, Barrier* full) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(smem_address(shared)),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(smem_address(full)), "h"(static_cast<uint16_t>(ranks))
+      "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(cast_smem_ptr_to_uint(shared)),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(cast_smem_ptr_to_uint(full)), "h"(static_cast<uint16_t>(ranks))
       : "memory");
 }
 __device__ __forceinline__ void tma_store(const TensorMap& map, const void* shared, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
-               "r"(smem_address(shared)), "r"(x), "r"(y), "r"(z)
+               "r"(cast_smem_ptr_to_uint(shared)), "r"(x), "r"(y), "r"(z)
                : "memory");
 }
-// Of the calling thread: a group of stores ends here; wait until all but the newest groups have been read from shared
-// memory, or are in memory. A thread waits for its own before it ends.
+// Commits the thread's stores as a group; waits until at most PENDING groups have not read shared memory, or have not
+// completed. A thread waits for its stores before it exits.
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <int NEWEST_LEFT>
+template <int PENDING>
 __device__ __forceinline__ void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(NEWEST_LEFT) : "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
-template <int NEWEST_LEFT>
+template <int PENDING>
 __device__ __forceinline__ void tma_store_wait() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(NEWEST_LEFT) : "memory");
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 __device__ __forceinline__ void prefetch_tensormap(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
@@ -475,12 +452,12 @@ __device__ __forceinline__ void prefetch_tensormap(const TensorMap& map) {
 
 #endif
 
-// ---- warps with roles -----------------------------------------------------------------------------------------------
+// ---- warp specialization --------------------------------------------------------------------------------------------
 
-// Barriers 1 to 15 of some of a block's warps: `threads` of them, 32 a warp, wait or arrive.
+// Named barriers 1 to 15, for `threads` threads that wait or arrive.
 #ifdef DFKD_HOST
-inline void named_barrier_sync(int barrier, int threads) { host::sync_some(barrier, threads, true); }
-inline void named_barrier_arrive(int barrier, int threads) { host::sync_some(barrier, threads, false); }
+inline void named_barrier_sync(int barrier, int threads) { host::named_barrier(barrier, threads, true); }
+inline void named_barrier_arrive(int barrier, int threads) { host::named_barrier(barrier, threads, false); }
 template <int REGISTERS>
 void warpgroup_reg_alloc() {}
 template <int REGISTERS>
@@ -492,7 +469,7 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
 __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-// By all of a warpgroup: have so many registers a thread, more or fewer than the launch gave.
+// setmaxnreg: called by all threads of a warpgroup.
 template <int REGISTERS>
 __device__ __forceinline__ void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -504,7 +481,7 @@ __device__ __forceinline__ void warpgroup_reg_dealloc() {
 #endif
 
 // ---- clusters -------------------------------------------------------------------------------------------------------
-// Neighbouring blocks along x that run at the same time and see each other's shared memory.
+// Adjacent blocks along x that run concurrently and access each other's shared memory (DSMEM).
 
 #ifdef DFKD_HOST
 inline int cluster_rank() { return host::cluster_rank(); }
@@ -512,11 +489,13 @@ inline int cluster_size() { return host::cluster_size(); }
 inline void cluster_arrive() { host::cluster_arrive(); }
 inline void cluster_wait() { host::cluster_wait(); }
 template <typename T>
-T* map_shared_rank(T* mine, int rank) {
-  return static_cast<T*>(host::at_rank(mine, rank));
+T* map_shared_rank(T* shared, int rank) {
+  return static_cast<T*>(host::at_rank(shared, rank));
 }
-inline void arrive_global(unsigned* counter) { host::arrive_global(counter); }
-inline void wait_global(const unsigned* counter, unsigned arrivals) { host::wait_global(counter, arrivals); }
+inline void global_barrier_arrive(unsigned* counter) { host::global_barrier_arrive(counter); }
+inline void global_barrier_wait(const unsigned* counter, unsigned arrivals) {
+  host::global_barrier_wait(counter, arrivals);
+}
 #else
 __device__ __forceinline__ int cluster_rank() {
   uint32_t rank;
@@ -528,30 +507,30 @@ __device__ __forceinline__ int cluster_size() {
   asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return static_cast<int>(size);
 }
-// By every thread of the cluster. A block must not end while others use its shared memory.
+// Called by all threads of the cluster. A block must not exit while others access its shared memory.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-// The same place in another block's shared memory, to be read and written as any.
+// Maps an address in shared memory to the same offset in another block, for ordinary loads and stores.
 template <typename T>
-__device__ __forceinline__ T* map_shared_rank(T* mine, int rank) {
-  uint64_t there;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(rank));
-  return reinterpret_cast<T*>(there);
+__device__ __forceinline__ T* map_shared_rank(T* shared, int rank) {
+  uint64_t remote;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(shared), "r"(rank));
+  return reinterpret_cast<T*>(remote);
 }
-// Between blocks of a cooperative launch, through a counter in memory that begins at 0: one thread of a block after a
-// barrier of its block; and until so many have arrived, before one.
-__device__ __forceinline__ void arrive_global(unsigned* counter) {
+// A barrier between blocks of a cooperative launch: a counter in global memory, initially 0. One thread of a block
+// arrives after a barrier of its block, and waits for `arrivals` before one.
+__device__ __forceinline__ void global_barrier_arrive(unsigned* counter) {
   asm volatile("fence.acq_rel.gpu;\nred.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
-__device__ __forceinline__ void wait_global(const unsigned* counter, unsigned arrivals) {
-  unsigned found;
+__device__ __forceinline__ void global_barrier_wait(const unsigned* counter, unsigned arrivals) {
+  unsigned value;
   [[maybe_unused]] unsigned tries = 0;
   do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
 #ifdef DFKD_WATCH
     if (++tries == 100000000) asm volatile("trap;");
 #endif
-  } while (found < arrivals);
+  } while (value < arrivals);
 }
 #endif
 __device__ __forceinline__ void cluster_sync() {
@@ -559,34 +538,34 @@ __device__ __forceinline__ void cluster_sync() {
   cluster_wait();
 }
 
-// ---- products of a warpgroup ----------------------------------------------------------------------------------------
+// ---- wgmma ----------------------------------------------------------------------------------------------------------
 
-// d = a b, or d += a b, for a (64 x 16), b (16 x N) and d (64 x N) float32, by all 128 threads. Thread 32 w + l holds
-// in d[n] of columns 8 n + 2 (l % 4) and the next those of row 16 w + l / 4, then those of the row 8 further. a in
-// registers: a[0] that row's columns 2 (l % 4) and the next, a[1] those of the row 8 further, a[2] and a[3] the same 8
-// columns further. It is asynchronous: between warpgroup_arrive() and warpgroup_wait() nothing may touch d, a in
-// registers or the operands in shared memory; warpgroup_fence_operand() keeps the compiler from doing so. COLUMNS_A,
-// COLUMNS_B: that operand is MN-major.
-template <typename T, int N, bool COLUMNS_A = false, bool COLUMNS_B = false>
-__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add);
-template <typename T, int N, bool COLUMNS_B = false>
-__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add);
+// d = a b, or d += a b if `accumulate`, for a (64 x 16), b (16 x N) and float32 d (64 x N), by a warpgroup. Accumulator
+// fragment: thread 32 w + l holds in d[n] row 16 w + l / 4 and row 16 w + l / 4 + 8, columns 8 n + 2 (l % 4) and the
+// next one of each. Register operand: a[0] and a[1] hold columns 2 (l % 4) and the next one of the same two rows, a[2]
+// and a[3] the columns 8 further right. wgmma is asynchronous: between warpgroup_arrive() and warpgroup_wait(), d, a in
+// registers and the operands in shared memory must not be accessed; warpgroup_fence_operand() enforces this on the
+// compiler. TRANSPOSE_A, TRANSPOSE_B: the operand is MN-major.
+template <typename T, int N, bool TRANSPOSE_A = false, bool TRANSPOSE_B = false>
+__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool accumulate);
+template <typename T, int N, bool TRANSPOSE_B = false>
+__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate);
 
 #ifdef DFKD_HOST
 
-template <typename T, int N, bool COLUMNS_A, bool COLUMNS_B>
-void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
-  host::multiply({&d[0][0], nullptr, a, b, N, std::is_same_v<T, bfloat16>, COLUMNS_A, COLUMNS_B, add});
+template <typename T, int N, bool TRANSPOSE_A, bool TRANSPOSE_B>
+void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool accumulate) {
+  host::wgmma({&d[0][0], nullptr, a, b, N, std::is_same_v<T, bfloat16>, TRANSPOSE_A, TRANSPOSE_B, accumulate});
 }
-template <typename T, int N, bool COLUMNS_B>
-void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-  host::multiply({&d[0][0], a, 0, b, N, std::is_same_v<T, bfloat16>, false, COLUMNS_B, add});
+template <typename T, int N, bool TRANSPOSE_B>
+void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  host::wgmma({&d[0][0], a, 0, b, N, std::is_same_v<T, bfloat16>, false, TRANSPOSE_B, accumulate});
 }
 inline void warpgroup_arrive() {}
-inline void warpgroup_commit_batch() { host::commit_products(); }
-template <int NEWEST_LEFT>
+inline void warpgroup_commit_batch() { host::warpgroup_commit_batch(); }
+template <int PENDING>
 void warpgroup_wait() {
-  host::wait_products(NEWEST_LEFT);
+  host::warpgroup_wait(PENDING);
 }
 template <int N>
 void warpgroup_fence_operand(float (&)[N][4]) {}
@@ -595,15 +574,15 @@ void warpgroup_fence_operand(uint32_t (&)[N][4]) {}
 
 #else
 
-// Before the first product, and where registers that products use have been written since.
+// Before the first wgmma, and again after registers that wgmma uses have been written.
 __device__ __forceinline__ void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void warpgroup_commit_batch() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until all but the newest groups are done.
-template <int NEWEST_LEFT>
+// Waits until at most PENDING groups are in flight.
+template <int PENDING>
 __device__ __forceinline__ void warpgroup_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NEWEST_LEFT) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 template <int N>
 __device__ __forceinline__ void warpgroup_fence_operand(float (&d)[N][4]) {
@@ -616,7 +595,7 @@ __device__ __forceinline__ void warpgroup_fence_operand(uint32_t (&a)[N][4]) {
   for (int i = 0; i < 4 * N; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
-// Lists of registers, by tens: "%0, %1, ...", the tens' digit being t.
+// Register lists "%0, %1, ...", ten at a time; t is the tens digit.
 #define DFKD_TEN(t) \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
 #define DFKD_8 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -628,9 +607,6 @@ __device__ __forceinline__ void warpgroup_fence_operand(uint32_t (&a)[N][4]) {
 #define DFKD_64 DFKD_40 ", " DFKD_TEN(4) ", " DFKD_TEN(5) ", %60, %61, %62, %63"
 #define DFKD_80 DFKD_40 ", " DFKD_TEN(4) ", " DFKD_TEN(5) ", " DFKD_TEN(6) ", " DFKD_TEN(7)
 #define DFKD_96 DFKD_80 ", " DFKD_TEN(8) ", %90, %91, %92, %93, %94, %95"
-#define DFKD_128 \
-  DFKD_80 ", " DFKD_TEN(8) ", " DFKD_TEN(9) ", " DFKD_TEN(10) ", " DFKD_TEN(11) \
-  ", %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define DFKD_D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define DFKD_D8(i) DFKD_D4(i), DFKD_D4(i + 1)
@@ -640,72 +616,59 @@ __device__ __forceinline__ void warpgroup_fence_operand(uint32_t (&a)[N][4]) {
 #define DFKD_D48(i) DFKD_D32(i), DFKD_D16(i + 8)
 #define DFKD_D64(i) DFKD_D32(i), DFKD_D32(i + 8)
 #define DFKD_D96(i) DFKD_D64(i), DFKD_D32(i + 16)
-#define DFKD_D128(i) DFKD_D64(i), DFKD_D64(i + 16)
 
-// With R registers of d, further operands are numbers R to R + 6.
-#define DFKD_SHARED(TYPE, N, R, A, B, P, TA, TB)                                                                     \
+// d uses R registers; the other operands are numbered from R.
+#define DFKD_WGMMA_SS(TYPE, N, R, A, B, P, TA, TB)                                                                   \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P ", 0;\n"                                                  \
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" DFKD_##R "}, %" #A ", %" #B      \
                ", add, 1, 1, %" #TA ", %" #TB ";\n}"                                                                 \
                : DFKD_D##R(0)                                                                                        \
-               : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(COLUMNS_A ? 1 : 0), "n"(COLUMNS_B ? 1 : 0))
-#define DFKD_REGISTERS(TYPE, N, R, A0, A1, A2, A3, B, P, TB)                                                         \
+               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(TRANSPOSE_A ? 1 : 0), "n"(TRANSPOSE_B ? 1 : 0))
+#define DFKD_WGMMA_RS(TYPE, N, R, A0, A1, A2, A3, B, P, TB)                                                          \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P ", 0;\n"                                                  \
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" DFKD_##R "}, {%" #A0 ", %" #A1   \
                ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, %" #TB ";\n}"                                             \
                : DFKD_D##R(0)                                                                                        \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),                     \
-                 "n"(COLUMNS_B ? 1 : 0))
-#define DFKD_CASE(KIND, N, ...)                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),              \
+                 "n"(TRANSPOSE_B ? 1 : 0))
+#define DFKD_WGMMA(KIND, N, ...)                      \
   if constexpr (std::is_same_v<T, bfloat16>) {        \
     KIND("bf16", N, __VA_ARGS__);                     \
   } else {                                            \
     KIND("f16", N, __VA_ARGS__);                      \
   }
 
-template <typename T, int N, bool COLUMNS_A, bool COLUMNS_B>
-__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
+template <typename T, int N, bool TRANSPOSE_A, bool TRANSPOSE_B>
+__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(sizeof(T) == 2);
   if constexpr (N == 16) {
-    DFKD_CASE(DFKD_SHARED, 16, 8, 8, 9, 10, 11, 12)
+    DFKD_WGMMA(DFKD_WGMMA_SS, 16, 8, 8, 9, 10, 11, 12)
   } else if constexpr (N == 32) {
-    DFKD_CASE(DFKD_SHARED, 32, 16, 16, 17, 18, 19, 20)
+    DFKD_WGMMA(DFKD_WGMMA_SS, 32, 16, 16, 17, 18, 19, 20)
   } else if constexpr (N == 48) {
-    DFKD_CASE(DFKD_SHARED, 48, 24, 24, 25, 26, 27, 28)
+    DFKD_WGMMA(DFKD_WGMMA_SS, 48, 24, 24, 25, 26, 27, 28)
   } else if constexpr (N == 64) {
-    DFKD_CASE(DFKD_SHARED, 64, 32, 32, 33, 34, 35, 36)
+    DFKD_WGMMA(DFKD_WGMMA_SS, 64, 32, 32, 33, 34, 35, 36)
   } else if constexpr (N == 96) {
-    DFKD_CASE(DFKD_SHARED, 96, 48, 48, 49, 50, 51, 52)
+    DFKD_WGMMA(DFKD_WGMMA_SS, 96, 48, 48, 49, 50, 51, 52)
   } else if constexpr (N == 128) {
-    DFKD_CASE(DFKD_SHARED, 128, 64, 64, 65, 66, 67, 68)
-  } else if constexpr (N == 192) {
-    DFKD_CASE(DFKD_SHARED, 192, 96, 96, 97, 98, 99, 100)
+    DFKD_WGMMA(DFKD_WGMMA_SS, 128, 64, 64, 65, 66, 67, 68)
   } else {
-    static_assert(N == 256);
-    DFKD_CASE(DFKD_SHARED, 256, 128, 128, 129, 130, 131, 132)
+    static_assert(N == 192);
+    DFKD_WGMMA(DFKD_WGMMA_SS, 192, 96, 96, 97, 98, 99, 100)
   }
 }
 
-template <typename T, int N, bool COLUMNS_B>
-__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+template <typename T, int N, bool TRANSPOSE_B>
+__device__ __forceinline__ void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   static_assert(sizeof(T) == 2);
-  if constexpr (N == 16) {
-    DFKD_CASE(DFKD_REGISTERS, 16, 8, 8, 9, 10, 11, 12, 13, 14)
-  } else if constexpr (N == 32) {
-    DFKD_CASE(DFKD_REGISTERS, 32, 16, 16, 17, 18, 19, 20, 21, 22)
-  } else if constexpr (N == 48) {
-    DFKD_CASE(DFKD_REGISTERS, 48, 24, 24, 25, 26, 27, 28, 29, 30)
+  if constexpr (N == 48) {
+    DFKD_WGMMA(DFKD_WGMMA_RS, 48, 24, 24, 25, 26, 27, 28, 29, 30)
   } else if constexpr (N == 64) {
-    DFKD_CASE(DFKD_REGISTERS, 64, 32, 32, 33, 34, 35, 36, 37, 38)
-  } else if constexpr (N == 96) {
-    DFKD_CASE(DFKD_REGISTERS, 96, 48, 48, 49, 50, 51, 52, 53, 54)
-  } else if constexpr (N == 128) {
-    DFKD_CASE(DFKD_REGISTERS, 128, 64, 64, 65, 66, 67, 68, 69, 70)
-  } else if constexpr (N == 192) {
-    DFKD_CASE(DFKD_REGISTERS, 192, 96, 96, 97, 98, 99, 100, 101, 102)
+    DFKD_WGMMA(DFKD_WGMMA_RS, 64, 32, 32, 33, 34, 35, 36, 37, 38)
   } else {
-    static_assert(N == 256);
-    DFKD_CASE(DFKD_REGISTERS, 256, 128, 128, 129, 130, 131, 132, 133, 134)
+    static_assert(N == 128);
+    DFKD_WGMMA(DFKD_WGMMA_RS, 128, 64, 64, 65, 66, 67, 68, 69, 70)
   }
 }
 
@@ -713,9 +676,8 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], const uint32_t (&a)[
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
-// Launch a kernel in clusters of so many blocks along x, or, if cooperative, with all blocks resident; or write the
-// launch down where a record is set (launchers.h). Arguments are converted to the parameters' types. Returns a
-// cudaError_t, 0 for success.
+// Launches a kernel in clusters of `cluster` blocks along x, cooperatively if requested. While launches are recorded
+// (launchers.h), it only records the launch. Arguments are converted to the parameters' types. Returns a cudaError_t.
 template <typename... Parameters, typename... Arguments>
 int launch_cluster(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, int cluster,
                    bool cooperative, void* stream, Arguments... arguments) {
@@ -725,13 +687,13 @@ int launch_cluster(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, siz
   return 0;
 #else
   const void* const address = reinterpret_cast<const void*>(kernel);
-  const dfkd_launch noted{address,
-                          {blocks.x, blocks.y, blocks.z},
-                          {threads.x, threads.y, threads.z},
-                          static_cast<int64_t>(shared),
-                          cluster,
-                          cooperative};
-  if (dfkd_note(&noted)) return 0;
+  const dfkd_launch record{address,
+                           {blocks.x, blocks.y, blocks.z},
+                           {threads.x, threads.y, threads.z},
+                           static_cast<int64_t>(shared),
+                           cluster,
+                           cooperative};
+  if (dfkd_record_launch(&record)) return 0;
   cudaError_t error = cudaSuccess;
   if (shared > 48 * 1024) {
     error = cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
@@ -765,23 +727,20 @@ int launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shar
   return launch_cluster(kernel, blocks, threads, shared, 1, false, stream, arguments...);
 }
 
-// Call f with a value of the 16-bit element type that a dtype names; DFKD_INVALID with the reason for another dtype.
+// Calls f with a value of the 16-bit element type. Returns DFKD_INVALID with a reason for other dtypes.
 template <typename F>
-int with_type(int dtype, F f) {
+int dispatch_dtype(int dtype, F f) {
   if (dtype == DFKD_FLOAT16) return f(float16{});
   if (dtype == DFKD_BFLOAT16) return f(bfloat16{});
-  return dfkd_refuse("dtype must be float16 or bfloat16");
+  return dfkd_unsupported("dtype must be float16 or bfloat16");
 }
 
-// 0 for a size that a kernel serves; otherwise DFKD_INVALID, with a reason that names the size and its limits.
+// Returns 0 for a supported size, otherwise DFKD_INVALID with a reason that names the size and its limits.
 inline int require_size(const char* name, int64_t value, int64_t least, int64_t most, int multiple_of = 1) {
   if (value >= least && value <= most && value % multiple_of == 0) return 0;
-  const auto number = [](int64_t x) { return static_cast<long long>(x); };
-  if (multiple_of == 1) {
-    return dfkd_refuse("%s is %lld; the kernel serves %lld to %lld", name, number(value), number(least), number(most));
-  }
-  return dfkd_refuse("%s is %lld; the kernel serves multiples of %d up to %lld", name, number(value), multiple_of,
-                     number(most));
+  const long long size = value, low = least, high = most;  // for %lld
+  if (multiple_of == 1) return dfkd_unsupported("%s is %lld; the kernel supports %lld to %lld", name, size, low, high);
+  return dfkd_unsupported("%s is %lld; the kernel supports multiples of %d up to %lld", name, size, multiple_of, high);
 }
 
 }  // namespace dfkd

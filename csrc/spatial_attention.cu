@@ -164,13 +164,13 @@ __device__ __forceinline__ void combine_stats(const Params& params, const Shared
   for (int c = 0; c < 16; ++c) {
     float row_max = softmax.row_max[c];
 #pragma unroll
-    for (int distance = 4; distance < kLanes; distance *= 2) {
-      row_max = fmaxf(row_max, __shfl_xor_sync(kAll, row_max, distance));
+    for (int distance = 4; distance < kWarpSize; distance *= 2) {
+      row_max = fmaxf(row_max, __shfl_xor_sync(kFullMask, row_max, distance));
     }
     const float rescale = exp_nonpositive(softmax.base[c] - finite_max(row_max));
     const float row_sum = sum_over_rows(softmax.row_sum[c] * rescale);
     if (coords.g == 0) {
-      float* out = storage.warp_stats + 2 * (coords.thread / kLanes * kBox + 16 * coords.t + c);
+      float* out = storage.warp_stats + 2 * (coords.thread / kWarpSize * kBox + 16 * coords.t + c);
       out[0] = row_max;
       out[1] = row_sum;
     }
@@ -236,18 +236,18 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       mbarrier_init(&barriers.hidden_full[i], 1);
       mbarrier_init(&barriers.hidden_empty[i], kConsumerWarps);
     }
-    mbarrier_init(&barriers.stats_full, params.cluster_size * tiling.padded_channels() / kLanes);
+    mbarrier_init(&barriers.stats_full, params.cluster_size * tiling.padded_channels() / kWarpSize);
     fence_barrier_init();
   }
   cluster_sync();
 
   if (thread >= kConsumerThreads) {
     warpgroup_reg_dealloc<kProducerRegisters>();
-    const int warp = thread / kLanes - kConsumerWarps;
+    const int warp = thread / kWarpSize - kConsumerWarps;
     const bool for_gate = warp == 0;  // warp 1 loads h for the statistics
     unsigned char* const stages = for_gate ? storage.stages : storage.hidden;
     const int stage_bytes = for_gate ? params.stage_bytes() : tiling.hidden_tile_bytes();
-    if (warp < 2 && thread % kLanes == 0) {
+    if (warp < 2 && thread % kWarpSize == 0) {
       PipelineState state;
 #pragma unroll 1
       for (int sample = scheduler.cluster; sample < tiling.samples; sample += params.num_clusters) {
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
                 // Not f * (1 + gate): the sum would round off most digits of a gate of 1e-6.
                 y[e] += y[e] * (exp_nonpositive(logit - row_max.at[c]) * factor.at[c]);
               }
-              f[half].at[word] = pack_rounded<T>(y[0], y[1]);
+              f[half].at[word] = pack_rn<T>(y[0], y[1]);
             }
           }
 #pragma unroll
@@ -401,7 +401,7 @@ int dfkd_spatial_attention(const void* features, const void* hidden, const void*
                            int form, void* out, void* saved, void* stream) {
   if (const int status = require_supported(samples, channels, maps, positions, form)) return status;
   if (const int status = require_parameter_dtype("weight", weight_dtype)) return status;
-  return with_type(dtype, [=](auto type) {
+  return dispatch_dtype(dtype, [=](auto type) {
     using T = decltype(type);
     if (samples == 0) return 0;
     Params params = make_params(make_tiling(samples, channels, maps, positions));

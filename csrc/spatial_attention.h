@@ -29,7 +29,7 @@ using Uint4 = AlignedArray<uint32_t, 4>;
 // ---- element-wise functions -----------------------------------------------------------------------------------------
 
 // exp(x) for x <= 0. Denormal results may flush to zero: every softmax sum is at least 1.
-__device__ __forceinline__ float exp_nonpositive(float x) { return exp2_flushed(x * kLog2E); }
+__device__ __forceinline__ float exp_nonpositive(float x) { return exp2_approx_ftz(x * kLog2E); }
 
 // Avoids -inf - (-inf) while there is no maximum yet.
 __device__ __forceinline__ float finite_max(float row_max) { return row_max == -kInfinity ? 0.0f : row_max; }
@@ -47,7 +47,7 @@ template <typename T>
 __device__ __forceinline__ Uint4 pack8(const float (&values)[8]) {
   Uint4 to;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) to.at[i] = pack_rounded<T>(values[2 * i], values[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) to.at[i] = pack_rn<T>(values[2 * i], values[2 * i + 1]);
   return to;
 }
 
@@ -69,9 +69,9 @@ __device__ __forceinline__ void store_as(void* to, int64_t i, int dtype, float v
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
-constexpr int kConsumerWarpgroups = 4, kConsumerThreads = kConsumerWarpgroups * kWarpgroup;
-constexpr int kConsumerWarps = kConsumerThreads / kLanes;
-constexpr int kBlockThreads = kConsumerThreads + kWarpgroup;  // plus a producer warpgroup
+constexpr int kConsumerWarpgroups = 4, kConsumerThreads = kConsumerWarpgroups * kWarpgroupSize;
+constexpr int kConsumerWarps = kConsumerThreads / kWarpSize;
+constexpr int kBlockThreads = kConsumerThreads + kWarpgroupSize;  // plus a producer warpgroup
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 112;
 constexpr int kBox = 64, kBoxBytes = 2 * kBox * kBox;
 constexpr int kTileBytes = kConsumerWarpgroups * kBoxBytes;  // of features or grad_output
@@ -100,13 +100,13 @@ inline float softmax_scale(float scale, int form, int64_t positions) {
 
 inline int require_parameter_dtype(const char* name, int dtype) {
   if (dtype >= DFKD_FLOAT32 && dtype <= DFKD_BFLOAT16) return 0;
-  return dfkd_refuse("dtype of %s must be float32, float16 or bfloat16", name);
+  return dfkd_unsupported("dtype of %s must be float32, float16 or bfloat16", name);
 }
 
 // Returns 0 if the kernels support the sizes and the form, else DFKD_INVALID with the reason.
 inline int require_supported(int64_t samples, int64_t channels, int64_t hidden, int64_t positions, int form) {
   constexpr int64_t kMax = (int64_t{1} << 30) - 1;  // tiles and positions are 32-bit integers
-  if (form == kChannel) return dfkd_refuse("form is 'channel'; the kernel serves 'spatial' and 'spatial_mean1'");
+  if (form == kChannel) return dfkd_unsupported("form is 'channel'; the kernel supports 'spatial' and 'spatial_mean1'");
   int status = require_size("form", form, kSpatial, kSpatialMean1);
   if (!status) status = require_size("N of features (N, C, H, W)", samples, 0, (1 << 24) - 1);
   if (!status) status = require_size("C of features (N, C, H, W)", channels, 8, kMaxChannels, 8);
@@ -177,9 +177,9 @@ struct ConsumerCoords {
 
   __device__ __forceinline__ explicit ConsumerCoords(const Tiling& tiling) {
     thread = static_cast<int>(threadIdx.x);
-    warpgroup = __shfl_sync(kAll, thread / kWarpgroup, 0);  // tells the compiler that it is warp-uniform
-    warp = thread % kWarpgroup / kLanes;
-    lane = thread % kLanes;
+    warpgroup = __shfl_sync(kFullMask, thread / kWarpgroupSize, 0);  // tells the compiler that it is warp-uniform
+    warp = thread % kWarpgroupSize / kWarpSize;
+    lane = thread % kWarpSize;
     g = lane / 4;
     t = lane % 4;
     channel_block = warpgroup % tiling.channel_blocks;
@@ -256,7 +256,7 @@ __device__ __forceinline__ Float4 load_stats(const float* stats, const ConsumerC
 // The sum over the 8 rows of a warp's fragment.
 __device__ __forceinline__ float sum_over_rows(float x) {
 #pragma unroll
-  for (int distance = 4; distance < kLanes; distance *= 2) x += __shfl_xor_sync(kAll, x, distance);
+  for (int distance = 4; distance < kWarpSize; distance *= 2) x += __shfl_xor_sync(kFullMask, x, distance);
   return x;
 }
 
@@ -268,7 +268,7 @@ __device__ __forceinline__ void reduce_scatter(float (&sums)[16], int lane) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     const float kept = upper ? sums[i + COUNT] : sums[i], sent = upper ? sums[i] : sums[i + COUNT];
-    sums[i] = kept + __shfl_xor_sync(kAll, sent, 2 * COUNT);
+    sums[i] = kept + __shfl_xor_sync(kFullMask, sent, 2 * COUNT);
   }
 }
 
@@ -322,7 +322,7 @@ __device__ __forceinline__ void compute_dh(const Tiling& tiling, const ConsumerC
 #pragma unroll
     for (int n = 0; n < HIDDEN / 8; ++n) {
       if (8 * n < tiling.hidden) {
-        *reinterpret_cast<uint32_t*>(out + 8 * n) = pack_rounded<T>(dh[n][2 * half], dh[n][2 * half + 1]);
+        *reinterpret_cast<uint32_t*>(out + 8 * n) = pack_rn<T>(dh[n][2 * half], dh[n][2 * half + 1]);
       }
     }
   }

@@ -120,12 +120,12 @@ __device__ __forceinline__ void load_row_stats(const Params& params, const Share
                                                const TileScheduler& scheduler, int c, const float* saved,
                                                const Workspace& workspace) {
   const Tiling& tiling = params.tiling;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, sample = scheduler.tile / tiling.tiles;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, sample = scheduler.tile / tiling.tiles;
   const int previous = scheduler.item - kStatsStages;
   const bool with_delta = scheduler.is_gradient_pass() && params.needs_dl;
   if (lane == 0) {
     if (previous >= 0) mbarrier_wait(&storage.barriers->empty[previous % params.stages], previous / params.stages & 1);
-    if (with_delta) wait_global(workspace.delta_done + sample, params.delta_warps);
+    if (with_delta) global_barrier_wait(workspace.delta_done + sample, params.delta_warps);
   }
   __syncwarp();
   if (c < tiling.padded_channels()) {
@@ -146,8 +146,8 @@ __device__ __forceinline__ void load_row_stats(const Params& params, const Share
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        delta.at[k] = divide_fast(delta.at[k], factor.at[k]);
-        factor.at[k] = divide_fast(params.scale, factor.at[k]);
+        delta.at[k] = fast_divide(delta.at[k], factor.at[k]);
+        factor.at[k] = fast_divide(params.scale, factor.at[k]);
       }
     }
     float* const to = storage.stats_stage(scheduler.item) + stats_index(c);
@@ -203,10 +203,10 @@ __device__ __forceinline__ void accumulate_delta(const Params& params, const Con
 __device__ __forceinline__ void store_tile_delta(const Params& params, const SharedStorage& storage, int index,
                                                  int tile, const Workspace& workspace) {
   const Tiling& tiling = params.tiling;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   float* const to = workspace.tile_delta + static_cast<int64_t>(tile) * tiling.channels;
 #pragma unroll 2
-  for (int c = lane; c < tiling.padded_channels(); c += kLanes) {
+  for (int c = lane; c < tiling.padded_channels(); c += kWarpSize) {
     float sum = 0.0f;
 #pragma unroll 4
     for (int i = 0; i < 4 * tiling.row_blocks; ++i) {
@@ -217,7 +217,7 @@ __device__ __forceinline__ void store_tile_delta(const Params& params, const Sha
   }
   __syncwarp();
   if (lane < kConsumerWarps) mbarrier_arrive(&storage.barriers->empty[index]);
-  if (lane == 0) arrive_global(workspace.tiles_done + tile / tiling.tiles);
+  if (lane == 0) global_barrier_arrive(workspace.tiles_done + tile / tiling.tiles);
 }
 
 // Reduces delta of a sample over its tiles. Each warp takes 16 channels, four lanes wide and eight tiles deep, and a
@@ -225,10 +225,10 @@ __device__ __forceinline__ void store_tile_delta(const Params& params, const Sha
 __device__ __forceinline__ void reduce_delta(const Params& params, const ConsumerCoords& coords, int sample,
                                              const Workspace& workspace) {
   const Tiling& tiling = params.tiling;
-  const int warp = coords.thread / kLanes, part = warp / (4 * tiling.channel_blocks);
+  const int warp = coords.thread / kWarpSize, part = warp / (4 * tiling.channel_blocks);
   const int first = warp % (4 * tiling.channel_blocks) * 16, channel = first + 4 * coords.t;
   if (first >= tiling.channels) return;
-  if (coords.lane == 0) wait_global(workspace.tiles_done + sample, static_cast<unsigned>(tiling.tiles));
+  if (coords.lane == 0) global_barrier_wait(workspace.tiles_done + sample, static_cast<unsigned>(tiling.tiles));
   __syncwarp();
   float sums[4] = {0, 0, 0, 0};
   const bool valid = channel < tiling.channels;
@@ -249,7 +249,7 @@ __device__ __forceinline__ void reduce_delta(const Params& params, const Consume
     *reinterpret_cast<Float4*>(workspace.delta + index) = {{sums[0], sums[1], sums[2], sums[3]}};
   }
   __syncwarp();
-  if (coords.lane == 0) arrive_global(workspace.delta_done + sample);
+  if (coords.lane == 0) global_barrier_arrive(workspace.delta_done + sample);
 }
 
 // ---- gradients ------------------------------------------------------------------------------------------------------
@@ -291,8 +291,8 @@ __device__ __forceinline__ void compute_dl(const Params& params, const ConsumerC
           df[e] = grad + grad * s;
           dl_pair[e] = s * (grad * feature - delta.at[c]);
         }
-        g[half].at[word] = pack_rounded<T>(df[0], df[1]);
-        dl[half][chunk].at[word] = pack_rounded<T>(dl_pair[0], dl_pair[1]);
+        g[half].at[word] = pack_rn<T>(df[0], df[1]);
+        dl[half][chunk].at[word] = pack_rn<T>(dl_pair[0], dl_pair[1]);
       }
     }
 #pragma unroll
@@ -337,13 +337,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
   if (thread >= kConsumerThreads) {
     warpgroup_reg_dealloc<kProducerRegisters>();
-    const int warp = (thread - kConsumerThreads) / kLanes;
+    const int warp = (thread - kConsumerThreads) / kWarpSize;
     TileScheduler scheduler;
     if (thread == kConsumerThreads) {
 #pragma unroll 1
       while (scheduler.next(params)) load_stage(params, storage, scheduler, features, grad_output, hidden);
     } else if (warp == 2 || (warp == 3 && tiling.channel_blocks == kConsumerWarpgroups)) {
-      const int channel = 4 * (thread % kLanes) + (warp == 3 ? 4 * kLanes : 0);
+      const int channel = 4 * (thread % kWarpSize) + (warp == 3 ? 4 * kWarpSize : 0);
 #pragma unroll 1
       while (scheduler.next(params)) load_row_stats(params, storage, scheduler, channel, saved, workspace);
     } else if (warp == 1) {
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
           }
           tma_store_commit();
         }
-        if (params.needs_dl) named_barrier_sync(1 + coords.row_block, kWarpgroup * tiling.channel_blocks);
+        if (params.needs_dl) named_barrier_sync(1 + coords.row_block, kWarpgroupSize * tiling.channel_blocks);
         if (params.needs_grad_weight) accumulate_dw<T, HIDDEN>(tiling, coords, stage, dw);
         if (params.needs_grad_hidden && (step & (tiling.channel_blocks - 1)) == coords.channel_block) {
           compute_dh<T, HIDDEN>(tiling, coords.reload(), stage, storage.weight, row,
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       for (int n = 0; n < HIDDEN / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int line = thread / kWarpgroup * kBox + coords.row() + 8 * (i / 2);
+          const int line = thread / kWarpgroupSize * kBox + coords.row() + 8 * (i / 2);
           dw_smem[line * HIDDEN + 8 * n + 2 * coords.t + i % 2] = dw[n][i];
         }
       }
@@ -454,12 +454,12 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_dw(const float* partial
                                                             void* d_weight, void* d_bias, int weight_dtype,
                                                             int bias_dtype) {
   float* sums = reinterpret_cast<float*>(shared_memory());
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
-  const int i = static_cast<int>(blockIdx.x) * kLanes + lane;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int i = static_cast<int>(blockIdx.x) * kWarpSize + lane;
   float sum = 0.0f;
   if (i < width) {
 #pragma unroll 4
-    for (int row = warp; row < count; row += kReduceThreads / kLanes) {
+    for (int row = warp; row < count; row += kReduceThreads / kWarpSize) {
       sum += partials[static_cast<int64_t>(row) * width + i];
     }
   }
@@ -468,7 +468,7 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_dw(const float* partial
   if (warp != 0) return;
   if (i < width) {
     float total = 0.0f;
-    for (int w = 0; w < kReduceThreads / kLanes; ++w) total += sums[w * kLanes + lane];
+    for (int w = 0; w < kReduceThreads / kWarpSize; ++w) total += sums[w * kWarpSize + lane];
     store_as(d_weight, i, weight_dtype, total);
   } else if (i - width < biases) {
     store_as(d_bias, i - width, bias_dtype, 0.0f);
@@ -553,7 +553,7 @@ int dfkd_spatial_attention_backward(const void* grad_output, const void* feature
   if (const int status = require_supported(samples, channels, maps, positions, form)) return status;
   if (const int status = require_parameter_dtype("weight", weight_dtype)) return status;
   if (const int status = require_parameter_dtype("bias", bias_dtype)) return status;
-  return with_type(dtype, [=](auto type) {
+  return dispatch_dtype(dtype, [=](auto type) {
     using T = decltype(type);
     const bool needs_dl = d_hidden != nullptr || d_weight != nullptr;
     Params params = make_params(make_tiling(samples, channels, maps, positions), needs_dl);
@@ -574,7 +574,7 @@ int dfkd_spatial_attention_backward(const void* grad_output, const void* feature
     const int weights = d_weight == nullptr ? 0 : params.tiling.channels * params.tiling.hidden;
     const int biases = d_bias == nullptr ? 0 : params.tiling.channels;
     if (weights + biases == 0) return 0;
-    const dim3 blocks(static_cast<unsigned>((weights + biases + kLanes - 1) / kLanes));
+    const dim3 blocks(static_cast<unsigned>((weights + biases + kWarpSize - 1) / kWarpSize));
     return launch(reduce_dw, blocks, kReduceThreads, static_cast<size_t>(4 * kReduceThreads), stream,
                   workspace.dw_partials, params.blocks, weights, biases, d_weight, d_bias, weight_dtype, bias_dtype);
   });

@@ -1,12 +1,12 @@
-// Kernels that show the execution shim to be as strict as it says; see tests/cuda/test_host_shim.py.
+// Kernels that test the execution shim itself; see tests/cuda/test_host_shim.py.
 #include "../sm90.h"
 
 namespace {
 
 using namespace dfkd;
 
-// Each thread passes its number to its neighbour through shared memory, with or without the barrier between.
-__global__ void neighbour(int* out, int barrier) {
+// Each thread sends its index to its neighbor through shared memory, with or without a barrier between.
+__global__ void neighbor(int* out, int barrier) {
   int* shared = reinterpret_cast<int*>(shared_memory());
   const int me = static_cast<int>(threadIdx.x), count = static_cast<int>(blockDim.x);
   shared[me] = me;
@@ -14,59 +14,42 @@ __global__ void neighbour(int* out, int barrier) {
   out[static_cast<int>(blockIdx.x) * count + me] = shared[(me + 1) % count];
 }
 
-// Two warps read each other's numbers and write new ones, with or without the barrier between.
-__global__ void turns(int* out, int barrier) {
+// Two warps read each other's values and overwrite them, with or without a barrier between.
+__global__ void exchange(int* out, int barrier) {
   int* shared = reinterpret_cast<int*>(shared_memory());
   const int me = static_cast<int>(threadIdx.x);
-  for (int turn = 0; turn < 2; ++turn) {
-    shared[me] = 100 * turn + me;
+  for (int step = 0; step < 2; ++step) {
+    shared[me] = 100 * step + me;
     __syncthreads();
-    out[64 * turn + me] = shared[(me + 32) % 64];
+    out[64 * step + me] = shared[(me + 32) % 64];
     __syncwarp();
     if (barrier) __syncthreads();
   }
 }
 
-__global__ void beyond(int* out, int index) {
+__global__ void shared_store(int* out, int index) {
   int* shared = reinterpret_cast<int*>(shared_memory());
   shared[index] = 1;
   out[0] = shared[index];
 }
 
-__global__ void never_all() {
+__global__ void divergent_barrier() {
   if (threadIdx.x == 0) __syncthreads();
   if (threadIdx.x != 0) __syncwarp();
 }
 
-__global__ void reduced(const float* in, float* sums, float* largest) {
-  const int me = static_cast<int>(threadIdx.x);
-  sums[me] = warp_sum(in[me]);
-  largest[me] = warp_max<8>(in[me]);
-}
+constexpr int kK = 128;
 
-// What each lane gets of 32 rows of 8 elements.
-__global__ void matrices(const uint16_t* rows, uint32_t* out) {
-  uint16_t* shared = reinterpret_cast<uint16_t*>(shared_memory());
-  const int lane = static_cast<int>(threadIdx.x);
-  for (int i = 0; i < 8; ++i) shared[8 * lane + i] = rows[8 * lane + i];
-  __syncwarp();
-  uint32_t r[4];
-  ldmatrix(r, shared + 8 * lane);
-  for (int i = 0; i < 4; ++i) out[4 * lane + i] = r[i];
-}
+constexpr int kN = 128;
 
-constexpr int kDepth = 128;
-
-// c (64, N) = a b over 128 elements. a is (64, 128), or with COLUMNS_A (128, 64); b (N, 128), or with COLUMNS_B
-// (128, N). With a in registers it comes from memory. wait: 0 reads c before the products are done.
-template <typename T, int N, int WIDTH, bool COLUMNS_A, bool COLUMNS_B>
-__global__ void product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map, const T* a,
-                        float* c, int registers, int wait) {
-  constexpr int kPanelA = (COLUMNS_A ? kDepth : 64) * WIDTH * 2, kPanelB = (COLUMNS_B ? kDepth : N) * WIDTH * 2;
-  constexpr int kPanelsA = (COLUMNS_A ? 64 : kDepth) / WIDTH, kPanelsB = (COLUMNS_B ? N : kDepth) / WIDTH;
-  unsigned char* a_panels = shared_memory();
-  unsigned char* b_panels = a_panels + kPanelsA * kPanelA;
-  Barrier* full = reinterpret_cast<Barrier*>(b_panels + kPanelsB * kPanelB);
+// c (64, N) = a (64, K) b (N, K)^T. With `registers`, a is a register operand. With wait = 0, c is read before wgmma
+// completes.
+__global__ void gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+                     const bfloat16* a, float* c, int registers, int wait) {
+  constexpr int kBoxBytesA = 64 * 64 * 2, kBoxBytesB = kN * 64 * 2;
+  unsigned char* a_smem = shared_memory();
+  unsigned char* b_smem = a_smem + kK / 64 * kBoxBytesA;
+  Barrier* full = reinterpret_cast<Barrier*>(b_smem + kK / 64 * kBoxBytesB);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, row = thread / 32 * 16 + lane / 4;
   if (thread == 0) {
     mbarrier_init(full, 1);
@@ -74,64 +57,43 @@ __global__ void product(const __grid_constant__ TensorMap a_map, const __grid_co
   }
   __syncthreads();
   if (thread == 0) {
-    mbarrier_arrive_expect_tx(full, kPanelsA * kPanelA + kPanelsB * kPanelB);
-    for (int p = 0; p < kPanelsA; ++p) tma_load(a_panels + p * kPanelA, a_map, p * WIDTH, 0, 0, full);
-    for (int p = 0; p < kPanelsB; ++p) tma_load(b_panels + p * kPanelB, b_map, p * WIDTH, 0, 0, full);
+    mbarrier_arrive_expect_tx(full, kK / 64 * (kBoxBytesA + kBoxBytesB));
+    for (int box = 0; box < kK / 64; ++box) {
+      tma_load(a_smem + box * kBoxBytesA, a_map, box * 64, 0, 0, full);
+      tma_load(b_smem + box * kBoxBytesB, b_map, box * 64, 0, 0, full);
+    }
   }
   mbarrier_wait(full, 0);
-  float d[N / 8][4];
-  uint32_t left[kDepth / 16][4];
-  for (int step = 0; step < kDepth / 16; ++step) {
-    for (int i = 0; i < 4; ++i) {
-      T pair[2];
-      for (int e = 0; e < 2; ++e) {
-        const int m = row + i % 2 * 8, k = 16 * step + i / 2 * 8 + 2 * (lane % 4) + e;
-        pair[e] = a[COLUMNS_A ? k * 64 + m : m * kDepth + k];
-      }
-      left[step][i] = pack(pair[0], pair[1]);
-    }
+  float d[kN / 8][4];
+  uint32_t a_fragment[kK / 16][4];
+  for (int i = 0; i < kK / 4; ++i) {
+    const bfloat16* pair = a + (row + i % 2 * 8) * kK + i / 4 * 16 + i % 4 / 2 * 8 + 2 * (lane % 4);
+    a_fragment[i / 4][i % 4] = pair[0].bits | static_cast<uint32_t>(pair[1].bits) << 16;
   }
   warpgroup_fence_operand(d);
   warpgroup_arrive();
-  for (int step = 0; step < kDepth / 16; ++step) {
-    const int at = 16 * step;
-    const int a_panel = at / WIDTH * kPanelA, b_panel = at / WIDTH * kPanelB;
-    const uint64_t from_a = COLUMNS_A ? advance_desc(make_smem_desc<WIDTH>(a_panels, kPanelA), at * WIDTH * 2)
-                                      : advance_desc(make_smem_desc<WIDTH>(a_panels + a_panel), at % WIDTH * 2);
-    const uint64_t from_b = COLUMNS_B ? advance_desc(make_smem_desc<WIDTH>(b_panels, kPanelB), at * WIDTH * 2)
-                                      : advance_desc(make_smem_desc<WIDTH>(b_panels + b_panel), at % WIDTH * 2);
+  for (int k = 0; k < kK / 16; ++k) {
+    const uint64_t desc_a = advance_desc(make_smem_desc<64>(a_smem + k / 4 * kBoxBytesA), k % 4 * 32);
+    const uint64_t desc_b = advance_desc(make_smem_desc<64>(b_smem + k / 4 * kBoxBytesB), k % 4 * 32);
     if (registers) {
-      wgmma<T, N, COLUMNS_B>(d, left[step], from_b, step > 0);
+      wgmma<bfloat16, kN>(d, a_fragment[k], desc_b, k > 0);
     } else {
-      wgmma<T, N, COLUMNS_A, COLUMNS_B>(d, from_a, from_b, step > 0);
+      wgmma<bfloat16, kN>(d, desc_a, desc_b, k > 0);
     }
   }
   warpgroup_commit_batch();
   if (wait) warpgroup_wait<0>();
   warpgroup_fence_operand(d);
-  for (int i = 0; i < N / 2; ++i) {
-    c[(row + i % 4 / 2 * 8) * N + i / 4 * 8 + 2 * (lane % 4) + i % 2] = d[i / 4][i % 4];
+  for (int i = 0; i < kN / 2; ++i) {
+    c[(row + i % 4 / 2 * 8) * kN + i / 4 * 8 + 2 * (lane % 4) + i % 2] = d[i / 4][i % 4];
   }
   warpgroup_wait<0>();
 }
 
-template <typename T, int N, int WIDTH, bool COLUMNS_A, bool COLUMNS_B>
-int run_product(const void* a, const void* b, float* c, int registers, int wait) {
-  TensorMap a_map, b_map;
-  constexpr int64_t kWideA = COLUMNS_A ? 64 : kDepth, kHighA = COLUMNS_A ? kDepth : 64;
-  constexpr int64_t kWideB = COLUMNS_B ? N : kDepth, kHighB = COLUMNS_B ? kDepth : N;
-  int error = make_tensor_map<WIDTH>(&a_map, a, {kWideA, kHighA, 1}, kWideA, kWideA * kHighA, {WIDTH, kHighA, 1});
-  if (error) return error;
-  error = make_tensor_map<WIDTH>(&b_map, b, {kWideB, kHighB, 1}, kWideB, kWideB * kHighB, {WIDTH, kHighB, 1});
-  if (error) return error;
-  return launch_cluster(product<T, N, WIDTH, COLUMNS_A, COLUMNS_B>, 1, kWarpgroup, 2 * kDepth * (64 + N) + 8, 1, false,
-                        nullptr, a_map, b_map, static_cast<const T*>(a), c, registers, wait);
-}
-
-// A tile from the middle of a tensor to another place of it, 2 further along z; wait: 0 does not wait for its coming.
+// Copies a tile of one tensor to the same coordinates of another. With wait = 0, it does not wait for the load.
 template <int WIDTH>
-__global__ void tile(const __grid_constant__ TensorMap from, const __grid_constant__ TensorMap to, int x, int y, int z,
-                     int bytes, int wait) {
+__global__ void tma_copy(const __grid_constant__ TensorMap from, const __grid_constant__ TensorMap to, int x, int y,
+                         int z, int bytes, int wait) {
   Barrier* full = reinterpret_cast<Barrier*>(shared_memory() + 4096);
   if (threadIdx.x == 0) {
     mbarrier_init(full, 1);
@@ -146,9 +108,9 @@ __global__ void tile(const __grid_constant__ TensorMap from, const __grid_consta
   }
 }
 
-// Each block of a cluster sends its row to all others, by st.async, through pointers, and as tiles for all.
-__global__ void sent(const __grid_constant__ TensorMap rows, int* out, int mode, int stay) {
-  int* mine = reinterpret_cast<int*>(shared_memory());  // one row of 32 and room for everybody's
+// Each block of a cluster sends its row to all others. mode: 0 st.async, 1 mapped pointers, 2 TMA multicast.
+__global__ void cluster_exchange(const __grid_constant__ TensorMap rows, int* out, int mode, int stay) {
+  int* mine = reinterpret_cast<int*>(shared_memory());  // one row of 32, then one row per block
   int* all = mine + 32;
   const int rank = cluster_rank(), size = cluster_size(), thread = static_cast<int>(threadIdx.x);
   Barrier* full = reinterpret_cast<Barrier*>(all + 32 * size);
@@ -175,8 +137,8 @@ __global__ void sent(const __grid_constant__ TensorMap rows, int* out, int mode,
   if (!stay && rank > 0) map_shared_rank(all, 0)[thread] = 0;
 }
 
-// A row from shared memory to a tensor; fence: 0 does not tell TMA of what was stored.
-__global__ void stored(const __grid_constant__ TensorMap to, int fence) {
+// Stores a row from shared memory to a tensor by TMA. With fence = 0, the proxy fence is missing.
+__global__ void tma_store_row(const __grid_constant__ TensorMap to, int fence) {
   int* row = reinterpret_cast<int*>(shared_memory());
   row[threadIdx.x] = static_cast<int>(threadIdx.x);
   if (fence) fence_proxy_async();
@@ -188,9 +150,9 @@ __global__ void stored(const __grid_constant__ TensorMap to, int fence) {
   }
 }
 
-// A ring of two stages between a warp that fills it and one that empties it. careful: 0 fills stages that are still
-// read; 2 never says that they have been.
-__global__ void ring(const float* in, float* out, int steps, int careful) {
+// A pipeline of two stages between a producer and a consumer warp. mode: 0 the producer does not wait for empty stages;
+// 1 correct; 2 the consumer never releases a stage.
+__global__ void pipeline(const float* in, float* out, int steps, int mode) {
   float* stages = reinterpret_cast<float*>(shared_memory());
   Barrier* full = reinterpret_cast<Barrier*>(stages + 64);
   Barrier* empty = full + 2;
@@ -207,7 +169,7 @@ __global__ void ring(const float* in, float* out, int steps, int careful) {
     if (lane == 0) {
       for (int step = 0; step < steps; ++step) {
         const int stage = step % 2;
-        if (careful && step >= 2) mbarrier_wait(empty + stage, (step / 2 - 1) % 2);
+        if (mode && step >= 2) mbarrier_wait(empty + stage, (step / 2 - 1) % 2);
         mbarrier_arrive_expect_tx(full + stage, 128);
         cp_async_bulk(stages + 32 * stage, in + 32 * step, 128, full + stage);
       }
@@ -217,13 +179,13 @@ __global__ void ring(const float* in, float* out, int steps, int careful) {
       const int stage = step % 2;
       mbarrier_wait(full + stage, step / 2 % 2);
       out[32 * step + lane] = stages[32 * stage + lane];
-      if (careful < 2) mbarrier_arrive(empty + stage);
+      if (mode < 2) mbarrier_arrive(empty + stage);
     }
   }
 }
 
-// Two warps wait for a third one, which waits for nobody.
-__global__ void some(int* out) {
+// Two warps wait at a named barrier for a third one, which only arrives.
+__global__ void named_barrier(int* out) {
   int* shared = reinterpret_cast<int*>(shared_memory());
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp == 2) {
@@ -235,55 +197,37 @@ __global__ void some(int* out) {
   }
 }
 
-// All blocks of a launch pass their numbers on through memory.
-__global__ void grid(int* numbers, unsigned* counter, int* out) {
-  numbers[blockIdx.x] = static_cast<int>(blockIdx.x) + 1;
-  arrive_global(counter);
-  wait_global(counter, gridDim.x);
-  out[blockIdx.x] = numbers[(blockIdx.x + 1) % gridDim.x];
+// Each block of a cooperative launch reads the value of the next block from global memory.
+__global__ void global_barrier(int* values, unsigned* counter, int* out) {
+  values[blockIdx.x] = static_cast<int>(blockIdx.x) + 1;
+  global_barrier_arrive(counter);
+  global_barrier_wait(counter, gridDim.x);
+  out[blockIdx.x] = values[(blockIdx.x + 1) % gridDim.x];
 }
 
 }  // namespace
 
 extern "C" {
 
-int probe_neighbour(int* out, int blocks, int threads, int barrier) {
-  return launch(neighbour, blocks, threads, sizeof(int) * static_cast<size_t>(threads), nullptr, out, barrier);
+int probe_neighbor(int* out, int blocks, int threads, int barrier) {
+  return launch(neighbor, blocks, threads, sizeof(int) * static_cast<size_t>(threads), nullptr, out, barrier);
 }
-int probe_turns(int* out, int barrier) { return launch(turns, 1, 64, 256, nullptr, out, barrier); }
-int probe_beyond(int* out, int index) { return launch(beyond, 1, 1, 64, nullptr, out, index); }
-int probe_never_all() { return launch(never_all, 1, 32, 0, nullptr); }
-int probe_reduced(const float* in, float* sums, float* largest) {
-  return launch(reduced, 1, 32, 0, nullptr, in, sums, largest);
-}
-int probe_matrices(const uint16_t* rows, uint32_t* out) { return launch(matrices, 1, 32, 512, nullptr, rows, out); }
-int probe_wgmma(const void* a, const void* b, float* c, int dtype, int n, int width, int columns_a, int columns_b,
-                int registers, int wait) {
-  const auto run = [&](auto type, auto columns, auto panel) {
-    using T = decltype(type);
-    constexpr int kColumns = decltype(columns)::value, kWidth = decltype(panel)::value;
-    if constexpr (kColumns % kWidth != 0) {
-      return DFKD_INVALID;
-    } else if (columns_a) {
-      return columns_b ? run_product<T, kColumns, kWidth, true, true>(a, b, c, registers, wait)
-                       : run_product<T, kColumns, kWidth, true, false>(a, b, c, registers, wait);
-    } else {
-      return columns_b ? run_product<T, kColumns, kWidth, false, true>(a, b, c, registers, wait)
-                       : run_product<T, kColumns, kWidth, false, false>(a, b, c, registers, wait);
-    }
-  };
-  return with_type(dtype, [&](auto type) {
-    using std::integral_constant;
-    if (n == 16 && width == 16) return run(type, integral_constant<int, 16>{}, integral_constant<int, 16>{});
-    if (n == 96 && width == 32) return run(type, integral_constant<int, 96>{}, integral_constant<int, 32>{});
-    if (n == 128 && width == 64) return run(type, integral_constant<int, 128>{}, integral_constant<int, 64>{});
+int probe_exchange(int* out, int barrier) { return launch(exchange, 1, 64, 256, nullptr, out, barrier); }
+int probe_shared_store(int* out, int index) { return launch(shared_store, 1, 1, 64, nullptr, out, index); }
+int probe_divergent_barrier() { return launch(divergent_barrier, 1, 32, 0, nullptr); }
+int probe_wgmma(const void* a, const void* b, float* c, int registers, int wait) {
+  TensorMap a_map, b_map;
+  if (make_tensor_map<64>(&a_map, a, {kK, 64, 1}, kK, kK * 64, {64, 64, 1}) ||
+      make_tensor_map<64>(&b_map, b, {kK, kN, 1}, kK, kK * kN, {64, kN, 1})) {
     return DFKD_INVALID;
-  });
+  }
+  return launch(gemm, 1, kWarpgroupSize, 2 * kK * (64 + kN) + 8, nullptr, a_map, b_map,
+                static_cast<const bfloat16*>(a), c, registers, wait);
 }
 
-int probe_tile(void* tensor, int64_t size_x, int64_t size_y, int64_t size_z, int x, int y, int z, int width, int wait) {
-  const auto run = [&](auto panel) {
-    constexpr int kWidth = decltype(panel)::value;
+int probe_tma(void* tensor, int64_t size_x, int64_t size_y, int64_t size_z, int x, int y, int z, int width, int wait) {
+  const auto run = [&](auto box_width) {
+    constexpr int kWidth = decltype(box_width)::value;
     TensorMap from, to;
     const Shape sizes{size_x, size_y, size_z}, box{kWidth ? kWidth : 24, 3, 2};
     uint16_t* base = static_cast<uint16_t*>(tensor);
@@ -292,29 +236,29 @@ int probe_tile(void* tensor, int64_t size_x, int64_t size_y, int64_t size_z, int
       return DFKD_INVALID;
     }
     const int bytes = static_cast<int>(2 * box.x * box.y * box.z);
-    return launch_cluster(tile<kWidth>, 1, 32, 4096 + 8, 1, false, nullptr, from, to, x, y, z, bytes, wait);
+    return launch_cluster(tma_copy<kWidth>, 1, 32, 4096 + 8, 1, false, nullptr, from, to, x, y, z, bytes, wait);
   };
   return width == 64 ? run(std::integral_constant<int, 64>{}) : run(std::integral_constant<int, 0>{});
 }
 
-int probe_stored(int* row, int fence) {
+int probe_tma_store(int* row, int fence) {
   TensorMap map;
   if (make_tensor_map<0>(&map, row, {64, 1, 1}, 64, 64, {64, 1, 1})) return DFKD_INVALID;
-  return launch(stored, 1, 32, 128, nullptr, map, fence);
+  return launch(tma_store_row, 1, 32, 128, nullptr, map, fence);
 }
 
-int probe_sent(const void* rows, int* out, int clusters, int size, int mode, int stay) {
+int probe_cluster(const void* rows, int* out, int clusters, int size, int mode, int stay) {
   TensorMap map;
   if (make_tensor_map<0>(&map, rows, {64, size, 1}, 64, int64_t{64} * size, {64, 1, 1})) return DFKD_INVALID;
-  return launch_cluster(sent, static_cast<unsigned>(clusters * size), 32,
+  return launch_cluster(cluster_exchange, static_cast<unsigned>(clusters * size), 32,
                         static_cast<size_t>(128 * (size + 1) + 8), size, false, nullptr, map, out, mode, stay);
 }
 
-int probe_ring(const float* in, float* out, int steps, int careful) {
-  return launch(ring, 1, 64, 256 + 32, nullptr, in, out, steps, careful);
+int probe_pipeline(const float* in, float* out, int steps, int mode) {
+  return launch(pipeline, 1, 64, 256 + 32, nullptr, in, out, steps, mode);
 }
-int probe_some(int* out) { return launch(some, 1, 96, 128, nullptr, out); }
-int probe_grid(int* numbers, unsigned* counter, int* out, int blocks) {
-  return launch_cluster(grid, static_cast<unsigned>(blocks), 1, 0, 1, true, nullptr, numbers, counter, out);
+int probe_named_barrier(int* out) { return launch(named_barrier, 1, 96, 128, nullptr, out); }
+int probe_global_barrier(int* values, unsigned* counter, int* out, int blocks) {
+  return launch_cluster(global_barrier, static_cast<unsigned>(blocks), 1, 0, 1, true, nullptr, values, counter, out);
 }
 }

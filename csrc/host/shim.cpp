@@ -42,9 +42,9 @@ namespace {
 constexpr size_t kStack = 256 * 1024;  // sanitizers make frames large
 constexpr std::align_val_t kSharedAlignment{1024};
 
-enum class State { ready, at_block, at_warp, until, ended };
+enum class State { ready, at_block, at_warp, until, finished };
 
-// Kept from block to block: new ones are slow to get.
+// Reused by later blocks, because allocation is slow.
 std::vector<std::unique_ptr<unsigned char[]>> stacks;
 
 std::unique_ptr<unsigned char[]> new_stack() {
@@ -52,7 +52,7 @@ std::unique_ptr<unsigned char[]> new_stack() {
   auto stack = std::move(stacks.back());
   stacks.pop_back();
 #if DFKD_ASAN
-  __asan_unpoison_memory_region(stack.get(), kStack);  // the frames that its last fiber never left
+  __asan_unpoison_memory_region(stack.get(), kStack);  // frames that the last fiber never left
 #endif
   return stack;
 }
@@ -69,9 +69,9 @@ struct Fiber {
   std::unique_ptr<unsigned char[]> stack = new_stack();
   State state = State::ready;
   Block* block = nullptr;
-  Place place{};
+  ThreadIndices indices{};
   int index = 0;
-  unsigned cluster_turn = 0;
+  unsigned cluster_generation = 0;
   void* fake_stack = nullptr;
   const char* what = nullptr;
   std::function<bool()> until;
@@ -83,26 +83,26 @@ struct AlignedDelete {
 
 struct Cluster {
   std::vector<Block*> blocks;
-  Meeting meeting;
+  ThreadBarrier barrier;
 };
 
 struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<unsigned char> slots;
   std::unique_ptr<unsigned char[], AlignedDelete> shared;
-  std::unique_ptr<unsigned char[], AlignedDelete> view;  // of the asynchronous units, once one has looked
-  bool fenced = false;                                   // since it was last brought up to date
+  std::unique_ptr<unsigned char[], AlignedDelete> view;  // of the async proxy, created on first use
+  bool fenced = false;                                   // since the view was last updated
   size_t shared_bytes = 0;
   Cluster* cluster = nullptr;
   int rank = 0;
-  std::unique_ptr<Extension> extension;
+  std::unique_ptr<BlockState> state;
 
-  bool ended() const {
-    return std::all_of(fibers.begin(), fibers.end(), [](const auto& fiber) { return fiber->state == State::ended; });
+  bool finished() const {
+    return std::all_of(fibers.begin(), fibers.end(), [](const auto& fiber) { return fiber->state == State::finished; });
   }
 };
 
-// What is running, and where to go when it waits.
+// The running kernel and fiber, and the context to switch to when the fiber waits.
 const std::function<void()>* program = nullptr;
 Fiber* running = nullptr;
 ucontext_t scheduler{};
@@ -110,13 +110,13 @@ void* scheduler_fake_stack = nullptr;
 const void* scheduler_stack = nullptr;
 size_t scheduler_size = 0;
 std::mt19937 random_source;
-std::deque<std::function<void()>> under_way;
-std::vector<std::unique_ptr<Block>> together;  // the blocks that run now
+std::deque<std::function<void()>> in_flight;
+std::vector<std::unique_ptr<Block>> resident;  // the blocks that run concurrently
 
-void to_scheduler(bool for_ever) {
+void to_scheduler(bool finished) {
   Fiber* self = running;
 #if DFKD_ASAN
-  __sanitizer_start_switch_fiber(for_ever ? nullptr : &self->fake_stack, scheduler_stack, scheduler_size);
+  __sanitizer_start_switch_fiber(finished ? nullptr : &self->fake_stack, scheduler_stack, scheduler_size);
 #endif
   swapcontext(&self->context, &scheduler);
 #if DFKD_ASAN
@@ -129,9 +129,9 @@ void begin() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
 #endif
   (*program)();
-  running->state = State::ended;
-  if (running->block->extension && running->block->ended()) {
-    if (const char* left = running->block->extension->left_over()) fail("a block ended with %s", left);
+  running->state = State::finished;
+  if (running->block->state && running->block->finished()) {
+    if (const char* what = running->block->state->pending()) fail("a block finished with %s", what);
   }
   to_scheduler(true);
 }
@@ -166,12 +166,12 @@ struct Warp {
   size_t first, last;
 };
 
-// Let go of those at a barrier that all of their kind have reached; whether there were any.
+// Releases the threads at a barrier that all of them have reached. Returns whether there were any.
 bool release(const Warp& of, State at) {
   bool waiting = false;
   for (size_t i = of.first; i < of.last; ++i) {
     const State state = of.block->fibers[i]->state;
-    if (state != at && state != State::ended) return false;
+    if (state != at && state != State::finished) return false;
     waiting |= state == at;
   }
   for (size_t i = of.first; i < of.last; ++i) {
@@ -180,31 +180,33 @@ bool release(const Warp& of, State at) {
   return waiting;
 }
 
-void perform_one() {
-  const size_t which = order > 1 ? random_source() % under_way.size() : 0;
-  const std::function<void()> work = std::move(under_way[which]);
-  under_way.erase(under_way.begin() + static_cast<std::ptrdiff_t>(which));
-  work();
+void complete_one() {
+  const size_t which = order > 1 ? random_source() % in_flight.size() : 0;
+  const std::function<void()> operation = std::move(in_flight[which]);
+  in_flight.erase(in_flight.begin() + static_cast<std::ptrdiff_t>(which));
+  operation();
 }
 
-[[noreturn]] void tell_who_waits() {
-  for (const auto& block : together) {
+[[noreturn]] void report_deadlock() {
+  for (const auto& block : resident) {
     for (const auto& fiber : block->fibers) {
       if (fiber->state == State::until) {
-        fail("thread %d of block %u waits for %s, which never comes", fiber->index, fiber->place.block.x, fiber->what);
+        fail("thread %d of block %u waits forever for %s", fiber->index, fiber->indices.block.x, fiber->what);
       }
-      if (fiber->state != State::ended) fail("thread %d waits at a barrier that others never reach", fiber->index);
+      if (fiber->state != State::finished) {
+        fail("thread %d waits at a barrier that other threads never reach", fiber->index);
+      }
     }
   }
-  fail("nobody waits");
+  fail("no thread waits");
 }
 
-// Run blocks that run together to their end.
-void run_together() {
+// Runs the resident blocks until they finish.
+void run_resident() {
   std::vector<Warp> warps;
   std::vector<size_t> lanes(kWarp);
   std::iota(lanes.begin(), lanes.end(), size_t{0});
-  for (const auto& block : together) {
+  for (const auto& block : resident) {
     const size_t count = block->fibers.size();
     for (size_t first = 0; first < count; first += kWarp) {
       warps.push_back({block.get(), first, std::min(count, first + kWarp)});
@@ -236,14 +238,14 @@ void run_together() {
     if (!one_warp_first) {
       for (const Warp& warp : warps) any |= release(warp, State::at_warp);
     }
-    for (const auto& block : together) any |= release({block.get(), 0, block->fibers.size()}, State::at_block);
-    if (!under_way.empty() && (!any || (order > 1 && random_source() % 4 == 0))) {
-      perform_one();
+    for (const auto& block : resident) any |= release({block.get(), 0, block->fibers.size()}, State::at_block);
+    if (!in_flight.empty() && (!any || (order > 1 && random_source() % 4 == 0))) {
+      complete_one();
       any = true;
     }
   }
-  for (const auto& block : together) {
-    if (!block->ended()) tell_who_waits();
+  for (const auto& block : resident) {
+    if (!block->finished()) report_deadlock();
   }
 }
 
@@ -258,7 +260,7 @@ std::unique_ptr<Block> make_block(dim3 at, dim3 threads, dim3 blocks, size_t sha
     auto fiber = std::make_unique<Fiber>();
     fiber->block = block.get();
     fiber->index = static_cast<int>(index);
-    fiber->place = {
+    fiber->indices = {
         dim3(index % threads.x, index / threads.x % threads.y, index / threads.x / threads.y),
         at,
         threads,
@@ -272,14 +274,13 @@ std::unique_ptr<Block> make_block(dim3 at, dim3 threads, dim3 blocks, size_t sha
 
 }  // namespace
 
-const Place& place() { return running->place; }
+const ThreadIndices& indices() { return running->indices; }
 int thread_index() { return running->index; }
 int lane() { return running->index % kWarp; }
 unsigned char* slot(int lane) {
   return running->block->slots.data() + ((running->index / kWarp) * kWarp + lane) * kSlot;
 }
 unsigned char* shared_memory() { return running->block->shared.get(); }
-size_t shared_bytes() { return running->block->shared_bytes; }
 
 void block_barrier() {
   running->state = State::at_block;
@@ -299,32 +300,32 @@ void wait_until(const char* what, std::function<bool()> ready) {
   to_scheduler(false);
 }
 
-bool at_once() { return order == 1 || (order > 1 && random_source() % 2 == 0); }
+bool immediate() { return order == 1 || (order > 1 && random_source() % 2 == 0); }
 
-void later(std::function<void()> work) {
-  if (at_once()) {
-    work();
+void enqueue(std::function<void()> operation) {
+  if (immediate()) {
+    operation();
   } else {
-    under_way.push_back(std::move(work));
+    in_flight.push_back(std::move(operation));
   }
 }
 
-void meet(Meeting& meeting, int threads, bool wait, const char* what, const std::function<void()>& act) {
-  const unsigned turn = meeting.turn;
-  if (++meeting.arrived > threads) fail("%d threads at %s for %d", meeting.arrived, what, threads);
-  if (meeting.arrived == threads) {
+void arrive(ThreadBarrier& barrier, int threads, bool wait, const char* what, const std::function<void()>& act) {
+  const unsigned generation = barrier.generation;
+  if (++barrier.arrived > threads) fail("%d threads arrive at %s for %d", barrier.arrived, what, threads);
+  if (barrier.arrived == threads) {
     if (act) act();
-    meeting.arrived = 0;
-    ++meeting.turn;
+    barrier.arrived = 0;
+    ++barrier.generation;
   } else if (wait) {
-    wait_until(what, [&meeting, turn] { return meeting.turn != turn; });
+    wait_until(what, [&barrier, generation] { return barrier.generation != generation; });
   }
 }
 
-unsigned char* asynchronous_view(const void* address) {
-  auto* place = static_cast<unsigned char*>(const_cast<void*>(address));
-  for (const auto& block : together) {
-    const std::ptrdiff_t offset = place - block->shared.get();
+unsigned char* async_proxy_view(const void* address) {
+  auto* pointer = static_cast<unsigned char*>(const_cast<void*>(address));
+  for (const auto& block : resident) {
+    const std::ptrdiff_t offset = pointer - block->shared.get();
     if (offset < 0 || offset >= static_cast<std::ptrdiff_t>(block->shared_bytes)) continue;
     if (!block->view) {
       block->view.reset(static_cast<unsigned char*>(::operator new[](block->shared_bytes, kSharedAlignment)));
@@ -334,16 +335,16 @@ unsigned char* asynchronous_view(const void* address) {
     block->fenced = false;
     return block->view.get() + offset;
   }
-  return place;
+  return pointer;
 }
-void fence_asynchronous() {
-  for (const auto& block : together) block->fenced = true;
+void fence_proxy_async() {
+  for (const auto& block : resident) block->fenced = true;
 }
 
-Extension* extension(Extension* (*make)()) {
-  auto& here = running->block->extension;
-  if (!here) here.reset(make());
-  return here.get();
+BlockState* block_state(BlockState* (*make)()) {
+  auto& state = running->block->state;
+  if (!state) state.reset(make());
+  return state.get();
 }
 
 int cluster_rank() { return running->block->rank; }
@@ -353,21 +354,24 @@ void* at_rank(const void* mine, int rank) {
   Block* here = running->block;
   if (rank < 0 || rank >= cluster_size()) fail("no block %d in a cluster of %d", rank, cluster_size());
   Block* there = here->cluster->blocks[static_cast<size_t>(rank)];
-  if (there->ended()) fail("block %d of the cluster has ended, and block %d uses its shared memory", rank, here->rank);
+  if (there->finished()) fail("block %d uses the shared memory of block %d, which has finished", here->rank, rank);
   const auto offset = static_cast<const unsigned char*>(mine) - here->shared.get();
-  if (offset < 0 || offset >= static_cast<std::ptrdiff_t>(here->shared_bytes)) fail("no place in shared memory");
+  const bool inside = offset >= 0 && offset < static_cast<std::ptrdiff_t>(here->shared_bytes);
+  if (!inside) fail("an address outside of shared memory");
   return there->shared.get() + offset;
 }
 
 void cluster_arrive() {
   Cluster& cluster = *running->block->cluster;
-  running->cluster_turn = cluster.meeting.turn;
-  meet(cluster.meeting, static_cast<int>(cluster.blocks.size() * running->block->fibers.size()), false,
-       "the cluster's barrier");
+  running->cluster_generation = cluster.barrier.generation;
+  arrive(cluster.barrier, static_cast<int>(cluster.blocks.size() * running->block->fibers.size()), false,
+         "the cluster's barrier");
 }
 void cluster_wait() {
-  const Meeting& meeting = running->block->cluster->meeting;
-  wait_until("its cluster", [&meeting, turn = running->cluster_turn] { return meeting.turn != turn; });
+  const ThreadBarrier& barrier = running->block->cluster->barrier;
+  wait_until("its cluster", [&barrier, generation = running->cluster_generation] {
+    return barrier.generation != generation;
+  });
 }
 
 void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& thread, int cluster, bool cooperative) {
@@ -376,25 +380,25 @@ void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& 
   const auto width = static_cast<unsigned>(cluster);
   if (blocks.x % width != 0) fail("a grid of %u blocks in clusters of %d", blocks.x, cluster);
   std::vector<std::unique_ptr<Cluster>> clusters;
-  const auto run_these = [&] {
-    run_together();
-    if (!under_way.empty()) fail("blocks ended with copies under way");
-    together.clear();
+  const auto run_blocks = [&] {
+    run_resident();
+    if (!in_flight.empty()) fail("blocks finished with copies in flight");
+    resident.clear();
     clusters.clear();
   };
   for (unsigned z = 0; z < blocks.z; ++z) {
     for (unsigned y = 0; y < blocks.y; ++y) {
       for (unsigned x = 0; x < blocks.x; ++x) {
         if (x % width == 0) clusters.push_back(std::make_unique<Cluster>());
-        together.push_back(make_block(dim3(x, y, z), threads, blocks, shared));
-        together.back()->cluster = clusters.back().get();
-        together.back()->rank = static_cast<int>(x % width);
-        clusters.back()->blocks.push_back(together.back().get());
-        if (!cooperative && x % width == width - 1) run_these();
+        resident.push_back(make_block(dim3(x, y, z), threads, blocks, shared));
+        resident.back()->cluster = clusters.back().get();
+        resident.back()->rank = static_cast<int>(x % width);
+        clusters.back()->blocks.push_back(resident.back().get());
+        if (!cooperative && x % width == width - 1) run_blocks();
       }
     }
   }
-  if (!together.empty()) run_these();
+  if (!resident.empty()) run_blocks();
   program = nullptr;
 }
 

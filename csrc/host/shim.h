@@ -1,11 +1,11 @@
-// CUDA's execution model on a CPU, for tests alone: the kernels of csrc/ compile against this as plain C++.
+// CUDA's execution model on a CPU, for tests only: the kernels of csrc/ compile against this header as plain C++.
 //
-// A block's threads are fibers of one host thread. One runs until it waits - for its block, its warp, its cluster or
-// something asynchronous - and then another one does, in an order that the test picks: a result that depends on the
-// order lacks a barrier. What is asynchronous happens at once or as late as it can, as the test picks too. Blocks run
-// one after the other, but for those of a cluster or of a cooperative launch, so nothing here finds a race between
-// others. Shared memory is exactly as large as the launch asked for and begins as NaN; AddressSanitizer knows its ends,
-// and those of everything else.
+// A block's threads are fibers of one host thread. A fiber runs until it waits for its block, its warp, its cluster or
+// an asynchronous operation. Then another one runs, in an order that the test selects: if a result depends on the
+// order, a barrier is missing. Asynchronous operations complete immediately or as late as possible, which the test
+// selects too. Blocks run one after the other, except those of a cluster or a cooperative launch: races between
+// independent blocks are not found. Shared memory has exactly the launch's size and is initialized to NaN.
+// AddressSanitizer checks its bounds and those of all arrays.
 #pragma once
 
 #include <cmath>
@@ -30,70 +30,69 @@ namespace dfkd::host {
 
 constexpr int kWarp = 32;
 
-// What the running thread sees of itself.
-struct Place {
+// The indices of the running thread.
+struct ThreadIndices {
   dim3 thread, block, threads, blocks;
 };
 
-const Place& place();
+const ThreadIndices& indices();
 
-// Wait until every thread of the block, or every lane of the warp, that has not ended is here too.
+// Waits for all threads of the block, or all lanes of the warp, that have not finished.
 void block_barrier();
 void warp_barrier();
 
-// A warp's scratch: 32 slots of 64 bytes, one a lane.
+// Exchange buffer of a warp: 32 slots of 64 bytes, one per lane.
 constexpr int kSlot = 64;
 unsigned char* slot(int lane);
 int lane();
 
 unsigned char* shared_memory();
-size_t shared_bytes();
 
-// Run a grid: blocks one after the other, or those of a cluster (neighbours along x) together, or all if cooperative.
-// Aborts with a message where threads wait for each other for ever.
+// Runs a grid: blocks one after the other, the blocks of a cluster (neighbors along x) concurrently, all blocks
+// concurrently if cooperative. Aborts with a message on a deadlock.
 void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& thread, int cluster = 1,
          bool cooperative = false);
 
-// ---- what host/sm90.cpp builds on -----------------------------------------------------------------------------
+// ---- used by host/sm90.cpp ---------------------------------------------------------------------------------------
 
-// Wait until something is so.
+// Waits until a condition holds.
 void wait_until(const char* what, std::function<bool()> ready);
-// Whether something asynchronous is to happen at once.
-bool at_once();
-// Do something at once, or when nobody can go on without it, or sometime between.
-void later(std::function<void()> work);
+// Whether the next asynchronous operation completes immediately.
+bool immediate();
+// Performs an asynchronous operation: immediately, when all threads wait, or at some time between.
+void enqueue(std::function<void()> operation);
 
-// Several threads meet: the last one acts for all, and then they go on.
-struct Meeting {
+// A barrier of several threads. The last one to arrive calls `act`.
+struct ThreadBarrier {
   int arrived = 0;
-  unsigned turn = 0;
+  unsigned generation = 0;
 };
-void meet(Meeting& meeting, int threads, bool wait, const char* what, const std::function<void()>& act = {});
+void arrive(ThreadBarrier& barrier, int threads, bool wait, const char* what, const std::function<void()>& act = {});
 
 int thread_index();
-// Shared memory as the asynchronous units see it: what ordinary instructions wrote shows there after a fence of any
-// thread alone. The place there of an address in shared memory, and itself for any other.
-unsigned char* asynchronous_view(const void* address);
-void fence_asynchronous();
-// The cluster's blocks are numbered from 0; memory of another one's at the place that this address is of ours.
+// Shared memory as the async proxy sees it: ordinary stores become visible there only after a proxy fence. Maps an
+// address in shared memory to its copy in this view, and any other address to itself.
+unsigned char* async_proxy_view(const void* address);
+void fence_proxy_async();
+// Maps an address in this block's shared memory to the same offset in another block of the cluster.
 int cluster_rank();
 int cluster_size();
 void* at_rank(const void* mine, int rank);
 void cluster_arrive();
 void cluster_wait();
-// Kept for each block as long as it runs; the first time it is asked for it is made. A thread that ends asks it, where
-// it is there, whether something is left over.
-struct Extension {
-  virtual ~Extension() = default;
-  virtual const char* left_over() const = 0;
+// State of a block that host/sm90.cpp adds. It is created on first use. When the block finishes, pending() names
+// operations that were never waited for.
+struct BlockState {
+  virtual ~BlockState() = default;
+  virtual const char* pending() const = 0;
 };
-Extension* extension(Extension* (*make)());
+BlockState* block_state(BlockState* (*make)());
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// The order in which threads run: 0 forward, 1 backward, else a random one of this seed. Of even ones every warp takes
-// its turn from wait to wait; of odd ones one warp runs until it waits for its block, before another begins. What is
-// asynchronous happens late in order 0, at once in order 1, at random in others.
+// The order in which threads run: 0 ascending, 1 descending, otherwise random with this seed. In even orders, warps
+// alternate at every wait; in odd orders, a warp runs until it waits for its block. Asynchronous operations complete
+// late in order 0, immediately in order 1, at random times in others.
 extern unsigned order;
 
 template <typename T>
@@ -109,10 +108,10 @@ T exchange(T value, int from) {
 
 }  // namespace dfkd::host
 
-#define threadIdx (dfkd::host::place().thread)
-#define blockIdx (dfkd::host::place().block)
-#define blockDim (dfkd::host::place().threads)
-#define gridDim (dfkd::host::place().blocks)
+#define threadIdx (dfkd::host::indices().thread)
+#define blockIdx (dfkd::host::indices().block)
+#define blockDim (dfkd::host::indices().threads)
+#define gridDim (dfkd::host::indices().blocks)
 
 inline void __syncthreads() { dfkd::host::block_barrier(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { dfkd::host::warp_barrier(); }
@@ -125,5 +124,3 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return dfkd::host::exchange(value, dfkd::host::lane() ^ mask);
 }
-
-using cudaStream_t = void*;

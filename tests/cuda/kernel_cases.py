@@ -1,26 +1,29 @@
-"""Small calls that together take every CUDA kernel of csrc/, in the words of ``dfkd_fast.ops.extension.launches``.
+"""Small calls that together launch every CUDA kernel, as arguments of ``dfkd_fast.ops.extension.launches``.
 
-As a program it runs those of one op, forward and backward, for a tool that watches:
+As a program, it runs one op's calls, forward and backward. Tests run it under compute-sanitizer:
 
-    python tests/cuda/kernel_cases.py OP
+    python -m tests.cuda.kernel_cases OP
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from dfkd_fast import ops
+from dfkd_fast.testing import value_and_gradients
+
+from ..ops.table import attention, high_order, vectors
 
 __all__ = ["OPS", "Sizes", "cases", "run"]
 
 Sizes = dict[str, Any]
 
-OPS = ("contrastive_loss", "spatial_attention", "high_order_attention")
-
-_CONTRAST: tuple[Sizes, ...] = (
+_CONTRASTIVE: tuple[Sizes, ...] = (
     {"count": 129, "dim": 100},
     {"count": 300, "dim": 128, "symmetric": True},
     {"count": 200, "dim": 64, "reduction": "none", "symmetric": True},
@@ -52,65 +55,38 @@ _HIGH_ORDER: tuple[Sizes, ...] = (
         for positions, channels, hidden in ((17000, 64, 40), (8500, 256, 16), (4300, 512, 16))
     ),
 )
-
-_CASES = {"contrastive_loss": _CONTRAST, "spatial_attention": _SPATIAL, "high_order_attention": _HIGH_ORDER}
+_CASES = {"contrastive_loss": _CONTRASTIVE, "spatial_attention": _SPATIAL, "high_order_attention": _HIGH_ORDER}
+OPS = tuple(_CASES)
 
 
 def cases(op: str) -> Iterator[Sizes]:
-    """Those of one op, in both dtypes; the largest in one."""
+    """The cases of an op in both dtypes, except the largest, which has only one."""
     for sizes in _CASES[op]:
         for dtype in ("bfloat16", "float16"):
             if sizes.get("dtype", dtype) == dtype:
                 yield {**sizes, "dtype": dtype}
 
 
-def _contrast(tensor: Any, sizes: Sizes) -> tuple[Tensor, list[Tensor]]:
-    from dfkd_fast import ops
-
+def run(op: str, sizes: Sizes, backend: str = "cuda", device: str = "cuda") -> None:
+    """Runs forward and backward and checks that all results are finite."""
     sizes = dict(sizes)
-    shape = sizes.pop("count"), sizes.pop("dim")
-    pair = [tensor(*shape), tensor(*shape)]
-    return ops.contrastive_loss(*pair, **sizes, backend="cuda"), pair
-
-
-def _map(tensor: Any, samples: int, channels: int, positions: int) -> Tensor:
-    return tensor(samples, 1, positions, channels).detach().permute(0, 3, 1, 2).requires_grad_()
-
-
-def _spatial(tensor: Any, sizes: Sizes) -> tuple[Tensor, list[Tensor]]:
-    from dfkd_fast import ops
-
-    samples, channels, maps, positions = (sizes[name] for name in ("samples", "channels", "maps", "positions"))
-    given = [_map(tensor, samples, channels, positions), _map(tensor, samples, maps, positions)]
-    given += [tensor(channels, maps), tensor(channels)]
-    return ops.spatial_attention(*given, form=sizes.get("form", "spatial"), backend="cuda"), given
-
-
-def _high_order(tensor: Any, sizes: Sizes) -> tuple[Tensor, list[Tensor]]:
-    from dfkd_fast.ops.high_order_attention import high_order_attention, high_order_attention_map
-
-    channels, hidden, order = sizes["channels"], sizes["hidden"], sizes.get("order", 3)
-    given = [_map(tensor, 1, channels, sizes["positions"])]
-    given += [tensor(order * (order + 1) // 2, hidden, channels), tensor(order, channels, hidden)]
-    function = high_order_attention_map if sizes.get("result") == "map" else high_order_attention
-    return function(*given, mode=sizes.get("mode", "joint"), backend="cuda"), given
-
-
-def run(op: str, sizes: Sizes) -> None:
-    """Forward and backward on the GPU. Random numbers are drawn on the CPU: fewer kernels of others are watched."""
-    sizes = dict(sizes)
-    dtype = getattr(torch, sizes.pop("dtype"))
-    generator = torch.Generator().manual_seed(0)
-
-    def tensor(*shape: int) -> Tensor:
-        return (0.3 * torch.randn(shape, generator=generator)).to(dtype).cuda().requires_grad_()
-
-    make = {"contrastive_loss": _contrast, "spatial_attention": _spatial, "high_order_attention": _high_order}[op]
-    out, inputs = make(tensor, sizes)
-    grad_output = torch.randn(out.shape, generator=generator).to(out.dtype).cuda()
-    gradients = torch.autograd.grad(out, inputs, grad_output)
-    torch.cuda.synchronize()
-    assert all(torch.isfinite(each.cpu()).all() for each in gradients), (op, sizes)
+    options = {"dtype": getattr(torch, sizes.pop("dtype")), "device": device}
+    maps = {"layout": "channels_last", **options}
+    if op == "contrastive_loss":
+        make = vectors((sizes.pop("count"), sizes.pop("dim")), **options)
+        function = partial(ops.contrastive_loss, **sizes)
+    elif op == "spatial_attention":
+        shape = sizes["samples"], sizes["channels"], 1, sizes["positions"]
+        make = attention(shape, hidden=sizes["maps"], **maps)
+        function = partial(ops.spatial_attention, form=sizes["form"])
+    else:
+        shape = 1, sizes["channels"], 1, sizes["positions"]
+        make = high_order(shape, order=sizes.get("order", 3), hidden=sizes["hidden"], **maps)
+        map_only = sizes.get("result") == "map"
+        high_order_op = ops.high_order_attention_map if map_only else ops.high_order_attention
+        function = partial(high_order_op, mode=sizes.get("mode", "joint"))
+    values, gradients = value_and_gradients(partial(function, backend=backend), make(0))
+    assert all(torch.isfinite(each.cpu()).all() for each in (*values, *gradients) if each is not None), (op, sizes)
 
 
 if __name__ == "__main__":

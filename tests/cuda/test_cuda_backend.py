@@ -1,4 +1,4 @@
-"""The cuda backend on a GPU: the kernels of csrc/ through torch, at real shapes."""
+"""The cuda backend on a GPU, at the shapes of real networks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from dfkd_fast import ops
 from dfkd_fast.ops import extension
 from dfkd_fast.ops.backend import UnsupportedError
-from dfkd_fast.testing import assert_backend_no_worse, assert_close
+from dfkd_fast.testing import assert_backend_no_worse, assert_close, assert_compiles
 
 from ..ops.table import RecordedOperators, attention, high_order, vectors
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(60),  # a kernel that never ends costs no more
+    pytest.mark.timeout(60),  # for kernels that hang
     pytest.mark.skipif(extension.UNAVAILABLE is not None, reason=str(extension.UNAVAILABLE)),
 ]
 
@@ -24,7 +24,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def case(function, make, shape, **options):
-    """By dtype: a call of the backend and its inputs."""
+    """Returns the op and a function that draws its inputs."""
     made = {"layout": "channels_last"} if len(shape) == 4 else {}
     made |= {"hidden": max(1, shape[1] // 8)} if make is attention else {}
     needs_grad = tuple(range({vectors: 2, attention: 4, high_order: 3}[make]))
@@ -53,12 +53,12 @@ CASES = {
         for mode in ("joint", "per_order")
     },
 }
-# Too few vectors, a softmax over channels, sizes that are no multiples of 8.
-UNSERVED = {
+# Too few vectors, a softmax over channels, sizes that are not multiples of 8.
+UNSUPPORTED = {
     *("contrast, 128 vectors", "contrast, 250 vectors"),
     *(name for name in CASES if name.startswith("channel of") or " of 40 " in name or " of 36 " in name),
 }
-SERVED = [name for name in CASES if name not in UNSERVED]
+SUPPORTED = [name for name in CASES if name not in UNSUPPORTED]
 
 
 @pytest.fixture(autouse=True)
@@ -68,74 +68,66 @@ def hopper():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("name", SERVED)
-def test_no_worse_than_the_reference(name, dtype):
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_errors_are_within_twice_the_references(name, dtype):
     op, make = CASES[name]
     assert_backend_no_worse(op, make(dtype=dtype), backend="cuda", draws=2)
 
 
-@pytest.mark.parametrize("name", sorted(UNSERVED))
-def test_what_is_not_served_is_refused_in_words(name):
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_unsupported_inputs_raise(name):
     op, make = CASES[name]
-    with pytest.raises(UnsupportedError, match="the kernel serves"):
+    with pytest.raises(UnsupportedError, match="the kernel supports"):
         op(*make(dtype=torch.bfloat16)(0), backend="cuda")
 
 
-@pytest.mark.parametrize("name", SERVED)
-def test_the_same_bits_every_time_and_in_a_graph(name):
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_results_are_deterministic_and_equal_in_a_graph(name):
     op, make = CASES[name]
     inputs, others = (make(dtype=torch.bfloat16)(seed) for seed in (0, 10))
 
-    def work():
+    def run():
         out = op(*inputs, backend="cuda")
         return [out, *torch.autograd.grad(out.float().sum(), inputs)]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        first = [tensor.clone() for tensor in work()]
+        first = [tensor.clone() for tensor in run()]
     torch.cuda.current_stream().wait_stream(stream)
-    assert all(torch.equal(a, b) for a, b in zip(first, work(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        captured = work()
+        captured = run()
     with torch.no_grad():
         for tensor, other in zip(inputs, others, strict=True):
             tensor.copy_(other)
     graph.replay()
-    for a, b in zip(captured, work(), strict=True):
+    for a, b in zip(captured, run(), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", ["contrast, 602 vectors", "spatial_mean1 of 192 maps", "joint of 64 channels"])
 def test_compiles_without_graph_breaks(name):
     op, make = CASES[name]
-    inputs = make(dtype=torch.bfloat16)(0)
-
-    def work(function):
-        out = function(*inputs)
-        return [out, *torch.autograd.grad(out.float().sum(), inputs)]
-
-    plain = work(lambda *tensors: op(*tensors, backend="cuda"))
-    compiled = work(torch.compile(lambda *tensors: op(*tensors, backend="cuda"), fullgraph=True, backend="aot_eager"))
-    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+    assert_compiles(partial(op, backend="cuda"), [make(dtype=torch.bfloat16)(0)])
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_many_vectors_in_little_memory(symmetric):
-    """131,072 vectors: at most 1 GiB beyond inputs and gradients; a few anchors against float64."""
+def test_memory_of_many_vectors_is_linear(symmetric):
+    """131,072 vectors need at most 1 GiB beyond inputs and gradients. Compares some anchors with float64."""
     count = 65_536
     t, s = vectors((count, 128), dtype=torch.bfloat16, device="cuda", needs_grad=(0, 1))(0)
 
-    def work():
+    def run():
         value = ops.contrastive_loss(t, s, symmetric=symmetric, reduction="none", backend="cuda")
         return [value, *torch.autograd.grad(value.mean(), (t, s))]
 
-    work()
+    run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    value, dt, ds = work()
+    value, dt, ds = run()
     results = sum(x.numel() * x.element_size() for x in (dt, ds))
     assert torch.cuda.max_memory_allocated() - before <= results + 2**30
     unit = torch.nn.functional.normalize(torch.cat([t, s]).detach().double())
@@ -167,14 +159,14 @@ def test_opcheck(op, make):
             torch.library.opcheck(function, arguments)
 
 
-def test_other_layouts_and_offsets_are_copied_where_they_must_be():
+def test_other_layouts_and_misaligned_inputs_are_copied():
     op, make = case(ops.spatial_attention, attention, (3, 64, 6, 5), form="spatial_mean1")
     inputs = [tensor.detach() for tensor in make(dtype=torch.bfloat16)(0)]
     expected = op(*inputs, backend="cuda")
-    plain = [inputs[0].contiguous(), inputs[1].contiguous(), *inputs[2:]]
-    found = op(*plain, backend="cuda")
-    assert found.is_contiguous()
-    assert torch.equal(found, expected)
-    shifted = torch.empty(inputs[0].numel() + 1, dtype=torch.bfloat16, device="cuda")[1:]
-    rows = shifted.view(3, 6, 5, 64).copy_(inputs[0].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    contiguous = [inputs[0].contiguous(), inputs[1].contiguous(), *inputs[2:]]
+    got = op(*contiguous, backend="cuda")
+    assert got.is_contiguous()
+    assert torch.equal(got, expected)
+    misaligned = torch.empty(inputs[0].numel() + 1, dtype=torch.bfloat16, device="cuda")[1:]
+    rows = misaligned.view(3, 6, 5, 64).copy_(inputs[0].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     assert torch.equal(op(rows, *inputs[1:], backend="cuda"), expected)

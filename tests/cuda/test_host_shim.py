@@ -1,6 +1,8 @@
-"""The execution shim is as strict as a GPU where it matters: barriers, bounds, copies and products under way."""
+"""The execution shim is as strict as a GPU about barriers, bounds, asynchronous copies and wgmma."""
 
 from __future__ import annotations
+
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -11,171 +13,123 @@ from .host_kernels import HostError
 KERNELS = "probe"
 
 
-@pytest.mark.parametrize("order", [0, 1, 7])
-def test_a_barrier_makes_the_order_of_threads_invisible(kernels, order):
-    out = np.zeros(2 * 48, dtype=np.int32)
-    kernels("probe_neighbour", out, 2, 48, 1, order=order)
-    assert (out.reshape(2, 48) == (np.arange(48) + 1) % 48).all()
+def zeros(*shape):
+    return np.zeros(shape, dtype=np.int32)
 
 
 def test_a_missing_barrier_shows_in_some_order(kernels):
-    found = []
-    for order in (0, 1):
-        out = np.zeros(48, dtype=np.int32)
-        kernels("probe_neighbour", out, 1, 48, 0, order=order)
-        found.append(out)
-    assert (found[0] != found[1]).any()
+    expected = np.tile((np.arange(48) + 1) % 48, (2, 1))
+    for barrier in (1, 0):
+        correct = []
+        for order in (0, 1, 7):
+            out = zeros(2, 48)
+            kernels("probe_neighbor", out, 2, 48, barrier, order=order)
+            correct.append((out == expected).all())
+        assert all(correct) == bool(barrier)
 
 
-def test_a_warp_that_runs_ahead_shows_a_barrier_that_lockstep_hides(kernels):
-    expected = np.concatenate([100 * turn + (np.arange(64) + 32) % 64 for turn in range(2)]).astype(np.int32)
-    for order, barrier, right in ((0, 1, True), (1, 1, True), (7, 1, True), (0, 0, True), (1, 0, False), (7, 0, False)):
-        out = np.zeros(128, dtype=np.int32)
-        kernels("probe_turns", out, barrier, order=order)
-        assert (out == expected).all() == right, (order, barrier)
+def test_warps_that_run_ahead_show_a_barrier_missing_in_lockstep(kernels):
+    expected = np.concatenate([100 * step + (np.arange(64) + 32) % 64 for step in range(2)]).astype(np.int32)
+    for order, barrier, correct in (
+        (0, 1, True),
+        (1, 1, True),
+        (7, 1, True),
+        (0, 0, True),
+        (1, 0, False),
+        (7, 0, False),
+    ):
+        out = zeros(128)
+        kernels("probe_exchange", out, barrier, order=order)
+        assert (out == expected).all() == correct, (order, barrier)
 
 
-def test_shared_memory_ends_where_the_launch_said(kernels):
-    out = np.zeros(1, dtype=np.int32)
-    kernels("probe_beyond", out, 15)
+def test_accesses_out_of_bounds_are_reported(kernels):
+    out = zeros(1)
+    kernels("probe_shared_store", out, 15)
     assert out[0] == 1
     with pytest.raises(HostError, match="heap-buffer-overflow"):
-        kernels("probe_beyond", out, 16)
-
-
-def test_so_do_arrays(kernels):
+        kernels("probe_shared_store", out, 16)
     with pytest.raises(HostError, match="heap-buffer-overflow"):
-        kernels("probe_neighbour", np.zeros(47, dtype=np.int32), 1, 48, 1)
+        kernels("probe_neighbor", zeros(47), 1, 48, 1)
 
 
-def test_a_barrier_that_some_never_reach_is_told(kernels):
-    with pytest.raises(HostError, match="waits at a barrier that others never reach"):
-        kernels("probe_never_all")
+def test_a_barrier_that_some_threads_skip_is_reported(kernels):
+    with pytest.raises(HostError, match="waits at a barrier that other threads never reach"):
+        kernels("probe_divergent_barrier")
 
 
-def test_matrix_loads(kernels):
-    rows, out = np.arange(256, dtype=np.uint16), np.zeros((32, 4), dtype=np.uint32)
-    kernels("probe_matrices", rows, out)
-    # Of matrix i lane l has row l / 4, columns 2 (l % 4) and the next.
-    assert (out.view(np.uint16).reshape(8, 4, 4, 2) == rows.reshape(4, 8, 4, 2).transpose(1, 2, 0, 3)).all()
-
-
-def test_reductions_over_a_warp_and_its_groups(kernels):
-    values = np.random.default_rng(0).normal(size=32).astype(np.float32)
-    values[9] = np.nan
-    sums, largest = np.zeros_like(values), np.zeros_like(values)
-    kernels("probe_reduced", values, sums, largest)
-    assert np.isnan(sums).all()
-    groups = values.reshape(4, 8)
-    assert np.isnan(largest[8:16]).all()
-    kept = [0, 2, 3]
-    assert (largest.reshape(4, 8)[kept] == groups[kept].max(1, keepdims=True)).all()
-
-
-@pytest.mark.parametrize(
-    ("n", "width", "order", "columns_a", "columns_b"),
-    [
-        *((16, 16, 6, 0, 0), (16, 16, 0, 1, 1), (96, 32, 0, 0, 1)),
-        *((96, 32, 1, 1, 0), (128, 64, 1, 1, 1), (128, 64, 6, 0, 0)),
-    ],
-)
-def test_products_of_a_warpgroup(kernels, n, width, columns_a, columns_b, order):
+@pytest.mark.parametrize("order", [0, 1, 6])
+def test_accumulators_are_nan_before_the_wait(kernels, order):
     torch.manual_seed(0)
-    for dtype, code in ((torch.float16, 1), (torch.bfloat16, 2)):
-        a, b = torch.randn(64, 128).to(dtype), torch.randn(128, n).to(dtype)
-        stored_a = (a.T if columns_a else a).contiguous().view(torch.int16).numpy()
-        stored_b = (b if columns_b else b.T).contiguous().view(torch.int16).numpy()
-        for registers in (0, 1):
-            c = np.zeros((64, n), dtype=np.float32)
-            kernels(
-                "probe_wgmma", stored_a, stored_b, c, code, n, width, columns_a, columns_b, registers, 1, order=order
-            )
-            torch.testing.assert_close(torch.from_numpy(c), a.float() @ b.float(), rtol=1e-4, atol=1e-4)
-
-
-def test_products_under_way_are_not_there_yet(kernels):
-    a, b = (torch.randn(rows, 128).bfloat16().view(torch.int16).numpy() for rows in (64, 128))
-    c = np.zeros((64, 128), dtype=np.float32)
-    kernels("probe_wgmma", a, b, c, 2, 128, 64, 0, 0, 0, 0)
-    assert np.isnan(c).all()
+    a, b, c = torch.randn(64, 128).bfloat16(), torch.randn(128, 128).bfloat16(), torch.zeros(64, 128)
+    for a_in_registers in (0, 1):
+        kernels("probe_wgmma", a, b, c, a_in_registers, 1, order=order)
+        torch.testing.assert_close(c, a.float() @ b.float().T, rtol=1e-4, atol=1e-4)
+    kernels("probe_wgmma", a, b, c, 0, 0)
+    assert c.isnan().all()
 
 
 @pytest.mark.parametrize(("width", "order"), [(64, 0), (64, 6), (0, 1), (0, 6)])
-def test_tiles_end_where_their_tensor_does(kernels, width, order):
-    there = np.random.default_rng(0).integers(1, 1000, (3, 5, 72)).astype(np.int16)
-    wide = width or 24
+def test_tma_tiles_are_clipped_to_the_tensor(kernels, width, order):
+    source = np.random.default_rng(0).integers(1, 1000, (3, 5, 72)).astype(np.int16)
     for x, y, z in ((0, 0, 0), (8, 2, 1), (56, 4, 2), (-8, -1, -1)):
-        both = np.stack([there, np.zeros_like(there)])
-        kernels("probe_tile", both, 72, 5, 3, x, y, z, width, 1, order=order)
-        inside = np.zeros(there.shape, dtype=bool)
-        inside[max(z, 0) : z + 2, max(y, 0) : y + 3, max(x, 0) : x + wide] = True
-        assert (both[1] == np.where(inside, there, 0)).all()
+        both = np.stack([source, np.zeros_like(source)])
+        kernels("probe_tma", both, 72, 5, 3, x, y, z, width, 1, order=order)
+        inside = np.zeros(source.shape, dtype=bool)
+        inside[max(z, 0) : z + 2, max(y, 0) : y + 3, max(x, 0) : x + (width or 24)] = True
+        assert (both[1] == np.where(inside, source, 0)).all()
 
 
-def test_tiles_under_way_are_not_there_yet(kernels):
+def test_tma_loads_are_invisible_before_the_wait(kernels):
     both = np.ones((2, 3, 5, 72), dtype=np.int16)
-    kernels("probe_tile", both, 72, 5, 3, 0, 0, 0, 64, 0)
-    assert (both[1, :2, :3, :64] == -1).all()  # what shared memory begins as
+    kernels("probe_tma", both, 72, 5, 3, 0, 0, 0, 64, 0)
+    assert (both[1, :2, :3, :64] == -1).all()  # the initial value of shared memory
 
 
 @pytest.mark.parametrize(("mode", "order"), [(0, 0), (0, 6), (1, 1), (1, 6), (2, 0), (2, 1)])
-def test_blocks_of_a_cluster_reach_each_other(kernels, mode, order):
+def test_distributed_shared_memory(kernels, mode, order):
     rows = np.array([[100 * rank + lane for lane in range(32)] for rank in range(4)], dtype=np.int32)
-    out = np.zeros((4, 4, 32), dtype=np.int32)
-    kernels("probe_sent", rows, out, 2, 4, mode, 1, order=order)
+    out = zeros(4, 4, 32)
+    kernels("probe_cluster", rows, out, 2, 4, mode, 1, order=order)
     assert (out == rows).all()
 
 
-def test_what_was_stored_without_a_fence_is_not_copied(kernels):
-    out = np.zeros(32, dtype=np.int32)
-    kernels("probe_stored", out, 0)
-    assert (out == -1).all()  # what shared memory begins as
-    kernels("probe_stored", out, 1)
+def test_shared_memory_of_a_finished_block_is_not_accessed(kernels):
+    with pytest.raises(HostError, match="block 1 uses the shared memory of block 0, which has finished"):
+        kernels("probe_cluster", zeros(2, 32), zeros(2, 2, 32), 1, 2, 0, 0)
+
+
+def test_tma_stores_need_a_proxy_fence(kernels):
+    out = zeros(32)
+    kernels("probe_tma_store", out, 0)
+    assert (out == -1).all()  # the initial value of shared memory
+    kernels("probe_tma_store", out, 1)
     assert (out == np.arange(32)).all()
 
 
-def test_a_block_that_has_ended_is_not_written_to(kernels):
-    rows, out = np.zeros((2, 32), dtype=np.int32), np.zeros((2, 2, 32), dtype=np.int32)
-    with pytest.raises(HostError, match="block 0 of the cluster has ended, and block 1 uses its shared memory"):
-        kernels("probe_sent", rows, out, 1, 2, 0, 0)
-
-
-@pytest.mark.parametrize("order", [0, 1, 6, 7])
-def test_a_ring_of_stages(kernels, order):
+def run_pipeline(kernels, mode, order):
     values = np.arange(32 * 7, dtype=np.float32)
     out = np.zeros_like(values)
-    kernels("probe_ring", values, out, 7, 1, order=order)
-    assert (out == values).all()
+    kernels("probe_pipeline", values, out, 7, mode, order=order)
+    return (out == values).all()
 
 
-def test_a_ring_that_is_filled_too_early(kernels):
-    values = np.arange(32 * 7, dtype=np.float32)
-    wrong = 0
-    for order in (0, 1, 6, 7):
-        out = np.zeros_like(values)
-        try:
-            kernels("probe_ring", values, out, 7, 0, order=order)
-        except HostError:
-            wrong += 1
-            break
-        wrong += int((out != values).any())
-    assert wrong
+def test_a_stage_that_is_overwritten_too_early_is_detected(kernels):
+    assert all(run_pipeline(kernels, 1, order) for order in (0, 1, 6, 7))
+    with suppress(HostError):
+        assert not all(run_pipeline(kernels, 0, order) for order in (0, 1, 6, 7))
 
 
-def test_a_wait_that_never_ends_is_told(kernels):
-    with pytest.raises(HostError, match="waits for a barrier's phase, which never comes"):
-        kernels("probe_ring", np.zeros(32 * 3, dtype=np.float32), np.zeros(32 * 3, dtype=np.float32), 3, 2)
+def test_an_endless_wait_is_reported(kernels):
+    with pytest.raises(HostError, match="waits forever for the phase of an mbarrier"):
+        run_pipeline(kernels, 2, 0)
 
 
 @pytest.mark.parametrize("order", [0, 1, 6])
-def test_some_warps_wait(kernels, order):
-    out = np.zeros(64, dtype=np.int32)
-    kernels("probe_some", out, order=order)
+def test_named_and_global_barriers(kernels, order):
+    out = zeros(64)
+    kernels("probe_named_barrier", out, order=order)
     assert (out == 64 + np.arange(64) % 32).all()
-
-
-@pytest.mark.parametrize("order", [0, 1, 6])
-def test_blocks_of_a_cooperative_launch_run_together(kernels, order):
-    numbers, counter, out = (np.zeros(size, dtype=np.int32) for size in (5, 1, 5))
-    kernels("probe_grid", numbers, counter, out, 5, order=order)
+    out = zeros(5)
+    kernels("probe_global_barrier", zeros(5), zeros(1), out, 5, order=order)
     assert (out == (np.arange(5) + 1) % 5 + 1).all()
