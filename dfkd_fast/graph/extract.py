@@ -330,7 +330,7 @@ def _fuse_batchnorms(made: FeatureModel, found: Trace, kept: set[fx.Node]) -> li
     fusions = find(found, kept)
     made.batchnorms = tuple(str(fusion.norm.target).removeprefix("model.") for fusion in fusions)
     made.fused = tuple(map(str, fusions))
-    counts = ", ".join(f"{count} {what or 'alone'}" for what, count in sorted(Counter(made.fused).items()))
+    counts = ", ".join(f"{count} {what or 'unfused'}" for what, count in sorted(Counter(made.fused).items()))
     log.info("%s: %d BatchNorms give statistics (%s)", type(made.model).__name__, len(fusions), counts or "none")
     made.other_batchnorms = tuple(
         path

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from dfkd_fast.config import ModelConfig
 from dfkd_fast.models import create_model
@@ -47,6 +49,35 @@ def images(count: int = 2, size: int = 32) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal to ``tolerance`` of the largest."""
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+def close(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Every tensor is equal to ``tolerance`` of the largest expected value in it."""
+    for left, right in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=tolerance * right.abs().max().item())
+
+
+class Net(nn.Module):
+    """Two convolutions, two BatchNorms and a head; ``rule`` is the forward, ``parts`` are further modules."""
+
+    def __init__(self, rule: Callable[[Any, Tensor], Any], **parts: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.act = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 5)
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.rule = rule
+
+    def forward(self, x: Tensor) -> Any:
+        return self.rule(self, x)
+
+
+def scalar(network: nn.Module, x: Tensor) -> Tensor:
+    """A loss that depends on every output of a FeatureModel."""
+    outputs = network(x)
+    total = outputs.logits.logsumexp(1).mean() + outputs.penultimate.square().mean()
+    for feature in outputs.features:
+        total = total + feature.square().mean()
+    for layer in outputs.statistics:
+        total = total + (layer.mean - layer.running_mean).norm() + (layer.var - layer.running_var).norm()
+    return total
