@@ -48,7 +48,9 @@ FAMILIES: dict[str, tuple[str, tuple[int, ...], int, dict[str, int]]] = {
 }
 
 
-def hooked_forward(model: nn.Module, x: Tensor, paths: list[str]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def hooked_forward(
+    model: nn.Module, x: Tensor, paths: list[str]
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Logits, and the inputs and outputs of some modules by path, in the order of the calls."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
