@@ -123,40 +123,8 @@ def test_original_is_unchanged_and_shares_nothing(make: Callable[[FeatureModel],
             assert parameter.stride() == features.get_parameter(name).stride()
 
 
-def chain(m: Any, x: Tensor) -> Tensor:
-    return m.fc(m.bn2(m.conv2(m.act(m.bn(m.conv(x))))).mean((2, 3)))
-
-
-def changed(change: Callable[[Any], Any], rule: Callable[[Any, Tensor], Any] = chain, **parts: nn.Module) -> nn.Module:
-    model = unsettled(Net(rule, **parts))
-    change(model)
-    return model.eval()
-
-
-def two_readers(m: Any, x: Tensor) -> Tensor:
-    y = m.conv(x)
-    return m.fc(m.bn2(m.conv2(m.act(m.bn(y)) + y)).mean((2, 3)))
-
-
-def twice(m: Any, x: Tensor) -> Tensor:
-    y = m.conv2(m.act(m.bn(m.conv(x))))
-    return m.fc(m.bn2(m.conv2(y)).mean((2, 3)))
-
-
-def shared_norm(m: Any, x: Tensor) -> Tensor:
-    return m.fc(m.bn(m.conv2(m.act(m.bn(m.conv(x))))).mean((2, 3)))
-
-
-def weight_read(m: Any, x: Tensor) -> Tensor:
-    return m.fc(m.bn2(m.conv2(m.act(m.bn(m.conv(x))))).mean((2, 3)) * m.conv.weight.sum())
-
-
-def statistics_read(m: Any, x: Tensor) -> Tensor:
-    return m.fc(m.bn2(m.conv2(m.act(m.bn(m.conv(x))))).mean((2, 3)) + m.bn.running_mean)
-
-
 class _Whole(nn.Module):
-    """Followed no further, as torch's own modules are; it calls a layer that the network has by another path."""
+    """A leaf for torch.fx, like torch's own modules; it calls a layer that the network also calls by another path."""
 
     __module__ = "torch.nn.modules.whole"
 
@@ -168,42 +136,52 @@ class _Whole(nn.Module):
         return self.layer(x)
 
 
-def called_inside(m: Any, x: Tensor) -> Tensor:
-    return m.fc(m.bn2(m.conv2(m.act(m.bn(m.conv(x))) + m.whole(x))).mean((2, 3)))
+RULES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "chain": lambda m, x: m.bn2(m.conv2(m.act(m.bn(m.conv(x))))),
+    "two readers": lambda m, x: (lambda y: m.bn2(m.conv2(m.act(m.bn(y)) + y)))(m.conv(x)),
+    "called twice": lambda m, x: m.bn2(m.conv2(m.conv2(m.act(m.bn(m.conv(x)))))),
+    "called by a leaf": lambda m, x: m.bn2(m.conv2(m.act(m.bn(m.conv(x))) + m.whole(x))),
+    "shared norm": lambda m, x: m.bn(m.conv2(m.act(m.bn(m.conv(x))))),
+    "weight is read": lambda m, x: m.bn2(m.conv2(m.act(m.bn(m.conv(x))))) * m.conv.weight.sum(),
+    "statistics are read": lambda m, x: m.bn2(m.conv2(m.act(m.bn(m.conv(x))))) + m.bn.running_mean[:, None, None],
+    "operation between": lambda m, x: m.bn2(m.act(m.conv2(m.bn(m.conv(x).flip(1))))),
+    "shared weight": lambda m, x: m.bn(m.conv(x)) + m.act(m.again(x)),
+}
 
 
-def reads_a_view(m: Any, x: Tensor) -> Tensor:
-    """Between a convolution and its BatchNorm is another operation."""
-    return m.fc(m.bn2(m.act(m.conv2(m.bn(m.conv(x).flip(1))))).mean((2, 3)))
+def changed(change: Callable[[Any], Any], rule: str = "chain", **parts: nn.Module) -> nn.Module:
+    model = unsettled(Net(lambda m, x: m.fc(RULES[rule](m, x).mean((2, 3))), **parts))
+    change(model)
+    return model.eval()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("rule", "change", "stages", "folded"),
     [
-        (chain, None, ["bn"], {"bn", "bn2"}),
-        (chain, None, ["conv", "act"], {"bn2"}),
-        (two_readers, None, ["bn"], {"bn2"}),
-        (twice, None, ["bn"], {"bn"}),
-        (shared_norm, None, ["conv2"], set()),
-        (weight_read, None, ["act"], {"bn2"}),
-        (statistics_read, None, ["act"], {"bn2"}),
-        (called_inside, lambda m: setattr(m, "whole", _Whole(m.conv)), ["bn"], {"bn2"}),
-        (reads_a_view, None, ["act"], set()),
-        (chain, lambda m: m.conv.register_forward_hook(lambda *_: None), ["bn2"], {"bn2"}),
-        (chain, lambda m: m.bn.register_forward_pre_hook(lambda *_: None), ["bn2"], {"bn2"}),
-        (chain, lambda m: m.bn.register_full_backward_hook(lambda *_: None), ["bn2"], {"bn2"}),
-        (chain, lambda m: spectral_norm(m.conv), ["bn2"], {"bn2"}),
-        (chain, lambda m: register_parametrization(m.conv, "bias", nn.ReLU()), ["bn2"], {"bn2"}),
-        (chain, lambda m: register_parametrization(m.bn, "weight", nn.ReLU()), ["bn2"], {"bn2"}),
-        (chain, lambda m: nn.utils.weight_norm(m.conv), ["bn2"], {"bn2"}),
-        (chain, lambda m: setattr(m, "bn", nn.BatchNorm2d(4, affine=False)), ["act"], {"bn", "bn2"}),
-        (chain, lambda m: setattr(m, "bn", nn.GroupNorm(2, 4)), ["act"], {"bn2"}),
-        (chain, lambda m: setattr(m, "bn", nn.BatchNorm2d(4, track_running_stats=False)), ["act"], {"bn2"}),
+        ("chain", None, ["bn"], {"bn", "bn2"}),
+        ("chain", None, ["conv", "act"], {"bn2"}),
+        ("two readers", None, ["bn"], {"bn2"}),
+        ("called twice", None, ["bn"], {"bn"}),
+        ("shared norm", None, ["conv2"], set()),
+        ("weight is read", None, ["act"], {"bn2"}),
+        ("statistics are read", None, ["act"], {"bn2"}),
+        ("called by a leaf", lambda m: setattr(m, "whole", _Whole(m.conv)), ["bn"], {"bn2"}),
+        ("operation between", None, ["act"], set()),
+        ("chain", lambda m: m.conv.register_forward_hook(lambda *_: None), ["bn2"], {"bn2"}),
+        ("chain", lambda m: m.bn.register_forward_pre_hook(lambda *_: None), ["bn2"], {"bn2"}),
+        ("chain", lambda m: m.bn.register_full_backward_hook(lambda *_: None), ["bn2"], {"bn2"}),
+        ("chain", lambda m: spectral_norm(m.conv), ["bn2"], {"bn2"}),
+        ("chain", lambda m: register_parametrization(m.conv, "bias", nn.ReLU()), ["bn2"], {"bn2"}),
+        ("chain", lambda m: register_parametrization(m.bn, "weight", nn.ReLU()), ["bn2"], {"bn2"}),
+        ("chain", lambda m: nn.utils.weight_norm(m.conv), ["bn2"], {"bn2"}),
+        ("chain", lambda m: setattr(m, "bn", nn.BatchNorm2d(4, affine=False)), ["act"], {"bn", "bn2"}),
+        ("chain", lambda m: setattr(m, "bn", nn.GroupNorm(2, 4)), ["act"], {"bn2"}),
+        ("chain", lambda m: setattr(m, "bn", nn.BatchNorm2d(4, track_running_stats=False)), ["act"], {"bn2"}),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_unsafe_folds_are_skipped(rule: Any, change: Any, stages: list[str], folded: set[str]) -> None:
+def test_unsafe_folds_are_skipped(rule: str, change: Any, stages: list[str], folded: set[str]) -> None:
     features = extract(changed(change or (lambda m: None), rule), stages=stages, image_size=SIZE)
     made = fold_batchnorm(features, image_size=SIZE)
     assert set(made.folded) == folded
@@ -227,13 +205,10 @@ def test_linear_layers_fold_only_for_vectors() -> None:
 
 @torch.no_grad()
 def test_shared_weights() -> None:
-    def rule(m: Any, x: Tensor) -> Tensor:
-        return m.fc((m.bn(m.conv(x)) + m.act(m.again(x))).mean((2, 3)))
-
     def share(m: Any) -> None:
         m.again.weight = m.conv.weight
 
-    model = changed(share, rule, again=nn.Conv2d(3, 4, 3, padding=1))
+    model = changed(share, "shared weight", again=nn.Conv2d(3, 4, 3, padding=1))
     features = extract(model, stages=["bn"], image_size=SIZE)
     made = fold_batchnorm(features, image_size=SIZE)
     assert made.folded == ("bn",)
@@ -409,7 +384,7 @@ def test_errors() -> None:
             call(features.model)
     with pytest.raises(ValueError, match=r"dtype must be one of torch.float16, .*, got torch.int8"):
         cast_weights(features, torch.int8)
-    with pytest.raises(ValueError, match="CifarResNet gives the statistics of its BatchNorms.*use cast_weights"):
+    with pytest.raises(ValueError, match=r"CifarResNet gives the statistics of its BatchNorms.*use cast_weights"):
         fold_batchnorm(extract(features, statistics=True, image_size=SIZE), image_size=SIZE)
     padless = unsettled(Net(lambda m, x: m.fc(m.wide(x).mean((2, 3))), wide=nn.Conv2d(3, 4, 3)))
     with pytest.raises(ValueError, match=r"Net does not take an image \(1, 3, 1, 1\); another image_size may"):
