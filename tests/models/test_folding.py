@@ -143,7 +143,9 @@ RULES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "called by a leaf": lambda m, x: m.bn2(m.conv2(m.act(m.bn(m.conv(x))) + m.whole(x))),
     "shared norm": lambda m, x: m.bn(m.conv2(m.act(m.bn(m.conv(x))))),
     "weight is read": lambda m, x: m.bn2(m.conv2(m.act(m.bn(m.conv(x))))) * m.conv.weight.sum(),
-    "statistics are read": lambda m, x: m.bn2(m.conv2(m.act(m.bn(m.conv(x))))) + m.bn.running_mean[:, None, None],
+    "statistics are read": lambda m, x: (
+        m.bn2(m.conv2(m.act(m.bn(m.conv(x))))).movedim(1, 3) + m.bn.running_mean
+    ).movedim(3, 1),
     "operation between": lambda m, x: m.bn2(m.act(m.conv2(m.bn(m.conv(x).flip(1))))),
     "shared weight": lambda m, x: m.bn(m.conv(x)) + m.act(m.again(x)),
 }
