@@ -58,7 +58,7 @@ def close(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
 class Net(nn.Module):
     """Two convolutions, two BatchNorms and a head; ``rule`` is the forward, ``parts`` are further modules."""
 
-    def __init__(self, rule: Callable[[Any, Tensor], Any], **parts: nn.Module) -> None:
+    def __init__(self, rule: Callable[..., Any], **parts: nn.Module) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.bn, self.act = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
@@ -68,8 +68,8 @@ class Net(nn.Module):
             self.add_module(name, part)
         self.rule = rule
 
-    def forward(self, x: Tensor) -> Any:
-        return self.rule(self, x)
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.rule(self, *inputs)
 
 
 def scalar(network: nn.Module, x: Tensor) -> Tensor:
