@@ -55,6 +55,19 @@ def close(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(left, right, rtol=0, atol=tolerance * right.abs().max().item())
 
 
+def snapshot(model: nn.Module) -> list[Any]:
+    """Each module with its attributes by identity, the items of its dictionaries, and its tensors by value."""
+    found: list[Any] = []
+    for path, module in model.named_modules():
+        found.append((path, id(module), type(module), list(module.__dict__)))
+        for name, value in module.__dict__.items():
+            found.append((path, name, id(value)))
+            if isinstance(value, dict):
+                found.append([(key, id(item)) for key, item in value.items()])
+        found += [(t.tolist(), t.requires_grad, t.grad is None) for t in module.state_dict(keep_vars=True).values()]
+    return found
+
+
 class Net(nn.Module):
     """Two convolutions, two BatchNorms and a head; ``rule`` is the forward, ``parts`` are further modules."""
 

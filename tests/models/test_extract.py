@@ -28,7 +28,7 @@ from dfkd_fast.models import (
     frozen,
 )
 
-from .nets import NARROW, NARROW_TIMM, Net, close, images, network, scalar, unsettled
+from .nets import NARROW, NARROW_TIMM, Net, close, images, network, scalar, snapshot, unsettled
 
 RESNET = "layer1 layer2 layer3 layer4"
 # Default stages, their channels, the penultimate length, and the operations fused with how many BatchNorms.
@@ -272,20 +272,13 @@ def test_copies_train_like_the_original() -> None:
 
 
 def test_extract_leaves_the_network_unchanged() -> None:
-    model = network("timm:resnet18", drop_rate=0.2, **NARROW_TIMM)
-    model.train()
+    model = network("timm:resnet18", drop_rate=0.2, **NARROW_TIMM).train()
     model.layer2.eval()
-    flags = [module.training for module in model.modules()]
-    state = copy.deepcopy(model.state_dict())
-    rng = torch.get_rng_state()
-    attributes = {path: set(vars(module)) for path, module in model.named_modules()}
+    before, random = snapshot(model), torch.get_rng_state()
     for statistics in (False, True):
         extract(model, statistics=statistics)
-    assert [module.training for module in model.modules()] == flags
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert {path: set(vars(module)) for path, module in model.named_modules()} == attributes
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert snapshot(model) == before
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_statistics_imply_eval_mode() -> None:
@@ -378,21 +371,14 @@ def test_errors(model: Callable[[], nn.Module], stages: Any, message: str) -> No
         extract(model(), stages=stages, image_size=32)
 
 
-class _GivesOutputs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch, self.conv, self.deep = _Branch(), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3, stride=2)
-        self.fc = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Outputs:
-        first = self.branch(self.conv(x))
-        second = self.deep(first)
-        pooled = second.mean((2, 3))
-        return Outputs(self.fc(pooled), (first, second), pooled)
-
-
 def test_network_that_returns_outputs_is_used_unchanged() -> None:
-    model = _GivesOutputs()
+    def rule(m: Any, x: Tensor) -> Outputs:
+        first = m.branch(m.conv(x))
+        second = m.deep(first)
+        pooled = second.mean((2, 3))
+        return Outputs(m.fc(pooled), (first, second), pooled)
+
+    model = Net(rule, branch=_Branch(), deep=nn.Conv2d(4, 6, 3, stride=2), fc=nn.Linear(6, 5))
     extracted = extract(model, image_size=16)
     assert extracted.model is model
     assert (extracted.stages, extracted.feature_channels) == (("0", "1"), (4, 6))
@@ -401,7 +387,7 @@ def test_network_that_returns_outputs_is_used_unchanged() -> None:
     assert torch.equal(extracted(x).features[1], model(x).features[1])
     assert extract(model, stages=extracted.stages, statistics=True, image_size=16).batchnorms == ()
     assert extract(model, stages=["1"], image_size=16).feature_channels == (6,)
-    with pytest.raises(ValueError, match=r"_GivesOutputs gives its features itself, \['0', '1'\]; got \['conv'\]"):
+    with pytest.raises(ValueError, match=r"Net gives its features itself, \['0', '1'\]; got \['conv'\]"):
         extract(model, stages=["conv"], image_size=16)
 
 
@@ -410,41 +396,34 @@ class _OwnNorm(nn.BatchNorm2d):
         return super().forward(input) * 2
 
 
-class _ManyNorms(nn.Module):
-    """BatchNorms of different classes, one of them called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.plain = nn.BatchNorm2d(4, affine=False, eps=1e-2)
-        self.act = BatchNormAct2d(4, act_layer=nn.SiLU, drop_layer=nn.Dropout)
-        self.path = DropPath(0.5)
-        self.own = _OwnNorm(4)
-        self.untracked = nn.BatchNorm2d(4, track_running_stats=False)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.flat = nn.BatchNorm1d(4)
-        self.dropout = nn.Dropout(0.5)
-        self.fc = nn.Linear(4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.plain(self.conv(x)))
-        x = x + self.path(self.plain(input=x))
-        x = self.flat(self.pool(self.untracked(self.own(x))).flatten(1))
-        return self.fc(self.dropout(x))
-
-
 def test_kinds_of_batchnorm() -> None:
-    model = unsettled(_ManyNorms())
-    extracted, x = extract(model, statistics=True, image_size=16), images(4, 16)
-    assert extracted.batchnorms == ("plain", "act", "plain")
+    def rule(m: Any, x: Tensor) -> Tensor:
+        x = m.bn2(m.bn(m.conv(x)))
+        x = x + m.path(m.bn(input=x))  # the second call of this module
+        x = m.flat(m.pool(m.untracked(m.own(x))).flatten(1))
+        return m.fc(m.dropout(x))
+
+    model = Net(
+        rule,
+        bn=nn.BatchNorm2d(4, affine=False, eps=1e-2),
+        bn2=BatchNormAct2d(4, act_layer=nn.SiLU, drop_layer=nn.Dropout),
+        path=DropPath(0.5),
+        own=_OwnNorm(4),
+        untracked=nn.BatchNorm2d(4, track_running_stats=False),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flat=nn.BatchNorm1d(4),
+        dropout=nn.Dropout(0.5),
+    )
+    extracted, x = extract(unsettled(model), statistics=True, image_size=16), images(4, 16)
+    assert extracted.batchnorms == ("bn", "bn2", "bn")
     assert extracted.other_batchnorms == ("own", "untracked", "flat")
     outputs = extracted(x)
-    logits, inputs, maps = hooked_forward(model, x, ["act", "fc", "conv"])
+    logits, inputs, maps = hooked_forward(model, x, ["bn2", "fc", "conv"])
     close((outputs.logits, outputs.penultimate), (logits, inputs["fc"]))
     first, act, second = outputs.statistics
-    close((first.mean, second.mean), (maps["conv"].mean((0, 2, 3)), maps["act"].mean((0, 2, 3))))
+    close((first.mean, second.mean), (maps["conv"].mean((0, 2, 3)), maps["bn2"].mean((0, 2, 3))))
     assert torch.equal(first.running_mean, second.running_mean)
-    assert torch.equal(act.running_var, model.act.running_var)
+    assert torch.equal(act.running_var, model.bn2.running_var)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from dfkd_fast.models import FeatureModel, LayerStatistics, Outputs, cast_weights, extract, fold_batchnorm
 
 from . import nets
-from .nets import NARROW, NARROW_TIMM, Net, close, unsettled
+from .nets import NARROW, NARROW_TIMM, Net, close, snapshot, unsettled
 
 # Options, BatchNorms, those of them that follow a convolution which nothing else reads.
 NETWORKS: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -96,20 +96,10 @@ def test_original_is_unchanged_and_shares_nothing(make: Callable[[FeatureModel],
     features.to(memory_format=torch.channels_last)
     next(features.parameters()).requires_grad_(False)
     features.training = True  # the network's own flag decides
-    state = {name: (id(t), t.clone()) for name, t in features.state_dict(keep_vars=True).items()}
-    modules, random = list(features.modules()), torch.get_rng_state()
-
-    def flags() -> list[bool]:
-        return [*(p.requires_grad for p in features.parameters()), *(module.training for module in modules)]
-
-    before, expected = flags(), features(images())
+    before, random, expected = snapshot(features), torch.get_rng_state(), features(images())
     made = make(features)
     assert torch.equal(torch.get_rng_state(), random)
-    assert list(features.modules()) == modules
-    assert flags() == before
-    for name, tensor in features.state_dict(keep_vars=True).items():
-        assert id(tensor) == state[name][0]
-        assert torch.equal(tensor, state[name][1])
+    assert snapshot(features) == before
     assert all(map(torch.equal, tree_leaves(features(images())), tree_leaves(expected)))
     assert not storages(features) & storages(made)
     assert not set(features.modules()) & set(made.modules())

@@ -19,7 +19,7 @@ from dfkd_fast.graph import PatchReport, Replaced
 from dfkd_fast.models import extract
 
 from . import nets
-from .nets import NARROW, NARROW_TIMM, Net, close, images
+from .nets import NARROW, NARROW_TIMM, Net, close, images, snapshot
 
 
 def unsettled(model: nn.Module) -> nn.Module:
@@ -77,19 +77,6 @@ def eval_forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach().clone().requires_grad_()
     logits = model(x)
     return logits.detach(), torch.autograd.grad(logits.logsumexp(1).sum() + logits.square().sum(), x)[0]
-
-
-def snapshot(model: nn.Module) -> list[Any]:
-    """Each module with its attributes by identity, the values of its tensors, and the items of its dictionaries."""
-    found: list[Any] = []
-    for path, module in model.named_modules():
-        found.append((path, id(module), type(module), list(module.__dict__)))
-        for name, value in module.__dict__.items():
-            found.append((path, name, id(value)))
-            if isinstance(value, dict):
-                found.append([(key, id(item)) for key, item in value.items()])
-        found += [tensor.tolist() for tensor in module.state_dict().values()]
-    return found
 
 
 def reasons(report: PatchReport) -> dict[str, str]:
