@@ -436,18 +436,19 @@ LONG = ["timm:resnet18", "timm:convnext_atto", "torchvision:mobilenet_v2", "timm
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "statistics"),
+    ("name", "options", "rewrite"),
     [
-        ("resnet8", NARROW, True),
-        ("timm:resnet18", NARROW_TIMM, False),
-        *(pytest.param(name, {}, each, marks=pytest.mark.slow) for name in LONG for each in (False, True)),
+        ("timm:resnet18", NARROW_TIMM, "features"),
+        *(("resnet8", NARROW, rewrite) for rewrite in ("statistics", "folded", "cast")),
+        *(pytest.param(name, {}, r, marks=pytest.mark.slow) for name in LONG for r in ("features", "statistics")),
     ],
 )
-def test_compiles_without_graph_breaks(name: str, options: dict[str, Any], statistics: bool) -> None:
-    extracted = extract(network(name, **options), statistics=statistics)
-    inputs = [images().requires_grad_(), *extracted.parameters()]
+def test_compiles_without_graph_breaks(name: str, options: dict[str, Any], rewrite: str) -> None:
+    extracted = REWRITES[rewrite](network(name, **options))
+    inputs = [images().requires_grad_(), *(p for p in extracted.parameters() if p.requires_grad)]
     compiled = torch.compile(scalar, backend="aot_eager", fullgraph=True)
-    expected, found = scalar(extracted, inputs[0]), compiled(extracted, inputs[0])
+    with torch.autocast("cpu", torch.bfloat16, enabled=rewrite == "cast"):
+        expected, found = scalar(extracted, inputs[0]), compiled(extracted, inputs[0])
     torch.testing.assert_close(found, expected)
     close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), 1e-4)
 

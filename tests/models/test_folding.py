@@ -345,23 +345,6 @@ def test_layers_with_parametrizations_or_hooks_are_not_cast() -> None:
         assert all(map(torch.equal, tree_leaves(cast(images())), tree_leaves(features(images()))))
 
 
-def test_copies_compile_without_graph_breaks() -> None:
-    features = network("resnet8")
-    folded = fold_batchnorm(features, dtype=torch.bfloat16, image_size=SIZE)
-    cast = cast_weights(extract(features, statistics=True, image_size=SIZE), torch.bfloat16)
-    torch.compiler.reset()
-    for each in (folded, cast):
-        x = images().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            expected, found = each(x), torch.compile(each, fullgraph=True, backend="aot_eager")(x)
-        close(found, expected, 2e-2)
-        found.logits.float().sum().backward()
-        assert x.grad is not None
-        assert x.grad.abs().max() > 0
-        assert all(parameter.grad is None for parameter in each.parameters())
-    torch.compiler.reset()
-
-
 @torch.no_grad()
 def test_folded_networks_can_be_extracted_and_folded_again() -> None:
     folded = fold_batchnorm(network("resnet8"), image_size=SIZE)

@@ -1,9 +1,10 @@
-"""Networks by name: sizes as published, any image size, and errors that say what would do."""
+"""``create_model``: published sizes, any image size, options, weights and errors."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def build(name: str, num_classes: int = 5, **config: object) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_sizes_are_those_published(name: str) -> None:
+def test_parameter_counts_match_the_literature(name: str) -> None:
     assert sum(p.numel() for p in build(name, 100).parameters()) == PUBLISHED[name]
 
 
@@ -42,14 +43,14 @@ def test_any_image_size(name: str, size: tuple[int, int]) -> None:
     assert logits.isfinite().all()
 
 
-def test_names_are_buildable() -> None:
+def test_every_name_can_be_built() -> None:
     assert {"wrn_40_2", "wrn_16_2", "resnet8", "resnet20", "resnet8x4", "resnet32x4"} <= set(names())
     with torch.device("meta"):
         for name in names():
             assert build(name, 3).fc.out_features == 3
 
 
-def test_logits_are_of_a_healthy_scale_at_the_start() -> None:
+def test_initial_logits_have_a_moderate_scale() -> None:
     for name in ("wrn_16_2", "resnet20", "resnet8x4"):
         logits = build(name, 10).train()(torch.randn(16, 3, 32, 32))
         assert 0.05 < logits.std() < 5, name
@@ -66,37 +67,29 @@ def test_options_reach_the_network() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "message", "changes"),
     [
-        ("resnet18", r"no network of our own named 'resnet18'; did you mean 'resnet8'.*'timm:resnet18'"),
-        ("zzz", r"no network of our own named 'zzz'; there are resnet8, resnet14.*'package.module:factory'"),
-        ("wrn_41_2", r"depth must be 6 n \+ 4 .*, got 41"),
-        ("wrn_40_0", r"the width, must be at least 1"),
-        ("timm:resnet81", r"no timm model named 'resnet81'; did you mean .*'resnet18'"),
-        ("torchvision:resnt18", r"no torchvision classifier named 'resnt18'; did you mean 'resnet18'"),
-        ("torchvision:deeplabv3_resnet50", r"no torchvision classifier named"),
-        ("no_such_package.sub:net", r"no module 'no_such_package' can be imported; is it installed, or its folder on"),
-        ("json:dumpz", r"json has no 'dumpz'; did you mean 'dump'"),
-        ("json:__doc__", r"'json:__doc__' must be callable, got a str"),
+        ("resnet18", r"named 'resnet18'; did you mean 'resnet8'.*'timm:resnet18'", {}),
+        ("zzz", r"named 'zzz'; there are resnet8, resnet14.*'package.module:factory'", {}),
+        ("wrn_41_2", r"depth must be 6 n \+ 4 .*, got 41", {}),
+        ("wrn_40_0", r"the width, must be at least 1", {}),
+        ("timm:resnet81", r"no timm model named 'resnet81'; did you mean .*'resnet18'", {}),
+        ("torchvision:resnt18", r"no torchvision classifier named 'resnt18'; did you mean 'resnet18'", {}),
+        ("torchvision:deeplabv3_resnet50", r"no torchvision classifier named", {}),
+        ("no_such_package.sub:net", r"no module 'no_such_package' can be imported; is it installed, or its folder", {}),
+        ("json:dumpz", r"json has no 'dumpz'; did you mean 'dump'", {}),
+        ("json:__doc__", r"'json:__doc__' must be callable, got a str", {}),
+        ("resnet8", "num_classes must be at least 1, got 0", {"num_classes": 0}),
+        *((name, "widths must be four positive", {"options": {"widths": [4, 8]}}) for name in ("resnet8", "wrn_10_1")),
+        *(
+            ("timm:resnet18", f"options must not hold '{option}'.*nothing is downloaded", {"options": {option: True}})
+            for option in ("pretrained", "weights", "num_classes")
+        ),
     ],
 )
-def test_unknown_names(name: str, message: str) -> None:
+def test_errors(name: str, message: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
-        build(name)
-
-
-@pytest.mark.parametrize("option", ["pretrained", "weights", "num_classes"])
-def test_options_that_would_bring_weights_from_elsewhere(option: str) -> None:
-    with pytest.raises(ValueError, match=f"options must not hold '{option}'.*nothing is downloaded"):
-        build("timm:resnet18", options={option: True})
-
-
-def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
-        build("resnet8", 0)
-    for name in ("resnet8", "wrn_10_1"):
-        with pytest.raises(ValueError, match="widths must be four positive numbers"):
-            build(name, options={"widths": [4, 8]})
+        build(name, **changes)
 
 
 @pytest.fixture
@@ -118,7 +111,7 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         sys.modules.pop(name, None)
 
 
-def test_a_factory_of_ones_own(own_module: str) -> None:
+def test_factory_in_another_module(own_module: str) -> None:
     for name in (f"{own_module}:net", f"{own_module}:Zoo.net"):
         model = build(name, 7, options={"width": 6})
         assert model(torch.randn(2, 3, 8, 8)).shape == (2, 7)
@@ -129,7 +122,7 @@ def test_a_factory_of_ones_own(own_module: str) -> None:
         build("broken_networks:net")
 
 
-def test_a_new_head_over_trained_weights(tmp_path: Path) -> None:
+def test_new_head_keeps_the_other_weights(tmp_path: Path) -> None:
     for name, head in (("resnet8", "fc"), ("timm:resnet18", "fc"), ("torchvision:mobilenet_v2", "classifier.1")):
         trained = build(name, 10)
         save_weights(trained, tmp_path / "w.safetensors")
@@ -142,7 +135,7 @@ def test_a_new_head_over_trained_weights(tmp_path: Path) -> None:
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 4)
 
 
-def test_googlenet_gives_logits_in_both_modes() -> None:
+def test_googlenet_returns_logits_in_training_mode() -> None:
     model = build("torchvision:googlenet", 3)
     assert model.train()(torch.randn(2, 3, 64, 64)).shape == (2, 3)
 
