@@ -109,15 +109,8 @@ class Cars196(ImageSet):
     def load(cls, config: DataConfig) -> ImageData:
         root = cls.layout.root(config)
         base = root / "stanford_cars"
-        cls.layout.require(
-            [
-                base / "devkit" / "cars_meta.mat",
-                base / "devkit" / "cars_train_annos.mat",
-                base / "cars_test_annos_withlabels.mat",
-                base / "cars_train",
-                base / "cars_test",
-            ]
-        )
+        parts = ("devkit/cars_meta.mat", "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat")
+        cls.layout.require(base / part for part in (*parts, "cars_train", "cars_test"))
         augmented, plain = _transforms(config)
         # The labels come out of the .mat files as NumPy bytes; a loader would make a uint8 tensor of them.
         train = StanfordCars(root, split="train", transform=augmented, target_transform=int)

@@ -174,7 +174,9 @@ def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32
     made, pairs, why = _copy(features, dtype), [], ""
     name = type(made.model).__name__
     if made.programs and made.batchnorms:
-        raise ValueError(f"{name} gives the statistics of its BatchNorms, which cannot be folded then; use cast_weights")
+        raise ValueError(
+            f"{name} gives the statistics of its BatchNorms, which cannot be folded then; use cast_weights"
+        )
     for path, module in made.model.named_modules():
         if module.training:
             raise ValueError(f"{name} must be in eval mode to be folded; {path or 'the network'!r} is in training mode")

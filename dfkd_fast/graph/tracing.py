@@ -18,21 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from dfkd_fast.graph.modes import preserve_state, preserve_train_mode
 
-__all__ = [
-    "Root",
-    "Trace",
-    "alike",
-    "compile_graph",
-    "dropouts",
-    "dummy_image",
-    "eval_forward",
-    "first_line",
-    "follow",
-    "hooked",
-    "library",
-    "run",
-]
-
 
 def library(name: str) -> ModuleType | None:
     """A library if it is loaded: a network that was made with it has loaded it."""

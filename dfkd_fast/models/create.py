@@ -13,9 +13,8 @@ from torch import nn
 
 from dfkd_fast.config import ModelConfig
 from dfkd_fast.graph import FeatureModel
-from dfkd_fast.models.cifar_resnet import CifarResNet
+from dfkd_fast.models.resnets import CifarResNet, WideResNet
 from dfkd_fast.models.weights import load_weights
-from dfkd_fast.models.wide_resnet import WideResNet
 
 __all__ = ["create_model", "names", "normalization"]
 
@@ -49,11 +48,10 @@ def _create_own(name: str, num_classes: int, options: dict[str, Any]) -> nn.Modu
             raise ValueError(f"ModelConfig.name: the second number of {name!r}, the width, must be at least 1")
         return WideResNet(depth, width, num_classes=num_classes, **options)
     if name in _OWN:
-        match = re.fullmatch(r"resnet(\d+)(x4)?", name)
-        assert match is not None
-        if match[2]:
+        if name.endswith("x4"):
             options = {"widths": _WIDE_X4, **options}
-        return CifarResNet(int(match[1]), num_classes=num_classes, **options)
+        depth = int(name.removeprefix("resnet").removesuffix("x4"))
+        return CifarResNet(depth, num_classes=num_classes, **options)
     error = _unknown("network of our own", name, _OWN)
     raise ValueError(f"{error} Others go by a prefix: 'timm:{name}', 'torchvision:{name}', 'package.module:factory'")
 

@@ -16,6 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.graph.tracing import first_line
+
 __all__ = ["WeightsFormatError", "WeightsMismatch", "WeightsReport", "load_weights", "read_metadata", "save_weights"]
 
 # Where training scripts keep the weights inside a checkpoint, and what wrappers put in front of every name.
@@ -121,8 +123,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             "file, load it yourself and save model.state_dict() alone."
         ) from error
     except Exception as error:  # a torn or hostile file fails in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsFormatError(f"{path} is torn or no file of weights: {reason}") from error
+        raise WeightsFormatError(f"{path} is torn or no file of weights: {first_line(error)}") from error
     return _find_state(content, path)
 
 

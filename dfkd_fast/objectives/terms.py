@@ -183,8 +183,10 @@ class ClassBalance(Term):
         return -torch.special.entr(teacher.logits.float().softmax(1).mean(0)).sum()
 
 
-def _pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
+def _pool_to_smaller(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    size = (min(t.shape[-2], s.shape[-2]), min(t.shape[-1], s.shape[-1]))
+    t, s = (x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size) for x in (t, s))
+    return t, s
 
 
 def _paired(teacher: tuple[int, ...], student: tuple[int, ...], name: str) -> int:
@@ -253,12 +255,12 @@ class HighOrderAttentionDistillation(Term):
             references,
             strict=True,
         ):
-            size = (min(t.shape[-2], s.shape[-2]), min(t.shape[-1], s.shape[-1]))
+            t, s = _pool_to_smaller(t.detach(), s)
             with torch.no_grad():
-                expected = self._target(reference, _pool_to(t, size))
-            error = self._error(attention, adapter(_pool_to(s, size)), expected)
+                expected = self._target(reference, t)
+            error = self._error(attention, adapter(s), expected)
             if self.config.average == "channels":
-                error = error * (size[0] * size[1])
+                error = error * (t.shape[-2] * t.shape[-1])
             total = total + error
         return total
 
@@ -319,14 +321,10 @@ class AttentionTransfer(Term):
         super().__init__()
         _paired(shapes.teacher_channels, shapes.student_channels, "attention_transfer")
 
-    @staticmethod
-    def _map(x: Tensor, size: tuple[int, int]) -> Tensor:
-        return F.normalize(_pool_to(x, size).float().square().mean(1).flatten(1))
-
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         assert student is not None
         total = teacher.logits.new_zeros((), dtype=torch.float32)
         for t, s in zip(teacher.features, student.features, strict=True):
-            size = (min(t.shape[-2], s.shape[-2]), min(t.shape[-1], s.shape[-1]))
-            total = total + F.mse_loss(self._map(s, size), self._map(t, size))
+            a, b = (F.normalize(x.float().square().mean(1).flatten(1)) for x in _pool_to_smaller(t, s))
+            total = total + F.mse_loss(b, a)
         return total

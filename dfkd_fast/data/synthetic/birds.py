@@ -27,19 +27,6 @@ from PIL import Image, ImageDraw
 
 from dfkd_fast.data.synthetic.bird_parts import PARTS, parts
 
-__all__ = [
-    "DRAWING_VERSION",
-    "GUARD",
-    "NUISANCES",
-    "PARTS",
-    "STRATA",
-    "Split",
-    "class_name",
-    "class_words",
-    "draw",
-    "nuisances",
-]
-
 DRAWING_VERSION = 1
 """Raised whenever the same arguments draw other pixels: pictures in a cache under another number are not used."""
 
@@ -51,19 +38,23 @@ Points = NDArray[np.float64]
 Colour = tuple[float, float, float]
 
 
-def _blob(index: int) -> dict[str, tuple[float, float]]:
-    ranges = {"x": (-1, 1), "y": (-1, 1), "radius": (0.15, 0.6), "hue": (0, 1), "saturation": (0.05, 0.6)}
-    return {f"blob{index}_{name}": span for name, span in (ranges | {"value": (0.25, 1.0)}).items()}
-
-
-def _stick(index: int) -> dict[str, tuple[float, float]]:
-    ranges = {"x": (-1, 1), "y": (-1, 1), "angle": (-1.5, 1.5), "width": (-0.03, 0.06), "value": (0.2, 0.7)}
-    return {f"stick{index}_{name}": span for name, span in ranges.items()}
-
-
-def _leaf(index: int) -> dict[str, tuple[float, float]]:
-    ranges = {"x": (-0.85, 0.75), "y": (-0.75, 0.55), "angle": (-3.1, 3.1), "length": (-0.2, 0.3)}
-    return {f"leaf{index}_{name}": span for name, span in (ranges | {"hue": (0.08, 0.42), "value": (0.3, 0.8)}).items()}
+_BLOB = {
+    "x": (-1, 1),
+    "y": (-1, 1),
+    "radius": (0.15, 0.6),
+    "hue": (0, 1),
+    "saturation": (0.05, 0.6),
+    "value": (0.25, 1),
+}
+_STICK = {"x": (-1, 1), "y": (-1, 1), "angle": (-1.5, 1.5), "width": (-0.03, 0.06), "value": (0.2, 0.7)}
+_LEAF = {
+    "x": (-0.85, 0.75),
+    "y": (-0.75, 0.55),
+    "angle": (-3.1, 3.1),
+    "length": (-0.2, 0.3),
+    "hue": (0.08, 0.42),
+    "value": (0.3, 0.8),
+}
 
 
 NUISANCES: dict[str, tuple[float, float]] = {
@@ -100,19 +91,14 @@ NUISANCES: dict[str, tuple[float, float]] = {
     "ground_saturation": (0.05, 0.55),
     "ground_value": (0.25, 0.90),
     "horizon": (-0.8, 0.8),
-    **_blob(0),
-    **_blob(1),
-    **_blob(2),
-    **_blob(3),
-    **_stick(0),
-    **_stick(1),
+    **{f"blob{i}_{name}": span for i in range(4) for name, span in _BLOB.items()},
+    **{f"stick{i}_{name}": span for i in range(2) for name, span in _STICK.items()},
     "perch_angle": (-0.30, 0.30),
     "perch_width": (0.04, 0.10),
     "perch_hue": (0.04, 0.13),
     "perch_value": (0.20, 0.60),
     # Occlusion: leaves in front of the bird, none where the length is under the least that is drawn.
-    **_leaf(0),
-    **_leaf(1),
+    **{f"leaf{i}_{name}": span for i in range(2) for name, span in _LEAF.items()},
 }
 LEAST_LEAF = 0.08
 _LOW = np.array([low for low, _ in NUISANCES.values()], dtype=np.float64)
