@@ -131,7 +131,7 @@ def test_interrupted_pass_does_not_block_the_next() -> None:
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
-        ({"dataset": array(count=0)}, "dataset must hold at least one image, got none"),
+        ({"dataset": array(count=0)}, "dataset must contain at least one image, got none"),
     ],
 )
 def test_loader_errors(change: dict[str, object], message: str) -> None:

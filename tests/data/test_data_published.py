@@ -135,7 +135,7 @@ def test_incomplete_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_missing_root(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"DataConfig.root must be the folder that holds .*, got None"):
+    with pytest.raises(ValueError, match=r"DataConfig.root must be the folder that contains .*, got None"):
         load(config(name, None))
     with pytest.raises(DatasetNotFound, match="nowhere is missing"):
         load(config(name, tmp_path / "nowhere"))
@@ -149,7 +149,7 @@ def test_missing_root(name: str, tmp_path: Path) -> None:
         ("aircraft", AIRCRAFT / "images_variant_test.txt", "\n", r"images_variant_test\.txt is empty"),
         ("cub200", CUB / "image_class_labels.txt", "1 1\n", r"gives image 2 the class None"),
         ("cub200", CUB / "image_class_labels.txt", "1 7\n", r"gives image 1 the class 7"),
-        ("cub200", CUB / "train_test_split.txt", "1 2\n", r"must say 0 or 1 for image 1, got 2"),
+        ("cub200", CUB / "train_test_split.txt", "1 2\n", r"must have 0 or 1 for image 1, got 2"),
     ],
 )
 def test_invalid_annotations(name: str, file: Path, content: str, message: str, tmp_path: Path) -> None:

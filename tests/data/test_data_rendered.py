@@ -153,7 +153,7 @@ def test_seed_and_counts(tmp_path: Path) -> None:
 
 def test_worker_processes_draw_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = load(config(tmp_path / "one"))
-    monkeypatch.setattr(rendered_module, "_WORTH_PROCESSES", 1)
+    monkeypatch.setattr(rendered_module, "_MIN_FOR_PROCESSES", 1)
     monkeypatch.setattr(rendered_module, "_CHUNK", 5)
     together = load(config(tmp_path / "together", workers=2))
     assert torch.equal(one.train.images, together.train.images)

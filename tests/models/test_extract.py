@@ -329,39 +329,39 @@ def resnet() -> nn.Module:
     ("model", "stages", "message"),
     [
         (resnet, ["layr1"], r"ResNet has no module 'layr1' .*did you mean 'layer1'.*It has .*layer4"),
-        (resnet, ["layer1", "fc"], r"'fc' of ResNet gives \(1, 5\); a stage must give a map \(N, C, H, W\)"),
+        (resnet, ["layer1", "fc"], r"'fc' of ResNet returns \(1, 5\); a stage must return a map \(N, C, H, W\)"),
         (resnet, [], "must name at least one module"),
-        (resnet, ["layer1", "layer1"], "none of them twice"),
+        (resnet, ["layer1", "layer1"], "none twice"),
         (resnet, "layer1", "must be a sequence of module paths, got the string 'layer1'"),
         (lambda: "timm:resnet18", None, r"model must be a torch\.nn\.Module, got str"),
-        (channels_last, ["move"], r"'move' of Net gives \(1, 32, 32, 4\); a stage must give a map"),
-        (channels_last, None, "stages must be named for Net: what it pools"),
+        (channels_last, ["move"], r"'move' of Net returns \(1, 32, 32, 4\); a stage must return a map"),
+        (channels_last, None, "pass stages for Net: the tensor that it pools"),
         (
             lambda: Net(lambda m, x: m.fc(m.branch(m.conv(x)).mean((2, 3))), branch=_Branch()),
             None,
-            r"forward of Net cannot be followed by torch.fx, in 'branch' \(_Branch\): TraceError.*Outputs",
+            r"forward of Net cannot be traced by torch.fx, in 'branch' \(_Branch\): TraceError.*Outputs",
         ),
         (
             lambda: Net(lambda m, x: (m.fc(m.conv(x).mean((2, 3))), x)),
             None,
-            r"must give logits \(N, classes\), got tuple",
+            r"must return logits \(N, classes\), got tuple",
         ),
-        (lambda: Net(lambda m, x: m.conv(x)), None, r"must give logits \(N, classes\), got \(1, 4, 32, 32\)"),
+        (lambda: Net(lambda m, x: m.conv(x)), None, r"must return logits \(N, classes\), got \(1, 4, 32, 32\)"),
         (
             lambda: Net(lambda m, x: m.last(m.conv(x)).flatten(1), last=nn.Sequential(nn.ReLU())),
             None,
-            r"logits must come from a linear layer.*from 'last.0' \(ReLU\)\. Give a network",
+            r"logits must come from a linear layer.*from 'last.0' \(ReLU\)\. Pass a network",
         ),
         (
             lambda: Net(lambda m, x: m.fc(m.conv(x).permute(0, 2, 3, 1))[:, 0, 0]),
             None,
             "logits must come from a linear layer",
         ),
-        (lambda: Net(lambda m, x: m.fc(x.flatten(1)[:, :4])), None, "stages must be named for Net"),
+        (lambda: Net(lambda m, x: m.fc(x.flatten(1)[:, :4])), None, "pass stages for Net"),
         (
             lambda: Net(lambda m, x: m.fc(m.conv(x))),
             None,
-            r"does not take an image \(1, 3, 32, 32\); another image_size",
+            r"does not accept an image \(1, 3, 32, 32\); try another image_size",
         ),
     ],
 )
@@ -387,7 +387,7 @@ def test_network_that_returns_outputs_is_used_unchanged() -> None:
     assert torch.equal(extracted(x).features[1], model(x).features[1])
     assert extract(model, stages=extracted.stages, statistics=True, image_size=16).batchnorms == ()
     assert extract(model, stages=["1"], image_size=16).feature_channels == (6,)
-    with pytest.raises(ValueError, match=r"Net gives its features itself, \['0', '1'\]; got \['conv'\]"):
+    with pytest.raises(ValueError, match=r"Net returns its features itself, \['0', '1'\]; got \['conv'\]"):
         extract(model, stages=["conv"], image_size=16)
 
 
@@ -471,5 +471,5 @@ def test_log_counts_fused_batchnorms(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="dfkd_fast"):
         extract(network("resnet8", **NARROW), statistics=True)
     assert [record.message for record in caplog.records] == [
-        "CifarResNet: 9 BatchNorms give statistics (2 unfused, 3 add+relu, 4 relu)"
+        "CifarResNet: statistics of 9 BatchNorms (2 unfused, 3 add+relu, 4 relu)"
     ]

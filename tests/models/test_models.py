@@ -76,13 +76,17 @@ def test_options_reach_the_network() -> None:
         ("timm:resnet81", r"no timm model named 'resnet81'; did you mean .*'resnet18'", {}),
         ("torchvision:resnt18", r"no torchvision classifier named 'resnt18'; did you mean 'resnet18'", {}),
         ("torchvision:deeplabv3_resnet50", r"no torchvision classifier named", {}),
-        ("no_such_package.sub:net", r"no module 'no_such_package' can be imported; is it installed, or its folder", {}),
+        ("no_such_package.sub:net", r"cannot import the module 'no_such_package'; install it or add its folder", {}),
         ("json:dumpz", r"json has no 'dumpz'; did you mean 'dump'", {}),
         ("json:__doc__", r"'json:__doc__' must be callable, got a str", {}),
         ("resnet8", "num_classes must be at least 1, got 0", {"num_classes": 0}),
         *((name, "widths must be four positive", {"options": {"widths": [4, 8]}}) for name in ("resnet8", "wrn_10_1")),
         *(
-            ("timm:resnet18", f"options must not hold '{option}'.*nothing is downloaded", {"options": {option: True}})
+            (
+                "timm:resnet18",
+                f"options must not contain '{option}'.*nothing is downloaded",
+                {"options": {option: True}},
+            )
             for option in ("pretrained", "weights", "num_classes")
         ),
     ],

@@ -69,7 +69,7 @@ STUDENT: Any = SimpleNamespace(feature_channels=(8, 5), penultimate_dim=5)
 
 
 def check(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
-    """Equal in value and in the gradient to every input, at the precision of float32 sums."""
+    """Compares values and gradients of every input, to the precision of float32 sums."""
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
     for got, expected_value in zip(
         torch.autograd.grad(3.0 * found, inputs, allow_unused=True, retain_graph=True),
@@ -83,7 +83,7 @@ def check(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_distillation_is_the_divergence_of_the_softmaxes(direction: str, temperature: float) -> None:
+def test_distillation_matches_kl_divergence(direction: str, temperature: float) -> None:
     t, s = outputs(), outputs()
     term = Distillation(KDConfig(temperature=temperature, direction=direction))  # type: ignore[arg-type]
     p, q = ((o.logits / temperature).softmax(1) for o in (t, s))
@@ -109,7 +109,7 @@ def test_batchnorm_statistics_sums_norms() -> None:
         BatchNormStatistics()(t._replace(statistics=()), None)
 
 
-def test_peers_terms() -> None:
+def test_terms_of_other_methods() -> None:
     t, s = outputs(), outputs()
     check(LogitDistance()(t, s), (t.logits - s.logits).abs().mean(), [t.logits, s.logits])
     check(OneHot()(t, None), -t.logits.log_softmax(1).max(1).values.mean(), [t.logits])
@@ -118,7 +118,7 @@ def test_peers_terms() -> None:
     check(ClassBalance()(t, None), (mean * mean.log()).sum(), [t.logits])
 
 
-def test_attention_transfer_compares_maps_of_unit_length_at_the_smaller_size() -> None:
+def test_attention_transfer_matches_definition() -> None:
     t = outputs()
     s = outputs(channels=(8, 5), sizes=((6, 6), (6, 6)))
     expected = torch.zeros((), dtype=F64)
@@ -132,7 +132,7 @@ def test_attention_transfer_compares_maps_of_unit_length_at_the_smaller_size() -
 
 
 def _attended(x: Tensor, proj: Tensor, out: Tensor, target: str) -> Tensor:
-    """Order 3, joint: the definition of the method, position by position."""
+    """Joint attention of order 3 by its definition."""
     u = torch.einsum("fkc,nchw->nfkhw", proj, x)
     z = [u[:, 0], u[:, 1] * u[:, 2], u[:, 3] * u[:, 4] * u[:, 5]]
     logits = sum(torch.einsum("ck,nkhw->nchw", out[r], z[r].clamp(min=0)) for r in range(3))
@@ -144,7 +144,7 @@ def _attended(x: Tensor, proj: Tensor, out: Tensor, target: str) -> Tensor:
 @pytest.mark.parametrize("average", ["elements", "channels"])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("stages", [None, 1])
-def test_mhad(target: str, average: str, shared: bool, stages: int | None) -> None:
+def test_mhad_matches_definition(target: str, average: str, shared: bool, stages: int | None) -> None:
     config = MHADConfig(target=target, average=average, shared=shared, stages=stages)  # type: ignore[arg-type]
     term = HighOrderAttentionDistillation(SHAPES, config).double()
     t, s = outputs(), outputs(channels=(8, 5), sizes=((6, 6), (6, 6)))
@@ -165,7 +165,7 @@ def test_mhad(target: str, average: str, shared: bool, stages: int | None) -> No
     check(term(t, s), expected, [*s.features, *(p for p in term.parameters() if p.requires_grad)])
 
 
-def test_mhad_never_trains_the_teachers_side() -> None:
+def test_mhad_does_not_train_the_teacher_side() -> None:
     term = HighOrderAttentionDistillation(SHAPES)
     t, s = (Outputs(o.logits, tuple(f.float() for f in o.features), o.penultimate) for o in pair())
     term(t, s).backward()
@@ -175,7 +175,7 @@ def test_mhad_never_trains_the_teachers_side() -> None:
     assert term.adapters[1].bias is None
 
 
-def test_mhad_pairs_the_deepest_stages_of_networks_of_different_depth() -> None:
+def test_mhad_pairs_the_deepest_stages() -> None:
     shapes = FeatureShapes(teacher_channels=(4, 8, 8, 12), student_channels=(6, 8, 5), teacher_dim=12, student_dim=5)
     with pytest.raises(ValueError, match="pairs the stages of teacher and student one to one, but they have 4 and 3"):
         HighOrderAttentionDistillation(shapes)
@@ -186,7 +186,7 @@ def test_mhad_pairs_the_deepest_stages_of_networks_of_different_depth() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_sfcl(symmetric: bool) -> None:
+def test_sfcl_matches_definition(symmetric: bool) -> None:
     tau = 0.2
     term = SemanticFeatureContrast(SHAPES, SFCLConfig(dim=6, temperature=tau, symmetric=symmetric)).double()
     t, s = pair()
@@ -225,7 +225,7 @@ def test_objective_is_the_weighted_sum() -> None:
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
-def test_presets_build_and_descend(preset: str) -> None:
+def test_presets_give_finite_losses_and_gradients(preset: str) -> None:
     config = ObjectiveConfig(preset=preset)  # type: ignore[arg-type]
     g, s = (build(config, TEACHER, STUDENT) for build in (generator_objective, student_objective))
     assert (g.weights, s.weights) == (PRESETS[preset].generator, PRESETS[preset].student)
@@ -238,7 +238,7 @@ def test_presets_build_and_descend(preset: str) -> None:
     assert teacher.logits.grad is not None
 
 
-def test_weights() -> None:
+def test_preset_and_config_weights() -> None:
     assert PRESETS["dfkd-fgvc"].generator == {"bn": 0.3, "kd": -1.0}
     assert PRESETS["dfkd-fgvc"].student == {"kd": 1.0, "mhad": 10.0, "sfcl": 8.0}
     config = ObjectiveConfig(generator={"bn": 1.0}, student={"sfcl": 0.0, "mhad": 3.0})
@@ -249,18 +249,18 @@ def test_weights() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ObjectiveConfig(student={"mhda": 1.0}), "names the term 'mhda'; did you mean 'mhad'"),
-        (ObjectiveConfig(student={"bn": 1.0}), "ObjectiveConfig.student names the term 'bn'"),
-        (ObjectiveConfig(preset="baseline", student={"kd": 0.0}), "leaves no term with a weight other than 0"),
+        (ObjectiveConfig(student={"mhda": 1.0}), "has no term 'mhda'; did you mean 'mhad'"),
+        (ObjectiveConfig(student={"bn": 1.0}), "ObjectiveConfig.student has no term 'bn'"),
+        (ObjectiveConfig(preset="baseline", student={"kd": 0.0}), "has no term with a nonzero weight"),
         (ObjectiveConfig(preset="other"), "ObjectiveConfig.preset must be one of"),  # type: ignore[arg-type]
     ],
 )
-def test_wrong_objectives_are_named(config: ObjectiveConfig, message: str) -> None:
+def test_errors(config: ObjectiveConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         student_objective(config, TEACHER, STUDENT)
 
 
-def test_every_term_has_a_name_and_says_what_it_needs() -> None:
+def test_registered_terms_declare_sides_and_needs() -> None:
     for registered in TERMS.values():
         term = registered.build(SHAPES, ObjectiveConfig())
         assert set(term.sides) <= {"generator", "student"}
