@@ -69,20 +69,17 @@ class FeatureModel(nn.Module):
         folded: paths of the BatchNorms that :func:`dfkd_fast.models.fold_batchnorm` has folded, in network order.
     """
 
-    stages: tuple[str, ...]
-    feature_channels: tuple[int, ...]
-    penultimate_dim: int
-    num_classes: int
-    batchnorms: tuple[str, ...]
-    fused: tuple[str, ...]
-    other_batchnorms: tuple[str, ...]
-    folded: tuple[str, ...]
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.batchnorms = self.fused = self.other_batchnorms = self.folded = ()
         self.training = model.training
+        self.stages: tuple[str, ...] = ()
+        self.feature_channels: tuple[int, ...] = ()
+        self.penultimate_dim = self.num_classes = 0
+        self.batchnorms: tuple[str, ...] = ()
+        self.fused: tuple[str, ...] = ()
+        self.other_batchnorms: tuple[str, ...] = ()
+        self.folded: tuple[str, ...] = ()
         # A dictionary, so that their parameters are not registered twice.
         self.programs: dict[bool, fx.GraphModule] = {}
 
@@ -149,75 +146,75 @@ def extract(
     if isinstance(plain, Outputs):
         return _wrap_outputs(model, plain, stages)
     if not isinstance(plain, Tensor) or plain.ndim != 2:
-        found = tuple(plain.shape) if isinstance(plain, Tensor) else type(plain).__name__
-        raise ValueError(f"{type(model).__name__} must return logits (N, classes), got {found}")
-    return _traced(model, plain, image, stages, statistics)
+        shape = tuple(plain.shape) if isinstance(plain, Tensor) else type(plain).__name__
+        raise ValueError(f"{type(model).__name__} must return logits (N, classes), got {shape}")
+    return _extract_traced(model, plain, image, stages, statistics)
 
 
 def _wrap_outputs(model: nn.Module, outputs: Outputs, stages: Sequence[str] | None) -> FeatureModel:
-    made = FeatureModel(model)
+    result = FeatureModel(model)
     known = [str(i) for i in range(len(outputs.features))]
     if stages is not None and not set(stages) <= set(known):
         raise ValueError(f"stages: {type(model).__name__} returns its features itself, {known}; got {list(stages)}")
-    made.stages = tuple(stages if stages is not None else known)
-    made.batchnorms = tuple(str(i) for i in range(len(outputs.statistics)))
-    made.fused = ("",) * len(made.batchnorms)
-    shapes = [tuple(outputs.features[int(stage)].shape) for stage in made.stages]
-    return _set_shapes(made, tuple(outputs.logits.shape), shapes, tuple(outputs.penultimate.shape))
+    result.stages = tuple(stages if stages is not None else known)
+    result.batchnorms = tuple(str(i) for i in range(len(outputs.statistics)))
+    result.fused = ("",) * len(result.batchnorms)
+    shapes = [tuple(outputs.features[int(stage)].shape) for stage in result.stages]
+    return _set_shapes(result, tuple(outputs.logits.shape), shapes, tuple(outputs.penultimate.shape))
 
 
-def _traced(
+def _extract_traced(
     model: nn.Module, plain: Tensor, image: Tensor, stages: Sequence[str] | None, statistics: bool
 ) -> FeatureModel:
     root, name = Root(model), type(model).__name__
-    found = _trace(root, training=False, evaluating=statistics)
-    head = _find_head(found)
-    if not all_close(run(root, found.graph, image), plain, 1e-2):  # a missed branch differs more
+    trace = _trace_with_hint(root, training=False, evaluating=statistics)
+    head = _find_head(trace)
+    if not all_close(run(root, trace.graph, image), plain, 1e-2):  # a missed branch differs more
         raise ValueError(
             f"the forward of {name} depends on something that torch.fx does not see: the graph returns other logits. "
             f"{_INSTEAD}"
         )
-    made = FeatureModel(model)
-    made.stages = tuple(stages) if stages is not None else _default_stages(found, head)
-    nodes = [found.stage(path) for path in made.stages]
+    result = FeatureModel(model)
+    result.stages = tuple(stages) if stages is not None else _default_stages(trace, head)
+    nodes = [trace.stage(path) for path in result.stages]
     penultimate: tuple[int, ...] = head.penultimate.meta["shape"]
     flat = (penultimate[0], math.prod(penultimate[1:]))
-    _set_shapes(made, tuple(plain.shape), [node.meta.get("shape", ()) for node in nodes], flat)
-    classifier = found.module(head.classifier)
+    _set_shapes(result, tuple(plain.shape), [node.meta.get("shape", ()) for node in nodes], flat)
+    classifier = trace.module(head.classifier)
     reads = getattr(classifier, "in_features", getattr(classifier, "in_channels", flat[1]))
     if reads != flat[1]:
         raise ValueError(
             f"the last linear layer of {name} is applied at many positions: its input {penultimate} is not a "
             f"penultimate vector (N, {reads})"
         )
-    given = _fuse_batchnorms(made, found, {*nodes, head.penultimate, head.logits}) if statistics else []
-    made.programs[False] = made.programs[True] = _program(made, found, head, given)
+    given = _fuse_batchnorms(result, trace, {*nodes, head.penultimate, head.logits}) if statistics else []
+    result.programs[False] = result.programs[True] = _program(result, trace, head, given)
     if not statistics:
-        found = _trace(root, training=True)
-        made.programs[True] = _program(made, found, _find_head(found), [])
-    return made
+        trace = _trace_with_hint(root, training=True)
+        result.programs[True] = _program(result, trace, _find_head(trace), [])
+    return result
 
 
 def _with_statistics(features: FeatureModel) -> FeatureModel:
     """Adds statistics to the graph of a network that has been traced."""
     if features.batchnorms:
         return features
-    made = FeatureModel(features.model)
+    result = FeatureModel(features.model)
     for name in ("stages", "feature_channels", "penultimate_dim", "num_classes"):
-        setattr(made, name, getattr(features, name))
-    found = Trace(features, copy.deepcopy(features.programs[False].graph), {}, {})
-    for node in found.graph.find_nodes(op="call_module"):
-        if isinstance(found.module(node), dropouts()):
+        setattr(result, name, getattr(features, name))
+    trace = Trace(features, copy.deepcopy(features.programs[False].graph), {}, {})
+    for node in trace.graph.find_nodes(op="call_module"):
+        if isinstance(trace.module(node), dropouts()):
             node.replace_all_uses_with(node.args[0])
-            found.graph.erase_node(node)
-    given = _fuse_batchnorms(made, found, set())  # nodes that are outputs have a further user and are kept
-    output = found.graph.output_node()
+            trace.graph.erase_node(node)
+    given = _fuse_batchnorms(result, trace, set())  # nodes that are outputs have a further user and are kept
+    output = trace.graph.output_node()
     output.args = ((*output.args[0][:3], given),)  # type: ignore[index, misc]
-    made.programs[False] = made.programs[True] = _compile(made, found)
-    return made
+    result.programs[False] = result.programs[True] = _compile(result, trace)
+    return result
 
 
-def _trace(root: Root, *, training: bool, evaluating: bool = False) -> Trace:
+def _trace_with_hint(root: Root, *, training: bool, evaluating: bool = False) -> Trace:
     try:
         return symbolic_trace(root, training=training, evaluating=evaluating)
     except ValueError as error:
@@ -232,21 +229,21 @@ class _Head(NamedTuple):
     penultimate: fx.Node
 
 
-def _find_head(found: Trace) -> _Head:
-    name, logits = type(found.root.model).__name__, found.graph.output_node().args[0]
+def _find_head(trace: Trace) -> _Head:
+    name, logits = type(trace.root.model).__name__, trace.graph.output_node().args[0]
     if not isinstance(logits, fx.Node):
         raise ValueError(f"{name}.forward must return only logits (N, classes), got a {type(logits).__name__}")
 
     def is_any(node: fx.Node, targets: set[Any], *kinds: type) -> bool:
         if not node.args or not isinstance(node.args[0], fx.Node):
             return False
-        return isinstance(found.module(node), kinds) if node.op == "call_module" else node.target in targets
+        return isinstance(trace.module(node), kinds) if node.op == "call_module" else node.target in targets
 
     node: Any = logits
     while is_any(node, _RESHAPES | _DROPOUTS, nn.Identity, nn.Flatten, _DropoutNd):
         node = node.args[0]
     if not is_any(node, {F.linear}, nn.Linear, nn.Conv2d):
-        module = found.module(node)
+        module = trace.module(node)
         source = f"{str(node.target).removeprefix('model.')!r}" + (f" ({type(module).__name__})" if module else "")
         raise ValueError(
             f"{name}: the logits must come from a linear layer, whose input is the penultimate features; they come "
@@ -258,7 +255,7 @@ def _find_head(found: Trace) -> _Head:
     return _Head(logits, classifier, node)
 
 
-def _default_stages(found: Trace, head: _Head) -> tuple[str, ...]:
+def _default_stages(trace: Trace, head: _Head) -> tuple[str, ...]:
     """The last map of each resolution, at most the deepest four; the deepest is the map that is pooled.
 
     Candidates are the outermost modules that keep or halve the resolution: layers, blocks, and stages of blocks.
@@ -274,7 +271,7 @@ def _default_stages(found: Trace, head: _Head) -> tuple[str, ...]:
         return shape[2] if len(shape) == 4 and shape[2] == shape[3] else 0
 
     def pools(node: fx.Node) -> bool:
-        module = found.module(node)
+        module = trace.module(node)
         name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
         return "pool" in name.lower() or name in ("mean", "amax")
 
@@ -282,32 +279,32 @@ def _default_stages(found: Trace, head: _Head) -> tuple[str, ...]:
     while chain[-1].args and isinstance(before := chain[-1].args[0], fx.Node):
         chain.append(before)
     pool = next((i for i, node in enumerate(chain) if pools(node)), -1)
-    last = next(node for node in chain[pool + 1 :] if not isinstance(found.module(node), nn.Identity))
+    last = next(node for node in chain[pool + 1 :] if not isinstance(trace.module(node), nn.Identity))
     blocks = {
         path
-        for path, node in found.outputs.items()
-        if node.target == f"model.{path}" or size(node) <= size(found.inputs.get(path)) <= 2 * size(node) + 1
+        for path, node in trace.outputs.items()
+        if node.target == f"model.{path}" or size(node) <= size(trace.inputs.get(path)) <= 2 * size(node) + 1
     }
-    order = {node: i for i, node in enumerate(found.graph.nodes)}
+    order = {node: i for i, node in enumerate(trace.graph.nodes)}
     ends: dict[int, str] = {}
-    for path, node in found.outputs.items():
+    for path, node in trace.outputs.items():
         outer = any(path[:i] in blocks for i, letter in enumerate(path) if letter == ".")
-        inside = order[node] <= order[last] and not isinstance(found.module(node), nn.Identity)
+        inside = order[node] <= order[last] and not isinstance(trace.module(node), nn.Identity)
         if path in blocks and not outer and inside and size(node) >= size(last) > 0:
             ends[size(node)] = path
     if not ends:
         raise ValueError(
-            f"pass stages for {type(found.root.model).__name__}: the tensor that it pools for the classifier is not a "
+            f"pass stages for {type(trace.root.model).__name__}: the tensor that it pools for the classifier is not a "
             "map (N, C, H, W) of a module"
         )
     return tuple(ends[at] for at in sorted(ends, reverse=True)[-4:])
 
 
 def _set_shapes(
-    made: FeatureModel, logits: tuple[int, ...], features: Sequence[tuple[int, ...]], penultimate: tuple[int, ...]
+    result: FeatureModel, logits: tuple[int, ...], features: Sequence[tuple[int, ...]], penultimate: tuple[int, ...]
 ) -> FeatureModel:
-    name = type(made.model).__name__
-    for stage, shape in zip(made.stages, features, strict=True):
+    name = type(result.model).__name__
+    for stage, shape in zip(result.stages, features, strict=True):
         # The image is square, and so is a map (N, C, H, W); (N, H, W, C) is not.
         if len(shape) != 4 or shape[2] != shape[3]:
             raise ValueError(
@@ -318,45 +315,45 @@ def _set_shapes(
         raise ValueError(
             f"{name} must return penultimate features (N, D) and logits (N, classes), got {penultimate} and {logits}"
         )
-    made.feature_channels = tuple(shape[1] for shape in features)
-    made.penultimate_dim, made.num_classes = penultimate[1], logits[1]
-    return made
+    result.feature_channels = tuple(shape[1] for shape in features)
+    result.penultimate_dim, result.num_classes = penultimate[1], logits[1]
+    return result
 
 
-def _fuse_batchnorms(made: FeatureModel, found: Trace, kept: set[fx.Node]) -> list[fx.Node]:
+def _fuse_batchnorms(result: FeatureModel, trace: Trace, kept: set[fx.Node]) -> list[fx.Node]:
     """Fuses the BatchNorms of a graph and returns the nodes of their statistics."""
-    fusions = find(found, kept)
-    made.batchnorms = tuple(str(fusion.norm.target).removeprefix("model.") for fusion in fusions)
-    made.fused = tuple(map(str, fusions))
-    counts = ", ".join(f"{count} {what or 'unfused'}" for what, count in sorted(Counter(made.fused).items()))
-    log.info("%s: statistics of %d BatchNorms (%s)", type(made.model).__name__, len(fusions), counts or "none")
-    made.other_batchnorms = tuple(
+    fusions = find(trace, kept)
+    result.batchnorms = tuple(str(fusion.norm.target).removeprefix("model.") for fusion in fusions)
+    result.fused = tuple(map(str, fusions))
+    counts = ", ".join(f"{count} {what or 'unfused'}" for what, count in sorted(Counter(result.fused).items()))
+    log.info("%s: statistics of %d BatchNorms (%s)", type(result.model).__name__, len(fusions), counts or "none")
+    result.other_batchnorms = tuple(
         path
-        for path, module in made.model.named_modules()
-        if path not in made.batchnorms and (isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__)
+        for path, module in result.model.named_modules()
+        if path not in result.batchnorms and (isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__)
     )
-    return [fuse(found.graph, fusion) for fusion in fusions]
+    return [fuse(trace.graph, fusion) for fusion in fusions]
 
 
-def _program(made: FeatureModel, found: Trace, head: _Head, statistics: list[fx.Node]) -> fx.GraphModule:
+def _program(result: FeatureModel, trace: Trace, head: _Head, statistics: list[fx.Node]) -> fx.GraphModule:
     """Compiles the graph with the fields of :class:`Outputs` as its outputs."""
-    graph, features = found.graph, []
-    for path in made.stages:
-        node = found.stage(path)
-        if any(user.args and user.args[0] is node and found.writes_in_place(user) for user in node.users):
+    graph, features = trace.graph, []
+    for path in result.stages:
+        node = trace.stage(path)
+        if any(user.args and user.args[0] is node and trace.writes_in_place(user) for user in node.users):
             with graph.inserting_after(node):
                 node = graph.call_function(torch.clone, (node,))
         features.append(node)
     with graph.inserting_before(graph.output_node()):
         penultimate = graph.call_function(torch.flatten, (head.penultimate, 1))
     graph.output_node().args = ((head.logits, features, penultimate, statistics),)
-    return _compile(made, found)
+    return _compile(result, trace)
 
 
-def _compile(made: FeatureModel, found: Trace) -> fx.GraphModule:
+def _compile(result: FeatureModel, trace: Trace) -> fx.GraphModule:
     # The tracer stores tensors that the forward creates on its root. As buffers they follow the network's device.
-    for node in found.graph.find_nodes(op="get_attr"):
-        constant = getattr(found.root, str(node.target), None) if "." not in str(node.target) else None
-        if isinstance(constant, Tensor) and not hasattr(made, str(node.target)):
-            made.register_buffer(str(node.target), constant, persistent=False)
-    return compile_graph(made, found.graph)
+    for node in trace.graph.find_nodes(op="get_attr"):
+        constant = getattr(trace.root, str(node.target), None) if "." not in str(node.target) else None
+        if isinstance(constant, Tensor) and not hasattr(result, str(node.target)):
+            result.register_buffer(str(node.target), constant, persistent=False)
+    return compile_graph(result, trace.graph)

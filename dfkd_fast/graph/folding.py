@@ -71,14 +71,14 @@ def _can_fold(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> bool
     return vectors and type(norm).forward is _BatchNorm.forward and norm.running_mean is not None
 
 
-def _find(made: FeatureModel, image: Tensor, dtype: torch.dtype) -> list[_Pair]:
+def _find(result: FeatureModel, image: Tensor, dtype: torch.dtype) -> list[_Pair]:
     """The pairs that can be folded, in network order.
 
     Raises:
         ValueError: torch.fx cannot trace the forward.
     """
-    root: Any = made if made.programs else Root(made.model)
-    graph = made.programs[False].graph if made.programs else symbolic_trace(root, training=False).graph
+    root: Any = result if result.programs else Root(result.model)
+    graph = result.programs[False].graph if result.programs else symbolic_trace(root, training=False).graph
     run(root, graph, image)
     called = {node: root.get_submodule(str(node.target)) for node in graph.find_nodes(op="call_module")}
     # A leaf of the graph may also call a module, and the forward may read a tensor without calling its module.
@@ -152,9 +152,9 @@ def cast_weights(features: FeatureModel, dtype: torch.dtype) -> FeatureModel:
         TypeError: features is not a FeatureModel.
         ValueError: unsupported dtype.
     """
-    made = _copy(features, dtype)
-    _cast(made.model, dtype)
-    return made
+    result = _copy(features, dtype)
+    _cast(result.model, dtype)
+    return result
 
 
 def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32, image_size: int) -> FeatureModel:
@@ -179,30 +179,32 @@ def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32
         ValueError: the network is in training mode or returns statistics, does not accept the image size, or the dtype
             is unsupported.
     """
-    made, pairs, why = _copy(features, dtype), [], ""
-    name = type(made.model).__name__
-    if made.programs and made.batchnorms:
+    result, pairs, reason = _copy(features, dtype), [], ""
+    name = type(result.model).__name__
+    if result.programs and result.batchnorms:
         raise ValueError(f"{name} returns BatchNorm statistics and cannot be folded; use cast_weights")
-    for path, module in made.model.named_modules():
+    for path, module in result.model.named_modules():
         if module.training:
             raise ValueError(f"{name} must be in eval mode to be folded; {path or 'the network'!r} is in training mode")
-    norms = sum(isinstance(module, _BatchNorm) for module in made.model.modules())
-    image = dummy_image(made.model, image_size)
-    expected = eval_forward(made.model, image)
+    norms = sum(isinstance(module, _BatchNorm) for module in result.model.modules())
+    image = dummy_image(result.model, image_size)
+    expected = eval_forward(result.model, image)
     try:
-        pairs = _find(made, image, dtype)
+        pairs = _find(result, image, dtype)
     except ValueError:
-        why = ": torch.fx cannot trace its forward"
-    gone = {pair.norm: pair.norm.act if is_batchnorm_act(pair.norm) else nn.Identity() for pair in pairs}
-    for module in list(made.model.modules()):
-        module._modules.update({at: gone[child] for at, child in module._modules.items() if child in gone})
+        reason = ": torch.fx cannot trace its forward"
+    replacement = {pair.norm: pair.norm.act if is_batchnorm_act(pair.norm) else nn.Identity() for pair in pairs}
+    for module in list(result.model.modules()):
+        module._modules.update(
+            {at: replacement[child] for at, child in module._modules.items() if child in replacement}
+        )
     for pair in pairs:
         pair.fold(pair.layer.weight.dtype)
-    if not made.programs and not _matches(made.model, image, expected):
-        made, pairs, why = _copy(features, dtype), [], ": its forward does something that torch.fx does not see"
-    _cast(made.model, dtype)
+    if not result.programs and not _matches(result.model, image, expected):
+        result, pairs, reason = _copy(features, dtype), [], ": its forward does something that torch.fx does not see"
+    _cast(result.model, dtype)
     for pair in pairs:
         pair.fold(dtype)
-    made.folded = tuple(pair.path for pair in pairs)
-    log.info("%s: %d of %d BatchNorms folded, weights in %s%s", name, len(pairs), norms, dtype, why)
-    return made.eval()
+    result.folded = tuple(pair.path for pair in pairs)
+    log.info("%s: %d of %d BatchNorms folded, weights in %s%s", name, len(pairs), norms, dtype, reason)
+    return result.eval()

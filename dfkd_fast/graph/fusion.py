@@ -95,13 +95,13 @@ def _module_activation(module: nn.Module) -> Activation | None:
     return "none" if type(module) is nn.Identity else "relu" if type(module) is nn.ReLU else None
 
 
-def _activation(found: Trace, node: fx.Node, value: fx.Node) -> Activation | None:
+def _activation(trace: Trace, node: fx.Node, value: fx.Node) -> Activation | None:
     """The activation that a node applies to a value, or None if it cannot be fused."""
     options = {name: option for name, option in node.kwargs.items() if name != "inplace"}
     if not node.args or node.args[0] is not value:
         return None
     if node.op == "call_module":
-        module = found.module(node)
+        module = trace.module(node)
         return None if module is None or len(node.args) > 1 or node.kwargs else _module_activation(module)
     if node.target in (F.hardtanh, F.hardtanh_):
         options |= zip(("min_val", "max_val"), node.args[1:3], strict=False)
@@ -111,7 +111,7 @@ def _activation(found: Trace, node: fx.Node, value: fx.Node) -> Activation | Non
     return "relu" if node.target in _RELU else "relu6" if node.target is F.relu6 else None
 
 
-def _summand(found: Trace, norm: fx.Node, value: fx.Node, add: fx.Node) -> fx.Node | None:
+def _summand(trace: Trace, norm: fx.Node, value: fx.Node, add: fx.Node) -> fx.Node | None:
     """The node that ``add`` adds to the value of a BatchNorm, or None if it cannot be fused."""
     if len(add.args) != 2 or add.kwargs or add.args[0] is add.args[1]:
         return None
@@ -125,15 +125,15 @@ def _summand(found: Trace, norm: fx.Node, value: fx.Node, add: fx.Node) -> fx.No
     # The fused call reads the BatchNorm's input at the addition; nothing may overwrite it before.
     node = norm.next
     while node is not add:
-        if found.writes_in_place(node):
+        if trace.writes_in_place(node):
             return None
         node = node.next
     return other
 
 
-def _match(found: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.Node | None = None) -> Fusion:
+def _match(trace: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.Node | None = None) -> Fusion:
     """The longest fusion after a BatchNorm that leaves out the addition ``taken``."""
-    fusion, module = Fusion(norm=norm, last=norm), found.module(norm)
+    fusion, module = Fusion(norm=norm, last=norm), trace.module(norm)
     if module is not None and is_batchnorm_act(module):  # its dropout is off in eval mode
         inside = _module_activation(module.get_submodule("act"))
         fusion.act = f"{norm.target}.act" if inside is None else None
@@ -143,9 +143,9 @@ def _match(found: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.Nod
     node, passed = norm, [norm]
     while len(node.users) == 1 and node not in kept and fusion.activation == "none":
         user = next(iter(node.users))
-        activation = _activation(found, user, node)
+        activation = _activation(trace, user, node)
         if activation is None:
-            other = _summand(found, norm, node, user) if fusion.add is None and user is not taken else None
+            other = _summand(trace, norm, node, user) if fusion.add is None and user is not taken else None
             if other is None:
                 break
             fusion.add, fusion.residual = user, other
@@ -157,22 +157,22 @@ def _match(found: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.Nod
     return fusion
 
 
-def find(found: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
+def find(trace: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
     """The BatchNorms that can compute their input's statistics, in network order, with the operations to fuse.
 
     If both summands of an addition are BatchNorms, the left one is fused with the addition.
 
     Args:
-        found: a graph after :func:`dfkd_fast.graph.tracing.run`.
+        trace: a graph after :func:`dfkd_fast.graph.tracing.run`.
         kept: nodes whose values must remain in the graph.
     """
-    norms = [node for node in found.graph.nodes if supports_statistics(found.module(node))]
-    fusions = {norm: _match(found, kept, norm) for norm in norms}
+    norms = [node for node in trace.graph.nodes if supports_statistics(trace.module(node))]
+    fusions = {norm: _match(trace, kept, norm) for norm in norms}
     additions: dict[fx.Node, Fusion] = {}
     for fusion in list(fusions.values()):
         if fusion.add in additions:
             right = fusion if fusion.residual is fusion.add.args[0] else additions[fusion.add]
-            fusions[right.norm] = _match(found, kept, right.norm, taken=fusion.add)
+            fusions[right.norm] = _match(trace, kept, right.norm, taken=fusion.add)
         elif fusion.add is not None:
             additions[fusion.add] = fusion
     return list(fusions.values())
@@ -214,20 +214,20 @@ def _unpool(y: Tensor, code: Tensor, output_size: Sequence[int] | None = None) -
     return ops.max_unpool2x2(y, code, None if output_size is None else tuple(output_size)[-2:])
 
 
-def fuse_pools(found: Trace) -> dict[nn.Module, str]:
+def fuse_pools(trace: Trace) -> dict[nn.Module, str]:
     """Replace poolings whose indices are read only by unpoolings, and these unpoolings, by the ops with uint8 codes."""
     replaced: dict[nn.Module, str] = {}
-    for node in found.graph.find_nodes(op="call_module"):
-        pool, users = found.module(node), [(part, user) for part in node.users for user in part.users]
+    for node in trace.graph.find_nodes(op="call_module"):
+        pool, users = trace.module(node), [(part, user) for part in node.users for user in part.users]
         users = [(part, user) for part, user in users if part.args[1:] == (1,)]
         fits = _is_2x2(pool, nn.MaxPool2d) and len(node.args) == 1 and not node.kwargs and len(users) > 0
         fits = fits and all(part.target is operator.getitem for part in node.users)
         for part, user in users:
-            fits = fits and _is_2x2(found.module(user), nn.MaxUnpool2d) and user.kwargs.keys() <= {"output_size"}
+            fits = fits and _is_2x2(trace.module(user), nn.MaxUnpool2d) and user.kwargs.keys() <= {"output_size"}
             fits = fits and user.args[1:] == (part,) and user.args[0] is not part
         if fits:
             for each, function in [(node, ops.max_pool2x2), *((user, _unpool) for _, user in users)]:
-                module = found.module(each)
+                module = trace.module(each)
                 if module is not None:
                     replaced[module] = "max_pool2x2" if each is node else "max_unpool2x2"
                 each.op, each.target = "call_function", function

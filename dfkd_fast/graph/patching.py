@@ -90,10 +90,10 @@ class _PatchedForward:
     module that the fused ops bypass has a hook.
     """
 
-    def __init__(self, found: Trace, replaced: dict[nn.Module, str], skipped: list[nn.Module], eval_only: bool) -> None:
-        self.model, self.replaced, self.skipped, self.eval_only = found.root.model, replaced, skipped, eval_only
+    def __init__(self, trace: Trace, replaced: dict[nn.Module, str], skipped: list[nn.Module], eval_only: bool) -> None:
+        self.model, self.replaced, self.skipped, self.eval_only = trace.root.model, replaced, skipped, eval_only
         # A plain function, which copies share; it looks up modules from this object.
-        self.program: Callable[..., Any] = type(compile_graph(found.root, found.graph)).forward
+        self.program: Callable[..., Any] = type(compile_graph(trace.root, trace.graph)).forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         training = any(module.training and isinstance(module, _BatchNorm) for module in self.skipped)
@@ -103,9 +103,9 @@ class _PatchedForward:
         return self.program(self, args[0])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PatchedForward:
-        made = memo[id(self)] = object.__new__(type(self))
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
+        result = memo[id(self)] = object.__new__(type(self))
+        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return result
 
     def __reduce__(self) -> Any:
         # A model is unpickled without the patch: this resolves to the class's forward.
@@ -116,19 +116,19 @@ def _is_map(args: tuple[Any, ...]) -> bool:
     return len(args) == 1 and isinstance(args[0], Tensor) and args[0].ndim == 4
 
 
-def _fuse_norms(found: Trace, x: Tensor) -> tuple[dict[nn.Module, str], list[nn.Module]]:
+def _fuse_norms(trace: Trace, x: Tensor) -> tuple[dict[nn.Module, str], list[nn.Module]]:
     """Fuses BatchNorms; returns the op of each and the modules that the fused ops bypass."""
     replaced: dict[nn.Module, str] = {}
     skipped: list[nn.Module] = []
-    with _refusing(f"the graph of {type(found.root.model).__name__} does not run on the example"):
-        run(found.root, found.graph, x.clone())
-    for fusion in find(found):
-        norm = found.module(fusion.norm)
+    with _refusing(f"the graph of {type(trace.root.model).__name__} does not run on the example"):
+        run(trace.root, trace.graph, x.clone())
+    for fusion in find(trace):
+        norm = trace.module(fusion.norm)
         if norm is not None and str(fusion) and not has_hooks(norm):
             replaced[norm] = f"batchnorm_statistics ({fusion})"
-            after = [found.module(node) for node in (*fusion.between, fusion.last)]
+            after = [trace.module(node) for node in (*fusion.between, fusion.last)]
             skipped += [inner for each in after if each is not None for inner in each.modules()]
-            found.graph.erase_node(fuse(found.graph, fusion))
+            trace.graph.erase_node(fuse(trace.graph, fusion))
     return replaced, skipped
 
 
@@ -142,21 +142,21 @@ def _fused(module: nn.Module, x: Tensor, unfrozen: str | None, training: bool) -
         raise _Refused(f"the forward of {name} was set on the instance")
     try:
         with preserve_attributes(module) as written:
-            found = other = symbolic_trace(Root(module), training=False, shallow=True)
+            trace = other = symbolic_trace(Root(module), training=False, shallow=True)
             if any(map(has_indices, module.modules())):
                 other = symbolic_trace(Root(module), training=True, shallow=True)
     except ValueError as error:
         raise _Refused(str(error)) from error
     if written:
         raise _Refused(f"the forward of {name} sets {', '.join(sorted(written))}")
-    if any(not str(node.target).startswith("model.") for node in found.graph.find_nodes(op="get_attr")):
+    if any(not str(node.target).startswith("model.") for node in trace.graph.find_nodes(op="get_attr")):
         raise _Refused(f"the forward of {name} creates tensors")
-    eval_only = unfrozen is None or str(found.graph) != str(other.graph)
-    replaced = {} if training and eval_only else fuse_pools(found)
-    norms, skipped = _fuse_norms(found, x) if unfrozen is None else ({}, [])
+    eval_only = unfrozen is None or str(trace.graph) != str(other.graph)
+    replaced = {} if training and eval_only else fuse_pools(trace)
+    norms, skipped = _fuse_norms(trace, x) if unfrozen is None else ({}, [])
     if not replaced | norms:
         return None
-    forward = _PatchedForward(found, replaced | norms, [*skipped, *replaced, *norms], eval_only)
+    forward = _PatchedForward(trace, replaced | norms, [*skipped, *replaced, *norms], eval_only)
     with _refusing(f"{name} failed on the example"):
         expected, given = own(x.clone()), forward.program(forward, x.clone())
     # Convolutions may run in TF32 on CUDA devices; a wrong graph differs more than that.

@@ -209,15 +209,15 @@ def graph_to_list(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 def graph_from_list(nodes: list[tuple[Any, ...]]) -> fx.Graph:
     """The inverse of :func:`graph_to_list`."""
-    graph, made = fx.Graph(), dict[str, fx.Node]()
+    graph, created = fx.Graph(), dict[str, fx.Node]()
 
     def resolve(value: Any) -> Any:
-        return made[value.name] if isinstance(value, _Reference) else value
+        return created[value.name] if isinstance(value, _Reference) else value
 
     map_references: Any = fx.node.map_aggregate
     for name, op, target, args, kwargs in nodes:
         given = map_references(args, resolve), map_references(kwargs, resolve)
-        made[name] = graph.create_node(op, target, *given, name)
+        created[name] = graph.create_node(op, target, *given, name)
     return graph
 
 

@@ -22,22 +22,6 @@ from dfkd_fast.graph import FeatureModel, Outputs
 from dfkd_fast.nn import HighOrderAttention
 from dfkd_fast.nn import SemanticFeatureContrast as FeatureContrast
 
-__all__ = [
-    "TERMS",
-    "ActivationNorm",
-    "AttentionTransfer",
-    "BatchNormStatistics",
-    "ClassBalance",
-    "Distillation",
-    "FeatureShapes",
-    "HighOrderAttentionDistillation",
-    "LogitDistance",
-    "OneHot",
-    "SemanticFeatureContrast",
-    "Term",
-    "register",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureShapes:

@@ -146,7 +146,7 @@ def test_unknown_data_set() -> None:
 
 
 def test_register_adds_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(data.DATASETS, "three", ImageSet)  # taken out again after the test
+    monkeypatch.setitem(data.DATASETS, "three", ImageSet)  # removed after the test
     images, half = array(3), (0.5,) * 3
 
     @register("three")

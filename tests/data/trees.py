@@ -1,4 +1,4 @@
-"""Miniature trees of the published data sets: the same folders, names and annotation files, a few tiny images."""
+"""Miniature copies of the published data sets: the same folders and annotation files, a few tiny images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def aircraft_tree(root: Path, *, train: int = 3, test: int = 2) -> Path:
 
 
 def cars_tree(root: Path, *, train: int = 3, test: int = 2) -> Path:
-    """``stanford_cars`` with three classes, its annotations as MATLAB structures; returns ``root``."""
+    """``stanford_cars`` with three classes and MATLAB annotations; returns ``root``."""
     rng = np.random.default_rng(1)
     base = root / "stanford_cars"
     (base / "devkit").mkdir(parents=True)
@@ -59,7 +59,7 @@ def cars_tree(root: Path, *, train: int = 3, test: int = 2) -> Path:
 
 
 def cub_tree(root: Path, *, train: int = 3, test: int = 2) -> Path:
-    """``CUB_200_2011`` with three classes, one image in grey, the splits interleaved; returns ``root``."""
+    """``CUB_200_2011`` with three classes, one grey image and interleaved splits; returns ``root``."""
     rng = np.random.default_rng(2)
     base = root / "CUB_200_2011"
     images, labels, splits = [], [], []

@@ -1,4 +1,4 @@
-"""Networks of many families, each built once, with statistics and scales that differ from layer to layer."""
+"""Networks and helpers for the tests of models and graph rewrites."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NARROW_TIMM: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 6
 
 
 def unsettled(model: nn.Module) -> nn.Module:
-    """In eval mode; scales of both signs, and one variance per BatchNorm that is the smallest by far."""
+    """Gives BatchNorms random statistics, scales of both signs and one small variance; sets eval mode."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
@@ -41,7 +41,7 @@ def _built(name: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
 
 
 def network(name: str, **options: Any) -> nn.Module:
-    """A copy, which a test may change."""
+    """A copy that a test may change."""
     return copy.deepcopy(_built(name, tuple(options.items())))
 
 
@@ -50,13 +50,13 @@ def images(count: int = 2, size: int = 32) -> Tensor:
 
 
 def close(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """Every tensor is equal to ``tolerance`` of the largest expected value in it."""
+    """Compares tensors to ``tolerance`` times the largest expected value of each."""
     for left, right in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=tolerance * right.abs().max().item())
 
 
 def snapshot(model: nn.Module) -> list[Any]:
-    """Each module with its attributes by identity, the items of its dictionaries, and its tensors by value."""
+    """The state of all modules: attributes and dictionary items by identity, tensors by value."""
     found: list[Any] = []
     for path, module in model.named_modules():
         found.append((path, id(module), type(module), list(module.__dict__)))

@@ -1,4 +1,4 @@
-"""``extract``: the values of the plain network, shared weights, no graph breaks, and errors."""
+"""``extract``: values, shared weights, copies, compilation and errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dfkd_fast.models import (
 from .nets import NARROW, NARROW_TIMM, Net, close, images, network, scalar, snapshot, unsettled
 
 RESNET = "layer1 layer2 layer3 layer4"
-# Default stages, their channels, the penultimate length, and the operations fused with how many BatchNorms.
+# Default stages, their channels, the penultimate length, and the number of BatchNorms per fused operation.
 FAMILIES: dict[str, tuple[str, tuple[int, ...], int, dict[str, int]]] = {
     "timm:resnet18": (RESNET, (64, 128, 256, 512), 512, {"": 3, "relu": 9, "add+relu": 8}),
     "torchvision:mobilenet_v2": (
@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[str, tuple[int, ...], int, dict[str, int]]] = {
 def hooked_forward(
     model: nn.Module, x: Tensor, paths: list[str]
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Logits, and the inputs and outputs of some modules by path, in the order of the calls."""
+    """Logits, and the inputs and outputs of the modules at ``paths``, in call order."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -93,7 +93,7 @@ def test_outputs_and_gradients_match_plain_network(name: str) -> None:
             assert torch.equal(layer.running_mean, module.running_mean)
             assert torch.equal(layer.running_var, module.running_var)
             assert all(value.dtype == torch.float32 for value in layer)
-    assert list(extracted.batchnorms) == [path for path in inputs if path in norms]  # the network's order
+    assert list(extracted.batchnorms) == [path for path in inputs if path in norms]  # in call order
     assert extracted.other_batchnorms == ()
     assert Counter(extracted.fused) == fused
 
@@ -186,7 +186,7 @@ def test_functional_dropout_follows_the_training_flag() -> None:
     extracted = extract(model, stages=["conv", "last"], image_size=16)
     x = images(8, 16)
     for training in (True, False, True):
-        model.train(training)  # not through the wrapper: the network's own flag decides
+        model.train(training)  # the flag of the network, not of the wrapper, selects the forward
         torch.manual_seed(5)
         expected = model(x)
         torch.manual_seed(5)
@@ -317,7 +317,7 @@ def channels_last() -> Net:
     return Net(lambda m, x: m.fc(m.move(m.conv(x)).mean((1, 2))), move=_Permute())
 
 
-def test_stages_may_be_named_where_none_can_be_found() -> None:
+def test_explicit_stages_when_there_are_no_default_stages() -> None:
     assert extract(channels_last(), stages=["conv"], image_size=32).feature_channels == (4,)
 
 

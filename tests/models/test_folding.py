@@ -22,14 +22,14 @@ from dfkd_fast.models import FeatureModel, LayerStatistics, Outputs, cast_weight
 from . import nets
 from .nets import NARROW, NARROW_TIMM, Net, close, snapshot, unsettled
 
-# Options, BatchNorms, those of them that follow a convolution which nothing else reads.
+# Options, the number of BatchNorms, and the number that can be folded.
 NETWORKS: dict[str, tuple[dict[str, Any], int, int]] = {
     "resnet8": (NARROW, 9, 9),
-    "wrn_16_1": ({}, 13, 6),  # the first map of each block goes to its shortcut too
-    "wrn_10_2": ({}, 7, 4),  # but for the stem's, where the shortcut starts from the activated one
+    "wrn_16_1": ({}, 13, 6),  # shortcuts also read the stem and the blocks' outputs
+    "wrn_10_2": ({}, 7, 4),  # the shortcut of the first block reads the activated map
     "timm:resnet50": (NARROW_TIMM, 17, 17),
     "torchvision:mobilenet_v2": ({"width_mult": 0.25}, 52, 52),
-    "timm:tf_efficientnet_b0": ({}, 49, 49),  # activations inside of the BatchNorms
+    "timm:tf_efficientnet_b0": ({}, 49, 49),  # BatchNormAct2d
 }
 SIZE = 32
 
@@ -95,7 +95,7 @@ def test_original_is_unchanged_and_shares_nothing(make: Callable[[FeatureModel],
     features = network("torchvision:mobilenet_v2")
     features.to(memory_format=torch.channels_last)
     next(features.parameters()).requires_grad_(False)
-    features.training = True  # the network's own flag decides
+    features.training = True  # only the flag of the plain network matters
     before, random, expected = snapshot(features), torch.get_rng_state(), features(images())
     made = make(features)
     assert torch.equal(torch.get_rng_state(), random)
@@ -258,7 +258,7 @@ def untraceable(m: Any, x: Tensor) -> Outputs:
 
 
 def outside_of_the_graph(m: Any, x: Tensor) -> Outputs:
-    """Reads something of a BatchNorm that the graph does not show."""
+    """Reads an attribute of a BatchNorm that the graph does not contain."""
     given = outputs(m, x)
     return given._replace(logits=given.logits * m.bn.eps)
 
@@ -295,7 +295,7 @@ def test_networks_that_return_outputs(
 
 
 class _Casts(TorchDispatchMode):
-    """Counts conversions of some tensors."""
+    """Counts the dtype conversions of the tensors with these storages."""
 
     def __init__(self, watched: set[int]) -> None:
         super().__init__()

@@ -30,13 +30,13 @@ def _add_to(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _later(m: Any, x: Tensor) -> Tensor:
-    """The norm's input is written into before the addition."""
+    """Overwrites the BatchNorm's input before the addition."""
     y = m.bn(x)
     return y + m.act(x)
 
 
 def _residual_written(m: Any, x: Tensor) -> Tensor:
-    """The residual is written into after the addition and before the activation."""
+    """Overwrites the residual between the addition and the activation."""
     h = x * 2
     y = m.bn(x) + h
     z = h.mul_(3)

@@ -25,7 +25,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("mode", ["batch", "update", "eval"])
 def test_batchnorm_mode_matches_torch(kind: str, training: bool, mode: str) -> None:
-    """Values, gradients and buffers are those of a BatchNorm in training or eval mode."""
+    """Compares values, gradients and buffers with a BatchNorm in training or eval mode."""
     module = KINDS[kind]()
     if module.running_mean is not None:
         module.running_mean.normal_()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from torch import nn
 from dfkd_fast.config import ModelConfig
 from dfkd_fast.models import create_model, extract, names, normalization, save_weights
 
-# Parameters with 100 classes, in thousands, as the distillation literature tabulates them (Tian et al., "Contrastive
-# Representation Distillation", ICLR 2020, and the networks' own papers).
+# Number of parameters with 100 classes (Tian et al., "Contrastive Representation Distillation", ICLR 2020).
 PUBLISHED = {
     "wrn_40_2": 2_255_156,
     "wrn_40_1": 569_780,
@@ -96,33 +94,25 @@ def test_errors(name: str, message: str, changes: dict[str, Any]) -> None:
         build(name, **changes)
 
 
-@pytest.fixture
-def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "my_networks.py").write_text(
-        "from torch import nn\n"
-        "def net(num_classes, width=4):\n"
-        "    return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
-        "                         nn.Linear(width, num_classes))\n"
-        "def text(num_classes):\n"
-        "    return 'a network'\n"
-        "class Zoo:\n"
-        "    net = staticmethod(net)\n"
-    )
-    (tmp_path / "broken_networks.py").write_text("import no_such_package\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield "my_networks"
-    for name in ("my_networks", "broken_networks"):
-        sys.modules.pop(name, None)
+def factory(num_classes: int, width: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
 
-def test_factory_in_another_module(own_module: str) -> None:
-    for name in (f"{own_module}:net", f"{own_module}:Zoo.net"):
+class Zoo:
+    net = staticmethod(factory)
+    text = staticmethod(lambda num_classes: "a network")
+
+
+def test_factory_in_another_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (f"{__name__}:factory", f"{__name__}:Zoo.net"):
         model = build(name, 7, options={"width": 6})
         assert model(torch.randn(2, 3, 8, 8)).shape == (2, 7)
         assert model[0].out_channels == 6
-    with pytest.raises(TypeError, match=r"'my_networks:text' must return a torch.nn.Module, got a str"):
-        build(f"{own_module}:text")
-    with pytest.raises(ModuleNotFoundError, match="no_such_package"):  # its own defect, not a wrong name
+    with pytest.raises(TypeError, match=r":Zoo.text' must return a torch.nn.Module, got a str"):
+        build(f"{__name__}:Zoo.text")
+    (tmp_path / "broken_networks.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):  # raised by the module itself
         build("broken_networks:net")
 
 

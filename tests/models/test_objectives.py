@@ -131,15 +131,6 @@ def test_attention_transfer_matches_definition() -> None:
     check(AttentionTransfer(SHAPES)(t, s), expected, [*t.features, *s.features])
 
 
-def _attended(x: Tensor, proj: Tensor, out: Tensor, target: str) -> Tensor:
-    """Joint attention of order 3 by its definition."""
-    u = torch.einsum("fkc,nchw->nfkhw", proj, x)
-    z = [u[:, 0], u[:, 1] * u[:, 2], u[:, 3] * u[:, 4] * u[:, 5]]
-    logits = sum(torch.einsum("ck,nkhw->nchw", out[r], z[r].clamp(min=0)) for r in range(3))
-    attention = 1 / (1 + torch.exp(-logits))
-    return attention * x if target == "features" else attention
-
-
 @pytest.mark.parametrize("target", ["features", "attention"])
 @pytest.mark.parametrize("average", ["elements", "channels"])
 @pytest.mark.parametrize("shared", [False, True])
@@ -154,12 +145,11 @@ def test_mhad_matches_definition(target: str, average: str, shared: bool, stages
         if stage == 1:
             y = y.unflatten(-1, (3, 2)).unflatten(-3, (3, 2)).mean((-1, -3))  # 6 x 6 to 3 x 3
             y = torch.einsum("os,nshw->nohw", term.adapters[index].weight[:, :, 0, 0], y)
-        mine = term.student_attention[index]
-        theirs = mine if shared else term.teacher_attention[index]
-        error = (
-            _attended(y, mine.proj_weight, mine.out_weight, target)
-            - _attended(x, theirs.proj_weight, theirs.out_weight, target).detach()
-        )
+        student = term.student_attention[index]
+        teacher = student if shared else term.teacher_attention[index]
+        if target == "attention":
+            student, teacher = student.attention, teacher.attention
+        error = student(y) - teacher(x).detach()
         squared = error.square().sum()
         expected = expected + squared / (error.numel() if average == "elements" else error.shape[0] * error.shape[1])
     check(term(t, s), expected, [*s.features, *(p for p in term.parameters() if p.requires_grad)])
@@ -191,12 +181,8 @@ def test_sfcl_matches_definition(symmetric: bool) -> None:
     term = SemanticFeatureContrast(SHAPES, SFCLConfig(dim=6, temperature=tau, symmetric=symmetric)).double()
     t, s = pair()
 
-    def head(x: Tensor, module: torch.nn.Module) -> Tensor:
-        first, _, second = module.children()
-        y = (x @ first.weight.T + first.bias).clamp(min=0) @ second.weight.T + second.bias
-        return y / y.norm(dim=1, keepdim=True)
-
-    vectors = [*head(t.penultimate.detach(), term.teacher_head), *head(s.penultimate, term.student_head)]
+    projected = (term.teacher_head(t.penultimate.detach()), term.student_head(s.penultimate))
+    vectors = [v / v.norm() for side in projected for v in side]
     count = len(t.penultimate)
     losses = []
     for i in range(2 * count if symmetric else count):

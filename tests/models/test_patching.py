@@ -1,4 +1,4 @@
-"""Fused ops in a user's model: the same values and gradients, everything else untouched, and all of it undone."""
+"""``patch`` and ``unpatch``: values, gradients, reports, hooks, copies and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def unsettled(model: nn.Module) -> nn.Module:
 
 
 class _Block(nn.Module):
-    """A user's own: every pattern in one forward, and further arguments."""
+    """A user's module with all patterns and further arguments."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Custom(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-# Options, BatchNorms that are replaced, and those that are left.
+# Options, and the numbers of BatchNorms that are replaced and left.
 NETWORKS: dict[str, tuple[dict[str, Any], int, int]] = {
     "timm:resnet18": (NARROW_TIMM, 9, 4),
     "torchvision:mobilenet_v2": ({"width_mult": 0.25}, 35, 17),
@@ -171,7 +171,7 @@ def test_training_and_trainable_networks_are_left() -> None:
     both = nn.ModuleDict({"teacher": network(), "student": network().train(), "tuned": network().requires_grad_()})
     before = snapshot(both)
     report = patch(both, example=None)
-    assert "an example" in reasons(report)["teacher.stem.1"]  # the dictionary itself cannot be called
+    assert "an example" in reasons(report)["teacher.stem.1"]  # a ModuleDict cannot be called
     assert report.replaced == ()
     assert reasons(report)["student.stem.1"] == "in training mode: call eval() first"
     assert reasons(report)["tuned.stem.1"].startswith("trainable")
@@ -204,12 +204,12 @@ def test_hooks_see_the_same_tensors() -> None:
     model(x)
     report = patch(model)
     assert reasons(report)["blocks.0.norms.1"] == "it has a hook"
-    del seen[2:]  # of the example
+    del seen[2:]  # calls by patch
     model(x)
     handle.remove()
     patch(model)
     del seen[4:]
-    norm.register_forward_hook(hook)  # after the patch
+    norm.register_forward_hook(hook)  # added after the patch
     model(x)
     assert len(seen) == 6
     close([seen[2:4], seen[4:6]], [seen[:2], seen[:2]])
@@ -217,7 +217,7 @@ def test_hooks_see_the_same_tensors() -> None:
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "wrn_10_1", "resnet8", "custom"])
 def test_copies_and_pickles(name: str) -> None:
-    """A copy is patched; a pickled model is not, and gives the patched values once it is patched."""
+    """A copy is patched; an unpickled model is not."""
     model, x = network(name), images()
     plain = model(x)
     report = patch(model)
@@ -338,7 +338,7 @@ def test_pooling_is_replaced_in_training_mode(size: bool, pixels: int) -> None:
     found = model(x)
     assert torch.equal(found, expected)
     close(torch.autograd.grad(found.square().sum(), inputs), gradients)
-    if not size:  # torch itself takes no size for a map without a batch
+    if not size:  # torch accepts no output size without a batch dimension
         close(model(x[0]), expected[0])
 
 
@@ -371,7 +371,7 @@ def test_kernels_match_plain_network_eager_and_compiled(kernel_device: str, make
 
 
 class KLDiv(nn.Module):
-    """A class with the name of a published loss, and another formula."""
+    """A class with the name of a published loss but another formula."""
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.kl_div(logits.log_softmax(1), targets.softmax(1)) / 2

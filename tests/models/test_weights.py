@@ -44,7 +44,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_every_layout_of_names(tmp_path: Path, prefix: str, form: str) -> None:
     source, target = network(), network()
     state = OrderedDict((prefix + name, value) for name, value in source.state_dict().items())
-    path = tmp_path / "weights.bin"  # the content tells the format, not the name
+    path = tmp_path / "weights.bin"  # the content determines the format
     if form == "safetensors":
         safetensors.torch.save_file(dict(state), path)
     else:
@@ -157,7 +157,7 @@ def test_mismatches_are_listed_and_nothing_is_loaded(tmp_path: Path) -> None:
 
 
 def test_missing_counters_skipped_modules_and_dtypes(tmp_path: Path) -> None:
-    """All three keep what the network has."""
+    """All three keep the network's values or dtypes."""
     source, target = network(5), network(3)
     kept = {name: value.clone() for name, value in target.state_dict().items() if re.search("fc|num_batches", name)}
     state = {name: value.half() for name, value in source.state_dict().items() if "num_batches" not in name}
