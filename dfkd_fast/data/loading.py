@@ -11,13 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 __all__ = ["loader"]
 
 
-class _Batch(list[int]):
-    """Indices of a batch and the seed of its random transforms."""
-
-    seed: int
-
-
-class _SeededBatches(Sampler[list[int]]):
+class _SeededBatches(Sampler[tuple[int, list[int]]]):
     """Adds a seed from the loader's generator to each batch of indices."""
 
     def __init__(self, batches: BatchSampler, generator: torch.Generator) -> None:
@@ -27,12 +21,9 @@ class _SeededBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         seeds = torch.randint(2**62, (len(self),), generator=self.generator).tolist()
-        for indices, seed in zip(self.batches, seeds, strict=True):
-            batch = _Batch(indices)
-            batch.seed = seed
-            yield batch
+        yield from zip(seeds, self.batches, strict=True)
 
 
 class _Seeded(Dataset[Any]):
@@ -47,13 +38,14 @@ class _Seeded(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index]
 
-    def __getitems__(self, batch: _Batch) -> list[Any]:
+    def __getitems__(self, batch: tuple[int, list[int]]) -> list[Any]:
         # torch.manual_seed would also seed CUDA.
+        seed, indices = batch
         state = torch.random.get_rng_state()
-        torch.default_generator.manual_seed(batch.seed)
+        torch.default_generator.manual_seed(seed)
         try:
             fetch = getattr(self.dataset, "__getitems__", None)
-            return fetch(list(batch)) if fetch else [self.dataset[index] for index in batch]
+            return fetch(indices) if fetch else [self.dataset[index] for index in indices]
         finally:
             torch.random.set_rng_state(state)
 
@@ -95,7 +87,7 @@ def loader(
     )
     return DataLoader(
         _Seeded(dataset),
-        batch_sampler=_SeededBatches(BatchSampler(order, batch_size, drop_last), generator),
+        batch_sampler=_SeededBatches(BatchSampler(order, batch_size, drop_last), generator),  # type: ignore[arg-type]
         num_workers=workers,
         # DataLoader draws a base seed per pass, by default from the global generator.
         generator=torch.Generator().manual_seed(seed),

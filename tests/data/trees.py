@@ -8,8 +8,6 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-__all__ = ["aircraft_tree", "cars_tree", "cub_tree", "folder_tree"]
-
 VARIANTS = ("707-320", "A300B4", "Boeing 717", "Yak-42")
 CARS = ("AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Sedan 2012")
 BIRDS = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross")
