@@ -336,39 +336,32 @@ def resnet() -> nn.Module:
         (lambda: "timm:resnet18", None, r"model must be a torch\.nn\.Module, got str"),
         (channels_last, ["move"], r"'move' of Net returns \(1, 32, 32, 4\); a stage must return a map"),
         (channels_last, None, "pass stages for Net: the tensor that it pools"),
-        (
-            lambda: Net(lambda m, x: m.fc(m.branch(m.conv(x)).mean((2, 3))), branch=_Branch()),
-            None,
-            r"forward of Net cannot be traced by torch.fx, in 'branch' \(_Branch\): TraceError.*Outputs",
-        ),
-        (
-            lambda: Net(lambda m, x: (m.fc(m.conv(x).mean((2, 3))), x)),
-            None,
-            r"must return logits \(N, classes\), got tuple",
-        ),
-        (lambda: Net(lambda m, x: m.conv(x)), None, r"must return logits \(N, classes\), got \(1, 4, 32, 32\)"),
-        (
-            lambda: Net(lambda m, x: m.last(m.conv(x)).flatten(1), last=nn.Sequential(nn.ReLU())),
-            None,
-            r"logits must come from a linear layer.*from 'last.0' \(ReLU\)\. Pass a network",
-        ),
-        (
-            lambda: Net(lambda m, x: m.fc(m.conv(x).permute(0, 2, 3, 1))[:, 0, 0]),
-            None,
-            "logits must come from a linear layer",
-        ),
-        (lambda: Net(lambda m, x: m.fc(x.flatten(1)[:, :4])), None, "pass stages for Net"),
-        (
-            lambda: Net(lambda m, x: m.fc(m.conv(x))),
-            None,
-            r"does not accept an image \(1, 3, 32, 32\); try another image_size",
-        ),
     ],
 )
 def test_errors(model: Callable[[], nn.Module], stages: Any, message: str) -> None:
     error = TypeError if "got str" in message or "the string" in message else ValueError
     with pytest.raises(error, match=message):
         extract(model(), stages=stages, image_size=32)
+
+
+UNSUPPORTED: dict[str, Callable[[Any, Tensor], Any]] = {
+    r"cannot be traced by torch.fx, in 'branch' \(_Branch\): TraceError.*Outputs": lambda m, x: m.fc(
+        m.branch(m.conv(x)).mean((2, 3))
+    ),
+    r"must return logits \(N, classes\), got tuple": lambda m, x: (m.fc(m.conv(x).mean((2, 3))), x),
+    r"must return logits \(N, classes\), got \(1, 4, 32, 32\)": lambda m, x: m.conv(x),
+    r"logits must come from a linear layer.*from 'last.0' \(ReLU\)\. Pass": lambda m, x: m.last(m.conv(x)).flatten(1),
+    "logits must come from a linear layer": lambda m, x: m.fc(m.conv(x).permute(0, 2, 3, 1))[:, 0, 0],
+    "pass stages for Net": lambda m, x: m.fc(x.flatten(1)[:, :4]),
+    r"does not accept an image \(1, 3, 32, 32\); try another image_size": lambda m, x: m.fc(m.conv(x)),
+}
+
+
+@pytest.mark.parametrize("message", UNSUPPORTED)
+def test_unsupported_networks(message: str) -> None:
+    model = Net(UNSUPPORTED[message], branch=_Branch(), last=nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match=message):
+        extract(model, image_size=32)
 
 
 def test_network_that_returns_outputs_is_used_unchanged() -> None:
