@@ -1,12 +1,12 @@
-"""Labelled images: for teacher training and evaluation, never for distillation.
+"""Labelled images for teacher training and evaluation. Distillation does not use them.
 
-A data set is a class in a module of this folder, registered under its name: :class:`dfkd_fast.data.registry.ImageSet`.
+A data set is a registered subclass of :class:`dfkd_fast.data.registry.ImageSet`.
 """
 
 from __future__ import annotations
 
 from dfkd_fast.config import DataConfig
-from dfkd_fast.data import digits, published  # noqa: F401 - they register their sets
+from dfkd_fast.data import digits, published  # noqa: F401 - registers data sets
 from dfkd_fast.data.image_data import ImageArray, ImageData
 from dfkd_fast.data.loading import loader
 from dfkd_fast.data.registry import DATASETS, DatasetNotFound, ImageSet, Layout, register
@@ -33,25 +33,25 @@ def _registered(config: DataConfig) -> type[ImageSet]:
 
 
 def load(config: DataConfig) -> ImageData:
-    """Read, draw or open the set that a config names.
+    """Load a data set.
 
     Args:
-        config: the set, where it lies, and the size of its images.
+        config: name, root folder and image size of the data set.
 
     Returns:
-        Training and held-out images; items are a float32 tensor (3, H, W), normalised, and an int.
+        Training and test images; an item is a normalised float32 tensor (3, H, W) and an int.
 
     Raises:
-        DatasetNotFound: a published tree, or a part of it, is not under ``config.root``.
-        ValueError: an unknown name, or a field that the set cannot take.
+        DatasetNotFound: files are missing under ``config.root``.
+        ValueError: unknown name, or a field that the data set does not support.
     """
     return _registered(config).load(config)
 
 
 def num_classes(config: DataConfig) -> int | None:
-    """The number of classes of the set that a config names, without reading it; None where only its files tell.
+    """The number of classes of a data set, without reading files; None if it depends on the files.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: unknown name.
     """
     return _registered(config).num_classes(config)

@@ -1,4 +1,4 @@
-"""scikit-learn's scanned handwritten digits: 1,797 real scans of 8 x 8 pixels, part of the installed package.
+"""scikit-learn's handwritten digits: 1,797 scans of 8 x 8 pixels, part of the installed package.
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
 """
@@ -19,22 +19,22 @@ TEST_SHARE = 0.2
 
 @register("digits")
 class Digits(ImageSet):
-    """The digits, enlarged bilinearly to ``image_size``, grey in three channels, pixels normalised to [-1, 1].
+    """The digits, resized bilinearly to ``image_size``, with three equal channels in [-1, 1].
 
-    The split is stratified by digit and drawn from ``config.seed``: 1,437 training and 360 held-out scans. Training
-    images move by up to a sixteenth of their size; nothing is mirrored, since a mirrored digit is another sign.
+    The split, 1,437 training and 360 test images, is stratified by digit and drawn from ``config.seed``. Augmentation
+    shifts training images by up to a sixteenth of their size and does not mirror them.
     """
 
     classes = 10
 
     @classmethod
     def load(cls, config: DataConfig) -> ImageData:
-        from sklearn.datasets import load_digits as read_digits  # slow to import, and no other set needs it
+        from sklearn.datasets import load_digits as read_digits  # slow to import
         from sklearn.model_selection import train_test_split
 
         scans = read_digits()
         labels = torch.from_numpy(scans.target).to(torch.int64)
-        ink = torch.from_numpy(scans.images).to(torch.float32).unsqueeze(1) / 16  # the scans count to 16
+        ink = torch.from_numpy(scans.images).to(torch.float32).unsqueeze(1) / 16  # pixels are 0 to 16
         size = config.image_size
         large = F.interpolate(ink, (size, size), mode="bilinear", align_corners=False)
         images = large.mul(255).round().to(torch.uint8).expand(-1, 3, -1, -1)

@@ -1,4 +1,4 @@
-"""What every set is handed over as, and the dataset that keeps a small set in memory."""
+"""The common form of all data sets, and a dataset of images in memory."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.utils.data import Dataset
 __all__ = ["HALF", "ImageArray", "ImageData"]
 
 HALF = (0.5, 0.5, 0.5)
-"""Mean and standard deviation that take [0, 1] to [-1, 1], the generator's own range."""
+"""Mean and standard deviation that map [0, 1] to [-1, 1], the generator's range."""
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Labelled images in two disjoint splits, for teacher training and evaluation alone.
+    """Labelled images in two disjoint splits.
 
     Args:
         train: items ``(image, label)``: a float32 tensor (3, H, W), normalised by ``mean`` and ``std``, and an int.
-        test: held-out images, without random transforms.
-        classes: names, in the order of the labels.
-        mean: per channel, of pixels in [0, 1].
-        std: per channel, of pixels in [0, 1].
+        test: test images, without random transforms.
+        classes: class names in the order of the labels.
+        mean: per channel, for pixels in [0, 1].
+        std: per channel, for pixels in [0, 1].
         image_size: height and width in pixels.
     """
 
@@ -43,19 +43,19 @@ class ImageData:
 
 
 class ImageArray(Dataset[tuple[Tensor, int]]):
-    """Images held as bytes and normalised when they are fetched, a whole batch at once under a ``DataLoader``.
+    """Images in memory that are normalised when they are fetched. A ``DataLoader`` fetches whole batches.
 
     Args:
-        images: uint8, (N, 3, H, W); may be a view of a memory map, or expanded from one channel.
+        images: uint8, (N, 3, S, S); may be a memory map or expanded from one channel.
         labels: int64, (N,).
-        mean: per channel, of pixels in [0, 1].
-        std: per channel, of pixels in [0, 1].
-        shift: pixels by which an image is moved at most in each direction, drawn anew at every fetch from PyTorch's
-            global generator; what comes in at the border repeats the border. 0 is no augmentation.
+        mean: per channel, for pixels in [0, 1].
+        std: per channel, for pixels in [0, 1].
+        shift: maximum random shift in pixels in each direction, drawn from PyTorch's global generator at each fetch.
+            The border is replicated. 0 turns augmentation off.
 
     Raises:
-        TypeError: ``images`` is not uint8.
-        ValueError: shapes that do not fit, or a shift that is not in 0..H - 1.
+        TypeError: images are not uint8.
+        ValueError: wrong shape, or shift is not in 0..S - 1.
     """
 
     def __init__(
@@ -91,17 +91,17 @@ class ImageArray(Dataset[tuple[Tensor, int]]):
         return self.__getitems__([index % len(self)])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
-        """The items of a batch; a ``DataLoader`` calls this in place of one ``__getitem__`` an item."""
+        """The items of a batch; ``DataLoader`` calls this instead of ``__getitem__``."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         images = self.images[chosen]
         if self.shift:
-            images = _shifted(images, self.shift)
+            images = _shift(images, self.shift)
         pixels = images.to(torch.float32).mul_(self._scale).add_(self._offset)
         return list(zip(pixels.unbind(), self.labels[chosen].tolist(), strict=True))
 
 
-def _shifted(images: Tensor, most: int) -> Tensor:
-    """Each image moved by its own whole number of pixels, up to ``most`` in both directions."""
+def _shift(images: Tensor, most: int) -> Tensor:
+    """Shifts each image by a random number of pixels, up to ``most`` in each direction."""
     size = images.shape[-1]
     dy, dx = torch.randint(-most, most + 1, (2, len(images))).tolist()
     moved = torch.empty_like(images)

@@ -1,4 +1,4 @@
-"""Batches of a dataset: the same ones for a seed, whatever the number of worker processes."""
+"""A data loader whose batches depend only on the seed, not on the number of workers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 __all__ = ["loader"]
 
 
-class _Batch(list[int]):
-    """Indices of a batch, with the seed of its random transforms."""
-
-    seed: int
-
-
-class _SeededBatches(Sampler[list[int]]):
-    """Batches of indices, each with a seed of its own from the loader's generator."""
+class _SeededBatches(Sampler[tuple[int, list[int]]]):
+    """Adds a seed from the loader's generator to each batch of indices."""
 
     def __init__(self, batches: BatchSampler, generator: torch.Generator) -> None:
         self.batches = batches
@@ -27,16 +21,13 @@ class _SeededBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         seeds = torch.randint(2**62, (len(self),), generator=self.generator).tolist()
-        for indices, seed in zip(self.batches, seeds, strict=True):
-            batch = _Batch(indices)
-            batch.seed = seed
-            yield batch
+        yield from zip(seeds, self.batches, strict=True)
 
 
 class _Seeded(Dataset[Any]):
-    """Fetches a batch under its own seed and leaves the global generator as it found it."""
+    """Fetches each batch with its seed and restores the global generator."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -47,13 +38,14 @@ class _Seeded(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index]
 
-    def __getitems__(self, batch: _Batch) -> list[Any]:
-        # Only the CPU's generator: torch.manual_seed would touch CUDA's too.
+    def __getitems__(self, batch: tuple[int, list[int]]) -> list[Any]:
+        # torch.manual_seed would also seed CUDA.
+        seed, indices = batch
         state = torch.random.get_rng_state()
-        torch.default_generator.manual_seed(batch.seed)
+        torch.default_generator.manual_seed(seed)
         try:
             fetch = getattr(self.dataset, "__getitems__", None)
-            return fetch(list(batch)) if fetch else [self.dataset[index] for index in batch]
+            return fetch(indices) if fetch else [self.dataset[index] for index in indices]
         finally:
             torch.random.set_rng_state(state)
 
@@ -61,24 +53,24 @@ class _Seeded(Dataset[Any]):
 def loader(
     dataset: Dataset[Any], *, batch_size: int, shuffle: bool, seed: int, workers: int, drop_last: bool = False
 ) -> DataLoader[Any]:
-    """Batches ``(images, labels)``: float32 (N, 3, H, W) and int64 (N,).
+    """Build a loader of batches ``(images, labels)``: float32 (N, 3, H, W) and int64 (N,).
 
-    Order and random transforms follow from ``seed`` and from how many passes over this loader came before; neither the
-    number of workers nor PyTorch's global generator has a part in them, and that generator is left as it was.
+    Order and random transforms depend only on ``seed`` and on the number of earlier passes over this loader. PyTorch's
+    global generator is neither used nor changed.
 
     Args:
-        dataset: a map-style dataset, as :class:`~dfkd_fast.data.ImageData` holds.
-        batch_size: images a batch.
-        shuffle: a new order each pass.
-        seed: of the order and of the random transforms.
-        workers: processes, which stay alive between passes; 0 fetches in the caller's.
-        drop_last: leave out a last batch that is not full.
+        dataset: a map-style dataset, for example ``ImageData.train``.
+        batch_size: images per batch.
+        shuffle: draw a new order in each pass.
+        seed: seed of the order and of the random transforms.
+        workers: number of processes, which stay alive between passes; 0 loads in the calling process.
+        drop_last: drop an incomplete last batch.
 
     Returns:
-        The loader; its memory is pinned where CUDA is available.
+        The loader; it pins memory if CUDA is available.
 
     Raises:
-        ValueError: a batch size under 1, a negative number of workers, or no image to load.
+        ValueError: batch_size is below 1, workers is negative, or the dataset is empty.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -86,7 +78,7 @@ def loader(
         raise ValueError(f"workers must be at least 0, got {workers}")
     count = len(dataset)  # type: ignore[arg-type]
     if count == 0:
-        raise ValueError("dataset must hold at least one image, got none")
+        raise ValueError("dataset must contain at least one image, got none")
     generator = torch.Generator().manual_seed(seed)
     order: Sampler[int] = (
         RandomSampler(dataset, generator=generator)  # type: ignore[arg-type]
@@ -95,9 +87,9 @@ def loader(
     )
     return DataLoader(
         _Seeded(dataset),
-        batch_sampler=_SeededBatches(BatchSampler(order, batch_size, drop_last), generator),
+        batch_sampler=_SeededBatches(BatchSampler(order, batch_size, drop_last), generator),  # type: ignore[arg-type]
         num_workers=workers,
-        # For what DataLoader itself draws: a base seed a pass, which would otherwise move the global generator.
+        # DataLoader draws a base seed per pass, by default from the global generator.
         generator=torch.Generator().manual_seed(seed),
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),

@@ -1,7 +1,6 @@
-"""The paper's three sets, from their published trees, and any ImageFolder tree; nothing is downloaded.
+"""The paper's three data sets in their published layouts, and any ImageFolder tree. Nothing is downloaded.
 
-Every image that the annotations name is looked for before the first is read, so that a tree whose copy stopped halfway
-is refused at once and not in the middle of an epoch.
+All files that the annotations name are checked first: an incomplete copy fails here and not in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def _image_data(config: DataConfig, train: Dataset[Any], test: Dataset[Any], cla
 
 @register("aircraft")
 class Aircraft(ImageSet):
-    """FGVC-Aircraft by variant: 6,667 training images (its trainval split), 3,333 held out."""
+    """FGVC-Aircraft by variant: 6,667 training images (its trainval split) and 3,333 test images."""
 
     classes = 100
     layout = Layout(
@@ -76,7 +75,7 @@ class Aircraft(ImageSet):
                     f"{cls.layout.title}: {annotation} names the variant {unknown[1]!r}, not in variants.txt"
                 )
             cls.layout.require(data / "images" / f"{image}.jpg" for image, _ in rows)
-        # The planes fill their frames: the authors' loader crops at random without rescaling.
+        # The authors' loader crops this data set without rescaling.
         augmented, plain = _transforms(config, "random")
         train = FGVCAircraft(root, split="trainval", annotation_level="variant", transform=augmented)
         test = FGVCAircraft(root, split="test", annotation_level="variant", transform=plain)
@@ -85,7 +84,7 @@ class Aircraft(ImageSet):
 
 @register("cars196")
 class Cars196(ImageSet):
-    """Stanford Cars: 8,144 training images, 8,041 held out."""
+    """Stanford Cars: 8,144 training images and 8,041 test images."""
 
     classes = 196
     layout = Layout(
@@ -101,7 +100,7 @@ class Cars196(ImageSet):
         """,
         source=(
             "Published at https://ai.stanford.edu/~jkrause/cars/car_dataset.html (Krause et al., 2013); that page is\n"
-            "offline, and https://github.com/pytorch/vision/issues/7545 says where copies are."
+            "offline; https://github.com/pytorch/vision/issues/7545 lists copies."
         ),
     )
 
@@ -109,17 +108,10 @@ class Cars196(ImageSet):
     def load(cls, config: DataConfig) -> ImageData:
         root = cls.layout.root(config)
         base = root / "stanford_cars"
-        cls.layout.require(
-            [
-                base / "devkit" / "cars_meta.mat",
-                base / "devkit" / "cars_train_annos.mat",
-                base / "cars_test_annos_withlabels.mat",
-                base / "cars_train",
-                base / "cars_test",
-            ]
-        )
+        parts = ("devkit/cars_meta.mat", "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat")
+        cls.layout.require(base / part for part in (*parts, "cars_train", "cars_test"))
         augmented, plain = _transforms(config)
-        # The labels come out of the .mat files as NumPy bytes; a loader would make a uint8 tensor of them.
+        # The labels in the .mat files are NumPy uint8, which a loader would collate to a uint8 tensor.
         train = StanfordCars(root, split="train", transform=augmented, target_transform=int)
         test = StanfordCars(root, split="test", transform=plain, target_transform=int)
         for part in (train, test):
@@ -127,8 +119,8 @@ class Cars196(ImageSet):
         return _image_data(config, train, test, train.classes)
 
 
-class _Listed(Dataset[tuple[Tensor, int]]):
-    """Images named by a list."""
+class _ImageList(Dataset[tuple[Tensor, int]]):
+    """Images by path."""
 
     def __init__(self, samples: list[tuple[Path, int]], transform: Transform) -> None:
         self.samples = samples
@@ -144,7 +136,7 @@ class _Listed(Dataset[tuple[Tensor, int]]):
 
 @register("cub200")
 class CUB200(ImageSet):
-    """CUB-200-2011: 5,994 training images, 5,794 held out."""
+    """CUB-200-2011: 5,994 training images and 5,794 test images."""
 
     classes = 200
     layout = Layout(
@@ -175,21 +167,21 @@ class CUB200(ImageSet):
                 if label not in number_of:
                     raise ValueError(f"{title}: image_class_labels.txt gives image {key} the class {label}")
                 if split not in ("0", "1"):
-                    raise ValueError(f"{title}: train_test_split.txt must say 0 or 1 for image {key}, got {split}")
+                    raise ValueError(f"{title}: train_test_split.txt must have 0 or 1 for image {key}, got {split}")
                 yield split == "1", base / "images" / name, number_of[label]
 
         samples = list(rows())
         cls.layout.require(path for _, path, _ in samples)
         augmented, plain = _transforms(config)
-        train = _Listed([(path, label) for training, path, label in samples if training], augmented)
-        test = _Listed([(path, label) for training, path, label in samples if not training], plain)
+        train = _ImageList([(path, label) for training, path, label in samples if training], augmented)
+        test = _ImageList([(path, label) for training, path, label in samples if not training], plain)
         classes = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name in names.values()]
         return _image_data(config, train, test, classes)
 
 
 @register("folder")
 class Folder(ImageSet):
-    """A tree of one folder per class under ``train`` and under ``test`` (or ``val``), with the paper's transforms."""
+    """One folder per class under ``train`` and ``test`` (or ``val``), with the paper's transforms."""
 
     layout = Layout(
         title="Image folder",

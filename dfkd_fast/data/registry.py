@@ -1,4 +1,4 @@
-"""The data sets by name, and the checks of a published tree before anything is read from it."""
+"""The registry of data sets, and checks that a data set's files exist."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["DATASETS", "DatasetNotFound", "ImageSet", "Layout", "register"]
 
 
 class ImageSet:
-    """A labelled set of images. Subclass it in a module of this folder and register it under its name.
+    """Base class of data sets. Subclass it in a module of this folder and :func:`register` it.
 
     Attributes:
-        classes: the number of classes; None where only the files tell.
-        layout: the tree that the set is read from; a set that reads no tree has none.
+        classes: the number of classes; None if it depends on the files.
+        layout: the files of the data set; not set if it reads none.
     """
 
     classes: ClassVar[int | None] = None
@@ -28,26 +28,26 @@ class ImageSet:
 
     @classmethod
     def num_classes(cls, config: DataConfig) -> int | None:
-        """The number of classes before anything is read; None where only the files tell."""
+        """The number of classes, without reading files; None if it depends on the files."""
         return cls.classes
 
     @classmethod
     def load(cls, config: DataConfig) -> ImageData:
-        """Read or draw the set.
+        """Load the data set.
 
         Raises:
-            DatasetNotFound: a part of the tree is missing.
-            ValueError: a field that the set cannot take, or annotations that do not fit together.
+            DatasetNotFound: files are missing.
+            ValueError: a field is not supported, or annotations are inconsistent.
         """
         raise NotImplementedError
 
 
 DATASETS: dict[str, type[ImageSet]] = {}
-"""The registered sets, by ``DataConfig.name``."""
+"""The registered data sets by ``DataConfig.name``."""
 
 
 def register(name: str) -> Callable[[type[ImageSet]], type[ImageSet]]:
-    """Decorator: make a set known as ``DataConfig(name=name)``."""
+    """Class decorator that registers a data set as ``DataConfig(name=name)``."""
 
     def add(cls: type[ImageSet]) -> type[ImageSet]:
         DATASETS[name] = cls
@@ -57,11 +57,11 @@ def register(name: str) -> Callable[[type[ImageSet]], type[ImageSet]]:
 
 
 class DatasetNotFound(FileNotFoundError):
-    """A data set, or a part of it, is missing.
+    """Files of a data set are missing.
 
     Args:
-        missing: the first file or folder that is not there; also in ``filename``.
-        layout: what was expected.
+        missing: the first missing file or folder; also in ``filename``.
+        layout: the expected files.
     """
 
     def __init__(self, missing: Path, layout: Layout) -> None:
@@ -84,9 +84,9 @@ class Layout:
     """The files of a data set.
 
     Args:
-        title: name of the set.
-        tree: the files and folders under the root, as a drawing of a few lines; common indentation is removed.
-        source: where the set is published.
+        title: name of the data set.
+        tree: the files and folders under the root, for error messages; common indentation is removed.
+        source: where the data set is published.
     """
 
     title: str
@@ -94,24 +94,24 @@ class Layout:
     source: str
 
     def root(self, config: DataConfig) -> Path:
-        """The folder to look in.
+        """The root folder.
 
         Raises:
             ValueError: ``config.root`` is None.
             DatasetNotFound: it is not a folder.
         """
         if config.root is None:
-            raise ValueError(f"DataConfig.root must be the folder that holds {self.title}, got None")
+            raise ValueError(f"DataConfig.root must be the folder that contains {self.title}, got None")
         root = Path(config.root)
         if not root.is_dir():
             raise DatasetNotFound(root, self)
         return root
 
     def require(self, paths: Iterable[Path]) -> None:
-        """Refuse a tree that lacks one of ``paths``; each folder is listed once, whatever the number of its files.
+        """Check that all paths exist. Each folder is listed only once.
 
         Raises:
-            DatasetNotFound: names the first of ``paths`` that is missing.
+            DatasetNotFound: a path is missing; it names the first one.
         """
         listed: dict[Path, set[str]] = {}
         for path in paths:
@@ -122,10 +122,10 @@ class Layout:
                 raise DatasetNotFound(path, self)
 
     def lines(self, path: Path) -> list[str]:
-        """The lines of an annotation file that are not blank.
+        """The non-blank lines of an annotation file.
 
         Raises:
-            DatasetNotFound: there is no such file.
+            DatasetNotFound: the file does not exist.
             ValueError: the file is empty.
         """
         self.require([path])
@@ -135,11 +135,11 @@ class Layout:
         return lines
 
     def table(self, path: Path) -> list[tuple[str, str]]:
-        """The lines of an annotation file as a key and the rest.
+        """The lines of an annotation file, split at the first space.
 
         Raises:
-            DatasetNotFound: there is no such file.
-            ValueError: the file is empty, or a line has one word only.
+            DatasetNotFound: the file does not exist.
+            ValueError: the file is empty, or a line has only one column.
         """
         rows = []
         for line in self.lines(path):

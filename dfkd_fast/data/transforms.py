@@ -1,4 +1,4 @@
-"""The paper's image transforms (its authors' loader), scaled to other sizes than 224."""
+"""The image transforms of the paper's code, scaled to any image size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _resized(image_size: int) -> int:
-    """Length of the shorter side before the crop: 256 for 224, and in that proportion."""
+    """Length of the shorter side before the crop: 256 for 224, and in proportion."""
     return round(image_size * 256 / 224)
 
 
@@ -23,19 +23,19 @@ def _normalized() -> list[v2.Transform]:
 
 
 def training_transform(image_size: int, *, crop: Literal["random_resized", "random"] = "random_resized") -> v2.Compose:
-    """Resize the shorter side to 256/224 of the size, crop at random, mirror every other image.
+    """Resize the shorter side to 256/224 of ``image_size``, crop and flip at random.
 
     Args:
-        image_size: height and width of the result.
-        crop: of a random area and aspect, or of the very size (Aircraft, whose subjects fill the frame).
+        image_size: height and width of the result in pixels.
+        crop: "random_resized" crops a random area and aspect ratio; "random" crops without rescaling (Aircraft).
 
     Returns:
-        From an RGB PIL image to a float32 tensor (3, H, W), normalised by ImageNet's mean and standard deviation.
+        A transform from an RGB PIL image to a float32 tensor (3, H, W), normalised by ImageNet's mean and std.
     """
     cropped = {"random_resized": v2.RandomResizedCrop, "random": v2.RandomCrop}[crop](image_size)
     return v2.Compose([v2.Resize(_resized(image_size)), cropped, v2.RandomHorizontalFlip(), *_normalized()])
 
 
 def evaluation_transform(image_size: int) -> v2.Compose:
-    """Resize the shorter side to 256/224 of the size and crop the centre; as :func:`training_transform` otherwise."""
+    """Resize and normalise like :func:`training_transform`, but crop the centre and do not flip."""
     return v2.Compose([v2.Resize(_resized(image_size)), v2.CenterCrop(image_size), *_normalized()])

@@ -1,4 +1,4 @@
-"""What rewrites a network: features and BatchNorm statistics as outputs, folded and fused BatchNorms, ``patch``."""
+"""Graph rewrites: features and BatchNorm statistics as outputs, folded and fused BatchNorms, ``patch``."""
 
 from dfkd_fast.graph.extract import FeatureModel, extract
 from dfkd_fast.graph.folding import cast_weights, fold_batchnorm

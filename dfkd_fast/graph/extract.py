@@ -1,7 +1,7 @@
-"""A network that also gives its stage features, penultimate features and BatchNorm statistics, without hooks.
+"""Adds stage features, penultimate features and BatchNorm statistics to the outputs of a network.
 
-torch.fx traces the forward once, and the graph gets more outputs. Hooks work in eager mode, but
-``torch.compile(fullgraph=True)`` does not follow them.
+torch.fx traces the forward and the graph gets more outputs. Forward hooks would do in eager mode, but they break the
+graph under ``torch.compile(fullgraph=True)``.
 """
 
 from __future__ import annotations
@@ -24,74 +24,67 @@ from dfkd_fast.graph.outputs import Outputs
 from dfkd_fast.graph.tracing import (
     Root,
     Trace,
-    alike,
+    all_close,
     compile_graph,
     dropouts,
     dummy_image,
     eval_forward,
-    follow,
     graph_from_list,
     graph_to_list,
     run,
+    symbolic_trace,
 )
 
 __all__ = ["FeatureModel", "extract"]
 
 log = logging.getLogger(__name__)
 
-# Operations that may stand after the last linear layer, and change no value.
+# Operations after the last linear layer that change no value.
 _RESHAPES: set[Any] = {torch.flatten, torch.squeeze, torch.reshape, "flatten", "view", "reshape", "squeeze"}
 _DROPOUTS: set[Any] = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout}
-_INSTEAD = "Give a network whose forward returns dfkd_fast.models.Outputs(logits, features, penultimate) instead"
+_INSTEAD = "Pass a network whose forward returns dfkd_fast.models.Outputs(logits, features, penultimate) instead"
 
 
 class FeatureModel(nn.Module):
-    """A classifier whose forward gives :class:`Outputs`; made by :func:`extract`.
+    """A classifier that returns :class:`Outputs`. :func:`extract` builds it.
 
-    Parameters, buffers and modules are those of ``model``: a change of one is a change of the other, and the weights to
-    save are ``model.state_dict()``. ``train()`` and ``eval()`` reach ``model``, whose flag selects the forward. It can
-    be copied and pickled, if ``model`` can.
+    It shares parameters, buffers and modules with ``model``; save ``model.state_dict()``. The training flag of
+    ``model`` selects the forward. Copying and pickling work if they work for ``model``.
 
-    With statistics the forward is that of eval mode whatever the flags: stored statistics normalise, dropout does
-    nothing.
+    With statistics the forward is always that of eval mode: running statistics normalise and dropout is off.
 
     Attributes:
         model: the plain network.
         programs: the traced forward as a ``torch.fx.GraphModule``, by the training flag of ``model``; empty if
-            ``model`` gives Outputs itself.
-        stages: module paths in ``model`` whose outputs are the features, shallow to deep.
-        feature_channels: channels of each stage's map.
+            ``model`` returns Outputs itself.
+        stages: module paths in ``model`` of the features, shallow to deep.
+        feature_channels: number of channels per stage.
         penultimate_dim: D, the length of the penultimate features.
         num_classes: number of logits.
-        batchnorms: paths of the BatchNorms whose statistics are given, in the order of ``Outputs.statistics``.
-        fused: for each of them the operations that are computed in one pass with it: "add" for an addition to its
-            output, "relu" or "relu6" for the activation, joined by "+"; empty for the norm only.
-        other_batchnorms: paths of those that are used as they are, and follow their flags: of another kind than
-            BatchNorm2d, without stored statistics, or inside a module that cannot be followed. All three are empty
-            without statistics.
-        folded: paths of the BatchNorms that are part of the layer before them, in network order; empty except in the
-            result of :func:`dfkd_fast.models.fold_batchnorm`.
+        batchnorms: paths of the BatchNorms in the order of ``Outputs.statistics``.
+        fused: the operations fused with each of them: "add", "relu" or "relu6", joined by "+"; empty for none.
+        other_batchnorms: paths of the BatchNorms without statistics, which follow their training flags: not a
+            BatchNorm2d, without running statistics, or inside a module that is not traced. ``batchnorms``, ``fused``
+            and ``other_batchnorms`` are empty if statistics are not requested.
+        folded: paths of the BatchNorms that :func:`dfkd_fast.models.fold_batchnorm` has folded, in network order.
     """
-
-    stages: tuple[str, ...]
-    feature_channels: tuple[int, ...]
-    penultimate_dim: int
-    num_classes: int
-    batchnorms: tuple[str, ...]
-    fused: tuple[str, ...]
-    other_batchnorms: tuple[str, ...]
-    folded: tuple[str, ...]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.batchnorms = self.fused = self.other_batchnorms = self.folded = ()
         self.training = model.training
-        # In a dictionary, so that their parameters are not registered twice.
+        self.stages: tuple[str, ...] = ()
+        self.feature_channels: tuple[int, ...] = ()
+        self.penultimate_dim = self.num_classes = 0
+        self.batchnorms: tuple[str, ...] = ()
+        self.fused: tuple[str, ...] = ()
+        self.other_batchnorms: tuple[str, ...] = ()
+        self.folded: tuple[str, ...] = ()
+        # A dictionary, so that their parameters are not registered twice.
         self.programs: dict[bool, fx.GraphModule] = {}
 
     def forward(self, x: Tensor) -> Outputs:
-        """Images (N, 3, H, W), normalised, to logits, features, penultimate features and statistics."""
+        """Compute :class:`Outputs` of normalised images (N, 3, H, W)."""
         if not self.programs:
             given = self.model(x)
             features = tuple(given.features[int(stage)] for stage in self.stages)
@@ -115,27 +108,27 @@ class FeatureModel(nn.Module):
 def extract(
     model: nn.Module, *, stages: Sequence[str] | None = None, statistics: bool = False, image_size: int = 64
 ) -> FeatureModel:
-    """Let a classifier give the features and statistics that a distillation needs.
+    """Add features and BatchNorm statistics to a classifier's outputs.
 
     Args:
-        model: images (N, 3, H, W) to logits (N, classes), on any device. One whose forward returns :class:`Outputs` is
-            used as it is; its stages are the positions of its features, ``"0"``, ``"1"``, ... A
-            :class:`FeatureModel` stands for its plain network and its stages; with statistics, and without other
-            stages, its graph is taken over instead of tracing the network again.
-        stages: module paths whose outputs are the features, shallow to deep; None is the last map of each resolution,
-            the deepest four at most: ``layer1`` to ``layer4`` of a ResNet. The deepest is the map that is pooled.
-        statistics: give the statistics of each BatchNorm2d's input and the stored ones; the network is then used as in
-            eval mode.
-        image_size: height and width of the random image that is sent through the network to learn its shapes.
+        model: images (N, 3, H, W) to logits (N, classes), any device and floating-point dtype. A network that returns
+            :class:`Outputs` is not traced; its stages are the positions of its features, ``"0"``, ``"1"``, ... A
+            :class:`FeatureModel` stands for its plain network and its stages; its graph is reused if only statistics
+            are added.
+        stages: module paths whose outputs are the features, shallow to deep. None selects the last map of each
+            resolution, at most the deepest four: ``layer1`` to ``layer4`` of a ResNet.
+        statistics: return the batch and running statistics of each BatchNorm2d's input (Eq. 3). The forward is then
+            that of eval mode.
+        image_size: height and width of the random image that determines the shapes.
 
     Returns:
-        The network with more outputs, sharing its parameters and buffers. The penultimate features are the input of
-        the last linear layer, before dropout, flattened.
+        The network with more outputs; it shares the parameters and buffers of ``model``. The penultimate features are
+        the flattened input of the last linear layer, before dropout.
 
     Raises:
-        TypeError: model is not a module.
-        ValueError: a forward that cannot be followed, stages that it does not have or that are not maps (N, C, H, W),
-            or an image size that it does not take. The message says which, and how to proceed.
+        TypeError: model is not a module, or stages is a string.
+        ValueError: torch.fx cannot trace the forward, a stage does not exist or is not a map (N, C, H, W), or the
+            network does not accept the image size. The message says how to proceed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -147,110 +140,110 @@ def extract(
     if isinstance(stages, str):
         raise TypeError(f"stages must be a sequence of module paths, got the string {stages!r}")
     if stages is not None and (not stages or len(set(stages)) < len(stages)):
-        raise ValueError(f"stages must name at least one module, none of them twice, got {list(stages)}")
+        raise ValueError(f"stages must name at least one module and none twice, got {list(stages)}")
     image = dummy_image(model, image_size)
     plain = eval_forward(model, image)
     if isinstance(plain, Outputs):
-        return _as_it_is(model, plain, stages)
+        return _wrap_outputs(model, plain, stages)
     if not isinstance(plain, Tensor) or plain.ndim != 2:
-        found = tuple(plain.shape) if isinstance(plain, Tensor) else type(plain).__name__
-        raise ValueError(f"{type(model).__name__} must give logits (N, classes), got {found}")
-    return _traced(model, plain, image, stages, statistics)
+        shape = tuple(plain.shape) if isinstance(plain, Tensor) else type(plain).__name__
+        raise ValueError(f"{type(model).__name__} must return logits (N, classes), got {shape}")
+    return _extract_traced(model, plain, image, stages, statistics)
 
 
-def _as_it_is(model: nn.Module, outputs: Outputs, stages: Sequence[str] | None) -> FeatureModel:
-    made = FeatureModel(model)
+def _wrap_outputs(model: nn.Module, outputs: Outputs, stages: Sequence[str] | None) -> FeatureModel:
+    result = FeatureModel(model)
     known = [str(i) for i in range(len(outputs.features))]
     if stages is not None and not set(stages) <= set(known):
-        raise ValueError(f"stages: {type(model).__name__} gives its features itself, {known}; got {list(stages)}")
-    made.stages = tuple(stages if stages is not None else known)
-    made.batchnorms = tuple(str(i) for i in range(len(outputs.statistics)))
-    made.fused = ("",) * len(made.batchnorms)
-    shapes = [tuple(outputs.features[int(stage)].shape) for stage in made.stages]
-    return _described(made, tuple(outputs.logits.shape), shapes, tuple(outputs.penultimate.shape))
+        raise ValueError(f"stages: {type(model).__name__} returns its features itself, {known}; got {list(stages)}")
+    result.stages = tuple(stages if stages is not None else known)
+    result.batchnorms = tuple(str(i) for i in range(len(outputs.statistics)))
+    result.fused = ("",) * len(result.batchnorms)
+    shapes = [tuple(outputs.features[int(stage)].shape) for stage in result.stages]
+    return _set_shapes(result, tuple(outputs.logits.shape), shapes, tuple(outputs.penultimate.shape))
 
 
-def _traced(
+def _extract_traced(
     model: nn.Module, plain: Tensor, image: Tensor, stages: Sequence[str] | None, statistics: bool
 ) -> FeatureModel:
     root, name = Root(model), type(model).__name__
-    found = _follow(root, training=False, evaluating=statistics)
-    head = _find_head(found)
-    if not alike(run(root, found.graph, image), plain, 1e-2):  # a graph that missed a branch is far off
+    trace = _trace_with_hint(root, training=False, evaluating=statistics)
+    head = _find_head(trace)
+    if not all_close(run(root, trace.graph, image), plain, 1e-2):  # a missed branch differs more
         raise ValueError(
-            f"the forward of {name} depends on something that torch.fx does not see: the graph gives other logits. "
+            f"the forward of {name} depends on something that torch.fx does not see: the graph returns other logits. "
             f"{_INSTEAD}"
         )
-    made = FeatureModel(model)
-    made.stages = tuple(stages) if stages is not None else _default_stages(found, head)
-    nodes = [found.stage(path) for path in made.stages]
+    result = FeatureModel(model)
+    result.stages = tuple(stages) if stages is not None else _default_stages(trace, head)
+    nodes = [trace.stage(path) for path in result.stages]
     penultimate: tuple[int, ...] = head.penultimate.meta["shape"]
     flat = (penultimate[0], math.prod(penultimate[1:]))
-    _described(made, tuple(plain.shape), [node.meta.get("shape", ()) for node in nodes], flat)
-    classifier = found.module(head.classifier)
+    _set_shapes(result, tuple(plain.shape), [node.meta.get("shape", ()) for node in nodes], flat)
+    classifier = trace.module(head.classifier)
     reads = getattr(classifier, "in_features", getattr(classifier, "in_channels", flat[1]))
     if reads != flat[1]:
         raise ValueError(
-            f"the last linear layer of {name} is applied at many places, so that its input {penultimate} is no "
+            f"the last linear layer of {name} is applied at many positions: its input {penultimate} is not a "
             f"penultimate vector (N, {reads})"
         )
-    given = _fuse_batchnorms(made, found, {*nodes, head.penultimate, head.logits}) if statistics else []
-    made.programs[False] = made.programs[True] = _program(made, found, head, given)
+    given = _fuse_batchnorms(result, trace, {*nodes, head.penultimate, head.logits}) if statistics else []
+    result.programs[False] = result.programs[True] = _program(result, trace, head, given)
     if not statistics:
-        found = _follow(root, training=True)
-        made.programs[True] = _program(made, found, _find_head(found), [])
-    return made
+        trace = _trace_with_hint(root, training=True)
+        result.programs[True] = _program(result, trace, _find_head(trace), [])
+    return result
 
 
 def _with_statistics(features: FeatureModel) -> FeatureModel:
-    """The same outputs in eval mode and the statistics, from the graph of a network that has been traced."""
+    """Adds statistics to the graph of a network that has been traced."""
     if features.batchnorms:
         return features
-    made = FeatureModel(features.model)
+    result = FeatureModel(features.model)
     for name in ("stages", "feature_channels", "penultimate_dim", "num_classes"):
-        setattr(made, name, getattr(features, name))
-    found = Trace(features, copy.deepcopy(features.programs[False].graph), {}, {})
-    for node in found.graph.find_nodes(op="call_module"):
-        if isinstance(found.module(node), dropouts()):
+        setattr(result, name, getattr(features, name))
+    trace = Trace(features, copy.deepcopy(features.programs[False].graph), {}, {})
+    for node in trace.graph.find_nodes(op="call_module"):
+        if isinstance(trace.module(node), dropouts()):
             node.replace_all_uses_with(node.args[0])
-            found.graph.erase_node(node)
-    given = _fuse_batchnorms(made, found, set())  # the graph's outputs count as readers: they are kept
-    output = found.graph.output_node()
+            trace.graph.erase_node(node)
+    given = _fuse_batchnorms(result, trace, set())  # nodes that are outputs have a further user and are kept
+    output = trace.graph.output_node()
     output.args = ((*output.args[0][:3], given),)  # type: ignore[index, misc]
-    made.programs[False] = made.programs[True] = _compile(made, found)
-    return made
+    result.programs[False] = result.programs[True] = _compile(result, trace)
+    return result
 
 
-def _follow(root: Root, *, training: bool, evaluating: bool = False) -> Trace:
+def _trace_with_hint(root: Root, *, training: bool, evaluating: bool = False) -> Trace:
     try:
-        return follow(root, training=training, evaluating=evaluating)
+        return symbolic_trace(root, training=training, evaluating=evaluating)
     except ValueError as error:
         raise ValueError(f"{error} {_INSTEAD}") from error
 
 
 class _Head(NamedTuple):
-    """Nodes at the end of a classifier's graph; the classifier is the last linear layer."""
+    """The last nodes of a classifier's graph; ``classifier`` is the last linear layer."""
 
     logits: fx.Node
     classifier: fx.Node
     penultimate: fx.Node
 
 
-def _find_head(found: Trace) -> _Head:
-    name, logits = type(found.root.model).__name__, found.graph.output_node().args[0]
+def _find_head(trace: Trace) -> _Head:
+    name, logits = type(trace.root.model).__name__, trace.graph.output_node().args[0]
     if not isinstance(logits, fx.Node):
         raise ValueError(f"{name}.forward must return only logits (N, classes), got a {type(logits).__name__}")
 
     def is_any(node: fx.Node, targets: set[Any], *kinds: type) -> bool:
         if not node.args or not isinstance(node.args[0], fx.Node):
             return False
-        return isinstance(found.module(node), kinds) if node.op == "call_module" else node.target in targets
+        return isinstance(trace.module(node), kinds) if node.op == "call_module" else node.target in targets
 
     node: Any = logits
     while is_any(node, _RESHAPES | _DROPOUTS, nn.Identity, nn.Flatten, _DropoutNd):
         node = node.args[0]
     if not is_any(node, {F.linear}, nn.Linear, nn.Conv2d):
-        module = found.module(node)
+        module = trace.module(node)
         source = f"{str(node.target).removeprefix('model.')!r}" + (f" ({type(module).__name__})" if module else "")
         raise ValueError(
             f"{name}: the logits must come from a linear layer, whose input is the penultimate features; they come "
@@ -262,13 +255,15 @@ def _find_head(found: Trace) -> _Head:
     return _Head(logits, classifier, node)
 
 
-def _default_stages(found: Trace, head: _Head) -> tuple[str, ...]:
-    """The last map of each resolution, the deepest four; the deepest is the map that is pooled for the classifier.
+def _default_stages(trace: Trace, head: _Head) -> tuple[str, ...]:
+    """The last map of each resolution, at most the deepest four; the deepest is the map that is pooled.
 
     Candidates are the outermost modules that keep or halve the resolution: layers, blocks, and stages of blocks.
+    timm's ``feature_info`` is no substitute: its deepest stage lies before the final convolution of some families
+    (MobileNet, EfficientNet), and torchvision's networks have none.
 
     Raises:
-        ValueError: what is pooled is no map (N, C, H, W).
+        ValueError: the pooled tensor is not a map (N, C, H, W).
     """
 
     def size(node: fx.Node | None) -> int:
@@ -276,7 +271,7 @@ def _default_stages(found: Trace, head: _Head) -> tuple[str, ...]:
         return shape[2] if len(shape) == 4 and shape[2] == shape[3] else 0
 
     def pools(node: fx.Node) -> bool:
-        module = found.module(node)
+        module = trace.module(node)
         name = type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
         return "pool" in name.lower() or name in ("mean", "amax")
 
@@ -284,81 +279,81 @@ def _default_stages(found: Trace, head: _Head) -> tuple[str, ...]:
     while chain[-1].args and isinstance(before := chain[-1].args[0], fx.Node):
         chain.append(before)
     pool = next((i for i, node in enumerate(chain) if pools(node)), -1)
-    last = next(node for node in chain[pool + 1 :] if not isinstance(found.module(node), nn.Identity))
+    last = next(node for node in chain[pool + 1 :] if not isinstance(trace.module(node), nn.Identity))
     blocks = {
         path
-        for path, node in found.outputs.items()
-        if node.target == f"model.{path}" or size(node) <= size(found.inputs.get(path)) <= 2 * size(node) + 1
+        for path, node in trace.outputs.items()
+        if node.target == f"model.{path}" or size(node) <= size(trace.inputs.get(path)) <= 2 * size(node) + 1
     }
-    order = {node: i for i, node in enumerate(found.graph.nodes)}
+    order = {node: i for i, node in enumerate(trace.graph.nodes)}
     ends: dict[int, str] = {}
-    for path, node in found.outputs.items():
+    for path, node in trace.outputs.items():
         outer = any(path[:i] in blocks for i, letter in enumerate(path) if letter == ".")
-        inside = order[node] <= order[last] and not isinstance(found.module(node), nn.Identity)
+        inside = order[node] <= order[last] and not isinstance(trace.module(node), nn.Identity)
         if path in blocks and not outer and inside and size(node) >= size(last) > 0:
             ends[size(node)] = path
     if not ends:
         raise ValueError(
-            f"stages must be named for {type(found.root.model).__name__}: what it pools for the classifier is no map "
-            "(N, C, H, W) of a module"
+            f"pass stages for {type(trace.root.model).__name__}: the tensor that it pools for the classifier is not a "
+            "map (N, C, H, W) of a module"
         )
     return tuple(ends[at] for at in sorted(ends, reverse=True)[-4:])
 
 
-def _described(
-    made: FeatureModel, logits: tuple[int, ...], features: Sequence[tuple[int, ...]], penultimate: tuple[int, ...]
+def _set_shapes(
+    result: FeatureModel, logits: tuple[int, ...], features: Sequence[tuple[int, ...]], penultimate: tuple[int, ...]
 ) -> FeatureModel:
-    name = type(made.model).__name__
-    for stage, shape in zip(made.stages, features, strict=True):
-        # The image is square, so a map (N, C, H, W) is too; (N, H, W, C) shows by not being.
+    name = type(result.model).__name__
+    for stage, shape in zip(result.stages, features, strict=True):
+        # The image is square, and so is a map (N, C, H, W); (N, H, W, C) is not.
         if len(shape) != 4 or shape[2] != shape[3]:
             raise ValueError(
-                f"stages: {stage!r} of {name} gives {shape or 'no tensor'}; a stage must give a map (N, C, H, W), "
-                "which is square for a square image"
+                f"stages: {stage!r} of {name} returns {shape or 'no tensor'}; a stage must return a map (N, C, H, W), "
+                "square for a square image"
             )
     if len(penultimate) != 2 or len(logits) != 2:
         raise ValueError(
-            f"{name} must give penultimate features (N, D) and logits (N, classes), got {penultimate} and {logits}"
+            f"{name} must return penultimate features (N, D) and logits (N, classes), got {penultimate} and {logits}"
         )
-    made.feature_channels = tuple(shape[1] for shape in features)
-    made.penultimate_dim, made.num_classes = penultimate[1], logits[1]
-    return made
+    result.feature_channels = tuple(shape[1] for shape in features)
+    result.penultimate_dim, result.num_classes = penultimate[1], logits[1]
+    return result
 
 
-def _fuse_batchnorms(made: FeatureModel, found: Trace, kept: set[fx.Node]) -> list[fx.Node]:
-    """Let the BatchNorms of a graph give their statistics; returns the nodes of those."""
-    fusions = find(found, kept)
-    made.batchnorms = tuple(str(fusion.norm.target).removeprefix("model.") for fusion in fusions)
-    made.fused = tuple(map(str, fusions))
-    counts = ", ".join(f"{count} {what or 'alone'}" for what, count in sorted(Counter(made.fused).items()))
-    log.info("%s: %d BatchNorms give statistics (%s)", type(made.model).__name__, len(fusions), counts or "none")
-    made.other_batchnorms = tuple(
+def _fuse_batchnorms(result: FeatureModel, trace: Trace, kept: set[fx.Node]) -> list[fx.Node]:
+    """Fuses the BatchNorms of a graph and returns the nodes of their statistics."""
+    fusions = find(trace, kept)
+    result.batchnorms = tuple(str(fusion.norm.target).removeprefix("model.") for fusion in fusions)
+    result.fused = tuple(map(str, fusions))
+    counts = ", ".join(f"{count} {what or 'unfused'}" for what, count in sorted(Counter(result.fused).items()))
+    log.info("%s: statistics of %d BatchNorms (%s)", type(result.model).__name__, len(fusions), counts or "none")
+    result.other_batchnorms = tuple(
         path
-        for path, module in made.model.named_modules()
-        if path not in made.batchnorms and (isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__)
+        for path, module in result.model.named_modules()
+        if path not in result.batchnorms and (isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__)
     )
-    return [fuse(found.graph, fusion) for fusion in fusions]
+    return [fuse(trace.graph, fusion) for fusion in fusions]
 
 
-def _program(made: FeatureModel, found: Trace, head: _Head, statistics: list[fx.Node]) -> fx.GraphModule:
-    """The graph with the outputs of :class:`Outputs`."""
-    graph, features = found.graph, []
-    for path in made.stages:
-        node = found.stage(path)
-        if any(user.args and user.args[0] is node and found.writes_in_place(user) for user in node.users):
+def _program(result: FeatureModel, trace: Trace, head: _Head, statistics: list[fx.Node]) -> fx.GraphModule:
+    """Compiles the graph with the fields of :class:`Outputs` as its outputs."""
+    graph, features = trace.graph, []
+    for path in result.stages:
+        node = trace.stage(path)
+        if any(user.args and user.args[0] is node and trace.writes_in_place(user) for user in node.users):
             with graph.inserting_after(node):
                 node = graph.call_function(torch.clone, (node,))
         features.append(node)
     with graph.inserting_before(graph.output_node()):
         penultimate = graph.call_function(torch.flatten, (head.penultimate, 1))
     graph.output_node().args = ((head.logits, features, penultimate, statistics),)
-    return _compile(made, found)
+    return _compile(result, trace)
 
 
-def _compile(made: FeatureModel, found: Trace) -> fx.GraphModule:
-    # The tracer keeps tensors that the forward creates on its root; here they follow the network's device.
-    for node in found.graph.find_nodes(op="get_attr"):
-        constant = getattr(found.root, str(node.target), None) if "." not in str(node.target) else None
-        if isinstance(constant, Tensor) and not hasattr(made, str(node.target)):
-            made.register_buffer(str(node.target), constant, persistent=False)
-    return compile_graph(made, found.graph)
+def _compile(result: FeatureModel, trace: Trace) -> fx.GraphModule:
+    # The tracer stores tensors that the forward creates on its root. As buffers they follow the network's device.
+    for node in trace.graph.find_nodes(op="get_attr"):
+        constant = getattr(trace.root, str(node.target), None) if "." not in str(node.target) else None
+        if isinstance(constant, Tensor) and not hasattr(result, str(node.target)):
+            result.register_buffer(str(node.target), constant, persistent=False)
+    return compile_graph(result, trace.graph)

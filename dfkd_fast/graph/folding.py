@@ -1,6 +1,6 @@
-"""Frozen copies of a network that compute the same with less work: BatchNorms folded, weights in low precision.
+"""Frozen copies with less work: BatchNorms folded into the layers before them, weights cast once.
 
-In eval mode a BatchNorm is an affine map of each channel, and so is a convolution's output in its weight and bias:
+In eval mode a BatchNorm is an affine map per channel, which the weight and bias of the layer before it can absorb:
 ``bn(conv(x; W, b)) = conv(x; s W, s (b - mean) + beta)`` with ``s = gamma / sqrt(var + eps)``.
 """
 
@@ -18,8 +18,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dfkd_fast.graph.extract import FeatureModel
-from dfkd_fast.graph.fusion import gives_statistics, with_activation
-from dfkd_fast.graph.tracing import Root, alike, dummy_image, eval_forward, follow, hooked, library, run
+from dfkd_fast.graph.fusion import is_batchnorm_act, supports_statistics
+from dfkd_fast.graph.tracing import (
+    Root,
+    all_close,
+    dummy_image,
+    eval_forward,
+    has_hooks,
+    loaded_library,
+    run,
+    symbolic_trace,
+)
 
 __all__ = ["cast_weights", "fold_batchnorm"]
 
@@ -29,7 +38,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _Pair(NamedTuple):
-    """A layer, the BatchNorm at ``path`` that only reads its output, and both as one layer in float64."""
+    """A layer, the BatchNorm at ``path`` after it, and the folded weight and bias in float64."""
 
     path: str
     layer: Any
@@ -44,35 +53,35 @@ class _Pair(NamedTuple):
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a convolution or linear layer uses its own weight and bias: not computed ones, and without hooks."""
-    timm: Any = library("timm.layers")
+    """Whether a module is a convolution or linear layer without parametrizations and hooks."""
+    timm: Any = loaded_library("timm.layers")
     kinds: list[Any] = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear]
     kinds += [] if timm is None else [timm.Conv2dSame, timm.Linear]
     forwards = [(kind.forward, getattr(kind, "_conv_forward", None)) for kind in kinds]
     known = (type(module).forward, getattr(type(module), "_conv_forward", None)) in forwards
-    return known and {"weight", "bias"} <= module._parameters.keys() and not hooked(module)
+    return known and {"weight", "bias"} <= module._parameters.keys() and not has_hooks(module)
 
 
 def _can_fold(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> bool:
-    if not _is_plain(layer) or hooked(norm) or not {"weight", "bias"} <= norm._parameters.keys():
+    if not _is_plain(layer) or has_hooks(norm) or not {"weight", "bias"} <= norm._parameters.keys():
         return False
-    if isinstance(layer, nn.Conv2d) and gives_statistics(norm):
-        return not with_activation(norm) or isinstance(norm.drop, nn.Identity)
+    if isinstance(layer, nn.Conv2d) and supports_statistics(norm):
+        return not is_batchnorm_act(norm) or isinstance(norm.drop, nn.Identity)
     vectors = isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d) and len(shape) == 2
     return vectors and type(norm).forward is _BatchNorm.forward and norm.running_mean is not None
 
 
-def _find(made: FeatureModel, image: Tensor, dtype: torch.dtype) -> list[_Pair]:
+def _find(result: FeatureModel, image: Tensor, dtype: torch.dtype) -> list[_Pair]:
     """The pairs that can be folded, in network order.
 
     Raises:
-        ValueError: the forward cannot be followed.
+        ValueError: torch.fx cannot trace the forward.
     """
-    root: Any = made if made.programs else Root(made.model)
-    graph = made.programs[False].graph if made.programs else follow(root, training=False).graph
+    root: Any = result if result.programs else Root(result.model)
+    graph = result.programs[False].graph if result.programs else symbolic_trace(root, training=False).graph
     run(root, graph, image)
     called = {node: root.get_submodule(str(node.target)) for node in graph.find_nodes(op="call_module")}
-    # A module may also be called by another one that the graph holds whole, and its tensors be read without a call.
+    # A leaf of the graph may also call a module, and the forward may read a tensor without calling its module.
     uses = Counter(inner for module in called.values() for inner in module.modules())
     read = {id(operator.attrgetter(str(node.target))(root)) for node in graph.find_nodes(op="get_attr")}
 
@@ -91,7 +100,7 @@ def _find(made: FeatureModel, image: Tensor, dtype: torch.dtype) -> list[_Pair]:
         tensors = (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
         w, b, mean, var, *affine = (None if t is None else t.detach().double() for t in tensors)
         weight, bias = (t.detach() for t in fuse_conv_bn_weights(w, b, mean, var, bn.eps, *affine))  # type: ignore
-        # Rounding must cost no channel more than the type's precision: float16 may overflow, or lose small weights.
+        # In each channel the rounding error must be within the dtype's precision: float16 overflows and underflows.
         error = (weight.to(dtype).double() - weight).flatten(1).norm(dim=1)
         kept = error <= torch.finfo(dtype).eps * weight.flatten(1).norm(dim=1)
         if kept.all() and bias.to(dtype).isfinite().all():
@@ -110,91 +119,92 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, cast[parameter])
 
 
-def _gives(model: nn.Module, image: Tensor, expected: Any) -> bool:
-    """Whether a network gives some outputs up to rounding; after a wrong fold it is far off."""
+def _matches(model: nn.Module, image: Tensor, expected: Any) -> bool:
+    """Whether a network returns the expected outputs up to rounding."""
     try:
-        return alike(eval_forward(model, image), expected, 2e-2)
-    except ValueError:  # it needs something of a BatchNorm that is gone
+        return all_close(eval_forward(model, image), expected, 2e-2)
+    except ValueError:  # the forward reads an attribute of a folded BatchNorm
         return False
 
 
 def _copy(features: FeatureModel, dtype: torch.dtype) -> FeatureModel:
     if not isinstance(features, FeatureModel):
-        raise TypeError(f"features must be a FeatureModel, as extract gives it, got {type(features).__name__}")
+        raise TypeError(f"features must be a FeatureModel from extract, got {type(features).__name__}")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     return copy.deepcopy(features).requires_grad_(False)
 
 
 def cast_weights(features: FeatureModel, dtype: torch.dtype) -> FeatureModel:
-    """A frozen copy for use under ``torch.autocast(device, dtype)``, which then has no weight to cast at every call.
+    """A frozen copy for ``torch.autocast(device, dtype)``, which then casts no weight at each call.
 
-    Weights and biases of convolutions and linear layers are held in ``dtype``. Everything else stays as it is:
-    BatchNorms, and layers whose weight is computed at every call (spectral norm) or that have hooks. The copy gives the
-    outputs of ``features`` under the same autocast.
+    Convolutions and linear layers store their weights and biases in ``dtype``, except layers with parametrizations
+    (spectral norm) or hooks. All other parameters keep their dtype. Under the same autocast the outputs are identical.
 
     Args:
-        features: any network with or without statistics, in either mode.
-        dtype: of autocast: float16, bfloat16, float32 or float64.
+        features: a network with or without statistics, in either mode.
+        dtype: dtype of autocast: float16, bfloat16, float32 or float64.
 
     Returns:
         A copy that shares no tensor with ``features`` and requires no gradient, in the same modes and memory format.
 
     Raises:
         TypeError: features is not a FeatureModel.
-        ValueError: another dtype.
+        ValueError: unsupported dtype.
     """
-    made = _copy(features, dtype)
-    _cast(made.model, dtype)
-    return made
+    result = _copy(features, dtype)
+    _cast(result.model, dtype)
+    return result
 
 
 def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32, image_size: int) -> FeatureModel:
-    """A frozen copy with each BatchNorm folded into the convolution or linear layer before it, where that is possible.
+    """A frozen copy with BatchNorms folded into the convolutions or linear layers before them.
 
-    It is where only the BatchNorm reads that layer's output, which is not a stage, both are called once, neither has
-    hooks or computed weights, and ``dtype`` holds the product, which is computed in float64. The other convolutions and
-    linear layers are held in ``dtype`` too (see :func:`cast_weights`). A network whose forward gives :class:`Outputs`
-    itself is folded if its forward can be followed and then gives the same for a random image.
+    A BatchNorm is folded if it is the only reader of the layer's output, the output is not a stage, both are called
+    once and have no hooks or parametrizations, and ``dtype`` can represent the folded weights. Products are computed
+    in float64 and rounded once. The other layers are cast as in :func:`cast_weights`. A network that returns
+    :class:`Outputs` itself is folded if torch.fx can trace it and the outputs for a random image stay the same.
 
     Args:
         features: a network in eval mode, without statistics.
-        dtype: of autocast, or of the network: float16, bfloat16, float32 or float64.
-        image_size: height and width of the random image that is sent through the copy.
+        dtype: dtype of autocast or of the network: float16, bfloat16, float32 or float64.
+        image_size: height and width of the random image for shapes and checks.
 
     Returns:
-        A copy for eval mode only, which shares no tensor with ``features`` and requires no gradient; ``folded`` names
-        the BatchNorms that are gone.
+        A copy for eval mode that shares no tensor with ``features`` and requires no gradient. Its ``folded`` names the
+        BatchNorms.
 
     Raises:
         TypeError: features is not a FeatureModel.
-        ValueError: a network in training mode or with statistics, another dtype, or an image size that the network does
-            not take.
+        ValueError: the network is in training mode or returns statistics, does not accept the image size, or the dtype
+            is unsupported.
     """
-    made, pairs, why = _copy(features, dtype), [], ""
-    name = type(made.model).__name__
-    if made.programs and made.batchnorms:
-        raise ValueError(f"{name} gives the statistics of its BatchNorms, which cannot be folded then; use held_in")
-    for path, module in made.model.named_modules():
+    result, pairs, reason = _copy(features, dtype), [], ""
+    name = type(result.model).__name__
+    if result.programs and result.batchnorms:
+        raise ValueError(f"{name} returns BatchNorm statistics and cannot be folded; use cast_weights")
+    for path, module in result.model.named_modules():
         if module.training:
             raise ValueError(f"{name} must be in eval mode to be folded; {path or 'the network'!r} is in training mode")
-    norms = sum(isinstance(module, _BatchNorm) for module in made.model.modules())
-    image = dummy_image(made.model, image_size)
-    expected = eval_forward(made.model, image)
+    norms = sum(isinstance(module, _BatchNorm) for module in result.model.modules())
+    image = dummy_image(result.model, image_size)
+    expected = eval_forward(result.model, image)
     try:
-        pairs = _find(made, image, dtype)
+        pairs = _find(result, image, dtype)
     except ValueError:
-        why = ": its forward cannot be followed by torch.fx"
-    gone = {pair.norm: pair.norm.act if with_activation(pair.norm) else nn.Identity() for pair in pairs}
-    for module in list(made.model.modules()):
-        module._modules.update({at: gone[child] for at, child in module._modules.items() if child in gone})
+        reason = ": torch.fx cannot trace its forward"
+    replacement = {pair.norm: pair.norm.act if is_batchnorm_act(pair.norm) else nn.Identity() for pair in pairs}
+    for module in list(result.model.modules()):
+        module._modules.update(
+            {at: replacement[child] for at, child in module._modules.items() if child in replacement}
+        )
     for pair in pairs:
         pair.fold(pair.layer.weight.dtype)
-    if not made.programs and not _gives(made.model, image, expected):
-        made, pairs, why = _copy(features, dtype), [], ": its forward does something that torch.fx does not see"
-    _cast(made.model, dtype)
+    if not result.programs and not _matches(result.model, image, expected):
+        result, pairs, reason = _copy(features, dtype), [], ": its forward does something that torch.fx does not see"
+    _cast(result.model, dtype)
     for pair in pairs:
         pair.fold(dtype)
-    made.folded = tuple(pair.path for pair in pairs)
-    log.info("%s: %d of %d BatchNorms folded, weights in %s%s", name, len(pairs), norms, dtype, why)
-    return made.eval()
+    result.folded = tuple(pair.path for pair in pairs)
+    log.info("%s: %d of %d BatchNorms folded, weights in %s%s", name, len(pairs), norms, dtype, reason)
+    return result.eval()

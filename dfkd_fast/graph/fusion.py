@@ -1,7 +1,8 @@
-"""Patterns of a graph that one fused op computes.
+"""Finds patterns of a graph and replaces them by fused ops.
 
-``activation(batchnorm(x) + residual)``, each of the two optional, where nothing else reads the values in between: one
-pass over the map, which also gives the statistics of x. And max pooling with its unpooling.
+* ``activation(batchnorm(x) + residual)`` with an optional residual and activation, if nothing else reads the
+  intermediate values: one pass over the map, which also computes the statistics of x.
+* 2 x 2 max pooling with indices and its unpooling.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor, fx, nn
 
 from dfkd_fast import ops
 from dfkd_fast.graph.outputs import LayerStatistics
-from dfkd_fast.graph.tracing import Trace, hooked, library
+from dfkd_fast.graph.tracing import Trace, has_hooks, loaded_library
 
-__all__ = ["Fusion", "find", "fuse", "fuse_pools", "gives_statistics", "indexed", "with_activation"]
+__all__ = ["Fusion", "find", "fuse", "fuse_pools", "has_indices", "is_batchnorm_act", "supports_statistics"]
 
 Activation = Literal["none", "relu", "relu6"]
 _RELU: set[Any] = {F.relu, torch.relu, F.relu_, torch.relu_, Tensor.relu, Tensor.relu_, "relu", "relu_"}
@@ -27,32 +28,32 @@ _ADD: set[Any] = {operator.add, torch.add, Tensor.add, "add"}
 _ADD_IN_PLACE: set[Any] = {operator.iadd, Tensor.add_, "add_"}
 
 
-def with_activation(module: nn.Module | None) -> bool:
-    """Whether a module is timm's BatchNorm with dropout and activation inside."""
-    timm: Any = library("timm.layers")
+def is_batchnorm_act(module: nn.Module | None) -> bool:
+    """Whether a module is timm's BatchNormAct2d, which contains dropout and an activation."""
+    timm: Any = loaded_library("timm.layers")
     return timm is not None and isinstance(module, timm.BatchNormAct2d)
 
 
-def gives_statistics(module: nn.Module | None) -> bool:
-    """Whether :func:`batchnorm_with_statistics` can stand for a module: not for a subclass with its own forward."""
+def supports_statistics(module: nn.Module | None) -> bool:
+    """Whether :func:`batchnorm_with_statistics` can replace a module, which must not override ``forward``."""
     if not isinstance(module, nn.BatchNorm2d) or module.running_mean is None or module.running_var is None:
         return False
-    timm: Any = library("timm.layers")
-    return type(module).forward is (timm.BatchNormAct2d if with_activation(module) else nn.BatchNorm2d).forward
+    timm: Any = loaded_library("timm.layers")
+    return type(module).forward is (timm.BatchNormAct2d if is_batchnorm_act(module) else nn.BatchNorm2d).forward
 
 
 def batchnorm_with_statistics(
     bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation
 ) -> tuple[Tensor, LayerStatistics]:
-    """``activation(bn(x) + residual)`` in eval mode, and the statistics of x (N, C, H, W) (the paper, Eq. 3)."""
+    """``activation(bn(x) + residual)`` in eval mode, and the statistics of x, (N, C, H, W) (Eq. 3)."""
     mean, var = bn.running_mean, bn.running_var
     assert mean is not None
     assert var is not None
-    # Other shapes and dtypes are broadcast and promoted, as the network's addition does it.
-    alike = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    fused: Any = {"activation": activation, "residual": residual} if alike else {}
+    # The fused op neither broadcasts nor promotes.
+    fusible = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    fused: Any = {"activation": activation, "residual": residual} if fusible else {}
     y, batch_mean, batch_var = ops.batchnorm_statistics(x, mean, var, bn.weight, bn.bias, bn.eps, **fused)
-    if residual is not None and not alike:
+    if residual is not None and not fusible:
         y = y + residual
         y = y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y)
     return y, LayerStatistics(batch_mean, batch_var, mean.to(batch_mean.dtype), var.to(batch_var.dtype))
@@ -60,15 +61,15 @@ def batchnorm_with_statistics(
 
 @dataclass(kw_only=True)
 class Fusion:
-    """A BatchNorm of a graph with the operations that follow it.
+    """A BatchNorm of a graph and the operations after it that are fused with it.
 
     Attributes:
-        norm: its node.
-        last: the node whose value the fused call gives; ``norm`` where nothing follows.
-        activation: the fused activation, after the norm or inside of its module.
-        act: path of an activation inside of its module that cannot be fused, or None.
+        norm: the BatchNorm's node.
+        last: the node whose value the fused call computes; ``norm`` if nothing follows.
+        activation: the fused activation, after the BatchNorm or inside its module.
+        act: path of an activation inside the BatchNorm's module that cannot be fused, or None.
         add, residual: nodes of the addition and of its other summand, or None.
-        between: nodes from ``norm`` to before ``last``, in network order.
+        between: nodes from ``norm`` up to but excluding ``last``, in network order.
     """
 
     norm: fx.Node
@@ -80,27 +81,27 @@ class Fusion:
     between: list[fx.Node] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """The fused operations: "add", "relu", "relu6", "add+relu", ...; empty for none."""
+        """The fused operations, for example "add+relu"; empty for none."""
         activation = [self.activation] if self.activation != "none" else []
         return "+".join(["add", *activation] if self.residual is not None else activation)
 
 
 def _module_activation(module: nn.Module) -> Activation | None:
-    """The activation that a module computes, if it can be fused; None otherwise."""
-    if hooked(module):
+    """The activation that a module computes, or None if it cannot be fused."""
+    if has_hooks(module):
         return None
     if type(module) in (nn.ReLU6, nn.Hardtanh):
         return "relu6" if (module.min_val, module.max_val) == (0, 6) else None
     return "none" if type(module) is nn.Identity else "relu" if type(module) is nn.ReLU else None
 
 
-def _activation(found: Trace, node: fx.Node, value: fx.Node) -> Activation | None:
-    """The activation that a node applies to a value, if it can be fused; None otherwise."""
+def _activation(trace: Trace, node: fx.Node, value: fx.Node) -> Activation | None:
+    """The activation that a node applies to a value, or None if it cannot be fused."""
     options = {name: option for name, option in node.kwargs.items() if name != "inplace"}
     if not node.args or node.args[0] is not value:
         return None
     if node.op == "call_module":
-        module = found.module(node)
+        module = trace.module(node)
         return None if module is None or len(node.args) > 1 or node.kwargs else _module_activation(module)
     if node.target in (F.hardtanh, F.hardtanh_):
         options |= zip(("min_val", "max_val"), node.args[1:3], strict=False)
@@ -110,30 +111,30 @@ def _activation(found: Trace, node: fx.Node, value: fx.Node) -> Activation | Non
     return "relu" if node.target in _RELU else "relu6" if node.target is F.relu6 else None
 
 
-def _summand(found: Trace, norm: fx.Node, value: fx.Node, add: fx.Node) -> fx.Node | None:
-    """The node that ``add`` adds to the value of a norm, if that can be fused; None otherwise."""
+def _summand(trace: Trace, norm: fx.Node, value: fx.Node, add: fx.Node) -> fx.Node | None:
+    """The node that ``add`` adds to the value of a BatchNorm, or None if it cannot be fused."""
     if len(add.args) != 2 or add.kwargs or add.args[0] is add.args[1]:
         return None
     left, right = add.args
-    # An addition that writes into the other summand is left: others may read that.
+    # An in-place addition to the other summand is not fused: other nodes may read the sum there.
     other = right if left is value else left
     if not isinstance(other, fx.Node) or add.target not in (_ADD | _ADD_IN_PLACE if left is value else _ADD):
         return None
     if any(norm.meta.get(name, ()) != other.meta.get(name) for name in ("shape", "dtype")):
         return None
-    # The fused call reads the norm's input at the addition: it must not be overwritten before.
+    # The fused call reads the BatchNorm's input at the addition; nothing may overwrite it before.
     node = norm.next
     while node is not add:
-        if found.writes_in_place(node):
+        if trace.writes_in_place(node):
             return None
         node = node.next
     return other
 
 
-def _follow(found: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.Node | None = None) -> Fusion:
-    """As much after a BatchNorm as can be fused with it, without the addition ``taken``."""
-    fusion, module = Fusion(norm=norm, last=norm), found.module(norm)
-    if module is not None and with_activation(module):  # the dropout inside does nothing in eval mode
+def _match(trace: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.Node | None = None) -> Fusion:
+    """The longest fusion after a BatchNorm that leaves out the addition ``taken``."""
+    fusion, module = Fusion(norm=norm, last=norm), trace.module(norm)
+    if module is not None and is_batchnorm_act(module):  # its dropout is off in eval mode
         inside = _module_activation(module.get_submodule("act"))
         fusion.act = f"{norm.target}.act" if inside is None else None
         fusion.activation = inside or "none"
@@ -142,9 +143,9 @@ def _follow(found: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.No
     node, passed = norm, [norm]
     while len(node.users) == 1 and node not in kept and fusion.activation == "none":
         user = next(iter(node.users))
-        activation = _activation(found, user, node)
+        activation = _activation(trace, user, node)
         if activation is None:
-            other = _summand(found, norm, node, user) if fusion.add is None and user is not taken else None
+            other = _summand(trace, norm, node, user) if fusion.add is None and user is not taken else None
             if other is None:
                 break
             fusion.add, fusion.residual = user, other
@@ -156,31 +157,31 @@ def _follow(found: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.No
     return fusion
 
 
-def find(found: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
-    """The BatchNorms of a graph that can give their input's statistics, in network order, with what can be fused.
+def find(trace: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
+    """The BatchNorms that can compute their input's statistics, in network order, with the operations to fuse.
 
-    Where both summands of an addition are BatchNorms, the left one takes the other as its residual.
+    If both summands of an addition are BatchNorms, the left one is fused with the addition.
 
     Args:
-        found: a graph that :func:`dfkd_fast.graph.tracing.run` ran.
-        kept: nodes whose values must stay.
+        trace: a graph after :func:`dfkd_fast.graph.tracing.run`.
+        kept: nodes whose values must remain in the graph.
     """
-    norms = [node for node in found.graph.nodes if gives_statistics(found.module(node))]
-    fusions = {norm: _follow(found, kept, norm) for norm in norms}
-    rivals: dict[fx.Node, Fusion] = {}
+    norms = [node for node in trace.graph.nodes if supports_statistics(trace.module(node))]
+    fusions = {norm: _match(trace, kept, norm) for norm in norms}
+    additions: dict[fx.Node, Fusion] = {}
     for fusion in list(fusions.values()):
-        if fusion.add in rivals:
-            right = fusion if fusion.residual is fusion.add.args[0] else rivals[fusion.add]
-            fusions[right.norm] = _follow(found, kept, right.norm, taken=fusion.add)
+        if fusion.add in additions:
+            right = fusion if fusion.residual is fusion.add.args[0] else additions[fusion.add]
+            fusions[right.norm] = _match(trace, kept, right.norm, taken=fusion.add)
         elif fusion.add is not None:
-            rivals[fusion.add] = fusion
+            additions[fusion.add] = fusion
     return list(fusions.values())
 
 
 def fuse(graph: fx.Graph, fusion: Fusion) -> fx.Node:
-    """Put the fused call into a graph; returns the node of the statistics. ``fusion.last`` keeps its users."""
+    """Insert the fused call and return the node of the statistics. ``fusion.last`` keeps its users."""
     last = fusion.last
-    # At the addition, since the other summand may be computed after the norm, and written into after the addition.
+    # Before the addition: the residual may be computed after the BatchNorm and overwritten after the addition.
     with graph.inserting_before(fusion.add if fusion.add is not None else fusion.norm):
         norm = graph.get_attr(str(fusion.norm.target))
         arguments = (norm, fusion.norm.all_input_nodes[0], fusion.residual, fusion.activation)
@@ -196,37 +197,37 @@ def fuse(graph: fx.Graph, fusion: Fusion) -> fx.Node:
     return statistics
 
 
-def indexed(module: nn.Module) -> bool:
+def has_indices(module: nn.Module) -> bool:
     return isinstance(module, nn.MaxUnpool2d) or (isinstance(module, nn.MaxPool2d) and module.return_indices)
 
 
 def _is_2x2(module: Any, kind: type) -> bool:
-    if not isinstance(module, nn.Module) or type(module) is not kind or hooked(module):
+    if not isinstance(module, nn.Module) or type(module) is not kind or has_hooks(module):
         return False
     sizes: list[Any] = [module.kernel_size, module.stride, module.padding, getattr(module, "dilation", 1)]
     pairs = [each if isinstance(each, tuple) else (each, each) for each in sizes]
-    return pairs == [(2, 2), (2, 2), (0, 0), (1, 1)] and indexed(module) and not getattr(module, "ceil_mode", False)
+    return pairs == [(2, 2), (2, 2), (0, 0), (1, 1)] and has_indices(module) and not getattr(module, "ceil_mode", False)
 
 
 def _unpool(y: Tensor, code: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-    """MaxUnpool2d's arguments: its size may have all four dimensions."""
+    """Takes MaxUnpool2d's arguments; ``output_size`` may have four dimensions."""
     return ops.max_unpool2x2(y, code, None if output_size is None else tuple(output_size)[-2:])
 
 
-def fuse_pools(found: Trace) -> dict[nn.Module, str]:
-    """Replace poolings whose indices only unpoolings read, and those, by the pair with uint8 codes."""
+def fuse_pools(trace: Trace) -> dict[nn.Module, str]:
+    """Replace poolings whose indices are read only by unpoolings, and these unpoolings, by the ops with uint8 codes."""
     replaced: dict[nn.Module, str] = {}
-    for node in found.graph.find_nodes(op="call_module"):
-        pool, users = found.module(node), [(part, user) for part in node.users for user in part.users]
+    for node in trace.graph.find_nodes(op="call_module"):
+        pool, users = trace.module(node), [(part, user) for part in node.users for user in part.users]
         users = [(part, user) for part, user in users if part.args[1:] == (1,)]
         fits = _is_2x2(pool, nn.MaxPool2d) and len(node.args) == 1 and not node.kwargs and len(users) > 0
         fits = fits and all(part.target is operator.getitem for part in node.users)
         for part, user in users:
-            fits = fits and _is_2x2(found.module(user), nn.MaxUnpool2d) and user.kwargs.keys() <= {"output_size"}
+            fits = fits and _is_2x2(trace.module(user), nn.MaxUnpool2d) and user.kwargs.keys() <= {"output_size"}
             fits = fits and user.args[1:] == (part,) and user.args[0] is not part
         if fits:
             for each, function in [(node, ops.max_pool2x2), *((user, _unpool) for _, user in users)]:
-                module = found.module(each)
+                module = trace.module(each)
                 if module is not None:
                     replaced[module] = "max_pool2x2" if each is node else "max_unpool2x2"
                 each.op, each.target = "call_function", function

@@ -1,4 +1,4 @@
-"""Context managers for the state of a network in a step: gradients of its weights, statistics of its BatchNorms."""
+"""Context managers that change a network's flags and restore them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["attributes_kept", "batchnorm_mode", "frozen", "preserve_state", "preserve_train_mode"]
+__all__ = ["batchnorm_mode", "frozen", "preserve_attributes", "preserve_state", "preserve_train_mode"]
 
 _MODES = ("batch", "update", "eval")
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of ``model`` requires a gradient inside; outside each does as before.
+    """Turn off ``requires_grad`` of every parameter inside the context.
 
-    A forward run inside computes no weight gradient even when its backward runs outside.
+    A forward pass inside computes no weight gradient, even if its backward pass runs outside.
     """
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in required:
@@ -34,17 +34,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def batchnorm_mode(model: nn.Module, mode: Literal["batch", "update", "eval"]) -> Iterator[None]:
-    """Set the mode of every BatchNorm of ``model`` inside; nothing else changes, and leaving restores all of it.
+    """Set the mode of every BatchNorm inside the context. No other module changes.
 
     Args:
-        model: any network; BatchNorms of every kind that derive from torch's (1d, 2d, 3d, synchronised, timm's).
-        mode: ``batch`` uses the batch's statistics and leaves ``running_mean``, ``running_var`` and
-            ``num_batches_tracked`` untouched; ``update`` uses the batch's statistics and updates the buffers, as
-            training does; ``eval`` uses the stored ones. A layer without stored statistics uses the batch's in each
-            mode.
+        model: any network. All subclasses of torch's BatchNorm change mode (1d, 2d, 3d, synchronised, timm's).
+        mode: ``batch`` normalises by batch statistics and leaves the buffers unchanged; ``update`` normalises by batch
+            statistics and updates the buffers, as in training; ``eval`` normalises by running statistics. A layer
+            without running statistics uses batch statistics in every mode.
 
     Raises:
-        ValueError: another mode.
+        ValueError: unknown mode.
     """
     if mode not in _MODES:
         raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
@@ -53,7 +52,7 @@ def batchnorm_mode(model: nn.Module, mode: Literal["batch", "update", "eval"]) -
         for module, _, _ in saved:
             module.training = mode != "eval"
             if mode == "batch":
-                # In training, torch neither reads nor writes the buffers of a layer that does not track.
+                # A BatchNorm in training mode that does not track statistics leaves its buffers unchanged.
                 module.track_running_stats = False
         yield
     finally:
@@ -64,7 +63,7 @@ def batchnorm_mode(model: nn.Module, mode: Literal["batch", "update", "eval"]) -
 
 @contextmanager
 def preserve_train_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """``model`` in train or eval mode inside; leaving restores every module's flag."""
+    """Set train or eval mode inside the context; leaving restores every module's flag."""
     saved = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
@@ -76,17 +75,17 @@ def preserve_train_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode and no gradients inside; leaving restores flags and random streams."""
+    """Eval mode without gradients inside the context; leaving restores flags and random number generators."""
     devices = [device] if device.type == "cuda" else []
     with preserve_train_mode(model, False), torch.no_grad(), torch.random.fork_rng(devices=devices):
         yield
 
 
 @contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[set[str]]:
-    """Undo on leaving what a forward sets on its modules, and put the names of that into the set that is yielded."""
+def preserve_attributes(model: nn.Module) -> Iterator[set[str]]:
+    """Undo attribute changes of all modules on leaving; their names are added to the set that is yielded."""
     saved = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
-    for now, before in saved:  # a forward writes into copies
+    for now, before in saved:  # a forward changes copies of containers
         now.update({name: copy.copy(held) for name, held in before.items() if type(held) in (list, dict, set)})
     written: set[str] = set()
     try:

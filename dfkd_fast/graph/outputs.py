@@ -1,4 +1,4 @@
-"""The outputs of a network in a distillation: the protocol between networks and objectives."""
+"""The interface between networks and loss terms."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["LayerStatistics", "Outputs"]
 
 
 class LayerStatistics(NamedTuple):
-    """Statistics of the input of one BatchNorm: those of the batch and the stored ones; each (C,), float32.
+    """Batch and running statistics of one BatchNorm's input, each (C,), float32 (Eq. 3).
 
-    ``var`` is the biased variance. ``mean`` and ``var`` are differentiable in the images. The stored statistics are
-    constants; in a float32 network they are the buffers themselves.
+    ``var`` is the biased variance. ``mean`` and ``var`` are differentiable with respect to the images. The running
+    statistics are constants; in a float32 network they are the buffers themselves.
     """
 
     mean: Tensor
@@ -23,15 +23,15 @@ class LayerStatistics(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The outputs of one forward of a network.
+    """Outputs of one forward pass, in the network's dtype.
 
-    A network whose forward returns Outputs is used as it is; :func:`dfkd_fast.models.extract` adds them to any other.
+    :func:`dfkd_fast.models.extract` adds them to a network. A network that returns Outputs itself is not traced.
 
     Attributes:
         logits: (N, classes).
         features: one map (N, C, H, W) per stage, shallow to deep.
         penultimate: (N, D), the input of the last linear layer.
-        statistics: one entry per BatchNorm, in network order; empty without statistics.
+        statistics: one entry per BatchNorm, in network order; empty if statistics are not requested.
     """
 
     logits: Tensor

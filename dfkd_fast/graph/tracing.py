@@ -1,4 +1,4 @@
-"""A network's forward as a torch.fx graph that knows which node is the output of which module."""
+"""Traces a network with torch.fx and records which node is the output of which module."""
 
 from __future__ import annotations
 
@@ -18,36 +18,21 @@ from torch.utils._pytree import tree_leaves
 
 from dfkd_fast.graph.modes import preserve_state, preserve_train_mode
 
-__all__ = [
-    "Root",
-    "Trace",
-    "alike",
-    "compile_graph",
-    "dropouts",
-    "dummy_image",
-    "eval_forward",
-    "first_line",
-    "follow",
-    "hooked",
-    "library",
-    "run",
-]
 
-
-def library(name: str) -> ModuleType | None:
-    """A library if it is loaded: a network that was made with it has loaded it."""
+def loaded_library(name: str) -> ModuleType | None:
+    """The library if it has been imported, else None. A network built with it has imported it."""
     return sys.modules.get(name)
 
 
 def dropouts() -> tuple[type[nn.Module], ...]:
-    """Modules that return their input in eval mode."""
-    timm, torchvision = library("timm.layers"), library("torchvision.ops")
+    """Classes of modules that return their input in eval mode."""
+    timm, torchvision = loaded_library("timm.layers"), loaded_library("torchvision.ops")
     found: tuple[type[nn.Module], ...] = (_DropoutNd,)
     found += () if timm is None else (timm.DropPath,)
     return found if torchvision is None else (*found, torchvision.StochasticDepth)
 
 
-def hooked(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(len(table) > 0 for table in hooks)
 
@@ -57,7 +42,7 @@ def first_line(error: BaseException) -> str:
 
 
 class Root(nn.Module):
-    """The module to trace, under the path ``model``, without the further arguments of its forward."""
+    """Holds the module to trace as ``model`` and passes it only the first argument."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -68,13 +53,13 @@ class Root(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Records the node of each module's output and first input.
+    """Records the nodes of each module's output and first input.
 
-    Modules whose behaviour depends on their training flag are leaves, so that the flag acts when the graph runs.
+    Modules that depend on their training flag are leaves, so that the graph follows the flag when it runs.
     """
 
     def __init__(self, *, evaluating: bool, shallow: bool) -> None:
-        timm, torchvision = library("timm.layers"), library("torchvision.ops")
+        timm, torchvision = loaded_library("timm.layers"), loaded_library("torchvision.ops")
         modules: Any = (math,) if torchvision is None else (math, torchvision)
         functions = () if timm is None else tuple(timm.get_notrace_functions())
         super().__init__(autowrap_modules=modules, autowrap_functions=functions)
@@ -109,13 +94,13 @@ class _Tracer(fx.Tracer):
 
 @dataclass
 class Trace:
-    """A graph with one input. Its paths start from ``root``, which holds the network as ``model``.
+    """A graph with one input.
 
     Attributes:
-        root: the traced module.
-        graph: its graph.
+        root: the traced module, which holds the network as ``model``.
+        graph: its graph; targets are paths in ``root``.
         outputs: the output node of each module by its path in the network, in network order, inner modules first.
-        inputs: the first argument of each of them.
+        inputs: the node of each module's first argument.
     """
 
     root: Any
@@ -131,7 +116,7 @@ class Trace:
         """The output of the module at ``path``.
 
         Raises:
-            ValueError: the forward calls no such module, or it does not return one tensor.
+            ValueError: the forward does not call this module, or the module does not return a tensor.
         """
         if path in self.outputs:
             return self.outputs[path]
@@ -139,12 +124,12 @@ class Trace:
         hint = f"did you mean {', '.join(map(repr, close))}? " if close else ""
         outer = [name for name in self.outputs if name.count(".") < 2]
         raise ValueError(
-            f"stages: {type(self.root.model).__name__} has no module {path!r} that its forward calls for one tensor; "
+            f"stages: {type(self.root.model).__name__} has no module {path!r} that is called and returns a tensor; "
             f"{hint}It has {', '.join(outer[:40])}{', ...' if len(outer) > 40 else ''}"
         )
 
     def writes_in_place(self, node: fx.Node) -> bool:
-        """Whether a node writes into its first argument."""
+        """Whether a node modifies its first argument."""
         if node.op == "call_module":
             return bool(getattr(self.module(node), "inplace", False))
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
@@ -164,42 +149,42 @@ class _Interpreter(fx.Interpreter):
 
 
 def run(root: nn.Module, graph: fx.Graph, image: Tensor) -> Any:
-    """The output of a graph for an image in eval mode; nodes keep shape and dtype of their tensors in ``meta``."""
+    """Run a graph in eval mode and store each tensor's shape and dtype in its node's ``meta``."""
     with preserve_state(root, image.device):
         return _Interpreter(root, graph=graph).run(image)
 
 
-def follow(root: Root, *, training: bool, evaluating: bool = False, shallow: bool = False) -> Trace:
-    """The graph of a network's forward in train or eval mode.
+def symbolic_trace(root: Root, *, training: bool, evaluating: bool = False, shallow: bool = False) -> Trace:
+    """Trace a network.
 
     Args:
         root: holds the network.
-        training: the mode.
-        evaluating: leave out dropouts, so that the graph computes eval mode whatever the modules' flags are.
-        shallow: do not follow the modules below the network.
+        training: the mode to trace in.
+        evaluating: trace through dropouts, so that the graph ignores their training flags.
+        shallow: treat the network's submodules as leaves.
 
     Raises:
-        ValueError: the forward cannot be followed; the message says where and why.
+        ValueError: torch.fx cannot trace the forward; the message names the module and the reason.
     """
     tracer = _Tracer(evaluating=evaluating, shallow=shallow)
     try:
         with preserve_train_mode(root.model, training):
             graph = tracer.trace(root)
-    except Exception as error:  # a forward may fail in any way when its input is no tensor
+    except Exception as error:  # a forward may fail in any way on a proxy
         where = tracer.inside[-1] if tracer.inside else "model"
         inner = root.get_submodule(where)
         at = "" if inner is root.model else f", in {where.removeprefix('model.')!r} ({type(inner).__name__})"
         raise ValueError(
-            f"the forward of {type(root.model).__name__} cannot be followed by torch.fx{at}: {first_line(error)}"
+            f"the forward of {type(root.model).__name__} cannot be traced by torch.fx{at}: {first_line(error)}"
         ) from error
     return Trace(root, graph, tracer.outputs, tracer.inputs)
 
 
 def compile_graph(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A graph as a module that shares the submodules and tensors of ``root``, where its paths start."""
+    """A GraphModule that shares the submodules, parameters and buffers of ``root``."""
     program = fx.GraphModule(root, graph)
-    # GraphModule copies the references that the graph uses. With root's own tables, what is replaced in the network
-    # (a buffer by ``.double()``, a parameter by ``load_state_dict(assign=True)``) is replaced here too.
+    # GraphModule copies references. Sharing root's dictionaries instead makes a replaced tensor (``.double()``,
+    # ``load_state_dict(assign=True)``) visible here too.
     program._modules, program._parameters, program._buffers = root._modules, root._parameters, root._buffers
     return program
 
@@ -210,9 +195,9 @@ class _Reference:
 
 
 def graph_to_list(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """The nodes of a graph as plain values: a graph is a linked list, which pickle follows to Python's recursion limit.
+    """The nodes of a graph as a list that can be pickled. ``Node.meta`` is dropped.
 
-    The shapes and dtypes of :func:`run` are not kept.
+    A Graph itself is a linked list, on which pickle exceeds Python's recursion limit.
     """
 
     def refer(value: Any) -> Any:
@@ -223,21 +208,21 @@ def graph_to_list(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 
 def graph_from_list(nodes: list[tuple[Any, ...]]) -> fx.Graph:
-    """The graph of :func:`graph_to_list`."""
-    graph, made = fx.Graph(), dict[str, fx.Node]()
+    """The inverse of :func:`graph_to_list`."""
+    graph, created = fx.Graph(), dict[str, fx.Node]()
 
     def resolve(value: Any) -> Any:
-        return made[value.name] if isinstance(value, _Reference) else value
+        return created[value.name] if isinstance(value, _Reference) else value
 
     map_references: Any = fx.node.map_aggregate
     for name, op, target, args, kwargs in nodes:
         given = map_references(args, resolve), map_references(kwargs, resolve)
-        made[name] = graph.create_node(op, target, *given, name)
+        created[name] = graph.create_node(op, target, *given, name)
     return graph
 
 
-def alike(found: Any, expected: Any, tolerance: float) -> bool:
-    """Whether all tensors have the same shapes and dtypes, and values within ``tolerance`` of the largest."""
+def all_close(found: Any, expected: Any, tolerance: float) -> bool:
+    """Whether tensors agree in shape, dtype and value, to ``tolerance`` times the largest expected value."""
     left, right = tree_leaves(found), tree_leaves(expected)
     return len(left) == len(right) and all(
         (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -253,22 +238,22 @@ def _largest(x: Tensor) -> float:
 
 
 def dummy_image(model: nn.Module, image_size: int) -> Tensor:
-    """A random image of the network's dtype and device; the global random streams are not used."""
+    """A random image (1, 3, S, S) of the network's dtype and device. The global generators are not used."""
     tensor = next(model.parameters(), torch.zeros(()))
     return torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(tensor)
 
 
 def eval_forward(model: nn.Module, image: Tensor) -> Any:
-    """The output of a network in eval mode for an image.
+    """The output of a network in eval mode.
 
     Raises:
-        ValueError: the network does not take the image.
+        ValueError: the network fails on the image.
     """
     with preserve_state(model, image.device):
         try:
             return model(image)
-        except Exception as error:  # a forward may fail in many ways on an image that does not suit it
+        except Exception as error:  # a forward may fail in any way on an unsuitable image
             raise ValueError(
-                f"{type(model).__name__} does not take an image {tuple(image.shape)}; another image_size may do. "
+                f"{type(model).__name__} does not accept an image {tuple(image.shape)}; try another image_size. "
                 f"{first_line(error)}"
             ) from error

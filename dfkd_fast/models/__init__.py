@@ -1,4 +1,4 @@
-"""Teachers and students: networks by name, their weights, and what a distillation needs of them besides the logits."""
+"""Teachers and students: networks by name, weights, features and BatchNorm statistics."""
 
 import warnings
 from typing import Any

@@ -1,4 +1,4 @@
-"""Networks by name: timm's, torchvision's, a user's own, and the small ones of this project."""
+"""Networks by name: timm's, torchvision's, a factory in another module, and the built-in ones."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from torch import nn
 
 from dfkd_fast.config import ModelConfig
 from dfkd_fast.graph import FeatureModel
-from dfkd_fast.models.cifar_resnet import CifarResNet
+from dfkd_fast.models.resnets import CifarResNet, WideResNet
 from dfkd_fast.models.weights import load_weights
-from dfkd_fast.models.wide_resnet import WideResNet
 
 __all__ = ["create_model", "names", "normalization"]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _WIDE_X4 = (32, 64, 128, 256)
-_OWN = (
+_BUILT_IN = (
     *("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4"),
     *("wrn_10_1", "wrn_16_1", "wrn_16_2", "wrn_28_10", "wrn_40_1", "wrn_40_2"),
 )
 
 
 def names() -> list[str]:
-    """Our own networks. Other wide ones go by the same pattern: ``wrn_22_4``."""
-    return list(_OWN)
+    """Names of the built-in networks. ``wrn_<depth>_<width>`` also accepts other sizes."""
+    return list(_BUILT_IN)
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
@@ -38,24 +37,25 @@ def _unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     close = difflib.get_close_matches(name, known, n=5)
     if close:
         return ValueError(f"ModelConfig.name: no {kind} named {name!r}; did you mean {', '.join(map(repr, close))}?")
-    few = ", ".join(known[:20]) + (f", ... ({len(known)} in all)" if len(known) > 20 else "")
-    return ValueError(f"ModelConfig.name: no {kind} named {name!r}; there are {few}")
+    listed = ", ".join(known[:20]) + (f", ... ({len(known)} in all)" if len(known) > 20 else "")
+    return ValueError(f"ModelConfig.name: no {kind} named {name!r}; there are {listed}")
 
 
-def _create_own(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+def _create_built_in(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     if match := re.fullmatch(r"wrn_(\d+)_(\d+)", name):
         depth, width = int(match[1]), int(match[2])
         if width < 1:
             raise ValueError(f"ModelConfig.name: the second number of {name!r}, the width, must be at least 1")
         return WideResNet(depth, width, num_classes=num_classes, **options)
-    if name in _OWN:
-        match = re.fullmatch(r"resnet(\d+)(x4)?", name)
-        assert match is not None
-        if match[2]:
+    if name in _BUILT_IN:
+        if name.endswith("x4"):
             options = {"widths": _WIDE_X4, **options}
-        return CifarResNet(int(match[1]), num_classes=num_classes, **options)
-    error = _unknown("network of our own", name, _OWN)
-    raise ValueError(f"{error} Others go by a prefix: 'timm:{name}', 'torchvision:{name}', 'package.module:factory'")
+        depth = int(name.removeprefix("resnet").removesuffix("x4"))
+        return CifarResNet(depth, num_classes=num_classes, **options)
+    error = _unknown("built-in network", name, _BUILT_IN)
+    raise ValueError(
+        f"{error} Other networks have a prefix: 'timm:{name}', 'torchvision:{name}', 'package.module:factory'"
+    )
 
 
 def _create_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
@@ -69,11 +69,11 @@ def _create_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Mod
 def _create_torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     from torchvision import models
 
-    known = models.list_models(module=models)  # classifiers alone
+    known = models.list_models(module=models)  # only classifiers
     if name not in known:
         raise _unknown("torchvision classifier", name, known)
     if name in ("googlenet", "inception_v3"):
-        # Without these they return a tuple while training, and warn about how they are initialised.
+        # By default these return a tuple in training mode and warn about their initialisation.
         options = {"aux_logits": False, "init_weights": True, **options}
     return models.get_model(name, weights=None, num_classes=num_classes, **options)
 
@@ -86,8 +86,8 @@ def _create_foreign(module_name: str, factory_name: str, num_classes: int, optio
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         raise ValueError(
-            f"ModelConfig.name: {full!r}: no module {error.name!r} can be imported; is it installed, or its folder on "
-            "PYTHONPATH?"
+            f"ModelConfig.name: {full!r}: cannot import the module {error.name!r}; install it or add its folder to "
+            "PYTHONPATH"
         ) from error
     try:
         factory = operator.attrgetter(factory_name)(module)
@@ -104,7 +104,7 @@ def _create_foreign(module_name: str, factory_name: str, num_classes: int, optio
 
 
 def _head(model: nn.Module, num_classes: int) -> str:
-    """The path of the layer that makes the logits: the last linear one (or 1 x 1 convolution) of so many outputs."""
+    """The path of the last linear layer or 1 x 1 convolution with ``num_classes`` outputs."""
     found = None
     for path, module in model.named_modules():
         if (isinstance(module, nn.Linear) and module.out_features == num_classes) or (
@@ -112,24 +112,27 @@ def _head(model: nn.Module, num_classes: int) -> str:
         ):
             found = path
     if found is None:
-        raise ValueError(f"new_head: {type(model).__name__} has no layer with {num_classes} outputs that could be it")
+        raise ValueError(f"new_head: {type(model).__name__} has no layer with {num_classes} outputs")
     return found
 
 
 def create_model(config: ModelConfig, *, num_classes: int, new_head: bool = False) -> nn.Module:
-    """Build a plain classifier, (N, 3, H, W) to logits (N, num_classes), and read its weights where some are named.
+    """Build a classifier and load its weights if the config names a file.
 
-    Nothing is downloaded. Fresh weights are drawn from torch's global random stream.
+    Nothing is downloaded. New weights are drawn from torch's global generator.
 
     Args:
         config: name, weights and options; ``config.stages`` is for :func:`dfkd_fast.models.extract`.
         num_classes: number of classes.
-        new_head: the last layer starts afresh even where weights are named, which then may be of other classes.
+        new_head: do not load the last layer, so that the file may have another number of classes.
+
+    Returns:
+        A float32 module in training mode: images (N, 3, H, W) to logits (N, num_classes).
 
     Raises:
-        ValueError: an unknown name, with the closest known ones, or options or weights that do not fit.
-        TypeError: a factory that does not return a module, or does not take the options.
-        FileNotFoundError: no such weights file.
+        ValueError: unknown name (the message lists similar ones), wrong options, or weights that do not fit.
+        TypeError: a factory does not return a module or does not accept the options.
+        FileNotFoundError: the weights file does not exist.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -137,12 +140,12 @@ def create_model(config: ModelConfig, *, num_classes: int, new_head: bool = Fals
     for name in ("pretrained", "weights", "num_classes"):
         if name in options:
             raise ValueError(
-                f"ModelConfig.options must not hold {name!r}: classes come from the data, and weights from the file "
-                "that ModelConfig.weights names; nothing is downloaded"
+                f"ModelConfig.options must not contain {name!r}: the data determines the classes and "
+                "ModelConfig.weights names a file of weights; nothing is downloaded"
             )
     source, colon, name = config.name.partition(":")
     if not colon:
-        model = _create_own(config.name, num_classes, options)
+        model = _create_built_in(config.name, num_classes, options)
     elif source == "timm":
         model = _create_timm(name, num_classes, options)
     elif source == "torchvision":
@@ -155,9 +158,9 @@ def create_model(config: ModelConfig, *, num_classes: int, new_head: bool = Fals
 
 
 def normalization(model: nn.Module) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation, red, green, blue in [0, 1], of the images that a network is made for.
+    """Mean and standard deviation per channel (RGB, pixels in [0, 1]) of a network's input images.
 
-    timm's come from its own configuration, torchvision's are ImageNet's, all else is taken to be 0.5 and 0.5.
+    timm's networks store theirs, torchvision's use ImageNet's; the default is 0.5 and 0.5.
     """
     if isinstance(model, FeatureModel):
         model = model.model

@@ -1,4 +1,4 @@
-"""Weights in and out: safetensors, and torch files read without unpickling anything but tensors and containers."""
+"""Loads and saves weights: safetensors files, and torch files with ``weights_only=True``."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.graph.tracing import first_line
+
 __all__ = ["WeightsFormatError", "WeightsMismatch", "WeightsReport", "load_weights", "read_metadata", "save_weights"]
 
-# Where training scripts keep the weights inside a checkpoint, and what wrappers put in front of every name.
+# Keys under which checkpoints store weights, and prefixes that DataParallel and torch.compile add to names.
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "network")
 _PREFIXES = ("module.", "_orig_mod.")
 _LISTED = 10
 
 
 class WeightsFormatError(ValueError):
-    """A file that is torn, of no known format, or that would have to be unpickled."""
+    """A file is truncated, has an unknown format, or contains pickled objects."""
 
 
 class WeightsMismatch(ValueError):
-    """Weights that do not fit the network.
+    """Weights do not fit the network.
 
     Attributes:
-        missing: names that the network has and the file has not.
-        unexpected: names that the file has and the network has not.
-        mismatched: names of both whose shapes differ: name, shape in the file, shape in the network.
+        missing: names that are only in the network.
+        unexpected: names that are only in the file.
+        mismatched: name, shape in the file and shape in the network of each tensor whose shapes differ.
     """
 
     def __init__(
@@ -50,14 +52,15 @@ class WeightsMismatch(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsReport:
-    """What :func:`load_weights` did.
+    """The result of :func:`load_weights`.
 
     Attributes:
         path: the file.
-        loaded: names that were read into the network.
-        skipped: names that were left as they are because the caller asked for it.
-        absent_counters: BatchNorm counters (``num_batches_tracked``) that older files do not hold; left as they are.
-        metadata: the file's own (safetensors alone).
+        loaded: names of the tensors that were loaded.
+        skipped: names of the tensors under ``skip``, which did not change.
+        absent_counters: BatchNorm counters (``num_batches_tracked``) that the file does not contain and that did not
+            change.
+        metadata: the file's metadata; empty for torch files.
     """
 
     path: Path
@@ -68,7 +71,7 @@ class WeightsReport:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By content: the length of a JSON header in eight bytes, then the header."""
+    """Checks the content: eight bytes of header length, then a JSON header."""
     if path.suffix == ".safetensors":
         return True
     with path.open("rb") as file:
@@ -84,11 +87,11 @@ def _require_file(path: str | Path) -> Path:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file; nothing for a torch file, which has none.
+    """Read the metadata of a safetensors file; a torch file has none.
 
     Raises:
-        FileNotFoundError: no such file.
-        WeightsFormatError: a torn safetensors file.
+        FileNotFoundError: the file does not exist.
+        WeightsFormatError: the safetensors file is truncated.
     """
     path = _require_file(path)
     if not _is_safetensors(path):
@@ -97,7 +100,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with safetensors.safe_open(str(path), "pt") as file:
             return dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
-        raise WeightsFormatError(f"{path} is torn or no safetensors file: {error}") from error
+        raise WeightsFormatError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -105,42 +108,40 @@ def _read(path: Path) -> dict[str, Tensor]:
         try:
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
-            raise WeightsFormatError(f"{path} is torn or no safetensors file: {error}") from error
+            raise WeightsFormatError(f"{path} is truncated or not a safetensors file: {error}") from error
     with path.open("rb") as file:
         head = file.read(2)
-    if head != b"PK" and head[:1] != b"\x80":  # torch's archives, and the bare pickles of its first years
-        raise WeightsFormatError(f"{path} is no file of weights: neither safetensors nor written by torch.save")
+    if head != b"PK" and head[:1] != b"\x80":  # torch's zip archives and its legacy pickles
+        raise WeightsFormatError(f"{path} is not a weights file: neither safetensors nor written by torch.save")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own message also tells how to unpickle all the same.
+        # Torch's message suggests weights_only=False.
         found = re.search(r"(?:GLOBAL|global|class|function) ([\w.]+\.[\w.]+)", str(error))
         raise WeightsFormatError(
-            f"{path} is refused: it holds more than tensors in plain containers"
-            f"{f' ({found[1]})' if found else ''}, and reading that could run its author's code. Where you trust the "
-            "file, load it yourself and save model.state_dict() alone."
+            f"{path} is refused: it contains pickled objects{f' ({found[1]})' if found else ''}, and loading them may "
+            "run arbitrary code. If you trust the file, load it yourself and save only model.state_dict()."
         ) from error
-    except Exception as error:  # a torn or hostile file fails in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsFormatError(f"{path} is torn or no file of weights: {reason}") from error
+    except Exception as error:  # a damaged or malicious file may fail in any way
+        raise WeightsFormatError(f"{path} is truncated or not a weights file: {first_line(error)}") from error
     return _find_state(content, path)
 
 
 def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
-    """The mapping of names to tensors, at the top or under a usual name."""
+    """The mapping of names to tensors, at the top level or under a usual key."""
     while isinstance(content, Mapping):
         inner = next((content[name] for name in _NESTED if isinstance(content.get(name), Mapping)), None)
         if inner is None:
             break
         content = inner
     if not isinstance(content, Mapping):
-        raise WeightsFormatError(f"{path} must hold a mapping of names to tensors, got {type(content).__name__}")
+        raise WeightsFormatError(f"{path} must contain a mapping of names to tensors, got {type(content).__name__}")
     wrong = [f"{name!r} ({type(value).__name__})" for name, value in content.items() if not isinstance(value, Tensor)]
     if wrong or not content:
         known = ", ".join(_NESTED)
-        found = f"others too: {_some(wrong)}" if wrong else "none"
+        found = f"contains other values: {_some(wrong)}" if wrong else "is empty"
         raise WeightsFormatError(
-            f"{path} must hold a mapping of names to tensors, at the top or under one of {known}; it holds {found}"
+            f"{path} must contain a mapping of names to tensors, at the top level or under one of {known}; it {found}"
         )
     return {str(name): value for name, value in content.items()}
 
@@ -152,7 +153,7 @@ def _some(items: Iterable[str]) -> str:
 
 
 def _strip(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
-    """Without what DataParallel, DistributedDataParallel and torch.compile put in front of every name."""
+    """Removes the prefixes that DataParallel, DistributedDataParallel and torch.compile add to every name."""
     own = set(own)
     while not own & state.keys():
         prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), None)
@@ -163,21 +164,21 @@ def _strip(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()) -> WeightsReport:
-    """Read weights from a file into ``model``, in place; all of them or, where they do not fit, none.
+    """Load weights from a file into ``model``, in place. If they do not fit, nothing changes.
 
-    A checkpoint is never unpickled: torch files are read with ``weights_only=True``. Weights may lie under
-    ``state_dict``, ``model_state_dict``, ``model``, ``net`` or ``network``, with ``module.`` in front of every name or
-    without. Values are converted to the network's types and device.
+    Torch files are read with ``weights_only=True``. The state dict may be under the key ``state_dict``,
+    ``model_state_dict``, ``model``, ``net`` or ``network``, and its names may have the prefix ``module.`` or
+    ``_orig_mod.``. Values are converted to the network's dtypes and device.
 
     Args:
         model: the network.
-        path: safetensors file, or what ``torch.save`` made of a state dict.
-        skip: module paths whose weights are left as they are, whatever the file holds of them.
+        path: a safetensors file, or a state dict or checkpoint written by ``torch.save``.
+        skip: paths of modules that are not loaded.
 
     Raises:
-        FileNotFoundError: no such file.
-        WeightsFormatError: a torn file, one without weights, or one that would have to be unpickled.
-        WeightsMismatch: names or shapes that do not fit, listed.
+        FileNotFoundError: the file does not exist.
+        WeightsFormatError: the file is truncated, contains no weights, or contains pickled objects.
+        WeightsMismatch: names or shapes do not fit.
     """
     path = _require_file(path)
     own = model.state_dict()
@@ -219,7 +220,7 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
 
 
 def _sorted_header(content: bytes) -> bytes:
-    """The same file, with its metadata in order: safetensors writes them in any, and equal files compare equal."""
+    """Sorts the header, since safetensors writes metadata in random order; equal weights then give equal files."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header = {name: dict(sorted(entry.items())) for name, entry in sorted(header.items())}
@@ -229,15 +230,15 @@ def _sorted_header(content: bytes) -> bytes:
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the network's state dict as safetensors, atomically: the file is whole or as it was before.
+    """Write the network's state dict as a safetensors file, atomically.
 
     Args:
         model: the network, on any device.
         path: the file; its folder must exist.
-        metadata: strings, kept in the file's header.
+        metadata: strings for the file's header.
 
     Raises:
-        TypeError: metadata that is not of strings.
+        TypeError: metadata or the state dict contains other types.
     """
     metadata = dict(metadata or {})
     for name, value in metadata.items():
@@ -250,7 +251,7 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
             raise TypeError(f"the network's state must be tensors, got {type(value).__name__} for {name!r}")
         tensor = value.detach().cpu().contiguous()
         if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
-            tensor = tensor.clone()  # tied weights: the format holds no aliases
+            tensor = tensor.clone()  # tied weights: safetensors stores no aliases
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     content = _sorted_header(safetensors.torch.save(tensors, metadata=metadata))

@@ -1,4 +1,4 @@
-"""A weighted sum of named terms."""
+"""Weighted sums of loss terms."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ __all__ = ["Objective", "generator_objective", "student_objective"]
 
 
 class Objective(nn.Module):
-    """``sum of weight * term`` over named terms, and each term's own value.
+    """A weighted sum of loss terms, to be minimised.
 
     Args:
         terms: the terms by name.
-        weights: one weight a term; what is minimised is the weighted sum.
+        weights: one weight per term.
+
+    Raises:
+        ValueError: terms and weights have different names.
     """
 
     def __init__(self, terms: Mapping[str, Term], weights: Mapping[str, float]) -> None:
@@ -34,9 +37,9 @@ class Objective(nn.Module):
         self.needs: frozenset[str] = frozenset().union(*(term.needs for term in terms.values()))
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> tuple[Tensor, Tensor]:
-        """The scalar to descend, float32, and the terms' unweighted values, (len(names),), detached."""
+        """The weighted sum, a float32 scalar, and the unweighted values, (len(names),), detached."""
         values = [self.terms[name](teacher, student).float() for name in self.names]
-        # Weights are Python numbers: a tensor of them would be a copy from the host in every step.
+        # Weights stay Python floats: a tensor would be copied from the host in every step.
         total = torch.stack([self.weights[name] * value for name, value in zip(self.names, values, strict=True)]).sum()
         return total, torch.stack(values).detach()
 
@@ -51,13 +54,13 @@ def _weights(
         if name not in known:
             hint = get_close_matches(name, known, n=1)
             raise ValueError(
-                f"ObjectiveConfig.{side} names the term {name!r}; "
+                f"ObjectiveConfig.{side} has no term {name!r}; "
                 + (f"did you mean {hint[0]!r}? " if hint else "")
                 + f"The {side}'s terms are {', '.join(known)}"
             )
     weights = {name: float(weight) for name, weight in {**preset, **own}.items() if weight != 0}
     if not weights:
-        raise ValueError(f"ObjectiveConfig.{side} leaves no term with a weight other than 0")
+        raise ValueError(f"ObjectiveConfig.{side} has no term with a nonzero weight")
     return weights
 
 
@@ -71,18 +74,20 @@ def _build(side: str, config: ObjectiveConfig, teacher: FeatureModel, student: F
 
 
 def generator_objective(config: ObjectiveConfig, teacher: FeatureModel, student: FeatureModel) -> Objective:
-    """What the generator descends (Eq. 10), from the preset's weights and the config's own.
+    """The generator's loss (Eq. 10): the preset's weights, updated by ``config.generator``.
 
     Raises:
-        ValueError: an unknown preset or term, or nothing left to descend.
+        ValueError: unknown preset or term, or no term has a nonzero weight.
     """
     return _build("generator", config, teacher, student)
 
 
 def student_objective(config: ObjectiveConfig, teacher: FeatureModel, student: FeatureModel) -> Objective:
-    """What the student descends (Eq. 11); its parameters (adapters, attention, heads) are trained with the student.
+    """The student's loss (Eq. 11): the preset's weights, updated by ``config.student``.
+
+    Its parameters (adapters, attention modules, projection heads) are trained with the student.
 
     Raises:
-        ValueError: an unknown preset or term, nothing left to descend, or stages that do not pair.
+        ValueError: unknown preset or term, no term has a nonzero weight, or the networks' stages cannot be paired.
     """
     return _build("student", config, teacher, student)

@@ -1,7 +1,7 @@
-"""Weights of the published methods, as terms of one engine. The generator descends its sum: -1 on a term maximises it.
+"""Term weights of published methods. Both sides minimise their sums, so a negative weight maximises a term.
 
-The peers differ from their papers where this engine differs from theirs: rounds of generator and student steps as the
-config says, L_BN as Eq. 3 of the paper that we implement, attention transfer on the paired stages.
+Only the losses follow the other papers. The numbers of generator and student steps come from the config, and L_BN is
+Eq. 3 of Shao et al.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["PRESETS", "Preset"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Weights of the generator's and the student's terms, and where they were published."""
+    """Weights of the generator's and the student's terms, and the publication."""
 
     generator: dict[str, float]
     student: dict[str, float]

@@ -1,7 +1,9 @@
-"""The loss terms, by name. A term is a module from both networks' outputs to a scalar; weights stand elsewhere.
+"""The loss terms. A term is a module that maps the outputs of teacher and student to a scalar.
 
-Each term says what it ``needs`` beyond the teacher's plain outputs, so that a step computes nothing that no term asks
-for: ``statistics`` are the teacher's BatchNorm statistics, ``student`` is a forward of the student.
+``needs`` declares what a term reads besides the teacher's outputs: ``statistics`` are the teacher's BatchNorm
+statistics, ``student`` is a forward pass of the student. A step computes only what its terms need.
+
+Equations 2 to 9 are those of Shao et al., ICCV 2023.
 """
 
 from __future__ import annotations
@@ -20,26 +22,10 @@ from dfkd_fast.graph import FeatureModel, Outputs
 from dfkd_fast.nn import HighOrderAttention
 from dfkd_fast.nn import SemanticFeatureContrast as FeatureContrast
 
-__all__ = [
-    "TERMS",
-    "ActivationNorm",
-    "AttentionTransfer",
-    "BatchNormStatistics",
-    "ClassBalance",
-    "Distillation",
-    "FeatureShapes",
-    "HighOrderAttentionDistillation",
-    "LogitDistance",
-    "OneHot",
-    "SemanticFeatureContrast",
-    "Term",
-    "register",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureShapes:
-    """What a term must know of the two networks to build its parameters."""
+    """Channels per stage and lengths of the penultimate features of both networks."""
 
     teacher_channels: tuple[int, ...]
     student_channels: tuple[int, ...]
@@ -57,11 +43,11 @@ class FeatureShapes:
 
 
 class Term(nn.Module):
-    """One named loss term.
+    """Base class of loss terms.
 
     Attributes:
-        needs: ``"statistics"`` of the teacher, a forward of the ``"student"``, or both.
-        sides: ``"generator"``, ``"student"`` or both: whose objective may weight it.
+        needs: a subset of ``{"statistics", "student"}``.
+        sides: the objectives that may contain the term: ``"generator"``, ``"student"`` or both.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -69,11 +55,11 @@ class Term(nn.Module):
 
     @classmethod
     def build(cls, shapes: FeatureShapes, config: ObjectiveConfig) -> Term:
-        """The term for two networks and an objective's config."""
+        """Build the term for two networks."""
         return cls()
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
-        """A float32 scalar. ``student`` is None only where no term of the objective needs it."""
+        """The loss, a float32 scalar. ``student`` is None if no term of the objective needs it."""
         raise TypeError(f"{type(self).__name__} must define forward(teacher, student)")
 
 
@@ -82,11 +68,11 @@ TERMS: dict[str, type[Term]] = {}
 
 
 def register(name: str, *sides: str) -> Callable[[type[Term]], type[Term]]:
-    """Decorator: make a term known to ``ObjectiveConfig`` under a name.
+    """Class decorator that registers a term.
 
     Args:
-        name: key of ``ObjectiveConfig.generator`` and ``ObjectiveConfig.student``.
-        *sides: "generator", "student" or both: whose objective may weight it.
+        name: key in ``ObjectiveConfig.generator`` and ``ObjectiveConfig.student``.
+        *sides: the objectives that may contain the term: "generator", "student" or both.
     """
 
     def add(cls: type[Term]) -> type[Term]:
@@ -99,7 +85,10 @@ def register(name: str, *sides: str) -> Callable[[type[Term]], type[Term]]:
 
 @register("kd", "generator", "student")
 class Distillation(Term):
-    """L_KD (Eq. 2): KL divergence of the two softmaxes, mean over the batch, times temperature squared."""
+    """L_KD (Eq. 2): KL divergence of the softmax outputs, (N, classes), mean over N, times temperature squared.
+
+    The default is KL(teacher || student), which all released code computes; the paper writes KL(student || teacher).
+    """
 
     needs = frozenset({"student"})
 
@@ -120,7 +109,7 @@ class Distillation(Term):
 
 @register("l1", "generator", "student")
 class LogitDistance(Term):
-    """Mean absolute difference of the logits (DFAD; Fang et al., 2019, Eq. 3)."""
+    """Mean absolute difference of the logits, (N, classes) (DFAD; Fang et al., 2019, Eq. 3)."""
 
     needs = frozenset({"student"})
 
@@ -131,13 +120,13 @@ class LogitDistance(Term):
 
 @register("bn", "generator")
 class BatchNormStatistics(Term):
-    """L_BN (Eq. 3): distance of the batch's statistics to those that the teacher's BatchNorms stored.
+    """L_BN (Eq. 3): distance between the batch statistics and the running statistics of the teacher's BatchNorms.
 
-    Per layer the Euclidean norm of the difference of means plus that of variances, neither squared; summed over layers.
-    The subgradient of a norm at zero is zero.
+    The sum over layers of the Euclidean norms, not squared, of the differences in mean and in biased variance, each
+    (C,). The subgradient of a norm at zero is zero.
 
     Raises:
-        ValueError: the teacher has no BatchNorm whose statistics could be compared.
+        ValueError: the teacher returns no statistics.
     """
 
     needs = frozenset({"statistics"})
@@ -145,8 +134,8 @@ class BatchNormStatistics(Term):
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         if not teacher.statistics:
             raise ValueError("term 'bn' needs a teacher with BatchNorm layers; this one has none: set its weight to 0")
-        # Not ops.statistics_distance, which reads the maps: the norms have returned the statistics in their own pass.
-        # Layers of one width are stacked: a handful of kernels instead of four a layer, and as many on the way back.
+        # ops.statistics_distance would read the maps again; the BatchNorms have computed the statistics already.
+        # Layers of equal width are stacked: a few kernels in all instead of four per layer and direction.
         of_width: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for layer in teacher.statistics:
             pairs = of_width.setdefault(len(layer.mean), [])
@@ -160,7 +149,7 @@ class BatchNormStatistics(Term):
 
 @register("one_hot", "generator")
 class OneHot(Term):
-    """Cross-entropy of the teacher's logits to their own largest class (DAFL; Chen et al., ICCV 2019, Eq. 2)."""
+    """Cross-entropy of the teacher's logits with their argmax as target (DAFL; Chen et al., ICCV 2019, Eq. 2)."""
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         logits = teacher.logits.float()
@@ -169,7 +158,7 @@ class OneHot(Term):
 
 @register("activation", "generator")
 class ActivationNorm(Term):
-    """Minus the mean absolute penultimate feature of the teacher: strong features are wanted (DAFL, Eq. 3)."""
+    """Negative mean absolute value of the teacher's penultimate features, (N, D) (DAFL, Eq. 3)."""
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         return -teacher.penultimate.float().abs().mean()
@@ -177,21 +166,23 @@ class ActivationNorm(Term):
 
 @register("balance", "generator")
 class ClassBalance(Term):
-    """Minus the entropy of the batch's mean class probabilities: every class is wanted (DAFL, Eq. 4)."""
+    """Negative entropy of the class probabilities averaged over the batch, which balances the classes (DAFL, Eq. 4)."""
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         return -torch.special.entr(teacher.logits.float().softmax(1).mean(0)).sum()
 
 
-def _pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
+def _pool_to_smaller(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    size = (min(t.shape[-2], s.shape[-2]), min(t.shape[-1], s.shape[-1]))
+    t, s = (x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size) for x in (t, s))
+    return t, s
 
 
 def _paired(teacher: tuple[int, ...], student: tuple[int, ...], name: str) -> int:
     if len(teacher) != len(student) or not teacher:
         raise ValueError(
             f"term {name!r} pairs the stages of teacher and student one to one, but they have {len(teacher)} and "
-            f"{len(student)}: name the stages to pair in ModelConfig.stages (or in extract(model, stages=...))"
+            f"{len(student)}: set the stages to pair in ModelConfig.stages (or in extract(model, stages=...))"
         )
     return len(teacher)
 
@@ -200,16 +191,16 @@ def _paired(teacher: tuple[int, ...], student: tuple[int, ...], name: str) -> in
 class HighOrderAttentionDistillation(Term):
     """L_MHAD (Eq. 7): mixed high-order attention distillation.
 
-    At each pair of stages: average pooling to the smaller map, the student's 1 x 1 adapter where channel counts differ,
-    the attention module of each side, and the squared error of what they let through, summed over stages. The teacher's
-    module stays at its initialisation: trained by this loss, both sides could collapse to zero.
+    For each pair of stages, (N, C, H, W): average pooling to the smaller map, a 1 x 1 adapter for the student if the
+    channels differ, the attention module of each side, and the mean squared error; summed over stages. The teacher's
+    module keeps its initial weights: if this loss trained both modules, they could collapse to zero.
 
     Args:
         shapes: channels of the stages of both networks.
         config: order, mode, target and average; see :class:`dfkd_fast.config.MHADConfig`.
 
     Raises:
-        ValueError: the networks have different numbers of stages, or config.stages asks for more than there are.
+        ValueError: the networks have different numbers of stages, or fewer than config.stages.
     """
 
     needs = frozenset({"student"})
@@ -253,12 +244,12 @@ class HighOrderAttentionDistillation(Term):
             references,
             strict=True,
         ):
-            size = (min(t.shape[-2], s.shape[-2]), min(t.shape[-1], s.shape[-1]))
+            t, s = _pool_to_smaller(t.detach(), s)
             with torch.no_grad():
-                expected = self._target(reference, _pool_to(t, size))
-            error = self._error(attention, adapter(_pool_to(s, size)), expected)
+                expected = self._target(reference, t)
+            error = self._error(attention, adapter(s), expected)
             if self.config.average == "channels":
-                error = error * (size[0] * size[1])
+                error = error * (t.shape[-2] * t.shape[-1])
             total = total + error
         return total
 
@@ -270,18 +261,18 @@ class HighOrderAttentionDistillation(Term):
         if self.config.target == "attention":
             return F.mse_loss(self._target(attention, x).float(), expected.float())
         assert isinstance(attention, HighOrderAttention)
-        # The student's attended features are compared as they are made, and never written.
+        # Fused: the student's attended features are never written to memory.
         weights = attention.proj_weight, attention.out_weight
         return ops.high_order_attention_mse(x, *weights, expected, mode=attention.mode).float()
 
 
 @register("sfcl", "student")
 class SemanticFeatureContrast(FeatureContrast, Term):
-    """L_SFCL (Eq. 8, 9) of the penultimate features: :class:`dfkd_fast.nn.SemanticFeatureContrast` as a term.
+    """L_SFCL (Eq. 8, 9) of the penultimate features, (N, D): :class:`dfkd_fast.nn.SemanticFeatureContrast` as a term.
 
     Args:
-        shapes: widths of the penultimate features of both networks.
-        config: width of the common space, temperature, anchors; see :class:`dfkd_fast.config.SFCLConfig`.
+        shapes: lengths of the penultimate features of both networks.
+        config: dimension of the common space, temperature and anchors; see :class:`dfkd_fast.config.SFCLConfig`.
     """
 
     needs = frozenset({"student"})
@@ -295,7 +286,7 @@ class SemanticFeatureContrast(FeatureContrast, Term):
         super().__init__(shapes.teacher_dim, shapes.student_dim, config.dim, config.temperature, config.symmetric)
         self.config = config
 
-    # By inheritance, so that the heads keep their names in checkpoints; a term is given outputs, not features.
+    # Inheritance keeps the heads' names in checkpoints; a term takes outputs, not features.
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:  # type: ignore[override]
         assert student is not None
         return super().forward(teacher.penultimate, student.penultimate)
@@ -303,10 +294,13 @@ class SemanticFeatureContrast(FeatureContrast, Term):
 
 @register("attention_transfer", "student")
 class AttentionTransfer(Term):
-    """Distance of the stages' activation maps (ZSKT; Zagoruyko and Komodakis, ICLR 2017, Eq. 2).
+    """Distance between spatial attention maps (Zagoruyko and Komodakis, ICLR 2017, Eq. 2), as ZSKT uses it.
 
-    The map of a stage is the mean over channels of the squared features, scaled to unit length; the loss is the mean
-    squared difference, summed over stages.
+    The attention map of a stage (N, C, H, W) is the mean over channels of the squared features, (N, H W), scaled to
+    unit length. The loss is the mean squared difference, summed over stages.
+
+    Raises:
+        ValueError: the networks have different numbers of stages.
     """
 
     needs = frozenset({"student"})
@@ -319,14 +313,10 @@ class AttentionTransfer(Term):
         super().__init__()
         _paired(shapes.teacher_channels, shapes.student_channels, "attention_transfer")
 
-    @staticmethod
-    def _map(x: Tensor, size: tuple[int, int]) -> Tensor:
-        return F.normalize(_pool_to(x, size).float().square().mean(1).flatten(1))
-
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         assert student is not None
         total = teacher.logits.new_zeros((), dtype=torch.float32)
         for t, s in zip(teacher.features, student.features, strict=True):
-            size = (min(t.shape[-2], s.shape[-2]), min(t.shape[-1], s.shape[-1]))
-            total = total + F.mse_loss(self._map(s, size), self._map(t, size))
+            a, b = (F.normalize(x.float().square().mean(1).flatten(1)) for x in _pool_to_smaller(t, s))
+            total = total + F.mse_loss(b, a)
         return total

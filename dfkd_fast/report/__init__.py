@@ -1,6 +1,6 @@
-"""What a run shows: pictures, curves, tables, and result files that say where their numbers come from.
+"""Image grids, curves, tables, and result files with their environment.
 
-Drawing libraries are imported when something is drawn.
+Drawing libraries are imported on first use.
 """
 
 from dfkd_fast.report.pictures import save_beside, save_curves, save_image_grid

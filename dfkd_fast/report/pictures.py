@@ -1,4 +1,4 @@
-"""Pictures of a run: what the generator paints, and how losses and accuracies moved."""
+"""Image grids and curves of a run."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["save_curves", "save_image_grid"]
+__all__ = ["save_beside", "save_curves", "save_image_grid"]
 
 _NOT_FINITE = (1.0, 0.0, 1.0)
-"""Magenta: a pixel that is not finite is a finding, and must not pass for black or white."""
+"""Magenta: a pixel that is not finite must not look black or white."""
 
 _COLUMNS = 3
 
 
 def save_image_grid(images: Tensor, path: str | Path, *, columns: int = 8) -> Path:
-    """Write a grid of images as a picture file.
+    """Save a grid of images.
 
     Args:
-        images: (N, 3, H, W), N at least 1, values in [-1, 1]; values beyond are clipped, pixels that are not finite are
-            painted magenta.
-        path: where to; the suffix names the format. Missing folders are made.
-        columns: images a row.
+        images: floating-point, (N, 3, H, W) with N >= 1, values in [-1, 1]. Other values are clipped; pixels that are
+            not finite become magenta.
+        path: the file; its suffix selects the format. Missing folders are created.
+        columns: images per row.
 
     Returns:
-        The path written.
+        The path.
 
     Raises:
         TypeError: images is not a floating-point tensor.
@@ -58,19 +58,19 @@ def save_image_grid(images: Tensor, path: str | Path, *, columns: int = 8) -> Pa
 
 
 def save_beside(pictures: Sequence[str | Path], path: str | Path, *, scale: int = 1, gap: int = 16) -> Path:
-    """Picture files side by side in one, pixels enlarged without smoothing.
+    """Save several image files side by side as one image, enlarged without smoothing.
 
     Args:
         pictures: the files, left to right.
-        path: PNG to write. Missing folders are made.
-        scale: whole factor of enlargement.
-        gap: white pixels between two.
+        path: the PNG file. Missing folders are created.
+        scale: integer factor of enlargement.
+        gap: white pixels between two images.
 
     Returns:
-        The path written.
+        The path.
 
     Raises:
-        ValueError: no picture, or a scale below 1.
+        ValueError: there is no image, or scale is below 1.
     """
     from PIL import Image
 
@@ -91,22 +91,21 @@ def save_beside(pictures: Sequence[str | Path], path: str | Path, *, scale: int 
 
 
 def save_curves(rounds: Mapping[str, Sequence[float]], epochs: Mapping[str, Sequence[float]], path: str | Path) -> Path:
-    """Draw a run's history: one panel a loss term, and one with all of the epochs' shares (accuracy, agreement).
+    """Plot a run's history: one panel per loss term, and one panel for accuracy and agreement.
 
-    A term whose values are all positive and span more than two decades is drawn on a logarithmic axis. Not finite
-    values leave a gap in a loss; in the epochs' shares, where NaN says "not measured", the points on both sides are
-    joined.
+    Positive losses that span more than two decades have a logarithmic axis. Values that are not finite leave a gap in
+    a loss; in the other panel NaN means "not measured" and the line continues.
 
     Args:
-        rounds: ``round`` and, of the same length, one list a loss term.
-        epochs: ``epoch`` and, of the same length, one list a share in [0, 1].
-        path: where to; the suffix names the format. Missing folders are made.
+        rounds: ``round`` and one series of the same length per loss term.
+        epochs: ``epoch`` and one series of the same length per share in [0, 1].
+        path: the file; its suffix selects the format. Missing folders are created.
 
     Returns:
-        The path written.
+        The path.
 
     Raises:
-        ValueError: a series is not as long as its ``round`` or ``epoch``.
+        ValueError: series have different lengths, or ``round`` or ``epoch`` is missing.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -118,7 +117,7 @@ def save_curves(rounds: Mapping[str, Sequence[float]], epochs: Mapping[str, Sequ
     panels = len(terms) + bool(shares)
     columns = min(_COLUMNS, max(1, panels))
     lines = max(1, math.ceil(panels / columns))
-    # Not pyplot: it keeps state and may need a display.
+    # pyplot keeps global state and may need a display.
     figure = Figure(figsize=(4.2 * columns, 2.8 * lines), layout="constrained", dpi=110)
     grid = [axes for line in figure.subplots(lines, columns, squeeze=False) for axes in line]
     for axes in grid:

@@ -1,4 +1,4 @@
-"""Result files: numbers together with the machine, the versions and the sources that they come from."""
+"""Result files, which record the machine, versions and sources of their numbers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SOURCES = {"dfkd_fast": ("*.py",), "kernels": ("*.py",), "csrc": ("*.cu", "*.cp
 
 
 def timestamp() -> str:
-    """The present time in UTC to the second, as ISO 8601; such stamps sort as text."""
+    """The current time in UTC as ISO 8601 with seconds, which sorts as text."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def source_digest() -> str:
-    """Twelve hex digits that change with any source of the package: evidence of what ran where there is no git."""
+    """Twelve hex digits that identify the package's sources, also without git."""
     digest = hashlib.sha256()
     for folder, patterns in _SOURCES.items():
         for path in sorted(file for pattern in patterns for file in (_ROOT / folder).rglob(pattern)):
@@ -42,7 +42,7 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with ``+`` where files differ from it; None outside a checkout of this repository."""
+    """The commit, with ``+`` if files have changed; None outside a checkout of this repository."""
     top = _output("git", "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != _ROOT:
         return None
@@ -77,11 +77,11 @@ def _gpu() -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions that a number was measured with.
+    """The machine and the versions of a measurement.
 
     Returns:
         ``device`` (name; for a GPU also compute capability, memory, driver, power limit and clocks), ``cpu``,
-        ``threads``, ``python``, ``torch``, ``cuda``, ``cudnn``, ``triton`` (None where absent), ``commit`` (None
+        ``threads``, ``python``, ``torch``, ``cuda``, ``cudnn``, ``triton`` (None if not installed), ``commit`` (None
         outside a checkout), ``source`` (see :func:`source_digest`) and ``date``.
     """
     import torch
@@ -109,34 +109,37 @@ def environment() -> dict[str, Any]:
 
 
 def device_slug(name: str) -> str:
-    """A device's name as a folder name: ``NVIDIA H200`` is ``nvidia-h200``."""
+    """A device's name as a folder name: ``NVIDIA H200`` becomes ``nvidia-h200``."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
-def _plain(value: Any) -> Any:
-    """Not finite floats as None: JSON has no word for them."""
+def _finite_or_none(value: Any) -> Any:
+    """Replaces floats that are not finite by None; JSON has no NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _finite_or_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_finite_or_none(item) for item in value]
     return value
 
 
 def write_results(path: str | Path, content: dict[str, Any]) -> Path:
-    """Write a result file so that a reader, or a run cut at any moment, sees the old content or the new, never a part.
+    """Write a result file atomically.
 
     Args:
-        path: the file. Missing folders are made.
-        content: JSON's types; floats that are not finite become null.
+        path: the file. Missing folders are created.
+        content: values of JSON's types; floats that are not finite become null.
 
     Returns:
-        The path written.
+        The path.
+
+    Raises:
+        TypeError: content contains a type that JSON does not have.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(_finite_or_none(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -150,7 +153,7 @@ def write_results(path: str | Path, content: dict[str, Any]) -> Path:
 
 
 def read_results(path: str | Path) -> dict[str, Any] | None:
-    """The content of a result file, None where there is none.
+    """Read a result file; None if it does not exist.
 
     Raises:
         ValueError: the file is not a JSON object.

@@ -1,4 +1,4 @@
-"""Tables for a terminal and for a page."""
+"""Tables for the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ _NUMBER = re.compile(r"[+-]?[\d,.]+(e[+-]?\d+)?\s*(%|x|s|ms|us|GB/s|TFLOP/s)?( [
 
 
 def result_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
-    """A rich table of rows that are mappings from column to value.
+    """Build a rich table.
 
-    Columns appear in the order in which the rows first name them. A missing key or None is an empty cell; a column
-    whose filled cells are all numbers is aligned right. Values are printed as they are: markup in them is not
-    interpreted.
+    Columns are in the order of their first use. A missing key or None is an empty cell. Columns of numbers are aligned
+    right. Markup in values is not interpreted.
 
     Args:
-        rows: the cells, by column name.
-        title: above the table; empty for none.
+        rows: one mapping from column name to value per row.
+        title: title above the table; empty for none.
     """
-    columns, cells, numeric = _laid_out(rows)
+    columns, cells, numeric = _layout(rows)
     table = Table(title=Text(title) if title else None, title_justify="left")
     for name, right in zip(columns, numeric, strict=True):
         table.add_column(Text(name), justify="right" if right else "left", overflow="fold")
@@ -35,8 +34,8 @@ def result_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The same table as lines of Markdown; see :func:`result_table`. No rows are no lines."""
-    columns, cells, numeric = _laid_out(rows)
+    """The table of :func:`result_table` as lines of Markdown; no lines if there are no rows."""
+    columns, cells, numeric = _layout(rows)
     if not columns:
         return []
     rule = "".join("---:|" if right else "---|" for right in numeric)
@@ -45,8 +44,8 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [head, f"|{rule}", *body]
 
 
-def _laid_out(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], list[bool]]:
-    """Columns, cells line by line, and which columns hold numbers."""
+def _layout(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]], list[bool]]:
+    """The columns, the cells per row, and whether each column contains only numbers."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [["" if row.get(name) is None else str(row[name]) for name in columns] for row in rows]
     numeric = []

@@ -1,6 +1,8 @@
-"""Fetching: images from memory, shifts, and a loader whose batches follow from its seed."""
+"""``ImageArray``, ``loader`` and the registry of data sets."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ def array(count: int = 23, size: int = 12, shift: int = 0) -> ImageArray:
 
 
 class Noise(Dataset[tuple[Tensor, int]]):
-    """Items with a random part of their own, fetched one by one."""
+    """Random items, fetched one by one."""
 
     def __len__(self) -> int:
         return 11
@@ -45,23 +47,19 @@ def equal(left: list, right: list) -> bool:
 
 def test_items_are_normalised() -> None:
     data = array()
-    image, label = data[7]
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
-    torch.testing.assert_close(image.double(), (data.images[7].double() / 255 - mean) / std, rtol=0, atol=2e-6)
-    assert (label, type(label)) == (7, int)
+    for (image, label), index in zip([data[7], *data.__getitems__([3, 0, 22])], [7, 3, 0, 22], strict=True):
+        torch.testing.assert_close(image.double(), (data.images[index].double() / 255 - mean) / std, rtol=0, atol=2e-6)
+        assert (label, type(label)) == (index, int)
     assert torch.equal(data[-1][0], data[22][0])
     with pytest.raises(IndexError, match="index 23 is out of range for 23 images"):
         data[23]
+    images, labels = next(iter(DataLoader(data, batch_size=4)))
+    assert images.shape == (4, 3, 12, 12)
+    assert labels.tolist() == [0, 1, 2, 3]
 
 
-def test_a_batch_is_its_items() -> None:
-    data = array()
-    for (image, label), index in zip(data.__getitems__([3, 0, 22]), [3, 0, 22], strict=True):
-        assert torch.equal(image, data[index][0])
-        assert label == index
-
-
-def test_a_shift_is_a_crop_of_the_image_with_its_border_repeated() -> None:
+def test_shift_is_a_crop_of_the_image_padded_by_its_border() -> None:
     most, size = 3, 12
     data = array(shift=most)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
@@ -80,50 +78,33 @@ def test_a_shift_is_a_crop_of_the_image_with_its_border_repeated() -> None:
     assert seen == set(crops)
 
 
-def test_a_plain_data_loader_reads_it() -> None:
-    images, labels = next(iter(DataLoader(array(), batch_size=4)))
-    assert images.shape == (4, 3, 12, 12)
-    assert labels.tolist() == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("changes", "error", "message"),
     [
         ({"images": torch.zeros(2, 3, 4, 4)}, TypeError, r"images must be uint8, got torch\.float32"),
-        (
-            {"images": torch.zeros(2, 1, 4, 4, dtype=torch.uint8)},
-            ValueError,
-            r"shape \(N, 3, S, S\), got \(2, 1, 4, 4\)",
-        ),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels must have shape \(2,\), got \(3,\)"),
+        ({"images": torch.zeros(2, 1, 4, 4).byte()}, ValueError, r"shape \(N, 3, S, S\), got \(2, 1, 4, 4\)"),
+        ({"labels": torch.zeros(3).long()}, ValueError, r"labels must have shape \(2,\), got \(3,\)"),
         ({"shift": 4}, ValueError, r"shift must be in 0\.\.3, got 4"),
         ({"shift": -1}, ValueError, r"shift must be in 0\.\.3, got -1"),
     ],
 )
-def test_bad_images(change: dict[str, object], error: type[Exception], message: str) -> None:
-    good: dict[str, object] = {
-        "images": torch.zeros(2, 3, 4, 4, dtype=torch.uint8),
-        "labels": torch.zeros(2, dtype=torch.int64),
-    }
+def test_image_array_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    valid: dict[str, Any] = {"images": torch.zeros(2, 3, 4, 4).byte(), "labels": torch.zeros(2).long()}
     with pytest.raises(error, match=message):
-        ImageArray(**(good | change))  # type: ignore[arg-type]
+        ImageArray(**(valid | changes))
 
 
 @pytest.mark.parametrize("dataset", [array(shift=2), Noise()], ids=["batched", "one by one"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_follow_from_the_seed_alone(dataset: Dataset, workers: int) -> None:
+def test_batches_depend_only_on_the_seed(dataset: Dataset, workers: int) -> None:
     torch.manual_seed(1)
+    before = torch.random.get_rng_state()
     first = batches(dataset)
+    assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(2)
     assert equal(batches(dataset, workers=workers), first)
     assert not equal(batches(dataset, seed=10), first)
-    assert not equal(first[:1], first[1:])  # a new order and new transforms each pass
-
-
-def test_the_global_generator_is_left_alone() -> None:
-    before = torch.random.get_rng_state()
-    batches(array(shift=2))
-    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not equal(first[:1], first[1:])  # a new order and new transforms in each pass
 
 
 def test_order_and_sizes() -> None:
@@ -139,7 +120,7 @@ def test_order_and_sizes() -> None:
     assert len(found) == len(list(found)) == 4
 
 
-def test_a_pass_cut_short_does_not_hang_the_next() -> None:
+def test_interrupted_pass_does_not_block_the_next() -> None:
     found = loader(array(), batch_size=5, shuffle=True, seed=0, workers=1)
     next(iter(found))
     assert sum(len(labels) for _, labels in found) == 23
@@ -150,22 +131,22 @@ def test_a_pass_cut_short_does_not_hang_the_next() -> None:
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
-        ({"dataset": array(count=0)}, "dataset must hold at least one image, got none"),
+        ({"dataset": array(count=0)}, "dataset must contain at least one image, got none"),
     ],
 )
-def test_bad_arguments(change: dict[str, object], message: str) -> None:
+def test_loader_errors(change: dict[str, object], message: str) -> None:
     good: dict[str, object] = {"dataset": array(), "batch_size": 5, "shuffle": True, "seed": 0, "workers": 0}
     with pytest.raises(ValueError, match=message):
         loader(**(good | change))  # type: ignore[arg-type]
 
 
-def test_an_unknown_set() -> None:
+def test_unknown_data_set() -> None:
     with pytest.raises(ValueError, match=r"DataConfig.name must be one of .*'rendered'.*, got 'imagenet'"):
         load(DataConfig(name="imagenet"))
 
 
-def test_a_new_set_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(data.DATASETS, "three", ImageSet)  # taken out again after the test
+def test_register_adds_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(data.DATASETS, "three", ImageSet)  # removed after the test
     images, half = array(3), (0.5,) * 3
 
     @register("three")
@@ -180,7 +161,7 @@ def test_a_new_set_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_classes(config) == load(config).num_classes == 3
 
 
-def test_the_numbers_of_classes_are_known_before_anything_is_read() -> None:
+def test_num_classes_reads_no_files() -> None:
     known = {name: num_classes(DataConfig(name=name, classes=7)) for name in data.DATASETS}
     assert known == {"aircraft": 100, "cars196": 196, "cub200": 200, "folder": None, "digits": 10, "rendered": 7}
     assert load(DataConfig(name="digits", image_size=8)).num_classes == 10

@@ -1,4 +1,4 @@
-"""The published sets, read from miniature trees of the same layout, and what is said of a partial one."""
+"""The published data sets, read from miniature trees, and errors for incomplete trees."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dfkd_fast.config import DataConfig
-from dfkd_fast.data import DatasetNotFound, load, loader
+from dfkd_fast.data import DATASETS, DatasetNotFound, load, loader
 from dfkd_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform, training_transform
 
 from .trees import BIRDS, CARS, VARIANTS, aircraft_tree, cars_tree, cub_tree, folder_tree
@@ -29,12 +29,6 @@ CLASSES = {
     "cub200": ("Black footed Albatross", "Laysan Albatross", "Sooty Albatross"),
     "folder": ("ant", "bee"),
 }
-SOURCES = {
-    "aircraft": "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
-    "cars196": "https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
-    "cub200": "https://www.vision.caltech.edu/datasets/cub_200_2011/",
-    "folder": "torchvision.datasets.ImageFolder",
-}
 
 
 def config(name: str, root: Path | None, **changes: object) -> DataConfig:
@@ -43,7 +37,7 @@ def config(name: str, root: Path | None, **changes: object) -> DataConfig:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_whole_tree(name: str, tmp_path: Path) -> None:
+def test_complete_tree(name: str, tmp_path: Path) -> None:
     data = load(config(name, MAKERS[name](tmp_path)))
     classes = len(CLASSES[name])
     assert data.classes == CLASSES[name]
@@ -58,7 +52,7 @@ def test_a_whole_tree(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_training_images_vary_and_held_out_ones_do_not(name: str, tmp_path: Path) -> None:
+def test_only_training_images_are_augmented(name: str, tmp_path: Path) -> None:
     root = MAKERS[name](tmp_path)
     data, still = load(config(name, root)), load(config(name, root, augment=False))
     torch.manual_seed(0)
@@ -67,7 +61,7 @@ def test_training_images_vary_and_held_out_ones_do_not(name: str, tmp_path: Path
     assert torch.equal(still.train[0][0], still.train[0][0])
 
 
-def test_cub_reads_its_own_split(tmp_path: Path) -> None:
+def test_cub200_split_and_grey_images(tmp_path: Path) -> None:
     data = load(config("cub200", cub_tree(tmp_path)))
     train, test = ([path.name for path, _ in part.samples] for part in (data.train, data.test))
     assert not set(train) & set(test)
@@ -76,7 +70,7 @@ def test_cub_reads_its_own_split(tmp_path: Path) -> None:
     assert grey.shape == (3, 24, 24)
 
 
-def test_a_folder_may_call_its_held_out_part_val(tmp_path: Path) -> None:
+def test_folder_accepts_val_as_test(tmp_path: Path) -> None:
     assert len(load(config("folder", folder_tree(tmp_path, held_out="val"))).test) == 4
 
 
@@ -107,7 +101,7 @@ AIRCRAFT, CARS_BASE, CUB = Path("fgvc-aircraft-2013b/data"), Path("stanford_cars
     ],
     ids=str,
 )
-def test_the_first_missing_part_is_named(name: str, missing: Path, tmp_path: Path) -> None:
+def test_first_missing_file_is_named(name: str, missing: Path, tmp_path: Path) -> None:
     path = MAKERS[name](tmp_path) / missing
     if path.is_dir():
         shutil.rmtree(path)
@@ -119,45 +113,32 @@ def test_the_first_missing_part_is_named(name: str, missing: Path, tmp_path: Pat
     message = str(caught.value)
     assert f"{path} is missing" in message
     assert "Expected under DataConfig.root:\n  " in message
-    assert SOURCES[name] in message
+    assert DATASETS[name].layout.source in message
     assert isinstance(caught.value, FileNotFoundError)
+    copy = pickle.loads(pickle.dumps(caught.value))  # as a worker process sends it
+    assert (str(copy), copy.filename) == (message, str(path))
 
 
-def test_a_missing_folder_of_images_names_its_first_image(tmp_path: Path) -> None:
+def test_incomplete_folders(tmp_path: Path) -> None:
     shutil.rmtree(cub_tree(tmp_path) / CUB / "images" / BIRDS[2])
     with pytest.raises(DatasetNotFound, match=r"Sooty_Albatross_0000_11\.jpg is missing"):
         load(config("cub200", tmp_path))
-
-
-def test_a_class_without_images(tmp_path: Path) -> None:
-    folder_tree(tmp_path)
-    shutil.rmtree(tmp_path / "test" / "bee")
-    (tmp_path / "test" / "bee").mkdir()
-    with pytest.raises(DatasetNotFound) as caught:
-        load(config("folder", tmp_path))
-    assert caught.value.filename == str(tmp_path / "test" / "bee" / "*.jpg")
-
-
-def test_splits_of_other_classes(tmp_path: Path) -> None:
-    folder_tree(tmp_path)
-    shutil.rmtree(tmp_path / "test" / "bee")
+    bee = folder_tree(tmp_path) / "test" / "bee"
+    shutil.rmtree(bee)
     with pytest.raises(ValueError, match=r"class 'bee' must be in both .*train and .*test"):
         load(config("folder", tmp_path))
+    bee.mkdir()
+    with pytest.raises(DatasetNotFound) as caught:
+        load(config("folder", tmp_path))
+    assert caught.value.filename == str(bee / "*.jpg")
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_no_root(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"DataConfig.root must be the folder that holds .*, got None"):
+def test_missing_root(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"DataConfig.root must be the folder that contains .*, got None"):
         load(config(name, None))
     with pytest.raises(DatasetNotFound, match="nowhere is missing"):
         load(config(name, tmp_path / "nowhere"))
-
-
-def test_the_error_survives_a_process_border(tmp_path: Path) -> None:
-    with pytest.raises(DatasetNotFound) as caught:
-        load(config("cub200", tmp_path))
-    copy = pickle.loads(pickle.dumps(caught.value))
-    assert (str(copy), copy.filename) == (str(caught.value), caught.value.filename)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +149,10 @@ def test_the_error_survives_a_process_border(tmp_path: Path) -> None:
         ("aircraft", AIRCRAFT / "images_variant_test.txt", "\n", r"images_variant_test\.txt is empty"),
         ("cub200", CUB / "image_class_labels.txt", "1 1\n", r"gives image 2 the class None"),
         ("cub200", CUB / "image_class_labels.txt", "1 7\n", r"gives image 1 the class 7"),
-        ("cub200", CUB / "train_test_split.txt", "1 2\n", r"must say 0 or 1 for image 1, got 2"),
+        ("cub200", CUB / "train_test_split.txt", "1 2\n", r"must have 0 or 1 for image 1, got 2"),
     ],
 )
-def test_annotations_that_cannot_be_read(name: str, file: Path, content: str, message: str, tmp_path: Path) -> None:
+def test_invalid_annotations(name: str, file: Path, content: str, message: str, tmp_path: Path) -> None:
     (MAKERS[name](tmp_path) / file).write_text(content)
     with pytest.raises(ValueError, match=message):
         load(config(name, tmp_path))
@@ -195,7 +176,7 @@ def test_transforms(size: int, shorter: int, shape: tuple[int, int]) -> None:
         assert min(resized.size) == shorter
 
 
-def test_aircraft_are_cropped_without_rescaling(tmp_path: Path) -> None:
+def test_aircraft_uses_random_crop(tmp_path: Path) -> None:
     def steps(name: str, make: Callable[[Path], Path]) -> list[str]:
         data = load(config(name, make(tmp_path)))
         return [type(step).__name__ for step in data.train.transform.transforms]

@@ -1,4 +1,4 @@
-"""The drawn set: what its subcategories share, what its splits do not, and its cache."""
+"""The rendered birds: subcategories, disjoint splits, images and the cache."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def uncovered(index: int) -> np.ndarray:
     return values
 
 
-def test_any_two_subcategories_differ_in_two_parts() -> None:
+def test_subcategories_differ_in_two_parts() -> None:
     words = birds.class_words()
     assert len(set(words)) == len(words) >= MOST_CLASSES
     assert min(sum(a != b for a, b in zip(*pair, strict=True)) for pair in itertools.combinations(words, 2)) == 2
 
 
-def test_the_first_ten_vary_every_part() -> None:
+def test_first_ten_subcategories_vary_every_part() -> None:
     for position, (part, values) in enumerate(birds.PARTS.items()):
         seen = {word[position] for word in birds.class_words()[:10]}
         assert seen == set(range(len(values))), part
 
 
-def test_the_order_of_subcategories_never_changes() -> None:
-    # A teacher's labels mean these birds: another order would silently make its weights wrong.
+def test_order_of_subcategories_is_fixed() -> None:
+    # Labels of saved teachers refer to this order.
     digest = hashlib.blake2b(bytes(itertools.chain.from_iterable(birds.class_words())), digest_size=8).hexdigest()
     assert digest == "3c84ade393e2e383"
     assert birds.class_name(birds.class_words()[0]) == (
@@ -61,7 +61,7 @@ def test_the_order_of_subcategories_never_changes() -> None:
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_any_two_subcategories_look_different_at_32_pixels(index: int) -> None:
+def test_subcategories_differ_visibly_at_32_pixels(index: int) -> None:
     values = uncovered(index)
     images = np.stack([birds.draw(word, values, 32) for word in birds.class_words()[:MOST_CLASSES]]).astype(np.int16)
     for label, image in enumerate(images[:-1]):
@@ -71,7 +71,7 @@ def test_any_two_subcategories_look_different_at_32_pixels(index: int) -> None:
 
 @pytest.mark.parametrize("part", birds.PARTS)
 @pytest.mark.parametrize("index", range(3))
-def test_a_part_is_a_small_share_of_the_picture(part: str, index: int) -> None:
+def test_part_covers_a_small_share_of_the_image(part: str, index: int) -> None:
     position = list(birds.PARTS).index(part)
     values = uncovered(index)
     plain = birds.draw([0] * 7, values, 96)
@@ -82,21 +82,13 @@ def test_a_part_is_a_small_share_of_the_picture(part: str, index: int) -> None:
         assert 0.002 < changed < 0.10
 
 
-def test_the_splits_share_no_value_of_any_nuisance() -> None:
-    train, test = vectors("train"), vectors("test")
+def test_splits_share_no_nuisance_value() -> None:
+    splits = vectors("train"), vectors("test")
     for position, (name, (low, high)) in enumerate(birds.NUISANCES.items()):
-        apart = np.abs(train[:, None, position] - test[None, :, position]).min()
-        assert apart >= 0.999 * 2 * birds.GUARD * (high - low) / birds.STRATA, name
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_nuisances_fill_the_strata_of_their_split(split: birds.Split) -> None:
-    values = vectors(split)
-    for position, (name, (low, high)) in enumerate(birds.NUISANCES.items()):
-        assert low <= values[:, position].min(), name
-        assert values[:, position].max() <= high, name
-        strata = set(np.floor((values[:, position] - low) / (high - low) * birds.STRATA).astype(int))
-        assert strata == set(range(split == "test", birds.STRATA, 2)), name
+        train, test = ((values[:, position] - low) / (high - low) * birds.STRATA for values in splits)
+        assert np.abs(train[:, None] - test).min() >= 0.999 * 2 * birds.GUARD, name
+        for first, strata in enumerate((train, test)):
+            assert set(np.floor(strata).astype(int)) == set(range(first, birds.STRATA, 2)), name
 
 
 def test_nuisances_vary_more_than_subcategories_differ(tmp_path: Path) -> None:
@@ -105,7 +97,7 @@ def test_nuisances_vary_more_than_subcategories_differ(tmp_path: Path) -> None:
     within = torch.stack([torch.pdist(group).mean() for group in images]).mean()
     between_means = torch.pdist(images.mean(dim=1)).mean()
     assert within > 2 * between_means
-    # And two birds of one kind are as unlike as two of different kinds: pixels alone do not tell them apart.
+    # Two birds of one subcategory differ as much as two of different ones: raw pixels do not separate them.
     assert within > 0.9 * torch.pdist(images[:, 0]).mean()
 
 
@@ -117,7 +109,7 @@ def test_images_of_any_size(size: int) -> None:
     assert image.std() > 10
 
 
-def test_images_of_two_sizes_show_the_same_scene() -> None:
+def test_sizes_show_the_same_scene() -> None:
     word, values = birds.class_words()[3], birds.nuisances(0, "train", 3, 0)
     small = birds.draw(word, values, 32).astype(float)
     large = birds.draw(word, values, 128).astype(float).reshape(3, 32, 4, 32, 4).mean(axis=(2, 4))
@@ -137,50 +129,41 @@ def test_items_and_names(tmp_path: Path) -> None:
     assert [data.test[index][1] for index in range(6)] == [0, 0, 1, 1, 2, 2]
 
 
-def test_another_process_draws_the_same_bytes(tmp_path: Path) -> None:
+def test_images_are_identical_in_another_process(tmp_path: Path) -> None:
     script = (
-        "import sys; from dfkd_fast.config import DataConfig; from dfkd_fast.data import load; import hashlib\n"
-        "data = load(DataConfig(name='rendered', root=sys.argv[1], image_size=32, classes=3, train_per_class=4,"
-        " test_per_class=2))\n"
-        "print(hashlib.sha256(data.train.images.numpy().tobytes() + data.test.images.numpy().tobytes()).hexdigest())"
+        "import sys; from dfkd_fast.config import DataConfig; from dfkd_fast.data import load\n"
+        "load(DataConfig(name='rendered', root=sys.argv[1], image_size=32, classes=3, train_per_class=4,"
+        " test_per_class=2))"
     )
-    source = Path(rendered_module.__file__).parents[3]
-    environment = os.environ | {"PYTHONPATH": str(source), "PYTHONHASHSEED": "7"}
-    there = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "there")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    data = load(config(tmp_path / "here"))
-    here = hashlib.sha256(data.train.images.numpy().tobytes() + data.test.images.numpy().tobytes()).hexdigest()
-    assert there.stdout.strip() == here
+    environment = os.environ | {"PYTHONPATH": str(Path(rendered_module.__file__).parents[3]), "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "there")], env=environment, check=True)
+    load(config(tmp_path / "here"))
+    here, there = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("here", "there"))
+    assert here == there
 
 
-def test_a_seed_draws_other_birds_of_the_same_kinds(tmp_path: Path) -> None:
-    first, second = load(config(tmp_path)), load(config(tmp_path, seed=1))
-    assert first.classes == second.classes
-    assert not torch.equal(first.train.images, second.train.images)
-
-
-def test_more_images_or_classes_leave_the_first_ones_alone(tmp_path: Path) -> None:
+def test_seed_and_counts(tmp_path: Path) -> None:
     few, many = load(config(tmp_path)), load(config(tmp_path, classes=4, train_per_class=6))
     assert many.classes[:3] == few.classes
     assert torch.equal(many.train.images.view(4, 6, -1)[:3, :4], few.train.images.view(3, 4, -1))
+    other = load(config(tmp_path, seed=1))
+    assert other.classes == few.classes
+    assert not torch.equal(other.train.images, few.train.images)
 
 
-def test_processes_draw_what_one_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = load(config(tmp_path / "alone"))
-    monkeypatch.setattr(rendered_module, "_WORTH_PROCESSES", 1)
+def test_worker_processes_draw_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = load(config(tmp_path / "one"))
+    monkeypatch.setattr(rendered_module, "_MIN_FOR_PROCESSES", 1)
     monkeypatch.setattr(rendered_module, "_CHUNK", 5)
     together = load(config(tmp_path / "together", workers=2))
-    assert torch.equal(alone.train.images, together.train.images)
-    assert torch.equal(alone.test.images, together.test.images)
+    assert torch.equal(one.train.images, together.train.images)
+    assert torch.equal(one.test.images, together.test.images)
 
 
-def test_a_cached_set_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = load(config(tmp_path)).train.images.clone()
+def test_cached_images_are_read_and_copied_on_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = load(config(tmp_path)).train.images
+    first = images.clone()
+    images.zero_()
 
     def refuse(*_: object) -> None:
         raise AssertionError("drawn although cached")
@@ -191,31 +174,27 @@ def test_a_cached_set_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.Mon
         load(config(tmp_path, seed=1))
 
 
-def test_a_new_drawing_version_leaves_old_pictures_aside(tmp_path: Path) -> None:
+def test_cache_key_depends_on_the_drawing_version() -> None:
     recipe = {"split": "train", "seed": 0, "size": 32, "classes": 3, "per_class": 4}
     stems = {rendered_module._Recipe(**recipe, version=version).stem for version in (1, 2)}  # type: ignore[arg-type]
     assert len(stems) == 2
 
 
-@pytest.mark.parametrize("kept", [0, 40, 300], ids=["empty", "half a header", "half the pixels"])
-def test_a_broken_cache_file_is_drawn_again(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("kept", [0, 40, 300, None], ids=["empty", "half a header", "half the pixels", "other shape"])
+def test_damaged_cache_file_is_drawn_again(tmp_path: Path, kept: int | None) -> None:
     first = load(config(tmp_path)).train.images.clone()
     pixels = next(tmp_path.glob("rendered-train-*.npy"))
-    pixels.write_bytes(pixels.read_bytes()[:kept])
+    if kept is None:
+        np.save(pixels, np.zeros((2, 3, 32, 32), np.uint8))
+    else:
+        pixels.write_bytes(pixels.read_bytes()[:kept])
     with pytest.warns(UserWarning, match="drawing it again"):
         again = load(config(tmp_path))
     assert torch.equal(again.train.images, first)
     assert torch.equal(load(config(tmp_path)).train.images, first)
 
 
-def test_pictures_of_another_shape_are_drawn_again(tmp_path: Path) -> None:
-    first = load(config(tmp_path)).train.images.clone()
-    np.save(next(tmp_path.glob("rendered-train-*.npy")), np.zeros((2, 3, 32, 32), np.uint8))
-    with pytest.warns(UserWarning, match="drawing it again"):
-        assert torch.equal(load(config(tmp_path)).train.images, first)
-
-
-def test_an_interrupted_drawing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_drawing_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -226,14 +205,7 @@ def test_an_interrupted_drawing_leaves_nothing_behind(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writing_to_the_images_leaves_the_cache_alone(tmp_path: Path) -> None:
-    data = load(config(tmp_path))
-    first = data.train.images.clone()
-    data.train.images.zero_()
-    assert torch.equal(load(config(tmp_path)).train.images, first)
-
-
-def test_the_cache_is_in_the_users_folder_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     load(DataConfig(name="rendered", image_size=32, classes=2, train_per_class=1, test_per_class=1))
     assert len(list((tmp_path / "dfkd_fast").glob("rendered-*.npy"))) == 2
@@ -248,7 +220,7 @@ def test_the_cache_is_in_the_users_folder_by_default(tmp_path: Path, monkeypatch
         ({"seed": -1}, r"seed must not be negative for 'rendered', got -1"),
     ],
 )
-def test_what_it_cannot_draw(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_errors(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(config(tmp_path, **changes))
     assert list(tmp_path.iterdir()) == []

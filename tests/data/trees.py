@@ -1,4 +1,4 @@
-"""Miniature trees of the published data sets: the same folders, names and annotation files, a few tiny images."""
+"""Miniature copies of the published data sets: the same folders and annotation files, a few tiny images."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 from PIL import Image
-
-__all__ = ["aircraft_tree", "cars_tree", "cub_tree", "folder_tree"]
 
 VARIANTS = ("707-320", "A300B4", "Boeing 717", "Yak-42")
 CARS = ("AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Sedan 2012")
@@ -39,7 +37,7 @@ def aircraft_tree(root: Path, *, train: int = 3, test: int = 2) -> Path:
 
 
 def cars_tree(root: Path, *, train: int = 3, test: int = 2) -> Path:
-    """``stanford_cars`` with three classes, its annotations as MATLAB structures; returns ``root``."""
+    """``stanford_cars`` with three classes and MATLAB annotations; returns ``root``."""
     rng = np.random.default_rng(1)
     base = root / "stanford_cars"
     (base / "devkit").mkdir(parents=True)
@@ -59,7 +57,7 @@ def cars_tree(root: Path, *, train: int = 3, test: int = 2) -> Path:
 
 
 def cub_tree(root: Path, *, train: int = 3, test: int = 2) -> Path:
-    """``CUB_200_2011`` with three classes, one image in grey, the splits interleaved; returns ``root``."""
+    """``CUB_200_2011`` with three classes, one grey image and interleaved splits; returns ``root``."""
     rng = np.random.default_rng(2)
     base = root / "CUB_200_2011"
     images, labels, splits = [], [], []

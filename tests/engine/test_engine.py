@@ -189,7 +189,7 @@ def test_a_teacher_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.state()  # which keeps its traces
     features = extract(tiny.teacher(), image_size=tiny.SIZE)
     expected = extract(features.model, statistics=True, image_size=tiny.SIZE)
-    monkeypatch.setattr(sys.modules["dfkd_fast.graph.extract"], "follow", None)
+    monkeypatch.setattr(sys.modules["dfkd_fast.graph.extract"], "symbolic_trace", None)
     found = extract(features, statistics=True).train()  # statistics mean eval mode, whatever the flags
     assert (found.stages, found.batchnorms, found.fused) == (expected.stages, expected.batchnorms, expected.fused)
     assert len(found.batchnorms) > 5

@@ -1,9 +1,9 @@
-"""Networks by name: sizes as published, any image size, and errors that say what would do."""
+"""``create_model``: published sizes, any image size, options, weights and errors."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +12,7 @@ from torch import nn
 from dfkd_fast.config import ModelConfig
 from dfkd_fast.models import create_model, extract, names, normalization, save_weights
 
-# Parameters with 100 classes, in thousands, as the distillation literature tabulates them (Tian et al., "Contrastive
-# Representation Distillation", ICLR 2020, and the networks' own papers).
+# Number of parameters with 100 classes (Tian et al., "Contrastive Representation Distillation", ICLR 2020).
 PUBLISHED = {
     "wrn_40_2": 2_255_156,
     "wrn_40_1": 569_780,
@@ -30,7 +29,7 @@ def build(name: str, num_classes: int = 5, **config: object) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_sizes_are_those_published(name: str) -> None:
+def test_parameter_counts_match_the_literature(name: str) -> None:
     assert sum(p.numel() for p in build(name, 100).parameters()) == PUBLISHED[name]
 
 
@@ -42,14 +41,14 @@ def test_any_image_size(name: str, size: tuple[int, int]) -> None:
     assert logits.isfinite().all()
 
 
-def test_names_are_buildable() -> None:
+def test_every_name_can_be_built() -> None:
     assert {"wrn_40_2", "wrn_16_2", "resnet8", "resnet20", "resnet8x4", "resnet32x4"} <= set(names())
     with torch.device("meta"):
         for name in names():
             assert build(name, 3).fc.out_features == 3
 
 
-def test_logits_are_of_a_healthy_scale_at_the_start() -> None:
+def test_initial_logits_have_a_moderate_scale() -> None:
     for name in ("wrn_16_2", "resnet20", "resnet8x4"):
         logits = build(name, 10).train()(torch.randn(16, 3, 32, 32))
         assert 0.05 < logits.std() < 5, name
@@ -66,70 +65,58 @@ def test_options_reach_the_network() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "message", "changes"),
     [
-        ("resnet18", r"no network of our own named 'resnet18'; did you mean 'resnet8'.*'timm:resnet18'"),
-        ("zzz", r"no network of our own named 'zzz'; there are resnet8, resnet14.*'package.module:factory'"),
-        ("wrn_41_2", r"depth must be 6 n \+ 4 .*, got 41"),
-        ("wrn_40_0", r"the width, must be at least 1"),
-        ("timm:resnet81", r"no timm model named 'resnet81'; did you mean .*'resnet18'"),
-        ("torchvision:resnt18", r"no torchvision classifier named 'resnt18'; did you mean 'resnet18'"),
-        ("torchvision:deeplabv3_resnet50", r"no torchvision classifier named"),
-        ("no_such_package.sub:net", r"no module 'no_such_package' can be imported; is it installed, or its folder on"),
-        ("json:dumpz", r"json has no 'dumpz'; did you mean 'dump'"),
-        ("json:__doc__", r"'json:__doc__' must be callable, got a str"),
+        ("resnet18", r"named 'resnet18'; did you mean 'resnet8'.*'timm:resnet18'", {}),
+        ("zzz", r"named 'zzz'; there are resnet8, resnet14.*'package.module:factory'", {}),
+        ("wrn_41_2", r"depth must be 6 n \+ 4 .*, got 41", {}),
+        ("wrn_40_0", r"the width, must be at least 1", {}),
+        ("timm:resnet81", r"no timm model named 'resnet81'; did you mean .*'resnet18'", {}),
+        ("torchvision:resnt18", r"no torchvision classifier named 'resnt18'; did you mean 'resnet18'", {}),
+        ("torchvision:deeplabv3_resnet50", r"no torchvision classifier named", {}),
+        ("no_such_package.sub:net", r"cannot import the module 'no_such_package'; install it or add its folder", {}),
+        ("json:dumpz", r"json has no 'dumpz'; did you mean 'dump'", {}),
+        ("json:__doc__", r"'json:__doc__' must be callable, got a str", {}),
+        ("resnet8", "num_classes must be at least 1, got 0", {"num_classes": 0}),
+        *((name, "widths must be four positive", {"options": {"widths": [4, 8]}}) for name in ("resnet8", "wrn_10_1")),
+        *(
+            (
+                "timm:resnet18",
+                f"options must not contain '{option}'.*nothing is downloaded",
+                {"options": {option: True}},
+            )
+            for option in ("pretrained", "weights", "num_classes")
+        ),
     ],
 )
-def test_unknown_names(name: str, message: str) -> None:
+def test_errors(name: str, message: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
-        build(name)
+        build(name, **changes)
 
 
-@pytest.mark.parametrize("option", ["pretrained", "weights", "num_classes"])
-def test_options_that_would_bring_weights_from_elsewhere(option: str) -> None:
-    with pytest.raises(ValueError, match=f"options must not hold '{option}'.*nothing is downloaded"):
-        build("timm:resnet18", options={option: True})
+def factory(num_classes: int, width: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
 
-def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
-        build("resnet8", 0)
-    for name in ("resnet8", "wrn_10_1"):
-        with pytest.raises(ValueError, match="widths must be four positive numbers"):
-            build(name, options={"widths": [4, 8]})
+class Zoo:
+    net = staticmethod(factory)
+    text = staticmethod(lambda num_classes: "a network")
 
 
-@pytest.fixture
-def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "my_networks.py").write_text(
-        "from torch import nn\n"
-        "def net(num_classes, width=4):\n"
-        "    return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
-        "                         nn.Linear(width, num_classes))\n"
-        "def text(num_classes):\n"
-        "    return 'a network'\n"
-        "class Zoo:\n"
-        "    net = staticmethod(net)\n"
-    )
-    (tmp_path / "broken_networks.py").write_text("import no_such_package\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield "my_networks"
-    for name in ("my_networks", "broken_networks"):
-        sys.modules.pop(name, None)
-
-
-def test_a_factory_of_ones_own(own_module: str) -> None:
-    for name in (f"{own_module}:net", f"{own_module}:Zoo.net"):
+def test_factory_in_another_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (f"{__name__}:factory", f"{__name__}:Zoo.net"):
         model = build(name, 7, options={"width": 6})
         assert model(torch.randn(2, 3, 8, 8)).shape == (2, 7)
         assert model[0].out_channels == 6
-    with pytest.raises(TypeError, match=r"'my_networks:text' must return a torch.nn.Module, got a str"):
-        build(f"{own_module}:text")
-    with pytest.raises(ModuleNotFoundError, match="no_such_package"):  # its own defect, not a wrong name
+    with pytest.raises(TypeError, match=r":Zoo.text' must return a torch.nn.Module, got a str"):
+        build(f"{__name__}:Zoo.text")
+    (tmp_path / "broken_networks.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):  # raised by the module itself
         build("broken_networks:net")
 
 
-def test_a_new_head_over_trained_weights(tmp_path: Path) -> None:
+def test_new_head_keeps_the_other_weights(tmp_path: Path) -> None:
     for name, head in (("resnet8", "fc"), ("timm:resnet18", "fc"), ("torchvision:mobilenet_v2", "classifier.1")):
         trained = build(name, 10)
         save_weights(trained, tmp_path / "w.safetensors")
@@ -142,7 +129,7 @@ def test_a_new_head_over_trained_weights(tmp_path: Path) -> None:
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 4)
 
 
-def test_googlenet_gives_logits_in_both_modes() -> None:
+def test_googlenet_returns_logits_in_training_mode() -> None:
     model = build("torchvision:googlenet", 3)
     assert model.train()(torch.randn(2, 3, 64, 64)).shape == (2, 3)
 

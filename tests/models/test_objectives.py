@@ -1,13 +1,16 @@
-"""Each loss term, in value and gradient, against a float64 definition written here; weights, presets and errors."""
+"""Loss terms against float64 definitions, in value and gradient; weights, presets and errors."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import dfkd_fast
 from dfkd_fast.config import KDConfig, MHADConfig, ObjectiveConfig, SFCLConfig
 from dfkd_fast.models import LayerStatistics, Outputs
 from dfkd_fast.objectives import (
@@ -33,41 +36,31 @@ F64 = torch.float64
 SHAPES = FeatureShapes(teacher_channels=(8, 12), student_channels=(8, 5), teacher_dim=12, student_dim=5)
 
 
-def outputs(
-    *, classes: int = 7, channels: tuple[int, ...] = (8, 12), sizes=((6, 6), (3, 3)), count: int = 4
-) -> Outputs:
-    """Random outputs of a network, with gradients, float64."""
-    statistics = [
-        LayerStatistics(
-            torch.randn(c, dtype=F64, requires_grad=True),
-            torch.rand(c, dtype=F64, requires_grad=True),
-            torch.randn(c, dtype=F64),
-            torch.rand(c, dtype=F64),
-        )
-        for c in channels
-    ]
+def outputs(*, channels: tuple[int, ...] = (8, 12), sizes: tuple[int, ...] = (6, 3)) -> Outputs:
+    """Random float64 outputs of a network for four images and seven classes, with gradients."""
+
+    def draw(*shape: int, grad: bool = True) -> Tensor:
+        return torch.rand(shape, dtype=F64).mul(2).sub(0.5).requires_grad_(grad)
+
     return Outputs(
-        logits=torch.randn(count, classes, dtype=F64, requires_grad=True),
-        features=tuple(
-            torch.randn(count, c, *size, dtype=F64, requires_grad=True) for c, size in zip(channels, sizes, strict=True)
-        ),
-        penultimate=torch.randn(count, channels[-1], dtype=F64, requires_grad=True),
-        statistics=tuple(statistics),
+        logits=draw(4, 7),
+        features=tuple(draw(4, c, size, size) for c, size in zip(channels, sizes, strict=True)),
+        penultimate=draw(4, channels[-1]),
+        statistics=tuple(LayerStatistics(draw(c), draw(c), draw(c, grad=False), draw(c, grad=False)) for c in channels),
     )
 
 
-class _Network:
-    """What an objective asks of a network before the first step."""
-
-    def __init__(self, channels: tuple[int, ...], dim: int) -> None:
-        self.feature_channels, self.penultimate_dim = channels, dim
+def pair() -> tuple[Outputs, Outputs]:
+    return outputs(), outputs(channels=(8, 5))
 
 
-TEACHER, STUDENT = _Network((8, 12), 12), _Network((8, 5), 5)
+# The attributes of a FeatureModel that an objective reads.
+TEACHER: Any = SimpleNamespace(feature_channels=(8, 12), penultimate_dim=12)
+STUDENT: Any = SimpleNamespace(feature_channels=(8, 5), penultimate_dim=5)
 
 
 def check(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
-    """Equal in value and in the gradient to every input, at the precision of float32 sums."""
+    """Compares values and gradients of every input, to the precision of float32 sums."""
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
     for got, expected_value in zip(
         torch.autograd.grad(3.0 * found, inputs, allow_unused=True, retain_graph=True),
@@ -81,7 +74,7 @@ def check(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_distillation_is_the_divergence_of_the_softmaxes(direction: str, temperature: float) -> None:
+def test_distillation_matches_kl_divergence(direction: str, temperature: float) -> None:
     t, s = outputs(), outputs()
     term = Distillation(KDConfig(temperature=temperature, direction=direction))  # type: ignore[arg-type]
     p, q = ((o.logits / temperature).softmax(1) for o in (t, s))
@@ -91,30 +84,23 @@ def test_distillation_is_the_divergence_of_the_softmaxes(direction: str, tempera
     check(term(t, s), expected, [t.logits, s.logits])
 
 
-def test_batchnorm_statistics_sum_norms_that_are_not_squared() -> None:
+def test_batchnorm_statistics_sums_norms() -> None:
     t = outputs()
     expected = torch.zeros((), dtype=F64)
     for layer in t.statistics:
         expected = expected + (layer.mean - layer.running_mean).square().sum().sqrt()
         expected = expected + (layer.var - layer.running_var).square().sum().sqrt()
     check(BatchNormStatistics()(t, None), expected, [x for layer in t.statistics for x in layer[:2]])
-
-
-def test_batchnorm_statistics_that_agree_have_no_gradient() -> None:
-    mean, var = torch.randn(5, requires_grad=True), torch.rand(5, requires_grad=True)
-    t = Outputs(torch.zeros(1, 2), (), torch.zeros(1, 2), (LayerStatistics(mean, var, mean.detach(), var.detach()),))
-    loss = BatchNormStatistics()(t, None)
+    equal = [layer._replace(running_mean=layer.mean.detach(), running_var=layer.var.detach()) for layer in t.statistics]
+    loss = BatchNormStatistics()(t._replace(statistics=equal), None)
     assert loss == 0
-    for gradient in torch.autograd.grad(loss, (mean, var)):
-        assert torch.equal(gradient, torch.zeros(5))
-
-
-def test_batchnorm_statistics_need_a_batchnorm() -> None:
+    for gradient in torch.autograd.grad(loss, [x for layer in equal for x in layer[:2]]):
+        assert not gradient.any()  # the subgradient at zero
     with pytest.raises(ValueError, match="needs a teacher with BatchNorm layers"):
-        BatchNormStatistics()(outputs()._replace(statistics=()), None)
+        BatchNormStatistics()(t._replace(statistics=()), None)
 
 
-def test_peers_terms() -> None:
+def test_terms_of_other_methods() -> None:
     t, s = outputs(), outputs()
     check(LogitDistance()(t, s), (t.logits - s.logits).abs().mean(), [t.logits, s.logits])
     check(OneHot()(t, None), -t.logits.log_softmax(1).max(1).values.mean(), [t.logits])
@@ -123,9 +109,9 @@ def test_peers_terms() -> None:
     check(ClassBalance()(t, None), (mean * mean.log()).sum(), [t.logits])
 
 
-def test_attention_transfer_compares_maps_of_unit_length_at_the_smaller_size() -> None:
+def test_attention_transfer_matches_definition() -> None:
     t = outputs()
-    s = outputs(channels=(8, 5), sizes=((6, 6), (6, 6)))
+    s = outputs(channels=(8, 5), sizes=(6, 6))
     expected = torch.zeros((), dtype=F64)
     for x, y in zip(t.features, s.features, strict=True):
         if x.shape[-1] < y.shape[-1]:
@@ -136,55 +122,36 @@ def test_attention_transfer_compares_maps_of_unit_length_at_the_smaller_size() -
     check(AttentionTransfer(SHAPES)(t, s), expected, [*t.features, *s.features])
 
 
-def _attended(x: Tensor, proj: Tensor, out: Tensor, target: str) -> Tensor:
-    """Order 3, joint: the definition of the method, position by position."""
-    u = torch.einsum("fkc,nchw->nfkhw", proj, x)
-    z = [u[:, 0], u[:, 1] * u[:, 2], u[:, 3] * u[:, 4] * u[:, 5]]
-    logits = sum(torch.einsum("ck,nkhw->nchw", out[r], z[r].clamp(min=0)) for r in range(3))
-    attention = 1 / (1 + torch.exp(-logits))
-    return attention * x if target == "features" else attention
-
-
 @pytest.mark.parametrize("target", ["features", "attention"])
 @pytest.mark.parametrize("average", ["elements", "channels"])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("stages", [None, 1])
-def test_mhad(target: str, average: str, shared: bool, stages: int | None) -> None:
+def test_mhad_matches_definition(target: str, average: str, shared: bool, stages: int | None) -> None:
     config = MHADConfig(target=target, average=average, shared=shared, stages=stages)  # type: ignore[arg-type]
     term = HighOrderAttentionDistillation(SHAPES, config).double()
-    t, s = outputs(), outputs(channels=(8, 5), sizes=((6, 6), (6, 6)))
+    t, s = outputs(), outputs(channels=(8, 5), sizes=(6, 6))
     expected = torch.zeros((), dtype=F64)
     for index, stage in enumerate([0, 1][-(stages or 2) :]):
         x, y = t.features[stage].detach(), s.features[stage]
         if stage == 1:
             y = y.unflatten(-1, (3, 2)).unflatten(-3, (3, 2)).mean((-1, -3))  # 6 x 6 to 3 x 3
             y = torch.einsum("os,nshw->nohw", term.adapters[index].weight[:, :, 0, 0], y)
-        mine = term.student_attention[index]
-        theirs = mine if shared else term.teacher_attention[index]
-        error = (
-            _attended(y, mine.proj_weight, mine.out_weight, target)
-            - _attended(x, theirs.proj_weight, theirs.out_weight, target).detach()
-        )
+        student = term.student_attention[index]
+        teacher = student if shared else term.teacher_attention[index]
+        if target == "attention":
+            student, teacher = student.attention, teacher.attention
+        error = student(y) - teacher(x).detach()
         squared = error.square().sum()
         expected = expected + squared / (error.numel() if average == "elements" else error.shape[0] * error.shape[1])
     check(term(t, s), expected, [*s.features, *(p for p in term.parameters() if p.requires_grad)])
+    assert all(p.requires_grad for p in term.student_attention.parameters())
+    assert not any(p.requires_grad for p in term.teacher_attention.parameters())
+    adapters = [nn.Identity, nn.Conv2d][-(stages or 2) :]
+    assert [type(adapter) for adapter in term.adapters] == adapters
+    assert term.adapters[-1].bias is None
 
 
-def test_mhad_never_trains_the_teachers_side() -> None:
-    term = HighOrderAttentionDistillation(SHAPES)
-    t, s = (Outputs(o.logits, tuple(f.float() for f in o.features), o.penultimate) for o in _pair())
-    term(t, s).backward()
-    assert all(p.grad is None and not p.requires_grad for p in term.teacher_attention.parameters())
-    assert all(p.grad is not None for p in term.student_attention.parameters())
-    assert [type(a).__name__ for a in term.adapters] == ["Identity", "Conv2d"]
-    assert term.adapters[1].bias is None
-
-
-def _pair() -> tuple[Outputs, Outputs]:
-    return outputs(), outputs(channels=(8, 5))
-
-
-def test_mhad_pairs_the_deepest_stages_of_networks_of_different_depth() -> None:
+def test_mhad_pairs_the_deepest_stages() -> None:
     shapes = FeatureShapes(teacher_channels=(4, 8, 8, 12), student_channels=(6, 8, 5), teacher_dim=12, student_dim=5)
     with pytest.raises(ValueError, match="pairs the stages of teacher and student one to one, but they have 4 and 3"):
         HighOrderAttentionDistillation(shapes)
@@ -195,17 +162,13 @@ def test_mhad_pairs_the_deepest_stages_of_networks_of_different_depth() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_sfcl(symmetric: bool) -> None:
+def test_sfcl_matches_definition(symmetric: bool) -> None:
     tau = 0.2
     term = SemanticFeatureContrast(SHAPES, SFCLConfig(dim=6, temperature=tau, symmetric=symmetric)).double()
-    t, s = _pair()
+    t, s = pair()
 
-    def head(x: Tensor, module: torch.nn.Module) -> Tensor:
-        first, _, second = module.children()
-        y = (x @ first.weight.T + first.bias).clamp(min=0) @ second.weight.T + second.bias
-        return y / y.norm(dim=1, keepdim=True)
-
-    vectors = [*head(t.penultimate.detach(), term.teacher_head), *head(s.penultimate, term.student_head)]
+    projected = (term.teacher_head(t.penultimate.detach()), term.student_head(s.penultimate))
+    vectors = [v / v.norm() for side in projected for v in side]
     count = len(t.penultimate)
     losses = []
     for i in range(2 * count if symmetric else count):
@@ -215,10 +178,14 @@ def test_sfcl(symmetric: bool) -> None:
     inputs = [s.penultimate, *term.parameters()]
     check(term(t, s), torch.stack(losses).mean(), inputs)
     assert torch.autograd.grad(term(t, s), t.penultimate, allow_unused=True) == (None,)
+    module = dfkd_fast.SemanticFeatureContrast(12, 5, dim=6, temperature=tau, symmetric=symmetric).double()
+    module.load_state_dict(term.state_dict())
+    assert torch.equal(module(t.penultimate, s.penultimate), term(t, s))
+    assert repr(module).startswith(f"SemanticFeatureContrast(\n  temperature=0.2, symmetric={symmetric}")
 
 
 def test_objective_is_the_weighted_sum() -> None:
-    t, s = _pair()
+    t, s = pair()
     objective = Objective({"kd": Distillation(), "l1": LogitDistance()}, {"kd": 2.0, "l1": -0.5})
     total, values = objective(t, s)
     torch.testing.assert_close(values, torch.stack([Distillation()(t, s), LogitDistance()(t, s)]).detach().float())
@@ -230,11 +197,11 @@ def test_objective_is_the_weighted_sum() -> None:
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
-def test_presets_build_and_descend(preset: str) -> None:
+def test_presets_give_finite_losses_and_gradients(preset: str) -> None:
     config = ObjectiveConfig(preset=preset)  # type: ignore[arg-type]
-    g, s = (build(config, TEACHER, STUDENT) for build in (generator_objective, student_objective))  # type: ignore[arg-type]
+    g, s = (build(config, TEACHER, STUDENT) for build in (generator_objective, student_objective))
     assert (g.weights, s.weights) == (PRESETS[preset].generator, PRESETS[preset].student)
-    teacher, student = _pair()
+    teacher, student = pair()
     for objective in (g.double(), s.double()):
         total, values = objective(teacher, student if "student" in objective.needs else None)
         assert math.isfinite(total.item())
@@ -243,32 +210,29 @@ def test_presets_build_and_descend(preset: str) -> None:
     assert teacher.logits.grad is not None
 
 
-def test_preset_of_the_paper_has_its_weights() -> None:
+def test_preset_and_config_weights() -> None:
     assert PRESETS["dfkd-fgvc"].generator == {"bn": 0.3, "kd": -1.0}
     assert PRESETS["dfkd-fgvc"].student == {"kd": 1.0, "mhad": 10.0, "sfcl": 8.0}
-
-
-def test_weights_of_the_config_go_over_the_presets() -> None:
     config = ObjectiveConfig(generator={"bn": 1.0}, student={"sfcl": 0.0, "mhad": 3.0})
-    assert generator_objective(config, TEACHER, STUDENT).weights == {"bn": 1.0, "kd": -1.0}  # type: ignore[arg-type]
-    assert student_objective(config, TEACHER, STUDENT).weights == {"kd": 1.0, "mhad": 3.0}  # type: ignore[arg-type]
+    assert generator_objective(config, TEACHER, STUDENT).weights == {"bn": 1.0, "kd": -1.0}
+    assert student_objective(config, TEACHER, STUDENT).weights == {"kd": 1.0, "mhad": 3.0}
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ObjectiveConfig(student={"mhda": 1.0}), "names the term 'mhda'; did you mean 'mhad'"),
-        (ObjectiveConfig(student={"bn": 1.0}), "ObjectiveConfig.student names the term 'bn'"),
-        (ObjectiveConfig(preset="baseline", student={"kd": 0.0}), "leaves no term with a weight other than 0"),
+        (ObjectiveConfig(student={"mhda": 1.0}), "has no term 'mhda'; did you mean 'mhad'"),
+        (ObjectiveConfig(student={"bn": 1.0}), "ObjectiveConfig.student has no term 'bn'"),
+        (ObjectiveConfig(preset="baseline", student={"kd": 0.0}), "has no term with a nonzero weight"),
         (ObjectiveConfig(preset="other"), "ObjectiveConfig.preset must be one of"),  # type: ignore[arg-type]
     ],
 )
-def test_wrong_objectives_are_named(config: ObjectiveConfig, message: str) -> None:
+def test_errors(config: ObjectiveConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        student_objective(config, TEACHER, STUDENT)  # type: ignore[arg-type]
+        student_objective(config, TEACHER, STUDENT)
 
 
-def test_every_term_has_a_name_and_says_what_it_needs() -> None:
+def test_registered_terms_declare_sides_and_needs() -> None:
     for registered in TERMS.values():
         term = registered.build(SHAPES, ObjectiveConfig())
         assert set(term.sides) <= {"generator", "student"}

@@ -1,1 +1,1 @@
-"""Sets that are drawn, not read."""
+"""Synthetic data sets."""

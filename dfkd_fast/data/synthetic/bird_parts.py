@@ -1,6 +1,6 @@
-"""What a bird is made of: filled outlines, back to front, some of them only on certain subcategories.
+"""The parts of a bird: filled outlines from back to front, some of them only for certain subcategories.
 
-The bird's own frame: x towards the beak, y down, the body about one unit long with its centre at the origin.
+Coordinates: x towards the beak, y down; the body is about one unit long and centred at the origin.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ PARTS: dict[str, tuple[str, ...]] = {
     "belly": ("plain", "pale"),
     "breast": ("red", "yellow", "blue", "white", "black"),
 }
-"""The attributes by which subcategories differ, each with its values."""
+"""The attributes of subcategories and their values."""
 
 
 class Part(NamedTuple):
     """A filled outline.
 
     Args:
-        limb: what it moves with: body, head, crest, wing or tail.
-        role: which of the bird's colours fills it.
+        limb: the limb that it moves with: body, head, crest, wing or tail.
+        role: name of its colour.
         outline: corners, (n, 2).
-        worn: the attribute and value that a bird must have to wear it; None where all do.
+        condition: the attribute and value that a bird must have; None for all birds.
     """
 
     limb: str
     role: str
     outline: NDArray[np.float64]
-    worn: tuple[str, str] | None = None
+    condition: tuple[str, str] | None = None
 
 
 def _sharp(corners: str) -> NDArray[np.float64]:
-    """The polygon through points written as ``x y, x y, ...``."""
+    """The polygon through the points ``x y, x y, ...``."""
     return np.array([[float(number) for number in corner.split()] for corner in corners.split(",")])
 
 
 def _smooth(corners: str, steps: int = 6) -> NDArray[np.float64]:
-    """The closed Catmull-Rom curve through points written as ``x y, x y, ...``."""
+    """The closed Catmull-Rom curve through the points ``x y, x y, ...``."""
     points = _sharp(corners)
     t = np.arange(steps)[:, None] / steps
     before, start, end, after = (np.roll(points, shift, axis=0)[:, None] for shift in (1, 0, -1, -2))
@@ -122,6 +122,6 @@ _BACK_TO_FRONT = (
 
 @cache
 def parts(word: tuple[int, ...]) -> tuple[Part, ...]:
-    """The outlines of a subcategory, back to front; ``word`` holds an index into each of ``PARTS``' values."""
+    """The parts of a subcategory, back to front; ``word`` has one index per attribute in ``PARTS``."""
     has = {(attribute, values[index]) for (attribute, values), index in zip(PARTS.items(), word, strict=True)}
-    return tuple(part for part in _BACK_TO_FRONT if part.worn is None or part.worn in has)
+    return tuple(part for part in _BACK_TO_FRONT if part.condition is None or part.condition in has)

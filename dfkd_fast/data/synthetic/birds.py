@@ -1,15 +1,15 @@
-"""A fine-grained set to draw: subcategories of one bird that differ in parts alone.
+"""Draws a fine-grained data set: subcategories of one bird that differ only in parts.
 
-Every bird has the same body, head, wing and legs. A subcategory is a word of seven attributes, one a part (``PARTS``).
-Six are free; the seventh, the breast's colour, is their sum modulo five. Changing one of the six therefore changes the
-colour too, so any two of the 216 subcategories differ in at least two parts, and a leaf over one of them leaves
-another to tell them by.
+All birds share body, head, wing and legs. A subcategory is a word of seven attributes, one per part (``PARTS``). Six
+are free; the seventh, the breast's colour, is their sum modulo five. Any two of the 216 subcategories therefore differ
+in at least two parts, so a leaf that covers one part does not make them equal.
 
-Everything else about an image is a nuisance: a vector of numbers (``NUISANCES``), each drawn uniformly from its range.
-The range is cut into sixteen strata. Training images take the even ones, held-out images the odd ones, and the outer
-tenth of a stratum at either end belongs to neither: no value of any nuisance occurs in both splits.
+All other properties of an image are nuisances (``NUISANCES``), each drawn uniformly from its range. A range consists of
+sixteen strata: training images use the even ones, test images the odd ones, and the outer tenth at both ends of a
+stratum is not used. No nuisance value occurs in both splits.
 
-An image is a function of its subcategory and of that vector, and the vector of ``(seed, split, subcategory, index)``.
+An image is a function of its subcategory and its nuisances, which are a function of ``(seed, split, subcategory,
+index)``.
 """
 
 from __future__ import annotations
@@ -27,21 +27,8 @@ from PIL import Image, ImageDraw
 
 from dfkd_fast.data.synthetic.bird_parts import PARTS, parts
 
-__all__ = [
-    "DRAWING_VERSION",
-    "GUARD",
-    "NUISANCES",
-    "PARTS",
-    "STRATA",
-    "Split",
-    "class_name",
-    "class_words",
-    "draw",
-    "nuisances",
-]
-
 DRAWING_VERSION = 1
-"""Raised whenever the same arguments draw other pixels: pictures in a cache under another number are not used."""
+"""Increase it when the same arguments draw other pixels; it is part of the cache key."""
 
 STRATA = 16
 GUARD = 0.1
@@ -51,19 +38,23 @@ Points = NDArray[np.float64]
 Colour = tuple[float, float, float]
 
 
-def _blob(index: int) -> dict[str, tuple[float, float]]:
-    ranges = {"x": (-1, 1), "y": (-1, 1), "radius": (0.15, 0.6), "hue": (0, 1), "saturation": (0.05, 0.6)}
-    return {f"blob{index}_{name}": span for name, span in (ranges | {"value": (0.25, 1.0)}).items()}
-
-
-def _stick(index: int) -> dict[str, tuple[float, float]]:
-    ranges = {"x": (-1, 1), "y": (-1, 1), "angle": (-1.5, 1.5), "width": (-0.03, 0.06), "value": (0.2, 0.7)}
-    return {f"stick{index}_{name}": span for name, span in ranges.items()}
-
-
-def _leaf(index: int) -> dict[str, tuple[float, float]]:
-    ranges = {"x": (-0.85, 0.75), "y": (-0.75, 0.55), "angle": (-3.1, 3.1), "length": (-0.2, 0.3)}
-    return {f"leaf{index}_{name}": span for name, span in (ranges | {"hue": (0.08, 0.42), "value": (0.3, 0.8)}).items()}
+_BLOB = {
+    "x": (-1, 1),
+    "y": (-1, 1),
+    "radius": (0.15, 0.6),
+    "hue": (0, 1),
+    "saturation": (0.05, 0.6),
+    "value": (0.25, 1),
+}
+_STICK = {"x": (-1, 1), "y": (-1, 1), "angle": (-1.5, 1.5), "width": (-0.03, 0.06), "value": (0.2, 0.7)}
+_LEAF = {
+    "x": (-0.85, 0.75),
+    "y": (-0.75, 0.55),
+    "angle": (-3.1, 3.1),
+    "length": (-0.2, 0.3),
+    "hue": (0.08, 0.42),
+    "value": (0.3, 0.8),
+}
 
 
 NUISANCES: dict[str, tuple[float, float]] = {
@@ -92,7 +83,7 @@ NUISANCES: dict[str, tuple[float, float]] = {
     "warmth": (-0.10, 0.10),
     "light_angle": (-3.1, 3.1),
     "light_slope": (0.0, 0.30),
-    # Background: a gradient, blobs out of focus, sticks (none where the width is negative), and the perch.
+    # Background: a gradient, blurred blobs, sticks (a negative width means none), and the perch.
     "sky_hue": (0, 1),
     "sky_saturation": (0.05, 0.55),
     "sky_value": (0.40, 1.0),
@@ -100,19 +91,14 @@ NUISANCES: dict[str, tuple[float, float]] = {
     "ground_saturation": (0.05, 0.55),
     "ground_value": (0.25, 0.90),
     "horizon": (-0.8, 0.8),
-    **_blob(0),
-    **_blob(1),
-    **_blob(2),
-    **_blob(3),
-    **_stick(0),
-    **_stick(1),
+    **{f"blob{i}_{name}": span for i in range(4) for name, span in _BLOB.items()},
+    **{f"stick{i}_{name}": span for i in range(2) for name, span in _STICK.items()},
     "perch_angle": (-0.30, 0.30),
     "perch_width": (0.04, 0.10),
     "perch_hue": (0.04, 0.13),
     "perch_value": (0.20, 0.60),
-    # Occlusion: leaves in front of the bird, none where the length is under the least that is drawn.
-    **_leaf(0),
-    **_leaf(1),
+    # Occlusion: leaves in front of the bird (a length below LEAST_LEAF means none).
+    **{f"leaf{i}_{name}": span for i in range(2) for name, span in _LEAF.items()},
 }
 LEAST_LEAF = 0.08
 _LOW = np.array([low for low, _ in NUISANCES.values()], dtype=np.float64)
@@ -121,10 +107,9 @@ _SPAN = np.array([high - low for low, high in NUISANCES.values()], dtype=np.floa
 
 @cache
 def class_words() -> tuple[tuple[int, ...], ...]:
-    """The 216 subcategories as indices into the values of ``PARTS``, in a fixed, well mixed order.
+    """The 216 subcategories as indices into the values of ``PARTS``.
 
-    The order is that of a hash, so that the first few subcategories already vary every part, and the first n are the
-    same whatever n.
+    They are sorted by a hash, so that the first few already vary every part.
     """
     free = list(PARTS.values())[:-1]
     words = [(*word, sum(word) % len(PARTS["breast"])) for word in product(*(range(len(part)) for part in free))]
@@ -132,7 +117,7 @@ def class_words() -> tuple[tuple[int, ...], ...]:
 
 
 def class_name(word: Sequence[int]) -> str:
-    """A subcategory in words: ``red breast, long beak, no crest, forked tail, barred wing, plain face, pale belly``."""
+    """A subcategory as text: ``red breast, long beak, no crest, forked tail, barred wing, plain face, pale belly``."""
     named = {part: f"{values[value]} {part}" for (part, values), value in zip(PARTS.items(), word, strict=True)}
     return ", ".join([named.pop("breast"), *named.values()])
 
@@ -141,16 +126,16 @@ def nuisances(seed: int, split: Split, label: int, index: int) -> NDArray[np.flo
     """The nuisance vector of one image.
 
     Args:
-        seed: of the set.
-        split: ``train`` takes the even strata of every range, ``test`` the odd ones.
-        label: subcategory.
-        index: number of the image within its subcategory and split.
+        seed: seed of the data set.
+        split: ``train`` uses the even strata of every range, ``test`` the odd ones.
+        label: index of the subcategory.
+        index: index of the image within its subcategory and split.
 
     Returns:
-        Values in the order of ``NUISANCES``.
+        float64 values in the order of ``NUISANCES``.
     """
     odd = {"train": 0, "test": 1}[split]
-    # Raw words of a bit generator: NumPy keeps their stream for good, that of its distributions it does not promise.
+    # NumPy guarantees the stream of a bit generator's raw values, but not that of its distributions.
     raw = np.random.PCG64(np.random.SeedSequence([seed, odd, label, index])).random_raw(len(NUISANCES))
     position = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53 * (STRATA // 2)
     stratum = np.floor(position)
@@ -194,7 +179,7 @@ def _plumage(word: Sequence[int], n: dict[str, float]) -> dict[str, tuple[int, i
 
 
 def _turn(angle: float, x: float, y: float) -> Points:
-    """The affine map (2, 3) that turns about a point."""
+    """The affine map (2, 3) of a rotation about a point."""
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y]])
 
@@ -206,9 +191,9 @@ def _after(outer: Points, inner: Points) -> Points:
 
 
 def _limbs(n: dict[str, float]) -> dict[str, Points]:
-    """Where each limb goes: affine maps (2, 3) from the bird's frame to the image's, which spans -1 to 1."""
+    """Affine maps (2, 3) from the coordinates of each limb to those of the image, [-1, 1]."""
     side = 1.0 if n["yaw"] >= 0 else -1.0
-    # The frame's origin is the body's centre; the parts reach further back and up than to the front and down.
+    # Centres the bird: its parts extend further back and up than forward and down.
     centre = np.array([[1.0, 0.0, 0.09], [0.0, 1.0, 0.13]])
     pose = np.array([[side * np.cos(n["yaw"]), n["shear"], 0.0], [0.0, 1.0, 0.0]])
     scaled = n["scale"] * _turn(n["rotation"], 0.0, 0.0)
@@ -256,13 +241,13 @@ _VEIN = np.array([[-1.0, 0.0], [0.0, -0.03], [0.9, 0.0], [0.0, 0.03]])
 
 
 def _leaf_outlines(x: float, y: float, angle: float, length: float) -> tuple[Points, Points]:
-    """Blade and vein of a leaf."""
+    """The outlines of a leaf's blade and vein."""
     turn = length * _turn(angle, 0.0, 0.0)[:, :2].T
     return _BLADE @ turn + (x, y), _VEIN @ turn + (x, y)
 
 
 def _lit(image: NDArray[np.uint8], n: dict[str, float]) -> NDArray[np.uint8]:
-    """Gain, gamma, warmth and a slope of brightness across the picture, (S, S, 3) to (3, S, S)."""
+    """Applies gain, gamma, warmth and a brightness gradient, (S, S, 3) to (3, S, S)."""
     levels = np.linspace(0.0, 1.0, 256) ** n["gamma"]
     gains = 255 * n["gain"] * np.array([1 + n["warmth"], 1.0, 1 - n["warmth"]])
     table = (levels[:, None] * gains).astype(np.float32)
@@ -278,11 +263,11 @@ def _lit(image: NDArray[np.uint8], n: dict[str, float]) -> NDArray[np.uint8]:
 
 
 def draw(word: Sequence[int], values: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
-    """One image.
+    """Draw one image.
 
     Args:
-        word: the subcategory, as in :func:`class_words`.
-        values: the nuisance vector, as from :func:`nuisances`.
+        word: a subcategory from :func:`class_words`.
+        values: a nuisance vector from :func:`nuisances`.
         size: height and width in pixels.
 
     Returns:
@@ -295,7 +280,7 @@ def draw(word: Sequence[int], values: NDArray[np.float64], size: int) -> NDArray
     pen = ImageDraw.Draw(canvas)
 
     def fill(outline: Points, colour: tuple[int, int, int]) -> None:
-        # Corners on a fixed grid of 1/4 of a fine pixel, so that the last bit of a sine cannot move a pixel.
+        # Corners are rounded to 1/4 of a fine pixel, so that the last bit of a sine does not change the image.
         pen.polygon((np.rint((outline + 1) * (2 * large)) * 0.25).ravel().tolist(), fill=colour)
 
     for i in range(2):

@@ -1,4 +1,4 @@
-"""The drawn set: subcategories of one bird (see :mod:`dfkd_fast.data.synthetic.birds`), kept on disk once drawn."""
+"""The data set of :mod:`dfkd_fast.data.synthetic.birds`, drawn on first use and cached on disk."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = ["LARGEST_SIZE", "MOST_CLASSES", "SMALLEST_SIZE", "Rendered"]
 MOST_CLASSES = 200
 SMALLEST_SIZE, LARGEST_SIZE = 32, 224
 
-_WORTH_PROCESSES = 4000
-"""Images from which on starting processes pays: about three seconds of drawing at 32 pixels."""
+_MIN_FOR_PROCESSES = 4000
+"""Below this number of images starting processes costs more than it saves (about three seconds at 32 pixels)."""
 _CHUNK = 500
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Recipe:
-    """All that decides the pixels of one split; label-major order."""
+    """Everything that determines the images of one split, which are sorted by label."""
 
     split: birds.Split
     seed: int
@@ -54,12 +54,11 @@ class _Recipe:
 
 @register("rendered")
 class Rendered(ImageSet):
-    """Birds of ``config.classes`` subcategories, drawn at ``config.image_size`` or read from the cache.
+    """Birds of ``config.classes`` subcategories at ``config.image_size``, with pixels in [-1, 1].
 
-    The first call for a set draws it, about one millisecond per image, in ``config.workers`` processes when it is
-    large. ``config.root`` is the cache folder; None is ``dfkd_fast`` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
-    Training images move by up to a sixteenth of their size; every other variation is in the drawing. Pixels are
-    normalised to [-1, 1]; labels follow one another in both splits.
+    The first call draws the images (about one millisecond each, in ``config.workers`` processes if there are many);
+    later calls read the cache in ``config.root``, by default ``dfkd_fast`` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    Augmentation shifts training images by up to a sixteenth of their size. Images are sorted by label.
     """
 
     @classmethod
@@ -101,9 +100,9 @@ def _cache_folder() -> Path:
 
 
 def _cached(recipe: _Recipe, folder: Path, workers: int) -> NDArray[np.uint8]:
-    """The images of a split as a copy-on-write memory map; drawn first if there is no such file, or a broken one.
+    """The images of a split as a copy-on-write memory map; a missing or damaged file is drawn first.
 
-    A file is moved into place when it is complete, and its name is a hash of the recipe.
+    The file's name is a hash of the recipe. Only complete files are moved into the cache.
     """
     path = folder / f"{recipe.stem}.npy"
     if path.exists():
@@ -122,22 +121,22 @@ def _cached(recipe: _Recipe, folder: Path, workers: int) -> NDArray[np.uint8]:
 
 
 def _draw_all(recipe: _Recipe, path: Path, workers: int) -> None:
-    """Draw a split straight into a file, so that processes need not hand images to one another."""
+    """Draws a split into a file that all processes map."""
     total = recipe.shape[0]
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=recipe.shape).flush()
     starts = range(0, total, _CHUNK)
-    if workers < 2 or total < _WORTH_PROCESSES:
+    if workers < 2 or total < _MIN_FOR_PROCESSES:
         for start in starts:
-            _draw_some(recipe, path, start)
+            _draw_chunk(recipe, path, start)
         return
-    # fork, as a DataLoader's own workers: the other ways import the caller's main module once more.
+    # As DataLoader does: other start methods import the caller's main module again.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        for drawn in [pool.submit(_draw_some, recipe, path, start) for start in starts]:
+        for drawn in [pool.submit(_draw_chunk, recipe, path, start) for start in starts]:
             drawn.result()
 
 
-def _draw_some(recipe: _Recipe, path: Path, start: int) -> None:
-    """Draw the images from ``start`` to the end of its chunk."""
+def _draw_chunk(recipe: _Recipe, path: Path, start: int) -> None:
+    """Draws one chunk of images."""
     images = np.lib.format.open_memmap(path, mode="r+")
     words = birds.class_words()
     for position in range(start, min(start + _CHUNK, len(images))):
