@@ -225,7 +225,7 @@ def _demo(*, out: str | None = None, only: Literal["all", "digits", "rendered"] 
 
     Args:
         out: folder of the run; None creates a new one under ``runs/``.
-        only: the experiment to run.
+        only: the experiments to run.
         seed: random seed.
     """
     from dfkd_fast.demo import demo
@@ -252,11 +252,11 @@ def _bench(
         shapes: ``paper``, ``large``, or a YAML or JSON file with a list of shapes per op, with sizes by position or by
             name: ``distillation_kl: [[512, 100], {rows: 512, classes: 100, dtypes: [float32]}]``.
         out: output folder; results of other ops in it are kept.
-        tune: first time every launch configuration of the ops' kernels on these shapes, and write those that beat the
-            default to ``kernels/tuned.json``.
+        tune: before timing, try every launch configuration of the kernels on these shapes, and write those that beat
+            the default to ``kernels/tuned.json``.
         backends: ``reference``, ``compile``, ``compile_max_autotune``, ``triton``, ``cuda`` or ``peer:NAME``, separated
             by commas; None is all.
-        device: ``cpu`` only tries the command: the reference and torch.compile on small shapes.
+        device: ``cpu`` only runs the reference and torch.compile, on small shapes, to test the command.
     """
     from dfkd_fast.benchmarks.ops.bench import bench
 
@@ -278,7 +278,7 @@ def _doctor(*, kernels: bool = False, launches: bool = False) -> None:
         from dfkd_fast.benchmarks.ops.compile_kernels import compile_for_this_gpu
 
         raise SystemExit(compile_for_this_gpu())
-    raise SystemExit(doctor.launches() if launches else doctor.doctor())
+    (doctor.launches if launches else doctor.doctor)()
 
 
 def _profile(

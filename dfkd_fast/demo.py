@@ -36,15 +36,6 @@ class _Row:
     top1: float
     images_per_s: float | None
 
-    def shown(self, teacher_top1: float) -> dict[str, str]:
-        return {
-            "network": self.network,
-            "learned from": self.learned_from,
-            "top-1": f"{self.top1:.1%}",
-            "of the teacher": f"{self.top1 / teacher_top1:.1%}",
-            "images/s": "" if self.images_per_s is None else f"{self.images_per_s:.0f}",
-        }
-
 
 def _train(
     config: DemoConfig, images: data.ImageData, folder: Path, progress: bool
@@ -111,7 +102,17 @@ def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progr
     console.rule(f"[bold]{title}[/]: {images.num_classes} classes, {images.image_size} x {images.image_size}")
     rows, runs = _train(config, images, folder, progress)
     teacher, student = rows[0].top1, rows[2].top1
-    console.print(report.result_table([row.shown(teacher) for row in rows], title))
+    table = [
+        {
+            "network": row.network,
+            "learned from": row.learned_from,
+            "top-1": f"{row.top1:.1%}",
+            "of the teacher": f"{row.top1 / teacher:.1%}",
+            "images/s": None if row.images_per_s is None else f"{row.images_per_s:.0f}",
+        }
+        for row in rows
+    ]
+    console.print(report.result_table(table, title))
     last = f"images/epoch-{config.distill.loop.epochs:04d}.png"
     for preset, distilled in runs.items():
         console.print(f"[bold]{preset}[/]: {distilled.run_dir}")

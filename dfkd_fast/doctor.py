@@ -51,18 +51,13 @@ def report() -> list[Item]:
     return lines
 
 
-def doctor() -> int:
-    """Print the report.
-
-    Returns:
-        Exit status 0, even if features are missing.
-    """
+def doctor() -> None:
+    """Print the report."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, ok, detail in report():
         mark = Text("yes", style="green") if ok else Text("no", style="yellow")
         table.add_row(mark, Text(name, style="bold"), Text(detail, overflow="fold"))
     Console().print(table)
-    return 0
 
 
 # The paper's shapes, as arguments of ops.extension.launches.
@@ -83,25 +78,17 @@ _PAPER: dict[str, dict[str, dict[str, Any]]] = {
 _MIN_WIDTH = 150  # in narrower consoles, every cell of the wide tables would wrap
 
 
-def _print(*parts: Any) -> int:
-    console = Console()
-    Console(width=max(console.width, _MIN_WIDTH)).print(*parts, sep="\n")
-    return 0
-
-
-def launches() -> int:
+def launches() -> None:
     """Print the kernels that the CUDA extension launches at the paper's shapes in bfloat16.
 
     For each kernel: number of blocks, cluster size, threads and shared memory per block. With a GPU also registers and
     bytes of local memory per thread, blocks per SM and occupancy.
-
-    Returns:
-        Exit status 0.
     """
+    console = Console(width=max(Console().width, _MIN_WIDTH))
     if extension.UNAVAILABLE is not None:
-        return _print(extension.UNAVAILABLE)
+        console.print(extension.UNAVAILABLE)
+        return
     resources = torch.cuda.is_available()
-    tables = []
     for op, shapes in _PAPER.items():
         rows: list[dict[str, Any]] = []
         for shape, sizes in shapes.items():
@@ -112,9 +99,9 @@ def launches() -> int:
                 else:
                     found = extension.launches(name, resources=resources, **sizes)
                     rows += [{**row, **_launch_cells(each)} for each in found]
-        tables.append(result_table(rows, f"{op}, bfloat16"))
-    note = [] if resources else ["Registers and occupancy are only available on a machine with a GPU."]
-    return _print(*tables, *note)
+        console.print(result_table(rows, f"{op}, bfloat16"))
+    if not resources:
+        console.print("Showing registers and occupancy needs a GPU.")
 
 
 def _launch_cells(launch: dict[str, Any]) -> dict[str, Any]:

@@ -126,14 +126,11 @@ def time_by_range(events: Sequence[Any], steps: int, *, cuda: bool, replayed: bo
 
 
 def table(content: dict[str, Any], step: str) -> list[dict[str, Any]]:
-    """Format the rows of one kind of step as a table. The last row combines all rows below half a percent.
+    """Format the rows of one kind of step for printing. The last row combines all rows below half a percent.
 
     Args:
         content: an entry of ``engines`` from :func:`profile`.
         step: ``generator`` or ``student``.
-
-    Returns:
-        Table rows, by column name.
     """
     rows = [row for row in content["rows"] if row["step"] == step]
     small = [row for row in rows if row["share"] < _MIN_SHARE]
@@ -149,13 +146,10 @@ def table(content: dict[str, Any], step: str) -> list[dict[str, Any]]:
 
 
 def summary_table(contents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Format a table that compares engines, with one row per engine and kind of step.
+    """Format rows that compare engines for printing, with one row per engine and kind of step.
 
     Args:
         contents: ``engines`` from :func:`profile`.
-
-    Returns:
-        Table rows, by column name.
     """
     rows = []
     for content in contents:

@@ -46,8 +46,8 @@ def test_every_op_is_listed_with_its_backends():
         assert all(backend in text for backend in backends)
 
 
-def test_doctor_prints_the_report_and_returns_zero(capsys):
-    assert doctor.doctor() == 0
+def test_doctor_prints_the_report(capsys):
+    doctor.doctor()
     printed = capsys.readouterr().out
     assert platform.python_version() in printed
     assert len(printed.splitlines()) < 30

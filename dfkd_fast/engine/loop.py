@@ -125,14 +125,14 @@ class _Run:
         """Evaluate the last epoch of a resumed run if the run stopped before that evaluation finished."""
         epoch, rest = divmod(self.state.position.round, self.state.config.loop.rounds_per_epoch)
         if epoch and not rest and not self.state.position.step and epoch not in self.state.epochs.get("epoch", []):
-            self.close_epoch(epoch, last=self.state.position.round == self.state.total_rounds)
+            self.evaluate_epoch(epoch, last=self.state.position.round == self.state.total_rounds)
 
     def log_round(self, finished: Round) -> None:
         for name, value in finished.means.items():
             self.writer.add_scalar(name, value, finished.number + 1)
         self.writer.add_scalar("student/lr", finished.student_lr, finished.number + 1)
 
-    def close_epoch(self, epoch: int, *, last: bool) -> None:
+    def evaluate_epoch(self, epoch: int, *, last: bool) -> None:
         """Start the evaluation of an epoch and save a picture of synthetic images."""
         self.finish_epoch()
         state, loop, overlaps = self.state, self.state.config.loop, self.measurements.overlaps
@@ -289,15 +289,15 @@ def _distill(
                 engine.prepare()
             run.evaluate_missed()
             while state.position.round < state.total_rounds:
-                whole = rounds.run(lambda: stop.received is not None)
+                complete = rounds.run(lambda: stop.received is not None)
                 done = state.position.round == state.total_rounds
                 epoch, rest = divmod(state.position.round, loop.rounds_per_epoch)
                 due = done or stop.received is not None or state.position.round % loop.checkpoint_every == 0
                 if not (due or rest == 0):
                     continue
                 rounds.drain()
-                if whole and rest == 0:
-                    run.close_epoch(epoch, last=done)
+                if complete and rest == 0:
+                    run.evaluate_epoch(epoch, last=done)
                 if due:
                     run.save()
                 if stop.received is not None:

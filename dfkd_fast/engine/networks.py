@@ -111,25 +111,16 @@ def _networks(
 
 
 def eager_networks(state: DistillState, *, compile: Mapping[str, Any] | None = None) -> Networks:
-    """The state's networks without changes.
-
-    Args:
-        state: provides the networks.
-        compile: options of :func:`torch.compile`; None does not compile.
-    """
+    """The state's networks without changes, compiled if there are options of :func:`torch.compile`."""
     teachers = (state.teacher_statistics or state.teacher, state.teacher)
     return _networks(state, teachers, torch.float32, compile)
 
 
 def optimized_networks(state: DistillState, *, compile: Mapping[str, Any] | None = None) -> Networks:
-    """Equivalent networks with fewer operations.
+    """Equivalent networks with fewer operations, compiled if there are options of :func:`torch.compile`.
 
     The frozen teacher is copied with its weights in the autocast dtype. Its BatchNorms are folded into convolutions if
     no loss needs their statistics. One kernel casts all weights of a trained network. Images have the autocast dtype.
-
-    Args:
-        state: provides the networks.
-        compile: options of :func:`torch.compile`; None does not compile.
     """
     dtype = state.runtime.autocast or torch.float32
     folded = fold_batchnorm(state.teacher, dtype=dtype, image_size=state.generator.module.image_size)

@@ -40,16 +40,10 @@ class _Readback:
     """An asynchronous copy of a round's trace to the host."""
 
     def __init__(self, state: DistillState) -> None:
-        trace = state.trace[: state.position.step]
         self.number, self.student_lr = state.position.round, state.student_lr()
-        self._copied: torch.cuda.Event | None = None
-        if trace.device.type == "cuda":
-            self._trace = torch.empty(trace.shape, dtype=trace.dtype, pin_memory=True)
-            self._trace.copy_(trace, non_blocking=True)
-            self._copied = torch.cuda.Event(blocking=True)
-            self._copied.record()
-        else:
-            self._trace = trace.clone()
+        trace, cuda = state.trace[: state.position.step], state.trace.is_cuda
+        self._trace = torch.empty_like(trace, device="cpu", pin_memory=cuda).copy_(trace, non_blocking=True)
+        self._copied = torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True)) if cuda else None
 
     def get(self) -> Tensor:
         if self._copied is not None:
@@ -84,13 +78,7 @@ class Rounds:
         return self._seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     def run(self, stopped: Callable[[], bool]) -> bool:
-        """Queue the rest of the current round.
-
-        Args:
-            stopped: whether to stop before the next step.
-
-        Returns:
-            Whether the round is complete.
+        """Queue the rest of the current round, until ``stopped()``; returns whether the round is complete.
 
         Raises:
             NonFiniteError: a step of the previous round was skipped.

@@ -47,20 +47,20 @@ class Runtime:
         """
         name = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            where = torch.device(name)
+            resolved = torch.device(name)
         except RuntimeError as error:
             raise ValueError(f"device must be 'auto' or a torch device, got {device!r}") from error
-        if where.type == "cuda" and not torch.cuda.is_available():
+        if resolved.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device is {device!r}, but no CUDA device is available; `dfkd-fast doctor` shows why")
         known = ("auto", "fp32", "tf32", "bf16", "fp16")
         if precision not in known:
             raise ValueError(f"precision must be one of {', '.join(known)}, got {precision!r}")
         if precision == "auto":
-            precision = "bf16" if where.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
-        if precision == "tf32" and where.type != "cuda":
+            precision = "bf16" if resolved.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
+        if precision == "tf32" and resolved.type != "cuda":
             raise ValueError(f"precision 'tf32' needs a CUDA device, got {name!r}")
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        return cls(device=where, autocast=autocast, tf32=precision == "tf32", channels_last=channels_last)
+        return cls(device=resolved, autocast=autocast, tf32=precision == "tf32", channels_last=channels_last)
 
     def cast(self) -> contextlib.AbstractContextManager[Any]:
         """The autocast context for the forward pass of networks and losses."""

@@ -295,7 +295,8 @@ def build_state(
     """
     if teacher.num_classes != student.num_classes:
         raise ValueError(
-            f"teacher and student must have the same classes, got {teacher.num_classes} and {student.num_classes}"
+            "teacher and student must have the same number of classes, "
+            f"got {teacher.num_classes} and {student.num_classes}"
         )
     torch.manual_seed(config.seed)
     # Initialise weights on the CPU, so that a seed gives the same weights on every device.

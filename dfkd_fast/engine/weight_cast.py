@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
 
 __all__ = ["weight_cast"]
-
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 
 class _CastWeights(torch.autograd.Function):
@@ -50,7 +49,7 @@ def weight_cast(module: nn.Module, dtype: torch.dtype) -> tuple[Callable[[], tup
     names = [
         f"{path}.{name}" if path else name
         for path, layer in module.named_modules()
-        if isinstance(layer, _LAYERS)
+        if isinstance(layer, (_ConvNd, nn.Linear))
         for name in ("weight", "bias")
         if name in layer._parameters and layer._parameters[name] is not None
     ]

@@ -266,7 +266,7 @@ def test_best_student_by_the_selected_criterion_is_returned(
     [
         ({"image_size": None}, {}, "image_size must be given without evaluation data"),
         ({"select": "test_accuracy"}, {}, "'test_accuracy', which needs evaluation data"),
-        ({}, {"student": 3}, "must have the same classes, got 5 and 3"),
+        ({}, {"student": 3}, "must have the same number of classes, got 5 and 3"),
         ({}, {"teacher": 3, "data": tiny.data()}, "data has 5 classes, the teacher has 3"),
         ({"precision": "tf32"}, {}, "precision 'tf32' needs a CUDA device"),
         ({"device": "gpu"}, {}, "device must be 'auto' or a torch device, got 'gpu'"),

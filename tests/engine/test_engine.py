@@ -145,6 +145,13 @@ def assert_same_run(eager: DistillState, other: DistillState, traces: tuple[list
         assert all_equal(eager.changing(), other.changing())
 
 
+def compare_with_eager(device: str, work: Callable[[Engine], list[Tensor]]) -> Engine:
+    """Run ``work`` with the eager and the graph engine, compare the runs and return the graph engine."""
+    eager, other = EagerEngine(state_on(device)), captured(state_on(device))
+    assert_same_run(eager.state, other.state, (work(eager), work(other)))
+    return other
+
+
 @contextmanager
 def assert_state_preserved(state: DistillState) -> Iterator[None]:
     def snapshot() -> list[Any]:
@@ -356,12 +363,10 @@ def test_student_schedule_is_a_cosine(device: str, create: Callable[[DistillStat
 
 def test_replays_read_a_learning_rate_that_is_changed_in_place(device: str) -> None:
     """A scheduler multiplies the generator's rate by 0.1, then the test sets it to zero, which stops the weights."""
-    eager, other = state_on(device), state_on(device)
-    traces: list[list[Tensor]] = []
-    for state, create in ((eager, EagerEngine), (other, captured)):
-        optimizer = state.generator.optimizer
+
+    def work(engine: Engine) -> list[Tensor]:
+        state, optimizer = engine.state, engine.state.generator.optimizer
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: (1.0, 0.1)[count])
-        engine = create(state)
         losses = run_rounds(engine, 1)
         for factor in (0.1, 0.0):
             if factor > 0:
@@ -376,9 +381,9 @@ def test_replays_read_a_learning_rate_that_is_changed_in_place(device: str) -> N
             steps = state.config.loop.generator_steps
             assert moved <= 5 * steps * factor * state.config.optimizer.generator_lr
             assert (moved > 0) == (factor > 0)
-        traces.append(losses)
-    assert recordings(engine) == 2
-    assert_same_run(eager, other, (traces[0], traces[1]))
+        return losses
+
+    assert recordings(compare_with_eager(device, work)) == 2
 
 
 @pytest.mark.parametrize(("side", "kind"), [("generator", "number"), ("student", "tensor")])
@@ -387,19 +392,18 @@ def test_replaced_learning_rate_is_captured_again(
 ) -> None:
     """A graph holds the address of its learning rate, so another tensor takes effect in the next round."""
     caplog.set_level(logging.WARNING)
-    eager, other = state_on(device), state_on(device)
-    traces: list[list[Tensor]] = []
-    for state, create in ((eager, EagerEngine), (other, captured)):
-        engine = create(state)
+
+    def work(engine: Engine) -> list[Tensor]:
         losses = run_rounds(engine, 1)
-        (group,) = state.sides[side].optimizer.param_groups
+        (group,) = engine.state.sides[side].optimizer.param_groups
         group["lr"] = 0.0 if kind == "number" else torch.zeros((), device=device)
         before = [p.detach().clone() for p in group["params"]]
-        traces.append(losses + run_rounds(engine, 2))
+        losses += run_rounds(engine, 2)
         assert all_equal(before, group["params"])
+        return losses
+
+    assert recordings(compare_with_eager(device, work)) == 4
     assert [record.getMessage() for record in caplog.records] == ["capturing again: learning rates changed"]
-    assert recordings(engine) == 4
-    assert_same_run(eager, other, (traces[0], traces[1]))
 
 
 class _RefuseHostReads(TorchDispatchMode):
@@ -434,31 +438,14 @@ def default_engine(device: str) -> GraphEngine:
     return engine
 
 
-def test_replayed_round_neither_waits_nor_allocates(device: str) -> None:
-    """Covers a round from its start to the queued copy of its losses, which are read while the next round runs."""
+def test_replayed_rounds_neither_wait_nor_allocate(device: str) -> None:
+    """Covers a round from its start to the queued copy of its losses, which are read while the next round runs.
+
+    Over more rounds, device memory, or on the CPU the number of live tensors, is constant.
+    """
     finished: list[Round] = []
-    rounds = Rounds(default_engine(device), finished.append)
-    for _ in range(2):
-        rounds.run(lambda: False)
-    rounds.drain()
-    with assert_no_wait_and_no_allocation(device):
-        rounds.run(lambda: False)
-    if device == "cuda":  # reading the losses waits for an event of the previous round, not for the device
-        with assert_no_wait_and_no_allocation(device):
-            rounds.run(lambda: False)
-    rounds.drain()
-    assert [done.number for done in finished] == list(range(3 if device == "cpu" else 4))
-
-
-def test_stand_in_refuses_host_reads() -> None:
-    with pytest.raises(AssertionError, match="reads a value back"), assert_no_wait_and_no_allocation("cpu"):
-        torch.ones(()).item()
-
-
-def test_memory_is_constant_over_replays(device: str) -> None:
-    """Compares device memory, or on the CPU the number of live tensors, and the addresses of the state's tensors."""
     engine = default_engine(device)
-    rounds = Rounds(engine, lambda done: None)
+    rounds = Rounds(engine, finished.append)
 
     def memory_after(count: int) -> tuple[Any, ...]:
         for _ in range(count):
@@ -470,8 +457,20 @@ def test_memory_is_constant_over_replays(device: str) -> None:
             return addresses, torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         return addresses, sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
+    memory_after(2)
+    with assert_no_wait_and_no_allocation(device):
+        rounds.run(lambda: False)
+    if device == "cuda":  # reading the losses waits for an event of the previous round, not for the device
+        with assert_no_wait_and_no_allocation(device):
+            rounds.run(lambda: False)
     first = memory_after(3)
     assert memory_after(7) == first
+    assert [done.number for done in finished] == list(range(13 if device == "cpu" else 14))
+
+
+def test_stand_in_refuses_host_reads() -> None:
+    with pytest.raises(AssertionError, match="reads a value back"), assert_no_wait_and_no_allocation("cpu"):
+        torch.ones(()).item()
 
 
 def test_failed_capture_raises_and_preserves_the_state(device: str) -> None:
@@ -493,7 +492,11 @@ def test_failed_capture_raises_and_preserves_the_state(device: str) -> None:
     assert torch.isfinite(run_rounds(EagerEngine(state), 1)[0]).all()
 
 
-def test_batchnorm_with_cumulative_average_is_refused() -> None:
+def test_unsupported_states_are_refused() -> None:
+    with pytest.raises(ValueError, match="engine 'graph' needs a CUDA device, got 'cpu'"):
+        create_engine(tiny.state(replace(tiny.config(), engine="graph")))
+    with pytest.raises(ValueError, match="loss scaling"):
+        captured(state_on("cpu", precision="fp16"))
     state = tiny.state()
     state.student.module.model.bn1.momentum = None
     with pytest.raises(ValueError, match=r"cannot run model\.bn1 of the student.*momentum=None"):
@@ -512,10 +515,6 @@ def test_engine_names_are_resolved() -> None:
     with pytest.raises(ValueError, match="engine must be one of auto, eager, compiled, graph, got 'fast'"):
         resolved("fast", "cpu")
     assert type(create_engine(tiny.state())) is EagerEngine
-    with pytest.raises(ValueError, match="engine 'graph' needs a CUDA device, got 'cpu'"):
-        create_engine(tiny.state(replace(tiny.config(), engine="graph")))
-    with pytest.raises(ValueError, match="loss scaling"):
-        captured(state_on("cpu", precision="fp16"))
 
 
 def loss_curves(state: DistillState, engine: Engine, rounds: int) -> Tensor:
