@@ -1,4 +1,4 @@
-"""The commands teach, distill, evaluate, export, demo, bench, profile and doctor: thin over the Python functions."""
+"""Data-free knowledge distillation: train, distill, evaluate, export and measure classifiers."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ __all__ = ["main"]
 
 
 def _required(experiment: ExperimentConfig, name: str) -> Any:
-    """A field of the experiment that the command needs."""
+    """A field of the experiment; raises if it is not given."""
     value = getattr(experiment, name)
     if value is None:
-        raise ValueError(f"--{name}.name must be given, or a file that has it by --config")
+        raise ValueError(f"--{name}.name is required: set it on the command line or in the file given by --config")
     return value
 
 
 def _described(weights: str, model: ModelConfig | None) -> tuple[ModelConfig, dict[str, str]]:
-    """The network of a weights file, from the command line or from the file's metadata."""
+    """The network of a weights file, from the command line or the file's metadata, and that metadata."""
     from dfkd_fast.models import read_metadata
 
     metadata = read_metadata(weights)
     if model is not None:
         return replace(model, weights=weights), metadata
     if "model" not in metadata:
-        raise ValueError(f"{weights} does not say which network it belongs to: name one with --model.name")
+        raise ValueError(f"{weights} does not name its network: set --model.name")
     options = json.loads(metadata.get("options", "{}"))
     return ModelConfig(name=metadata["model"], weights=weights, options=options), metadata
 
 
 def _networks(experiment: ExperimentConfig, num_classes: int, image_size: int) -> tuple[FeatureModel, FeatureModel]:
-    """Teacher and student, with the initial weights of ``distill.seed``, which are part of the run."""
+    """Build teacher and student. ``distill.seed`` determines their initial weights."""
     import torch
 
     from dfkd_fast.models import create_model, extract
@@ -68,13 +68,13 @@ def _print_result(*rows: tuple[str, object]) -> None:
 def _teach(
     experiment: ExperimentConfig, *, role: Literal["teacher", "student"] = "teacher", out: str | None = None
 ) -> None:
-    """Train a classifier on labelled images: the experiment's teacher, or its student for comparison.
+    """Train the teacher, or the student for comparison, on labelled images.
 
-    Training starts from the network's weights, if any are named, with a new last layer.
+    If the network has weights, training starts from them with a new last layer.
 
     Args:
         experiment: data, networks and training.
-        role: which of the two networks.
+        role: the network to train.
         out: folder of the run; overrides ``teach.out``.
     """
     import torch
@@ -86,7 +86,7 @@ def _teach(
     data, model = _required(experiment, "data"), _required(experiment, role)
     images = datasets.load(data)
     config = replace(experiment.teach, out=out or experiment.teach.out)
-    torch.manual_seed(config.seed)  # the initial weights are part of the run
+    torch.manual_seed(config.seed)  # determines the initial weights
     network = create_model(model, num_classes=images.num_classes, new_head=True)
     result = teach(network, images, config, description=model.metadata(), workers=data.workers)
     _print_result(
@@ -106,17 +106,17 @@ def _distill(
     out: str | None = None,
     resume: bool = False,
 ) -> None:
-    """Train a student to agree with a teacher, without the teacher's data.
+    """Train a student to match a teacher without the teacher's data.
 
-    Data, if named, are held-out images to evaluate on.
+    Data is optional and only used for evaluation.
 
     Args:
         experiment: networks, the run and data.
-        num_classes: of the teacher, if neither the data nor the weights file says it.
+        num_classes: number of classes, required if neither the data nor the weights file gives it.
         engine: overrides ``distill.engine``.
         precision: overrides ``distill.precision``.
         out: folder of the run; overrides ``distill.out``.
-        resume: continue from the newest sound checkpoint in that folder.
+        resume: continue from the newest usable checkpoint in the run's folder.
     """
     from dfkd_fast import data as datasets
     from dfkd_fast.engine import distill
@@ -124,12 +124,14 @@ def _distill(
 
     data, teacher, student = experiment.data, experiment.teacher, _required(experiment, "student")
     if teacher is None or teacher.weights is None:
-        raise ValueError("--teacher.weights must name the teacher's weights; `dfkd-fast teach` makes some")
+        raise ValueError(
+            "--teacher.weights is required: the file of a trained teacher, for example of `dfkd-fast teach`"
+        )
     metadata = read_metadata(teacher.weights)
     images = datasets.load(data) if data is not None else None
     classes = num_classes or (images.num_classes if images is not None else int(metadata.get("num_classes", 0)))
     if not classes:
-        raise ValueError("--num_classes must be given: neither data nor the weights file says it")
+        raise ValueError("--num_classes is required: neither the data nor the teacher's weights file gives it")
     given = {"out": out, "engine": engine, "precision": precision, "resume": resume or None}
     config = replace(experiment.distill, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     if images is None:
@@ -160,9 +162,9 @@ def _evaluate(
 
     Args:
         experiment: the data.
-        weights: safetensors or torch file.
-        model: the network, if the weights file does not say it.
-        device: ``auto`` is cuda if there is one.
+        weights: safetensors or torch file of the weights.
+        model: the network, required if the weights file does not name it.
+        device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
     """
     from dfkd_fast import data as datasets
     from dfkd_fast.engine import Runtime, evaluate
@@ -191,14 +193,14 @@ def _export(
     num_classes: int | None = None,
     image_size: int | None = None,
 ) -> None:
-    """Write a trained student as safetensors and ONNX, and check the ONNX output against PyTorch.
+    """Export a student to safetensors and ONNX, and check the ONNX output against PyTorch.
 
     Args:
-        weights: the student's file.
-        out: folder; None is ``export`` next to the weights.
-        model: the network, if the weights file does not say it.
-        num_classes: the number of classes, if the weights file does not say it.
-        image_size: height and width of the images, if the weights file does not say it.
+        weights: safetensors or torch file of the student's weights.
+        out: output folder; None is the folder ``export`` next to the weights.
+        model: the network, required if the weights file does not name it.
+        num_classes: number of classes, required if the weights file does not give it.
+        image_size: height and width of the images in pixels, required if the weights file does not give it.
     """
     from dfkd_fast.engine import export
     from dfkd_fast.models import create_model
@@ -207,24 +209,24 @@ def _export(
     classes = num_classes or int(metadata.get("num_classes", 0))
     size = image_size or int(metadata.get("image_size", 0))
     if not classes or not size:
-        raise ValueError(f"{weights} does not say its classes and image size: give --num_classes and --image_size")
+        raise ValueError(f"{weights} has no number of classes or image size: set --num_classes and --image_size")
     network = create_model(config, num_classes=classes)
     folder = Path(out) if out is not None else Path(weights).parent / "export"
     result = export(network, folder, image_size=size, metadata=metadata)
     _print_result(
         ("safetensors", result.safetensors),
         ("onnx", result.onnx),
-        ("largest difference of logits, relative", f"{result.difference:.1e}"),
+        ("largest relative difference of logits", f"{result.difference:.1e}"),
     )
 
 
 def _demo(*, out: str | None = None, only: Literal["all", "digits", "rendered"] = "all", seed: int = 0) -> None:
-    """Teach, distil and evaluate on digits and on rendered birds, on this machine, in minutes.
+    """Train, distill and evaluate on digits and on rendered birds; takes minutes on a CPU.
 
     Args:
-        out: folder of the run; None makes a new one under ``runs/``.
-        only: one of the two.
-        seed: of everything random.
+        out: folder of the run; None creates a new one under ``runs/``.
+        only: the experiments to run.
+        seed: random seed.
     """
     from dfkd_fast.demo import demo
 
@@ -241,20 +243,20 @@ def _bench(
     backends: str | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> None:
-    """Time the functional ops against eager PyTorch, torch.compile, public kernels and the roofline.
+    """Time the ops against eager PyTorch, torch.compile, public kernels and the roofline.
 
-    Writes ``ops.json`` and a plot, ``ops.png``, into a folder, and prints a table.
+    Prints a table, and writes ``ops.json`` and the plot ``ops.png`` to a folder.
 
     Args:
-        ops: names of ops; none is all.
-        shapes: ``paper``, ``large``, or a YAML or JSON file with a list of shapes for each op, as sizes in order or
-            by name: ``distillation_kl: [[512, 100], {rows: 512, classes: 100, dtypes: [float32]}]``.
-        out: folder of the results; results of other ops in it stay.
-        tune: first try every launch configuration of the ops' kernels on these shapes, and write those that beat the
-            default into ``kernels/tuned.json``.
+        ops: names of the ops to time; by default all.
+        shapes: ``paper``, ``large``, or a YAML or JSON file with a list of shapes per op, with sizes by position or by
+            name: ``distillation_kl: [[512, 100], {rows: 512, classes: 100, dtypes: [float32]}]``.
+        out: output folder; results of other ops in it are kept.
+        tune: before timing, try every launch configuration of the kernels on these shapes, and write those that beat
+            the default to ``kernels/tuned.json``.
         backends: ``reference``, ``compile``, ``compile_max_autotune``, ``triton``, ``cuda`` or ``peer:NAME``, separated
             by commas; None is all.
-        device: ``cpu`` is for trying the command out: the reference and torch.compile, on small cases.
+        device: ``cpu`` only runs the reference and torch.compile, on small shapes, to test the command.
     """
     from dfkd_fast.benchmarks.ops.bench import bench
 
@@ -264,11 +266,11 @@ def _bench(
 
 
 def _doctor(*, kernels: bool = False, launches: bool = False) -> None:
-    """Say what is and is not available on this machine, and why.
+    """Show which optional features this machine supports, and why others are unavailable.
 
     Args:
-        kernels: compile the kernels instead, and show their registers, shared memory, spills and matrix instructions.
-        launches: show what the CUDA extension launches at the paper's shapes instead, and its use of the GPU.
+        kernels: instead, compile the kernels and show their registers, shared memory, spills and matrix instructions.
+        launches: instead, show the kernels that the CUDA extension launches at the paper's shapes, and their occupancy.
     """
     from dfkd_fast import doctor
 
@@ -276,7 +278,7 @@ def _doctor(*, kernels: bool = False, launches: bool = False) -> None:
         from dfkd_fast.benchmarks.ops.compile_kernels import compile_for_this_gpu
 
         raise SystemExit(compile_for_this_gpu())
-    raise SystemExit(doctor.launches() if launches else doctor.doctor())
+    (doctor.launches if launches else doctor.doctor)()
 
 
 def _profile(
@@ -287,18 +289,18 @@ def _profile(
     steps: int = 10,
     out: str | None = None,
 ) -> None:
-    """Print where a step's time goes, by network and op.
+    """Profile steps and print their time by network and op.
 
-    Writes ``breakdown.json`` and Chrome traces (for Perfetto or chrome://tracing) into a folder. Networks without
-    weights get random ones; the times are the same. The data are not loaded: they only give the number of classes and
-    the size of the images.
+    Writes ``breakdown.json`` and Chrome traces (for Perfetto or chrome://tracing) to a folder. Networks without weights
+    get random ones, which does not change the times. The data is not loaded; it only gives the number of classes and
+    the image size.
 
     Args:
         experiment: networks, the run and data.
-        num_classes: of the networks, if neither the data nor the weights file says it; else 200.
-        engines: names of engines, separated by commas: ``eager,graph``; None is ``distill.engine``.
-        steps: number of steps of each kind to record.
-        out: folder; None makes a new one under ``runs/``.
+        num_classes: number of classes; None takes it from the weights file or the data, or else uses 200.
+        engines: names of engines, separated by commas, for example ``eager,graph``; None is ``distill.engine``.
+        steps: number of generator steps and of student steps to record.
+        out: output folder; None creates a new one under ``runs/``.
     """
     from dfkd_fast import data as datasets
     from dfkd_fast.models import read_metadata
@@ -307,9 +309,9 @@ def _profile(
     data, teacher, config = experiment.data, _required(experiment, "teacher"), experiment.distill
     metadata = read_metadata(teacher.weights) if teacher.weights is not None else {}
     if teacher.weights is None:
-        print("no --teacher.weights: the teacher's are random, which changes no time")
-    of_data = datasets.num_classes(data) if data is not None else None
-    classes = num_classes or int(metadata.get("num_classes", 0)) or of_data or 200
+        print("no --teacher.weights: using random weights, which does not change the times")
+    data_classes = datasets.num_classes(data) if data is not None else None
+    classes = num_classes or int(metadata.get("num_classes", 0)) or data_classes or 200
     size = config.image_size or int(metadata.get("image_size", 0)) or (data.image_size if data is not None else 224)
     result = profile(
         *_networks(experiment, classes, size),
@@ -320,10 +322,10 @@ def _profile(
         out=out,
     )
     traces = [(f"trace, {name}", path) for name, path in result.traces.items()]
-    _print_result(("classes", classes), ("anatomy.json", result.folder / "anatomy.json"), *traces)
+    _print_result(("classes", classes), ("breakdown.json", result.folder / "anatomy.json"), *traces)
 
 
-# Each command, and the fields of an ExperimentConfig that it reads, if it takes one.
+# Each command, with the fields of ExperimentConfig that it reads.
 COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "teach": (_teach, ("data", "teacher", "student", "teach")),
     "distill": (_distill, ("data", "teacher", "student", "distill")),
@@ -337,17 +339,17 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 
 def create_parser() -> ArgumentParser:
-    """The parser of the command line, with a subcommand for each of ``COMMANDS``."""
+    """Create the command-line parser, with a subcommand per entry of ``COMMANDS``."""
     import docstring_parser
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     class ConfigFile(ActionConfigFile):
-        """Takes the name of a packaged config too."""
+        """Also accepts the name of a packaged config."""
 
         def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
             super().__call__(parser, cfg, str(find(values)), option_string)
 
-    # Without exit_on_error, since the parser's way out of an error prints a hundred options first.
+    # With exit_on_error, the parser would print all options before the error.
     parser = ArgumentParser(prog="dfkd-fast", description=__doc__, exit_on_error=False)
     commands = parser.add_subcommands(required=True)
     for name, (command, used) in COMMANDS.items():
@@ -355,9 +357,9 @@ def create_parser() -> ArgumentParser:
         usage = f"dfkd-fast {name} [options]" + (" [OP ...]" if name == "bench" else "")
         options = ArgumentParser(description=summary, usage=usage, exit_on_error=False)
         if used:
-            options.add_argument("--config", action=ConfigFile, help="YAML file, or the name of a packaged one")
+            options.add_argument("--config", action=ConfigFile, help="YAML file, or name of a packaged config")
             options.add_class_arguments(ExperimentConfig)
-            for action in options._actions:  # a file may have all fields; help is about those that matter
+            for action in options._actions:  # accepted in files, but hidden from help
                 if action.dest.split(".")[0] in {field.name for field in fields(ExperimentConfig)} - {*used}:
                     action.help = SUPPRESS
         described = {each.arg_name: each.description for each in docstring_parser.parse(command.__doc__).params}
@@ -372,11 +374,11 @@ def create_parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command. Errors of the user are one line and exit status 2; DFKD_FAST_TRACEBACK=1 shows the traceback."""
+    """Run a command. An error prints one line and exits with status 2; DFKD_FAST_TRACEBACK=1 shows the traceback."""
     from jsonargparse import ArgumentError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("dfkd_fast").setLevel(logging.INFO)  # not the messages of every library
+    logging.getLogger("dfkd_fast").setLevel(logging.INFO)  # but not that of other libraries
     try:
         parser = create_parser()
         parsed = parser.instantiate(parser.parse_args(arguments))

@@ -1,7 +1,7 @@
-"""What a run is made of: frozen, keyword-only dataclasses, filled from YAML and the command line by jsonargparse.
+"""Configs of runs: frozen, keyword-only dataclasses that jsonargparse fills from YAML files and the command line.
 
-Every choice that the paper leaves open is a field here. Defaults are the paper's, or what docs/ablation.md settled.
-The fields hold values, never behaviour; what they mean is written where they are used.
+Every choice that the paper leaves open is a field. The defaults are the paper's values, or the results of
+docs/ablation.md. Fields hold values only; the code that uses them defines the behaviour.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ def _at_least(owner: object, **minimum: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Labelled images: for teacher training and evaluation, never for distillation.
+    """Labelled images for supervised training and evaluation. Distillation never uses them.
 
     Args:
-        name: a registered set: ``aircraft``, ``cars196``, ``cub200``, ``digits`` and ``rendered``, which need no
-            download, or ``folder``, any ImageFolder tree.
-        root: folder that holds the published tree (``rendered``: its cache; None is the user's cache folder).
-        image_size: height and width in pixels.
-        classes: number of subcategories (only ``rendered``).
-        train_per_class: training images a subcategory (only ``rendered``).
-        test_per_class: held-out images a subcategory (only ``rendered``).
-        seed: seed of the drawing (only ``rendered``) and of the split (``digits``).
-        augment: random transforms on training images.
-        workers: loader processes.
+        name: a registered data set: ``aircraft``, ``cars196`` or ``cub200``; ``digits`` or ``rendered``, which need no
+            download; or ``folder`` for any ImageFolder tree.
+        root: root folder of the data set. For ``rendered`` it is the image cache; None uses the user's cache folder.
+        image_size: height and width of the images, in pixels.
+        classes: number of classes (``rendered`` only).
+        train_per_class: number of training images per class (``rendered`` only).
+        test_per_class: number of held-out images per class (``rendered`` only).
+        seed: random seed of the rendering (``rendered``) or of the train-test split (``digits``).
+        augment: apply random transforms to training images.
+        workers: number of data loader processes.
     """
 
     name: str = "rendered"
@@ -81,11 +81,12 @@ class ModelConfig:
     """A classifier by name.
 
     Args:
-        name: ``timm:resnet34``, ``torchvision:resnet18``, ``package.module:factory``, or one of our own small networks
-            (``wrn_40_2``, ``resnet8x4``, ...; ``dfkd_fast.models.names()`` lists them).
-        weights: path of a safetensors file or of a torch file that ``weights_only=True`` can read.
-        stages: module paths whose outputs are the stage features, shallow to deep; None is the family's default.
-        options: keyword arguments for the model's factory.
+        name: ``timm:resnet34``, ``torchvision:resnet18``, ``package.module:factory``, or a built-in network such as
+            ``wrn_40_2`` or ``resnet8x4``; ``dfkd_fast.models.names()`` lists them.
+        weights: path of a safetensors file, or of a torch file that ``weights_only=True`` can read.
+        stages: paths of the modules whose outputs are the stage features, from shallow to deep; None uses the last
+            feature map of each resolution.
+        options: keyword arguments of the model's factory.
     """
 
     name: str
@@ -94,7 +95,7 @@ class ModelConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, str]:
-        """Name and options as strings, for a weights file to say which network it belongs to."""
+        """Name and options as strings: the metadata that identifies the network of a weights file."""
         return {"model": self.name, "options": json.dumps(self.options)}
 
 
@@ -104,12 +105,12 @@ class GeneratorConfig:
 
     Args:
         latent_dim: length of the noise vector z.
-        channels: width of the first map and of each of the four blocks.
-        batch_norm: a BatchNorm in each block (the paper's table has none).
-        spectral_norm: spectral norm on the transposed convolutions.
-        attention: the gate's form, or ``none`` for a generator without attention (the paper's lambda = 0).
-        attention_scale: lambda of Eq. 6.
-        attention_reduction: r, the factor by which the attention module narrows the channels.
+        channels: number of channels of the first feature map and of each of the four blocks.
+        batch_norm: add a BatchNorm to each block (not in the paper's table).
+        spectral_norm: apply spectral norm to the transposed convolutions.
+        attention: form of the attention gate, or ``none`` for no attention (lambda = 0 in the paper).
+        attention_scale: lambda in Eq. 6.
+        attention_reduction: r, the channel reduction factor of the attention module.
     """
 
     latent_dim: int = 256
@@ -128,7 +129,13 @@ class GeneratorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KDConfig:
-    """L_KD (Eq. 2). ``forward`` is KL(teacher || student), which every released code computes."""
+    """L_KD, the distillation loss (Eq. 2).
+
+    Args:
+        temperature: divides the logits of both networks.
+        direction: ``forward`` is KL(teacher || student), which all released implementations compute; ``reverse`` is
+            KL(student || teacher).
+    """
 
     temperature: float = 1.0
     direction: Literal["forward", "reverse"] = "forward"
@@ -136,16 +143,18 @@ class KDConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MHADConfig:
-    """L_MHAD (Eq. 7), the mixed high-order attention distillation.
+    """L_MHAD, mixed high-order attention distillation (Eq. 7).
 
     Args:
         order: R, the highest order of the attention polynomial.
-        reduction: C / K, the factor by which the attention narrows the channels.
-        mode: ``joint`` is one sigmoid over the summed orders, ``per_order`` the mean of one sigmoid an order.
-        target: what is compared: the attended ``features`` (A * x) or the ``attention`` maps A.
-        average: ``elements`` is the mean over (N, C, H, W); ``channels`` is 1 / (N C) and a sum over positions.
-        shared: one module for both sides instead of a frozen one for the teacher and a trained one for the student.
-        stages: how many of the deepest stages are paired; None is all, and then both networks must have as many.
+        reduction: C / K, the channel reduction factor of the attention module.
+        mode: ``joint`` applies one sigmoid to the sum of all orders; ``per_order`` averages one sigmoid per order.
+        target: compare the attended ``features`` (A * x) or the ``attention`` maps A.
+        average: ``elements`` averages over (N, C, H, W); ``channels`` averages over (N, C) and sums over positions.
+        shared: use one attention module for both networks, instead of a frozen one for the teacher and a trained one
+            for the student.
+        stages: number of stages to pair, counted from the deepest; None pairs all, and then both networks must have
+            the same number.
     """
 
     order: int = 3
@@ -164,12 +173,12 @@ class MHADConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SFCLConfig:
-    """L_SFCL (Eq. 8, 9), the semantic feature contrast.
+    """L_SFCL, semantic feature contrast learning (Eq. 8 and 9).
 
     Args:
-        dim: D, the width of the space in which both sides are compared.
-        temperature: tau.
-        symmetric: the student's vectors are anchors too.
+        dim: D, the dimension of the embeddings that are compared.
+        temperature: tau, the temperature of the contrastive loss.
+        symmetric: use the student's embeddings as anchors too.
     """
 
     dim: int = 128
@@ -182,15 +191,15 @@ class SFCLConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Named loss terms with their weights.
+    """Loss terms and their weights.
 
     Args:
-        preset: where the weights start from; ``dfkd_fast.objectives.PRESETS`` lists them.
-        generator: weights of the generator's terms, over those of the preset; 0 removes a term.
-        student: weights of the student's terms, over those of the preset; 0 removes a term.
-        kd: how L_KD is computed.
-        mhad: how L_MHAD is computed.
-        sfcl: how L_SFCL is computed.
+        preset: the method whose weights are the defaults; ``dfkd_fast.objectives.PRESETS`` lists them.
+        generator: weights of generator terms, which override the preset's; 0 removes a term.
+        student: weights of student terms, which override the preset's; 0 removes a term.
+        kd: options of L_KD.
+        mhad: options of L_MHAD.
+        sfcl: options of L_SFCL.
     """
 
     preset: Preset = "dfkd-fgvc"
@@ -206,12 +215,12 @@ class OptimizerConfig:
     """The generator's Adam and the student's SGD (paper, section 4.1).
 
     Args:
-        generator_lr: constant over the run.
-        generator_betas: Adam's moments.
-        student_lr: at the start of the schedule.
-        student_momentum: SGD's momentum.
-        student_weight_decay: on every parameter that SGD trains, adapters and heads too.
-        student_schedule: ``cosine`` anneals to zero, one step of the schedule a student step.
+        generator_lr: learning rate of Adam, constant over the run.
+        generator_betas: coefficients of Adam's running averages.
+        student_lr: initial learning rate of SGD.
+        student_momentum: momentum of SGD.
+        student_weight_decay: weight decay of SGD, also for adapters and heads.
+        student_schedule: ``cosine`` anneals the rate to zero over all student steps; ``constant`` keeps it.
     """
 
     generator_lr: float = 1e-3
@@ -227,22 +236,23 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long, how often, how much (paper, section 4.1: 200 epochs, t = 20, k = 15, batch 64).
+    """Length of the run and intervals within it (paper, section 4.1: 200 epochs, t = 20, k = 15, batch 64).
 
     Args:
         epochs: number of epochs.
-        rounds_per_epoch: an epoch is this many rounds (50 in the authors' other released code).
-        generator_steps: t, generator steps a round.
-        student_steps: k, student steps a round.
-        batch_size: synthetic images a step.
-        student_in_generator_step: BatchNorms of the student in the generator step: ``batch`` statistics without
-            touching its buffers, batch statistics with ``update`` of them, or ``eval`` (the stored ones).
-        evaluate_every: epochs between two evaluations on held-out images, if there are any; 0 is only at the end.
-        checkpoint_every: rounds between two checkpoints.
-        keep_checkpoints: how many are kept; two at least, so that a torn one leaves another.
-        select: the student to return: the ``last``; the best by its ``agreement`` with the teacher on synthetic images,
-            which needs no data; or the best by ``test_accuracy``, which looks at held-out labels and is therefore no
-            longer data-free.
+        rounds_per_epoch: number of rounds per epoch (50 in the authors' other released code).
+        generator_steps: t, number of generator steps per round.
+        student_steps: k, number of student steps per round.
+        batch_size: number of synthetic images per step.
+        student_in_generator_step: statistics of the student's BatchNorms in the generator step. ``batch`` uses batch
+            statistics without updating the buffers, ``update`` also updates them, ``eval`` uses the stored statistics.
+        evaluate_every: number of epochs between evaluations on held-out images, if there are any; 0 evaluates only at
+            the end.
+        checkpoint_every: number of rounds between checkpoints.
+        keep_checkpoints: number of checkpoints to keep; at least 2, in case the newest is damaged.
+        select: the student to return: the ``last``; the one with the best ``agreement`` with the teacher on synthetic
+            images; or the one with the best ``test_accuracy`` on held-out images, which makes the run no longer
+            data-free.
     """
 
     epochs: int = 200
@@ -257,17 +267,8 @@ class LoopConfig:
     select: Literal["last", "agreement", "test_accuracy"] = "last"
 
     def __post_init__(self) -> None:
-        _at_least(
-            self,
-            epochs=1,
-            rounds_per_epoch=1,
-            generator_steps=0,
-            student_steps=0,
-            batch_size=2,
-            evaluate_every=0,
-            checkpoint_every=1,
-            keep_checkpoints=2,
-        )
+        _at_least(self, generator_steps=0, student_steps=0, evaluate_every=0)
+        _at_least(self, epochs=1, rounds_per_epoch=1, batch_size=2, checkpoint_every=1, keep_checkpoints=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,23 +278,23 @@ class DistillConfig:
     Args:
         generator: the generator.
         objective: loss terms and weights.
-        optimizer: rates and schedules.
-        loop: length and cadence.
-        image_size: height and width of the synthetic images, a multiple of 16; None takes that of the
-            evaluation data.
-        mean: of the teacher's input normalisation, red, green, blue in [0, 1]; None takes the evaluation data's, else
-            the teacher's own default.
-        std: as mean.
-        engine: how a step is executed, by the same step functions: ``eager``; ``compiled``, networks and objectives
-            through torch.compile; ``graph``, a whole compiled step captured into one CUDA graph and replayed. ``auto``
-            is graph on a CUDA device (compiled in fp16) and eager elsewhere.
-        autotune: let torch.compile time variants of its kernels; compiling then takes minutes longer.
-        precision: ``auto`` is bf16 autocast where the device computes in it, else fp32.
-        channels_last: keep activations channels-last.
-        device: ``auto`` is cuda where there is one.
-        seed: of everything random in the run.
-        out: folder of the run; None makes a new one under ``runs/``.
-        resume: go on from the newest sound checkpoint in ``out``.
+        optimizer: optimizers and learning rates.
+        loop: length of the run and intervals within it.
+        image_size: height and width of the synthetic images in pixels, a multiple of 16; None uses the evaluation
+            data's.
+        mean: mean of the teacher's input normalisation for red, green and blue in [0, 1]; None uses the evaluation
+            data's, or without data the teacher's default.
+        std: standard deviation of the teacher's input normalisation, like ``mean``.
+        engine: how steps are executed. ``eager`` runs them, ``compiled`` runs networks and objectives through
+            torch.compile, and ``graph`` replays each compiled step as one CUDA graph. ``auto`` is ``graph`` on a CUDA
+            device (``compiled`` in fp16) and ``eager`` elsewhere.
+        autotune: let torch.compile benchmark kernel variants, which makes compilation take minutes longer.
+        precision: ``auto`` is bf16 autocast if the CUDA device supports it, otherwise fp32.
+        channels_last: keep activations in channels-last memory format.
+        device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
+        seed: random seed of the run.
+        out: folder of the run; None creates a new one under ``runs/``.
+        resume: continue from the newest usable checkpoint in ``out``.
     """
 
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -319,19 +320,19 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeachConfig:
-    """Supervised training of a classifier on labelled images (method: the authors' loader and rates).
+    """Supervised training of a classifier on labelled images (paper, section 4.1).
 
     Args:
-        epochs: passes over the training images.
-        batch_size: images a step.
-        lr: at the start of the cosine.
-        momentum: SGD's momentum.
-        weight_decay: SGD's weight decay.
-        precision: as in :class:`DistillConfig`.
-        channels_last: keep activations channels-last.
-        device: ``auto`` is cuda where there is one.
-        seed: of everything random in the run.
-        out: folder of the run; None makes a new one under ``runs/``.
+        epochs: number of passes over the training images.
+        batch_size: number of images per step.
+        lr: initial learning rate of SGD, annealed to zero by a cosine schedule.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of SGD.
+        precision: like ``DistillConfig.precision``.
+        channels_last: keep activations in channels-last memory format.
+        device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
+        seed: random seed of the training.
+        out: folder of the run; None creates a new one under ``runs/``.
     """
 
     epochs: int = 100
@@ -351,14 +352,14 @@ class TeachConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """One experiment, which the commands ``teach``, ``distill``, ``evaluate`` and ``profile`` share.
+    """One experiment, shared by the commands ``teach``, ``distill``, ``evaluate`` and ``profile``.
 
     Args:
         data: labelled images for supervised training and evaluation.
-        teacher: the trained network.
-        student: the network to train.
+        teacher: the teacher network.
+        student: the student network.
         teach: supervised training on the data.
-        distill: training of the student without the data.
+        distill: distillation of the teacher into the student, without the data.
     """
 
     data: DataConfig | None = None
@@ -370,11 +371,11 @@ class ExperimentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(ExperimentConfig):
-    """An experiment of the demo, with all three inputs.
+    """An experiment of the demo. Data, teacher and student are required.
 
     Args:
-        presets: objectives to distil with; the student of the first must reach ``least``.
-        least: the share of the teacher's top-1 below which the demo fails.
+        presets: objectives to distill with. The student of the first must reach ``least``.
+        least: fraction of the teacher's top-1 accuracy below which the demo fails.
     """
 
     data: DataConfig = field()
@@ -388,10 +389,10 @@ T = TypeVar("T")
 
 
 def find(name: str) -> Path:
-    """The path of a config: ``name`` itself where there is such a file, else the packaged ``configs/NAME.yaml``.
+    """Find a config file: the file ``name`` if it exists, otherwise the packaged ``configs/NAME.yaml``.
 
     Raises:
-        FileNotFoundError: neither; the message lists what is packaged.
+        FileNotFoundError: neither exists. The message lists the packaged configs.
     """
     if Path(name).is_file():
         return Path(name)
@@ -399,14 +400,14 @@ def find(name: str) -> Path:
     if name in packaged:
         return Path(str(packaged[name]))
     known = ", ".join(sorted(key for key, entry in packaged.items() if entry.name.endswith(".yaml")))
-    raise FileNotFoundError(f"no config file {name!r}; by name there are {known}")
+    raise FileNotFoundError(f"no config file {name!r}; packaged configs: {known}")
 
 
 def read(kind: type[T], path: str | Path) -> T:
-    """A config of type ``kind`` from a YAML file, checked field by field.
+    """Read and validate a config of type ``kind`` from a YAML file.
 
     Raises:
-        ValueError: a field that does not exist, is missing, or holds a wrong value; the message names it.
+        ValueError: a field is unknown, missing or invalid. The message names it.
     """
     import yaml
     from jsonargparse import ArgumentParser
@@ -421,13 +422,5 @@ def read(kind: type[T], path: str | Path) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as nested plain values, ready for YAML, JSON or a checkpoint."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return value
-
-    return plain(asdict(config))
+    """Convert a config to nested dicts, lists and scalars, for YAML, JSON or a checkpoint."""
+    return json.loads(json.dumps(asdict(config)))

@@ -1,4 +1,4 @@
-"""The whole method on real images in minutes: teach, distil without the images, evaluate."""
+"""The demo: train a teacher, distill it without its images and evaluate the student, in minutes."""
 
 from __future__ import annotations
 
@@ -22,39 +22,25 @@ __all__ = ["demo", "run"]
 
 
 def objective_of(config: DemoConfig, preset: Preset) -> ObjectiveConfig:
-    """The config's own objective, or another preset as published: weights tuned for one are not those of the other."""
+    """The config's objective for its own preset, or another preset with that preset's default weights."""
     own = config.distill.objective
     return own if preset == own.preset else replace(own, preset=preset, student={})
 
 
-def _spread(count: int, most: int) -> range:
-    """At most ``most`` indices, evenly over ``count``: images of each class if a set is sorted by class."""
-    return range(0, count, max(1, count // most))[:most]
-
-
 @dataclass(frozen=True)
 class _Row:
-    """A trained network in the table and in ``results.json``."""
+    """A row of the table and of ``results.json``."""
 
     network: str
     learned_from: str
     top1: float
     images_per_s: float | None
 
-    def shown(self, teacher_top1: float) -> dict[str, str]:
-        return {
-            "network": self.network,
-            "learned from": self.learned_from,
-            "top-1": f"{self.top1:.1%}",
-            "of the teacher": f"{self.top1 / teacher_top1:.1%}",
-            "images/s": "" if self.images_per_s is None else f"{self.images_per_s:.0f}",
-        }
-
 
 def _train(
     config: DemoConfig, images: data.ImageData, folder: Path, progress: bool
 ) -> tuple[list[_Row], dict[str, DistillResult]]:
-    """Both networks with data, then a student per preset without: their rows, and the distillations by preset."""
+    """Train both networks with data, then a student per preset without; returns rows and results by preset."""
 
     def network(model: ModelConfig) -> nn.Module:
         torch.manual_seed(config.distill.seed)
@@ -77,61 +63,64 @@ def _train(
             teacher,
             student,
             replace(config.distill, objective=objective_of(config, preset), out=str(folder / preset)),
-            data=images,  # the held-out half, for the accuracy curve
+            data=images,  # only the held-out images, for the accuracy curve
             description=config.student.metadata(),
             inputs={name: to_dict(getattr(config, name)) for name in ("data", "teacher", "student")},
             progress=progress,
         )
         assert distilled.accuracy is not None
-        rows.append(_Row(names["student"], f"teacher alone, {preset}", distilled.accuracy, distilled.images_per_s))
+        rows.append(_Row(names["student"], f"teacher, {preset}", distilled.accuracy, distilled.images_per_s))
     return [*rows, _Row("chance", "", 1 / images.num_classes, None)], runs
 
 
-def _save_pictures(images: data.ImageData, painted: Path, folder: Path, count: int) -> Path:
-    """Held-out images next to synthetic ones."""
+def _save_pictures(images: data.ImageData, synthetic: Path, folder: Path, count: int) -> Path:
+    """Save held-out images next to synthetic ones."""
     assert isinstance(images.test, Sized)
-    indices = _spread(len(images.test), count)
-    held_out = torch.stack([images.test[index][0] for index in indices])
-    shown = report.save_image_grid(held_out, folder / "held_out.png")  # normalised by 0.5: in [-1, 1], like the others
+    total = len(images.test)  # evenly spaced indices cover all classes of a sorted set
+    held_out = torch.stack([images.test[index][0] for index in range(0, total, max(1, total // count))[:count]])
+    shown = report.save_image_grid(held_out, folder / "held_out.png")  # in [-1, 1], like the synthetic images
     path = folder / "pictures.png"
-    report.save_beside([shown, painted], path, scale=3 if images.image_size < 64 else 1)
+    report.save_beside([shown, synthetic], path, scale=3 if images.image_size < 64 else 1)
     return path
 
 
 def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progress: bool = True) -> bool:
-    """One experiment of the demo: train, distil with each preset, print the table.
+    """Run one experiment: train both networks, distill with each preset and print a table.
 
     Args:
         config: the experiment.
-        folder: each of its runs gets a folder in it.
-        title: its name in the output.
-        console: where to print.
-        progress: draw progress bars.
+        folder: output folder, with a subfolder per training.
+        title: name of the experiment in the output.
+        console: prints the output.
+        progress: show progress bars.
 
     Returns:
-        Whether the student of the first preset reached ``config.least`` of its teacher's top-1.
+        Whether the student of the first preset reached ``config.least`` of its teacher's top-1 accuracy.
     """
     started = time.perf_counter()
     images = data.load(config.data)
     console.rule(f"[bold]{title}[/]: {images.num_classes} classes, {images.image_size} x {images.image_size}")
     rows, runs = _train(config, images, folder, progress)
     teacher, student = rows[0].top1, rows[2].top1
-    console.print(report.result_table([row.shown(teacher) for row in rows], title))
+    table = [
+        {
+            "network": row.network,
+            "learned from": row.learned_from,
+            "top-1": f"{row.top1:.1%}",
+            "of the teacher": f"{row.top1 / teacher:.1%}",
+            "images/s": None if row.images_per_s is None else f"{row.images_per_s:.0f}",
+        }
+        for row in rows
+    ]
+    console.print(report.result_table(table, title))
     last = f"images/epoch-{config.distill.loop.epochs:04d}.png"
     for preset, distilled in runs.items():
         console.print(f"[bold]{preset}[/]: {distilled.run_dir}")
-        for what, name in (
-            ("student", "student.safetensors"),
-            ("checkpoints", "checkpoints"),
-            ("resolved config", "config.yaml"),
-            ("TensorBoard log", "tensorboard"),
-            ("synthetic images", last),
-            ("curves", "curves.png"),
-        ):
-            console.print(f"  {what:17} {distilled.run_dir / name}", highlight=False, soft_wrap=True)
-    painted = runs[config.presets[0]].run_dir / last
-    pictures = _save_pictures(images, painted, folder, config.distill.loop.batch_size)
-    console.print(f"held-out images beside synthetic ones: {pictures}", highlight=False, soft_wrap=True)
+        for name in ("student.safetensors", "checkpoints", "config.yaml", "tensorboard", last, "curves.png"):
+            console.print(f"  {distilled.run_dir / name}", highlight=False, soft_wrap=True)
+    synthetic = runs[config.presets[0]].run_dir / last
+    pictures = _save_pictures(images, synthetic, folder, config.distill.loop.batch_size)
+    console.print(f"held-out and synthetic images: {pictures}", highlight=False, soft_wrap=True)
     seconds = time.perf_counter() - started
     results = {
         "experiment": title,
@@ -144,19 +133,23 @@ def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progr
     reached = student >= config.least * teacher
     console.print(
         f"{'[green]reached[/]' if reached else '[red]missed[/]'}: the {config.presets[0]} student has "
-        f"{student / teacher:.1%} of its teacher's top-1, at least {config.least:.0%} are required ({seconds:.0f} s)"
+        f"{student / teacher:.1%} of its teacher's top-1; {config.least:.0%} is required ({seconds:.0f} s)"
     )
     return reached
 
 
 def demo(out: str | None, *, names: Sequence[str] = ("digits", "rendered"), seed: int = 0) -> bool:
-    """Run the demo's experiments, ``configs/demo_NAME.yaml`` each.
+    """Run the demo's experiments, each from ``configs/demo_NAME.yaml``.
+
+    Args:
+        out: output folder; None creates a new one under ``runs/``.
+        names: the experiments to run.
+        seed: random seed.
 
     Returns:
-        Whether every one reached what it must.
+        Whether all students reached their targets.
     """
-    # Networks this small gain little from a second thread, lose much where the cores are busy, and with one the numbers
-    # do not depend on how many cores there are.
+    # Networks this small gain little from more threads, and with one thread results do not depend on the core count.
     torch.set_num_threads(1)
     console = Console()
     folder = new_run_folder(out, "demo")

@@ -1,4 +1,4 @@
-"""What this machine has and why something is missing. Nothing here is needed to train: the CPU always works."""
+"""Reports which optional features this machine supports. Training works on any CPU without them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Item(NamedTuple):
     """One line of the report.
 
     Attributes:
-        item: the name.
-        ok: whether it is present and usable.
-        detail: version and place, or the reason.
+        item: name of the feature.
+        ok: whether it is available.
+        detail: version and location, or the reason why it is unavailable.
     """
 
     item: str
@@ -41,31 +41,26 @@ class Item(NamedTuple):
 
 
 def report() -> list[Item]:
-    """Look at the machine. Never raises: a look that fails becomes a line with the error."""
+    """Run all checks. Never raises: a failed check becomes a line with its error."""
     lines: list[Item] = []
-    for name, look in _LOOKS.items():
+    for name, check in _CHECKS.items():
         try:
-            lines += look()
+            lines += check()
         except Exception as error:
             lines.append(Item(name, False, f"{type(error).__name__}: {error}"))
     return lines
 
 
-def doctor() -> int:
-    """Print the report.
-
-    Returns:
-        0, whatever is missing: absence is an answer.
-    """
+def doctor() -> None:
+    """Print the report."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, ok, detail in report():
         mark = Text("yes", style="green") if ok else Text("no", style="yellow")
         table.add_row(mark, Text(name, style="bold"), Text(detail, overflow="fold"))
     Console().print(table)
-    return 0
 
 
-# The paper's shapes, by the words of ops.extension.launches.
+# The paper's shapes, as arguments of ops.extension.launches.
 _PAPER: dict[str, dict[str, dict[str, Any]]] = {
     "high_order_attention": {
         f"64x{c}x{side}x{side}": {"positions": 64 * side * side, "channels": c, "hidden": c // 4}
@@ -80,28 +75,20 @@ _PAPER: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-_MIN_WIDTH = 150  # narrower, the wide tables wrap in every cell
+_MIN_WIDTH = 150  # in narrower consoles, every cell of the wide tables would wrap
 
 
-def _print(*parts: Any) -> int:
-    console = Console()
-    Console(width=max(console.width, _MIN_WIDTH)).print(*parts, sep="\n")
-    return 0
+def launches() -> None:
+    """Print the kernels that the CUDA extension launches at the paper's shapes in bfloat16.
 
-
-def launches() -> int:
-    """Print what the CUDA extension launches at the paper's shapes in bfloat16, and its use of the GPU.
-
-    For each kernel: blocks, cluster size, threads and shared memory per block; with a GPU also registers and bytes of
-    local memory per thread, blocks per multiprocessor and occupancy.
-
-    Returns:
-        0.
+    For each kernel: number of blocks, cluster size, threads and shared memory per block. With a GPU also registers and
+    bytes of local memory per thread, blocks per SM and occupancy.
     """
+    console = Console(width=max(Console().width, _MIN_WIDTH))
     if extension.UNAVAILABLE is not None:
-        return _print(extension.UNAVAILABLE)
+        console.print(extension.UNAVAILABLE)
+        return
     resources = torch.cuda.is_available()
-    tables = []
     for op, shapes in _PAPER.items():
         rows: list[dict[str, Any]] = []
         for shape, sizes in shapes.items():
@@ -112,9 +99,9 @@ def launches() -> int:
                 else:
                     found = extension.launches(name, resources=resources, **sizes)
                     rows += [{**row, **_launch_cells(each)} for each in found]
-        tables.append(result_table(rows, f"{op}, bfloat16"))
-    without = [] if resources else ["registers and occupancy: the CUDA runtime needs a GPU and its driver"]
-    return _print(*tables, *without)
+        console.print(result_table(rows, f"{op}, bfloat16"))
+    if not resources:
+        console.print("Showing registers and occupancy needs a GPU.")
 
 
 def _launch_cells(launch: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +112,7 @@ def _launch_cells(launch: dict[str, Any]) -> dict[str, Any]:
         "threads": math.prod(launch["block"]),
         "shared KB": f"{(launch['dynamic_shared'] + launch.get('static_shared', 0)) / 1024:.1f}",
     }
-    columns = {"registers": "registers", "local": "local B", "blocks_per_multiprocessor": "at a time"}
+    columns = {"registers": "registers", "local": "local B", "blocks_per_multiprocessor": "blocks/SM"}
     if "registers" in launch:
         cells |= {title: launch[name] for name, title in columns.items()}
         cells["occupancy"] = f"{launch['occupancy']:.0%}"
@@ -141,49 +128,49 @@ def _version(distribution: str) -> str | None:
 
 def _python() -> Iterator[Item]:
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Item("python", True, f"{platform.python_version()}, {platform.machine()}, {threads} CPU threads to run on")
+    yield Item("python", True, f"{platform.python_version()}, {platform.machine()}, {threads} CPU threads available")
     build = f"built with CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     yield Item("torch", True, f"{torch.__version__}, {build}, {torch.get_num_threads()} threads")
 
 
 def _no_device() -> str:
-    """Why torch sees no CUDA device."""
+    """The reason why torch has no CUDA device."""
     if torch.version.cuda is None:
-        return "this torch is built without CUDA; a CUDA build is needed"
+        return "this torch is built without CUDA; install a CUDA build"
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return "CUDA_VISIBLE_DEVICES hides every device"
+        return "CUDA_VISIBLE_DEVICES hides all devices"
     try:
         torch.cuda.init()
     except RuntimeError as error:
         return str(error).splitlines()[0].split(". ")[0]
-    return "the driver is loaded, but offers no device"
+    return "the driver is loaded, but has no device"
 
 
 def _devices() -> Iterator[Item]:
     if not torch.cuda.is_available():
         yield Item("CUDA device", False, f"{_no_device()}; everything runs on the CPU")
-        yield Item("bf16 autocast", False, "not on the CPU by default: float32 is used there")
+        yield Item("bf16 autocast", False, "the default on the CPU is float32")
         return
     built = torch.cuda.get_arch_list()
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         fits = any(int(re.sub(r"\D", "", arch)) <= 10 * device.major + device.minor for arch in built)
         detail = f"{device.name}, compute capability {device.major}.{device.minor}, "
-        detail += f"{device.total_memory / 2**30:.0f} GiB, {device.multi_processor_count} multiprocessors"
+        detail += f"{device.total_memory / 2**30:.0f} GiB, {device.multi_processor_count} SMs"
         detail += "" if fits else f"; this torch is built for {', '.join(built)}"
         yield Item(f"CUDA device {index}", fits, detail)
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    emulated = "the device would only emulate it (needs compute capability 8.0); float32 is used"
-    yield Item("bf16 autocast", bf16, "computed by the device; the default precision" if bf16 else emulated)
+    emulated = "only emulated (native support needs compute capability 8.0); the default is float32"
+    yield Item("bf16 autocast", bf16, "supported; the default precision" if bf16 else emulated)
 
 
 def _triton() -> Iterator[Item]:
     version = _version("triton")
     if version is None or importlib.util.find_spec("triton") is None:
-        yield Item("triton", False, "not installed; comes with torch's CUDA builds for Linux")
+        yield Item("triton", False, "not installed; torch's CUDA builds for Linux include it")
     else:
         cuda = torch.cuda.is_available()
-        yield Item("triton", cuda, version if cuda else f"{version} is installed; its kernels need a CUDA device")
+        yield Item("triton", cuda, version if cuda else f"{version} is installed, but its kernels need a CUDA device")
 
 
 def _run(*command: str) -> str:
@@ -191,28 +178,28 @@ def _run(*command: str) -> str:
 
 
 def find_nvcc() -> str | None:
-    """Where torch's extension builder would look: CUDA_HOME, CUDA_PATH, then PATH, then the usual place."""
+    """Find nvcc like torch's extension builder: in CUDA_HOME, CUDA_PATH, PATH, then /usr/local/cuda."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home and (Path(home) / "bin" / "nvcc").exists():
             return str(Path(home) / "bin" / "nvcc")
-    usual = "/usr/local/cuda/bin/nvcc"
-    return shutil.which("nvcc") or (usual if Path(usual).exists() else None)
+    default = "/usr/local/cuda/bin/nvcc"
+    return shutil.which("nvcc") or (default if Path(default).exists() else None)
 
 
 def _nvcc() -> Iterator[Item]:
     path, torch_cuda = find_nvcc(), torch.version.cuda
     if path is None:
-        yield Item("nvcc", False, "not on PATH, nor under CUDA_HOME or /usr/local/cuda; CUDA C++ is not compiled")
+        yield Item("nvcc", False, "not found on PATH, in CUDA_HOME or in /usr/local/cuda; CUDA C++ cannot be compiled")
         return
     found = re.search(r"release ((\d+)\.\d+)", _run(path, "--version"))
     if found is None:
-        yield Item("nvcc", False, f"{path} does not say its version")
+        yield Item("nvcc", False, f"{path} does not print its version")
     elif torch_cuda is None:
         yield Item("nvcc", False, f"{found[1]} at {path}, but this torch is built without CUDA")
     else:
-        # Across major versions torch refuses to build; minor versions are compatible with each other.
+        # torch refuses to build with another major version; minor versions are compatible.
         same = found[2] == torch_cuda.split(".")[0]
-        suffix = "" if same else ": another major version, which torch refuses"
+        suffix = "" if same else ", another major version, which torch does not support"
         yield Item("nvcc", same, f"{found[1]} at {path}; torch is built with {torch_cuda}{suffix}")
 
 
@@ -235,7 +222,7 @@ def _extension() -> Iterator[Item]:
         yield Item("CUDA extension", False, str(extension.UNAVAILABLE))
     else:
         built = f"CUDA {found['toolkit']}, {found['architecture']}, commit {found['commit']}"
-        yield Item("CUDA extension", True, f"{built}; for devices of compute capability 9.0, others run Triton")
+        yield Item("CUDA extension", True, f"{built}; for compute capability 9.0, other devices use Triton")
 
 
 def _extras() -> Iterator[Item]:
@@ -247,15 +234,15 @@ def _extras() -> Iterator[Item]:
 
 
 def _ops() -> Iterator[Item]:
-    """The backends of the ops; one line for those that have the same."""
-    alike: dict[tuple[str, ...], list[str]] = {}
+    """List the ops by their available backends."""
+    by_backends: dict[tuple[str, ...], list[str]] = {}
     for name, backends in ops.backends().items():
-        alike.setdefault(backends, []).append(name)
-    for backends, names in alike.items():
+        by_backends.setdefault(backends, []).append(name)
+    for backends, names in by_backends.items():
         yield Item("ops", bool(backends), f"{', '.join(backends)}: {', '.join(names)}")
 
 
-_LOOKS = {
+_CHECKS = {
     "python": _python,
     "CUDA device": _devices,
     "triton": _triton,

@@ -1,8 +1,8 @@
-"""Named ranges on the timeline of a profiler: round, step, network, op.
+"""Named ranges on a profiler's timeline: round, step, network, op.
 
-A range shows in Nsight Systems, through the ``nvtx`` package where it is installed, and in a running torch.profiler. It
-is of the host: kernels belong to the range in which they were launched. A captured graph is launched as a whole, so of
-its ranges only round and step are seen.
+Ranges appear in a running torch.profiler and, if the ``nvtx`` package is installed, in Nsight Systems. They are host
+ranges: a kernel belongs to the range that launched it. A captured graph is one launch, so it only has round and step
+ranges.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ except ImportError:  # an extra: pip install 'dfkd-fast[nvtx]'
 __all__ = ["KINDS", "PREFIX", "nvtx_range"]
 
 PREFIX = "dfkd_fast"
-"""Domain of the ranges in NVTX; in torch.profiler the first part of their names: ``dfkd_fast/network/teacher``."""
+"""NVTX domain of the ranges, and prefix of their names in torch.profiler: ``dfkd_fast/network/teacher``."""
 
 KINDS = ("round", "step", "network", "op")
-"""What a range can be of, from the outside in."""
+"""Kinds of ranges, from the outermost to the innermost."""
 
 _annotate: Callable[..., Any] | None = None if nvtx is None else nvtx.annotate
 _NOTHING = contextlib.nullcontext()
@@ -32,13 +32,13 @@ _COLORS = {"round": "gray", "step": "blue", "network": "green", "op": "orange"}
 
 
 def nvtx_range(kind: str, name: str) -> contextlib.AbstractContextManager[Any]:
-    """A range around a ``with`` block.
+    """Create a range around a ``with`` block.
 
-    Inside code that torch.compile traces there is none: a range would be a graph break, and its ops are fused anyway.
+    Code that torch.compile traces has no ranges, because they would break the graph.
 
     Args:
         kind: one of :data:`KINDS`.
-        name: of what: ``generator``, ``teacher``, ``high_order_attention``, ...
+        name: name within its kind, for example ``generator``, ``teacher`` or ``high_order_attention``.
     """
     if torch.compiler.is_compiling():
         return _NOTHING

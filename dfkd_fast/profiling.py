@@ -1,9 +1,9 @@
-"""Where the time of a step goes: torch.profiler over the ranges of :mod:`dfkd_fast.nvtx`.
+"""Profiles steps by network and op, with torch.profiler and the ranges of :mod:`dfkd_fast.nvtx`.
 
 Times are sums over the events of ``torch.profiler.profile.events()``: device time of kernels, copies and fills on CUDA,
-self CPU time on the CPU. The backward of an operator is attributed to the network and the op of its forward, through
-autograd's sequence numbers. Kernels of a replayed CUDA graph belong to no range: for engine ``graph`` only their
-total time and their number are known.
+self CPU time on the CPU. Autograd's sequence numbers attribute the backward of an operator to the network and op of its
+forward. Kernels of a replayed CUDA graph belong to no range, so for engine ``graph`` only their total time and number
+are known.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,15 @@ from dfkd_fast.report import environment, result_table, write_results
 __all__ = ["OUTSIDE", "REPLAYED", "ProfileResult", "attribute", "profile", "summary_table", "table", "time_by_range"]
 
 OUTSIDE = "loop"
-"""Network of the time that no network's range contains."""
+"""Name of the network in rows for time outside of all network ranges."""
 
 REPLAYED = "replayed graph"
-"""Network of the kernels of a replayed CUDA graph."""
+"""Name of the network in the row for a replayed CUDA graph."""
 
-_NODE = "autograd::engine::evaluate_function: "  # how autograd names the event around one node's backward
-_MIN_SHARE = 0.005  # table() adds up smaller rows
+_NODE = "autograd::engine::evaluate_function: "  # prefix of autograd's event for the backward of one node
+_MIN_SHARE = 0.005  # table() combines rows with a smaller share
 
-Key = tuple[str, str, str]  # network, direction, op; no op is ""
+Key = tuple[str, str, str]  # network, direction, op ("" outside of ops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class ProfileResult:
 
     Attributes:
         folder: contains ``breakdown.json`` and the traces.
-        traces: a Chrome trace for each engine and kind of step, by ``"<engine>_<kind>"``.
+        traces: path of the Chrome trace of each engine and kind of step, by ``"<engine>_<kind>"``.
         content: the content of ``breakdown.json``.
     """
 
@@ -58,14 +58,14 @@ class ProfileResult:
 
 
 def attribute(events: Iterable[Any]) -> Iterator[tuple[Any, Key]]:
-    """Yield each host event with the network, the direction and the op range that it belongs to.
+    """Yield each host event with its network, direction and op.
 
     Args:
-        events: of ``torch.profiler.profile.events()``, which are ordered by start.
+        events: events of ``torch.profiler.profile.events()``, which are ordered by start time.
     """
     keys: dict[int, Key] = {}
-    forward: dict[int, Key] = {}  # by sequence number; of several operators with one number the last made the node
-    latest: dict[int, Key] = {}  # the last node of each thread: AccumulateGrad has no number and follows its producer
+    forward: dict[int, Key] = {}  # by sequence number; of operators with the same number, the last one created the node
+    latest: dict[int, Key] = {}  # last node of each thread; AccumulateGrad has no number, but follows its producer
     for event in events:
         if event.device_type != DeviceType.CPU:
             continue
@@ -86,17 +86,17 @@ def attribute(events: Iterable[Any]) -> Iterator[tuple[Any, Key]]:
 
 
 def time_by_range(events: Sequence[Any], steps: int, *, cuda: bool, replayed: bool = False) -> list[dict[str, Any]]:
-    """Add up the time of recorded steps by network, direction and op.
+    """Sum the time of recorded steps by network, direction and op.
 
     Args:
-        events: of ``torch.profiler.profile.events()``.
-        steps: how many steps were recorded; the numbers are per step.
-        cuda: add up device time and kernels; otherwise self CPU time.
-        replayed: the steps are replays of a CUDA graph, whose kernels belong to no range.
+        events: events of ``torch.profiler.profile.events()``.
+        steps: number of recorded steps, by which the results are divided.
+        cuda: sum device time and count kernels; otherwise sum self CPU time.
+        replayed: whether the steps are replays of a CUDA graph, whose kernels belong to no range.
 
     Returns:
-        Rows by descending time: ``network``, ``direction``, ``op``, ``microseconds``, ``kernels`` (None on the CPU) and
-        ``share`` of the total.
+        Rows in descending order of time, with ``network``, ``direction``, ``op``, ``microseconds`` and ``kernels`` per
+        step (``kernels`` is None on the CPU) and ``share`` of the total time, in [0, 1].
     """
     spent: dict[Key, float] = defaultdict(float)
     kernels: dict[Key, int] = defaultdict(int)
@@ -105,7 +105,7 @@ def time_by_range(events: Sequence[Any], steps: int, *, cuda: bool, replayed: bo
             spent[key] += sum(kernel.duration for kernel in event.kernels) if cuda else event.self_cpu_time_total
             kernels[key] += len(event.kernels)
     if cuda:
-        # Launches outside of any operator, such as a graph's, are linked to no host event.
+        # Launches outside of any operator, such as those of a graph, have no host event.
         device = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
         rest = (REPLAYED if replayed else OUTSIDE, "forward", "")
         spent[rest] += sum(event.time_range.elapsed_us() for event in device) - sum(spent.values())
@@ -126,10 +126,10 @@ def time_by_range(events: Sequence[Any], steps: int, *, cuda: bool, replayed: bo
 
 
 def table(content: dict[str, Any], step: str) -> list[dict[str, Any]]:
-    """Rows to print for one kind of step; rows below half a percent are added up in the last.
+    """Format the rows of one kind of step for printing. The last row combines all rows below half a percent.
 
     Args:
-        content: one of the ``engines`` of :func:`profile`.
+        content: an entry of ``engines`` from :func:`profile`.
         step: ``generator`` or ``student``.
     """
     rows = [row for row in content["rows"] if row["step"] == step]
@@ -138,25 +138,18 @@ def table(content: dict[str, Any], step: str) -> list[dict[str, Any]]:
         rest = {name: sum(row[name] or 0 for row in small) for name in ("microseconds", "kernels", "share")}
         named = {"network": f"{len(small)} rows below {_MIN_SHARE:.1%}", "direction": "", "op": ""}
         rows = [*(row for row in rows if row["share"] >= _MIN_SHARE), named | rest]
-    cuda = content["device"] == "cuda"
+    formats = {"kernels": "{:g}"} if content["device"] == "cuda" else {}
+    formats = {"network": "{}", "direction": "{}", "op": "{}", **formats, "microseconds": "{:.1f}", "share": "{:.1%}"}
     return [
-        {
-            "network": row["network"],
-            "direction": row["direction"],
-            "op": row["op"],
-            **({"kernels": f"{row['kernels']:g}"} if cuda else {}),
-            "us": f"{row['microseconds']:.1f}",
-            "share": f"{row['share']:.1%}",
-        }
-        for row in rows
+        {name.replace("microseconds", "us"): form.format(row[name]) for name, form in formats.items()} for row in rows
     ]
 
 
 def summary_table(contents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows to print that compare engines: one row for each engine and kind of step.
+    """Format rows that compare engines for printing, with one row per engine and kind of step.
 
     Args:
-        contents: the ``engines`` of :func:`profile`.
+        contents: ``engines`` from :func:`profile`.
     """
     rows = []
     for content in contents:
@@ -179,32 +172,34 @@ def profile(
     out: str | None = None,
     console: Console | None = None,
 ) -> ProfileResult:
-    """Record some steps of each kind, write Chrome traces and print the time by network and op.
+    """Record steps of each kind, write Chrome traces and print the time by network and op.
 
     Args:
-        teacher: the network that knows; its weights do not matter here.
-        student: the network that learns; its weights change.
-        config: the run. The numbers of steps per round are replaced.
-        engines: which to run, one after the other.
-        steps: of each kind to record; a kind of which the config's rounds have no step is left out.
-        networks: names of teacher and student; None uses their classes' names.
-        out: folder; None makes a new one under ``runs/``.
-        console: where the tables are printed; None is the terminal.
+        teacher: the teacher. Its weights do not affect the times.
+        student: the student. Its weights change.
+        config: the run. Its numbers of steps per round are replaced.
+        engines: the engines to profile, one after the other.
+        steps: number of steps to record of each kind that the config's rounds have.
+        networks: names of teacher and student; None uses their class names.
+        out: output folder; None creates a new one under ``runs/``.
+        console: console for the tables; None uses the terminal.
 
     Returns:
-        The files and their content: ``environment``, ``precision``, ``batch``, ``image_size``, ``networks``, and for
-        each of ``engines``: ``engine``, ``device`` (``cuda`` or ``cpu``), ``steps`` and ``rows``. ``steps`` has for
-        each kind ``step``, ``recorded`` (how many), ``microseconds`` and ``kernels`` per step, and ``unprofiled_us``,
-        the wall time per step without the profiler, which slows the host. ``rows`` are those of
-        :func:`time_by_range` with ``step``.
+        The files and the content of ``breakdown.json``: ``environment``, ``precision``, ``batch``, ``image_size``,
+        ``networks`` and ``engines``. Each engine has ``engine``, ``device`` (``cuda`` or ``cpu``), ``steps`` and
+        ``rows``. Each of ``steps`` has ``step`` (its kind), ``recorded`` (the number of steps), ``microseconds`` and
+        ``kernels`` per step, and ``unprofiled_us``, the wall time per step without the profiler's overhead. ``rows``
+        are those of :func:`time_by_range`, with ``step``.
 
     Raises:
-        ValueError: no engine, less than one step, or a config that does not fit.
+        ValueError: there is no engine or less than one step, the config has no ``image_size``, or an engine does not
+            support the device.
     """
+    networks = networks or (type(teacher.model).__name__, type(student.model).__name__)
     if not engines or steps < 1:
         raise ValueError(f"at least one engine and one step are needed, got {len(engines)} engines, {steps} steps")
     if config.image_size is None:
-        raise ValueError("DistillConfig.image_size must be given: a profile has no data to take it from")
+        raise ValueError("DistillConfig.image_size must be given for a profile")
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
     names = list(dict.fromkeys(resolve_engine(name, runtime) for name in engines))
     cuda = runtime.device.type == "cuda"
@@ -228,24 +223,24 @@ def profile(
             _add_step(content, kind, profiler.events(), steps, unprofiled)
             console.print(result_table(table(content, kind), f"{name}: {kind} step, mean of {steps}"))
         contents.append(content)
-        gc.collect()  # frees this engine's device memory before the next one starts
+        gc.collect()  # free this engine's device memory before the next one starts
         if cuda:
             torch.cuda.empty_cache()
-    console.print(result_table(summary_table(contents), "wall time of a step, without the profiler"))
+    console.print(result_table(summary_table(contents), "wall time per step, without the profiler"))
     result = {
         "environment": environment(),
-        "precision": _precision(runtime),
+        "precision": runtime.precision,
         "batch": loop.batch_size,
         "image_size": config.image_size,
-        "networks": dict(zip(("teacher", "student"), networks or (_name(teacher), _name(student)), strict=True)),
+        "networks": dict(zip(("teacher", "student"), networks, strict=True)),
         "engines": contents,
     }
-    write_results(folder / "anatomy.json", result)
+    write_results(folder / "breakdown.json", result)
     return ProfileResult(folder=folder, traces=traces, content=result)
 
 
 def _add_step(content: dict[str, Any], kind: str, events: Sequence[Any], steps: int, unprofiled: float) -> None:
-    """Add the times of one kind of step to the content of an engine."""
+    """Add the results of one kind of step to an engine's content."""
     cuda = content["device"] == "cuda"
     rows = time_by_range(events, steps, cuda=cuda, replayed=content["engine"] == "graph")
     content["rows"] += [{"step": kind, **row} for row in rows]
@@ -263,7 +258,7 @@ def _add_step(content: dict[str, Any], kind: str, events: Sequence[Any], steps: 
 def _record(
     teacher: FeatureModel, student: FeatureModel, config: DistillConfig, runtime: Runtime
 ) -> Iterator[tuple[str, torch.profiler.profile, float]]:
-    """For each kind of step: the profiler after recording, and microseconds per step without it."""
+    """Yield each kind of step, its profiler after recording, and the microseconds per step without the profiler."""
     assert config.image_size is not None
     student.train()
     mean, std = normalization(teacher.model)
@@ -282,36 +277,19 @@ def _record(
             unprofiled = _steps(engine, first, count)
             schedule = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
             with torch.profiler.profile(activities=activities, schedule=schedule, acc_events=True) as profiler:
-                _steps(engine, first, count)  # the start of the profiler slows these
-                _start(engine, first)
-                profiler.step()
-                _steps(engine, None, count)
+                _steps(engine, first, count)  # warm-up: starting the profiler slows these steps
+                _steps(engine, first, count, started=profiler.step)
             yield kind, profiler, unprofiled
 
 
-def _start(engine: Engine, first: int) -> None:
-    """Start a round at its step ``first``."""
+def _steps(engine: Engine, first: int, count: int, started: Callable[[], None] = lambda: None) -> float:
+    """Run ``count`` steps from step ``first`` of a round, and return the wall time per step in microseconds."""
     engine.state.position = Position(step=first)
     engine.start_round()
     engine.state.runtime.synchronize()
-
-
-def _steps(engine: Engine, first: int | None, count: int) -> float:
-    """Microseconds per step of ``count`` steps from ``first``, or from where the round is, by the host's clock."""
-    if first is not None:
-        _start(engine, first)
+    started()
     start = time.perf_counter()
     for _ in range(count):
         engine.step()
     engine.state.runtime.synchronize()
     return 1e6 * (time.perf_counter() - start) / count
-
-
-def _precision(runtime: Runtime) -> str:
-    if runtime.autocast is None:
-        return "tf32" if runtime.tf32 else "fp32"
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[runtime.autocast]
-
-
-def _name(network: FeatureModel) -> str:
-    return type(network.model).__name__

@@ -1,4 +1,4 @@
-"""Run an example before and after the swap, and print the difference in speed and in the losses.
+"""Run an example before and after the switch, and print the differences in speed and losses.
 
 python examples/compare.py plain_dfkd --device cuda --steps 30 --size 64 --batch 128 --json swap.json
 """
@@ -20,23 +20,23 @@ from dfkd_fast.report import environment, write_results
 
 EXAMPLES = ("plain_dfkd", "deepinversion")
 WARM_UP = 3
-"""Steps that are not timed: kernels are compiled and chosen in them."""
+"""Untimed steps, in which kernels are compiled and selected."""
 
 
 def load(example: str) -> tuple[ModuleType, ModuleType]:
-    """The two scripts of a folder, each found as Python finds it when the script is run."""
+    """Import the two scripts of a folder, with the folder on the path as if they were run."""
     folder = str(Path(__file__).resolve().parent / example)
     sys.path.insert(0, folder)
     try:
         return importlib.import_module("before"), importlib.import_module("after")
     finally:
         sys.path.remove(folder)
-        for name in ("before", "after", "losses"):  # the next folder has its own
+        for name in ("before", "after", "losses"):  # the next folder has modules of the same names
             sys.modules.pop(name, None)
 
 
-def served_by(device: str) -> str:
-    """Which backend computes the ops on a device."""
+def ops_backend(device: str) -> str:
+    """The backend of the ops on a device."""
     named = os.environ.get("DFKD_FAST_BACKEND")
     return named or ("triton" if torch.device(device).type == "cuda" else "reference")
 
@@ -44,11 +44,11 @@ def served_by(device: str) -> str:
 def compare(
     example: str, *, device: str, steps: int, size: int, batch: int, seed: int, turns: int = 2
 ) -> dict[str, Any]:
-    """Both scripts on the same seed, in turns.
+    """Run both scripts alternately with the same seed.
 
     Returns:
-        Medians of the seconds a step after the warm-up, and the largest relative difference of two losses of one step,
-        beside what was run.
+        The options, the median seconds per step after the warm-up (``before_s`` and ``after_s``), and the relative
+        difference of the losses in the first step and at most.
     """
     scripts = load(example)
     options = {"device": device, "steps": steps + WARM_UP, "size": size, "batch": batch, "seed": seed}
@@ -62,7 +62,7 @@ def compare(
     before, after = map(statistics.median, seconds)
     return {
         "example": example,
-        "backend": served_by(device),
+        "backend": ops_backend(device),
         **options,
         "steps": steps,
         "warm_up": WARM_UP,
@@ -78,14 +78,14 @@ def describe(row: dict[str, Any]) -> str:
     before, after = row["before_s"], row["after_s"]
     lines = [
         f"{row['example']}: {row['turns']} x {row['steps']} steps, {row['batch']} images of {row['size']} x "
-        f"{row['size']}, on {row['device']}; ops served by {row['backend']}",
-        f"  before  {1e3 * before:8.2f} ms a step (median)",
-        f"  after   {1e3 * after:8.2f} ms a step (median), {before / after:.2f} times as fast",
-        f"  losses  largest relative difference {row['largest_loss_difference']:.1e}, of rounding that grows with the "
-        f"steps; in the first step {row['first_loss_difference']:.1e}",
+        f"{row['size']}, on {row['device']}; ops run on backend {row['backend']}",
+        f"  before  {1e3 * before:8.2f} ms per step (median)",
+        f"  after   {1e3 * after:8.2f} ms per step (median), {before / after:.2f} times as fast",
+        f"  losses  relative difference {row['first_loss_difference']:.1e} in the first step and at most "
+        f"{row['largest_loss_difference']:.1e}; rounding differences grow with the steps",
     ]
     if row["backend"] == "reference":
-        lines.append("  The fused kernels run on CUDA devices; here both are plain PyTorch.")
+        lines.append("  The fused kernels need a CUDA device; both scripts ran plain PyTorch.")
     return "\n".join(lines)
 
 
@@ -93,12 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("example", choices=[*EXAMPLES, "all"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=5, help=f"timed steps, after {WARM_UP} to warm up")
-    parser.add_argument("--size", type=int, default=32, help="pixels a side")
+    parser.add_argument("--steps", type=int, default=5, help=f"number of timed steps, after {WARM_UP} untimed ones")
+    parser.add_argument("--size", type=int, default=32, help="height and width of the images in pixels")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--turns", type=int, default=2, help="how often each script is run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers and what they were measured with")
+    parser.add_argument("--turns", type=int, default=2, help="number of runs of each script")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results and the environment to FILE")
     options = vars(parser.parse_args(arguments))
     example, file = options.pop("example"), options.pop("json")
     if min(options["steps"], options["turns"]) < 1:

@@ -1,4 +1,4 @@
-"""What every test gets: one thread, fixed seeds, no network, a working folder and caches of its own."""
+"""Common setup: one thread, fixed seeds, no network, and a separate working folder per test."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: its thread pools are sized on import.
+# Set before torch is imported, because it sizes its thread pools on import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes too, where the patched socket below does not reach
+os.environ["HF_HUB_OFFLINE"] = "1"  # also for child processes, which do not use the patched socket below
 
 import hypothesis
 import numpy as np
@@ -22,12 +22,12 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Before any kernel is decorated: without a GPU, Triton's kernels run in its interpreter.
+    # Set before any kernel is decorated: without a GPU, Triton kernels run in the interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _no_cuda() -> str | None:
-    """Why tests marked ``gpu`` cannot run; None where they can."""
+    """The reason why tests marked ``gpu`` cannot run, or None."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
@@ -37,9 +37,9 @@ def _no_cuda() -> str | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
-    # On a card cuDNN rounds what float32 convolutions multiply to TF32, unless told not to: no test is as lenient.
+    # By default cuDNN computes float32 convolutions in TF32, which is too inexact for the tests.
     torch.backends.cudnn.allow_tf32 = False
-    # The same examples each time: what fails, fails again.
+    # Use the same examples in every run, so that failures are reproducible.
     hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
     hypothesis.settings.load_profile("reproducible")
 
@@ -55,12 +55,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"needs a CUDA device: {reason}"))
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout's: a test's limit does not count the wait
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of pytest-timeout, so that waiting does not count
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Run tests marked ``large_memory`` one at a time, and give back the memory that they used.
+    """Run tests marked ``large_memory`` one at a time, and release their memory afterwards.
 
-    A lock, which ends with its process, since the xdist_group of pytest-xdist 3.8 hangs when a worker process dies
-    (pytest-xdist issues 1323 and 1378), as happens in the tests of a GPU.
+    Uses a file lock instead of pytest-xdist's xdist_group, which hangs in version 3.8 when a worker process dies
+    (pytest-xdist issues 1323 and 1378).
     """
     if item.get_closest_marker("large_memory") is None:
         return (yield)
@@ -76,13 +76,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_network() -> Iterator[None]:
-    """Refuse connections beyond this machine, so that a test that needs the network fails everywhere alike."""
+    """Refuse connections to other machines, so that tests that need the network always fail."""
     connect = socket.socket.connect
 
     def local_only(self: socket.socket, address: Any) -> None:
         host = address[0] if isinstance(address, tuple) else None
         if host is not None and host not in ("127.0.0.1", "::1", "localhost"):
-            raise OSError(f"tests do not use the network: connection to {host} refused")
+            raise OSError(f"tests must not use the network: connection to {host} refused")
         connect(self, address)
 
     patch = pytest.MonkeyPatch()
@@ -93,11 +93,11 @@ def _no_network() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Drawn images are cached for the session, not in the user's home."""
+    """Cache rendered images in a folder of the session, not in the user's home."""
     folder = tmp_path_factory.mktemp("cache")
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(folder))
-    # matplotlib would look for its list of fonts there and, for want of one, scan the machine's fonts in every worker.
+    # Keep matplotlib's cache, because otherwise every worker would scan the machine's fonts.
     patch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib")))
     yield folder
     patch.undo()
@@ -105,7 +105,7 @@ def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run without ``out`` writes ``runs/`` into the working folder: never the repository's."""
+    """Work in a temporary folder, because a run without ``out`` writes ``runs/`` to the working folder."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -118,18 +118,18 @@ def _seeds() -> None:
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernel_device(request: pytest.FixtureRequest) -> str:
-    """Where Triton's kernels run: on the CPU in the interpreter, or on the card."""
+    """The device of Triton kernels: the CPU in the interpreter, or a GPU."""
     if request.param == "interpreter":
         if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("the interpreter is for machines without a GPU (TRITON_INTERPRET=1)")
+            pytest.skip("the interpreter is only used without a GPU (TRITON_INTERPRET=1)")
         return "cpu"
     return "cuda"
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The result of a whole run of :func:`tests.tiny.config`, for tests that only read it."""
-    from . import tiny  # not for every test: it imports the engine
+    """The result of a complete run of :func:`tests.tiny.config`, for tests that only read it."""
+    from . import tiny  # imported late, because it imports the engine
 
     return tiny.run(tmp_path_factory.mktemp("whole"))
 

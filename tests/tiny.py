@@ -1,4 +1,4 @@
-"""The smallest run that has every part: networks of a few thousand weights, 16 x 16 images, rounds of two steps."""
+"""The smallest complete run: networks with a few thousand weights, 16 x 16 images, rounds of two and two steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 def network(widths: tuple[int, int, int, int] = (4, 4, 6, 8), *, seed: int = 0) -> nn.Module:
-    """A ResNet-8, and BatchNorm statistics that are not the initial ones."""
+    """A ResNet-8 whose BatchNorm statistics differ from the initial ones."""
     torch.manual_seed(seed)
     config = ModelConfig(name="resnet8", options={"widths": list(widths)})
     model = create_model(config, num_classes=CLASSES)
@@ -39,7 +39,7 @@ def teacher() -> nn.Module:
 
 
 def data(count: int = 20) -> ImageData:
-    """Noise with labels."""
+    """Labelled noise images."""
     generator = torch.Generator().manual_seed(0)
     images = TensorDataset(
         torch.randn(count, 3, SIZE, SIZE, generator=generator), torch.arange(count).remainder(CLASSES)
@@ -48,7 +48,7 @@ def data(count: int = 20) -> ImageData:
 
 
 def config(out: Path | None = None, **changes: Any) -> DistillConfig:
-    """Two epochs of two rounds of two and two steps, with every part of the method in it."""
+    """A config of the full method, with two epochs of two rounds of two and two steps."""
     base = DistillConfig(
         generator=GeneratorConfig(latent_dim=6, channels=(8, 8, 8, 8, 8)),
         objective=ObjectiveConfig(student={"sfcl": 1.0}),
@@ -67,7 +67,7 @@ def config(out: Path | None = None, **changes: Any) -> DistillConfig:
 
 
 def run(out: Path, **changes: Any) -> DistillResult:
-    """A run from its start to its end, with data to evaluate on."""
+    """A complete run with evaluation data."""
     return distill(teacher(), network(), config(out, **changes), data=data(), progress=False)
 
 
@@ -77,7 +77,7 @@ def _traced() -> tuple[FeatureModel, FeatureModel]:
 
 
 def state(changed: DistillConfig | None = None) -> DistillState:
-    """A state ready for its first step."""
+    """The initial state of a run."""
     run = changed or config()
     features = copy.deepcopy(_traced())
     features[0].eval()
@@ -85,3 +85,9 @@ def state(changed: DistillConfig | None = None) -> DistillState:
     features[1].train()
     runtime = Runtime.of(run.device, run.precision, channels_last=run.channels_last)
     return build_state(features[0], features[1], run, runtime, image_size=SIZE, mean=HALF, std=HALF)
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks have equal parameters and buffers under the same names."""
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

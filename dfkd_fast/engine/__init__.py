@@ -1,4 +1,4 @@
-"""The engine: training with data, distilling without, evaluating, exporting."""
+"""The engine: supervised training, data-free distillation, evaluation and export."""
 
 from dfkd_fast.engine.capture import CaptureError
 from dfkd_fast.engine.checkpoint import CheckpointError, Checkpoints

@@ -1,10 +1,9 @@
-"""Work in the background of training: writing files, evaluating a copy of the student."""
+"""Background jobs during training: writing files and evaluating a copy of the student."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -16,11 +15,11 @@ Job = Future[T]
 
 
 class Background:
-    """One thread that runs jobs in the order of submission, on a separate CUDA stream.
+    """A thread that runs jobs in the order of submission, on a separate CUDA stream.
 
     Args:
-        device: where jobs compute. On the CPU there is nothing to gain, and the caller runs each job at once.
-        overlap: run jobs concurrently with the caller; None is only on CUDA.
+        device: device of the jobs' work. On the CPU, overlap gains nothing and the caller runs each job immediately.
+        overlap: run jobs concurrently with the caller; None overlaps only on CUDA.
     """
 
     def __init__(self, device: torch.device, *, overlap: bool | None = None) -> None:
@@ -33,46 +32,42 @@ class Background:
 
     @property
     def overlaps(self) -> bool:
-        """Whether jobs run concurrently with the caller, which must not change what they read."""
+        """Whether jobs run concurrently with the caller, which must then not change what they read."""
         return self._thread is not None
 
     def submit(self, work: Callable[[], T]) -> Job[T]:
-        """Run ``work`` after everything that is on the caller's stream now."""
-        ready = None
-        if self._stream is not None:
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self._device))
+        """Run ``work`` after the work that is now queued on the caller's stream.
 
-        def run() -> T:
-            with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-                if self._stream is not None and ready is not None:
-                    self._stream.wait_event(ready)
-                result = work()
-                if self._stream is not None:
-                    self._stream.synchronize()
-                return result
+        Raises:
+            Exception: the exception of an earlier job that failed, so that the run stops before its end.
+        """
+        run, stream = work, self._stream
+        if stream is not None:
+            ready = torch.cuda.current_stream(self._device).record_event()
+
+            def run() -> T:
+                with torch.cuda.stream(stream):
+                    stream.wait_event(ready)
+                    result = work()
+                    stream.synchronize()
+                    return result
 
         if self._thread is None:
             job: Job[T] = Future()
             job.set_result(run())
             return job
-        self._raise_early()
+        while self._jobs and self._jobs[0].done():
+            self._jobs.pop(0).result()
         job = self._thread.submit(run)
         self._jobs.append(job)
         return job
 
-    def _raise_early(self) -> None:
-        """A job that failed stops the run at the next job, not at the end."""
-        for job in [job for job in self._jobs if job.done()]:
-            self._jobs.remove(job)
-            job.result()
-
     def wait(self) -> None:
-        """Wait for every job, and raise the exception of one that failed."""
+        """Wait for all jobs, and raise the exception of a job that failed."""
         while self._jobs:
             self._jobs.pop(0).result()
 
     def close(self) -> None:
-        """Wait, and end the thread. Only :meth:`wait` raises the exception of a job."""
+        """Wait for all jobs and end the thread, without raising their exceptions."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)

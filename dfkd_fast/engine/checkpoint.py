@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written atomically, read only if they are sound and of this run.
+"""Checkpoints of a run. They are written atomically, and read only if they are undamaged and belong to the run.
 
-A checkpoint is a torch file of tensors, numbers, strings and containers of them, so ``weights_only=True`` reads it and
-nothing in it is ever executed. Its zip archive carries a checksum per record, which is how a torn file is known.
+A checkpoint is a torch file of tensors, plain values and containers, so ``weights_only=True`` reads it without
+executing code. Damage is detected by the checksums of its zip archive.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dfkd_fast.config import DistillConfig, to_dict
 __all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
 
 FORMAT = "dfkd_fast.checkpoint/1"
-# Fields that may change when a run is resumed without changing the final weights.
+# Fields that can change between a run and its resumption without changing the final weights.
 _FREE = (
     *((name,) for name in ("out", "resume", "device", "engine", "autotune")),
     *(("loop", name) for name in ("checkpoint_every", "keep_checkpoints")),
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used, and why."""
+    """A checkpoint cannot be used; the message gives the reason."""
 
 
 def fingerprint(config: DistillConfig) -> str:
-    """A hash of everything in a config that determines the final weights of a run."""
+    """Hash the fields of a config that determine the final weights of a run."""
     values = to_dict(config)
     for *path, last in _FREE:
         owner = values
@@ -50,9 +50,9 @@ class Checkpoints:
     """The checkpoints of one run folder.
 
     Args:
-        folder: where they are; made by the first save.
-        config: of the run; a checkpoint of another config is refused.
-        teacher: digest of the teacher's weights; a checkpoint of another teacher is refused.
+        folder: the checkpoint folder; the first save creates it.
+        config: the run's config. Checkpoints of another config are refused.
+        teacher: digest of the teacher's weights. Checkpoints of another teacher are refused.
     """
 
     def __init__(self, folder: Path, config: DistillConfig, teacher: str) -> None:
@@ -61,17 +61,12 @@ class Checkpoints:
         self.identity = {"config": fingerprint(config), "teacher": teacher}
 
     def paths(self) -> list[Path]:
-        """Checkpoints here, newest first."""
-        found = [(re.fullmatch(r"round-(\d+)-step-(\d+)\.pt", path.name), path) for path in self.folder.glob("*.pt")]
-        return [path for match, path in sorted(found, key=self._order, reverse=True) if match]
-
-    @staticmethod
-    def _order(item: tuple[re.Match[str] | None, Path]) -> tuple[int, int]:
-        match, _ = item
-        return (int(match[1]), int(match[2])) if match else (-1, -1)
+        """The checkpoint files, newest first."""
+        found = self.folder.glob("round-*-step-*.pt")
+        return sorted(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)], reverse=True)
 
     def save(self, state: dict[str, Any]) -> Path:
-        """Write a state dict atomically, flush it to the disk, and delete checkpoints beyond those to keep."""
+        """Write a state dict atomically, flush it to disk and delete the oldest checkpoints."""
         self.folder.mkdir(parents=True, exist_ok=True)
         number, step = state["position"]
         path = self.folder / f"round-{number:06d}-step-{step:04d}.pt"
@@ -86,34 +81,34 @@ class Checkpoints:
         return path
 
     def read(self, path: Path) -> dict[str, Any]:
-        """The state dict of one checkpoint.
+        """Read the state dict of one checkpoint.
 
         Raises:
-            CheckpointError: torn, of another format, of another config or of another teacher.
+            CheckpointError: the file is damaged or has another format, or its config or teacher differs.
         """
         try:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
-        except Exception as error:  # broken headers surface as nearly anything
-            raise CheckpointError(f"{path.name} is torn or no checkpoint: {error}") from error
+        except Exception as error:  # damaged headers raise many exception types
+            raise CheckpointError(f"{path.name} is damaged or not a checkpoint: {error}") from error
         if broken is not None:
-            raise CheckpointError(f"{path.name} is torn: the checksum of its record {broken} does not match")
+            raise CheckpointError(f"{path.name} is damaged: the checksum of its record {broken} does not match")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise CheckpointError(f"{path.name} is foreign: not only tensors and numbers ({error})") from error
+            raise CheckpointError(f"{path.name} contains more than tensors and plain values: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise CheckpointError(f"{path.name} is foreign: it is not a {FORMAT} file")
+            raise CheckpointError(f"{path.name} is not a {FORMAT} file")
         for name, expected in self.identity.items():
             if content.get(name) != expected:
-                raise CheckpointError(f"{path.name} is foreign: it was written with another {name}")
+                raise CheckpointError(f"{path.name} was written with another {name}")
         return content["state"]
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest sound state, or None if there is no checkpoint. Refused checkpoints are logged.
+        """Read the newest usable checkpoint and log a warning for each unusable one. Returns None without checkpoints.
 
         Raises:
-            CheckpointError: there are checkpoints, and none can be used.
+            CheckpointError: there are checkpoints, but none is usable.
         """
         reasons = []
         for path in self.paths():
@@ -121,7 +116,7 @@ class Checkpoints:
                 return self.read(path)
             except CheckpointError as error:
                 reasons.append(str(error))
-                log.warning("%s; trying the one before it", error)
+                log.warning("%s; trying the previous checkpoint", error)
         if reasons:
             raise CheckpointError(f"no usable checkpoint in {self.folder}: " + "; ".join(reasons))
         return None

@@ -1,11 +1,10 @@
-"""Engines: the networks that a step calls, and an executor that runs, or captures and replays, the steps."""
+"""Engines combine the networks that a step calls with an executor that runs or replays the steps."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_fast.config import EngineName
-from dfkd_fast.engine.capture import CudaRecorder, Recorder
+from dfkd_fast.engine.capture import CudaRecorder
 from dfkd_fast.engine.networks import Networks, compiled_networks, eager_networks
 from dfkd_fast.engine.runtime import Runtime
 from dfkd_fast.engine.state import DistillState
@@ -36,17 +35,17 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["generator", "student"]
 
-_WARM_UPS = 3  # steps of each kind before the capture: libraries choose algorithms, allocators find their sizes
+_WARM_UPS = 3  # steps of each kind before the capture, in which libraries choose algorithms and allocate workspaces
 
 
 class Engine:
-    """Takes the steps of a run.
+    """Runs the steps of a run.
 
     Args:
-        name: of the engine.
-        state: what is trained.
-        networks: what the steps call, or how to build it from the state.
-        executor: runs the work of a step, or replays it.
+        name: the engine's name.
+        state: the state to train.
+        networks: the networks that the steps call, or a function that builds them from the state.
+        executor: runs or replays a step.
     """
 
     def __init__(
@@ -61,61 +60,66 @@ class Engine:
         self.build_networks()
 
     def build_networks(self) -> None:
-        """Build ``networks`` from the state as it is now; networks that were given stay."""
+        """Rebuild ``networks`` from the current state. Networks that were passed in are kept."""
         self.networks = self._build(self.state)
 
     @property
     def kinds(self) -> list[Kind]:
-        """The kinds of step in a round."""
+        """The kinds of steps in a round."""
         loop = self.state.config.loop
         counts: dict[Kind, int] = {"generator": loop.generator_steps, "student": loop.student_steps}
         return [kind for kind, count in counts.items() if count]
 
     def prepare(self) -> None:
-        """Compile and capture before the first step; the state is unchanged afterwards."""
+        """Compile and capture the steps. The state does not change.
+
+        Raises:
+            CaptureError: the graph engine cannot capture a step.
+        """
         self.executor.prepare(self)
 
     def start_round(self) -> None:
-        """Begin or continue the round of ``state.position``."""
+        """Start or continue the round at ``state.position``."""
         self.executor.start_round(self)
         self.state.start_round()
 
-    def generator_step(self) -> None:
-        """One generator step, queued on the device."""
-        with nvtx_range("step", "generator"):
-            self.executor.execute(self, "generator")
+    def _take(self, kind: Kind) -> None:
+        with nvtx_range("step", kind):
+            self.executor.execute(self, kind)
         self.state.position.step += 1
 
+    def generator_step(self) -> None:
+        """Queue one generator step on the device."""
+        self._take("generator")
+
     def student_step(self) -> None:
-        """One student step, queued on the device."""
-        with nvtx_range("step", "student"):
-            self.executor.execute(self, "student")
-        self.state.position.step += 1
+        """Queue one student step on the device."""
+        self._take("student")
         self.state.student_updates += 1
 
     def step(self) -> None:
-        """The next step of the round: the generator's come first."""
+        """Queue the next step of the round. Generator steps come first."""
         first = self.state.position.step < self.state.config.loop.generator_steps
         (self.generator_step if first else self.student_step)()
 
     def run(self, kind: Kind) -> None:
-        """The device work of a step."""
+        """Run the device work of one step."""
         if kind == "generator":
             generator_step(self.state, self.networks.generator_step)
         else:
             student_step(self.state, self.networks.student_step)
 
     def rehearse(self, kind: Kind) -> None:
-        """The same work on the first row of the trace: at the end of a round no row is left."""
+        """Run the same work on the first row of the trace, because a round may have no rows left."""
         self.state.cursor.zero_()
         self.run(kind)
 
 
 class EagerExecutor:
-    """Runs the steps.
+    """Runs steps directly.
 
     Args:
-        rehearse: take a step of each kind in :meth:`prepare`, so that torch.compile compiles the networks there.
+        rehearse: run a step of each kind in :meth:`prepare`, so that torch.compile compiles the networks there.
     """
 
     def __init__(self, *, rehearse: bool = False) -> None:
@@ -138,17 +142,17 @@ class EagerExecutor:
 
 
 class GraphExecutor:
-    """Captures whole steps - forward, backward, optimizer - and replays them, one launch per step.
+    """Captures whole steps (forward, backward and optimizer) and replays them with one launch per step.
 
-    A graph holds shapes, precision and the addresses of the state's tensors. They are compared at the start of each
-    round; if any changed, the steps are captured again. A learning rate that is written in place, as a scheduler does,
-    takes effect in the next replay; one that is replaced by another tensor or a number, in the next round.
+    A graph depends on shapes, precision and the addresses of the state's tensors. If any of them has changed at the
+    start of a round, the steps are captured again. A learning rate that is changed in place, as schedulers do, takes
+    effect in the next replay. One that is replaced by another tensor or a number takes effect in the next round.
 
     Args:
-        recorder: how steps are captured.
+        recorder: captures the steps.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: CudaRecorder) -> None:
         self.recorder = recorder
         self._replays: dict[Kind, Callable[[], None]] = {}
         self._captured: dict[str, Any] = {}
@@ -162,10 +166,17 @@ class GraphExecutor:
                     self.recorder.warm_up(partial(engine.rehearse, kind))
             state.runtime.synchronize()
             log.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
-            with _capturable(state):
+            # Adam refuses capture without this flag, which does not change what fused Adam computes.
+            groups = [group for group in state.generator.optimizer.param_groups if "capturable" in group]
+            try:
+                for group in groups:
+                    group["capturable"] = True
                 for kind in engine.kinds:
                     state.cursor.zero_()
                     self._replays[kind] = self.recorder.record(partial(engine.run, kind))
+            finally:
+                for group in groups:
+                    group["capturable"] = False
         state.runtime.synchronize()
         self._captured = _captured_values(state)
         log.info("captured %d graphs; ready after %.1f s", len(self._replays), time.perf_counter() - start)
@@ -185,56 +196,43 @@ class GraphExecutor:
         self._replays[kind]()
 
 
-@contextmanager
-def _capturable(state: DistillState) -> Iterator[None]:
-    """Adam refuses capture without this flag. Fused Adam computes the same with and without it."""
-    groups = [group for group in state.generator.optimizer.param_groups if "capturable" in group]
-    for group in groups:
-        group["capturable"] = True
-    try:
-        yield
-    finally:
-        for group in groups:
-            group["capturable"] = False
-
-
 def _captured_values(state: DistillState) -> dict[str, Any]:
-    """The values that a captured step holds, by the names that a recapture is logged with."""
+    """The values that a captured step depends on, by their names in log messages."""
     loop, runtime, sides = state.config.loop, state.runtime, state.sides.values()
     groups = [group for side in sides for group in side.optimizer.param_groups]
     networks = [network for side in sides for network in (side.module, side.objective)]
     return {
         "batch size": loop.batch_size,
         "noise": state.generator.module.latent_dim,
-        "steps a round": (loop.generator_steps, loop.student_steps),
+        "steps per round": (loop.generator_steps, loop.student_steps),
         "student_in_generator_step": loop.student_in_generator_step,
         "precision": (runtime.autocast, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
-        "optimisers": [{n: v for n, v in g.items() if n not in ("params", "lr", "capturable")} for g in groups],
-        # A replay reads a tensor from its address; a number is part of the graph.
+        "optimizers": [{n: v for n, v in g.items() if n not in ("params", "lr", "capturable")} for g in groups],
+        # A replay reads a tensor from its address, but a number is a constant of the graph.
         "learning rates": [
             (lr.data_ptr(), lr.dtype) if isinstance(lr, Tensor) else lr for lr in (group["lr"] for group in groups)
         ],
         "loss weights": [dict(side.objective.weights) for side in sides],
         "training mode": [module.training for network in networks for module in network.modules()],
-        "which weights are trained": [p.requires_grad for network in networks for p in network.parameters()],
-        "tensors of the state": [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in state.changing()],
+        "trained weights": [p.requires_grad for network in networks for p in network.parameters()],
+        "state tensors": [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in state.changing()],
     }
 
 
 class EagerEngine(Engine):
-    """The eager executor over the state's own networks, or over those given."""
+    """Runs eager networks: those of the state, or those passed in."""
 
     def __init__(self, state: DistillState, networks: Networks | None = None) -> None:
         super().__init__("eager", state, networks or eager_networks, EagerExecutor())
 
 
 class CompiledEngine(Engine):
-    """The eager executor over networks that torch.compile compiles, each as a separate region.
+    """Runs networks that torch.compile compiles, each as a separate region.
 
     Args:
-        state: what is trained.
-        networks: what the steps call; None is :func:`dfkd_fast.engine.networks.compiled_networks`.
-        backend: of torch.compile.
+        state: the state to train.
+        networks: the networks that the steps call; None uses :func:`dfkd_fast.engine.networks.compiled_networks`.
+        backend: backend of torch.compile.
     """
 
     def __init__(self, state: DistillState, networks: Networks | None = None, *, backend: str = "inductor") -> None:
@@ -243,16 +241,17 @@ class CompiledEngine(Engine):
 
 
 class GraphEngine(Engine):
-    """The graph executor over compiled networks.
+    """Captures steps over compiled networks and replays them.
 
     Args:
-        state: what is trained.
-        networks: what the steps call; None is :func:`dfkd_fast.engine.networks.compiled_networks`.
-        backend: of torch.compile.
-        recorder: how steps are captured; None is into CUDA graphs.
+        state: the state to train.
+        networks: the networks that the steps call; None uses :func:`dfkd_fast.engine.networks.compiled_networks`.
+        backend: backend of torch.compile.
+        recorder: captures the steps; None captures CUDA graphs.
 
     Raises:
-        ValueError: a device other than CUDA without a recorder, fp16, or a BatchNorm with ``momentum=None``.
+        ValueError: the device is not CUDA and there is no recorder, the precision is fp16, or a BatchNorm has
+            ``momentum=None``.
     """
 
     def __init__(
@@ -261,20 +260,20 @@ class GraphEngine(Engine):
         networks: Networks | None = None,
         *,
         backend: str = "inductor",
-        recorder: Recorder | None = None,
+        recorder: CudaRecorder | None = None,
     ) -> None:
         if recorder is None:
             if state.runtime.device.type != "cuda":
                 raise ValueError(f"engine 'graph' needs a CUDA device, got {str(state.runtime.device)!r}")
             recorder = CudaRecorder(state.runtime.device, [state.noise])
         if state.generator.scaler.is_enabled():
-            raise ValueError("engine 'graph' has no loss scaling, which fp16 needs: choose bf16, or engine 'compiled'")
+            raise ValueError("engine 'graph' does not support the loss scaling of fp16: use bf16, or engine 'compiled'")
         for name, side in state.sides.items():
             for path, module in side.module.named_modules():
                 if isinstance(module, _BatchNorm) and module.track_running_stats and module.momentum is None:
                     raise ValueError(
-                        f"engine 'graph' cannot run {path} of the {name}: with momentum=None a BatchNorm reads its "
-                        "count of batches back to the host. Set a momentum, or choose engine 'compiled'"
+                        f"engine 'graph' cannot run {path} of the {name}: a BatchNorm with momentum=None reads its "
+                        "batch count back to the host. Set a momentum, or use engine 'compiled'"
                     )
         build = networks or partial(compiled_networks, backend=backend)
         super().__init__("graph", state, build, GraphExecutor(recorder))
@@ -288,12 +287,12 @@ _ENGINES: dict[str, Callable[[DistillState], Engine]] = {
 
 
 def resolve_engine(name: EngineName, runtime: Runtime) -> EngineName:
-    """The engine that ``auto`` stands for on a device: graph on CUDA (compiled in fp16), eager elsewhere.
+    """Resolve ``auto`` for a device: ``graph`` on CUDA (``compiled`` in fp16) and ``eager`` elsewhere.
 
-    Eager on the CPU, since torch.compile needs a C++ compiler there, and minutes.
+    On the CPU, torch.compile needs a C++ compiler and takes minutes.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
     """
     if name == "auto":
         if runtime.device.type != "cuda":
@@ -305,9 +304,9 @@ def resolve_engine(name: EngineName, runtime: Runtime) -> EngineName:
 
 
 def create_engine(state: DistillState) -> Engine:
-    """The engine that the run's config names; call ``prepare`` before its first step.
+    """Create the engine that the state's config names. Call its ``prepare`` before the first step.
 
     Raises:
-        ValueError: an engine that does not exist, or that cannot run this state.
+        ValueError: the engine does not exist or cannot run this state.
     """
     return _ENGINES[resolve_engine(state.config.engine, state.runtime)](state)

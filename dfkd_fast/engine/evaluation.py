@@ -20,7 +20,14 @@ __all__ = ["EvalResult", "evaluate"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """The result of :func:`evaluate`. Accuracies are fractions of ``images``."""
+    """The result of :func:`evaluate`.
+
+    Attributes:
+        top1: top-1 accuracy, in [0, 1].
+        top5: top-5 accuracy, in [0, 1]; None with fewer than six classes.
+        images: number of images.
+        images_per_s: images per second, including data loading.
+    """
 
     top1: float
     top5: float | None
@@ -38,23 +45,26 @@ def evaluate(
     workers: int = 0,
     runtime: Runtime | None = None,
 ) -> EvalResult:
-    """Top-1 and, from six classes on, top-5 accuracy of a classifier in eval mode.
+    """Measure the top-1 and, with more than five classes, top-5 accuracy of a classifier in eval mode.
 
     Args:
-        model: images (N, 3, H, W) to logits (N, num_classes), or to :class:`dfkd_fast.models.Outputs`; its training
+        model: from images (N, 3, H, W) to logits (N, num_classes) or :class:`dfkd_fast.models.Outputs`. Its training
             flags are restored.
-        dataset: normalised float32 images with integer labels.
+        dataset: pairs of a normalised float32 image (3, H, W) and an integer label.
         num_classes: number of classes.
-        batch_size: images at a time.
-        workers: loader processes.
-        runtime: device and precision; None is where the model is, in float32.
+        batch_size: number of images per batch.
+        workers: number of data loader processes.
+        runtime: device and precision; None uses the model's device and float32.
+
+    Returns:
+        Accuracies and speed.
 
     Raises:
-        ValueError: an empty dataset.
+        ValueError: the dataset is empty.
     """
     assert isinstance(dataset, Sized)
     if len(dataset) == 0:
-        raise ValueError("dataset must hold at least one image to evaluate on, got an empty one")
+        raise ValueError("dataset must have at least one image, got an empty one")
     if runtime is None:
         device = next(model.parameters()).device
         runtime = Runtime(device=device, autocast=None, tf32=False, channels_last=False)

@@ -1,4 +1,4 @@
-"""The trained student as files that other programs read."""
+"""Exports a trained student to safetensors and ONNX."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dfkd_fast.models import save_weights
 
 __all__ = ["ExportError", "ExportResult", "export"]
 
-_TOLERANCE = 1e-3  # of the largest logit: float32 sums in another order, through tens of layers
+_TOLERANCE = 1e-3  # relative to the largest logit; float32 summation order differs in each of tens of layers
 
 
 class ExportError(RuntimeError):
-    """The exported graph does not compute what the network computes, or a package that exports is missing."""
+    """The outputs of the exported graph differ from the network's, or a required package is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    """Paths of what was written, and the largest relative difference of ONNX logits from PyTorch's."""
+    """The paths of the files, and the largest difference of the logits relative to the largest logit."""
 
     safetensors: Path
     onnx: Path
@@ -32,28 +32,31 @@ class ExportResult:
 def export(
     model: nn.Module, out: str | Path, *, image_size: int, metadata: Mapping[str, str] | None = None
 ) -> ExportResult:
-    """Write ``student.safetensors`` and ``student.onnx``, and check the latter against PyTorch on random images.
+    """Write ``student.safetensors`` and ``student.onnx``, and check the ONNX outputs against PyTorch on random images.
 
-    The ONNX graph takes ``images``, (N, 3, image_size, image_size) float32 with N free, and gives ``logits``.
+    The ONNX graph maps float32 ``images`` (N, 3, image_size, image_size), with dynamic N, to ``logits`` (N, classes).
 
     Args:
-        model: a plain classifier; exported in eval mode, float32, from the CPU.
-        out: folder.
-        image_size: height and width.
-        metadata: written into the safetensors file.
+        model: a plain classifier. It is moved to the CPU in float32 and eval mode.
+        out: output folder.
+        image_size: height and width of the images, in pixels.
+        metadata: metadata of the safetensors file.
+
+    Returns:
+        The paths of the files and the largest relative difference.
 
     Raises:
         ExportError: onnx, onnxscript or onnxruntime is missing, or the outputs differ.
     """
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  (torch's exporter needs it and says so less clearly)
+        import onnxscript  # noqa: F401  (torch's exporter needs it, but its error is less clear)
     except ImportError as error:
-        raise ExportError(f"export to ONNX needs the package {error.name}: pip install 'dfkd-fast[onnx]'") from error
+        raise ExportError(f"ONNX export needs the package {error.name}: pip install 'dfkd-fast[onnx]'") from error
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     model = model.cpu().float().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    # Two images: a batch of one would be taken for a constant.
+    # torch.export would specialise a batch of one to a constant.
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     path = folder / "student.onnx"
     program = torch.onnx.export(
@@ -66,7 +69,7 @@ def export(
         verbose=False,
     )
     if program is None:
-        raise ExportError("torch.onnx.export gave no program")
+        raise ExportError("torch.onnx.export returned no program")
     program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = 0.0
@@ -77,7 +80,9 @@ def export(
         (found,) = session.run(["logits"], {"images": images.numpy()})
         worst = max(worst, ((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()).item())
     if not worst <= _TOLERANCE:
-        raise ExportError(f"the ONNX logits differ from PyTorch's by {worst:.2e} of the largest: over {_TOLERANCE}")
+        raise ExportError(
+            f"ONNX logits differ from PyTorch's by {worst:.2e} of the largest logit; the limit is {_TOLERANCE}"
+        )
     weights = folder / "student.safetensors"
     save_weights(model, weights, dict(metadata or {}))
     return ExportResult(safetensors=weights, onnx=path, difference=worst)

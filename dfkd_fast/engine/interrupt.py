@@ -1,48 +1,52 @@
-"""Ctrl-C and SIGTERM ask a run to stop; the run saves, then leaves."""
+"""Handles Ctrl-C and SIGTERM, so that a run can save a checkpoint before it exits."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
-__all__ = ["StopRequest"]
+__all__ = ["StopRequest", "catch_signals"]
 
 
 class StopRequest:
-    """A context that keeps the first SIGINT or SIGTERM in ``received``; a second one acts as usual.
+    """The SIGINT or SIGTERM in ``received``, or None."""
 
-    Only the main thread receives signals; in another one this does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._previous.clear()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
+    received: signal.Signals | None = None
 
     def leave(self) -> None:
-        """Leave as the signal asked: KeyboardInterrupt for SIGINT, exit status 143 for SIGTERM."""
+        """Raise KeyboardInterrupt after SIGINT, or exit with status 143 after SIGTERM."""
         if self.received is signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:
             raise SystemExit(128 + self.received)
+
+
+@contextmanager
+def catch_signals() -> Iterator[StopRequest]:
+    """Record the first SIGINT or SIGTERM in the yielded request. A second one has its usual effect.
+
+    Does nothing outside of the main thread, because only that receives signals.
+    """
+    request = StopRequest()
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        while previous:
+            number, handler = previous.popitem()
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        request.received = signal.Signals(number)
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, receive)
+    try:
+        yield request
+    finally:
+        restore()

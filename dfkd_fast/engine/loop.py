@@ -24,7 +24,7 @@ from dfkd_fast.engine.background import Background, Job
 from dfkd_fast.engine.checkpoint import Checkpoints
 from dfkd_fast.engine.engines import Engine, create_engine
 from dfkd_fast.engine.evaluation import evaluate
-from dfkd_fast.engine.interrupt import StopRequest
+from dfkd_fast.engine.interrupt import catch_signals
 from dfkd_fast.engine.progress import ProgressLine
 from dfkd_fast.engine.rounds import NonFiniteError, Round, Rounds
 from dfkd_fast.engine.runtime import Runtime, new_run_folder
@@ -37,7 +37,7 @@ __all__ = ["DistillResult", "NonFiniteError", "agreement", "distill"]
 
 log = logging.getLogger(__name__)
 
-_GRID = 64  # images at most in a picture of what the generator makes
+_GRID = 64  # maximum number of images in a picture of generated images
 _AGREEMENT_BATCHES = 4
 
 
@@ -46,15 +46,16 @@ class DistillResult:
     """The result of :func:`distill`.
 
     Attributes:
-        student: the network given, trained; without adapters or attention modules.
+        student: the trained student, without adapters or attention modules.
         generator: the trained generator.
-        rounds: per-round means of each loss term (``generator/bn``, ...), and ``round``.
-        epochs: per-epoch ``agreement`` (and ``accuracy`` where evaluated), with ``epoch``.
-        run_dir: folder with checkpoints, config, TensorBoard log, pictures, ``student.safetensors``.
-        accuracy: top-1 of the returned student on the held-out images; None without data.
-        agreement: share of synthetic images that teacher and student put into the same class.
-        images_per_s: synthetic images per second of training that the generator or the student was trained on.
-        seconds: wall time of this call's steps.
+        rounds: mean of each loss term per round (``generator/bn``, ...), with round numbers in ``round``.
+        epochs: ``agreement`` and, with data, ``accuracy`` per epoch, with epoch numbers in ``epoch``. Epochs that were
+            not evaluated have an accuracy of NaN.
+        run_dir: folder with checkpoints, config, TensorBoard log, pictures and ``student.safetensors``.
+        accuracy: top-1 accuracy of the student on the held-out images, in [0, 1]; None without data.
+        agreement: fraction of synthetic images that teacher and student assign to the same class.
+        images_per_s: synthetic training images of generator and student per second.
+        seconds: wall time of this call's steps, in seconds.
     """
 
     student: nn.Module
@@ -69,9 +70,9 @@ class DistillResult:
 
 
 def agreement(state: DistillState) -> float:
-    """Share of fresh synthetic images whose top-1 class is the same for teacher and student, in eval mode.
+    """Fraction of new synthetic images that teacher and student assign to the same class, in eval mode.
 
-    Needs no data. The noise is the same in every call; the images are those of the current generator.
+    Needs no data. Every call uses the same noise, with images from the current generator.
     """
     noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 1)
     count = state.config.loop.batch_size
@@ -86,7 +87,7 @@ def agreement(state: DistillState) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _Epoch:
-    """An epoch whose evaluation may still be running."""
+    """A finished epoch whose evaluation may still be running."""
 
     number: int
     agreement: float
@@ -95,13 +96,13 @@ class _Epoch:
 
 
 class _Run:
-    """The evaluations and files of one call of :func:`distill`."""
+    """Evaluations and output files of one call of :func:`distill`."""
 
     def __init__(
         self, state: DistillState, folder: Path, checkpoints: Checkpoints, data: ImageData | None, meta: dict[str, str]
     ) -> None:
         self.state, self.folder, self.checkpoints, self.data, self.meta = state, folder, checkpoints, data, meta
-        # Separate threads: a checkpoint does not wait for an evaluation.
+        # In separate threads, so that a checkpoint does not wait for an evaluation.
         self.files, self.measurements = Background(state.runtime.device), Background(state.runtime.device)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state.position.round or None)
         self.best = folder / "best_student.safetensors"
@@ -109,30 +110,30 @@ class _Run:
         self.pending: _Epoch | None = None
 
     def save(self) -> None:
-        """Write a checkpoint of the current state, whose rounds must have been read back."""
+        """Write a checkpoint of the current state. Its losses must have been read back."""
         position, per_epoch = self.state.position, self.state.config.loop.rounds_per_epoch
         if (position.round, position.step) == self.saved:
             return
         if self.pending is not None and (self.pending.number * per_epoch, 0) != (position.round, position.step):
-            # Only a checkpoint at the end of the epoch has the weights to repeat its evaluation.
+            # Only a checkpoint from the end of the epoch has the weights that a resumed run needs to evaluate it.
             self.finish_epoch()
         snapshot = tree_map_only(Tensor, Tensor.clone, self.state.state_dict())
         self.files.submit(lambda: self.checkpoints.save(snapshot))
         self.saved = (position.round, position.step)
 
     def evaluate_missed(self) -> None:
-        """Evaluate the last epoch of a resumed run if its checkpoint was written before the evaluation was done."""
+        """Evaluate the last epoch of a resumed run if the run stopped before that evaluation finished."""
         epoch, rest = divmod(self.state.position.round, self.state.config.loop.rounds_per_epoch)
         if epoch and not rest and not self.state.position.step and epoch not in self.state.epochs.get("epoch", []):
-            self.close_epoch(epoch, last=self.state.position.round == self.state.total_rounds)
+            self.evaluate_epoch(epoch, last=self.state.position.round == self.state.total_rounds)
 
     def log_round(self, finished: Round) -> None:
         for name, value in finished.means.items():
             self.writer.add_scalar(name, value, finished.number + 1)
         self.writer.add_scalar("student/lr", finished.student_lr, finished.number + 1)
 
-    def close_epoch(self, epoch: int, *, last: bool) -> None:
-        """Start the evaluation of an epoch, and save images of the generator."""
+    def evaluate_epoch(self, epoch: int, *, last: bool) -> None:
+        """Start the evaluation of an epoch and save a picture of synthetic images."""
         self.finish_epoch()
         state, loop, overlaps = self.state, self.state.config.loop, self.measurements.overlaps
         due = last or (loop.evaluate_every and epoch % loop.evaluate_every == 0)
@@ -143,17 +144,17 @@ class _Run:
         self.pending = _Epoch(number=epoch, agreement=agreement(state), student=student, accuracy=accuracy)
         noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 2)
         images = synthesize(state, state.draw(min(_GRID, loop.batch_size), noise)).float()
-        self.files.submit(lambda: self.paint(images, epoch))
+        self.files.submit(lambda: self.save_images(images, epoch))
         if not overlaps:
             self.finish_epoch()
 
-    def paint(self, images: Tensor, epoch: int) -> None:
+    def save_images(self, images: Tensor, epoch: int) -> None:
         self.writer.add_images("generator", images / 2 + 0.5, epoch)
         report.save_image_grid(images, self.folder / "images" / f"epoch-{epoch:04d}.png")
         self.writer.flush()
 
     def finish_epoch(self) -> None:
-        """Record the pending epoch, and save its student if it is the best so far."""
+        """Record the results of the pending epoch, and save its student if it is the best so far."""
         if self.pending is None:
             return
         state, epoch, self.pending = self.state, self.pending, None
@@ -175,12 +176,12 @@ class _Run:
         return evaluate(student, self.data.test, num_classes=self.data.num_classes, runtime=self.state.runtime).top1
 
     def finish(self) -> None:
-        """Wait for evaluations and files."""
+        """Wait until all evaluations are recorded and all files are written."""
         self.finish_epoch()
         self.files.wait()
 
     def close(self) -> None:
-        """Write curves and histories of the rounds and epochs so far."""
+        """Stop the threads, and write the curves and the history so far."""
         self.measurements.close()
         self.files.close()
         self.writer.close()
@@ -189,23 +190,22 @@ class _Run:
         (self.folder / "history.json").write_text(json.dumps(history, indent=1))
 
 
-def _features(model: nn.Module, image_size: int) -> FeatureModel:
-    return model if isinstance(model, FeatureModel) else extract(model, image_size=image_size)
-
-
 def _prepare(
     teacher: nn.Module, student: nn.Module, config: DistillConfig, data: ImageData | None
 ) -> tuple[FeatureModel, FeatureModel, dict[str, Any]]:
     image_size = config.image_size or (data.image_size if data is not None else None)
     if image_size is None:
-        raise ValueError("DistillConfig.image_size must be given without evaluation data to take it from")
+        raise ValueError("DistillConfig.image_size must be given without evaluation data")
     if image_size % 16:
-        raise ValueError(f"image_size must be a multiple of 16 for the generator, got {image_size}")
+        raise ValueError(f"image_size must be a multiple of 16, got {image_size}")
     if config.loop.select == "test_accuracy" and data is None:
-        raise ValueError("LoopConfig.select is 'test_accuracy', which needs evaluation data; none was given")
-    teacher, student = _features(teacher, image_size), _features(student, image_size)
+        raise ValueError("LoopConfig.select is 'test_accuracy', which needs evaluation data, but none was given")
+    teacher, student = (
+        model if isinstance(model, FeatureModel) else extract(model, image_size=image_size)
+        for model in (teacher, student)
+    )
     if data is not None and data.num_classes != teacher.num_classes:
-        raise ValueError(f"data has {data.num_classes} classes, the teacher {teacher.num_classes}")
+        raise ValueError(f"data has {data.num_classes} classes, the teacher has {teacher.num_classes}")
     default = (data.mean, data.std) if data is not None else normalization(teacher.model)
     sizes = {"image_size": image_size, "mean": config.mean or default[0], "std": config.std or default[1]}
     return teacher, student, sizes
@@ -221,32 +221,32 @@ def distill(
     inputs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> DistillResult:
-    """Train a student to agree with a teacher, without the teacher's data (paper, section 3).
+    """Train a student to match a teacher without the teacher's data (Shao et al., ICCV 2023, section 3).
 
     Args:
-        teacher: a trained classifier, (N, 3, H, W) to (N, classes); unchanged. A
-            :class:`dfkd_fast.models.FeatureModel` has its stages.
-        student: the classifier to train in place; also plain or a ``FeatureModel``.
-        config: the run. ``config.out`` must not hold another run's checkpoints unless ``config.resume``.
-        data: held-out images to evaluate on. They are never trained on.
-        description: metadata of the student's file, in addition to the classes and the normalisation.
-        inputs: plain values for the run's ``config.yaml``, such as the networks and data.
-        progress: draw a progress bar.
+        teacher: a trained classifier from normalised float32 images (N, 3, H, W) to logits (N, classes). It is not
+            changed. For stages other than the default ones, pass a :class:`dfkd_fast.models.FeatureModel`.
+        student: the classifier to train in place, also a plain module or a ``FeatureModel``.
+        config: the run. Without ``config.resume``, ``config.out`` must not contain checkpoints of another run.
+        data: held-out images for evaluation. They are never used for training.
+        description: metadata for the student's file, in addition to its classes and normalisation.
+        inputs: plain values for the run's ``config.yaml``, for example the configs of networks and data.
+        progress: show a progress bar.
 
     Returns:
         The trained student, its history and the run folder.
 
     Raises:
-        ValueError: a config, data or networks that do not fit together, or a folder that holds another run.
-        NonFiniteError: a loss or gradient was not finite; raised at the end of its round.
-        CheckpointError: no checkpoint in the folder to resume is sound and of this run.
-        KeyboardInterrupt: after ctrl-C, once the run is saved. SIGTERM saves and exits with status 143.
+        ValueError: config, data and networks do not fit together, or the folder contains another run.
+        NonFiniteError: a loss or gradient was not finite. It is raised at the end of that round.
+        CheckpointError: the run cannot be resumed, because no checkpoint in its folder is usable.
+        KeyboardInterrupt: after Ctrl-C, once the run is saved. SIGTERM saves the run and exits with status 143.
     """
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
-    teacher_features, student_features, sizes = _prepare(teacher, student, config, data)
-    student_features.train()
-    with runtime.backends(), frozen(teacher_features), preserve_train_mode(teacher_features, False):
-        state = build_state(teacher_features, student_features, config, runtime, **sizes)
+    teacher, student, sizes = _prepare(teacher, student, config, data)
+    student.train()
+    with runtime.backends(), frozen(teacher), preserve_train_mode(teacher, False):
+        state = build_state(teacher, student, config, runtime, **sizes)
         return _distill(create_engine(state), data, sizes, dict(description or {}), dict(inputs or {}), progress)
 
 
@@ -268,39 +268,41 @@ def _distill(
             state.load_state_dict(saved)
             log.info("resumed at round %d, step %d", state.position.round, state.position.step)
     elif checkpoints.paths():
-        raise ValueError(f"{folder} holds checkpoints of a run already: set resume, or name another folder in out")
+        raise ValueError(
+            f"{folder} already contains checkpoints of a run: set resume, or choose another folder for out"
+        )
     (folder / "config.yaml").write_text(yaml.safe_dump({**inputs, "distill": to_dict(config)}, sort_keys=False))
     meta = {**{name: json.dumps(value) for name, value in sizes.items()}, **description}
     meta |= {"num_classes": str(state.student.module.num_classes), "format": "dfkd_fast.student/1"}
 
     run = _Run(state, folder, checkpoints, data, meta)
-    line = ProgressLine("distil", total=state.total_rounds, unit="rounds", enabled=progress)
+    line = ProgressLine("distill", total=state.total_rounds, unit="rounds", enabled=progress)
 
     def finished(done: Round) -> None:
         run.log_round(done)
-        line.update(done.number + 1, done.means, rounds.images / rounds.seconds)
+        line.show(done.number + 1, done.means, rounds.images / rounds.seconds)
 
     rounds = Rounds(engine, finished)
     try:
-        with StopRequest() as stop, line:
+        with catch_signals() as stop, line:
             if state.position.round < state.total_rounds:
                 engine.prepare()
             run.evaluate_missed()
             while state.position.round < state.total_rounds:
-                whole = rounds.run(lambda: stop.received is not None)
+                complete = rounds.run(lambda: stop.received is not None)
                 done = state.position.round == state.total_rounds
                 epoch, rest = divmod(state.position.round, loop.rounds_per_epoch)
                 due = done or stop.received is not None or state.position.round % loop.checkpoint_every == 0
                 if not (due or rest == 0):
                     continue
                 rounds.drain()
-                if whole and rest == 0:
-                    run.close_epoch(epoch, last=done)
+                if complete and rest == 0:
+                    run.evaluate_epoch(epoch, last=done)
                 if due:
                     run.save()
                 if stop.received is not None:
                     run.finish()
-                    line.print(f"saved at round {state.position.round}, step {state.position.step}")
+                    line.message(f"saved at round {state.position.round}, step {state.position.step}")
                     stop.leave()
             run.finish()
     finally:

@@ -1,4 +1,4 @@
-"""The networks and objectives that a step calls: eager or optimized, and optionally compiled."""
+"""The networks and objectives that steps call: eager or optimized, optionally compiled."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class StepNetworks:
-    """The calls of one kind of step, in order.
+    """The functions that one kind of step calls, in order.
 
     Attributes:
-        generator: noise (N, latent_dim) to the teacher's input (N, 3, H, W), normalised.
-        teacher: images to outputs, with BatchNorm statistics if a term of the step needs them.
-        student: images to outputs.
-        objective: both outputs to the scalar to minimise and the values of its terms.
+        generator: from noise (N, latent_dim) to normalised images (N, 3, H, W).
+        teacher: from images to outputs, with BatchNorm statistics if a loss term of the step needs them.
+        student: from images to outputs.
+        objective: from the outputs of teacher and student to the scalar loss and a tensor of its terms' values.
     """
 
     generator: Call
@@ -40,22 +40,22 @@ class StepNetworks:
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """The calls of both kinds of step. The two kinds call a network in different ways and share no compiled region."""
+    """The functions of both kinds of steps. The kinds do not share compiled regions."""
 
     generator_step: StepNetworks
     student_step: StepNetworks
 
 
 def _region(name: str, call: Call, *, first: Call | None = None, compile: Mapping[str, Any] | None) -> Call:
-    """A call in its profiler range, compiled without graph breaks and for static shapes if there are options for that.
+    """Wrap a call in an NVTX range, and compile it without graph breaks for static shapes.
 
     Each network is a separate region, so that a profile can attribute kernels to networks.
 
     Args:
-        name: of the network.
-        call: what is compiled.
-        first: runs before it, is not compiled, and gives its first argument.
-        compile: options of :func:`torch.compile`, or None.
+        name: name of the network.
+        call: the function to compile.
+        first: a function that is not compiled and returns the first argument of ``call``.
+        compile: options of :func:`torch.compile`; None does not compile.
     """
     if compile is not None:
         call = torch.compile(_with_own_code(name, call), fullgraph=True, dynamic=False, **compile)
@@ -68,10 +68,10 @@ def _region(name: str, call: Call, *, first: Call | None = None, compile: Mappin
 
 
 def _with_own_code(name: str, call: Call) -> Call:
-    """``call`` as a function with a separate code object.
+    """Wrap ``call`` in a function with a separate code object.
 
-    Dynamo counts recompilations per code object. Modules of one class, and closures of one function, share theirs, so
-    compiling one network would count against the next.
+    Dynamo counts recompilations per code object, which modules of one class and closures of one function share. Without
+    this, compiling one network would count as a recompilation of another.
     """
 
     def region(*arguments: Any) -> Any:
@@ -87,7 +87,7 @@ def _networks(
     dtype: torch.dtype,
     compile: Mapping[str, Any] | None,
 ) -> Networks:
-    """Networks with images in ``dtype``; if that is not float32, the weights of trained networks are cast together."""
+    """Networks with images in ``dtype``. If that is not float32, trained networks use :func:`weight_cast`."""
     normalize = state.normalize
     calls: dict[str, tuple[Call | None, Call]] = {name: (None, side.module) for name, side in state.sides.items()}
     if dtype != torch.float32:
@@ -111,27 +111,27 @@ def _networks(
 
 
 def eager_networks(state: DistillState, *, compile: Mapping[str, Any] | None = None) -> Networks:
-    """The state's networks as they are; compiled if there are options of torch.compile."""
+    """The state's networks without changes, compiled if there are options of :func:`torch.compile`."""
     teachers = (state.teacher_statistics or state.teacher, state.teacher)
     return _networks(state, teachers, torch.float32, compile)
 
 
 def optimized_networks(state: DistillState, *, compile: Mapping[str, Any] | None = None) -> Networks:
-    """Networks that compute the same with fewer operations; compiled if there are options of torch.compile.
+    """Equivalent networks with fewer operations, compiled if there are options of :func:`torch.compile`.
 
-    The frozen teacher is copied: its weights are held in the dtype of autocast, and its BatchNorms are folded into
-    convolutions if no loss needs their statistics. The weights of generator and student are cast together. Images have
-    the dtype to which autocast would round them in both networks.
+    The frozen teacher is copied with its weights in the autocast dtype. Its BatchNorms are folded into convolutions if
+    no loss needs their statistics. One kernel casts all weights of a trained network. Images have the autocast dtype.
     """
     dtype = state.runtime.autocast or torch.float32
     folded = fold_batchnorm(state.teacher, dtype=dtype, image_size=state.generator.module.image_size)
-    measured = cast_weights(state.teacher_statistics, dtype) if state.teacher_statistics is not None else folded
-    return _networks(state, (measured, folded), dtype, compile)
+    statistics = state.teacher_statistics
+    teachers = (folded if statistics is None else cast_weights(statistics, dtype), folded)
+    return _networks(state, teachers, dtype, compile)
 
 
 def compiled_networks(state: DistillState, *, backend: str = "inductor") -> Networks:
-    """:func:`optimized_networks` through torch.compile."""
-    options: dict[str, Any] = {"fallback_random": True}  # dropout draws the same numbers as in eager mode
+    """:func:`optimized_networks`, compiled with a backend of torch.compile."""
+    options: dict[str, Any] = {"fallback_random": True}  # dropout draws the same values as in eager mode
     if state.config.autotune:
         options["max_autotune"] = True
     given = {"options": options} if backend == "inductor" else {}

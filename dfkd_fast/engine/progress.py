@@ -1,9 +1,8 @@
-"""A progress line: what is done, what the losses are, how fast it goes, how long it still takes."""
+"""A progress bar with losses, speed and remaining time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,31 +11,22 @@ from rich.text import Text
 __all__ = ["ProgressLine"]
 
 
-class _TwoLines(Progress):
-    """The bar on one line and a note below it, so that neither is cut in a narrow terminal."""
-
-    note = ""
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield from super().get_renderables()
-        yield Text(self.note, style="cyan")
-
-
-class ProgressLine:
-    """A rich progress bar for a run of ``total`` units; silent where ``enabled`` is false.
+class ProgressLine(Progress):
+    """A rich progress bar with a second line for losses and speed, so that both fit a narrow terminal.
 
     Args:
-        title: what is running.
-        total: number of units (rounds, epochs).
-        unit: their name.
-        enabled: draw it.
-        console: where; the standard one when None.
+        title: name of the task.
+        total: number of units of the task.
+        unit: name of the units, for example ``rounds``.
+        enabled: show the bar; if false, nothing is printed.
+        console: console of the output; None uses the default one.
     """
 
     def __init__(
         self, title: str, *, total: int, unit: str, enabled: bool = True, console: Console | None = None
     ) -> None:
-        self._progress = _TwoLines(
+        self._note = ""
+        super().__init__(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -47,26 +37,20 @@ class ProgressLine:
             console=console,
             disable=not enabled,
         )
-        self._task = self._progress.add_task(title, total=total)
+        self._task = self.add_task(title, total=total)
 
-    def __enter__(self) -> ProgressLine:
-        self._progress.start()
-        return self
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self._note, style="cyan")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+    def show(self, completed: int, values: Mapping[str, float], images_per_s: float) -> None:
+        """Show the number of completed units, loss values and speed."""
+        self._note = "  ".join(
+            [*(f"{name} {value:.3g}" for name, value in values.items()), f"{images_per_s:.0f} images/s"]
+        )
+        self.update(self._task, completed=completed)
 
-    def update(self, completed: int, values: Mapping[str, float], images_per_s: float | None = None) -> None:
-        """Show that ``completed`` units are done, with loss terms and speed."""
-        words = [f"{name} {value:.3g}" for name, value in values.items()]
-        if images_per_s is not None:
-            words.append(f"{images_per_s:.0f} images/s")
-        self._progress.note = "  ".join(words)
-        self._progress.update(self._task, completed=completed)
-
-    def print(self, text: str) -> None:
-        """A line above the bar."""
-        if not self._progress.disable:
-            self._progress.console.print(text, highlight=False)
+    def message(self, text: str) -> None:
+        """Print a line above the bar."""
+        if not self.disable:
+            self.console.print(text, highlight=False)

@@ -1,4 +1,4 @@
-"""Rounds of steps, queued ahead of the device, and their losses, read back while the next round runs."""
+"""Queues rounds of steps, and reads the losses of each round back while the next one runs."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["NonFiniteError", "Round", "Rounds"]
 
 
 class NonFiniteError(ArithmeticError):
-    """A step's loss or gradient was not finite; its update was skipped. Names the first such step and its terms."""
+    """A loss or gradient was not finite, and its step was skipped. The message names the first such step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """A round that is over.
+    """The results of a finished round.
 
     Attributes:
-        number: from zero.
-        means: of each loss term over the round's steps, ``generator/bn`` and so on.
-        student_lr: the student's rate after it.
+        number: index of the round, from zero.
+        means: mean of each loss term over the round's steps, by names such as ``generator/bn``.
+        student_lr: the student's learning rate after the round.
     """
 
     number: int
@@ -37,19 +37,13 @@ class Round:
 
 
 class _Readback:
-    """A trace on its way to the host."""
+    """An asynchronous copy of a round's trace to the host."""
 
     def __init__(self, state: DistillState) -> None:
-        trace = state.trace[: state.position.step]
         self.number, self.student_lr = state.position.round, state.student_lr()
-        self._copied: torch.cuda.Event | None = None
-        if trace.device.type == "cuda":
-            self._trace = torch.empty(trace.shape, dtype=trace.dtype, pin_memory=True)
-            self._trace.copy_(trace, non_blocking=True)
-            self._copied = torch.cuda.Event(blocking=True)
-            self._copied.record()
-        else:
-            self._trace = trace.clone()
+        trace, cuda = state.trace[: state.position.step], state.trace.is_cuda
+        self._trace = torch.empty_like(trace, device="cpu", pin_memory=cuda).copy_(trace, non_blocking=True)
+        self._copied = torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True)) if cuda else None
 
     def get(self) -> Tensor:
         if self._copied is not None:
@@ -58,17 +52,17 @@ class _Readback:
 
 
 class Rounds:
-    """Takes the steps of a run and reads the losses of each round back.
+    """Runs the rounds of a run and reads their losses back.
 
-    A round is read back while the next one is queued, so that the device does not wait for the host. Call :meth:`drain`
-    before reading the state of a certain round, for a checkpoint or an evaluation.
+    Losses are read back after the next round is queued, so that the device does not wait for the host. Call
+    :meth:`drain` before saving or evaluating the state.
 
     Args:
-        engine: takes the steps.
-        finished: called once per round, in order.
+        engine: runs the steps.
+        finished: called with each finished round, in order.
 
     Attributes:
-        images: number of synthetic images that the generator or the student was trained on.
+        images: number of synthetic training images of generator and student so far.
     """
 
     def __init__(self, engine: Engine, finished: Callable[[Round], None]) -> None:
@@ -80,11 +74,15 @@ class Rounds:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the steps."""
+        """Wall time of the steps, in seconds."""
         return self._seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     def run(self, stopped: Callable[[], bool]) -> bool:
-        """Queue the rest of the current round; False if it was stopped before its end."""
+        """Queue the rest of the current round, until ``stopped()``; returns whether the round is complete.
+
+        Raises:
+            NonFiniteError: a step of the previous round was skipped.
+        """
         state = self.state
         if self._since is None:
             self._since = time.perf_counter()
@@ -104,10 +102,10 @@ class Rounds:
         return whole
 
     def drain(self) -> None:
-        """Wait for the device, and read all losses back.
+        """Wait for the device and read all losses back.
 
         Raises:
-            NonFiniteError: some step was skipped.
+            NonFiniteError: a step was skipped.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -127,11 +125,7 @@ class Rounds:
 
 
 def _means(state: DistillState, number: int, trace: Tensor) -> dict[str, float]:
-    """Each term's mean over its steps.
-
-    Raises:
-        NonFiniteError: some step was skipped.
-    """
+    """The mean of each loss term over its steps; raises NonFiniteError if a step was skipped."""
     first = state.config.loop.generator_steps
     means: dict[str, float] = {}
     for (side, trained), rows in zip(state.sides.items(), (trace[:first], trace[first:]), strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,13 +19,13 @@ __all__ = ["Runtime", "new_run_folder"]
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """A device and a precision.
+    """Device, precision and memory format.
 
     Attributes:
-        device: where the networks are.
-        autocast: the type that matrix products and convolutions compute in, None for float32.
-        tf32: float32 products in TF32.
-        channels_last: whether activations are kept channels-last.
+        device: device of the networks.
+        autocast: autocast dtype; None disables autocast.
+        tf32: compute float32 matrix products and convolutions in TF32.
+        channels_last: keep activations in channels-last memory format.
     """
 
     device: torch.device
@@ -36,30 +35,35 @@ class Runtime:
 
     @classmethod
     def of(cls, device: str, precision: Precision, *, channels_last: bool) -> Runtime:
-        """Resolve ``auto`` and refuse what the device cannot do.
+        """Create a runtime from config values, with ``auto`` resolved.
+
+        Args:
+            device: a torch device or ``auto``.
+            precision: a precision or ``auto``.
+            channels_last: keep activations in channels-last memory format.
 
         Raises:
-            ValueError: an unknown device or precision, or one that this machine does not have.
+            ValueError: the device or precision is unknown or not available on this machine.
         """
         name = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            where = torch.device(name)
+            resolved = torch.device(name)
         except RuntimeError as error:
             raise ValueError(f"device must be 'auto' or a torch device, got {device!r}") from error
-        if where.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {device!r}, but no CUDA device is available: see `dfkd-fast doctor`")
+        if resolved.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {device!r}, but no CUDA device is available; `dfkd-fast doctor` shows why")
         known = ("auto", "fp32", "tf32", "bf16", "fp16")
         if precision not in known:
             raise ValueError(f"precision must be one of {', '.join(known)}, got {precision!r}")
         if precision == "auto":
-            precision = "bf16" if where.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
-        if precision == "tf32" and where.type != "cuda":
+            precision = "bf16" if resolved.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
+        if precision == "tf32" and resolved.type != "cuda":
             raise ValueError(f"precision 'tf32' needs a CUDA device, got {name!r}")
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        return cls(device=where, autocast=autocast, tf32=precision == "tf32", channels_last=channels_last)
+        return cls(device=resolved, autocast=autocast, tf32=precision == "tf32", channels_last=channels_last)
 
     def cast(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast for the forward of networks and losses; disabled in float32."""
+        """The autocast context for the forward pass of networks and losses."""
         return torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
 
     @property
@@ -67,16 +71,16 @@ class Runtime:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def place(self, module: nn.Module) -> nn.Module:
-        """Move a module here, in the run's memory format."""
+        """Move a module to the device and memory format of the run."""
         return module.to(self.device).to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     @contextlib.contextmanager
     def backends(self) -> Iterator[None]:
-        """Set the process-wide switches of this precision; leaving restores them."""
+        """Set PyTorch's global backend flags for this precision, and restore them on exit."""
         matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         benchmark = torch.backends.cudnn.benchmark
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
-        # Shapes do not change, so timing cuDNN's algorithms once per shape pays off.
+        # Shapes do not change, so it pays to benchmark cuDNN's algorithms once per shape.
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
         try:
             yield
@@ -84,22 +88,29 @@ class Runtime:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
             torch.backends.cudnn.benchmark = benchmark
 
+    @property
+    def precision(self) -> Precision:
+        """The name of the precision."""
+        if self.autocast is None:
+            return "tf32" if self.tf32 else "fp32"
+        return "bf16" if self.autocast is torch.bfloat16 else "fp16"
+
     def synchronize(self) -> None:
-        """Wait for the device."""
+        """Wait until the device has finished all queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def new_run_folder(out: str | None, stem: str) -> Path:
-    """``out``, or a new folder under ``runs/`` named by ``stem`` and the time; made if it is not there."""
+    """Create and return the folder ``out``, or a new folder ``runs/STEM-TIME`` if ``out`` is None."""
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    name = f"{re.sub('[^A-Za-z0-9]+', '_', stem).strip('_')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for suffix in ["", *(f"-{number}" for number in range(2, 1000))]:
-        folder = Path("runs") / (name + suffix)
+    name, suffix = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}", 1
+    while True:
+        folder = Path("runs") / (name if suffix == 1 else f"{name}-{suffix}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-    raise FileExistsError(f"runs/{name} and a thousand more like it exist")
+        suffix += 1

@@ -1,7 +1,8 @@
-"""The state of a distillation run: everything that its steps change, built and saved in one place."""
+"""The state of a distillation run: everything that its steps change."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator
@@ -22,10 +23,12 @@ __all__ = ["DistillState", "Normalize", "Position", "Side", "build_generator", "
 
 M = TypeVar("M", bound=nn.Module)
 
+_PLAIN = ("student_updates", "rounds", "epochs", "best")  # fields of a DistillState without tensors
+
 
 @dataclass
 class Position:
-    """The next step: ``step`` of ``round``, both from zero. The generator's steps come first in a round."""
+    """The next step of the run, as indices from zero. Generator steps come first in a round."""
 
     round: int = 0
     step: int = 0
@@ -33,13 +36,13 @@ class Position:
 
 @dataclass(kw_only=True)
 class Side(Generic[M]):
-    """A network that is trained, with what trains it.
+    """A network with its objective, optimizer and gradient scaler.
 
     Attributes:
         module: the network.
-        objective: its loss. The student's has parameters (adapters, attention, heads), which are trained with it.
-        optimizer: updates the parameters of both.
-        scaler: loss scaling in fp16; disabled in other precisions.
+        objective: its loss. The student's objective has trained parameters (adapters, attention and heads).
+        optimizer: updates the parameters of ``module`` and ``objective``.
+        scaler: scales the loss in fp16; disabled in other precisions.
     """
 
     module: M
@@ -50,9 +53,11 @@ class Side(Generic[M]):
 
 @dataclass(frozen=True)
 class Normalize:
-    """Images in [-1, 1], (N, 3, H, W), to the teacher's input in float32: ``((x + 1) / 2 - mean) / std``.
+    """Normalises images (N, 3, H, W) from [-1, 1] to the teacher's float32 input: ``((x + 1) / 2 - mean) / std``.
 
-    One multiplication and one addition, by ``scale`` and ``shift``, (1, 3, 1, 1) each.
+    Attributes:
+        scale: ``0.5 / std``, (1, 3, 1, 1) float32.
+        shift: ``(0.5 - mean) / std``, (1, 3, 1, 1) float32.
     """
 
     scale: Tensor
@@ -60,7 +65,7 @@ class Normalize:
 
     @classmethod
     def of(cls, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Normalize:
-        """From the mean and standard deviation of images in [0, 1], one value per channel."""
+        """Create from the mean and standard deviation per channel of images in [0, 1]."""
         values = [0.5 / s for s in std], [(0.5 - m) / s for m, s in zip(mean, std, strict=True)]
         return cls(*(torch.tensor(each, device=device).view(1, 3, 1, 1) for each in values))
 
@@ -73,18 +78,25 @@ class DistillState:
     """Networks, objectives, optimizers, random streams and the position in the run.
 
     Attributes:
-        teacher: gives logits, stage features and penultimate features.
-        teacher_statistics: the same weights with BatchNorm statistics as outputs; None if no term needs them.
-        generator: noise to images in [-1, 1].
-        student: shares its parameters with the network that the user gave.
-        normalize: images in [-1, 1] to the teacher's input.
-        noise: the random stream of z. Nothing else draws from it.
-        student_updates: number of student steps taken; the learning rate schedule is a function of it.
-        trace: one row per step of the current round: the value of each term, then 1 if the gradient was finite.
-        cursor: (1,) int64, the row of the next step; each step advances it on the device. A captured graph would
-            hold a Python number as a constant.
-        rates: the student's learning rate in each row of the current round.
-        student_rate: 0-dim, the learning rate tensor of the student's optimizer.
+        config: the run's config.
+        runtime: device and precision.
+        teacher: the frozen teacher, with logits, stage features and penultimate features as outputs.
+        teacher_statistics: the teacher with BatchNorm statistics as outputs too; None if no loss term needs them.
+        generator: the generator, from noise to images in [-1, 1].
+        student: the student, which shares its parameters with the user's network.
+        normalize: from images in [-1, 1] to the teacher's input.
+        noise: random generator that only draws z.
+        trace: (steps per round, terms + 1) float32, a row per step with the value of each term, then 1 if the gradient
+            was finite.
+        cursor: (1,) int64, the row of the next step. Steps advance it on the device, because a captured graph would
+            treat a Python number as a constant.
+        rates: (steps per round,) float32, the student's learning rate in each step.
+        student_rate: 0-dim float32, the learning rate of the student's optimizer.
+        student_updates: number of student steps so far, which determines the learning rate.
+        position: the next step.
+        rounds: mean of each loss term per round.
+        epochs: evaluation results per epoch.
+        best: score and epoch of the best student so far.
     """
 
     config: DistillConfig
@@ -119,12 +131,12 @@ class DistillState:
         return self.config.loop.generator_steps + self.config.loop.student_steps
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Noise z ~ N(0, 1), (count, latent_dim), from ``generator`` or the run's own stream."""
+        """Draw noise z ~ N(0, 1), (count, latent_dim) float32, from ``generator`` or ``noise``."""
         size = (count, self.generator.module.latent_dim)
         return torch.randn(size, device=self.runtime.device, generator=generator or self.noise)
 
     def student_lr(self, ahead: int = 0) -> float:
-        """The student's learning rate, ``ahead`` steps after the next one."""
+        """The student's learning rate ``ahead`` student steps after the next one."""
         optimizer, loop = self.config.optimizer, self.config.loop
         if optimizer.student_schedule == "constant":
             return optimizer.student_lr
@@ -132,9 +144,9 @@ class DistillState:
         return optimizer.student_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (self.student_updates + ahead) / total)))
 
     def start_round(self) -> None:
-        """Write the position in the round and the student's learning rates from there on to the device.
+        """Write the position in the round and the student's following learning rates to the device.
 
-        Does not wait for the device: the values come from pinned memory or as a kernel's argument.
+        Does not wait for the device, because the values are copied from pinned memory or passed as kernel arguments.
         """
         first = max(self.position.step, self.config.loop.generator_steps)
         rates = [self.student_lr(max(0, row - first)) for row in range(len(self.rates))]
@@ -143,7 +155,7 @@ class DistillState:
         self.cursor.fill_(self.position.step)
 
     def changing(self) -> Iterator[Tensor]:
-        """Every tensor that a step may write to, each once."""
+        """Yield every tensor that a step can write to, once."""
         candidates = [self.trace, self.cursor, self.rates, self.student_rate]
         for side in self.sides.values():
             for module in (side.module, side.objective):
@@ -154,9 +166,9 @@ class DistillState:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Undo the steps taken inside: tensors keep their addresses and get their values back.
+        """Undo the steps that run inside the context. Tensors keep their addresses.
 
-        Random streams are restored too, the run's own and torch's global ones.
+        Restores the random state of ``noise`` and of torch's global generators too.
         """
         tensors = list(self.changing())
         values = [tensor.detach().clone() for tensor in tensors]
@@ -182,24 +194,21 @@ class DistillState:
         return parts
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to continue the run with the same results: tensors, numbers, and containers of them."""
+        """Everything needed to continue the run with the same results, as tensors and plain values."""
         return {
             **{name: part.state_dict() for name, part in self._parts().items()},
             "noise": self.noise.get_state(),
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "student_updates": self.student_updates,
             "position": [self.position.round, self.position.step],
             "trace": self.trace.cpu(),
-            "rounds": {name: list(values) for name, values in self.rounds.items()},
-            "epochs": {name: list(values) for name, values in self.epochs.items()},
-            "best": dict(self.best),
+            **{name: copy.deepcopy(getattr(self, name)) for name in _PLAIN},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`. The networks must have been built from the same config.
+        """Load the result of :meth:`state_dict` from a run with the same config.
 
-        State is loaded in place: captured graphs hold raw addresses.
+        State is loaded in place, because captured graphs hold raw addresses.
         """
         for name, part in self._parts().items():
             if isinstance(part, torch.optim.Optimizer):
@@ -210,16 +219,14 @@ class DistillState:
         torch.set_rng_state(state["rng_cpu"])
         if torch.cuda.is_available() and len(state["rng_cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["rng_cuda"])
-        self.student_updates = state["student_updates"]
         self.position = Position(*state["position"])
         self.trace.copy_(state["trace"])
-        self.rounds = {name: list(values) for name, values in state["rounds"].items()}
-        self.epochs = {name: list(values) for name, values in state["epochs"].items()}
-        self.best = dict(state["best"])
+        for name in _PLAIN:
+            setattr(self, name, copy.deepcopy(state[name]))
         self.start_round()
 
     def teacher_digest(self) -> str:
-        """A hash of the teacher's weights: a checkpoint belongs to one teacher."""
+        """Hash the teacher's weights, which identifies the teacher of a checkpoint."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.teacher.model.state_dict().items()):
             digest.update(name.encode())
@@ -228,22 +235,22 @@ class DistillState:
 
 
 def build_generator(config: GeneratorConfig, image_size: int) -> AttentionGenerator:
-    """The generator that a config describes."""
+    """Build the generator for images of (3, image_size, image_size)."""
     return AttentionGenerator(image_size, **vars(config))
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """In place. Learning rates and other numbers come from the config, which is the checkpoint's too."""
+    """Load the optimizer's tensors in place. Learning rates and other options come from the config."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, parameter in enumerate(parameters):
+    for index, parameter in enumerate(parameters):
         for name, value in optimizer.state[parameter].items():
-            value.copy_(saved["state"][number][name])
+            value.copy_(saved["state"][index][name])
 
 
 def _adam(parameters: list[nn.Parameter], config: DistillConfig, rate: Tensor) -> torch.optim.Optimizer:
     optimizer = torch.optim.Adam(parameters, lr=rate, betas=config.optimizer.generator_betas, fused=True)
     for parameter in parameters:
-        # Adam creates this state in its first step; a step may be captured before that.
+        # Adam creates this state in its first step, but a step may be captured before that.
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
@@ -256,8 +263,8 @@ def _sgd(parameters: list[nn.Parameter], config: DistillConfig, rate: Tensor) ->
     momentum, decay = config.optimizer.student_momentum, config.optimizer.student_weight_decay
     optimizer = torch.optim.SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay, fused=True)
     for parameter in parameters if momentum else ():
-        # Fused SGD leaves a new momentum buffer uninitialised if its first step is skipped (found_inf); with a buffer
-        # of zeros the first step is the same, and may be skipped.
+        # If its first step is skipped (found_inf), fused SGD leaves a new momentum buffer uninitialised. A buffer of
+        # zeros gives the same first step.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
@@ -272,26 +279,27 @@ def build_state(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> DistillState:
-    """The state at the start of a run. Seeds torch's global stream with ``config.seed``.
+    """Build the initial state of a run. Seeds torch's global generators with ``config.seed``.
 
     Args:
-        teacher: in eval mode and frozen by the caller; moved to the device of the run, like the student.
-        student: the network to train.
-        config: the run.
+        teacher: the teacher, in eval mode and frozen. It is moved to the device of the run.
+        student: the student, which is moved to the device of the run.
+        config: the run's config.
         runtime: device and precision.
-        image_size: height and width of the synthetic images.
-        mean: of the teacher's input, per channel, for images in [0, 1].
-        std: standard deviation, per channel.
+        image_size: height and width of the synthetic images, in pixels.
+        mean: mean of the teacher's input normalisation per channel, for images in [0, 1].
+        std: standard deviation of the teacher's input normalisation per channel.
 
     Raises:
-        ValueError: networks that do not fit each other or the objective.
+        ValueError: the networks do not fit each other or the objective.
     """
     if teacher.num_classes != student.num_classes:
         raise ValueError(
-            f"teacher and student must have the same classes, got {teacher.num_classes} and {student.num_classes}"
+            "teacher and student must have the same number of classes, "
+            f"got {teacher.num_classes} and {student.num_classes}"
         )
     torch.manual_seed(config.seed)
-    # Weights are drawn on the CPU, so that a seed means the same run on every device.
+    # Initialise weights on the CPU, so that a seed gives the same weights on every device.
     generator = build_generator(config.generator, image_size)
     objectives = [build(config.objective, teacher, student) for build in (generator_objective, student_objective)]
     for module in (teacher, student, generator, *objectives):

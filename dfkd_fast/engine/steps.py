@@ -1,9 +1,9 @@
-"""One generator step and one student step (paper, Eq. 10 and 11), without a host synchronisation.
+"""The generator step and the student step (paper, Eq. 10 and 11), without host synchronization.
 
-A step only queues work on the device and reads nothing of the host that changes from step to step, so the same function
-can be run, compiled region by region, or captured into a graph and replayed. Both steps write the values of their terms
-into the row of ``state.trace`` at ``state.cursor``, on the device; the loop reads all rows once per round. A step whose
-loss or gradient is not finite is skipped by its optimizer, on the device too.
+A step only queues work on the device and depends on no Python value that changes between steps. The same function can
+therefore run eagerly, call compiled networks, or be captured into a CUDA graph. Steps write the values of their loss
+terms to row ``state.cursor`` of ``state.trace``, which the loop reads once per round. If a loss or gradient is not
+finite, the optimizer skips the step on the device.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ __all__ = ["generator_step", "student_step", "synthesize"]
 
 @contextmanager
 def _unchanged(generator: nn.Module) -> Iterator[None]:
-    """Forwards of the generator inside leave it bit-identical.
+    """Keep the generator bit-identical while it is called inside the context.
 
-    Its BatchNorms use the batch's statistics, as in its training, without updating their buffers, and its spectral
-    norms do not iterate.
+    Its BatchNorms use batch statistics, as in training, without updating their buffers. Spectral norm does not iterate.
     """
     with torch.no_grad(), batchnorm_mode(generator, "batch"), freeze_spectral_norm(generator):
         yield
 
 
 def synthesize(state: DistillState, noise: Tensor) -> Tensor:
-    """Images in [-1, 1], (N, 3, H, W), from noise (N, latent_dim); the generator stays bit-identical."""
+    """Generate images (N, 3, H, W) in [-1, 1] from noise (N, latent_dim), without changing the generator."""
     generator = state.generator.module
     with _unchanged(generator), state.runtime.cast():
         return generator(noise)
@@ -47,8 +46,8 @@ def _descend(state: DistillState, side: Side[Any], total: Tensor, values: Tensor
     scaler.scale(total).backward()
     with nvtx_range("network", "optimizer"):
         if scaler.is_enabled():
-            # The scaler's first gradients overflow by design: it skips the step and backs off. A loss that is not
-            # finite still shows in its value.
+            # A scaler's first gradients may overflow by design; it then skips the step and reduces the scale. The trace
+            # still shows a non-finite loss.
             scaler.step(optimizer)
             scaler.update()
             finite = torch.ones_like(values[:1])
@@ -66,14 +65,15 @@ def _descend(state: DistillState, side: Side[Any], total: Tensor, values: Tensor
 
 
 def generator_step(state: DistillState, networks: StepNetworks | None = None) -> None:
-    """The generator minimises ``alpha * L_BN - L_KD``; teacher and student stay bit-identical and get no gradient.
+    """Update the generator to minimise ``alpha * L_BN - L_KD`` (Eq. 10).
 
-    The gradient reaches the images through the teacher's and the student's logits. The student's BatchNorms use the
-    batch's statistics without updating their buffers, unless the config says otherwise.
+    Gradients reach the images through the logits of teacher and student, but no weight gradient of either network is
+    computed. ``config.loop.student_in_generator_step`` sets the mode of the student's BatchNorms; by default they use
+    batch statistics without updating their buffers.
 
     Args:
-        state: what is trained.
-        networks: the calls of the step; None is :func:`eager_networks`.
+        state: the state to train.
+        networks: the functions that the step calls; None uses :func:`eager_networks`.
     """
     call = networks or eager_networks(state).generator_step
     student, needs_student = state.student.module, "student" in state.generator.objective.needs
@@ -88,11 +88,11 @@ def generator_step(state: DistillState, networks: StepNetworks | None = None) ->
 
 
 def student_step(state: DistillState, networks: StepNetworks | None = None) -> None:
-    """The student minimises ``L_KD + beta * L_MHAD + gamma * L_SFCL``; teacher and generator stay bit-identical.
+    """Update the student to minimise ``L_KD + beta * L_MHAD + gamma * L_SFCL`` (Eq. 11); the generator does not change.
 
     Args:
-        state: what is trained.
-        networks: the calls of the step; None is :func:`eager_networks`.
+        state: the state to train.
+        networks: the functions that the step calls; None uses :func:`eager_networks`.
     """
     call = networks or eager_networks(state).student_step
     noise = state.draw(state.config.loop.batch_size)

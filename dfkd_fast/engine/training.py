@@ -1,4 +1,4 @@
-"""Supervised training of a classifier on labelled images: the teacher, and the student that had the data."""
+"""Supervised training of a teacher, or of a student for comparison, on labelled images."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class TeachResult:
     """The result of :func:`teach`.
 
     Attributes:
-        model: the network given, trained, in eval mode.
-        accuracy: top-1 on the held-out images.
-        weights: safetensors file with the weights and, as metadata, classes, size and normalisation.
+        model: the trained network, in eval mode.
+        accuracy: top-1 accuracy on the held-out images, in [0, 1].
+        weights: safetensors file of the weights, with classes, image size and normalisation as metadata.
         run_dir: the run's folder.
-        epochs: per-epoch ``loss`` and, at the end, ``accuracy``, with ``epoch``.
+        epochs: mean ``loss`` per epoch, with epoch numbers from one in ``epoch``.
         images_per_s: training images per second.
     """
 
@@ -49,7 +49,7 @@ class TeachResult:
 
 
 class _Trainer:
-    """SGD with a cosine learning rate and cross-entropy, an epoch at a time."""
+    """Trains epoch by epoch with SGD, a cosine learning rate and cross-entropy."""
 
     def __init__(self, model: nn.Module, batches: DataLoader[Any], config: TeachConfig, runtime: Runtime) -> None:
         self.model, self.batches, self.config, self.runtime = model, batches, config, runtime
@@ -60,7 +60,7 @@ class _Trainer:
         self.steps = 0
 
     def epoch(self) -> float:
-        """Train for an epoch; returns the mean loss."""
+        """Train for one epoch and return the mean loss."""
         runtime, total = self.runtime, self.config.epochs * len(self.batches)
         losses = torch.zeros((), device=runtime.device)
         for images, labels in self.batches:
@@ -89,22 +89,25 @@ def teach(
     progress: bool = True,
     title: str = "teach",
 ) -> TeachResult:
-    """Train a classifier with SGD, a cosine rate and cross-entropy (paper, section 4.1).
+    """Train a classifier with SGD, a cosine learning rate and cross-entropy (paper, section 4.1).
 
-    Seeds torch's global stream with ``config.seed``.
+    Seeds torch's global generators with ``config.seed``.
 
     Args:
-        model: (N, 3, H, W) to logits (N, data.num_classes), trained in place.
-        data: labelled images; the test half is used once, at the end.
-        config: rates and length.
-        description: written into the weights' file as metadata.
-        workers: loader processes.
-        progress: draw a progress bar.
-        title: what the bar is called.
+        model: a classifier from images (N, 3, H, W) to logits (N, data.num_classes). It is trained in place.
+        data: labelled images. The held-out images are only used for the final evaluation.
+        config: the training.
+        description: additional metadata of the weights file.
+        workers: number of data loader processes.
+        progress: show a progress bar.
+        title: title of the progress bar.
+
+    Returns:
+        The trained network, its accuracy and the run folder.
 
     Raises:
-        ArithmeticError: the loss of an epoch is not finite.
-        ValueError: fewer training images than one batch of two.
+        ArithmeticError: the mean loss of an epoch is not finite.
+        ValueError: there are fewer training images than ``config.batch_size``.
     """
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
     torch.manual_seed(config.seed)
@@ -125,11 +128,11 @@ def teach(
         for epoch in range(1, config.epochs + 1):
             mean = trainer.epoch()
             if not math.isfinite(mean):
-                raise ArithmeticError(f"the mean loss of epoch {epoch} is {mean}: a lower lr may help")
+                raise ArithmeticError(f"the mean loss of epoch {epoch} is {mean}; try a lower lr")
             history["epoch"].append(epoch)
             history["loss"].append(mean)
             writer.add_scalar("teach/loss", mean, epoch)
-            line.update(epoch, {"loss": mean}, trainer.steps * config.batch_size / (time.perf_counter() - start))
+            line.show(epoch, {"loss": mean}, trainer.steps * config.batch_size / (time.perf_counter() - start))
         runtime.synchronize()
         seconds = time.perf_counter() - start
         result = evaluate(model, data.test, num_classes=data.num_classes, workers=workers, runtime=runtime)

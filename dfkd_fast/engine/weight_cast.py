@@ -1,67 +1,62 @@
-"""Low-precision copies of float32 master weights, made by one kernel and freed after the step.
+"""Casts all float32 weights of a network to low precision with one kernel.
 
-Autocast makes the same copies one by one, and casts their gradients back one by one: two launches per layer.
+Autocast makes the same copies with one launch per layer, and one more per layer to cast the gradients back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["cast_together", "weight_cast"]
-
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+__all__ = ["weight_cast"]
 
 
-class _CastTogether(torch.autograd.Function):
+class _CastWeights(torch.autograd.Function):
+    """Casts float32 weights to another dtype. Gradients are float32, in each weight's memory format."""
+
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *masters: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*masters)
-        copies = [torch.empty_like(master, dtype=dtype) for master in masters]
-        torch._foreach_copy_(copies, masters)
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*weights)
+        copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(copies, weights)
         return tuple(copies)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        back = [torch.empty_like(master) for master in ctx.saved_tensors]
-        torch._foreach_copy_(back, gradients)
-        return None, *back
-
-
-def cast_together(masters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Copies of float32 tensors in another type; gradients flow back in float32, in each master's own layout."""
-    return _CastTogether.apply(dtype, *masters)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        grads = [torch.empty_like(weight) for weight in ctx.saved_tensors]
+        torch._foreach_copy_(grads, grad_outputs)
+        return None, *grads
 
 
 def weight_cast(module: nn.Module, dtype: torch.dtype) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[..., Any]]:
-    """Split a module's call into the cast of its weights and the call with them.
+    """Split a module's call into a cast of its weights and a call with the copies.
 
-    The weights and biases of convolutions and linear layers are cast, as autocast would; computed weights (spectral
-    norm) and everything else are left to it.
+    Weights and biases of convolutions and linear layers are cast. Autocast casts computed weights (spectral norm) and
+    everything else.
 
     Args:
-        module: float32, to be called under autocast to ``dtype``.
-        dtype: of the copies.
+        module: a float32 module that is called under autocast to ``dtype``.
+        dtype: low-precision dtype of the copies.
 
     Returns:
-        A function that makes the copies, and one that takes them and the module's own arguments.
+        A function that returns the copies, and one that takes the copies and the module's arguments.
     """
     names = [
         f"{path}.{name}" if path else name
         for path, layer in module.named_modules()
-        if isinstance(layer, _LAYERS)
+        if isinstance(layer, (_ConvNd, nn.Linear))
         for name in ("weight", "bias")
         if name in layer._parameters and layer._parameters[name] is not None
     ]
-    known = dict(module.named_parameters(remove_duplicate=False))
-    masters = [known[name] for name in names]
+    weights = [module.get_parameter(name) for name in names]
 
     def cast() -> tuple[Tensor, ...]:
-        return cast_together(masters, dtype)
+        return _CastWeights.apply(dtype, *weights)
 
     def call(copies: tuple[Tensor, ...], *arguments: Any) -> Any:
         return functional_call(module, dict(zip(names, copies, strict=True)), arguments)

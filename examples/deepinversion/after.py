@@ -1,6 +1,6 @@
-"""DeepInversion with fused BatchNorm statistics: images are optimised until a teacher knows what is on them.
+"""DeepInversion with fused BatchNorm statistics: optimise images until a teacher recognises their classes.
 
-Yin et al., "Dreaming to Distill", CVPR 2020: the statistics of each BatchNorm's input are drawn to those it has stored.
+Yin et al., "Dreaming to Distill", CVPR 2020. The loss matches each BatchNorm's input statistics to its stored ones.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from dfkd_fast.objectives import BatchNormStatistics
 
 
 def trained_teacher(size, classes=100):
-    """Put your own here: this one has random weights, and BatchNorm statistics of random images."""
+    """Replace this by your own teacher. It has random weights, and BatchNorm statistics of random images."""
     teacher = resnet18(num_classes=classes)
     with torch.no_grad():
         for _ in range(4):
@@ -24,12 +24,12 @@ def trained_teacher(size, classes=100):
 
 
 def roughness(images):
-    """Mean squared difference of neighbours."""
+    """Mean squared difference of neighbouring pixels."""
     return images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()
 
 
 def run(device, steps, size, batch, seed):
-    """The loss and the seconds of each step."""
+    """Return the loss and the time in seconds of each step."""
     torch.manual_seed(seed)
     teacher = trained_teacher(size).to(device)
     features, distance = extract(teacher, statistics=True, image_size=size), BatchNormStatistics()
@@ -56,4 +56,4 @@ if __name__ == "__main__":
     for option, default in {"steps": 5, "size": 32, "batch": 32, "seed": 0}.items():
         parser.add_argument(f"--{option}", type=int, default=default)
     losses, seconds = run(**vars(parser.parse_args()))
-    print(f"last loss {losses[-1]:.5f}; {min(seconds):.3f} s a step")
+    print(f"last loss {losses[-1]:.5f}; {min(seconds):.3f} s per step")

@@ -1,4 +1,4 @@
-"""Data-free distillation with fused losses: a generator draws the images that a student learns a teacher from."""
+"""Data-free distillation with fused losses, with images from a generator."""
 
 import argparse
 import time
@@ -13,13 +13,13 @@ from dfkd_fast.compat.datafree import DeepInversionHook, kldiv
 
 
 def network(blocks, classes=100):
-    """A ResNet as its trunk, images to features, and its head, features to logits."""
+    """A ResNet's trunk, from images to features, and its head, from features to logits."""
     net = ResNet(BasicBlock, blocks, num_classes=classes)
     return nn.Sequential(*list(net.children())[:-1], nn.Flatten()), net.fc
 
 
 def trained_teacher(size):
-    """Put your own here: this one has random weights, and BatchNorm statistics of random images."""
+    """Replace this by your own teacher. It has random weights, and BatchNorm statistics of random images."""
     trunk, head = network([2, 2, 2, 2])
     with torch.no_grad():
         for _ in range(4):
@@ -36,7 +36,7 @@ def image_generator(size, latent=64):
 
 
 def run(device, steps, size, batch, seed):
-    """The losses and the seconds of each step."""
+    """Return the losses and the time in seconds of each step."""
     torch.manual_seed(seed)
     (t_trunk, t_head), (s_trunk, s_head) = trained_teacher(size), network([1, 1, 1, 1])
     generator = image_generator(size)
@@ -75,4 +75,4 @@ if __name__ == "__main__":
     for option, default in {"steps": 5, "size": 32, "batch": 32, "seed": 0}.items():
         parser.add_argument(f"--{option}", type=int, default=default)
     losses, seconds = run(**vars(parser.parse_args()))
-    print(f"last losses {losses[-2]:.5f} (generator), {losses[-1]:.5f} (student); {min(seconds):.3f} s a step")
+    print(f"last losses {losses[-2]:.5f} (generator), {losses[-1]:.5f} (student); {min(seconds):.3f} s per step")

@@ -1,4 +1,4 @@
-"""What a distillation project brings along: the losses of the loop in plain PyTorch."""
+"""The losses of a typical distillation project, in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ def kldiv(logits, targets, T=1.0, reduction="batchmean"):
 
 
 class DeepInversionHook:
-    """How far the statistics of a BatchNorm's input are from those it has stored."""
+    """Distance between the statistics of a BatchNorm's input and its stored statistics."""
 
     def __init__(self, module):
         self.hook = module.register_forward_hook(self.hook_fn)
@@ -23,7 +23,7 @@ class DeepInversionHook:
 
 
 class SupConLoss(nn.Module):
-    """Two views an image, (N, 2, D) of unit length: each against its other view and against all views of the others."""
+    """Contrastive loss of two unit-length views per image, (N, 2, D), against the views of all other images."""
 
     def __init__(self, temperature=0.07, base_temperature=0.07):
         super().__init__()

@@ -163,7 +163,7 @@ def test_launches_are_within_the_limits_of_a_device(op: str) -> None:
 
 def test_doctor_prints_launches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert doctor.launches() == 0
+    doctor.launches()
     printed = capsys.readouterr().out
     for text in ("similarity_sums_wgmma<bfloat16, 128>", "not supported: N of anchors", "131,072 x 128"):
         assert text in printed

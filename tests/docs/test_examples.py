@@ -46,7 +46,7 @@ def test_scripts_run(
     monkeypatch.syspath_prepend(str(examples / folder))
     monkeypatch.setattr(sys, "argv", ["script", "--steps", "1", "--size", "32", "--batch", "4", "--seed", "3"])
     runpy.run_path(str(examples / folder / f"{script}.py"), run_name="__main__")
-    assert "s a step" in capsys.readouterr().out
+    assert "s per step" in capsys.readouterr().out
     sys.modules.pop("losses", None)
 
 
@@ -73,7 +73,7 @@ def test_compare(compare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
     options = ["--device", "cpu", "--steps", "1", "--size", "32", "--batch", "32", "--seed", "0", "--turns", "1"]
     assert compare.main(["all", *options, "--json", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("ops served by reference") == printed.count("here both are plain PyTorch") == 2
+    assert printed.count("ops run on backend reference") == printed.count("both scripts ran plain PyTorch") == 2
     content = json.loads(file.read_text())
     assert content["environment"]["torch"]
     assert [row["example"] for row in content["rows"]] == list(FOLDERS)
@@ -88,9 +88,9 @@ def test_compare(compare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_compare_reports_the_backend(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DFKD_FAST_BACKEND", raising=False)
-    assert (compare.served_by("cuda:0"), compare.served_by("cpu")) == ("triton", "reference")
+    assert (compare.ops_backend("cuda:0"), compare.ops_backend("cpu")) == ("triton", "reference")
     monkeypatch.setenv("DFKD_FAST_BACKEND", "reference")
-    assert compare.served_by("cuda") == "reference"
+    assert compare.ops_backend("cuda") == "reference"
 
 
 @pytest.mark.parametrize("arguments", [["other"], ["plain_dfkd", "--steps", "0"], ["all", "--turns", "0"]])

@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on the CPU, as strict as they are about what a replay may depend on."""
+"""A stand-in for CUDA graphs on the CPU, with the same rules about what a replay may depend on."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ aten = torch.ops.aten
 READS_BACK = {
     aten._local_scalar_dense.default: "reads a value back to the host",
     aten.equal.default: "reads a value back to the host",
-    aten.nonzero.default: "has a result whose size only the device knows",
+    aten.nonzero.default: "has a result whose size depends on values",
 }
-_OF_THE_HOST = {**READS_BACK, aten.lift_fresh.default: "copies a value from the host"}
+_REFUSED = {**READS_BACK, aten.lift_fresh.default: "copies a value from the host"}
 
 
 class _Recording(TorchDispatchMode):
-    """Writes down every operator below autograd and autocast, with the very tensors that it was given."""
+    """Records every operator below autograd and autocast, with its tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _OF_THE_HOST:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {func} {_OF_THE_HOST[func]}")
+        if func in _REFUSED:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func} {_REFUSED[func]}")
         result = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, result))
         return result
@@ -39,11 +39,11 @@ class _Recording(TorchDispatchMode):
 class ReplayRecorder:
     """Replays operators one by one on the memory that they were recorded with.
 
-    As in a captured graph, numbers of the host and addresses of tensors are those of the recording; values in memory
-    and random streams are those of the replay. Unlike it, recording also runs the work.
+    As in a captured graph, Python numbers and tensor addresses are those of the recording, while values in memory and
+    random streams are those of the replay. Unlike a capture, recording also runs the work.
 
     Attributes:
-        recordings: how many have been made.
+        recordings: number of recordings so far.
     """
 
     def __init__(self) -> None:

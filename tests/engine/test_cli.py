@@ -1,4 +1,4 @@
-"""The commands, as a user types them, at the smallest size."""
+"""The commands as a user types them, on tiny networks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def experiment(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A teacher's weights, by the command that makes them."""
+    """Path of a teacher's weights that `dfkd-fast teach` wrote."""
     folder = tmp_path_factory.mktemp("teacher")
     (folder / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     main(["teach", "--config", str(folder / "experiment.yaml"), "--out", str(folder / "taught")])
@@ -64,28 +64,28 @@ def test_distill_evaluate_export(
     assert (tmp_path / "run" / "export" / "student.safetensors").is_file()
 
 
-def test_distilling_needs_no_data(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_distill_works_without_data(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = {name: value for name, value in EXPERIMENT.items() if name != "data"}
     (tmp_path / "no_data.yaml").write_text(yaml.safe_dump(content))
     main(["distill", "--config", str(tmp_path / "no_data.yaml"), "--teacher.weights", teacher, "--out", "run"])
-    assert (tmp_path / "run" / "student.safetensors").is_file()  # classes, size and normalisation came from the file
+    # Classes, image size and normalisation come from the weights file.
+    assert (tmp_path / "run" / "student.safetensors").is_file()
     assert "top-1" not in capsys.readouterr().out.rsplit("agreement", 1)[1]
 
 
-def test_command_line_goes_over_the_file(experiment: str, tmp_path: Path) -> None:
-    save_weights(create_model(ModelConfig(**EXPERIMENT["teacher"]), num_classes=10), "t.safetensors", {})  # type: ignore[arg-type]
-    arguments = ["--teacher.weights", "t.safetensors", "--out", "run", "--distill.loop.rounds_per_epoch", "1"]
+def test_command_line_overrides_the_config_file(experiment: str, teacher: str, tmp_path: Path) -> None:
+    arguments = ["--teacher.weights", teacher, "--out", "run", "--distill.loop.rounds_per_epoch", "1"]
     main(["distill", "--config", experiment, *arguments, "--distill.objective.student.mhad", "3"])
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["distill"]
-    again = read(ExperimentConfig, tmp_path / "run" / "config.yaml")  # what was run can be run again
-    assert again.teacher.weights == "t.safetensors"
+    again = read(ExperimentConfig, tmp_path / "run" / "config.yaml")  # the written config can be run again
+    assert again.teacher.weights == teacher
     assert again.student.options == {"widths": [4, 4, 6, 8]}
     assert again.data.name == "digits"
     assert saved["loop"]["rounds_per_epoch"] == 1
     assert saved["objective"]["student"] == {"sfcl": 1.0, "mhad": 3.0}
 
 
-def test_fine_tuning_starts_from_other_classes(
+def test_teach_fine_tunes_weights_with_other_classes(
     experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = ModelConfig(**EXPERIMENT["teacher"])  # type: ignore[arg-type]
@@ -98,18 +98,18 @@ def test_fine_tuning_starts_from_other_classes(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["distill", "--config", "{experiment}"], "--teacher.weights must name the teacher's weights"),
-        (["distill", "--config", "nowhere"], "no config file 'nowhere'; by name there are aircraft"),
+        (["distill", "--config", "{experiment}"], "--teacher.weights is required"),
+        (["distill", "--config", "nowhere"], "no config file 'nowhere'; packaged configs: aircraft"),
         (["evaluate", "--config", "{experiment}", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
         (["teach", "--config", "{experiment}", "--teach.device", "gpu"], "device must be 'auto' or a torch device"),
         (["teach", "--config", "{experiment}", "--teacher.name", "resnet9"], "resnet8"),
         (["teach", "--config", "{experiment}", "--teach.epohcs", "3"], "epohcs"),
-        (["teach", "--data.name", "digits"], "--teacher.name must be given"),
-        (["evaluate", "--weights", "nowhere.safetensors"], "--data.name must be given"),
+        (["teach", "--data.name", "digits"], "--teacher.name is required"),
+        (["evaluate", "--weights", "nowhere.safetensors"], "--data.name is required"),
         (["bench", "--nowhere"], "nowhere"),
     ],
 )
-def test_mistakes_are_said_shortly_and_end_with_status_2(
+def test_user_errors_print_a_short_message_and_exit_with_2(
     experiment: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
@@ -118,22 +118,19 @@ def test_mistakes_are_said_shortly_and_end_with_status_2(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert len(error.strip().splitlines()) <= 4  # a hundred options would bury it
+    assert len(error.strip().splitlines()) <= 4  # without the list of all options
 
 
-def test_a_traceback_is_shown_where_asked_for(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_enables_tracebacks(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DFKD_FAST_TRACEBACK", "1")
     with pytest.raises(ValueError, match=r"--teacher.weights"):
         main(["distill", "--config", experiment])
 
 
-def test_every_command_has_help() -> None:
+def test_help_lists_the_commands_and_only_the_options_of_each(capsys: pytest.CaptureFixture[str]) -> None:
     script = Path(sys.executable).with_name("dfkd-fast")
     shown = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
     assert all(name in shown for name in COMMANDS)
-
-
-def test_help_shows_the_options_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["evaluate", "--help"])
     shown = capsys.readouterr().out
@@ -150,7 +147,9 @@ def test_help_shows_the_options_of_the_command(capsys: pytest.CaptureFixture[str
         (["--backends", "triton,peer:x", "a"], {"ops": ["a"], "backends": ["triton", "peer:x"]}),
     ],
 )
-def test_bench_takes_ops_by_name(words: list[str], changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_parses_op_names_and_options(
+    words: list[str], changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dfkd_fast.benchmarks.ops import bench as module
 
     called: list[dict[str, Any]] = []
@@ -160,7 +159,7 @@ def test_bench_takes_ops_by_name(words: list[str], changed: dict[str, Any], monk
     assert called == [{**defaults, **changed}]
 
 
-def test_torch_files_are_weights_too(experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_reads_torch_files(experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ModelConfig(**EXPERIMENT["student"])  # type: ignore[arg-type]
     state = create_model(config, num_classes=10).state_dict()
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "s.pt")

@@ -1,6 +1,6 @@
-"""Both steps at the paper's size on fake CUDA tensors: whole graphs, nothing waits, strides are those declared.
+"""Both steps at the paper's size on fake CUDA tensors: no graph breaks, no synchronization, declared strides.
 
-ResNet-34 to ResNet-18, 224 x 224, batches of 64, bf16, channels-last, without a GPU; see `fake_cuda.py`.
+ResNet-34 to ResNet-18, 224 x 224, batch 64, bf16, channels-last, without a GPU; see `fake_cuda.py`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ GRAPHS = {
     *(f"student_step.{region}.forward" for region in ("generator", "teacher", "student", "objective")),
     *(f"student_step.{region}.backward" for region in ("student", "objective")),
 }
-"""The generator and the teacher have no gradient in student steps."""
+"""In student steps, generator and teacher have no backward."""
 
-# The argument whose memory format each result has, after the docstrings of dfkd_fast.ops; None is contiguous. An
-# operator that is not here fails: a new one is declared here first.
+# The argument whose memory format each result has, as documented in dfkd_fast.ops; None means contiguous. New operators
+# must be added here.
 DECLARED: dict[str, tuple[str | None, ...]] = {
     "batchnorm_statistics": ("x", None, None, "mask"),
     "batchnorm_statistics_backward": ("x", None, None, "x"),
@@ -58,7 +58,7 @@ DECLARED: dict[str, tuple[str | None, ...]] = {
 
 
 def is_dense(x: dict[str, Any], order: tuple[int, ...]) -> bool:
-    """Whether a tensor has no gaps, its dimensions lying in this order from the innermost out."""
+    """Whether a tensor is dense with its dimensions in this order, innermost first."""
     expected = 1
     for dim in order:
         if x["shape"][dim] not in (1, 0) and x["stride"][dim] != expected:
@@ -75,14 +75,14 @@ def is_contiguous(x: dict[str, Any]) -> bool:
     return is_dense(x, tuple(range(len(x["shape"])))[::-1])
 
 
-def as_declared(call: dict[str, Any]) -> list[bool]:
-    """Whether the strides of a call's results are the declared ones, going by its arguments."""
+def strides_as_declared(call: dict[str, Any]) -> list[bool]:
+    """Whether each result of a call has the declared strides."""
     found = []
     declared = DECLARED[call["op"]]
-    if "needs_grad" in call["arguments"]:  # only these are returned
+    if "needs_grad" in call["arguments"]:  # the operator returns only these
         declared = tuple(itertools.compress(declared, (need == "True" for need in call["arguments"]["needs_grad"])))
     for like, result in zip(declared, call["results"], strict=True):
-        if like == "mask":  # (N, octets of channels, positions), the octets innermost as the channels of x are
+        if like == "mask":  # (N, channel octets, positions), channels innermost like x
             found.append(is_channels_last(call["arguments"]["x"]) and is_dense(result, (1, 2, 0)))
             continue
         maps = like is not None and 0 not in result["shape"] and is_channels_last(call["arguments"][like])
@@ -91,7 +91,7 @@ def as_declared(call: dict[str, Any]) -> list[bool]:
 
 
 def require_whole_graphs(report: dict[str, Any]) -> None:
-    """One graph a region, and the same graphs in the second round of steps."""
+    """Require one graph per region, and no further graph in the second round of steps."""
     assert report["error"] is None, report["error"]
     assert report["graph_breaks"] == {}
     assert report["regions"] == 8
@@ -100,9 +100,9 @@ def require_whole_graphs(report: dict[str, Any]) -> None:
 
 def require_no_synchronization(report: dict[str, Any]) -> None:
     for step, found in report["synchronizations"].items():
-        assert found == [], f"the host waits in {step}"
+        assert found == [], f"synchronization in {step}"
     for name, graph in report["graphs"].items():
-        assert graph["synchronizations"] == [], f"the host waits in {name}"
+        assert graph["synchronizations"] == [], f"synchronization in {name}"
 
 
 def require_declared_strides(report: dict[str, Any]) -> None:
@@ -111,15 +111,15 @@ def require_declared_strides(report: dict[str, Any]) -> None:
             for argument, value in call["arguments"].items():
                 if isinstance(value, dict) and len(value["shape"]) == 4:
                     assert is_channels_last(value), f"{argument} of {call['op']} in {name}"
-            assert all(as_declared(call)), f"results of {call['op']} in {name}: {call['results']}"
+            assert all(strides_as_declared(call)), f"results of {call['op']} in {name}: {call['results']}"
 
 
-def test_our_engine() -> None:
+def test_dfkd_fast_has_whole_graphs_and_declared_strides() -> None:
     report = fake_cuda.trace("dfkd_fast")["dfkd_fast"]
     require_whole_graphs(report)
     require_no_synchronization(report)
     require_declared_strides(report)
-    # Each op is Triton's. A ResNet-34 has 36 BatchNorms, the generator 4 blocks, a ResNet 4 stages.
+    # A ResNet-34 has 36 BatchNorms, the generator has 4 blocks, and each ResNet has 4 stages.
     calls = Counter(call["op"] for graph in report["graphs"].values() for call in graph["calls"])
     assert calls == {
         **{"batchnorm_statistics": 36, "batchnorm_statistics_backward": 36},
@@ -131,14 +131,14 @@ def test_our_engine() -> None:
     }
 
 
-def test_the_compiled_baseline() -> None:
+def test_compiled_baseline_has_whole_graphs_of_plain_pytorch() -> None:
     report = fake_cuda.trace("compile")["compile"]
     require_whole_graphs(report)
     require_no_synchronization(report)
-    assert [call for graph in report["graphs"].values() for call in graph["calls"]] == []  # plain PyTorch
+    assert [call for graph in report["graphs"].values() for call in graph["calls"]] == []
 
 
-def test_the_peer_reads_its_loss_and_nothing_else() -> None:
+def test_peer_synchronizes_only_to_read_its_loss() -> None:
     report = fake_cuda.trace("peer")["peer"]
     assert report["error"] is None, report["error"]
     assert len(report["synchronizations"]) == 4
@@ -146,14 +146,14 @@ def test_the_peer_reads_its_loss_and_nothing_else() -> None:
         assert found == ["aten._local_scalar_dense.default"], step
 
 
-def test_faults_are_found() -> None:
+def test_injected_faults_are_detected() -> None:
     reports = fake_cuda.trace("graph_break", "other_faults")
     with pytest.raises(AssertionError, match=r"Unsupported: Call to .*graph_break"):
         require_whole_graphs(reports["graph_break"])
     faulty = reports["other_faults"]
     with pytest.raises(AssertionError, match="RecompileError: Recompiling function region_generator"):
         require_whole_graphs(faulty)
-    with pytest.raises(AssertionError, match="the host waits in generator_step"):
+    with pytest.raises(AssertionError, match="synchronization in generator_step"):
         require_no_synchronization(faulty)
     found = faulty["synchronizations"]["generator_step"]
     assert found == ["aten._local_scalar_dense.default", "aten._to_copy.default"]
@@ -167,7 +167,7 @@ RESULT = re.compile(r"assert_size_stride\(\w+, (\(.*?\)), (\(.*?\)), 'torch\.ops
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", ["dfkd_fast", "compile"])
-def test_generated_code_holds_our_operators_to_their_strides(variant: str) -> None:
+def test_generated_code_asserts_declared_strides(variant: str) -> None:
     report = fake_cuda.trace(variant, code=True)[variant]
     require_whole_graphs(report)
     for name, graph in report["graphs"].items():
@@ -183,4 +183,4 @@ def test_generated_code_holds_our_operators_to_their_strides(variant: str) -> No
             (op, literal_eval(shape), literal_eval(strides)) for shape, strides, op in RESULT.findall(graph["code"])
         )
         assert {op for op, *_ in asserted} == {call["op"] for call in graph["calls"]}, name
-        assert asserted <= declared, name  # a result that nothing reads is not asserted
+        assert asserted <= declared, name  # Inductor does not assert unused results

@@ -1,4 +1,4 @@
-"""The loop: what it leaves, how it goes on after a stop, what it refuses."""
+"""`distill`: its files and results, resuming, and the errors that it raises."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dfkd_fast
-from dfkd_fast.config import DistillConfig, ObjectiveConfig, OptimizerConfig
+from dfkd_fast.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from dfkd_fast.engine import CheckpointError, Checkpoints, NonFiniteError, engines, loop
 from dfkd_fast.engine.checkpoint import fingerprint
 from dfkd_fast.engine.progress import ProgressLine
@@ -29,12 +29,17 @@ from dfkd_fast.models import create_model, extract, load_weights, read_metadata
 from .. import tiny
 
 
-def same(one: nn.Module, other: nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def checkpoint_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
+def assert_same_result(one: dfkd_fast.DistillResult, other: dfkd_fast.DistillResult) -> None:
+    assert tiny.same_weights(one.student, other.student)
+    assert tiny.same_weights(one.generator, other.generator)
+    assert (one.rounds, one.epochs, one.agreement) == (other.rounds, other.epochs, other.agreement)
+
+
+def test_distill_writes_its_files_and_preserves_the_teacher(tmp_path: Path) -> None:
     student = tiny.network()
     teacher = tiny.teacher().train()
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -57,14 +62,11 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
     for name in ("config.yaml", "curves.png", "history.json", "images/epoch-0001.png", "images/epoch-0002.png"):
         assert (tmp_path / name).is_file(), name
     assert list((tmp_path / "tensorboard").glob("events*"))
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "round-000003-step-0000.pt",
-        "round-000004-step-0000.pt",
-    ]
+    assert checkpoint_names(tmp_path) == ["round-000003-step-0000.pt", "round-000004-step-0000.pt"]
     fresh = tiny.network(seed=99)
     load_weights(fresh, tmp_path / "student.safetensors")
-    assert same(fresh, student)
-    assert set(load_file(tmp_path / "student.safetensors")) == set(student.state_dict())  # the plain network alone
+    assert tiny.same_weights(fresh, student)
+    assert set(load_file(tmp_path / "student.safetensors")) == set(student.state_dict())  # no adapters or heads
     metadata = read_metadata(tmp_path / "student.safetensors")
     assert metadata["model"] == "resnet8"
     assert json.loads(metadata["mean"]) == list(tiny.HALF)
@@ -72,15 +74,12 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["distill"]["loop"]["batch_size"] == 6
 
 
-def test_a_seed_is_a_run(tmp_path: Path, whole: dfkd_fast.DistillResult) -> None:
-    again = tiny.run(tmp_path / "again")
-    assert same(again.student, whole.student)
-    assert same(again.generator, whole.generator)
-    assert again.rounds == whole.rounds
-    assert not same(tiny.run(tmp_path / "other", seed=1).generator, whole.generator)
+def test_seed_determines_the_result(tmp_path: Path, whole: dfkd_fast.DistillResult) -> None:
+    assert_same_result(tiny.run(tmp_path / "again"), whole)
+    assert not tiny.same_weights(tiny.run(tmp_path / "other", seed=1).generator, whole.generator)
 
 
-def test_a_user_gives_stages_or_a_network_of_their_own(tmp_path: Path) -> None:
+def test_distill_takes_feature_models_without_data(tmp_path: Path) -> None:
     teacher = extract(tiny.teacher(), stages=["layer1", "layer3"], image_size=16)
     student = extract(tiny.network(), stages=["layer2", "layer3"], image_size=16)
     result = dfkd_fast.distill(teacher, student, tiny.config(tmp_path), progress=False)
@@ -89,12 +88,12 @@ def test_a_user_gives_stages_or_a_network_of_their_own(tmp_path: Path) -> None:
     assert "accuracy" not in result.epochs
 
 
-class Stopped(BaseException):
-    """As if the process had died here."""
+class Killed(BaseException):
+    """Ends the run at this point, as if the process had been killed."""
 
 
 @pytest.mark.parametrize("step", [3, 14], ids=["before the first checkpoint", "in a round after one"])
-def test_resumed_anywhere_ends_with_the_same_weights(
+def test_resumed_run_ends_with_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, whole: dfkd_fast.DistillResult
 ) -> None:
     calls = 0
@@ -103,7 +102,7 @@ def test_resumed_anywhere_ends_with_the_same_weights(
         def take(*arguments: Any) -> None:
             nonlocal calls
             if calls == step:
-                raise Stopped
+                raise Killed
             calls += 1
             original(*arguments)
 
@@ -112,18 +111,13 @@ def test_resumed_anywhere_ends_with_the_same_weights(
     with monkeypatch.context() as patch:
         for name in ("generator_step", "student_step"):
             patch.setattr(engines, name, dying(getattr(engines, name)))
-        with pytest.raises(Stopped):
-            tiny.run(tmp_path / "broken", checkpoint_every=2)
-    resumed = tiny.run(tmp_path / "broken", checkpoint_every=2, resume=True)
-    assert same(resumed.student, whole.student)
-    assert same(resumed.generator, whole.generator)
-    assert resumed.rounds == whole.rounds
-    assert resumed.epochs == whole.epochs
-    assert resumed.agreement == whole.agreement
+        with pytest.raises(Killed):
+            tiny.run(tmp_path, checkpoint_every=2)
+    assert_same_result(tiny.run(tmp_path, checkpoint_every=2, resume=True), whole)
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_a_signal_saves_before_leaving(
+def test_signal_saves_a_checkpoint_before_leaving(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
@@ -139,50 +133,54 @@ def test_a_signal_saves_before_leaving(
     with monkeypatch.context() as patch:
         patch.setattr(engines, "student_step", signalled)
         with pytest.raises(expected) as stopped:
-            tiny.run(tmp_path / "stopped", checkpoint_every=100)
+            tiny.run(tmp_path, checkpoint_every=100)
     if expected is SystemExit:
         assert stopped.value.code == 143
     assert signal.getsignal(number) == handler
-    assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["round-000000-step-0003.pt"]
-    resumed = tiny.run(tmp_path / "stopped", resume=True, checkpoint_every=100)
-    assert same(resumed.student, whole.student)
-    assert resumed.rounds == whole.rounds
+    assert checkpoint_names(tmp_path) == ["round-000000-step-0003.pt"]
+    assert_same_result(tiny.run(tmp_path, resume=True, checkpoint_every=100), whole)
 
 
-def test_a_torn_checkpoint_gives_way_to_the_one_before(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, whole: dfkd_fast.DistillResult
-) -> None:
+@pytest.fixture
+def finished(tmp_path: Path, whole: dfkd_fast.DistillResult) -> Path:
+    """A copy of a finished run's folder."""
     shutil.copytree(whole.run_dir, tmp_path, dirs_exist_ok=True)
-    newest = tmp_path / "checkpoints" / "round-000004-step-0000.pt"
+    return tmp_path
+
+
+def test_damaged_checkpoint_falls_back_to_the_previous_one(
+    finished: Path, caplog: pytest.LogCaptureFixture, whole: dfkd_fast.DistillResult
+) -> None:
+    newest = finished / "checkpoints" / "round-000004-step-0000.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2])
-    again = tiny.run(tmp_path, resume=True)
-    assert "round-000004-step-0000.pt is torn" in caplog.text
-    assert same(again.student, whole.student)
+    again = tiny.run(finished, resume=True)
+    assert "round-000004-step-0000.pt is damaged" in caplog.text
+    assert tiny.same_weights(again.student, whole.student)
     flipped = bytearray(newest.read_bytes())
     for index in range(len(flipped) // 2, len(flipped) // 2 + 256):  # more than the padding between two records
         flipped[index] ^= 0xFF
     newest.write_bytes(flipped)
-    assert same(tiny.run(tmp_path, resume=True).student, whole.student)
-    assert caplog.text.count("is torn") == 2
+    assert tiny.same_weights(tiny.run(finished, resume=True).student, whole.student)
+    assert caplog.text.count("is damaged") == 2
 
 
-def test_a_foreign_checkpoint_is_refused_with_its_reason(tmp_path: Path, whole: dfkd_fast.DistillResult) -> None:
-    shutil.copytree(whole.run_dir, tmp_path, dirs_exist_ok=True)
-    folder = tmp_path / "checkpoints"
-    with pytest.raises(CheckpointError, match="written with another config"):
-        tiny.run(tmp_path, resume=True, optimizer=OptimizerConfig(student_lr=0.1))
-    with pytest.raises(CheckpointError, match="written with another teacher"):
+def test_checkpoint_of_another_run_is_refused(finished: Path) -> None:
+    with pytest.raises(ValueError, match="already contains checkpoints of a run"):
+        tiny.run(finished)
+    with pytest.raises(CheckpointError, match="was written with another config"):
+        tiny.run(finished, resume=True, optimizer=OptimizerConfig(student_lr=0.1))
+    with pytest.raises(CheckpointError, match="was written with another teacher"):
         dfkd_fast.distill(
-            tiny.network((4, 4, 8, 12), seed=5), tiny.network(), tiny.config(tmp_path, resume=True), progress=False
+            tiny.network((4, 4, 8, 12), seed=5), tiny.network(), tiny.config(finished, resume=True), progress=False
         )
-    for path in folder.iterdir():
+    for path in (finished / "checkpoints").iterdir():
         torch.save({"state_dict": {"weight": torch.zeros(3)}}, path)
-    with pytest.raises(CheckpointError, match=r"is foreign: it is not a dfkd_fast.checkpoint/1 file"):
-        tiny.run(tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match=r"is not a dfkd_fast.checkpoint/1 file"):
+        tiny.run(finished, resume=True)
 
 
-def test_a_checkpoint_is_never_unpickled(tmp_path: Path) -> None:
+def test_checkpoint_with_pickled_objects_is_refused(tmp_path: Path) -> None:
     class Harm:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "harmed",))
@@ -192,12 +190,12 @@ def test_a_checkpoint_is_never_unpickled(tmp_path: Path) -> None:
     checkpoints.folder.mkdir()
     path = checkpoints.folder / "round-000001-step-0000.pt"
     torch.save({"format": "dfkd_fast.checkpoint/1", "state": Harm()}, path)
-    with pytest.raises(CheckpointError, match="is foreign"):
+    with pytest.raises(CheckpointError, match="contains more than tensors and plain values"):
         checkpoints.read(path)
     assert not (tmp_path / "harmed").exists()
 
 
-def test_what_may_change_between_a_run_and_its_resumption() -> None:
+def test_fingerprint_covers_the_fields_that_determine_the_weights() -> None:
     config = tiny.config()
     for free in (replace(config, out="elsewhere"), replace(config, resume=True), tiny.config(checkpoint_every=7)):
         assert fingerprint(free) == fingerprint(config)
@@ -205,13 +203,8 @@ def test_what_may_change_between_a_run_and_its_resumption() -> None:
         assert fingerprint(bound) != fingerprint(config)
 
 
-def test_a_folder_with_another_run_is_not_written_over(whole: dfkd_fast.DistillResult) -> None:
-    with pytest.raises(ValueError, match="holds checkpoints of a run already"):
-        tiny.run(whole.run_dir)
-
-
-def test_the_format_of_a_checkpoint_is_that_of_its_first_version() -> None:
-    """Files of a run that was stopped under an earlier version go on."""
+def test_checkpoint_keys_do_not_change() -> None:
+    """A run that was stopped under an earlier version can be resumed."""
     state = tiny.state()
     parts = {
         *("student", "generator"),
@@ -228,7 +221,7 @@ def test_the_format_of_a_checkpoint_is_that_of_its_first_version() -> None:
     assert all(torch.equal(a, b) for a, b in zip(state.changing(), fresh.changing(), strict=True))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, count = engines.student_step, 0
@@ -245,11 +238,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(engines, "student_step", poisoned)
     with pytest.raises(NonFiniteError, match=r"round 1, student step 1: kd, mhad, sfcl not finite"):
         tiny.run(tmp_path)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["round-000001-step-0000.pt"]
+    assert checkpoint_names(tmp_path) == ["round-000001-step-0000.pt"]
 
 
 @pytest.mark.parametrize("select", ["agreement", "test_accuracy"])
-def test_the_best_student_by_the_criterion_asked_for_is_returned(
+def test_best_student_by_the_selected_criterion_is_returned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str
 ) -> None:
     scores = iter([0.9, 0.4, 0.4, 0.4])
@@ -268,52 +261,39 @@ def test_the_best_student_by_the_criterion_asked_for_is_returned(
     assert not all(torch.equal(tensor, result.student.state_dict()[name]) for name, tensor in students[1].items())
 
 
-def _distill(config: DistillConfig, **arguments: Any) -> None:
-    networks = {"teacher": tiny.teacher(), "student": tiny.network(), **arguments}
-    dfkd_fast.distill(networks.pop("teacher"), networks.pop("student"), config, progress=False, **networks)
+THREE_CLASSES = create_model(ModelConfig(name="resnet8"), num_classes=3)
 
 
-def test_what_does_not_fit_together_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    config = tiny.config(tmp_path)
-    with pytest.raises(ValueError, match="image_size must be given without evaluation data"):
-        _distill(replace(config, image_size=None))
-    with pytest.raises(ValueError, match="'test_accuracy', which needs evaluation data"):
-        _distill(tiny.config(tmp_path, select="test_accuracy"))
-    other = create_model(tiny.ModelConfig(name="resnet8"), num_classes=3)
-    with pytest.raises(ValueError, match="must have the same classes, got 5 and 3"):
-        _distill(config, student=other)
-    with pytest.raises(ValueError, match="data has 5 classes, the teacher 3"):
-        _distill(config, teacher=other, data=tiny.data())
-    with pytest.raises(ValueError, match="precision 'tf32' needs a CUDA device"):
-        _distill(replace(config, precision="tf32"))
-    with pytest.raises(ValueError, match="device must be 'auto' or a torch device, got 'gpu'"):
-        _distill(replace(config, device="gpu"))
-    with pytest.raises(ValueError, match="did you mean 'mhad'"):
-        _distill(replace(config, objective=ObjectiveConfig(student={"mhda": 1.0})))
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"image_size": None}, {}, "image_size must be given without evaluation data"),
+        ({"select": "test_accuracy"}, {}, "'test_accuracy', which needs evaluation data"),
+        ({}, {"student": THREE_CLASSES}, "must have the same number of classes, got 5 and 3"),
+        ({}, {"teacher": THREE_CLASSES, "data": tiny.data()}, "data has 5 classes, the teacher has 3"),
+        ({"precision": "tf32"}, {}, "precision 'tf32' needs a CUDA device"),
+        ({"device": "gpu"}, {}, "device must be 'auto' or a torch device, got 'gpu'"),
+        ({"objective": ObjectiveConfig(student={"mhda": 1.0})}, {}, "did you mean 'mhad'"),
+    ],
+)
+def test_mismatched_arguments_are_refused_before_the_first_step(
+    tmp_path: Path, changes: dict[str, Any], arguments: dict[str, Any], message: str
+) -> None:
+    networks = {"teacher": tiny.teacher(), "student": tiny.network()}
+    with pytest.raises(ValueError, match=message):
+        dfkd_fast.distill(config=tiny.config(tmp_path, **changes), progress=False, **{**networks, **arguments})
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_progress_shows_rounds_terms_speed_and_time_left() -> None:
-    console = Console(width=80, file=io.StringIO(), force_terminal=True)
-    terms = {"generator/bn": 12.345, "generator/kd": 0.25, "student/kd": 0.5, "student/mhad": 0.125}
-    with ProgressLine("distil", total=4, unit="rounds", console=console) as line:
-        line.update(1, terms, 744.4)
-        line.print("saved at round 1, step 2")
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
-    shown = " ".join(shown.split())  # a line that is too long for the terminal is wrapped, not cut
-    for words in (
-        "distil",
-        "1/4",
-        "rounds",
-        "left",
-        "generator/bn 12.3",
-        "student/mhad 0.125",
-        "744 images/s",
-        "saved at",
-    ):
-        assert words in shown
-    silent = Console(width=80, file=io.StringIO(), force_terminal=True)
-    with ProgressLine("distil", total=4, unit="rounds", enabled=False, console=silent) as line:
-        line.update(1, terms)
-        line.print("nothing")
-    assert silent.file.getvalue() == ""  # type: ignore[attr-defined]
+def test_progress_shows_rounds_terms_and_speed() -> None:
+    shown = []
+    for enabled in (True, False):
+        console = Console(width=80, file=io.StringIO(), force_terminal=True)
+        with ProgressLine("distill", total=4, unit="rounds", enabled=enabled, console=console) as line:
+            line.show(1, {"generator/bn": 12.345, "student/kd": 0.5, "student/mhad": 0.125}, 744.4)
+            line.message("saved at round 1, step 2")
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+        shown.append(" ".join(text.split()))  # lines that are too long for the terminal wrap
+    for words in ("distill", "1/4 rounds", "left", "bn 12.3", "student/mhad 0.125", "744 images/s", "saved at"):
+        assert words in shown[0]
+    assert shown[1] == ""

@@ -1,4 +1,4 @@
-"""Ranges show in the profiler that looks, and in nothing else."""
+"""NVTX ranges appear in the active profiler and nowhere else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def recorded(work: Any) -> list[str]:
     return [event.name for event in profiler.events() if event.name.startswith(nvtx.PREFIX + "/")]
 
 
-def test_a_round_is_ranged_from_the_outside_in() -> None:
+def test_round_has_ranges_for_steps_networks_and_ops() -> None:
     state = tiny.state()
     engine = EagerEngine(state)
 
@@ -40,12 +40,7 @@ def test_a_round_is_ranged_from_the_outside_in() -> None:
     assert "dfkd_fast/op/distillation_kl" in names
 
 
-def test_ops_are_ranged_where_they_are_called() -> None:
-    x = torch.randn(4, 5)
-    assert recorded(lambda: ops.distillation_kl(x, x)) == ["dfkd_fast/op/distillation_kl"]
-
-
-def test_compiled_code_has_none() -> None:
+def test_compiled_code_has_no_ranges() -> None:
     def work(x: Tensor) -> Tensor:
         with nvtx_range("op", "anything"):
             return ops.distillation_kl(x, x + 1)
@@ -57,19 +52,19 @@ def test_compiled_code_has_none() -> None:
 
 
 @pytest.mark.skipif(nvtx.nvtx is None, reason="nvtx is not installed")
-def test_nvtx_is_told_where_no_profiler_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = []
+def test_nvtx_is_called_only_without_a_torch_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
 
     def annotate(name: str, **options: Any) -> Any:
-        told.append((name, options["domain"]))
+        calls.append((name, options["domain"]))
         return nvtx.nvtx.annotate(name, **options)
 
     monkeypatch.setattr(nvtx, "_annotate", annotate)
     with nvtx_range("network", "teacher"):
         assert recorded(lambda: nvtx_range("op", "x").__enter__()) == ["dfkd_fast/op/x"]
-    assert told == [("network teacher", "dfkd_fast")]
+    assert calls == [("network teacher", "dfkd_fast")]
 
 
-def test_without_nvtx_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_range_is_a_null_context_without_nvtx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvtx, "_annotate", None)
     assert nvtx_range("step", "student") is nvtx_range("round", "1")

@@ -1,4 +1,4 @@
-"""Where a step's time goes: a profile of this machine's CPU, and the events of a GPU's profile made by hand."""
+"""Step profiles: one recorded on the CPU, and hand-written events of a GPU profile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .. import tiny
 
 
 class Events(list[Any]):
-    """Events as torch.profiler gives them for a GPU: operators with their kernels, and the kernels themselves."""
+    """Events as torch.profiler returns them for a GPU: operators with their kernels, and the kernels."""
 
     def host(self, name: str, parent: Any = None, *, seq: int = -1, thread: int = 1, kernels: tuple = ()) -> Any:
         event = SimpleNamespace(name=name, cpu_parent=parent, sequence_nr=seq, thread=thread)
@@ -46,7 +46,7 @@ def step():
     whole = events.host("dfkd_fast/step/student")
     events.host("aten::normal_", whole, kernels=(10.0,))
     teacher = events.host("dfkd_fast/network/teacher", whole)
-    events.host("aten::conv2d", teacher, seq=10, kernels=(20.0,))  # makes no node: the number is the next node's
+    events.host("aten::conv2d", teacher, seq=10, kernels=(20.0,))  # creates no node: its number is the next node's
     student = events.host("dfkd_fast/network/student", whole)
     outer = events.host("aten::conv2d", student, seq=10)
     events.host("aten::convolution", outer, seq=10, kernels=(5.0, 30.0))
@@ -64,11 +64,11 @@ def step():
     optimizer = events.host("dfkd_fast/network/optimizer", whole)
     events.host("aten::_fused_sgd_", optimizer, kernels=(8.0,))
     events.kernel(3.0)  # a launch outside of any operator
-    events.kernel(500.0, annotation=True)  # a range, repeated on the device's timeline: no work
+    events.kernel(500.0, annotation=True)  # a range that is repeated on the device's timeline
     return events
 
 
-def test_device_time_goes_to_network_direction_and_op(step):
+def test_device_time_is_attributed_to_network_direction_and_op(step):
     rows = {(r["network"], r["direction"], r["op"]): r for r in time_by_range(step, 2, cuda=True)}
     assert {key: (row["microseconds"], row["kernels"]) for key, row in rows.items()} == {
         (OUTSIDE, "forward", ""): (6.5, 1.0),
@@ -82,17 +82,13 @@ def test_device_time_goes_to_network_direction_and_op(step):
     assert rows["student", "backward", ""]["share"] == round(42 / 128, 5)
 
 
-def test_a_replayed_graph_has_only_totals():
-    events = Events()
-    events.host("dfkd_fast/step/student")
-    for duration in (3.0, 5.0):
-        events.kernel(duration)
-    total = {"microseconds": 8.0, "kernels": 2, "share": 1.0}
+def test_replayed_graph_has_only_totals(step):
+    total = {"microseconds": 128.0, "kernels": 10, "share": 1.0}
     row = {"network": REPLAYED, "direction": "forward", "op": "", **total}
-    assert time_by_range(events, 1, cuda=True, replayed=True) == [row]
+    assert time_by_range(step, 1, cuda=True, replayed=True) == [row]
 
 
-def test_tables_of_a_gpu(step):
+def test_gpu_tables(step):
     rows = [{"step": "student", **row} for row in time_by_range(step, 1, cuda=True)]
     rows += [{**rows[0], "network": f"small {i}", "microseconds": 0.25, "kernels": 1, "share": 0.002} for i in range(2)]
     steps = [{"step": "student", "recorded": 1, "unprofiled_us": 450.0, "microseconds": 128.0, "kernels": 10}]
@@ -105,7 +101,7 @@ def test_tables_of_a_gpu(step):
     ]
 
 
-def test_the_backward_of_compiled_code_goes_to_its_network():
+def test_compiled_backward_is_attributed_to_its_network():
     compiled = torch.compile(nn.Conv2d(3, 4, 3), fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 8, 8)
     compiled(x).sum().backward()
@@ -119,21 +115,24 @@ def test_the_backward_of_compiled_code_goes_to_its_network():
     assert found["aten::sum"] == (OUTSIDE, "forward", "")
 
 
+def profiled(out, config=tiny.config, **options):
+    networks = [extract(network, image_size=tiny.SIZE) for network in (tiny.teacher(), tiny.network())]
+    return profiling.profile(*networks, config(), out=str(out), **options)
+
+
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    networks = [extract(network, image_size=tiny.SIZE) for network in (tiny.teacher(), tiny.network())]
     console = Console(file=io.StringIO(), width=120)
-    out = tmp_path_factory.mktemp("profile")
-    done = profiling.profile(*networks, tiny.config(), engines=["eager"], steps=2, out=str(out), console=console)
+    done = profiled(tmp_path_factory.mktemp("profile"), engines=["eager"], steps=2, console=console)
     return done, console.file.getvalue()
 
 
-def test_files_and_tables(result):
+def test_profile_writes_traces_and_breakdown(result):
     done, text = result
     traces = {f"eager_{kind}": done.folder / f"trace_eager_{kind}.json.gz" for kind in ("generator", "student")}
     assert done.traces == traces
-    assert {path.name for path in done.folder.iterdir()} == {"anatomy.json", *(path.name for path in traces.values())}
-    content = json.loads((done.folder / "anatomy.json").read_text())
+    assert {path.name for path in done.folder.iterdir()} == {"breakdown.json", *(path.name for path in traces.values())}
+    content = json.loads((done.folder / "breakdown.json").read_text())
     assert content == done.content
     assert (content["precision"], content["environment"]["torch"]) == ("fp32", torch.__version__)
     assert [step["recorded"] for step in content["engines"][0]["steps"]] == [2, 2]
@@ -141,7 +140,7 @@ def test_files_and_tables(result):
     assert "high_order_attention_mse" in text
 
 
-def test_self_times_add_up_to_the_recorded_window(result):
+def test_self_times_sum_to_the_recorded_window(result):
     done, _ = result
     for step in done.content["engines"][0]["steps"]:
         events = json.loads(gzip.decompress(done.traces[f"eager_{step['step']}"].read_bytes()))["traceEvents"]
@@ -153,14 +152,14 @@ def test_self_times_add_up_to_the_recorded_window(result):
         assert sum(row["share"] for row in rows) == pytest.approx(1, abs=1e-3)
 
 
-def test_every_trained_network_has_its_forward_and_its_backward(result):
+def test_trained_networks_have_forward_and_backward_rows(result):
     rows = result[0].content["engines"][0]["rows"]
     found = {(row["step"], row["network"], row["direction"]) for row in rows}
     ways = ("forward", "backward")
     trained = {("generator", name, way) for name in ("generator", "teacher", "student", "objective") for way in ways}
     trained |= {("student", name, way) for name in ("student", "objective") for way in ways}
     assert trained | {("student", "optimizer", "optimizer"), ("student", "teacher", "forward")} <= found
-    # The student step asks for no gradient of what made its images and targets.
+    # In the student step, generator and teacher have no backward.
     assert not {("student", "teacher", "backward"), ("student", "generator", "backward")} & found
     assert not {row["network"] for row in rows if row["direction"] == "backward"} & {OUTSIDE, "optimizer"}
     ops = {("generator", "spatial_attention"), ("teacher", "batchnorm_statistics"), ("objective", "contrastive_loss")}
@@ -168,19 +167,17 @@ def test_every_trained_network_has_its_forward_and_its_backward(result):
 
 
 @pytest.mark.parametrize("changes", [{"engines": []}, {"steps": 0}, {"engines": ["eager", "graph"]}], ids=str)
-def test_refused_before_anything_runs(changes, tmp_path):
-    networks = [extract(tiny.network(), image_size=tiny.SIZE) for _ in range(2)]
+def test_invalid_arguments_raise_before_anything_runs(changes, tmp_path):
     message = "needs a CUDA device" if changes.get("engines") else "at least one engine and one step"
     with pytest.raises(ValueError, match=message):
-        profiling.profile(*networks, tiny.config(), out=str(tmp_path / "out"), **changes)
+        profiled(tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.gpu
-def test_engines_on_a_gpu(tmp_path):
-    networks = [extract(network, image_size=tiny.SIZE) for network in (tiny.teacher(), tiny.network())]
+def test_all_engines_can_be_profiled_on_cuda(tmp_path):
     names = ["eager", "compiled", "graph"]
-    done = profiling.profile(*networks, tiny.config(device="cuda"), engines=names, steps=3, out=str(tmp_path))
+    done = profiled(tmp_path, lambda: tiny.config(device="cuda"), engines=names, steps=3)
     *launched, graph = done.content["engines"]
     for engine in launched:
         assert {"generator", "teacher", "student", "objective", "optimizer"} <= {r["network"] for r in engine["rows"]}
@@ -189,11 +186,11 @@ def test_engines_on_a_gpu(tmp_path):
     assert all(step["kernels"] >= 1 and step["microseconds"] > 0 for step in graph["steps"])
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     networks = "--teacher.name resnet8 --student.name resnet8 --data.name digits --data.image_size 16"
     small = "--distill.device cpu --distill.loop.batch_size 2 --distill.loop.generator_steps 0"
     main(f"profile {networks} {small} --engines eager --steps 1 --out profiled".split())
-    assert "anatomy.json" in capsys.readouterr().out
-    content = json.loads((tmp_path / "profiled" / "anatomy.json").read_text())
+    assert "breakdown.json" in capsys.readouterr().out
+    content = json.loads((tmp_path / "profiled" / "breakdown.json").read_text())
     assert content["networks"] == {"teacher": "resnet8", "student": "resnet8"}
     assert [step["step"] for step in content["engines"][0]["steps"]] == ["student"]

@@ -1,4 +1,4 @@
-"""Weights cast together are the weights that autocast casts one by one."""
+"""`weight_cast` gives the same weights and gradients as autocast."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.engine.weight_cast import cast_together, weight_cast
+from dfkd_fast.engine.weight_cast import weight_cast
 from dfkd_fast.models import Outputs
 
 from .. import tiny
 
 
-@pytest.mark.parametrize("which", ["student", "generator"])
-def test_values_and_gradients_are_autocasts_bit_for_bit(which: str) -> None:
+@pytest.mark.parametrize("side", ["student", "generator"])
+def test_values_and_gradients_equal_autocast(side: str) -> None:
     state = tiny.state(replace(tiny.config(), precision="bf16"))
-    module = state.sides[which].module
-    x = torch.randn(6, 3, 16, 16) if which == "student" else torch.randn(6, 6)
+    module = state.sides[side].module
+    x = torch.randn(6, 3, 16, 16) if side == "student" else torch.randn(6, 6)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     found: list[list[Tensor]] = []
     cast, call = weight_cast(module, torch.bfloat16)
@@ -35,23 +35,26 @@ def test_values_and_gradients_are_autocasts_bit_for_bit(which: str) -> None:
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*found, strict=True))
 
 
-def test_what_is_cast_and_what_is_left() -> None:
+def test_only_parameters_of_convolutions_and_linear_layers_are_cast() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2, bias=False))
     nn.utils.parametrizations.spectral_norm(model[0])
     copies = weight_cast(model, torch.bfloat16)[0]()
-    assert [tuple(copy.shape) for copy in copies] == [(4,), (2, 4)]  # a computed weight is autocast's
+    assert [tuple(copy.shape) for copy in copies] == [(4,), (2, 4)]  # autocast casts the computed weight
     assert all(copy.dtype == torch.bfloat16 for copy in copies)
 
 
-def test_gradients_come_back_in_the_masters_type_and_layout() -> None:
-    master = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
-    other = torch.randn(5, requires_grad=True)
-    copies = cast_together([master, other], torch.bfloat16)
+def test_gradients_are_float32_in_the_memory_format_of_the_weight() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 2, bias=False), nn.Linear(5, 1, bias=False))
+    model.to(memory_format=torch.channels_last)
+    weight, unused = model.parameters()
+    cast, _ = weight_cast(model, torch.bfloat16)
+    copies = cast()
     assert copies[0].is_contiguous(memory_format=torch.channels_last)
     (copies[0].float() * 3).sum().backward()
-    assert master.grad is not None
-    assert master.grad.dtype == torch.float32
-    assert master.grad.stride() == master.stride()
-    assert torch.equal(master.grad, torch.full_like(master, 3))
-    assert other.grad is None or not other.grad.any()
-    assert not any(copy.requires_grad for copy in cast_together([master.detach()], torch.bfloat16))
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    assert weight.grad.stride() == weight.stride()
+    assert torch.equal(weight.grad, torch.full_like(weight, 3))
+    assert unused.grad is None or not unused.grad.any()
+    model.requires_grad_(False)
+    assert not any(copy.requires_grad for copy in cast())

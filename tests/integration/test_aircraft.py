@@ -1,4 +1,4 @@
-"""The paper's experiment through its own config, on a miniature tree of the real layout."""
+"""The paper's experiment with its packaged config, on a miniature copy of the data set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..data.trees import VARIANTS, aircraft_tree
 
 
 @pytest.mark.timeout(600)
-def test_resnet34_to_resnet18_at_224(tmp_path: Path) -> None:
+def test_aircraft_config_distills_resnet34_into_resnet18(tmp_path: Path) -> None:
     root = aircraft_tree(tmp_path / "data")
     teacher = create_model(ModelConfig(name="timm:resnet34"), num_classes=len(VARIANTS))
     save_weights(teacher, tmp_path / "teacher.safetensors", {})
