@@ -1,4 +1,4 @@
-"""The tables of the documents: between markers, from committed results only, and up to date."""
+"""The tables of the documents are written between markers, from committed results, and are up to date."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dfkd_fast.benchmarks import report
-from dfkd_fast.benchmarks.ablation import CELLS, PROFILES, override
-from dfkd_fast.report import markdown_table, write_results
+from dfkd_fast.benchmarks.ablation import CELLS, ablation_section, experiment, override
+from dfkd_fast.report import write_results
 
 PAGES = (*report.SECTIONS, "README.md")
 
@@ -36,14 +36,14 @@ def test_only_the_lines_between_the_markers_change():
             report.between_markers(bad, "a", "new")
 
 
-def test_pages_without_results_say_so(copy):
+def test_pages_without_results_have_a_note(copy):
     assert report.main([], root=copy) == 0
     for name, sections in report.SECTIONS.items():
         for section in sections:
             assert between(copy / name, section) == "Nothing has been measured yet."
 
 
-def test_every_device_has_its_section(copy):
+def test_each_device_has_a_section(copy):
     block = {"device": {"name": "A GPU"}, "torch": "2.11.0", "commit": "c" * 40, "source": "s"}
     row = {"experiment": "digits", "objective": "dfkd-fgvc", "engine": "eager", "accuracy": 0.9}
     for device in ("gpu-a", "gpu-b"):
@@ -56,19 +56,19 @@ def test_every_device_has_its_section(copy):
     assert between(copy / "docs" / "performance.md", "step") == "Nothing has been measured yet."
 
 
-def test_the_committed_pages_are_up_to_date(copy, repository):
+def test_committed_pages_are_up_to_date(copy, repository):
     (copy / "benchmarks").symlink_to(repository / "benchmarks")
     assert report.main([], root=copy) == 0
     for name in PAGES:
         assert (copy / name).read_text() == (repository / name).read_text(), f"{name}: run make report"
 
 
-def test_the_ablation_shows_mean_and_deviation_over_seeds():
+def test_ablation_has_mean_and_deviation_over_seeds():
     fixed = {"cell": "+ SFCL", "overrides": {"objective.student.mhad": 0.0}, "teacher_accuracy": 0.8, "rounds": 80}
     rows = [{**fixed, "seed": seed, "accuracy": a, "agreement": 0.5} for seed, a in enumerate((0.4, 0.6))]
     rows.append({**fixed, "seed": 2, "accuracy": None, "agreement": None})
     block = {"device": {"name": "A GPU"}, "torch": "2.11.0", "commit": "0123456789abcdef", "source": "s"}
-    text = report.ablation_table({"rows": rows, "environments": [block]})
+    text = ablation_section({"rows": rows, "environments": [block]}, "a-gpu")
     line = "| + SFCL | `objective.student.mhad=0.0` | 50.0% ± 14.1 | 62.5% ± 17.7 | 50.0% ± 0.0 | 2 (not finite: 1) |"
     assert line in text
     assert "Teacher: 80.0%; rounds: 80; measured on: A GPU, torch 2.11.0; commit: 0123456789ab." in text
@@ -76,16 +76,8 @@ def test_the_ablation_shows_mean_and_deviation_over_seeds():
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_cell_changes_fields_that_exist(cell):
-    config = PROFILES["small"].distill
+    config = experiment("small").distill
     changed = override(config, CELLS[cell])
     assert (changed == config) is (cell == "both")
     with pytest.raises(ValueError, match=r"generator\.nothing is not a field"):
         override(config, {"generator.nothing": 1})
-
-
-def test_markdown_tables_align_numbers_and_escape_bars():
-    rows = [{"name": "a|b", "ms": "1.5"}, {"name": "c", "share": "20%"}]
-    assert markdown_table(rows) == [
-        "| name | ms | share |", "|---|---:|---:|", "| a\\|b | 1.5 |  |", "| c |  | 20% |",
-    ]  # fmt: skip
-    assert markdown_table([]) == []
