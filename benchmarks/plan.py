@@ -80,13 +80,15 @@ def _tests(workers: int, *arguments: str) -> tuple[str, ...]:
 _TIMED = ("dfkd_fast", "peer", "compile_reduce_overhead", "eager")
 _IN_TIME = ("--timeout", "90", "-m", "gpu and not slow")
 _CONTACT = ("{root}/benchmarks/ops/test_contact.py", "--timeout", "150", "-k")
+_ENGINES = ("{root}/tests/engine/test_engine.py", *_IN_TIME)
 LEFT_OUT = {"gpu and slow": "takes minutes per test; run it on a GPU of your own: pytest -m 'gpu and slow'"}
 """GPU tests that no job runs, by marker expression, with the reason."""
 
 
 _CALL_1 = (
     Job("peaks", _step("roofline"), phase="peaks", limit_s=40),
-    Job("contact", _tests(9, *_CONTACT, "not memcheck"), "parallel", 150, contact=True),
+    Job("contact ops", _tests(8, *_CONTACT, "not memcheck"), "parallel", 150, contact=True),
+    Job("contact engines", _tests(1, *_ENGINES), "parallel", 150, contact=True),
     Job("memcheck", _tests(1, *_CONTACT, "memcheck"), "parallel", 150),
     Job("compile dfkd_fast", _step("dfkd_fast", "--compile-only"), "parallel", 170),
     Job("compile reduce_overhead", _step("compile_reduce_overhead", "--compile-only"), "parallel", 170),

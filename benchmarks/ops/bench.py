@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import Progress
 
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, tensors
 from dfkd_fast.benchmarks.ops.measure import CACHES, PASSES, Ceilings, Measurement, Trial, ceilings
@@ -131,12 +132,11 @@ def measure(
     results: Results,
     *,
     device: torch.device,
-    rates: Ceilings,
-    seconds: float | None = None,
+    seconds: float = math.inf,
     progress: Callable[[dict[str, Any]], None] = lambda row: None,
     trial: Callable[..., Any] = Trial,
 ) -> bool:
-    """Measure subjects one by one and write their rows; ``progress`` is called with each.
+    """Measure the device's peak rates, then subjects one by one, and write their rows. Calls ``progress`` with each.
 
     No subject is started after ``seconds``. Tests replace ``trial``.
 
@@ -144,9 +144,10 @@ def measure(
         Whether all backends of this project worked. Failures of torch.compile and of public kernels are only
         recorded.
     """
-    start, sound = time.monotonic(), True
+    end, sound, rates = time.monotonic() + seconds, True, ceilings(device)
+    results.facts |= asdict(rates)
     for subject in found:
-        if seconds is not None and time.monotonic() - start > seconds:
+        if time.monotonic() > end:
             break
         for row in _rows(subject, device, rates, trial):
             sound &= subject.backend not in _OWN or row["status"] in ("ok", *_SKIP)
@@ -260,25 +261,16 @@ def bench(
         chosen = [each for each in from_file(Path(shapes)) if not ops or each.op in ops]
         shapes = "file"
     if tune:
-        from dfkd_fast.benchmarks.ops.tune import tune_all
+        from dfkd_fast.benchmarks.ops.tune import tune as tune_ops
 
-        console.print(result_table(tune_all(chosen, where, shapes, console.print), "launch configurations"))
+        tried = tune_ops(chosen, where, shapes, console.print)
+        console.print(result_table([each.row() for each in tried], "launch configurations"))
     found = subjects(chosen, where, shapes=shapes, backends=backends)
     if not found:
         raise ValueError("nothing to measure: no case of these ops, shapes and backends")
-    rates = ceilings(where)
-    console.print(f"measured peaks: copy {rates.copy_gbps:,.0f} GB/s, bf16 matmul {rates.matmul_tflops:,.3g} TFLOP/s")
-    results = Results(Path(out) / "ops.json", key=KEY, facts=asdict(rates))
+    results = Results(Path(out) / "ops.json", key=KEY)
+    sound = measure(found, results, device=where, progress=partial(_show, console))
     keys = {key for subject in found for key in subject.keys}
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("", total=len(keys))
-
-        def advance(row: dict[str, Any]) -> None:
-            bar.update(task, advance=1, description=f"{row['op']} {row['case']} {row['backend']}")
-            if row["median_us"] is None and row["status"] not in _SKIP:
-                bar.console.print(f"{row['op']} {row['case']} {row['backend']}: {row['status']}", markup=False)
-
-        sound = measure(found, results, device=where, rates=rates, progress=advance)
     rows = [row for row in results.rows if results.key_of(row) in keys]
     for op, lines in terminal_rows(rows).items():
         console.print(result_table(lines, f"{op}, microseconds per call"))
@@ -287,11 +279,16 @@ def bench(
     return sound
 
 
+def _show(console: Console, row: dict[str, Any]) -> None:
+    result = f"{row['median_us']:.4g} us" if row["median_us"] else row["status"]
+    console.print(*(row[name] for name in KEY), result, markup=False, highlight=False, soft_wrap=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure ops for a limited time; a job of `make gpu`. Returns 1 if a kernel of this project failed."""
     command = parser(__doc__, small="one case per op", out=False)
     command.add_argument("ops", nargs="*", help="all by default")
-    command.add_argument("--seconds", type=float, default=None, help="start no case after this")
+    command.add_argument("--seconds", type=float, default=math.inf, help="start no case after this")
     command.add_argument("--backends", nargs="+", default=["triton", "compile", "reference"])
     command.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and time nothing")
     options = command.parse_args(arguments)
@@ -306,15 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with torch._functorch.config.patch(donated_buffer=False), contextlib.suppress(Exception):
                 Trial(subject.case, subject.dtype, device, subject.function).run("both")
         return 0
-    rates = ceilings(device)
-    print(rates, flush=True)
-
-    def show(row: dict[str, Any]) -> None:
-        time_us = row["median_us"]
-        print(" ".join(str(row[name]) for name in KEY), f"{time_us:.4g} us" if time_us else row["status"], flush=True)
-
-    results = Results(options.out, key=KEY, facts=asdict(rates))
-    return int(not measure(found, results, device=device, rates=rates, seconds=options.seconds, progress=show))
+    results = Results(options.out, key=KEY)
+    show = partial(_show, Console())
+    return int(not measure(found, results, device=device, seconds=options.seconds, progress=show))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dfkd_fast.benchmarks.ops.measure import Trial
 from dfkd_fast.kernels import config
 from dfkd_fast.report import environment, write_results
 
-__all__ = ["GAIN", "Choice", "Tried", "choices", "decide", "difference", "save", "tune", "tune_all"]
+__all__ = ["GAIN", "Choice", "Tried", "choices", "decide", "difference", "tune"]
 
 GAIN = 0.03
 """The least gain over the default."""
@@ -67,6 +67,27 @@ class Tried:
     refused: int
     winner: config.Launch | None
 
+    def save(self, where: str, path: Path) -> None:
+        """Write the winner to ``tuned.json``, or remove its entry if the default stays."""
+        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        table.pop(self.key, None)
+        if self.winner is not None:
+            times = f"{self.best_us:.4g} us; the first candidate {self.first_us:.4g} us"
+            table[self.key] = config.entry(self.winner, f"{times}, {self.tried + self.refused} tried, {where}")
+        write_results(path, dict(sorted(table.items())))
+        config._tuned.cache_clear()
+
+    def row(self) -> dict[str, Any]:
+        """A table row for the terminal."""
+        return {
+            "choice": self.key,
+            "first, us": f"{self.first_us:.4g}",
+            "best, us": f"{self.best_us:.4g}",
+            "tried": self.tried,
+            "refused": self.refused,
+            "chosen": str(self.winner.tile) if self.winner else "the first",
+        }
+
 
 def _backward(outputs: Sequence[Tensor], inputs: Any) -> list[Tensor]:
     leaves = [tensor for tensor in tensors(inputs) if tensor.requires_grad]
@@ -78,11 +99,11 @@ def _backward(outputs: Sequence[Tensor], inputs: Any) -> list[Tensor]:
     return tensors(torch.autograd.grad(outputs, leaves, grad_outputs, allow_unused=True))
 
 
-def choices(benchmark: Benchmark, device: torch.device, *, shapes: Sequence[str] = ("paper", "large")) -> list[Choice]:
+def choices(benchmark: Benchmark, device: torch.device, shapes: str = "paper") -> list[Choice]:
     """List the choices that the cases of an op need, each once."""
     found: dict[str, tuple[int, Choice]] = {}
     for case in benchmark.cases:
-        for dtype in case.dtypes if case.shapes in shapes else ():
+        for dtype in case.dtypes if case.shapes == shapes else ():
             inputs = case.inputs(Make(device, dtype, seed=case.seed))
             with config.asked() as forward:
                 outputs = tensors(case.call(*inputs, backend="triton"))
@@ -152,51 +173,16 @@ def decide(choice: Choice, device: torch.device, report: Report = print) -> Trie
     )
 
 
-def save(tried: Tried, where: str, path: Path) -> None:
-    """Write a winner to ``tuned.json``, or remove its entry if the default stays. ``where`` is device and commit."""
-    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    table.pop(tried.key, None)
-    if tried.winner is not None:
-        count = f"{tried.tried + tried.refused} tried"
-        why = f"{tried.best_us:.4g} us; the first candidate {tried.first_us:.4g} us, {count}, {where}"
-        table[tried.key] = config.entry(tried.winner, why)
-    write_results(path, dict(sorted(table.items())))
-    config._tuned.cache_clear()
-
-
 def tune(
-    benchmark: Benchmark,
-    device: torch.device,
-    *,
-    where: str,
-    shapes: Sequence[str] = ("paper", "large"),
-    report: Report = print,
-    path: Path = config.TUNED,
+    chosen: Sequence[Benchmark], device: torch.device, shapes: str, report: Report = print, path: Path = config.TUNED
 ) -> list[Tried]:
-    """Tune every choice of an op's cases and save each as soon as it is decided."""
-    found = []
-    for choice in choices(benchmark, device, shapes=shapes):
+    """Tune every choice of the cases of some ops and save each as soon as it is decided."""
+    here, found = environment(), []
+    where = f"{here['device']['name']}, {(here['commit'] or here['source'])[:12]}"
+    for choice in [choice for benchmark in chosen for choice in choices(benchmark, device, shapes)]:
         if len(choice.candidates()) > 1:
             found.append(decide(choice, device, report))
-            save(found[-1], where, path)
+            found[-1].save(where, path)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return found
-
-
-def tune_all(chosen: Sequence[Benchmark], device: torch.device, shapes: str, report: Report) -> list[dict[str, Any]]:
-    """Tune several ops and return table rows for the terminal."""
-    here = environment()
-    where = f"{here['device']['name']}, {(here['commit'] or here['source'])[:12]}"
-    return [
-        {
-            "choice": tried.key,
-            "first, us": f"{tried.first_us:.4g}",
-            "best, us": f"{tried.best_us:.4g}",
-            "tried": tried.tried,
-            "refused": tried.refused,
-            "chosen": str(tried.winner.tile) if tried.winner else "the first",
-        }
-        for benchmark in chosen
-        for tried in tune(benchmark, device, where=where, shapes=(shapes,), report=report)
-    ]

@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,15 +51,15 @@ VARIANTS = ("peer", "eager", "compile_max_autotune", "compile_reduce_overhead", 
 
 _MODES = {"compile_max_autotune": "max-autotune", "compile_reduce_overhead": "reduce-overhead"}
 _HALF = (0.5, 0.5, 0.5)
+_STARTED = time.time()
 _KEPT = 16  # rounds whose losses are kept for the check
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """An experiment with random weights, and the duration of its measurement.
+    """An experiment with random weights. ``steps`` are generator and student steps per round.
 
-    ``steps`` are generator and student steps per round. After ``warm_ups`` rounds, ``least`` to ``most`` rounds are
-    timed, for about ``seconds``.
+    At least five rounds are timed, for about ``seconds``.
     """
 
     teacher: ModelConfig
@@ -69,10 +69,7 @@ class Size:
     batch: int
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     steps: tuple[int, int] = (20, 15)
-    warm_ups: int = 2
     seconds: float = 8.0
-    least: int = 5
-    most: int = 40
 
 
 SIZES = {
@@ -91,10 +88,7 @@ SIZES = {
         batch=4,
         generator=GeneratorConfig(latent_dim=8, channels=(8, 8, 8, 8, 8)),
         steps=(2, 2),
-        warm_ups=1,
-        seconds=0.2,
-        least=2,
-        most=3,
+        seconds=0.0,
     ),
 }
 
@@ -196,18 +190,11 @@ def _engine_loop(engine: Engine, name: str = "") -> Loop:
 
 
 @contextlib.contextmanager
-def make_loop(
-    variant: str, size: Size, batch: int, device: torch.device, *, compile_options: Mapping[str, Any] | None = None
-) -> Iterator[tuple[Loop, DistillState]]:
+def make_loop(variant: str, size: Size, batch: int, device: torch.device) -> Iterator[tuple[Loop, DistillState]]:
     """Make a variant under the process-wide settings that it needs.
 
-    ``compile_options`` replace the mode of torch.compile: Inductor is slow on a CPU.
-
-    Raises:
-        ValueError: an unknown variant.
+    On a CPU, torch.compile uses the backend "eager": Inductor takes minutes.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     state, teacher = build(size, batch, device, channels_last=variant != "peer")
     with contextlib.ExitStack() as stack:
         stack.enter_context(state.runtime.backends())
@@ -222,8 +209,8 @@ def make_loop(
         elif variant == "eager":
             yield _engine_loop(EagerEngine(state)), state
         else:
-            networks = eager_networks(state, compile=compile_options or {"mode": _MODES[variant]})
-            engine = Engine("eager", state, networks, _MarkingExecutor())
+            options = {"mode": _MODES[variant]} if device.type == "cuda" else {"backend": "eager"}
+            engine = Engine("eager", state, eager_networks(state, compile=options), _MarkingExecutor())
             yield _engine_loop(engine, "torch.compile"), state
 
 
@@ -293,28 +280,19 @@ def _profiled(loop: Loop, size: Size, synchronize: Callable[[], None]) -> dict[s
 
 
 def measure(
-    variant: str,
-    size: Size,
-    batch: int,
-    device: torch.device,
-    *,
-    started: float,
-    compile_only: bool = False,
-    compile_options: Mapping[str, Any] | None = None,
+    variant: str, size: Size, batch: int, device: torch.device, *, compile_only: bool = False
 ) -> dict[str, Any]:
-    """Measure a variant.
-
-    ``started`` is the Unix time at which this process started. ``compile_only`` fills the compilers' caches with the
-    first steps of each kind and stops.
+    """Measure a variant. ``compile_only`` fills the compilers' caches with the first steps of each kind and stops.
 
     Returns:
-        Times in milliseconds, images per second, peak memory in bytes, and seconds until the first step.
+        Times in milliseconds, images per second, peak memory in bytes, and seconds from the start of this process to
+        the first step.
 
     Raises:
         RuntimeError: a loss was not finite.
     """
     cuda = device.type == "cuda"
-    with make_loop(variant, size, batch, device, compile_options=compile_options) as (loop, state):
+    with make_loop(variant, size, batch, device) as (loop, state):
         synchronize = state.runtime.synchronize
         row: dict[str, Any] = {"prepare_s": 0.0}
         start = time.perf_counter()
@@ -325,7 +303,7 @@ def measure(
             for _ in range(min(3, count)):
                 step()
                 synchronize()
-                row.setdefault("seconds_to_first_step", time.time() - started)
+                row.setdefault("seconds_to_first_step", time.time() - _STARTED)
             row["prepare_s"] += time.perf_counter() - start
             for _ in range(0 if compile_only else count - 3):
                 step()
@@ -334,16 +312,15 @@ def measure(
         if compile_only:
             return row
         loop.end_round()
-        took = math.inf
-        for _ in range(size.warm_ups):
+        for _ in range(2):  # rounds to warm up
             start = time.perf_counter()
             run_round(loop, size.steps)
             synchronize()
-            took = min(took, time.perf_counter() - start)
+        rounds = round(size.seconds / (time.perf_counter() - start))
         gc.collect()
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        row |= _timed(loop, size, device, max(size.least, min(size.most, round(size.seconds / took))))
+        row |= _timed(loop, size, device, max(5, min(40, rounds)))
         row["images_per_s"] = 1e3 * sum(size.steps) * batch / row["round_ms"]
         row["hours_per_350k_steps"] = row["round_ms"] * 350_000 / sum(size.steps) / 3.6e6
         if cuda:
@@ -381,18 +358,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and time nothing")
     options = command.parse_args(arguments)
 
-    started, device, size = time.time(), torch.device(options.device), SIZES[options.size]
+    device, size = torch.device(options.device), SIZES[options.size]
     batch = options.batch or size.batch
-    if options.variant == "roofline":
-        row = rooflines(size, batch, device)
-    else:
-        more: dict[str, Any] = {"started": started, "compile_only": options.compile_only}
-        if options.device == "cpu":
-            more["compile_options"] = {"backend": "eager"}  # Inductor takes minutes on a CPU
-        try:
-            row = measure(options.variant, size, batch, device, **more)
-        except torch.OutOfMemoryError:
-            row = {"status": "out of memory"}
+    try:
+        if options.variant == "roofline":
+            row = rooflines(size, batch, device)
+        else:
+            row = measure(options.variant, size, batch, device, compile_only=options.compile_only)
+    except torch.OutOfMemoryError:
+        row = {"status": "out of memory"}
     row = {"variant": options.variant, "batch": batch, "run": options.run, **row}
     print({name: row.get(name) for name in ("variant", "batch", "images_per_s", "round_ms", "prepare_s")}, flush=True)
     if not options.compile_only:

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -184,7 +185,8 @@ class FakeTrial:
 def run(trial, *cases: Case, backends=None, **more) -> tuple[bool, list[dict]]:
     found = bench.subjects([a_benchmark(*cases)], CUDA, backends=backends)
     results = Results(Path("ops.json"), key=bench.KEY)
-    sound = bench.measure(found, results, device=CPU, rates=RATES, trial=trial, **more)
+    with mock.patch.object(bench, "ceilings", return_value=RATES):
+        sound = bench.measure(found, results, device=CPU, trial=trial, **more)
     return sound, results.rows
 
 
@@ -294,7 +296,8 @@ class TestBench:
         assert Path("out/ops.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         shown = capsys.readouterr().out
         assert "distillation_kl, microseconds per call" in shown
-        assert "measured peaks: copy" in shown
+        assert "distillation_kl 4x6 float32 reference forward warm " in shown
+        assert read_results("out/ops.json")["copy_gbps"] > 0
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -440,11 +443,11 @@ class TestTune:
     def test_winners_are_saved_with_the_reason_and_removed_when_they_lose(self):
         path = Path("tuned.json")
         tried, _ = self.decide({1: [10, 10], 2: [9], 4: [8, 8], 8: [12]})
-        tune.save(tried, "H200, abc", path)
+        tried.save("H200, abc", path)
         (entry,) = json.loads(path.read_text()).values()
         assert entry["num_warps"] == 4
         assert entry["why"] == "8 us; the first candidate 10 us, 4 tried, H200, abc"
-        tune.save(replace(tried, winner=None), "H200, abc", path)
+        replace(tried, winner=None).save("H200, abc", path)
         assert json.loads(path.read_text()) == {}
 
     @interpreted
@@ -465,7 +468,7 @@ class TestTune:
 
         monkeypatch.setattr(tune.Choice, "time_us", time_us)
         benchmark = replace(benchmark, cases=benchmark.cases[:1])
-        tried = tune.tune(benchmark, CPU, where="here", path=Path("tuned.json"))
+        tried = tune.tune([benchmark], CPU, "paper", path=Path("tuned.json"))
         assert [each.refused for each in tried] == [0]
         assert list(json.loads(Path("tuned.json").read_text())) == ["distillation_kl/sm_90/float32/classes=32"]
 
@@ -494,11 +497,6 @@ class TestContact:
 
         with pytest.raises(AssertionError, match=message):
             test_contact.check_case(replace(self.CASE, call=call), CPU, torch.float32)
-
-    def test_engines_agree(self):
-        default, eager = test_contact.losses_of_engines(CPU)
-        assert default.ndim == 3
-        assert torch.equal(default, eager)
 
 
 @pytest.mark.gpu
@@ -530,6 +528,6 @@ class TestOnTheDevice:
         benchmark = replace(whole, cases=whole.cases[:1])
         found = bench.subjects([benchmark], CUDA, backends=["triton", "compile"])
         results = Results(Path("ops.json"), key=bench.KEY)
-        assert bench.measure(found, results, device=CUDA, rates=RATES)
+        assert bench.measure(found, results, device=CUDA)
         assert len(results.rows) == 12
         assert {row["timer"] for row in results.rows} == {"graph"}

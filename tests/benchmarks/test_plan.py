@@ -90,7 +90,7 @@ class TestCall1:
 
     @pytest.mark.parametrize("hangs", [False, True])
     def test_failed_contact_check_skips_measurements_and_ends_early(self, hangs):
-        name = "contact"
+        name = "contact ops"
         machine = Machine({**CALL_1, **({name: 10_000.0} if hangs else {})}, {} if hangs else {name: 1})
         assert not machine.run(JOBS[1], BUDGETS[1])
         assert all(machine.outcomes[each] == "skipped" for each in names("quiet"))
@@ -99,7 +99,7 @@ class TestCall1:
 
     def test_gpu_tests_and_baselines_run_after_an_early_failure(self):
         quick = dict.fromkeys((job.name for job in JOBS[1]), 20.0)
-        machine = Machine(quick, {"contact": 1})
+        machine = Machine(quick, {"contact ops": 1})
         machine.run(JOBS[1], BUDGETS[1])
         assert [machine.outcomes[name] for name in names("quiet", "failed")] == ["ok", "ok", "ok"]
 
@@ -125,12 +125,12 @@ class TestCall2:
             "peaks": "ok",
             "step peer": "failed (exit status 1)",
             "ops": "no time left",
-            "contact": "stopped after 150 s",
+            "contact ops": "stopped after 150 s",
             "step dfkd_fast": "skipped",
         }
         rows = [{"call": 1, "job": name, "status": status} for name, status in statuses.items()]
         write_results(tmp_path / "plan.json", {"rows": [*rows, {"call": 2, "job": "accuracy", "status": "failed"}]})
-        assert previous_failures(tmp_path) == ["step peer", "ops", "contact", "step dfkd_fast"]
+        assert previous_failures(tmp_path) == ["step peer", "ops", "contact ops", "step dfkd_fast"]
         assert previous_failures(tmp_path / "nowhere") == []
 
     def test_run_without_failures_measures_everything_within_the_budget(self):

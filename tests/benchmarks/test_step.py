@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from typing import Any
 
 import pytest
@@ -134,7 +133,7 @@ class TestVariants:
         assert variants.main(["peer", "--out", "step.json", "--device", "cpu", "--size", "small"]) == 0
         assert read_results("step.json")["rows"][0]["status"] == "out of memory"
 
-    def test_non_finite_loss_and_unknown_variant_raise(self, monkeypatch):
+    def test_non_finite_loss_raises(self, monkeypatch):
         build = variants.build
 
         def poisoned(*arguments: Any, **more: Any) -> Any:
@@ -144,9 +143,7 @@ class TestVariants:
 
         monkeypatch.setattr(variants, "build", poisoned)
         with pytest.raises(RuntimeError, match="not finite"):
-            variants.measure("eager", SMALL, 4, CPU, started=time.time())
-        with pytest.raises(ValueError, match="peer"), variants.make_loop("fastest", SMALL, 4, CPU):
-            pass
+            variants.measure("eager", SMALL, 4, CPU)
 
     def test_random_teachers_have_statistics_of_images(self):
         state, _ = variants.build(SMALL, 4, CPU)
