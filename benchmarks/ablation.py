@@ -1,8 +1,9 @@
-"""The effect of the method's components and open choices: the table of docs/ablation.md.
+"""The effect of the method's components and open choices (docs/ablation.md), and the accuracy of the engines.
 
 Each cell is the method with one choice changed, distilled with every seed from the same teacher. The teacher never saw
 the held-out images. Cells run seed by seed, so a table with fewer seeds is complete early. Several cells run at a time,
-each in its own process, because one leaves most of a GPU idle at this image size.
+each in its own process, because one leaves most of a GPU idle at this image size. With ``--engines`` the cells are the
+graph engine in bf16 and the eager engine in float32, on the demo's experiments.
 
     python -m dfkd_fast.benchmarks.ablation --out FILE --device cpu --size small
 """
@@ -32,6 +33,7 @@ from dfkd_fast.config import (
     DataConfig,
     DemoConfig,
     DistillConfig,
+    LoopConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -44,7 +46,7 @@ from dfkd_fast.engine import NonFiniteError, distill, teach
 from dfkd_fast.models import create_model, extract
 from dfkd_fast.report import markdown_table
 
-__all__ = ["CELLS", "SEEDS", "ablation_section", "experiment", "main", "override", "run", "run_cell", "trained_teacher"]
+__all__ = ["CELLS", "ablation_section", "engine_cells", "experiment", "main", "override", "run_cell", "trained_teacher"]
 
 SEEDS = (0, 1, 2)
 
@@ -80,21 +82,44 @@ CELLS: Mapping[str, Overrides] = {
 }
 
 
-def experiment(size: str) -> DemoConfig:
-    """The experiment of the cell "both": "full", or "small", the demo's with the weights of the paper."""
-    if size == "small":
-        config = read(DemoConfig, find("demo_rendered"))
-        return replace(config, distill=override(config.distill, {"loop.epochs": 4, "objective": ObjectiveConfig()}))
-    loop = {"loop.epochs": 4, "loop.rounds_per_epoch": 40}
-    return DemoConfig(
-        data=DataConfig(name="rendered", image_size=64, classes=20, train_per_class=200, test_per_class=50),
-        teacher=ModelConfig(name="resnet32x4"),
-        student=ModelConfig(name="resnet8x4"),
-        teach=TeachConfig(epochs=40, lr=0.05),
-        distill=override(DistillConfig(optimizer=OptimizerConfig(student_lr=0.05)), loop),
-        presets=["dfkd-fgvc"],
-        least=0.0,
-    )
+def experiment(name: str) -> DemoConfig:
+    """The configuration of an experiment.
+
+    "full" is that of the cell "both"; "small" is the demo's ("rendered") with the weights of the paper and half of its
+    rounds; "digits" and "rendered" are those of the demo; "tiny" is one round of "digits".
+    """
+    if name == "full":
+        return DemoConfig(
+            data=DataConfig(name="rendered", image_size=64, classes=20, train_per_class=200, test_per_class=50),
+            teacher=ModelConfig(name="resnet32x4"),
+            student=ModelConfig(name="resnet8x4"),
+            teach=TeachConfig(epochs=40, lr=0.05),
+            distill=DistillConfig(
+                optimizer=OptimizerConfig(student_lr=0.05), loop=LoopConfig(epochs=4, rounds_per_epoch=40)
+            ),
+            presets=["dfkd-fgvc"],
+            least=0.0,
+        )
+    changes: dict[str, Overrides] = {
+        "small": {"distill.loop.epochs": 4, "distill.objective": ObjectiveConfig()},
+        "tiny": {"teach.epochs": 1, "distill.loop.epochs": 1, "distill.loop.rounds_per_epoch": 1},
+    }
+    demo = {"small": "rendered", "tiny": "digits"}.get(name, name)
+    return override(read(DemoConfig, find(f"demo_{demo}")), changes.get(name, {}))
+
+
+def engine_cells(experiments: Sequence[str]) -> dict[str, tuple[str, Overrides]]:
+    """The cells of ``--engines``: experiment and overrides by name."""
+    cells: dict[str, tuple[str, Overrides]] = {}
+    for name in experiments:
+        config = experiment(name)
+        for preset in config.presets:
+            changes: Overrides = {"objective.preset": preset, "objective.student": {}}
+            changes = {} if preset == config.distill.objective.preset else changes
+            for engine, precision in (("eager", "fp32"), ("graph", "bf16")):
+                more = {"engine": engine, "precision": precision}
+                cells[f"{name}, {preset}, {engine} {precision}"] = name, {**changes, **more}
+    return cells
 
 
 def override(config: Any, changes: Overrides) -> Any:
@@ -136,13 +161,18 @@ def trained_teacher(config: DemoConfig, device: str, folder: Path | None = None)
     return weights, json.loads(note.read_text())
 
 
-def run(config: DemoConfig, overrides: Overrides, seed: int, device: str, folder: Path | None = None) -> dict[str, Any]:
-    """Distil once. ``overrides`` change ``config.distill``; ``folder`` keeps trained teachers.
+def run_cell(
+    job: tuple[str, str, Overrides, int], *, device: str, end: float = math.inf, folder: Path | None = None
+) -> dict[str, Any] | None:
+    """Distil once: (cell, experiment, overrides, seed). A CPU runs its default engine.
 
     Returns:
-        ``accuracy``, ``agreement``, ``images_per_s``, ``teacher_accuracy`` and ``seconds``. After a non-finite loss the
-        first three are None and ``error`` says why.
+        The row, or None after the time ``end``. After a non-finite loss ``accuracy`` is None and ``error`` says why.
     """
+    cell, name, overrides, seed = job
+    if time.time() > end:
+        return None
+    config = experiment(name)
     images = data.load(config.data)
     weights, teacher_accuracy = trained_teacher(config, device, folder)
     torch.manual_seed(seed)
@@ -150,41 +180,27 @@ def run(config: DemoConfig, overrides: Overrides, seed: int, device: str, folder
         extract(create_model(model, num_classes=images.num_classes), stages=model.stages, image_size=images.image_size)
         for model in (replace(config.teacher, weights=str(weights)), config.student)
     )
-    row: dict[str, Any] = {"accuracy": None, "agreement": None, "images_per_s": None}
+    loop = config.distill.loop
+    row: dict[str, Any] = {"cell": cell, "seed": seed, "overrides": dict(overrides)}
+    row |= {"accuracy": None, "agreement": None, "images_per_s": None, "teacher_accuracy": teacher_accuracy}
+    row["rounds"] = loop.epochs * loop.rounds_per_epoch
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="dfkd_fast_run_") as out:
-        changed = override(replace(config.distill, seed=seed, device=device, out=out), overrides)
+    with tempfile.TemporaryDirectory(prefix="dfkd_fast_cell_") as out:
+        changes = {**overrides, "seed": seed, "device": device, "out": out, "loop.evaluate_every": 0}
+        if device == "cpu":
+            changes["engine"] = "auto"
         try:
-            result = distill(teacher, student, changed, data=images, progress=False)
+            result = distill(teacher, student, override(config.distill, changes), data=images, progress=False)
             row |= {"accuracy": result.accuracy, "agreement": result.agreement, "images_per_s": result.images_per_s}
         except NonFiniteError as error:
             row["error"] = str(error)
-    return {**row, "teacher_accuracy": teacher_accuracy, "seconds": round(time.perf_counter() - start, 1)}
-
-
-def run_cell(key: tuple[str, int], *, size: str, device: str, end: float = math.inf) -> dict[str, Any] | None:
-    """Distil one cell with one seed and return its row; None after the time ``end``."""
-    if time.time() > end:
-        return None
-    (cell, seed), config = key, experiment(size)
-    loop = config.distill.loop
-    row = {"cell": cell, "seed": seed, "overrides": dict(CELLS[cell]), "rounds": loop.epochs * loop.rounds_per_epoch}
-    config = replace(
-        config, distill=override(config.distill, {"loop.evaluate_every": 0, "loop.checkpoint_every": 1000})
-    )
-    return row | run(config, CELLS[cell], seed, device)
-
-
-def show(name: str, row: dict[str, Any]) -> None:
-    """Print the result of a run."""
-    top1 = "not finite" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
-    print(f"{name}: {top1} ({row['seconds']:.0f} s)", flush=True)
+    return {**row, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def ablation_section(content: dict[str, Any], folder: str) -> str:
-    """One device's table for docs/ablation.md: mean and standard deviation over seeds, by cell."""
+    """One device's table: mean and standard deviation over seeds, by cell."""
     rows, table = content["rows"], []
-    for cell in dict.fromkeys([*CELLS, *sorted(row["cell"] for row in rows)]):
+    for cell in dict.fromkeys([*CELLS, *(row["cell"] for row in rows)]):
         of_cell = [row for row in rows if row["cell"] == cell]
         finite = [row for row in of_cell if row["accuracy"] is not None]
         not_finite = len(of_cell) - len(finite)
@@ -218,22 +234,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--seconds", type=float, default=math.inf, help="start no cell after this")
     command.add_argument("--jobs", type=int, default=None, help="processes (default: the cores, on a GPU at most 6)")
     command.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS), metavar="CELL")
+    command.add_argument("--engines", action="store_true", help="compare the engines instead")
     command.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     options = command.parse_args(arguments)
 
-    end = time.time() + options.seconds
-    results = Results(options.out, key=("cell", "seed"))
+    if options.engines:
+        cells = engine_cells(["tiny"] if options.size == "small" else ["digits", "rendered"])
+    else:
+        cells = {cell: (options.size, CELLS[cell]) for cell in options.cells}
+    end, results = time.time() + options.seconds, Results(options.out, key=("cell", "seed"))
     known = {results.key_of(row) for row in results.rows}
-    keys = [(cell, seed) for seed in options.seeds for cell in options.cells if (cell, seed) not in known]
-    if keys:
-        trained_teacher(experiment(options.size), options.device)  # before several processes need it
-    job = functools.partial(run_cell, size=options.size, device=options.device, end=end)
-    jobs = options.jobs or min(os.cpu_count() or 1, 6 if options.device == "cuda" else 64)
-    with multiprocessing.get_context("spawn").Pool(jobs, torch.set_num_threads, (1,)) as pool:
-        for row in pool.imap_unordered(job, keys):
+    jobs = [(cell, *cells[cell], seed) for seed in options.seeds for cell in cells if (cell, seed) not in known]
+    for name in {name for _, name, _, _ in jobs}:
+        trained_teacher(experiment(name), options.device)  # before several processes need it
+    run = functools.partial(run_cell, device=options.device, end=end)
+    workers = options.jobs or min(os.cpu_count() or 1, 6 if options.device == "cuda" else 64)
+    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        for row in pool.imap_unordered(run, jobs):
             if row is not None:
                 results.add(row)
-                show(f"{row['cell']}, seed {row['seed']}", row)
+                top1 = "not finite" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
+                print(f"{row['cell']}, seed {row['seed']}: {top1} ({row['seconds']:.0f} s)", flush=True)
     return 0
 
 

@@ -109,7 +109,12 @@ _CALL_2 = (
         Job(f"step {variant} batch 256", _step(variant, "--batch", "256"), limit_s=55, least_s=25, after="any")
         for variant in ("dfkd_fast", "peer")
     ),
-    Job("accuracy", ("step.accuracy", "--out", "{out}/accuracy.json", "--seconds", "25"), limit_s=45, after="any"),
+    Job(
+        "accuracy",
+        ("ablation", "--engines", "--out", "{out}/accuracy.json", "--seconds", "25"),
+        limit_s=45,
+        after="any",
+    ),
     Job("drop-ins", ("ops.drop_ins", "--out", "{out}/drop_ins.json", "--seconds", "12"), limit_s=25, after="any"),
     Job("cuda tests", _tests(8, "{root}/tests/cuda", *_IN_TIME), limit_s=60, after="any"),
     Job("cuda ops", _CUDA_OPS, limit_s=35, after="any"),

@@ -14,7 +14,6 @@ from dfkd_fast.benchmarks.ablation import ablation_section
 from dfkd_fast.benchmarks.ops.drop_ins import drop_ins_section
 from dfkd_fast.benchmarks.ops.tables import ops_section, write_choices
 from dfkd_fast.benchmarks.results import measured_on
-from dfkd_fast.benchmarks.step.accuracy import accuracy_section
 from dfkd_fast.benchmarks.step.breakdown import breakdown_section
 from dfkd_fast.benchmarks.step.variants import VARIANTS
 from dfkd_fast.report import markdown_table, read_results
@@ -139,7 +138,7 @@ def step_section(content: dict[str, Any], folder: str) -> str:
 
 SECTIONS: dict[str, dict[str, Callable[[dict[str, Any], str], str]]] = {
     "docs/benchmarks.md": {"ops": ops_section},
-    "docs/performance.md": {"step": step_section, "accuracy": accuracy_section, "breakdown": breakdown_section},
+    "docs/performance.md": {"step": step_section, "accuracy": ablation_section, "breakdown": breakdown_section},
     "docs/swapping.md": {"drop_ins": drop_ins_section},
     "docs/ablation.md": {"ablation": ablation_section},
 }

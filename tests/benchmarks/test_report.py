@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from dfkd_fast.benchmarks import report
+from dfkd_fast.benchmarks import ablation, report
 from dfkd_fast.benchmarks.ablation import CELLS, ablation_section, experiment, override
-from dfkd_fast.report import write_results
+from dfkd_fast.report import read_results, write_results
 
 PAGES = (*report.SECTIONS, "README.md")
 
@@ -45,13 +46,13 @@ def test_pages_without_results_have_a_note(copy):
 
 def test_each_device_has_a_section(copy):
     block = {"device": {"name": "A GPU"}, "torch": "2.11.0", "commit": "c" * 40, "source": "s"}
-    row = {"experiment": "digits", "objective": "dfkd-fgvc", "engine": "eager", "accuracy": 0.9}
+    row = {"cell": "eager", "overrides": {}, "accuracy": 0.9, "teacher_accuracy": 1.0, "agreement": 0.8, "rounds": 9}
     for device in ("gpu-a", "gpu-b"):
         content = {"environments": [block], "rows": [row]}
         write_results(copy / "benchmarks" / "results" / device / "accuracy.json", content)
     report.main([], root=copy)
     text = between(copy / "docs" / "performance.md", "accuracy")
-    assert text.count("| digits | dfkd-fgvc | 90.0% (90.0% to 90.0%, n = 1) |  |") == 2
+    assert text.count("| eager |  | 90.0% | 90.0% | 80.0% | 1 |") == 2
     assert text.index("### gpu-a") < text.index("### gpu-b")
     assert between(copy / "docs" / "performance.md", "step") == "Nothing has been measured yet."
 
@@ -72,6 +73,30 @@ def test_ablation_has_mean_and_deviation_over_seeds():
     line = "| + SFCL | `objective.student.mhad=0.0` | 50.0% ± 14.1 | 62.5% ± 17.7 | 50.0% ± 0.0 | 2 (not finite: 1) |"
     assert line in text
     assert "Teacher: 80.0%; rounds: 80; measured on: A GPU, torch 2.11.0; commit: 0123456789ab." in text
+
+
+def test_engines_are_compared_by_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    arguments = [
+        "--engines",
+        "--size",
+        "small",
+        "--device",
+        "cpu",
+        "--out",
+        "accuracy.json",
+        "--seeds",
+        "0",
+        "--jobs",
+        "1",
+    ]
+    for seconds in ("-1", "600", "600"):  # the last one has nothing left to do
+        assert ablation.main([*arguments, "--seconds", seconds]) == 0
+        rows = (read_results("accuracy.json") or {"rows": []})["rows"]
+        assert len(rows) == (0 if seconds == "-1" else 2)
+    overrides = [row["overrides"] for row in rows]
+    assert {(each["engine"], each["precision"]) for each in overrides} == {("eager", "fp32"), ("graph", "bf16")}
+    assert all(0 <= row["accuracy"] <= 1 and 0 < row["teacher_accuracy"] <= 1 for row in rows)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from dfkd_fast import ops
 from dfkd_fast.benchmarks.ops.measure import Ceilings
 from dfkd_fast.benchmarks.report import step_section
-from dfkd_fast.benchmarks.step import accuracy, breakdown, variants
+from dfkd_fast.benchmarks.step import breakdown, variants
 from dfkd_fast.benchmarks.step.peer_loop import PeerLoop, PlainGate
 from dfkd_fast.benchmarks.step.roofline import Work, counted, roofline
 from dfkd_fast.benchmarks.step.variants import SIZES, VARIANTS
@@ -164,19 +163,6 @@ def test_breakdown_is_a_row_per_engine():
     assert "Engine `eager`, student step:" in section
 
 
-def test_accuracy_is_a_row_per_engine_and_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(accuracy, "SEEDS", (0,))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    arguments = ["--experiments", "digits", "--size", "small", "--device", "cpu", "--out", "accuracy.json"]
-    assert accuracy.main(arguments) == 0
-    rows = read_results("accuracy.json")["rows"]
-    assert {(row["engine"], row["precision"]) for row in rows} == {("eager", "fp32"), ("graph", "bf16")}
-    assert all(0 <= row["accuracy"] <= 1 and 0 < row["teacher_accuracy"] <= 1 for row in rows)
-    assert len(list(tmp_path.glob("*/*/accuracy.json"))) == 1  # of one teacher
-    accuracy.main([*arguments, "--seconds", "-1"])
-    assert len(read_results("accuracy.json")["rows"]) == len(rows)
-
-
 ENVIRONMENT = {"device": {"name": "A GPU"}, "torch": "2.11.0", "commit": "0123456789abcdef", "source": "s"}
 
 
@@ -208,14 +194,3 @@ class TestSections:
         assert "4.10 x `peer`" in text
         assert "1.37 x `compile_max_autotune`" in text
         assert "A GPU, torch 2.11.0, commit 0123456789ab." in text
-
-    def test_accuracy(self):
-        values = {"eager": [0.90, 0.94, 0.92], "graph": [0.91, 0.93, None]}
-        rows = [
-            {"experiment": "digits", "objective": "dfkd-fgvc", "engine": engine, "seed": seed, "accuracy": value}
-            for engine, each in values.items()
-            for seed, value in enumerate(each)
-        ]
-        text = accuracy.accuracy_section({"rows": rows}, "a-gpu")
-        assert "92.0% (90.0% to 94.0%, n = 3)" in text
-        assert "92.0% (91.0% to 93.0%, n = 2)" in text
