@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +129,18 @@ def override(config: Any, changes: Overrides) -> Any:
         ValueError: the config has no such field.
     """
     for path, value in changes.items():
-        config = _override(config, path.split("."), value, path)
+        try:
+            config = _replaced(config, path.split("."), value)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is not a field of the config: {error}") from error
     return config
 
 
-def _override(config: Any, names: Sequence[str], value: Any, path: str) -> Any:
-    name, rest = names[0], names[1:]
+def _replaced(config: Any, names: Sequence[str], value: Any) -> Any:
+    name, *rest = names
     if isinstance(config, dict):
-        return {**config, name: _override(config[name], rest, value, path) if rest else value}
-    if not is_dataclass(config) or isinstance(config, type) or name not in {item.name for item in fields(config)}:
-        raise ValueError(f"{path} is not a field of the config: {type(config).__name__} has no {name!r}")
-    return replace(config, **{name: _override(getattr(config, name), rest, value, path) if rest else value})
+        return {**config, name: value}
+    return replace(config, **{name: _replaced(getattr(config, name), rest, value) if rest else value})
 
 
 def trained_teacher(config: DemoConfig, device: str, folder: Path | None = None) -> tuple[Path, float]:

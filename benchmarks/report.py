@@ -129,9 +129,9 @@ def step_section(content: dict[str, Any], folder: str) -> str:
             for name, each in runs.items()
             if (values := [row["images_per_s"] for row in each if row["status"] == "ok" and "images_per_s" in row])
         }
-        ours = speeds.pop("dfkd_fast", None)
-        if ours and speeds:
-            ratios = ", ".join(f"{ours / value:.2f} x `{name}`" for name, value in speeds.items())
+        speed = speeds.pop("dfkd_fast", None)
+        if speed and speeds:
+            ratios = ", ".join(f"{speed / value:.2f} x `{name}`" for name, value in speeds.items())
             parts += ["", f"Images per second of `dfkd_fast`: {ratios}."]
     return "\n".join([*parts, "", f"Measured on {measured_on(content)}."])
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from dfkd_fast import ops
 
-__all__ = ["BENCHMARKS", "Benchmark", "Case", "Make", "Work", "tensors"]
+__all__ = ["BENCHMARKS", "Benchmark", "Case", "Make", "Work", "gradients", "tensors"]
 
 Inputs = tuple[Any, ...]
 
@@ -110,6 +110,22 @@ class Benchmark:
 def tensors(value: Any) -> list[Tensor]:
     """Returns all tensors in nested tuples, lists and dicts, in order."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def gradients(
+    results: Sequence[Tensor], inputs: Any, grad_outputs: Sequence[Tensor] | None = None, *, retain_graph: bool = False
+) -> list[Tensor]:
+    """Returns the gradients of all inputs that require one; empty if no result requires a gradient.
+
+    ``grad_outputs`` has one gradient per result that requires one; by default they are not initialised.
+    """
+    outputs = [result for result in results if result.requires_grad]
+    leaves = [tensor for tensor in tensors(inputs) if tensor.requires_grad]
+    if not outputs or not leaves:
+        return []
+    if grad_outputs is None:
+        grad_outputs = [torch.empty_like(output) for output in outputs]
+    return tensors(torch.autograd.grad(outputs, leaves, grad_outputs, retain_graph=retain_graph, allow_unused=True))
 
 
 def _name(shape: Sequence[int]) -> str:

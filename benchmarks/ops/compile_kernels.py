@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, tensors
+from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, gradients, tensors
 from dfkd_fast.benchmarks.ops.compile_cuda import cuobjdump
 from dfkd_fast.benchmarks.results import dtype_name
 
@@ -64,10 +64,7 @@ class Compilation:
 def run_on_meta(case: Case, make: Make) -> None:
     """Run forward and backward of a case on meta tensors."""
     inputs = case.inputs(make)
-    results = [t for t in tensors(case.call(*inputs, backend="triton")) if t.requires_grad]
-    leaves = [t for t in tensors(list(inputs)) if t.requires_grad]
-    if results and leaves:
-        torch.autograd.grad(results, leaves, [torch.empty_like(t) for t in results], allow_unused=True)
+    gradients(tensors(case.call(*inputs, backend="triton")), inputs)
 
 
 def compilations(benchmark: Benchmark, arch: int, dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Compilation]:

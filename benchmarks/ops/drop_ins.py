@@ -58,7 +58,7 @@ class DropIn:
     """
 
     name: str
-    ours: Loss
+    loss: Loss
     original: Loss
     shapes: Shapes
     inputs: int = 2
@@ -176,8 +176,8 @@ def _features() -> Table:
         from pytorch_metric_learning import losses
 
         for name in ("NTXentLoss", "SupConLoss"):
-            ours, original = (m.SelfSupervisedLoss(getattr(m, name)()) for m in (metric_learning, losses))
-            found[f"metric_learning.SelfSupervisedLoss, {name}"] = ours, original
+            loss, original = (m.SelfSupervisedLoss(getattr(m, name)()) for m in (metric_learning, losses))
+            found[f"metric_learning.SelfSupervisedLoss, {name}"] = loss, original
     return found
 
 
@@ -203,18 +203,16 @@ def _hooks(device: torch.device) -> Table:
         originals.FeatureMeanVarHook: lambda hook: hook.mean.square().sum() + hook.var.square().sum(),
         originals.InstanceMeanHook: lambda hook: hook.instance_mean.square().sum(),
     }
-    table: dict[str, tuple[Any, Any]] = {
-        "datafree.DeepInversionHook": (datafree.DeepInversionHook, originals.DeepInversionHook),
-        "deepinversion.DeepInversionFeatureHook": (
-            *(deepinversion.DeepInversionFeatureHook, originals.DeepInversionHook),
-        ),
-        "cpsc.DeepInversionFeatureHook": (cpsc.DeepInversionFeatureHook, originals.DeepInversionHook),
-        "datafree.FeatureMeanVarHook": (datafree.FeatureMeanVarHook, originals.FeatureMeanVarHook),
-        "datafree.InstanceMeanHook": (datafree.InstanceMeanHook, originals.InstanceMeanHook),
-    }
+    hooks: list[tuple[str, Any, Any]] = [
+        ("datafree.DeepInversionHook", datafree.DeepInversionHook, originals.DeepInversionHook),
+        ("deepinversion.DeepInversionFeatureHook", deepinversion.DeepInversionFeatureHook, originals.DeepInversionHook),
+        ("cpsc.DeepInversionFeatureHook", cpsc.DeepInversionFeatureHook, originals.DeepInversionHook),
+        ("datafree.FeatureMeanVarHook", datafree.FeatureMeanVarHook, originals.FeatureMeanVarHook),
+        ("datafree.InstanceMeanHook", datafree.InstanceMeanHook, originals.InstanceMeanHook),
+    ]
     return {
-        name: (_hooked(ours, readers[original], device), _hooked(original, readers[original], device))
-        for name, (ours, original) in table.items()
+        name: (_hooked(kind, readers[original], device), _hooked(original, readers[original], device))
+        for name, kind, original in hooks
     }
 
 
@@ -238,9 +236,9 @@ def drop_ins(device: torch.device) -> Iterator[DropIn]:
         (_images(), {"shapes": IMAGES, "inputs": 1}),
     ]
     for table, more in groups:
-        for name, (ours, original) in table.items():
+        for name, (loss, original) in table.items():
             both: dict[str, Any] = {"trained": 2} if name.endswith("both gradients") else {}
-            yield DropIn(name=name, ours=ours, original=original, **more, **both)
+            yield DropIn(name=name, loss=loss, original=original, **more, **both)
 
 
 def _step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -272,7 +270,7 @@ def compare(
             for shape in shapes
         ]
 
-    losses = {"ours": drop_in.ours, "original": drop_in.original}
+    losses = {"ours": drop_in.loss, "original": drop_in.original}
     first = inputs()
     results = [_step(loss, first) for loss in losses.values()]
     difference = max(
@@ -293,7 +291,7 @@ def compare(
     return {
         "original": drop_in.source,
         "difference": difference,
-        "ratios": [theirs / ours for ours, theirs in zip(times["ours"], times["original"], strict=True)],
+        "ratios": [original / new for new, original in zip(times["ours"], times["original"], strict=True)],
         **{f"{name}_us": statistics.median(each) for name, each in times.items()},
     }
 
@@ -344,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"{' '.join(key.values())}: {type(error).__name__}: {error}", flush=True)
                     continue
                 results.add({**key, **row})
-                print(" ".join(key.values()), f"{row['original_us']:.5g} us, ours {row['ours_us']:.5g}", flush=True)
+                print(" ".join(key.values()), f"{row['original_us']:.5g} us, drop-in {row['ours_us']:.5g}", flush=True)
     return int(failed)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfkd_fast.benchmarks.ops.cases import Case, Make, tensors
+from dfkd_fast.benchmarks.ops.cases import Case, Make, gradients, tensors
 from dfkd_fast.benchmarks.results import rounded
 
 __all__ = ["CACHES", "PASSES", "Ceilings", "Measurement", "Trial", "ceilings"]
@@ -106,22 +106,14 @@ class _Call:
     grad_outputs: list[Tensor]
     results: list[Tensor] = field(default_factory=list)
 
-    @property
-    def leaves(self) -> list[Tensor]:
-        return [tensor for tensor in tensors(self.inputs) if tensor.requires_grad]
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        return [result for result in self.results if result.requires_grad]
-
     def run(self, which: str) -> object:
         """Run one pass. The backward uses the results of the last forward, on a retained graph."""
         if which != "backward":
             self.results = []
             self.results = tensors(self.function(*self.inputs))
-        if which == "forward" or not (self.leaves and self.outputs):
+        if which == "forward":
             return self.results
-        return torch.autograd.grad(self.outputs, self.leaves, self.grad_outputs, retain_graph=True, allow_unused=True)
+        return gradients(self.results, self.inputs, self.grad_outputs, retain_graph=True)
 
 
 class Trial:
@@ -139,13 +131,15 @@ class Trial:
         with self._on_stream():
             self._first = call = _Call(function, case.inputs(self._make), [])
             call.run("forward")
-            call.grad_outputs = [torch.empty_like(output).detach().normal_() for output in call.outputs]
+            if any(x.requires_grad for x in tensors(call.inputs)):
+                outputs = [result.detach() for result in call.results if result.requires_grad]
+                call.grad_outputs = [torch.empty_like(output).normal_() for output in outputs]
             call.results = []
 
     @property
     def passes(self) -> tuple[str, ...]:
         """The passes that exist: only the forward if nothing requires a gradient."""
-        return PASSES if self._first.leaves and self._first.grad_outputs else PASSES[:1]
+        return PASSES if self._first.grad_outputs else PASSES[:1]
 
     def run(self, which: str) -> object:
         """Run one pass, for other timers."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Case, Make, tensors
+from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Case, Make, gradients, tensors
 from dfkd_fast.testing import assert_no_worse
 
 _NO_CACHING = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # without PyTorch's allocator, no graph can be captured
@@ -34,10 +34,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def _outputs(case: Case, inputs: Sequence[Any], grad_outputs: Sequence[Tensor], backend: str) -> list[Tensor]:
     """Results and gradients of a case."""
     results = tensors(case.call(*inputs, backend=backend))
-    through = [result for result in results if result.requires_grad]
-    leaves = [tensor for tensor in tensors(list(inputs)) if tensor.requires_grad]
-    gradients = torch.autograd.grad(through, leaves, list(grad_outputs)) if through else ()
-    return [*(result.detach() for result in results), *gradients]
+    return [*(result.detach() for result in results), *gradients(results, inputs, grad_outputs)]
 
 
 def _replayed(case: Case, inputs: Sequence[Any], grad_outputs: Sequence[Tensor]) -> list[Tensor]:

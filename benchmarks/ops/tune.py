@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfkd_fast.benchmarks.ops.cases import Benchmark, Case, Make, tensors
+from dfkd_fast.benchmarks.ops.cases import Benchmark, Case, Make, gradients, tensors
 from dfkd_fast.benchmarks.ops.measure import Trial
 from dfkd_fast.kernels import config
 from dfkd_fast.report import environment, write_results
@@ -46,9 +46,11 @@ class Choice:
 
     def results(self, device: torch.device) -> list[Tensor]:
         """Results and gradients of the case."""
-        inputs = self.case.inputs(Make(device, self.dtype, seed=self.case.seed))
-        outputs = tensors(self.case.call(*inputs, backend="triton"))
-        return [*(output.detach() for output in outputs), *_backward(outputs, inputs)]
+        make = Make(device, self.dtype, seed=self.case.seed)
+        inputs = self.case.inputs(make)
+        results = tensors(self.case.call(*inputs, backend="triton"))
+        grad_outputs = [make.tensor(*x.shape, dtype=x.dtype) for x in results if x.requires_grad]
+        return [*(result.detach() for result in results), *gradients(results, inputs, grad_outputs)]
 
     def time_us(self, device: torch.device) -> float:
         """Microseconds of the passes."""
@@ -89,16 +91,6 @@ class Tried:
         }
 
 
-def _backward(outputs: Sequence[Tensor], inputs: Any) -> list[Tensor]:
-    leaves = [tensor for tensor in tensors(inputs) if tensor.requires_grad]
-    outputs = [output for output in outputs if output.requires_grad]
-    if not leaves or not outputs:
-        return []
-    torch.manual_seed(0)
-    grad_outputs = [torch.randn_like(output) for output in outputs]
-    return tensors(torch.autograd.grad(outputs, leaves, grad_outputs, allow_unused=True))
-
-
 def choices(benchmark: Benchmark, device: torch.device, shapes: str = "paper") -> list[Choice]:
     """List the choices that the cases of an op need, each once."""
     found: dict[str, tuple[int, Choice]] = {}
@@ -106,10 +98,10 @@ def choices(benchmark: Benchmark, device: torch.device, shapes: str = "paper") -
         for dtype in case.dtypes if case.shapes == shapes else ():
             inputs = case.inputs(Make(device, dtype, seed=case.seed))
             with config.asked() as forward:
-                outputs = tensors(case.call(*inputs, backend="triton"))
+                results = tensors(case.call(*inputs, backend="triton"))
             with config.asked() as backward:
-                _backward(outputs, inputs)
-            del outputs
+                gradients(results, inputs)
+            del results
             asked = {config.key(*each): each for each in (*forward, *backward)}
             for key, each in asked.items():
                 if key not in found or len(asked) < found[key][0]:

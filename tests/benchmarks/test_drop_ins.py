@@ -68,11 +68,11 @@ def test_drop_in_and_original_alternate_which_goes_first():
     def loss(name):
         return lambda x: order.append(name) or x.square().sum()
 
-    pair = DropIn(name="x", ours=loss("ours"), original=loss("original"), shapes=((2, 3),), inputs=1)
+    pair = DropIn(name="x", loss=loss("drop-in"), original=loss("original"), shapes=((2, 3),), inputs=1)
     row = compare(pair, pair.shapes, CPU, torch.float32, turns=4, seconds=0.0)
     changes = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    # One call each to compare the values, then turns: original first, ours first, original first, ours first.
-    assert changes == ["ours", "original"] * 3
+    # One call each to compare the values, then turns: original, drop-in, drop-in, original and so on.
+    assert changes == ["drop-in", "original"] * 3
     assert len(row["ratios"]) == 4
     assert row["ours_us"] > 0
 

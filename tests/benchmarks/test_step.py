@@ -32,21 +32,21 @@ class TestPeer:
         config = tiny.config(
             student_in_generator_step="update", generator_steps=3, student_steps=3, precision="fp32", engine="eager"
         )
-        ours, theirs = tiny.state(config), tiny.state(config)
-        engine, peer = EagerEngine(ours), PeerLoop(theirs, mean=tiny.HALF, std=tiny.HALF)
+        state, peer_state = tiny.state(config), tiny.state(config)
+        engine, peer = EagerEngine(state), PeerLoop(peer_state, mean=tiny.HALF, std=tiny.HALF)
         for _ in range(2):
             engine.start_round()
             for row in range(6):
                 engine.step()
                 total, terms = (peer.generator_step if row < 3 else peer.student_step)()
-                objective = (ours.generator if row < 3 else ours.student).objective
+                objective = (state.generator if row < 3 else state.student).objective
                 values = torch.stack([terms[name] for name in objective.names])
-                torch.testing.assert_close(values, ours.trace[row, : len(values)], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(values, state.trace[row, : len(values)], rtol=1e-5, atol=1e-5)
                 expected = sum(objective.weights[name] * float(terms[name]) for name in objective.names)
                 assert total == pytest.approx(expected, rel=1e-5)
-            ours.position.round, ours.position.step = ours.position.round + 1, 0
-        for name, value in ours.student.module.model.state_dict().items():
-            torch.testing.assert_close(theirs.student.module.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+            state.position.round, state.position.step = state.position.round + 1, 0
+        for name, value in state.student.module.model.state_dict().items():
+            torch.testing.assert_close(peer_state.student.module.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
     def test_it_has_the_properties_of_published_loops(self):
         state = tiny.state(tiny.config())
