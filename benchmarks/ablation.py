@@ -143,14 +143,11 @@ def _replaced(config: Any, names: Sequence[str], value: Any) -> Any:
     return replace(config, **{name: _replaced(getattr(config, name), rest, value) if rest else value})
 
 
-def trained_teacher(config: DemoConfig, device: str, folder: Path | None = None) -> tuple[Path, float]:
-    """Weights and accuracy of an experiment's teacher. The first call trains it and keeps it in ``folder``.
-
-    The default folder is a temporary one per user.
-    """
+def trained_teacher(config: DemoConfig, device: str) -> tuple[Path, float]:
+    """Weights and accuracy of an experiment's teacher. The first call trains it and keeps it in a temporary folder."""
     parts = [to_dict(part) for part in (config.data, config.teacher, config.teach)]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-    kept = (folder or Path(tempfile.gettempdir()) / f"dfkd_fast_ablation_{os.getuid()}") / digest
+    kept = Path(tempfile.gettempdir()) / f"dfkd_fast_ablation_{os.getuid()}" / digest
     weights, note = kept / "teacher.safetensors", kept / "accuracy.json"
     if not note.exists():
         images = data.load(config.data)
@@ -162,9 +159,7 @@ def trained_teacher(config: DemoConfig, device: str, folder: Path | None = None)
     return weights, json.loads(note.read_text())
 
 
-def run_cell(
-    job: tuple[str, str, Overrides, int], *, device: str, end: float = math.inf, folder: Path | None = None
-) -> dict[str, Any] | None:
+def run_cell(job: tuple[str, str, Overrides, int], *, device: str, end: float) -> dict[str, Any] | None:
     """Distil once: (cell, experiment, overrides, seed). A CPU runs its default engine.
 
     Returns:
@@ -175,7 +170,7 @@ def run_cell(
         return None
     config = experiment(name)
     images = data.load(config.data)
-    weights, teacher_accuracy = trained_teacher(config, device, folder)
+    weights, teacher_accuracy = trained_teacher(config, device)
     torch.manual_seed(seed)
     teacher, student = (
         extract(create_model(model, num_classes=images.num_classes), stages=model.stages, image_size=images.image_size)
@@ -187,7 +182,8 @@ def run_cell(
     row["rounds"] = loop.epochs * loop.rounds_per_epoch
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="dfkd_fast_cell_") as out:
-        changes = {**overrides, "seed": seed, "device": device, "out": out, "loop.evaluate_every": 0}
+        changes = {**overrides, "seed": seed, "device": device, "out": out}
+        changes |= {"loop.evaluate_every": 0, "loop.checkpoint_every": 1000}
         if device == "cpu":
             changes["engine"] = "auto"
         try:

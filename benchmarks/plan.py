@@ -136,7 +136,9 @@ class _Machine:
             module, arguments = f"dfkd_fast.benchmarks.{module}", [*arguments, *self.extra]
         command = [sys.executable, "-u", "-m", module, *arguments]
         more: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "process_group": 0}
-        more["env"] = {**os.environ, "DFKD_FAST_RESULTS": str(self.out), "DFKD_FAST_CUDA": "1"}
+        more["env"] = {**os.environ, "DFKD_FAST_RESULTS": str(self.out)}
+        if module == "pip":
+            more["env"]["DFKD_FAST_CUDA"] = "1"
         with (self.out / f".{job.name}.log").open("wb") as log:
             return subprocess.Popen(command, stdout=log, **more)
 

@@ -118,7 +118,7 @@ def test_kernels_match_float64_reference(op: str, case: Case, record_property: A
 @pytest.mark.parametrize("op", BENCHMARKS)
 def test_memcheck_finds_no_error(op: str) -> None:
     """Runs this file under compute-sanitizer, without PyTorch's caching allocator."""
-    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, __file__, op]
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-P", __file__, op]
     subprocess.run(command, env={**os.environ, _NO_CACHING: "1"}, check=True)
 
 

@@ -231,9 +231,11 @@ def _timed(loop: Loop, size: Size, device: torch.device, rounds: int) -> dict[st
     events: list[Any] = []
 
     def mark() -> None:
-        events.append(torch.Event(device, enable_timing=True) if device.type == "cuda" else time.perf_counter())
         if device.type == "cuda":
+            events.append(torch.cuda.Event(enable_timing=True))
             events[-1].record()
+        else:
+            events.append(time.perf_counter())
 
     for _ in range(rounds):
         run_round(loop, size.steps, mark)

@@ -101,8 +101,8 @@ def test_engines_are_compared_by_the_command(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_cell_changes_fields_that_exist(cell):
-    config = experiment("small").distill
-    changed = override(config, CELLS[cell])
-    assert (changed == config) is (cell == "both")
+    for name in ("small", "full"):
+        config = experiment(name).distill
+        assert (override(config, CELLS[cell]) == config) is (cell == "both")
     with pytest.raises(ValueError, match=r"generator\.nothing is not a field"):
         override(config, {"generator.nothing": 1})
