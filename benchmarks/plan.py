@@ -1,14 +1,14 @@
-"""Fifteen minutes on one GPU, in two calls: what `make gpu` runs.
+"""The checks and measurements of `make gpu`: fifteen minutes on one GPU, in two calls.
 
-Call 1 first measures the device's peak rates. Then everything that needs no quiet machine runs in parallel: the contact
-checks of the kernels, and processes that fill the compilers' caches. If the contact checks pass, steps and ops are
-timed one after another on the quiet machine. If one fails, correctness comes first: the GPU tests and two baselines
-that do not use our kernels, and the call ends early. Call 2 repeats what failed in call 1, then runs the GPU tests and
+Call 1 first measures the device's peak rates. Then everything that does not need an idle machine runs in parallel: the
+contact checks of the kernels, and processes that fill the compilers' caches. If the contact checks pass, steps and ops
+are timed one after another on the idle machine. If one fails, only the GPU tests and two baselines without this
+project's kernels run, and the call ends early. Call 2 repeats what failed in call 1, then runs the GPU tests and
 measures a larger batch, accuracy, drop-ins and, last, the CUDA extension.
 
-A job is a process. It writes rows to a result file as it goes, so a job that is stopped loses only its last row, and no
-job takes the turn of another. Outcomes are in ``plan.json``, all output in ``plan.log``. Copy the result files to
-``benchmarks/results/<device>/``: call 2 reads there what failed in call 1.
+A job is a process. It writes each row to a result file immediately, so a job that is stopped loses only its last row.
+Outcomes are in ``plan.json``, all output is in ``plan.log``. Copy the result files to ``benchmarks/results/<device>/``:
+call 2 reads there what failed in call 1.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import torch
 
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS
 from dfkd_fast.benchmarks.results import Results
 from dfkd_fast.report import device_slug, read_results
 
-__all__ = ["BUDGETS", "JOBS", "LEFT_OUT", "Job", "main", "previous_failures", "run_plan"]
+__all__ = ["BUDGETS", "FAILED_BUDGET", "JOBS", "LEFT_OUT", "Job", "main", "previous_failures", "run_plan"]
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = {1: 380.0, 2: 200.0}
 """Seconds of each call."""
 
 FAILED_BUDGET = 200.0
-"""Seconds of call 1 where a contact check failed."""
+"""Seconds of call 1 if a contact check fails."""
 
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
 _POLL_S = 0.2
@@ -47,12 +49,13 @@ class Job:
 
     Attributes:
         name: of the job.
-        command: a module of this folder, or ``pytest``, and its arguments; ``{out}`` is the result folder.
+        command: a module of this folder, ``pytest`` or ``pip``, and its arguments. ``{out}`` is the result folder and
+            ``{root}`` the repository.
         phase: "peaks", then "parallel" (all at once, nothing is timed), then "quiet" (one by one).
         limit_s: seconds after which it is stopped.
-        least_s: seconds below which it is not started.
+        least_s: seconds that must be left to start it.
         contact: a failure of this job is a failure of the contact checks.
-        after: "passed" or "failed" contact checks, for quiet jobs; "any" for both.
+        after: quiet jobs run after "passed" or "failed" contact checks, or after "any".
     """
 
     name: str
@@ -68,84 +71,79 @@ def _step(variant: str, *arguments: str) -> tuple[str, ...]:
     return "step.variants", variant, "--out", "{out}/step.json", *arguments
 
 
-def _tests(expression: str, workers: int, *paths: str) -> tuple[str, ...]:
+def _tests(workers: int, *arguments: str) -> tuple[str, ...]:
     """GPU tests in several workers. A lost device or a hang ends one worker and fails one test."""
-    options = ("--timeout", "90", "--timeout-method", "thread", "--max-worker-restart", "40")
-    plugin = ("-p", "dfkd_fast.benchmarks.record_tests", f"--rootdir={ROOT}")
-    return "pytest", *(paths or ("{tests}",)), "-m", expression, "-q", "-n", str(workers), *options, *plugin
+    options = ("-q", "-n", str(workers), "--timeout-method", "thread", "--max-worker-restart", "40")
+    return "pytest", *options, "-p", "dfkd_fast.benchmarks.record_tests", "--rootdir={root}", *arguments
 
 
 _TIMED = ("dfkd_fast", "peer", "compile_reduce_overhead", "eager")
-_IN_TIME = "gpu and not slow"
+_IN_TIME = ("--timeout", "90", "-m", "gpu and not slow")
+_CONTACT = ("{root}/benchmarks/ops/test_contact.py", "--timeout", "150", "-k")
+_ENGINES = ("{root}/tests/engine/test_engine.py", *_IN_TIME)
 LEFT_OUT = {"gpu and slow": "takes minutes per test; run it on a GPU of your own: pytest -m 'gpu and slow'"}
-"""GPU tests that no job runs, by marker expression, and why."""
+"""GPU tests that no job runs, by marker expression, with the reason."""
 
 
 _CALL_1 = (
     Job("peaks", _step("roofline"), phase="peaks", limit_s=40),
-    *(
-        Job(f"contact {op}", ("ops.contact", op, "--out", "{out}/checks.json"), "parallel", 150, contact=True)
-        for op in (*BENCHMARKS, "engine")
-    ),
-    Job("memcheck", ("ops.contact", "memcheck", "--out", "{out}/checks.json"), "parallel", 150),
+    Job("contact ops", _tests(8, *_CONTACT, "not memcheck"), "parallel", 150, contact=True),
+    Job("contact engines", _tests(1, *_ENGINES), "parallel", 150, contact=True),
+    Job("memcheck", _tests(1, *_CONTACT, "memcheck"), "parallel", 150),
     Job("compile dfkd_fast", _step("dfkd_fast", "--compile-only"), "parallel", 170),
     Job("compile reduce_overhead", _step("compile_reduce_overhead", "--compile-only"), "parallel", 170),
-    Job("compile ops", ("ops.bench", "--compile-only", "5"), "parallel", 150),
+    *(Job(f"compile {op}", ("ops.bench", op, "--compile-only"), "parallel", 150) for op in BENCHMARKS),
     *(Job(f"step {variant}", _step(variant), limit_s=60, least_s=20) for variant in _TIMED),
     Job("ops", ("ops.bench", "--out", "{out}/ops.json", "--seconds", "60"), limit_s=75, least_s=20),
     Job("breakdown", ("step.breakdown", "--out", "{out}/breakdown.json"), limit_s=60, least_s=25),
     *(Job(f"step {variant} again", _step(variant, "--run", "2"), limit_s=60, least_s=25) for variant in _TIMED),
     *(Job(f"baseline {variant}", _step(variant), limit_s=45, after="failed") for variant in ("peer", "eager")),
-    Job("tests", _tests(_IN_TIME, 12), limit_s=110, least_s=20, after="failed"),
+    Job("tests", _tests(12, "{root}/tests", *_IN_TIME), limit_s=110, least_s=20, after="failed"),
 )
+_PIP = ("pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "{root}")
+_CUDA_OPS = ("ops.bench", "--out", "{out}/ops.json", "--backends", "cuda", "triton", "--seconds", "12")
 _CALL_2 = (
-    Job("build extension", ("plan", "--build-extension"), "parallel", 100),
-    Job("all tests", _tests(_IN_TIME, 10, "{tests}", "--ignore={tests}/cuda"), "parallel", 85),
+    Job("build extension", _PIP, "parallel", 100),
+    Job("all tests", _tests(10, "{root}/tests", "--ignore={root}/tests/cuda", *_IN_TIME), "parallel", 85),
     *(
         Job(f"step {variant} batch 256", _step(variant, "--batch", "256"), limit_s=55, least_s=25, after="any")
         for variant in ("dfkd_fast", "peer")
     ),
-    Job("accuracy", ("step.accuracy", "--out", "{out}/accuracy.json", "--seconds", "25"), limit_s=45, after="any"),
-    Job("drop-ins", ("ops.drop_ins", "--out", "{out}/drop_ins.json", "--seconds", "12"), limit_s=25, after="any"),
-    Job("cuda tests", _tests(_IN_TIME, 8, "{tests}/cuda"), limit_s=60, after="any"),
     Job(
-        "cuda ops",
-        ("ops.bench", "--out", "{out}/ops.json", "--backends", "cuda", "triton", "--seconds", "12"),
-        limit_s=35,
+        "accuracy",
+        ("ablation", "--engines", "--out", "{out}/accuracy.json", "--seconds", "25"),
+        limit_s=45,
         after="any",
     ),
+    Job("drop-ins", ("ops.drop_ins", "--out", "{out}/drop_ins.json", "--seconds", "12"), limit_s=25, after="any"),
+    Job("cuda tests", _tests(8, "{root}/tests/cuda", *_IN_TIME), limit_s=60, after="any"),
+    Job("cuda ops", _CUDA_OPS, limit_s=35, after="any"),
 )
 JOBS: dict[int, tuple[Job, ...]] = {1: _CALL_1, 2: _CALL_2}
-"""The jobs of each call, in their order."""
+"""The jobs of each call, in order."""
 
 
-class _Process(Protocol):
-    def poll(self) -> int | None: ...
-
-
-class _Local:
-    """Processes on this machine. A job's output goes to the log when the job ends."""
+class _Machine:
+    """Runs jobs as processes on this machine. The output of a job is appended to the log when the job ends."""
 
     def __init__(self, out: Path, extra: Sequence[str] = ()) -> None:
         self.out, self.extra = out, tuple(extra)
 
     def start(self, job: Job) -> subprocess.Popen[bytes]:
-        """Start a job in a process group of its own."""
-
-        def path(part: str) -> str:
-            return part.replace("{out}", str(self.out)).replace("{tests}", str(ROOT / "tests"))
-
-        module, *arguments = map(path, job.command)
-        if module != "pytest":
+        """Start a job in a new process group."""
+        module, *arguments = (part.format(out=self.out, root=ROOT) for part in job.command)
+        if module not in ("pytest", "pip"):
             module, arguments = f"dfkd_fast.benchmarks.{module}", [*arguments, *self.extra]
         command = [sys.executable, "-u", "-m", module, *arguments]
-        where: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "process_group": 0}
-        environment = {**os.environ, "DFKD_FAST_RESULTS": str(self.out)}
+        more: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "process_group": 0}
+        more["env"] = {**os.environ, "DFKD_FAST_RESULTS": str(self.out)}
+        if module == "pip":
+            more["env"]["DFKD_FAST_CUDA"] = "1"
         with (self.out / f".{job.name}.log").open("wb") as log:
-            return subprocess.Popen(command, stdout=log, env=environment, **where)
+            return subprocess.Popen(command, stdout=log, **more)
 
     def stop(self, job: Job, process: subprocess.Popen[bytes]) -> None:
-        """End a job with its children, and append its output to the log."""
+        """End a job and its children, and append its output to the log."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(process.pid, number)
@@ -176,12 +174,12 @@ def run_plan(
     """Run the jobs of one call.
 
     Args:
-        jobs: in their order.
-        budget_s: seconds for all. Where a contact check fails, at most :data:`FAILED_BUDGET`.
+        jobs: in order.
+        budget_s: seconds for all jobs. If a contact check fails, at most :data:`FAILED_BUDGET`.
         machine: ``start(job)`` returns a process with ``poll()``; ``stop(job, process)`` ends it.
         record: called with each job, its status ("ok", "failed (exit status N)", "stopped after N s", "no time left" or
             "skipped") and its seconds.
-        clock: seconds.
+        clock: returns seconds.
         sleep: waits.
 
     Returns:
@@ -191,69 +189,49 @@ def run_plan(
 
     def run(together: Sequence[Job]) -> None:
         nonlocal sound, contact_ok
-        running: dict[str, tuple[Job, _Process, float, float]] = {}
+        running: dict[Job, tuple[Any, float, float]] = {}
         for job in together:
             left = end - clock()
             if left < job.least_s:
                 record(job, "no time left", 0.0)
                 contact_ok &= not job.contact
                 continue
-            running[job.name] = (job, machine.start(job), clock(), min(job.limit_s, left))
+            running[job] = (machine.start(job), clock(), min(job.limit_s, left))
         while running:
-            for job, process, start, limit in list(running.values()):
+            for job, (process, start, limit) in list(running.items()):
                 status, seconds = process.poll(), clock() - start
                 if status is None and seconds < limit:
                     continue
                 machine.stop(job, process)
-                del running[job.name]
-                word = f"stopped after {limit:.0f} s" if status is None else f"failed (exit status {status})"
-                record(job, "ok" if status == 0 else word, seconds)
+                del running[job]
+                fault = f"stopped after {limit:.0f} s" if status is None else f"failed (exit status {status})"
+                record(job, "ok" if status == 0 else fault, seconds)
                 sound &= status == 0
                 contact_ok &= status == 0 or not job.contact
             if running:
                 sleep(_POLL_S)
 
-    for job in jobs:
-        if job.phase == "peaks":
-            run([job])
-    run([job for job in jobs if job.phase == "parallel"])
+    phases = {phase: [job for job in jobs if job.phase == phase] for phase in ("peaks", "parallel", "quiet")}
+    run(phases["peaks"])
+    run(phases["parallel"])
     if not contact_ok:
         end = min(end, end - budget_s + FAILED_BUDGET)
-    for job in jobs:
-        if job.phase == "quiet":
-            if job.after in ("any", "passed" if contact_ok else "failed"):
-                run([job])
-            else:
-                record(job, "skipped", 0.0)
+    for job in phases["quiet"]:
+        if job.after in ("any", "passed" if contact_ok else "failed"):
+            run([job])
+        else:
+            record(job, "skipped", 0.0)
     return sound
 
 
-def build_extension() -> None:
-    """Build the CUDA extension in place, without network."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return
-    environment = {**os.environ, "DFKD_FAST_CUDA": "1", "PIP_BREAK_SYSTEM_PACKAGES": "1"}
-    options = ("--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--editable", str(ROOT))
-    subprocess.run([sys.executable, "-m", "pip", "install", *options], env=environment, check=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one call. Returns 1 where a job failed, 2 where there is no CUDA device."""
+    """Run one call. Returns 1 if a job failed, 2 if there is no CUDA device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--call", type=int, choices=list(JOBS), default=1)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the result files")
     parser.add_argument("--budget", type=float, default=None, help="seconds; 380 and 200 by default")
     parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU")
-    parser.add_argument("--build-extension", action="store_true", help="build the CUDA extension and do nothing else")
-    options, _ = parser.parse_known_args(arguments)
-    if options.build_extension:
-        build_extension()
-        return 0
-
-    import torch
-
+    options = parser.parse_args(arguments)
     if not options.rehearse and not torch.cuda.is_available():
         print("make gpu needs a CUDA device and finds none; `dfkd-fast doctor` says why", file=sys.stderr)
         return 2
@@ -264,13 +242,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.call == 2:
         failed = previous_failures(ROOT / "benchmarks" / "results" / device_slug(name))
         jobs = [job for job in JOBS[1] if job.name in failed and job.after != "failed"] + jobs
+    if options.rehearse:
+        jobs = [job for job in jobs if job.command[0] != "pip"]
     results = Results(out / "plan.json", key=("call", "job"))
 
     def record(job: Job, status: str, seconds: float) -> None:
         print(f"{job.name}: {status} ({seconds:.0f} s)", flush=True)
         results.add({"call": options.call, "job": job.name, "status": status, "seconds": round(seconds, 1)})
 
-    machine = _Local(out, ("--device", "cpu", "--size", "small") if options.rehearse else ())
+    machine = _Machine(out, ("--device", "cpu", "--size", "small") if options.rehearse else ())
     budget = options.budget or BUDGETS[options.call]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sound = run_plan(jobs, budget_s=budget, machine=machine, record=record)

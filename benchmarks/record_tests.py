@@ -1,7 +1,7 @@
-"""Pytest plugin: writes the outcome of each test to ``checks.json``, as the test ends. For `make gpu`.
+"""Pytest plugin that writes the outcome of each test to ``checks.json`` when the test ends; for `make gpu`.
 
-The folder is that of the environment variable ``DFKD_FAST_RESULTS``. A worker whose device is lost ends, and
-pytest-xdist starts another, so that a fault in one kernel fails one test.
+The environment variable ``DFKD_FAST_RESULTS`` names the folder. A worker process exits if it has lost its device, and
+pytest-xdist starts another, so a fault in one kernel fails only one test.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 
 from dfkd_fast.benchmarks.results import Results
 
-_MAX_RESERVED = 2**30  # bytes of device memory that a worker keeps from one test to the next
+_MAX_RESERVED = 2**30  # bytes of device memory that a worker keeps between tests
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Any:
-    """After each test, end a process that has lost its device, and free memory that other workers need."""
+    """After each test, exit if the device is lost, and free memory that other workers need."""
     result = yield
     if torch.cuda.is_initialized():
         try:
@@ -43,10 +43,9 @@ class _Recorder:
             return
         row: dict[str, Any] = {"check": report.nodeid, "status": report.outcome, "seconds": report.duration}
         row |= {str(name): value for name, value in report.user_properties}  # for example a measured error ratio
-        if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
-            row["reason"] = report.longrepr[2]
-        elif report.outcome != "passed":
-            row["reason"] = report.longreprtext[-2000:]
+        if report.outcome != "passed":
+            skipped = isinstance(report.longrepr, tuple)  # path, line and reason
+            row["reason"] = report.longrepr[2] if skipped else report.longreprtext[-2000:]  # type: ignore[index]
         self.results.add(row)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:

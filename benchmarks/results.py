@@ -1,17 +1,17 @@
-"""Result files of the benchmarks: JSON rows with the machine and the versions that they were measured with."""
+"""Result files of the benchmarks: JSON rows together with the machine and the versions that produced them."""
 
 from __future__ import annotations
 
 import argparse
 import fcntl
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dfkd_fast.report import environment, read_results, timestamp, write_results
 
-__all__ = ["Key", "Results", "dtype_name", "measured_on", "parser", "rounded"]
+__all__ = ["Key", "Results", "commits", "dtype_name", "measured_on", "parser", "rounded"]
 
 Key = tuple[Any, ...]
 
@@ -19,7 +19,7 @@ _environment = functools.cache(environment)
 
 
 def rounded(value: Any, digits: int = 5) -> Any:
-    """Floats in nested dicts and lists, rounded to significant digits."""
+    """Round floats in nested dicts and lists to significant digits."""
     if isinstance(value, dict):
         return {name: rounded(each, digits) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -35,12 +35,17 @@ def dtype_name(dtype: Any) -> str:
 def parser(
     description: str | None, *, small: str, sizes: Sequence[str] = ("full", "small"), out: bool = True
 ) -> argparse.ArgumentParser:
-    """The command line of a measurement. ``small`` explains its small size, ``out`` is whether it needs a file."""
+    """The command line of a measurement. ``small`` describes its small size; ``out`` makes the result file required."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--out", type=Path, required=out, help="result file")
     found.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     found.add_argument("--size", choices=sizes, default="full", help=f"small: {small}")
     return found
+
+
+def commits(environments: Iterable[dict[str, Any]]) -> str:
+    """The commits of some environments, for the caption of a table."""
+    return ", ".join(sorted({(block["commit"] or f"sources {block['source']}")[:12] for block in environments}))
 
 
 def measured_on(content: dict[str, Any]) -> str:
@@ -50,11 +55,11 @@ def measured_on(content: dict[str, Any]) -> str:
 
 
 class Results:
-    """Rows of one result file, written to disk one by one. Several processes may write to the same file.
+    """The rows of one result file, written to disk one by one. Several processes may write to the same file.
 
-    A file holds ``environments`` (machine, versions, commit), ``rows`` and further facts. A row has the fields of its
-    key, the measurements, ``date`` and ``environment``, an index into ``environments``. A new row replaces the one with
-    the same key. ``facts``, for example measured peak rates, are added to the file and to this process's environment.
+    A file contains ``environments`` (machine, versions, commit), ``rows`` and further facts. A row has the fields of
+    its key, the measurements, ``date`` and ``environment``, an index into ``environments``. A new row replaces the one
+    with the same key. ``facts``, such as measured peak rates, are added to the file and to this process's environment.
     """
 
     def __init__(self, path: Path, *, key: Sequence[str], facts: dict[str, Any] | None = None) -> None:
@@ -62,7 +67,7 @@ class Results:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """All rows of the file, those of other processes included."""
+        """All rows of the file, including those of other processes."""
         return self._read()["rows"]
 
     def key_of(self, row: dict[str, Any]) -> Key:
@@ -76,11 +81,11 @@ class Results:
             fcntl.flock(lock, fcntl.LOCK_EX)
             content = {**self._read(), **self.facts}
             here = {**_environment(), **self.facts}
-            known = content["environments"]
-            same = [i for i, other in enumerate(known) if {**other, "date": None} == {**here, "date": None}]
-            if not same:
-                known.append(here)
-            index = same[0] if same else len(known) - 1
+            known = [{**block, "date": None} for block in content["environments"]]
+            if {**here, "date": None} not in known:
+                content["environments"].append(here)
+                known.append({**here, "date": None})
+            index = known.index({**here, "date": None})
             key = self.key_of(row)
             content["rows"] = [other for other in content["rows"] if self.key_of(other) != key]
             content["rows"].append({**rounded(row), "date": timestamp(), "environment": index})

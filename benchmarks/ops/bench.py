@@ -1,56 +1,81 @@
 """Times every op against eager PyTorch, torch.compile, public kernels and its roofline: ``dfkd-fast bench``.
 
-Providers, the ``backend`` of a row: ``reference`` is eager PyTorch; ``compile`` and ``compile_max_autotune`` are
-torch.compile (default mode, and max-autotune-no-cudagraphs) of the best known PyTorch formulation; ``triton`` and
-``cuda`` are this project's kernels; ``peer:NAME`` is a public kernel, where its library is installed. The roofline of a
-row is the larger of its least bytes over the measured copy bandwidth and its operations over the measured bf16 matrix
-rate. A provider that fails, runs out of memory or does not support a case has a row with that ``status`` and no times.
+The ``backend`` of a row is one of: ``reference``, eager PyTorch; ``compile`` and ``compile_max_autotune``,
+torch.compile (default mode and max-autotune-no-cudagraphs) of the best known PyTorch formulation; ``triton`` and
+``cuda``, the kernels of this project; ``peer:NAME``, a public kernel, if its library is installed. The roofline of a
+row is the larger of two times: its least bytes over the measured copy bandwidth, and its operations over the measured
+bf16 matrix rate. A backend that fails, runs out of memory or does not support a case gets a row with that ``status``
+and no times.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import multiprocessing
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import Progress
 
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, tensors
 from dfkd_fast.benchmarks.ops.measure import CACHES, PASSES, Ceilings, Measurement, Trial, ceilings
 from dfkd_fast.benchmarks.ops.tables import save_plot, terminal_rows
 from dfkd_fast.benchmarks.results import Key, Results, dtype_name, parser, rounded
+from dfkd_fast.ops.backend import UnsupportedError
 from dfkd_fast.report import result_table
 
-__all__ = ["KEY", "Subject", "bench", "from_file", "main", "measure", "row_of", "subjects"]
+__all__ = ["KEY", "Subject", "bench", "from_file", "main", "measure", "subjects"]
 
 KEY = ("op", "case", "dtype", "backend", "pass", "l2")
 
-_OWN = ("reference", "triton", "cuda")  # a failure of these is a fault of this project
+_OWN = ("reference", "triton", "cuda")  # a failure of one of these is a fault of this project
 _MODES = {"compile": None, "compile_max_autotune": "max-autotune-no-cudagraphs"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CPU_BYTES, _CPU_FLOPS = 64e6, 5e9  # larger cases are left out on a CPU
+_CPU_BYTES, _CPU_FLOPS = 64e6, 5e9  # larger cases are skipped on a CPU
 _SKIP = ("out of memory", "not supported")
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A case in one dtype by one provider, and the keys of its rows."""
+    """One case in one dtype with one backend. ``passes`` are pairs of a pass and a state of the L2 cache."""
 
     op: str
     case: Case
     dtype: torch.dtype
     backend: str
     function: Callable[..., Any]
-    keys: tuple[Key, ...]
+    passes: tuple[tuple[str, str], ...]
+
+    @property
+    def keys(self) -> list[Key]:
+        """The keys of its rows."""
+        return [(self.op, self.case.name, dtype_name(self.dtype), self.backend, *each) for each in self.passes]
+
+    def row(self, key: Key, measured: Measurement | None, status: str, rates: Ceilings) -> dict[str, Any]:
+        """The row of a key. Without a measurement, ``status`` says why."""
+        work, which = self.case.work(self.dtype.itemsize), key[KEY.index("pass")]
+        directions = ("forward", "backward") if which == "both" else (which,)
+        moved, flops = (sum(getattr(work, f"{d}_{unit}") for d in directions) for unit in ("bytes", "flops"))
+        roofline = rates.roofline_us(moved, flops)
+        names = ("median_us", "p10_us", "p90_us", "peak_bytes", "timer", "calls", "repeats")
+        return {
+            **dict(zip(KEY, key, strict=True)),
+            **{name: getattr(measured, name, None) for name in names},
+            "bytes": moved,
+            "flops": flops,
+            "roofline_us": rounded(roofline),
+            "fraction": rounded(roofline / measured.median_us) if measured else None,
+            "status": status,
+            "shapes": self.case.shapes,
+        }
 
 
 def _providers(benchmark: Benchmark, case: Case) -> dict[str, Callable[..., Any]]:
@@ -60,10 +85,9 @@ def _providers(benchmark: Benchmark, case: Case) -> dict[str, Callable[..., Any]
     def by(backend: str) -> Callable[..., Any]:
         return lambda *inputs: case.call(*inputs, backend=backend)
 
-    found: dict[str, Callable[..., Any]] = {}
-    for name in ops.backends()[benchmark.op]:
-        if name != "cuda" or extension.UNAVAILABLE is None:
-            found[name] = by(name)
+    found = {name: by(name) for name in ops.backends()[benchmark.op]}
+    if extension.UNAVAILABLE is not None:
+        found.pop("cuda", None)
     for name, mode in _MODES.items():
         found[name] = torch.compile(case.compiled or by("reference"), dynamic=False, mode=mode)
     for name, peer in benchmark.peers.items():
@@ -77,54 +101,30 @@ def subjects(
     chosen: Sequence[Benchmark],
     device: torch.device,
     *,
-    shapes: Sequence[str] = ("paper",),
+    shapes: str = "paper",
     backends: Sequence[str] | None = None,
     passes: Sequence[str] = PASSES,
     caches: Sequence[str] = CACHES,
 ) -> list[Subject]:
-    """Everything to measure. All providers of a case follow each other; the ops take turns case by case.
+    """List everything to measure. The first case of every op comes first, then the second ones, and so on.
 
-    On a CPU there are only ``reference`` and ``compile``, a warm cache, and small cases.
+    On a CPU there are only ``reference`` and ``compile``, a warm cache and small cases.
     """
     cuda = device.type == "cuda"
     found: list[tuple[int, Subject]] = []
     for benchmark in chosen:
-        cases = [case for case in benchmark.cases if case.shapes in shapes]
-        for turn, case in enumerate(cases):
-            least = case.work(4)
-            if not cuda and (least.forward_bytes > _CPU_BYTES or least.forward_flops > _CPU_FLOPS):
+        for index, case in enumerate(case for case in benchmark.cases if case.shapes == shapes):
+            work = case.work(4)
+            if not cuda and (work.forward_bytes > _CPU_BYTES or work.forward_flops > _CPU_FLOPS):
                 continue
             for dtype in case.dtypes:
-                gradients = any(t.requires_grad for t in tensors(case.inputs(Make("meta", dtype))))
-                pairs = [(p, l2) for p in passes for l2 in (caches if cuda else ("warm",))]
+                trains = any(x.requires_grad for x in tensors(case.inputs(Make("meta", dtype))))
+                directions = passes if trains else PASSES[:1]
+                pairs = tuple((which, l2) for which in directions for l2 in (caches if cuda else ("warm",)))
                 for backend, function in _providers(benchmark, case).items():
-                    if (backends and backend not in backends) or not (cuda or backend in ("reference", "compile")):
-                        continue
-                    fixed = (benchmark.op, case.name, dtype_name(dtype), backend)
-                    keys = tuple((*fixed, *pair) for pair in pairs if gradients or pair[0] == "forward")
-                    found.append((turn, Subject(benchmark.op, case, dtype, backend, function, keys)))
+                    if (not backends or backend in backends) and (cuda or backend in ("reference", "compile")):
+                        found.append((index, Subject(benchmark.op, case, dtype, backend, function, pairs)))
     return [subject for _, subject in sorted(found, key=lambda pair: pair[0])]
-
-
-def row_of(
-    subject: Subject, key: Key, measured: Measurement | None, rates: Ceilings, status: str = "ok"
-) -> dict[str, Any]:
-    """The row of a key. Without a measurement, ``status`` says why."""
-    work, which = subject.case.work(subject.dtype.itemsize), key[KEY.index("pass")]
-    directions = ("forward", "backward") if which == "both" else (which,)
-    moved, flops = (sum(getattr(work, f"{d}_{unit}") for d in directions) for unit in ("bytes", "flops"))
-    roofline = rates.roofline_us(moved, flops)
-    names = ("median_us", "p10_us", "p90_us", "peak_bytes", "timer", "calls", "repeats")
-    return {
-        **dict(zip(KEY, key, strict=True)),
-        **{name: getattr(measured, name, None) for name in names},
-        "bytes": moved,
-        "flops": flops,
-        "roofline_us": rounded(roofline),
-        "fraction": rounded(roofline / measured.median_us) if measured else None,
-        "status": status,
-        "shapes": subject.case.shapes,
-    }
 
 
 def measure(
@@ -132,22 +132,22 @@ def measure(
     results: Results,
     *,
     device: torch.device,
-    rates: Ceilings,
-    seconds: float | None = None,
+    seconds: float = math.inf,
     progress: Callable[[dict[str, Any]], None] = lambda row: None,
     trial: Callable[..., Any] = Trial,
 ) -> bool:
-    """Measure subjects one by one and write their rows; ``progress`` is called with each.
+    """Measure the device's peak rates, then subjects one by one, and write their rows. Calls ``progress`` with each.
 
-    No subject is started after ``seconds``. ``trial`` is for tests.
+    No subject is started after ``seconds``. Tests replace ``trial``.
 
     Returns:
-        Whether all of this project's providers worked. Failures of torch.compile and of public kernels are only
+        Whether all backends of this project worked. Failures of torch.compile and of public kernels are only
         recorded.
     """
-    start, sound = time.monotonic(), True
+    end, sound, rates = time.monotonic() + seconds, True, ceilings(device)
+    results.facts |= asdict(rates)
     for subject in found:
-        if seconds is not None and time.monotonic() - start > seconds:
+        if time.monotonic() > end:
             break
         for row in _rows(subject, device, rates, trial):
             sound &= subject.backend not in _OWN or row["status"] in ("ok", *_SKIP)
@@ -161,68 +161,42 @@ def measure(
 
 def _rows(subject: Subject, device: torch.device, rates: Ceilings, trial: Callable[..., Any]) -> list[dict[str, Any]]:
     torch.compiler.reset()
-    rows, made, lost = [], None, ""
+    rows, made, failure = [], None, ""
     # The backward is timed separately on a retained graph, which torch.compile allows only without donated buffers.
     with torch._functorch.config.patch(donated_buffer=False):
         for key in subject.keys:
-            measured, status = None, lost
-            if not lost:
+            measured, status = None, failure
+            if not failure:
                 try:
                     made = made or trial(subject.case, subject.dtype, device, subject.function)
                     measured = made.measure(*key[KEY.index("pass") :])
                     status = "ok"
-                except Exception as error:  # the others go on
+                except Exception as error:  # recorded in the row; the other passes continue
                     status = _status(error)
-                    lost = status if made is None else ""
+                    failure = status if made is None else ""
             if measured is None and device.type == "cuda":
-                torch.cuda.synchronize(device)  # raises where the device is lost to this process
+                torch.cuda.synchronize(device)  # raises if this process has lost the device
                 torch.cuda.empty_cache()
-            rows.append(row_of(subject, key, measured, rates, status))
+            rows.append(subject.row(key, measured, status, rates))
     return rows
 
 
 def _status(error: Exception) -> str:
-    from dfkd_fast.ops.backend import UnsupportedError
-
-    if isinstance(error, torch.OutOfMemoryError | UnsupportedError):
-        return "not supported" if isinstance(error, UnsupportedError) else "out of memory"
+    if isinstance(error, UnsupportedError):
+        return "not supported"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
 
 
-def _compile_one(job: tuple[str, str, str, str]) -> str | None:
-    op, name, backend, where = job
-    torch.set_num_threads(1)
-    device = torch.device(where)
-    case = next(case for case in BENCHMARKS[op].cases if case.name == name)
-    with torch._functorch.config.patch(donated_buffer=False):
-        for dtype in case.dtypes:
-            try:
-                trial = Trial(case, dtype, device, _providers(BENCHMARKS[op], case)[backend])
-                trial.run("both" if "both" in trial.passes else "forward")
-            except Exception as error:  # the timed run records it
-                return f"{op} {name} {backend}: {_status(error)}"
-    return None
-
-
-def compile_only(found: Sequence[Subject], device: torch.device, workers: int) -> None:
-    """Fill the compilers' caches: every subject once, forward and backward, in parallel processes."""
-    jobs = dict.fromkeys(
-        (each.op, each.case.name, each.backend, str(device)) for each in found if each.backend != "reference"
-    )
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=8) as pool:
-        for failure in pool.imap_unordered(_compile_one, jobs):
-            if failure:
-                print(failure, flush=True)
-
-
 def from_file(path: Path) -> list[Benchmark]:
-    """The ops and shapes that a YAML or JSON file lists.
+    """Read ops and shapes from a YAML or JSON file.
 
-    The file holds a list of shapes for each op. A shape is a list of sizes, or a mapping from sizes and options to
-    values, in which ``shape`` may be the list and ``dtypes`` a list of dtypes (bfloat16 by default).
+    The file maps each op to a list of shapes. A shape is a list of sizes, or a mapping of sizes and options in which
+    ``shape`` may hold the list and ``dtypes`` a list of dtypes (bfloat16 by default).
 
     Raises:
-        ValueError: the file has another form, or names an unknown op, size or dtype.
+        ValueError: the file is malformed, or an op, size or dtype is unknown.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -239,11 +213,11 @@ def _case_of(benchmark: Benchmark, sizes: Any, path: Path) -> Case:
     if not isinstance(sizes, dict | list):
         raise ValueError(f"{path}: a shape of {benchmark.op} must be a list or a mapping of sizes, got {sizes!r}")
     named = dict(sizes) if isinstance(sizes, dict) else {"shape": sizes}
-    plain, dtypes = named.pop("shape", []), named.pop("dtypes", ["bfloat16"])
+    shape, dtypes = named.pop("shape", []), named.pop("dtypes", ["bfloat16"])
     if not isinstance(dtypes, list) or not set(dtypes) <= _DTYPES.keys():
         raise ValueError(f"{path}: dtypes must be a list of {', '.join(_DTYPES)}, got {dtypes!r}")
     try:
-        return benchmark.make(*plain, **named, shapes="file", dtypes=[_DTYPES[name] for name in dtypes])
+        return benchmark.make(*shape, **named, shapes="file", dtypes=[_DTYPES[name] for name in dtypes])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {sizes} is not a shape of {benchmark.op}: {error}") from error
 
@@ -263,18 +237,17 @@ def bench(
     tune: bool = False,
     backends: Sequence[str] | None = None,
     device: str = "cuda",
-    console: Console | None = None,
 ) -> bool:
-    """Time ops, print tables, and write ``ops.json`` and ``ops.png``, as ``dfkd-fast bench`` explains.
+    """Time ops, print tables, and write ``ops.json`` and ``ops.png``; ``dfkd-fast bench --help`` lists the options.
 
     Returns:
-        Whether this project's kernels and the reference ran everywhere.
+        Whether the kernels of this project and the reference ran in all cases.
 
     Raises:
-        ValueError: an unknown op, provider or file, or tuning on a CPU.
+        ValueError: an unknown op, backend or file, or tuning on a CPU.
         RuntimeError: there is no CUDA device.
     """
-    console, where = console or Console(), torch.device(device)
+    console, where = Console(), torch.device(device)
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
             "bench needs a CUDA device and finds none. `dfkd-fast doctor` says why; --device cpu tries the command out"
@@ -286,27 +259,18 @@ def bench(
         if not Path(shapes).is_file():
             raise ValueError(f"--shapes must be paper, large or a file, and there is no file {shapes}")
         chosen = [each for each in from_file(Path(shapes)) if not ops or each.op in ops]
-    kind = shapes if shapes in ("paper", "large") else "file"
+        shapes = "file"
     if tune:
-        from dfkd_fast.benchmarks.ops.tune import tune_all
+        from dfkd_fast.benchmarks.ops.tune import tune as tune_ops
 
-        console.print(result_table(tune_all(chosen, where, kind, console.print), "launch configurations"))
-    found = subjects(chosen, where, shapes=(kind,), backends=backends)
+        tried = tune_ops(chosen, where, shapes, console.print)
+        console.print(result_table([each.row() for each in tried], "launch configurations"))
+    found = subjects(chosen, where, shapes=shapes, backends=backends)
     if not found:
         raise ValueError("nothing to measure: no case of these ops, shapes and backends")
-    rates = ceilings(where)
-    console.print(f"measured peaks: copy {rates.copy_gbps:,.0f} GB/s, bf16 matmul {rates.matmul_tflops:,.3g} TFLOP/s")
-    results = Results(Path(out) / "ops.json", key=KEY, facts=asdict(rates))
+    results = Results(Path(out) / "ops.json", key=KEY)
+    sound = measure(found, results, device=where, progress=partial(_show, console))
     keys = {key for subject in found for key in subject.keys}
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("", total=len(keys))
-
-        def advance(row: dict[str, Any]) -> None:
-            bar.update(task, advance=1, description=f"{row['op']} {row['case']} {row['backend']}")
-            if row["median_us"] is None and row["status"] not in _SKIP:
-                bar.console.print(f"{row['op']} {row['case']} {row['backend']}: {row['status']}", markup=False)
-
-        sound = measure(found, results, device=where, rates=rates, progress=advance)
     rows = [row for row in results.rows if results.key_of(row) in keys]
     for op, lines in terminal_rows(rows).items():
         console.print(result_table(lines, f"{op}, microseconds per call"))
@@ -315,33 +279,33 @@ def bench(
     return sound
 
 
+def _show(console: Console, row: dict[str, Any]) -> None:
+    result = f"{row['median_us']:.4g} us" if row["median_us"] else row["status"]
+    console.print(*(row[name] for name in KEY), result, markup=False, highlight=False, soft_wrap=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure for a fixed time, for the plan of `make gpu`. Returns 1 where one of this project's kernels failed."""
+    """Measure ops for a limited time; a job of `make gpu`. Returns 1 if a kernel of this project failed."""
     command = parser(__doc__, small="one case per op", out=False)
-    command.add_argument("--seconds", type=float, default=None, help="start no case after this")
+    command.add_argument("ops", nargs="*", help="all by default")
+    command.add_argument("--seconds", type=float, default=math.inf, help="start no case after this")
     command.add_argument("--backends", nargs="+", default=["triton", "compile", "reference"])
-    command.add_argument("--compile-only", type=int, default=0, metavar="PROCESSES", help="fill caches, time nothing")
+    command.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and time nothing")
     options = command.parse_args(arguments)
 
-    device = torch.device(options.device)
-    chosen = list(BENCHMARKS.values())
+    device, chosen = torch.device(options.device), _chosen(options.ops)
     if options.size == "small":
         smallest = [min(each.cases, key=lambda case: case.work(2).forward_bytes) for each in chosen]
         chosen = [replace(a, cases=[replace(case, shapes="paper")]) for a, case in zip(chosen, smallest, strict=True)]
-    once: dict[str, Any] = {"passes": ("forward", "backward"), "caches": ("cold",)}
-    found = subjects(chosen, device, backends=options.backends, **once)
+    found = subjects(chosen, device, backends=options.backends, passes=("forward", "backward"), caches=("cold",))
     if options.compile_only:
-        compile_only(found, device, options.compile_only)
+        for subject in found:
+            with torch._functorch.config.patch(donated_buffer=False), contextlib.suppress(Exception):
+                Trial(subject.case, subject.dtype, device, subject.function).run("both")
         return 0
-    rates = ceilings(device)
-    print(rates, flush=True)
-
-    def say(row: dict[str, Any]) -> None:
-        time_us = row["median_us"]
-        print(" ".join(str(row[name]) for name in KEY), f"{time_us:.4g} us" if time_us else row["status"], flush=True)
-
-    results = Results(options.out, key=KEY, facts=asdict(rates))
-    return int(not measure(found, results, device=device, rates=rates, seconds=options.seconds, progress=say))
+    results = Results(options.out, key=KEY)
+    show = partial(_show, Console())
+    return int(not measure(found, results, device=device, seconds=options.seconds, progress=show))
 
 
 if __name__ == "__main__":

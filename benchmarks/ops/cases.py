@@ -1,7 +1,7 @@
-"""The benchmark cases of every op: inputs, the least work, and competing implementations.
+"""The benchmark cases of every op: inputs, the least work and competing implementations.
 
-The same cases on tensors without data say which kernels are launched, and so what is compiled and checked without a
-GPU. ``BENCHMARKS`` holds them by op.
+``BENCHMARKS`` maps each op to its cases. On meta tensors the same cases also determine which kernel launches are
+compiled and checked without a GPU.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch.utils._pytree import tree_leaves
 
 from dfkd_fast import ops
 
-__all__ = ["BENCHMARKS", "Benchmark", "Case", "Make", "Work", "tensors"]
+__all__ = ["BENCHMARKS", "Benchmark", "Case", "Make", "Work", "gradients", "tensors"]
 
 Inputs = tuple[Any, ...]
 
 
 class Make:
-    """Random tensors of one device and default dtype. The device ``meta`` makes tensors without data."""
+    """Makes random tensors on one device with a default dtype. Tensors on the device ``meta`` have no data."""
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, *, seed: int = 0) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self._generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(seed)
 
     def tensor(self, *shape: int, grad: bool = False, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        """Normally distributed, contiguous."""
+        """A contiguous tensor of normally distributed values."""
         dtype = dtype or self.dtype
         if self._generator is None:
             return torch.empty(shape, device=self.device, dtype=dtype, requires_grad=grad)
@@ -41,17 +41,17 @@ class Make:
         return x.mul_(scale).to(dtype).requires_grad_(grad)
 
     def map(self, *shape: int, grad: bool = False, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        """Feature maps (N, C, H, W) in channels-last; other ranks are contiguous."""
+        """Feature maps (N, C, H, W) in channels-last format; tensors of other ranks are contiguous."""
         x = self.tensor(*shape, dtype=dtype, scale=scale)
         return (x.to(memory_format=torch.channels_last) if len(shape) == 4 else x).requires_grad_(grad)
 
 
 @dataclass(frozen=True)
 class Work:
-    """The least that a case must move and compute, for its roofline.
+    """The least work of a case, for its roofline.
 
-    Bytes: inputs read once and results written once; the backward includes the recomputation that its derivation has.
-    A multiply-add counts as two operations.
+    Bytes: each input is read once and each result written once. The backward includes the recomputation that its
+    derivation requires. A multiply-add counts as two operations.
     """
 
     forward_bytes: float
@@ -66,13 +66,13 @@ class Case:
 
     Attributes:
         name: as in result files, for example ``64x256x14x14``.
-        inputs: makes new inputs. The backward pass computes gradients for those that require one.
-        call: (*inputs, backend) to the results of the public op.
-        work: for a given number of bytes per element.
+        inputs: makes new inputs. The backward computes gradients for those that require one.
+        call: takes (*inputs, backend) and returns the results of the public op.
+        work: takes the number of bytes per element.
         shapes: ``paper`` for the shapes of the method, ``large`` for shapes bound by bandwidth or arithmetic, ``odd``
-            for awkward shapes that are compiled and checked but not timed, ``file`` for shapes from a user's file.
+            for irregular shapes that are compiled and checked but not timed, ``file`` for shapes from a user's file.
         dtypes: dtypes that are timed.
-        compiled: the best known PyTorch formulation, (*inputs), for torch.compile; None for the reference.
+        compiled: the best known PyTorch formulation for torch.compile, (*inputs); None for the reference.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Case:
 
     @property
     def seed(self) -> int:
-        """A seed that differs from case to case and is the same in every process."""
+        """A seed for the inputs, the same in every process and different for each case."""
         return zlib.crc32(self.name.encode())
 
 
@@ -94,11 +94,11 @@ class Benchmark:
     """The cases of one op.
 
     Attributes:
-        op: its name.
+        op: name of the op.
         cases: its cases.
         make: builds a case from sizes, for ``dfkd-fast bench --shapes FILE``.
-        peers: public kernels for the same work, by library. Each takes a case's name and returns a function of
-            (*inputs), or None where the kernel does not compute the case; it raises ImportError without its library.
+        peers: public kernels for the same work, by library. Each entry takes the name of a case and returns a function
+            of (*inputs), or None if the kernel does not support the case. It raises ImportError without its library.
     """
 
     op: str
@@ -108,8 +108,24 @@ class Benchmark:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists and dicts, in order."""
+    """Returns all tensors in nested tuples, lists and dicts, in order."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def gradients(
+    results: Sequence[Tensor], inputs: Any, grad_outputs: Sequence[Tensor] | None = None, *, retain_graph: bool = False
+) -> list[Tensor]:
+    """Returns the gradients of all inputs that require one; empty if no result requires a gradient.
+
+    ``grad_outputs`` has one gradient per result that requires one; by default they are not initialised.
+    """
+    outputs = [result for result in results if result.requires_grad]
+    leaves = [tensor for tensor in tensors(inputs) if tensor.requires_grad]
+    if not outputs or not leaves:
+        return []
+    if grad_outputs is None:
+        grad_outputs = [torch.empty_like(output) for output in outputs]
+    return tensors(torch.autograd.grad(outputs, leaves, grad_outputs, retain_graph=retain_graph, allow_unused=True))
 
 
 def _name(shape: Sequence[int]) -> str:
@@ -128,7 +144,7 @@ _STAGES = ((64, 64, 56, 56), (64, 128, 28, 28), (64, 256, 14, 14), (64, 512, 7, 
 def _attention(
     *shape: int, order: int = 3, hidden: int | None = None, mode: str = "joint", mse: bool = False, **more: Any
 ) -> Case:
-    """Gradients for the features and both weights, as a student step needs them."""
+    """With gradients for the features and both weights, as in a student step."""
     samples, channels, height, width = shape
     k = hidden or channels // 4
     features, weights = math.prod(shape), (order * (order + 1) // 2 + order) * channels * k
@@ -136,7 +152,7 @@ def _attention(
     op: Callable[..., Tensor] = ops.high_order_attention_mse if mse else ops.high_order_attention
 
     def inputs(make: Make) -> Inputs:
-        # Weights of standard deviation 1.5 / sqrt(fan in): every order contributes and few gates saturate.
+        # With a standard deviation of 1.5 / sqrt(fan in) every order contributes and few gates saturate.
         x = make.map(*shape, grad=True)
         proj = make.tensor(order * (order + 1) // 2, k, channels, grad=True, scale=1.5 / channels**0.5)
         out = make.tensor(order, channels, k, grad=True, scale=1.5 / k**0.5)
@@ -153,32 +169,6 @@ def _attention(
 
 _attention_mse = functools.partial(_attention, mse=True)
 
-_HIGH_ORDER_ATTENTION = Benchmark(
-    op="high_order_attention",
-    cases=[
-        *_each(_attention, *_STAGES),
-        *_each(_attention, (256, 64, 112, 112), (256, 512, 28, 28), shapes="large"),
-        *_each(_attention, (3, 37, 5, 7), (2, 320, 3, 5), shapes="odd"),
-        _attention(2, 24, 5, 3, order=1, shapes="odd"),
-        _attention(2, 100, 5, 3, order=2, hidden=19, shapes="odd"),
-        _attention(2, 200, 5, 3, order=4, shapes="odd"),
-        *(_attention(4, channels, 14, 14, mode="per_order", shapes="odd") for channels in (64, 128, 256, 512)),
-    ],
-    make=_attention,
-)
-
-_HIGH_ORDER_ATTENTION_MSE = Benchmark(
-    op="high_order_attention_mse",
-    cases=[
-        *_each(_attention_mse, *_STAGES),
-        _attention_mse(256, 64, 112, 112, shapes="large"),
-        *_each(_attention_mse, (3, 37, 5, 7), (2, 320, 3, 5), shapes="odd"),
-        _attention_mse(2, 200, 5, 3, order=4, shapes="odd"),
-        *(_attention_mse(4, channels, 14, 14, mode="per_order", shapes="odd") for channels in (64, 256, 512)),
-    ],
-    make=_attention_mse,
-)
-
 # --- spatial_attention
 
 
@@ -190,7 +180,7 @@ def _spatial(
     channels_last: bool = True,
     **more: Any,
 ) -> Case:
-    """Gradients for features, hidden maps and weight, as a generator step needs them. k is C / 8 by default."""
+    """With gradients for features, hidden maps and weight, as in a generator step. k is C / 8 by default."""
     n, c, h, w = shape
     narrow, positions = k or max(1, c // 8), n * h * w
     product = 2.0 * positions * c * narrow
@@ -202,7 +192,7 @@ def _spatial(
         return features, hidden, weight, make.tensor(c, grad=True) if bias else None
 
     def work(size: int) -> Work:
-        # Backward moves this little only where its second pass over the positions reads from the L2 cache.
+        # The backward moves as little as this only if its second pass over the positions hits the L2 cache.
         forward = size * (positions * (2 * c + narrow) + c * narrow)
         backward = size * (positions * (3 * c + 2 * narrow) + 2 * c * narrow)
         return Work(forward, backward, product if form == "channel" else 2 * product, 3 * product)
@@ -220,31 +210,11 @@ def _spatial(
 
 _ODD_MAPS = ((3, 37, 5, 7, 5), (2, 200, 9, 3, None), (1, 24, 15, 15, None), (2, 300, 7, 7, 70), (2, 1, 3, 3, None))
 
-_SPATIAL_ATTENTION = Benchmark(
-    op="spatial_attention",
-    cases=[
-        _spatial(64, 256, 28, 28),
-        _spatial(64, 128, 56, 56, dtypes=(torch.bfloat16, torch.float32)),
-        *_each(_spatial, (64, 64, 112, 112), (64, 64, 224, 224)),
-        _spatial(64, 128, 56, 56, form="spatial_mean1"),
-        _spatial(64, 128, 56, 56, form="channel", bias=True),
-        _spatial(256, 64, 224, 224, shapes="large"),
-        *(
-            _spatial(*shape, k=k, form=form, bias=True, shapes="odd")
-            for *shape, k in _ODD_MAPS
-            for form in ("spatial", "channel")
-        ),
-        _spatial(3, 64, 9, 7, channels_last=False, shapes="odd"),
-        _spatial(3, 64, 9, 7, form="channel", bias=True, channels_last=False, shapes="odd"),
-    ],
-    make=_spatial,
-)
-
 # --- contrastive_loss
 
 
 def _contrastive(vectors: int, dim: int, symmetric: bool = False, **more: Any) -> Case:
-    """Gradients for both sides; ``vectors`` counts the vectors of both."""
+    """With gradients for both sides. ``vectors`` is the number of vectors of both sides together."""
     products, twice = float(vectors) ** 2 * dim, 2 if symmetric else 1
     return Case(
         name=f"{vectors}x{dim}{' symmetric' if symmetric else ''}",
@@ -263,22 +233,11 @@ def _lightly(case: str) -> Callable[..., Any] | None:
     return NTXentLoss(temperature=0.1) if case.endswith("symmetric") else None
 
 
-_CONTRASTIVE_LOSS = Benchmark(
-    op="contrastive_loss",
-    cases=[
-        *(_contrastive(n, 128, both) for n in (128, 8192) for both in (False, True)),
-        *(_contrastive(n, 128, both, shapes="large") for n in (65536, 131072) for both in (False, True)),
-        *_each(_contrastive, (74, 50), (10, 300), (2, 3, True), shapes="odd"),
-    ],
-    make=_contrastive,
-    peers={"lightly": _lightly},
-)
-
 # --- distillation_kl
 
 
 def _kl(rows: int, classes: int, **more: Any) -> Case:
-    """Gradients for both sides, as a generator step needs them."""
+    """With gradients for both sides, as in a generator step."""
     return Case(
         name=f"{rows}x{classes}",
         inputs=lambda make: tuple(make.tensor(rows, classes, grad=True) for _ in range(2)),
@@ -289,7 +248,7 @@ def _kl(rows: int, classes: int, **more: Any) -> Case:
 
 
 def _liger(case: str) -> Callable[..., Any] | None:
-    """Liger-Kernel's KL takes log-probabilities and has no gradient for the target: half of the work."""
+    """Liger-Kernel's KL takes log-probabilities and computes no gradient for the target, which is half the work."""
     from liger_kernel.ops.kl_div import LigerKLDivLossFunction
 
     def run(student: Tensor, teacher: Tensor) -> Tensor:
@@ -299,24 +258,12 @@ def _liger(case: str) -> Callable[..., Any] | None:
     return run
 
 
-_DISTILLATION_KL = Benchmark(
-    op="distillation_kl",
-    cases=[
-        *_each(_kl, (64, 200), (64, 1000)),
-        _kl(4096, 1000, dtypes=(torch.bfloat16, torch.float32)),
-        _kl(4096, 32000, shapes="large"),
-        *_each(_kl, (37, 129), (3, 5001), shapes="odd"),
-    ],
-    make=_kl,
-    peers={"liger": _liger},
-)
-
 # --- batchnorm_statistics, channel_statistics, statistics_distance
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One BatchNorm layer: its input (N, C, ...) and what follows it."""
+    """One BatchNorm layer: its input (N, C, ...) and the operations that follow it."""
 
     shape: tuple[int, ...]
     activation: Literal["none", "relu", "relu6"] = "relu"
@@ -328,7 +275,7 @@ class _Layer:
 
 
 def _resnet34(batch: int, size: int, *, residuals: bool) -> list[_Layer]:
-    """Its 36 BatchNorms for images of size x size. Without residuals, each is followed by a ReLU."""
+    """The 36 BatchNorms of ResNet-34 for images of size x size. Without residuals, a ReLU follows each."""
     layers = [_Layer((batch, 64, size // 2, size // 2))]
     for channels, side, blocks in ((64, size // 4, 3), (128, size // 8, 4), (256, size // 16, 6), (512, size // 32, 3)):
         shape = (batch, channels, side, side)
@@ -339,30 +286,36 @@ def _resnet34(batch: int, size: int, *, residuals: bool) -> list[_Layer]:
 
 
 def _wrn_40_2(batch: int, size: int) -> list[_Layer]:
-    """Its 37 BatchNorms. The first of a stage normalises the map of the stage before."""
-    layers: list[_Layer] = []
-    before = _Layer((batch, 16, size, size))
-    for channels, side in ((32, size), (64, size // 2), (128, size // 4)):
-        layer = _Layer((batch, channels, side, side))
-        layers += [before, *[layer] * 11]
-        before = layer
-    return [*layers, before]
+    """The 37 BatchNorms of WRN-40-2. The first one of a stage normalises the output of the previous stage."""
+    sizes = [(16, size), *[(32, size)] * 12, *[(64, size // 2)] * 12, *[(128, size // 4)] * 12]
+    return [_Layer((batch, channels, side, side)) for channels, side in sizes]
 
 
-def _statistics_of(make: Make, channels: int) -> Inputs:
-    """Stored mean and variance of a BatchNorm."""
+def _running_statistics(make: Make, channels: int) -> Inputs:
+    """Running mean and variance of a BatchNorm."""
     mean = make.tensor(channels, dtype=torch.float32)
     return mean, make.tensor(channels, dtype=torch.float32).abs() + 0.5
 
 
-def _batchnorm(name: str, layers: Sequence[_Layer], **more: Any) -> Case:
-    """All layers in turn. The gradients of all three results flow back to maps and residuals."""
+# Each of the following cases runs one layer of the given shape, or several layers in a row.
+
+
+def _batchnorm(
+    *shape: int,
+    residual: bool = False,
+    activation: Any = "relu",
+    layers: Sequence[_Layer] = (),
+    name: str = "",
+    **more: Any,
+) -> Case:
+    """Normalised maps, means and variances, with gradients for maps and residuals from all three results."""
+    layers = layers or [_Layer(shape, activation, residual)]
     total = sum(layer.numel for layer in layers)
     added = sum(layer.numel for layer in layers if layer.residual)
 
     def one(make: Make, layer: _Layer) -> Inputs:
         channels = layer.shape[1]
-        x, statistics = make.map(*layer.shape, grad=True), _statistics_of(make, channels)
+        x, statistics = make.map(*layer.shape, grad=True), _running_statistics(make, channels)
         affine = [make.tensor(channels, dtype=torch.float32) for _ in range(2)]
         return x, *statistics, *affine, make.map(*layer.shape, grad=True) if layer.residual else None
 
@@ -374,20 +327,21 @@ def _batchnorm(name: str, layers: Sequence[_Layer], **more: Any) -> Case:
         return tuple(results)
 
     return Case(
-        name=name,
+        name=name or _name(shape) + (" with residual" if residual else ""),
         inputs=lambda make: tuple(one(make, layer) for layer in layers),
         call=call,
-        # A residual's gradient is one more write, and one bit per element says where it passes.
+        # The gradient of a residual is one more write, and one bit per element masks it.
         work=lambda size: Work(size * (2 * total + added) + added / 8, size * (3 * total + added) + added / 8),
         **more,
     )
 
 
-def _statistics(name: str, layers: Sequence[_Layer], **more: Any) -> Case:
+def _statistics(*shape: int, layers: Sequence[_Layer] = (), name: str = "", **more: Any) -> Case:
     """channel_statistics: mean and variance without the normalisation."""
+    layers = layers or [_Layer(shape)]
     total = sum(layer.numel for layer in layers)
     return Case(
-        name=name,
+        name=f"statistics only {name or _name(shape)}",
         inputs=lambda make: tuple(make.map(*layer.shape, grad=True) for layer in layers),
         call=lambda *maps, backend: tuple(r for x in maps for r in ops.channel_statistics(x, backend=backend)),
         work=lambda size: Work(size * total, 2 * size * total),
@@ -395,70 +349,20 @@ def _statistics(name: str, layers: Sequence[_Layer], **more: Any) -> Case:
     )
 
 
-def _distance(name: str, layers: Sequence[_Layer], **more: Any) -> Case:
-    """statistics_distance of each layer."""
+def _distance(*shape: int, layers: Sequence[_Layer] = (), name: str = "", **more: Any) -> Case:
+    """statistics_distance per layer."""
+    layers = layers or [_Layer(shape)]
     total, channels = sum(layer.numel for layer in layers), sum(layer.shape[1] for layer in layers)
     return Case(
-        name=name,
+        name=name or _name(shape),
         inputs=lambda make: tuple(
-            (make.map(*layer.shape, grad=True), *_statistics_of(make, layer.shape[1])) for layer in layers
+            (make.map(*layer.shape, grad=True), *_running_statistics(make, layer.shape[1])) for layer in layers
         ),
         call=lambda *given, backend: tuple(ops.statistics_distance(*each, backend=backend) for each in given),
-        # Per channel, forward reads two numbers and writes three, which backward reads.
+        # Per channel, the forward reads two values and writes three, which the backward reads.
         work=lambda size: Work(size * total + 20 * channels, 2 * size * total + 12 * channels),
         **more,
     )
-
-
-def _one_batchnorm(*shape: int, residual: bool = False, activation: Any = "relu", **more: Any) -> Case:
-    name = _name(shape) + (" with residual" if residual else "")
-    return _batchnorm(name, [_Layer(shape, activation, residual)], **more)
-
-
-def _one_statistics(*shape: int, **more: Any) -> Case:
-    return _statistics(f"statistics only {_name(shape)}", [_Layer(shape)], **more)
-
-
-def _one_distance(*shape: int, **more: Any) -> Case:
-    return _distance(_name(shape), [_Layer(shape)], **more)
-
-
-_BATCHNORM_STATISTICS = Benchmark(
-    op="batchnorm_statistics",
-    cases=[
-        _batchnorm("resnet34 batch 64", _resnet34(64, 224, residuals=False)),
-        _batchnorm("resnet34 batch 64 with residuals", _resnet34(64, 224, residuals=True)),
-        _statistics("statistics only resnet34 batch 64", _resnet34(64, 224, residuals=False)),
-        *_each(_one_batchnorm, (64, 64, 112, 112), *_STAGES),
-        *_each(_one_batchnorm, _STAGES[0], _STAGES[-1], residual=True),
-        *_each(_one_statistics, (64, 64, 112, 112), _STAGES[-1]),
-        _one_batchnorm(256, 256, 56, 56, shapes="large"),
-        _one_batchnorm(256, 256, 56, 56, residual=True, shapes="large"),
-        _one_batchnorm(3, 37, 5, 7, shapes="odd", activation="relu6"),
-        _one_batchnorm(3, 37, 5, 7, shapes="odd", residual=True),
-        _one_batchnorm(3, 24, 9, 9, shapes="odd", residual=True, activation="relu6"),
-        _one_batchnorm(2, 1, 3, shapes="odd"),
-        _one_batchnorm(7, 19, 333, shapes="odd", residual=True),
-        _one_batchnorm(4, 20, 3, 5, 7, shapes="odd"),
-        _one_batchnorm(5, 130, shapes="odd", activation="none"),
-        *_each(_one_statistics, (3, 37, 5, 7), (7, 19, 333), shapes="odd"),
-    ],
-    make=_one_batchnorm,
-)
-
-_STATISTICS_DISTANCE = Benchmark(
-    op="statistics_distance",
-    cases=[
-        _distance("resnet34 batch 64", _resnet34(64, 224, residuals=False)),
-        _distance("wrn_40_2 batch 256", _wrn_40_2(256, 32)),
-        *_each(_one_distance, (64, 64, 112, 112), (64, 256, 14, 14), (64, 512, 7, 7)),
-        *_each(_one_distance, (256, 32, 32, 32), (256, 64, 16, 16), (256, 128, 8, 8)),
-        _one_distance(256, 256, 56, 56, shapes="large"),
-        *_each(_one_distance, (3, 37, 5, 7), (2, 1, 3), (7, 19, 333), (4, 20, 3, 5, 7), shapes="odd"),
-        *_each(_one_distance, (5, 130), (3, 4999, 2, 2), shapes="odd"),
-    ],
-    make=_one_distance,
-)
 
 
 # --- max_pool2x2, max_unpool2x2
@@ -472,7 +376,7 @@ def _pool(*shape: int, relu: bool = True, unpool: bool = False, **more: Any) -> 
         return make.map(*pooled, dtype=torch.float32).abs().mul(4).to(torch.uint8).bitwise_and_(3)
 
     def compiled(x: Tensor) -> tuple[Tensor, Tensor]:
-        # ReLU after pooling, on a quarter of the elements. Code 4 marks windows without a positive element.
+        # ReLU follows the pooling because it then has a quarter of the elements. Code 4: no positive element.
         y, index = F.max_pool2d(x, 2, return_indices=True)
         code = (2 * (index // w % 2) + index % w % 2).to(torch.uint8)
         if relu:
@@ -481,7 +385,7 @@ def _pool(*shape: int, relu: bool = True, unpool: bool = False, **more: Any) -> 
         return y, code
 
     def work(size: int) -> Work:
-        """Four elements on one side of each window, one element and a one-byte code on the other."""
+        """Per window, four elements on one side, one element and a one-byte code on the other."""
         moved = math.prod(pooled) * (5 * size + 1)
         return Work(moved, moved)
 
@@ -504,23 +408,123 @@ def _pool(*shape: int, relu: bool = True, unpool: bool = False, **more: Any) -> 
 
 
 _unpool = functools.partial(_pool, unpool=True)
+
+_RESNET34: dict[str, Any] = {"layers": _resnet34(64, 224, residuals=False), "name": "resnet34 batch 64"}
+_RESIDUALS: dict[str, Any] = {"layers": _resnet34(64, 224, residuals=True), "name": "resnet34 batch 64 with residuals"}
 _HOURGLASS = ((64, 64, 28, 28), (64, 32, 56, 56), (64, 16, 112, 112), (64, 16, 224, 224))  # of the generator
+_ODD_MAPS = ((3, 37, 5, 7, 5), (2, 200, 9, 3, None), (1, 24, 15, 15, None), (2, 300, 7, 7, 70), (2, 1, 3, 3, None))
 _ODD_POOLS = ((3, 17, 15, 9), (2, 1, 7, 6), (5, 200, 4, 5))
 
-_MAX_POOL2X2 = Benchmark(
-    op="max_pool2x2",
-    cases=[
-        *(make(*shape) for shape in _HOURGLASS for make in (_pool, _unpool)),
-        *(make(256, 64, 224, 224, shapes="large") for make in (_pool, _unpool)),
-        *(make(*shape, shapes="odd") for shape in _ODD_POOLS for make in (_pool, _unpool)),
-        _pool(3, 24, 13, 9, relu=False, shapes="odd"),
-    ],
-    make=_pool,
-)
-
 _ALL = (
-    *(_HIGH_ORDER_ATTENTION, _HIGH_ORDER_ATTENTION_MSE, _SPATIAL_ATTENTION, _CONTRASTIVE_LOSS, _DISTILLATION_KL),
-    *(_BATCHNORM_STATISTICS, _STATISTICS_DISTANCE, _MAX_POOL2X2),
+    Benchmark(
+        op="high_order_attention",
+        cases=[
+            *_each(_attention, *_STAGES),
+            *_each(_attention, (256, 64, 112, 112), (256, 512, 28, 28), shapes="large"),
+            *_each(_attention, (3, 37, 5, 7), (2, 320, 3, 5), shapes="odd"),
+            _attention(2, 24, 5, 3, order=1, shapes="odd"),
+            _attention(2, 100, 5, 3, order=2, hidden=19, shapes="odd"),
+            _attention(2, 200, 5, 3, order=4, shapes="odd"),
+            *(_attention(4, channels, 14, 14, mode="per_order", shapes="odd") for channels in (64, 128, 256, 512)),
+        ],
+        make=_attention,
+    ),
+    Benchmark(
+        op="high_order_attention_mse",
+        cases=[
+            *_each(_attention_mse, *_STAGES),
+            _attention_mse(256, 64, 112, 112, shapes="large"),
+            *_each(_attention_mse, (3, 37, 5, 7), (2, 320, 3, 5), shapes="odd"),
+            _attention_mse(2, 200, 5, 3, order=4, shapes="odd"),
+            *(_attention_mse(4, channels, 14, 14, mode="per_order", shapes="odd") for channels in (64, 256, 512)),
+        ],
+        make=_attention_mse,
+    ),
+    Benchmark(
+        op="spatial_attention",
+        cases=[
+            _spatial(64, 256, 28, 28),
+            _spatial(64, 128, 56, 56, dtypes=(torch.bfloat16, torch.float32)),
+            *_each(_spatial, (64, 64, 112, 112), (64, 64, 224, 224)),
+            _spatial(64, 128, 56, 56, form="spatial_mean1"),
+            _spatial(64, 128, 56, 56, form="channel", bias=True),
+            _spatial(256, 64, 224, 224, shapes="large"),
+            *(
+                _spatial(*shape, k=k, form=form, bias=True, shapes="odd")
+                for *shape, k in _ODD_MAPS
+                for form in ("spatial", "channel")
+            ),
+            _spatial(3, 64, 9, 7, channels_last=False, shapes="odd"),
+            _spatial(3, 64, 9, 7, form="channel", bias=True, channels_last=False, shapes="odd"),
+        ],
+        make=_spatial,
+    ),
+    Benchmark(
+        op="contrastive_loss",
+        cases=[
+            *(_contrastive(n, 128, both) for n in (128, 8192) for both in (False, True)),
+            *(_contrastive(n, 128, both, shapes="large") for n in (65536, 131072) for both in (False, True)),
+            *_each(_contrastive, (74, 50), (10, 300), (2, 3, True), shapes="odd"),
+        ],
+        make=_contrastive,
+        peers={"lightly": _lightly},
+    ),
+    Benchmark(
+        op="distillation_kl",
+        cases=[
+            *_each(_kl, (64, 200), (64, 1000)),
+            _kl(4096, 1000, dtypes=(torch.bfloat16, torch.float32)),
+            _kl(4096, 32000, shapes="large"),
+            *_each(_kl, (37, 129), (3, 5001), shapes="odd"),
+        ],
+        make=_kl,
+        peers={"liger": _liger},
+    ),
+    Benchmark(
+        op="batchnorm_statistics",
+        cases=[
+            _batchnorm(**_RESNET34),
+            _batchnorm(**_RESIDUALS),
+            _statistics(**_RESNET34),
+            *_each(_batchnorm, (64, 64, 112, 112), *_STAGES),
+            *_each(_batchnorm, _STAGES[0], _STAGES[-1], residual=True),
+            *_each(_statistics, (64, 64, 112, 112), _STAGES[-1]),
+            _batchnorm(256, 256, 56, 56, shapes="large"),
+            _batchnorm(256, 256, 56, 56, residual=True, shapes="large"),
+            _batchnorm(3, 37, 5, 7, shapes="odd", activation="relu6"),
+            _batchnorm(3, 37, 5, 7, shapes="odd", residual=True),
+            _batchnorm(3, 24, 9, 9, shapes="odd", residual=True, activation="relu6"),
+            _batchnorm(2, 1, 3, shapes="odd"),
+            _batchnorm(7, 19, 333, shapes="odd", residual=True),
+            _batchnorm(4, 20, 3, 5, 7, shapes="odd"),
+            _batchnorm(5, 130, shapes="odd", activation="none"),
+            *_each(_statistics, (3, 37, 5, 7), (7, 19, 333), shapes="odd"),
+        ],
+        make=_batchnorm,
+    ),
+    Benchmark(
+        op="statistics_distance",
+        cases=[
+            _distance(**_RESNET34),
+            _distance(layers=_wrn_40_2(256, 32), name="wrn_40_2 batch 256"),
+            *_each(_distance, (64, 64, 112, 112), (64, 256, 14, 14), (64, 512, 7, 7)),
+            *_each(_distance, (256, 32, 32, 32), (256, 64, 16, 16), (256, 128, 8, 8)),
+            _distance(256, 256, 56, 56, shapes="large"),
+            *_each(_distance, (3, 37, 5, 7), (2, 1, 3), (7, 19, 333), (4, 20, 3, 5, 7), shapes="odd"),
+            *_each(_distance, (5, 130), (3, 4999, 2, 2), shapes="odd"),
+        ],
+        make=_distance,
+    ),
+    Benchmark(
+        op="max_pool2x2",
+        cases=[
+            *(make(*shape) for shape in _HOURGLASS for make in (_pool, _unpool)),
+            *(make(256, 64, 224, 224, shapes="large") for make in (_pool, _unpool)),
+            *(make(*shape, shapes="odd") for shape in _ODD_POOLS for make in (_pool, _unpool)),
+            _pool(3, 24, 13, 9, relu=False, shapes="odd"),
+        ],
+        make=_pool,
+    ),
 )
 BENCHMARKS: dict[str, Benchmark] = {each.op: each for each in _ALL}
-"""Every op's benchmark by its name. ``max_pool2x2`` includes ``max_unpool2x2``."""
+"""Benchmarks by op. ``max_pool2x2`` includes ``max_unpool2x2``."""

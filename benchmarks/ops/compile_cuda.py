@@ -1,7 +1,7 @@
-"""Compile the CUDA kernels of csrc/, without a GPU, and print what the assembler says of them.
+"""Compiles the CUDA kernels of csrc/ without a GPU and prints their resources: `make kernels`.
 
-For each kernel: registers of a thread, and the number of wgmma instructions in its code. A kernel is sound without
-stack and spills; where its name ends in ``_wgmma`` it must have them, and they must not be serialised.
+For each kernel: registers per thread and the number of wgmma instructions. A kernel is sound if it uses no stack and
+does not spill. If its name ends in ``_wgmma``, it must contain wgmma instructions, and they must not be serialised.
 
     python -m dfkd_fast.benchmarks.ops.compile_cuda [--workers N] [FILE.cu ...]
 """
@@ -9,14 +9,13 @@ stack and spills; where its name ends in ``_wgmma`` it must have them, and they 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 from dfkd_fast.doctor import find_nvcc
 from dfkd_fast.ops.extension import kernel_name
 
-__all__ = ["CSRC", "compile_file", "count_wgmma", "disassembler", "main", "parse", "sources", "unsound"]
+__all__ = ["CSRC", "compile_file", "count_wgmma", "cuobjdump", "main", "parse", "sources", "unsound"]
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
@@ -42,9 +41,9 @@ def sources() -> list[Path]:
 
 
 def parse(log: str) -> list[dict[str, Any]]:
-    """Rows of what ``ptxas -v`` prints: ``kernel`` (its symbol), its numbers, and ``complaints``.
+    """Parse the output of ``ptxas -v``: one row per kernel with its symbol, resources and ``complaints``.
 
-    Those are of the kernel, or of one of its file where the assembler does not name it.
+    A complaint in which the assembler names no kernel applies to all kernels of the file.
     """
     rows: list[dict[str, Any]] = []
     for line in log.splitlines():
@@ -61,11 +60,7 @@ def parse(log: str) -> list[dict[str, Any]]:
 
 
 def count_wgmma(code: str) -> dict[str, int]:
-    """How many wgmma instructions each kernel has, by its symbol.
-
-    Args:
-        code: as cuobjdump or nvdisasm print it, or PTX.
-    """
+    """Count the wgmma instructions of each kernel by its symbol, in the output of cuobjdump or nvdisasm or in PTX."""
     found: dict[str, int] = {}
     kernel = ""
     for line in code.splitlines():
@@ -77,67 +72,46 @@ def count_wgmma(code: str) -> dict[str, int]:
     return found
 
 
-def disassembler(nvcc: str) -> list[str] | None:
-    """A command that prints the machine code of a cubin.
+def cuobjdump(option: str, cubin: Path) -> str:
+    """The output of the cuobjdump that Triton ships."""
+    import triton
 
-    The toolkit's, else the one that comes with Triton; None where there is none.
-    """
-    folders = [Path(nvcc).resolve().parent]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    for name, words in (("cuobjdump", ["-sass"]), ("nvdisasm", list[str]())):
-        for folder in folders:
-            if (folder / name).exists():
-                return [str(folder / name), *words]
-    return None
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
-def _readable(symbols: Iterable[str]) -> dict[str, str]:
-    """Kernel names as they stand in the source, with their template arguments."""
-    symbols = list(symbols)
-    filt = shutil.which("c++filt")
-    if filt is None or not symbols:
-        return {symbol: symbol for symbol in symbols}
-    done = subprocess.run([filt], input="\n".join(symbols), capture_output=True, text=True, check=True)
-    names = {}
-    for symbol, name in zip(symbols, done.stdout.splitlines(), strict=True):
-        names[symbol] = kernel_name(name)
-    return names
-
-
-def _wgmma(nvcc: str, folder: Path) -> dict[str, int]:
-    """Of what was compiled into a folder, with what it went through."""
-    command = disassembler(nvcc)
-    if command is None:
-        return count_wgmma("\n".join(path.read_text() for path in folder.glob("*.ptx")))
-    (path,) = folder.glob("*.cubin")
-    return count_wgmma(subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout)
+def _demangled(symbols: Sequence[str]) -> list[str]:
+    """Kernel names as in the source, with their template arguments; without c++filt, the symbols themselves."""
+    if not symbols or shutil.which("c++filt") is None:
+        return list(symbols)
+    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+    return [kernel_name(name) for name in done.stdout.splitlines()]
 
 
 def compile_file(nvcc: str, path: Path) -> list[dict[str, Any]]:
-    """Compile one file, and read what the assembler says.
+    """Compile one file and return the rows of :func:`parse` with ``wgmma``, the number of these instructions.
 
     Raises:
-        RuntimeError: it does not compile; the message is the compiler's.
+        RuntimeError: the file does not compile; the message is the compiler's.
     """
     with tempfile.TemporaryDirectory(prefix="dfkd_fast_nvcc_") as folder:
+        cubin = Path(folder) / f"{path.stem}.cubin"
         command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", str(path)]
-        # Only the device's code: compiling the host's would take a third longer.
-        command += ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-o", f"{folder}/{path.stem}.cubin"]
-        if disassembler(nvcc) is None:
-            command += ["--keep", f"--keep-dir={folder}"]
+        # Only the device code: compiling the host code would take a third longer.
+        command += ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{path.name}:\n{done.stderr[-4000:]}")
-        counted = _wgmma(nvcc, Path(folder))
+        counted = count_wgmma(cuobjdump("-sass", cubin))
     rows = parse(done.stdout + done.stderr)
-    names = _readable(row["kernel"] for row in rows)
-    return [{**row, "kernel": names[row["kernel"]], "wgmma": counted.get(row["kernel"], 0)} for row in rows]
+    names = _demangled([row["kernel"] for row in rows])
+    return [
+        {**row, "kernel": name, "wgmma": counted.get(row["kernel"], 0)} for row, name in zip(rows, names, strict=True)
+    ]
 
 
 def unsound(row: dict[str, Any]) -> str | None:
-    """What is wrong with a kernel's code; None where nothing is."""
+    """Why a kernel is not sound; None if it is."""
     wrong = [f"{row[name]} bytes of {name}" for name in ("stack", "spill_stores", "spill_loads") if row[name]]
     name = row["kernel"].partition("<")[0]
     if name.endswith("_wgmma") or (name.startswith("_Z") and "_wgmma" in name):
@@ -153,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 if a kernel is not sound; 2 if there is no compiler.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", help="only these of csrc/")
+    parser.add_argument("files", nargs="*", help="files of csrc/; all by default")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     nvcc = find_nvcc()

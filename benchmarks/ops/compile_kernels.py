@@ -1,8 +1,7 @@
-"""Compiles every launch of the benchmark cases for each architecture, on a machine without a GPU: `make kernels`.
+"""Compiles every Triton launch of the benchmark cases for each architecture, without a GPU: `make kernels`.
 
-The cases run on tensors without data. Each launch that they would make is recorded with the configuration that the
-architecture gets, then compiled by Triton and ptxas. A launch is sound if it does not spill, needs no stack and fits
-the architecture's shared memory.
+The cases run on meta tensors. Each launch is recorded with its configuration for the architecture, then compiled by
+Triton and ptxas. A launch is sound if it does not spill, needs no stack and fits the architecture's shared memory.
 
     python -m dfkd_fast.benchmarks.ops.compile_kernels [--op OP ...] [--arch 90 ...] [--dtype bfloat16 ...]
 """
@@ -15,7 +14,6 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,7 +23,8 @@ from typing import Any
 
 import torch
 
-from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, tensors
+from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, gradients, tensors
+from dfkd_fast.benchmarks.ops.compile_cuda import cuobjdump
 from dfkd_fast.benchmarks.results import dtype_name
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "compilations",
     "compile_for_this_gpu",
     "compile_one",
-    "main",
     "run_on_meta",
 ]
 
@@ -45,7 +43,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Compilation:
-    """One kernel with the types and constants of one launch, as Triton's compiler takes them; ``arch`` 90 is sm_90."""
+    """The input of Triton's compiler for one launch: a kernel with argument types and constants. ``arch`` 90: sm_90."""
 
     case: str
     kernel: str
@@ -57,23 +55,20 @@ class Compilation:
     num_stages: int
 
     def key(self) -> str:
-        """The same for launches that need the same binary."""
+        """Identifies the binary: equal for launches that can share it."""
         named = [(path, str(value)) for path, value in self.constants.items()]
         parts = (self.kernel, self.arch, self.signature, named, list(self.attributes.items()))
         return json.dumps([*parts, self.num_warps, self.num_stages])
 
 
 def run_on_meta(case: Case, make: Make) -> None:
-    """Forward and backward of a case on inputs without data."""
+    """Run forward and backward of a case on meta tensors."""
     inputs = case.inputs(make)
-    results = [t for t in tensors(case.call(*inputs, backend="triton")) if t.requires_grad]
-    leaves = [t for t in tensors(list(inputs)) if t.requires_grad]
-    if results and leaves:
-        torch.autograd.grad(results, leaves, [torch.empty_like(t) for t in results], allow_unused=True)
+    gradients(tensors(case.call(*inputs, backend="triton")), inputs)
 
 
 def compilations(benchmark: Benchmark, arch: int, dtypes: Sequence[torch.dtype] = DTYPES) -> Iterator[Compilation]:
-    """Every different compilation that the cases of an op need."""
+    """Yield every distinct compilation that the cases of an op need."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -86,7 +81,7 @@ def compilations(benchmark: Benchmark, arch: int, dtypes: Sequence[torch.dtype] 
             with recorded(arch) as launches:
                 run_on_meta(case, Make("meta", dtype))
             for launch in launches:
-                # As Triton's own launcher specialises the arguments.
+                # Specialise the arguments as Triton's launcher does.
                 kernel = launch.kernel
                 bind = create_function_from_signature(kernel.signature, kernel.params, backend)
                 options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
@@ -105,13 +100,10 @@ def compilations(benchmark: Benchmark, arch: int, dtypes: Sequence[torch.dtype] 
 
 def _resources(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local memory of the kernel in a cubin."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = cuobjdump("-res-usage", Path(file.name))
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     if found is None:
         raise RuntimeError(f"cuobjdump reports no registers: {text}")
@@ -119,11 +111,11 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def compile_one(what: Compilation) -> dict[str, Any]:
-    """Compile.
+    """Compile one launch.
 
     Returns:
-        ``registers``, ``stack``, ``local`` and ``shared`` bytes, the number of ``wgmma`` and ``mma`` instructions, and
-        ``error``, why the launch is not sound; empty if it is.
+        ``registers``; bytes of ``stack``, ``local`` and ``shared`` memory; the number of ``wgmma`` and ``mma``
+        instructions; and ``error``, the reason why the launch is not sound, or "".
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -140,7 +132,7 @@ def compile_one(what: Compilation) -> dict[str, Any]:
     source = ASTSource(kernel, what.signature, what.constants, what.attributes)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", what.arch, 32), options=options)
-    except Exception as error:  # any error of the compiler is the launch's
+    except Exception as error:  # reported with the launch
         lines = [line for line in str(error).splitlines() if line.strip()]
         return {**row, "error": f"{type(error).__name__}: {' | '.join(lines[-3:])[:400]}"}
     ptx = compiled.asm["ptx"]
@@ -155,7 +147,7 @@ def compile_one(what: Compilation) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile and print. Returns 1 where a launch is not sound."""
+    """Compile and print. Returns 1 if a launch is not sound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES, help="90 for sm_90")
@@ -164,15 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.pop("TRITON_INTERPRET", None):
         # Triton read the variable when it was imported: start again without it.
-        os.execv(
-            sys.executable,
-            [
-                sys.executable,
-                "-m",
-                "dfkd_fast.benchmarks.ops.compile_kernels",
-                *(sys.argv[1:] if arguments is None else arguments),
-            ],
-        )
+        given = sys.argv[1:] if arguments is None else arguments
+        os.execv(sys.executable, [sys.executable, "-m", "dfkd_fast.benchmarks.ops.compile_kernels", *given])
 
     dtypes = [getattr(torch, name) for name in options.dtype]
     found = (each for op in options.op for arch in options.arch for each in compilations(BENCHMARKS[op], arch, dtypes))

@@ -1,9 +1,8 @@
-"""Every drop-in of ``dfkd_fast.compat`` against its original: forward and backward, eager, launches included.
+"""Every drop-in of ``dfkd_fast.compat`` against its original: forward and backward in eager mode, launches included.
 
-Drop-in and original run on the same inputs, which rotate past the L2 cache, in turns that alternate which goes first.
-The original is the library where it is installed, else its definition in plain PyTorch
-(:mod:`~dfkd_fast.benchmarks.ops.originals`). Losses of student and teacher compute the student's gradient, losses of
-two views both.
+Drop-in and original alternate on the same inputs, which rotate past the L2 cache. The original is the library's code,
+or its definition in plain PyTorch (:mod:`~dfkd_fast.benchmarks.ops.originals`) if the project is on no package index.
+Losses of student and teacher compute the student's gradient, losses of two views both gradients.
 
     python -m dfkd_fast.benchmarks.ops.drop_ins --out drop_ins.json
 """
@@ -13,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import math
 import statistics
 import sys
@@ -25,9 +25,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from dfkd_fast.benchmarks.ops import originals
-from dfkd_fast.benchmarks.ops.measure import time_calls
 from dfkd_fast.benchmarks.results import Results, dtype_name, measured_on, parser
 from dfkd_fast.compat import cpsc, datafree, deepinversion, lightly, mdistiller, metric_learning, repdistiller
 from dfkd_fast.compat import torchdistill as td
@@ -54,11 +54,11 @@ class DropIn:
     """A drop-in and its original.
 
     Each of ``shapes`` has ``inputs`` inputs, the first ``trained`` of which require a gradient. It is one comparison,
-    unless all shapes are inputs of one call: ``together``, as for maps of several stages.
+    unless ``together`` makes all shapes inputs of one call, as for maps of several stages.
     """
 
     name: str
-    ours: Loss
+    loss: Loss
     original: Loss
     shapes: Shapes
     inputs: int = 2
@@ -67,15 +67,18 @@ class DropIn:
 
     @property
     def source(self) -> str:
-        """Where the original comes from: the library with its version, or a definition in plain PyTorch."""
+        """The origin of the original: a library with its version, or a definition in plain PyTorch."""
         library = _library(self.name)
         return f"{library} {importlib.metadata.version(library)}" if library else "plain PyTorch"
 
 
 def _library(name: str) -> str | None:
-    """The library that a drop-in replaces a part of, where it is installed."""
+    """The library of a drop-in, if it is installed."""
     library = _LIBRARIES.get(name.partition(".")[0])
     return library if library and importlib.util.find_spec(library.replace("-", "_")) else None
+
+
+# Adapters to the signature (student, teacher), (view, view) or (*student maps, *teacher maps).
 
 
 def _first(loss: Loss) -> Loss:
@@ -92,22 +95,17 @@ def _labelled(loss: Loss) -> Loss:
 
 
 def _stacked(loss: Loss) -> Loss:
-    """Two views as the (N, 2, dim) of SupConLoss, normalised; the mean where the loss returns one value per anchor."""
-
-    def call(a: Tensor, b: Tensor) -> Tensor:
-        value = loss(torch.stack([F.normalize(a), F.normalize(b)], 1))
-        return value.mean() if value.ndim else value
-
-    return call
+    """Stack two views into the (N, 2, dim) of SupConLoss, normalised, and average a result per anchor."""
+    return lambda a, b: loss(torch.stack([F.normalize(a), F.normalize(b)], 1)).mean()
 
 
-def _total(values: Iterable[Tensor]) -> Tensor:
+def _sum(values: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, values)
 
 
 def _pairs(distance: Loss) -> Loss:
-    """A distance of maps, summed over stages: the student's maps come first, then the teacher's."""
-    return lambda *maps: _total(map(distance, maps[: len(maps) // 2], maps[len(maps) // 2 :]))
+    """Sum a distance of maps over stages."""
+    return lambda *maps: _sum(map(distance, maps[: len(MAPS)], maps[len(MAPS) :]))
 
 
 def _kd_loss(kind: Any) -> Loss:
@@ -120,24 +118,23 @@ def _at_loss(kind: Any) -> Loss:
     names = [f"block{stage}" for stage in range(len(MAPS))]
     path = {name: {side: {"path": name, "io": "output"} for side in ("student", "teacher")} for name in names}
     loss = kind(path, "code")
-    half = len(names)
 
     def call(*maps: Tensor) -> Tensor:
-        sides = (maps[:half], maps[half:])
+        sides = (maps[: len(MAPS)], maps[len(MAPS) :])
         return loss(*({n: {"output": x} for n, x in zip(names, side, strict=True)} for side in sides))
 
     return call
 
 
 def _hooked(kind: Any, read: Callable[[Any], Tensor], device: torch.device) -> Loss:
-    """A frozen BatchNorm on each map, a hook on each, and the sum of what the hooks store."""
+    """Run a frozen BatchNorm with a hook on each map and sum what the hooks store."""
     norms = [nn.BatchNorm2d(shape[1]).to(device).eval().requires_grad_(False) for shape in MAPS]
     hooks = [kind(norm) for norm in norms]
 
     def loss(*maps: Tensor) -> Tensor:
         for norm, x in zip(norms, maps, strict=True):
             norm(x)
-        return _total(read(hook) for hook in hooks)
+        return _sum(read(hook) for hook in hooks)
 
     return loss
 
@@ -148,13 +145,13 @@ def _logits() -> Table:
     found: Table = {
         "datafree.kldiv": (partial(datafree.kldiv, T=4.0), kl),
         "datafree.kldiv, both gradients": (partial(datafree.kldiv, T=4.0), kl),
-        "datafree.KLDiv": (datafree.KLDiv(T=4.0), originals.Module(kl)),
+        "datafree.KLDiv": (datafree.KLDiv(T=4.0), kl),
         "datafree.jsdiv": (partial(datafree.jsdiv, T=4.0), js),
         "datafree.cross_entropy": (_labelled(datafree.cross_entropy), _labelled(F.cross_entropy)),
         "datafree.class_balance_loss": (_first(datafree.class_balance_loss), _first(originals.class_balance_loss)),
         "datafree.onehot_loss": (_first(datafree.onehot_loss), _first(originals.onehot_loss)),
         "cpsc.kdloss": (cpsc.kdloss, originals.kldiv),
-        "repdistiller.DistillKL": (repdistiller.DistillKL(4.0), originals.Module(kl)),
+        "repdistiller.DistillKL": (repdistiller.DistillKL(4.0), kl),
         "mdistiller.kd_loss": (partial(mdistiller.kd_loss, temperature=4.0), kl),
     }
     if _library("torchdistill.KDLoss"):
@@ -169,20 +166,18 @@ def _features() -> Table:
     found: Table = {}
     for name, kind in (("datafree.ContrastLoss", datafree.ContrastLoss), ("cpsc.SupConLoss", cpsc.SupConLoss)):
         for mode in ("all", "one"):
-            original = originals.Module(originals.contrast_loss, mode=mode)
+            original = partial(originals.contrast_loss, mode=mode)
             found[f"{name}, {mode}"] = _stacked(kind(contrast_mode=mode)), _stacked(original)
-    theirs = originals.Module(originals.nt_xent)
     if _library("lightly.NTXentLoss"):
         from lightly.loss.ntx_ent_loss import NTXentLoss
 
-        theirs = NTXentLoss()
-    found["lightly.NTXentLoss"] = lightly.NTXentLoss(), theirs
+        found["lightly.NTXentLoss"] = lightly.NTXentLoss(), NTXentLoss()
     if _library("metric_learning.SelfSupervisedLoss"):
         from pytorch_metric_learning import losses
 
         for name in ("NTXentLoss", "SupConLoss"):
-            ours, original = (m.SelfSupervisedLoss(getattr(m, name)()) for m in (metric_learning, losses))
-            found[f"metric_learning.SelfSupervisedLoss, {name}"] = ours, original
+            loss, original = (m.SelfSupervisedLoss(getattr(m, name)()) for m in (metric_learning, losses))
+            found[f"metric_learning.SelfSupervisedLoss, {name}"] = loss, original
     return found
 
 
@@ -190,7 +185,7 @@ def _maps() -> Table:
     """Losses of the stages of student and teacher."""
     attention, transfer, half = repdistiller.Attention(), _pairs(originals.attention_transfer), len(MAPS)
     found: Table = {
-        "repdistiller.Attention": (lambda *maps: _total(attention(maps[:half], maps[half:])), transfer),
+        "repdistiller.Attention": (lambda *maps: _sum(attention(maps[:half], maps[half:])), transfer),
         "mdistiller.at_loss": (lambda *m: torch.as_tensor(mdistiller.at_loss(m[:half], m[half:], 2)), transfer),
         "mdistiller.single_stage_at_loss": (_pairs(partial(mdistiller.single_stage_at_loss, p=2)), transfer),
     }
@@ -203,46 +198,47 @@ def _maps() -> Table:
 
 def _hooks(device: torch.device) -> Table:
     """Hooks on BatchNorms."""
-
-    def distance(hook: Any) -> Tensor:
-        return hook.r_feature
-
-    def squares(hook: Any) -> Tensor:
-        return hook.mean.square().sum() + hook.var.square().sum()
-
-    def mean(hook: Any) -> Tensor:
-        return hook.instance_mean.square().sum()
-
-    theirs, inversion = originals.DeepInversionHook, deepinversion.DeepInversionFeatureHook
-    table: dict[str, tuple[Any, Any, Callable[[Any], Tensor]]] = {
-        "datafree.DeepInversionHook": (datafree.DeepInversionHook, theirs, distance),
-        "deepinversion.DeepInversionFeatureHook": (inversion, theirs, distance),
-        "cpsc.DeepInversionFeatureHook": (cpsc.DeepInversionFeatureHook, theirs, distance),
-        "datafree.FeatureMeanVarHook": (datafree.FeatureMeanVarHook, originals.FeatureMeanVarHook, squares),
-        "datafree.InstanceMeanHook": (datafree.InstanceMeanHook, originals.InstanceMeanHook, mean),
+    readers: dict[Any, Callable[[Any], Tensor]] = {
+        originals.DeepInversionHook: lambda hook: hook.r_feature,
+        originals.FeatureMeanVarHook: lambda hook: hook.mean.square().sum() + hook.var.square().sum(),
+        originals.InstanceMeanHook: lambda hook: hook.instance_mean.square().sum(),
     }
-    return {name: (_hooked(a, read, device), _hooked(b, read, device)) for name, (a, b, read) in table.items()}
+    hooks: list[tuple[str, Any, Any]] = [
+        ("datafree.DeepInversionHook", datafree.DeepInversionHook, originals.DeepInversionHook),
+        ("deepinversion.DeepInversionFeatureHook", deepinversion.DeepInversionFeatureHook, originals.DeepInversionHook),
+        ("cpsc.DeepInversionFeatureHook", cpsc.DeepInversionFeatureHook, originals.DeepInversionHook),
+        ("datafree.FeatureMeanVarHook", datafree.FeatureMeanVarHook, originals.FeatureMeanVarHook),
+        ("datafree.InstanceMeanHook", datafree.InstanceMeanHook, originals.InstanceMeanHook),
+    ]
+    return {
+        name: (_hooked(kind, readers[original], device), _hooked(original, readers[original], device))
+        for name, kind, original in hooks
+    }
+
+
+def _images() -> Table:
+    """Losses of images."""
+    return {
+        "datafree.get_image_prior_losses": (datafree.get_image_prior_losses, originals.absolute_variation),
+        "deepinversion.get_image_prior_losses": (
+            *(lambda x: _sum(deepinversion.get_image_prior_losses(x)), originals.image_prior),
+        ),
+    }
 
 
 def drop_ins(device: torch.device) -> Iterator[DropIn]:
-    """Every comparison that the installed libraries allow."""
-    images: Table = {
-        "datafree.get_image_prior_losses": (datafree.get_image_prior_losses, originals.absolute_variation),
-        "deepinversion.get_image_prior_losses": (
-            *(lambda x: _total(deepinversion.get_image_prior_losses(x)), originals.image_prior),
-        ),
-    }
+    """Yield every comparison that the installed libraries allow."""
     groups: list[tuple[Table, dict[str, Any]]] = [
         (_logits(), {"shapes": LOGITS}),
         (_features(), {"shapes": FEATURES, "trained": 2}),
         (_hooks(device), {"shapes": MAPS, "inputs": 1, "together": True}),
         (_maps(), {"shapes": MAPS, "together": True}),
-        (images, {"shapes": IMAGES, "inputs": 1}),
+        (_images(), {"shapes": IMAGES, "inputs": 1}),
     ]
     for table, more in groups:
-        for name, (ours, original) in table.items():
+        for name, (loss, original) in table.items():
             both: dict[str, Any] = {"trained": 2} if name.endswith("both gradients") else {}
-            yield DropIn(name=name, ours=ours, original=original, **more, **both)
+            yield DropIn(name=name, loss=loss, original=original, **more, **both)
 
 
 def _step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -251,16 +247,16 @@ def _step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
 
 
-def _numbered(loss: Loss, sets: Sequence[Sequence[Tensor]], number: int) -> object:
-    return _step(loss, sets[number % len(sets)])
-
-
 def compare(
-    drop_in: DropIn, shapes: Shapes, device: torch.device, dtype: torch.dtype, *, turns: int = 5, **per_turn: Any
+    drop_in: DropIn,
+    shapes: Shapes,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    turns: int = 5,
+    seconds: float = 0.05,
 ) -> dict[str, Any]:
-    """Time a drop-in and its original.
-
-    The two take turns ``turns`` times; ``seconds`` and ``least`` of :func:`time_calls` are per turn.
+    """Time a drop-in and its original in ``turns`` turns of ``seconds`` each; they alternate which goes first.
 
     Returns:
         ``ours_us`` and ``original_us``, medians over turns; ``ratios`` of original to ours by turn; ``difference``, the
@@ -274,12 +270,12 @@ def compare(
             for shape in shapes
         ]
 
-    losses = {"ours": drop_in.ours, "original": drop_in.original}
+    losses = {"ours": drop_in.loss, "original": drop_in.original}
     first = inputs()
-    results = {name: _step(loss, first) for name, loss in losses.items()}
+    results = [_step(loss, first) for loss in losses.values()]
     difference = max(
         float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-8))
-        for a, b in zip(results["ours"], results["original"], strict=True)
+        for a, b in zip(*results, strict=True)
     )
     del results
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
@@ -289,13 +285,13 @@ def compare(
     times: dict[str, list[float]] = {name: [] for name in losses}
     for turn in range(turns):
         for name in sorted(losses, reverse=bool(turn % 2)):
-            call = partial(_numbered, losses[name], sets)
-            times[name].append(time_calls(call, device, **{"seconds": 0.05, "least": 10, **per_turn}).median_us)
-    ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["original"], strict=True)]
+            names = {"step": _step, "loss": losses[name], "sets": itertools.cycle(sets)}
+            timer = Timer("step(loss, next(sets))", globals=names, num_threads=torch.get_num_threads())
+            times[name].append(1e6 * timer.blocked_autorange(min_run_time=seconds).median)
     return {
         "original": drop_in.source,
         "difference": difference,
-        "ratios": ratios,
+        "ratios": [original / new for new, original in zip(times["ours"], times["original"], strict=True)],
         **{f"{name}_us": statistics.median(each) for name, each in times.items()},
     }
 
@@ -321,14 +317,14 @@ def drop_ins_section(content: dict[str, Any], folder: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare as far as time allows. Returns 1 where a comparison failed."""
+    """Compare as many drop-ins as time allows. Returns 1 if a comparison failed."""
     command = parser(__doc__, small="batches of 4")
     command.add_argument("--seconds", type=float, default=math.inf, help="start no comparison after this")
     options = command.parse_args(arguments)
 
     device, start, failed = torch.device(options.device), time.monotonic(), False
     results = Results(options.out, key=KEY)
-    quick: dict[str, Any] = {"turns": 2, "seconds": 0.0, "least": 2} if options.size == "small" else {}
+    quick: dict[str, Any] = {"turns": 2, "seconds": 0.0} if options.size == "small" else {}
     for dtype in (torch.float32, torch.bfloat16):
         for drop_in in drop_ins(device):
             for shapes in [drop_in.shapes] if drop_in.together else [(shape,) for shape in drop_in.shapes]:
@@ -341,12 +337,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 torch.manual_seed(0)
                 try:
                     row = compare(drop_in, shapes, device, dtype, **quick)
-                except Exception as error:  # the others go on
-                    failed |= dtype == torch.float32  # some originals do not take bfloat16
+                except Exception as error:  # the other comparisons continue
+                    failed |= dtype == torch.float32  # some originals do not support bfloat16
                     print(f"{' '.join(key.values())}: {type(error).__name__}: {error}", flush=True)
                     continue
                 results.add({**key, **row})
-                print(" ".join(key.values()), f"{row['original_us']:.5g} us, ours {row['ours_us']:.5g}", flush=True)
+                print(" ".join(key.values()), f"{row['original_us']:.5g} us, drop-in {row['ours_us']:.5g}", flush=True)
     return int(failed)
 
 

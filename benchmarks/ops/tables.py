@@ -1,4 +1,4 @@
-"""Tables and a plot from ``ops.json``, and the table of fastest backends that dispatch reads."""
+"""Tables and a plot from ``ops.json``, and ``choices.json``, the table of fastest backends that dispatch reads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Make, tensors
+from dfkd_fast.benchmarks.results import commits
+from dfkd_fast.ops.choices import shape_class
 from dfkd_fast.report import markdown_table, read_results
 
 __all__ = ["choices", "ops_section", "save_plot", "speedups", "terminal_rows", "write_choices"]
@@ -22,13 +24,11 @@ _KERNELS = ("triton", "cuda")
 _COMPILED = ("compile", "compile_max_autotune")
 
 
-def _grouped(rows: Iterable[Row], l2: str | None = None) -> dict[tuple[str, ...], dict[str, Row]]:
+def _grouped(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
     """Rows by (op, case, dtype, pass, l2), then by backend."""
-    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    found: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in rows:
-        if l2 is None or row["l2"] == l2:
-            key = (row["op"], row["case"], row["dtype"], row["pass"], row["l2"])
-            found.setdefault(key, {})[row["backend"]] = row
+        found[row["op"], row["case"], row["dtype"], row["pass"], row["l2"]][row["backend"]] = row
     return found
 
 
@@ -37,9 +37,7 @@ def _fastest(group: dict[str, Row], backends: Iterable[str]) -> Row | None:
     return min(timed, key=lambda row: row["median_us"], default=None)
 
 
-def _us(value: float | None) -> str:
-    if value is None:
-        return ""
+def _us(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -58,16 +56,15 @@ def _backends(rows: Iterable[Row]) -> list[str]:
 
 
 def terminal_rows(rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:
-    """For each op, one line per case, pass and cache: microseconds by provider and the share of the roofline.
+    """For each op, one line per case, pass and cache: microseconds by backend and the share of the roofline.
 
-    Share and peak memory are those of the fastest kernel of this project, or of the fastest provider without one.
+    Share and peak memory are those of the fastest kernel of this project, or of the fastest backend without one.
     """
     names = _backends(rows)
-    tables: dict[str, list[dict[str, str]]] = {}
+    tables: dict[str, list[dict[str, str]]] = defaultdict(list)
     for (op, case, dtype, which, l2), group in _grouped(rows).items():
         best = _fastest(group, _KERNELS) or _fastest(group, names)
-        peak = best["peak_bytes"] if best else None
-        tables.setdefault(op, []).append(
+        tables[op].append(
             {
                 "case": case if dtype == "bfloat16" else f"{case} {dtype}",
                 "pass": which,
@@ -75,33 +72,33 @@ def terminal_rows(rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:
                 **{name.replace("_", " "): _cell(group.get(name)) for name in names},
                 "roofline": _us(next(iter(group.values()))["roofline_us"]),
                 "share": f"{best['fraction']:.0%}" if best else "",
-                "MiB": "" if peak is None else f"{peak / 2**20:,.1f}",
+                "MiB": f"{best['peak_bytes'] / 2**20:,.1f}" if best and best["peak_bytes"] is not None else "",
             }
         )
     return tables
 
 
 def save_plot(rows: Sequence[Row], path: Path) -> Path:
-    """Plot the share of the roofline that each provider reaches, one panel per op; cold cache where measured."""
+    """Plot the share of the roofline by backend, one panel per op, with a cold cache if it was measured."""
     from matplotlib.figure import Figure
 
     l2 = "cold" if any(row["l2"] == "cold" for row in rows) else "warm"
-    groups, names = _grouped(rows, l2), _backends(rows)
+    groups, names = _grouped(row for row in rows if row["l2"] == l2), _backends(rows)
     ops = list(dict.fromkeys(key[0] for key in groups))
     figure = Figure(figsize=(14, 1 + 4 * max(len(ops), 1)), layout="constrained")
-    for place, op in enumerate(ops):
-        axes = figure.add_subplot(len(ops), 1, place + 1)
+    for panel, op in enumerate(ops, start=1):
+        axes = figure.add_subplot(len(ops), 1, panel)
         cases = [key for key in groups if key[0] == op]
-        width = 0.8 / max(len(names), 1)
+        width = 0.8 / len(names)
         for index, name in enumerate(names):
-            heights = [(groups[key].get(name) or {}).get("fraction") or 0.0 for key in cases]
-            at = [i + (index - (len(names) - 1) / 2) * width for i in range(len(cases))]
-            axes.bar(at, heights, width, label=name)
+            heights = [groups[key].get(name, {}).get("fraction") or 0.0 for key in cases]
+            centers = [i + (index - (len(names) - 1) / 2) * width for i in range(len(cases))]
+            axes.bar(centers, heights, width, label=name)
         axes.set_xticks(range(len(cases)), [" ".join(key[1:4]) for key in cases], fontsize=7, rotation=90)
         axes.set_ylabel(f"roofline / time, {l2} L2")
         axes.set_title(op, loc="left")
         axes.axhline(1.0, color="0.5", linewidth=0.8)
-        if place == 0:
+        if panel == 1:
             axes.legend(fontsize=8, ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -109,13 +106,15 @@ def save_plot(rows: Sequence[Row], path: Path) -> Path:
 
 
 def speedups(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """Geometric means of the speed-up over the faster torch.compile by op, then by pass.
+    """Speed-up over the faster torch.compile, by op and pass: geometric means over cases.
 
-    Of the paper's shapes in bfloat16 with a cold cache, where both were timed.
+    Includes the paper's shapes in bfloat16 with a cold cache for which both were timed.
     """
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    paper = [row for row in rows if row["shapes"] == "paper" and row["dtype"] == "bfloat16"]
-    for (op, _, _, which, _), group in _grouped(paper, "cold").items():
+    paper = ("paper", "bfloat16", "cold")
+    for (op, _, _, which, _), group in _grouped(
+        row for row in rows if (row["shapes"], row["dtype"], row["l2"]) == paper
+    ).items():
         kernel, compiled = _fastest(group, _KERNELS), _fastest(group, _COMPILED)
         if kernel is not None and compiled is not None:
             found[op][which].append(compiled["median_us"] / kernel["median_us"])
@@ -126,12 +125,11 @@ def ops_section(content: dict[str, Any], folder: str) -> str:
     """One device's part of docs/benchmarks.md, from its ``ops.json``."""
     rows = content["rows"]
     blocks = [content["environments"][index] for index in sorted({row["environment"] for row in rows})]
-    commits = sorted({(block["commit"] or f"sources {block['source']}")[:12] for block in blocks})
     last = blocks[-1]
     parts = [
         f"## {folder}",
         f"{last['device']['name']}, driver {last['device'].get('driver')}, torch {last['torch']}, triton "
-        f"{last['triton']}, CUDA {last['cuda']}; commit {', '.join(commits)}; {rows[-1]['date'][:10]}. Measured peaks: "
+        f"{last['triton']}, CUDA {last['cuda']}; commit {commits(blocks)}; {rows[-1]['date'][:10]}. Measured peaks: "
         f"copy {last['copy_gbps']:,.0f} GB/s, bf16 matmul {last['matmul_tflops']:,.0f} TFLOP/s.",
     ]
     means = speedups(rows)
@@ -148,47 +146,42 @@ def ops_section(content: dict[str, Any], folder: str) -> str:
 
 
 def choices(content: dict[str, Any], arch: int) -> list[dict[str, Any]]:
-    """The fastest backend by op, dtype and class of shapes, from the ``ops.json`` of a device; ``arch`` 90 is sm_90.
+    """The faster of Triton and CUDA by op, dtype and class of shapes, from the ``ops.json`` of a device (90: sm_90).
 
-    Cases of one class are weighted by the geometric mean of the ratio to Triton's time, forward plus backward, cold.
+    Each case counts with the ratio of its times, forward plus backward, cold; a class with their geometric mean.
     """
-    from dfkd_fast.ops.choices import shape_class
-
-    times: dict[tuple[str, str, str], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    ratios: dict[tuple[str, str, tuple[int, ...]], list[float]] = defaultdict(list)
+    times: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in content["rows"]:
-        if row["status"] == "ok" and row["l2"] == "cold" and row["backend"] in _KERNELS and row["pass"] != "both":
-            times[row["op"], row["case"], row["dtype"]][row["backend"]][row["pass"]] = row["median_us"]
-    classes: dict[tuple[str, str, tuple[int, ...]], list[float]] = defaultdict(list)
+        if row["status"] == "ok" and row["l2"] == "cold" and row["pass"] != "both":
+            times[row["op"], row["case"], row["dtype"]][row["backend"]].append(row["median_us"])
     for (op, name, dtype), each in times.items():
         case = next((case for case in BENCHMARKS[op].cases if case.name == name), None)
-        if case is None or not all(len(each[backend]) == 2 for backend in _KERNELS):
-            continue
-        first = tensors(case.inputs(Make("meta", getattr(torch, dtype))))[0]
-        ratio = sum(each["cuda"].values()) / sum(each["triton"].values())
-        classes[op, dtype, shape_class(first)].append(ratio)
+        if case is not None and all(len(each[backend]) == 2 for backend in _KERNELS):
+            first = tensors(case.inputs(Make("meta", getattr(torch, dtype))))[0]
+            ratios[op, dtype, shape_class(first)].append(sum(each["cuda"]) / sum(each["triton"]))
     return [
         {
             "op": op,
             "arch": arch,
             "dtype": dtype,
             "shape_class": list(shapes),
-            "backend": "cuda" if (mean := statistics.geometric_mean(ratios)) < 1 else "triton",
+            "backend": "cuda" if (mean := statistics.geometric_mean(values)) < 1 else "triton",
             "cuda_over_triton": float(f"{mean:.4g}"),
-            "cases": len(ratios),
+            "cases": len(values),
         }
-        for (op, dtype, shapes), ratios in sorted(classes.items())
+        for (op, dtype, shapes), values in sorted(ratios.items())
     ]
 
 
 def write_choices(results: Path, table: Path) -> int:
-    """Write ``choices.json`` from the results of every device, or remove it without any. Returns its number of rows."""
+    """Write ``choices.json`` from the results of all devices and return its number of rows; without rows, remove it."""
     rows: list[dict[str, Any]] = []
     for path in sorted(results.glob("*/ops.json")):
         content = read_results(path)
         capability = content and content["rows"] and content["environments"][-1]["device"].get("capability")
         if content and capability:
-            major, _, minor = str(capability).partition(".")
-            rows += choices(content, 10 * int(major) + int(minor))
+            rows += choices(content, int(capability.replace(".", "")))
     if not rows:
         table.unlink(missing_ok=True)
         return 0

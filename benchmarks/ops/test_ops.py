@@ -1,7 +1,7 @@
-"""The paper's cases through pytest-benchmark, forward and backward: ``pytest benchmarks/ops/test_ops.py``.
+"""The paper's cases under pytest-benchmark, forward and backward: ``pytest benchmarks/ops/test_ops.py``.
 
-pytest-benchmark reports the host's time until the device is done, launches included. The device's own time, as
-``dfkd-fast bench`` measures it, is in ``extra_info`` (``--benchmark-json=FILE``).
+pytest-benchmark measures the CPU time until the device is done, including launches. ``extra_info`` has the device time,
+measured as in ``dfkd-fast bench`` (``--benchmark-json=FILE``).
 """
 
 from __future__ import annotations

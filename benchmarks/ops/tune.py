@@ -1,9 +1,9 @@
 """Searches launch configurations: ``dfkd-fast bench --tune``.
 
-A choice is what a case's kernels ask ``kernels/config.py`` for: kernel, architecture, dtype and sizes. Each choice is
-tried in the case that makes the fewest choices, where it weighs most. A candidate must compute the results of the first
-candidate within rounding; its time is that of the passes that use it, with a cold cache. A candidate that is faster
-than the first by more than 3 %, twice, is saved in ``kernels/tuned.json`` with the reason.
+A choice is one request of a case's kernels to ``kernels/config.py``: kernel, architecture, dtype and sizes. Each choice
+is tried in the case that makes the fewest choices, where it has the largest effect. A candidate must reproduce the
+results of the default within rounding. Its time is that of the passes that use it, with a cold cache. A candidate that
+is faster than the default by more than 3 %, twice, is saved in ``kernels/tuned.json`` together with the reason.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfkd_fast.benchmarks.ops.cases import Benchmark, Case, Make, tensors
+from dfkd_fast.benchmarks.ops.cases import Benchmark, Case, Make, gradients, tensors
 from dfkd_fast.benchmarks.ops.measure import Trial
 from dfkd_fast.kernels import config
 from dfkd_fast.report import environment, write_results
 
-__all__ = ["GAIN", "Choice", "Tried", "choices", "decide", "difference", "save", "tune", "tune_all"]
+__all__ = ["GAIN", "Choice", "Tried", "choices", "decide", "difference", "tune"]
 
 GAIN = 0.03
-"""By how much a candidate must be faster than the first one."""
+"""The least gain over the default."""
 
-Timer = Callable[["Choice"], float]
 Report = Callable[[str], None]
 
 
@@ -45,10 +44,23 @@ class Choice:
         kernel, arch, dtype, sizes = self.asked
         return config.candidates(kernel, arch, dtype, **sizes)
 
+    def results(self, device: torch.device) -> list[Tensor]:
+        """Results and gradients of the case."""
+        make = Make(device, self.dtype, seed=self.case.seed)
+        inputs = self.case.inputs(make)
+        results = tensors(self.case.call(*inputs, backend="triton"))
+        grad_outputs = [make.tensor(*x.shape, dtype=x.dtype) for x in results if x.requires_grad]
+        return [*(result.detach() for result in results), *gradients(results, inputs, grad_outputs)]
+
+    def time_us(self, device: torch.device) -> float:
+        """Microseconds of the passes."""
+        trial = Trial(self.case, self.dtype, device, lambda *inputs: self.case.call(*inputs, backend="triton"))
+        return sum(trial.measure(which, "cold").median_us for which in self.passes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """The outcome of a choice; ``winner`` is None where the first candidate stays."""
+    """The outcome of a choice; ``winner`` is None if the default stays."""
 
     key: str
     first_us: float
@@ -57,90 +69,81 @@ class Tried:
     refused: int
     winner: config.Launch | None
 
+    def save(self, where: str, path: Path) -> None:
+        """Write the winner to ``tuned.json``, or remove its entry if the default stays."""
+        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        table.pop(self.key, None)
+        if self.winner is not None:
+            times = f"{self.best_us:.4g} us; the first candidate {self.first_us:.4g} us"
+            table[self.key] = config.entry(self.winner, f"{times}, {self.tried + self.refused} tried, {where}")
+        write_results(path, dict(sorted(table.items())))
+        config._tuned.cache_clear()
 
-def _backward(outputs: Sequence[Tensor], inputs: Any) -> list[Tensor]:
-    leaves = [tensor for tensor in tensors(inputs) if tensor.requires_grad]
-    outputs = [output for output in outputs if output.requires_grad]
-    if not leaves or not outputs:
-        return []
-    torch.manual_seed(0)
-    grad_outputs = [torch.randn_like(output) for output in outputs]
-    found = torch.autograd.grad(outputs, leaves, grad_outputs, allow_unused=True)
-    return [gradient for gradient in found if gradient is not None]
+    def row(self) -> dict[str, Any]:
+        """A table row for the terminal."""
+        return {
+            "choice": self.key,
+            "first, us": f"{self.first_us:.4g}",
+            "best, us": f"{self.best_us:.4g}",
+            "tried": self.tried,
+            "refused": self.refused,
+            "chosen": str(self.winner.tile) if self.winner else "the first",
+        }
 
 
-def choices(benchmark: Benchmark, device: torch.device, *, shapes: Sequence[str] = ("paper", "large")) -> list[Choice]:
-    """The choices that the kernels of an op's cases need, each once."""
+def choices(benchmark: Benchmark, device: torch.device, shapes: str = "paper") -> list[Choice]:
+    """List the choices that the cases of an op need, each once."""
     found: dict[str, tuple[int, Choice]] = {}
     for case in benchmark.cases:
-        for dtype in case.dtypes if case.shapes in shapes else ():
+        for dtype in case.dtypes if case.shapes == shapes else ():
             inputs = case.inputs(Make(device, dtype, seed=case.seed))
             with config.asked() as forward:
-                outputs = tensors(case.call(*inputs, backend="triton"))
+                results = tensors(case.call(*inputs, backend="triton"))
             with config.asked() as backward:
-                _backward(outputs, inputs)
-            del outputs
-            seen = {
-                "forward": {config.key(*each) for each in forward},
-                "backward": {config.key(*each) for each in backward},
-            }
+                gradients(results, inputs)
+            del results
             asked = {config.key(*each): each for each in (*forward, *backward)}
             for key, each in asked.items():
                 if key not in found or len(asked) < found[key][0]:
-                    passes = tuple(name for name, keys in seen.items() if key in keys)
+                    passes = tuple(
+                        name for name, those in (("forward", forward), ("backward", backward)) if each in those
+                    )
                     found[key] = len(asked), Choice(key=key, asked=each, case=case, dtype=dtype, passes=passes)
     return [choice for _, choice in found.values()]
 
 
 def difference(actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> str:
-    """How results differ by more than another order of summation explains, in the rounding of ``dtype``; or ""."""
+    """Describe differences that another order of summation does not explain, in the precision of ``dtype``; or ""."""
     eps = max(torch.finfo(dtype).eps, 2e-6)
-    for place, (a, b) in enumerate(zip(actual, expected, strict=True)):
+    for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
         if not a.is_floating_point():
             if not torch.equal(a, b):
-                return f"result {place} differs"
+                return f"result {index} differs"
             continue
         a, b = a.detach().float(), b.detach().float()
         off = a - b
         # "not <=" because NaN must fail.
         rms = off.square().mean().sqrt() <= eps * b.square().mean().sqrt()
         if b.numel() and not (rms and off.abs().max() <= 8 * eps * b.abs().max()):
-            return f"result {place} is off by {float(off.abs().max()):.3g}, of {float(b.abs().max()):.3g}"
+            return f"result {index} is off by {float(off.abs().max()):.3g}, of {float(b.abs().max()):.3g}"
     return ""
 
 
-def _results(choice: Choice, device: torch.device) -> list[Tensor]:
-    inputs = choice.case.inputs(Make(device, choice.dtype, seed=choice.case.seed))
-    outputs = tensors(choice.case.call(*inputs, backend="triton"))
-    return [*(output.detach() for output in outputs), *_backward(outputs, inputs)]
+def decide(choice: Choice, device: torch.device, report: Report = print) -> Tried:
+    """Try every candidate; ``report`` gets a line about each one that is refused."""
 
-
-def _time(choice: Choice, device: torch.device) -> float:
-    trial = Trial(choice.case, choice.dtype, device, lambda *inputs: choice.case.call(*inputs, backend="triton"))
-    l2 = "cold" if device.type == "cuda" else "warm"
-    return sum(trial.measure(which, l2).median_us for which in choice.passes)
-
-
-def decide(
-    choice: Choice, *, timer: Timer, results: Callable[[Choice], Sequence[Tensor]], report: Report = print
-) -> Tried:
-    """Try every candidate; ``report`` gets a line about each that is refused."""
-
-    def timed(launch: config.Launch) -> float:
+    def with_launch(function: Callable[[torch.device], Any], launch: config.Launch) -> Any:
         with config.forced(choice.key, launch):
-            return timer(choice)
+            return function(device)
 
-    first, *others = choice.candidates()
-    refused = 0
-    with config.forced(choice.key, first):
-        expected = list(results(choice))
-    times = [(timed(first), first)]
+    default, *others = choice.candidates()
+    refused, expected = 0, with_launch(choice.results, default)
+    times = [(with_launch(choice.time_us, default), default)]
     for launch in others:
         try:
-            with config.forced(choice.key, launch):
-                wrong = difference(results(choice), expected, choice.dtype)
+            wrong = difference(with_launch(choice.results, launch), expected, choice.dtype)
             if not wrong:
-                times.append((timed(launch), launch))
+                times.append((with_launch(choice.time_us, launch), launch))
         except Exception as error:  # for example too much shared memory
             wrong = f"{type(error).__name__}: {error}".splitlines()[0]
         if wrong:
@@ -148,9 +151,10 @@ def decide(
             report(f"{choice.key}: {launch} refused: {wrong}")
     first_us = times[0][0]
     best_us, best = min(times, key=lambda pair: pair[0])
-    if best is not first and best_us < (1 - GAIN) * first_us:
-        best_us, first_us = timed(best), timed(first)  # luck rarely repeats
-    won = best is not first and best_us < (1 - GAIN) * first_us
+    won = best_us < (1 - GAIN) * first_us
+    if won:  # measure again: a lucky result rarely repeats
+        best_us, first_us = with_launch(choice.time_us, best), with_launch(choice.time_us, default)
+        won = best_us < (1 - GAIN) * first_us
     return Tried(
         key=choice.key,
         first_us=first_us,
@@ -161,57 +165,16 @@ def decide(
     )
 
 
-def save(found: Sequence[Tried], where: str, path: Path | None = None) -> None:
-    """Write winners to ``tuned.json`` and remove entries that no longer win. ``where`` is device and commit."""
-    path = path or config.TUNED
-    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for each in found:
-        table.pop(each.key, None)
-        if each.winner is not None:
-            tried = f"{each.tried + each.refused} tried"
-            why = f"{each.best_us:.4g} us; the first candidate {each.first_us:.4g} us, {tried}, {where}"
-            table[each.key] = config.entry(each.winner, why)
-    write_results(path, dict(sorted(table.items())))
-    config._tuned.cache_clear()
-
-
 def tune(
-    benchmark: Benchmark,
-    device: torch.device,
-    *,
-    where: str,
-    shapes: Sequence[str] = ("paper", "large"),
-    report: Report = print,
-    timer: Timer | None = None,
-    path: Path | None = None,
+    chosen: Sequence[Benchmark], device: torch.device, shapes: str, report: Report = print, path: Path = config.TUNED
 ) -> list[Tried]:
-    """Tune every choice of an op's cases, and save each as it is decided. ``timer`` and ``path`` are for tests."""
-    found = []
-    for choice in choices(benchmark, device, shapes=shapes):
-        if len(choice.candidates()) < 2:
-            continue
-        clock = timer or (lambda each: _time(each, device))
-        tried = decide(choice, timer=clock, results=lambda each: _results(each, device), report=report)
-        save([tried], where, path)
-        found.append(tried)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return found
-
-
-def tune_all(chosen: Sequence[Benchmark], device: torch.device, shapes: str, report: Report) -> list[dict[str, Any]]:
-    """Tune several ops; table rows for the terminal."""
-    here = environment()
+    """Tune every choice of the cases of some ops and save each as soon as it is decided."""
+    here, found = environment(), []
     where = f"{here['device']['name']}, {(here['commit'] or here['source'])[:12]}"
-    return [
-        {
-            "choice": tried.key,
-            "first, us": f"{tried.first_us:.4g}",
-            "best, us": f"{tried.best_us:.4g}",
-            "tried": tried.tried,
-            "refused": tried.refused,
-            "chosen": str(tried.winner.tile) if tried.winner else "the first",
-        }
-        for benchmark in chosen
-        for tried in tune(benchmark, device, where=where, shapes=(shapes,), report=report)
-    ]
+    for choice in [choice for benchmark in chosen for choice in choices(benchmark, device, shapes)]:
+        if len(choice.candidates()) > 1:
+            found.append(decide(choice, device, report))
+            found[-1].save(where, path)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return found

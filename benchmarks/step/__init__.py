@@ -1,1 +1,1 @@
-"""Benchmarks of whole distillation steps: variants of the loop, their roofline, accuracy and time by network."""
+"""Benchmarks of whole distillation steps: variants of the loop, their roofline, and time by network."""

@@ -18,41 +18,33 @@ from dfkd_fast.config import EngineName
 from dfkd_fast.profiling import profile, summary_table, table
 from dfkd_fast.report import markdown_table
 
-__all__ = ["ENGINES", "breakdown_section", "main"]
-
-ENGINES: tuple[EngineName, ...] = ("graph", "eager", "compiled")
+__all__ = ["breakdown_section", "main"]
 
 
 def breakdown_section(content: dict[str, Any], folder: str) -> str:
     """One device's tables for docs/performance.md, from its ``breakdown.json``."""
-    engines = content["rows"]
-    lines = [f"### {folder}", "", *markdown_table(summary_table(engines))]
-    for engine in engines:
-        if engine["engine"] == "graph":
-            continue  # kernels of a replayed graph carry no ranges; the table above has their total
-        for step in engine["steps"]:
+    lines = [f"### {folder}", "", *markdown_table(summary_table(content["rows"]))]
+    for engine in content["rows"]:
+        # Kernels of a replayed graph have no ranges; the summary has their total.
+        for step in engine["steps"] if engine["engine"] != "graph" else ():
             lines += ["", f"Engine `{engine['engine']}`, {step['step']} step:", ""]
             lines += markdown_table(table(engine, step["step"]))
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Profile the engines one by one."""
-    command = parser(__doc__, small="small networks", sizes=tuple(SIZES))
-    command.add_argument("--engines", nargs="+", choices=ENGINES, default=None, help="all; on a CPU only eager")
-    options = command.parse_args(arguments)
-
-    size, device = SIZES[options.size], torch.device(options.device)
-    results, steps = Results(options.out, key=("engine",)), 5 if device.type == "cuda" else 1
-    for engine in options.engines or (ENGINES if device.type == "cuda" else ("eager",)):
-        state, teacher = build(size, size.batch, device)
+    """Profile the engines one by one; on a CPU only the eager engine."""
+    options = parser(__doc__, small="small networks", sizes=tuple(SIZES)).parse_args(arguments)
+    size, cuda = SIZES[options.size], options.device == "cuda"
+    engines: list[EngineName] = ["graph", "eager", "compiled"] if cuda else ["eager"]
+    results = Results(options.out, key=("engine",))
+    for engine in engines:
+        state, teacher = build(size, size.batch, torch.device(options.device))
+        names = (size.teacher.name, size.student.name)
+        more: dict[str, Any] = {"engines": [engine], "steps": 5 if cuda else 1, "networks": names}
         with tempfile.TemporaryDirectory(prefix="dfkd_fast_breakdown_") as folder:
-            names = (size.teacher.name, size.student.name)
-            found = profile(
-                teacher, state.student.module, state.config, engines=[engine], steps=steps, networks=names, out=folder
-            )
-        for row in found.content["engines"]:
-            results.add(row)
+            found = profile(teacher, state.student.module, state.config, out=folder, **more)
+        results.add(found.content["engines"][0])
     return 0
 
 

@@ -1,21 +1,22 @@
-"""The distillation loop as published code writes it: the variant ``peer``.
+"""The distillation loop as in published code: the variant ``peer``.
 
-The same algorithm as this project's engine on the same networks, in plain PyTorch and without any of its ops, with the
-traits of the released loops (CPSC_DFKD.py of the paper's authors, DeepInversion, Fast):
+It runs the same algorithm as this project's engine on the same networks, in plain PyTorch without any of its ops, and
+shares these properties with the released loops (CPSC_DFKD.py of the paper's authors, DeepInversion, Fast):
 
 - eager, under autocast, NCHW, ``cudnn.benchmark`` on, optimisers with their defaults (foreach);
 - a forward hook on each BatchNorm of the teacher computes mean and variance of its input; hooks also read the stages;
 - teacher and student are not frozen in a generator step: their weight gradients are computed and dropped;
-- the student is in train mode there, so that its BatchNorm buffers move;
+- the student is in train mode in a generator step, which updates its BatchNorm buffers;
 - ``loss.item()`` after every step.
 
-It avoids what is needlessly slow in those loops: noise is drawn on the device, optimisers live as long as the run,
-hooks compute nothing in student steps, statistics stay in autocast's dtype, the teacher runs without a graph in student
-steps, and the generator's gate does not promote its features to float32.
+It avoids accidental costs of those loops: noise is drawn on the device, optimisers are created once, hooks compute
+nothing in student steps, statistics keep autocast's dtype, the teacher runs without a graph in student steps, and the
+generator's gate does not promote its features to float32.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfkd_fast.benchmarks.ops.originals import DeepInversionHook, kldiv
 from dfkd_fast.engine import DistillState
 from dfkd_fast.models import FeatureModel
 from dfkd_fast.nn import HighOrderAttention, SpatialAttention, freeze_spectral_norm
@@ -32,7 +34,7 @@ __all__ = ["PeerLoop", "PlainGate", "PlainHighOrderAttention"]
 
 
 class PlainGate(nn.Module):
-    """Spatial attention with PyTorch's pooling and softmax, over the layers of a gate of form ``spatial``."""
+    """Spatial attention with PyTorch's pooling and softmax. It shares the layers of a gate of form ``spatial``."""
 
     def __init__(self, gate: SpatialAttention) -> None:
         super().__init__()
@@ -46,17 +48,17 @@ class PlainGate(nn.Module):
         self.expand = gate.expand
 
     def forward(self, features: Tensor) -> Tensor:
-        """Gate (N, C, H, W)."""
+        """The gated features, (N, C, H, W) as the input."""
         encoded = self.encode(features)
-        pooled, places = F.max_pool2d(encoded, 2, return_indices=True)
+        pooled, indices = F.max_pool2d(encoded, 2, return_indices=True)
         widened = self.widen(self.bottleneck(pooled))
-        maps = self.expand(self.decode(F.max_unpool2d(widened, places, [2, 2], output_size=encoded.shape[-2:])))
+        maps = self.expand(self.decode(F.max_unpool2d(widened, indices, [2, 2], output_size=encoded.shape[-2:])))
         gate = maps.flatten(2).softmax(-1).view_as(maps).to(features.dtype)
         return features + self.scale * gate * features
 
 
 class PlainHighOrderAttention(nn.Module):
-    """Mixed high-order attention as its authors released it: a 1 x 1 convolution per factor, with copied weights."""
+    """Mixed high-order attention as released by its authors: a 1 x 1 convolution per factor, with copied weights."""
 
     def __init__(self, like: HighOrderAttention) -> None:
         super().__init__()
@@ -75,85 +77,66 @@ class PlainHighOrderAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The attended features, (N, C, H, W) as x."""
-        total: Tensor | None = None
+        terms = []
         for order, out in enumerate(self.outs, start=1):
             first = order * (order - 1) // 2
-            product = self.factors[first](x)
-            for factor in self.factors[first + 1 : first + order]:
-                product = product * factor(x)
-            term = out(F.relu(product))
-            total = term if total is None else total + term
-        assert total is not None
-        return x * total.sigmoid()
+            factors = (factor(x) for factor in self.factors[first : first + order])
+            terms.append(out(F.relu(functools.reduce(torch.mul, factors))))
+        return x * functools.reduce(torch.add, terms).sigmoid()
 
 
-class _Watched:
+class _StatisticsHook(DeepInversionHook):
+    """Computes nothing in student steps, where the teacher runs without a graph."""
+
+    def read(self, module: Any, x: Tensor) -> None:
+        if torch.is_grad_enabled():
+            super().read(module, x)
+
+
+class _HookedModel:
     """A network with hooks on its stages, its last linear layer and, with ``statistics``, its BatchNorms."""
 
     def __init__(self, network: FeatureModel, *, statistics: bool) -> None:
-        self.model = network.model
-        self.features: dict[str, Tensor] = {}
-        self.penultimate: Tensor | None = None
-        self.distance: Tensor | None = None
-        self._stages = network.stages
-        for path in self._stages:
-            self.model.get_submodule(path).register_forward_hook(self._keep(path))
-        classifiers = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
-        classifiers[-1].register_forward_pre_hook(self._keep_penultimate)
+        self.model, self.hooks = network.model, list[_StatisticsHook]()
+        self.features: dict[str, Any] = dict.fromkeys(network.stages)
+        for path in network.stages:
+            self.model.get_submodule(path).register_forward_hook(functools.partial(self._keep, path))
+        classifier = [m for m in self.model.modules() if isinstance(m, nn.Linear)][-1]
+        classifier.register_forward_pre_hook(lambda module, inputs: self._keep("penultimate", module, inputs, *inputs))
         if statistics:
-            for module in self.model.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.register_forward_hook(self._compare)
+            self.hooks = [_StatisticsHook(m) for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
 
-    def _keep(self, path: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self.features[path] = output
-
-        return hook
-
-    def _keep_penultimate(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.penultimate = inputs[0]
-
-    def _compare(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if not torch.is_grad_enabled():
-            return
-        assert isinstance(module, nn.BatchNorm2d)
-        assert module.running_mean is not None
-        assert module.running_var is not None
-        (x,) = inputs
-        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-        distance = torch.norm(mean - module.running_mean, 2) + torch.norm(var - module.running_var, 2)
-        self.distance = distance if self.distance is None else self.distance + distance
+    def _keep(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], value: Tensor) -> None:
+        self.features[name] = value
 
     def __call__(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        self.distance = None
         logits = self.model(x)
-        assert self.penultimate is not None
-        return logits, [self.features[path] for path in self._stages], self.penultimate
+        *features, penultimate = self.features.values()
+        return logits, features, penultimate
 
 
 class PeerLoop:
     """Generator and student steps of the preset ``dfkd-fgvc``, with their optimisers.
 
-    The loop uses the networks, heads, loss weights and noise of ``state``: its networks get hooks, its generator's
-    gates are replaced by plain ones over the same layers, and the weights of its attention modules are copied.
-    ``mean`` and ``std`` are those of the teacher's input.
+    The loop uses the networks, heads, loss weights and noise of ``state``. It adds hooks to the networks, replaces the
+    generator's gates by plain ones with the same layers, and copies the weights of the attention modules. ``mean`` and
+    ``std`` normalise the teacher's input.
 
     Raises:
-        ValueError: terms that this loop does not have.
+        ValueError: the objectives have terms that this loop does not support.
     """
 
     def __init__(self, state: DistillState, *, mean: Sequence[float], std: Sequence[float]) -> None:
         config, runtime = state.config, state.runtime
         self.config, self.device, self.cast, self.noise = config, runtime.device, runtime.cast, state.noise
-        self.teacher = _Watched(state.teacher, statistics=True)
-        self.student = _Watched(state.student.module, statistics=False)
+        self.teacher = _HookedModel(state.teacher, statistics=True)
+        self.student = _HookedModel(state.student.module, statistics=False)
         self.generator = generator = state.generator.module
         self.generator_weights = state.generator.objective.weights
         self.student_weights = state.student.objective.weights
         if set(self.generator_weights) != {"bn", "kd"} or set(self.student_weights) != {"kd", "mhad", "sfcl"}:
             found = f"{sorted(self.generator_weights)} and {sorted(self.student_weights)}"
-            raise ValueError(f"the plain loop has the terms of the preset 'dfkd-fgvc', got {found}")
+            raise ValueError(f"PeerLoop supports the terms of the preset 'dfkd-fgvc', got {found}")
         for block in generator.blocks:
             if isinstance(block.attention, SpatialAttention):
                 block.attention = PlainGate(block.attention)
@@ -188,10 +171,6 @@ class PeerLoop:
     def _normalise(self, images: Tensor) -> Tensor:
         return (images.float() * 0.5 + 0.5 - self.mean) / self.std
 
-    @staticmethod
-    def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-        return F.kl_div(F.log_softmax(student, 1), F.softmax(teacher, 1), reduction="batchmean")
-
     def _contrast(self, anchors: Tensor, positives: Tensor) -> Tensor:
         count = len(anchors)
         vectors = F.normalize(torch.cat([anchors, positives]))
@@ -201,15 +180,14 @@ class PeerLoop:
         return F.cross_entropy(similarity.masked_fill(itself, -torch.inf), targets)
 
     def generator_step(self) -> tuple[float, dict[str, Tensor]]:
-        """One step of the generator: its loss, read back, and the terms, left on the device."""
+        """Run one generator step and return its loss, read back, and its terms, on the device."""
         self.student.model.train()
         with self.cast():
             images = self._normalise(self.generator(self._draw()))
             t_logits, _, _ = self.teacher(images)
             s_logits, _, _ = self.student(images)
-            statistics = self.teacher.distance
-            assert statistics is not None
-            divergence = self._divergence(s_logits, t_logits)
+            statistics = functools.reduce(torch.add, [hook.r_feature for hook in self.teacher.hooks])
+            divergence = kldiv(s_logits, t_logits)
             loss = self.generator_weights["bn"] * statistics + self.generator_weights["kd"] * divergence
         for network in (self.teacher.model, self.student.model):
             network.zero_grad()
@@ -219,24 +197,24 @@ class PeerLoop:
         return loss.item(), {"bn": statistics.detach(), "kd": divergence.detach()}
 
     def student_step(self) -> tuple[float, dict[str, Tensor]]:
-        """One step of the student: its loss, read back, and the terms, left on the device."""
+        """Run one student step and return its loss, read back, and its terms, on the device."""
         self.student.model.train()
         with self.cast():
-            # Without an iteration of the spectral norm, which would make it another algorithm.
+            # An iteration of the spectral norm here would be another algorithm.
             with torch.no_grad(), freeze_spectral_norm(self.generator):
                 images = self._normalise(self.generator(self._draw()))
                 t_logits, t_features, t_penultimate = self.teacher(images)
             s_logits, s_features, s_penultimate = self.student(images)
-            divergence = self._divergence(s_logits, t_logits)
+            divergence = kldiv(s_logits, t_logits)
             attention = torch.zeros((), device=self.device)
             for t, s, adapter, t_module, s_module in zip(
                 t_features, s_features, self.adapters, self.teacher_attention, self.student_attention, strict=True
             ):
                 size = (min(t.shape[-2], s.shape[-2]), min(t.shape[-1], s.shape[-1]))
+                t, s = (x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size) for x in (t, s))
                 with torch.no_grad():
-                    target = t_module(t if t.shape[-2:] == size else F.adaptive_avg_pool2d(t, size))
-                given = adapter(s if s.shape[-2:] == size else F.adaptive_avg_pool2d(s, size))
-                attention = attention + F.mse_loss(s_module(given), target)
+                    target = t_module(t)
+                attention = attention + F.mse_loss(s_module(adapter(s)), target)
             contrast = self._contrast(self.teacher_head(t_penultimate), self.student_head(s_penultimate))
             weights = self.student_weights
             loss = weights["kd"] * divergence + weights["mhad"] * attention + weights["sfcl"] * contrast

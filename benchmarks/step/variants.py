@@ -1,13 +1,13 @@
-"""Whole distillation steps by different implementations of the same loop, measured in one process each.
+"""Measures whole distillation steps in several implementations of the same loop, each in its own process.
 
 The variants run the same algorithm on the same networks from the same seed:
 
-- ``peer``: the loop as published code writes it (:mod:`~dfkd_fast.benchmarks.step.peer_loop`);
-- ``eager``: this project's eager engine with the reference ops, channels-last, bf16, without gradients of frozen
+- ``peer``: the loop as in published code (:mod:`~dfkd_fast.benchmarks.step.peer_loop`);
+- ``eager``: this project's eager engine with the reference ops, channels-last, in bf16, without gradients of frozen
   weights;
 - ``compile_max_autotune`` and ``compile_reduce_overhead``: the networks and objectives of ``eager`` through
   torch.compile in these modes, both of which capture CUDA graphs;
-- ``dfkd_fast``: what ``dfkd-fast distill`` runs on the device.
+- ``dfkd_fast``: the default engine of ``dfkd-fast distill`` on the device.
 
 ``cudnn.benchmark`` is on in all of them. ``roofline`` measures the device's peak rates and writes the least time of
 each step.
@@ -25,8 +25,8 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -51,15 +51,15 @@ VARIANTS = ("peer", "eager", "compile_max_autotune", "compile_reduce_overhead", 
 
 _MODES = {"compile_max_autotune": "max-autotune", "compile_reduce_overhead": "reduce-overhead"}
 _HALF = (0.5, 0.5, 0.5)
-_KEPT = 16  # rounds whose losses are kept
+_STARTED = time.time()
+_KEPT = 16  # rounds whose losses are kept for the check
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """An experiment with random weights, and how long to measure it.
+    """An experiment with random weights. ``steps`` are generator and student steps per round.
 
-    ``steps`` are generator and student steps per round, ``warm_ups`` the rounds before the timed ones, of which there
-    are ``least`` to ``most``, about ``seconds`` in all.
+    At least five rounds are timed, for about ``seconds``.
     """
 
     teacher: ModelConfig
@@ -69,10 +69,7 @@ class Size:
     batch: int
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     steps: tuple[int, int] = (20, 15)
-    warm_ups: int = 2
     seconds: float = 8.0
-    least: int = 5
-    most: int = 40
 
 
 SIZES = {
@@ -91,33 +88,30 @@ SIZES = {
         batch=4,
         generator=GeneratorConfig(latent_dim=8, channels=(8, 8, 8, 8, 8)),
         steps=(2, 2),
-        warm_ups=1,
-        seconds=0.2,
-        least=2,
-        most=3,
+        seconds=0.0,
     ),
 }
 
 
 def _with_statistics(model: nn.Module, size: Size, device: torch.device) -> nn.Module:
-    """Set BatchNorm statistics to those of random images, so that the teacher is like a trained one."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None  # the mean over all batches
+    """Set BatchNorm statistics to those of random images, to resemble a trained teacher."""
     model.to(device).train()
     images = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
-        for _ in range(2):
-            model(torch.randn(8, 3, size.image, size.image, device=device, generator=images))
-    for norm in norms:
-        norm.momentum = 0.1  # the default
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0  # take over the statistics of the batch
+        model(torch.randn(16, 3, size.image, size.image, device=device, generator=images))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.1  # the default
     return model.eval()
 
 
 def build(
     size: Size, batch: int, device: torch.device, *, precision: str = "bf16", channels_last: bool = True
 ) -> tuple[DistillState, FeatureModel]:
-    """The state of a run at its beginning, and its teacher, which the caller freezes. ``batch`` is images per step."""
+    """The initial state of a run and its teacher, which the caller freezes. ``batch`` is the batch size of a step."""
     torch.manual_seed(0)
     teacher = _with_statistics(create_model(size.teacher, num_classes=size.classes), size, device)
     student = create_model(size.student, num_classes=size.classes)
@@ -141,18 +135,18 @@ def build(
 
 @dataclass
 class Loop:
-    """A variant. Steps queue device work, ``end_round`` queues the copy that a training loop would read.
+    """A variant. Steps queue device work; ``end_round`` queues the copy of the losses that a training loop reads.
 
-    ``losses`` waits for the device and returns the losses of the last rounds, NaN where a gradient was not finite.
+    ``losses`` waits for the device and returns the losses of the last rounds, NaN if a gradient was not finite.
     """
 
     name: str
-    prepare: Callable[[], None]
-    start_round: Callable[[], None]
     generator_step: Callable[[], object]
     student_step: Callable[[], object]
-    end_round: Callable[[], None]
     losses: Callable[[], Tensor]
+    prepare: Callable[[], object] = lambda: None
+    start_round: Callable[[], object] = lambda: None
+    end_round: Callable[[], object] = lambda: None
 
 
 class _MarkingExecutor(EagerExecutor):
@@ -166,53 +160,41 @@ class _MarkingExecutor(EagerExecutor):
 def _peer_loop(state: DistillState) -> Loop:
     peer = PeerLoop(state, mean=_HALF, std=_HALF)
     for side in state.sides.values():
-        side.optimizer.state.clear()  # the loop has other optimisers: this memory would be counted twice
-    read: deque[float] = deque(maxlen=_KEPT * state.steps_per_round)
-
-    def nothing() -> None:
-        pass
-
-    def generator_step() -> None:
-        read.append(peer.generator_step()[0])
-
-    def student_step() -> None:
-        read.append(peer.student_step()[0])
-
-    return Loop("peer", nothing, nothing, generator_step, student_step, nothing, lambda: torch.tensor(list(read)))
+        side.optimizer.state.clear()  # the loop has its own optimisers: this memory would be counted twice
+    losses: deque[float] = deque(maxlen=_KEPT * state.steps_per_round)
+    return Loop(
+        "peer",
+        lambda: losses.append(peer.generator_step()[0]),
+        lambda: losses.append(peer.student_step()[0]),
+        lambda: torch.tensor(list(losses)),
+    )
 
 
-def _engine_loop(engine: Engine) -> Loop:
+def _engine_loop(engine: Engine, name: str = "") -> Loop:
     state = engine.state
     # Allocated once, because pinning memory waits for the device.
-    read = torch.zeros(_KEPT, *state.trace.shape, pin_memory=state.runtime.device.type == "cuda")
+    kept = torch.zeros(_KEPT, *state.trace.shape, pin_memory=state.runtime.device.type == "cuda")
 
     def end_round() -> None:
-        read[state.position.round % _KEPT].copy_(state.trace, non_blocking=True)
+        kept[state.position.round % _KEPT].copy_(state.trace, non_blocking=True)
         state.position.round += 1
         state.position.step = 0
 
     def losses() -> Tensor:
         state.runtime.synchronize()
-        trace = read[: state.position.round].flatten(0, 1)
+        trace = kept[: state.position.round].flatten(0, 1)
         return torch.where(trace[:, -1:] == 1, trace, torch.nan)
 
     steps = engine.generator_step, engine.student_step
-    return Loop(engine.name, engine.prepare, engine.start_round, *steps, end_round, losses)
+    return Loop(name or engine.name, *steps, losses, engine.prepare, engine.start_round, end_round)
 
 
 @contextlib.contextmanager
-def make_loop(
-    variant: str, size: Size, batch: int, device: torch.device, *, compile_options: Mapping[str, Any] | None = None
-) -> Iterator[tuple[Loop, DistillState]]:
-    """A variant, under the process-wide settings that it needs.
+def make_loop(variant: str, size: Size, batch: int, device: torch.device) -> Iterator[tuple[Loop, DistillState]]:
+    """Make a variant under the process-wide settings that it needs.
 
-    ``compile_options`` replace the mode of torch.compile, for tests: Inductor is slow on a CPU.
-
-    Raises:
-        ValueError: an unknown variant.
+    On a CPU, torch.compile uses the backend "eager": Inductor takes minutes.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     state, teacher = build(size, batch, device, channels_last=variant != "peer")
     with contextlib.ExitStack() as stack:
         stack.enter_context(state.runtime.backends())
@@ -227,9 +209,9 @@ def make_loop(
         elif variant == "eager":
             yield _engine_loop(EagerEngine(state)), state
         else:
-            networks = eager_networks(state, compile=compile_options or {"mode": _MODES[variant]})
-            engine = Engine("eager", state, networks, _MarkingExecutor())
-            yield replace(_engine_loop(engine), name="torch.compile"), state
+            options = {"mode": _MODES[variant]} if device.type == "cuda" else {"backend": "eager"}
+            engine = Engine("eager", state, eager_networks(state, compile=options), _MarkingExecutor())
+            yield _engine_loop(engine, "torch.compile"), state
 
 
 def run_round(loop: Loop, steps: tuple[int, int], mark: Callable[[], None] = lambda: None) -> None:
@@ -245,7 +227,7 @@ def run_round(loop: Loop, steps: tuple[int, int], mark: Callable[[], None] = lam
 
 
 def _timed(loop: Loop, size: Size, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Medians over rounds, which are queued back to back and timed by events."""
+    """Medians over rounds, which are queued back to back and timed with events."""
     events: list[Any] = []
 
     def mark() -> None:
@@ -258,26 +240,26 @@ def _timed(loop: Loop, size: Size, device: torch.device, rounds: int) -> dict[st
     for _ in range(rounds):
         run_round(loop, size.steps, mark)
     mark()
+    pairs = list(itertools.pairwise(events))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        times = [first.elapsed_time(second) for first, second in itertools.pairwise(events)]
+        times = [first.elapsed_time(second) for first, second in pairs]
     else:
-        times = [1e3 * (second - first) for first, second in itertools.pairwise(events)]
-    generator, student = times[::2], times[1::2]
-    whole = [first + second for first, second in zip(generator, student, strict=True)]
-    deciles = statistics.quantiles(whole, n=10, method="inclusive")
+        times = [1e3 * (second - first) for first, second in pairs]
+    whole = [generator + student for generator, student in zip(times[::2], times[1::2], strict=True)]
+    p10, *_, p90 = statistics.quantiles(whole, n=10, method="inclusive")
     return {
         "round_ms": statistics.median(whole),
-        "round_p10_ms": deciles[0],
-        "round_p90_ms": deciles[-1],
-        "generator_step_ms": statistics.median(generator) / size.steps[0],
-        "student_step_ms": statistics.median(student) / size.steps[1],
+        "round_p10_ms": p10,
+        "round_p90_ms": p90,
+        "generator_step_ms": statistics.median(times[::2]) / size.steps[0],
+        "student_step_ms": statistics.median(times[1::2]) / size.steps[1],
         "rounds": rounds,
     }
 
 
 def _profiled(loop: Loop, size: Size, synchronize: Callable[[], None]) -> dict[str, Any]:
-    """Share of a round in which the GPU was busy, and the number of its kernels, copies and fills per step."""
+    """The share of a round in which the GPU is busy, and the number of kernels, copies and fills per step."""
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], schedule=schedule) as profiler:
         run_round(loop, size.steps)
@@ -300,28 +282,19 @@ def _profiled(loop: Loop, size: Size, synchronize: Callable[[], None]) -> dict[s
 
 
 def measure(
-    variant: str,
-    size: Size,
-    batch: int,
-    device: torch.device,
-    *,
-    started: float,
-    compile_only: bool = False,
-    compile_options: Mapping[str, Any] | None = None,
+    variant: str, size: Size, batch: int, device: torch.device, *, compile_only: bool = False
 ) -> dict[str, Any]:
-    """Measure a variant.
-
-    ``started`` is the Unix time at which this process started. ``compile_only`` stops after the first step of each
-    kind, which fills the compilers' caches.
+    """Measure a variant. ``compile_only`` fills the compilers' caches with the first steps of each kind and stops.
 
     Returns:
-        Times in milliseconds, images per second, peak memory in bytes, and seconds until the first step.
+        Times in milliseconds, images per second, peak memory in bytes, and seconds from the start of this process to
+        the first step.
 
     Raises:
         RuntimeError: a loss was not finite.
     """
     cuda = device.type == "cuda"
-    with make_loop(variant, size, batch, device, compile_options=compile_options) as (loop, state):
+    with make_loop(variant, size, batch, device) as (loop, state):
         synchronize = state.runtime.synchronize
         row: dict[str, Any] = {"prepare_s": 0.0}
         start = time.perf_counter()
@@ -332,7 +305,7 @@ def measure(
             for _ in range(min(3, count)):
                 step()
                 synchronize()
-                row.setdefault("seconds_to_first_step", time.time() - started)
+                row.setdefault("seconds_to_first_step", time.time() - _STARTED)
             row["prepare_s"] += time.perf_counter() - start
             for _ in range(0 if compile_only else count - 3):
                 step()
@@ -341,16 +314,15 @@ def measure(
         if compile_only:
             return row
         loop.end_round()
-        took = math.inf
-        for _ in range(size.warm_ups):
+        for _ in range(2):  # rounds to warm up
             start = time.perf_counter()
             run_round(loop, size.steps)
             synchronize()
-            took = min(took, time.perf_counter() - start)
+        rounds = round(size.seconds / (time.perf_counter() - start))
         gc.collect()
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        row |= _timed(loop, size, device, max(size.least, min(size.most, round(size.seconds / took))))
+        row |= _timed(loop, size, device, max(5, min(40, rounds)))
         row["images_per_s"] = 1e3 * sum(size.steps) * batch / row["round_ms"]
         row["hours_per_350k_steps"] = row["round_ms"] * 350_000 / sum(size.steps) / 3.6e6
         if cuda:
@@ -363,49 +335,40 @@ def measure(
 
 
 def _pool_bytes() -> int:
-    """Bytes in private pools of captured graphs that the allocator does not count as allocated, but replays use."""
+    """Bytes that replays use in private pools of captured graphs but the allocator does not count as allocated."""
     segments = torch.cuda.memory_snapshot()
     return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
 
 
 def rooflines(size: Size, batch: int, device: torch.device) -> dict[str, Any]:
-    """The least time of each step at the device's measured peak rates, with the work behind it."""
+    """The least time of each step at the device's measured peak rates, and the work that it follows from."""
     rates = ceilings(device)
-    state, _ = build(size, batch, device)
-    work = round_work(state, image_size=size.image)
+    state, teacher = build(size, batch, device)
+    with state.runtime.backends(), ops.backend("reference"), frozen(teacher):
+        work = round_work(EagerEngine(state))
     least = roofline(work, rates, generator_steps=size.steps[0], student_steps=size.steps[1])
-    return {
-        **asdict(least),
-        "copy_gbps": rates.copy_gbps,
-        "matmul_tflops": rates.matmul_tflops,
-        "generator_step": asdict(work[0]),
-        "student_step": asdict(work[1]),
-        "status": "ok",
-    }
+    steps = {f"{kind}_step": asdict(each) for kind, each in zip(("generator", "student"), work, strict=True)}
+    return {**asdict(least), **asdict(rates), **steps, "status": "ok"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure one variant, or the roofline, and add its row to a result file."""
+    """Measure one variant or the roofline and add its row to a result file."""
     command = parser(__doc__, small="small networks", sizes=tuple(SIZES))
     command.add_argument("variant", choices=[*VARIANTS, "roofline"])
-    command.add_argument("--batch", type=int, default=None, help="images per step; the size's by default")
+    command.add_argument("--batch", type=int, default=None, help="images per step; by default those of the size")
     command.add_argument("--run", type=int, default=1, help="number of this repeat")
     command.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and time nothing")
     options = command.parse_args(arguments)
 
-    started, device, size = time.time(), torch.device(options.device), SIZES[options.size]
+    device, size = torch.device(options.device), SIZES[options.size]
     batch = options.batch or size.batch
-    if options.variant == "roofline":
-        row = rooflines(size, batch, device)
-    else:
-        # Inductor takes minutes on a CPU.
-        more = {"compile_options": {"backend": "eager"} if options.device == "cpu" else None}
-        try:
-            row = measure(
-                options.variant, size, batch, device, started=started, compile_only=options.compile_only, **more
-            )
-        except torch.OutOfMemoryError:
-            row = {"status": "out of memory"}
+    try:
+        if options.variant == "roofline":
+            row = rooflines(size, batch, device)
+        else:
+            row = measure(options.variant, size, batch, device, compile_only=options.compile_only)
+    except torch.OutOfMemoryError:
+        row = {"status": "out of memory"}
     row = {"variant": options.variant, "batch": batch, "run": options.run, **row}
     print({name: row.get(name) for name in ("variant", "batch", "images_per_s", "round_ms", "prepare_s")}, flush=True)
     if not options.compile_only:

@@ -1,4 +1,4 @@
-"""Benchmarks of the ops: what is timed, in which order, and what the rows and tables say. Most times are invented."""
+"""Benchmarks of the ops: timing, order, rows and tables. Most times are made up."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dfkd_fast import ops
 from dfkd_fast.benchmarks import results as results_module
-from dfkd_fast.benchmarks.ops import bench, contact, measure, tables, tune
+from dfkd_fast.benchmarks.ops import bench, measure, tables, test_contact, tune
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Work
 from dfkd_fast.benchmarks.results import Results
 from dfkd_fast.cli import main as cli
@@ -51,72 +52,50 @@ def _quick(monkeypatch):
 
 
 class FakeDevice:
-    """Stands in for torch.cuda: graphs that count their calls, events that read a simulated clock, and a log."""
+    """Replaces torch.cuda: its graphs record their calls, and the timer records the graphs."""
 
     def __init__(self, monkeypatch, memory: int = 2**40):
-        self.log, self.now, self.capturing, self.forbidden = [], 0.0, False, False
+        self.capturing, self.forbidden, self.inputs, self.timed = None, False, [], []
         outer = self
-
-        class Event:
-            def __init__(self, enable_timing):
-                pass
-
-            def record(self):
-                outer.log.append("mark")
-                self.time = outer.now
-
-            def elapsed_time(self, other):
-                return other.time - self.time
 
         class Graph:
             def replay(self):
-                outer.log.append("+".join(dict.fromkeys(self.calls)))
-                outer.now += len(self.calls)
+                outer.timed += self.calls
 
         @contextlib.contextmanager
         def capture(graph, stream):
-            outer.capturing, outer.calls = True, []
+            outer.capturing = graph.calls = []
             try:
                 yield
             finally:
-                outer.capturing, graph.calls = False, outer.calls
+                outer.capturing = None
+
+        def times(call, device):
+            call()
+            return [1000.0, 2000.0, 3000.0]
 
         nothing, no_context = (lambda *given: None), (lambda *given: contextlib.nullcontext())
-        properties = type("Properties", (), {"L2_cache_size": 2**10})
         for name, value in {
-            "Event": Event, "CUDAGraph": Graph, "graph": capture, "device": no_context, "stream": no_context,
+            "CUDAGraph": Graph, "graph": capture, "device": no_context, "stream": no_context,
             "synchronize": nothing, "empty_cache": nothing, "reset_peak_memory_stats": nothing,
             "mem_get_info": lambda device: (memory, memory), "memory_allocated": lambda device: 5,
-            "max_memory_allocated": lambda device: 105, "get_device_properties": lambda device: properties,
-            "get_sync_debug_mode": lambda: 0, "set_sync_debug_mode": self.forbid,
+            "max_memory_allocated": lambda device: 105, "get_sync_debug_mode": lambda: 0,
+            "set_sync_debug_mode": lambda mode: setattr(self, "forbidden", mode == "error"),
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(measure, "_REPEATS_S", 0.0)
-        monkeypatch.setattr(measure._Stopwatch, "flush", lambda watch: self.flush())
-
-    def forbid(self, mode):
-        self.forbidden = mode == "error"
-
-    def flush(self):
-        self.log.append("flush")
-        self.now += 50.0
-
-    def timed(self) -> list[str]:
-        """What ran between pairs of events."""
-        at = [i for i, what in enumerate(self.log) if what == "mark"]
-        return [" ".join(self.log[a + 1 : b]) for a, b in zip(at[::2], at[1::2], strict=True)]
+        monkeypatch.setattr(measure, "_times", times)
 
     def trial(self, capturable: bool = True, waits: bool = False) -> measure.Trial:
-        fake, self.inputs = self, []
+        fake = self
 
-        def ran(what: str) -> None:
-            if fake.capturing:
-                fake.calls.append(what)
+        def record(what: str) -> None:
+            if fake.capturing is not None:
+                fake.capturing.append(what)
 
         class Double(torch.autograd.Function):
             @staticmethod
             def forward(ctx, x):
-                ran("forward")
+                record("forward")
                 if (fake.capturing and not capturable) or (waits and fake.forbidden):
                     raise RuntimeError("refused")
                 assert not (waits and fake.capturing)
@@ -125,7 +104,7 @@ class FakeDevice:
 
             @staticmethod
             def backward(ctx, g):
-                ran("backward")
+                record("backward")
                 return 2 * g
 
         case = replace(a_case(), inputs=lambda make: (make.tensor(8, grad=True),))
@@ -135,58 +114,45 @@ class FakeDevice:
 
 
 class TestMeasure:
+    @pytest.mark.parametrize("l2", measure.CACHES)
     @pytest.mark.parametrize(
-        ("which", "l2", "pieces"),
-        [
-            ("forward", "cold", ["forward"]),
-            ("backward", "cold", ["backward"]),
-            ("both", "cold", ["forward", "backward"]),
-            ("forward", "warm", ["forward"]),
-            ("both", "warm", ["forward+backward"]),
-        ],
+        ("which", "one_call"), [("forward", ["forward"]), ("backward", ["backward"]), ("both", ["forward", "backward"])]
     )
-    def test_a_cold_pass_is_timed_after_a_flush_and_a_warm_one_after_itself(self, which, l2, pieces, monkeypatch):
+    def test_graph_of_several_calls_is_timed(self, which, one_call, l2, monkeypatch):
         fake = FakeDevice(monkeypatch)
         measured = fake.trial().measure(which, l2)
-        assert measured.timer == "graph"
-        assert measured.repeats >= 20
+        assert (measured.timer, measured.repeats, measured.peak_bytes) == ("graph", 3, 100)
         assert measured.calls > 1
-        assert measured.median_us == 1e3 * (2 if which == "both" else 1)  # events give milliseconds
-        assert measured.peak_bytes == 100
-        assert fake.timed()[-len(pieces) :] == pieces
-        before = [fake.log[i - 1] for i, what in enumerate(fake.log) if what == "mark"][-2 * len(pieces) :: 2]
-        assert before == (["flush"] * len(pieces) if l2 == "cold" else pieces)
+        assert measured.median_us == 2000.0 / measured.calls
+        assert fake.timed == one_call * measured.calls
+        assert len(set(fake.inputs)) == (measured.calls if l2 == "cold" else 1)
 
-    def test_cold_calls_have_different_inputs_as_far_as_memory_allows(self, monkeypatch):
-        fake = FakeDevice(monkeypatch)
-        measured = fake.trial().measure("forward", "cold")
-        assert len(set(fake.inputs)) == measured.calls
+    def test_number_of_cold_calls_is_limited_by_memory(self, monkeypatch):
         fake = FakeDevice(monkeypatch, memory=1000)
         assert fake.trial().measure("forward", "cold").calls == 4  # of 100 bytes each, in 40 % of 1000
 
     @pytest.mark.parametrize("how", [{"capturable": False}, {"waits": True}])
-    def test_single_calls_are_timed_where_no_graph_can_be_captured(self, how, monkeypatch):
+    def test_single_calls_are_timed_if_no_graph_can_be_captured(self, how, monkeypatch):
         fake = FakeDevice(monkeypatch)
         measured = fake.trial(**how).measure("both", "cold")
         assert not fake.forbidden
         assert (measured.timer, measured.calls) == ("events", 1)
-        assert fake.timed()[-2:] == ["", ""]
+        assert fake.timed == []
 
-    def test_on_the_host(self):
-        trial = measure.Trial(a_case(), torch.float32, CPU, ops.distillation_kl, repeats=3)
+    def test_cpu_is_timed_by_the_host(self):
+        trial = measure.Trial(a_case(), torch.float32, CPU, ops.distillation_kl)
         assert trial.passes == measure.PASSES
         for which in trial.passes:
             measured = trial.measure(which, "warm")
             assert 0 < measured.p10_us <= measured.median_us <= measured.p90_us
-            assert (measured.timer, measured.repeats, measured.peak_bytes) == ("host", 3, None)
+            assert (measured.timer, measured.repeats, measured.peak_bytes) == ("host", 5, None)
         assert measure.Trial(a_case(grad=False), torch.float32, CPU, torch.add).passes == ("forward",)
 
-    def test_backward_is_to_the_inputs_with_random_output_gradients(self):
+    def test_backward_uses_random_output_gradients(self):
         seen = []
         case = replace(a_case(), inputs=lambda make: ([make.tensor(3, grad=True)], {"b": make.tensor(3)}))
         trial = measure.Trial(case, torch.float32, CPU, lambda a, b: (a[0] * 2, (b["b"], a[0].detach() > 0)))
-        trial.run("forward")
-        trial._first.outputs[0].register_hook(seen.append)
+        trial.run("forward")[0].register_hook(seen.append)
         (gradient,) = trial.run("backward")
         assert torch.equal(gradient, 2 * seen[0])
         assert len(set(seen[0].tolist())) == 3
@@ -197,14 +163,10 @@ class TestMeasure:
         assert rates.matmul_tflops > 0
         measured = measure.Measurement.of([float(us) for us in range(11)], timer="host")
         assert (measured.median_us, measured.p10_us, measured.p90_us, measured.repeats) == (5, 1, 9, 11)
-        calls = []
-        timed = measure.time_calls(calls.append, CPU, seconds=0.0, least=4)
-        assert timed.repeats == 4
-        assert len(calls) >= 7  # three of them to warm up
 
 
 class FakeTrial:
-    """Invented times, or errors, by pass."""
+    """Made-up times, or errors, by pass."""
 
     def __init__(self, **times: float | Exception):
         self.times, self.made = times, []
@@ -223,12 +185,13 @@ class FakeTrial:
 def run(trial, *cases: Case, backends=None, **more) -> tuple[bool, list[dict]]:
     found = bench.subjects([a_benchmark(*cases)], CUDA, backends=backends)
     results = Results(Path("ops.json"), key=bench.KEY)
-    sound = bench.measure(found, results, device=CPU, rates=RATES, trial=trial, **more)
+    with mock.patch.object(bench, "ceilings", return_value=RATES):
+        sound = bench.measure(found, results, device=CPU, trial=trial, **more)
     return sound, results.rows
 
 
 class TestBench:
-    def test_every_provider_pass_and_cache_on_a_gpu(self):
+    def test_gpu_has_all_backends_passes_and_caches(self):
         def absent(case: str):
             raise ImportError("no such library")
 
@@ -241,28 +204,29 @@ class TestBench:
         (forward,) = bench.subjects([a_benchmark(a_case(grad=False))], CUDA, backends=["triton"])
         assert {key[4] for key in forward.keys} == {"forward"}
 
-    def test_ops_take_turns_case_by_case_and_odd_shapes_are_left_out(self):
-        first = a_benchmark(a_case("2x2"), a_case("3x3", shapes="odd"), a_case("4x4"))
-        found = bench.subjects([first, replace(first, op="contrastive_loss")], CUDA, backends=["triton", "compile"])
-        order = list(dict.fromkeys((subject.op, subject.case.name) for subject in found))
-        assert [name for _, name in order] == ["2x2", "2x2", "4x4", "4x4"]
-        assert [op for op, _ in order] == ["distillation_kl", "contrastive_loss"] * 2
-
-    def test_a_cpu_has_small_cases_two_providers_and_one_cache(self):
+    def test_cpu_has_small_cases_two_backends_and_one_cache(self):
         small = replace(a_case("5x5"), work=lambda size: Work(forward_bytes=1, backward_bytes=1))
         found = bench.subjects([a_benchmark(a_case(), small)], CPU)
         assert {subject.case.name for subject in found} == {"5x5"}
         assert {subject.backend for subject in found} == {"reference", "compile"}
         assert {key[5] for subject in found for key in subject.keys} == {"warm"}
 
-    def test_keys_of_all_cases_are_unique_and_their_work_positive(self):
-        found = bench.subjects(list(BENCHMARKS.values()), CUDA, shapes=("paper", "large"))
+    def test_ops_alternate_and_odd_shapes_are_left_out(self):
+        first = a_benchmark(a_case("2x2"), a_case("3x3", shapes="odd"), a_case("4x4"))
+        found = bench.subjects([first, replace(first, op="contrastive_loss")], CUDA, backends=["triton", "compile"])
+        order = list(dict.fromkeys((subject.op, subject.case.name) for subject in found))
+        assert [name for _, name in order] == ["2x2", "2x2", "4x4", "4x4"]
+        assert [op for op, _ in order] == ["distillation_kl", "contrastive_loss"] * 2
+
+    def test_keys_are_unique_and_work_is_positive(self):
+        every = list(BENCHMARKS.values())
+        found = [each for shapes in ("paper", "large") for each in bench.subjects(every, CUDA, shapes=shapes)]
         keys = [key for subject in found for key in subject.keys]
         assert len(set(keys)) == len(keys)
         assert {key[0] for key in keys} == set(BENCHMARKS)
         assert all(subject.case.work(2).forward_bytes > 0 for subject in found)
 
-    def test_the_roofline_is_the_larger_of_bytes_and_flops(self):
+    def test_roofline_is_larger_of_bytes_and_flops(self):
         rows = {row["pass"]: row for row in run(FakeTrial(), backends=["triton"])[1] if row["l2"] == "cold"}
         assert rows["forward"]["bytes"] == 8e6
         assert rows["forward"]["roofline_us"] == 40.0  # 32 GFLOP at 800 TFLOP/s; the bytes take 2 us
@@ -279,7 +243,7 @@ class TestBench:
             (RuntimeError("broken\nmore"), "RuntimeError: broken", ["triton"], False),
         ],
     )
-    def test_a_failure_is_a_row_and_only_a_failing_kernel_is_a_fault(self, error, status, backends, sound):
+    def test_failure_is_a_row_and_fails_the_run_only_for_own_kernels(self, error, status, backends, sound):
         done, rows = run(FakeTrial(backward=error), backends=backends)
         assert done is sound
         bad = [row for row in rows if row["pass"] == "backward"]
@@ -287,7 +251,7 @@ class TestBench:
         assert all(row["median_us"] is None and row["fraction"] is None and row["roofline_us"] > 0 for row in bad)
         assert {row["status"] for row in rows if row["pass"] != "backward"} == {"ok"}
 
-    def test_inputs_that_do_not_fit_are_rows_of_every_pass_and_no_time_means_no_row(self):
+    def test_inputs_that_do_not_fit_are_rows_and_nothing_starts_after_the_deadline(self):
         def trial(*given):
             raise torch.OutOfMemoryError("too much")
 
@@ -300,7 +264,7 @@ class TestBench:
     @pytest.mark.parametrize(
         "sizes", ["[4, 6]", "{shape: [4, 6]}", "{shape: [4], classes: 6}", "{rows: 4, classes: 6, dtypes: [float32]}"]
     )
-    def test_a_file_lists_sizes_in_order_or_by_name(self, sizes):
+    def test_file_lists_sizes_in_order_or_by_name(self, sizes):
         Path("shapes.yaml").write_text(f"distillation_kl: [{sizes}]")
         ((case,),) = (each.cases for each in bench.from_file(Path("shapes.yaml")))
         assert (case.name, case.shapes) == ("4x6", "file")
@@ -317,23 +281,23 @@ class TestBench:
             ("a: b: c", "neither YAML nor JSON"),
         ],
     )
-    def test_mistakes_in_a_file(self, text, message):
+    def test_malformed_file_raises(self, text, message):
         Path("shapes.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             bench.from_file(Path("shapes.yaml"))
 
-    def test_the_command_on_a_cpu(self, capsys):
+    def test_command_on_a_cpu_writes_rows_plot_and_table(self, capsys):
         Path("shapes.yaml").write_text("distillation_kl: [{rows: 4, classes: 6, dtypes: [float32]}]")
         arguments = ["distillation_kl", "--shapes", "shapes.yaml", "--device", "cpu", "--backends", "reference"]
         cli(["bench", *arguments, "--out", "out"])
         rows = read_results("out/ops.json")["rows"]
-        assert [(row["case"], row["dtype"], row["pass"]) for row in rows] == [
-            ("4x6", "float32", which) for which in measure.PASSES
-        ]
-        assert Path("out/ops.png").is_file()
+        expected = [("4x6", "float32", which) for which in measure.PASSES]
+        assert [(row["case"], row["dtype"], row["pass"]) for row in rows] == expected
+        assert Path("out/ops.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         shown = capsys.readouterr().out
         assert "distillation_kl, microseconds per call" in shown
-        assert "measured peaks: copy" in shown
+        assert "distillation_kl 4x6 float32 reference forward warm " in shown
+        assert read_results("out/ops.json")["copy_gbps"] > 0
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -345,7 +309,7 @@ class TestBench:
             (["distillation_kl", "--device", "cpu", "--backends", "triton"], "nothing to measure"),
         ],
     )
-    def test_mistakes(self, arguments, message, capsys, monkeypatch):
+    def test_wrong_arguments_are_errors(self, arguments, message, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(SystemExit) as left:
             cli(["bench", *arguments])
@@ -369,7 +333,7 @@ ROWS = [
 
 
 class TestTables:
-    def test_a_line_per_case_pass_and_cache(self):
+    def test_line_per_case_pass_and_cache(self):
         line, *others = tables.terminal_rows(ROWS)["distillation_kl"]
         assert line == {
             "case": "64x200", "pass": "forward", "L2": "cold", "reference": "out of memory", "compile": "8.00",
@@ -388,7 +352,7 @@ class TestTables:
             assert not tables.speedups({**each, **more} for each in ROWS)
         assert not tables.speedups([row("compile", None), row("triton", 3.0)])
 
-    def test_a_devices_section_names_its_versions_and_commit(self):
+    def test_section_of_a_device_has_versions_commit_and_tables(self):
         block = {
             "device": {"name": "NVIDIA H200", "driver": "1"}, "torch": "2.11", "triton": "3.6", "cuda": "13.0",
             "commit": "a" * 40, "source": "b", "copy_gbps": 4300.0, "matmul_tflops": 790.0,
@@ -399,40 +363,35 @@ class TestTables:
         assert "| distillation_kl | 1.50 x | 0.75 x |  |" in page
         assert "| 64x200 | forward | cold | out of memory | 8.00 | 6.00 | 4.00 | 2.00 | 50% | 1.0 |" in page
 
-    def test_a_plot_is_a_png(self, tmp_path):
-        path = tables.save_plot(ROWS, tmp_path / "deep" / "ops.png")
-        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-    def test_the_faster_of_two_measured_backends_is_chosen(self, tmp_path):
+    def test_faster_of_two_measured_backends_is_chosen(self, tmp_path):
         first, second = (case.name for case in BENCHMARKS["contrastive_loss"].cases[:2])
+        file, table = tmp_path / "some-gpu" / "ops.json", tmp_path / "choices.json"
 
         def pair(case: str, backend: str, *times: float) -> list[dict]:
             passes = zip(("forward", "backward"), times, strict=True)
             return [row(backend, us, which=which, case=case, op="contrastive_loss") for which, us in passes]
 
+        def written(rows: list[dict]) -> list[dict]:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps({"rows": rows, "environments": [{"device": {"capability": "9.0"}}]}))
+            count = tables.write_choices(tmp_path, table)
+            rows = json.loads(table.read_text())["rows"] if table.exists() else []
+            assert len(rows) == count
+            return rows
+
         rows = [*pair(first, "cuda", 5, 5), *pair(first, "triton", 4, 8), *pair(second, "cuda", 1, 1)]
         rows += [row("triton", 1.0, l2="warm", case=first, op="contrastive_loss")]
-        file, table = tmp_path / "some-gpu" / "ops.json", tmp_path / "choices.json"
-        file.parent.mkdir()
-        environments = [{"device": {"capability": "9.0"}}]
-        file.write_text(json.dumps({"rows": rows, "environments": environments}))
-        assert tables.write_choices(tmp_path, table) == 1
-        (only,) = json.loads(table.read_text())["rows"]
+        (only,) = written(rows)
         assert (only["backend"], only["arch"], only["cuda_over_triton"], only["cases"]) == ("cuda", 90, 0.8333, 1)
-        known = read_choices(table)
-        assert known == {("contrastive_loss", 90, "bfloat16", tuple(only["shape_class"])): "cuda"}
-        rows += pair(second, "triton", 0.5, 0.5)  # of the same class of shapes: sqrt(10 / 12 * 2 / 1) is above 1
-        file.write_text(json.dumps({"rows": rows, "environments": environments}))
-        tables.write_choices(tmp_path, table)
-        (only,) = json.loads(table.read_text())["rows"]
+        assert read_choices(table) == {("contrastive_loss", 90, "bfloat16", tuple(only["shape_class"])): "cuda"}
+        # The second case is of the same class of shapes: sqrt(10 / 12 * 2 / 1) is above 1.
+        (only,) = written([*rows, *pair(second, "triton", 0.5, 0.5)])
         assert (only["backend"], only["cuda_over_triton"], only["cases"]) == ("triton", 1.291, 2)
-        file.write_text(json.dumps({"rows": [], "environments": environments}))
-        assert tables.write_choices(tmp_path, table) == 0
-        assert not table.exists()
+        assert written([]) == []
 
 
 class TestTune:
-    """Candidates differ in their number of warps; times and results are invented."""
+    """Candidates differ in their number of warps; times and results are made up."""
 
     LAUNCHES = tuple(config.Launch(tile={"ROWS": 1, "BLOCK": 16}, num_warps=warps) for warps in (1, 2, 4, 8))
 
@@ -444,24 +403,25 @@ class TestTune:
 
     def decide(self, times: dict[int, list[float]], wrong: dict[int, Tensor | Exception] | None = None):
         asked = ("invented", 90, torch.float32, {"n": 16})
-        choice = tune.Choice(
-            key=config.key(*asked), asked=asked, case=a_case(), dtype=torch.float32, passes=("forward",)
-        )
-        calls, said = {warps: iter(each) for warps, each in times.items()}, []
+        calls, lines = {warps: iter(each) for warps, each in times.items()}, []
 
-        def now() -> int:
+        def num_warps() -> int:
             return config.choose("invented", 90, torch.float32, n=16).num_warps
 
-        def results(choice):
-            result = (wrong or {}).get(now(), torch.ones(3))
-            if isinstance(result, Exception):
-                raise result
-            return [result]
+        class Choice(tune.Choice):
+            def time_us(self, device):
+                return next(calls[num_warps()])
 
-        found = tune.decide(choice, timer=lambda choice: next(calls[now()]), results=results, report=said.append)
-        return found, said
+            def results(self, device):
+                result = (wrong or {}).get(num_warps(), torch.ones(3))
+                if isinstance(result, Exception):
+                    raise result
+                return [result]
 
-    def test_the_fastest_wins_if_it_is_faster_twice(self):
+        more = {"case": a_case(), "dtype": torch.float32, "passes": ("forward",)}
+        return tune.decide(Choice(key=config.key(*asked), asked=asked, **more), CPU, lines.append), lines
+
+    def test_fastest_candidate_wins_if_it_is_faster_twice(self):
         tried, _ = self.decide({1: [10, 10.5], 2: [9], 4: [8, 8.2], 8: [12]})
         assert tried.winner.num_warps == 4
         assert (tried.first_us, tried.best_us, tried.tried) == (10.5, 8.2, 4)
@@ -471,11 +431,11 @@ class TestTune:
 
     def test_wrong_results_and_failures_are_refused_before_they_are_timed(self):
         wrong = {2: torch.full((3,), 1.1), 4: RuntimeError("out of resource"), 8: torch.tensor([1, 1, torch.nan])}
-        tried, said = self.decide({1: [10]}, wrong)
+        tried, lines = self.decide({1: [10]}, wrong)
         assert (tried.winner, tried.tried, tried.refused) == (None, 1, 3)
-        assert "off by 0.1" in said[0]
-        assert "out of resource" in said[1]
-        assert len(said) == 3
+        assert "off by 0.1" in lines[0]
+        assert "out of resource" in lines[1]
+        assert len(lines) == 3
         codes = torch.arange(3, dtype=torch.uint8)
         assert not tune.difference([codes], [codes.clone()], torch.bfloat16)
         assert tune.difference([codes], [codes + 1], torch.bfloat16)
@@ -483,15 +443,15 @@ class TestTune:
     def test_winners_are_saved_with_the_reason_and_removed_when_they_lose(self):
         path = Path("tuned.json")
         tried, _ = self.decide({1: [10, 10], 2: [9], 4: [8, 8], 8: [12]})
-        tune.save([tried], "H200, abc", path)
+        tried.save("H200, abc", path)
         (entry,) = json.loads(path.read_text()).values()
         assert entry["num_warps"] == 4
         assert entry["why"] == "8 us; the first candidate 10 us, 4 tried, H200, abc"
-        tune.save([replace(tried, winner=None)], "H200, abc", path)
+        replace(tried, winner=None).save("H200, abc", path)
         assert json.loads(path.read_text()) == {}
 
     @interpreted
-    def test_an_op_is_tuned_in_the_cases_that_launch_its_kernels(self):
+    def test_op_is_tuned_in_the_cases_that_launch_its_kernels(self, monkeypatch):
         more = {"dtypes": (torch.float32,)}
         benchmark = a_benchmark(
             a_case("1100x20", **more), a_case("1100x30", **more), a_case("600x60", **more), a_case("2x5", shapes="odd")
@@ -502,13 +462,13 @@ class TestTune:
         ]
         assert {choice.passes for choice in found} == {("forward", "backward")}
 
-        def timer(choice: tune.Choice) -> float:  # the second candidate takes half the time
+        def time_us(choice: tune.Choice, device) -> float:  # the second candidate takes half the time
             kernel, arch, dtype, sizes = choice.asked
             return 5.0 if config.choose(kernel, arch, dtype, **sizes) == choice.candidates()[1] else 10.0
 
-        tried = tune.tune(
-            replace(benchmark, cases=benchmark.cases[:1]), CPU, where="here", timer=timer, path=Path("tuned.json")
-        )
+        monkeypatch.setattr(tune.Choice, "time_us", time_us)
+        benchmark = replace(benchmark, cases=benchmark.cases[:1])
+        tried = tune.tune([benchmark], CPU, "paper", path=Path("tuned.json"))
         assert [each.refused for each in tried] == [0]
         assert list(json.loads(Path("tuned.json").read_text())) == ["distillation_kl/sm_90/float32/classes=32"]
 
@@ -517,35 +477,26 @@ class TestContact:
     CASE = BENCHMARKS["distillation_kl"].cases[-2]  # 37 x 129
 
     @interpreted
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_sound_kernels_pass(self, dtype):
-        found = contact.check_case(self.CASE, CPU, dtype)
-        assert found["status"] == "ok"
-        assert found["ratio"] > 0
+    def test_correct_kernels_pass(self):
+        assert test_contact.check_case(self.CASE, CPU, torch.bfloat16) > 0
 
     @pytest.mark.parametrize(
-        ("wrong", "said"),
+        ("wrong", "message"),
         [
-            (lambda value, number: value * 1.01, "AssertionError: result 0: root mean square error"),
+            (lambda value, number: value * 1.01, "result 0: root mean square error"),
             (lambda value, number: value + number, "two runs differ"),
             (lambda value, number: value * torch.nan, "root mean square error nan"),
         ],
     )
-    def test_wrong_values_unequal_runs_and_nan_are_reported(self, wrong, said):
+    def test_wrong_values_unequal_runs_and_nan_are_reported(self, wrong, message):
         count = iter(range(100))
 
         def call(a: Tensor, b: Tensor, backend: str | None) -> Tensor:
             value = ops.distillation_kl(a, b, backend="reference")
             return value if backend == "reference" else wrong(value, next(count))
 
-        found = contact.check_case(replace(self.CASE, call=call), CPU, torch.float32)
-        assert said in found["status"]
-
-    def test_engines_agree_and_the_result_file_has_a_row_per_check(self):
-        assert contact.main(["engine", "--device", "cpu", "--out", "checks.json"]) == 0
-        (row,) = read_results("checks.json")["rows"]
-        assert row["check"] == "engine three rounds float32 triton"
-        assert (row["status"], row["difference"]) == ("ok", 0.0)
+        with pytest.raises(AssertionError, match=message):
+            test_contact.check_case(replace(self.CASE, call=call), CPU, torch.float32)
 
 
 @pytest.mark.gpu
@@ -554,7 +505,7 @@ class TestOnTheDevice:
         case = replace(a_case(), inputs=lambda make: (make.tensor(elements, grad=True),))
         return measure.Trial(case, torch.bfloat16, CUDA, function)
 
-    def test_a_copy_larger_than_the_cache_takes_its_bytes_over_the_bandwidth(self):
+    def test_large_copy_takes_its_bytes_over_the_bandwidth(self):
         rates, trial = measure.ceilings(CUDA), self.trial(2**28, lambda x: x * 2)
         for which, l2 in (("forward", "cold"), ("forward", "warm"), ("backward", "cold")):
             measured = trial.measure(which, l2)
@@ -562,21 +513,21 @@ class TestOnTheDevice:
             assert 0.85 < measured.median_us / rates.roofline_us(2**30, 0) < 1.4
         assert 2**29 <= trial.measure("forward", "cold").peak_bytes < 2**29 + 2**22
 
-    def test_a_small_call_is_timed_without_the_cpu_and_warm_is_no_slower(self):
+    def test_time_of_a_small_call_excludes_the_cpu_and_warm_is_no_slower(self):
         trial = self.trial(2**20, lambda x: x * 2)
         cold, warm = (trial.measure("forward", l2) for l2 in measure.CACHES)
         assert cold.calls > 10
         assert 0.5 < warm.median_us < 20
         assert warm.median_us < 1.1 * cold.median_us
 
-    def test_single_calls_are_timed_where_no_graph_can_be_captured(self):
+    def test_single_calls_are_timed_if_no_graph_can_be_captured(self):
         assert self.trial(2**10, lambda x: x * x.detach().sum().item()).measure("both", "cold").timer == "events"
 
-    def test_a_case_of_the_paper(self):
+    def test_case_of_the_paper_is_measured(self):
         whole = BENCHMARKS["distillation_kl"]
         benchmark = replace(whole, cases=whole.cases[:1])
         found = bench.subjects([benchmark], CUDA, backends=["triton", "compile"])
         results = Results(Path("ops.json"), key=bench.KEY)
-        assert bench.measure(found, results, device=CUDA, rates=RATES)
+        assert bench.measure(found, results, device=CUDA)
         assert len(results.rows) == 12
         assert {row["timer"] for row in results.rows} == {"graph"}
