@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -27,14 +28,16 @@ LAYERS: dict[str, set[str]] = {
     "config": set(),
     "configs": set(),
     "kernels": set(),
+    "deprecated": set(),
     "nvtx": set(),
+    "ranges": {"deprecated"},
     "reference": set(),
     "testing": set(),
-    "ops": {"reference", "kernels", "nvtx", "_C"},
-    "nn": {"ops"},
+    "ops": {"reference", "kernels", "nvtx", "_C", "deprecated"},
+    "nn": {"ops", "deprecated"},
     "compat": {"ops"},
     "graph": {"ops"},
-    "models": {"graph", "config"},
+    "models": {"graph", "config", "deprecated"},
     "objectives": {"nn", "ops", "graph", "config"},
     "data": {"config"},
     "report": {"config"},
@@ -251,6 +254,22 @@ def test_large_memory_tests_run_one_at_a_time(tmp_path):
 def test_layers_have_no_cycle():
     """The layers have a topological order."""
     graphlib.TopologicalSorter(LAYERS).prepare()  # raises a CycleError
+
+
+def test_old_names_warn():
+    from dfkd_fast import models, nn, nvtx
+
+    ranges, backend = (import_module(f"dfkd_fast.{name}") for name in ("ranges", "ops.backend"))
+    for module, old, new in (
+        (models, "held_in", models.cast_weights),
+        (nn, "spectral_norm_held", nn.freeze_spectral_norm),
+        (ranges, "span", nvtx.nvtx_range),
+        (backend, "Unserved", backend.UnsupportedError),
+    ):
+        with pytest.warns(DeprecationWarning, match=rf"{old} is now {new.__module__.partition('.')[0]}"):
+            assert getattr(module, old) is new
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            module.__getattr__("nothing")
 
 
 def test_functions_have_at_most_80_lines():

@@ -1,8 +1,6 @@
 """Teachers and students: networks by name, weights, features and BatchNorm statistics."""
 
-import warnings
-from typing import Any
-
+from dfkd_fast.deprecated import renamed
 from dfkd_fast.graph import (
     FeatureModel,
     LayerStatistics,
@@ -43,9 +41,4 @@ __all__ = [
     "save_weights",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "held_in":  # its name before 0.2
-        warnings.warn("dfkd_fast.models.held_in is now cast_weights", DeprecationWarning, stacklevel=2)
-        return cast_weights
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = renamed(__name__, held_in="dfkd_fast.models.cast_weights")

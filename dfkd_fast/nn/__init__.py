@@ -3,6 +3,7 @@
 Each can be used in other code: it depends only on torch and the ops.
 """
 
+from dfkd_fast.deprecated import renamed
 from dfkd_fast.nn.attention import HighOrderAttention, SpatialAttention
 from dfkd_fast.nn.contrast import SemanticFeatureContrast
 from dfkd_fast.nn.generator import AttentionGenerator, freeze_spectral_norm
@@ -16,3 +17,5 @@ __all__ = [
     "SpatialAttention",
     "freeze_spectral_norm",
 ]
+
+__getattr__ = renamed(__name__, spectral_norm_held="dfkd_fast.nn.freeze_spectral_norm")

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfkd_fast.deprecated import renamed
 from dfkd_fast.nvtx import nvtx_range
 from dfkd_fast.ops import choices
 from dfkd_fast.ops.checks import require_choice
@@ -205,3 +206,6 @@ def dispatch(op: str, requested: str | None, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError(f"backend {name!r}, requested by {source}, does not support this call of {op}: {reason}")
     with nvtx_range("op", op):
         return table[name].function(*args, **kwargs)
+
+
+__getattr__ = renamed(__name__, Unserved="dfkd_fast.ops.backend.UnsupportedError")
