@@ -165,7 +165,7 @@ __device__ __forceinline__ void store_weight(const Tiling& tiling, const void* w
     for (int k = 0; k < 8; ++k) {
       values[k] = valid ? load_as(weight, static_cast<int64_t>(channel) * tiling.hidden + 8 * chunk + k, dtype) : 0.0f;
     }
-    T* chunk_smem = to + channel_block * (kBox * HIDDEN) + swizzled<HIDDEN>(column % kBox, chunk);
+    T* chunk_smem = to + channel_block * (kBox * HIDDEN) + swizzle_offset<HIDDEN>(column % kBox, chunk);
     *reinterpret_cast<Uint4*>(chunk_smem) = pack8<T>(values);
   }
 }
@@ -238,7 +238,7 @@ __device__ __forceinline__ void compute_logits(float (&logits)[8][4], const void
 
 // A lane's 16-byte chunk of a box: position row() + 8 half, channels from 16 t + 8 chunk.
 __device__ __forceinline__ Uint4* smem_chunk(unsigned char* box, const ConsumerCoords& coords, int half, int chunk) {
-  return reinterpret_cast<Uint4*>(box + 2 * swizzled<kBox>(coords.row() + 8 * half, 2 * coords.t + chunk));
+  return reinterpret_cast<Uint4*>(box + 2 * swizzle_offset<kBox>(coords.row() + 8 * half, 2 * coords.t + chunk));
 }
 
 // The index of a channel's softmax statistics. It avoids bank conflicts between the four lanes of a row, which read

@@ -304,7 +304,7 @@ __device__ __forceinline__ void compute_dl(const Params& params, const ConsumerC
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      unsigned char* const to = features + 2 * swizzled<kBox>(coords.row() + 8 * half, n) + 4 * coords.t;
+      unsigned char* const to = features + 2 * swizzle_offset<kBox>(coords.row() + 8 * half, n) + 4 * coords.t;
       *reinterpret_cast<uint32_t*>(to) = dl[half][n / 4].at[n % 4];
     }
   }
