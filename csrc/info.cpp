@@ -87,16 +87,14 @@ int contrastive_loss(const Options& given, bool backward) {
   const int reduction = given.one_of("reduction", {"mean", "sum", "none"});
   if (!backward) {
     given.reject_unknown();
-    return dfkd_contrastive_loss(dummy(), dummy(), count, dim, row, column, row, column, dtype, temperature,
-                                 symmetric, normalize, reduction, dummy<float>(), dummy<float>(), dummy(),
-                                 nullptr);
+    return dfkd_contrastive_loss(dummy(), dummy(), count, dim, row, column, row, column, dtype, temperature, symmetric,
+                                 normalize, reduction, dummy<float>(), dummy<float>(), dummy(), nullptr);
   }
   const bool anchors = given.needs_grad("anchors"), positives = given.needs_grad("positives");
   given.reject_unknown();
-  return dfkd_contrastive_loss_backward(dummy<float>(), reduction == DFKD_NONE, dummy(), dummy(),
-                                        dummy<float>(), count, dim, row, column, row, column, dtype, temperature,
-                                        symmetric, normalize, reduction, dummy(anchors), dummy(positives), dim,
-                                        1, dim, 1, dummy(), nullptr);
+  return dfkd_contrastive_loss_backward(dummy<float>(), reduction == DFKD_NONE, dummy(), dummy(), dummy<float>(), count,
+                                        dim, row, column, row, column, dtype, temperature, symmetric, normalize,
+                                        reduction, dummy(anchors), dummy(positives), dim, 1, dim, 1, dummy(), nullptr);
 }
 
 int spatial_attention(const Options& given, bool backward) {
@@ -110,16 +108,15 @@ int spatial_attention(const Options& given, bool backward) {
   const int form = given.one_of("form", {"spatial", "spatial_mean1", "channel"});
   if (!backward) {
     given.reject_unknown();
-    return dfkd_spatial_attention(dummy(), dummy(), dummy(), samples, channels, maps, positions, dtype,
-                                  weight_dtype, scale, form, dummy(), dummy(), nullptr);
+    return dfkd_spatial_attention(dummy(), dummy(), dummy(), samples, channels, maps, positions, dtype, weight_dtype,
+                                  scale, form, dummy(), dummy(), nullptr);
   }
   const bool features = given.needs_grad("features"), hidden = given.needs_grad("hidden");
   const bool weight = given.needs_grad("weight"), to_bias = given.needs_grad("bias");
   given.reject_unknown();
-  return dfkd_spatial_attention_backward(dummy(), dummy(), dummy(), dummy(), dummy(), samples,
-                                         channels, maps, positions, dtype, weight_dtype, bias_dtype, scale, form,
-                                         dummy(features), dummy(hidden), dummy(weight),
-                                         dummy(bias && to_bias), dummy(), nullptr);
+  return dfkd_spatial_attention_backward(dummy(), dummy(), dummy(), dummy(), dummy(), samples, channels, maps,
+                                         positions, dtype, weight_dtype, bias_dtype, scale, form, dummy(features),
+                                         dummy(hidden), dummy(weight), dummy(bias && to_bias), dummy(), nullptr);
 }
 
 int high_order_attention(const Options& given, bool backward) {
@@ -130,15 +127,15 @@ int high_order_attention(const Options& given, bool backward) {
   const int result = given.one_of("result", {"features", "map"});
   if (!backward) {
     given.reject_unknown();
-    return dfkd_high_order_attention(dummy(), dummy(), dummy(), positions, channels, hidden, order, dtype,
-                                     mode, result, dummy(), nullptr);
+    return dfkd_high_order_attention(dummy(), dummy(), dummy(), positions, channels, hidden, order, dtype, mode, result,
+                                     dummy(), nullptr);
   }
   const int form = static_cast<int>(given.get<int64_t>("form", 0));  // the operators use 0
   const bool x = given.needs_grad("x"), proj = given.needs_grad("proj"), out = given.needs_grad("out");
   given.reject_unknown();
-  return dfkd_high_order_attention_backward(dummy(), dummy(), dummy(), dummy(), positions, channels,
-                                            hidden, order, dtype, mode, result, form, dummy(x), dummy(proj),
-                                            dummy(out), dummy(), nullptr);
+  return dfkd_high_order_attention_backward(dummy(), dummy(), dummy(), dummy(), positions, channels, hidden, order,
+                                            dtype, mode, result, form, dummy(x), dummy(proj), dummy(out), dummy(),
+                                            nullptr);
 }
 
 // Records what a launcher would launch. Returns its status.
