@@ -165,7 +165,7 @@ class CUB200(ImageSet):
             for key, name in images:
                 label, split = label_of.get(key), split_of.get(key)
                 if label not in number_of:
-                    raise ValueError(f"{title}: image_class_labels.txt gives image {key} the class {label}")
+                    raise ValueError(f"{title}: image_class_labels.txt assigns image {key} to the class {label}")
                 if split not in ("0", "1"):
                     raise ValueError(f"{title}: train_test_split.txt must have 0 or 1 for image {key}, got {split}")
                 yield split == "1", base / "images" / name, number_of[label]

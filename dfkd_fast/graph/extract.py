@@ -113,8 +113,8 @@ def extract(
     Args:
         model: images (N, 3, H, W) to logits (N, classes), any device and floating-point dtype. A network that returns
             :class:`Outputs` is not traced; its stages are the positions of its features, ``"0"``, ``"1"``, ... A
-            :class:`FeatureModel` stands for its plain network and its stages; its graph is reused if only statistics
-            are added.
+            :class:`FeatureModel` is replaced by its plain network and its stages; its graph is reused if only
+            statistics are added.
         stages: module paths whose outputs are the features, shallow to deep. None selects the last map of each
             resolution, at most the deepest four: ``layer1`` to ``layer4`` of a ResNet.
         statistics: return the batch and running statistics of each BatchNorm2d's input (Eq. 3). The forward is then
@@ -259,7 +259,7 @@ def _default_stages(trace: Trace, head: _Head) -> tuple[str, ...]:
     """The last map of each resolution, at most the deepest four; the deepest is the map that is pooled.
 
     Candidates are the outermost modules that keep or halve the resolution: layers, blocks, and stages of blocks.
-    timm's ``feature_info`` is no substitute: its deepest stage lies before the final convolution of some families
+    timm's ``feature_info`` is no substitute: for some families its deepest stage precedes the final convolution
     (MobileNet, EfficientNet), and torchvision's networks have none.
 
     Raises:

@@ -97,7 +97,7 @@ class Trace:
     """A graph with one input.
 
     Attributes:
-        root: the traced module, which holds the network as ``model``.
+        root: the traced module, with the network as ``model``.
         graph: its graph; targets are paths in ``root``.
         outputs: the output node of each module by its path in the network, in network order, inner modules first.
         inputs: the node of each module's first argument.
@@ -158,7 +158,7 @@ def symbolic_trace(root: Root, *, training: bool, evaluating: bool = False, shal
     """Trace a network.
 
     Args:
-        root: holds the network.
+        root: contains the network.
         training: the mode to trace in.
         evaluating: trace through dropouts, so that the graph ignores their training flags.
         shallow: treat the network's submodules as leaves.
@@ -171,9 +171,9 @@ def symbolic_trace(root: Root, *, training: bool, evaluating: bool = False, shal
         with preserve_train_mode(root.model, training):
             graph = tracer.trace(root)
     except Exception as error:  # a forward may fail in any way on a proxy
-        where = tracer.inside[-1] if tracer.inside else "model"
-        inner = root.get_submodule(where)
-        at = "" if inner is root.model else f", in {where.removeprefix('model.')!r} ({type(inner).__name__})"
+        path = tracer.inside[-1] if tracer.inside else "model"
+        inner = root.get_submodule(path)
+        at = "" if inner is root.model else f", in {path.removeprefix('model.')!r} ({type(inner).__name__})"
         raise ValueError(
             f"the forward of {type(root.model).__name__} cannot be traced by torch.fx{at}: {first_line(error)}"
         ) from error

@@ -78,7 +78,7 @@ def _create_torchvision(name: str, num_classes: int, options: dict[str, Any]) ->
     return models.get_model(name, weights=None, num_classes=num_classes, **options)
 
 
-def _create_foreign(module_name: str, factory_name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+def _create_from_module(module_name: str, factory_name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     full = f"{module_name}:{factory_name}"
     try:
         module = importlib.import_module(module_name)
@@ -151,7 +151,7 @@ def create_model(config: ModelConfig, *, num_classes: int, new_head: bool = Fals
     elif source == "torchvision":
         model = _create_torchvision(name, num_classes, options)
     else:
-        model = _create_foreign(source, name, num_classes, options)
+        model = _create_from_module(source, name, num_classes, options)
     if config.weights is not None:
         load_weights(model, config.weights, skip=[_head(model, num_classes)] if new_head else [])
     return model

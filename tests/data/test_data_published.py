@@ -147,8 +147,8 @@ def test_missing_root(name: str, tmp_path: Path) -> None:
         ("aircraft", AIRCRAFT / "images_variant_test.txt", "0034958 Concorde\n", r"names the variant 'Concorde'"),
         ("aircraft", AIRCRAFT / "images_variant_test.txt", "0034958\n", r"two columns, got the line '0034958'"),
         ("aircraft", AIRCRAFT / "images_variant_test.txt", "\n", r"images_variant_test\.txt is empty"),
-        ("cub200", CUB / "image_class_labels.txt", "1 1\n", r"gives image 2 the class None"),
-        ("cub200", CUB / "image_class_labels.txt", "1 7\n", r"gives image 1 the class 7"),
+        ("cub200", CUB / "image_class_labels.txt", "1 1\n", r"assigns image 2 to the class None"),
+        ("cub200", CUB / "image_class_labels.txt", "1 7\n", r"assigns image 1 to the class 7"),
         ("cub200", CUB / "train_test_split.txt", "1 2\n", r"must have 0 or 1 for image 1, got 2"),
     ],
 )

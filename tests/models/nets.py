@@ -19,7 +19,7 @@ NARROW: dict[str, Any] = {"widths": (4, 4, 6, 8)}
 NARROW_TIMM: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64)}
 
 
-def unsettled(model: nn.Module) -> nn.Module:
+def randomize_batchnorm(model: nn.Module) -> nn.Module:
     """Gives BatchNorms random statistics, scales of both signs and one small variance; sets eval mode."""
     with torch.no_grad():
         for module in model.modules():
@@ -37,7 +37,7 @@ def unsettled(model: nn.Module) -> nn.Module:
 @functools.cache
 def _built(name: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
     torch.manual_seed(0)
-    return unsettled(create_model(ModelConfig(name=name, options=dict(options)), num_classes=5))
+    return randomize_batchnorm(create_model(ModelConfig(name=name, options=dict(options)), num_classes=5))
 
 
 def network(name: str, **options: Any) -> nn.Module:

@@ -28,7 +28,7 @@ from dfkd_fast.models import (
     frozen,
 )
 
-from .nets import NARROW, NARROW_TIMM, Net, close, images, network, scalar, snapshot, unsettled
+from .nets import NARROW, NARROW_TIMM, Net, close, images, network, randomize_batchnorm, scalar, snapshot
 
 RESNET = "layer1 layer2 layer3 layer4"
 # Default stages, their channels, the penultimate length, and the number of BatchNorms per fused operation.
@@ -238,7 +238,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "timm resnet18": lambda: network("timm:resnet18", **NARROW_TIMM),
     "wide resnet": lambda: network("wrn_40_2"),
     "cifar resnet": lambda: network("resnet8", **NARROW),
-    "functional": lambda: unsettled(_Functional()),
+    "functional": lambda: randomize_batchnorm(_Functional()),
 }
 
 
@@ -250,13 +250,13 @@ def test_copies_and_pickles_give_identical_outputs(name: str, rewrite: str) -> N
     described = {name: value for name, value in vars(extracted).items() if isinstance(value, tuple | int)}
     with torch.autocast("cpu", torch.bfloat16, enabled=rewrite == "cast"):
         expected = tree_leaves(extracted(x))
-        for made in (copy.deepcopy(extracted), pickle.loads(pickle.dumps(extracted))):
-            assert all(map(torch.equal, tree_leaves(made(x)), expected))
-            assert {name: value for name, value in vars(made).items() if isinstance(value, tuple | int)} == described
-            assert set(made.state_dict()) == set(extracted.state_dict())
-            for tensor in [*made.model.parameters(), *made.model.buffers()]:
+        for result in (copy.deepcopy(extracted), pickle.loads(pickle.dumps(extracted))):
+            assert all(map(torch.equal, tree_leaves(result(x)), expected))
+            assert {name: value for name, value in vars(result).items() if isinstance(value, tuple | int)} == described
+            assert set(result.state_dict()) == set(extracted.state_dict())
+            for tensor in [*result.model.parameters(), *result.model.buffers()]:
                 tensor.zero_()
-            assert made(x).logits.count_nonzero() == 0  # a copy reads its own weights
+            assert result(x).logits.count_nonzero() == 0  # a copy reads its own weights
             assert all(map(torch.equal, tree_leaves(extracted(x)), expected))  # and does not change the original's
 
 
@@ -407,7 +407,7 @@ def test_kinds_of_batchnorm() -> None:
         flat=nn.BatchNorm1d(4),
         dropout=nn.Dropout(0.5),
     )
-    extracted, x = extract(unsettled(model), statistics=True, image_size=16), images(4, 16)
+    extracted, x = extract(randomize_batchnorm(model), statistics=True, image_size=16), images(4, 16)
     assert extracted.batchnorms == ("bn", "bn2", "bn")
     assert extracted.other_batchnorms == ("own", "untracked", "flat")
     outputs = extracted(x)

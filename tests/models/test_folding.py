@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from dfkd_fast.models import FeatureModel, LayerStatistics, Outputs, cast_weights, extract, fold_batchnorm
 
 from . import nets
-from .nets import NARROW, NARROW_TIMM, Net, close, snapshot, unsettled
+from .nets import NARROW, NARROW_TIMM, Net, close, randomize_batchnorm, snapshot
 
 # Options, the number of BatchNorms, and the number that can be folded.
 NETWORKS: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -97,18 +97,18 @@ def test_original_is_unchanged_and_shares_nothing(make: Callable[[FeatureModel],
     next(features.parameters()).requires_grad_(False)
     features.training = True  # only the flag of the plain network matters
     before, random, expected = snapshot(features), torch.get_rng_state(), features(images())
-    made = make(features)
+    result = make(features)
     assert torch.equal(torch.get_rng_state(), random)
     assert snapshot(features) == before
     assert all(map(torch.equal, tree_leaves(features(images())), tree_leaves(expected)))
-    assert not storages(features) & storages(made)
-    assert not set(features.modules()) & set(made.modules())
-    assert not any(parameter.requires_grad for parameter in made.parameters())
-    assert not any(module.training for module in made.model.modules())
-    assert made.training == (features.training and not made.folded)
+    assert not storages(features) & storages(result)
+    assert not set(features.modules()) & set(result.modules())
+    assert not any(parameter.requires_grad for parameter in result.parameters())
+    assert not any(module.training for module in result.model.modules())
+    assert result.training == (features.training and not result.folded)
     for name in ("stages", "feature_channels", "penultimate_dim", "num_classes"):
-        assert getattr(made, name) == getattr(features, name)
-    for name, parameter in made.named_parameters():  # 1 x 1 convolutions are ambiguous in their strides
+        assert getattr(result, name) == getattr(features, name)
+    for name, parameter in result.named_parameters():  # 1 x 1 convolutions are ambiguous in their strides
         if parameter.ndim == 4:
             assert parameter.stride() == features.get_parameter(name).stride()
 
@@ -142,7 +142,7 @@ RULES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 
 def changed(change: Callable[[Any], Any], rule: str = "chain", **parts: nn.Module) -> nn.Module:
-    model = unsettled(Net(lambda m, x: m.fc(RULES[rule](m, x).mean((2, 3))), **parts))
+    model = randomize_batchnorm(Net(lambda m, x: m.fc(RULES[rule](m, x).mean((2, 3))), **parts))
     change(model)
     return model.eval()
 
@@ -175,9 +175,9 @@ def changed(change: Callable[[Any], Any], rule: str = "chain", **parts: nn.Modul
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 def test_unsafe_folds_are_skipped(rule: str, change: Any, stages: list[str], folded: set[str]) -> None:
     features = extract(changed(change or (lambda m: None), rule), stages=stages, image_size=SIZE)
-    made = fold_batchnorm(features, image_size=SIZE)
-    assert set(made.folded) == folded
-    close(made(images()), features(images()), 1e-5)
+    result = fold_batchnorm(features, image_size=SIZE)
+    assert set(result.folded) == folded
+    close(result(images()), features(images()), 1e-5)
 
 
 @torch.no_grad()
@@ -188,11 +188,11 @@ def test_linear_layers_fold_only_for_vectors() -> None:
         return m.fc(m.act(m.vector(m.middle(vectors))))
 
     parts = {"wide": nn.Linear(4, 4), "across": nn.BatchNorm1d(4), "middle": nn.Linear(4, 4, bias=False)}
-    model = unsettled(Net(rule, **parts, vector=nn.BatchNorm1d(4)))
+    model = randomize_batchnorm(Net(rule, **parts, vector=nn.BatchNorm1d(4)))
     features = extract(model, stages=["conv"], image_size=SIZE)
-    made = fold_batchnorm(features, image_size=SIZE)
-    assert made.folded == ("vector",)
-    close(made(images()), features(images()), 1e-5)
+    result = fold_batchnorm(features, image_size=SIZE)
+    assert result.folded == ("vector",)
+    close(result(images()), features(images()), 1e-5)
 
 
 @torch.no_grad()
@@ -202,9 +202,9 @@ def test_shared_weights() -> None:
 
     model = changed(share, "shared weight", again=nn.Conv2d(3, 4, 3, padding=1))
     features = extract(model, stages=["bn"], image_size=SIZE)
-    made = fold_batchnorm(features, image_size=SIZE)
-    assert made.folded == ("bn",)
-    close(made(images()), features(images()), 1e-5)
+    result = fold_batchnorm(features, image_size=SIZE)
+    assert result.folded == ("bn",)
+    close(result(images()), features(images()), 1e-5)
     cast = cast_weights(features, torch.bfloat16)
     assert cast.model.again.weight is cast.model.conv.weight  # type: ignore[union-attr]
 
@@ -283,14 +283,14 @@ def other_when_folded(m: Any, x: Tensor) -> Outputs:
 def test_networks_that_return_outputs(
     rule: Callable[[Any, Tensor], Outputs], folded: tuple[str, ...], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    features = extract(unsettled(Net(rule)), image_size=SIZE)
+    features = extract(randomize_batchnorm(Net(rule)), image_size=SIZE)
     with caplog.at_level(logging.INFO, "dfkd_fast.graph.folding"):
-        made = fold_batchnorm(features, dtype=torch.bfloat16, image_size=SIZE)
-    assert made.folded == folded
+        result = fold_batchnorm(features, dtype=torch.bfloat16, image_size=SIZE)
+    assert result.folded == folded
     (record,) = caplog.records
     assert record.levelno == logging.INFO
     assert re.search(said, record.getMessage())
-    assert {m.weight.dtype for m in made.modules() if isinstance(m, nn.Conv2d | nn.Linear)} == {torch.bfloat16}
+    assert {m.weight.dtype for m in result.modules() if isinstance(m, nn.Conv2d | nn.Linear)} == {torch.bfloat16}
     close(fold_batchnorm(features, image_size=SIZE)(images()), features(images()), 1e-5)
 
 
@@ -361,7 +361,7 @@ def test_errors() -> None:
         cast_weights(features, torch.int8)
     with pytest.raises(ValueError, match=r"CifarResNet returns BatchNorm statistics.*use cast_weights"):
         fold_batchnorm(extract(features, statistics=True, image_size=SIZE), image_size=SIZE)
-    padless = unsettled(Net(lambda m, x: m.fc(m.wide(x).mean((2, 3))), wide=nn.Conv2d(3, 4, 3)))
+    padless = randomize_batchnorm(Net(lambda m, x: m.fc(m.wide(x).mean((2, 3))), wide=nn.Conv2d(3, 4, 3)))
     with pytest.raises(ValueError, match=r"Net does not accept an image \(1, 3, 1, 1\); try another image_size"):
         fold_batchnorm(extract(padless, stages=["wide"], image_size=SIZE), image_size=1)
     features.model.layer2.train()  # type: ignore[union-attr]

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from dfkd_fast import ops
 from dfkd_fast.models import FeatureModel, extract, frozen
 
-from .nets import NARROW, Net, close, images, network, scalar, unsettled
+from .nets import NARROW, Net, close, images, network, randomize_batchnorm, scalar
 
 
 def build(rule: Callable[[Any, Tensor], Tensor], **parts: nn.Module) -> nn.Module:
     """A stem, the rule under test, and a head."""
     model = Net(lambda m, x: m.fc(rule(m, m.conv(x)).float().mean((2, 3))), skip=nn.Identity(), **parts)
     model.register_buffer("place", torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2)))
-    return unsettled(model)
+    return randomize_batchnorm(model)
 
 
 def _add_to(x: Tensor, y: Tensor) -> Tensor:

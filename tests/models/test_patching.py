@@ -22,8 +22,8 @@ from . import nets
 from .nets import NARROW, NARROW_TIMM, Net, close, images, snapshot
 
 
-def unsettled(model: nn.Module) -> nn.Module:
-    return nets.unsettled(model).requires_grad_(False)
+def randomize_batchnorm(model: nn.Module) -> nn.Module:
+    return nets.randomize_batchnorm(model).requires_grad_(False)
 
 
 class _Block(nn.Module):
@@ -69,7 +69,11 @@ NETWORKS: dict[str, tuple[dict[str, Any], int, int]] = {
 
 def network(name: str = "custom") -> nn.Module:
     torch.manual_seed(0)
-    return unsettled(_Custom()) if name == "custom" else unsettled(nets.network(name, **NETWORKS[name][0]))
+    return (
+        randomize_batchnorm(_Custom())
+        if name == "custom"
+        else randomize_batchnorm(nets.network(name, **NETWORKS[name][0]))
+    )
 
 
 def eval_forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +130,7 @@ def test_report() -> None:
 )
 def test_small_models_are_patched(model: nn.Module, path: str) -> None:
     x = images(2, 5)
-    expected = unsettled(model)(x)
+    expected = randomize_batchnorm(model)(x)
     assert patch(model).replaced == (Replaced(path=path, by="batchnorm_statistics (relu)"),)
     close(model(x), expected)
 
@@ -289,7 +293,7 @@ LEFT: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("why", LEFT)
 def test_modules_that_cannot_be_fused_are_left(why: str) -> None:
-    model, x = unsettled(LEFT[why]()), images(2, 8)
+    model, x = randomize_batchnorm(LEFT[why]()), images(2, 8)
     inputs = (x, x) if "one map" in why else (x,)
     expected = model(*inputs)
     if why == "sets last, seen":
