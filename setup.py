@@ -109,7 +109,7 @@ setup(
         "dfkd_fast": ["py.typed"],
         "dfkd_fast.kernels": ["*.json"],
         "dfkd_fast.configs": ["*.yaml", "*/*.yaml"],
-        "dfkd_fast.benchmarks": ["results/*/*.json"],
+        "dfkd_fast.benchmarks": ["*.yaml", "ops/*.yaml", "results/*/*.json"],
     },
     ext_modules=[] if reason is not None else [Extension("dfkd_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -26,22 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from dfkd_fast import data
 from dfkd_fast.benchmarks.results import Results, commits, parser
-from dfkd_fast.config import (
-    DataConfig,
-    DemoConfig,
-    DistillConfig,
-    LoopConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    TeachConfig,
-    find,
-    read,
-    to_dict,
-)
+from dfkd_fast.config import DemoConfig, ObjectiveConfig, find, read, to_dict
 from dfkd_fast.engine import NonFiniteError, distill, teach
 from dfkd_fast.models import create_model, extract
 from dfkd_fast.report import markdown_table
@@ -52,34 +41,8 @@ SEEDS = (0, 1, 2)
 
 Overrides = Mapping[str, Any]
 
-CELLS: Mapping[str, Overrides] = {
-    # table 3 of the paper
-    "baseline": {"objective.preset": "baseline"},
-    "+ SFCL": {"objective.student.mhad": 0.0},
-    "+ MHAD": {"objective.student.sfcl": 0.0},
-    "both": {},
-    # order R of the attention (3 in "both")
-    "R = 1": {"objective.mhad.order": 1},
-    "R = 2": {"objective.mhad.order": 2},
-    # the generator's gate ("spatial" in "both")
-    "gate spatial_mean1": {"generator.attention": "spatial_mean1"},
-    "gate channel": {"generator.attention": "channel"},
-    "lambda = 0": {"generator.attention": "none"},
-    # the input of MHAD ("features" in "both")
-    "MHAD on attention maps": {"objective.mhad.target": "attention"},
-    # temperature of SFCL (0.1 in "both")
-    "tau = 0.05": {"objective.sfcl.temperature": 0.05},
-    "tau = 0.5": {"objective.sfcl.temperature": 0.5},
-    # weight of SFCL (8 in "both", 0 in "+ MHAD")
-    "gamma = 0.3": {"objective.student.sfcl": 0.3},
-    "gamma = 1": {"objective.student.sfcl": 1.0},
-    "gamma = 3": {"objective.student.sfcl": 3.0},
-    # weight of MHAD (10 in "both"), also with a weaker SFCL
-    "beta = 40": {"objective.student.mhad": 40.0},
-    "beta = 40, gamma = 0.1": {"objective.student.mhad": 40.0, "objective.student.sfcl": 0.1},
-    # the generator's blocks
-    "no BatchNorm in blocks": {"generator.batch_norm": False},
-}
+CELLS: Mapping[str, Overrides] = yaml.safe_load(Path(__file__).with_name("ablation_cells.yaml").read_text("utf-8"))
+"""Changes of the method's configuration by cell."""
 
 
 def experiment(name: str) -> DemoConfig:
@@ -89,17 +52,7 @@ def experiment(name: str) -> DemoConfig:
     rounds; "digits" and "rendered" are those of the demo; "tiny" is one round of "digits".
     """
     if name == "full":
-        return DemoConfig(
-            data=DataConfig(name="rendered", image_size=64, classes=20, train_per_class=200, test_per_class=50),
-            teacher=ModelConfig(name="resnet32x4"),
-            student=ModelConfig(name="resnet8x4"),
-            teach=TeachConfig(epochs=40, lr=0.05),
-            distill=DistillConfig(
-                optimizer=OptimizerConfig(student_lr=0.05), loop=LoopConfig(epochs=4, rounds_per_epoch=40)
-            ),
-            presets=["dfkd-fgvc"],
-            least=0.0,
-        )
+        return read(DemoConfig, Path(__file__).with_name("ablation_full.yaml"))
     changes: dict[str, Overrides] = {
         "small": {"distill.loop.epochs": 4, "distill.objective": ObjectiveConfig()},
         "tiny": {"teach.epochs": 1, "distill.loop.epochs": 1, "distill.loop.rounds_per_epoch": 1},

@@ -25,7 +25,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, tensors
+from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, case_of, tensors
 from dfkd_fast.benchmarks.ops.measure import CACHES, PASSES, Ceilings, Measurement, Trial, ceilings
 from dfkd_fast.benchmarks.ops.tables import save_plot, terminal_rows
 from dfkd_fast.benchmarks.results import Key, Results, dtype_name, parser, rounded
@@ -38,7 +38,6 @@ KEY = ("op", "case", "dtype", "backend", "pass", "l2")
 
 _OWN = ("reference", "triton", "cuda")  # a failure of one of these is a fault of this project
 _MODES = {"compile": None, "compile_max_autotune": "max-autotune-no-cudagraphs"}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU_BYTES, _CPU_FLOPS = 64e6, 5e9  # larger cases are skipped on a CPU
 _SKIP = ("out of memory", "not supported")
 
@@ -190,10 +189,7 @@ def _status(error: Exception) -> str:
 
 
 def from_file(path: Path) -> list[Benchmark]:
-    """Read ops and shapes from a YAML or JSON file.
-
-    The file maps each op to a list of shapes. A shape is a list of sizes, or a mapping of sizes and options in which
-    ``shape`` may hold the list and ``dtypes`` a list of dtypes (bfloat16 by default).
+    """Read ops and shapes from a YAML or JSON file: a list of shapes per op, each as in ``cases.yaml``.
 
     Raises:
         ValueError: the file is malformed, or an op, size or dtype is unknown.
@@ -204,22 +200,13 @@ def from_file(path: Path) -> list[Benchmark]:
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(shapes, list) for shapes in content.values()):
         raise ValueError(f"{path} must hold a list of shapes for each op")
-    return [
-        replace(each, cases=[_case_of(each, sizes, path) for sizes in content[each.op]]) for each in _chosen(content)
-    ]
-
-
-def _case_of(benchmark: Benchmark, sizes: Any, path: Path) -> Case:
-    if not isinstance(sizes, dict | list):
-        raise ValueError(f"{path}: a shape of {benchmark.op} must be a list or a mapping of sizes, got {sizes!r}")
-    named = dict(sizes) if isinstance(sizes, dict) else {"shape": sizes}
-    shape, dtypes = named.pop("shape", []), named.pop("dtypes", ["bfloat16"])
-    if not isinstance(dtypes, list) or not set(dtypes) <= _DTYPES.keys():
-        raise ValueError(f"{path}: dtypes must be a list of {', '.join(_DTYPES)}, got {dtypes!r}")
     try:
-        return benchmark.make(*shape, **named, shapes="file", dtypes=[_DTYPES[name] for name in dtypes])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {sizes} is not a shape of {benchmark.op}: {error}") from error
+        return [
+            replace(each, cases=[case_of(each.op, sizes, "file") for sizes in content[each.op]])
+            for each in _chosen(content)
+        ]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _chosen(names: Sequence[str] | dict[str, Any] | None) -> list[Benchmark]:

@@ -1,7 +1,7 @@
 """The benchmark cases of every op: inputs, the least work and competing implementations.
 
-``BENCHMARKS`` maps each op to its cases. On meta tensors the same cases also determine which kernel launches are
-compiled and checked without a GPU.
+``BENCHMARKS`` maps each op to its cases, whose shapes are in ``cases.yaml``. On meta tensors the same cases also
+determine which kernel launches are compiled and checked without a GPU.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dfkd_fast import ops
 
-__all__ = ["BENCHMARKS", "Benchmark", "Case", "Make", "Work", "gradients", "tensors"]
+__all__ = ["BENCHMARKS", "Benchmark", "Case", "Make", "Work", "case_of", "gradients", "tensors"]
 
 Inputs = tuple[Any, ...]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Make:
@@ -79,7 +82,7 @@ class Case:
     inputs: Callable[[Make], Inputs]
     call: Callable[..., Any]
     work: Callable[[int], Work]
-    shapes: Literal["paper", "large", "odd", "file"] = "paper"
+    shapes: str = "paper"
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,)
     compiled: Callable[..., Any] | None = None
 
@@ -96,14 +99,12 @@ class Benchmark:
     Attributes:
         op: name of the op.
         cases: its cases.
-        make: builds a case from sizes, for ``dfkd-fast bench --shapes FILE``.
         peers: public kernels for the same work, by library. Each entry takes the name of a case and returns a function
             of (*inputs), or None if the kernel does not support the case. It raises ImportError without its library.
     """
 
     op: str
     cases: Sequence[Case]
-    make: Callable[..., Case]
     peers: dict[str, Callable[[str], Callable[..., Any] | None]] = field(default_factory=dict)
 
 
@@ -131,12 +132,6 @@ def gradients(
 def _name(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
-
-def _each(make: Callable[..., Case], *shapes: Sequence[int], **more: Any) -> list[Case]:
-    return [make(*shape, **more) for shape in shapes]
-
-
-_STAGES = ((64, 64, 56, 56), (64, 128, 28, 28), (64, 256, 14, 14), (64, 512, 7, 7))  # of ResNets at 224 x 224
 
 # --- high_order_attention, high_order_attention_mse
 
@@ -166,8 +161,6 @@ def _attention(
         **more,
     )
 
-
-_attention_mse = functools.partial(_attention, mse=True)
 
 # --- spatial_attention
 
@@ -297,19 +290,27 @@ def _running_statistics(make: Make, channels: int) -> Inputs:
     return mean, make.tensor(channels, dtype=torch.float32).abs() + 0.5
 
 
-# Each of the following cases runs one layer of the given shape, or several layers in a row.
+_NETWORKS = {
+    "resnet34 batch 64": _resnet34(64, 224, residuals=False),
+    "resnet34 batch 64 with residuals": _resnet34(64, 224, residuals=True),
+    "wrn_40_2 batch 256": _wrn_40_2(256, 32),
+}
+
+# The following cases run one layer of the given shape, or all layers of a network.
 
 
 def _batchnorm(
     *shape: int,
     residual: bool = False,
     activation: Any = "relu",
-    layers: Sequence[_Layer] = (),
-    name: str = "",
+    network: str = "",
+    statistics_only: bool = False,
     **more: Any,
 ) -> Case:
     """Normalised maps, means and variances, with gradients for maps and residuals from all three results."""
-    layers = layers or [_Layer(shape, activation, residual)]
+    if statistics_only:
+        return _statistics(*shape, network=network, **more)
+    layers = _NETWORKS[network] if network else [_Layer(shape, activation, residual)]
     total = sum(layer.numel for layer in layers)
     added = sum(layer.numel for layer in layers if layer.residual)
 
@@ -327,7 +328,7 @@ def _batchnorm(
         return tuple(results)
 
     return Case(
-        name=name or _name(shape) + (" with residual" if residual else ""),
+        name=network or _name(shape) + (" with residual" if residual else ""),
         inputs=lambda make: tuple(one(make, layer) for layer in layers),
         call=call,
         # The gradient of a residual is one more write, and one bit per element masks it.
@@ -336,12 +337,12 @@ def _batchnorm(
     )
 
 
-def _statistics(*shape: int, layers: Sequence[_Layer] = (), name: str = "", **more: Any) -> Case:
+def _statistics(*shape: int, network: str, **more: Any) -> Case:
     """channel_statistics: mean and variance without the normalisation."""
-    layers = layers or [_Layer(shape)]
+    layers = _NETWORKS[network] if network else [_Layer(shape)]
     total = sum(layer.numel for layer in layers)
     return Case(
-        name=f"statistics only {name or _name(shape)}",
+        name=f"statistics only {network or _name(shape)}",
         inputs=lambda make: tuple(make.map(*layer.shape, grad=True) for layer in layers),
         call=lambda *maps, backend: tuple(r for x in maps for r in ops.channel_statistics(x, backend=backend)),
         work=lambda size: Work(size * total, 2 * size * total),
@@ -349,12 +350,12 @@ def _statistics(*shape: int, layers: Sequence[_Layer] = (), name: str = "", **mo
     )
 
 
-def _distance(*shape: int, layers: Sequence[_Layer] = (), name: str = "", **more: Any) -> Case:
+def _distance(*shape: int, network: str = "", **more: Any) -> Case:
     """statistics_distance per layer."""
-    layers = layers or [_Layer(shape)]
+    layers = _NETWORKS[network] if network else [_Layer(shape)]
     total, channels = sum(layer.numel for layer in layers), sum(layer.shape[1] for layer in layers)
     return Case(
-        name=name or _name(shape),
+        name=network or _name(shape),
         inputs=lambda make: tuple(
             (make.map(*layer.shape, grad=True), *_running_statistics(make, layer.shape[1])) for layer in layers
         ),
@@ -407,124 +408,46 @@ def _pool(*shape: int, relu: bool = True, unpool: bool = False, **more: Any) -> 
     )
 
 
-_unpool = functools.partial(_pool, unpool=True)
+_PEERS: dict[str, dict[str, Callable[[str], Callable[..., Any] | None]]] = {
+    "contrastive_loss": {"lightly": _lightly},
+    "distillation_kl": {"liger": _liger},
+}
+_MAKERS: dict[str, Callable[..., Case]] = {
+    "high_order_attention": _attention,
+    "high_order_attention_mse": functools.partial(_attention, mse=True),
+    "spatial_attention": _spatial,
+    "contrastive_loss": _contrastive,
+    "distillation_kl": _kl,
+    "batchnorm_statistics": _batchnorm,
+    "statistics_distance": _distance,
+    "max_pool2x2": _pool,
+}
 
-_RESNET34: dict[str, Any] = {"layers": _resnet34(64, 224, residuals=False), "name": "resnet34 batch 64"}
-_RESIDUALS: dict[str, Any] = {"layers": _resnet34(64, 224, residuals=True), "name": "resnet34 batch 64 with residuals"}
-_HOURGLASS = ((64, 64, 28, 28), (64, 32, 56, 56), (64, 16, 112, 112), (64, 16, 224, 224))  # of the generator
-_ODD_MAPS = ((3, 37, 5, 7, 5), (2, 200, 9, 3, None), (1, 24, 15, 15, None), (2, 300, 7, 7, 70), (2, 1, 3, 3, None))
-_ODD_POOLS = ((3, 17, 15, 9), (2, 1, 7, 6), (5, 200, 4, 5))
 
-_ALL = (
-    Benchmark(
-        op="high_order_attention",
-        cases=[
-            *_each(_attention, *_STAGES),
-            *_each(_attention, (256, 64, 112, 112), (256, 512, 28, 28), shapes="large"),
-            *_each(_attention, (3, 37, 5, 7), (2, 320, 3, 5), shapes="odd"),
-            _attention(2, 24, 5, 3, order=1, shapes="odd"),
-            _attention(2, 100, 5, 3, order=2, hidden=19, shapes="odd"),
-            _attention(2, 200, 5, 3, order=4, shapes="odd"),
-            *(_attention(4, channels, 14, 14, mode="per_order", shapes="odd") for channels in (64, 128, 256, 512)),
-        ],
-        make=_attention,
-    ),
-    Benchmark(
-        op="high_order_attention_mse",
-        cases=[
-            *_each(_attention_mse, *_STAGES),
-            _attention_mse(256, 64, 112, 112, shapes="large"),
-            *_each(_attention_mse, (3, 37, 5, 7), (2, 320, 3, 5), shapes="odd"),
-            _attention_mse(2, 200, 5, 3, order=4, shapes="odd"),
-            *(_attention_mse(4, channels, 14, 14, mode="per_order", shapes="odd") for channels in (64, 256, 512)),
-        ],
-        make=_attention_mse,
-    ),
-    Benchmark(
-        op="spatial_attention",
-        cases=[
-            _spatial(64, 256, 28, 28),
-            _spatial(64, 128, 56, 56, dtypes=(torch.bfloat16, torch.float32)),
-            *_each(_spatial, (64, 64, 112, 112), (64, 64, 224, 224)),
-            _spatial(64, 128, 56, 56, form="spatial_mean1"),
-            _spatial(64, 128, 56, 56, form="channel", bias=True),
-            _spatial(256, 64, 224, 224, shapes="large"),
-            *(
-                _spatial(*shape, k=k, form=form, bias=True, shapes="odd")
-                for *shape, k in _ODD_MAPS
-                for form in ("spatial", "channel")
-            ),
-            _spatial(3, 64, 9, 7, channels_last=False, shapes="odd"),
-            _spatial(3, 64, 9, 7, form="channel", bias=True, channels_last=False, shapes="odd"),
-        ],
-        make=_spatial,
-    ),
-    Benchmark(
-        op="contrastive_loss",
-        cases=[
-            *(_contrastive(n, 128, both) for n in (128, 8192) for both in (False, True)),
-            *(_contrastive(n, 128, both, shapes="large") for n in (65536, 131072) for both in (False, True)),
-            *_each(_contrastive, (74, 50), (10, 300), (2, 3, True), shapes="odd"),
-        ],
-        make=_contrastive,
-        peers={"lightly": _lightly},
-    ),
-    Benchmark(
-        op="distillation_kl",
-        cases=[
-            *_each(_kl, (64, 200), (64, 1000)),
-            _kl(4096, 1000, dtypes=(torch.bfloat16, torch.float32)),
-            _kl(4096, 32000, shapes="large"),
-            *_each(_kl, (37, 129), (3, 5001), shapes="odd"),
-        ],
-        make=_kl,
-        peers={"liger": _liger},
-    ),
-    Benchmark(
-        op="batchnorm_statistics",
-        cases=[
-            _batchnorm(**_RESNET34),
-            _batchnorm(**_RESIDUALS),
-            _statistics(**_RESNET34),
-            *_each(_batchnorm, (64, 64, 112, 112), *_STAGES),
-            *_each(_batchnorm, _STAGES[0], _STAGES[-1], residual=True),
-            *_each(_statistics, (64, 64, 112, 112), _STAGES[-1]),
-            _batchnorm(256, 256, 56, 56, shapes="large"),
-            _batchnorm(256, 256, 56, 56, residual=True, shapes="large"),
-            _batchnorm(3, 37, 5, 7, shapes="odd", activation="relu6"),
-            _batchnorm(3, 37, 5, 7, shapes="odd", residual=True),
-            _batchnorm(3, 24, 9, 9, shapes="odd", residual=True, activation="relu6"),
-            _batchnorm(2, 1, 3, shapes="odd"),
-            _batchnorm(7, 19, 333, shapes="odd", residual=True),
-            _batchnorm(4, 20, 3, 5, 7, shapes="odd"),
-            _batchnorm(5, 130, shapes="odd", activation="none"),
-            *_each(_statistics, (3, 37, 5, 7), (7, 19, 333), shapes="odd"),
-        ],
-        make=_batchnorm,
-    ),
-    Benchmark(
-        op="statistics_distance",
-        cases=[
-            _distance(**_RESNET34),
-            _distance(layers=_wrn_40_2(256, 32), name="wrn_40_2 batch 256"),
-            *_each(_distance, (64, 64, 112, 112), (64, 256, 14, 14), (64, 512, 7, 7)),
-            *_each(_distance, (256, 32, 32, 32), (256, 64, 16, 16), (256, 128, 8, 8)),
-            _distance(256, 256, 56, 56, shapes="large"),
-            *_each(_distance, (3, 37, 5, 7), (2, 1, 3), (7, 19, 333), (4, 20, 3, 5, 7), shapes="odd"),
-            *_each(_distance, (5, 130), (3, 4999, 2, 2), shapes="odd"),
-        ],
-        make=_distance,
-    ),
-    Benchmark(
-        op="max_pool2x2",
-        cases=[
-            *(make(*shape) for shape in _HOURGLASS for make in (_pool, _unpool)),
-            *(make(256, 64, 224, 224, shapes="large") for make in (_pool, _unpool)),
-            *(make(*shape, shapes="odd") for shape in _ODD_POOLS for make in (_pool, _unpool)),
-            _pool(3, 24, 13, 9, relu=False, shapes="odd"),
-        ],
-        make=_pool,
-    ),
-)
-BENCHMARKS: dict[str, Benchmark] = {each.op: each for each in _ALL}
+def case_of(op: str, sizes: Any, shapes: str) -> Case:
+    """Returns the case of an op for a list of sizes, or for a mapping of sizes and options as in ``cases.yaml``.
+
+    Raises:
+        ValueError: the sizes, options or dtypes do not fit the op.
+    """
+    if not isinstance(sizes, dict | list):
+        raise ValueError(f"a shape of {op} must be a list or a mapping of sizes, got {sizes!r}")
+    named = dict(sizes) if isinstance(sizes, dict) else {"shape": sizes}
+    shape, dtypes = named.pop("shape", []), named.pop("dtypes", ["bfloat16"])
+    if not isinstance(dtypes, list) or not set(dtypes) <= _DTYPES.keys():
+        raise ValueError(f"dtypes must be a list of {', '.join(_DTYPES)}, got {dtypes!r}")
+    try:
+        return _MAKERS[op](*shape, **named, shapes=shapes, dtypes=[_DTYPES[name] for name in dtypes])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{sizes} is not a shape of {op}: {error}") from error
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    op: Benchmark(
+        op=op,
+        cases=[case_of(op, sizes, shapes) for shapes, listed in groups.items() for sizes in listed],
+        peers=_PEERS.get(op, {}),
+    )
+    for op, groups in yaml.safe_load(Path(__file__).with_name("cases.yaml").read_text(encoding="utf-8")).items()
+}
 """Benchmarks by op. ``max_pool2x2`` includes ``max_unpool2x2``."""

@@ -41,7 +41,7 @@ def a_case(name: str = "4x6", grad: bool = True, **more) -> Case:
 
 
 def a_benchmark(*cases: Case, **more) -> Benchmark:
-    return Benchmark(op="distillation_kl", cases=cases or (a_case(),), make=a_case, **more)
+    return Benchmark(op="distillation_kl", cases=cases or (a_case(),), **more)
 
 
 @pytest.fixture(autouse=True)
