@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Background", "Job"]
+__all__ = ["Background"]
 
 T = TypeVar("T")
-Job = Future[T]
 
 
 class Background:
@@ -35,7 +34,7 @@ class Background:
         """Whether jobs run concurrently with the caller, which must then not change what they read."""
         return self._thread is not None
 
-    def submit(self, work: Callable[[], T]) -> Job[T]:
+    def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run ``work`` after the work that is now queued on the caller's stream.
 
         Raises:
@@ -53,7 +52,7 @@ class Background:
                     return result
 
         if self._thread is None:
-            job: Job[T] = Future()
+            job: Future[T] = Future()
             job.set_result(run())
             return job
         while self._jobs and self._jobs[0].done():

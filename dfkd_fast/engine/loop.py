@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from dfkd_fast import report
 from dfkd_fast.config import DistillConfig, to_dict
 from dfkd_fast.data import ImageData
-from dfkd_fast.engine.background import Background, Job
+from dfkd_fast.engine.background import Background
 from dfkd_fast.engine.checkpoint import Checkpoints
 from dfkd_fast.engine.engines import Engine, create_engine
 from dfkd_fast.engine.evaluation import evaluate
@@ -92,7 +93,7 @@ class _Epoch:
     number: int
     agreement: float
     student: nn.Module
-    accuracy: Job[float] | None
+    accuracy: Future[float] | None
 
 
 class _Run:

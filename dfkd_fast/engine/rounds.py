@@ -42,7 +42,7 @@ class _Readback:
     def __init__(self, state: DistillState) -> None:
         self.number, self.student_lr = state.position.round, state.student_lr()
         trace, cuda = state.trace[: state.position.step], state.trace.is_cuda
-        self._trace = torch.empty_like(trace, device="cpu", pin_memory=cuda).copy_(trace, non_blocking=True)
+        self._trace = torch.empty(trace.shape, dtype=trace.dtype, pin_memory=cuda).copy_(trace, non_blocking=True)
         self._copied = torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True)) if cuda else None
 
     def get(self) -> Tensor:

@@ -204,10 +204,7 @@ class _Synchronizations(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.name() == "aten::_local_scalar_dense":
             result: Any = 1.0 if args[0].is_floating_point() else 1
-        elif func.name().partition(".")[0] in (
-            "aten::_fused_adam_",
-            "aten::_fused_sgd_",
-        ):  # torch has no fakes for them
+        elif func.name().startswith(("aten::_fused_adam_", "aten::_fused_sgd_")):  # torch has no fakes for them
             _require_equal_strides(*(each for each in args if isinstance(each, list | tuple) and each))
             result = None
         else:
@@ -221,21 +218,21 @@ def _value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, torch.fx.Node) else node
 
 
-def _described(value: Any) -> Any:
+def _describe(value: Any) -> Any:
     value = _value(value)
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "stride": list(value.stride()), "dtype": str(value.dtype)}
-    return [_described(one) for one in value] if isinstance(value, list | tuple) else str(value)
+    return [_describe(one) for one in value] if isinstance(value, list | tuple) else str(value)
 
 
-def _call(node: torch.fx.Node) -> dict[str, Any]:
+def _describe_call(node: torch.fx.Node) -> dict[str, Any]:
     """Describe a call of a dfkd_fast operator, with shapes and strides."""
     operator: Any = node.target
     named = zip((argument.name for argument in operator._schema.arguments), node.args, strict=False)
-    results = _described(node)
+    results = _describe(node)
     return {
         "op": operator.name().partition("::")[2],
-        "arguments": {name: _described(value) for name, value in named},
+        "arguments": {name: _describe(value) for name, value in named},
         "results": results if isinstance(results, list) else [results],
     }
 
@@ -263,7 +260,7 @@ class _Compiler:
         assert name not in self.graphs, f"{name} is compiled twice"
         nodes = [node for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
         self.graphs[name] = {
-            "calls": [_call(node) for node in nodes if node.target.namespace == "dfkd_fast"],
+            "calls": [_describe_call(node) for node in nodes if node.target.namespace == "dfkd_fast"],
             "synchronizations": [
                 str(node.target)
                 for node in nodes
