@@ -158,7 +158,7 @@ def test_compiled_code_asks_too(dynamic: bool, device: SimpleNamespace, monkeypa
     def work(x: torch.Tensor, temperature: float) -> torch.Tensor:
         count, dim = x.shape
         sizes = {"count": count, "dim": dim, "temperature": temperature, "normalize": True, "dtype": torch.bfloat16}
-        return x + (1 if extension._asked("contrastive_loss", 0, sizes) is None else 2)
+        return x + (1 if extension._launcher_reason("contrastive_loss", 0, sizes) is None else 2)
 
     compiled = torch.compile(work, fullgraph=True, backend="eager", dynamic=dynamic)
     for count, temperature, expected in ((200, 0.1, 1), (128, 0.1, 2), (200, 0.01, 2), (300, 0.1, 1)):
