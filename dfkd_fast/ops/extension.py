@@ -98,8 +98,11 @@ def unsupported_by_extension(op: str, x: Tensor, *dtypes: torch.dtype, **sizes: 
     for dtype in dtypes:
         if dtype != x.dtype:
             return f"its kernels need tensors of one dtype, not {_argument(x.dtype)} and {_argument(dtype)}"
-    arguments = tuple((name, _argument(size)) for name, size in {"dtype": x.dtype, **sizes}.items())
-    return _constant_reason(op, x.device.index or 0, arguments)
+    return _launcher_reason(op, x.device.index or 0, {"dtype": x.dtype, **sizes})
+
+
+def _launcher_reason(op: str, device: int, sizes: dict[str, Any]) -> str | None:
+    return _constant_reason(op, device, tuple((name, _argument(size)) for name, size in sizes.items()))
 
 
 def _argument(size: Any) -> Any:

@@ -57,8 +57,7 @@ def lightly():
 def test_nt_xent_matches_lightly(count, dim, temperature, seed):
     lightly = pytest.importorskip("lightly.loss.ntx_ent_loss")
     fast, original = (kind(temperature) for kind in (drop_in.NTXentLoss, lightly.NTXentLoss))
-    # Rounding errors of the original's similarities are divided by the temperature.
-    atol = 1e-6 / min(temperature, 0.1)
+    atol = 1e-6 / min(temperature, 0.1)  # the original divides rounding errors of similarities by the temperature
     assert_same(fast, original, random(count, dim, seed=seed), random(count, dim, seed=seed + 1), atol=atol)
 
 

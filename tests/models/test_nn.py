@@ -152,7 +152,7 @@ def test_projection_head_matches_definition() -> None:
     ("build", "message"),
     [
         (lambda: AttentionGenerator(40), "image_size must be a positive multiple of 16, got 40"),
-        (lambda: AttentionGenerator(32, channels=(8, 8)), "channels must be five widths"),
+        (lambda: AttentionGenerator(32, channels=(8, 8)), "channels must have five entries"),
         (lambda: HighOrderAttention(0), "channels, order and reduction must be at least 1, got 0"),
         (lambda: HighOrderAttention(8, mode="both"), "mode must be 'joint' or 'per_order', got 'both'"),  # type: ignore[arg-type]
     ],
