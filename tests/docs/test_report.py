@@ -125,6 +125,11 @@ class TestTable:
         text_of(table)
 
 
+def test_markdown_table_aligns_numbers_and_escapes_bars():
+    rows = [{"name": "a|b", "ms": "1.5"}, {"name": "c", "ms": "12"}]
+    assert report.markdown_table(rows) == ["| name | ms |", "|---|---:|", "| a\\|b | 1.5 |", "| c | 12 |"]
+
+
 class TestResults:
     def test_environment(self):
         block = report.environment()
