@@ -113,7 +113,7 @@ def trained_teacher(config: DemoConfig, device: str) -> tuple[Path, float]:
 
 
 def run_cell(job: tuple[str, str, Overrides, int], *, device: str, end: float) -> dict[str, Any] | None:
-    """Distil once: (cell, experiment, overrides, seed). A CPU runs its default engine.
+    """Distill once: (cell, experiment, overrides, seed). A CPU runs its default engine.
 
     Returns:
         The row, or None after the time ``end``. After a non-finite loss ``accuracy`` is None and ``error`` says why.
@@ -158,7 +158,7 @@ def ablation_section(content: dict[str, Any], folder: str) -> str:
             changes = of_cell[0]["overrides"].items()
             line = {"cell": cell, "changed": ", ".join(f"`{path}={value}`" for path, value in changes)}
             line["top-1"] = _mean_and_deviation([row["accuracy"] for row in finite])
-            line["of the teacher's"] = _mean_and_deviation(
+            line["relative to teacher"] = _mean_and_deviation(
                 [row["accuracy"] / row["teacher_accuracy"] for row in finite]
             )
             line["agreement"] = _mean_and_deviation([row["agreement"] for row in finite])

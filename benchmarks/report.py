@@ -42,17 +42,17 @@ def demo_table(contents: Sequence[dict[str, Any]]) -> str:
         teacher = content["rows"][0]["top1"]
         table += [
             {
-                "set": content["experiment"],
+                "data set": content["experiment"],
                 "network": row["network"],
-                "learned from": row["learned_from"],
+                "trained on": row["trained_on"],
                 "top-1": f"{row['top1']:.1%}",
-                "of the teacher's": f"{row['top1'] / teacher:.1%}",
+                "relative to teacher": f"{row['top1'] / teacher:.1%}",
             }
             for row in content["rows"]
         ]
         environment = content["environment"]
         notes.append(
-            f"`{content['experiment']}`: {content['rounds']} rounds, {content['seconds']:.0f} s in all on "
+            f"`{content['experiment']}`: {content['rounds']} rounds, {content['seconds']:.0f} s in total on "
             f"{environment['cpu'] if environment['device']['name'] == 'cpu' else environment['device']['name']}, "
             f"threads: {environment['threads']}, torch {environment['torch']}, "
             f"commit {(environment['commit'] or environment['source'])[:12]}."

@@ -6,7 +6,7 @@
 //
 // An accumulator fragment holds two of each eight columns. The weight's rows, the N dimension of the logits GEMM, are
 // permuted in shared memory (channel_of_column), so that a lane holds 16 consecutive channels of two positions, two
-// 16-byte chunks each, and eight neighbouring lanes, two positions of 64 channels, access shared memory without bank
+// 16-byte chunks each, and eight neighboring lanes, two positions of 64 channels, access shared memory without bank
 // conflicts.
 #pragma once
 

@@ -9,7 +9,7 @@
 //
 // A cooperative, persistent kernel assigns the tiles of all samples to blocks round-robin. In step i, block b adds tile
 // i B + b to delta, and then computes the gradients of its tile of `lag` steps before, whose delta is complete by then.
-// So all blocks work on few neighbouring samples, and f and g of only lag B tiles must stay in L2: 17 MB, or 26 MB if a
+// So all blocks work on few neighboring samples, and f and g of only lag B tiles must stay in L2: 17 MB, or 26 MB if a
 // sample has more tiles than there are blocks. The block with the last tile of a sample reduces delta, in a fixed
 // order, once a counter in memory says that all partial sums are there; a second counter says that delta is complete.
 // dl replaces f in the stage, with permuted columns, and is an operand of two GEMMs, K-major for dh and MN-major for

@@ -68,7 +68,7 @@ def _print_result(*rows: tuple[str, object]) -> None:
 def _teach(
     experiment: ExperimentConfig, *, role: Literal["teacher", "student"] = "teacher", out: str | None = None
 ) -> None:
-    """Train the teacher, or the student for comparison, on labelled images.
+    """Train the teacher, or the student for comparison, on labeled images.
 
     If the network has weights, training starts from them with a new last layer.
 
@@ -108,7 +108,7 @@ def _distill(
 ) -> None:
     """Train a student to match a teacher without the teacher's data.
 
-    Data is optional and only used for evaluation.
+    Data is optional and only used for evaluation. If ``data.root`` is not set, the data set is not read.
 
     Args:
         experiment: networks, the run and data.
@@ -128,8 +128,13 @@ def _distill(
             "--teacher.weights is required: the file of a trained teacher, for example of `dfkd-fast teach`"
         )
     metadata = read_metadata(teacher.weights)
-    images = datasets.load(data) if data is not None else None
+    images = None
+    if data is not None and (data.root is not None or not datasets.needs_root(data)):
+        images = datasets.load(data)
+    elif data is not None:
+        print("no --data.root: the student is not evaluated")
     classes = num_classes or (images.num_classes if images is not None else int(metadata.get("num_classes", 0)))
+    classes = classes or (data is not None and datasets.num_classes(data)) or 0
     if not classes:
         raise ValueError("--num_classes is required: neither the data nor the teacher's weights file gives it")
     given = {"out": out, "engine": engine, "precision": precision, "resume": resume or None}
@@ -137,6 +142,8 @@ def _distill(
     if images is None:
         known = {name: json.loads(metadata[name]) for name in ("image_size", "mean", "std") if name in metadata}
         config = replace(config, **{name: value for name, value in known.items() if getattr(config, name) is None})
+        if config.image_size is None and data is not None:
+            config = replace(config, image_size=data.image_size)
     size = config.image_size or (images.image_size if images is not None else 64)
     inputs = {"data": data, "teacher": teacher, "student": student}
     result = distill(
@@ -322,7 +329,7 @@ def _profile(
         out=out,
     )
     traces = [(f"trace, {name}", path) for name, path in result.traces.items()]
-    _print_result(("classes", classes), ("breakdown.json", result.folder / "anatomy.json"), *traces)
+    _print_result(("classes", classes), ("breakdown", result.folder / "breakdown.json"), *traces)
 
 
 # Each command, with the fields of ExperimentConfig that it reads.

@@ -1,7 +1,7 @@
 """Configs of runs: frozen, keyword-only dataclasses that jsonargparse fills from YAML files and the command line.
 
 Every choice that the paper leaves open is a field. The defaults are the paper's values, or the results of
-docs/ablation.md. Fields hold values only; the code that uses them defines the behaviour.
+docs/ablation.md. Fields hold values only; the code that uses them defines the behavior.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _at_least(owner: object, **minimum: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Labelled images for supervised training and evaluation. Distillation never uses them.
+    """Labeled images for supervised training and evaluation. Distillation never uses them.
 
     Args:
         name: a registered data set: ``aircraft``, ``cars196`` or ``cub200``; ``digits`` or ``rendered``, which need no
@@ -282,9 +282,9 @@ class DistillConfig:
         loop: length of the run and intervals within it.
         image_size: height and width of the synthetic images in pixels, a multiple of 16; None uses the evaluation
             data's.
-        mean: mean of the teacher's input normalisation for red, green and blue in [0, 1]; None uses the evaluation
+        mean: mean of the teacher's input normalization for red, green and blue in [0, 1]; None uses the evaluation
             data's, or without data the teacher's default.
-        std: standard deviation of the teacher's input normalisation, like ``mean``.
+        std: standard deviation of the teacher's input normalization, like ``mean``.
         engine: how steps are executed. ``eager`` runs them, ``compiled`` runs networks and objectives through
             torch.compile, and ``graph`` replays each compiled step as one CUDA graph. ``auto`` is ``graph`` on a CUDA
             device (``compiled`` in fp16) and ``eager`` elsewhere.
@@ -320,7 +320,7 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeachConfig:
-    """Supervised training of a classifier on labelled images (paper, section 4.1).
+    """Supervised training of a classifier on labeled images (paper, section 4.1).
 
     Args:
         epochs: number of passes over the training images.
@@ -355,7 +355,7 @@ class ExperimentConfig:
     """One experiment, shared by the commands ``teach``, ``distill``, ``evaluate`` and ``profile``.
 
     Args:
-        data: labelled images for supervised training and evaluation.
+        data: labeled images for supervised training and evaluation.
         teacher: the teacher network.
         student: the student network.
         teach: supervised training on the data.

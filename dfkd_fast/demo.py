@@ -32,7 +32,7 @@ class _Row:
     """A row of the table and of ``results.json``."""
 
     network: str
-    learned_from: str
+    trained_on: str
     top1: float
     images_per_s: float | None
 
@@ -54,7 +54,7 @@ def _train(
         result = teach(networks[role], images, with_data, progress=progress, **texts)
         count = sum(p.numel() for p in networks[role].parameters())
         names[role] = f"{role}: {model.name}, {count / 1e3:.0f}k weights"
-        rows.append(_Row(names[role], "labelled images", result.accuracy, result.images_per_s))
+        rows.append(_Row(names[role], "labeled images", result.accuracy, result.images_per_s))
     teacher = extract(networks["teacher"], stages=config.teacher.stages, image_size=images.image_size)
     runs: dict[str, DistillResult] = {}
     for preset in config.presets:
@@ -69,7 +69,7 @@ def _train(
             progress=progress,
         )
         assert distilled.accuracy is not None
-        rows.append(_Row(names["student"], f"teacher, {preset}", distilled.accuracy, distilled.images_per_s))
+        rows.append(_Row(names["student"], f"synthetic images, {preset}", distilled.accuracy, distilled.images_per_s))
     return [*rows, _Row("chance", "", 1 / images.num_classes, None)], runs
 
 
@@ -105,9 +105,9 @@ def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progr
     table = [
         {
             "network": row.network,
-            "learned from": row.learned_from,
+            "trained on": row.trained_on,
             "top-1": f"{row.top1:.1%}",
-            "of the teacher": f"{row.top1 / teacher:.1%}",
+            "relative to teacher": f"{row.top1 / teacher:.1%}",
             "images/s": None if row.images_per_s is None else f"{row.images_per_s:.0f}",
         }
         for row in rows

@@ -136,9 +136,9 @@ class TestWheel:
         assert Path(module).is_relative_to(site)
         assert Path(config).is_relative_to(site)
 
-    def test_contains_the_licence(self, site):
-        (licence,) = site.glob("*.dist-info/licenses/LICENSE")
-        assert "Apache License" in licence.read_text()
+    def test_contains_the_license(self, site):
+        (license,) = site.glob("*.dist-info/licenses/LICENSE")
+        assert "Apache License" in license.read_text()
 
 
 class TestMake:

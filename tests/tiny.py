@@ -39,7 +39,7 @@ def teacher() -> nn.Module:
 
 
 def data(count: int = 20) -> ImageData:
-    """Labelled noise images."""
+    """Labeled noise images."""
     generator = torch.Generator().manual_seed(0)
     images = TensorDataset(
         torch.randn(count, 3, SIZE, SIZE, generator=generator), torch.arange(count).remainder(CLASSES)

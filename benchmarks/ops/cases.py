@@ -118,7 +118,7 @@ def gradients(
 ) -> list[Tensor]:
     """Returns the gradients of all inputs that require one; empty if no result requires a gradient.
 
-    ``grad_outputs`` has one gradient per result that requires one; by default they are not initialised.
+    ``grad_outputs`` has one gradient per result that requires one; by default they are not initialized.
     """
     outputs = [result for result in results if result.requires_grad]
     leaves = [tensor for tensor in tensors(inputs) if tensor.requires_grad]
@@ -279,7 +279,7 @@ def _resnet34(batch: int, size: int, *, residuals: bool) -> list[_Layer]:
 
 
 def _wrn_40_2(batch: int, size: int) -> list[_Layer]:
-    """The 37 BatchNorms of WRN-40-2. The first one of a stage normalises the output of the previous stage."""
+    """The 37 BatchNorms of WRN-40-2. The first one of a stage normalizes the output of the previous stage."""
     sizes = [(16, size), *[(32, size)] * 12, *[(64, size // 2)] * 12, *[(128, size // 4)] * 12]
     return [_Layer((batch, channels, side, side)) for channels, side in sizes]
 
@@ -307,7 +307,7 @@ def _batchnorm(
     statistics_only: bool = False,
     **more: Any,
 ) -> Case:
-    """Normalised maps, means and variances, with gradients for maps and residuals from all three results."""
+    """Normalized maps, means and variances, with gradients for maps and residuals from all three results."""
     if statistics_only:
         return _statistics(*shape, network=network, **more)
     layers = _NETWORKS[network] if network else [_Layer(shape, activation, residual)]
@@ -338,7 +338,7 @@ def _batchnorm(
 
 
 def _statistics(*shape: int, network: str, **more: Any) -> Case:
-    """channel_statistics: mean and variance without the normalisation."""
+    """channel_statistics: mean and variance without the normalization."""
     layers = _NETWORKS[network] if network else [_Layer(shape)]
     total = sum(layer.numel for layer in layers)
     return Case(

@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels of csrc/ without a GPU and prints their resources: `make kernels`.
 
 For each kernel: registers per thread and the number of wgmma instructions. A kernel is sound if it uses no stack and
-does not spill. If its name ends in ``_wgmma``, it must contain wgmma instructions, and they must not be serialised.
+does not spill. If its name ends in ``_wgmma``, it must contain wgmma instructions, and they must not be serialized.
 
     python -m dfkd_fast.benchmarks.ops.compile_cuda [--workers N] [FILE.cu ...]
 """
@@ -27,7 +27,7 @@ __all__ = ["CSRC", "compile_file", "count_wgmma", "cuobjdump", "main", "parse", 
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
-_SERIALISED = re.compile(r"wgmma\.mma_async instructions are serialized.* in (?:the )?function '([^']+)'")
+_SERIALIZED = re.compile(r"wgmma\.mma_async instructions are serialized.* in (?:the )?function '([^']+)'")
 _INSTRUCTION = re.compile(r"\bHGMMA\b|\bwgmma\.mma_async\b")
 _KERNEL = re.compile(r"Function : (\S+)|^\s*\.text\.(\S+):|^\s*(?:\.\w+ )*\.entry (\w+)")
 _ENTRY = re.compile(r"Compiling entry function '(?P<symbol>[^']+)' for 'sm_(?P<arch>\w+)'")
@@ -54,9 +54,9 @@ def parse(log: str) -> list[dict[str, Any]]:
         elif rows and (found := _USED.search(line)):
             registers, barriers, shared = (int(number or 0) for number in found.groups())
             rows[-1] |= {"registers": registers, "barriers": barriers, "static_shared": shared}
-    serialised = set(_SERIALISED.findall(log))
+    serialized = set(_SERIALIZED.findall(log))
     unnamed = ["setmaxnreg ignored in this file"] if "'setmaxnreg' ignored" in log else []
-    return [{**row, "complaints": ["wgmma serialised"] * (row["kernel"] in serialised) + unnamed} for row in rows]
+    return [{**row, "complaints": ["wgmma serialized"] * (row["kernel"] in serialized) + unnamed} for row in rows]
 
 
 def count_wgmma(code: str) -> dict[str, int]:

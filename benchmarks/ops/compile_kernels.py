@@ -81,7 +81,7 @@ def compilations(benchmark: Benchmark, arch: int, dtypes: Sequence[torch.dtype] 
             with recorded(arch) as launches:
                 run_on_meta(case, Make("meta", dtype))
             for launch in launches:
-                # Specialise the arguments as Triton's launcher does.
+                # Specialize the arguments as Triton's launcher does.
                 kernel = launch.kernel
                 bind = create_function_from_signature(kernel.signature, kernel.params, backend)
                 options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}

@@ -90,12 +90,12 @@ def _labels(count: int, classes: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device) % classes
 
 
-def _labelled(loss: Loss) -> Loss:
+def _labeled(loss: Loss) -> Loss:
     return lambda s, t: loss(s, _labels(*s.shape, s.device))
 
 
 def _stacked(loss: Loss) -> Loss:
-    """Stack two views into the (N, 2, dim) of SupConLoss, normalised, and average a result per anchor."""
+    """Stack two views into the (N, 2, dim) of SupConLoss, normalized, and average a result per anchor."""
     return lambda a, b: loss(torch.stack([F.normalize(a), F.normalize(b)], 1)).mean()
 
 
@@ -147,7 +147,7 @@ def _logits() -> Table:
         "datafree.kldiv, both gradients": (partial(datafree.kldiv, T=4.0), kl),
         "datafree.KLDiv": (datafree.KLDiv(T=4.0), kl),
         "datafree.jsdiv": (partial(datafree.jsdiv, T=4.0), js),
-        "datafree.cross_entropy": (_labelled(datafree.cross_entropy), _labelled(F.cross_entropy)),
+        "datafree.cross_entropy": (_labeled(datafree.cross_entropy), _labeled(F.cross_entropy)),
         "datafree.class_balance_loss": (_first(datafree.class_balance_loss), _first(originals.class_balance_loss)),
         "datafree.onehot_loss": (_first(datafree.onehot_loss), _first(originals.onehot_loss)),
         "cpsc.kdloss": (cpsc.kdloss, originals.kldiv),

@@ -52,7 +52,7 @@ class Measurement:
 
     @classmethod
     def of(cls, times: Sequence[float], *, calls: int = 1, peak: int | None = None, timer: str) -> Measurement:
-        """Summarise times per call in microseconds."""
+        """Summarize times per call in microseconds."""
         p10, *_, p90 = statistics.quantiles(times, n=10, method="inclusive")
         return cls(statistics.median(times), p10, p90, peak, len(times), calls, timer)
 
@@ -208,7 +208,7 @@ class Trial:
             if which == "backward":
                 for call in dict.fromkeys(every):
                     call.run("forward")
-            torch.cuda.set_sync_debug_mode("error")  # a call that synchronises would invalidate the capture
+            torch.cuda.set_sync_debug_mode("error")  # a call that synchronizes would invalidate the capture
             first.run(which)
             torch.cuda.set_sync_debug_mode(mode)
             kept = []

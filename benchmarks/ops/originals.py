@@ -39,7 +39,7 @@ def onehot_loss(logits: Tensor) -> Tensor:
 
 
 def _differences(images: Tensor) -> tuple[Tensor, ...]:
-    """Differences between neighbours in images (N, C, H, W), in four directions."""
+    """Differences between neighbors in images (N, C, H, W), in four directions."""
     return (
         images[..., :-1] - images[..., 1:],
         images[..., :-1, :] - images[..., 1:, :],
@@ -49,7 +49,7 @@ def _differences(images: Tensor) -> tuple[Tensor, ...]:
 
 
 def absolute_variation(images: Tensor) -> Tensor:
-    """Mean absolute differences between neighbours, summed over directions (DataFree)."""
+    """Mean absolute differences between neighbors, summed over directions (DataFree)."""
     a, b, c, d = (step.abs().mean() for step in _differences(images))
     return a + b + c + d
 

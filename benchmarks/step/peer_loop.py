@@ -3,13 +3,13 @@
 It runs the same algorithm as this project's engine on the same networks, in plain PyTorch without any of its ops, and
 shares these properties with the released loops (CPSC_DFKD.py of the paper's authors, DeepInversion, Fast):
 
-- eager, under autocast, NCHW, ``cudnn.benchmark`` on, optimisers with their defaults (foreach);
+- eager, under autocast, NCHW, ``cudnn.benchmark`` on, optimizers with their defaults (foreach);
 - a forward hook on each BatchNorm of the teacher computes mean and variance of its input; hooks also read the stages;
 - teacher and student are not frozen in a generator step: their weight gradients are computed and dropped;
 - the student is in train mode in a generator step, which updates its BatchNorm buffers;
 - ``loss.item()`` after every step.
 
-It avoids accidental costs of those loops: noise is drawn on the device, optimisers are created once, hooks compute
+It avoids accidental costs of those loops: noise is drawn on the device, optimizers are created once, hooks compute
 nothing in student steps, statistics keep autocast's dtype, the teacher runs without a graph in student steps, and the
 generator's gate does not promote its features to float32.
 """
@@ -116,11 +116,11 @@ class _HookedModel:
 
 
 class PeerLoop:
-    """Generator and student steps of the preset ``dfkd-fgvc``, with their optimisers.
+    """Generator and student steps of the preset ``dfkd-fgvc``, with their optimizers.
 
     The loop uses the networks, heads, loss weights and noise of ``state``. It adds hooks to the networks, replaces the
     generator's gates by plain ones with the same layers, and copies the weights of the attention modules. ``mean`` and
-    ``std`` normalise the teacher's input.
+    ``std`` normalize the teacher's input.
 
     Raises:
         ValueError: the objectives have terms that this loop does not support.
@@ -168,7 +168,7 @@ class PeerLoop:
         batch = self.config.loop.batch_size
         return torch.randn(batch, self.generator.latent_dim, device=self.device, generator=self.noise)
 
-    def _normalise(self, images: Tensor) -> Tensor:
+    def _normalize(self, images: Tensor) -> Tensor:
         return (images.float() * 0.5 + 0.5 - self.mean) / self.std
 
     def _contrast(self, anchors: Tensor, positives: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class PeerLoop:
         """Run one generator step and return its loss, read back, and its terms, on the device."""
         self.student.model.train()
         with self.cast():
-            images = self._normalise(self.generator(self._draw()))
+            images = self._normalize(self.generator(self._draw()))
             t_logits, _, _ = self.teacher(images)
             s_logits, _, _ = self.student(images)
             statistics = functools.reduce(torch.add, [hook.r_feature for hook in self.teacher.hooks])
@@ -202,7 +202,7 @@ class PeerLoop:
         with self.cast():
             # An iteration of the spectral norm here would be another algorithm.
             with torch.no_grad(), freeze_spectral_norm(self.generator):
-                images = self._normalise(self.generator(self._draw()))
+                images = self._normalize(self.generator(self._draw()))
                 t_logits, t_features, t_penultimate = self.teacher(images)
             s_logits, s_features, s_penultimate = self.student(images)
             divergence = kldiv(s_logits, t_logits)

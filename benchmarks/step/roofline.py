@@ -2,8 +2,8 @@
 
 docs/performance.md defines the work. In short: ``torch.utils.flop_counter`` counts the operations of convolutions,
 linear layers, attention products and similarities, forward and backward. Hooks count the bytes of each layer in bf16:
-input, weights and output in the forward; in the backward the gradients and what they are computed from. Optimisers read
-and write float32. Pointwise operations count as fused into their neighbours.
+input, weights and output in the forward; in the backward the gradients and what they are computed from. Optimizers read
+and write float32. Pointwise operations count as fused into their neighbors.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def counted(modules: Iterable[nn.Module]) -> Iterator[Work]:
 
 
 def round_work(engine: Engine) -> tuple[Work, Work]:
-    """The work of one generator step and one student step, including the optimisers. Runs both steps."""
+    """The work of one generator step and one student step, including the optimizers. Runs both steps."""
     state = engine.state
     modules = [state.generator.module, state.teacher, state.student.module, state.student.objective]
     sides = [

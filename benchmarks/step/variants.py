@@ -160,7 +160,7 @@ class _MarkingExecutor(EagerExecutor):
 def _peer_loop(state: DistillState) -> Loop:
     peer = PeerLoop(state, mean=_HALF, std=_HALF)
     for side in state.sides.values():
-        side.optimizer.state.clear()  # the loop has its own optimisers: this memory would be counted twice
+        side.optimizer.state.clear()  # the loop has its own optimizers: this memory would be counted twice
     losses: deque[float] = deque(maxlen=_KEPT * state.steps_per_round)
     return Loop(
         "peer",

@@ -30,7 +30,7 @@ class SupervisedContrast(nn.Module):
         """Compute the loss, and the similarities divided by the temperature if requested.
 
         Args:
-            features: (N, views, ...), not normalised here.
+            features: (N, views, ...), not normalized here.
             labels: (N,); samples with the same label are positives of each other.
             mask: (N, N), instead of labels; nonzero where the column is a positive of the row, and weights it. With
                 neither, a sample's positives are its other views.

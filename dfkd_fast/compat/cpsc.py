@@ -14,7 +14,7 @@ from dfkd_fast.compat.deepinversion import DeepInversionFeatureHook as _FeatureH
 __all__ = ["COVERAGE", "DeepInversionFeatureHook", "SupConLoss", "kdloss"]
 
 COVERAGE = (
-    Case("kdloss", "logits (N, classes) of one shape", "distillation_kl"),
+    Case("kdloss", "two (N, classes) tensors of logits", "distillation_kl"),
     Case("kdloss", "other shapes", None),
     Case("SupConLoss", 'two views, no labels, no mask, contrast_mode "all"', "contrastive_loss"),
     Case("SupConLoss", 'two views, no labels, no mask, contrast_mode "one"', "contrastive_loss"),

@@ -36,9 +36,9 @@ __all__ = [
 ]
 
 COVERAGE = (
-    Case("kldiv", "logits (N, classes) of one shape, any reduction", "distillation_kl"),
+    Case("kldiv", "two (N, classes) tensors of logits, any reduction", "distillation_kl"),
     Case("kldiv", "other shapes, such as maps of logits", None),
-    Case("KLDiv", "logits (N, classes) of one shape, any reduction", "distillation_kl"),
+    Case("KLDiv", "two (N, classes) tensors of logits, any reduction", "distillation_kl"),
     Case("KLDiv", "other shapes, such as maps of logits", None),
     Case("jsdiv", "always", None),
     Case("cross_entropy", "always", None),

@@ -12,7 +12,7 @@ from dfkd_fast.compat._common import covered, softened_kl, stage_distance
 __all__ = ["COVERAGE", "at_loss", "kd_loss", "single_stage_at_loss"]
 
 COVERAGE = (
-    Case("kd_loss", "logits (N, classes) of one shape", "distillation_kl"),
+    Case("kd_loss", "two (N, classes) tensors of logits", "distillation_kl"),
     Case("kd_loss", "other shapes", None),
     Case("single_stage_at_loss", "always", None),
     Case("at_loss", "always", None),

@@ -27,12 +27,12 @@ except ModuleNotFoundError as error:
 __all__ = ["COVERAGE", "NTXentLoss", "SelfSupervisedLoss", "SupConLoss"]
 
 COVERAGE = (
-    Case("SelfSupervisedLoss", "symmetric, of NTXentLoss with its defaults", "contrastive_loss"),
-    Case("SelfSupervisedLoss", "symmetric, of SupConLoss with its defaults", "contrastive_loss"),
-    Case("SelfSupervisedLoss", "not symmetric", None),
-    Case("SelfSupervisedLoss", "of another loss", None),
-    Case("SelfSupervisedLoss", "of a temperature so low that the original loses digits", None),
-    Case("SelfSupervisedLoss", "of a loss with another distance, reducer or regulariser", None),
+    Case("SelfSupervisedLoss", "`symmetric=True`, wraps `NTXentLoss` with its defaults", "contrastive_loss"),
+    Case("SelfSupervisedLoss", "`symmetric=True`, wraps `SupConLoss` with its defaults", "contrastive_loss"),
+    Case("SelfSupervisedLoss", "`symmetric=False`", None),
+    Case("SelfSupervisedLoss", "wraps another loss", None),
+    Case("SelfSupervisedLoss", "a temperature at which the original loses precision", None),
+    Case("SelfSupervisedLoss", "wraps a loss with another distance, reducer or regularizer", None),
     Case("NTXentLoss", "labels or pairs", None),
     Case("SupConLoss", "labels or pairs", None),
 )

@@ -12,7 +12,7 @@ from dfkd_fast.compat._common import activation_map, softened_kl, stage_distance
 __all__ = ["COVERAGE", "Attention", "DistillKL"]
 
 COVERAGE = (
-    Case("DistillKL", "logits (N, classes) of one shape", "distillation_kl"),
+    Case("DistillKL", "two (N, classes) tensors of logits", "distillation_kl"),
     Case("DistillKL", "other shapes", None),
     Case("Attention", "always", None),
 )

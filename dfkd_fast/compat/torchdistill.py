@@ -19,8 +19,8 @@ from dfkd_fast.compat._common import activation_map, softened_kl
 __all__ = ["COVERAGE", "ATLoss", "KDLoss"]
 
 COVERAGE = (
-    Case("KDLoss", "logits (N, classes) of one shape, any reduction", "distillation_kl"),
-    Case("KDLoss", "logits (N, classes) of one shape, with targets", "distillation_kl"),
+    Case("KDLoss", "two (N, classes) tensors of logits, any reduction", "distillation_kl"),
+    Case("KDLoss", "two (N, classes) tensors of logits, with targets", "distillation_kl"),
     Case("KDLoss", "other shapes, such as maps of logits", None),
     Case("ATLoss", "always", None),
 )

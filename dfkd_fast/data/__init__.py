@@ -1,4 +1,4 @@
-"""Labelled images for teacher training and evaluation. Distillation does not use them.
+"""Labeled images for teacher training and evaluation. Distillation does not use them.
 
 A data set is a registered subclass of :class:`dfkd_fast.data.registry.ImageSet`.
 """
@@ -21,6 +21,7 @@ __all__ = [
     "Layout",
     "load",
     "loader",
+    "needs_root",
     "num_classes",
     "register",
 ]
@@ -39,7 +40,7 @@ def load(config: DataConfig) -> ImageData:
         config: name, root folder and image size of the data set.
 
     Returns:
-        Training and test images; an item is a normalised float32 tensor (3, H, W) and an int.
+        Training and test images; an item is a normalized float32 tensor (3, H, W) and an int.
 
     Raises:
         DatasetNotFound: files are missing under ``config.root``.
@@ -55,3 +56,12 @@ def num_classes(config: DataConfig) -> int | None:
         ValueError: unknown name.
     """
     return _registered(config).num_classes(config)
+
+
+def needs_root(config: DataConfig) -> bool:
+    """Whether the data set reads files under ``config.root``.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return hasattr(_registered(config), "layout")

@@ -18,10 +18,10 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class ImageData:
-    """Labelled images in two disjoint splits.
+    """Labeled images in two disjoint splits.
 
     Args:
-        train: items ``(image, label)``: a float32 tensor (3, H, W), normalised by ``mean`` and ``std``, and an int.
+        train: items ``(image, label)``: a float32 tensor (3, H, W), normalized by ``mean`` and ``std``, and an int.
         test: test images, without random transforms.
         classes: class names in the order of the labels.
         mean: per channel, for pixels in [0, 1].
@@ -43,7 +43,7 @@ class ImageData:
 
 
 class ImageArray(Dataset[tuple[Tensor, int]]):
-    """Images in memory that are normalised when they are fetched. A ``DataLoader`` fetches whole batches.
+    """Images in memory that are normalized when they are fetched. A ``DataLoader`` fetches whole batches.
 
     Args:
         images: uint8, (N, 3, S, S); may be a memory map or expanded from one channel.

@@ -30,12 +30,12 @@ def training_transform(image_size: int, *, crop: Literal["random_resized", "rand
         crop: "random_resized" crops a random area and aspect ratio; "random" crops without rescaling (Aircraft).
 
     Returns:
-        A transform from an RGB PIL image to a float32 tensor (3, H, W), normalised by ImageNet's mean and std.
+        A transform from an RGB PIL image to a float32 tensor (3, H, W), normalized by ImageNet's mean and std.
     """
     cropped = {"random_resized": v2.RandomResizedCrop, "random": v2.RandomCrop}[crop](image_size)
     return v2.Compose([v2.Resize(_resized(image_size)), cropped, v2.RandomHorizontalFlip(), *_normalized()])
 
 
 def evaluation_transform(image_size: int) -> v2.Compose:
-    """Resize and normalise like :func:`training_transform`, but crop the centre and do not flip."""
+    """Resize and normalize like :func:`training_transform`, but crop the centre and do not flip."""
     return v2.Compose([v2.Resize(_resized(image_size)), v2.CenterCrop(image_size), *_normalized()])

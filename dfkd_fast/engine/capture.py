@@ -37,7 +37,7 @@ class CudaRecorder:
         self._nothing = torch.zeros((), device=device)
 
     def warm_up(self, work: Callable[[], None]) -> None:
-        """Run ``work`` on the capture's stream, so that one-time initialisation happens before the capture."""
+        """Run ``work`` on the capture's stream, so that one-time initialization happens before the capture."""
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             work()

@@ -50,7 +50,7 @@ def evaluate(
     Args:
         model: from images (N, 3, H, W) to logits (N, num_classes) or :class:`dfkd_fast.models.Outputs`. Its training
             flags are restored.
-        dataset: pairs of a normalised float32 image (3, H, W) and an integer label.
+        dataset: pairs of a normalized float32 image (3, H, W) and an integer label.
         num_classes: number of classes.
         batch_size: number of images per batch.
         workers: number of data loader processes.

@@ -56,7 +56,7 @@ def export(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     model = model.cpu().float().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    # torch.export would specialise a batch of one to a constant.
+    # torch.export would specialize a batch of one to a constant.
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     path = folder / "student.onnx"
     program = torch.onnx.export(

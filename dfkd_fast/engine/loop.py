@@ -225,12 +225,12 @@ def distill(
     """Train a student to match a teacher without the teacher's data (Shao et al., ICCV 2023, section 3).
 
     Args:
-        teacher: a trained classifier from normalised float32 images (N, 3, H, W) to logits (N, classes). It is not
+        teacher: a trained classifier from normalized float32 images (N, 3, H, W) to logits (N, classes). It is not
             changed. For stages other than the default ones, pass a :class:`dfkd_fast.models.FeatureModel`.
         student: the classifier to train in place, also a plain module or a ``FeatureModel``.
         config: the run. Without ``config.resume``, ``config.out`` must not contain checkpoints of another run.
         data: held-out images for evaluation. They are never used for training.
-        description: metadata for the student's file, in addition to its classes and normalisation.
+        description: metadata for the student's file, in addition to its classes and normalization.
         inputs: plain values for the run's ``config.yaml``, for example the configs of networks and data.
         progress: show a progress bar.
 

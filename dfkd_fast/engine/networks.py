@@ -26,7 +26,7 @@ class StepNetworks:
     """The functions that one kind of step calls, in order.
 
     Attributes:
-        generator: from noise (N, latent_dim) to normalised images (N, 3, H, W).
+        generator: from noise (N, latent_dim) to normalized images (N, 3, H, W).
         teacher: from images to outputs, with BatchNorm statistics if a loss term of the step needs them.
         student: from images to outputs.
         objective: from the outputs of teacher and student to the scalar loss and a tensor of its terms' values.

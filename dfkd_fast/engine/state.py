@@ -53,7 +53,7 @@ class Side(Generic[M]):
 
 @dataclass(frozen=True)
 class Normalize:
-    """Normalises images (N, 3, H, W) from [-1, 1] to the teacher's float32 input: ``((x + 1) / 2 - mean) / std``.
+    """Normalizes images (N, 3, H, W) from [-1, 1] to the teacher's float32 input: ``((x + 1) / 2 - mean) / std``.
 
     Attributes:
         scale: ``0.5 / std``, (1, 3, 1, 1) float32.
@@ -263,7 +263,7 @@ def _sgd(parameters: list[nn.Parameter], config: DistillConfig, rate: Tensor) ->
     momentum, decay = config.optimizer.student_momentum, config.optimizer.student_weight_decay
     optimizer = torch.optim.SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay, fused=True)
     for parameter in parameters if momentum else ():
-        # If its first step is skipped (found_inf), fused SGD leaves a new momentum buffer uninitialised. A buffer of
+        # If its first step is skipped (found_inf), fused SGD leaves a new momentum buffer uninitialized. A buffer of
         # zeros gives the same first step.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -287,8 +287,8 @@ def build_state(
         config: the run's config.
         runtime: device and precision.
         image_size: height and width of the synthetic images, in pixels.
-        mean: mean of the teacher's input normalisation per channel, for images in [0, 1].
-        std: standard deviation of the teacher's input normalisation per channel.
+        mean: mean of the teacher's input normalization per channel, for images in [0, 1].
+        std: standard deviation of the teacher's input normalization per channel.
 
     Raises:
         ValueError: the networks do not fit each other or the objective.
@@ -299,7 +299,7 @@ def build_state(
             f"got {teacher.num_classes} and {student.num_classes}"
         )
     torch.manual_seed(config.seed)
-    # Initialise weights on the CPU, so that a seed gives the same weights on every device.
+    # Initialize weights on the CPU, so that a seed gives the same weights on every device.
     generator = build_generator(config.generator, image_size)
     objectives = [build(config.objective, teacher, student) for build in (generator_objective, student_objective)]
     for module in (teacher, student, generator, *objectives):

@@ -65,7 +65,7 @@ def _descend(state: DistillState, side: Side[Any], total: Tensor, values: Tensor
 
 
 def generator_step(state: DistillState, networks: StepNetworks | None = None) -> None:
-    """Update the generator to minimise ``alpha * L_BN - L_KD`` (Eq. 10).
+    """Update the generator to minimize ``alpha * L_BN - L_KD`` (Eq. 10).
 
     Gradients reach the images through the logits of teacher and student, but no weight gradient of either network is
     computed. ``config.loop.student_in_generator_step`` sets the mode of the student's BatchNorms; by default they use
@@ -88,7 +88,7 @@ def generator_step(state: DistillState, networks: StepNetworks | None = None) ->
 
 
 def student_step(state: DistillState, networks: StepNetworks | None = None) -> None:
-    """Update the student to minimise ``L_KD + beta * L_MHAD + gamma * L_SFCL`` (Eq. 11); the generator does not change.
+    """Update the student to minimize ``L_KD + beta * L_MHAD + gamma * L_SFCL`` (Eq. 11); the generator does not change.
 
     Args:
         state: the state to train.

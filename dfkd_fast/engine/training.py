@@ -1,4 +1,4 @@
-"""Supervised training of a teacher, or of a student for comparison, on labelled images."""
+"""Supervised training of a teacher, or of a student for comparison, on labeled images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TeachResult:
     Attributes:
         model: the trained network, in eval mode.
         accuracy: top-1 accuracy on the held-out images, in [0, 1].
-        weights: safetensors file of the weights, with classes, image size and normalisation as metadata.
+        weights: safetensors file of the weights, with classes, image size and normalization as metadata.
         run_dir: the run's folder.
         epochs: mean ``loss`` per epoch, with epoch numbers from one in ``epoch``.
         images_per_s: training images per second.
@@ -95,7 +95,7 @@ def teach(
 
     Args:
         model: a classifier from images (N, 3, H, W) to logits (N, data.num_classes). It is trained in place.
-        data: labelled images. The held-out images are only used for the final evaluation.
+        data: labeled images. The held-out images are only used for the final evaluation.
         config: the training.
         description: additional metadata of the weights file.
         workers: number of data loader processes.

@@ -51,7 +51,7 @@ class FeatureModel(nn.Module):
     It shares parameters, buffers and modules with ``model``; save ``model.state_dict()``. The training flag of
     ``model`` selects the forward. Copying and pickling work if they work for ``model``.
 
-    With statistics the forward is always that of eval mode: running statistics normalise and dropout is off.
+    With statistics the forward is always that of eval mode: running statistics normalize and dropout is off.
 
     Attributes:
         model: the plain network.
@@ -84,7 +84,7 @@ class FeatureModel(nn.Module):
         self.programs: dict[bool, fx.GraphModule] = {}
 
     def forward(self, x: Tensor) -> Outputs:
-        """Compute :class:`Outputs` of normalised images (N, 3, H, W)."""
+        """Compute :class:`Outputs` of normalized images (N, 3, H, W)."""
         if not self.programs:
             given = self.model(x)
             features = tuple(given.features[int(stage)] for stage in self.stages)

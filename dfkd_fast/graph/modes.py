@@ -37,9 +37,9 @@ def batchnorm_mode(model: nn.Module, mode: Literal["batch", "update", "eval"]) -
     """Set the mode of every BatchNorm inside the context. No other module changes.
 
     Args:
-        model: any network. All subclasses of torch's BatchNorm change mode (1d, 2d, 3d, synchronised, timm's).
-        mode: ``batch`` normalises by batch statistics and leaves the buffers unchanged; ``update`` normalises by batch
-            statistics and updates the buffers, as in training; ``eval`` normalises by running statistics. A layer
+        model: any network. All subclasses of torch's BatchNorm change mode (1d, 2d, 3d, synchronized, timm's).
+        mode: ``batch`` normalizes by batch statistics and leaves the buffers unchanged; ``update`` normalizes by batch
+            statistics and updates the buffers, as in training; ``eval`` normalizes by running statistics. A layer
             without running statistics uses batch statistics in every mode.
 
     Raises:

@@ -73,7 +73,7 @@ def _create_torchvision(name: str, num_classes: int, options: dict[str, Any]) ->
     if name not in known:
         raise _unknown("torchvision classifier", name, known)
     if name in ("googlenet", "inception_v3"):
-        # By default these return a tuple in training mode and warn about their initialisation.
+        # By default these return a tuple in training mode and warn about their initialization.
         options = {"aux_logits": False, "init_weights": True, **options}
     return models.get_model(name, weights=None, num_classes=num_classes, **options)
 

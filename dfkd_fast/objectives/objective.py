@@ -17,7 +17,7 @@ __all__ = ["Objective", "generator_objective", "student_objective"]
 
 
 class Objective(nn.Module):
-    """A weighted sum of loss terms, to be minimised.
+    """A weighted sum of loss terms, to be minimized.
 
     Args:
         terms: the terms by name.

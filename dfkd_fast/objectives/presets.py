@@ -1,4 +1,4 @@
-"""Term weights of published methods. Both sides minimise their sums, so a negative weight maximises a term.
+"""Term weights of published methods. Both sides minimize their sums, so a negative weight maximizes a term.
 
 Only the losses follow the other papers. The numbers of generator and student steps come from the config, and L_BN is
 Eq. 3 of Shao et al.

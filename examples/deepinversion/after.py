@@ -1,4 +1,4 @@
-"""DeepInversion with fused BatchNorm statistics: optimise images until a teacher recognises their classes.
+"""DeepInversion with fused BatchNorm statistics: optimize images until a teacher recognizes their classes.
 
 Yin et al., "Dreaming to Distill", CVPR 2020. The loss matches each BatchNorm's input statistics to its stored ones.
 """
@@ -24,7 +24,7 @@ def trained_teacher(size, classes=100):
 
 
 def roughness(images):
-    """Mean squared difference of neighbouring pixels."""
+    """Mean squared difference of neighboring pixels."""
     return images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()
 
 

@@ -26,7 +26,7 @@ SMALL = SIZES["small"]
 
 
 class TestPeer:
-    """Tolerances allow for float32 sums in another order, over twelve steps of two optimisers."""
+    """Tolerances allow for float32 sums in another order, over twelve steps of two optimizers."""
 
     def test_losses_and_weights_match_the_eager_engine(self):
         config = tiny.config(

@@ -322,7 +322,7 @@ def test_contrastive_losses_compile(fast):
 
     def every_loss(a, b):
         features = F.normalize(torch.stack([a, b], 1), dim=2)
-        labelled = contrast(features, labels=torch.arange(6) % 2)
-        return *(loss(a, b) for loss in pairs), cpsc.SupConLoss()(features), contrast(features), labelled
+        labeled = contrast(features, labels=torch.arange(6) % 2)
+        return *(loss(a, b) for loss in pairs), cpsc.SupConLoss()(features), contrast(features), labeled
 
     assert_compiles(every_loss, [(random(6, 4), random(6, 4, seed=1))], atol=1e-5, rtol=1e-5)

@@ -48,7 +48,7 @@ def sup_con(kind):
     }
 
 
-ONE_SHAPE, BN_MAPS = "logits (N, classes) of one shape", "maps (N, C, H, W)"
+ONE_SHAPE, BN_MAPS = "two (N, classes) tensors of logits", "maps (N, C, H, W)"
 ANY_REDUCTION = f"{ONE_SHAPE}, any reduction"
 OTHERS, LOGIT_MAPS = "other shapes", "other shapes, such as maps of logits"
 
@@ -117,16 +117,18 @@ if metric_learning is not None:
     triplet, distance = metric_learning.losses.TripletMarginLoss, metric_learning.distances.LpDistance
     labels = torch.arange(4) % 2
     CALLS[metric_learning] = {
-        ("SelfSupervisedLoss", "symmetric, of NTXentLoss with its defaults"): lambda: wrap(nt_xent())(*LOGITS),
-        ("SelfSupervisedLoss", "symmetric, of SupConLoss with its defaults"): lambda: wrap(
+        ("SelfSupervisedLoss", "`symmetric=True`, wraps `NTXentLoss` with its defaults"): lambda: wrap(nt_xent())(
+            *LOGITS
+        ),
+        ("SelfSupervisedLoss", "`symmetric=True`, wraps `SupConLoss` with its defaults"): lambda: wrap(
             metric_learning.SupConLoss()
         )(*LOGITS),
-        ("SelfSupervisedLoss", "not symmetric"): lambda: wrap(nt_xent(), symmetric=False)(*LOGITS),
-        ("SelfSupervisedLoss", "of another loss"): lambda: wrap(triplet())(*LOGITS),
-        ("SelfSupervisedLoss", "of a temperature so low that the original loses digits"): lambda: [
+        ("SelfSupervisedLoss", "`symmetric=False`"): lambda: wrap(nt_xent(), symmetric=False)(*LOGITS),
+        ("SelfSupervisedLoss", "wraps another loss"): lambda: wrap(triplet())(*LOGITS),
+        ("SelfSupervisedLoss", "a temperature at which the original loses precision"): lambda: [
             wrap(loss)(*LOGITS) for loss in (nt_xent(0.02), metric_learning.SupConLoss(0.05))
         ],
-        ("SelfSupervisedLoss", "of a loss with another distance, reducer or regulariser"): lambda: wrap(
+        ("SelfSupervisedLoss", "wraps a loss with another distance, reducer or regularizer"): lambda: wrap(
             nt_xent(distance=distance())
         )(*LOGITS),
         ("NTXentLoss", "labels or pairs"): lambda: nt_xent()(LOGITS[0], labels),

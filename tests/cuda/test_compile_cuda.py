@@ -36,8 +36,8 @@ def test_ptxas_output_is_parsed() -> None:
 @pytest.mark.parametrize(
     ("warning", "error"),
     [
-        ("wgmma.mma_async instructions are serialized due to X in the function '_ZN4dfkd3subEv'", "wgmma serialised"),
-        ("wgmma.mma_async instructions are serialized due to Y in function '_ZN4dfkd3subEv'", "wgmma serialised"),
+        ("wgmma.mma_async instructions are serialized due to X in the function '_ZN4dfkd3subEv'", "wgmma serialized"),
+        ("wgmma.mma_async instructions are serialized due to Y in function '_ZN4dfkd3subEv'", "wgmma serialized"),
         ("'setmaxnreg' ignored; unable to determine register count at entry.", "setmaxnreg ignored in this file"),
     ],
 )

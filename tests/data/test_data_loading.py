@@ -45,7 +45,7 @@ def equal(left: list, right: list) -> bool:
     return all(torch.equal(x, a) and torch.equal(y, b) for (x, y), (a, b) in pairs)
 
 
-def test_items_are_normalised() -> None:
+def test_items_are_normalized() -> None:
     data = array()
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
     for (image, label), index in zip([data[7], *data.__getitems__([3, 0, 22])], [7, 3, 0, 22], strict=True):

@@ -176,7 +176,7 @@ OVERLAPS = """
       if (a.whole === b.whole) continue;
       const width = Math.min(a.right, b.right) - Math.max(a.left, b.left);
       const height = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
-      // Boxes of neighbouring lines in different fonts may share a pixel or two.
+      // Boxes of neighboring lines in different fonts may share a pixel or two.
       if (width > 2 && height > Math.min(a.bottom - a.top, b.bottom - b.top) / 3) found.push(`${a.text} | ${b.text}`);
     }
   }

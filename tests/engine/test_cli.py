@@ -68,9 +68,15 @@ def test_distill_works_without_data(teacher: str, tmp_path: Path, capsys: pytest
     content = {name: value for name, value in EXPERIMENT.items() if name != "data"}
     (tmp_path / "no_data.yaml").write_text(yaml.safe_dump(content))
     main(["distill", "--config", str(tmp_path / "no_data.yaml"), "--teacher.weights", teacher, "--out", "run"])
-    # Classes, image size and normalisation come from the weights file.
+    # Classes, image size and normalization come from the weights file.
     assert (tmp_path / "run" / "student.safetensors").is_file()
     assert "top-1" not in capsys.readouterr().out.rsplit("agreement", 1)[1]
+    # A config may name a data set whose files are not there. Its number of classes is known.
+    content = EXPERIMENT | {"data": {"name": "aircraft", "image_size": 16}}
+    (tmp_path / "no_root.yaml").write_text(yaml.safe_dump(content))
+    main(["distill", "--config", str(tmp_path / "no_root.yaml"), "--teacher.weights", teacher, "--out", "no_root"])
+    assert "no --data.root: the student is not evaluated" in capsys.readouterr().out
+    assert read_metadata(tmp_path / "no_root" / "student.safetensors")["num_classes"] == "10"  # those of the weights
 
 
 def test_command_line_overrides_the_config_file(experiment: str, teacher: str, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def test_run_prints_its_table_and_writes_its_files(tmp_path: Path, monkeypatch: 
     shown = console.export_text()
     monkeypatch.setattr(demos, "_train", lambda *arguments: trained[0])
     assert not demos.run(toy(1.5), tmp_path / "missed", "digits", console=console, progress=False)
-    for word in ("teacher: resnet8", "labelled images", "teacher, dfkd-fgvc", "teacher, baseline", "chance"):
+    presets = ("synthetic images, dfkd-fgvc", "synthetic images, baseline")
+    for word in ("teacher: resnet8", "labeled images", *presets, "chance"):
         assert word in shown
     results = json.loads((tmp_path / "results.json").read_text())
     top1 = [row["top1"] for row in results["rows"]]

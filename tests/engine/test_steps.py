@@ -111,7 +111,7 @@ def test_generator_step_is_an_adam_step_along_its_objective() -> None:
     )
     twin = copy.deepcopy(state.generator.module)
     noise = state.draw(6, torch.Generator().manual_seed(state.config.seed))
-    inputs = twin(noise)  # with a mean and deviation of 0.5, normalisation is the identity
+    inputs = twin(noise)  # with a mean and deviation of 0.5, normalization is the identity
     teacher = state.teacher_statistics
     assert teacher is not None
     t = teacher(inputs)
@@ -182,7 +182,7 @@ def test_non_finite_step_does_not_change_the_weights(where: str) -> None:
 
 
 def test_first_student_step_can_be_skipped() -> None:
-    """Fused SGD creates its momentum buffers in its first step, and leaves them uninitialised if it is skipped."""
+    """Fused SGD creates its momentum buffers in its first step, and leaves them uninitialized if it is skipped."""
     state, twin = tiny.state(), tiny.state()
     for one in (state, twin):
         for norm in one.student.module.model.modules():

@@ -75,7 +75,7 @@ def test_sweep_reports_an_unknown_constant(tmp_path, run):
     failures = json.loads(run("-c", UNCHECKED, tmp_path, *arguments))["failures"]
     assert failures
     for failure in failures:
-        assert "KeyError: 'Keyword argument GATES was specified but unrecognised'" in failure
+        assert "KeyError: 'Keyword argument GATES was specified but unrecognized'" in failure
         assert "launching _forward_kernel" in failure
 
 

@@ -183,7 +183,7 @@ def test_unsafe_folds_are_skipped(rule: str, change: Any, stages: list[str], fol
 @torch.no_grad()
 def test_linear_layers_fold_only_for_vectors() -> None:
     def rule(m: Any, x: Tensor) -> Tensor:
-        rows = m.conv(x).flatten(2).transpose(1, 2)[:, :4]  # (N, 4, 4): a BatchNorm1d normalises dimension 1
+        rows = m.conv(x).flatten(2).transpose(1, 2)[:, :4]  # (N, 4, 4): a BatchNorm1d normalizes dimension 1
         vectors = m.across(m.wide(rows)).mean(1)
         return m.fc(m.act(m.vector(m.middle(vectors))))
 
