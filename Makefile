@@ -46,11 +46,13 @@ test: $(STAMP)  ## run the tests, except slow ones
 test-all: $(STAMP)  ## run all tests, with long sweeps and the wheel
 	@$(PYTEST) -m ""
 
-# Test files that take a few seconds each and cover every folder.
-CHECKS := tests/test_architecture.py
+# Test files that take seconds, from every folder.
+CHECKS := test_architecture benchmarks/test_results compat/test_compat_losses cuda/test_launches data/test_data_loading \
+	docs/test_contributing docs/test_report engine/test_config engine/test_steps kernels/test_max_pool2x2_kernels \
+	models/test_nn models/test_objectives ops/test_backend ops/test_choices ops/test_testing
 
-check: lint  ## lint, and the fastest tests of every folder
-	@$(PYTEST) -q $(CHECKS)
+check: lint  ## lint, and fast tests of every folder
+	@$(PYTEST) -q -k "not large_memory" $(CHECKS:%=tests/%.py)
 
 # Words with a plainer alternative: only, next to, needed or expected, similarly, because, ... A line that needs one
 # contains `allow-word`.

@@ -125,9 +125,10 @@ if metric_learning is not None:
         )(*LOGITS),
         ("SelfSupervisedLoss", "`symmetric=False`"): lambda: wrap(nt_xent(), symmetric=False)(*LOGITS),
         ("SelfSupervisedLoss", "wraps another loss"): lambda: wrap(triplet())(*LOGITS),
-        ("SelfSupervisedLoss", "a temperature at which the original loses precision"): lambda: [
-            wrap(loss)(*LOGITS) for loss in (nt_xent(0.02), metric_learning.SupConLoss(0.05))
-        ],
+        (
+            "SelfSupervisedLoss",
+            "a low temperature: below about 0.03 with `NTXentLoss`, below 0.1 with `SupConLoss`",
+        ): lambda: [wrap(loss)(*LOGITS) for loss in (nt_xent(0.02), metric_learning.SupConLoss(0.05))],
         ("SelfSupervisedLoss", "wraps a loss with another distance, reducer or regularizer"): lambda: wrap(
             nt_xent(distance=distance())
         )(*LOGITS),
