@@ -158,7 +158,7 @@ def ablation_section(content: dict[str, Any], folder: str) -> str:
             changes = of_cell[0]["overrides"].items()
             line = {"cell": cell, "changed": ", ".join(f"`{path}={value}`" for path, value in changes)}
             line["top-1"] = _mean_and_deviation([row["accuracy"] for row in finite])
-            line["of the teacher's"] = _mean_and_deviation(
+            line["relative to teacher"] = _mean_and_deviation(
                 [row["accuracy"] / row["teacher_accuracy"] for row in finite]
             )
             line["agreement"] = _mean_and_deviation([row["agreement"] for row in finite])

@@ -46,7 +46,7 @@ def demo_table(contents: Sequence[dict[str, Any]]) -> str:
                 "network": row["network"],
                 "learned from": row["learned_from"],
                 "top-1": f"{row['top1']:.1%}",
-                "of the teacher's": f"{row['top1'] / teacher:.1%}",
+                "relative to teacher": f"{row['top1'] / teacher:.1%}",
             }
             for row in content["rows"]
         ]
