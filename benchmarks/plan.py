@@ -1,8 +1,8 @@
-"""The checks and measurements of `make gpu`: fifteen minutes on one GPU, in two calls.
+"""The checks and measurements of `make gpu` on one GPU, in two calls of this program, of at most 380 and 200 s.
 
 Call 1 first measures the device's peak rates. Then everything that does not need an idle machine runs in parallel: the
-contact checks of the kernels, and processes that fill the compilers' caches. If the contact checks pass, steps and ops
-are timed one after another on the idle machine. If one fails, only the GPU tests and two baselines without this
+smoke tests of the kernels and engines, and processes that fill the compilers' caches. If the smoke tests pass, steps
+and ops are timed one after another on the idle machine. If one fails, only the GPU tests and two baselines without this
 project's kernels run, and the call ends early. Call 2 repeats what failed in call 1, then runs the GPU tests and
 measures a larger batch, accuracy, drop-ins and, last, the CUDA extension.
 
@@ -37,7 +37,7 @@ BUDGETS = {1: 380.0, 2: 200.0}
 """Seconds of each call."""
 
 FAILED_BUDGET = 200.0
-"""Seconds of call 1 if a contact check fails."""
+"""Seconds of call 1 if a smoke test fails."""
 
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
 _POLL_S = 0.2
@@ -48,22 +48,22 @@ class Job:
     """One process of the plan.
 
     Attributes:
-        name: of the job.
+        name: unique name, the key in ``plan.json``.
         command: a module of this folder, ``pytest`` or ``pip``, and its arguments. ``{out}`` is the result folder and
             ``{root}`` the repository.
-        phase: "peaks", then "parallel" (all at once, nothing is timed), then "quiet" (one by one).
-        limit_s: seconds after which it is stopped.
-        least_s: seconds that must be left to start it.
-        contact: a failure of this job is a failure of the contact checks.
-        after: quiet jobs run after "passed" or "failed" contact checks, or after "any".
+        phase: "peaks", then "parallel" (all at once, nothing is timed), then "sequential" (one by one).
+        timeout_s: seconds after which it is stopped.
+        min_left_s: seconds that must be left to start it.
+        smoke: a failure of this job is a failure of the smoke tests.
+        after: sequential jobs run after "passed" or "failed" smoke tests, or after "any".
     """
 
     name: str
     command: tuple[str, ...]
-    phase: str = "quiet"
-    limit_s: float = 60.0
-    least_s: float = 10.0
-    contact: bool = False
+    phase: str = "sequential"
+    timeout_s: float = 60.0
+    min_left_s: float = 10.0
+    smoke: bool = False
     after: str = "passed"
 
 
@@ -79,26 +79,26 @@ def _tests(workers: int, *arguments: str) -> tuple[str, ...]:
 
 _TIMED = ("dfkd_fast", "peer", "compile_reduce_overhead", "eager")
 _IN_TIME = ("--timeout", "90", "-m", "gpu and not slow")
-_CONTACT = ("{root}/benchmarks/ops/test_contact.py", "--timeout", "150", "-k")
+_SMOKE = ("{root}/benchmarks/ops/test_smoke.py", "--timeout", "150", "-k")
 _ENGINES = ("{root}/tests/engine/test_engine.py", *_IN_TIME)
 LEFT_OUT = {"gpu and slow": "takes minutes per test; run it on a GPU of your own: pytest -m 'gpu and slow'"}
 """GPU tests that no job runs, by marker expression, with the reason."""
 
 
 _CALL_1 = (
-    Job("peaks", _step("roofline"), phase="peaks", limit_s=40),
-    Job("contact ops", _tests(8, *_CONTACT, "not memcheck"), "parallel", 150, contact=True),
-    Job("contact engines", _tests(1, *_ENGINES), "parallel", 150, contact=True),
-    Job("memcheck", _tests(1, *_CONTACT, "memcheck"), "parallel", 150),
+    Job("peaks", _step("roofline"), phase="peaks", timeout_s=40),
+    Job("smoke ops", _tests(8, *_SMOKE, "not memcheck"), "parallel", 150, smoke=True),
+    Job("smoke engines", _tests(1, *_ENGINES), "parallel", 150, smoke=True),
+    Job("memcheck", _tests(1, *_SMOKE, "memcheck"), "parallel", 150),
     Job("compile dfkd_fast", _step("dfkd_fast", "--compile-only"), "parallel", 170),
     Job("compile reduce_overhead", _step("compile_reduce_overhead", "--compile-only"), "parallel", 170),
     *(Job(f"compile {op}", ("ops.bench", op, "--compile-only"), "parallel", 150) for op in BENCHMARKS),
-    *(Job(f"step {variant}", _step(variant), limit_s=60, least_s=20) for variant in _TIMED),
-    Job("ops", ("ops.bench", "--out", "{out}/ops.json", "--seconds", "60"), limit_s=75, least_s=20),
-    Job("breakdown", ("step.breakdown", "--out", "{out}/breakdown.json"), limit_s=60, least_s=25),
-    *(Job(f"step {variant} again", _step(variant, "--run", "2"), limit_s=60, least_s=25) for variant in _TIMED),
-    *(Job(f"baseline {variant}", _step(variant), limit_s=45, after="failed") for variant in ("peer", "eager")),
-    Job("tests", _tests(12, "{root}/tests", *_IN_TIME), limit_s=110, least_s=20, after="failed"),
+    *(Job(f"step {variant}", _step(variant), timeout_s=60, min_left_s=20) for variant in _TIMED),
+    Job("ops", ("ops.bench", "--out", "{out}/ops.json", "--seconds", "60"), timeout_s=75, min_left_s=20),
+    Job("breakdown", ("step.breakdown", "--out", "{out}/breakdown.json"), timeout_s=60, min_left_s=25),
+    *(Job(f"step {variant} again", _step(variant, "--run", "2"), timeout_s=60, min_left_s=25) for variant in _TIMED),
+    *(Job(f"baseline {variant}", _step(variant), timeout_s=45, after="failed") for variant in ("peer", "eager")),
+    Job("tests", _tests(12, "{root}/tests", *_IN_TIME), timeout_s=110, min_left_s=20, after="failed"),
 )
 _PIP = ("pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "{root}")
 _CUDA_OPS = ("ops.bench", "--out", "{out}/ops.json", "--backends", "cuda", "triton", "--seconds", "12")
@@ -106,18 +106,18 @@ _CALL_2 = (
     Job("build extension", _PIP, "parallel", 100),
     Job("all tests", _tests(10, "{root}/tests", "--ignore={root}/tests/cuda", *_IN_TIME), "parallel", 85),
     *(
-        Job(f"step {variant} batch 256", _step(variant, "--batch", "256"), limit_s=55, least_s=25, after="any")
+        Job(f"step {variant} batch 256", _step(variant, "--batch", "256"), timeout_s=55, min_left_s=25, after="any")
         for variant in ("dfkd_fast", "peer")
     ),
     Job(
         "accuracy",
         ("ablation", "--engines", "--out", "{out}/accuracy.json", "--seconds", "25"),
-        limit_s=45,
+        timeout_s=45,
         after="any",
     ),
-    Job("drop-ins", ("ops.drop_ins", "--out", "{out}/drop_ins.json", "--seconds", "12"), limit_s=25, after="any"),
-    Job("cuda tests", _tests(8, "{root}/tests/cuda", *_IN_TIME), limit_s=60, after="any"),
-    Job("cuda ops", _CUDA_OPS, limit_s=35, after="any"),
+    Job("drop-ins", ("ops.drop_ins", "--out", "{out}/drop_ins.json", "--seconds", "12"), timeout_s=25, after="any"),
+    Job("cuda tests", _tests(8, "{root}/tests/cuda", *_IN_TIME), timeout_s=60, after="any"),
+    Job("cuda ops", _CUDA_OPS, timeout_s=35, after="any"),
 )
 JOBS: dict[int, tuple[Job, ...]] = {1: _CALL_1, 2: _CALL_2}
 """The jobs of each call, in order."""
@@ -174,8 +174,8 @@ def run_plan(
     """Run the jobs of one call.
 
     Args:
-        jobs: in order.
-        budget_s: seconds for all jobs. If a contact check fails, at most :data:`FAILED_BUDGET`.
+        jobs: the jobs of the call, in the order in which they start within a phase.
+        budget_s: seconds for all jobs. If a smoke test fails, at most :data:`FAILED_BUDGET`.
         machine: ``start(job)`` returns a process with ``poll()``; ``stop(job, process)`` ends it.
         record: called with each job, its status ("ok", "failed (exit status N)", "stopped after N s", "no time left" or
             "skipped") and its seconds.
@@ -185,18 +185,18 @@ def run_plan(
     Returns:
         Whether every job that ran was ok.
     """
-    end, sound, contact_ok = clock() + budget_s, True, True
+    end, all_ok, smoke_ok = clock() + budget_s, True, True
 
     def run(together: Sequence[Job]) -> None:
-        nonlocal sound, contact_ok
+        nonlocal all_ok, smoke_ok
         running: dict[Job, tuple[Any, float, float]] = {}
         for job in together:
             left = end - clock()
-            if left < job.least_s:
+            if left < job.min_left_s:
                 record(job, "no time left", 0.0)
-                contact_ok &= not job.contact
+                smoke_ok &= not job.smoke
                 continue
-            running[job] = (machine.start(job), clock(), min(job.limit_s, left))
+            running[job] = (machine.start(job), clock(), min(job.timeout_s, left))
         while running:
             for job, (process, start, limit) in list(running.items()):
                 status, seconds = process.poll(), clock() - start
@@ -206,22 +206,22 @@ def run_plan(
                 del running[job]
                 fault = f"stopped after {limit:.0f} s" if status is None else f"failed (exit status {status})"
                 record(job, "ok" if status == 0 else fault, seconds)
-                sound &= status == 0
-                contact_ok &= status == 0 or not job.contact
+                all_ok &= status == 0
+                smoke_ok &= status == 0 or not job.smoke
             if running:
                 sleep(_POLL_S)
 
-    phases = {phase: [job for job in jobs if job.phase == phase] for phase in ("peaks", "parallel", "quiet")}
+    phases = {phase: [job for job in jobs if job.phase == phase] for phase in ("peaks", "parallel", "sequential")}
     run(phases["peaks"])
     run(phases["parallel"])
-    if not contact_ok:
+    if not smoke_ok:
         end = min(end, end - budget_s + FAILED_BUDGET)
-    for job in phases["quiet"]:
-        if job.after in ("any", "passed" if contact_ok else "failed"):
+    for job in phases["sequential"]:
+        if job.after in ("any", "passed" if smoke_ok else "failed"):
             run([job])
         else:
             record(job, "skipped", 0.0)
-    return sound
+    return all_ok
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -229,11 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--call", type=int, choices=list(JOBS), default=1)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of the result files")
-    parser.add_argument("--budget", type=float, default=None, help="seconds; 380 and 200 by default")
-    parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU")
+    parser.add_argument("--budget", type=float, help="seconds for all jobs (default: 380 for call 1, 200 for call 2)")
+    parser.add_argument("--rehearse", action="store_true", help="run the plan on the CPU with small sizes, to test it")
     options = parser.parse_args(arguments)
     if not options.rehearse and not torch.cuda.is_available():
-        print("make gpu needs a CUDA device and finds none; `dfkd-fast doctor` says why", file=sys.stderr)
+        print("make gpu needs a CUDA device, but none is available; see `dfkd-fast doctor`", file=sys.stderr)
         return 2
     name = "cpu" if options.rehearse else torch.cuda.get_device_name()
     out = options.out.resolve()
@@ -253,10 +253,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = _Machine(out, ("--device", "cpu", "--size", "small") if options.rehearse else ())
     budget = options.budget or BUDGETS[options.call]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sound = run_plan(jobs, budget_s=budget, machine=machine, record=record)
+    all_ok = run_plan(jobs, budget_s=budget, machine=machine, record=record)
     for lock in out.glob(".*.lock"):
         lock.unlink()
-    return int(not sound)
+    return int(not all_ok)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@
 // 2. similarity_sums_wgmma is persistent. A work tile is 256 rows by one split of the columns. Two consumer warpgroups
 //    hold 128 rows each in registers and read the columns from the pipeline, 128 at a time.
 // 3. A cluster of combine() adds the splits and reduces the losses. With more than 8192 anchors, several clusters do,
-// and
-//    reduce_partials() adds their sums.
+//    and reduce_partials() adds their sums.
 //
 // With A anchors and D dimensions: 2 A M D FLOP by wgmma and A M exponentials. At D = 128, each takes 512 cycles per SM
 // for 64 x 128 similarities, so they must overlap:

@@ -9,7 +9,8 @@
 // GEMM, except the partner's weight, a difference of nearly equal values, which stays in float32. If the positives are
 // not anchors, their rows need only the anchors as columns.
 //
-// 1. With one upstream gradient per anchor, reduce_grad_amax() computes their amax, by which g is divided.
+// 1. With one upstream gradient per anchor, reduce_grad_amax() computes their amax. preprocess() divides g by it, so
+//    that w stays within the range of the dtype, and postprocess() multiplies the result by it.
 // 2. preprocess() scales the vectors into scratch and computes the row statistics.
 // 3. weighted_sums_wgmma: as in FlashAttention's backward, wgmma computes S, the consumers turn it into weights in
 //    registers, and wgmma multiplies these by the same tile of vectors. Each block has a contiguous range of the
@@ -22,10 +23,11 @@
 //    computes the weights while the latter run.
 //  - Named barriers alternate the warpgroups, so that one's exponentials overlap the other's wgmma.
 //  - The rows and the weights are register operands: wgmma reads only the columns from shared memory.
-// At M = 8192, each of 132 SMs has 24 tiles, where whole or half rows would leave 32 to some. If the vectors exceed the
-// L2 cache, each block takes as many tiles as the longer rows have, so that all blocks read the same columns. Traffic:
-// M D elements in, 4 M D bytes out and in again per partial sum of a row, and 0.75 M^2 D / 64 bytes from L2 (16 bytes
-// per cycle and SM at the rate of the tensor cores).
+// At M = 8192, each of 132 SMs gets at most 24 tiles; if blocks took whole or half row blocks, some would get 32. If
+// the vectors do not fit in the L2 cache, each block takes as many tiles as the longest row block has, so that all
+// blocks read the same columns at about the same time. Traffic: M D elements read, 4 M D bytes written and read again
+// per partial sum of a row, and 0.75 M^2 D / 64 bytes from L2 (16 bytes per cycle and SM at the rate of the tensor
+// cores).
 //
 // Not yet run on a GPU.
 #include "contrastive_loss.h"
@@ -37,14 +39,15 @@ using namespace dfkd::contrastive;
 
 // ---- tile scheduler -------------------------------------------------------------------------------------------------
 
-// All tiles in the order of their row blocks, first those of one side. Each block processes `tiles_per_block` of them.
+// A side is the anchors (0) or the positives (1) as rows. All tiles of the sides with a gradient, ordered by side and
+// row block. Each thread block processes `tiles_per_block` consecutive ones.
 struct TileScheduler {
   int64_t tiles_per_block, num_tiles;
   int row_blocks, first_side, sides, count;  // row blocks per side; sides with a gradient
   int columns[2];                            // column tiles of a row block, for each of `sides`
 
-  __device__ __forceinline__ int64_t first_tile(int which) const {
-    return which == 0 ? 0 : static_cast<int64_t>(row_blocks) * columns[0];
+  __device__ __forceinline__ int64_t first_tile(int side_index) const {
+    return side_index == 0 ? 0 : static_cast<int64_t>(row_blocks) * columns[0];
   }
   __device__ __forceinline__ int tiles_of_block() const {
     const int64_t left = num_tiles - blockIdx.x * tiles_per_block;
@@ -54,13 +57,16 @@ struct TileScheduler {
 
 // The column tiles [begin, end) of one row block that this block processes, after `processed` tiles of its range.
 struct WorkTile {
-  int which, row, begin, end, split;  // index of the side, first row in it, number of blocks with earlier columns
+  int side_index;  // index of the side among those with a gradient
+  int row;         // first row within the side
+  int begin, end;  // column tiles
+  int split;       // index of this partial sum of the row block: the number of blocks that process earlier columns
 
   __device__ __forceinline__ WorkTile(const TileScheduler& scheduler, int processed) {
     const int64_t tile = blockIdx.x * scheduler.tiles_per_block + processed;
-    which = tile >= scheduler.first_tile(1);
-    const int64_t in_side = tile - scheduler.first_tile(which);
-    const int columns = scheduler.columns[which];
+    side_index = tile >= scheduler.first_tile(1);
+    const int64_t in_side = tile - scheduler.first_tile(side_index);
+    const int columns = scheduler.columns[side_index];
     const int64_t row_block = in_side / columns;
     begin = static_cast<int>(in_side - row_block * columns);
     const int left = scheduler.tiles_of_block() - processed;
@@ -88,8 +94,9 @@ __device__ __forceinline__ void compute_weights(float (&acc_s)[kTile / 8][4], co
   }
 }
 
-// Sets the weights of the rows themselves, their partners and columns beyond the end to zero. All three arguments are
-// relative to the thread's first row and column.
+// Sets to zero the diagonal w_aa, the partners' weights and the columns from the end on. The arguments are relative to
+// the thread's first column: the column of its first row, that of this row's partner (both are 8 further for its second
+// row), and the end.
 __device__ __forceinline__ void mask_weights(float (&acc_s)[kTile / 8][4], int self_at, int partner_at, int end) {
 #pragma unroll
   for (int i = 0; i < kTile / 2; ++i) {
@@ -99,8 +106,8 @@ __device__ __forceinline__ void mask_weights(float (&acc_s)[kTile / 8][4], int s
   }
 }
 
-// Computes the weights of the thread's rows and their partners in float32, from similarities that are bitwise equal to
-// those of forward.
+// Computes the weight between each of the thread's rows and its partner in float32, if this thread holds that
+// similarity. The similarity is bitwise equal to that of forward.
 __device__ __forceinline__ void compute_partner_weights(const float (&acc_s)[kTile / 8][4], int partner_at, int row,
                                                         int partner, const float* row_stats, int64_t padded_rows,
                                                         float* partner_weights, int rows, float scale_log2) {
@@ -128,8 +135,8 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     weighted_sums_wgmma(const __grid_constant__ TensorMap vectors, const float* row_stats, float* partials,
                         float* partner_weights, const __grid_constant__ TileScheduler scheduler, int padded_rows,
                         int symmetric, float scale_log2) {
-  using Stages = Pipeline<DIM, 2>;
-  Stages pipeline;
+  using MainloopPipeline = Pipeline<DIM, 2>;
+  MainloopPipeline pipeline;
   pipeline.init();
   const int warpgroup = canonical_warp_group_idx(), count = scheduler.count;
   const int num_tiles = scheduler.tiles_of_block();
@@ -140,7 +147,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
       const float* const stats[2] = {row_stats, row_stats + static_cast<int64_t>(kScaledGradExp) * padded_rows};
       for (int processed = 0; processed < num_tiles;) {
         const WorkTile work(scheduler, processed);
-        pipeline.load(vectors, (scheduler.first_side + work.which) * count + work.row);
+        pipeline.load(vectors, (scheduler.first_side + work.side_index) * count + work.row);
         for (int tile = work.begin; tile < work.end; ++tile) pipeline.load(vectors, tile * kTile, stats);
         processed += work.end - work.begin;
       }
@@ -152,7 +159,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
     float acc_s[kTile / 8][4], acc_o[DIM / 8][4];
     for (int processed = 0; processed < num_tiles;) {
       const WorkTile work(scheduler, processed);
-      const int side = scheduler.first_side + work.which, limit = symmetric || side == 0 ? 2 * count : count;
+      const int side = scheduler.first_side + work.side_index, limit = symmetric || side == 0 ? 2 * count : count;
       const int local_row = work.row + (warpgroup - 1) * 64;  // the warpgroup's first row in the side
       const int row = side * count + local_row, partner = (1 - side) * count + local_row;
       float scale[2], grad_exp[2];
@@ -166,14 +173,14 @@ __global__ void __launch_bounds__(kNumThreads, 1)
       pipeline.consumer_release();
       pipeline.advance();
 
-      const auto issue_s = [&](const Stages& stage) {
+      const auto issue_s = [&](const MainloopPipeline& stage) {
         warpgroup_fence_operand(rows);
         warpgroup_fence_operand(acc_s);
         warpgroup_arrive();
         issue_similarities<T, DIM>(acc_s, rows, stage.tile());
         warpgroup_commit_batch();
       };
-      const auto issue_o = [&](const Stages& stage) {
+      const auto issue_o = [&](const MainloopPipeline& stage) {
         const uint64_t columns = make_smem_desc<64>(stage.tile(), kBoxBytes);
 #pragma unroll
         for (int k = 0; k < kTile / 16; ++k) {
@@ -181,11 +188,11 @@ __global__ void __launch_bounds__(kNumThreads, 1)
         }
         warpgroup_commit_batch();
       };
-      const auto apply_softmax = [&](const Stages& stage, int tile) {
+      const auto compute_tile_weights = [&](const MainloopPipeline& stage, int tile) {
         const int column = tile * kTile;
         if (column + kTile > limit || overlaps(column, kTile, row, 64) || overlaps(column, kTile, partner, 64)) {
           const int frag_row = fragment_row(), first = frag_row - column - static_cast<int>(threadIdx.x) % 4 * 2;
-          if (work.which == 0) {
+          if (work.side_index == 0) {
             compute_partner_weights(acc_s, partner + first, row + frag_row, partner + frag_row, row_stats, padded_rows,
                                     partner_weights + local_row + frag_row, count - local_row - frag_row, scale_log2);
           }
@@ -210,9 +217,9 @@ __global__ void __launch_bounds__(kNumThreads, 1)
       warp_scheduler_barrier_arrive(warpgroup);
       warpgroup_wait<0>();
       warpgroup_fence_operand(acc_s);
-      apply_softmax(pipeline, work.begin);
+      compute_tile_weights(pipeline, work.begin);
       pack_weights();
-      Stages previous = pipeline;  // the stage of the packed weights
+      MainloopPipeline previous = pipeline;  // the stage of the packed weights
       pipeline.advance();
 #pragma unroll
       for (int i = 0; i < DIM / 2; ++i) acc_o[i / 4][i % 4] = 0.0f;
@@ -226,7 +233,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
         warp_scheduler_barrier_arrive(warpgroup);
         warpgroup_wait<1>();
         warpgroup_fence_operand(acc_s);
-        apply_softmax(pipeline, tile);
+        compute_tile_weights(pipeline, tile);
         warpgroup_wait<0>();
         warpgroup_fence_operand(acc_o);
         warpgroup_fence_operand(weights);
@@ -249,8 +256,8 @@ __global__ void __launch_bounds__(kNumThreads, 1)
       for (int r = 0; r < 2; ++r) {
         const int at = local_row + fragment_row() + 8 * r;
         if (at >= count) continue;
-        const int64_t line = (static_cast<int64_t>(work.split) * scheduler.sides + work.which) * count + at;
-        float* out = partials + line * DIM + static_cast<int>(threadIdx.x) % 4 * 2;
+        const int64_t partial_row = (static_cast<int64_t>(work.split) * scheduler.sides + work.side_index) * count + at;
+        float* out = partials + partial_row * DIM + static_cast<int>(threadIdx.x) % 4 * 2;
 #pragma unroll
         for (int n = 0; n < DIM / 8; ++n) {
           *reinterpret_cast<Float2*>(out + 8 * n) = {acc_o[n][r * 2], acc_o[n][r * 2 + 1]};
@@ -262,7 +269,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   }
 }
 
-// ---- epilogue kernels -----------------------------------------------------------------------------------------------
+// ---- pre- and postprocessing ----------------------------------------------------------------------------------------
 
 // Adds a row's partial sums and applies the gradient of the normalization; one warp per row.
 template <typename T>
@@ -273,13 +280,13 @@ __global__ void __launch_bounds__(256)
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, column = 4 * lane;
   const int at = static_cast<int>(blockIdx.x) * 8 + static_cast<int>(threadIdx.x) / kWarpSize;
   const int rows = scheduler.sides * scheduler.count;
-  if (at >= rows) return;  // a whole warp
-  const int which = at >= scheduler.count, local_row = at - which * scheduler.count;
-  const int side = scheduler.first_side + which;
+  if (at >= rows) return;  // `at` is the same for all lanes of a warp, so warp_sum() below sees full warps
+  const int side_index = at >= scheduler.count, local_row = at - side_index * scheduler.count;
+  const int side = scheduler.first_side + side_index;
   const int row = side * scheduler.count + local_row, partner = (1 - side) * scheduler.count + local_row;
   const int64_t first_tile =
-      scheduler.first_tile(which) + static_cast<int64_t>(local_row / kTile) * scheduler.columns[which];
-  const int64_t last_tile = first_tile + scheduler.columns[which] - 1;
+      scheduler.first_tile(side_index) + static_cast<int64_t>(local_row / kTile) * scheduler.columns[side_index];
+  const int64_t last_tile = first_tile + scheduler.columns[side_index] - 1;
   const auto splits =
       static_cast<int>(last_tile / scheduler.tiles_per_block - first_tile / scheduler.tiles_per_block) + 1;
   const float partner_weight = partner_weights[local_row], r = row_stats[row], r_partner = row_stats[partner];

@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
     // Only stages that will be refilled have a producer that waits for them.
     const auto consumer_release = [&](int i) {
       if (i + kStages < kWeightLoads && lane < TILES) {
-        mbarrier_arrive_cluster_relaxed(empty + i % kStages, split_rank + lane * SPLIT);
+        mbarrier_arrive_cluster_cta_release(empty + i % kStages, split_rank + lane * SPLIT);
       }
       __syncwarp();
     };
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
       warpgroup_wait<0>();
       warpgroup_fence_operand(u);
       consumer_release(kChannelBlocks - 1);
-      if (lane < SPLIT - 1) mbarrier_arrive_cluster_relaxed(x_empty + warpgroup, first_rank + peer(1 + lane));
+      if (lane < SPLIT - 1) mbarrier_arrive_cluster_cta_release(x_empty + warpgroup, first_rank + peer(1 + lane));
       __syncwarp();
       relu_product_fragments<T, kSplitUnits>(u, a[0]);
     }

@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kWarpgroupSize * (CONSUMERS + 1), 1)
         if (reload_thread_idx() % kWarpSize == 0) mbarrier_arrive(empty + stage);
       } else {
         const int other = reload_thread_idx() % kWarpSize;
-        if (other < RANKS) mbarrier_arrive_cluster_relaxed(empty + stage, other);
+        if (other < RANKS) mbarrier_arrive_cluster_cta_release(empty + stage, other);
       }
     };
     // d += A B over `steps` pipeline stages of a_width along K. A (K-major) and B are boxes with a_width and b_width

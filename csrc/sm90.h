@@ -93,6 +93,7 @@ __device__ __forceinline__ float exp2_approx_ftz(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+// a / b with an error of up to 2 ulp; 0 if |b| > 2^126.
 __device__ __forceinline__ float fast_divide(float a, float b) { return __fdividef(a, b); }
 
 #endif
@@ -180,9 +181,10 @@ __host__ __device__ __forceinline__ constexpr int swizzle_offset(int row, int ch
   return (linear ^ (linear / 8 % (WIDTH / 8))) * 8;
 }
 
-// The smem descriptor of a wgmma operand in boxes of WIDTH. K-major (a row of the box is a row of a or a column of b):
-// the WIDTH / 16 k-blocks of a box are 32 bytes apart. MN-major (a row of the box is a column of a or a row of b): a
-// k-block is 16 rows. If M or N exceeds WIDTH, further boxes follow at the leading-dimension byte offset `leading`.
+// The smem descriptor of a wgmma operand that is stored in boxes with rows of WIDTH elements.
+// K-major (a row of the box is a row of a or a column of b): the WIDTH / 16 k-blocks of a box are 32 bytes apart;
+// `leading` is ignored. MN-major (a row of the box is a column of a or a row of b): a k-block is 16 rows of the box; if
+// M or N exceeds WIDTH, the next boxes follow at distances of `leading` bytes, the leading-dimension byte offset.
 template <int WIDTH>
 __device__ __forceinline__ uint64_t make_smem_desc(const void* box, int leading = 16) {
   constexpr uint64_t kSwizzle = WIDTH == 64 ? 1 : WIDTH == 32 ? 2 : 3, kStride = 16 * WIDTH;
@@ -233,34 +235,35 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 template <int WIDTH>
 int make_tensor_map(TensorMap* to, const void* base, Shape sizes, int64_t stride_y, int64_t stride_z, Shape box) {
 #ifdef DFKD_HOST
-  const int64_t all[3] = {sizes.x, sizes.y, sizes.z}, boxes[3] = {box.x, box.y, box.z};
-  return host::make_tensor_map(&to->map, base, all, stride_y, stride_z, boxes, WIDTH) ? 0 : DFKD_INVALID;
+  const int64_t global_dim[3] = {sizes.x, sizes.y, sizes.z}, box_dim[3] = {box.x, box.y, box.z};
+  return host::make_tensor_map(&to->map, base, global_dim, stride_y, stride_z, box_dim, WIDTH) ? 0 : DFKD_INVALID;
 #else
   static_assert(WIDTH == 0 || WIDTH == 16 || WIDTH == 32 || WIDTH == 64);
   if (dfkd_recorded() >= 0) return 0;  // a recorded launch is not executed, and there may be no driver
   const auto encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t all[3] = {static_cast<cuuint64_t>(sizes.x), static_cast<cuuint64_t>(sizes.y),
-                             static_cast<cuuint64_t>(sizes.z)};
-  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(2 * stride_y), static_cast<cuuint64_t>(2 * stride_z)};
-  const cuuint32_t boxes[3] = {static_cast<cuuint32_t>(box.x), static_cast<cuuint32_t>(box.y),
-                               static_cast<cuuint32_t>(box.z)};
+  const cuuint64_t global_dim[3] = {static_cast<cuuint64_t>(sizes.x), static_cast<cuuint64_t>(sizes.y),
+                                    static_cast<cuuint64_t>(sizes.z)};
+  const cuuint64_t global_strides[2] = {static_cast<cuuint64_t>(2 * stride_y), static_cast<cuuint64_t>(2 * stride_z)};
+  const cuuint32_t box_dim[3] = {static_cast<cuuint32_t>(box.x), static_cast<cuuint32_t>(box.y),
+                                 static_cast<cuuint32_t>(box.z)};
   const cuuint32_t element_strides[3] = {1, 1, 1};
   const CUtensorMapSwizzle mode = WIDTH == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
                                   : WIDTH == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
                                   : WIDTH == 16 ? CU_TENSOR_MAP_SWIZZLE_32B
                                                 : CU_TENSOR_MAP_SWIZZLE_NONE;
   const CUresult result = encode(
-      &to->map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(base), all, strides, boxes, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, mode, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &to->map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(base), global_dim, global_strides, box_dim,
+      element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, mode, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? 0 : DFKD_INVALID;
 #endif
 }
 
 // ---- mbarriers ------------------------------------------------------------------------------------------------------
 
-// An mbarrier. A phase completes when all arrivals and all expected transaction bytes have come; then the next phase
-// begins. Waits name the parity of a phase; the first phase has parity 0.
+// An mbarrier. A phase completes when the pending arrivals and the pending transaction bytes are both zero; then the
+// next phase begins. Waits take the parity of a phase; the first phase has parity 0.
 struct alignas(8) Barrier {
   uint64_t state;
 };
@@ -274,7 +277,7 @@ inline void mbarrier_arrive_expect_tx(Barrier* barrier, int bytes) { host::mbarr
 inline void mbarrier_arrive_cluster(Barrier* barrier, int rank) {
   host::mbarrier_arrive(static_cast<uint64_t*>(host::at_rank(&barrier->state, rank)), 0);
 }
-inline void mbarrier_arrive_cluster_relaxed(Barrier* barrier, int rank) { mbarrier_arrive_cluster(barrier, rank); }
+inline void mbarrier_arrive_cluster_cta_release(Barrier* barrier, int rank) { mbarrier_arrive_cluster(barrier, rank); }
 inline void mbarrier_wait(Barrier* barrier, int parity) { host::mbarrier_wait(&barrier->state, parity); }
 inline void mbarrier_wait_cluster(Barrier* barrier, int parity) { host::mbarrier_wait(&barrier->state, parity); }
 inline void fence_proxy_async() { host::fence_proxy_async(); }
@@ -308,8 +311,9 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(Barrier* barrier, int ra
       "r"(rank)
       : "memory");
 }
-// Without release semantics, for consumers that have only read: it does not wait for the thread's stores.
-__device__ __forceinline__ void mbarrier_arrive_cluster_relaxed(Barrier* barrier, int rank) {
+// Release at block scope, the default of PTX (and of CUTLASS's ClusterBarrier), instead of cluster scope: for consumers
+// that have only read, because it does not make the thread's stores visible to the other block.
+__device__ __forceinline__ void mbarrier_arrive_cluster_cta_release(Barrier* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
@@ -336,8 +340,8 @@ __device__ __forceinline__ void mbarrier_wait(Barrier* barrier, int parity) { DF
 __device__ __forceinline__ void mbarrier_wait_cluster(Barrier* barrier, int parity) { DFKD_WAIT(".acquire.cluster"); }
 // Makes the thread's stores to shared memory visible to wgmma and TMA. Called by each writer before a barrier.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// The same for global memory that bulk copies of the same kernel read. Called by the writer before the barrier and by
-// the copying thread after it.
+// Makes stores to global memory visible to bulk copies that the same kernel issues later. Called by each writer before
+// a barrier, and after it by the thread that issues the copy.
 __device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 #endif
@@ -357,8 +361,9 @@ struct PipelineState {
 };
 
 // ---- bulk copies ----------------------------------------------------------------------------------------------------
-// Issued by one thread, except st_async(). TMA boxes in shared memory are aligned to 128 bytes, other addresses and
-// sizes to 16. A TMA load counts all bytes of its box, including those outside of the tensor.
+// Issued by one thread, except st_async(). TMA boxes in shared memory are aligned to 128 bytes (swizzled boxes: see the
+// top of this file), other addresses and sizes to 16. Loads subtract the bytes that they write from the pending
+// transaction bytes of `full`; a TMA load writes its whole box, including the part outside of the tensor.
 
 #ifdef DFKD_HOST
 
@@ -402,7 +407,8 @@ __device__ __forceinline__ void cp_async_bulk(void* shared, const void* global, 
       "l"(global), "r"(bytes), "r"(cast_smem_ptr_to_uint(full))
       : "memory");
 }
-// Stores 16 bytes to the same offset in the shared memory of another block and counts them at its barrier.
+// Stores 16 bytes to the same offset in the shared memory of another block, and subtracts them from the pending
+// transaction bytes of that block's `full`.
 __device__ __forceinline__ void st_async(void* shared, const uint32_t (&values)[4], Barrier* full, int rank) {
   asm volatile(
       "{\n.reg .b32 remote, remote_barrier;\n"
@@ -435,13 +441,14 @@ __device__ __forceinline__ void tma_store(const TensorMap& map, const void* shar
                "r"(cast_smem_ptr_to_uint(shared)), "r"(x), "r"(y), "r"(z)
                : "memory");
 }
-// Commits the thread's stores as a group; waits until at most PENDING groups have not read shared memory, or have not
-// completed. A thread waits for its stores before it exits.
+// Commits the thread's stores as a group.
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until all but the last PENDING groups have read shared memory, which may then be overwritten.
 template <int PENDING>
 __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
+// Waits until all but the last PENDING groups are complete. Called by each storing thread before it exits.
 template <int PENDING>
 __device__ __forceinline__ void tma_store_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
@@ -454,7 +461,7 @@ __device__ __forceinline__ void prefetch_tensormap(const TensorMap& map) {
 
 // ---- warp specialization --------------------------------------------------------------------------------------------
 
-// Named barriers 1 to 15, for `threads` threads that wait or arrive.
+// Named barriers 1 to 15. `threads` is the number of threads that sync plus the number that only arrive.
 #ifdef DFKD_HOST
 inline void named_barrier_sync(int barrier, int threads) { host::named_barrier(barrier, threads, true); }
 inline void named_barrier_arrive(int barrier, int threads) { host::named_barrier(barrier, threads, false); }
@@ -517,8 +524,9 @@ __device__ __forceinline__ T* map_shared_rank(T* shared, int rank) {
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(shared), "r"(rank));
   return reinterpret_cast<T*>(remote);
 }
-// A barrier between blocks of a cooperative launch: a counter in global memory, initially 0. One thread of a block
-// arrives after a barrier of its block, and waits for `arrivals` before one.
+// A barrier between blocks of a cooperative launch: a counter in global memory, initially 0. One thread per warp or
+// block arrives, after __syncwarp() or __syncthreads(). Waiting ends when the counter is at least `arrivals`: one thread
+// per warp or block waits, and __syncwarp() or __syncthreads() follows.
 __device__ __forceinline__ void global_barrier_arrive(unsigned* counter) {
   asm volatile("fence.acq_rel.gpu;\nred.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
@@ -541,11 +549,12 @@ __device__ __forceinline__ void cluster_sync() {
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
 
 // d = a b, or d += a b if `accumulate`, for a (64 x 16), b (16 x N) and float32 d (64 x N), by a warpgroup. Accumulator
-// fragment: thread 32 w + l holds in d[n] row 16 w + l / 4 and row 16 w + l / 4 + 8, columns 8 n + 2 (l % 4) and the
-// next one of each. Register operand: a[0] and a[1] hold columns 2 (l % 4) and the next one of the same two rows, a[2]
-// and a[3] the columns 8 further right. wgmma is asynchronous: between warpgroup_arrive() and warpgroup_wait(), d, a in
-// registers and the operands in shared memory must not be accessed; warpgroup_fence_operand() enforces this on the
-// compiler. TRANSPOSE_A, TRANSPOSE_B: the operand is MN-major.
+// fragment: with i = 16 w + l / 4 and j = 2 (l % 4), thread 32 w + l holds in d[n][0] and d[n][1] row i, columns
+// 8 n + j and 8 n + j + 1, and in d[n][2] and d[n][3] the same columns of row i + 8. Register operand: a[0] and a[1]
+// hold columns j and j + 1 of rows i and i + 8, a[2] and a[3] columns j + 8 and j + 9 of these rows. wgmma is
+// asynchronous: between warpgroup_arrive() and warpgroup_wait(), d, a in registers and the operands in shared memory
+// must not be accessed; warpgroup_fence_operand() enforces this on the compiler. TRANSPOSE_A, TRANSPOSE_B: the
+// operand is MN-major.
 template <typename T, int N, bool TRANSPOSE_A = false, bool TRANSPOSE_B = false>
 __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool accumulate);
 template <typename T, int N, bool TRANSPOSE_B = false>

@@ -1,19 +1,20 @@
 // Spatial attention: code shared by the forward and backward kernels: tiling, the logits GEMM, the weight gradients.
 //
-// Four consumer warpgroups process a tile: positions of one sample by all channels, at most 256. A warpgroup has one
-// "box" of 64 positions x 64 channels, 8 KB, which TMA loads with the 128-byte swizzle: warpgroup w has the channels
-// from 64 (w % channel_blocks) and the positions from 64 (w / channel_blocks).
+// A tile is 64, 128 or 256 positions of one sample by all channels, of which there are at most 256. Four consumer
+// warpgroups process it. Each has one box of 64 positions x 64 channels, 8 KB, which TMA loads with the 128-byte
+// swizzle: warpgroup w has the channels from 64 (w % channel_blocks) and the positions from 64 (w / channel_blocks).
 //
-// An accumulator fragment holds two of each eight columns. The weight's rows, the N dimension of the logits GEMM, are
-// permuted in shared memory (channel_of_column), so that a lane holds 16 consecutive channels of two positions, two
-// 16-byte chunks each, and eight neighboring lanes, two positions of 64 channels, access shared memory without bank
-// conflicts.
+// A lane's accumulator fragment has two of every eight columns, which would be scattered channels. The rows of the
+// weight, the N dimension of the logits GEMM, are therefore permuted in shared memory (channel_of_column): a lane then
+// holds 16 consecutive channels of two positions, as two 16-byte chunks per position. Eight neighboring lanes hold 64
+// channels of two positions and access shared memory without bank conflicts.
 #pragma once
 
 #include "sm90.h"
 
 namespace dfkd::spatial {
 
+// kSpatialMean1 multiplies the softmax over P positions by P, so that it averages 1.
 enum Form { kSpatial = 0, kSpatialMean1 = 1, kChannel = 2 };
 
 constexpr float kLog2E = 1.4426950408889634f;
@@ -31,7 +32,7 @@ using Uint4 = AlignedArray<uint32_t, 4>;
 // exp(x) for x <= 0. Denormal results may flush to zero: every softmax sum is at least 1.
 __device__ __forceinline__ float exp_nonpositive(float x) { return exp2_approx_ftz(x * kLog2E); }
 
-// Avoids -inf - (-inf) while there is no maximum yet.
+// The maximum to subtract in the exponent: 0 instead of -inf, because -inf - (-inf) is NaN.
 __device__ __forceinline__ float finite_max(float row_max) { return row_max == -kInfinity ? 0.0f : row_max; }
 
 template <typename T>
@@ -92,7 +93,7 @@ struct Tiling {
   __host__ __device__ int weight_bytes() const { return channel_blocks * hidden_box_bytes(); }
 };
 
-// The factor of the softmax.
+// The factor of the softmax: `scale`, multiplied by the number of positions for kSpatialMean1.
 inline float softmax_scale(float scale, int form, int64_t positions) {
   const double factor = form == kSpatialMean1 ? static_cast<double>(positions) : 1.0;
   return static_cast<float>(static_cast<double>(scale) * factor);
@@ -150,8 +151,8 @@ __device__ __forceinline__ int channel_of_column(int column) {
   return 16 * (column % 8 / 2) + 2 * (column / 8) + column % 2;
 }
 
-// Stores the weight to shared memory as swizzled boxes of 64 channels. By all consumers; then fence_proxy_async() and a
-// barrier.
+// Stores the weight to shared memory as swizzled boxes of 64 channels. Called by all consumer threads, which then call
+// fence_proxy_async() and wait at a barrier.
 template <typename T, int HIDDEN>
 __device__ __forceinline__ void store_weight(const Tiling& tiling, const void* weight, int dtype, T* to) {
   constexpr int kChunks = HIDDEN / 8;
@@ -197,7 +198,8 @@ struct ConsumerCoords {
   __device__ __forceinline__ int row() const { return 16 * warp + g; }
 };
 
-// By one thread: issues the TMA loads of a tile of hidden, or of features or grad_output.
+// load_hidden() issues the TMA loads of a tile of hidden, load_tile() those of features or grad_output. Called by one
+// thread.
 __device__ __forceinline__ void load_hidden(const Tiling& tiling, unsigned char* to, const TensorMap& hidden, int row,
                                             int sample, Barrier* full) {
 #pragma unroll 1
@@ -260,8 +262,9 @@ __device__ __forceinline__ float sum_over_rows(float x) {
   return x;
 }
 
-// One step of a butterfly reduce-scatter of 16 channels: two lanes exchange halves, and each keeps the sum of one.
-// After steps 8, 4 and 2 a lane has channels 2 g and 2 g + 1, summed over the 8 rows.
+// One step of a butterfly reduce-scatter of 16 channels over the 8 rows of a fragment: two lanes exchange halves of
+// 2 COUNT sums, and each keeps COUNT. After steps with COUNT = 8, 4 and 2, sums[0] and sums[1] are channels 2 g and
+// 2 g + 1.
 template <int COUNT>
 __device__ __forceinline__ void reduce_scatter(float (&sums)[16], int lane) {
   const bool upper = (lane & (2 * COUNT)) != 0;

@@ -1,11 +1,12 @@
-"""A frozen BatchNorm that also computes its input's statistics, or only the statistics, in one pass over the maps.
+"""A frozen BatchNorm that also computes its input's statistics, or only the statistics, in one pass over the features.
 
 With the running mean r_m and variance r_v, the weight w and bias b, over the M = N H W values of a channel::
 
     y = act((x - r_m) w / sqrt(r_v + eps) + b + residual)      m = sum(x) / M      v = sum((x - m)^2) / M
 
-Gradient, with the activation's mask a, recomputed from x or, with a residual, saved as one bit per element (reading the
-residual again would cost 16 to 32 times as much)::
+Gradient, with dy, dm and dv the gradients of y, m and v, and a = 1 where the activation's derivative is one, else 0.
+Backward recomputes a from x. With a residual, forward saves it as one bit per element, because reading the residual
+again would cost 16 to 32 times as much::
 
     dx = a dy w / sqrt(r_v + eps) + dm / M + 2 dv (x - m) / M      d residual = a dy
 
@@ -18,8 +19,9 @@ rows keeps a running mean K and the sum of squared deviations M2, and merges the
 
     first = sum(x - K)    second = sum((x - K)^2)    K += first / count    M2 += second - first^2 / count
 
-The subtraction loses at most half of ``second``, and only rounding errors in the first tile, where K is the tile's own
-mean. At the end, rows are merged by the same rule, and programs by a second kernel in a fixed order.
+``first^2 / count`` is at most half of ``second``, so the subtraction cancels at most one bit. In the first tile, K is
+the tile's own mean and ``first`` is only rounding error. At the end, rows are merged by the same rule, and programs by
+a second kernel in a fixed order.
 
 Memory traffic with 2-byte elements: forward 4 bytes per element, 6 1/8 with a residual; backward 6 bytes, 8 1/8 with a
 residual; only the statistics, 2 bytes forward and 4 bytes backward.
@@ -52,20 +54,27 @@ __all__ = [
     "forward",
     "load_channels",
     "load_scale",
-    "match_memory_format",
     "offset",
     "pointers",
     "split_work",
     "statistics",
     "tile_config",
     "tile_start",
+    "with_common_stride",
 ]
 
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 
 
 def tile_config(dtype: torch.dtype, unroll: int, stages: int, sizes: dict[str, int]) -> Launch:
-    """A tile that gives each of 128 threads ``unroll`` vectors of 16 bytes per map."""
+    """Returns a tile that gives each of 128 threads ``unroll`` vectors of 16 bytes per map.
+
+    Args:
+        dtype: dtype of the maps.
+        unroll: number of vectors per thread, fewer if there are few positions.
+        stages: number of stages of the loop's software pipeline.
+        sizes: "channels", "positions", "nchw" and "alignment", as :func:`choose_config` passes them.
+    """
     channels, positions = sizes["channels"], sizes["positions"]
     elements = 128 * 16 // dtype.itemsize
     if sizes["alignment"] == 1:
@@ -144,8 +153,12 @@ def offset(m, sample, first, NCHW: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 @triton.jit
 def tile_start(i, chunk, tiles, BY_SAMPLE: tl.constexpr, ROWS: tl.constexpr):
-    """Sample and first row of iteration i: the chunk's rows of sample i, or tile i of all rows."""
-    # Not .to: in the interpreter the loop variable is an int.
+    """Sample and first position of the tile of iteration i.
+
+    With BY_SAMPLE, a chunk has the same positions in each sample and i is the sample. Otherwise there is one sample and
+    i is the tile.
+    """
+    # ``.to`` would fail in the interpreter, where the loop variable is an int.
     i = tl.full([], 0, tl.int64) + i
     sample = i if BY_SAMPLE else tl.full([], 0, tl.int64)
     first = ((chunk % tiles).to(tl.int64) if BY_SAMPLE else i) * ROWS
@@ -160,7 +173,7 @@ def load_channels(ptr, offs, mask, NCHW: tl.constexpr):
 
 @triton.jit
 def load_scale(running_var, weight, offs, mask, eps, NCHW: tl.constexpr):
-    """w / sqrt(r_v + eps), correctly rounded, because it is computed only once per channel."""
+    """w / sqrt(r_v + eps). The root and the quotient are correctly rounded, at a small cost: once per channel."""
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.load(running_var + offs, mask=mask, other=1.0).to(tl.float32) + eps))
     if weight is not None:
         rstd *= tl.load(weight + offs, mask=mask, other=0.0).to(tl.float32)
@@ -210,8 +223,8 @@ def _sum(x, AXIS: tl.constexpr):
 @triton.jit
 def _merge_moments(count, total, mean, m2, AXIS: tl.constexpr):
     """Merge the means and sums of squared deviations of groups along an axis; ``total`` is the sum of the counts."""
-    # The pivot is near the mean and has few enough digits that differences from it are exact for half-precision values.
-    # Otherwise all differences round the same way, which biases the mean.
+    # The pivot is near the mean and has only 16 significant bits, so that differences from it are exact for
+    # half-precision values. Otherwise all differences would round the same way and bias the mean.
     pivot = ((_sum(count * mean, AXIS) / total).to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)
     delta = mean - tl.expand_dims(pivot, AXIS)
     first = _sum(count * delta, AXIS)
@@ -281,9 +294,9 @@ def _forward_kernel(
 
     mean = tl.zeros([BLOCK_C, BLOCK_P] if NCHW else [BLOCK_P, BLOCK_C], tl.float32)
     m2 = tl.zeros_like(mean)
-    num_tiles = 0.0  # before this one
-    row_of = tl.arange(0, BLOCK_P)
-    row_of = row_of[None, :] if NCHW else row_of[:, None]
+    num_tiles = 0.0  # number of tiles processed so far
+    block_rows = tl.arange(0, BLOCK_P)
+    block_rows = block_rows[None, :] if NCHW else block_rows[:, None]
     for i in tl.range(begin, num_iters, step, num_stages=LOOP_STAGES):
         sample, first = tile_start(i, chunk, tiles, BY_SAMPLE, ROWS)
         mask_p = first + row < positions
@@ -303,8 +316,8 @@ def _forward_kernel(
                 packed = _pack(activation_mask(z, ACTIVATION), NCHW, BLOCK_P, UNROLL, BLOCK_C)
                 tl.store(ptrs, packed, mask=mask_p & mask_byte)
 
-        # All tiles of a program have the same number of rows, except the last; with BY_SAMPLE all of them.
-        count = _row_counts(first, positions, row_of, BLOCK_P, UNROLL)
+        # All tiles of a program have the same number of rows. Without BY_SAMPLE its last tile may have fewer.
+        count = _row_counts(first, positions, block_rows, BLOCK_P, UNROLL)
         if i == begin:
             mean = tl.sum(v, 1) / tl.maximum(count, 1.0)
         delta = tl.where(mask_p, v - tl.expand_dims(mean, 1), 0.0)
@@ -316,7 +329,7 @@ def _forward_kernel(
 
     full_tiles = (num_iters - 1 - begin) // step
     _, first = tile_start(begin + full_tiles * step, chunk, tiles, BY_SAMPLE, ROWS)
-    last = _row_counts(first, positions, row_of, BLOCK_P, UNROLL)
+    last = _row_counts(first, positions, block_rows, BLOCK_P, UNROLL)
     last_rows = tl.minimum(positions - first, ROWS).to(tl.float32)
     full_tiles = full_tiles.to(tl.float32)
     count = full_tiles * (last if BY_SAMPLE else UNROLL) + last
@@ -389,7 +402,7 @@ def _strides(x: Tensor) -> Strides | None:
     return x.stride(0), stride_p, x.stride(1)
 
 
-def match_memory_format(x: Tensor, y: Tensor) -> Tensor:
+def with_common_stride(x: Tensor, y: Tensor) -> Tensor:
     """Returns x if its positions have a common stride, else a copy in the memory format of y."""
     return x if _strides(x) is not None else torch.empty_like(y, dtype=x.dtype).copy_(x)
 
@@ -453,8 +466,8 @@ def choose_config(
 def split_work(x: Tensor, chosen: Launch, samples: int, positions: int, programs: int) -> tuple[int, int, int]:
     """Splits the tiles over a grid of (channel blocks, chunks).
 
-    With several samples, the programs of a chunk read the same rows of different samples, so that all of its tiles have
-    the same number of rows. All chunks have about the same number of iterations, and one iteration if there are few.
+    With several samples, a chunk consists of tiles at the same positions of different samples, so that all of them have
+    the same number of positions. All chunks have about the same number of iterations: one, if there are few tiles.
 
     Args:
         x: (N, C, ...), for sizes and device.
@@ -464,7 +477,8 @@ def split_work(x: Tensor, chosen: Launch, samples: int, positions: int, programs
         programs: Target number of programs per multiprocessor.
 
     Returns:
-        The numbers of channel blocks, of chunks, and of iterations of all chunks together.
+        The number of channel blocks, the number of chunks, and the end of the kernel's loop: the number of samples or,
+        for one sample, of tiles.
     """
     blocks = cdiv(x.shape[1], chosen.tile["BLOCK_C"])
     tiles = cdiv(positions, chosen.tile["UNROLL"] * chosen.tile["BLOCK_P"])
@@ -548,12 +562,13 @@ def forward(
         y: Same shape as x, contiguous or channels-last.
         mean: (C,), float32.
         var: (C,), float32.
-        mask: (N, ceil(C / 8), positions), uint8, one stride for all positions.
+        mask: (N, ceil(C / 8), positions), uint8, one stride for all positions: one bit per element, set if the
+            activation's derivative is one.
     """
     vectors = (None if v is None else v.contiguous() for v in (running_mean, running_var, weight, bias))
-    residual = None if residual is None else match_memory_format(residual, y)
+    residual = None if residual is None else with_common_stride(residual, y)
     kept = mask if keep_mask else None
-    _forward(match_memory_format(x, y), Norm._make((*vectors, eps)), activation, residual, y, kept, mean, var)
+    _forward(with_common_stride(x, y), Norm._make((*vectors, eps)), activation, residual, y, kept, mean, var)
 
 
 def statistics(x: Tensor, mean: Tensor, var: Tensor) -> None:

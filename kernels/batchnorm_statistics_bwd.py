@@ -23,12 +23,12 @@ from dfkd_fast.kernels.batchnorm_statistics import (
     expand_rows,
     load_channels,
     load_scale,
-    match_memory_format,
     offset,
     pointers,
     split_work,
     tile_config,
     tile_start,
+    with_common_stride,
 )
 from dfkd_fast.kernels.common import cast, cdiv, launch
 from dfkd_fast.kernels.config import Launch
@@ -250,8 +250,8 @@ def backward(
     like = map_grad if map_grad is not None else dy
     assert like is not None
     reads_x = dvar is not None or dweight is not None or (dy is not None and activation != "none" and mask is None)
-    read = match_memory_format(x, like) if reads_x else None
-    dy = None if dy is None else match_memory_format(dy, like)
+    read = with_common_stride(x, like) if reads_x else None
+    dy = None if dy is None else with_common_stride(dy, like)
     vectors = (None if v is None or dy is None else v.contiguous() for v in (running_mean, running_var, weight, bias))
     dmean, dvar = (None if v is None else v.contiguous() for v in (dmean, dvar))
     samples, positions, maps = as_maps(x, (dy, read, mask, dx, dresidual))

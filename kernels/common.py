@@ -1,4 +1,4 @@
-"""Launching, and device functions that kernels share.
+"""Kernel launches, and device functions that kernels share.
 
 Triton 3.6's interpreter multiplies bfloat16 matrices incorrectly, truncates to bfloat16 instead of rounding, and rounds
 the product of a fused multiply-add. Kernels therefore use :func:`dot`, :func:`cast` and :func:`fma` instead of
@@ -29,7 +29,7 @@ from dfkd_fast.kernels.config import Launch
 
 __all__ = [
     "INTERPRETED",
-    "Recorded",
+    "RecordedLaunch",
     "architecture",
     "cast",
     "cdiv",
@@ -41,9 +41,9 @@ __all__ = [
     "next_power_of_2",
     "num_sms",
     "precision",
-    "recording",
+    "record_launches",
     "sigmoid",
-    "sum_of",
+    "sum_partials",
 ]
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -136,8 +136,8 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded:
-    """A launch recorded by :func:`recording`, with all that is needed to compile it."""
+class RecordedLaunch:
+    """A launch recorded by :func:`record_launches`, with all that is needed to compile it."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -145,11 +145,11 @@ class Recorded:
     constants: dict[str, Any]
 
 
-_recorder: tuple[int, list[Recorded]] | None = None
+_recorder: tuple[int, list[RecordedLaunch]] | None = None
 
 
 @contextmanager
-def recording(arch: int) -> Iterator[list[Recorded]]:
+def record_launches(arch: int) -> Iterator[list[RecordedLaunch]]:
     """Record launches for a device of architecture ``arch`` (90 for sm_90) instead of launching."""
     global _recorder
     before, _recorder = _recorder, (arch, [])
@@ -171,14 +171,17 @@ def _num_sms(index: int | None) -> int:
 
 
 def architecture(x: Tensor) -> int:
-    """Architecture of the device of x, for example 90 for sm_90. In the interpreter, 90."""
+    """Architecture of the device of x: 90 for sm_90. In :func:`record_launches` its argument; in the interpreter 90."""
     if _recorder is not None:
         return _recorder[0]
     return _capability(x.device.index) if x.is_cuda else 90
 
 
 def num_sms(x: Tensor) -> int:
-    """Number of streaming multiprocessors of the device of x. In the interpreter, which runs programs serially, 2."""
+    """Number of streaming multiprocessors of the device of x.
+
+    In :func:`record_launches` 132, as on an H200. In the interpreter 2, because it runs programs serially.
+    """
     if x.is_cuda and _recorder is None:
         return _num_sms(x.device.index)
     return 2 if INTERPRETED and _recorder is None else 132
@@ -225,7 +228,7 @@ def launch(
     if _recorder is not None:
         names = kernel.arg_names[: len(args)]
         _recorder[1].append(
-            Recorded(kernel=kernel, arguments=dict(zip(names, args, strict=True)), config=config, constants=meta)
+            RecordedLaunch(kernel=kernel, arguments=dict(zip(names, args, strict=True)), config=config, constants=meta)
         )
         return
     first = next(a for a in args if isinstance(a, Tensor))
@@ -251,7 +254,7 @@ def _sum_kernel(
     tl.store(out_ptr, tl.sum(acc) * scale)
 
 
-def sum_of(parts: Tensor, out: Tensor, scale: float = 1.0) -> None:
+def sum_partials(parts: Tensor, out: Tensor, scale: float = 1.0) -> None:
     """``out = scale * parts.sum()`` in one program and a fixed order, so that the result is deterministic.
 
     Args:

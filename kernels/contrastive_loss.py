@@ -48,7 +48,7 @@ from dfkd_fast.kernels.common import (
     next_power_of_2,
     num_sms,
     precision,
-    sum_of,
+    sum_partials,
 )
 from dfkd_fast.kernels.config import Launch
 
@@ -555,4 +555,4 @@ def forward(
         arguments = (partials, losses, lse, num_anchors, chunks, inner)
         launch(_merge_kernel, (sums,), *arguments, config=merge, ELEMENTWISE=elementwise)
     if not direct:
-        sum_of(losses, out, scale)
+        sum_partials(losses, out, scale)

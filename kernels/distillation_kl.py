@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dfkd_fast.kernels import config
-from dfkd_fast.kernels.common import architecture, cast, cdiv, exp, launch, next_power_of_2, num_sms, sum_of
+from dfkd_fast.kernels.common import architecture, cast, cdiv, exp, launch, next_power_of_2, num_sms, sum_partials
 from dfkd_fast.kernels.config import Launch
 
 __all__ = ["backward", "forward"]
@@ -268,7 +268,7 @@ def forward(
         WHOLE_ROW=classes <= chosen.tile["BLOCK_N"],
     )
     if parts is not out:
-        sum_of(parts, out)
+        sum_partials(parts, out)
 
 
 def backward(

@@ -51,7 +51,7 @@ from dfkd_fast.kernels.common import (
     num_sms,
     precision,
     sigmoid,
-    sum_of,
+    sum_partials,
 )
 from dfkd_fast.kernels.config import Launch
 
@@ -652,7 +652,7 @@ def value(x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result
         _launch_hidden(x_map, None, proj, out, a, chosen, *sizes, **constants)
         launch(_split_gate_kernel, grid, None, x_map, other_map, a, out, y_map, None, *sizes, 1.0, **gate)
     if error:
-        sum_of(y_map.data, y, 1 / x.numel())
+        sum_partials(y_map.data, y, 1 / x.numel())
     elif y_map.data is not y:
         y.copy_(y_map.data)
 

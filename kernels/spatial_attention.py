@@ -1,6 +1,6 @@
-"""The gate of the spatial attention modules: a narrow matrix product, its softmax and the gating, forward and backward.
+"""The gate of the spatial attention modules: a matrix product, a softmax and the gating, forward and backward.
 
-A sample has P positions of C features f and K narrow maps h. Per position and channel::
+A sample has P positions with C features f and K hidden channels h; K is small. Per position and channel::
 
     l = w h (+ b)        s = softmax(l)        out = f + scale s f
 
@@ -10,18 +10,20 @@ channels of each position. Gradient, with g the gradient of out::
     q = scale g f      delta = sum of s q over the softmax      dl = s (q - delta)
     df = g + scale g s      dh = w^T dl      dw = sum over positions of dl h      db = sum over positions of dl
 
-The product is narrow and cheap compared with reading the features, so logits are recomputed where they are needed,
-neither written nor rounded. Only each channel's maximum and sum of exponentials are saved; over channels, nothing is.
+With a small K the product is cheap compared with reading the features. So the logits are recomputed wherever they are
+needed, and are neither written to memory nor rounded. A softmax over positions saves only the maximum and the sum of
+exponentials of each channel for backward; a softmax over channels saves nothing.
 
 Memory traffic in a two-byte dtype:
 
-positions, forward: a program computes the maximum and then the sum of exponentials of a chunk of a sample. Chunks are
-    merged, then tiles are gated. f is read once and h three times, twice from cache: 4PC + 2PK bytes.
-positions, backward: one pass over f and g computes delta, a second the gradients. The second takes the samples in
-    reverse order and finds the last ones in cache: at most 10PC bytes. Alternating both passes over groups of samples
-    that fit in the cache (``MEGABYTES``) brings this near 6PC, at two or three launches per group.
-channels: one pass, 4PC + 2PK bytes forward and 6PC + 4PK backward. If there are more than ``BLOCK_C`` channels, another
-    kernel first computes the statistics over them and reads h again, in backward also f and g.
+softmax over positions, forward: a program computes the maximum and then the sum of exponentials of a chunk of a
+    sample. The chunks are merged, then the tiles are gated. f is read once and h three times, twice from cache:
+    4PC + 2PK bytes.
+softmax over positions, backward: one pass over f and g computes delta, a second the gradients. The second takes the
+    samples in reverse order and finds the last ones in cache: at most 10PC bytes. Alternating both passes over groups
+    of samples that fit in the cache (``MEGABYTES``) brings this near 6PC, at two or three launches per group.
+softmax over channels: one pass, 4PC + 2PK bytes forward and 6PC + 4PK backward. If there are more than ``BLOCK_C``
+    channels, another kernel first computes the statistics over them and reads h again, in backward also f and g.
 
 dw is summed in registers over the tiles of a program, and over programs by a kernel in a fixed order. With more than
 ``BLOCK_C`` channels it needs its own launch: a program for dh loops over all channels of a tile, a program for dw over
@@ -68,12 +70,12 @@ def _tile(m: int, c: int, k: int, positions: int, per_thread: int, stages: int, 
 
 
 def _block_k(arch: int, dtype: torch.dtype, hidden: int) -> int:
-    """Narrow maps per tile: fewer if products read both operands from registers, and 16 without tensor cores."""
+    """Hidden channels per tile: fewer if products read both operands from registers, and 16 without tensor cores."""
     return max(16, min(hidden, (64 if arch // 10 == 9 else 32) if dtype.itemsize == 2 else 16))
 
 
-def _has_registers(dtype: torch.dtype, hidden: int, vectors: int) -> bool:
-    """Whether a thread has registers for many elements: with tensor cores, and one address per eight elements."""
+def _fits_large_tiles(dtype: torch.dtype, hidden: int, vectors: int) -> bool:
+    """Whether 32 elements per thread fit in registers: with tensor cores and vector loads, which need few addresses."""
     return dtype.itemsize == 2 and hidden <= 32 and bool(vectors)
 
 
@@ -95,7 +97,7 @@ def _config_gate(
 ) -> Launch:
     """For a softmax over channels, a tile holds all of them, up to 256."""
     block = max(16, channels if over_channels and channels <= 256 else min(channels, 64))
-    per_thread = 32 if _has_registers(dtype, hidden, vectors) else 8 if dtype.itemsize == 2 else 16
+    per_thread = 32 if _fits_large_tiles(dtype, hidden, vectors) else 8 if dtype.itemsize == 2 else 16
     return _tile(16, block, _block_k(arch, dtype, hidden), positions, per_thread, 2)
 
 
@@ -108,14 +110,14 @@ def _config_gradients(
     ``PROGRAMS`` programs run per SM, and each writes one partial gradient of the weight. delta and the gradients are
     computed in turn for groups of samples of ``MEGABYTES``; 0 puts all samples in one group.
     """
-    halves = dtype.itemsize == 2
-    from_shared = halves and arch // 10 in (9, 10)
-    most = 256 if from_shared else 64 if halves and over_channels else 128
+    half_precision = dtype.itemsize == 2
+    from_shared = half_precision and arch // 10 in (9, 10)
+    most = 256 if from_shared else 64 if half_precision and over_channels else 128
     block = max(16, channels if channels <= most else 64)
-    if _has_registers(dtype, hidden, vectors):
+    if _fits_large_tiles(dtype, hidden, vectors):
         per_thread = 32 if block != 128 and not over_channels else 16 if from_shared or not over_channels else 8
     else:
-        per_thread = 8 if halves or block == channels else 4
+        per_thread = 8 if half_precision or block == channels else 4
     programs = max(1, min(3, 256 // block))
     stages = 1 if per_thread == 4 else 2
     block_k = _block_k(arch, dtype, hidden)
@@ -123,7 +125,7 @@ def _config_gradients(
 
 
 class Map(NamedTuple):
-    """A feature map as the kernels take it.
+    """A feature map as a kernel argument.
 
     Strides are None if it is contiguous in channels-last order: the compiler then derives the addresses' alignment from
     the number of channels. All fields are None if there is no such map.
@@ -176,22 +178,22 @@ def _pointers(m, sample, position, offs_c, positions, CHANNELS: tl.constexpr, BL
     if m.stride_p is None:
         return m.data + (sample * positions + position) * CHANNELS + (offs_m[:, None] * CHANNELS + offs_c[None, :])
     else:
-        at = (position + offs_m) * m.stride_p
-        return m.data + sample * m.stride_n + at[:, None] + offs_c.to(tl.int64)[None, :] * m.stride_c
+        rows = m.data + sample * m.stride_n + (position + offs_m) * m.stride_p
+        return rows[:, None] + offs_c.to(tl.int64)[None, :] * m.stride_c
 
 
 @triton.jit
 def _load(m, sample, position, mask_m, offs_c, positions, CHANNELS: tl.constexpr, EVICTION: tl.constexpr):
     """A tile of a map, zero outside."""
-    at = _pointers(m, sample, position, offs_c, positions, CHANNELS, mask_m.shape[0])
-    return tl.load(at, mask=_mask(mask_m, offs_c, CHANNELS), other=0.0, eviction_policy=EVICTION)
+    ptrs = _pointers(m, sample, position, offs_c, positions, CHANNELS, mask_m.shape[0])
+    return tl.load(ptrs, mask=_mask(mask_m, offs_c, CHANNELS), other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit
 def _store(m, value, sample, position, mask, offs_c, positions, CHANNELS: tl.constexpr):
     """Writes a float32 tile of a map."""
-    at = _pointers(m, sample, position, offs_c, positions, CHANNELS, mask.shape[0])
-    tl.store(at, cast(value, m.data.dtype.element_ty), mask=mask)
+    ptrs = _pointers(m, sample, position, offs_c, positions, CHANNELS, mask.shape[0])
+    tl.store(ptrs, cast(value, m.data.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -317,23 +319,23 @@ def _merge_kernel(
         for start in range(0, chunks, CHUNKS):
             chunk = start + tl.arange(0, CHUNKS)
             mask = (chunk < chunks)[:, None] & (offs_c < C)[None, :]
-            at = (sample * chunks + chunk)[:, None] * C + offs_c[None, :]
-            chunk_max = tl.maximum(chunk_max, tl.load(partials_ptr + at, mask=mask, other=float("-inf")))
+            offs = (sample * chunks + chunk)[:, None] * C + offs_c[None, :]
+            chunk_max = tl.maximum(chunk_max, tl.load(partials_ptr + offs, mask=mask, other=float("-inf")))
         row_max = tl.max(chunk_max, 0)
         tl.store(merged_ptr + sample * C + offs_c, row_max, mask=offs_c < C)
     acc = tl.zeros([CHUNKS, BLOCK], tl.float32)
-    sums = samples if MAXIMA else 0
+    sums_row = samples if MAXIMA else 0
     for start in range(0, chunks, CHUNKS):
         chunk = start + tl.arange(0, CHUNKS)
         mask = (chunk < chunks)[:, None] & (offs_c < C)[None, :]
-        at = ((sums + sample) * chunks + chunk)[:, None] * C + offs_c[None, :]
-        partial = tl.load(partials_ptr + at, mask=mask, other=0.0)
+        offs = ((sums_row + sample) * chunks + chunk)[:, None] * C + offs_c[None, :]
+        partial = tl.load(partials_ptr + offs, mask=mask, other=0.0)
         if MAXIMA:
-            at = (sample * chunks + chunk)[:, None] * C + offs_c[None, :]
-            chunk_max = tl.load(partials_ptr + at, mask=mask, other=float("-inf"))
+            offs = (sample * chunks + chunk)[:, None] * C + offs_c[None, :]
+            chunk_max = tl.load(partials_ptr + offs, mask=mask, other=float("-inf"))
             partial *= exp(chunk_max - row_max[None, :], tl.float32)
         acc += tl.where(mask, partial, 0.0)
-    tl.store(merged_ptr + (sums + sample) * C + offs_c, tl.sum(acc, 0), mask=offs_c < C)
+    tl.store(merged_ptr + (sums_row + sample) * C + offs_c, tl.sum(acc, 0), mask=offs_c < C)
 
 
 @triton.jit(do_not_specialize=["first_sample"])
@@ -356,7 +358,8 @@ def _delta_kernel(
         f = _load(args.features, sample, position, mask_m, offs_c, args.positions, C, "").to(tl.float32)
         h = _load(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
         logits = _logits(h, w, args, weight_ptr, sample, position, mask_m, offs_c, C, K, PRECISION)
-        # Round q as q - delta does: if s is nearly 1, the difference is small.
+        # q is computed exactly as in _logits_gradient: if s is nearly 1, q - delta cancels, and different rounding
+        # errors would remain.
         delta += _softmax(logits, args, sample, position, mask_m, offs_c, C, "positions") * (args.scale * (g * f))
     tl.store(delta_ptr + chunk.to(tl.int64) * C + offs_c, tl.sum(delta, 0), mask=offs_c < C)
 
@@ -393,11 +396,11 @@ def _rows_kernel(
             delta = delta * rescale + tl.sum(e * (g * f), 1)
         row_max = new_max
     offs_m = tl.arange(0, BLOCK_M)
-    at = sample * args.positions + position + offs_m
-    tl.store(args.stats_ptr + at, row_max, mask=mask_m)
+    offs = sample * args.positions + position + offs_m
+    tl.store(args.stats_ptr + offs, row_max, mask=mask_m)
     tl.store(args.stats_ptr + (args.samples + sample) * args.positions + position + offs_m, row_sum, mask=mask_m)
     if args.grad_output.data is not None:
-        tl.store(args.delta_ptr + at, delta * divide(args.scale, row_sum, h.dtype), mask=mask_m)
+        tl.store(args.delta_ptr + offs, delta * divide(args.scale, row_sum, h.dtype), mask=mask_m)
 
 
 # --- gated features and gradients
@@ -440,8 +443,8 @@ def _logits_gradient(logits, args, df, sample, position, mask_m, offs_c, C: tl.c
     if STATS == "tile":
         return s * (q - tl.sum(s * q, 1)[:, None])
     elif STATS == "channels":
-        at = sample * args.positions + position + tl.arange(0, mask_m.shape[0])
-        return s * (q - tl.load(args.delta_ptr + at, mask=mask_m, other=0.0)[:, None])
+        offs = sample * args.positions + position + tl.arange(0, mask_m.shape[0])
+        return s * (q - tl.load(args.delta_ptr + offs, mask=mask_m, other=0.0)[:, None])
     else:
         return s * (q - tl.load(args.delta_ptr + sample * C + offs_c, mask=offs_c < C, other=0.0)[None, :])
 
@@ -457,10 +460,10 @@ def _gradients_kernel(
     STATS: tl.constexpr, NEEDS_GRAD_W: tl.constexpr, NEEDS_GRAD_B: tl.constexpr, LOOP_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of ``length`` of the ``num_tiles`` tiles from ``first_tile`` on.
+    """Gradients of the ``num_tiles`` tiles from ``first_tile`` on, of which each program processes ``length``.
 
-    Axes of the grid: tiles; blocks of channels, or with LOOP_C one program for all of them; blocks of narrow maps, for
-    the gradients of h and w.
+    Axes of the grid: tiles; blocks of channels, or with LOOP_C one program for all of them; blocks of hidden channels,
+    for the gradients of h and w.
     """
     pid = tl.program_id(0)
     # Last samples first: the previous pass left them in cache.
@@ -532,8 +535,8 @@ def _reduce_kernel(
 # --- launchers
 
 
-def _with_constant_step(x: Tensor) -> Tensor:
-    """x if its positions have a constant distance in memory, else a contiguous copy."""
+def _with_common_stride(x: Tensor) -> Tensor:
+    """x if its positions have a common stride, else a contiguous or channels-last copy."""
     if x.shape[2] == 1 or x.shape[3] == 1 or x.stride(2) == x.shape[3] * x.stride(3):
         return x
     return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
@@ -556,7 +559,7 @@ class _Call:
     def __init__(
         self, features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str
     ) -> None:
-        self.features, self.hidden = _with_constant_step(features), _with_constant_step(hidden)
+        self.features, self.hidden = _with_common_stride(features), _with_common_stride(hidden)
         self.weight = weight.contiguous()
         self.samples, self.channels, height, width = features.shape
         self.positions = height * width
@@ -628,15 +631,15 @@ def forward(
     """Computes the gated features.
 
     Args:
-        features: (N, C, H, W), any strides.
+        features: (N, C, H, W), any strides. All tensors are float16, bfloat16 or float32; their dtypes may differ.
         hidden: (N, K, H, W), any strides, in the dtype of the matrix product.
         weight: (C, K).
-        bias: (C,) or None.
+        bias: (C,) or None; used only by form "channel".
         scale: factor of the softmax.
-        form: see :func:`dfkd_fast.ops.spatial_attention`.
-        out: (N, C, H, W), any strides.
-        row_stats: (2, N, C), float32, each channel's maximum and sum of exponentials, for :func:`backward`; unused by
-            form "channel".
+        form: "spatial", "spatial_mean1" or "channel"; see :func:`dfkd_fast.ops.spatial_attention`.
+        out: (N, C, H, W), any strides; written.
+        row_stats: (2, N, C), float32; written with each channel's maximum and sum of exponentials, for
+            :func:`backward`. Unused by form "channel".
     """
     if features.shape[0] == 0:
         return
@@ -652,8 +655,8 @@ def forward(
         call.args = call.args._replace(stats_ptr=row_stats)
     chosen = call.choose("gate")
     stats = call.prepare_stats(chosen)
-    has_step = _with_constant_step(out) is out
-    result = out if has_step else torch.empty_like(out, memory_format=torch.contiguous_format)
+    has_common_stride = _with_common_stride(out) is out
+    result = out if has_common_stride else torch.empty_like(out, memory_format=torch.contiguous_format)
     grid = (call.samples * cdiv(call.positions, chosen.tile["BLOCK_M"]) * cdiv(call.channels, chosen.tile["BLOCK_C"]),)
     call.launch(_gate_kernel, grid, _map(result), chosen=chosen, STATS=stats)
     if result is not out:
@@ -675,13 +678,13 @@ def backward(
         scale: factor of the softmax.
         form: as in forward.
         row_stats: (2, N, C), from forward.
-        df: (N, C, H, W), dense; None if it is not needed.
-        dh: (N, K, H, W), dense; None if it is not needed.
-        dw: (C, K), contiguous; None if it is not needed.
-        db: (C,); None if it is not needed.
+        df: (N, C, H, W), in the dtype of features, contiguous or channels-last; None if it is not needed.
+        dh: (N, K, H, W), in the dtype of hidden, contiguous or channels-last; None if it is not needed.
+        dw: (C, K), in the dtype of weight, contiguous; None if it is not needed.
+        db: (C,), in the dtype of bias; zero unless form is "channel"; None if it is not needed.
     """
     call = _Call(features, hidden, weight, bias, scale, form)
-    call.args = call.args._replace(grad_output=_map(_with_constant_step(grad_output)), stats_ptr=row_stats)
+    call.args = call.args._replace(grad_output=_map(_with_common_stride(grad_output)), stats_ptr=row_stats)
     chosen = call.choose("gradients")
     tiles = cdiv(call.positions, chosen.tile["BLOCK_M"])
     blocks_c = cdiv(call.channels, chosen.tile["BLOCK_C"])

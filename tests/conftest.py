@@ -127,11 +127,11 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def uninterrupted_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The result of a complete run of :func:`tests.tiny.config`, for tests that only read it."""
     from . import tiny  # imported late, because it imports the engine
 
-    return tiny.run(tmp_path_factory.mktemp("whole"))
+    return tiny.run(tmp_path_factory.mktemp("uninterrupted_run"))
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ import yaml
 from rich.console import Console
 
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, case_of, tensors
-from dfkd_fast.benchmarks.ops.measure import CACHES, PASSES, Ceilings, Measurement, Trial, ceilings
+from dfkd_fast.benchmarks.ops.measure import CACHES, PASSES, Measurement, PeakRates, Trial, measure_peak_rates
 from dfkd_fast.benchmarks.ops.tables import save_plot, terminal_rows
 from dfkd_fast.benchmarks.results import Key, Results, dtype_name, parser, rounded
 from dfkd_fast.ops.backend import UnsupportedError
@@ -58,7 +58,7 @@ class Subject:
         """The keys of its rows."""
         return [(self.op, self.case.name, dtype_name(self.dtype), self.backend, *each) for each in self.passes]
 
-    def row(self, key: Key, measured: Measurement | None, status: str, rates: Ceilings) -> dict[str, Any]:
+    def row(self, key: Key, measured: Measurement | None, status: str, rates: PeakRates) -> dict[str, Any]:
         """The row of a key. Without a measurement, ``status`` says why."""
         work, which = self.case.work(self.dtype.itemsize), key[KEY.index("pass")]
         directions = ("forward", "backward") if which == "both" else (which,)
@@ -143,22 +143,22 @@ def measure(
         Whether all backends of this project worked. Failures of torch.compile and of public kernels are only
         recorded.
     """
-    end, sound, rates = time.monotonic() + seconds, True, ceilings(device)
+    end, all_ok, rates = time.monotonic() + seconds, True, measure_peak_rates(device)
     results.facts |= asdict(rates)
     for subject in found:
         if time.monotonic() > end:
             break
         for row in _rows(subject, device, rates, trial):
-            sound &= subject.backend not in _OWN or row["status"] in ("ok", *_SKIP)
+            all_ok &= subject.backend not in _OWN or row["status"] in ("ok", *_SKIP)
             results.add(row)
             progress(row)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return sound
+    return all_ok
 
 
-def _rows(subject: Subject, device: torch.device, rates: Ceilings, trial: Callable[..., Any]) -> list[dict[str, Any]]:
+def _rows(subject: Subject, device: torch.device, rates: PeakRates, trial: Callable[..., Any]) -> list[dict[str, Any]]:
     torch.compiler.reset()
     rows, made, failure = [], None, ""
     # The backward is timed separately on a retained graph, which torch.compile allows only without donated buffers.
@@ -237,7 +237,7 @@ def bench(
     console, where = Console(), torch.device(device)
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
-            "bench needs a CUDA device and finds none. `dfkd-fast doctor` says why; --device cpu tries the command out"
+            "bench needs a CUDA device, but none is available; see `dfkd-fast doctor`, or try it with --device cpu"
         )
     if tune and device != "cuda":
         raise ValueError("--tune searches launch configurations of a GPU and needs one")
@@ -256,14 +256,14 @@ def bench(
     if not found:
         raise ValueError("nothing to measure: no case of these ops, shapes and backends")
     results = Results(Path(out) / "ops.json", key=KEY)
-    sound = measure(found, results, device=where, progress=partial(_show, console))
+    all_ok = measure(found, results, device=where, progress=partial(_show, console))
     keys = {key for subject in found for key in subject.keys}
     rows = [row for row in results.rows if results.key_of(row) in keys]
     for op, lines in terminal_rows(rows).items():
         console.print(result_table(lines, f"{op}, microseconds per call"))
     console.print(f"rows: {results.path}", markup=False)
     console.print(f"plot: {save_plot(rows, results.path.with_suffix('.png'))}", markup=False)
-    return sound
+    return all_ok
 
 
 def _show(console: Console, row: dict[str, Any]) -> None:

@@ -73,12 +73,12 @@ def compilations(benchmark: Benchmark, arch: int, dtypes: Sequence[torch.dtype] 
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from dfkd_fast.ops.custom_op import recorded
+    from dfkd_fast.ops.custom_op import record_op_launches
 
     backend, seen = make_backend(GPUTarget("cuda", arch, 32)), set()
     for dtype in dtypes:
         for case in benchmark.cases:
-            with recorded(arch) as launches:
+            with record_op_launches(arch) as launches:
                 run_on_meta(case, Make("meta", dtype))
             for launch in launches:
                 # Specialize the arguments as Triton's launcher does.

@@ -1,9 +1,9 @@
 """Times one case of an op with one provider: forward, backward or both, with a cold or a warm L2 cache.
 
 On a GPU, several calls are captured into a CUDA graph and its replays are timed by ``triton.testing.do_bench``, which
-flushes the L2 cache before each. So CPU overhead between launches does not count. Cold: each call of the graph has its
-own inputs and outputs. Warm: all calls share their inputs. If the capture fails, single calls are timed instead and
-``timer`` is "events".
+flushes the L2 cache before each. CPU overhead between launches is therefore not measured. Cold: each call of the graph
+has its own inputs and outputs. Warm: all calls share their inputs. If the capture fails, single calls are timed instead
+and ``timer`` is "events".
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from dfkd_fast.benchmarks.ops.cases import Case, Make, gradients, tensors
 from dfkd_fast.benchmarks.results import rounded
 
-__all__ = ["CACHES", "PASSES", "Ceilings", "Measurement", "Trial", "ceilings"]
+__all__ = ["CACHES", "PASSES", "Measurement", "PeakRates", "Trial", "measure_peak_rates"]
 
 PASSES = ("forward", "backward", "both")
 CACHES = ("cold", "warm")
@@ -58,7 +58,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ceilings:
+class PeakRates:
     """Measured peak rates of a device: copy bandwidth (bytes read plus written) and bf16 matrix products."""
 
     copy_gbps: float
@@ -69,7 +69,7 @@ class Ceilings:
         return max(moved / self.copy_gbps / 1e3, flops / self.matmul_tflops / 1e6)
 
 
-def ceilings(device: torch.device) -> Ceilings:
+def measure_peak_rates(device: torch.device) -> PeakRates:
     """Measure the peak rates with a copy of 1 GiB and a product of random 8192 x 8192 bf16 matrices."""
     count, side = (2**29, 8192) if device.type == "cuda" else (2**22, 256)
     source = torch.randn(count, device=device, dtype=torch.bfloat16)
@@ -78,7 +78,7 @@ def ceilings(device: torch.device) -> Ceilings:
     copied = statistics.median(_times(lambda: target.copy_(source), device))
     multiplied = statistics.median(_times(lambda: torch.matmul(a, b, out=c), device))
     gbps, tflops = 2 * source.nbytes / copied / 1e3, 2 * side**3 / multiplied / 1e6
-    return Ceilings(copy_gbps=rounded(gbps), matmul_tflops=rounded(tflops))
+    return PeakRates(copy_gbps=rounded(gbps), matmul_tflops=rounded(tflops))
 
 
 def _times(call: Callable[[], object], device: torch.device) -> list[float]:
@@ -87,7 +87,7 @@ def _times(call: Callable[[], object], device: torch.device) -> list[float]:
         from triton.testing import do_bench
 
         times = [1e3 * ms for ms in do_bench(call, rep=_REPEATS_MS, return_mode="all")]
-        return times if len(times) > 1 else times * 2
+        return times if len(times) > 1 else times * 2  # quantiles need two values
     call()
     times = []
     for _ in range(_CPU_REPEATS):
@@ -149,7 +149,15 @@ class Trial:
             return self._first.run(which)
 
     def measure(self, which: str, l2: str) -> Measurement:
-        """Time one pass. Raises torch.OutOfMemoryError if it does not fit into memory."""
+        """Time one pass.
+
+        Args:
+            which: "forward", "backward" or "both".
+            l2: "cold" or "warm"; ignored on the CPU.
+
+        Raises:
+            torch.OutOfMemoryError: the pass does not fit into memory.
+        """
         if not self.cuda:
             times = _times(lambda: self.run(which), self.device)
             self._first.results = []

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfkd_fast.benchmarks.ops.measure import Ceilings
+from dfkd_fast.benchmarks.ops.measure import PeakRates
 from dfkd_fast.engine import Engine
 from dfkd_fast.nn import HighOrderAttention, SpatialAttention
 
@@ -89,7 +89,7 @@ def round_work(engine: Engine) -> tuple[Work, Work]:
     return found[0], found[1]
 
 
-def roofline(work: tuple[Work, Work], rates: Ceilings, *, generator_steps: int, student_steps: int) -> Roofline:
+def roofline(work: tuple[Work, Work], rates: PeakRates, *, generator_steps: int, student_steps: int) -> Roofline:
     """The least time of a round at the measured rates."""
     generator, student = (rates.roofline_us(each.bytes, each.flops) / 1e3 for each in work)
     total = generator_steps * generator + student_steps * student

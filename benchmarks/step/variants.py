@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import ops
-from dfkd_fast.benchmarks.ops.measure import ceilings
+from dfkd_fast.benchmarks.ops.measure import measure_peak_rates
 from dfkd_fast.benchmarks.results import Results, parser
 from dfkd_fast.benchmarks.step.peer_loop import PeerLoop
 from dfkd_fast.benchmarks.step.roofline import roofline, round_work
@@ -342,7 +342,7 @@ def _pool_bytes() -> int:
 
 def rooflines(size: Size, batch: int, device: torch.device) -> dict[str, Any]:
     """The least time of each step at the device's measured peak rates, and the work that it follows from."""
-    rates = ceilings(device)
+    rates = measure_peak_rates(device)
     state, teacher = build(size, batch, device)
     with state.runtime.backends(), ops.backend("reference"), frozen(teacher):
         work = round_work(EagerEngine(state))

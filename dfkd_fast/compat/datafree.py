@@ -58,6 +58,7 @@ COVERAGE = (
     Case("ContrastLoss", "another number of views", None),
     Case("ContrastLoss", "return_logits", None),
 )
+"""The op that computes each kind of call; None for plain PyTorch."""
 
 
 def kldiv(logits: Tensor, targets: Tensor, T: float = 1.0, reduction: str = "batchmean") -> Tensor:
@@ -91,10 +92,11 @@ class KLDiv(nn.Module):
 
 
 def jsdiv(logits: Tensor, targets: Tensor, T: float = 1.0, reduction: str = "batchmean") -> Tensor:
-    """Compute half of KL(M || P) + KL(M || Q) for softened probabilities P and Q and their mean M (CMI).
+    """Compute (KL(M || P) + KL(M || Q)) / 2 for softened probabilities P and Q and their mean M (CMI).
 
-    P, Q and M are clamped to [0.01, 0.99]. The result is not multiplied by T squared. The original has M || P, not
-    P || M. Arguments and errors are those of :func:`kldiv`.
+    As in the original, the divergences are KL(M || P) instead of KL(P || M) of the Jensen-Shannon divergence. P, Q and
+    M are clamped to [0.01, 0.99], and the result is not multiplied by T squared. Arguments and errors are those of
+    :func:`kldiv`.
     """
     p = F.softmax(logits / T, dim=1)
     q = F.softmax(targets / T, dim=1)
@@ -225,7 +227,7 @@ class FeatureMeanVarHook(_Hook):
     def remove(self) -> None:
         """Remove the hook from the module."""
         super().remove()
-        self.output = None
+        self.output = None  # as the originals do; nothing reads it
 
 
 def register_hooks(modules: Iterable[nn.Module]) -> list[FeatureHook]:

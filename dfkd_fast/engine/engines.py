@@ -42,7 +42,7 @@ class Engine:
     """Runs the steps of a run.
 
     Args:
-        name: the engine's name.
+        name: "eager", "compiled" or "graph".
         state: the state to train.
         networks: the networks that the steps call, or a function that builds them from the state.
         executor: runs or replays a step.
@@ -109,8 +109,11 @@ class Engine:
         else:
             student_step(self.state, self.networks.student_step)
 
-    def rehearse(self, kind: Kind) -> None:
-        """Run the same work on the first row of the trace, because a round may have no rows left."""
+    def warm_up_step(self, kind: Kind) -> None:
+        """Run one step to warm up.
+
+        Its losses go to the first row of ``state.trace``, because a resumed round may have no row left.
+        """
         self.state.cursor.zero_()
         self.run(kind)
 
@@ -119,18 +122,18 @@ class EagerExecutor:
     """Runs steps directly.
 
     Args:
-        rehearse: run a step of each kind in :meth:`prepare`, so that torch.compile compiles the networks there.
+        warm_up: run a step of each kind in :meth:`prepare`, so that torch.compile compiles the networks there.
     """
 
-    def __init__(self, *, rehearse: bool = False) -> None:
-        self.rehearse = rehearse
+    def __init__(self, *, warm_up: bool = False) -> None:
+        self.warm_up = warm_up
 
     def prepare(self, engine: Engine) -> None:
-        if self.rehearse:
+        if self.warm_up:
             start = time.perf_counter()
             with engine.state.preserve_state():
                 for kind in engine.kinds:
-                    engine.rehearse(kind)
+                    engine.warm_up_step(kind)
             engine.state.runtime.synchronize()
             log.info("compiled in %.1f s", time.perf_counter() - start)
 
@@ -163,7 +166,7 @@ class GraphExecutor:
         with state.preserve_state():
             for kind in engine.kinds:
                 for _ in range(_WARM_UPS):
-                    self.recorder.warm_up(partial(engine.rehearse, kind))
+                    self.recorder.warm_up(partial(engine.warm_up_step, kind))
             state.runtime.synchronize()
             log.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
             # Adam refuses capture without this flag, which does not change what fused Adam computes.
@@ -215,7 +218,7 @@ def _captured_values(state: DistillState) -> dict[str, Any]:
         "loss weights": [dict(side.objective.weights) for side in sides],
         "training mode": [module.training for network in networks for module in network.modules()],
         "trained weights": [p.requires_grad for network in networks for p in network.parameters()],
-        "state tensors": [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in state.changing()],
+        "state tensors": [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in state.mutable_tensors()],
     }
 
 
@@ -237,7 +240,7 @@ class CompiledEngine(Engine):
 
     def __init__(self, state: DistillState, networks: Networks | None = None, *, backend: str = "inductor") -> None:
         build = networks or partial(compiled_networks, backend=backend)
-        super().__init__("compiled", state, build, EagerExecutor(rehearse=True))
+        super().__init__("compiled", state, build, EagerExecutor(warm_up=True))
 
 
 class GraphEngine(Engine):

@@ -38,7 +38,7 @@ __all__ = ["DistillResult", "NonFiniteError", "agreement", "distill"]
 
 log = logging.getLogger(__name__)
 
-_GRID = 64  # maximum number of images in a picture of generated images
+_GRID = 64  # maximum number of generated images in an image grid
 _AGREEMENT_BATCHES = 4
 
 
@@ -111,7 +111,7 @@ class _Run:
         self.pending: _Epoch | None = None
 
     def save(self) -> None:
-        """Write a checkpoint of the current state. Its losses must have been read back."""
+        """Write a checkpoint of the current state. Call :meth:`Rounds.drain` first, so that it has all losses."""
         position, per_epoch = self.state.position, self.state.config.loop.rounds_per_epoch
         if (position.round, position.step) == self.saved:
             return
@@ -196,7 +196,7 @@ def _prepare(
 ) -> tuple[FeatureModel, FeatureModel, dict[str, Any]]:
     image_size = config.image_size or (data.image_size if data is not None else None)
     if image_size is None:
-        raise ValueError("DistillConfig.image_size must be given without evaluation data")
+        raise ValueError("DistillConfig.image_size must be set, because no evaluation data is given")
     if image_size % 16:
         raise ValueError(f"image_size must be a multiple of 16, got {image_size}")
     if config.loop.select == "test_accuracy" and data is None:
@@ -227,11 +227,13 @@ def distill(
     Args:
         teacher: a trained classifier from normalized float32 images (N, 3, H, W) to logits (N, classes). It is not
             changed. For stages other than the default ones, pass a :class:`dfkd_fast.models.FeatureModel`.
-        student: the classifier to train in place, also a plain module or a ``FeatureModel``.
-        config: the run. Without ``config.resume``, ``config.out`` must not contain checkpoints of another run.
+        student: the classifier to train in place, a module or a ``FeatureModel``; inputs and outputs as for teacher.
+        config: options of the run. Without ``config.resume``, ``config.out`` must not contain checkpoints of another
+            run.
         data: held-out images for evaluation. They are never used for training.
         description: metadata for the student's file, in addition to its classes and normalization.
-        inputs: plain values for the run's ``config.yaml``, for example the configs of networks and data.
+        inputs: further entries of the run's ``config.yaml``, of types that YAML can express, for example the configs of
+            networks and data.
         progress: show a progress bar.
 
     Returns:
@@ -291,14 +293,14 @@ def _distill(
             run.evaluate_missed()
             while state.position.round < state.total_rounds:
                 complete = rounds.run(lambda: stop.received is not None)
-                done = state.position.round == state.total_rounds
+                last = state.position.round == state.total_rounds
                 epoch, rest = divmod(state.position.round, loop.rounds_per_epoch)
-                due = done or stop.received is not None or state.position.round % loop.checkpoint_every == 0
+                due = last or stop.received is not None or state.position.round % loop.checkpoint_every == 0
                 if not (due or rest == 0):
                     continue
                 rounds.drain()
                 if complete and rest == 0:
-                    run.evaluate_epoch(epoch, last=done)
+                    run.evaluate_epoch(epoch, last=last)
                 if due:
                     run.save()
                 if stop.received is not None:

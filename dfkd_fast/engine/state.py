@@ -154,7 +154,7 @@ class DistillState:
         self.rates.copy_(torch.tensor(rates, dtype=torch.float32, pin_memory=pinned), non_blocking=True)
         self.cursor.fill_(self.position.step)
 
-    def changing(self) -> Iterator[Tensor]:
+    def mutable_tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that a step can write to, once."""
         candidates = [self.trace, self.cursor, self.rates, self.student_rate]
         for side in self.sides.values():
@@ -170,7 +170,7 @@ class DistillState:
 
         Restores the random state of ``noise`` and of torch's global generators too.
         """
-        tensors = list(self.changing())
+        tensors = list(self.mutable_tensors())
         values = [tensor.detach().clone() for tensor in tensors]
         scalers = [(side.scaler, side.scaler.state_dict()) for side in self.sides.values()]
         noise = self.noise.get_state()

@@ -1,7 +1,7 @@
 """Adds stage features, penultimate features and BatchNorm statistics to the outputs of a network.
 
-torch.fx traces the forward and the graph gets more outputs. Forward hooks would do in eager mode, but they break the
-graph under ``torch.compile(fullgraph=True)``.
+torch.fx traces the forward, and outputs are added to the graph. Forward hooks would suffice in eager mode, but under
+``torch.compile`` they cause graph breaks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 # Operations after the last linear layer that change no value.
 _RESHAPES: set[Any] = {torch.flatten, torch.squeeze, torch.reshape, "flatten", "view", "reshape", "squeeze"}
 _DROPOUTS: set[Any] = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout}
-_INSTEAD = "Pass a network whose forward returns dfkd_fast.models.Outputs(logits, features, penultimate) instead"
+_OUTPUTS_HINT = "Pass a network whose forward returns dfkd_fast.models.Outputs(logits, features, penultimate) instead"
 
 
 class FeatureModel(nn.Module):
@@ -86,9 +86,9 @@ class FeatureModel(nn.Module):
     def forward(self, x: Tensor) -> Outputs:
         """Compute :class:`Outputs` of normalized images (N, 3, H, W)."""
         if not self.programs:
-            given = self.model(x)
-            features = tuple(given.features[int(stage)] for stage in self.stages)
-            return Outputs(given.logits, features, given.penultimate, tuple(given.statistics))
+            outputs = self.model(x)
+            features = tuple(outputs.features[int(stage)] for stage in self.stages)
+            return Outputs(outputs.logits, features, outputs.penultimate, tuple(outputs.statistics))
         logits, features, penultimate, statistics = self.programs[self.model.training](x)
         return Outputs(logits, tuple(features), penultimate, tuple(statistics))
 
@@ -142,13 +142,13 @@ def extract(
     if stages is not None and (not stages or len(set(stages)) < len(stages)):
         raise ValueError(f"stages must name at least one module and none twice, got {list(stages)}")
     image = dummy_image(model, image_size)
-    plain = eval_forward(model, image)
-    if isinstance(plain, Outputs):
-        return _wrap_outputs(model, plain, stages)
-    if not isinstance(plain, Tensor) or plain.ndim != 2:
-        shape = tuple(plain.shape) if isinstance(plain, Tensor) else type(plain).__name__
+    outputs = eval_forward(model, image)
+    if isinstance(outputs, Outputs):
+        return _wrap_outputs(model, outputs, stages)
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"{type(model).__name__} must return logits (N, classes), got {shape}")
-    return _extract_traced(model, plain, image, stages, statistics)
+    return _extract_traced(model, outputs, image, stages, statistics)
 
 
 def _wrap_outputs(model: nn.Module, outputs: Outputs, stages: Sequence[str] | None) -> FeatureModel:
@@ -164,31 +164,31 @@ def _wrap_outputs(model: nn.Module, outputs: Outputs, stages: Sequence[str] | No
 
 
 def _extract_traced(
-    model: nn.Module, plain: Tensor, image: Tensor, stages: Sequence[str] | None, statistics: bool
+    model: nn.Module, logits: Tensor, image: Tensor, stages: Sequence[str] | None, statistics: bool
 ) -> FeatureModel:
     root, name = Root(model), type(model).__name__
     trace = _trace_with_hint(root, training=False, evaluating=statistics)
     head = _find_head(trace)
-    if not all_close(run(root, trace.graph, image), plain, 1e-2):  # a missed branch differs more
+    if not all_close(run(root, trace.graph, image), logits, 1e-2):  # a missed branch differs more
         raise ValueError(
-            f"the forward of {name} depends on something that torch.fx does not see: the graph returns other logits. "
-            f"{_INSTEAD}"
+            f"the traced graph of {name} returns other logits than its forward, which depends on values that "
+            f"torch.fx does not record. {_OUTPUTS_HINT}"
         )
     result = FeatureModel(model)
     result.stages = tuple(stages) if stages is not None else _default_stages(trace, head)
     nodes = [trace.stage(path) for path in result.stages]
     penultimate: tuple[int, ...] = head.penultimate.meta["shape"]
     flat = (penultimate[0], math.prod(penultimate[1:]))
-    _set_shapes(result, tuple(plain.shape), [node.meta.get("shape", ()) for node in nodes], flat)
+    _set_shapes(result, tuple(logits.shape), [node.meta.get("shape", ()) for node in nodes], flat)
     classifier = trace.module(head.classifier)
-    reads = getattr(classifier, "in_features", getattr(classifier, "in_channels", flat[1]))
-    if reads != flat[1]:
+    in_features = getattr(classifier, "in_features", getattr(classifier, "in_channels", flat[1]))
+    if in_features != flat[1]:
         raise ValueError(
             f"the last linear layer of {name} is applied at many positions: its input {penultimate} is not a "
-            f"penultimate vector (N, {reads})"
+            f"penultimate vector (N, {in_features})"
         )
-    given = _fuse_batchnorms(result, trace, {*nodes, head.penultimate, head.logits}) if statistics else []
-    result.programs[False] = result.programs[True] = _program(result, trace, head, given)
+    statistics_nodes = _fuse_batchnorms(result, trace, {*nodes, head.penultimate, head.logits}) if statistics else []
+    result.programs[False] = result.programs[True] = _program(result, trace, head, statistics_nodes)
     if not statistics:
         trace = _trace_with_hint(root, training=True)
         result.programs[True] = _program(result, trace, _find_head(trace), [])
@@ -207,9 +207,9 @@ def _with_statistics(features: FeatureModel) -> FeatureModel:
         if isinstance(trace.module(node), dropouts()):
             node.replace_all_uses_with(node.args[0])
             trace.graph.erase_node(node)
-    given = _fuse_batchnorms(result, trace, set())  # nodes that are outputs have a further user and are kept
+    statistics_nodes = _fuse_batchnorms(result, trace, set())  # nodes that are outputs have a further user and are kept
     output = trace.graph.output_node()
-    output.args = ((*output.args[0][:3], given),)  # type: ignore[index, misc]
+    output.args = ((*output.args[0][:3], statistics_nodes),)  # type: ignore[index, misc]
     result.programs[False] = result.programs[True] = _compile(result, trace)
     return result
 
@@ -218,7 +218,7 @@ def _trace_with_hint(root: Root, *, training: bool, evaluating: bool = False) ->
     try:
         return symbolic_trace(root, training=training, evaluating=evaluating)
     except ValueError as error:
-        raise ValueError(f"{error} {_INSTEAD}") from error
+        raise ValueError(f"{error} {_OUTPUTS_HINT}") from error
 
 
 class _Head(NamedTuple):
@@ -247,7 +247,7 @@ def _find_head(trace: Trace) -> _Head:
         source = f"{str(node.target).removeprefix('model.')!r}" + (f" ({type(module).__name__})" if module else "")
         raise ValueError(
             f"{name}: the logits must come from a linear layer, whose input is the penultimate features; they come "
-            f"from {source}. {_INSTEAD}"
+            f"from {source}. {_OUTPUTS_HINT}"
         )
     classifier, node = node, node.args[0]
     while is_any(node, _DROPOUTS, nn.Identity, _DropoutNd):
@@ -294,8 +294,8 @@ def _default_stages(trace: Trace, head: _Head) -> tuple[str, ...]:
             ends[size(node)] = path
     if not ends:
         raise ValueError(
-            f"pass stages for {type(trace.root.model).__name__}: the tensor that it pools for the classifier is not a "
-            "map (N, C, H, W) of a module"
+            f"stages of {type(trace.root.model).__name__} cannot be chosen automatically, because the tensor "
+            "that is pooled for the classifier is not the output (N, C, H, W) of a module; pass stages"
         )
     return tuple(ends[at] for at in sorted(ends, reverse=True)[-4:])
 

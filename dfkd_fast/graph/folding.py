@@ -201,7 +201,8 @@ def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32
     for pair in pairs:
         pair.fold(pair.layer.weight.dtype)
     if not result.programs and not _matches(result.model, image, expected):
-        result, pairs, reason = _copy(features, dtype), [], ": its forward does something that torch.fx does not see"
+        result, pairs = _copy(features, dtype), []
+        reason = ": its forward depends on values that torch.fx does not record"
     _cast(result.model, dtype)
     for pair in pairs:
         pair.fold(dtype)

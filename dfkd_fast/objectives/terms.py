@@ -133,7 +133,7 @@ class BatchNormStatistics(Term):
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         if not teacher.statistics:
-            raise ValueError("term 'bn' needs a teacher with BatchNorm layers; this one has none: set its weight to 0")
+            raise ValueError("term 'bn' needs BatchNorm2d layers, but the teacher has none: set the term's weight to 0")
         # ops.statistics_distance would read the maps again; the BatchNorms have computed the statistics already.
         # Layers of equal width are stacked: a few kernels in all instead of four per layer and direction.
         of_width: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -286,7 +286,8 @@ class SemanticFeatureContrast(FeatureContrast, Term):
         super().__init__(shapes.teacher_dim, shapes.student_dim, config.dim, config.temperature, config.symmetric)
         self.config = config
 
-    # Inheritance keeps the heads' names in checkpoints; a term takes outputs, not features.
+    # A term takes Outputs, the base class features. Inheritance instead of a submodule keeps the parameter names of the
+    # heads in checkpoints free of a prefix.
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:  # type: ignore[override]
         assert student is not None
         return super().forward(teacher.penultimate, student.penultimate)

@@ -1,4 +1,4 @@
-"""Registers an op's operators in ``torch.ops.dfkd_fast`` with their fakes, vmap rules and autograd.
+"""Registers an op's operators in ``torch.ops.dfkd_fast`` with fake implementations, vmap rules and autograd formulas.
 
 Operators are functional: they allocate their results and launch a kernel that fills them. The schema is inferred from
 the annotations of the allocation function. The same function is the fake implementation that ``torch.compile`` traces,
@@ -23,10 +23,10 @@ __all__ = [
     "differentiable",
     "empty_map_like",
     "fused_op",
+    "matmul_dtype",
     "no_second_derivative",
     "operator",
-    "product_dtype",
-    "recorded",
+    "record_op_launches",
     "unsupported_reason",
 ]
 
@@ -37,31 +37,31 @@ _TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LIBRARY = torch.library.Library("dfkd_fast", "FRAGMENT")
 
-Launch = Callable[..., None] | str
+Launcher = Callable[..., None] | str
 """A function of an operator's arguments and results that fills the results, or its name in kernels/, "module.name"."""
 
 _recording = False
 
 
 @contextmanager
-def recorded(arch: int) -> Iterator[list[Any]]:
+def record_op_launches(arch: int) -> Iterator[list[Any]]:
     """Context manager in which ops on meta tensors record their launches; see :mod:`dfkd_fast.kernels.common`.
 
     Args:
         arch: the architecture to configure launches for, such as 90 for sm_90.
     """
-    from dfkd_fast.kernels.common import recording
+    from dfkd_fast.kernels.common import record_launches
 
     global _recording
     _recording = True
     try:
-        with recording(arch) as launches:
+        with record_launches(arch) as launches:
             yield launches
     finally:
         _recording = False
 
 
-def _launcher(launch: Launch) -> Callable[..., None]:
+def _launcher(launch: Launcher) -> Callable[..., None]:
     if not isinstance(launch, str):
         return launch
     module, _, function = launch.partition(".")
@@ -91,7 +91,7 @@ def _vmap_rule(overload: Any) -> Callable[..., Any]:
     return rule
 
 
-def _define(name: str, schema: str, allocate: Callable[..., Any], launch: Launch) -> Any:
+def _define(name: str, schema: str, allocate: Callable[..., Any], launch: Launcher) -> Any:
     launcher, gradients = _launcher(launch), schema.endswith("Tensor[]")
 
     def fill(arguments: tuple[Any, ...], results: Any) -> None:
@@ -121,11 +121,12 @@ def _define(name: str, schema: str, allocate: Callable[..., Any], launch: Launch
 
 
 def _spread(gradients: Sequence[Tensor], needs_grad: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Insert None for each gradient that is not needed."""
     found = iter(gradients)
     return tuple(next(found) if need else None for need in needs_grad)
 
 
-def operator(name: str, allocate: Callable[..., Any], launch: Launch) -> Callable[..., Any]:
+def operator(name: str, allocate: Callable[..., Any], launch: Launcher) -> Callable[..., Any]:
     """Define an operator.
 
     Args:
@@ -227,9 +228,9 @@ def differentiable(
         @staticmethod
         def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
             needs, saved, grads = ctx.needs_input_grad, ctx.saved_tensors, grad_outputs[:outputs]
-            found = backward(needs, saved, ctx.options, *grads)
-            found = no_second_derivative(name, found, *grads, *saved)
-            return (*found, *[None] * (len(needs) - len(found)))
+            grad_inputs = backward(needs, saved, ctx.options, *grads)
+            grad_inputs = no_second_derivative(name, grad_inputs, *grads, *saved)
+            return (*grad_inputs, *[None] * (len(needs) - len(grad_inputs)))
 
     # If no input needs a gradient, Dynamo calls forward directly, and prepends a context unless the signature has as
     # many parameters as there are arguments.
@@ -247,7 +248,7 @@ def fused_op(
     reads: Sequence[str] | None = None,
     constants: Sequence[str] = (),
     new_gradient: Callable[[Tensor], Tensor] = torch.empty_like,
-    **launches: tuple[Launch, Launch],
+    **launches: tuple[Launcher, Launcher],
 ) -> dict[str, Callable[..., Any]]:
     """Declare a differentiable op with a forward and a backward operator per backend.
 
@@ -264,7 +265,7 @@ def fused_op(
         reads: names of the tensors that backward reads; by default, all.
         constants: names of the tensors that backward reads but that receive no gradient.
         new_gradient: allocates the gradient of a tensor.
-        **launches: the forward and backward launch of each backend.
+        **launches: by backend, the functions that launch the forward and the backward kernels; see ``Launcher``.
 
     Returns:
         The op's function per backend. It takes the arguments of ``allocate`` and returns the outputs.
@@ -282,20 +283,20 @@ def fused_op(
     grad_outputs = [f"Tensor{'?' if outputs > 1 else ''} grad_output{i}" for i in range(outputs)]
     listed = (*grad_outputs, *(declared[i] for i in passed), *(f"Tensor saved{i}" for i in saved), "bool[] needs_grad")
     backward_schema = f"({', '.join(listed)}) -> Tensor[]"
-    places = [outputs + passed.index(i) for i in with_grad]  # their positions in backward's arguments
+    grad_positions = [outputs + passed.index(i) for i in with_grad]  # in backward's arguments
 
     def allocate_backward(*given: Any) -> list[Tensor]:
         needs_grad = given[-1]
-        return [new_gradient(given[at]) for at, need in zip(places, needs_grad, strict=True) if need]
+        return [new_gradient(given[at]) for at, need in zip(grad_positions, needs_grad, strict=True) if need]
 
     def save(inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Sequence[Any], tuple[Any, ...]]:
         kept = [*(inputs[i] for i in read), *(results[i] for i in saved)]
         return kept, tuple(inputs[i] for i in passed if i not in read)
 
-    def declare(backend: str, launch: Launch, launch_backward: Launch) -> Callable[..., Any]:
-        own = name if backend == "triton" else f"{name}_{backend}"
-        forward = _define(own, forward_schema, allocate, launch)
-        operator_backward = _define(f"{own}_backward", backward_schema, allocate_backward, launch_backward)
+    def declare(backend: str, launch: Launcher, launch_backward: Launcher) -> Callable[..., Any]:
+        operator_name = name if backend == "triton" else f"{name}_{backend}"
+        forward = _define(operator_name, forward_schema, allocate, launch)
+        operator_backward = _define(f"{operator_name}_backward", backward_schema, allocate_backward, launch_backward)
 
         def backward(needs: Any, kept: Any, options: Any, *grads: Tensor | None) -> list[Tensor | None]:
             gradients: list[Tensor | None] = [None] * len(names)
@@ -320,7 +321,7 @@ def fused_op(
 
 
 def empty_map_like(x: Tensor, *, preserve: bool = False) -> Tensor:
-    """Allocate a tensor like x: channels-last if x is, else contiguous or, to ``preserve``, with the strides of x."""
+    """Allocate a tensor like x: channels-last if x is, else contiguous, or with the strides of x if ``preserve``."""
     if x.ndim == 4 and x.stride(1) == 1 and x.shape[1] != 1 and x.shape[2] * x.shape[3] != 1:
         return torch.empty_like(x, memory_format=torch.channels_last)
     if preserve and not x.is_contiguous():
@@ -328,7 +329,7 @@ def empty_map_like(x: Tensor, *, preserve: bool = False) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
+def matmul_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of matrix products with x: autocast's dtype if it is enabled, else that of x."""
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_tensor
-from dfkd_fast.ops.custom_op import empty_map_like, fused_op, product_dtype, unsupported_reason
+from dfkd_fast.ops.custom_op import empty_map_like, fused_op, matmul_dtype, unsupported_reason
 from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, or_empty, unsupported_by_extension
 from dfkd_fast.reference import high_order_attention as reference
 
@@ -65,7 +65,7 @@ _fused = fused_op(
 
 def product_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """Cast weights to the dtype of the matrix products, as the reference does."""
-    return tuple(weight.to(x.dtype).to(product_dtype(x)) for weight in weights)
+    return tuple(weight.to(x.dtype).to(matmul_dtype(x)) for weight in weights)
 
 
 def unsupported_order(out_weight: Tensor) -> str | None:
@@ -82,7 +82,7 @@ def _unsupported_by_cuda(x: Tensor, proj_weight: Tensor, out_weight: Tensor, *, 
     samples, channels, height, width = x.shape
     order, _, hidden = out_weight.shape
     sizes = {"positions": samples * height * width, "channels": channels, "hidden": hidden, "order": order}
-    return unsupported_by_extension("high_order_attention", x, product_dtype(x), mode=mode, **sizes)
+    return unsupported_by_extension("high_order_attention", x, matmul_dtype(x), mode=mode, **sizes)
 
 
 register("high_order_attention", "reference", reference.high_order_attention)

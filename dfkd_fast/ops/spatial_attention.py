@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
-from dfkd_fast.ops.custom_op import empty_map_like, fused_op, product_dtype, unsupported_reason
+from dfkd_fast.ops.custom_op import empty_map_like, fused_op, matmul_dtype, unsupported_reason
 from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, or_empty, unsupported_by_extension
 from dfkd_fast.reference import spatial_attention as reference
 
@@ -56,7 +56,7 @@ _fused = fused_op(
 
 
 def _run(backend: str, features: Tensor, hidden: Tensor, *parameters: Tensor | None, **options: Any) -> Tensor:
-    return _fused[backend](features, hidden.to(product_dtype(hidden)), *parameters, **options)
+    return _fused[backend](features, hidden.to(matmul_dtype(hidden)), *parameters, **options)
 
 
 def _unsupported_by_cuda(
@@ -65,7 +65,7 @@ def _unsupported_by_cuda(
     samples, channels, height, width = features.shape
     sizes = {"samples": samples, "channels": channels, "maps": weight.shape[1], "positions": height * width}
     parameters = {"weight_dtype": weight.dtype, "bias_dtype": weight.dtype if bias is None else bias.dtype}
-    dtype = product_dtype(hidden)
+    dtype = matmul_dtype(hidden)
     return unsupported_by_extension("spatial_attention", features, dtype, form=form, **sizes, **parameters)
 
 

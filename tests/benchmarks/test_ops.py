@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfkd_fast import ops
 from dfkd_fast.benchmarks import results as results_module
-from dfkd_fast.benchmarks.ops import bench, measure, tables, test_contact, tune
+from dfkd_fast.benchmarks.ops import bench, measure, tables, test_smoke, tune
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Work
 from dfkd_fast.benchmarks.results import Results
 from dfkd_fast.cli import main as cli
@@ -25,7 +25,7 @@ from dfkd_fast.ops.choices import read_choices
 from dfkd_fast.report import read_results
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-RATES = measure.Ceilings(copy_gbps=4000.0, matmul_tflops=800.0)
+RATES = measure.PeakRates(copy_gbps=4000.0, matmul_tflops=800.0)
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels in the interpreter")
 
 
@@ -158,7 +158,7 @@ class TestMeasure:
         assert len(set(seen[0].tolist())) == 3
 
     def test_peak_rates_and_summaries(self):
-        rates = measure.ceilings(CPU)
+        rates = measure.measure_peak_rates(CPU)
         assert rates.copy_gbps > 0
         assert rates.matmul_tflops > 0
         measured = measure.Measurement.of([float(us) for us in range(11)], timer="host")
@@ -185,9 +185,9 @@ class FakeTrial:
 def run(trial, *cases: Case, backends=None, **more) -> tuple[bool, list[dict]]:
     found = bench.subjects([a_benchmark(*cases)], CUDA, backends=backends)
     results = Results(Path("ops.json"), key=bench.KEY)
-    with mock.patch.object(bench, "ceilings", return_value=RATES):
-        sound = bench.measure(found, results, device=CPU, trial=trial, **more)
-    return sound, results.rows
+    with mock.patch.object(bench, "measure_peak_rates", return_value=RATES):
+        all_ok = bench.measure(found, results, device=CPU, trial=trial, **more)
+    return all_ok, results.rows
 
 
 class TestBench:
@@ -235,7 +235,7 @@ class TestBench:
         assert rows["backward"]["fraction"] == 0.4
 
     @pytest.mark.parametrize(
-        ("error", "status", "backends", "sound"),
+        ("error", "status", "backends", "all_ok"),
         [
             (torch.OutOfMemoryError("too much"), "out of memory", None, True),
             (UnsupportedError("odd"), "not supported", ["triton"], True),
@@ -243,9 +243,9 @@ class TestBench:
             (RuntimeError("broken\nmore"), "RuntimeError: broken", ["triton"], False),
         ],
     )
-    def test_failure_is_a_row_and_fails_the_run_only_for_own_kernels(self, error, status, backends, sound):
+    def test_failure_is_a_row_and_fails_the_run_only_for_own_kernels(self, error, status, backends, all_ok):
         done, rows = run(FakeTrial(backward=error), backends=backends)
-        assert done is sound
+        assert done is all_ok
         bad = [row for row in rows if row["pass"] == "backward"]
         assert {row["status"] for row in bad} == {status}
         assert all(row["median_us"] is None and row["fraction"] is None and row["roofline_us"] > 0 for row in bad)
@@ -302,7 +302,7 @@ class TestBench:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ([], "bench needs a CUDA device and finds none"),
+            ([], "bench needs a CUDA device, but none is available"),
             (["--device", "cpu", "--tune"], "--tune searches launch configurations of a GPU"),
             (["--device", "cpu", "--shapes", "none.yaml"], "there is no file none.yaml"),
             (["nonsense", "other", "--device", "cpu"], "no benchmark of nonsense, other"),
@@ -473,12 +473,12 @@ class TestTune:
         assert list(json.loads(Path("tuned.json").read_text())) == ["distillation_kl/sm_90/float32/classes=32"]
 
 
-class TestContact:
+class TestSmoke:
     CASE = BENCHMARKS["distillation_kl"].cases[-2]  # 37 x 129
 
     @interpreted
     def test_correct_kernels_pass(self):
-        assert test_contact.check_case(self.CASE, CPU, torch.bfloat16) > 0
+        assert test_smoke.check_case(self.CASE, CPU, torch.bfloat16) > 0
 
     @pytest.mark.parametrize(
         ("wrong", "message"),
@@ -496,7 +496,7 @@ class TestContact:
             return value if backend == "reference" else wrong(value, next(count))
 
         with pytest.raises(AssertionError, match=message):
-            test_contact.check_case(replace(self.CASE, call=call), CPU, torch.float32)
+            test_smoke.check_case(replace(self.CASE, call=call), CPU, torch.float32)
 
 
 @pytest.mark.gpu
@@ -506,7 +506,7 @@ class TestOnTheDevice:
         return measure.Trial(case, torch.bfloat16, CUDA, function)
 
     def test_large_copy_takes_its_bytes_over_the_bandwidth(self):
-        rates, trial = measure.ceilings(CUDA), self.trial(2**28, lambda x: x * 2)
+        rates, trial = measure.measure_peak_rates(CUDA), self.trial(2**28, lambda x: x * 2)
         for which, l2 in (("forward", "cold"), ("forward", "warm"), ("backward", "cold")):
             measured = trial.measure(which, l2)
             assert measured.timer == "graph"

@@ -73,20 +73,20 @@ class TestRun:
         machine = Machine(SECONDS[call])
         machine.run(JOBS[call], BUDGETS[call])
         peaks, parallel = names("peaks", call=call), names("parallel", call=call)
-        quiet = [job.name for job in JOBS[call] if job.phase == "quiet" and job.name in machine.started]
-        assert list(machine.started) == [*peaks, *parallel, *quiet]
+        sequential = [job.name for job in JOBS[call] if job.phase == "sequential" and job.name in machine.started]
+        assert list(machine.started) == [*peaks, *parallel, *sequential]
         assert len({machine.started[name] for name in parallel}) == 1
         for before, after in itertools.pairwise([*peaks, parallel[0]]):
             assert machine.started[after] >= machine.ended[before]
-        for before, after in [*((name, quiet[0]) for name in parallel), *itertools.pairwise(quiet)]:
+        for before, after in [*((name, sequential[0]) for name in parallel), *itertools.pairwise(sequential)]:
             assert machine.started[after] >= machine.ended[before], "a timed job overlaps another one"
         assert max(machine.ended.values()) <= BUDGETS[call]
         measured = {name for name, status in machine.outcomes.items() if status == "ok"}
         steps = ("dfkd_fast", "peer", "compile_reduce_overhead", "eager")
         needed = {1: {*(f"step {name}" for name in steps), "ops"}, 2: {"accuracy", "drop-ins"}}
         assert needed[call] <= measured
-        assert all(machine.outcomes[name] == "skipped" for name in names("quiet", "failed", call))
-        assert call == 1 or quiet[-1] == "cuda ops"  # the CUDA extension comes last
+        assert all(machine.outcomes[name] == "skipped" for name in names("sequential", "failed", call))
+        assert call == 1 or sequential[-1] == "cuda ops"  # the CUDA extension comes last
 
     def test_hanging_jobs_are_stopped_within_the_budget(self):
         machine = Machine(10_000.0)
@@ -95,24 +95,24 @@ class TestRun:
         assert machine.outcomes["peaks"] == "stopped after 40 s"
 
     @pytest.mark.parametrize("hangs", [False, True])
-    def test_failed_contact_check_skips_measurements_and_ends_early(self, hangs):
-        name = "contact ops"
+    def test_failed_smoke_test_skips_measurements_and_ends_early(self, hangs):
+        name = "smoke ops"
         machine = Machine({**SECONDS[1], **({name: 10_000.0} if hangs else {})}, {} if hangs else {name: 1})
         assert not machine.run(JOBS[1], BUDGETS[1])
-        assert all(machine.outcomes[each] == "skipped" for each in names("quiet"))
+        assert all(machine.outcomes[each] == "skipped" for each in names("sequential"))
         assert machine.outcomes["baseline peer"] == "ok"
         assert max(machine.ended.values()) <= FAILED_BUDGET + 1
 
-    @pytest.mark.parametrize("broken", ["contact engines", "memcheck", "compile dfkd_fast", "step dfkd_fast", "ops"])
+    @pytest.mark.parametrize("broken", ["smoke engines", "memcheck", "compile dfkd_fast", "step dfkd_fast", "ops"])
     def test_other_jobs_run_after_a_failing_job(self, broken):
         machine = Machine(10.0, {broken: 3})
         assert not machine.run(JOBS[1], BUDGETS[1])
-        skipped = names("quiet", "passed" if broken == "contact engines" else "failed")
+        skipped = names("sequential", "passed" if broken == "smoke engines" else "failed")
         expected = dict.fromkeys((job.name for job in JOBS[1]), "ok") | dict.fromkeys(skipped, "skipped")
         assert machine.outcomes == expected | {broken: "failed (exit status 3)"}
 
     def test_job_is_not_started_if_too_little_time_is_left(self):
-        jobs = [Job("a", ("x",), limit_s=50), Job("b", ("x",), least_s=20), Job("c", ("x",), least_s=5)]
+        jobs = [Job("a", ("x",), timeout_s=50), Job("b", ("x",), min_left_s=20), Job("c", ("x",), min_left_s=5)]
         machine = Machine({"a": 45.0, "c": 3.0})
         assert machine.run(jobs, 60)
         assert machine.outcomes == {"a": "ok", "b": "no time left", "c": "ok"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dfkd_fast import ops
-from dfkd_fast.benchmarks.ops.measure import Ceilings
+from dfkd_fast.benchmarks.ops.measure import PeakRates
 from dfkd_fast.benchmarks.report import step_section
 from dfkd_fast.benchmarks.step import breakdown, variants
 from dfkd_fast.benchmarks.step.peer_loop import PeerLoop, PlainGate
@@ -89,7 +89,7 @@ class TestRoofline:
         assert work(trained=True, to_input=True) == Work(flops=3 * flops, bytes=forward + to_input + 2 * inputs)
 
     def test_time_is_the_larger_of_both_bounds(self):
-        rates = Ceilings(copy_gbps=1.0, matmul_tflops=1.0)
+        rates = PeakRates(copy_gbps=1.0, matmul_tflops=1.0)
         work = (Work(flops=1e9, bytes=5e6), Work(flops=3e9, bytes=1e6))
         found = roofline(work, rates, generator_steps=2, student_steps=1)
         assert (found.generator_step_ms, found.student_step_ms) == pytest.approx((5.0, 3.0))

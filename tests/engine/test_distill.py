@@ -74,9 +74,9 @@ def test_distill_writes_its_files_and_preserves_the_teacher(tmp_path: Path) -> N
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["distill"]["loop"]["batch_size"] == 6
 
 
-def test_seed_determines_the_result(tmp_path: Path, whole: dfkd_fast.DistillResult) -> None:
-    assert_same_result(tiny.run(tmp_path / "again"), whole)
-    assert not tiny.same_weights(tiny.run(tmp_path / "other", seed=1).generator, whole.generator)
+def test_seed_determines_the_result(tmp_path: Path, uninterrupted_run: dfkd_fast.DistillResult) -> None:
+    assert_same_result(tiny.run(tmp_path / "again"), uninterrupted_run)
+    assert not tiny.same_weights(tiny.run(tmp_path / "other", seed=1).generator, uninterrupted_run.generator)
 
 
 def test_distill_takes_feature_models_without_data(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("step", [3, 14], ids=["before the first checkpoint", "in a round after one"])
 def test_resumed_run_ends_with_the_same_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, whole: dfkd_fast.DistillResult
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, uninterrupted_run: dfkd_fast.DistillResult
 ) -> None:
     calls = 0
 
@@ -113,7 +113,7 @@ def test_resumed_run_ends_with_the_same_result(
             patch.setattr(engines, name, dying(getattr(engines, name)))
         with pytest.raises(Killed):
             tiny.run(tmp_path, checkpoint_every=2)
-    assert_same_result(tiny.run(tmp_path, checkpoint_every=2, resume=True), whole)
+    assert_same_result(tiny.run(tmp_path, checkpoint_every=2, resume=True), uninterrupted_run)
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
@@ -122,7 +122,7 @@ def test_signal_saves_a_checkpoint_before_leaving(
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
     expected: type[BaseException],
-    whole: dfkd_fast.DistillResult,
+    uninterrupted_run: dfkd_fast.DistillResult,
 ) -> None:
     step, handler = engines.student_step, signal.getsignal(number)
 
@@ -138,30 +138,30 @@ def test_signal_saves_a_checkpoint_before_leaving(
         assert stopped.value.code == 143
     assert signal.getsignal(number) == handler
     assert checkpoint_names(tmp_path) == ["round-000000-step-0003.pt"]
-    assert_same_result(tiny.run(tmp_path, resume=True, checkpoint_every=100), whole)
+    assert_same_result(tiny.run(tmp_path, resume=True, checkpoint_every=100), uninterrupted_run)
 
 
 @pytest.fixture
-def finished(tmp_path: Path, whole: dfkd_fast.DistillResult) -> Path:
+def finished(tmp_path: Path, uninterrupted_run: dfkd_fast.DistillResult) -> Path:
     """A copy of a finished run's folder."""
-    shutil.copytree(whole.run_dir, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(uninterrupted_run.run_dir, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
 def test_damaged_checkpoint_falls_back_to_the_previous_one(
-    finished: Path, caplog: pytest.LogCaptureFixture, whole: dfkd_fast.DistillResult
+    finished: Path, caplog: pytest.LogCaptureFixture, uninterrupted_run: dfkd_fast.DistillResult
 ) -> None:
     newest = finished / "checkpoints" / "round-000004-step-0000.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[: len(content) // 2])
     again = tiny.run(finished, resume=True)
     assert "round-000004-step-0000.pt is damaged" in caplog.text
-    assert tiny.same_weights(again.student, whole.student)
+    assert tiny.same_weights(again.student, uninterrupted_run.student)
     flipped = bytearray(newest.read_bytes())
     for index in range(len(flipped) // 2, len(flipped) // 2 + 256):  # more than the padding between two records
         flipped[index] ^= 0xFF
     newest.write_bytes(flipped)
-    assert tiny.same_weights(tiny.run(finished, resume=True).student, whole.student)
+    assert tiny.same_weights(tiny.run(finished, resume=True).student, uninterrupted_run.student)
     assert caplog.text.count("is damaged") == 2
 
 
@@ -218,7 +218,7 @@ def test_checkpoint_keys_do_not_change() -> None:
     assert all(name.startswith("terms.") for name in saved["student_objective"])
     fresh = tiny.state(replace(tiny.config(), seed=5))
     fresh.load_state_dict(saved)
-    assert all(torch.equal(a, b) for a, b in zip(state.changing(), fresh.changing(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state.mutable_tensors(), fresh.mutable_tensors(), strict=True))
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
@@ -267,7 +267,7 @@ THREE_CLASSES = create_model(ModelConfig(name="resnet8"), num_classes=3)
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({"image_size": None}, {}, "image_size must be given without evaluation data"),
+        ({"image_size": None}, {}, "image_size must be set, because no evaluation data is given"),
         ({"select": "test_accuracy"}, {}, "'test_accuracy', which needs evaluation data"),
         ({}, {"student": THREE_CLASSES}, "must have the same number of classes, got 5 and 3"),
         ({}, {"teacher": THREE_CLASSES, "data": tiny.data()}, "data has 5 classes, the teacher has 3"),

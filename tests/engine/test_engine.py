@@ -46,8 +46,8 @@ from dfkd_fast.objectives import TERMS
 from .. import tiny
 from .replay import READS_BACK, ReplayRecorder
 
-# In float32 compiled and captured steps differ from eager ones only by BatchNorm folding and summation order. Adam's
-# first steps have the same length for a gradient that is rounding noise as for any other, which amplifies that to:
+# In float32, compiled and captured steps differ from eager ones only by BatchNorm folding and summation order. Adam
+# amplifies the difference, because the length of its first steps does not depend on the gradient's magnitude.
 TOLERANCE = {"rtol": 2e-3, "atol": 1e-4}
 
 
@@ -66,7 +66,7 @@ def run_rounds(engine: Engine, rounds: int, after_step: Callable[[], object] = l
 
 
 def values(state: DistillState) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in state.changing()]
+    return [tensor.detach().clone() for tensor in state.mutable_tensors()]
 
 
 def all_equal(one: Any, other: Any) -> bool:
@@ -87,15 +87,15 @@ class CountingRecorder(CudaRecorder):
         return super().record(work)
 
 
-def captured(state: DistillState, networks: Networks | None = None) -> GraphEngine:
+def graph_engine(state: DistillState, networks: Networks | None = None) -> GraphEngine:
     """The graph engine over networks that are not compiled."""
     device = state.runtime.device
     recorder = ReplayRecorder() if device.type == "cpu" else CountingRecorder(device, [state.noise])
     return GraphEngine(state, networks or eager_networks(state), recorder=recorder)
 
 
-def captured_optimized(state: DistillState) -> GraphEngine:
-    return captured(state, optimized_networks(state))
+def graph_engine_optimized(state: DistillState) -> GraphEngine:
+    return graph_engine(state, optimized_networks(state))
 
 
 def recordings(engine: Engine) -> int:
@@ -107,7 +107,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def assert_same_algorithm(one: DistillState, other: DistillState, traces: tuple[list[Tensor], list[Tensor]]) -> None:
+def assert_runs_close(one: DistillState, other: DistillState, traces: tuple[list[Tensor], list[Tensor]]) -> None:
     """Compare every loss, weight, buffer and optimizer state.
 
     Generator weights whose gradient is only rounding noise are excluded, because the length of Adam's step does not
@@ -126,7 +126,7 @@ def assert_same_algorithm(one: DistillState, other: DistillState, traces: tuple[
     shifted_means = {id(norm.running_mean) for norm in norms}
     for a, b in zip(*traces, strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
-    for a, b in zip(one.changing(), other.changing(), strict=True):
+    for a, b in zip(one.mutable_tensors(), other.mutable_tensors(), strict=True):
         if id(a) not in shifted_means:
             mask = compared.get(id(a), torch.tensor(True)).to(a.device)
             torch.testing.assert_close(torch.where(mask, a, 0), torch.where(mask, b, 0), **TOLERANCE)
@@ -139,15 +139,15 @@ def assert_same_algorithm(one: DistillState, other: DistillState, traces: tuple[
 def assert_same_run(eager: DistillState, other: DistillState, traces: tuple[list[Tensor], list[Tensor]]) -> None:
     """Compare bit for bit on the CPU. On a GPU the summation order of convolution gradients varies."""
     if eager.runtime.device.type == "cuda":
-        assert_same_algorithm(eager, other, traces)
+        assert_runs_close(eager, other, traces)
     else:
         assert all_equal(*traces)
-        assert all_equal(eager.changing(), other.changing())
+        assert all_equal(eager.mutable_tensors(), other.mutable_tensors())
 
 
 def compare_with_eager(device: str, work: Callable[[Engine], list[Tensor]]) -> Engine:
     """Run ``work`` with the eager and the graph engine, compare the runs and return the graph engine."""
-    eager, other = EagerEngine(state_on(device)), captured(state_on(device))
+    eager, other = EagerEngine(state_on(device)), graph_engine(state_on(device))
     assert_same_run(eager.state, other.state, (work(eager), work(other)))
     return other
 
@@ -158,7 +158,7 @@ def assert_state_preserved(state: DistillState) -> Iterator[None]:
         groups = [{**group, "params": None} for group in state.generator.optimizer.param_groups]
         modules = state.student.module.modules()
         flags = [(module.training, getattr(module, "track_running_stats", None)) for module in modules]
-        addresses = [tensor.data_ptr() for tensor in state.changing()]
+        addresses = [tensor.data_ptr() for tensor in state.mutable_tensors()]
         return [addresses, flags, groups, copy.copy(state.position), state.student_updates]
 
     tensors, rest = [*values(state), state.noise.get_state(), torch.get_rng_state()], snapshot()
@@ -172,9 +172,9 @@ def assert_state_preserved(state: DistillState) -> Iterator[None]:
 @pytest.mark.parametrize("mode", ["batch", "update", "eval"])
 def test_graph_engine_matches_eager(mode: str) -> None:
     eager, other = (tiny.state(tiny.config(student_in_generator_step=mode)) for _ in range(2))
-    engine = captured_optimized(other)
+    engine = graph_engine_optimized(other)
     engine.prepare()
-    assert_same_algorithm(eager, other, (run_rounds(EagerEngine(eager), 3), run_rounds(engine, 3)))
+    assert_runs_close(eager, other, (run_rounds(EagerEngine(eager), 3), run_rounds(engine, 3)))
     assert other.position == eager.position
     assert other.student_updates == eager.student_updates
 
@@ -187,7 +187,7 @@ def test_compiled_engine_matches_eager_without_graph_breaks() -> None:
     with assert_state_preserved(other):
         engine.prepare()
     assert counters["stats"]["unique_graphs"] == 8  # generator, teacher, student, objective; in each kind of step
-    assert_same_algorithm(eager, other, (run_rounds(EagerEngine(eager), 3), run_rounds(engine, 3)))
+    assert_runs_close(eager, other, (run_rounds(EagerEngine(eager), 3), run_rounds(engine, 3)))
     assert counters["stats"]["unique_graphs"] == 8
     assert not counters["graph_break"]
     assert not counters["recompile_limit"]
@@ -210,7 +210,7 @@ def test_inductor_matches_eager(device: str, kind: type[CompiledEngine], precisi
             engine.prepare()
         traces = run_rounds(EagerEngine(eager), 3), run_rounds(engine, 3)
     if precision == "fp32":
-        assert_same_algorithm(eager, other, traces)
+        assert_runs_close(eager, other, traces)
     else:
         torch.testing.assert_close(torch.stack(traces[0]), torch.stack(traces[1]), rtol=0.1, atol=0.05)
     assert torch.equal(eager.noise.get_state(), other.noise.get_state())
@@ -222,7 +222,7 @@ def test_every_term_can_be_captured() -> None:
     weights = {side: {name: 0.1 for name, term in TERMS.items() if side in term.sides} for side in sides}
     eager, other = (tiny.state(tiny.config(objective=ObjectiveConfig(**weights))) for _ in range(2))
     assert [len(side.objective.names) for side in other.sides.values()] == [6, 5]
-    engine = captured(other)
+    engine = graph_engine(other)
     engine.prepare()
     assert_same_run(eager, other, (run_rounds(EagerEngine(eager), 2), run_rounds(engine, 2)))
 
@@ -253,17 +253,17 @@ def test_prepare_in_the_middle_of_a_round_preserves_the_state() -> None:
         engine.start_round()
         for _ in range(3):
             engine.step()
-    for engine in (EagerEngine(eager), captured(other)):
+    for engine in (EagerEngine(eager), graph_engine(other)):
         with assert_state_preserved(engine.state):
             engine.prepare()
         engine.start_round()
         engine.step()
-    assert all_equal(eager.changing(), other.changing())
+    assert all_equal(eager.mutable_tensors(), other.mutable_tensors())
 
 
 def test_steps_are_captured_again_after_a_change(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    eager, other = EagerEngine(tiny.state()), captured_optimized(tiny.state())
+    eager, other = EagerEngine(tiny.state()), graph_engine_optimized(tiny.state())
     for engine in (eager, other):
         run_rounds(engine, 2)
     assert recordings(other) == 2
@@ -274,7 +274,7 @@ def test_steps_are_captured_again_after_a_change(caplog: pytest.LogCaptureFixtur
     traces = run_rounds(eager, 1), run_rounds(other, 1)
     assert recordings(other) == 4
     assert [record.getMessage() for record in caplog.records] == ["capturing again: batch size changed"]
-    assert_same_algorithm(eager.state, other.state, traces)
+    assert_runs_close(eager.state, other.state, traces)
     student = other.state.student
     student.optimizer.param_groups[0]["weight_decay"] = 0.0
     student.module.model.conv1.weight.data = student.module.model.conv1.weight.data.clone()
@@ -293,7 +293,7 @@ def test_replays_draw_new_noise(device: str) -> None:
     eager, other = state_on(device), state_on(device)
     noise: list[list[Tensor]] = []
     traces = []
-    for state, create in ((eager, EagerEngine), (other, captured)):
+    for state, create in ((eager, EagerEngine), (other, graph_engine)):
         networks, drawn = eager_networks(state), []  # type: tuple[Networks, list[Tensor]]
         seen = torch.zeros(state.config.loop.batch_size, state.generator.module.latent_dim, device=device)
 
@@ -313,7 +313,7 @@ def test_replays_draw_new_noise(device: str) -> None:
 
 
 def test_random_streams_advance_and_resume_as_in_eager_mode(device: str) -> None:
-    """Checks the run's own stream and the default one, and a checkpoint loaded into a captured engine."""
+    """Checks the run's own stream and the default one, and a checkpoint loaded into a graph engine."""
 
     def with_dropout(step: StepNetworks) -> StepNetworks:
         return replace(step, student=lambda x: step.student(F.dropout(x, 0.25)))
@@ -332,7 +332,7 @@ def test_random_streams_advance_and_resume_as_in_eager_mode(device: str) -> None
     after = random_states(eager)
     assert not any(torch.equal(a, b) for a, b in zip(start, after, strict=True))
 
-    engine = engine_of(other, captured)
+    engine = engine_of(other, graph_engine)
     found = run_rounds(engine, 2)
     saved = copy.deepcopy(other.state_dict())
     found += run_rounds(engine, 1)
@@ -340,7 +340,7 @@ def test_random_streams_advance_and_resume_as_in_eager_mode(device: str) -> None
     assert_same_run(eager, other, (expected, found))
 
     resumed = state_on(device, seed=5)  # other weights and noise: everything must come from the checkpoint
-    engine = engine_of(resumed, captured)
+    engine = engine_of(resumed, graph_engine)
     run_rounds(engine, 1)
     resumed.load_state_dict(saved)
     found[2:] = run_rounds(engine, 1)
@@ -349,7 +349,7 @@ def test_random_streams_advance_and_resume_as_in_eager_mode(device: str) -> None
     assert_same_run(eager, resumed, (expected, found))
 
 
-@pytest.mark.parametrize("create", [EagerEngine, captured])
+@pytest.mark.parametrize("create", [EagerEngine, graph_engine])
 def test_student_schedule_is_a_cosine(device: str, create: Callable[[DistillState], Engine]) -> None:
     """The rate changes with each step of a round, and follows a config that changes between rounds."""
     state = state_on(device)
@@ -365,7 +365,7 @@ def test_student_schedule_is_a_cosine(device: str, create: Callable[[DistillStat
     peaks = (0.05, 0.05, *(0.5,) * 6)
     expected = [lr / 2 * (1 + math.cos(math.pi * step / 8)) for step, lr in enumerate(peaks)]
     assert rates == pytest.approx(expected, rel=1e-6)
-    if create is captured:
+    if create is graph_engine:
         assert recordings(engine) == 2
 
 
@@ -441,7 +441,7 @@ def assert_no_wait_and_no_allocation(device: str) -> Iterator[None]:
 
 def default_engine(device: str) -> GraphEngine:
     """The default on a GPU: Inductor's code in bf16. On the CPU, the stand-in."""
-    engine = create_engine(state_on("cuda", precision="bf16")) if device == "cuda" else captured(state_on(device))
+    engine = create_engine(state_on("cuda", precision="bf16")) if device == "cuda" else graph_engine(state_on(device))
     assert isinstance(engine, GraphEngine)
     return engine
 
@@ -460,7 +460,7 @@ def test_replayed_rounds_neither_wait_nor_allocate(device: str) -> None:
             rounds.run(lambda: False)
         rounds.drain()
         gc.collect()
-        addresses = [tensor.data_ptr() for tensor in engine.state.changing()]
+        addresses = [tensor.data_ptr() for tensor in engine.state.mutable_tensors()]
         if device == "cuda":
             return addresses, torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         return addresses, sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
@@ -490,13 +490,13 @@ def test_failed_capture_raises_and_preserves_the_state(device: str) -> None:
         assert outputs.logits.sum().item() < 1e9
         return outputs
 
-    engine = captured(state, replace(networks, student_step=replace(networks.student_step, student=reading)))
+    engine = graph_engine(state, replace(networks, student_step=replace(networks.student_step, student=reading)))
     before = values(state)
     cuda = device == "cuda"
     message = "could not be captured into a CUDA graph" if cuda else "not permitted when stream is capturing"
     with pytest.raises(RuntimeError, match=message):
         engine.prepare()
-    assert all_equal(before, state.changing())
+    assert all_equal(before, state.mutable_tensors())
     assert torch.isfinite(run_rounds(EagerEngine(state), 1)[0]).all()
 
 
@@ -504,11 +504,11 @@ def test_unsupported_states_are_refused() -> None:
     with pytest.raises(ValueError, match="engine 'graph' needs a CUDA device, got 'cpu'"):
         create_engine(tiny.state(replace(tiny.config(), engine="graph")))
     with pytest.raises(ValueError, match="loss scaling"):
-        captured(state_on("cpu", precision="fp16"))
+        graph_engine(state_on("cpu", precision="fp16"))
     state = tiny.state()
     state.student.module.model.bn1.momentum = None
     with pytest.raises(ValueError, match=r"cannot run model\.bn1 of the student.*momentum=None"):
-        captured(state)
+        graph_engine(state)
 
 
 def test_engine_names_are_resolved() -> None:
@@ -537,16 +537,16 @@ def test_bf16_loss_curves_stay_within_the_seed_to_seed_spread() -> None:
         states = [state_on("cpu", seed=seed, precision=precision) for seed in range(4)]
         return torch.stack([loss_curves(state, create(state), 6) for state in states])
 
-    exact, rough = curves("fp32", EagerEngine), curves("bf16", captured_optimized)
+    exact, rough = curves("fp32", EagerEngine), curves("bf16", graph_engine_optimized)
     spread = exact.std(0)
     assert ((rough - exact).mean(0).abs() <= spread).all()
     assert ((rough - exact).abs().mean(0) <= 2 * spread).all()
 
 
-def test_skipped_step_is_reported_with_round_step_and_term() -> None:
+def test_nonfinite_error_names_round_and_step() -> None:
     state = tiny.state()
     finished: list[Round] = []
-    rounds = Rounds(captured(state), finished.append)
+    rounds = Rounds(graph_engine(state), finished.append)
     assert rounds.run(lambda: False)
     rounds.drain()
     shift, parameters = state.normalize.shift.clone(), [p.detach().clone() for p in state.student.module.parameters()]
@@ -581,13 +581,13 @@ def overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def inline(tmp_path_factory: pytest.TempPathFactory) -> dfkd_fast.DistillResult:
-    """A run without overlap. Selection by test accuracy waits for the evaluations."""
-    return tiny.run(tmp_path_factory.mktemp("inline"), select="test_accuracy")
+def run_without_overlap(tmp_path_factory: pytest.TempPathFactory) -> dfkd_fast.DistillResult:
+    """A run whose evaluations and file writes do not overlap with the steps."""
+    return tiny.run(tmp_path_factory.mktemp("run_without_overlap"), select="test_accuracy")
 
 
 def test_checkpoint_does_not_wait_for_an_evaluation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlapping: None, inline: dfkd_fast.DistillResult
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlapping: None, run_without_overlap: dfkd_fast.DistillResult
 ) -> None:
     """A run killed during an epoch's evaluation has that epoch's checkpoint, and evaluates it when resumed.
 
@@ -611,10 +611,11 @@ def test_checkpoint_does_not_wait_for_an_evaluation(
             tiny.run(tmp_path, checkpoint_every=2, select="test_accuracy")
     assert list(written.parent.iterdir()) == [written]
     resumed = tiny.run(tmp_path, checkpoint_every=2, select="test_accuracy", resume=True)
-    assert resumed.epochs == inline.epochs
-    assert resumed.rounds == inline.rounds
-    assert tiny.same_weights(resumed.student, inline.student)
-    assert {path.name for path in tmp_path.rglob("*.png")} == {path.name for path in inline.run_dir.rglob("*.png")}
+    assert resumed.epochs == run_without_overlap.epochs
+    assert resumed.rounds == run_without_overlap.rounds
+    assert tiny.same_weights(resumed.student, run_without_overlap.student)
+    pictures, expected = ({path.name for path in run.rglob("*.png")} for run in (tmp_path, run_without_overlap.run_dir))
+    assert pictures == expected
 
 
 def test_background_jobs_run_in_order_and_raise_their_errors() -> None:
@@ -636,13 +637,13 @@ def test_background_jobs_run_in_order_and_raise_their_errors() -> None:
 
 
 def test_distill_takes_an_engine_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dfkd_fast.DistillResult
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted_run: dfkd_fast.DistillResult
 ) -> None:
-    monkeypatch.setitem(engines._ENGINES, "graph", captured_optimized)
+    monkeypatch.setitem(engines._ENGINES, "graph", graph_engine_optimized)
     result = tiny.run(tmp_path / "graph", engine="graph")
-    for term, losses in whole.rounds.items():
+    for term, losses in uninterrupted_run.rounds.items():
         torch.testing.assert_close(torch.tensor(result.rounds[term]), torch.tensor(losses), **TOLERANCE)
-    for a, b in zip(whole.student.parameters(), result.student.parameters(), strict=True):
+    for a, b in zip(uninterrupted_run.student.parameters(), result.student.parameters(), strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dfkd_fast import ops
-from dfkd_fast.ops.custom_op import recorded
+from dfkd_fast.ops.custom_op import record_op_launches
 from dfkd_fast.testing import (
     LAYOUTS,
     MAP_SHAPES,
@@ -127,7 +127,7 @@ def test_skips_gradients_that_are_not_needed(channels, whole):
     def launches(*leaves):
         for t in (x, *weights):
             t.requires_grad_(any(t is leaf for leaf in leaves))
-        with recorded(90) as made:
+        with record_op_launches(90) as made:
             y = ops.high_order_attention(x, *weights, backend="triton")
             forward = len(made)
             torch.autograd.grad(y, leaves, torch.empty_like(y))

@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dfkd_fast.kernels.common import _sum_kernel, launch, recording
+from dfkd_fast.kernels.common import _sum_kernel, launch, record_launches
 from dfkd_fast.kernels.config import Launch
 
 needs_stub = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's driver replaces the stub")
@@ -57,12 +57,13 @@ def test_launches_reach_the_driver_unchanged(tmp_path, repository, run, options)
     )
 
 
-UNCHECKED = """
+# The sweep, with a launch() that does not check arguments and passes a constant that the kernel does not have.
+UNCHECKED_SCRIPT = """
 from dfkd_fast.kernels import distillation_kl
 from tests.kernels import stub_driver
 
 def launch(kernel, grid, *args, config, **constants):
-    kernel[grid](*args, **config.tile, **constants, GATES=1, num_warps=config.num_warps, num_stages=config.num_stages)
+    kernel[grid](*args, **config.tile, **constants, UNKNOWN=1, num_warps=config.num_warps, num_stages=config.num_stages)
 
 distillation_kl.launch = launch
 stub_driver.main()
@@ -72,14 +73,14 @@ stub_driver.main()
 @needs_stub
 def test_sweep_reports_an_unknown_constant(tmp_path, run):
     arguments = ("--op", "distillation_kl", "--arch", 90, "--dtype", "float32")
-    failures = json.loads(run("-c", UNCHECKED, tmp_path, *arguments))["failures"]
+    failures = json.loads(run("-c", UNCHECKED_SCRIPT, tmp_path, *arguments))["failures"]
     assert failures
     for failure in failures:
-        assert "KeyError: 'Keyword argument GATES was specified but unrecognized'" in failure
+        assert "KeyError: 'Keyword argument UNKNOWN was specified but unrecognised'" in failure
         assert "launching _forward_kernel" in failure
 
 
-LAUNCH = """
+LAUNCH_SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
@@ -107,19 +108,19 @@ def test_stub_enforces_the_limits_of_a_driver(tmp_path, run):
         ((2**31 - 1,), 2**33, 4, "BLOCK"): "2147483647 1 1 0x200000000",
         ((1, 65536), 8, 4, "BLOCK"): "Triton Error [CUDA]: grid y is not in 1 .. 65535",
         ((1, 1, 65536), 8, 4, "BLOCK"): "Triton Error [CUDA]: grid z is not in 1 .. 65535",
-        # 2^31 programs: the launcher counts in 32 bits.
+        # Triton's launcher multiplies the grid in 32 bits: 2^31 overflows, and it launches nothing.
         ((65536, 32768), 8, 4, "BLOCK"): "number of launches is 0, not 1",
         ((1,), 8, 64, "BLOCK"): "out of resource: threads, Required: 2048, Hardware limit: 1024. "
         "Reducing block sizes or `num_stages` may help.",
         # Rejected before Triton compiles.
         ((1,), 8, 4, "BLOK"): "_sum_kernel is missing BLOCK; has no argument BLOK",
     }
-    assert run("-c", LAUNCH, tmp_path, json.dumps(list(launches))).splitlines() == list(launches.values())
+    assert run("-c", LAUNCH_SCRIPT, tmp_path, json.dumps(list(launches))).splitlines() == list(launches.values())
 
 
 # The number of positional arguments, the tile, further constants, and the error message.
 MISTAKES = {
-    "unknown constant": (4, {"BLOCK": 1024}, {"GATES": 1}, "_sum_kernel has no argument GATES"),
+    "unknown constant": (4, {"BLOCK": 1024}, {"UNKNOWN": 1}, "_sum_kernel has no argument UNKNOWN"),
     "misspelt constant": (4, {"BLOK": 1024}, {}, "_sum_kernel is missing BLOCK; has no argument BLOK"),
     "missing constant": (4, {}, {}, "_sum_kernel is missing BLOCK"),
     "missing argument": (3, {"BLOCK": 1024}, {}, "_sum_kernel is missing scale"),
@@ -131,7 +132,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("context", [nullcontext, partial(recording, 90)], ids=["launching", "recording"])
+@pytest.mark.parametrize("context", [nullcontext, partial(record_launches, 90)], ids=["launching", "recording"])
 def test_launch_rejects_wrong_arguments(mistake, context):
     count, tile, constants, message = MISTAKES[mistake]
     x = torch.empty(8)

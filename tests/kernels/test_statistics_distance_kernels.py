@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dfkd_fast import ops
-from dfkd_fast.ops.custom_op import recorded
+from dfkd_fast.ops.custom_op import record_op_launches
 from dfkd_fast.testing import (
     LAYOUTS,
     MAP_SHAPES,
@@ -113,7 +113,7 @@ def test_number_of_launches(shape, statistics):
     pytest.importorskip("triton")
     x = torch.empty(shape, device="meta", dtype=torch.bfloat16)
     x = (x.to(memory_format=torch.channels_last) if x.ndim == 4 else x).requires_grad_()
-    with recorded(90) as launches:
+    with record_op_launches(90) as launches:
         value = fused(x, *torch.empty(2, shape[1], device="meta"))
         torch.autograd.grad(value, x, torch.empty_like(value))
     names = [launch.kernel.fn.__name__ for launch in launches]

@@ -335,7 +335,7 @@ def resnet() -> nn.Module:
         (resnet, "layer1", "must be a sequence of module paths, got the string 'layer1'"),
         (lambda: "timm:resnet18", None, r"model must be a torch\.nn\.Module, got str"),
         (channels_last, ["move"], r"'move' of Net returns \(1, 32, 32, 4\); a stage must return a map"),
-        (channels_last, None, "pass stages for Net: the tensor that it pools"),
+        (channels_last, None, "stages of Net cannot be chosen automatically, because the tensor"),
     ],
 )
 def test_errors(model: Callable[[], nn.Module], stages: Any, message: str) -> None:
@@ -352,7 +352,7 @@ UNSUPPORTED: dict[str, Callable[[Any, Tensor], Any]] = {
     r"must return logits \(N, classes\), got \(1, 4, 32, 32\)": lambda m, x: m.conv(x),
     r"logits must come from a linear layer.*from 'last.0' \(ReLU\)\. Pass": lambda m, x: m.last(m.conv(x)).flatten(1),
     "logits must come from a linear layer": lambda m, x: m.fc(m.conv(x).permute(0, 2, 3, 1))[:, 0, 0],
-    "pass stages for Net": lambda m, x: m.fc(x.flatten(1)[:, :4]),
+    "not the output .* of a module; pass stages": lambda m, x: m.fc(x.flatten(1)[:, :4]),
     r"does not accept an image \(1, 3, 32, 32\); try another image_size": lambda m, x: m.fc(m.conv(x)),
 }
 

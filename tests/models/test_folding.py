@@ -276,8 +276,8 @@ def other_when_folded(m: Any, x: Tensor) -> Outputs:
         (outputs, ("bn", "bn2"), "2 of 2"),
         (between, (), "0 of 2"),
         (untraceable, (), "0 of 2 .*torch.fx cannot trace"),
-        (other_when_folded, (), "0 of 2 .*something that torch.fx does not see"),
-        (outside_of_the_graph, (), "0 of 2 .*something that torch.fx does not see"),
+        (other_when_folded, (), "0 of 2 .*depends on values that torch.fx does not record"),
+        (outside_of_the_graph, (), "0 of 2 .*depends on values that torch.fx does not record"),
     ],
 )
 def test_networks_that_return_outputs(

@@ -96,7 +96,7 @@ def test_batchnorm_statistics_sums_norms() -> None:
     assert loss == 0
     for gradient in torch.autograd.grad(loss, [x for layer in equal for x in layer[:2]]):
         assert not gradient.any()  # the subgradient at zero
-    with pytest.raises(ValueError, match="needs a teacher with BatchNorm layers"):
+    with pytest.raises(ValueError, match="needs BatchNorm2d layers, but the teacher has none"):
         BatchNormStatistics()(t._replace(statistics=()), None)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dfkd_fast import ops
 from dfkd_fast.ops import custom_op
-from dfkd_fast.ops.custom_op import no_second_derivative, operator, recorded, unsupported_reason
+from dfkd_fast.ops.custom_op import no_second_derivative, operator, record_op_launches, unsupported_reason
 from dfkd_fast.testing import assert_close, random
 
 triton = pytest.importorskip("triton")
@@ -84,7 +84,7 @@ def test_unsupported_reasons(monkeypatch):
 
 def test_launches_on_meta_tensors_are_recorded():
     x = torch.empty(4096, 1000, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    with recorded(80) as launches:
+    with record_op_launches(80) as launches:
         loss = ops.distillation_kl(x, x.detach(), backend="triton")
         torch.autograd.grad(loss, x, torch.empty_like(loss))
     names = [launch.kernel.fn.__name__ for launch in launches]

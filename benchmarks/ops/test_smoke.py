@@ -1,4 +1,4 @@
-"""First checks of the kernels on a device, at the paper's shapes: accuracy, determinism and CUDA graph capture.
+"""Smoke tests of the kernels on a device, at the paper's shapes: accuracy, determinism and CUDA graph capture.
 
 Results and gradients of each op are compared with float64 under the rule of the tests: at most twice the error of the
 reference in the same dtype. A second run and the replay of a CUDA graph must give the same bits. Every op also runs at
