@@ -9,7 +9,7 @@ import torch
 
 from dfkd_fast import ops
 
-from ..ops.table import attention, call_norm, logits, maps, norm, stored, there_and_back, vectors
+from ..ops.table import attention, call_norm, logits, maps, norm, pool_and_unpool, stored, vectors
 
 GATE = attention((2, 8, 6, 4), needs_grad=(0, 1, 2))
 GATE_INPUTS = [(2, 8, 6, 4), (2, 3, 6, 4), (8, 3), (8,)]
@@ -24,7 +24,7 @@ CASES = {
         [(2, 9, 3, 2), *[(9,)] * 5, (2, 2, 6)],
     ),
     "statistics_distance": (ops.statistics_distance, stored((2, 9, 3, 2)), [(2, 9, 3, 2), (3, 9)]),
-    "max_pool2x2 and max_unpool2x2": (there_and_back, maps((2, 8, 6, 4), needs_grad=(0,)), [(2, 8, 3, 2)] * 2),
+    "max_pool2x2 and max_unpool2x2": (pool_and_unpool, maps((2, 8, 6, 4), needs_grad=(0,)), [(2, 8, 3, 2)] * 2),
 }
 
 

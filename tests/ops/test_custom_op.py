@@ -89,8 +89,8 @@ def test_launches_on_meta_tensors_are_recorded():
         torch.autograd.grad(loss, x, torch.empty_like(loss))
     names = [launch.kernel.fn.__name__ for launch in launches]
     assert names == ["_forward_kernel", "_sum_kernel", "_backward_kernel"]
-    assert launches[0].arguments["count"] == 4096
-    assert launches[0].constants["WHOLE"] is True
+    assert launches[0].arguments["num_rows"] == 4096
+    assert launches[0].constants["WHOLE_ROW"] is True
     assert not custom_op._recording
 
 
