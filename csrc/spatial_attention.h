@@ -6,7 +6,7 @@
 //
 // A lane's accumulator fragment has two of every eight columns, which would be scattered channels. The rows of the
 // weight, the N dimension of the logits GEMM, are therefore permuted in shared memory (channel_of_column): a lane then
-// holds 16 consecutive channels of two positions, as two 16-byte chunks per position. Eight neighbouring lanes hold 64
+// holds 16 consecutive channels of two positions, as two 16-byte chunks per position. Eight neighboring lanes hold 64
 // channels of two positions and access shared memory without bank conflicts.
 #pragma once
 
