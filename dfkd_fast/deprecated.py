@@ -11,14 +11,7 @@ __all__ = ["renamed"]
 
 
 def renamed(module: str, **names: str) -> Callable[[str], Any]:
-    """Return a ``__getattr__`` for a module whose objects have been renamed.
-
-    It returns the renamed object with a ``DeprecationWarning``. Old names work for one release.
-
-    Args:
-        module: name of the module.
-        **names: full name of the renamed object, for each old name.
-    """
+    """Return a module's ``__getattr__`` that maps old names to full new names, with a ``DeprecationWarning``."""
 
     def getattr_(name: str) -> Any:
         if name not in names:

@@ -121,16 +121,12 @@ def test_imports_respect_layers():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dfkd_fast.nn.attention", "from dfkd_fast.reference import spatial_attention"),
         ("dfkd_fast.nn.attention", "def f():\n    import dfkd_fast.kernels.spatial_attention"),
         ("dfkd_fast.ops.backend", "from ..nn import attention"),
         ("dfkd_fast.ops.__init__", "from .. import config"),
-        ("dfkd_fast.reference.common", "import dfkd_fast.ops"),
         ("dfkd_fast.models", "from dfkd_fast import distill"),
-        ("dfkd_fast.graph.extract", "from dfkd_fast.models import create_model"),
         ("dfkd_fast.graph.extract", "from importlib import import_module\nimport_module('dfkd_fast.engine')"),
         ("dfkd_fast.data.digits", "if TYPE_CHECKING:\n    from dfkd_fast.models import Outputs"),
-        ("dfkd_fast.engine.loop", "from dfkd_fast.cli import main"),
     ],
 )
 def test_forbidden_imports_are_found(module, source):
@@ -141,9 +137,7 @@ def test_forbidden_imports_are_found(module, source):
     ("module", "source"),
     [
         ("dfkd_fast.ops.backend", "from .checks import require_choice\nfrom ..reference import common\nimport torch"),
-        ("dfkd_fast.ops.__init__", "from .backend import backend\nfrom . import checks"),
         ("dfkd_fast.engine.loop", "from dfkd_fast import __version__, ops\nfrom dfkd_fast.objectives import Term"),
-        ("dfkd_fast.kernels.common", "from dfkd_fast.kernels import config"),
         ("dfkd_fast.cli", "from dfkd_fast.engine import distill"),
     ],
 )

@@ -17,30 +17,14 @@ def line(name: str) -> doctor.Item:
     return found[0]
 
 
-def test_every_line_has_a_detail():
+def test_report_has_versions_and_every_op_with_its_backends():
     lines = doctor.report()
     assert all(isinstance(item.ok, bool) and item.detail for item in lines)
-    names = {
-        "python",
-        "torch",
-        "bf16 autocast",
-        "triton",
-        "nvcc",
-        "build tools",
-        "CUDA extension",
-        "onnx export",
-        "nvtx",
-    }
-    assert names <= {item.item for item in lines}
-
-
-def test_versions_are_the_running_ones():
-    assert platform.python_version() in line("python").detail
-    assert line("torch").detail.startswith(torch.__version__)
-
-
-def test_every_op_is_listed_with_its_backends():
-    text = " ".join(item.detail for item in doctor.report() if item.item == "ops")
+    details = {item.item: item.detail for item in lines}
+    assert {"bf16 autocast", "triton", "nvcc", "build tools", "CUDA extension", "onnx export", "nvtx"} <= set(details)
+    assert platform.python_version() in details["python"]
+    assert details["torch"].startswith(torch.__version__)
+    text = " ".join(item.detail for item in lines if item.item == "ops")
     for name, backends in ops.backends().items():
         assert name in text
         assert all(backend in text for backend in backends)

@@ -81,19 +81,6 @@ def _library(name: str) -> str | None:
 # Adapters to the signature (student, teacher), (view, view) or (*student maps, *teacher maps).
 
 
-def _first(loss: Loss) -> Loss:
-    return lambda s, t: loss(s)
-
-
-@functools.cache
-def _labels(count: int, classes: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device) % classes
-
-
-def _labeled(loss: Loss) -> Loss:
-    return lambda s, t: loss(s, _labels(*s.shape, s.device))
-
-
 def _stacked(loss: Loss) -> Loss:
     """Stack two views into the (N, 2, dim) of SupConLoss, normalized, and average a result per anchor."""
     return lambda a, b: loss(torch.stack([F.normalize(a), F.normalize(b)], 1)).mean()
@@ -126,15 +113,15 @@ def _at_loss(kind: Any) -> Loss:
     return call
 
 
-def _hooked(kind: Any, read: Callable[[Any], Tensor], device: torch.device) -> Loss:
-    """Run a frozen BatchNorm with a hook on each map and sum what the hooks store."""
+def _hooked(kind: Any, device: torch.device) -> Loss:
+    """Run a frozen BatchNorm with a hook on each map and sum the hooks' distances."""
     norms = [nn.BatchNorm2d(shape[1]).to(device).eval().requires_grad_(False) for shape in MAPS]
     hooks = [kind(norm) for norm in norms]
 
     def loss(*maps: Tensor) -> Tensor:
         for norm, x in zip(norms, maps, strict=True):
             norm(x)
-        return _sum(read(hook) for hook in hooks)
+        return _sum(hook.r_feature for hook in hooks)
 
     return loss
 
@@ -147,9 +134,6 @@ def _logits() -> Table:
         "datafree.kldiv, both gradients": (partial(datafree.kldiv, T=4.0), kl),
         "datafree.KLDiv": (datafree.KLDiv(T=4.0), kl),
         "datafree.jsdiv": (partial(datafree.jsdiv, T=4.0), js),
-        "datafree.cross_entropy": (_labeled(datafree.cross_entropy), _labeled(F.cross_entropy)),
-        "datafree.class_balance_loss": (_first(datafree.class_balance_loss), _first(originals.class_balance_loss)),
-        "datafree.onehot_loss": (_first(datafree.onehot_loss), _first(originals.onehot_loss)),
         "cpsc.kdloss": (cpsc.kdloss, originals.kldiv),
         "repdistiller.DistillKL": (repdistiller.DistillKL(4.0), kl),
         "mdistiller.kd_loss": (partial(mdistiller.kd_loss, temperature=4.0), kl),
@@ -198,22 +182,12 @@ def _maps() -> Table:
 
 def _hooks(device: torch.device) -> Table:
     """Hooks on BatchNorms."""
-    readers: dict[Any, Callable[[Any], Tensor]] = {
-        originals.DeepInversionHook: lambda hook: hook.r_feature,
-        originals.FeatureMeanVarHook: lambda hook: hook.mean.square().sum() + hook.var.square().sum(),
-        originals.InstanceMeanHook: lambda hook: hook.instance_mean.square().sum(),
+    hooks = {
+        "datafree.DeepInversionHook": datafree.DeepInversionHook,
+        "deepinversion.DeepInversionFeatureHook": deepinversion.DeepInversionFeatureHook,
+        "cpsc.DeepInversionFeatureHook": cpsc.DeepInversionFeatureHook,
     }
-    hooks: list[tuple[str, Any, Any]] = [
-        ("datafree.DeepInversionHook", datafree.DeepInversionHook, originals.DeepInversionHook),
-        ("deepinversion.DeepInversionFeatureHook", deepinversion.DeepInversionFeatureHook, originals.DeepInversionHook),
-        ("cpsc.DeepInversionFeatureHook", cpsc.DeepInversionFeatureHook, originals.DeepInversionHook),
-        ("datafree.FeatureMeanVarHook", datafree.FeatureMeanVarHook, originals.FeatureMeanVarHook),
-        ("datafree.InstanceMeanHook", datafree.InstanceMeanHook, originals.InstanceMeanHook),
-    ]
-    return {
-        name: (_hooked(kind, readers[original], device), _hooked(original, readers[original], device))
-        for name, kind, original in hooks
-    }
+    return {name: (_hooked(kind, device), _hooked(originals.DeepInversionHook, device)) for name, kind in hooks.items()}
 
 
 def _images() -> Table:

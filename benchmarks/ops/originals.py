@@ -27,17 +27,6 @@ def jsdiv(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     return 0.5 * (to_p + to_q)
 
 
-def class_balance_loss(logits: Tensor) -> Tensor:
-    """Negative entropy of the mean probabilities (DAFL)."""
-    mean = F.softmax(logits, 1).mean(0)
-    return (mean * torch.log(mean)).sum()
-
-
-def onehot_loss(logits: Tensor) -> Tensor:
-    """Cross-entropy with the predicted class as the target (DAFL)."""
-    return F.cross_entropy(logits, logits.max(1).indices)
-
-
 def _differences(images: Tensor) -> tuple[Tensor, ...]:
     """Differences between neighbors in images (N, C, H, W), in four directions."""
     return (
@@ -83,35 +72,16 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     return (a - b).pow(2).mean()
 
 
-class _Hook:
-    def __init__(self, module: nn.Module) -> None:
-        self.handle = module.register_forward_hook(lambda module, inputs, output: self.read(module, *inputs))
-
-    def read(self, module: Any, x: Tensor) -> None:
-        raise NotImplementedError
-
-
-class DeepInversionHook(_Hook):
+class DeepInversionHook:
     """Distance between the batch and the running statistics of a BatchNorm (Yin et al., CVPR 2020).
 
     The variance is computed on a copy with channels first, as in all the projects.
     """
 
+    def __init__(self, module: nn.Module) -> None:
+        self.handle = module.register_forward_hook(lambda module, inputs, output: self.read(module, *inputs))
+
     def read(self, module: Any, x: Tensor) -> None:
         mean, var = x.mean((0, 2, 3)), x.transpose(0, 1).flatten(1).var(1, correction=0)
         running_mean, running_var = module.running_mean.to(mean.dtype), module.running_var.to(var.dtype)
         self.r_feature = torch.linalg.vector_norm(running_var - var) + torch.linalg.vector_norm(running_mean - mean)
-
-
-class FeatureMeanVarHook(_Hook):
-    """Keeps mean and unbiased variance per channel of a copy of a module's input."""
-
-    def read(self, module: Any, x: Tensor) -> None:
-        self.var, self.mean = torch.var_mean(x.clone(), (0, 2, 3), correction=1)
-
-
-class InstanceMeanHook(_Hook):
-    """Keeps the mean over positions of a module's input."""
-
-    def read(self, module: Any, x: Tensor) -> None:
-        self.instance_mean = x.mean((2, 3))

@@ -93,16 +93,6 @@ def test_compare_reports_the_backend(compare: ModuleType, monkeypatch: pytest.Mo
     assert compare.ops_backend("cuda") == "reference"
 
 
-@pytest.mark.parametrize("arguments", [["other"], ["plain_dfkd", "--steps", "0"], ["all", "--turns", "0"]])
-def test_compare_rejects_invalid_arguments(
-    compare: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        compare.main(arguments)
-    assert ended.value.code == 2
-    assert "usage" in capsys.readouterr().err
-
-
 @pytest.mark.gpu
 def test_compare_on_a_gpu(compare: ModuleType) -> None:
     for folder in FOLDERS:
