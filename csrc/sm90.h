@@ -525,8 +525,8 @@ __device__ __forceinline__ T* map_shared_rank(T* shared, int rank) {
   return reinterpret_cast<T*>(remote);
 }
 // A barrier between blocks of a cooperative launch: a counter in global memory, initially 0. One thread per warp or
-// block arrives, after __syncwarp() or __syncthreads(). One thread per warp or block waits until the counter is at least
-// `arrivals`, and __syncwarp() or __syncthreads() follows.
+// block arrives, after __syncwarp() or __syncthreads(). One thread per warp or block waits until the counter is at
+// least `arrivals`, and __syncwarp() or __syncthreads() follows.
 __device__ __forceinline__ void global_barrier_arrive(unsigned* counter) {
   asm volatile("fence.acq_rel.gpu;\nred.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
