@@ -173,8 +173,8 @@ __device__ __forceinline__ float block_amax(const float* values, int64_t stride,
 
 // ---- preprocessing --------------------------------------------------------------------------------------------------
 
-// Row statistics, each an array of `padded_rows`: r, and for backward k, g, L, g 2^-L and g 2^-L r. g is divided by its
-// amax; the last two are multiplied by kWeightScale.
+// Row statistics, each an array of `padded_rows`, in the notation of the .cu files: r, and for backward k, g, L, g 2^-L
+// and g 2^-L r. g is divided by its amax; the last two are multiplied by kWeightScale.
 enum RowStat { kInverseNorm, kExponent, kGrad, kLse, kGradExp, kScaledGradExp, kNumRowStats };
 
 // Writes the scaled vectors y (padded_rows, padded_dim) and row_stats (kNumRowStats, padded_rows). Each row is computed
@@ -206,9 +206,11 @@ static __global__ void __launch_bounds__(256)
   const float inverse_norm = amax == 0.0f ? 0.0f : 1.0f / sqrtf(square);
   row_stats[kInverseNorm * padded_rows + row] = inverse_norm;
   if (saved_lse == nullptr) return;
-  const float unit = elementwise ? *grad_amax : 1.0f;
+  const float grad_scale = elementwise ? *grad_amax : 1.0f;
   float grad = 0.0f;
-  if (row < anchors && unit != 0.0f) grad = elementwise ? grad_output[row * grad_output_stride] / unit : 1.0f;
+  if (row < anchors && grad_scale != 0.0f) {
+    grad = elementwise ? grad_output[row * grad_output_stride] / grad_scale : 1.0f;
+  }
   const float lse = row < anchors ? saved_lse[row] : infinity(), grad_exp = grad * exp2_approx_ftz(-lse);
   row_stats[kExponent * padded_rows + row] = static_cast<float>(k);
   row_stats[kGrad * padded_rows + row] = grad;
@@ -232,7 +234,7 @@ struct Config {
 inline Config base_config(int64_t count, int64_t dim, int symmetric) {
   Config config{};
   config.anchors = symmetric ? 2 * count : count;
-  config.padded_rows = round_up(2 * count + 256, 64);  // a tile of rows begins before 2 N
+  config.padded_rows = round_up(2 * count + 256, 64);  // a block of up to 256 rows begins before 2 N
   config.padded_dim = dim <= 64 ? 64 : 128;
   config.stats_offset = config.padded_rows * config.padded_dim * 2;
   return config;
@@ -333,7 +335,7 @@ struct Pipeline : PipelineState {
 template <int DIM>
 __device__ __forceinline__ void load_row_fragment(uint32_t (&fragment)[DIM / 16][4], int tile, int row) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  // XOR with 32 k is the swizzled offset two chunks further.
+  // XOR with 32 k gives the swizzled offset 2 k chunks (of 16 bytes) further.
   const int first = tile + 2 * swizzle_offset<64>(row + lane % 16, lane / 16);
 #pragma unroll
   for (int k = 0; k < DIM / 16; ++k) {

@@ -13,8 +13,8 @@
 // split, up to 512 channels, compute-bound: SPLIT blocks of a cluster share the positions; each computes 32 hidden
 //   units of every factor and 128 channels of y. TMA multicast loads x once per cluster. Weights stream through a
 //   pipeline of 24 KB stages, and multicast shares them between the TILES tiles of a cluster. The blocks exchange their
-//   a fragments through DSMEM with st.async, into the buffer that held x, while wgmmas on the local units continue. The
-//   sigmoids of the first 64 channels overlap the wgmmas of the next 64.
+//   fragments of a through DSMEM with st.async, into the buffer that held x, while wgmmas on the local units continue.
+//   The sigmoids of the first 64 channels overlap the wgmmas of the next 64.
 //   256 channels: 192 positions per block, clusters of 2; 12,544 positions fill 132 blocks.
 //   512 channels: 128 positions per block, clusters of 2 tiles x 4 blocks; 3,136 positions fill 104 blocks.
 #include "high_order_attention.h"
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
   Barrier* const full = x_full + kChannelBlocks;
   Barrier* const empty = full + kStages;
   Barrier* const x_empty = empty + kStages;     // per warpgroup: all peers have read its rows of x
-  Barrier* const a_full = x_empty + CONSUMERS;  // per warpgroup: the a fragments of all peers have arrived
+  Barrier* const a_full = x_empty + CONSUMERS;  // per warpgroup: all peers' fragments of a have arrived
   const auto peer = [=](int i) { return (split_rank + i) & (SPLIT - 1); };
 
   if (thread == 0) {
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
   if (warpgroup == CONSUMERS) {
     warpgroup_reg_dealloc<24>();
     if (thread % kWarpgroupSize == 0) {
-      // Every block starts with the channel blocks of x that it loads itself.
+      // Every thread block starts with the channel blocks of x that it loads itself.
       const unsigned tile_mask = ((1u << SPLIT) - 1) << first_rank;
       const unsigned pair_mask = (1u << split_rank) | (1u << (split_rank + SPLIT));
       for (int i = 0; i < kChannelBlocks; ++i) mbarrier_arrive_expect_tx(x_full + i, 2 * kXBlock);
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
     issue_logits(logits[0], 0, 0, 1);
     if constexpr (!PER_ORDER) issue_logits(logits[1], 1, 0, 1);
 
-    // A block's a fragments replace its channels of x: 16 bytes per thread and k-step.
+    // A block's fragments of a replace its channels of x: 16 bytes per thread and k-step.
     const int offset = thread % kWarpgroupSize * 8;
     const auto a_slot = [=](int owner, int i) {
       return x_box(2 * owner + i / 4) + i % 4 * kWarpgroupSize * 8 + offset;
@@ -367,7 +367,8 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
       }
       warpgroup_fence_operand(a[j]);
     }
-    // Warpgroups issue their wgmmas in order, so that the sigmoids of the first, which take longer, start early.
+    // Warpgroups issue their wgmmas in order, so that the sigmoids, which take longer than wgmmas,
+    // start early in the first.
     if (warpgroup > 0) named_barrier_sync(CONSUMERS + warpgroup, 2 * kWarpgroupSize);
     issue_logits(logits[0], 0, 1, SPLIT);
     if constexpr (!PER_ORDER) issue_logits(logits[1], 1, 1, SPLIT);
@@ -404,7 +405,7 @@ int padded_channels(int64_t channels, int64_t hidden) {
   return kMaxChannels;
 }
 
-// rows: of a tile of x. UNITS and factors: of a box of proj; a box of out has UNITS units.
+// A tile of x has `rows` rows, a box of proj has UNITS units of `factors` factors, and a box of out has UNITS units.
 template <int UNITS>
 int make_tensor_maps(TensorMaps& to, const Problem& p, const void* x, const void* proj, const void* out, void* y,
                      int rows, int factors) {

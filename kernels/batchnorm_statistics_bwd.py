@@ -255,7 +255,7 @@ def backward(
     vectors = (None if v is None or dy is None else v.contiguous() for v in (running_mean, running_var, weight, bias))
     dmean, dvar = (None if v is None else v.contiguous() for v in (dmean, dvar))
     samples, positions, maps = as_maps(x, (dy, read, mask, dx, dresidual))
-    # Outputs first, because they are dense.
+    # The first map decides between NCHW and NHWC: outputs come first, because they are dense.
     by_priority = [maps[i] for i in (3, 4, 0, 1)]
     chosen, constants = choose_config(
         "batchnorm_statistics_backward", x, samples, positions, by_priority, dresidual is not None

@@ -6,19 +6,19 @@ and logits l::
     u_{r,i} = proj_{r,i} x      z_r = prod over i of u_{r,i}      a_r = relu(z_r)      l = sum over r of out_r a_r
     A = sigmoid(l)              y = A x                           error = mean((A x - target)^2)
 
-Gradient, with g the gradient of y (for the error ``2 (A x - target) grad_output / numel``, for the gate the gradient of
-A over x)::
+Gradient, with g the gradient of y (for the error, ``2 (A x - target) grad_output / numel``)::
 
     dl = g x A (1 - A)       da_r = out_r^T dl     du_{r,i} = da_r [z_r > 0] prod over j != i of u_{r,j}
     dx = g A + sum proj^T du         dproj_{r,i} = sum over P of du_{r,i} x^T          dout_r = sum over P of dl a_r^T
 
-"per_order" has one sigmoid per order: dl_r = g x A_r (1 - A_r) / R. The products over j != i are multiplied out, not
+If the result is the gate, with gradient h, then ``dl = h A (1 - A)``, and dx has no term g A. "per_order" has one
+sigmoid per order: dl_r = g x A_r (1 - A_r) / R. The products over j != i are multiplied out, not
 divided. Only x is saved. Factors, products, logits and gate are float32; the operands of matrix products have the dtype
 of the weights.
 
 There are two forms. Whole: a program holds all channels of its positions (``BLOCK_C >= C``), and intermediates stay in
-registers. Split, if the logits of all channels exceed a program's registers: a (in backward also dl and du) is written
-once, and each kernel is a matrix product with one end of the formula as its prologue or epilogue.
+registers. Split, if the logits of all channels exceed a program's registers: the activations a_r (in backward also dl
+and du) are written to memory once. Each kernel is then a matrix product with element-wise prologue or epilogue.
 
 Memory traffic of the whole form with two-byte features, K = C / 4 and R = 3: forward reads x and writes y, 4PC bytes.
 Backward reads x and g and writes dx, 6PC bytes. If weights need gradients, backward also writes dl, a and du, 6.5PC
@@ -66,13 +66,13 @@ def _launch(m: int, c: int, k: int, hidden: int, warps: int = 4, stages: int = 2
     return Launch(tile=tile, num_warps=warps, num_stages=stages)
 
 
-def _split(arch: int, dtype: torch.dtype, hidden: int, order: int, gates: int, ragged: int) -> Launch:
+def _split(arch: int, dtype: torch.dtype, hidden: int, order: int, gates: int, unaligned: int) -> Launch:
     """The split form. Larger tiles spill with four factors, several gates, or loads that cannot be vectorized."""
     if dtype == torch.float32:
-        if order > 3 or (ragged and arch >= 100):
+        if order > 3 or (unaligned and arch >= 100):
             return _launch(16, 16, 16, hidden)
         return _launch(32, 32, 32, hidden) if arch < 100 else _launch(32, 32 if gates == 1 else 16, 16, hidden)
-    if order > 3 or ragged:
+    if order > 3 or unaligned:
         return _launch(32, 32, 16, hidden)
     if gates > 1:
         return _launch(64, 32, 32, hidden)
@@ -83,29 +83,29 @@ def _split(arch: int, dtype: torch.dtype, hidden: int, order: int, gates: int, r
 
 @config.heuristic("high_order_attention", **_LIMITS)
 def _config(
-    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, ragged: int
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, unaligned: int
 ) -> Launch:
-    """The whole form unless it spills: with 256 channels and several gates, or with ``ragged`` addresses."""
+    """The whole form unless it spills: with 256 channels and several gates, or with ``unaligned`` addresses."""
     whole = max(16, channels)
-    if dtype != torch.float32 and order <= 3 and not ragged and whole <= (256 if gates == 1 else 128):
+    if dtype != torch.float32 and order <= 3 and not unaligned and whole <= (256 if gates == 1 else 128):
         return _launch(128 if whole <= 64 else 64, whole, 16, hidden, 8)
-    return _split(arch, dtype, hidden, order, gates, ragged)
+    return _split(arch, dtype, hidden, order, gates, unaligned)
 
 
 @config.heuristic("high_order_attention_backward", **_LIMITS)
 def _config_backward(
-    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, ragged: int
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, unaligned: int
 ) -> Launch:
     """Like forward, but 256 channels spill, and so do several gates."""
     whole = max(16, channels)
-    if dtype != torch.float32 and order <= 3 and gates == 1 and not ragged and whole <= 128:
+    if dtype != torch.float32 and order <= 3 and gates == 1 and not unaligned and whole <= 128:
         return _launch(64, whole, 16, hidden, 4 if whole <= 64 else 8)
-    return _split(arch, dtype, hidden, order, gates, ragged)
+    return _split(arch, dtype, hidden, order, gates, unaligned)
 
 
 @config.heuristic("high_order_attention_weights", **_LIMITS)
 def _config_weights(
-    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, ragged: int
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, unaligned: int
 ) -> Launch:
     """The weights' gradients: BLOCK_C channels by BLOCK_K hidden units, BLOCK_M positions per step.
 
@@ -116,7 +116,7 @@ def _config_weights(
     block = max(16, min(64, channels))
     return (
         _launch(32, block, 32, hidden)
-        if ragged or 100 <= arch < 120
+        if unaligned or 100 <= arch < 120
         else _launch(64, block, 64, hidden, stages=3 if arch == 90 else 2)
     )
 
@@ -153,8 +153,8 @@ def _mask(mask_m, offs_c, CHANNELS: tl.constexpr):
 @triton.jit
 def _load(base, at, mask_m, offs_c, stride, CHANNELS: tl.constexpr):
     """A tile of rows at the offsets ``at``, zero outside."""
-    to = base + at[:, None] + offs_c.to(tl.int64)[None, :] * stride
-    return tl.load(to, mask=_mask(mask_m, offs_c, CHANNELS), other=0.0)
+    ptrs = base + at[:, None] + offs_c.to(tl.int64)[None, :] * stride
+    return tl.load(ptrs, mask=_mask(mask_m, offs_c, CHANNELS), other=0.0)
 
 
 @triton.jit
@@ -166,18 +166,18 @@ def _load_map(m, offs_m, positions, mask_m, offs_c, C: tl.constexpr):
 @triton.jit
 def _store(base, at, mask_m, offs_c, stride, value, CHANNELS: tl.constexpr):
     """Writes a float32 tile to rows at the offsets ``at``."""
-    to = base + at[:, None] + offs_c.to(tl.int64)[None, :] * stride
-    tl.store(to, cast(value, base.dtype.element_ty), mask=_mask(mask_m, offs_c, CHANNELS))
+    ptrs = base + at[:, None] + offs_c.to(tl.int64)[None, :] * stride
+    tl.store(ptrs, cast(value, base.dtype.element_ty), mask=_mask(mask_m, offs_c, CHANNELS))
 
 
 @triton.jit
 def _load_weight(base, i, j, stride_i: tl.constexpr, stride_j: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile of a weight (ROWS, COLUMNS), zero outside."""
-    to = base + i[:, None] * stride_i + j[None, :] * stride_j
+    ptrs = base + i[:, None] * stride_i + j[None, :] * stride_j
     if tl.constexpr(ROWS) % i.shape[0] == 0 and tl.constexpr(COLUMNS) % j.shape[0] == 0:
-        return tl.load(to)
+        return tl.load(ptrs)
     else:
-        return tl.load(to, mask=(i < ROWS)[:, None] & (j < COLUMNS)[None, :], other=0.0)
+        return tl.load(ptrs, mask=(i < ROWS)[:, None] & (j < COLUMNS)[None, :], other=0.0)
 
 
 @triton.jit
@@ -393,7 +393,7 @@ def _split_hidden_kernel(
     dl_ptr,  # [P, GATES, C], or None in forward
     proj_ptr,  # [R(R+1)/2, K, C]
     out_ptr,  # [R, C, K]
-    hidden_ptr,  # a, [P, R, K], from x; or, if there is dl, du, [P, R(R+1)/2, K], from x and dl
+    hidden_ptr,  # without dl: a, [P, R, K], from x; with dl: du, [P, R(R+1)/2, K], from x and dl
     num_rows, positions,
     GATES: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -444,7 +444,7 @@ def _split_logits(
 def _split_gate_kernel(
     grad_output_ptr,  # scalar, the gradient of "error", else unused
     x,  # Map, [P, C]
-    other,  # Map, [P, C]: the target of "error", in backward else the gradient of y
+    other,  # Map, [P, C]: the target of "error"; else, in backward, the gradient of y; else unused
     a_ptr,  # [P, R, K]
     out_ptr,  # [R, C, K]
     y,  # Map, [P, C]: the result, for "error" [programs]; in backward the part g A of dx, or None
@@ -547,8 +547,8 @@ def _weights_kernel(
             features = cast(_load_map(x, offs_m, positions, mask_m, offs_c, C), du_ptr.dtype.element_ty)
             du = _load(du_ptr, offs_m * width, mask_m, offs_k, 1, width)
             acc = dot(tl.trans(features), du, acc, PRECISION)
-        to = partials_ptr + offs_k[None, :] * C + offs_c[:, None]
-        tl.store(to, acc, mask=(offs_c < C)[:, None] & (offs_k < width)[None, :])
+        ptrs = partials_ptr + offs_k[None, :] * C + offs_c[:, None]
+        tl.store(ptrs, acc, mask=(offs_c < C)[:, None] & (offs_k < width)[None, :])
     if NEEDS_GRAD_OUT and pid >= proj_tiles:
         order_tiles: tl.constexpr = blocks_c * ((K + BLOCK_K - 1) // BLOCK_K)
         r = (pid - proj_tiles) // order_tiles
@@ -559,8 +559,8 @@ def _weights_kernel(
             dl = _load(dl_ptr + r % GATES * C, offs_m * (GATES * C), mask_m, offs_c, 1, C)
             a = _load(a_ptr + r * K, offs_m * (ORDER * K), mask_m, offs_k, 1, K)
             acc = dot(tl.trans(dl), a, acc, PRECISION)
-        to = partials_ptr + (size - ORDER * K * C) + r * (C * K) + offs_c[:, None] * K + offs_k[None, :]
-        tl.store(to, acc, mask=(offs_c < C)[:, None] & (offs_k < K)[None, :])
+        ptrs = partials_ptr + (size - ORDER * K * C) + r * (C * K) + offs_c[:, None] * K + offs_k[None, :]
+        tl.store(ptrs, acc, mask=(offs_c < C)[:, None] & (offs_k < K)[None, :])
 
 
 @triton.jit
@@ -602,9 +602,9 @@ def _choose(kernel: str, x: Tensor, out: Tensor, mode: str) -> Launch:
     """The configuration of a kernel."""
     order, channels, hidden = out.shape
     sizes = {"channels": next_power_of_2(channels), "hidden": next_power_of_2(hidden), "order": order}
-    ragged = int(channels % 8 != 0 or hidden % 8 != 0)
+    unaligned = int(channels % 8 != 0 or hidden % 8 != 0)
     gates = 1 if mode == "joint" else order
-    return config.choose(kernel, architecture(x), out.dtype, **sizes, gates=gates, ragged=ragged)
+    return config.choose(kernel, architecture(x), out.dtype, **sizes, gates=gates, unaligned=unaligned)
 
 
 def _constants(out: Tensor, mode: str) -> dict[str, Any]:

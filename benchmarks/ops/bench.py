@@ -3,9 +3,9 @@
 The ``backend`` of a row is one of: ``reference``, eager PyTorch; ``compile`` and ``compile_max_autotune``,
 torch.compile (default mode and max-autotune-no-cudagraphs) of the best known PyTorch formulation; ``triton`` and
 ``cuda``, the kernels of this project; ``peer:NAME``, a public kernel, if its library is installed. The roofline of a
-row is the larger of two times: its least bytes over the measured copy bandwidth, and its operations over the measured
-bf16 matrix rate. A backend that fails, runs out of memory or does not support a case gets a row with that ``status``
-and no times.
+row is the larger of two times: its minimum bytes divided by the measured copy bandwidth, and its operations divided by
+the measured bf16 matrix rate. A backend that fails, runs out of memory or does not support a case gets a row with that
+``status`` and no times.
 """
 
 from __future__ import annotations

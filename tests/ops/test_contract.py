@@ -19,6 +19,7 @@ from dfkd_fast.testing import assert_close, assert_compiles, random, value_and_g
 from .table import CASES, DTYPES, Case, RecordedOperators, call_norm, high_order, logits, maps, norm, stored
 
 ONE_PER_OP = [name for name in CASES if name.split(",")[0] not in {n.split(",")[0] for n in CASES if n < name}]
+# Without the cases that test tile sizes of an op that also has a plain case.
 DISTINCT = [name for name in CASES if "tiles" not in name or name.split(",")[0] not in CASES]
 
 each_case = pytest.mark.parametrize("name", CASES)
@@ -378,13 +379,13 @@ def test_cuda_graph_replays_match_eager(name):
             assert_equal(captured, step())
 
 
-BRAIN: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
-MAP = {**BRAIN, "layout": "channels_last"}
+BF16: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+MAP = {**BF16, "layout": "channels_last"}
+_SIZE = 2 * 64 * 64 * 56 * 56  # bytes of a map (64, 64, 56, 56)
 # Inputs, function, extra bytes in forward beyond results, and in both passes beyond results and gradients.
-_SIZE = 2 * 64 * 64 * 56 * 56
 MEMORY: dict[str, tuple[Any, Any, float, float]] = {
     "distillation_kl": (
-        *(logits((4096, 32_000), **BRAIN, needs_grad=(0, 1)), ops.distillation_kl),
+        *(logits((4096, 32_000), **BF16, needs_grad=(0, 1)), ops.distillation_kl),
         *(5 * 4 * 4096 + 2**16, 2**18),
     ),
     "high_order_attention": (
