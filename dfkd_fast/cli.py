@@ -23,7 +23,7 @@ __all__ = ["main"]
 
 
 def _required(experiment: ExperimentConfig, name: str) -> Any:
-    """A field of the experiment; raises if it is not given."""
+    """Return a field of the experiment, or raise ValueError if it is not given."""
     value = getattr(experiment, name)
     if value is None:
         raise ValueError(f"--{name}.name is required: set it on the command line or in the file given by --config")
@@ -31,7 +31,7 @@ def _required(experiment: ExperimentConfig, name: str) -> Any:
 
 
 def _described(weights: str, model: ModelConfig | None) -> tuple[ModelConfig, dict[str, str]]:
-    """The network of a weights file, from the command line or the file's metadata, and that metadata."""
+    """Return the network of a weights file (``model``, or else the one that the metadata names) and the metadata."""
     from dfkd_fast.models import read_metadata
 
     metadata = read_metadata(weights)
@@ -276,8 +276,8 @@ def _doctor(*, kernels: bool = False, launches: bool = False) -> None:
     """Show which optional features this machine supports, and why others are unavailable.
 
     Args:
-        kernels: instead, compile the kernels and show their registers, shared memory, spills and matrix instructions.
-        launches: instead, show the kernels that the CUDA extension launches at the paper's shapes, and their occupancy.
+        kernels: compile the kernels instead, and show their registers, shared memory, spills and matrix instructions.
+        launches: show the kernels that the CUDA extension launches at the paper's shapes, and their occupancy, instead.
     """
     from dfkd_fast import doctor
 
@@ -299,8 +299,8 @@ def _profile(
     """Profile steps and print their time by network and op.
 
     Writes ``breakdown.json`` and Chrome traces (for Perfetto or chrome://tracing) to a folder. Networks without weights
-    get random ones, which does not change the times. The data is not loaded; it only gives the number of classes and
-    the image size.
+    get random ones. The times do not depend on the weights. The data is not loaded; it only gives the number of
+    classes and the image size.
 
     Args:
         experiment: networks, the run and data.
@@ -316,7 +316,7 @@ def _profile(
     data, teacher, config = experiment.data, _required(experiment, "teacher"), experiment.distill
     metadata = read_metadata(teacher.weights) if teacher.weights is not None else {}
     if teacher.weights is None:
-        print("no --teacher.weights: using random weights, which does not change the times")
+        print("no --teacher.weights: using random weights; the times do not depend on the weights")
     data_classes = datasets.num_classes(data) if data is not None else None
     classes = num_classes or int(metadata.get("num_classes", 0)) or data_classes or 200
     size = config.image_size or int(metadata.get("image_size", 0)) or (data.image_size if data is not None else 224)
@@ -366,7 +366,7 @@ def create_parser() -> ArgumentParser:
         if used:
             options.add_argument("--config", action=ConfigFile, help="YAML file, or name of a packaged config")
             options.add_class_arguments(ExperimentConfig)
-            for action in options._actions:  # accepted in files, but hidden from help
+            for action in options._actions:  # accepted in config files, but hidden from the help text
                 if action.dest.split(".")[0] in {field.name for field in fields(ExperimentConfig)} - {*used}:
                     action.help = SUPPRESS
         described = {each.arg_name: each.description for each in docstring_parser.parse(command.__doc__).params}
@@ -385,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from jsonargparse import ArgumentError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("dfkd_fast").setLevel(logging.INFO)  # but not that of other libraries
+    logging.getLogger("dfkd_fast").setLevel(logging.INFO)  # other libraries stay at WARNING
     try:
         parser = create_parser()
         parsed = parser.instantiate(parser.parse_args(arguments))

@@ -108,7 +108,7 @@ class GeneratorConfig:
         channels: number of channels of the first feature map and of each of the four blocks.
         batch_norm: add a BatchNorm to each block (not in the paper's table).
         spectral_norm: apply spectral norm to the transposed convolutions.
-        attention: form of the attention gate, or ``none`` for no attention (lambda = 0 in the paper).
+        attention: form of the gate (see ``dfkd_fast.nn.SpatialAttention``), or ``none`` (lambda = 0 in the paper).
         attention_scale: lambda in Eq. 6.
         attention_reduction: r, the channel reduction factor of the attention module.
     """
@@ -147,14 +147,14 @@ class MHADConfig:
 
     Args:
         order: R, the highest order of the attention polynomial.
-        reduction: C / K, the channel reduction factor of the attention module.
+        reduction: C / K, the number of channels C of a stage divided by the hidden channels K of its attention module.
         mode: ``joint`` applies one sigmoid to the sum of all orders; ``per_order`` averages one sigmoid per order.
-        target: compare the attended ``features`` (A * x) or the ``attention`` maps A.
+        target: compare the ``attention`` maps A, or the attended ``features`` A * x, where x are the stage features.
         average: ``elements`` averages over (N, C, H, W); ``channels`` averages over (N, C) and sums over positions.
         shared: use one attention module for both networks, instead of a frozen one for the teacher and a trained one
             for the student.
         stages: number of stages to pair, counted from the deepest; None pairs all, and then both networks must have
-            the same number.
+            the same number of stages.
     """
 
     order: int = 3
@@ -374,7 +374,7 @@ class DemoConfig(ExperimentConfig):
     """An experiment of the demo. Data, teacher and student are required.
 
     Args:
-        presets: objectives to distill with. The student of the first must reach ``least``.
+        presets: presets to distill with. The student of the first one must reach ``least``.
         least: fraction of the teacher's top-1 accuracy below which the demo fails.
     """
 

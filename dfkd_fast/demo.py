@@ -22,7 +22,7 @@ __all__ = ["demo", "run"]
 
 
 def objective_of(config: DemoConfig, preset: Preset) -> ObjectiveConfig:
-    """The config's objective for its own preset, or another preset with that preset's default weights."""
+    """Return the config's objective. If ``preset`` is not its preset, use that one with its default student weights."""
     own = config.distill.objective
     return own if preset == own.preset else replace(own, preset=preset, student={})
 
@@ -40,7 +40,7 @@ class _Row:
 def _train(
     config: DemoConfig, images: data.ImageData, folder: Path, progress: bool
 ) -> tuple[list[_Row], dict[str, DistillResult]]:
-    """Train both networks with data, then a student per preset without; returns rows and results by preset."""
+    """Train both networks with data, then one student per preset without it. Return rows, and results by preset."""
 
     def network(model: ModelConfig) -> nn.Module:
         torch.manual_seed(config.distill.seed)

@@ -81,8 +81,8 @@ _MIN_WIDTH = 150  # in narrower consoles, every cell of the wide tables would wr
 def launches() -> None:
     """Print the kernels that the CUDA extension launches at the paper's shapes in bfloat16.
 
-    For each kernel: number of blocks, cluster size, threads and shared memory per block. With a GPU also registers and
-    bytes of local memory per thread, blocks per SM and occupancy.
+    The tables list the number of blocks, the cluster size, threads and shared memory per block. With a GPU, they
+    also list the registers and bytes of local memory per thread, the blocks per SM and the occupancy.
     """
     console = Console(width=max(Console().width, _MIN_WIDTH))
     if extension.UNAVAILABLE is not None:
@@ -143,7 +143,7 @@ def _no_device() -> str:
         torch.cuda.init()
     except RuntimeError as error:
         return str(error).splitlines()[0].split(". ")[0]
-    return "the driver is loaded, but has no device"
+    return "the driver is loaded, but finds no device"
 
 
 def _devices() -> Iterator[Item]:
@@ -222,7 +222,7 @@ def _extension() -> Iterator[Item]:
         yield Item("CUDA extension", False, str(extension.UNAVAILABLE))
     else:
         built = f"CUDA {found['toolkit']}, {found['architecture']}, commit {found['commit']}"
-        yield Item("CUDA extension", True, f"{built}; for compute capability 9.0, other devices use Triton")
+        yield Item("CUDA extension", True, f"{built}; needs compute capability 9.0, other devices use Triton")
 
 
 def _extras() -> Iterator[Item]:

@@ -1,9 +1,9 @@
 """Profiles steps by network and op, with torch.profiler and the ranges of :mod:`dfkd_fast.nvtx`.
 
-Times are sums over the events of ``torch.profiler.profile.events()``: device time of kernels, copies and fills on CUDA,
-self CPU time on the CPU. Autograd's sequence numbers attribute the backward of an operator to the network and op of its
-forward. Kernels of a replayed CUDA graph belong to no range, so for engine ``graph`` only their total time and number
-are known.
+Times are sums over the events of ``torch.profiler.profile.events()``. On CUDA, they are the device time of kernels,
+copies and fills. On the CPU, they are the self CPU time. An operator's backward is attributed to the network and op of
+its forward, which autograd's sequence numbers identify. Kernels of a replayed CUDA graph belong to no range, so for
+engine ``graph`` only their total time and number are known.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def attribute(events: Iterable[Any]) -> Iterator[tuple[Any, Key]]:
         events: events of ``torch.profiler.profile.events()``, which are ordered by start time.
     """
     keys: dict[int, Key] = {}
-    forward: dict[int, Key] = {}  # by sequence number; of operators with the same number, the last one created the node
-    latest: dict[int, Key] = {}  # last node of each thread; AccumulateGrad has no number, but follows its producer
+    forward: dict[int, Key] = {}  # by sequence number. The last operator with a number creates its node.
+    latest: dict[int, Key] = {}  # last node of each thread. AccumulateGrad has no number, but follows its input's node.
     for event in events:
         if event.device_type != DeviceType.CPU:
             continue
@@ -179,7 +179,7 @@ def profile(
         student: the student. Its weights change.
         config: the run. Its numbers of steps per round are replaced.
         engines: the engines to profile, one after the other.
-        steps: number of steps to record of each kind that the config's rounds have.
+        steps: number of steps to record of each kind. Kinds without steps in the config's rounds are left out.
         networks: names of teacher and student; None uses their class names.
         out: output folder; None creates a new one under ``runs/``.
         console: console for the tables; None uses the terminal.
@@ -283,7 +283,7 @@ def _record(
 
 
 def _steps(engine: Engine, first: int, count: int, started: Callable[[], None] = lambda: None) -> float:
-    """Run ``count`` steps from step ``first`` of a round, and return the wall time per step in microseconds."""
+    """Call ``started``, run ``count`` steps from step ``first`` of a round, and return microseconds per step."""
     engine.state.position = Position(step=first)
     engine.start_round()
     engine.state.runtime.synchronize()

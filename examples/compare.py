@@ -24,7 +24,7 @@ WARM_UP = 3
 
 
 def load(example: str) -> tuple[ModuleType, ModuleType]:
-    """Import the two scripts of a folder, with the folder on the path as if they were run."""
+    """Import the two scripts of a folder. Put the folder on the path, as Python does when it runs a script."""
     folder = str(Path(__file__).resolve().parent / example)
     sys.path.insert(0, folder)
     try:
@@ -48,7 +48,7 @@ def compare(
 
     Returns:
         The options, the median seconds per step after the warm-up (``before_s`` and ``after_s``), and the relative
-        difference of the losses in the first step and at most.
+        difference of the losses: that of the first step and the largest.
     """
     scripts = load(example)
     options = {"device": device, "steps": steps + WARM_UP, "size": size, "batch": batch, "seed": seed}

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "dfkd_fast"
 MAPPED = ("kernels", "configs", "benchmarks")  # top-level folders, installed as dfkd_fast.<name>
 
-# What each part of the package may import from it. A new top-level folder or module needs a line here.
+# The parts of the package that each part may import. A new top-level folder or module needs a line here.
 LAYERS: dict[str, set[str]] = {
     "_C": set(),  # the CUDA extension
     "config": set(),
@@ -226,7 +226,7 @@ def test_tests_with_over_2_31_elements_are_marked_large_memory():
 
 
 def test_large_memory_tests_run_one_at_a_time(tmp_path):
-    """With any number of processes, also after one of them dies."""
+    """This holds with several processes, and also after one of them dies."""
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "test_large.py").write_text(
         "import os, time, pytest\n"
@@ -267,7 +267,7 @@ def test_old_names_warn():
 
 
 def test_functions_have_at_most_80_lines():
-    """Except in kernels/."""
+    """Functions in kernels/ are exempt."""
     long = {}
     for path in walk(ROOT):
         if path.suffix == ".py" and path.relative_to(ROOT).parts[0] != "kernels":

@@ -21,7 +21,7 @@ MAPPED = ("kernels", "configs", "benchmarks")
 
 
 def python(code: str, folder: Path, **environment: str) -> str:
-    """Runs code in a new interpreter in ``folder`` and returns its output."""
+    """Run code in a new interpreter in ``folder`` and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
     )

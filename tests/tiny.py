@@ -1,4 +1,4 @@
-"""The smallest complete run: networks with a few thousand weights, 16 x 16 images, rounds of two and two steps."""
+"""The smallest complete run: networks with a few thousand weights, 16 x 16 images, and four steps per round."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def data(count: int = 20) -> ImageData:
 
 
 def config(out: Path | None = None, **changes: Any) -> DistillConfig:
-    """A config of the full method, with two epochs of two rounds of two and two steps."""
+    """A config of the full method: two epochs of two rounds, each with two generator steps and two student steps."""
     base = DistillConfig(
         generator=GeneratorConfig(latent_dim=6, channels=(8, 8, 8, 8, 8)),
         objective=ObjectiveConfig(student={"sfcl": 1.0}),

@@ -17,8 +17,8 @@ class Background:
     """A thread that runs jobs in the order of submission, on a separate CUDA stream.
 
     Args:
-        device: device of the jobs' work. On the CPU, overlap gains nothing and the caller runs each job immediately.
-        overlap: run jobs concurrently with the caller; None overlaps only on CUDA.
+        device: the device that the jobs use.
+        overlap: run jobs concurrently with the caller, not in :meth:`submit`. None does so on CUDA only.
     """
 
     def __init__(self, device: torch.device, *, overlap: bool | None = None) -> None:
@@ -31,14 +31,14 @@ class Background:
 
     @property
     def overlaps(self) -> bool:
-        """Whether jobs run concurrently with the caller, which must then not change what they read."""
+        """Whether jobs run concurrently with the caller. If so, the caller must not change what the jobs read."""
         return self._thread is not None
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run ``work`` after the work that is now queued on the caller's stream.
 
         Raises:
-            Exception: the exception of an earlier job that failed, so that the run stops before its end.
+            Exception: an earlier job raised it. The run stops here instead of at its end.
         """
         run, stream = work, self._stream
         if stream is not None:

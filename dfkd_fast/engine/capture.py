@@ -21,12 +21,12 @@ class CaptureError(RuntimeError):
 class CudaRecorder:
     """Records CUDA graphs on one side stream and in one memory pool.
 
-    Sharing the pool is safe, because graphs run one at a time and steps write their results to the state's tensors.
+    Graphs can share the pool, because they run one at a time and steps write their results to tensors outside of it.
 
     Args:
         device: CUDA device of the work.
-        generators: random generators of the work, in addition to the device's default one. Each replay advances them
-            as an eager step does.
+        generators: random generators that the work uses, in addition to the device's default one. Each replay advances
+            them as an eager step does.
     """
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:

@@ -105,7 +105,7 @@ class Checkpoints:
         return content["state"]
 
     def newest(self) -> dict[str, Any] | None:
-        """Read the newest usable checkpoint and log a warning for each unusable one. Returns None without checkpoints.
+        """Read the newest usable checkpoint, and warn about unusable ones. Return None if there is no checkpoint.
 
         Raises:
             CheckpointError: there are checkpoints, but none is usable.

@@ -35,11 +35,11 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["generator", "student"]
 
-_WARM_UPS = 3  # steps of each kind before the capture, in which libraries choose algorithms and allocate workspaces
+_WARM_UPS = 3  # steps of each kind before the capture. Libraries choose algorithms and allocate workspaces in them.
 
 
 class Engine:
-    """Runs the steps of a run.
+    """Runs the generator and student steps of a distillation run.
 
     Args:
         name: "eager", "compiled" or "graph".
@@ -112,7 +112,7 @@ class Engine:
     def warm_up_step(self, kind: Kind) -> None:
         """Run one step to warm up.
 
-        Its losses go to the first row of ``state.trace``, because a resumed round may have no row left.
+        Write its losses to the first row of ``state.trace``, because a resumed round may have no row left.
         """
         self.state.cursor.zero_()
         self.run(kind)
@@ -147,9 +147,9 @@ class EagerExecutor:
 class GraphExecutor:
     """Captures whole steps (forward, backward and optimizer) and replays them with one launch per step.
 
-    A graph depends on shapes, precision and the addresses of the state's tensors. If any of them has changed at the
-    start of a round, the steps are captured again. A learning rate that is changed in place, as schedulers do, takes
-    effect in the next replay. One that is replaced by another tensor or a number takes effect in the next round.
+    A graph depends on shapes, precision, the addresses of the state's tensors and a few options. If any of them has
+    changed at the start of a round, the steps are captured again. If a learning rate is changed in place, as schedulers
+    do, the next replay uses the new value. If another tensor or a number replaces it, the next round uses that one.
 
     Args:
         recorder: captures the steps.
@@ -169,7 +169,7 @@ class GraphExecutor:
                     self.recorder.warm_up(partial(engine.warm_up_step, kind))
             state.runtime.synchronize()
             log.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
-            # Adam refuses capture without this flag, which does not change what fused Adam computes.
+            # Without this flag, Adam refuses to be captured. The flag does not change what fused Adam computes.
             groups = [group for group in state.generator.optimizer.param_groups if "capturable" in group]
             try:
                 for group in groups:
@@ -200,7 +200,7 @@ class GraphExecutor:
 
 
 def _captured_values(state: DistillState) -> dict[str, Any]:
-    """The values that a captured step depends on, by their names in log messages."""
+    """Return the values that a captured step depends on, keyed by their names in log messages."""
     loop, runtime, sides = state.config.loop, state.runtime, state.sides.values()
     groups = [group for side in sides for group in side.optimizer.param_groups]
     networks = [network for side in sides for network in (side.module, side.objective)]

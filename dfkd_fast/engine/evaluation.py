@@ -48,7 +48,7 @@ def evaluate(
     """Measure the top-1 and, with more than five classes, top-5 accuracy of a classifier in eval mode.
 
     Args:
-        model: from images (N, 3, H, W) to logits (N, num_classes) or :class:`dfkd_fast.models.Outputs`. Its training
+        model: maps images (N, 3, H, W) to logits (N, num_classes) or :class:`dfkd_fast.models.Outputs`. Its training
             flags are restored.
         dataset: pairs of a normalized float32 image (3, H, W) and an integer label.
         num_classes: number of classes.

@@ -50,7 +50,7 @@ def export(
     """
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  (torch's exporter needs it, but its error is less clear)
+        import onnxscript  # noqa: F401  (torch's exporter needs it, but raises a less clear error)
     except ImportError as error:
         raise ExportError(f"ONNX export needs the package {error.name}: pip install 'dfkd-fast[onnx]'") from error
     folder = Path(out)

@@ -13,7 +13,7 @@ __all__ = ["StopRequest", "catch_signals"]
 
 
 class StopRequest:
-    """The SIGINT or SIGTERM in ``received``, or None."""
+    """Holds in ``received`` the SIGINT or SIGTERM that the process got, or None."""
 
     received: signal.Signals | None = None
 
@@ -29,7 +29,7 @@ class StopRequest:
 def catch_signals() -> Iterator[StopRequest]:
     """Record the first SIGINT or SIGTERM in the yielded request. A second one has its usual effect.
 
-    Does nothing outside of the main thread, because only that receives signals.
+    Does nothing outside of the main thread, because Python handles signals only in that thread.
     """
     request = StopRequest()
     previous: dict[int, Any] = {}

@@ -39,7 +39,7 @@ __all__ = ["DistillResult", "NonFiniteError", "agreement", "distill"]
 log = logging.getLogger(__name__)
 
 _GRID = 64  # maximum number of generated images in an image grid
-_AGREEMENT_BATCHES = 4
+_AGREEMENT_BATCHES = 4  # number of synthetic batches per measurement of the agreement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,9 @@ class DistillResult:
     Attributes:
         student: the trained student, without adapters or attention modules.
         generator: the trained generator.
-        rounds: mean of each loss term per round (``generator/bn``, ...), with round numbers in ``round``.
-        epochs: ``agreement`` and, with data, ``accuracy`` per epoch, with epoch numbers in ``epoch``. Epochs that were
-            not evaluated have an accuracy of NaN.
+        rounds: mean of each loss term (``generator/bn``, ...) per round, with round numbers from zero in ``round``.
+        epochs: ``agreement`` and, with data, ``accuracy`` per epoch, with epoch numbers from one in ``epoch``. Epochs
+            that were not evaluated have an accuracy of NaN.
         run_dir: folder with checkpoints, config, TensorBoard log, pictures and ``student.safetensors``.
         accuracy: top-1 accuracy of the student on the held-out images, in [0, 1]; None without data.
         agreement: fraction of synthetic images that teacher and student assign to the same class.
@@ -103,7 +103,7 @@ class _Run:
         self, state: DistillState, folder: Path, checkpoints: Checkpoints, data: ImageData | None, meta: dict[str, str]
     ) -> None:
         self.state, self.folder, self.checkpoints, self.data, self.meta = state, folder, checkpoints, data, meta
-        # In separate threads, so that a checkpoint does not wait for an evaluation.
+        # Two threads, so that a checkpoint does not wait for an evaluation.
         self.files, self.measurements = Background(state.runtime.device), Background(state.runtime.device)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state.position.round or None)
         self.best = folder / "best_student.safetensors"
@@ -111,12 +111,12 @@ class _Run:
         self.pending: _Epoch | None = None
 
     def save(self) -> None:
-        """Write a checkpoint of the current state. Call :meth:`Rounds.drain` first, so that it has all losses."""
+        """Write a checkpoint of the state. Call :meth:`Rounds.drain` first, which adds the last losses to it."""
         position, per_epoch = self.state.position, self.state.config.loop.rounds_per_epoch
         if (position.round, position.step) == self.saved:
             return
         if self.pending is not None and (self.pending.number * per_epoch, 0) != (position.round, position.step):
-            # Only a checkpoint from the end of the epoch has the weights that a resumed run needs to evaluate it.
+            # A run that resumes from this checkpoint has later weights, so it could not repeat the epoch's evaluation.
             self.finish_epoch()
         snapshot = tree_map_only(Tensor, Tensor.clone, self.state.state_dict())
         self.files.submit(lambda: self.checkpoints.save(snapshot))
@@ -227,7 +227,7 @@ def distill(
     Args:
         teacher: a trained classifier from normalized float32 images (N, 3, H, W) to logits (N, classes). It is not
             changed. For stages other than the default ones, pass a :class:`dfkd_fast.models.FeatureModel`.
-        student: the classifier to train in place, a module or a ``FeatureModel``; inputs and outputs as for teacher.
+        student: the classifier to train in place, a module or ``FeatureModel``, with the teacher's inputs and outputs.
         config: options of the run. Without ``config.resume``, ``config.out`` must not contain checkpoints of another
             run.
         data: held-out images for evaluation. They are never used for training.
@@ -241,7 +241,7 @@ def distill(
 
     Raises:
         ValueError: config, data and networks do not fit together, or the folder contains another run.
-        NonFiniteError: a loss or gradient was not finite. It is raised at the end of that round.
+        NonFiniteError: a loss or gradient was not finite. It is raised at the end of that round or of the next one.
         CheckpointError: the run cannot be resumed, because no checkpoint in its folder is usable.
         KeyboardInterrupt: after Ctrl-C, once the run is saved. SIGTERM saves the run and exits with status 143.
     """

@@ -26,10 +26,10 @@ class StepNetworks:
     """The functions that one kind of step calls, in order.
 
     Attributes:
-        generator: from noise (N, latent_dim) to normalized images (N, 3, H, W).
-        teacher: from images to outputs, with BatchNorm statistics if a loss term of the step needs them.
-        student: from images to outputs.
-        objective: from the outputs of teacher and student to the scalar loss and a tensor of its terms' values.
+        generator: maps noise (N, latent_dim) to normalized images (N, 3, H, W).
+        teacher: maps images to outputs, with BatchNorm statistics if a loss term of the step needs them.
+        student: maps images to outputs.
+        objective: maps the outputs of teacher and student to the scalar loss and a tensor of its terms' values.
     """
 
     generator: Call
@@ -70,8 +70,8 @@ def _region(name: str, call: Call, *, first: Call | None = None, compile: Mappin
 def _with_own_code(name: str, call: Call) -> Call:
     """Wrap ``call`` in a function with a separate code object.
 
-    Dynamo counts recompilations per code object, which modules of one class and closures of one function share. Without
-    this, compiling one network would count as a recompilation of another.
+    Dynamo counts recompilations per code object. Modules of one class share a code object, and so do closures of one
+    function. Without the wrapper, compiling one network would count as a recompilation of another.
     """
 
     def region(*arguments: Any) -> Any:
@@ -87,7 +87,7 @@ def _networks(
     dtype: torch.dtype,
     compile: Mapping[str, Any] | None,
 ) -> Networks:
-    """Networks with images in ``dtype``. If that is not float32, trained networks use :func:`weight_cast`."""
+    """Build the networks of both steps, each with one of ``teachers``, for images and cast weights in ``dtype``."""
     normalize = state.normalize
     calls: dict[str, tuple[Call | None, Call]] = {name: (None, side.module) for name, side in state.sides.items()}
     if dtype != torch.float32:
@@ -111,13 +111,13 @@ def _networks(
 
 
 def eager_networks(state: DistillState, *, compile: Mapping[str, Any] | None = None) -> Networks:
-    """The state's networks without changes, compiled if there are options of :func:`torch.compile`."""
+    """Return the state's networks without changes. With ``compile``, options of :func:`torch.compile`, compile them."""
     teachers = (state.teacher_statistics or state.teacher, state.teacher)
     return _networks(state, teachers, torch.float32, compile)
 
 
 def optimized_networks(state: DistillState, *, compile: Mapping[str, Any] | None = None) -> Networks:
-    """Equivalent networks with fewer operations, compiled if there are options of :func:`torch.compile`.
+    """Return equivalent networks with fewer operations. With ``compile``, options of torch.compile, compile them.
 
     The frozen teacher is copied with its weights in the autocast dtype. Its BatchNorms are folded into convolutions if
     no loss needs their statistics. One kernel casts all weights of a trained network. Images have the autocast dtype.
@@ -130,7 +130,7 @@ def optimized_networks(state: DistillState, *, compile: Mapping[str, Any] | None
 
 
 def compiled_networks(state: DistillState, *, backend: str = "inductor") -> Networks:
-    """:func:`optimized_networks`, compiled with a backend of torch.compile."""
+    """Return the networks of :func:`optimized_networks`, compiled with a backend of torch.compile."""
     options: dict[str, Any] = {"fallback_random": True}  # dropout draws the same values as in eager mode
     if state.config.autotune:
         options["max_autotune"] = True

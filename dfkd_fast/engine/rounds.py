@@ -78,7 +78,7 @@ class Rounds:
         return self._seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     def run(self, stopped: Callable[[], bool]) -> bool:
-        """Queue the rest of the current round, until ``stopped()``; returns whether the round is complete.
+        """Queue the remaining steps of the round until ``stopped()`` is true. Return whether the round is complete.
 
         Raises:
             NonFiniteError: a step of the previous round was skipped.
@@ -117,7 +117,7 @@ class Rounds:
         state, trace = self.state, readback.get()
         means = _means(state, readback.number, trace)
         if len(trace) < state.steps_per_round:
-            return
+            return  # the round was stopped early; a resumed run records its means
         state.rounds.setdefault("round", []).append(readback.number)
         for name, value in means.items():
             state.rounds.setdefault(name, []).append(value)
@@ -125,7 +125,7 @@ class Rounds:
 
 
 def _means(state: DistillState, number: int, trace: Tensor) -> dict[str, float]:
-    """The mean of each loss term over its steps; raises NonFiniteError if a step was skipped."""
+    """Return the mean of each loss term over its steps, or raise NonFiniteError if a step was skipped."""
     first = state.config.loop.generator_steps
     means: dict[str, float] = {}
     for (side, trained), rows in zip(state.sides.items(), (trace[:first], trace[first:]), strict=True):

@@ -40,7 +40,7 @@ class Side(Generic[M]):
 
     Attributes:
         module: the network.
-        objective: its loss. The student's objective has trained parameters (adapters, attention and heads).
+        objective: the network's loss. The student's objective has trained parameters (adapters, attention and heads).
         optimizer: updates the parameters of ``module`` and ``objective``.
         scaler: scales the loss in fp16; disabled in other precisions.
     """
@@ -53,7 +53,7 @@ class Side(Generic[M]):
 
 @dataclass(frozen=True)
 class Normalize:
-    """Normalizes images (N, 3, H, W) from [-1, 1] to the teacher's float32 input: ``((x + 1) / 2 - mean) / std``.
+    """Normalizes images x (N, 3, H, W) from [-1, 1] to the teacher's float32 input: ``((x + 1) / 2 - mean) / std``.
 
     Attributes:
         scale: ``0.5 / std``, (1, 3, 1, 1) float32.
@@ -65,7 +65,7 @@ class Normalize:
 
     @classmethod
     def of(cls, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Normalize:
-        """Create from the mean and standard deviation per channel of images in [0, 1]."""
+        """Create the normalization for a mean and standard deviation per channel of images in [0, 1]."""
         values = [0.5 / s for s in std], [(0.5 - m) / s for m, s in zip(mean, std, strict=True)]
         return cls(*(torch.tensor(each, device=device).view(1, 3, 1, 1) for each in values))
 
@@ -82,12 +82,12 @@ class DistillState:
         runtime: device and precision.
         teacher: the frozen teacher, with logits, stage features and penultimate features as outputs.
         teacher_statistics: the teacher with BatchNorm statistics as outputs too; None if no loss term needs them.
-        generator: the generator, from noise to images in [-1, 1].
+        generator: the generator, which maps noise to images in [-1, 1].
         student: the student, which shares its parameters with the user's network.
-        normalize: from images in [-1, 1] to the teacher's input.
-        noise: random generator that only draws z.
-        trace: (steps per round, terms + 1) float32, a row per step with the value of each term, then 1 if the gradient
-            was finite.
+        normalize: maps images in [-1, 1] to the teacher's input.
+        noise: random generator that draws only the generator's input noise z.
+        trace: (steps per round, maximum number of terms + 1) float32. A step's row has the values of its terms, zeros
+            up to the last column, and there 1 if the gradient was finite (in fp16 always), otherwise 0.
         cursor: (1,) int64, the row of the next step. Steps advance it on the device, because a captured graph would
             treat a Python number as a constant.
         rates: (steps per round,) float32, the student's learning rate in each step.
@@ -144,7 +144,7 @@ class DistillState:
         return optimizer.student_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (self.student_updates + ahead) / total)))
 
     def start_round(self) -> None:
-        """Write the position in the round and the student's following learning rates to the device.
+        """Write the position in the round and the learning rates of its remaining student steps to the device.
 
         Does not wait for the device, because the values are copied from pinned memory or passed as kernel arguments.
         """
@@ -226,7 +226,7 @@ class DistillState:
         self.start_round()
 
     def teacher_digest(self) -> str:
-        """Hash the teacher's weights, which identifies the teacher of a checkpoint."""
+        """Hash the teacher's weights. The hash identifies the teacher of a checkpoint."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.teacher.model.state_dict().items()):
             digest.update(name.encode())
@@ -263,8 +263,8 @@ def _sgd(parameters: list[nn.Parameter], config: DistillConfig, rate: Tensor) ->
     momentum, decay = config.optimizer.student_momentum, config.optimizer.student_weight_decay
     optimizer = torch.optim.SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay, fused=True)
     for parameter in parameters if momentum else ():
-        # If its first step is skipped (found_inf), fused SGD leaves a new momentum buffer uninitialized. A buffer of
-        # zeros gives the same first step.
+        # Fused SGD creates this buffer in its first step, but leaves it uninitialized if that step is skipped
+        # (found_inf). A buffer of zeros gives the same first step.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 

@@ -42,6 +42,7 @@ def synthesize(state: DistillState, noise: Tensor) -> Tensor:
 
 
 def _descend(state: DistillState, side: Side[Any], total: Tensor, values: Tensor) -> None:
+    """Update a side along the gradient of its loss ``total``, and write its terms' ``values`` to the trace."""
     optimizer, scaler = side.optimizer, side.scaler
     scaler.scale(total).backward()
     with nvtx_range("network", "optimizer"):

@@ -96,7 +96,7 @@ def teach(
     Args:
         model: a classifier from images (N, 3, H, W) to logits (N, data.num_classes). It is trained in place.
         data: labeled images. The held-out images are only used for the final evaluation.
-        config: the training.
+        config: options of the training.
         description: additional metadata of the weights file.
         workers: number of data loader processes.
         progress: show a progress bar.

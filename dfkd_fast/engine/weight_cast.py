@@ -1,6 +1,6 @@
 """Casts all float32 weights of a network to low precision with one kernel.
 
-Autocast makes the same copies with one launch per layer, and one more per layer to cast the gradients back.
+Autocast makes the same copies, but launches a kernel per layer, and another one per layer to cast the gradients back.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class _CastWeights(torch.autograd.Function):
 def weight_cast(module: nn.Module, dtype: torch.dtype) -> tuple[Callable[[], tuple[Tensor, ...]], Callable[..., Any]]:
     """Split a module's call into a cast of its weights and a call with the copies.
 
-    Weights and biases of convolutions and linear layers are cast. Autocast casts computed weights (spectral norm) and
-    everything else.
+    Weights and biases of convolutions and linear layers are cast. Autocast still casts everything else, such as weights
+    that spectral norm computes.
 
     Args:
         module: a float32 module that is called under autocast to ``dtype``.

@@ -15,7 +15,7 @@ from dfkd_fast.objectives import BatchNormStatistics
 
 
 def trained_teacher(size, classes=100):
-    """Replace this by your own teacher. It has random weights, and BatchNorm statistics of random images."""
+    """Replace this with your own teacher. It has random weights, and BatchNorm statistics of random images."""
     teacher = resnet18(num_classes=classes)
     with torch.no_grad():
         for _ in range(4):

@@ -24,7 +24,7 @@ class StatisticsHook:
 
 
 def trained_teacher(size, classes=100):
-    """Replace this by your own teacher. It has random weights, and BatchNorm statistics of random images."""
+    """Replace this with your own teacher. It has random weights, and BatchNorm statistics of random images."""
     teacher = resnet18(num_classes=classes)
     with torch.no_grad():
         for _ in range(4):

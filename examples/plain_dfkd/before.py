@@ -17,7 +17,7 @@ def network(blocks, classes=100):
 
 
 def trained_teacher(size):
-    """Replace this by your own teacher. It has random weights, and BatchNorm statistics of random images."""
+    """Replace this with your own teacher. It has random weights, and BatchNorm statistics of random images."""
     trunk, head = network([2, 2, 2, 2])
     with torch.no_grad():
         for _ in range(4):

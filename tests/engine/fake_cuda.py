@@ -38,7 +38,7 @@ __all__ = ["C_COMPILER", "count_launches", "trace"]
 C_COMPILER = os.environ.get("CC", "cc")
 _STEPS = ("generator_step", "student_step")
 
-# In a CUDA build of torch, autograd's engine asks for CUDA streams. It does not if there is no accelerator.
+# In a CUDA build of torch, autograd's engine requests CUDA streams, unless these functions find no accelerator.
 _NO_ACCELERATOR = """
 short _ZN2at11accelerator14getAcceleratorEb(char checked) { return 0; }  /* an empty std::optional<DeviceType> */
 char _ZN2at11accelerator13isAcceleratorEN3c1010DeviceTypeE(char type) { return 0; }
@@ -55,8 +55,8 @@ def trace(*variants: str, code: bool = False) -> dict[str, dict[str, Any]]:
 
     Returns:
         By variant: ``error`` (a traceback or None), ``regions`` and ``graph_breaks`` (Dynamo's counts),
-        ``synchronizations`` of each step outside of compiled regions, and ``graphs``. These have, by names such as
-        ``student_step.teacher.forward``, the ``calls`` of dfkd_fast operators with shapes and strides, the
+        ``synchronizations`` of each step outside of compiled regions, and ``graphs``. Each graph, with a name such as
+        ``student_step.teacher.forward``, has the ``calls`` of dfkd_fast operators with shapes and strides, the
         ``synchronizations`` and, with ``code``, the generated ``code``.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -64,7 +64,7 @@ def trace(*variants: str, code: bool = False) -> dict[str, dict[str, Any]]:
         library, out = Path(folder) / "no_accelerator.so", Path(folder) / "reports.json"
         command = [C_COMPILER, "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
         subprocess.run(command, input=_NO_ACCELERATOR, text=True, check=True)
-        # Hide a GPU, so that all machines trace the same.
+        # Hide GPUs, so that the trace is the same on every machine.
         environment |= {"LD_PRELOAD": str(library), "TORCHINDUCTOR_CACHE_DIR": folder, "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, __file__, str(out), "code" if code else "graphs", *variants]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -100,7 +100,7 @@ def _conv_format(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format
 
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[FakeTensorMode]:
-    """Make torch believe that this machine has an H100; yields a FakeTensorMode that is not yet entered."""
+    """Make torch believe that this machine has an H100, and yield a FakeTensorMode that is not yet entered."""
     from torch._dynamo import device_interface
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -180,17 +180,17 @@ _COPIES = ("aten::_to_copy", "aten::copy_", "prims::device_put")
 
 
 def _synchronizes(operator: Any, inputs: Any, result: Any) -> bool:
-    """Whether a call makes the host wait: its result depends on device values or crosses between host and device."""
+    """Whether a call makes the host wait, because it reads device values or copies between host and device."""
     devices = {leaf.device.type for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
     dynamic = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operator.tags)
-    # Indexing only waits for masks, which fake tensors refuse.
+    # Indexing waits only if an index is a mask, and fake tensors refuse masks.
     if "cuda" in devices and dynamic and operator.name() != "aten::index.Tensor":
         return True
     return operator.name() in _COPIES and devices | {result.device.type} == {"cpu", "cuda"}
 
 
 class _Synchronizations(TorchDispatchMode):
-    """Records operators outside of compiled regions that make the host wait. A value that is read back is 1."""
+    """Records operators outside of compiled regions that make the host wait. Reading a device value returns 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -300,9 +300,9 @@ def _generate(module: torch.fx.GraphModule, inputs: list[Tensor], options: dict[
 
 
 def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.ExitStack) -> Any:
-    """The engine of a variant, on fake CUDA tensors until ``stack`` is closed.
+    """Build the engine of a variant, on fake CUDA tensors until ``stack`` is closed.
 
-    The state is built on the CPU, because that reads values, and then copied.
+    Building the state reads values, which fake tensors lack. It is therefore built on the CPU and then copied.
     """
     from dfkd_fast import ops
     from dfkd_fast.benchmarks.step import variants as step_variants
@@ -375,7 +375,7 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
     synchronizations: dict[str, list[str]] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
-        # Random numbers as in the engine. Constant folding and shape padding would create real tensors.
+        # The engine sets fallback_random too. Constant folding and shape padding would create real tensors.
         inductor = {"fallback_random": True, "joint_graph_constant_folding": False, "shape_padding": False}
         stack.enter_context(torch._inductor.config.patch(inductor))
         inject = _FAULTS.get(variant)

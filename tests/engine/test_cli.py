@@ -57,7 +57,7 @@ def test_distill_evaluate_export(
 
     for data in (["--config", experiment], ["--data.name", "digits", "--data.image_size", "16"]):
         main(["evaluate", "--weights", str(student), *data, "--device", "cpu"])
-        assert "360" in capsys.readouterr().out  # a fifth of 1,797 scans
+        assert "360" in capsys.readouterr().out  # held-out images, a fifth of 1,797 scans
 
     main(["export", "--weights", str(student)])
     assert (tmp_path / "run" / "export" / "student.onnx").is_file()
@@ -71,12 +71,12 @@ def test_distill_works_without_data(teacher: str, tmp_path: Path, capsys: pytest
     # Classes, image size and normalization come from the weights file.
     assert (tmp_path / "run" / "student.safetensors").is_file()
     assert "top-1" not in capsys.readouterr().out.rsplit("agreement", 1)[1]
-    # A config may name a data set whose files are not there. Its number of classes is known.
+    # A config may name a data set without its folder. The weights file still determines the number of classes.
     content = EXPERIMENT | {"data": {"name": "aircraft", "image_size": 16}}
     (tmp_path / "no_root.yaml").write_text(yaml.safe_dump(content))
     main(["distill", "--config", str(tmp_path / "no_root.yaml"), "--teacher.weights", teacher, "--out", "no_root"])
     assert "no --data.root: the student is not evaluated" in capsys.readouterr().out
-    assert read_metadata(tmp_path / "no_root" / "student.safetensors")["num_classes"] == "10"  # those of the weights
+    assert read_metadata(tmp_path / "no_root" / "student.safetensors")["num_classes"] == "10"
 
 
 def test_command_line_overrides_the_config_file(experiment: str, teacher: str, tmp_path: Path) -> None:

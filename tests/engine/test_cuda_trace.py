@@ -1,6 +1,7 @@
-"""Both steps at the paper's size on fake CUDA tensors: no graph breaks, no synchronization, declared strides.
+"""Compiled steps have no graph breaks and do not synchronize, and their ops return the declared strides.
 
-ResNet-34 to ResNet-18, 224 x 224, batch 64, bf16, channels-last, without a GPU; see `fake_cuda.py`.
+The steps distill a ResNet-34 into a ResNet-18 at 224 x 224, batch 64, bf16 and channels-last. They run on the fake CUDA
+tensors of `fake_cuda.py`, without a GPU.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ def strides_as_declared(call: dict[str, Any]) -> list[bool]:
     """Whether each result of a call has the declared strides."""
     found = []
     declared = DECLARED[call["op"]]
-    if "needs_grad" in call["arguments"]:  # the operator returns only these
+    if "needs_grad" in call["arguments"]:  # the operator returns only the gradients that are needed
         declared = tuple(itertools.compress(declared, (need == "True" for need in call["arguments"]["needs_grad"])))
     for like, result in zip(declared, call["results"], strict=True):
-        if like == "mask":  # (N, channel octets, positions), channels innermost like x
+        if like == "mask":  # (N, channel octets, positions), dense with channels innermost, like x
             found.append(is_channels_last(call["arguments"]["x"]) and is_dense(result, (1, 2, 0)))
             continue
         maps = like is not None and 0 not in result["shape"] and is_channels_last(call["arguments"][like])

@@ -123,7 +123,7 @@ def assert_runs_close(one: DistillState, other: DistillState, traces: tuple[list
         for tensor in (parameter, *one.generator.optimizer.state[parameter].values()):
             compared[id(tensor)] = mask if tensor.shape == mask.shape else torch.tensor(True)
     norms = [one.generator.module.project_norm, *(block.norm for block in one.generator.module.blocks)]  # type: ignore[union-attr]
-    shifted_means = {id(norm.running_mean) for norm in norms}
+    shifted_means = {id(norm.running_mean) for norm in norms}  # by the excluded biases in front of the BatchNorms
     for a, b in zip(*traces, strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
     for a, b in zip(one.mutable_tensors(), other.mutable_tensors(), strict=True):
@@ -289,7 +289,7 @@ def random_states(state: DistillState) -> list[Tensor]:
 
 
 def test_replays_draw_new_noise(device: str) -> None:
-    """Replays draw the noise of eager steps. Rates, trace rows and buffers advance with each replay too."""
+    """Replays draw the same noise as eager steps. Rates, trace rows and buffers advance with each replay too."""
     eager, other = state_on(device), state_on(device)
     noise: list[list[Tensor]] = []
     traces = []
@@ -370,7 +370,7 @@ def test_student_schedule_is_a_cosine(device: str, create: Callable[[DistillStat
 
 
 def test_replays_read_a_learning_rate_that_is_changed_in_place(device: str) -> None:
-    """A scheduler multiplies the generator's rate by 0.1, then the test sets it to zero, which stops the weights."""
+    """A scheduler multiplies the generator's rate by 0.1. The test then sets it to zero, which freezes the weights."""
 
     def work(engine: Engine) -> list[Tensor]:
         state, optimizer = engine.state, engine.state.generator.optimizer
@@ -398,7 +398,7 @@ def test_replays_read_a_learning_rate_that_is_changed_in_place(device: str) -> N
 def test_replaced_learning_rate_is_captured_again(
     device: str, side: str, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A graph holds the address of its learning rate, so another tensor takes effect in the next round."""
+    """A graph holds the address of its learning rate. Another tensor or a number takes effect in the next round."""
     caplog.set_level(logging.WARNING)
 
     def work(engine: Engine) -> list[Tensor]:
@@ -440,7 +440,7 @@ def assert_no_wait_and_no_allocation(device: str) -> Iterator[None]:
 
 
 def default_engine(device: str) -> GraphEngine:
-    """The default on a GPU: Inductor's code in bf16. On the CPU, the stand-in."""
+    """Create a GPU's default engine (Inductor's code in bf16), or on the CPU a graph engine with the stand-in."""
     engine = create_engine(state_on("cuda", precision="bf16")) if device == "cuda" else graph_engine(state_on(device))
     assert isinstance(engine, GraphEngine)
     return engine
@@ -449,7 +449,7 @@ def default_engine(device: str) -> GraphEngine:
 def test_replayed_rounds_neither_wait_nor_allocate(device: str) -> None:
     """Covers a round from its start to the queued copy of its losses, which are read while the next round runs.
 
-    Over more rounds, device memory, or on the CPU the number of live tensors, is constant.
+    Over more rounds, the used device memory is constant. On the CPU, the number of live tensors is compared.
     """
     finished: list[Round] = []
     engine = default_engine(device)
@@ -589,7 +589,7 @@ def run_without_overlap(tmp_path_factory: pytest.TempPathFactory) -> dfkd_fast.D
 def test_checkpoint_does_not_wait_for_an_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlapping: None, run_without_overlap: dfkd_fast.DistillResult
 ) -> None:
-    """A run killed during an epoch's evaluation has that epoch's checkpoint, and evaluates it when resumed.
+    """If a run is killed while an epoch is evaluated, the epoch's checkpoint exists, and the resumed run evaluates it.
 
     Overlapping work does not change the results.
     """

@@ -25,7 +25,7 @@ from .. import tiny
 
 
 class Events(list[Any]):
-    """Events as torch.profiler returns them for a GPU: operators with their kernels, and the kernels."""
+    """Events as torch.profiler returns them for a GPU: host events that list their kernels, and kernel events."""
 
     def host(self, name: str, parent: Any = None, *, seq: int = -1, thread: int = 1, kernels: tuple = ()) -> Any:
         event = SimpleNamespace(name=name, cpu_parent=parent, sequence_nr=seq, thread=thread)
@@ -46,7 +46,7 @@ def step():
     whole = events.host("dfkd_fast/step/student")
     events.host("aten::normal_", whole, kernels=(10.0,))
     teacher = events.host("dfkd_fast/network/teacher", whole)
-    events.host("aten::conv2d", teacher, seq=10, kernels=(20.0,))  # creates no node: its number is the next node's
+    events.host("aten::conv2d", teacher, seq=10, kernels=(20.0,))  # creates no node, so the next node has this number
     student = events.host("dfkd_fast/network/student", whole)
     outer = events.host("aten::conv2d", student, seq=10)
     events.host("aten::convolution", outer, seq=10, kernels=(5.0, 30.0))

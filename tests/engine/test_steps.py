@@ -114,19 +114,19 @@ def test_generator_step_is_an_adam_step_along_its_objective() -> None:
     inputs = twin(noise)  # with a mean and deviation of 0.5, normalization is the identity
     teacher = state.teacher_statistics
     assert teacher is not None
-    t = teacher(inputs)
+    target = teacher(inputs)
     student = copy.deepcopy(state.student.module.model).train()
     bn = sum(
-        (layer.mean - layer.running_mean).norm() + (layer.var - layer.running_var).norm() for layer in t.statistics
+        (layer.mean - layer.running_mean).norm() + (layer.var - layer.running_var).norm() for layer in target.statistics
     )
-    p = t.logits.softmax(1)
-    kd = (p * (p.log() - student(inputs).log_softmax(1))).sum(1).mean()
+    probabilities = target.logits.softmax(1)
+    kd = (probabilities * (probabilities.log() - student(inputs).log_softmax(1))).sum(1).mean()
     (0.3 * bn - kd).backward()
     generator_step(state)
     torch.testing.assert_close(state.trace[0, :2], torch.stack([bn.detach(), kd.detach()]), rtol=1e-4, atol=1e-5)
     for expected, found in zip(twin.parameters(), state.generator.module.parameters(), strict=True):
         assert expected.grad is not None
-        clear = expected.grad.abs() > 1e-4  # Adam's first step is lr * sign(gradient), random for rounding noise
+        clear = expected.grad.abs() > 1e-4  # Adam's first step is lr * sign(gradient), and the sign of noise is random
         step = (expected - found).detach()[clear]
         torch.testing.assert_close(step, 1e-3 * expected.grad.sign()[clear], rtol=1e-2, atol=1e-6)
 

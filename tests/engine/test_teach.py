@@ -25,7 +25,7 @@ def config(out: Path, epochs: int = 3) -> TeachConfig:
 def test_teach_learns_and_writes_its_weights(tmp_path: Path) -> None:
     model = tiny.network((8, 8, 8, 8))
     result = teach(model, tiny.data(), config(tmp_path, 30), description={"model": "resnet8"}, progress=False)
-    assert result.accuracy == 1.0  # it memorises the twenty images
+    assert result.accuracy == 1.0  # the network memorizes the twenty images
     assert result.epochs["loss"][-1] < 0.2 * result.epochs["loss"][0]
     assert not model.training
     fresh = tiny.network((8, 8, 8, 8), seed=3)
@@ -58,7 +58,7 @@ def test_divergence_and_too_few_images_raise(tmp_path: Path, changes: dict[str, 
 
 
 class _KnownRanks(nn.Module):
-    """Logits that rank the true class as the image's second channel says."""
+    """Predicts the class ``label - offset``, where the image's first two channels are the label and the offset."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def test_evaluate_counts_top1_and_top5() -> None:
     images = torch.zeros(10, 3, 4, 4)
     labels = torch.arange(10) % 5 + 2
     images[:, 0] = labels[:, None, None].float()
-    images[6:, 1] = 2.0  # four of ten are off by two: not the first, but among the first five
+    images[6:, 1] = 2.0  # four of ten predictions are off by two, so the label is in the top 5, not the top 1
     model = _KnownRanks(8).train()
     result = evaluate(model, TensorDataset(images, labels), num_classes=8, batch_size=3)
     assert (result.top1, result.top5, result.images) == (pytest.approx(0.6), pytest.approx(1.0), 10)
