@@ -1,30 +1,28 @@
 """A frozen BatchNorm that also computes its input's statistics, or only the statistics, in one pass over the features.
 
-With the running mean r_m and variance r_v, the weight w and bias b, over the M = N H W values of a channel::
+With the running mean r_m and variance r_v, the weight w, the bias b and the M = N H W values x of a channel::
 
     y = act((x - r_m) w / sqrt(r_v + eps) + b + residual)      m = sum(x) / M      v = sum((x - m)^2) / M
 
-Gradient, with dy, dm and dv the gradients of y, m and v, and a = 1 where the activation's derivative is one, else 0.
-Backward recomputes a from x. With a residual, forward saves it as one bit per element, because reading the residual
-again would cost 16 to 32 times as much::
+In the gradient, dy, dm and dv are the gradients of y, m and v. The mask is 1 where the activation's derivative is one,
+else 0. Backward recomputes the mask from x. With a residual, forward saves the mask as one bit per element, because
+reading the residual again would cost 16 to 32 times as much. Backward needs no reduction for dx::
 
-    dx = a dy w / sqrt(r_v + eps) + dm / M + 2 dv (x - m) / M      d residual = a dy
-
-so that backward needs no reduction for dx.
+    dx = mask dy w / sqrt(r_v + eps) + dm / M + 2 dv (x - m) / M      d residual = mask dy
 
 Statistics. A tile has BLOCK_P x UNROLL positions and BLOCK_C channels. BLOCK_P and BLOCK_C are distributed over the
-threads and UNROLL is within a thread, so the loop over tiles needs no exchange between threads. Each of the BLOCK_P
-rows keeps a running mean K and the sum of squared deviations M2, and merges the next values by their deviations from K
-(Chan, Golub & LeVeque)::
+threads and UNROLL is within a thread, so the loop over tiles needs no exchange between threads. For each channel, each
+of the BLOCK_P rows keeps a running mean K and the sum of squared deviations M2. It merges the next values x by their
+deviations from K (Chan, Golub & LeVeque). ``count`` includes these values::
 
     first = sum(x - K)    second = sum((x - K)^2)    K += first / count    M2 += second - first^2 / count
 
 ``first^2 / count`` is at most half of ``second``, so the subtraction cancels at most one bit. In the first tile, K is
-the tile's own mean and ``first`` is only rounding error. At the end, rows are merged by the same rule, and programs by
-a second kernel in a fixed order.
+the tile's own mean and ``first`` is only rounding error. At the end, each program merges its rows by the same rule, and
+a second kernel merges the programs' results in a fixed order.
 
 Memory traffic with 2-byte elements: forward 4 bytes per element, 6 1/8 with a residual; backward 6 bytes, 8 1/8 with a
-residual; only the statistics, 2 bytes forward and 4 bytes backward.
+residual. The statistics without y take 2 bytes forward and 4 bytes backward.
 """
 
 from __future__ import annotations
@@ -133,7 +131,7 @@ def expand_rows(v, NCHW: tl.constexpr):
 
 @triton.jit
 def align(x, ALIGNMENT: tl.constexpr):
-    """Let the compiler know that ALIGNMENT divides x, which it needs to vectorize."""
+    """Returns x and lets the compiler know that ALIGNMENT divides x, so that it can vectorize loads and stores."""
     return x // ALIGNMENT * ALIGNMENT if ALIGNMENT > 1 else x
 
 
@@ -173,7 +171,7 @@ def load_channels(ptr, offs, mask, NCHW: tl.constexpr):
 
 @triton.jit
 def load_scale(running_var, weight, offs, mask, eps, NCHW: tl.constexpr):
-    """w / sqrt(r_v + eps). The root and the quotient are correctly rounded, at a small cost: once per channel."""
+    """w / sqrt(r_v + eps). Root and quotient are correctly rounded, as they are computed only once per channel."""
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.load(running_var + offs, mask=mask, other=1.0).to(tl.float32) + eps))
     if weight is not None:
         rstd *= tl.load(weight + offs, mask=mask, other=0.0).to(tl.float32)
@@ -213,7 +211,7 @@ def _pack(mask, NCHW: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr,
 
 @triton.jit
 def _sum(x, AXIS: tl.constexpr):
-    """Sum a matrix along an axis. In two steps in the interpreter, which adds rows one by one and is less accurate."""
+    """Sum a matrix along an axis. The interpreter adds rows one by one, so there two steps are more accurate."""
     if INTERPRETED and AXIS == 0:
         return tl.sum(tl.sum(tl.reshape(x, [8, x.shape[0] // 8, x.shape[1]]), 1), 0)
     else:
@@ -241,10 +239,10 @@ def _row_counts(first, positions, row, BLOCK_P: tl.constexpr, UNROLL: tl.constex
 @triton.jit
 def _forward_kernel(
     x,  # Map
-    y,  # Map; None for only the statistics
+    y,  # Map; None to compute only the statistics
     residual,  # Map or None
     mask,  # Map [N, ceil(C / 8), positions], uint8, or None
-    norm,  # Norm; None for only the statistics
+    norm,  # Norm; None to compute only the statistics
     mean_ptr,  # [chunks, C]; [C] if ONE_CHUNK
     m2_ptr,  # [chunks, C]; with ONE_CHUNK the variances [C]
     count_ptr,  # [chunks]
@@ -316,7 +314,7 @@ def _forward_kernel(
                 packed = _pack(activation_mask(z, ACTIVATION), NCHW, BLOCK_P, UNROLL, BLOCK_C)
                 tl.store(ptrs, packed, mask=mask_p & mask_byte)
 
-        # All tiles of a program have the same number of rows. Without BY_SAMPLE its last tile may have fewer.
+        # All tiles of a program have the same number of rows, except that without BY_SAMPLE the last may have fewer.
         count = _row_counts(first, positions, block_rows, BLOCK_P, UNROLL)
         if i == begin:
             mean = tl.sum(v, 1) / tl.maximum(count, 1.0)
@@ -555,15 +553,15 @@ def forward(
         running_var: (C,), any floating dtype.
         weight: (C,), any floating dtype, or None.
         bias: (C,), any floating dtype, or None.
-        eps: Added to the variance.
+        eps: Number that is added to the running variance.
         activation: Key of ``ACTIVATIONS``.
         keep_mask: Whether to write ``mask``.
         residual: Same shape as x, any strides, or None.
         y: Same shape as x, contiguous or channels-last.
         mean: (C,), float32.
         var: (C,), float32.
-        mask: (N, ceil(C / 8), positions), uint8, one stride for all positions: one bit per element, set if the
-            activation's derivative is one.
+        mask: (N, ceil(C / 8), positions), uint8, with one stride for all positions. The bit of an element is set if
+            the activation's derivative is one.
     """
     vectors = (None if v is None else v.contiguous() for v in (running_mean, running_var, weight, bias))
     residual = None if residual is None else with_common_stride(residual, y)

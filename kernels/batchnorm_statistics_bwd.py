@@ -1,6 +1,6 @@
 """Gradients of a frozen BatchNorm with its input's statistics.
 
-Formula, gradient and memory traffic are in :mod:`dfkd_fast.kernels.batchnorm_statistics`. The kernel is elementwise. It
+The formulas and the memory traffic are in :mod:`dfkd_fast.kernels.batchnorm_statistics`. The kernel is elementwise. It
 reads x only for dvar, for dweight, or to recompute the activation's mask.
 """
 
@@ -38,7 +38,7 @@ __all__ = ["backward", "statistics_backward"]
 
 @config.heuristic("batchnorm_statistics_backward", UNROLL=(1, 8), BLOCK_P=(8, 512), LOOP_STAGES=(1, 3))
 def _config(arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
-    """As in forward, with two maps to read. In float32 with a residual, prefetching would make ptxas spill."""
+    """Like forward, but with two maps to read. In float32 with a residual, prefetching would make ptxas spill."""
     return tile_config(dtype, 2, 1 if sizes["residual"] and dtype == torch.float32 else 2, sizes)
 
 
@@ -72,7 +72,7 @@ def _backward_kernel(
     num_iters,  # samples if BY_SAMPLE, else tiles
     positions,
     channels,
-    inv_count,  # 1 / (N positions)
+    inv_count,  # 1 / (samples * positions)
     ACTIVATION: tl.constexpr,
     NCHW: tl.constexpr,
     BY_SAMPLE: tl.constexpr,

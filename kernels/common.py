@@ -84,7 +84,7 @@ def fma(x, y, z):
 
 @triton.jit
 def divide(a, b, dtype: tl.constexpr):
-    """a / b, as accurate as a result of ``dtype`` requires."""
+    """``a / b``, as accurate as a result of ``dtype`` requires."""
     if dtype == tl.float32:
         return tl.div_rn(a, b)
     else:
@@ -171,7 +171,7 @@ def _num_sms(index: int | None) -> int:
 
 
 def architecture(x: Tensor) -> int:
-    """Architecture of the device of x: 90 for sm_90. In :func:`record_launches` its argument; in the interpreter 90."""
+    """Architecture of the device of x, 90 for sm_90. Inside :func:`record_launches` it is ``arch``; on a CPU, 90."""
     if _recorder is not None:
         return _recorder[0]
     return _capability(x.device.index) if x.is_cuda else 90
@@ -180,7 +180,7 @@ def architecture(x: Tensor) -> int:
 def num_sms(x: Tensor) -> int:
     """Number of streaming multiprocessors of the device of x.
 
-    In :func:`record_launches` 132, as on an H200. In the interpreter 2, because it runs programs serially.
+    Inside :func:`record_launches` it is 132, as on an H200. In the interpreter it is 2, because programs run serially.
     """
     if x.is_cuda and _recorder is None:
         return _num_sms(x.device.index)
@@ -215,8 +215,8 @@ def launch(
         **constants: The other compile-time constants.
 
     Raises:
-        TypeError: The arguments do not match the kernel's. Triton's interpreter and its ahead-of-time compiler ignore
-            unknown constants, which its just-in-time compiler rejects.
+        TypeError: The arguments do not match the kernel's. Only Triton's just-in-time compiler rejects unknown
+            constants. Its interpreter and its ahead-of-time compiler ignore them.
     """
     meta = {**config.tile, **constants}
     count = len(args) + len(config.tile) + len(constants)

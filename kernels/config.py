@@ -1,8 +1,8 @@
-"""Launch configurations: a heuristic per kernel, or what was measured.
+"""Launch configurations: from each kernel's heuristic, or from a measurement.
 
-Each kernel's file has its heuristic at the top. :func:`choose` takes the entry of ``tuned.json`` for exactly this
-kernel, architecture, dtype and shape, if ``dfkd-fast bench --tune`` measured one to be faster, and else the heuristic.
-Nothing is tuned while a program runs.
+The heuristics are at the top of the kernels' files. ``dfkd-fast bench --tune`` writes faster configurations to
+``tuned.json``. :func:`choose` uses the file's entry for exactly this kernel, architecture, dtype and shape. If there is
+none, it uses the heuristic. Nothing is tuned while a program runs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Launch:
 
     Attributes:
         tile: the kernel's compile-time sizes, by the names of its arguments.
-        num_warps: per program.
-        num_stages: of the software pipeline of its loops.
+        num_warps: number of warps per program.
+        num_stages: number of stages of the software pipeline of the kernel's loops.
     """
 
     tile: dict[str, int] = field(default_factory=dict)
@@ -59,8 +59,8 @@ def heuristic(kernel: str, **limits: tuple[int, int]) -> Callable[[Callable[...,
 
     Args:
         kernel: name for :func:`choose`.
-        **limits: the sizes that a tuning run may change, with the least and the greatest value that the kernel takes.
-            Each is halved and doubled in turn, stages are one fewer and one more, and so are warps halved and doubled.
+        **limits: the values that a tuning run may change, with the least and the greatest that the kernel supports.
+            A run halves or doubles one value at a time, or changes a number of stages by one. Warps may always change.
     """
     limits = {"num_warps": (1, 16), **limits}
 
@@ -76,7 +76,7 @@ def heuristic(kernel: str, **limits: tuple[int, int]) -> Callable[[Callable[...,
 def shared_memory(arch: int) -> int:
     """Bytes of shared memory that one block may use on an architecture (90 for sm_90).
 
-    From the CUDA C++ programming guide's table of technical specifications; the smallest for those not in it.
+    Source: the CUDA C++ programming guide, technical specifications. Other architectures get the smallest value.
     """
     kilobytes = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
     return 1024 * kilobytes.get(arch, 64)
@@ -94,7 +94,7 @@ def _tuned() -> dict[str, dict[str, Any]]:
 
 
 def candidates(kernel: str, arch: int, dtype: torch.dtype, **sizes: int) -> list[Launch]:
-    """What a tuning run tries, the heuristic's choice first."""
+    """The configurations that a tuning run tries. The first is the heuristic's choice."""
     return _RULES[kernel](arch, dtype, **sizes)
 
 
@@ -103,10 +103,10 @@ def choose(kernel: str, arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
 
     Args:
         kernel: name of a heuristic.
-        arch: of the device, 90 for sm_90.
-        dtype: of the main operands.
-        **sizes: the heuristic's arguments. Each set of them is a choice, so sizes that vary from call to call come
-            rounded to powers of two.
+        arch: architecture of the device, 90 for sm_90.
+        dtype: dtype of the main operands.
+        **sizes: the heuristic's arguments. Each combination has its own entry in ``tuned.json``, so callers round sizes
+            that vary from call to call to powers of two.
     """
     if _asked is not None:
         _asked.append((kernel, arch, dtype, sizes))
@@ -124,7 +124,7 @@ def choose(kernel: str, arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
 
 @contextmanager
 def forced(kernel: str, launch: Launch) -> Iterator[None]:
-    """Inside, ``choose(kernel, ...)`` is ``launch``; for only one choice where ``kernel`` is its :func:`key`."""
+    """Makes ``choose`` return ``launch`` for a kernel, or for only one choice if ``kernel`` is its :func:`key`."""
     _forced[kernel] = launch
     try:
         yield
@@ -134,7 +134,7 @@ def forced(kernel: str, launch: Launch) -> Iterator[None]:
 
 @contextmanager
 def asked() -> Iterator[list[Asked]]:
-    """Inside, the arguments of ``choose`` are recorded, in order; for tuning."""
+    """Records the arguments of each call of ``choose``, in order, for tuning."""
     global _asked
     before, _asked = _asked, []
     try:
@@ -144,5 +144,5 @@ def asked() -> Iterator[list[Asked]]:
 
 
 def entry(launch: Launch, why: str) -> dict[str, Any]:
-    """A choice as it stands in ``tuned.json``, with the reason for it."""
+    """The entry of ``tuned.json`` for a configuration, with the reason for the choice."""
     return {**asdict(launch), "why": why}

@@ -1,6 +1,7 @@
 """NT-Xent over 2N vectors without their similarity matrix: matrix product and exponential fused, forward and backward.
 
-Let y_i = 2^k_i v_i be a row scaled by a power of two, which is exact, and r_i = 1 / |y_i| (0 for a zero row)::
+Each vector v_i of D dimensions is scaled exactly by a power of two: y_i = 2^k_i v_i. With r_i = 1 / |y_i|, or 0 for a
+zero vector, and the temperature tau::
 
     s_ij = (y_i . y_j) r_i r_j log2(e) / tau          L_i = log2(sum over j != i of 2^s_ij)
     loss_i = log(2) (L_i - s_{i, partner of i})
@@ -8,18 +9,20 @@ Let y_i = 2^k_i v_i be a row scaled by a power of two, which is exact, and r_i =
 The product multiplies y in the input dtype and is scaled in float32, so the tensor cores run at full rate and the
 similarities lose no precision. Without normalization k = 0 and r = 1.
 
-Gradient, for each row a of the 2N vectors, with g the gradient of an anchor's loss (0 for rows that are not anchors)::
+Gradient, with g_i the gradient of loss_i, or 0 if v_i is not an anchor. In the kernels, row i is in tile ``a``, and
+column j is in tile ``b``::
 
-    w_ab = g_a 2^(s_ab - L_a) + g_b 2^(s_ab - L_b) - [b is the partner of a] (g_a + g_b)        w_aa = 0
-    G_a = sum over b of w_ab y_b r_b / tau        d v_a = 2^k_a r_a (G_a - (G_a . u_a) u_a)     u_a = r_a y_a
+    w_ij = g_i 2^(s_ij - L_i) + g_j 2^(s_ij - L_j) - [j is the partner of i] (g_i + g_j)        w_ii = 0
+    G_i = sum over j of w_ij y_j r_j / tau        d v_i = 2^k_i r_i (G_i - (G_i . u_i) u_i)     u_i = r_i y_i
 
 w is rounded to the dtype of y for the second product. The partner's weight is a difference of nearly equal values and
-stays in float32. If the positives are not anchors, their rows only multiply the anchors. With M = 2N, forward takes
-M^2 D operations and backward 3 M^2 D, or 2 M^2 D and 4 M^2 D if all vectors are anchors.
+stays in float32. If the last N vectors are not anchors, their rows multiply only the anchors. With M = 2N, forward
+takes M^2 D operations and backward 3 M^2 D, or 2 M^2 D and 4 M^2 D if all vectors are anchors.
 
 Tiles that contain the anchors, their partners or the end of the vectors need masks: a first loop computes them, and a
-second loop without masks computes the others. Cosines bound s. If the bound is small (``BOUNDED``), the sum of
-exponentials needs no running maximum, and w_ab needs one exponential: 2^s_ab (g_a 2^-L_a + g_b 2^-L_b).
+second loop without masks computes the others. For cosines, |s| is at most log2(e) / tau. If this bound is small
+(``BOUNDED``), the sum of exponentials needs no running maximum, and w_ij needs one exponential:
+2^s_ij (g_i 2^-L_i + g_j 2^-L_j).
 
 Memory traffic with two-byte inputs: forward 6MD bytes (read v, write and read y), backward 10MD + 8MD per chunk of
 columns (read y again, write dv, and write and read float32 partial sums); row statistics take 20M. Each block of rows
@@ -56,13 +59,13 @@ __all__ = ["dtype_and_width", "forward", "is_bounded", "matrix", "prepare", "sma
 
 
 def _fits(arch: int, dim: int, m: int, n: int, stages: int) -> bool:
-    """Whether tiles of all ``dim`` dimensions, in 16 bits, fit in shared memory."""
+    """Whether tiles of m rows and, per stage, n columns with all ``dim`` 16-bit dimensions fit in shared memory."""
     return 2 * dim * (m + stages * n) + 2 * m * n <= config.shared_memory(arch)
 
 
 @config.heuristic("contrastive_loss", BLOCK_M=(32, 128), BLOCK_N=(32, 128), num_stages=(2, 4))
 def _config(arch: int, dtype: torch.dtype, *, dim: int) -> Launch:
-    """Up to 256 dimensions, a tile holds all of them if it fits. float32 has no tensor cores: longer steps spill."""
+    """Up to 256 dimensions, a tile holds all of them if it fits. float32 uses no tensor cores: longer steps spill."""
     if dtype == torch.float32:
         return Launch(tile={"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": min(dim, 32)}, num_warps=8)
     for n in (128, 64):
@@ -86,7 +89,7 @@ def _config_backward(arch: int, dtype: torch.dtype, *, dim: int) -> Launch:
 
 @config.heuristic("contrastive_loss_rows", ROWS=(1, 128))
 def _config_rows(arch: int, dtype: torch.dtype, *, dim: int) -> Launch:
-    """The kernels that process whole rows."""
+    """For the kernels that process whole rows."""
     return Launch(tile={"ROWS": max(1, 2048 // dim), "BLOCK": dim}, num_warps=max(4, min(16, dim // 512)))
 
 
@@ -110,7 +113,7 @@ SMALL = 128
 _BOUND = 48.0
 
 _LOG_2 = tl.constexpr(math.log(2))
-# Scales w so that softmax weights over a million vectors are normal in float16 and a weight of 2 does not overflow.
+# With this factor of w, softmax weights of a million vectors are normal in float16, and a weight of 2 is finite.
 _WEIGHT_SCALE = tl.constexpr(2.0**14)
 _LOWEST = tl.constexpr(-3.0e38)
 
@@ -225,7 +228,7 @@ def _dot_transposed(a, b, acc, PRECISION: tl.constexpr):
 def _products(
     a, b, y_ptr, row, column, width, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr
 ):
-    """y_a . y_b for M rows by N columns: of the tiles a and b, or, if a is None, in steps of D dimensions."""
+    """y_i . y_j for M rows i and N columns j: from tiles ``a`` and ``b``, or without them in steps of D dimensions."""
     acc = tl.zeros([M, N], tl.float32)
     if a is None:
         for start in range(0, width, D):
@@ -275,7 +278,7 @@ def _unmasked_tile(i, start_0, count_0, start_1, count_1, start_2, count_2):
 
 @triton.jit
 def _store_loss(out_ptr, lse_ptr, row_max, row_sum, positive, offs_m, mask, scale, ELEMENTWISE: tl.constexpr):
-    """The losses of a program's anchors or their sum, and L."""
+    """Writes the losses of a program's anchors or their sum, and L."""
     log_sum = tl.log2(row_sum)
     tl.store(lse_ptr + offs_m, row_max + log_sum, mask=mask)
     # Subtract first: the loss is exactly 0 if the partner is the only term of the sum.
@@ -321,7 +324,7 @@ def _forward_kernel(
         column = _masked_tile(i, start_0, count_0, start_1, count_1, start_2) * BLOCK_N
         b = _load_tile(y_ptr, column, 0, BLOCK_D, BLOCK_N, BLOCK_D) if RESIDENT else None
         s = _products(a, b, y_ptr, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-        # Symmetric in a and b, so that backward computes the same bits: large L have no precision to spare.
+        # Symmetric scaling gives backward the same bits of s. If L is large, s - L has no precision to spare.
         s *= (inv_norm[:, None] * tl.load(row_stats_ptr + column + offs_n)[None, :]) * scale_log2
         j = (column + offs_n)[None, :]
         s = tl.where((j == offs_m[:, None]) | (j >= 2 * count), float("-inf"), s)
@@ -467,7 +470,7 @@ def prepare(
     first: Tensor, second: Tensor, normalize: bool, *, bounded: bool = False, lse: Tensor | None = None,
     grad_output: Tensor | None = None, grad_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y and row_stats of :func:`_prepare_kernel`, padded with zero rows to whole tiles."""
+    """Computes y and row_stats with :func:`_prepare_kernel`, padded with zero rows to whole tiles."""
     count, dim = first.shape
     dtype, width = dtype_and_width(first, second)
     padded = 128 * (cdiv(2 * count, 128) + 1)
@@ -508,7 +511,7 @@ def forward(
     """
     count, dim = first.shape
     if count == 0:
-        # Like torch's mean of an empty tensor.
+        # The values are those of torch's mean and sum of an empty tensor.
         out.fill_(float("nan") if reduction == "mean" else 0.0)
         return
     dtype, width = dtype_and_width(first, second)

@@ -30,7 +30,7 @@ __all__ = ["backward"]
 
 @triton.jit
 def _masked_weights(s, g, lse, g_b, lse_b, inv_norm_b, is_partner, is_excluded):
-    """w_ab r_b, scaled, zero in excluded columns; and the weight of the partner, which is one of these, not scaled."""
+    """_WEIGHT_SCALE w_ij r_j, zero in excluded columns; and the weight of the partner without these factors."""
     p_a = tl.exp2(s - lse[:, None])
     p_b = tl.exp2(s - lse_b[None, :])
     partner = tl.sum(tl.where(is_partner, (p_a - 1) * g[:, None] + (p_b - 1) * g_b[None, :], 0.0), 1)
@@ -81,7 +81,7 @@ def _abs_max_kernel(
 def _backward_kernel(
     y_ptr,  # [stats_stride, width]
     row_stats_ptr,  # [5, stats_stride]
-    partials_ptr,  # [chunks, num_rows, width], sums of w_ab y_b r_b
+    partials_ptr,  # [chunks, num_rows, width], sums of _WEIGHT_SCALE w_ij y_j r_j
     partner_weights_ptr,  # [chunks, num_rows]
     count, width, stats_stride, tiles_per_program, first_side, num_rows, scale_log2,
     SYMMETRIC: tl.constexpr, BOUNDED: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
@@ -205,7 +205,7 @@ def _small_backward_kernel(
     NORMALIZE: tl.constexpr, ELEMENTWISE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of the gradients."""
+    """Computes BLOCK_M rows of the gradients."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, ROWS)
     offs_d = tl.arange(0, BLOCK)

@@ -1,19 +1,19 @@
-"""KL divergence between two softmaxes, in one pass over the logits in each direction.
+"""KL divergence between two softmaxes, in one pass over the logits in forward and in backward.
 
-With p and q the softmaxes of the rows of a / temperature and b / temperature::
+With the logits ``a`` and ``b``, and p and q the softmaxes of the rows of ``a / temperature`` and ``b / temperature``::
 
-    d = log p - log q      terms = temperature^2 p d      row_kl = sum of p d over the row
+    d = log p - log q      loss = temperature^2 p d      row_kl = sum of p d over the row
 
-Gradient, with g the gradient of the terms::
+Gradient, with g the gradient of the elements of the loss::
 
     db = temperature (q sum(g p) - g p)      da = temperature p (g (d + 1) - sum(g p (d + 1)))
 
 If g is the same for the whole row, these are ``temperature g (q - p)`` and ``temperature g p (d - row_kl)``. Five
-values per row are saved: each side's row_max and logarithm of row_sum, and row_kl. The first two are not added up to an
-lse, because the sum would lose the digits of the logarithm for large logits.
+values per row are saved: row_kl and, for both inputs, the maximum row_max and log(row_sum), where row_sum is the sum of
+exponentials relative to row_max. For large logits, row_max + log(row_sum) would lose the digits of the logarithm.
 
-Memory traffic for logits of b bytes: forward 2 b bytes per class; backward 2 b, and b per gradient. Rows that are
-longer than a tile are read twice, from cache if they fit.
+Memory traffic per class and row, for logits of s bytes: forward reads 2 s bytes. Backward reads 2 s bytes and writes s
+bytes per gradient. Rows that are longer than a tile are read twice, from cache if they fit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["backward", "forward"]
 
 @config.heuristic("distillation_kl", BLOCK_M=(1, 64))
 def _config(arch: int, dtype: torch.dtype, *, classes: int) -> Launch:
-    """Up to 4,096 classes, a row stays in registers: eight logits of each side per thread. With more, ptxas spills."""
+    """Up to 4,096 classes, a row stays in registers: eight logits of each input per thread. With more, ptxas spills."""
     block = max(16, min(classes, 4096))
     return Launch(tile={"BLOCK_M": max(1, 1024 // block), "BLOCK_N": block}, num_warps=max(4, min(16, block // 256)))
 
@@ -84,7 +84,7 @@ def _forward_kernel(
     a_ptr,  # [N, classes]
     b_ptr,  # [N, classes]
     out_ptr,  # [N, classes] contiguous if ELEMENTWISE, else [programs]
-    row_stats_ptr,  # [5, N]: row_max and log(row_sum) of a, of b, row_kl
+    row_stats_ptr,  # [5, N]: row_max and log(row_sum) of ``a``, then both of ``b``, then row_kl
     num_rows,
     classes,
     a_strides,  # (row, class)
@@ -233,12 +233,12 @@ def forward(
         temperature: Greater than 0.
         squared: Whether to multiply by temperature^2.
         reduction: "batchmean", "mean", "sum" or "none".
-        out: float32, a scalar, or (N, classes), contiguous, for "none".
+        out: float32; a scalar, or for "none" (N, classes) and contiguous.
         saved: (5, N), float32, for :func:`backward`.
     """
     num_rows, classes = a.shape
     if num_rows == 0:
-        # As torch's mean of an empty tensor.
+        # The values are those of torch's mean and sum of an empty tensor.
         out.fill_(float("nan") if reduction in ("batchmean", "mean") else 0.0)
         return
     elementwise = reduction == "none"

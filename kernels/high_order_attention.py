@@ -1,7 +1,7 @@
 """Mixed high-order attention: gated features, the gate, or the gated features' mean squared error; and the gradients.
 
-Features are rows x of C channels, one row per position, P rows in total. Per position, with factors u, their products z
-and logits l::
+Features are rows x of C channels, one row per position, P rows in total. Per position, with orders r = 1 .. R, their
+factors u of K hidden units, the products z of the factors, activations a_r and logits l::
 
     u_{r,i} = proj_{r,i} x      z_r = prod over i of u_{r,i}      a_r = relu(z_r)      l = sum over r of out_r a_r
     A = sigmoid(l)              y = A x                           error = mean((A x - target)^2)
@@ -11,17 +11,17 @@ Gradient, with g the gradient of y (for the error, ``2 (A x - target) grad_outpu
     dl = g x A (1 - A)       da_r = out_r^T dl     du_{r,i} = da_r [z_r > 0] prod over j != i of u_{r,j}
     dx = g A + sum proj^T du         dproj_{r,i} = sum over P of du_{r,i} x^T          dout_r = sum over P of dl a_r^T
 
-If the result is the gate, with gradient h, then ``dl = h A (1 - A)``, and dx has no term g A. "per_order" has one
-sigmoid per order: dl_r = g x A_r (1 - A_r) / R. The products over j != i are multiplied out, not
-divided. Only x is saved. Factors, products, logits and gate are float32; the operands of matrix products have the dtype
-of the weights.
+If the result is the gate, with gradient h, then ``dl = h A (1 - A)``, and dx has no term g A. In mode "per_order", A is
+the mean of one gate A_r per order (``GATES = R``), and dl_r = g x A_r (1 - A_r) / R. The products over j != i are
+computed by multiplication, not from z by division. Only x is saved. Factors, products, logits and gate are float32; the
+operands of matrix products have the dtype of the weights.
 
-There are two forms. Whole: a program holds all channels of its positions (``BLOCK_C >= C``), and intermediates stay in
-registers. Split, if the logits of all channels exceed a program's registers: the activations a_r (in backward also dl
-and du) are written to memory once. Each kernel is then a matrix product with element-wise prologue or epilogue.
+There are two forms. In the whole form, a program holds all channels of its positions (``BLOCK_C >= C``), and
+intermediates stay in registers. The split form is for logits that exceed a program's registers. It writes a_r (in
+backward also dl and du) to memory once. Each kernel is then a matrix product with a pointwise prologue or epilogue.
 
 Memory traffic of the whole form with two-byte features, K = C / 4 and R = 3: forward reads x and writes y, 4PC bytes.
-Backward reads x and g and writes dx, 6PC bytes. If weights need gradients, backward also writes dl, a and du, 6.5PC
+Backward reads x and g and writes dx, 6PC bytes. If weights need gradients, backward also writes dl, a_r and du, 6.5PC
 bytes, for the matrix products over positions.
 
 Sums over positions are split over programs, and their partial sums are added in a fixed order: results are
@@ -85,7 +85,7 @@ def _split(arch: int, dtype: torch.dtype, hidden: int, order: int, gates: int, u
 def _config(
     arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, unaligned: int
 ) -> Launch:
-    """The whole form unless it spills: with 256 channels and several gates, or with ``unaligned`` addresses."""
+    """The whole form unless it spills, as with 256 channels and several gates or with ``unaligned`` addresses."""
     whole = max(16, channels)
     if dtype != torch.float32 and order <= 3 and not unaligned and whole <= (256 if gates == 1 else 128):
         return _launch(128 if whole <= 64 else 64, whole, 16, hidden, 8)
@@ -96,7 +96,7 @@ def _config(
 def _config_backward(
     arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, unaligned: int
 ) -> Launch:
-    """Like forward, but 256 channels spill, and so do several gates."""
+    """Like forward, but the whole form also spills with 256 channels or with several gates."""
     whole = max(16, channels)
     if dtype != torch.float32 and order <= 3 and gates == 1 and not unaligned and whole <= 128:
         return _launch(64, whole, 16, hidden, 4 if whole <= 64 else 8)
@@ -124,8 +124,8 @@ def _config_weights(
 class Map(NamedTuple):
     """Feature maps as the kernels take them: P rows of C channels.
 
-    ``stride_n`` is None if all rows have the distance ``stride_p``, within samples and from one to the next. All fields
-    are None if there is no such map.
+    ``stride_n`` is None if all adjacent rows have the distance ``stride_p``, also those of different samples. All
+    fields are None if there is no such map.
     """
 
     data: Any
@@ -224,7 +224,7 @@ def _relu(z, x):
 
 @triton.jit
 def _logits_gradient(g, x, logits, dtype: tl.constexpr, RESULT: tl.constexpr):
-    """dl. A (1 - A) is computed from exp(-|l|): 1 - A would lose precision in saturated gates."""
+    """The gradient dl. A (1 - A) is computed from exp(-|l|), because 1 - A loses precision in saturated gates."""
     e = exp(-tl.abs(logits), dtype)
     derivative = divide(e, fma(e, 2.0 + e, 1.0), dtype)  # e / (1 + e)^2
     return g * derivative if RESULT == "map" else g * x * derivative
@@ -268,7 +268,7 @@ def _whole_gate(
     x, proj_ptr, out_ptr, offs_c, GATES: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A of a tile of features; and its logits, or zeros if there are several gates."""
+    """The gate A of a tile of features, and its logits. If there are several gates, zeros replace the logits."""
     zeros = tl.zeros([x.shape[0], x.shape[1]], tl.float32)
     if GATES == 1:
         logits = zeros
@@ -313,7 +313,7 @@ def _whole_order_backward(
     R: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     NEEDS_GRAD_X: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Adds the part of order R to dx, from the gradient of its logits, and writes a and du unless they are None."""
+    """Adds the part of order R to dx, from the gradient of its logits, and writes a_r and du unless None."""
     first: tl.constexpr = R * (R - 1) // 2
     width: tl.constexpr = ORDER * (ORDER + 1) // 2 * K
     for start in range(0, K, BLOCK_K):
@@ -393,7 +393,7 @@ def _split_hidden_kernel(
     dl_ptr,  # [P, GATES, C], or None in forward
     proj_ptr,  # [R(R+1)/2, K, C]
     out_ptr,  # [R, C, K]
-    hidden_ptr,  # without dl: a, [P, R, K], from x; with dl: du, [P, R(R+1)/2, K], from x and dl
+    hidden_ptr,  # without dl: all a_r, [P, R, K], from x; with dl: du, [P, R(R+1)/2, K], from x and dl
     num_rows, positions,
     GATES: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -628,7 +628,7 @@ def value(x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result
     Args:
         x: (N, C, H, W), any strides.
         other: (N, C, H, W), any strides: the target of "error", else x.
-        proj: (R(R+1)/2, K, C), R up to 4, in the dtype of the matrix products.
+        proj: (R(R+1)/2, K, C), order R up to 4, K hidden units, in the dtype of the matrix products.
         out: (R, C, K), in the same dtype.
         mode: see :func:`dfkd_fast.ops.high_order_attention`.
         result: "features", "map" or "error".
@@ -636,7 +636,7 @@ def value(x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result
     """
     error = result == "error"
     if error and x.numel() == 0:
-        y.fill_(float("nan"))  # like torch's mean of an empty tensor
+        y.fill_(float("nan"))  # as torch's mean of an empty tensor
         return
     proj, out = proj.contiguous(), out.contiguous()
     x_map, other_map, constants = _map(x), _map(other), _constants(out, mode)
@@ -658,7 +658,7 @@ def value(x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result
 
 
 def forward(x: Tensor, proj: Tensor, out: Tensor, mode: str, result: str, y: Tensor) -> None:
-    """:func:`value` of "features" or "map"."""
+    """Calls :func:`value` for the result "features" or "map"."""
     value(x, x, proj, out, mode, result, y)
 
 
@@ -740,5 +740,5 @@ def gradients(
 def backward(
     grad_output: Tensor, x: Tensor, proj: Tensor, out: Tensor, mode: str, result: str, *results: Tensor | None
 ) -> None:
-    """:func:`gradients` of :func:`forward`: ``grad_output`` is the gradient of y, results are dx, dproj and dout."""
+    """Computes the gradients of :func:`forward`, with the gradient of y. ``results`` are dx, dproj and dout."""
     gradients(x, x, grad_output, proj, out, mode, result, *results)

@@ -1,6 +1,6 @@
 """Mean squared error between high-order attention and a target, without writing the attended features.
 
-With A the gate of mixed high-order attention::
+With the features x and the gate A of mixed high-order attention::
 
     error = mean of (A x - target)^2
 
@@ -25,7 +25,7 @@ def forward(x: Tensor, proj: Tensor, out: Tensor, target: Tensor, mode: str, err
 
     Args:
         x: (N, C, H, W), any strides.
-        proj: (R(R+1)/2, K, C), R up to 4, in the dtype of the matrix products.
+        proj: (R(R+1)/2, K, C), order R up to 4, K hidden units, in the dtype of the matrix products.
         out: (R, C, K), same dtype as proj.
         target: Same shape as x, any strides.
         mode: "joint" or "per_order".

@@ -2,13 +2,13 @@
 
 A window is (n, c, i, j), and its four elements are k = 2 dy + dx at (2 i + dy, 2 j + dx)::
 
-    pool:    y = max over k of x_k,  code = the first k with the maximum (the last NaN, as in PyTorch)
-             with relu, y = max(0, y), and if y is 0, code = 4: position 0 of four zeros, and no gradient
+    pool:    y = max over k of x_k,  code = the first k with the maximum (of NaNs the last, as in PyTorch)
+             with relu, y = max(0, y); if y is 0, code = 4: k = 0 for unpool and gather, no gradient of x
     unpool:  out_k = y if k = code mod 4, else 0
     gather:  y = x_k for k = code mod 4
 
-Gradient: that of pool is unpool of grad_output, except that code 4 places nothing; that of unpool is gather. Only the
-code is saved.
+The gradient of pool is unpool of grad_output, except that code 4 places nothing. The gradient of unpool is gather. Only
+the code is saved.
 
 Memory traffic of each of the three: 5 b + 1 bytes per window for elements of b bytes. gather needs only one of the four
 elements, but a 32-byte sector holds channels with different codes, so it reads all of them.
@@ -58,7 +58,7 @@ def _windows(outer, sizes, NHWC: tl.constexpr, VECTOR: tl.constexpr, BLOCK_M: tl
     pid = tl.program_id(0)
     offs_n = ((pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     offs_m = ((pid // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    # In units of vectors, so that the compiler knows that a vector has one mask.
+    # The comparison is in units of vectors, so that the compiler knows that a vector has one mask.
     mask = (offs_m < outer) & (offs_n // VECTOR < inner // VECTOR)
     offs_n = offs_n.to(tl.int64)
     if NHWC:
@@ -244,7 +244,7 @@ def unpool(y: Tensor, code: Tensor, height: int, width: int, channels_last: bool
         height: 2 h or 2 h + 1.
         width: 2 w or 2 w + 1.
         channels_last: Memory format of ``out``.
-        gradient: Whether code 4, a maximum that ReLU set to zero, places nothing. Otherwise it is position 0.
+        gradient: Whether code 4, a maximum that ReLU set to zero, places nothing. Otherwise code 4 is position 0.
         out: Output, (N, C, height, width) in the dtype of y. Every element is written.
     """
     _launch(

@@ -1,11 +1,11 @@
 """The gate of the spatial attention modules: a matrix product, a softmax and the gating, forward and backward.
 
-A sample has P positions with C features f and K hidden channels h; K is small. Per position and channel::
+A sample has P positions with C features f and K hidden channels h; K is small. With the weight w and the bias b::
 
     l = w h (+ b)        s = softmax(l)        out = f + scale s f
 
-The softmax runs over the positions of each channel (``spatial``; a bias cancels there and is ignored) or over the
-channels of each position. Gradient, with g the gradient of out::
+The softmax runs over the positions of each channel (forms "spatial" and "spatial_mean1"; b cancels and is ignored) or
+over the channels of each position (form "channel"). Gradient, with g the gradient of out::
 
     q = scale g f      delta = sum of s q over the softmax      dl = s (q - delta)
     df = g + scale g s      dh = w^T dl      dw = sum over positions of dl h      db = sum over positions of dl
@@ -19,15 +19,15 @@ Memory traffic in a two-byte dtype:
 softmax over positions, forward: a program computes the maximum and then the sum of exponentials of a chunk of a
     sample. The chunks are merged, then the tiles are gated. f is read once and h three times, twice from cache:
     4PC + 2PK bytes.
-softmax over positions, backward: one pass over f and g computes delta, a second the gradients. The second takes the
-    samples in reverse order and finds the last ones in cache: at most 10PC bytes. Alternating both passes over groups
-    of samples that fit in the cache (``MEGABYTES``) brings this near 6PC, at two or three launches per group.
+softmax over positions, backward: one pass over f and g computes delta, a second the gradients. The second reads the
+    samples in reverse order and finds the last ones in cache: at most 10PC bytes. If both passes alternate between
+    groups of samples that fit in cache (``MEGABYTES``), this is nearly 6PC, with two or three launches per group.
 softmax over channels: one pass, 4PC + 2PK bytes forward and 6PC + 4PK backward. If there are more than ``BLOCK_C``
     channels, another kernel first computes the statistics over them and reads h again, in backward also f and g.
 
 dw is summed in registers over the tiles of a program, and over programs by a kernel in a fixed order. With more than
-``BLOCK_C`` channels it needs its own launch: a program for dh loops over all channels of a tile, a program for dw over
-tiles of the same channels.
+``BLOCK_C`` channels, dw needs a separate launch: a program for dh loops over all channels of a tile, but a program for
+dw loops over tiles of the same channels.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _config_sums(
 def _config_gate(
     arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
 ) -> Launch:
-    """For a softmax over channels, a tile holds all of them, up to 256."""
+    """For a softmax over channels, a tile holds all channels if there are at most 256."""
     block = max(16, channels if over_channels and channels <= 256 else min(channels, 64))
     per_thread = 32 if _fits_large_tiles(dtype, hidden, vectors) else 8 if dtype.itemsize == 2 else 16
     return _tile(16, block, _block_k(arch, dtype, hidden), positions, per_thread, 2)
@@ -105,7 +105,7 @@ def _config_gate(
 def _config_gradients(
     arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
 ) -> Launch:
-    """A tile holds all channels of a position, up to 256, or up to 128 if products read the weight from registers.
+    """A tile holds all channels of a position: up to 256, or 64 or 128 if products read the weight from registers.
 
     ``PROGRAMS`` programs run per SM, and each writes one partial gradient of the weight. delta and the gradients are
     computed in turn for groups of samples of ``MEGABYTES``; 0 puts all samples in one group.
@@ -432,7 +432,7 @@ def _gate_kernel(
 @triton.jit
 def _logits_gradient(logits, args, df, sample, position, mask_m, offs_c, C: tl.constexpr, STATS: tl.constexpr):
     """dl of a tile. The first of the programs that share the tile also writes df unless it is None."""
-    # Usually the last read of g and f: evict them first.
+    # This is usually the last read of g and f, so the cache evicts them first.
     g = _load(args.grad_output, sample, position, mask_m, offs_c, args.positions, C, "evict_first").to(tl.float32)
     f = _load(args.features, sample, position, mask_m, offs_c, args.positions, C, "evict_first").to(tl.float32)
     s = _softmax(logits, args, sample, position, mask_m, offs_c, C, STATS)

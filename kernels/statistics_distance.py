@@ -1,6 +1,6 @@
 """Distance between a batch's statistics and stored statistics: one launch after those of the statistics.
 
-With m and v the mean and variance per channel over M values, and r_m and r_v the stored ones::
+With m and v the mean and variance per channel over M values, r_m and r_v the stored ones, and |.| the L2 norm::
 
     distance = |m - r_m| + |v - r_v|
 
@@ -11,8 +11,8 @@ Gradient, with g = grad_output, and 0 for u or w if its norm is 0::
 This is the backward of the statistics, with u and w as their gradients. m, u and w are saved.
 
 Norms. Before the differences are squared, they are divided by the largest power of two that does not exceed their
-maximum. This is exact, and no square overflows and none that matters underflows. If a tile holds all channels, the
-differences stay in registers; otherwise they are read three times.
+maximum. The division is exact. No square overflows, and a square that underflows would not change the sum. If a tile
+holds all channels, the differences stay in registers; otherwise they are read three times.
 
 Memory traffic: that of the statistics (2-byte elements: 2 bytes per element forward, 4 bytes backward). The distance
 adds a few values per channel.
@@ -36,7 +36,7 @@ __all__ = ["backward", "forward"]
 
 @config.heuristic("statistics_distance")
 def _config(arch: int, dtype: torch.dtype, *, channels: int) -> Launch:
-    """All channels in one program, which is bound by latency: four channels per thread."""
+    """One program, bound by latency: four channels per thread if there are 128 to 1,024 channels."""
     block = max(32, min(channels, 4096))
     return Launch(tile={"BLOCK": block}, num_warps=max(1, min(8, block // 128)))
 
@@ -63,7 +63,7 @@ def _power_of_2(x):
 
 @triton.jit
 def _sum_squares(x, BLOCK: tl.constexpr):
-    """Sum over channels. In two steps in the interpreter, which adds rows one by one and is less accurate."""
+    """Sum over channels. The interpreter adds rows one by one, so there two steps are more accurate."""
     if INTERPRETED:
         return tl.sum(tl.sum(tl.reshape(x * x, [32, BLOCK // 32, 2]), 1), 0)
     else:
@@ -74,7 +74,7 @@ def _sum_squares(x, BLOCK: tl.constexpr):
 def _store_directions(stats_ptr, scaled, norm, offs, channels):
     """Store u and w."""
     norm = tl.where(norm == 0, 1.0, norm)
-    # w replaces the variances, and several threads may hold the same element: all must have read it.
+    # w replaces the variances. If several threads hold the same element, all of them must have read it before.
     tl.debug_barrier()
     u, w = tl.split(tl.div_rn(scaled, tl.broadcast_to(norm[None, :], scaled.shape)))
     tl.store(stats_ptr + channels + offs, u, mask=offs < channels)
@@ -83,7 +83,7 @@ def _store_directions(stats_ptr, scaled, norm, offs, channels):
 
 @triton.jit
 def _distance_kernel(
-    stats_ptr,  # [3, C]: m, unused and v; m, u and w afterwards
+    stats_ptr,  # [3, C]: on entry m, unused and v; on exit m, u and w
     running_mean_ptr,  # [C]
     running_var_ptr,  # [C]
     distance_ptr,  # []

@@ -21,12 +21,12 @@ struct CUfunc_st {
 
 // Read and written by stub_driver.py.
 int stub_device;      // index of the current device
-int stub_num_params;  // of the next launch, because cuLaunchKernelEx does not pass the number
+int stub_num_params;  // number of parameters of the next launch, because cuLaunchKernelEx does not pass it
 struct {
   uint64_t count;
   uint32_t grid[3], block[3], shared, reserved;
   uint64_t stream;
-  uint64_t params[MAX_PARAMS];  // each in the low bytes; a parameter has up to eight
+  uint64_t params[MAX_PARAMS];  // each parameter has up to eight bytes and is in the low bytes
 } stub_launch;
 
 static const char *reason = "not implemented by the stub";

@@ -1,8 +1,8 @@
 """Sends launches through Triton's argument binding and C launchers to a stub of the CUDA driver.
 
-It needs no GPU and computes nothing: tensors have shapes, strides and an address, but no data. For each launch, the
-values that reach ``cuLaunchKernelEx`` are compared with those that Python passed. It runs as a program, because it
-changes how Triton and torch see the machine, and prints JSON:
+The stub needs no GPU and computes nothing: tensors have shapes, strides and an address, but no data. For each launch,
+the values that reach ``cuLaunchKernelEx`` are compared with those that Python passed. This module runs as a program,
+because it changes how Triton and torch see the machine. It prints JSON:
 
     TRITON_INTERPRET=0 python -m tests.kernels.stub_driver FOLDER [--arch 90 ...] [--dtype bfloat16 ...] [--compile]
 """
@@ -43,7 +43,7 @@ from ..ops import table
 
 STREAM = 0x57EA
 
-_NUM_SMS, _MAJOR, _MINOR, _SHARED = 16, 75, 76, 97  # of CUdevice_attribute
+_NUM_SMS, _MAJOR, _MINOR, _SHARED = 16, 75, 76, 97  # values of CUdevice_attribute
 _MAX_PARAMS = 128
 _HEADER = """
 #define PY_SSIZE_T_CLEAN
@@ -147,7 +147,7 @@ def compile_without_code(src: Any, target: Any, options: dict[str, Any]) -> Comp
 
 
 class _Argument(NamedTuple):
-    """A value that Python passes to a kernel. Each element of a tuple is one."""
+    """A value that Python passes to a kernel. Each element of a tuple is a separate value."""
 
     path: tuple[int, ...]
     name: str
@@ -156,7 +156,7 @@ class _Argument(NamedTuple):
     specialize: bool
 
     def constant(self) -> bool:
-        """Whether it is compiled into the kernel instead of passed."""
+        """Whether the value is compiled into the kernel instead of passed."""
         one = self.specialize and type(self.value) is int and self.value == 1
         return self.constexpr or self.value is None or one
 
@@ -207,7 +207,7 @@ class Sweep:
 
     Args:
         stub: The stub of the driver.
-        real: Compile and launch each kernel once. Otherwise launch all, without code.
+        real: Whether to compile and launch each kernel once. Otherwise, all launches are made, without compiled code.
     """
 
     def __init__(self, stub: Stub, *, real: bool) -> None:
@@ -279,7 +279,7 @@ def _widths(ptx: str) -> list[int]:
 def _cases() -> Iterator[tuple[str, Case, AbstractContextManager[None]]]:
     """The op's name, a case and a tiling, for each case of the benchmarks and of ``tests/ops/table.py``.
 
-    The latter run in each memory layout with all gradients, and with each subset of one or two gradients.
+    The cases of the table run in each memory layout with all gradients, and with each subset of one or two gradients.
     """
 
     def inputs(make: Make, *, case: table.Case, layout: str, needs_grad: Sequence[int]) -> list[Any]:

@@ -26,8 +26,8 @@ ACTIVATIONS = ("none", "relu", "relu6")
 SHAPES = {**MAP_SHAPES, "vectors": (6, 5), "sequence": (2, 3, 7), "volume": (2, 3, 2, 3, 2)}
 # Activation, and whether there is a residual.
 FORMS = (("none", False), ("relu", True), ("relu6", False), ("none", True), ("relu", False), ("relu6", True))
-# Each shape with rotating dtype and form; each dtype and each layout with each activation; residuals in a different
-# layout; more tiles than programs, with and without vector loads; channels that do not fill a block.
+# The cases cover each shape with rotating dtype and form; each dtype and each layout with each activation; residuals in
+# a different layout; more tiles than programs, with and without vector loads; channels that do not fill a block.
 CASES = {
     **{
         name: (shape, *FORMS[i % 6], {"dtype": DTYPES[(i + i // 6) % 3]})
@@ -99,7 +99,7 @@ def test_gradients_of_a_subset_of_the_results(kernel_device, results, residual):
 
 
 def test_variance_is_stable_if_the_mean_jumps(kernel_device):
-    """The first tile says nothing about the later ones."""
+    """The mean of the first tile is far from the mean of the later tiles."""
     x = random(64, 8, 6, 6, seed=3, layout="channels_last", device=kernel_device)
     x[1:] += 1000
     _, var = ops.channel_statistics(x, backend="triton")

@@ -20,12 +20,12 @@ fused = partial(ops.contrastive_loss, backend="triton")
 
 @pytest.fixture(params=["one program", "tiles"])
 def form(request):
-    """How the kernels work: few vectors in one program, or tiles with columns split over many programs."""
+    """Selects the kernels: one program for all vectors, or tiles with columns split between many programs."""
     with contrastive_tiles() if request.param == "tiles" else nullcontext():
         yield request.param
 
 
-# Each dtype, pair of dtypes, layout, reduction and temperature, and symmetric and normalized or not, in each form.
+# In each form, the cases cover each dtype, pair of dtypes, layout, reduction, temperature and boolean option.
 SYMMETRIC, PLAIN = {"symmetric": True}, {"normalize": False, "temperature": 1.0}
 CASES = {
     "float32": ({"dtype": FLOAT32}, {}),
@@ -103,7 +103,7 @@ def test_rows_of_zeros_have_zero_gradients(kernel_device, form, symmetric, dtype
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_rows(kernel_device, form, dtype):
-    """Very long and very short rows; the gradients of short rows may overflow."""
+    """Rows are very long or very short. The gradients of short rows may overflow."""
     t, s = extreme(12, 9, dtype=dtype).to(kernel_device), random(12, 9, dtype=dtype, device=kernel_device)
     if dtype == torch.bfloat16 and kernel_device == "cpu":
         t[4::6] *= 1024  # the interpreter misreads denormal bfloat16 values
@@ -146,7 +146,7 @@ def test_rounding_does_not_depend_on_the_size_of_grad_output(kernel_device, form
 @pytest.mark.gpu
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_131072_vectors_need_little_memory(symmetric):
-    """At most 1 GiB beyond inputs and gradients; some anchors are compared with float64."""
+    """The op needs at most 1 GiB beyond inputs and gradients. Some anchors are compared with float64."""
     t, s = (x.requires_grad_() for x in vectors((65_536, 128), dtype=torch.bfloat16, device="cuda")(0))
     op = partial(fused, symmetric=symmetric, reduction="none")
     torch.autograd.grad(op(t, s).mean(), (t, s))

@@ -15,7 +15,7 @@ from ..ops.table import DTYPES, logits
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
 REVERSE = {"direction": "reverse"}
-# Each shape in both directions, and each dtype, pair of dtypes, layout and reduction at least once.
+# The cases cover each shape in both directions, and each dtype, pair of dtypes, layout and reduction at least once.
 CASES = {
     "plain": ((4, 8), {}, {"temperature": 3.0}),
     "plain, reverse": ((4, 8), {"dtype": BFLOAT16}, {**REVERSE, "reduction": "none", "temperature": 3.0}),

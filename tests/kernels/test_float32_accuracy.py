@@ -47,7 +47,7 @@ def _ulps(exact, count):
 
 
 def _approximate(exact, bound, *operands):
-    """Float32 values within ``bound`` of exact float64 values. Half an ulp of the bound is the rounding."""
+    """Float32 values within ``bound`` of exact float64 values. Half an ulp of the bound is left for rounding."""
     error = np.maximum(bound - _ulps(exact, 0.5), 0.0) * _hash(*operands)
     return np.where(np.isfinite(error), exact + error, exact).astype(np.float32)
 
@@ -125,7 +125,7 @@ def _functions_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
 
 
 def test_relative_errors_of_exp_and_sigmoid_are_bounded(device):
-    """They do not grow with the argument, as the error of ``tl.exp`` does."""
+    """The errors do not grow with the argument, unlike the error of ``tl.exp``."""
     x = torch.linspace(-87, 87, 4096, device=device)
     x[-4:] = torch.tensor([0.0, -torch.inf, torch.inf, torch.nan])
     y = x.new_empty(2, 4096)

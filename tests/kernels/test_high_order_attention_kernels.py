@@ -25,8 +25,8 @@ from ..ops.table import DTYPES, high_order, high_order_tiles
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
 OPS = {"features": ops.high_order_attention, "map": ops.high_order_attention_map, "mse": ops.high_order_attention_mse}
-# Op, mode, channels per tile, shape, and further arguments of `high_order`. Each order in both modes, with features and
-# map, and with tiles of all 20 or of 16 channels; 42 positions do not fill the tiles.
+# Op, mode, channels per tile, shape, and further arguments of `high_order`. Each order occurs in both modes, and with
+# tiles of all 20 channels and of 16. The 42 positions do not fill the tiles.
 ODD = (2, 20, 3, 7)
 CASES = {
     "order 1": ("features", "joint", 16, ODD, {"order": 1, "hidden": 5, "dtype": FLOAT32}),
@@ -77,7 +77,7 @@ def test_matches_float64_reference(kernel_device, case):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_features_and_weights(kernel_device, layout):
-    """With the tiles of the heuristic."""
+    """The heuristic chooses the tiles."""
 
     def inputs(seed):
         x, *weights = high_order((2, 8, 4, 3), dtype=torch.bfloat16, device=kernel_device)(seed)
@@ -146,7 +146,7 @@ def test_skips_gradients_that_are_not_needed(channels, whole):
 
 @pytest.mark.parametrize(("block", "mode"), [(16, "joint"), (32, "per_order"), (32, "joint")])
 def test_extreme_features(kernel_device, mode, block):
-    """Saturated gates, products near the largest value, a factor of zero, and a NaN."""
+    """Gates saturate, products are large, one factor is zero, and finally one feature is NaN."""
     x, proj, out = high_order((2, 20, 2, 3), device=kernel_device)(1)
     x[0] *= 1e4
     x[1, :, 0, 0] = 0

@@ -57,7 +57,7 @@ def test_launches_reach_the_driver_unchanged(tmp_path, repository, run, options)
     )
 
 
-# The sweep, with a launch() that does not check arguments and passes a constant that the kernel does not have.
+# This script runs the sweep with a launch() that checks no arguments and passes an unknown constant.
 UNCHECKED_SCRIPT = """
 from dfkd_fast.kernels import distillation_kl
 from tests.kernels import stub_driver

@@ -26,7 +26,7 @@ from ..ops.table import DTYPES, attention, near, spatial_tiles
 
 FORMS = ("spatial", "spatial_mean1", "channel")
 FLOAT32, BFLOAT16, _ = DTYPES
-# Shape, form, arguments of `attention`, and a tiling: each shape, dtype and layout in each form.
+# Shape, form, arguments of `attention`, and a tiling. The cases cover each shape, dtype and layout in each form.
 CASES = {
     **{
         f"{name}, {form}": (
@@ -42,7 +42,7 @@ CASES = {
         for i, layout in enumerate(LAYOUTS)
         for j, form in enumerate(FORMS)
     },
-    # Several chunks to merge, partly filled tiles, and hidden maps in one block or in two.
+    # These cases have several chunks to merge, partly filled tiles, and hidden maps in one block or in two.
     **{
         name: (
             *((2, 19, 5, 4), form, {"dtype": dtype, "hidden": hidden, "layout": "channels_last"}),
@@ -97,7 +97,7 @@ def test_grad_output_and_parameters_in_any_layout(kernel_device, form, layout):
 
 
 def test_groups_of_samples_do_not_change_gradients(kernel_device):
-    """Each sample is a megabyte, and so is each group."""
+    """The features and grad_output of a sample take one megabyte, so each group has one sample."""
     inputs = attention((2, 256, 32, 32), dtype=torch.bfloat16, layout="channels_last", device=kernel_device)(0)
     op = partial(ops.spatial_attention, scale=1000.0, backend="triton")
     results = []

@@ -25,7 +25,7 @@ from dfkd_fast.testing import (
 from ..ops.table import DTYPES, distance_tiles, stored
 
 SHAPES = {**MAP_SHAPES, "vectors": (6, 5), "sequence": (2, 3, 7), "volume": (2, 3, 2, 3, 2)}
-# Shape, draws, arguments of `stored`, and a tiling: each shape and each layout with one dtype; many tiles or channels.
+# Shape, draws, arguments of `stored`, and a tiling. Each shape and each layout has one dtype.
 # The distance is one value per draw: with few draws, the reference's error can be small by chance.
 CASES = {
     **{name: (shape, 8, {"dtype": DTYPES[i % 3]}, nullcontext) for i, (name, shape) in enumerate(SHAPES.items())},
@@ -48,7 +48,7 @@ fused = partial(ops.statistics_distance, backend="triton")
 
 @pytest.fixture(params=["whole", "in blocks"])
 def tiled(request):
-    """All channels in one tile, or 32 at a time."""
+    """Selects tiles of all channels, or of 32 channels."""
     with distance_tiles() if request.param == "in blocks" else nullcontext():
         yield
 
@@ -109,7 +109,7 @@ def test_gradients_scale_with_grad_output(kernel_device):
     ],
 )
 def test_number_of_launches(shape, statistics):
-    """One more than the statistics in forward, one in backward."""
+    """Forward makes one launch more than the statistics. Backward makes one launch."""
     pytest.importorskip("triton")
     x = torch.empty(shape, device="meta", dtype=torch.bfloat16)
     x = (x.to(memory_format=torch.channels_last) if x.ndim == 4 else x).requires_grad_()

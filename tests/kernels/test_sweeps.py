@@ -44,7 +44,7 @@ def spatial(*inputs, form, backend):
 
 @dataclass(frozen=True)
 class Sweep:
-    """Strategies for the shape of the first input, for further arguments of ``make`` and for options; tilings."""
+    """Strategies for the first input's shape, for other arguments of ``make`` and for options; and the tilings."""
 
     function: Any
     make: Any
@@ -120,7 +120,7 @@ SWEEPS = {
 def test_random_calls(kernel_device, op, data):
     sweep = SWEEPS[op]
     shape = data.draw(sweep.shape)
-    # The reference keeps any strides of an empty batch.
+    # An empty batch is contiguous, because the reference would keep any other strides.
     layouts = [name for name in LAYOUTS if len(shape) == 4 or name != "channels_last"] if shape[0] else ["contiguous"]
     drawn, options = ({k: data.draw(v) for k, v in chosen.items()} for chosen in (sweep.drawn, sweep.options))
     inputs = sweep.make(shape, dtype=data.draw(dtype), layout=data.draw(choice(layouts)), device=kernel_device, **drawn)
