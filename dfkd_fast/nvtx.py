@@ -1,8 +1,8 @@
 """Named ranges on a profiler's timeline: round, step, network, op.
 
 Ranges appear in a running torch.profiler and, if the ``nvtx`` package is installed, in Nsight Systems. They are host
-ranges: a kernel belongs to the range that launched it. A captured graph is one launch, so it only has round and step
-ranges.
+ranges: a kernel belongs to the range that launched it. A captured graph is one launch, so it has only round and
+step ranges.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared by the drop-ins: checks whether an op supports a call, and losses that several projects have.
+"""Functions that the drop-ins share: checks whether an op supports a call, and losses that several projects have.
 
 Calls that no op supports run in plain PyTorch and raise the errors of the originals.
 """
@@ -100,12 +100,12 @@ def distance(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tenso
 
 
 def activation_map(features: Tensor, power: Any) -> Tensor:
-    """Return the channel mean of features (N, C, H, W) to a power, as unit rows (N, H W)."""
+    """Return the mean over channels of features (N, C, H, W) raised to a power, as unit rows (N, H W)."""
     return F.normalize(features.pow(power).mean(1).flatten(1))
 
 
 def stage_distance(student: Tensor, teacher: Tensor, power: Any) -> Tensor:
-    """Return the mean squared difference of two attention maps, the larger pooled to the smaller's height squared."""
+    """Return the mean squared difference of attention maps; the higher is pooled to (h, h), h the smaller height."""
     heights = student.shape[2], teacher.shape[2]
     size = (min(heights),) * 2
     if heights[0] > heights[1]:

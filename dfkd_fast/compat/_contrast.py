@@ -10,7 +10,7 @@ from dfkd_fast.compat._common import floating, positive
 
 
 class SupervisedContrast(nn.Module):
-    """The loss of ``ContrastLoss`` and ``SupConLoss``."""
+    """The loss of ``ContrastLoss`` and ``SupConLoss``. Anchor views are all views, or only the first in mode "one"."""
 
     def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07) -> None:
         super().__init__()
@@ -32,9 +32,9 @@ class SupervisedContrast(nn.Module):
         Args:
             features: (N, views, ...), not normalized here.
             labels: (N,); samples with the same label are positives of each other.
-            mask: (N, N), instead of labels; nonzero where the column is a positive of the row, and weights it. With
-                neither, a sample's positives are its other views.
-            reduction: "mean", or "none" for (anchor views, N).
+            mask: (N, N), instead of labels: the weight of the column's sample as a positive of the row's sample.
+                Without labels and mask, a sample's positives are its other views.
+            reduction: "mean", or "none" for one loss per anchor, (anchor views, N).
             return_logits: also return the (anchor views * N, views * N) similarities.
 
         Raises:
@@ -69,7 +69,7 @@ class SupervisedContrast(nn.Module):
         vectors = features.transpose(0, 1).flatten(0, 1)
         anchor_views = views if mode == "all" else 1
         similarity = vectors[: anchor_views * count] @ vectors.T / temperature
-        # Excludes each anchor from its sum. Not infinite, because it is multiplied by zero.
+        # This term excludes each anchor from its sum. It is finite, because 0 * inf would be NaN.
         itself = torch.zeros_like(similarity).fill_diagonal_(torch.finfo(similarity.dtype).min / 2)
         positives = positives.repeat(anchor_views, views).fill_diagonal_(0)
         log_likelihood = (positives * (similarity + itself).log_softmax(1)).sum(1) / positives.sum(1)
@@ -78,7 +78,7 @@ class SupervisedContrast(nn.Module):
 
 
 def _positives(features: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
-    """The mask of positives, (N, N), float32, on the device of features."""
+    """Return the mask of positives, (N, N), float32, on the device of features."""
     count, device = features.shape[0], features.device
     if mask is not None:
         return mask.to(device, torch.float32)

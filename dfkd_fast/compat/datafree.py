@@ -94,8 +94,8 @@ class KLDiv(nn.Module):
 def jsdiv(logits: Tensor, targets: Tensor, T: float = 1.0, reduction: str = "batchmean") -> Tensor:
     """Compute (KL(M || P) + KL(M || Q)) / 2 for softened probabilities P and Q and their mean M (CMI).
 
-    As in the original, the divergences are KL(M || P) instead of KL(P || M) of the Jensen-Shannon divergence. P, Q and
-    M are clamped to [0.01, 0.99], and the result is not multiplied by T squared. Arguments and errors are those of
+    As in the original, the divergences are KL(M || P), where the Jensen-Shannon divergence has KL(P || M). P, Q and M
+    are clamped to [0.01, 0.99], and the result is not multiplied by T squared. Arguments and errors are those of
     :func:`kldiv`.
     """
     p = F.softmax(logits / T, dim=1)
@@ -271,7 +271,7 @@ class DeepInversionHook(_Hook):
         assert self.mmt is not None
         assert self.mmt_rate is not None
         old_mean, old_var = self.mmt
-        # torch.lerp would need both in the same dtype.
+        # torch.lerp would need both operands in the same dtype.
         new = 1 - self.mmt_rate
         return self.mmt_rate * old_mean + new * mean, self.mmt_rate * old_var + new * var
 
@@ -291,7 +291,7 @@ class DeepInversionHook(_Hook):
 
 
 class ContrastLoss(SupervisedContrast):
-    """Supervised contrastive loss (Khosla et al., 2020), one value per anchor; without labels and mask, that of SimCLR.
+    """Supervised contrastive loss (Khosla et al., 2020) per anchor; without labels and mask, the loss of SimCLR.
 
     The features are not normalized here; CMI's head normalizes them.
 

@@ -44,7 +44,7 @@ class DeepInversionFeatureHook:
 
 
 def get_image_prior_losses(inputs_jit: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two total variations: the sum of mean absolute differences and that of L2 norms (Yin et al., CVPR 2020).
+    """Return two total variations: sums of mean absolute differences and of L2 norms (Yin et al., CVPR 2020).
 
     Args:
         inputs_jit: images (N, C, H, W), any floating dtype.

@@ -27,7 +27,7 @@ COVERAGE = (
 
 
 def _processes() -> tuple[int, int]:
-    """The rank of this process and the number of processes; 0 and 1 without a process group."""
+    """Return the rank of this process and the number of processes; 0 and 1 without a process group."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
@@ -35,7 +35,7 @@ def _processes() -> tuple[int, int]:
 
 
 def _gather(x: Tensor) -> Tensor:
-    """The rows of all processes. Gradients flow back to each process."""
+    """Return the rows of all processes. Gradients flow back to each process."""
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(x))
@@ -141,7 +141,7 @@ class NTXentLoss(nn.Module):
             raise ValueError("gather_distributed is True but torch.distributed is not available")
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """Compute the loss, a scalar, of two views (N, dim), any floating dtype; rows with one index are positives.
+        """Compute the loss, a scalar, of two views (N, dim), any floating dtype; rows of equal index are positives.
 
         Raises:
             ValueError: out0 does not have two dimensions.
@@ -178,7 +178,7 @@ class NTXentLoss(nn.Module):
         return self.cross_entropy(similarity.scatter(1, itself[:, None], -torch.inf), other)
 
     def _against_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """The loss of out0 with its positives in out1 and the bank as negatives."""
+        """Return the loss of out0 with its positives in out1 and the bank as negatives."""
         out1, negatives = self.memory_bank(out1, update=out0.requires_grad)
         similar = (out0 * out1).sum(1, keepdim=True)
         logits = torch.cat([similar, out0 @ negatives.to(out0.device)], dim=1) / self.temperature

@@ -58,7 +58,7 @@ class NTXentLoss(losses.NTXentLoss):
         """Whether :meth:`of_views` equals the original for ``count`` samples.
 
         The original adds exp(-87), the smallest normal float32 number, to each probability. Probabilities are at least
-        exp(-2 / temperature) / (2 count); if that is above exp(-70), the addition has no effect.
+        exp(-2 / temperature) / (2 count); if this bound is above exp(-70), the addition has no effect.
         """
         return (
             _plain(self, reducers.MeanReducer)
@@ -97,7 +97,7 @@ class SupConLoss(losses.SupConLoss):
 
 
 class SelfSupervisedLoss(losses.SelfSupervisedLoss):
-    """Applies a loss to two views of a batch, as the library's class; rows with one index are positives."""
+    """Applies a loss to two views of a batch, as the library's class; rows of equal index are positives."""
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
         """Compute the loss of two views (N, dim), any floating dtype; the library's errors apply."""

@@ -42,7 +42,7 @@ class Attention(nn.Module):
     """Attention transfer (Zagoruyko and Komodakis, ICLR 2017).
 
     Args:
-        p: power of the features; their mean over channels is a position's attention.
+        p: power of the features; the attention of a position is the mean of these powers over channels.
     """
 
     def __init__(self, p: float = 2) -> None:

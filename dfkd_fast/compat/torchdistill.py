@@ -27,9 +27,9 @@ COVERAGE = (
 
 
 def _registry() -> Callable[[type[nn.Module]], Any] | None:
-    """torchdistill's registration function, or None if it is not installed."""
+    """Return torchdistill's registration function, or None if torchdistill is not installed."""
     try:
-        # Importing mid_level registers torchdistill's losses, so it must come before the replacement.
+        # Importing mid_level registers torchdistill's losses, so the import must come before their replacement.
         from torchdistill.losses import mid_level, registry
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "torchdistill":

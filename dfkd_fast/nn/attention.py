@@ -17,7 +17,7 @@ __all__ = ["HighOrderAttention", "SpatialAttention"]
 class HighOrderAttention(nn.Module):
     """Mixed high-order attention (paper, section 3.3; Chen et al., ICCV 2019).
 
-    Order r multiplies r linear maps of the features. A sigmoid of the rectified products gates the features.
+    Order r = 1..R multiplies r linear maps of the features. A sigmoid of the rectified products gates the features.
 
     Args:
         channels: number of channels C of the features.
@@ -26,7 +26,7 @@ class HighOrderAttention(nn.Module):
         mode: ``joint`` applies one sigmoid to the sum over orders, ``per_order`` averages one sigmoid per order.
 
     Attributes:
-        proj_weight: (R (R + 1) / 2, K, C), in the order (1, 1), (2, 1), (2, 2), (3, 1), ...
+        proj_weight: (R (R + 1) / 2, K, C), the maps (order, number) = (1, 1), (2, 1), (2, 2), (3, 1), ...
         out_weight: (R, C, K).
 
     Raises:
@@ -81,7 +81,7 @@ class SpatialAttention(nn.Module):
         channels: number of channels C of the features.
         reduction: r; the hourglass has C / r channels at its ends.
         scale: lambda in Eq. 6.
-        form: ``spatial`` applies the softmax over the H W positions of each channel, ``spatial_mean1`` multiplies that
+        form: ``spatial`` applies the softmax over the H W positions of each channel, ``spatial_mean1`` multiplies it
             by H W, ``channel`` applies the softmax over the channels at each position.
     """
 
@@ -97,7 +97,7 @@ class SpatialAttention(nn.Module):
         width = max(1, channels // reduction)
         self.scale, self.form = scale, form
         self.reduce = nn.Conv2d(channels, width, 1)
-        # No bias before a BatchNorm, which would subtract it.
+        # Convolutions before a BatchNorm have no bias, because the BatchNorm would subtract it.
         self.encode = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)
         self.encode_norm = nn.BatchNorm2d(2 * width)
         self.bottleneck = nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False)

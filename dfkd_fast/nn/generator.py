@@ -35,13 +35,13 @@ class _Block(nn.Module):
 class AttentionGenerator(nn.Module):
     """Generates images (N, 3, H, W) in [-1, 1] from noise (N, latent_dim) (paper, table 6).
 
-    A linear layer and a BatchNorm produce the first map, H / 16 x W / 16. Four blocks double its size, and a
+    A linear layer and a BatchNorm produce the first map, H / 16 x W / 16. Each of four blocks doubles H and W, and a
     convolution with tanh produces the image.
 
     Args:
         image_size: H and W in pixels, a multiple of 16.
         latent_dim: length of the noise vector.
-        channels: number of channels of the first map and of the four blocks' outputs.
+        channels: numbers of channels of the first map and of the four blocks' outputs.
         batch_norm: use a BatchNorm in each block; the paper's table has none.
         spectral_norm: apply spectral norm to the transposed convolutions, with one power iteration per forward in
             training mode.

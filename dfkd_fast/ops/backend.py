@@ -6,8 +6,8 @@ The backend is the first of:
 2. the innermost ``with dfkd_fast.ops.backend(...)`` in the calling thread;
 3. the environment variable ``DFKD_FAST_BACKEND`` (for debugging; compiled functions keep the value from tracing);
 4. automatic: the first backend in :data:`NAMES` that supports the arguments. ``cuda`` is selected only for shapes for
-   which it has been measured to be the fastest (:mod:`dfkd_fast.ops.choices`). In eager mode, fused backends are
-   selected only from the sizes in :data:`EAGER_MIN_NUMEL`.
+   which measurements show it to be the fastest (:mod:`dfkd_fast.ops.choices`). In eager mode, the fused backends
+   ``cuda`` and ``triton`` are selected only for tensors of at least the sizes in :data:`EAGER_MIN_NUMEL`.
 
 ``cuda`` is CUDA C++ (csrc/) for devices of compute capability 9.0. It uses wgmma, TMA, clusters and grid-wide barriers,
 and supports fewer shapes than ``triton``.
@@ -65,18 +65,18 @@ EAGER_MIN_NUMEL = {
 }
 """Smallest number of elements in an op's first tensor for which eager mode selects a fused backend.
 
-Launching a fused kernel from Python takes longer than launching several small PyTorch kernels, so an eager call is
-faster fused only if the reference keeps the GPU busy for longer than the launch. Under torch.compile and in CUDA graphs
-launch overhead vanishes, and the fused op runs at every size. The values are provisional: CPU time per call, measured
-without a GPU, compared with the reference's memory traffic at 2.95 TB/s.
+Launching a fused kernel from Python takes longer than launching several small PyTorch kernels. In eager mode, the fused
+kernel is therefore faster only if the reference keeps the GPU busy for longer than that launch takes. torch.compile and
+CUDA graphs remove the launch overhead, so there the fused op runs at every size. The values are provisional: they
+compare the CPU time per call, measured without a GPU, with the reference's memory traffic at 2.95 TB/s.
 """
 
 
 def _small_and_eager(op: str, x: Tensor) -> bool:
-    """Whether the launch overhead of a fused backend would exceed the time it saves."""
+    """Return whether this eager call is too small for a fused backend to save more time than its launch takes."""
     if not x.is_cuda or torch.compiler.is_compiling() or x.numel() >= EAGER_MIN_NUMEL[op]:
         return False
-    # CUDA graphs are warmed up and captured on a side stream.
+    # CUDA graphs are warmed up and captured on a side stream, so a call on the default stream is eager.
     return torch.cuda.current_stream(x.device) == torch.cuda.default_stream(x.device)
 
 
@@ -90,8 +90,8 @@ class Implementation:
 
     Args:
         function: takes the public function's checked arguments, without ``backend``.
-        unsupported_reason: takes the same; returns why ``function`` does not support them, None if it does.
-        automatic: takes the same; returns whether dispatch may select the backend automatically.
+        unsupported_reason: takes the same arguments; returns why ``function`` does not support them, or None.
+        automatic: takes the same arguments; returns whether dispatch may select the backend automatically.
     """
 
     function: Callable[..., Any]
@@ -116,16 +116,16 @@ def register(
 
     Args:
         op: name of the op.
-        name: name of the backend: one in :data:`NAMES`, or another, which then runs only on request.
+        name: name of the backend; one that is not in :data:`NAMES` runs only on request.
         function: takes the public function's checked arguments, without ``backend``.
-        unsupported_reason: takes the same; returns why ``function`` does not support them, None if it does.
+        unsupported_reason: takes the same arguments; returns why ``function`` does not support them, or None.
     """
     if name not in _names:
         _names.insert(-1, name)  # before the reference
 
     def automatic(x: Tensor, *args: Any, **kwargs: Any) -> bool:
         if name == "triton" and x.device.type == "cpu":
-            return False  # The interpreter is for tests.
+            return False  # Triton's interpreter, which runs on the CPU, is only for tests.
         return name != "cuda" or choices.faster(op, x) == name
 
     _registry.setdefault(op, {})[name] = Implementation(function, unsupported_reason, automatic)
@@ -160,7 +160,7 @@ class backend:
 
 
 def _named(argument: str | None) -> tuple[str, str] | None:
-    """The requested backend and what requested it; None if the choice is automatic."""
+    """Return the requested backend and the source of the request, or None if the choice is automatic."""
     if argument is not None:
         return argument, "backend"
     stack = getattr(_local, "stack", ())

@@ -18,7 +18,7 @@ __all__ = ["batchnorm_statistics", "channel_statistics", "new_map"]
 
 
 def _channels_last(x: Tensor) -> torch.memory_format | None:
-    """The channels-last format if the strides of x have its order, by the rule of PyTorch's norms; else None."""
+    """Return the channels-last format if the strides of x have its order by the rule of PyTorch's norms, else None."""
     if x.ndim not in (4, 5) or x.shape[1] == 1 or all(size == 1 for size in x.shape[2:]):
         return None
     lower = 0
@@ -49,7 +49,7 @@ def _allocate(
     keep_mask: bool,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, mean, var and the activation's mask: one bit per element, in bytes of 8 channels, (N, C / 8, positions)."""
+    """Allocate y, mean, var and the activation's mask, (N, ceil(C / 8), positions), with 8 channels per byte."""
     count, octets, positions = (x.shape[0], (x.shape[1] + 7) // 8, math.prod(x.shape[2:])) if keep_mask else (0, 0, 0)
     strides = (1, octets) if x.ndim == 2 or _channels_last(x) is not None else (positions, 1)
     mask = x.new_empty_strided((count, octets, positions), (octets * positions, *strides), dtype=torch.uint8)
@@ -72,7 +72,7 @@ def _allocate_backward(
     residual_dtype: torch.dtype | None,
     needs_grad: list[bool],
 ) -> list[Tensor]:
-    """Gradients of x, weight, bias and residual. The residual is not saved, so its dtype is an argument."""
+    """Allocate the gradients of x, weight, bias and residual. The residual is not saved, so its dtype is given."""
     like = ((x, None), (weight, None), (bias, None), (x, residual_dtype))
     return [new_map(t, dtype) for (t, dtype), need in zip(like, needs_grad, strict=True) if need and t is not None]
 
@@ -159,8 +159,8 @@ def batchnorm_statistics(
 
     Returns:
         y, with the shape, dtype and memory format of x; mean and var, (C,), float32 (float64 if x is), NaN if N = 0. y
-        is computed in float32 and rounded once. It is differentiable with respect to x, weight, bias and residual; mean
-        and var with respect to x.
+        is computed in float32 and rounded once. y is differentiable with respect to x, weight, bias and residual; mean
+        and var are differentiable with respect to x.
 
     Raises:
         TypeError: a tensor argument is not a floating-point tensor, or eps is not a number.

@@ -19,7 +19,7 @@ def require_tensor(
         name: name of the argument, for the message.
         value: the argument.
         layout: the name of each dimension. A final ``...`` stands for any number of further dimensions. Only N and the
-            dimensions under ``...`` may be empty.
+            dimensions that ``...`` stands for may be 0.
         like: name and value of a tensor that must be on the same device.
         **sizes: required sizes of named dimensions.
 
@@ -56,7 +56,7 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Check that an argument is one of the given strings.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the argument is none of them.
     """
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices[:-1])
@@ -67,8 +67,8 @@ def require_number(name: str, value: object, *, above: float | None = None) -> N
     """Check that an argument is a finite Python number.
 
     Raises:
-        TypeError: it is not an int or a float.
-        ValueError: it is not finite, or not greater than ``above``.
+        TypeError: the argument is not an int or a float.
+        ValueError: the argument is not finite, or not greater than ``above``.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -21,7 +21,7 @@ Key = tuple[str, int, str, tuple[int, ...]]
 
 
 def shape_class(x: Tensor) -> tuple[int, ...]:
-    """The sizes' base-2 logarithms, rounded up: of N H W and C for maps (N, C, H, W), of each size otherwise."""
+    """Return base-2 logarithms, rounded up: those of N H W and C for maps (N, C, H, W), else that of each size."""
     n, *rest = x.shape
     sizes = (n * rest[1] * rest[2], rest[0]) if len(rest) == 3 else (n, *rest)
     return tuple(max(0, int(size) - 1).bit_length() for size in sizes)

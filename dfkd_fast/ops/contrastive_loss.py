@@ -15,13 +15,13 @@ from dfkd_fast.reference import contrastive_loss as reference
 
 __all__ = ["contrastive_loss"]
 
-_REDUCTIONS = ("mean", "sum", "none")  # in the order of csrc/launchers.h
+_REDUCTIONS = ("mean", "sum", "none")  # the index of each is its code in csrc/launchers.h
 
 
 def _allocate(
     anchors: Tensor, positives: Tensor, temperature: float, symmetric: bool, normalize: bool, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and for backward the log-sum-exp of each anchor."""
+    """Allocate the loss and, for backward, the log-sum-exp of each anchor."""
     count = (2 if symmetric else 1) * anchors.shape[0]
     shape = (count,) if reduction == "none" else ()
     return anchors.new_empty(shape, dtype=torch.float32), anchors.new_empty(count, dtype=torch.float32)
@@ -73,7 +73,7 @@ def contrastive_loss(
 ) -> Tensor:
     """Compute the NT-Xent contrastive loss (paper, Eq. 8 and 9; Chen et al., ICML 2020).
 
-    With S the dot products of all 2N vectors (anchors, then positives), divided by the temperature::
+    With S_ij the dot product of vectors i and j among all 2N (anchors first), divided by the temperature::
 
         loss_i = log(sum over j != i of exp(S_ij)) - S_{i, N + i}        i = 1..N
 

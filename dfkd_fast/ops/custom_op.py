@@ -2,7 +2,7 @@
 
 Operators are functional: they allocate their results and launch a kernel that fills them. The schema is inferred from
 the annotations of the allocation function. The same function is the fake implementation that ``torch.compile`` traces,
-so strides always agree.
+so the strides of traced and real results always agree.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ __all__ = [
 ]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton kernels run in the interpreter, on the CPU. Triton reads the variable once, at import, as well."""
+"""Whether Triton kernels run in the interpreter, on the CPU. Triton also reads the variable once, at import."""
 
 _TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LIBRARY = torch.library.Library("dfkd_fast", "FRAGMENT")
 
 Launcher = Callable[..., None] | str
-"""A function of an operator's arguments and results that fills the results, or its name in kernels/, "module.name"."""
+"""A function that takes an operator's arguments and results and fills the results, or its "module.name" in kernels/."""
 
 _recording = False
 
@@ -74,12 +74,12 @@ def _launcher(launch: Launcher) -> Callable[..., None]:
 
 
 def _vmap_rule(overload: Any) -> Callable[..., Any]:
-    """A vmap rule that calls the operator once per sample, because kernels do not support another batch dimension."""
+    """Return a vmap rule that calls the operator once per sample: kernels do not support another batch dimension."""
 
     def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
         pairs = list(zip(arguments, in_dims, strict=True))
         each = [
-            overload(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in pairs))
+            overload(*(value.select(dim, i) if isinstance(dim, int) else value for value, dim in pairs))
             for i in range(info.batch_size)
         ]
         if isinstance(each[0], Tensor):
@@ -134,11 +134,11 @@ def operator(name: str, allocate: Callable[..., Any], launch: Launcher) -> Calla
         allocate: takes the operator's arguments and returns empty results. Its annotations define the schema. It also
             runs on fake tensors and must not read values. If it returns ``list[Tensor]``, the results are gradients:
             the last argument, ``needs_grad: list[bool]``, selects which to allocate.
-        launch: takes the arguments and the results and fills the results. For gradients, it receives None for each that
-            is not needed, instead of ``needs_grad``.
+        launch: takes the arguments and the results and fills the results. If these are gradients, it does not receive
+            ``needs_grad``, but None for each gradient that is not needed.
 
     Returns:
-        The operator. If it computes gradients, it returns None for each that is not needed.
+        The operator. If it computes gradients, it returns None for each one that is not needed.
     """
     schema = torch.library.infer_schema(allocate, mutates_args=())
     overload = _define(name, schema, allocate, launch)
@@ -200,7 +200,7 @@ def differentiable(
         forward: returns a tensor or a tuple of tensors.
         save: takes the tuples of arguments and results; returns tensors and options for ``backward``.
         backward: takes ``needs_input_grad``, the saved tensors, the options, and the gradient of each differentiable
-            result (None if zero); returns the gradients of the first arguments.
+            result (None if zero); returns the gradients of the leading arguments, and the others receive none.
         outputs: number of differentiable results; they come first.
         signature: a function with the parameters of ``forward``, if ``forward`` is an operator.
 
@@ -259,13 +259,13 @@ def fused_op(
 
     Args:
         name: name of the op and of its Triton operator; operators of other backends end in ``_<backend>``.
-        allocate: allocation of the forward operator, see :func:`operator`.
+        allocate: allocates the results of the forward operator; see :func:`operator`.
         outputs: number of results that are returned and differentiable; they come first.
         saved: indices of the results that backward reads; by default, all after the outputs.
         reads: names of the tensors that backward reads; by default, all.
         constants: names of the tensors that backward reads but that receive no gradient.
         new_gradient: allocates the gradient of a tensor.
-        **launches: by backend, the functions that launch the forward and the backward kernels; see ``Launcher``.
+        **launches: for each backend, the functions that launch the forward and the backward kernels; see ``Launcher``.
 
     Returns:
         The op's function per backend. It takes the arguments of ``allocate`` and returns the outputs.
@@ -321,7 +321,7 @@ def fused_op(
 
 
 def empty_map_like(x: Tensor, *, preserve: bool = False) -> Tensor:
-    """Allocate a tensor like x: channels-last if x is, else contiguous, or with the strides of x if ``preserve``."""
+    """Allocate a tensor like x: channels-last if x is; else with the strides of x if ``preserve``, or contiguous."""
     if x.ndim == 4 and x.stride(1) == 1 and x.shape[1] != 1 and x.shape[2] * x.shape[3] != 1:
         return torch.empty_like(x, memory_format=torch.channels_last)
     if preserve and not x.is_contiguous():
@@ -330,7 +330,7 @@ def empty_map_like(x: Tensor, *, preserve: bool = False) -> Tensor:
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products with x: autocast's dtype if it is enabled, else that of x."""
+    """Return the dtype of matrix products with x: the autocast dtype if autocast is enabled, else that of x."""
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else x.dtype

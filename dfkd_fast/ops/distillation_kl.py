@@ -16,7 +16,7 @@ __all__ = ["distillation_kl"]
 
 
 def _allocate(a: Tensor, b: Tensor, temperature: float, squared: bool, reduction: str) -> tuple[Tensor, Tensor]:
-    """KL(softmax(a) || softmax(b)), and five values per row for backward."""
+    """Allocate KL(softmax(a) || softmax(b)) and five values per row for backward (see kernels/distillation_kl.py)."""
     shape = a.shape if reduction == "none" else ()
     return a.new_empty(shape, dtype=torch.float32), a.new_empty((5, a.shape[0]), dtype=torch.float32)
 
@@ -50,8 +50,8 @@ def distillation_kl(
         "forward"  KL(p || q) = sum over classes of p (log p - log q)
         "reverse"  KL(q || p) = sum over classes of q (log q - log p)
 
-    A class whose first probability is 0 contributes 0 (``0 log 0 = 0``). Classes masked with logits of minus infinity
-    on both sides therefore have no effect; torch's ``kl_div`` gives NaN for them.
+    A class whose leading factor (p, or q if reverse) is 0 contributes 0, as ``0 log 0 = 0``. Classes masked in both
+    tensors with logits of minus infinity therefore have no effect; torch's ``kl_div`` gives NaN for them.
 
     Args:
         student_logits: (N, classes), float16, bfloat16, float32 or float64; N may be 0.
@@ -60,7 +60,7 @@ def distillation_kl(
         direction: "forward" or "reverse".
         reduction: as in ``torch.nn.functional.kl_div``: "batchmean" divides the sum by N, "mean" by N times classes,
             both NaN if N = 0; "none" returns the terms of the sum, (N, classes).
-        squared: multiply by temperature squared, so that the size of the gradients does not depend on it.
+        squared: multiply by temperature squared, so that the size of the gradients hardly depends on the temperature.
         backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:

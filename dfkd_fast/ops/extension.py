@@ -119,7 +119,7 @@ def _argument(size: Any) -> Any:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return x if it is contiguous and aligned as launchers require, else a copy that is."""
+    """Return x if it is contiguous and aligned to 16 bytes, as launchers require, else a copy that is both."""
     x = x.contiguous()
     return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
@@ -136,21 +136,21 @@ def or_empty(like: Tensor, *gradients: Tensor | None) -> list[Tensor]:
 
 @contextmanager
 def filled_as_rows(result: Tensor) -> Iterator[Tensor]:
-    """Context manager that yields rows (N, H W, C) for a launcher to fill, and copies them to the maps if needed."""
+    """Context manager that yields rows (N, H W, C) to fill: a view of the maps, or a buffer that is copied to them."""
     if result.numel() == 0:
         yield result
         return
-    there = result.permute(0, 2, 3, 1)
-    if there.is_contiguous() and result.data_ptr() % _ALIGNMENT == 0:
-        yield there.flatten(1, 2)
+    permuted = result.permute(0, 2, 3, 1)
+    if permuted.is_contiguous() and result.data_ptr() % _ALIGNMENT == 0:
+        yield permuted.flatten(1, 2)
         return
-    rows = result.new_empty(there.shape)
+    rows = result.new_empty(permuted.shape)
     yield rows.flatten(1, 2)
-    there.copy_(rows)
+    permuted.copy_(rows)
 
 
 def kernel_name(name: str) -> str:
-    """Return a kernel's name and template arguments as in the source code, from its demangled name."""
+    """Convert a kernel's demangled name to its name and template arguments in the source code."""
     name = re.sub(r"\(anonymous namespace\)::|dfkd::|_GLOBAL__N__\w+::", "", name)
     name = re.sub(r">\(.*", ">", name) if "<" in name.partition("(")[0] else name.partition("(")[0]
     return name.removeprefix("void ").strip()

@@ -23,16 +23,16 @@ __all__ = [
     "unsupported_order",
 ]
 
-_MODES, _RESULTS = ("joint", "per_order"), ("features", "map")  # in the order of csrc/launchers.h
+_MODES, _RESULTS = ("joint", "per_order"), ("features", "map")  # the index of each is its code in csrc/launchers.h
 
 
 def _allocate(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str, result: str) -> Tensor:
-    """The gated features or the gate. Backward recomputes the products from x."""
+    """Allocate the gated features or the gate. Backward recomputes the products from x."""
     return empty_map_like(x, preserve=result == "features")
 
 
 def new_gradient(tensor: Tensor) -> Tensor:
-    """Allocate a gradient: with the strides of maps, contiguous for weights."""
+    """Allocate a gradient: with the strides of the tensor if it holds maps, contiguous if it is a weight."""
     return torch.empty_like(tensor) if tensor.ndim == 4 else tensor.new_empty(tensor.shape)
 
 
@@ -107,7 +107,7 @@ def high_order_attention(
 ) -> Tensor:
     """Apply mixed high-order attention, ``y = A * x`` (paper, section 3.3; Chen et al., ICCV 2019).
 
-    Order r multiplies r linear maps of each position's features. The gate is a sigmoid of the rectified products::
+    Order r = 1..R multiplies r linear maps from C to K channels. The gate A is a sigmoid of the rectified products::
 
         z_r = prod over i = 1..r of proj_{r,i} x           l_r = out_r relu(z_r)
         A   = sigmoid(sum over r of l_r)                    "joint" (the paper's figure 3)
@@ -115,14 +115,14 @@ def high_order_attention(
 
     Args:
         x: (N, C, H, W), float16, bfloat16, float32 or float64; N may be 0.
-        proj_weight: (R(R+1)/2, K, C), any floating dtype, in the order (1, 1), (2, 1), (2, 2), (3, 1), ...
-        out_weight: (R, C, K), any floating dtype.
+        proj_weight: proj_{r,i} in the order (1, 1), (2, 1), (2, 2), (3, 1), ...; (R(R+1)/2, K, C), any floating dtype.
+        out_weight: out_r; (R, C, K), any floating dtype.
         mode: "joint" or "per_order".
         backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         y, (N, C, H, W), with the dtype and memory format of x. The matrix products run in the autocast dtype, or that
-        of x without autocast; the products of maps and the sigmoid in float32 (float64 if x is). Differentiable with
+        of x without autocast; the products over i and the sigmoid in float32 (float64 if x is). Differentiable with
         respect to all three tensors.
 
     Raises:
@@ -142,7 +142,7 @@ def high_order_attention_map(
     mode: Literal["joint", "per_order"] = "joint",
     backend: str | None = None,
 ) -> Tensor:
-    """Compute the gate A of :func:`high_order_attention` (paper, section 3.3).
+    """Compute the gate A of :func:`high_order_attention`, where R and K are defined (paper, section 3.3).
 
     Args:
         x: (N, C, H, W), float16, bfloat16, float32 or float64; N may be 0.

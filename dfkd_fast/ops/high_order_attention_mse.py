@@ -17,7 +17,7 @@ __all__ = ["high_order_attention_mse"]
 
 
 def _allocate(x: Tensor, proj_weight: Tensor, out_weight: Tensor, target: Tensor, mode: str) -> Tensor:
-    """The error. Backward recomputes the gated features from x."""
+    """Allocate the error. Backward recomputes the gated features from x."""
     return x.new_empty((), dtype=torch.float32)
 
 
@@ -50,7 +50,7 @@ def high_order_attention_mse(
 ) -> Tensor:
     """Compute the mean squared error of ``high_order_attention`` to a target: one stage of L_MHAD (paper, Eq. 7).
 
-    With A the gate of :func:`~dfkd_fast.ops.high_order_attention`::
+    With A the gate of :func:`~dfkd_fast.ops.high_order_attention`, where R and K are defined::
 
         mean over all elements of (A * x - target)^2
 

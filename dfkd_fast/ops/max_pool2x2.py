@@ -78,14 +78,14 @@ def max_pool2x2(x: Tensor, *, relu: bool = False, backend: str | None = None) ->
 
     Args:
         x: (N, C, H, W), float16, bfloat16, float32 or float64; H and W at least 2, N may be 0.
-        relu: apply ``F.relu`` first. Values, ties at zero and gradients are the same.
+        relu: apply ``F.relu`` first. Values, ties at zero and gradients are those of PyTorch's two functions.
         backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         The maxima and their codes, both (N, C, H // 2, W // 2) and channels-last if x is. The maxima have the dtype of
-        x and are differentiable; NaN is greater than any number. The code is 2 dy + dx of the maximum, the first one
-        among equals as in PyTorch. With ``relu``, code 4 marks windows that are all zero after it: the first element is
-        the maximum, and no gradient flows.
+        x and are differentiable; NaN counts as the maximum. The code is 2 dy + dx for the maximum in row dy and column
+        dx of its window, the first one among equals as in PyTorch. With ``relu``, code 4 marks windows that are all
+        zero after ReLU: their first element is the maximum, and it receives no gradient.
 
     Raises:
         TypeError: x is not a floating-point tensor.
@@ -129,7 +129,7 @@ def max_unpool2x2(
         raise ValueError(f"code must be on the device of y, {y.device}, got {code.device}")
     even = (2 * y.shape[2], 2 * y.shape[3])
     size = even if output_size is None else tuple(output_size)
-    if len(size) != 2 or any(a not in (b, b + 1) for a, b in zip(size, even, strict=True)):
+    if len(size) != 2 or any(given not in (low, low + 1) for given, low in zip(size, even, strict=True)):
         raise ValueError(
             f"output_size must be ({even[0]} or {even[0] + 1}, {even[1]} or {even[1] + 1}) for y of shape "
             f"{tuple(y.shape)}, got {size}"

@@ -16,13 +16,13 @@ from dfkd_fast.reference import spatial_attention as reference
 
 __all__ = ["spatial_attention"]
 
-_FORMS = ("spatial", "spatial_mean1", "channel")  # in the order of csrc/launchers.h
+_FORMS = ("spatial", "spatial_mean1", "channel")  # the index of each is its code in csrc/launchers.h
 
 
 def _allocate(
     features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str
 ) -> tuple[Tensor, Tensor]:
-    """The gated features, and for backward each channel's maximum logit and sum of exponentials."""
+    """Allocate the gated features and, for backward, each channel's maximum logit and sum of exponentials."""
     samples, channels = features.shape[:2]
     saved = features.new_empty(0 if form == "channel" else (2, samples, channels), dtype=torch.float32)
     return empty_map_like(features, preserve=True), saved
@@ -84,9 +84,9 @@ def spatial_attention(
     form: Literal["spatial", "spatial_mean1", "channel"] = "spatial",
     backend: str | None = None,
 ) -> Tensor:
-    """Gate features by the softmax of expanded maps: ``F + scale k softmax(l) F`` (paper, Eq. 6).
+    """Gate features F by the softmax of logits l: ``F + scale k softmax(l) F`` (paper, Eq. 6).
 
-    The logits are ``l = weight hidden + bias`` at each position::
+    The logits are ``l = weight hidden + bias`` at each position. The form selects the softmax and the factor k::
 
         "spatial"        softmax over the H W positions of each channel, k = 1 (the paper's text)
         "spatial_mean1"  the same with k = H W, so that k softmax(l) averages 1
@@ -96,7 +96,7 @@ def spatial_attention(
         features: F, (N, C, H, W), float16, bfloat16, float32 or float64; N may be 0.
         hidden: (N, K, H, W), any floating dtype.
         weight: (C, K), any floating dtype.
-        bias: (C,), any floating dtype, or None. The two spatial forms do not depend on it; its gradient is zero there.
+        bias: (C,), any floating dtype, or None. The two spatial forms do not depend on it and give it zero gradient.
         scale: lambda, any finite number.
         form: "spatial", "spatial_mean1" or "channel".
         backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.

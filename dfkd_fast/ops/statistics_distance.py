@@ -15,7 +15,7 @@ __all__ = ["statistics_distance"]
 
 
 def _allocate(x: Tensor, running_mean: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
-    """The distance, and for backward the mean of x and the two unit difference vectors."""
+    """Allocate the distance and, for backward, the mean of x and the two unit difference vectors."""
     return x.new_empty((), dtype=torch.float32), x.new_empty((3, x.shape[1]), dtype=torch.float32)
 
 

@@ -23,7 +23,7 @@ def pointwise(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def match_memory_format(y: Tensor, x: Tensor) -> Tensor:
-    """Make y channels-last if x is: an intermediate map with one channel loses the format."""
+    """Make y channels-last if x is, because an intermediate map with one channel loses the format."""
     if x.stride(1) == 1 and y.stride(1) != 1:
         return y.contiguous(memory_format=torch.channels_last)
     return y

@@ -13,9 +13,9 @@ __all__ = ["contrastive_loss"]
 def contrastive_loss(
     anchors: Tensor, positives: Tensor, *, temperature: float, symmetric: bool, normalize: bool, reduction: str
 ) -> Tensor:
-    """NT-Xent loss of anchors and positives (N, D)."""
+    """Compute the NT-Xent loss of anchors and positives (N, D)."""
     count = anchors.shape[0]
-    # Without autocast, because rounding errors of the similarities are multiplied by 1 / temperature.
+    # Autocast is off, because rounding errors of the similarities are multiplied by 1 / temperature.
     with torch.autocast(anchors.device.type, enabled=False):
         vectors = torch.cat([upcast(anchors), upcast(positives)])
         if normalize:

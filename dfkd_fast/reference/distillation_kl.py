@@ -18,13 +18,13 @@ def distillation_kl(
     reduction: str,
     squared: bool = True,
 ) -> Tensor:
-    """KL divergence of softened probabilities for logits (N, classes)."""
+    """Compute the KL divergence of softened probabilities for logits (N, classes)."""
     log_p = (upcast(teacher_logits) / temperature).log_softmax(1)
     log_q = (upcast(student_logits) / temperature).log_softmax(1)
     if direction == "reverse":
         log_p, log_q = log_q, log_p
     p = log_p.exp()
-    # 0 log 0 = 0. Masked before the product, because the gradient of 0 * inf is NaN too.
+    # 0 log 0 = 0. The logarithms are masked before the product, because 0 * inf and its gradient are NaN.
     absent = p == 0
     terms = p * (log_p.masked_fill(absent, 0) - log_q.masked_fill(absent, 0))
     if squared:

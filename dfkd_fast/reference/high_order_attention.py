@@ -32,10 +32,10 @@ def attention(x: Tensor, proj_weight: Tensor, out_weight: Tensor, mode: str) -> 
     rectified = []
     for r in range(1, order + 1):
         first = r * (r - 1) // 2
-        # Multiplies the factors in turn, because the gradient of torch.prod searches for zeros.
+        # The factors are multiplied in turn, because the gradient of torch.prod searches for zeros.
         rectified.append(reduce(mul, maps[first : first + r]).relu().to(projected.dtype))
     if mode == "joint":
-        # One matrix product with stacked columns sums over r.
+        # One matrix product with stacked columns also sums over the orders r.
         return upcast(pointwise(torch.cat(rectified, dim=1), out_weight.transpose(0, 1).flatten(1))).sigmoid()
-    gates = [upcast(pointwise(a, out)).sigmoid() for a, out in zip(rectified, out_weight.unbind(), strict=True)]
+    gates = [upcast(pointwise(each, out)).sigmoid() for each, out in zip(rectified, out_weight.unbind(), strict=True)]
     return sum(gates[1:], gates[0]) / order

@@ -10,7 +10,7 @@ __all__ = ["max_pool2x2", "max_unpool2x2", "memory_format"]
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Return the memory format of results for maps x: channels-last if x is, possibly strided.
+    """Return the memory format of results for maps x: channels-last if x is, even with gaps.
 
     Maps with one channel or one position fit both formats. Their strides decide, as in PyTorch.
     """

@@ -20,8 +20,8 @@ def spatial_attention(
         gate = scale * logits.softmax(1)
     else:
         if bias is not None:
-            # The softmax does not depend on the bias, and leaving it out keeps precision. Multiplying by 0 gives the
-            # parameter a gradient that is exactly zero.
+            # The softmax does not depend on the bias, and leaving the bias out keeps precision. Multiplying it by 0
+            # gives it a gradient that is exactly zero.
             weight = weight + 0 * bias[:, None]
         logits = upcast(pointwise(hidden, weight))
         softmax = logits.flatten(2).softmax(-1).view_as(logits)

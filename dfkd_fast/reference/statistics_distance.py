@@ -11,7 +11,7 @@ __all__ = ["statistics_distance"]
 
 
 def statistics_distance(x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-    """Return the Euclidean distance between the channel means of x (N, C, ...) and running_mean, plus variances."""
+    """Return the Euclidean distance of the means of x (N, C, ...) to running_mean, plus that of the variances."""
     mean, var = channel_statistics(x)
     # The gradient of torch.dist at zero is zero; that of a square root would be NaN.
     distance = torch.dist(mean, running_mean.detach()) + torch.dist(var, running_var.detach())

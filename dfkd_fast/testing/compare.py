@@ -81,8 +81,8 @@ def assert_no_worse(
 ) -> float:
     """Assert that the error of ``actual`` is at most ``factor`` times the error of plain PyTorch in the same dtype.
 
-    This derives a kernel's tolerance instead of guessing it. Both the root mean square error and the maximum error over
-    all elements must satisfy it.
+    This derives a kernel's tolerance instead of guessing it. Both the root mean square error and the largest error over
+    all elements must be within this bound.
 
     Args:
         actual: the kernel's result, any shape and dtype.

@@ -30,7 +30,7 @@ def value_and_gradients(
         The outputs, detached, as a tuple; one gradient per input, None for inputs that are not differentiated.
 
     Raises:
-        RuntimeError: an output does not depend on any of those inputs.
+        RuntimeError: an output depends on no differentiated input, or such an input affects no output.
     """
     some = any(t is not None and t.requires_grad for t in inputs)
     leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad or not some) for t in inputs]
@@ -93,7 +93,7 @@ def assert_backend_no_worse(
     ratio = 0.0
     for name, rows in columns.items():
         actual, plain, truth = (torch.cat([t.flatten() for t in column]) for column in zip(*rows, strict=True))
-        # Empty means are NaN in every dtype.
+        # The mean of an empty tensor is NaN in every dtype.
         number = ~truth.isnan()
         if not actual[~number].isnan().all():
             raise AssertionError(f"{name}: expected NaN")

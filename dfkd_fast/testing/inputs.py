@@ -91,7 +91,7 @@ def with_layout(x: Tensor, layout: Layout) -> Tensor:
 def extreme(rows: int, columns: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Return finite values of shape (rows, columns) that overflow or underflow a naive exponential, sum or square.
 
-    Rows cycle through large and spread, large and equal, one large element, one large negative element, denormal, zero.
+    Rows cycle through six kinds: spread, equal, one large element, one large negative element, denormal, zero.
     """
     largest = min(torch.finfo(dtype).max, 1e30) / 8
     spread = random(rows, columns, dtype=torch.float64, seed=seed)

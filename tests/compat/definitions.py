@@ -14,7 +14,7 @@ REDUCTIONS = ("batchmean", "sum", "mean", "none")
 
 
 def assert_same(function, definition, *inputs, atol=1e-5):
-    """Assert equal values, and equal gradients for random output gradients, within 1e-5 of a magnitude of 1."""
+    """Assert equal values, and equal gradients for random output gradients, with a relative tolerance of 1e-5."""
     assert_matches(function, definition, inputs, atol=atol, rtol=1e-5)
 
 
@@ -41,12 +41,13 @@ def jensen_shannon(student, teacher, temperature, reduction):
 
 
 def entropy(x):
+    """The negative entropy of the mean probabilities."""
     mean = (x.double().exp() / x.double().exp().sum(1, keepdim=True)).mean(0)
     return (mean * mean.log()).sum().float()
 
 
 def attention_distance(student, teacher, power):
-    """Loop over samples, with average pooling if one map is twice the size of the other."""
+    """Compute each sample in turn, with average pooling if one map is twice the size of the other."""
     size = min(student.shape[2], teacher.shape[2])
     rows = []
     for x in (student, teacher):

@@ -62,7 +62,7 @@ def test_nt_xent_matches_lightly(count, dim, temperature, seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_nt_xent_in_one_dimension(lightly, seed):
-    """A normalized number has no gradient. Lightly's own gradient is only zero up to the rounding of its norm."""
+    """A normalized number has zero gradient. Lightly's gradient is zero only up to the rounding of the norm."""
     vectors = [random(5, 1, seed=2 * seed + i).requires_grad_() for i in range(2)]
     value = drop_in.NTXentLoss(0.05)(*vectors)
     assert_close(value, lightly.NTXentLoss(0.05)(*vectors), atol=1e-5, rtol=1e-5)

@@ -156,13 +156,13 @@ def called(monkeypatch):
     return seen
 
 
-LINES = [(module, case) for module in CALLS for case in module.COVERAGE if (module, *case[:2]) not in ELSEWHERE]
+ENTRIES = [(module, case) for module in CALLS for case in module.COVERAGE if (module, *case[:2]) not in ELSEWHERE]
 
 
 @pytest.mark.parametrize(
     ("module", "case"),
-    LINES,
-    ids=[f"{module.__name__.split('.')[-1]}.{case.name}: {case.case}" for module, case in LINES],
+    ENTRIES,
+    ids=[f"{module.__name__.split('.')[-1]}.{case.name}: {case.case}" for module, case in ENTRIES],
 )
 def test_only_the_op_of_an_entry_is_called(module, case, called):
     CALLS[module][case.name, case.case]()
@@ -171,9 +171,9 @@ def test_only_the_op_of_an_entry_is_called(module, case, called):
 
 @pytest.mark.parametrize("module", CALLS, ids=lambda module: module.__name__.split(".")[-1])
 def test_coverage_lists_every_name_once_per_case(module):
-    lines = [case[:2] for case in module.COVERAGE]
-    assert len(set(lines)) == len(lines)
-    assert set(CALLS[module]) == {line for line in lines if (module, *line) not in ELSEWHERE}
+    entries = [case[:2] for case in module.COVERAGE]
+    assert len(set(entries)) == len(entries)
+    assert set(CALLS[module]) == {entry for entry in entries if (module, *entry) not in ELSEWHERE}
     public = set(module.__all__) - {"COVERAGE", "register_hooks"}
     assert {case.name for case in module.COVERAGE} == public
     assert all(isinstance(case, compat.Case) and case.op in (None, *ops.backends()) for case in module.COVERAGE)
@@ -187,7 +187,7 @@ def test_modules_are_listed_and_documented():
 def test_imports_are_lazy_and_optional(tmp_path):
     """Importing the package imports no module, and the modules import none of the original projects.
 
-    Where those are not installed, torchdistill's losses do without; pytorch-metric-learning's say what to install.
+    Without its project, the module torchdistill still imports; metric_learning raises an error with the remedy.
     """
     code = (
         "import sys, dfkd_fast.compat as c\n"

@@ -77,7 +77,7 @@ def test_momentum_averages_stored_and_batch_statistics(rate):
         for value, truth in zip(hook.tmp_val, (mean, var), strict=True):
             assert_close(value, truth, atol=1e-5)
             assert value.requires_grad
-        # Skipped in one step, after which the stored statistics must be unchanged.
+        # One step skips the update, and the stored statistics must then be unchanged.
         if step != 1:
             hook.update_mmt()
             kept = tuple(v.detach() for v in (mixed if kept is not None else (mean, var)))

@@ -58,14 +58,14 @@ def _variance(*shape: int, **options: Any) -> Tensor:
 
 
 def vectors(shape=(5, 7), *, dtype=torch.float32, other=None, needs_grad=(), **options: Any) -> Make:
-    """Inputs of :func:`ops.contrastive_loss`: two (N, D). ``other`` is the dtype of the second."""
+    """Inputs of :func:`ops.contrastive_loss`: two tensors (N, D). ``other`` is the dtype of the second."""
     return _drawn(
         *(partial(random, *shape, dtype=d, **options) for d in (dtype, other or dtype)), needs_grad=needs_grad
     )
 
 
 def logits(shape=(4, 7), *, scale=2.0, **options: Any) -> Make:
-    """Inputs of :func:`ops.distillation_kl`: two (N, classes)."""
+    """Inputs of :func:`ops.distillation_kl`: two tensors (N, classes)."""
     return vectors(shape, scale=scale, **options)
 
 
@@ -94,7 +94,7 @@ def attention(
 
 
 def near(form: str, shape: Sequence[int]) -> float:
-    """A scale at which spatial_attention adds about as much as the features themselves."""
+    """Return a scale at which the term that spatial_attention adds is about as large as the features."""
     return {"spatial": float(shape[2] * shape[3]), "spatial_mean1": 1.0, "channel": float(shape[1])}[form]
 
 
@@ -185,12 +185,12 @@ POOL_SHAPES = {
 
 
 def ties(*shape: int, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
-    """Few distinct values, mostly not positive, so that windows have ties or no positive element."""
+    """Return few distinct values, mostly not positive, so that windows have ties or no positive element."""
     return random(*shape, dtype=dtype, **options).round().clamp(-2, 1)
 
 
 def special_values(dtype: torch.dtype = torch.float64) -> Tensor:
-    """All 2 x 2 windows of special values."""
+    """Return all 2 x 2 windows of special values."""
     special = (math.nan, -math.inf, -1.0, -0.0, 0.0, 1.0, math.inf)
     return torch.tensor(list(itertools.product(special, repeat=4)), dtype=dtype).view(7, 7 * 7 * 7, 2, 2)
 
@@ -272,12 +272,12 @@ class Case:
         function: takes the inputs and ``backend``.
         make: returns the inputs for a shape.
         shapes: three small shapes; the first is not a multiple of any tile.
-        needs_grad: indices of differentiable arguments.
+        needs_grad: indices of the differentiable arguments.
         tiling: context in which Triton kernels run.
         batched: indices of arguments with a batch dimension.
         autocast: whether autocast has no effect.
         many: a shape that needs several programs.
-        graph: a shape for a GPU.
+        graph: a shape for CUDA graphs.
         atol: absolute tolerance in float32.
     """
 

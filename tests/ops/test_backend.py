@@ -23,7 +23,7 @@ def refuses_small(x):
 
 @pytest.fixture
 def op(monkeypatch):
-    """An op that adds 3 on "cuda" (only for large inputs), 2 on "triton" and 1 on "reference"."""
+    """An op that adds 3 on "cuda" (only from 4 elements), 2 on "triton" and 1 on "reference"."""
     table = {
         "reference": Implementation(lambda x: x + 1),
         "triton": Implementation(lambda x: x + 2),
@@ -217,10 +217,10 @@ def test_compiled_function_follows_calling_context(op):
 def test_context_inside_compiled_function(op):
     def both(x):
         with ops.backend("triton"):
-            a = op(x)
+            total = op(x)
             with ops.backend("reference"):
-                a = a * 10 + op(x)
-        return a * 10 + op(x)
+                total = total * 10 + op(x)
+        return total * 10 + op(x)
 
     torch.compiler.reset()
     compiled = torch.compile(both, fullgraph=True, backend="eager")

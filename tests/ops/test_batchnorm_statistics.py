@@ -62,16 +62,16 @@ def test_values_and_gradients_match_formula(shape, affine, residual, activation)
     ],
 )
 def test_statistics_are_accurate_for_large_means(backend_and_device, mean, deviation, layout):
-    """E[x^2] - E[x]^2 would have an error of 225 u at mean 30, and no correct digit at 1000."""
+    """E[x^2] - E[x]^2 would have an error of 225 unit roundoffs at mean 30, and no correct digit at mean -1000."""
     backend, device = backend_and_device
     x = random(16, 3, 28, 28, scale=deviation, shift=mean, seed=3, layout=layout, device=device)
     zero, one = torch.zeros(3, device=device), torch.ones(3, device=device)
     _, got_mean, got_var = ops.batchnorm_statistics(x, zero, one, None, None, 1e-5, backend=backend)
     exact, u = x.double(), unit_roundoff(torch.float32)
-    centre = exact.mean((0, 2, 3))
-    # mean: pairwise sums of 12,544 terms. var: the square of that error, and the error of its sum.
-    assert_close(got_mean, centre, atol=0.0, rtol=16 * u, name="mean")
-    spread = (exact - centre[:, None, None]).square().mean((0, 2, 3))
+    center = exact.mean((0, 2, 3))
+    # The mean has the error of a pairwise sum of 12,544 terms. var has its square, and the error of the sum in var.
+    assert_close(got_mean, center, atol=0.0, rtol=16 * u, name="mean")
+    spread = (exact - center[:, None, None]).square().mean((0, 2, 3))
     assert_close(got_var, spread, atol=(16 * u * mean) ** 2, rtol=64 * u, name="var")
 
 

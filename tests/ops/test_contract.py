@@ -19,7 +19,7 @@ from dfkd_fast.testing import assert_close, assert_compiles, random, value_and_g
 from .table import CASES, DTYPES, Case, RecordedOperators, call_norm, high_order, logits, maps, norm, stored
 
 ONE_PER_OP = [name for name in CASES if name.split(",")[0] not in {n.split(",")[0] for n in CASES if n < name}]
-# Without the cases that test tile sizes of an op that also has a plain case.
+# All cases except those that only add tile sizes to an op with a plain case.
 DISTINCT = [name for name in CASES if "tiles" not in name or name.split(",")[0] not in CASES]
 
 each_case = pytest.mark.parametrize("name", CASES)
@@ -152,7 +152,7 @@ def test_memory_layout_does_not_change_results(name):
 
 @pytest.mark.parametrize("name", [name for name in CASES if len(CASES[name].shapes[0]) == 4])
 def test_results_keep_memory_format_of_input(backend_and_device, name):
-    """Values in every dtype, and for kernels the gradient of the map too."""
+    """This holds for values in every dtype and, with kernels, for the gradient of the map."""
     case, (backend, device) = CASES[name], backend_and_device
     for number, dtype in enumerate(DTYPES if backend == "triton" else (torch.float64, *DTYPES)):
         layout, form = (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format))[number % 2]
@@ -173,7 +173,7 @@ def test_reference_compiles_without_graph_breaks(name):
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_kernels_compile_with_dynamic_shapes(kernel_device, name):
-    """Calls with several shapes, with other operations before the kernel."""
+    """The calls have several shapes, and another operation comes before the kernel."""
     case = CASES[name]
     calls = [case.make(shape, layout=case.layouts[1], device=kernel_device)(1) for shape in case.shapes[1:]]
     function = with_backend(case, "triton")
@@ -182,7 +182,7 @@ def test_kernels_compile_with_dynamic_shapes(kernel_device, name):
 
 
 def test_kernels_compile_with_inductor(kernel_device):
-    """All ops in one graph, because Inductor is slow. The second call makes shapes dynamic."""
+    """One graph holds all ops, because Inductor is slow. The second call makes shapes dynamic."""
     cases = [CASES[name] for name in ONE_PER_OP]
     calls = []
     for which in (1, 2):
@@ -262,7 +262,7 @@ FEWER_CHECKS = ("test_schema", "test_faketensor")  # those that depend on stride
 
 @pytest.mark.parametrize("name", DISTINCT)
 def test_operators_pass_opcheck(kernel_device, name):
-    """Forward and backward operators in each layout, with all gradients and with only one."""
+    """The calls cover forward and backward operators in each layout, with all gradients and with only one."""
     case = CASES[name]
     for number, layout in enumerate(case.layouts[1:]):
         inputs = case.make(case.shapes[0], layout=layout, device=kernel_device)(1)
@@ -381,8 +381,8 @@ def test_cuda_graph_replays_match_eager(name):
 
 BF16: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
 MAP = {**BF16, "layout": "channels_last"}
-_SIZE = 2 * 64 * 64 * 56 * 56  # bytes of a map (64, 64, 56, 56)
-# Inputs, function, extra bytes in forward beyond results, and in both passes beyond results and gradients.
+_SIZE = 2 * 64 * 64 * 56 * 56  # bytes of a BF16 map (64, 64, 56, 56)
+# Inputs, function, and bytes allowed beyond results in forward and beyond results and gradients in both passes.
 MEMORY: dict[str, tuple[Any, Any, float, float]] = {
     "distillation_kl": (
         *(logits((4096, 32_000), **BF16, needs_grad=(0, 1)), ops.distillation_kl),

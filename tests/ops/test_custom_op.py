@@ -14,7 +14,7 @@ from dfkd_fast.testing import assert_close, random
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from dfkd_fast.kernels import config, distillation_kl  # noqa: E402, F401 - the second has heuristics
+from dfkd_fast.kernels import config, distillation_kl  # noqa: E402, F401 - the second registers heuristics
 from dfkd_fast.kernels.common import cast  # noqa: E402
 
 
@@ -146,7 +146,7 @@ def test_ops_in_exported_module_match_reference(kernel_device, losses):
 
 
 def test_ops_in_mixed_precision_training_match_reference(kernel_device, losses):
-    """Autocast with a gradient scaler, which skips the step with a non-finite loss."""
+    """Training uses autocast and a gradient scaler; the scaler skips the step with a non-finite loss."""
     *modules, (images, targets) = losses
     histories = []
     for module in modules:
@@ -182,7 +182,7 @@ def test_tuned_and_forced_launches_override_heuristic(monkeypatch):
 
 
 def test_cast_rounds_bfloat16_to_nearest_in_interpreter(kernel_device):
-    """Plain stores in the interpreter truncate."""
+    """A plain store would truncate in the interpreter."""
     x = random(256, scale=1e3, device=kernel_device)
     x[:6] = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 3.3895e38])
     y = torch.empty_like(x, dtype=torch.bfloat16)

@@ -65,7 +65,7 @@ def test_extreme_logits_give_finite_results(dtype, direction):
 
 
 def made_for(backend, device, *shape):
-    """Logits in the most precise dtype of a backend, and a tolerance."""
+    """Return logits in the most precise dtype of a backend, and a tolerance."""
     dtype, atol = (torch.float64, 1e-14) if backend == "reference" else (torch.float32, 1e-6)
     return *logits(shape, dtype=dtype, device=device)(1), atol
 
@@ -99,7 +99,7 @@ def test_masked_classes_have_no_effect(backend_and_device, direction):
 
 def test_class_masked_on_one_side(backend_and_device):
     s, t, atol = made_for(*backend_and_device, 2, 4)
-    t[0, 1] = -math.inf  # adds 0, as in torch
+    t[0, 1] = -math.inf  # this class contributes 0, as in torch
     op = lambda *a: ops.distillation_kl(*a, backend=backend_and_device[0])  # noqa: E731
     (value,), gradients = value_and_gradients(op, (s, t))
     (expected,), expected_gradients = value_and_gradients(ops.distillation_kl, (s.double(), t.double()))
@@ -130,7 +130,7 @@ def test_reduced_precision_stays_within_bound(dtype, direction):
     define = lambda *a: definition(*a, temperature=2.0, direction=direction)  # noqa: E731
     (expected,), expected_gradients = value_and_gradients(define, exact)
     assert value.dtype == torch.float32
-    # log p and log q are near 4, with errors of a few u; p sums to 1; temperature squared is 4.
+    # log p and log q are near -4, with errors of a few unit roundoffs; p sums to 1; temperature squared is 4.
     single = 64 * unit_roundoff(torch.float32)
     assert_close(value, expected, atol=single, rtol=single)
     for got, expected_value in zip(gradients, expected_gradients, strict=True):

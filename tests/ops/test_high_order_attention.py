@@ -51,7 +51,7 @@ def test_value_and_gradients_match_formula(shape, order, mode):
 def test_values_and_gradients_are_finite_for_a_zero_factor_and_a_saturated_gate():
     x, proj, out = make((1, 4, 2, 2), hidden=3, dtype=torch.float32)
     without_factor = proj.clone()
-    without_factor[3] = 0  # first factor of order 3; its gradient must not be computed as z_3 / factor
+    without_factor[3] = 0  # first factor of order 3; its gradient must not be computed as the product divided by it
     for inputs in ((x, without_factor, out), (x * 1e4, proj, out)):
         values, gradients = value_and_gradients(ops.high_order_attention, inputs)
         assert all(t.isfinite().all() for t in (*values, *gradients))
@@ -60,8 +60,8 @@ def test_values_and_gradients_are_finite_for_a_zero_factor_and_a_saturated_gate(
 def error_bound(x, proj, out, u):
     """Bound the error of y if only the matrix products and y are rounded, with unit roundoff u.
 
-    Each factor has relative error u, so z_r has r u, plus one for its rounding. The second product sums these over
-    absolute values and adds one rounding. The sigmoid's slope is at most 1 / 4. The factor 1.1 covers higher orders.
+    Each factor has relative error u, so the product of order r has r u, plus one u for its rounding. The second matrix
+    product adds these errors and one rounding. The sigmoid's slope is at most 1 / 4. 1.1 covers higher powers of u.
     """
     factors = torch.einsum("fkc,nchw->fnkhw", proj, x)
     logits, error, first = 0, 0, 0

@@ -16,7 +16,7 @@ from .test_high_order_attention import definition as attended
 
 
 def make(shape=(2, 8, 4, 4), **options):
-    """Inputs of which all except the target require a gradient."""
+    """Return inputs; all except the target require a gradient."""
     return high_order(shape, dtype=torch.float64, target=True, **options)(1)
 
 

@@ -23,10 +23,10 @@ def definition(x, relu):
     n, c, h, w = x.shape
     y, code = x.new_empty(n, c, h // 2, w // 2), torch.empty(n, c, h // 2, w // 2, dtype=torch.uint8)
     for at in itertools.product(range(n), range(c), range(h // 2), range(w // 2)):
-        a, b, i, j = at
+        sample, channel, i, j = at
         best, winner = None, 0
         for k in range(4):
-            value = float(x[a, b, 2 * i + k // 2, 2 * j + k % 2])
+            value = float(x[sample, channel, 2 * i + k // 2, 2 * j + k % 2])
             value = 0.0 if relu and value <= 0 else value
             if best is None or value > best or math.isnan(value):
                 best, winner = value, k
@@ -49,7 +49,7 @@ def test_values_and_codes_match_definition(shape, relu):
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_pooling_and_unpooling_match_torch(shape, relu):
-    """Values, positions and gradients of pooling followed by unpooling."""
+    """Pooling followed by unpooling has the values, positions and gradients of torch."""
 
     def torch_pool(x):
         return F.max_pool2d(F.relu(x) if relu else x, 2, return_indices=True)

@@ -68,7 +68,7 @@ def test_scale_zero_is_the_identity(form):
 
 @pytest.mark.parametrize(("form", "scale"), [("spatial", 56.0 * 56), ("spatial_mean1", 1.0), ("channel", 8.0)])
 def test_float32_matches_float64(form, scale):
-    """At this scale, the gated part is as large as the features, which tests all of its digits."""
+    """At this scale, the added term is as large as the features, so the test covers all of its digits."""
     inputs = make((2, 8, 56, 56), dtype=torch.float32)
     exact = [t.double() for t in inputs]
     added = ops.spatial_attention(*inputs, scale=scale, form=form).double() - exact[0]
@@ -82,7 +82,7 @@ def test_float32_matches_float64(form, scale):
 
 
 def test_small_gate_keeps_its_digits_in_float32():
-    """Features times (1 + gate) would lose two digits of a gate of 1.6e-5."""
+    """The product of features and (1 + gate) would lose two digits of a gate of 1.6e-5."""
     f, h, w, b = make((1, 4, 56, 56), dtype=torch.float32)
     out = ops.spatial_attention(f, h, w, b, scale=0.05, form="spatial").double()
     expected = definition(*(t.double() for t in (f, h, w, b)), 0.05, "spatial")

@@ -27,7 +27,7 @@ def definition(x, running_mean, running_var):
     return torch.sqrt(means) + torch.sqrt(spreads)
 
 
-def exactly(shape=(3, 5, 4, 2)):
+def float64_inputs(shape=(3, 5, 4, 2)):
     return stored(shape, dtype=torch.float64)(1)
 
 
@@ -37,11 +37,11 @@ def gradient(value, x):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_value_and_gradient_match_formula(shape):
-    assert_matches(ops.statistics_distance, definition, exactly(shape))
+    assert_matches(ops.statistics_distance, definition, float64_inputs(shape))
 
 
 def test_running_statistics_receive_no_gradient():
-    x, mean, var = exactly()
+    x, mean, var = float64_inputs()
     value = ops.statistics_distance(x, mean.requires_grad_(), var.requires_grad_())
     assert torch.autograd.grad(value, (mean, var), allow_unused=True) == (None, None)
     assert not ops.statistics_distance(x.detach(), mean, var).requires_grad
