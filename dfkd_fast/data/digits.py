@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 scans of 8 x 8 pixels, part of the installed package.
+"""scikit-learn's handwritten digits: 1,797 scans of 8 x 8 pixels. They are part of the installed package.
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
 """

@@ -24,8 +24,8 @@ class ImageData:
         train: items ``(image, label)``: a float32 tensor (3, H, W), normalized by ``mean`` and ``std``, and an int.
         test: test images, without random transforms.
         classes: class names in the order of the labels.
-        mean: per channel, for pixels in [0, 1].
-        std: per channel, for pixels in [0, 1].
+        mean: one value per channel, for pixels in [0, 1].
+        std: one value per channel, for pixels in [0, 1].
         image_size: height and width in pixels.
     """
 
@@ -48,8 +48,8 @@ class ImageArray(Dataset[tuple[Tensor, int]]):
     Args:
         images: uint8, (N, 3, S, S); may be a memory map or expanded from one channel.
         labels: int64, (N,).
-        mean: per channel, for pixels in [0, 1].
-        std: per channel, for pixels in [0, 1].
+        mean: one value per channel, for pixels in [0, 1].
+        std: one value per channel, for pixels in [0, 1].
         shift: maximum random shift in pixels in each direction, drawn from PyTorch's global generator at each fetch.
             The border is replicated. 0 turns augmentation off.
 

@@ -27,7 +27,7 @@ class _SeededBatches(Sampler[tuple[int, list[int]]]):
 
 
 class _Seeded(Dataset[Any]):
-    """Fetches each batch with its seed and restores the global generator."""
+    """Seeds the global generator for each batch and restores its state afterward."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset

@@ -146,7 +146,7 @@ class CUB200(ImageSet):
               classes.txt                      200 lines "1 001.Black_footed_Albatross"
               images.txt                       11,788 lines "1 001.Black_footed_Albatross/Black_Footed_..._18.jpg"
               image_class_labels.txt           11,788 lines "1 1"
-              train_test_split.txt             11,788 lines "1 0", 1 for training
+              train_test_split.txt             11,788 lines "1 0": 0 is a test image, 1 a training image
               images/                          001.Black_footed_Albatross/, ...
         """,
         source="Published at https://www.vision.caltech.edu/datasets/cub_200_2011/ (Wah et al., 2011).",

@@ -98,7 +98,7 @@ class Layout:
 
         Raises:
             ValueError: ``config.root`` is None.
-            DatasetNotFound: it is not a folder.
+            DatasetNotFound: ``config.root`` is not a folder.
         """
         if config.root is None:
             raise ValueError(f"DataConfig.root must be the folder that contains {self.title}, got None")
@@ -111,7 +111,7 @@ class Layout:
         """Check that all paths exist. Each folder is listed only once.
 
         Raises:
-            DatasetNotFound: a path is missing; it names the first one.
+            DatasetNotFound: a path is missing; the message names the first missing path.
         """
         listed: dict[Path, set[str]] = {}
         for path in paths:

@@ -14,7 +14,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _resized(image_size: int) -> int:
-    """Length of the shorter side before the crop: 256 for 224, and in proportion."""
+    """Length of the shorter side before the crop: 256 for an image size of 224, and in proportion for others."""
     return round(image_size * 256 / 224)
 
 
@@ -37,5 +37,5 @@ def training_transform(image_size: int, *, crop: Literal["random_resized", "rand
 
 
 def evaluation_transform(image_size: int) -> v2.Compose:
-    """Resize and normalize like :func:`training_transform`, but crop the centre and do not flip."""
+    """Resize and normalize like :func:`training_transform`, but crop the center and do not flip."""
     return v2.Compose([v2.Resize(_resized(image_size)), v2.CenterCrop(image_size), *_normalized()])

@@ -49,24 +49,24 @@ class FeatureModel(nn.Module):
     """A classifier that returns :class:`Outputs`. :func:`extract` builds it.
 
     It shares parameters, buffers and modules with ``model``; save ``model.state_dict()``. The training flag of
-    ``model`` selects the forward. Copying and pickling work if they work for ``model``.
+    ``model`` selects the traced forward. Copying and pickling work if they work for ``model``.
 
     With statistics the forward is always that of eval mode: running statistics normalize and dropout is off.
 
     Attributes:
         model: the plain network.
-        programs: the traced forward as a ``torch.fx.GraphModule``, by the training flag of ``model``; empty if
+        programs: the traced forwards as ``torch.fx.GraphModule``, by the training flag of ``model``; empty if
             ``model`` returns Outputs itself.
-        stages: module paths in ``model`` of the features, shallow to deep.
+        stages: paths of the modules in ``model`` whose outputs are the features, shallow to deep.
         feature_channels: number of channels per stage.
         penultimate_dim: D, the length of the penultimate features.
         num_classes: number of logits.
         batchnorms: paths of the BatchNorms in the order of ``Outputs.statistics``.
-        fused: the operations fused with each of them: "add", "relu" or "relu6", joined by "+"; empty for none.
-        other_batchnorms: paths of the BatchNorms without statistics, which follow their training flags: not a
-            BatchNorm2d, without running statistics, or inside a module that is not traced. ``batchnorms``, ``fused``
-            and ``other_batchnorms`` are empty if statistics are not requested.
-        folded: paths of the BatchNorms that :func:`dfkd_fast.models.fold_batchnorm` has folded, in network order.
+        fused: the operations fused with each BatchNorm: "add", "relu", "relu6", joined by "+"; an empty string if none.
+        other_batchnorms: paths of the other BatchNorms: they are not a BatchNorm2d, have no running statistics,
+            override ``forward``, or are in a module that is not traced. They follow their training flags.
+            ``batchnorms``, ``fused`` and ``other_batchnorms`` are empty if statistics are not requested.
+        folded: paths of the BatchNorms that :func:`dfkd_fast.models.fold_batchnorm` has folded, in execution order.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -80,7 +80,7 @@ class FeatureModel(nn.Module):
         self.fused: tuple[str, ...] = ()
         self.other_batchnorms: tuple[str, ...] = ()
         self.folded: tuple[str, ...] = ()
-        # A dictionary, so that their parameters are not registered twice.
+        # The programs are in a dictionary, so that their parameters are not registered a second time.
         self.programs: dict[bool, fx.GraphModule] = {}
 
     def forward(self, x: Tensor) -> Outputs:
@@ -111,9 +111,9 @@ def extract(
     """Add features and BatchNorm statistics to a classifier's outputs.
 
     Args:
-        model: images (N, 3, H, W) to logits (N, classes), any device and floating-point dtype. A network that returns
-            :class:`Outputs` is not traced; its stages are the positions of its features, ``"0"``, ``"1"``, ... A
-            :class:`FeatureModel` is replaced by its plain network and its stages; its graph is reused if only
+        model: maps images (N, 3, H, W) to logits (N, classes), on any device and in any floating-point dtype. A network
+            that returns :class:`Outputs` is not traced; its stages are the positions of its features, ``"0"``, ``"1"``,
+            ... A :class:`FeatureModel` is replaced by its plain network and its stages; its graph is reused if only
             statistics are added.
         stages: module paths whose outputs are the features, shallow to deep. None selects the last map of each
             resolution, at most the deepest four: ``layer1`` to ``layer4`` of a ResNet.
@@ -122,8 +122,8 @@ def extract(
         image_size: height and width of the random image that determines the shapes.
 
     Returns:
-        The network with more outputs; it shares the parameters and buffers of ``model``. The penultimate features are
-        the flattened input of the last linear layer, before dropout.
+        The network with these outputs added; it shares the parameters and buffers of ``model``. The penultimate
+        features are the flattened input of the last linear layer, before dropout.
 
     Raises:
         TypeError: model is not a module, or stages is a string.
@@ -207,7 +207,7 @@ def _with_statistics(features: FeatureModel) -> FeatureModel:
         if isinstance(trace.module(node), dropouts()):
             node.replace_all_uses_with(node.args[0])
             trace.graph.erase_node(node)
-    statistics_nodes = _fuse_batchnorms(result, trace, set())  # nodes that are outputs have a further user and are kept
+    statistics_nodes = _fuse_batchnorms(result, trace, set())  # the output node also uses features, so they are kept
     output = trace.graph.output_node()
     output.args = ((*output.args[0][:3], statistics_nodes),)  # type: ignore[index, misc]
     result.programs[False] = result.programs[True] = _compile(result, trace)
@@ -222,7 +222,7 @@ def _trace_with_hint(root: Root, *, training: bool, evaluating: bool = False) ->
 
 
 class _Head(NamedTuple):
-    """The last nodes of a classifier's graph; ``classifier`` is the last linear layer."""
+    """The last nodes of a graph; ``classifier`` is the last linear layer, ``penultimate`` its input before dropout."""
 
     logits: fx.Node
     classifier: fx.Node
@@ -305,7 +305,7 @@ def _set_shapes(
 ) -> FeatureModel:
     name = type(result.model).__name__
     for stage, shape in zip(result.stages, features, strict=True):
-        # The image is square, and so is a map (N, C, H, W); (N, H, W, C) is not.
+        # For a square image, the last two dimensions of a map (N, C, H, W) are equal; those of (N, H, W, C) are not.
         if len(shape) != 4 or shape[2] != shape[3]:
             raise ValueError(
                 f"stages: {stage!r} of {name} returns {shape or 'no tensor'}; a stage must return a map (N, C, H, W), "
@@ -336,7 +336,7 @@ def _fuse_batchnorms(result: FeatureModel, trace: Trace, kept: set[fx.Node]) -> 
 
 
 def _program(result: FeatureModel, trace: Trace, head: _Head, statistics: list[fx.Node]) -> fx.GraphModule:
-    """Compiles the graph with the fields of :class:`Outputs` as its outputs."""
+    """Compiles the graph with the fields of :class:`Outputs` as its outputs; clones features that are overwritten."""
     graph, features = trace.graph, []
     for path in result.stages:
         node = trace.stage(path)
@@ -351,7 +351,7 @@ def _program(result: FeatureModel, trace: Trace, head: _Head, statistics: list[f
 
 
 def _compile(result: FeatureModel, trace: Trace) -> fx.GraphModule:
-    # The tracer stores tensors that the forward creates on its root. As buffers they follow the network's device.
+    # The tracer stores tensors that a forward creates in its root. As buffers they follow the network's device.
     for node in trace.graph.find_nodes(op="get_attr"):
         constant = getattr(trace.root, str(node.target), None) if "." not in str(node.target) else None
         if isinstance(constant, Tensor) and not hasattr(result, str(node.target)):

@@ -1,7 +1,7 @@
-"""Frozen copies with less work: BatchNorms folded into the layers before them, weights cast once.
+"""Makes frozen copies that do less work: BatchNorms are folded into the layers before them, weights are cast once.
 
-In eval mode a BatchNorm is an affine map per channel, which the weight and bias of the layer before it can absorb:
-``bn(conv(x; W, b)) = conv(x; s W, s (b - mean) + beta)`` with ``s = gamma / sqrt(var + eps)``.
+In eval mode a BatchNorm with weight gamma and bias beta is an affine map per channel. The layer before it, with weight
+W and bias b, absorbs it: ``bn(conv(x; W, b)) = conv(x; s W, s (b - mean) + beta)``, ``s = gamma / sqrt(var + eps)``.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _can_fold(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> bool
 
 
 def _find(result: FeatureModel, image: Tensor, dtype: torch.dtype) -> list[_Pair]:
-    """The pairs that can be folded, in network order.
+    """The pairs that can be folded, in execution order.
 
     Raises:
         ValueError: torch.fx cannot trace the forward.
@@ -100,7 +100,7 @@ def _find(result: FeatureModel, image: Tensor, dtype: torch.dtype) -> list[_Pair
         tensors = (layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
         w, b, mean, var, *affine = (None if t is None else t.detach().double() for t in tensors)
         weight, bias = (t.detach() for t in fuse_conv_bn_weights(w, b, mean, var, bn.eps, *affine))  # type: ignore
-        # In each channel the rounding error must be within the dtype's precision: float16 overflows and underflows.
+        # In each channel the rounding error must be within the dtype's precision: float16 may overflow or underflow.
         error = (weight.to(dtype).double() - weight).flatten(1).norm(dim=1)
         kept = error <= torch.finfo(dtype).eps * weight.flatten(1).norm(dim=1)
         if kept.all() and bias.to(dtype).isfinite().all():
@@ -160,15 +160,15 @@ def cast_weights(features: FeatureModel, dtype: torch.dtype) -> FeatureModel:
 def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32, image_size: int) -> FeatureModel:
     """A frozen copy with BatchNorms folded into the convolutions or linear layers before them.
 
-    A BatchNorm is folded if it is the only reader of the layer's output, the output is not a stage, both are called
-    once and have no hooks or parametrizations, and ``dtype`` can represent the folded weights. Products are computed
-    in float64 and rounded once. The other layers are cast as in :func:`cast_weights`. A network that returns
-    :class:`Outputs` itself is folded if torch.fx can trace it and the outputs for a random image stay the same.
+    A BatchNorm is folded if it is the only reader of the layer's output, the output is not a stage, the layer and the
+    BatchNorm are called once and have no hooks or parametrizations, and ``dtype`` can represent the folded weights.
+    Products are computed in float64 and rounded once. The other layers are cast as in :func:`cast_weights`. A network
+    that returns :class:`Outputs` is folded if torch.fx can trace it and the outputs for a random image stay the same.
 
     Args:
         features: a network in eval mode, without statistics.
         dtype: dtype of autocast or of the network: float16, bfloat16, float32 or float64.
-        image_size: height and width of the random image for shapes and checks.
+        image_size: height and width of the random image that is used to find shapes and to check outputs.
 
     Returns:
         A copy for eval mode that shares no tensor with ``features`` and requires no gradient. Its ``folded`` names the

@@ -69,7 +69,7 @@ class Fusion:
         activation: the fused activation, after the BatchNorm or inside its module.
         act: path of an activation inside the BatchNorm's module that cannot be fused, or None.
         add, residual: nodes of the addition and of its other summand, or None.
-        between: nodes from ``norm`` up to but excluding ``last``, in network order.
+        between: nodes from ``norm`` up to but excluding ``last``, in execution order.
     """
 
     norm: fx.Node
@@ -116,13 +116,13 @@ def _summand(trace: Trace, norm: fx.Node, value: fx.Node, add: fx.Node) -> fx.No
     if len(add.args) != 2 or add.kwargs or add.args[0] is add.args[1]:
         return None
     left, right = add.args
-    # An in-place addition to the other summand is not fused: other nodes may read the sum there.
+    # An in-place addition to the other summand is not fused: later nodes may read the sum from that tensor.
     other = right if left is value else left
     if not isinstance(other, fx.Node) or add.target not in (_ADD | _ADD_IN_PLACE if left is value else _ADD):
         return None
     if any(norm.meta.get(name, ()) != other.meta.get(name) for name in ("shape", "dtype")):
         return None
-    # The fused call reads the BatchNorm's input at the addition; nothing may overwrite it before.
+    # The fused call reads the BatchNorm's input at the addition: no node before the addition may overwrite this input.
     node = norm.next
     while node is not add:
         if trace.writes_in_place(node):
@@ -132,7 +132,7 @@ def _summand(trace: Trace, norm: fx.Node, value: fx.Node, add: fx.Node) -> fx.No
 
 
 def _match(trace: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.Node | None = None) -> Fusion:
-    """The longest fusion after a BatchNorm that leaves out the addition ``taken``."""
+    """The longest fusion that starts at a BatchNorm and does not contain the addition ``taken``."""
     fusion, module = Fusion(norm=norm, last=norm), trace.module(norm)
     if module is not None and is_batchnorm_act(module):  # its dropout is off in eval mode
         inside = _module_activation(module.get_submodule("act"))
@@ -158,7 +158,7 @@ def _match(trace: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.Nod
 
 
 def find(trace: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
-    """The BatchNorms that can compute their input's statistics, in network order, with the operations to fuse.
+    """The BatchNorms that :func:`batchnorm_with_statistics` can replace, in execution order, with what is fused.
 
     If both summands of an addition are BatchNorms, the left one is fused with the addition.
 
@@ -181,7 +181,7 @@ def find(trace: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
 def fuse(graph: fx.Graph, fusion: Fusion) -> fx.Node:
     """Insert the fused call and return the node of the statistics. ``fusion.last`` keeps its users."""
     last = fusion.last
-    # Before the addition: the residual may be computed after the BatchNorm and overwritten after the addition.
+    # Insert before the addition: the residual may be computed after the norm and overwritten after the addition.
     with graph.inserting_before(fusion.add if fusion.add is not None else fusion.norm):
         norm = graph.get_attr(str(fusion.norm.target))
         arguments = (norm, fusion.norm.all_input_nodes[0], fusion.residual, fusion.activation)

@@ -83,9 +83,9 @@ def preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def preserve_attributes(model: nn.Module) -> Iterator[set[str]]:
-    """Undo attribute changes of all modules on leaving; their names are added to the set that is yielded."""
+    """Undo attribute changes of all modules on leaving, and add the attributes' names to the yielded set."""
     saved = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
-    for now, before in saved:  # a forward changes copies of containers
+    for now, before in saved:  # so that a forward changes copies of containers
         now.update({name: copy.copy(held) for name, held in before.items() if type(held) in (list, dict, set)})
     written: set[str] = set()
     try:
@@ -98,6 +98,7 @@ def preserve_attributes(model: nn.Module) -> Iterator[set[str]]:
 
 
 def _same(a: Any, b: Any) -> bool:
+    """Whether two attribute values are one object, or built-in containers of the same objects."""
     if type(a) is not type(b) or type(a) not in (list, dict, set):
         return a is b
     left, right = ([*map(id, each), *map(id, each.values() if type(each) is dict else ())] for each in (a, b))

@@ -31,7 +31,7 @@ class Outputs(NamedTuple):
         logits: (N, classes).
         features: one map (N, C, H, W) per stage, shallow to deep.
         penultimate: (N, D), the input of the last linear layer.
-        statistics: one entry per BatchNorm, in network order; empty if statistics are not requested.
+        statistics: one entry per BatchNorm, in execution order; empty if statistics are not requested.
     """
 
     logits: Tensor

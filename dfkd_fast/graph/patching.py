@@ -1,6 +1,6 @@
-"""Fused ops in a user's model: :func:`patch` and :func:`unpatch`.
+"""Replaces patterns in a user's model by fused ops: :func:`patch` and :func:`unpatch`.
 
-A patch sets ``forward`` on module instances, after a check that the fused forward returns the same values.
+``patch`` sets ``forward`` on module instances. It first checks that the fused forward returns the same values.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # they have no forward
 
 @dataclass(frozen=True, kw_only=True)
 class Replaced:
-    """A module that :func:`patch` replaced: its path in the model and the op with the fused operations."""
+    """A module that :func:`patch` replaced: its path in the model, and the op with the operations that it fuses."""
 
     path: str
     by: str
@@ -86,13 +86,13 @@ def _refusing(what: str) -> Iterator[None]:
 class _PatchedForward:
     """A module's forward with fused ops, stored in the module's ``__dict__``.
 
-    It calls the class's forward if the arguments are not one map (N, C, H, W), a BatchNorm is in training mode, or a
-    module that the fused ops bypass has a hook.
+    It calls the class's forward if the arguments are not one map (N, C, H, W), if a fused BatchNorm is in training mode
+    (with ``eval_only``: or the module itself), or if a module that the fused ops bypass has a hook.
     """
 
     def __init__(self, trace: Trace, replaced: dict[nn.Module, str], skipped: list[nn.Module], eval_only: bool) -> None:
         self.model, self.replaced, self.skipped, self.eval_only = trace.root.model, replaced, skipped, eval_only
-        # A plain function, which copies share; it looks up modules from this object.
+        # A plain function, which copies share. It is called with this object as ``self`` and finds the modules in it.
         self.program: Callable[..., Any] = type(compile_graph(trace.root, trace.graph)).forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +108,7 @@ class _PatchedForward:
         return result
 
     def __reduce__(self) -> Any:
-        # A model is unpickled without the patch: this resolves to the class's forward.
+        # A model is unpickled without the patch: ``getattr`` then returns the forward of the model's class.
         return getattr, (self.model, "forward")
 
 
@@ -159,7 +159,7 @@ def _fused(module: nn.Module, x: Tensor, unfrozen: str | None, training: bool) -
     forward = _PatchedForward(trace, replaced | norms, [*skipped, *replaced, *norms], eval_only)
     with _refusing(f"{name} failed on the example"):
         expected, given = own(x.clone()), forward.program(forward, x.clone())
-    # Convolutions may run in TF32 on CUDA devices; a wrong graph differs more than that.
+    # Convolutions may run in TF32 on CUDA devices; a wrong graph has a larger error than TF32.
     if not all_close(given, expected, 1e-4 if x.dtype in (torch.float32, torch.float64) and not x.is_cuda else 2e-2):
         raise _Refused(f"the fused form of {name} returns other values on the example")
     return forward
@@ -220,12 +220,12 @@ def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
       not: :func:`dfkd_fast.ops.max_pool2x2`.
 
     The model and its modules stay the same objects; state dict, names, flags and hooks do not change. A patched module
-    runs its original forward in training mode, with further arguments, and with hooks on modules that the fused ops
-    bypass. A copy (``copy.deepcopy``) is patched too; an unpickled model is not.
+    runs its original forward in training mode if it has fused BatchNorms, and always with further arguments or if a
+    module that the fused ops bypass has a hook. A copy (``copy.deepcopy``) is patched; an unpickled model is not.
 
-    Values and gradients stay the same up to rounding; fused backends have no second derivative. Without a CUDA device
+    Values and gradients stay the same up to rounding; fused backends compute no second derivative. Without CUDA devices
     the ops run in plain PyTorch. Patch again after replacing modules or changing an attribute that the forward reads.
-    ``nn.DataParallel`` (all replicas would run the first one's forward) and TorchScript are not supported.
+    ``nn.DataParallel`` (all replicas would run the forward of the first) and TorchScript are not supported.
 
     Args:
         model: any module. It may contain both a frozen teacher, which is patched, and a student in training, which is
@@ -234,7 +234,7 @@ def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
             random images of 64, 32 and 224 pixels.
 
     Returns:
-        The modules that were replaced, and the others with the reason.
+        The modules that were replaced, and the others with the reason why they were not.
 
     Raises:
         TypeError: model is not a module, or is a :class:`dfkd_fast.models.FeatureModel`, which is already fused.

@@ -20,7 +20,7 @@ from dfkd_fast.graph.modes import preserve_state, preserve_train_mode
 
 
 def loaded_library(name: str) -> ModuleType | None:
-    """The library if it has been imported, else None. A network built with it has imported it."""
+    """The library if it has been imported, else None. Code that builds a network with a library has imported it."""
     return sys.modules.get(name)
 
 
@@ -55,7 +55,7 @@ class Root(nn.Module):
 class _Tracer(fx.Tracer):
     """Records the nodes of each module's output and first input.
 
-    Modules that depend on their training flag are leaves, so that the graph follows the flag when it runs.
+    A leaf is one node. Modules that read their training flag are leaves, so that a graph follows the flag when it runs.
     """
 
     def __init__(self, *, evaluating: bool, shallow: bool) -> None:
@@ -98,9 +98,9 @@ class Trace:
 
     Attributes:
         root: the traced module, with the network as ``model``.
-        graph: its graph; targets are paths in ``root``.
-        outputs: the output node of each module by its path in the network, in network order, inner modules first.
-        inputs: the node of each module's first argument.
+        graph: the graph of ``root``. The targets of its nodes are paths in ``root``.
+        outputs: the output node of each module, by the module's path in the network, in execution order (inner first).
+        inputs: the node of each module's first argument, by the module's path.
     """
 
     root: Any
@@ -113,7 +113,7 @@ class Trace:
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def stage(self, path: str) -> fx.Node:
-        """The output of the module at ``path``.
+        """The output node of the module at ``path``.
 
         Raises:
             ValueError: the forward does not call this module, or the module does not return a tensor.
@@ -121,11 +121,11 @@ class Trace:
         if path in self.outputs:
             return self.outputs[path]
         close = difflib.get_close_matches(path, self.outputs, n=3)
-        hint = f"did you mean {', '.join(map(repr, close))}? " if close else ""
+        hint = f"; did you mean {', '.join(map(repr, close))}?" if close else "."
         outer = [name for name in self.outputs if name.count(".") < 2]
         raise ValueError(
-            f"stages: {type(self.root.model).__name__} has no module {path!r} that is called and returns a tensor; "
-            f"{hint}It has {', '.join(outer[:40])}{', ...' if len(outer) > 40 else ''}"
+            f"stages: {type(self.root.model).__name__} has no module {path!r} that is called and returns a tensor"
+            f"{hint} It has {', '.join(outer[:40])}{', ...' if len(outer) > 40 else ''}"
         )
 
     def writes_in_place(self, node: fx.Node) -> bool:
@@ -159,7 +159,7 @@ def symbolic_trace(root: Root, *, training: bool, evaluating: bool = False, shal
 
     Args:
         root: contains the network.
-        training: the mode to trace in.
+        training: trace in training mode instead of eval mode.
         evaluating: trace through dropouts, so that the graph ignores their training flags.
         shallow: treat the network's submodules as leaves.
 
@@ -222,7 +222,7 @@ def graph_from_list(nodes: list[tuple[Any, ...]]) -> fx.Graph:
 
 
 def all_close(found: Any, expected: Any, tolerance: float) -> bool:
-    """Whether tensors agree in shape, dtype and value, to ``tolerance`` times the largest expected value."""
+    """Whether tensors agree in shape, dtype and value, each to ``tolerance`` times its largest expected magnitude."""
     left, right = tree_leaves(found), tree_leaves(expected)
     return len(left) == len(right) and all(
         (a.shape, a.dtype) == (b.shape, b.dtype)

@@ -124,10 +124,10 @@ def create_model(config: ModelConfig, *, num_classes: int, new_head: bool = Fals
     Args:
         config: name, weights and options; ``config.stages`` is for :func:`dfkd_fast.models.extract`.
         num_classes: number of classes.
-        new_head: do not load the last layer, so that the file may have another number of classes.
+        new_head: do not load the last layer, so that the file may be of a network with another number of classes.
 
     Returns:
-        A float32 module in training mode: images (N, 3, H, W) to logits (N, num_classes).
+        A float32 module in training mode that maps images (N, 3, H, W) to logits (N, num_classes).
 
     Raises:
         ValueError: unknown name (the message lists similar ones), wrong options, or weights that do not fit.
@@ -160,7 +160,7 @@ def create_model(config: ModelConfig, *, num_classes: int, new_head: bool = Fals
 def normalization(model: nn.Module) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation per channel (RGB, pixels in [0, 1]) of a network's input images.
 
-    timm's networks store theirs, torchvision's use ImageNet's; the default is 0.5 and 0.5.
+    timm's networks store both. torchvision's networks use those of ImageNet. For all others, both are 0.5.
     """
     if isinstance(model, FeatureModel):
         model = model.model

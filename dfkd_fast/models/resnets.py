@@ -1,10 +1,10 @@
 """Residual networks for small images.
 
-* ResNet-d (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2): three stages of
-  (d - 2) / 6 basic blocks. ``x4`` in a name means 32 channels in the stem, then 64, 128 and 256, as in the distillation
-  literature.
-* WRN-d-k (Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016): three stages of (d - 4) / 6 pre-activated
-  blocks with 16 k, 32 k and 64 k channels.
+* ResNet-d, with d layers (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2): three
+  stages of (d - 2) / 6 basic blocks. ``x4`` in a name means 32 channels in the stem, then 64, 128 and 256, as in the
+  distillation literature.
+* WRN-d-k, with d layers (Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016): three stages of (d - 4) / 6
+  pre-activated blocks with 16 k, 32 k and 64 k channels.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ def _initialize(model: nn.Module, head: nn.Linear) -> None:
 
 
 class CifarResNet(nn.Module):
-    """ResNet-d with a 3 x 3 stem: images (N, 3, H, W) of any size to logits (N, num_classes).
+    """ResNet-d with a 3 x 3 stem. It maps images (N, 3, H, W) of any size to logits (N, num_classes).
 
     Args:
-        depth: number of layers, 6 n + 2.
+        depth: number of layers, 6 n + 2 for n blocks per stage.
         num_classes: number of classes.
         widths: channels of the stem and of the three stages.
         stem_stride: stride of the first convolution; 1 is the published network for 32 x 32 images.
@@ -113,11 +113,11 @@ class CifarResNet(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-d-k: images (N, 3, H, W) of any size to logits (N, num_classes).
+    """WRN-d-k. It maps images (N, 3, H, W) of any size to logits (N, num_classes).
 
     Args:
-        depth: number of layers, 6 n + 4.
-        width: k, the factor of the channels.
+        depth: number of layers, 6 n + 4 for n blocks per stage.
+        width: k, the factor by which the channels of the stages are multiplied.
         num_classes: number of classes.
         widths: channels of the stem and of the three stages; None is (16, 16 k, 32 k, 64 k).
         drop_rate: dropout between the two convolutions of a block.

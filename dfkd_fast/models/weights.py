@@ -57,7 +57,7 @@ class WeightsReport:
     Attributes:
         path: the file.
         loaded: names of the tensors that were loaded.
-        skipped: names of the tensors under ``skip``, which did not change.
+        skipped: names of the tensors in the modules of ``skip``; they did not change.
         absent_counters: BatchNorm counters (``num_batches_tracked``) that the file does not contain and that did not
             change.
         metadata: the file's metadata; empty for torch files.
@@ -225,7 +225,7 @@ def _sorted_header(content: bytes) -> bytes:
     header = json.loads(content[8 : 8 + length])
     header = {name: dict(sorted(entry.items())) for name, entry in sorted(header.items())}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors start aligned
+    text += b" " * (-len(text) % 8)  # so that the tensors are 8-byte aligned
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 

@@ -54,8 +54,8 @@ def _weights(
         if name not in known:
             hint = get_close_matches(name, known, n=1)
             raise ValueError(
-                f"ObjectiveConfig.{side} has no term {name!r}; "
-                + (f"did you mean {hint[0]!r}? " if hint else "")
+                f"ObjectiveConfig.{side} has no term {name!r}"
+                + (f"; did you mean {hint[0]!r}? " if hint else ". ")
                 + f"The {side}'s terms are {', '.join(known)}"
             )
     weights = {name: float(weight) for name, weight in {**preset, **own}.items() if weight != 0}

@@ -1,7 +1,7 @@
 """Term weights of published methods. Both sides minimize their sums, so a negative weight maximizes a term.
 
-Only the losses follow the other papers. The numbers of generator and student steps come from the config, and L_BN is
-Eq. 3 of Shao et al.
+For methods of other papers, only the losses follow the paper. The numbers of generator and student steps come from
+the config, and L_BN is Eq. 3 of Shao et al.
 """
 
 from __future__ import annotations

@@ -122,8 +122,8 @@ class LogitDistance(Term):
 class BatchNormStatistics(Term):
     """L_BN (Eq. 3): distance between the batch statistics and the running statistics of the teacher's BatchNorms.
 
-    The sum over layers of the Euclidean norms, not squared, of the differences in mean and in biased variance, each
-    (C,). The subgradient of a norm at zero is zero.
+    The loss is the sum, over all layers, of two Euclidean norms, not squared: that of the difference of the means (C,)
+    and that of the difference of the biased variances (C,). The subgradient of a norm at zero is zero.
 
     Raises:
         ValueError: the teacher returns no statistics.
@@ -135,15 +135,15 @@ class BatchNormStatistics(Term):
         if not teacher.statistics:
             raise ValueError("term 'bn' needs BatchNorm2d layers, but the teacher has none: set the term's weight to 0")
         # ops.statistics_distance would read the maps again; the BatchNorms have computed the statistics already.
-        # Layers of equal width are stacked: a few kernels in all instead of four per layer and direction.
-        of_width: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        # Layers of equal width are stacked, so that a few kernels run instead of four per layer in each pass.
+        by_width: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for layer in teacher.statistics:
-            pairs = of_width.setdefault(len(layer.mean), [])
+            pairs = by_width.setdefault(len(layer.mean), [])
             pairs += [(layer.mean, layer.running_mean), (layer.var, layer.running_var)]
         distances = []
-        for pairs in of_width.values():
-            now, stored = (torch.stack(side).float() for side in zip(*pairs, strict=True))
-            distances.append(torch.linalg.vector_norm(now - stored, dim=1).sum())
+        for pairs in by_width.values():
+            batch, running = (torch.stack(side).float() for side in zip(*pairs, strict=True))
+            distances.append(torch.linalg.vector_norm(batch - running, dim=1).sum())
         return torch.stack(distances).sum()
 
 
@@ -173,6 +173,7 @@ class ClassBalance(Term):
 
 
 def _pool_to_smaller(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Average-pools the larger of the teacher's map t and the student's map s to the size of the smaller."""
     size = (min(t.shape[-2], s.shape[-2]), min(t.shape[-1], s.shape[-1]))
     t, s = (x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size) for x in (t, s))
     return t, s
@@ -191,9 +192,9 @@ def _paired(teacher: tuple[int, ...], student: tuple[int, ...], name: str) -> in
 class HighOrderAttentionDistillation(Term):
     """L_MHAD (Eq. 7): mixed high-order attention distillation.
 
-    For each pair of stages, (N, C, H, W): average pooling to the smaller map, a 1 x 1 adapter for the student if the
-    channels differ, the attention module of each side, and the mean squared error; summed over stages. The teacher's
-    module keeps its initial weights: if this loss trained both modules, they could collapse to zero.
+    In each pair of stages, the larger map (N, C, H, W) is average-pooled to the size of the smaller, and a 1 x 1
+    convolution adapts the student's channels if they differ. The loss is the mean squared error between the outputs of
+    both attention modules, summed over stages. If both modules were trained, they could collapse: the teacher's is not.
 
     Args:
         shapes: channels of the stages of both networks.
@@ -286,8 +287,8 @@ class SemanticFeatureContrast(FeatureContrast, Term):
         super().__init__(shapes.teacher_dim, shapes.student_dim, config.dim, config.temperature, config.symmetric)
         self.config = config
 
-    # A term takes Outputs, the base class features. Inheritance instead of a submodule keeps the parameter names of the
-    # heads in checkpoints free of a prefix.
+    # A term takes Outputs; the base class takes features. The heads are inherited and not in a submodule, so their
+    # parameter names in checkpoints have no prefix.
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:  # type: ignore[override]
         assert student is not None
         return super().forward(teacher.penultimate, student.penultimate)
@@ -318,6 +319,6 @@ class AttentionTransfer(Term):
         assert student is not None
         total = teacher.logits.new_zeros((), dtype=torch.float32)
         for t, s in zip(teacher.features, student.features, strict=True):
-            a, b = (F.normalize(x.float().square().mean(1).flatten(1)) for x in _pool_to_smaller(t, s))
-            total = total + F.mse_loss(b, a)
+            expected, found = (F.normalize(x.float().square().mean(1).flatten(1)) for x in _pool_to_smaller(t, s))
+            total = total + F.mse_loss(found, expected)
         return total

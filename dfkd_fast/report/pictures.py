@@ -77,11 +77,11 @@ def save_beside(pictures: Sequence[str | Path], path: str | Path, *, scale: int 
     if not pictures or scale < 1:
         raise ValueError(f"pictures must be at least one and scale at least 1, got {len(pictures)} and {scale}")
     opened = [Image.open(picture).convert("RGB") for picture in pictures]
-    grown = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in opened]
-    width = sum(image.width for image in grown) + gap * (len(grown) - 1)
-    sheet = Image.new("RGB", (width, max(image.height for image in grown)), "white")
+    enlarged = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in opened]
+    width = sum(image.width for image in enlarged) + gap * (len(enlarged) - 1)
+    sheet = Image.new("RGB", (width, max(image.height for image in enlarged)), "white")
     left = 0
-    for image in grown:
+    for image in enlarged:
         sheet.paste(image, (left, 0))
         left += image.width + gap
     path = Path(path)

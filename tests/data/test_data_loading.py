@@ -107,7 +107,7 @@ def test_batches_depend_only_on_the_seed(dataset: Dataset, workers: int) -> None
     assert not equal(first[:1], first[1:])  # a new order and new transforms in each pass
 
 
-def test_order_and_sizes() -> None:
+def test_order_and_batch_sizes() -> None:
     data = array()
     (in_order,) = batches(data, passes=1, shuffle=False)
     assert torch.cat([labels for _, labels in in_order]).tolist() == list(range(23))

@@ -61,13 +61,13 @@ def test_only_training_images_are_augmented(name: str, tmp_path: Path) -> None:
     assert torch.equal(still.train[0][0], still.train[0][0])
 
 
-def test_cub200_split_and_grey_images(tmp_path: Path) -> None:
+def test_cub200_split_and_gray_images(tmp_path: Path) -> None:
     data = load(config("cub200", cub_tree(tmp_path)))
     train, test = ([path.name for path, _ in part.samples] for part in (data.train, data.test))
     assert not set(train) & set(test)
     assert train[:3] == [f"{BIRDS[0][4:]}_{index:04d}_{index + 1}.jpg" for index in range(3)]
-    grey, _ = data.train[0]
-    assert grey.shape == (3, 24, 24)
+    gray, _ = data.train[0]
+    assert gray.shape == (3, 24, 24)
 
 
 def test_folder_accepts_val_as_test(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_invalid_annotations(name: str, file: Path, content: str, message: str, 
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300), (40, 40)])
 def test_transforms(size: int, shorter: int, shape: tuple[int, int]) -> None:
     image = Image.new("RGB", shape, (10, 128, 250))
-    colour = (torch.tensor([10, 128, 250]) / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    color = (torch.tensor([10, 128, 250]) / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     for transform in (
         evaluation_transform(size),
         training_transform(size),
@@ -171,7 +171,7 @@ def test_transforms(size: int, shorter: int, shape: tuple[int, int]) -> None:
         out = transform(image)
         assert out.shape == (3, size, size)
         assert out.dtype == torch.float32
-        torch.testing.assert_close(out, colour[:, None, None].expand_as(out), rtol=0, atol=1e-5)
+        torch.testing.assert_close(out, color[:, None, None].expand_as(out), rtol=0, atol=1e-5)
         resized = transform.transforms[0](image)
         assert min(resized.size) == shorter
 

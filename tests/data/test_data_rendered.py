@@ -65,8 +65,8 @@ def test_subcategories_differ_visibly_at_32_pixels(index: int) -> None:
     values = uncovered(index)
     images = np.stack([birds.draw(word, values, 32) for word in birds.class_words()[:MOST_CLASSES]]).astype(np.int16)
     for label, image in enumerate(images[:-1]):
-        plainly = np.abs(images[label + 1 :] - image).max(axis=1) > 40
-        assert plainly.sum(axis=(1, 2)).min() >= 5, birds.class_name(birds.class_words()[label])
+        visible = np.abs(images[label + 1 :] - image).max(axis=1) > 40
+        assert visible.sum(axis=(1, 2)).min() >= 5, birds.class_name(birds.class_words()[label])
 
 
 @pytest.mark.parametrize("part", birds.PARTS)
@@ -109,7 +109,7 @@ def test_images_of_any_size(size: int) -> None:
     assert image.std() > 10
 
 
-def test_sizes_show_the_same_scene() -> None:
+def test_all_image_sizes_show_the_same_scene() -> None:
     word, values = birds.class_words()[3], birds.nuisances(0, "train", 3, 0)
     small = birds.draw(word, values, 32).astype(float)
     large = birds.draw(word, values, 128).astype(float).reshape(3, 32, 4, 32, 4).mean(axis=(2, 4))

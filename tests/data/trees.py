@@ -13,9 +13,9 @@ CARS = ("AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Sedan 201
 BIRDS = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross")
 
 
-def _jpeg(path: Path, rng: np.random.Generator, *, grey: bool = False, size: tuple[int, int] = (48, 36)) -> None:
+def _jpeg(path: Path, rng: np.random.Generator, *, gray: bool = False, size: tuple[int, int] = (48, 36)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    shape = (size[1], size[0]) if grey else (size[1], size[0], 3)
+    shape = (size[1], size[0]) if gray else (size[1], size[0], 3)
     Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path, quality=90)
 
 
@@ -57,7 +57,7 @@ def cars_tree(root: Path, *, train: int = 3, test: int = 2) -> Path:
 
 
 def cub_tree(root: Path, *, train: int = 3, test: int = 2) -> Path:
-    """``CUB_200_2011`` with three classes, one grey image and interleaved splits; returns ``root``."""
+    """``CUB_200_2011`` with three classes, one gray image and interleaved splits; returns ``root``."""
     rng = np.random.default_rng(2)
     base = root / "CUB_200_2011"
     images, labels, splits = [], [], []
@@ -65,7 +65,7 @@ def cub_tree(root: Path, *, train: int = 3, test: int = 2) -> Path:
         for index in range(train + test):
             key = len(images) + 1
             file = f"{name}/{name[4:]}_{index:04d}_{key}.jpg"
-            _jpeg(base / "images" / file, rng, grey=key == 1)
+            _jpeg(base / "images" / file, rng, gray=key == 1)
             images.append(f"{key} {file}")
             labels.append(f"{key} {label}")
             splits.append(f"{key} {int(index < train)}")

@@ -26,7 +26,7 @@ def added(diff: str) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def _registries() -> Iterator[None]:
-    """Remove afterwards what the diffs register."""
+    """After each test, removes what a diff has registered."""
     names, tables = list(dispatch._names), (objectives.TERMS, data.DATASETS, dispatch._registry["distillation_kl"])
     before = [dict(table) for table in tables]
     yield
@@ -44,9 +44,9 @@ def test_diff_passes_its_own_test(diff):
     there = importlib.import_module(module.removesuffix(".py").replace("/", "."))
     annotations = "from __future__ import annotations\n"
     exec(compile(annotations + code, module, "exec"), dict(vars(there)))
-    space: dict[str, Any] = {}
-    exec(compile(checks, test, "exec"), space)
-    (run,) = (value for name, value in space.items() if name.startswith("test_"))
+    namespace: dict[str, Any] = {}
+    exec(compile(checks, test, "exec"), namespace)
+    (run,) = (value for name, value in namespace.items() if name.startswith("test_"))
     run()
 
 

@@ -66,7 +66,7 @@ def commands(page: Path) -> list[str]:
 
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the README's run of days on downloaded weights by one round on random weights."""
+    """The README's run downloads weights and takes days: replace it by one round on random weights."""
     import timm
 
     create, distill = timm.create_model, dfkd_fast.distill
@@ -125,9 +125,7 @@ def test_blocks_have_a_known_language():
         for page in PAGES
         for block in blocks(page.read_text())
         if block.language not in ("", "python", "bash", "yaml", "toml", "math")
-        and not (
-            page.name == "CONTRIBUTING.md" and block.language == "diff"
-        )  # tests/docs/test_contributing.py runs them
+        and not (page.name == "CONTRIBUTING.md" and block.language == "diff")  # test_contributing.py runs them
     }
     assert not unknown, "blocks of these languages are not checked"
 

@@ -37,9 +37,9 @@ def site(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
         timeout=200,
     )
-    said = built.stdout + built.stderr
-    assert built.returncode == 0, said
-    assert "WARNING" not in said
+    output = built.stdout + built.stderr
+    assert built.returncode == 0, output
+    assert "WARNING" not in output
     return folder
 
 
@@ -57,16 +57,16 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        a = {key: value or "" for key, value in attributes}
-        self.anchors |= {a[key] for key in ("id", "name") if key in a}
-        if tag == "a" and "href" in a:
-            self.links.add(a["href"])
-        if tag == "link" and set(a.get("rel", "").split()) & self.FETCHED:
-            self.fetched.add(a["href"])
+        values = {key: value or "" for key, value in attributes}
+        self.anchors |= {values[key] for key in ("id", "name") if key in values}
+        if tag == "a" and "href" in values:
+            self.links.add(values["href"])
+        if tag == "link" and set(values.get("rel", "").split()) & self.FETCHED:
+            self.fetched.add(values["href"])
         if tag != "a":
-            self.fetched |= {a[key] for key in ("src", "data", "poster") if a.get(key)}
-            self.fetched |= {part.split()[0] for part in a.get("srcset", "").split(",") if part.strip()}
-        self.fetched |= set(_urls(a.get("style", "")))
+            self.fetched |= {values[key] for key in ("src", "data", "poster") if values.get(key)}
+            self.fetched |= {part.split()[0] for part in values.get("srcset", "").split(",") if part.strip()}
+        self.fetched |= set(_urls(values.get("style", "")))
 
 
 def _urls(css: str) -> list[str]:

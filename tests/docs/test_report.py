@@ -166,8 +166,8 @@ class TestResults:
 
 
 def test_images_side_by_side(tmp_path):
-    for name, colour, size in (("a", (255, 0, 0), (4, 6)), ("b", (0, 0, 255), (3, 2))):
-        Image.new("RGB", size, colour).save(tmp_path / f"{name}.png")
+    for name, color, size in (("a", (255, 0, 0), (4, 6)), ("b", (0, 0, 255), (3, 2))):
+        Image.new("RGB", size, color).save(tmp_path / f"{name}.png")
     path = report.save_beside([tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "new" / "both.png", scale=2, gap=5)
     both = Image.open(path)
     assert both.size == (8 + 5 + 6, 12)

@@ -41,7 +41,7 @@ def _built(name: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
 
 
 def network(name: str, **options: Any) -> nn.Module:
-    """A copy that a test may change."""
+    """A copy of a network, which the test may change."""
     return copy.deepcopy(_built(name, tuple(options.items())))
 
 

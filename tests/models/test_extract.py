@@ -191,7 +191,7 @@ def test_functional_dropout_follows_the_training_flag() -> None:
         expected = model(x)
         torch.manual_seed(5)
         close(extracted(x).logits, expected)
-    assert extracted(x).penultimate.count_nonzero() < 48  # before the last dropout, after the first
+    assert extracted(x).penultimate.count_nonzero() < 48  # they are read after the first dropout and before the last
     shift = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
     features = extracted(x).features
     close(features[0], model.conv(x * 2 + shift))  # before the activation overwrites it
@@ -389,7 +389,7 @@ class _OwnNorm(nn.BatchNorm2d):
         return super().forward(input) * 2
 
 
-def test_kinds_of_batchnorm() -> None:
+def test_statistics_of_each_kind_of_batchnorm() -> None:
     def rule(m: Any, x: Tensor) -> Tensor:
         x = m.bn2(m.bn(m.conv(x)))
         x = x + m.path(m.bn(input=x))  # the second call of this module

@@ -108,7 +108,7 @@ def test_original_is_unchanged_and_shares_nothing(make: Callable[[FeatureModel],
     assert result.training == (features.training and not result.folded)
     for name in ("stages", "feature_channels", "penultimate_dim", "num_classes"):
         assert getattr(result, name) == getattr(features, name)
-    for name, parameter in result.named_parameters():  # 1 x 1 convolutions are ambiguous in their strides
+    for name, parameter in result.named_parameters():  # not the memory format: that of 1 x 1 weights is ambiguous
         if parameter.ndim == 4:
             assert parameter.stride() == features.get_parameter(name).stride()
 
@@ -196,7 +196,7 @@ def test_linear_layers_fold_only_for_vectors() -> None:
 
 
 @torch.no_grad()
-def test_shared_weights() -> None:
+def test_shared_weights_fold_separately_and_stay_shared_after_a_cast() -> None:
     def share(m: Any) -> None:
         m.again.weight = m.conv.weight
 
@@ -271,7 +271,7 @@ def other_when_folded(m: Any, x: Tensor) -> Outputs:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("rule", "folded", "said"),
+    ("rule", "folded", "message"),
     [
         (outputs, ("bn", "bn2"), "2 of 2"),
         (between, (), "0 of 2"),
@@ -281,7 +281,7 @@ def other_when_folded(m: Any, x: Tensor) -> Outputs:
     ],
 )
 def test_networks_that_return_outputs(
-    rule: Callable[[Any, Tensor], Outputs], folded: tuple[str, ...], said: str, caplog: pytest.LogCaptureFixture
+    rule: Callable[[Any, Tensor], Outputs], folded: tuple[str, ...], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     features = extract(randomize_batchnorm(Net(rule)), image_size=SIZE)
     with caplog.at_level(logging.INFO, "dfkd_fast.graph.folding"):
@@ -289,7 +289,7 @@ def test_networks_that_return_outputs(
     assert result.folded == folded
     (record,) = caplog.records
     assert record.levelno == logging.INFO
-    assert re.search(said, record.getMessage())
+    assert re.search(message, record.getMessage())
     assert {m.weight.dtype for m in result.modules() if isinstance(m, nn.Conv2d | nn.Linear)} == {torch.bfloat16}
     close(fold_batchnorm(features, image_size=SIZE)(images()), features(images()), 1e-5)
 

@@ -18,7 +18,7 @@ from .nets import NARROW, Net, close, images, network, randomize_batchnorm, scal
 
 
 def build(rule: Callable[[Any, Tensor], Tensor], **parts: nn.Module) -> nn.Module:
-    """A stem, the rule under test, and a head."""
+    """A stem, ``rule(m, x)`` with the network m and the output x of the stem, and a head."""
     model = Net(lambda m, x: m.fc(rule(m, m.conv(x)).float().mean((2, 3))), skip=nn.Identity(), **parts)
     model.register_buffer("place", torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2)))
     return randomize_batchnorm(model)
@@ -29,7 +29,7 @@ def _add_to(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
-def _later(m: Any, x: Tensor) -> Tensor:
+def _input_written(m: Any, x: Tensor) -> Tensor:
     """Overwrites the BatchNorm's input before the addition."""
     y = m.bn(x)
     return y + m.act(x)
@@ -43,6 +43,7 @@ def _residual_written(m: Any, x: Tensor) -> Tensor:
     return F.relu(y) + z
 
 
+# The rule, and the operations that are expected to be fused with each BatchNorm.
 CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, str]]] = {
     "module": (lambda m, x: m.act(m.bn(x)), {"bn": "relu"}),
     "F.relu": (lambda m, x: F.relu(m.bn(x)), {"bn": "relu"}),
@@ -75,7 +76,7 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, str]]] = {
     "two norms, in place": (lambda m, x: m.act(_add_to(m.bn(x), m.bn2(x))), {"bn": "add+relu", "bn2": ""}),
     "the second activated": (lambda m, x: m.bn(x) + F.relu(m.bn2(x)), {"bn": "add", "bn2": "relu"}),
     "the first activated": (lambda m, x: F.relu(m.bn(x)) + m.bn2(x), {"bn": "relu", "bn2": "add"}),
-    "input overwritten": (_later, {"bn": ""}),
+    "input overwritten": (_input_written, {"bn": ""}),
     "input overwritten past an identity": (lambda m, x: (lambda y: m.skip(y) + m.act(x))(m.bn(x)), {"bn": ""}),
     "residual overwritten": (_residual_written, {"bn": "add+relu"}),
 }

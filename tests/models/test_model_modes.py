@@ -1,4 +1,4 @@
-"""``frozen`` and ``batchnorm_mode``: gradients, buffers, and that leaving restores everything."""
+"""``frozen`` and ``batchnorm_mode``: gradients and buffers; leaving restores all flags."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "2d": lambda: nn.BatchNorm2d(3),
     "2d cumulative": lambda: nn.BatchNorm2d(3, momentum=None),
     "2d untracked": lambda: nn.BatchNorm2d(3, track_running_stats=False),
-    "2d plain": lambda: nn.BatchNorm2d(3, affine=False),
+    "2d without affine": lambda: nn.BatchNorm2d(3, affine=False),
     "timm": lambda: BatchNormAct2d(3, act_layer=nn.SiLU),
 }
 

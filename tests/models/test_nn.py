@@ -22,7 +22,7 @@ def test_high_order_attention_matches_definition(channels: int, order: int, mode
     assert module.proj_weight.shape == (order * (order + 1) // 2, max(1, channels // 4), channels)
     x = torch.randn(2, channels, 3, 5, dtype=torch.float64)
     logits, factor = [], 0
-    for r in range(order):
+    for r in range(order):  # the product of r + 1 projections
         z = torch.ones(2, module.proj_weight.shape[1], 3, 5, dtype=torch.float64)
         for _ in range(r + 1):
             z = z * torch.einsum("kc,nchw->nkhw", module.proj_weight[factor], x)
@@ -53,11 +53,11 @@ def test_spatial_attention_matches_definition(form: str, size: tuple[int, int], 
         return y.clamp(min=0)
 
     narrow = F.conv2d(x, module.reduce.weight, module.reduce.bias)
-    psi = norm(F.conv2d(narrow, module.encode.weight, padding=1))
-    pooled, indices = F.max_pool2d(psi, 2, return_indices=True)
-    gamma = norm(F.conv2d(pooled, module.bottleneck.weight, padding=1))
-    widened = norm(F.conv_transpose2d(gamma, module.widen.weight, padding=1))
-    unpooled = torch.zeros_like(psi).flatten(2).scatter(2, indices.flatten(2), widened.flatten(2)).view_as(psi)
+    encoded = norm(F.conv2d(narrow, module.encode.weight, padding=1))
+    pooled, indices = F.max_pool2d(encoded, 2, return_indices=True)
+    inner = norm(F.conv2d(pooled, module.bottleneck.weight, padding=1))
+    widened = norm(F.conv_transpose2d(inner, module.widen.weight, padding=1))
+    unpooled = torch.zeros_like(encoded).flatten(2).scatter(2, indices.flatten(2), widened.flatten(2)).view_as(encoded)
     hidden = norm(F.conv_transpose2d(unpooled, module.decode.weight, padding=1))
     logits = F.conv2d(hidden, module.expand.weight, module.expand.bias)
     weights = torch.exp(logits - logits.max())
@@ -67,7 +67,7 @@ def test_spatial_attention_matches_definition(form: str, size: tuple[int, int], 
         "spatial_mean1": positions * weights / weights.sum((2, 3), keepdim=True),
         "channel": weights / weights.sum(1, keepdim=True),
     }[form]
-    # Compare out - F: the gate's share is far below the resolution of a comparison of out.
+    # Compare only the added term: a comparison of the output, of which it is a small share, would be less strict.
     torch.testing.assert_close((module(x) - x) * positions, 0.05 * gate * x * positions, rtol=1e-9, atol=1e-10)
 
 
@@ -80,8 +80,8 @@ def test_spatial_attention_kernels_match_reference(kernel_device: str) -> None:
         with ops.backend(name):
             hidden = module.hidden(x)
         results.append((hidden, torch.autograd.grad(hidden.square().sum(), x)[0]))
-    for mine, other in zip(*results, strict=True):
-        torch.testing.assert_close(mine, other)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_spatial_attention_state_dict_has_stable_names() -> None:

@@ -51,6 +51,7 @@ def outputs(*, channels: tuple[int, ...] = (8, 12), sizes: tuple[int, ...] = (6,
 
 
 def pair() -> tuple[Outputs, Outputs]:
+    """Outputs of a teacher (t in the tests) and of a student (s)."""
     return outputs(), outputs(channels=(8, 5))
 
 
@@ -60,7 +61,7 @@ STUDENT: Any = SimpleNamespace(feature_channels=(8, 5), penultimate_dim=5)
 
 
 def check(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
-    """Compares values and gradients of every input, to the precision of float32 sums."""
+    """Compares values, and gradients with respect to every input, to the precision of float32 sums."""
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
     for got, expected_value in zip(
         torch.autograd.grad(3.0 * found, inputs, allow_unused=True, retain_graph=True),
@@ -84,7 +85,7 @@ def test_distillation_matches_kl_divergence(direction: str, temperature: float) 
     check(term(t, s), expected, [t.logits, s.logits])
 
 
-def test_batchnorm_statistics_sums_norms() -> None:
+def test_batchnorm_statistics_loss_is_a_sum_of_norms() -> None:
     t = outputs()
     expected = torch.zeros((), dtype=F64)
     for layer in t.statistics:
@@ -100,7 +101,7 @@ def test_batchnorm_statistics_sums_norms() -> None:
         BatchNormStatistics()(t._replace(statistics=()), None)
 
 
-def test_terms_of_other_methods() -> None:
+def test_terms_of_other_methods_match_definitions() -> None:
     t, s = outputs(), outputs()
     check(LogitDistance()(t, s), (t.logits - s.logits).abs().mean(), [t.logits, s.logits])
     check(OneHot()(t, None), -t.logits.log_softmax(1).max(1).values.mean(), [t.logits])

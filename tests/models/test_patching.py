@@ -198,7 +198,7 @@ def test_hooks_see_the_same_tensors() -> None:
     model(x)
     report = patch(model)
     assert reasons(report)["blocks.0.norms.1"] == "it has a hook"
-    del seen[2:]  # calls by patch
+    del seen[2:]  # drop the calls that patch made
     model(x)
     handle.remove()
     patch(model)

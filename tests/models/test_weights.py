@@ -41,7 +41,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("form", ["safetensors", "torch", "torch legacy"])
-def test_every_layout_of_names(tmp_path: Path, prefix: str, form: str) -> None:
+def test_every_prefix_and_file_format(tmp_path: Path, prefix: str, form: str) -> None:
     source, target = network(), network()
     state = OrderedDict((prefix + name, value) for name, value in source.state_dict().items())
     path = tmp_path / "weights.bin"  # the content determines the format
@@ -93,7 +93,7 @@ def test_files_are_deterministic(tmp_path: Path) -> None:
 
 
 class _Tied(nn.Module):
-    """Tied weights, a view, an empty buffer, and a child named like a prefix."""
+    """Tied weights in a child that is named like a prefix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def test_mismatches_are_listed_and_nothing_is_loaded(tmp_path: Path) -> None:
 
 
 def test_missing_counters_skipped_modules_and_dtypes(tmp_path: Path) -> None:
-    """All three keep the network's values or dtypes."""
+    """Missing counters and skipped modules keep their values; loaded tensors keep the network's dtypes."""
     source, target = network(5), network(3)
     kept = {name: value.clone() for name, value in target.state_dict().items() if re.search("fc|num_batches", name)}
     state = {name: value.half() for name, value in source.state_dict().items() if "num_batches" not in name}

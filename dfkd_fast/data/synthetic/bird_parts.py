@@ -1,6 +1,6 @@
-"""The parts of a bird: filled outlines from back to front, some of them only for certain subcategories.
+"""The parts of a bird: filled outlines from back to front. Some of them belong only to certain subcategories.
 
-Coordinates: x towards the beak, y down; the body is about one unit long and centred at the origin.
+In the coordinates of a limb, x points toward the beak and y down. The body is about one unit long and centered at 0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
     Args:
         limb: the limb that it moves with: body, head, crest, wing or tail.
-        role: name of its colour.
+        role: name of its color.
         outline: corners, (n, 2).
         condition: the attribute and value that a bird must have; None for all birds.
     """
@@ -61,8 +61,8 @@ def _smooth(corners: str, steps: int = 6) -> NDArray[np.float64]:
 
 
 def _disc(x: float, y: float, radius: float) -> NDArray[np.float64]:
-    turn = np.arange(20) * (2 * np.pi / 20)
-    return np.stack([x + radius * np.cos(turn), y + radius * np.sin(turn)], axis=1)
+    angle = np.arange(20) * (2 * np.pi / 20)
+    return np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], axis=1)
 
 
 _BACK_TO_FRONT = (

@@ -1,15 +1,15 @@
 """Draws a fine-grained data set: subcategories of one bird that differ only in parts.
 
 All birds share body, head, wing and legs. A subcategory is a word of seven attributes, one per part (``PARTS``). Six
-are free; the seventh, the breast's colour, is their sum modulo five. Any two of the 216 subcategories therefore differ
+are free; the seventh, the breast's color, is their sum modulo five. Any two of the 216 subcategories therefore differ
 in at least two parts, so a leaf that covers one part does not make them equal.
 
 All other properties of an image are nuisances (``NUISANCES``), each drawn uniformly from its range. A range consists of
 sixteen strata: training images use the even ones, test images the odd ones, and the outer tenth at both ends of a
 stratum is not used. No nuisance value occurs in both splits.
 
-An image is a function of its subcategory and its nuisances, which are a function of ``(seed, split, subcategory,
-index)``.
+An image is a function of its subcategory and its nuisances. The nuisances are a function of ``(seed, split,
+subcategory, index)``. ``n`` is a dictionary of an image's nuisances by name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GUARD = 0.1
 
 Split = Literal["train", "test"]
 Points = NDArray[np.float64]
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]  # hue, saturation and value, each in [0, 1]
 
 
 _BLOB = {
@@ -58,7 +58,7 @@ _LEAF = {
 
 
 NUISANCES: dict[str, tuple[float, float]] = {
-    # Pose, in units of half the image or radians. A negative yaw turns the bird to the left.
+    # Pose: lengths in units of half the image's size, angles in radians. A negative yaw turns the bird to the left.
     "yaw": (-0.62, 0.62),
     "rotation": (-0.32, 0.32),
     "shear": (-0.16, 0.16),
@@ -143,7 +143,7 @@ def nuisances(seed: int, split: Split, label: int, index: int) -> NDArray[np.flo
     return _LOW + _SPAN * (2 * stratum + odd + within) / STRATA
 
 
-BREASTS: dict[str, Colour] = {
+BREASTS: dict[str, Color] = {
     "red": (0.00, 0.85, 0.80),
     "yellow": (0.14, 0.88, 0.95),
     "blue": (0.61, 0.85, 0.82),
@@ -193,12 +193,12 @@ def _after(outer: Points, inner: Points) -> Points:
 def _limbs(n: dict[str, float]) -> dict[str, Points]:
     """Affine maps (2, 3) from the coordinates of each limb to those of the image, [-1, 1]."""
     side = 1.0 if n["yaw"] >= 0 else -1.0
-    # Centres the bird: its parts extend further back and up than forward and down.
-    centre = np.array([[1.0, 0.0, 0.09], [0.0, 1.0, 0.13]])
+    # Centers the bird, whose parts extend further back and up than forward and down.
+    center = np.array([[1.0, 0.0, 0.09], [0.0, 1.0, 0.13]])
     pose = np.array([[side * np.cos(n["yaw"]), n["shear"], 0.0], [0.0, 1.0, 0.0]])
     scaled = n["scale"] * _turn(n["rotation"], 0.0, 0.0)
     scaled[:, 2] = n["shift_x"], n["shift_y"]
-    body = _after(scaled, _after(pose, centre))
+    body = _after(scaled, _after(pose, center))
     head = _after(body, _turn(n["neck"], 0.20, -0.30))
     return {
         "body": body,
@@ -219,11 +219,11 @@ def _background(n: dict[str, float], size: int) -> Image.Image:
     blend = 1 / (1 + np.exp(-3 * (_AXIS - n["horizon"])))
     field = np.repeat((sky + blend[:, None] * (ground - sky))[:, None], _GRID, axis=1)
     for i in range(4):
-        colour = _bytes(n[f"blob{i}_hue"], n[f"blob{i}_saturation"], n[f"blob{i}_value"])
+        color = _bytes(n[f"blob{i}_hue"], n[f"blob{i}_saturation"], n[f"blob{i}_value"])
         radius = n[f"blob{i}_radius"]
         across = np.exp(-(((_AXIS - n[f"blob{i}_x"]) / radius) ** 2))
         down = np.exp(-(((_AXIS - n[f"blob{i}_y"]) / radius) ** 2))
-        field += (0.85 * down[:, None] * across)[..., None] * (np.array(colour) - field)
+        field += (0.85 * down[:, None] * across)[..., None] * (np.array(color) - field)
     small = Image.fromarray(np.rint(field).astype(np.uint8))
     return small.resize((size, size), Image.Resampling.BICUBIC)
 
@@ -247,7 +247,7 @@ def _leaf_outlines(x: float, y: float, angle: float, length: float) -> tuple[Poi
 
 
 def _lit(image: NDArray[np.uint8], n: dict[str, float]) -> NDArray[np.uint8]:
-    """Applies gain, gamma, warmth and a brightness gradient, (S, S, 3) to (3, S, S)."""
+    """Applies gain, gamma, warmth and a brightness gradient to an image (S, S, 3); returns it as (3, S, S)."""
     levels = np.linspace(0.0, 1.0, 256) ** n["gamma"]
     gains = 255 * n["gain"] * np.array([1 + n["warmth"], 1.0, 1 - n["warmth"]])
     table = (levels[:, None] * gains).astype(np.float32)
@@ -274,14 +274,14 @@ def draw(word: Sequence[int], values: NDArray[np.float64], size: int) -> NDArray
         uint8, (3, size, size).
     """
     n = dict(zip(NUISANCES, values.tolist(), strict=True))
-    fine = 4 if size <= 64 else 3 if size <= 128 else 2
-    large = size * fine
+    oversampling = 4 if size <= 64 else 3 if size <= 128 else 2
+    large = size * oversampling
     canvas = _background(n, large)
     pen = ImageDraw.Draw(canvas)
 
-    def fill(outline: Points, colour: tuple[int, int, int]) -> None:
-        # Corners are rounded to 1/4 of a fine pixel, so that the last bit of a sine does not change the image.
-        pen.polygon((np.rint((outline + 1) * (2 * large)) * 0.25).ravel().tolist(), fill=colour)
+    def fill(outline: Points, color: tuple[int, int, int]) -> None:
+        # Corners are rounded to 1/4 pixel of the canvas, so that the last bit of a sine does not change the image.
+        pen.polygon((np.rint((outline + 1) * (2 * large)) * 0.25).ravel().tolist(), fill=color)
 
     for i in range(2):
         if n[f"stick{i}_width"] > 0:
@@ -290,13 +290,13 @@ def draw(word: Sequence[int], values: NDArray[np.float64], size: int) -> NDArray
     limbs = _limbs(n)
     feet = limbs["body"] @ np.array([0.09, 0.64, 1.0])
     fill(_strip(feet[0], feet[1], n["perch_angle"], n["perch_width"]), _bytes(n["perch_hue"], 0.45, n["perch_value"]))
-    colours = _plumage(word, n)
+    colors = _plumage(word, n)
     for part in parts(tuple(word)):
         frame = limbs[part.limb]
-        fill(part.outline @ frame[:, :2].T + frame[:, 2], colours[part.role])
+        fill(part.outline @ frame[:, :2].T + frame[:, 2], colors[part.role])
     for i in range(2):
         if n[f"leaf{i}_length"] > LEAST_LEAF:
             blade, vein = _leaf_outlines(*(n[f"leaf{i}_{name}"] for name in ("x", "y", "angle", "length")))
             fill(blade, _bytes(n[f"leaf{i}_hue"], 0.65, n[f"leaf{i}_value"]))
             fill(vein, _bytes(n[f"leaf{i}_hue"], 0.55, 0.75 * n[f"leaf{i}_value"]))
-    return _lit(np.asarray(canvas.reduce(fine)), n)
+    return _lit(np.asarray(canvas.reduce(oversampling)), n)

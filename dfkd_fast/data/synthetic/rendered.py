@@ -27,7 +27,7 @@ MOST_CLASSES = 200
 SMALLEST_SIZE, LARGEST_SIZE = 32, 224
 
 _MIN_FOR_PROCESSES = 4000
-"""Below this number of images starting processes costs more than it saves (about three seconds at 32 pixels)."""
+"""For fewer images, the start of processes takes longer than it saves (about three seconds at 32 pixels)."""
 _CHUNK = 500
 
 
@@ -129,7 +129,7 @@ def _draw_all(recipe: _Recipe, path: Path, workers: int) -> None:
         for start in starts:
             _draw_chunk(recipe, path, start)
         return
-    # As DataLoader does: other start methods import the caller's main module again.
+    # DataLoader forks too. Other start methods import the caller's main module again.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
         for drawn in [pool.submit(_draw_chunk, recipe, path, start) for start in starts]:
             drawn.result()
