@@ -1,9 +1,9 @@
 """The effect of the method's components and open choices (docs/ablation.md), and the accuracy of the engines.
 
 Each cell is the method with one choice changed, distilled with every seed from the same teacher. The teacher never saw
-the held-out images. Cells run seed by seed, so a table with fewer seeds is complete early. Several cells run at a time,
-each in its own process, because one leaves most of a GPU idle at this image size. With ``--engines`` the cells are the
-graph engine in bf16 and the eager engine in float32, on the demo's experiments.
+the held-out images. Cells run in the order of their seeds, so a table with fewer seeds is complete early.
+Several cells run at the same time, each in its own process, because a single cell leaves most of a GPU idle at this
+image size. With ``--engines``, the cells compare the graph engine in bf16 with the eager engine in float32 instead.
 
     python -m dfkd_fast.benchmarks.ablation --out FILE --device cpu --size small
 """
@@ -46,10 +46,10 @@ CELLS: Mapping[str, Overrides] = yaml.safe_load(Path(__file__).with_name("ablati
 
 
 def experiment(name: str) -> DemoConfig:
-    """The configuration of an experiment.
+    """Return the configuration of an experiment.
 
-    "full" is that of the cell "both"; "small" is the demo's ("rendered") with the weights of the paper and half of its
-    rounds; "digits" and "rendered" are those of the demo; "tiny" is one round of "digits".
+    "full" is ``ablation_full.yaml``. "digits" and "rendered" are the demo's experiments. "small" is "rendered" with the
+    paper's loss weights and half of the rounds. "tiny" is "digits" with one epoch for the teacher and one round.
     """
     if name == "full":
         return read(DemoConfig, Path(__file__).with_name("ablation_full.yaml"))
@@ -62,7 +62,7 @@ def experiment(name: str) -> DemoConfig:
 
 
 def engine_cells(experiments: Sequence[str]) -> dict[str, tuple[str, Overrides]]:
-    """The cells of ``--engines``: experiment and overrides by name."""
+    """Return the cells of ``--engines``: for each name, the experiment and the overrides."""
     cells: dict[str, tuple[str, Overrides]] = {}
     for name in experiments:
         config = experiment(name)
@@ -97,7 +97,7 @@ def _replaced(config: Any, names: Sequence[str], value: Any) -> Any:
 
 
 def trained_teacher(config: DemoConfig, device: str) -> tuple[Path, float]:
-    """Weights and accuracy of an experiment's teacher. The first call trains it and keeps it in a temporary folder."""
+    """Return a teacher's weights file and accuracy. The first call trains it and keeps both in a temporary folder."""
     parts = [to_dict(part) for part in (config.data, config.teacher, config.teach)]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
     kept = Path(tempfile.gettempdir()) / f"dfkd_fast_ablation_{os.getuid()}" / digest
@@ -113,10 +113,11 @@ def trained_teacher(config: DemoConfig, device: str) -> tuple[Path, float]:
 
 
 def run_cell(job: tuple[str, str, Overrides, int], *, device: str, end: float) -> dict[str, Any] | None:
-    """Distill once: (cell, experiment, overrides, seed). A CPU runs its default engine.
+    """Run one job, a tuple (cell, experiment, overrides, seed). A CPU uses its default engine instead of the cell's.
 
     Returns:
-        The row, or None after the time ``end``. After a non-finite loss ``accuracy`` is None and ``error`` says why.
+        The row. If ``time.time()`` is past ``end``, nothing is run, and the result is None. After a non-finite loss,
+        ``accuracy`` is None and ``error`` has the message.
     """
     cell, name, overrides, seed = job
     if time.time() > end:
@@ -148,7 +149,7 @@ def run_cell(job: tuple[str, str, Overrides, int], *, device: str, end: float) -
 
 
 def ablation_section(content: dict[str, Any], folder: str) -> str:
-    """One device's table: mean and standard deviation over seeds, by cell."""
+    """Return one device's table, with the mean and standard deviation over seeds of each cell."""
     rows, table = content["rows"], []
     for cell in dict.fromkeys([*CELLS, *(row["cell"] for row in rows)]):
         of_cell = [row for row in rows if row["cell"] == cell]
@@ -182,9 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cells that have no row yet."""
     command = parser(__doc__, small="smaller networks and images")
     command.add_argument("--seconds", type=float, default=math.inf, help="start no cell after this")
-    command.add_argument("--jobs", type=int, default=None, help="processes (default: the cores, on a GPU at most 6)")
+    command.add_argument("--jobs", type=int, default=None, help="processes (default: one per core, on a GPU at most 6)")
     command.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS), metavar="CELL")
-    command.add_argument("--engines", action="store_true", help="compare the engines instead")
+    command.add_argument("--engines", action="store_true", help="compare the engines instead of the cells")
     command.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     options = command.parse_args(arguments)
 
@@ -196,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = {results.key_of(row) for row in results.rows}
     jobs = [(cell, *cells[cell], seed) for seed in options.seeds for cell in cells if (cell, seed) not in known]
     for name in {name for _, name, _, _ in jobs}:
-        trained_teacher(experiment(name), options.device)  # before several processes need it
+        trained_teacher(experiment(name), options.device)  # once, before several processes read it
     run = functools.partial(run_cell, device=options.device, end=end)
     workers = options.jobs or min(os.cpu_count() or 1, 6 if options.device == "cuda" else 64)
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:

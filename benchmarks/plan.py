@@ -1,14 +1,15 @@
-"""The checks and measurements of `make gpu` on one GPU, in two calls of this program, of at most 380 and 200 s.
+"""Runs the checks and measurements of `make gpu` on one GPU, in two calls of at most 380 s and 200 s.
 
 Call 1 first measures the device's peak rates. Then everything that does not need an idle machine runs in parallel: the
 smoke tests of the kernels and engines, and processes that fill the compilers' caches. If the smoke tests pass, steps
 and ops are timed one after another on the idle machine. If one fails, only the GPU tests and two baselines without this
-project's kernels run, and the call ends early. Call 2 repeats what failed in call 1, then runs the GPU tests and
-measures a larger batch, accuracy, drop-ins and, last, the CUDA extension.
+project's kernels run, and the call ends early. Call 2 builds the CUDA extension and runs the GPU tests in parallel.
+Then it measures a larger batch, accuracy, drop-ins and, last, the CUDA kernels, one after another. In each of these
+phases, the jobs that did not succeed in call 1 are repeated first.
 
 A job is a process. It writes each row to a result file immediately, so a job that is stopped loses only its last row.
-Outcomes are in ``plan.json``, all output is in ``plan.log``. Copy the result files to ``benchmarks/results/<device>/``:
-call 2 reads there what failed in call 1.
+``plan.json`` has the outcomes, and ``plan.log`` all output. Copy the result files to ``benchmarks/results/<device>/``,
+because call 2 reads the outcomes of call 1 from this folder.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Job:
         phase: "peaks", then "parallel" (all at once, nothing is timed), then "sequential" (one by one).
         timeout_s: seconds after which it is stopped.
         min_left_s: seconds that must be left to start it.
-        smoke: a failure of this job is a failure of the smoke tests.
-        after: sequential jobs run after "passed" or "failed" smoke tests, or after "any".
+        smoke: whether this job is one of the smoke tests.
+        after: a sequential job runs only if the smoke tests "passed" or only if they "failed"; with "any", always.
     """
 
     name: str
@@ -72,16 +73,16 @@ def _step(variant: str, *arguments: str) -> tuple[str, ...]:
 
 
 def _tests(workers: int, *arguments: str) -> tuple[str, ...]:
-    """GPU tests in several workers. A lost device or a hang ends one worker and fails one test."""
+    """Return the command of tests in several workers. A lost device or a hang ends one worker and fails one test."""
     options = ("-q", "-n", str(workers), "--timeout-method", "thread", "--max-worker-restart", "40")
     return "pytest", *options, "-p", "dfkd_fast.benchmarks.record_tests", "--rootdir={root}", *arguments
 
 
 _TIMED = ("dfkd_fast", "peer", "compile_reduce_overhead", "eager")
-_IN_TIME = ("--timeout", "90", "-m", "gpu and not slow")
+_FAST_TESTS = ("--timeout", "90", "-m", "gpu and not slow")
 _SMOKE = ("{root}/benchmarks/ops/test_smoke.py", "--timeout", "150", "-k")
-_ENGINES = ("{root}/tests/engine/test_engine.py", *_IN_TIME)
-LEFT_OUT = {"gpu and slow": "takes minutes per test; run it on a GPU of your own: pytest -m 'gpu and slow'"}
+_ENGINES = ("{root}/tests/engine/test_engine.py", *_FAST_TESTS)
+LEFT_OUT = {"gpu and slow": "takes minutes per test; run it separately: pytest -m 'gpu and slow'"}
 """GPU tests that no job runs, by marker expression, with the reason."""
 
 
@@ -98,13 +99,13 @@ _CALL_1 = (
     Job("breakdown", ("step.breakdown", "--out", "{out}/breakdown.json"), timeout_s=60, min_left_s=25),
     *(Job(f"step {variant} again", _step(variant, "--run", "2"), timeout_s=60, min_left_s=25) for variant in _TIMED),
     *(Job(f"baseline {variant}", _step(variant), timeout_s=45, after="failed") for variant in ("peer", "eager")),
-    Job("tests", _tests(12, "{root}/tests", *_IN_TIME), timeout_s=110, min_left_s=20, after="failed"),
+    Job("tests", _tests(12, "{root}/tests", *_FAST_TESTS), timeout_s=110, min_left_s=20, after="failed"),
 )
 _PIP = ("pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "{root}")
 _CUDA_OPS = ("ops.bench", "--out", "{out}/ops.json", "--backends", "cuda", "triton", "--seconds", "12")
 _CALL_2 = (
     Job("build extension", _PIP, "parallel", 100),
-    Job("all tests", _tests(10, "{root}/tests", "--ignore={root}/tests/cuda", *_IN_TIME), "parallel", 85),
+    Job("all tests", _tests(10, "{root}/tests", "--ignore={root}/tests/cuda", *_FAST_TESTS), "parallel", 85),
     *(
         Job(f"step {variant} batch 256", _step(variant, "--batch", "256"), timeout_s=55, min_left_s=25, after="any")
         for variant in ("dfkd_fast", "peer")
@@ -116,7 +117,7 @@ _CALL_2 = (
         after="any",
     ),
     Job("drop-ins", ("ops.drop_ins", "--out", "{out}/drop_ins.json", "--seconds", "12"), timeout_s=25, after="any"),
-    Job("cuda tests", _tests(8, "{root}/tests/cuda", *_IN_TIME), timeout_s=60, after="any"),
+    Job("cuda tests", _tests(8, "{root}/tests/cuda", *_FAST_TESTS), timeout_s=60, after="any"),
     Job("cuda ops", _CUDA_OPS, timeout_s=35, after="any"),
 )
 JOBS: dict[int, tuple[Job, ...]] = {1: _CALL_1, 2: _CALL_2}

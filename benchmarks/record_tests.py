@@ -55,7 +55,7 @@ class _Recorder:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Record in the process that collects the reports of all workers."""
+    """Register the recorder, except in workers, because the main process receives the reports of all workers."""
     if not hasattr(config, "workerinput"):
         folder = Path(os.environ.get("DFKD_FAST_RESULTS", "."))
         config.pluginmanager.register(_Recorder(Results(folder / "checks.json", key=("check",))))

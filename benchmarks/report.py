@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def between_markers(page: str, name: str, text: str) -> str:
-    """A page with the lines between ``<!-- begin: name -->`` and ``<!-- end: name -->`` replaced.
+    """Return a page with ``text`` between ``<!-- begin: name -->`` and ``<!-- end: name -->``.
 
     Raises:
         ValueError: the page does not have exactly one pair of the markers.
@@ -36,7 +36,7 @@ def between_markers(page: str, name: str, text: str) -> str:
 
 
 def demo_table(contents: Sequence[dict[str, Any]]) -> str:
-    """Results of `make demo`, one row per network, and the machine, from the ``results.json`` of each experiment."""
+    """Return the table of `make demo`, one row per network, and a note on the machine. ``contents`` are its results."""
     table, notes = [], []
     for content in contents:
         teacher = content["rows"][0]["top1"]
@@ -61,7 +61,7 @@ def demo_table(contents: Sequence[dict[str, Any]]) -> str:
 
 
 def coverage_tables(compat: Path) -> str:
-    """One table per module of dfkd_fast.compat: the op that computes each drop-in.
+    """Return one table per module of dfkd_fast.compat, with the op that computes each drop-in.
 
     Modules are parsed, not imported, because some need the project that they replace.
 
@@ -101,7 +101,7 @@ _STEP_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def _step_line(variant: str, runs: Sequence[dict[str, Any]], least_ms: float | None) -> dict[str, str]:
-    """The line of a variant: medians over its runs."""
+    """Return the line of a variant, with medians over its runs. ``least_ms`` is the roofline of a round."""
     finished = [row for row in runs if row["status"] == "ok"]
     line = {"variant": variant, "images/s": "" if finished else runs[0]["status"]}
     if speeds := [row["images_per_s"] for row in finished if "images_per_s" in row]:
@@ -116,7 +116,7 @@ def _step_line(variant: str, runs: Sequence[dict[str, Any]], least_ms: float | N
 
 
 def step_section(content: dict[str, Any], folder: str) -> str:
-    """One device's tables for docs/performance.md, one per batch size, from its ``step.json``."""
+    """Return one device's tables for docs/performance.md, one per batch size, from its ``step.json``."""
     parts = [f"### {folder}"]
     for batch in sorted({row["batch"] for row in content["rows"]}):
         rows = [row for row in content["rows"] if row["batch"] == batch]
@@ -142,7 +142,7 @@ SECTIONS: dict[str, dict[str, Callable[[dict[str, Any], str], str]]] = {
     "docs/swapping.md": {"drop_ins": drop_ins_section},
     "docs/ablation.md": {"ablation": ablation_section},
 }
-"""For each page, the result files between its markers and the functions that write one device's section."""
+"""Functions that write one device's section, by page and marker. The results of a marker are in ``MARKER.json``."""
 
 
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:

@@ -35,7 +35,7 @@ def dtype_name(dtype: Any) -> str:
 def parser(
     description: str | None, *, small: str, sizes: Sequence[str] = ("full", "small"), out: bool = True
 ) -> argparse.ArgumentParser:
-    """The command line of a measurement. ``small`` describes its small size; ``out`` makes the result file required."""
+    """Return a measurement's parser. ``small`` describes its small size; ``out`` makes the result file required."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--out", type=Path, required=out, help="result file")
     found.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -44,12 +44,12 @@ def parser(
 
 
 def commits(environments: Iterable[dict[str, Any]]) -> str:
-    """The commits of some environments, for the caption of a table."""
+    """Return the commits of some environments, for the caption of a table."""
     return ", ".join(sorted({(block["commit"] or f"sources {block['source']}")[:12] for block in environments}))
 
 
 def measured_on(content: dict[str, Any]) -> str:
-    """Device, PyTorch version and commit of the newest environment of a result file, for the caption of a table."""
+    """Return device, PyTorch version and commit of a result file's newest environment, for the caption of a table."""
     block = content["environments"][-1]
     return f"{block['device']['name']}, torch {block['torch']}, commit {(block['commit'] or block['source'])[:12]}"
 
@@ -58,7 +58,7 @@ class Results:
     """The rows of one result file, written to disk one by one. Several processes may write to the same file.
 
     A file contains ``environments`` (machine, versions, commit), ``rows`` and further facts. A row has the fields of
-    its key, the measurements, ``date`` and ``environment``, an index into ``environments``. A new row replaces the one
+    its key, the measurements, ``date`` and ``environment``, an index into ``environments``. A new row replaces the row
     with the same key. ``facts``, such as measured peak rates, are added to the file and to this process's environment.
     """
 

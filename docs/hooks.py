@@ -1,4 +1,4 @@
-"""What mkdocs runs while it builds the site, besides its plugins (see mkdocs.yml)."""
+"""Functions that mkdocs calls while it builds the site; mkdocs.yml names this file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Make the links to and from these pages those of the site."""
+    """Change links to and from the pages of ``PAGES`` to their paths on the site."""
     if page.file.src_uri in PAGES:
         markdown = markdown.replace("](docs/", "](")
     for target, source in PAGES.items():
@@ -37,11 +37,11 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 def _mathml(match: re.Match[str]) -> str:
     block = match[2] == "["
     formula = latex2mathml.converter.convert(html.unescape(match[3]).strip(), display="block" if block else "inline")
-    # MathML Core, which browsers implement, leaves the alignment of columns to CSS.
+    # Browsers implement MathML Core, in which CSS aligns columns.
     formula = re.sub(r'columnalign="(\w+)"', r'style="text-align: \1"', formula)
     return f'<div class="formula" tabindex="0">{formula}</div>' if block else formula
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Write formulas as MathML, which needs no script, and the roles of docstrings as code."""
+    """Write formulas as MathML, which needs no script, and Sphinx roles of docstrings, such as ``:func:``, as code."""
     return _ROLE.sub(r"<code>\1</code>", _MATH.sub(_mathml, content))

@@ -55,7 +55,7 @@ class Subject:
 
     @property
     def keys(self) -> list[Key]:
-        """The keys of its rows."""
+        """The key of each of its rows."""
         return [(self.op, self.case.name, dtype_name(self.dtype), self.backend, *each) for each in self.passes]
 
     def row(self, key: Key, measured: Measurement | None, status: str, rates: PeakRates) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def measure(
     progress: Callable[[dict[str, Any]], None] = lambda row: None,
     trial: Callable[..., Any] = Trial,
 ) -> bool:
-    """Measure the device's peak rates, then subjects one by one, and write their rows. Calls ``progress`` with each.
+    """Measure the device's peak rates, then subjects one by one, and write their rows. ``progress`` gets each row.
 
     No subject is started after ``seconds``. Tests replace ``trial``.
 

@@ -71,11 +71,11 @@ class Case:
         name: as in result files, for example ``64x256x14x14``.
         inputs: makes new inputs. The backward computes gradients for those that require one.
         call: takes (*inputs, backend) and returns the results of the public op.
-        work: takes the number of bytes per element.
+        work: takes the number of bytes per element and returns the least work.
         shapes: ``paper`` for the shapes of the method, ``large`` for shapes bound by bandwidth or arithmetic, ``odd``
             for irregular shapes that are compiled and checked but not timed, ``file`` for shapes from a user's file.
         dtypes: dtypes that are timed.
-        compiled: the best known PyTorch formulation for torch.compile, (*inputs); None for the reference.
+        compiled: takes (*inputs); the best known PyTorch formulation for torch.compile. None is the reference.
     """
 
     name: str
@@ -139,7 +139,7 @@ def _name(shape: Sequence[int]) -> str:
 def _attention(
     *shape: int, order: int = 3, hidden: int | None = None, mode: str = "joint", mse: bool = False, **more: Any
 ) -> Case:
-    """With gradients for the features and both weights, as in a student step."""
+    """The features and both weights require gradients, as in a student step."""
     samples, channels, height, width = shape
     k = hidden or channels // 4
     features, weights = math.prod(shape), (order * (order + 1) // 2 + order) * channels * k
@@ -173,7 +173,7 @@ def _spatial(
     channels_last: bool = True,
     **more: Any,
 ) -> Case:
-    """With gradients for features, hidden maps and weight, as in a generator step. k is C / 8 by default."""
+    """Features, hidden maps and weight require gradients, as in a generator step. ``k``: hidden channels, or C / 8."""
     n, c, h, w = shape
     narrow, positions = k or max(1, c // 8), n * h * w
     product = 2.0 * positions * c * narrow
@@ -201,13 +201,11 @@ def _spatial(
     )
 
 
-_ODD_MAPS = ((3, 37, 5, 7, 5), (2, 200, 9, 3, None), (1, 24, 15, 15, None), (2, 300, 7, 7, 70), (2, 1, 3, 3, None))
-
 # --- contrastive_loss
 
 
 def _contrastive(vectors: int, dim: int, symmetric: bool = False, **more: Any) -> Case:
-    """With gradients for both sides. ``vectors`` is the number of vectors of both sides together."""
+    """Both sides require gradients. ``vectors`` is the number of vectors of both sides together."""
     products, twice = float(vectors) ** 2 * dim, 2 if symmetric else 1
     return Case(
         name=f"{vectors}x{dim}{' symmetric' if symmetric else ''}",
@@ -230,7 +228,7 @@ def _lightly(case: str) -> Callable[..., Any] | None:
 
 
 def _kl(rows: int, classes: int, **more: Any) -> Case:
-    """With gradients for both sides, as in a generator step."""
+    """Both sides require gradients, as in a generator step."""
     return Case(
         name=f"{rows}x{classes}",
         inputs=lambda make: tuple(make.tensor(rows, classes, grad=True) for _ in range(2)),
@@ -268,7 +266,7 @@ class _Layer:
 
 
 def _resnet34(batch: int, size: int, *, residuals: bool) -> list[_Layer]:
-    """The 36 BatchNorms of ResNet-34 for images of size x size. Without residuals, a ReLU follows each."""
+    """The 36 BatchNorms of ResNet-34 for ``size`` x ``size`` images. Without residuals, a ReLU follows each."""
     layers = [_Layer((batch, 64, size // 2, size // 2))]
     for channels, side, blocks in ((64, size // 4, 3), (128, size // 8, 4), (256, size // 16, 6), (512, size // 32, 3)):
         shape = (batch, channels, side, side)
@@ -307,7 +305,7 @@ def _batchnorm(
     statistics_only: bool = False,
     **more: Any,
 ) -> Case:
-    """Normalized maps, means and variances, with gradients for maps and residuals from all three results."""
+    """Maps and residuals get gradients from all three results: normalized maps, means and variances."""
     if statistics_only:
         return _statistics(*shape, network=network, **more)
     layers = _NETWORKS[network] if network else [_Layer(shape, activation, residual)]
@@ -331,14 +329,14 @@ def _batchnorm(
         name=network or _name(shape) + (" with residual" if residual else ""),
         inputs=lambda make: tuple(one(make, layer) for layer in layers),
         call=call,
-        # The gradient of a residual is one more write, and one bit per element masks it.
+        # A residual adds one read to the forward, one write to the backward, and a mask of one bit per element to both.
         work=lambda size: Work(size * (2 * total + added) + added / 8, size * (3 * total + added) + added / 8),
         **more,
     )
 
 
 def _statistics(*shape: int, network: str, **more: Any) -> Case:
-    """channel_statistics: mean and variance without the normalization."""
+    """A case of channel_statistics, which computes mean and variance without normalizing."""
     layers = _NETWORKS[network] if network else [_Layer(shape)]
     total = sum(layer.numel for layer in layers)
     return Case(
@@ -351,7 +349,7 @@ def _statistics(*shape: int, network: str, **more: Any) -> Case:
 
 
 def _distance(*shape: int, network: str = "", **more: Any) -> Case:
-    """statistics_distance per layer."""
+    """A case that calls statistics_distance for each layer."""
     layers = _NETWORKS[network] if network else [_Layer(shape)]
     total, channels = sum(layer.numel for layer in layers), sum(layer.shape[1] for layer in layers)
     return Case(
@@ -360,7 +358,7 @@ def _distance(*shape: int, network: str = "", **more: Any) -> Case:
             (make.map(*layer.shape, grad=True), *_running_statistics(make, layer.shape[1])) for layer in layers
         ),
         call=lambda *given, backend: tuple(ops.statistics_distance(*each, backend=backend) for each in given),
-        # Per channel, the forward reads two values and writes three, which the backward reads.
+        # Per channel, the forward reads two float32 values and writes three, which the backward reads.
         work=lambda size: Work(size * total + 20 * channels, 2 * size * total + 12 * channels),
         **more,
     )
@@ -377,7 +375,7 @@ def _pool(*shape: int, relu: bool = True, unpool: bool = False, **more: Any) -> 
         return make.map(*pooled, dtype=torch.float32).abs().mul(4).to(torch.uint8).bitwise_and_(3)
 
     def compiled(x: Tensor) -> tuple[Tensor, Tensor]:
-        # ReLU follows the pooling because it then has a quarter of the elements. Code 4: no positive element.
+        # ReLU runs after the pooling, on a quarter of the elements. Code 4 marks a window without positive elements.
         y, index = F.max_pool2d(x, 2, return_indices=True)
         code = (2 * (index // w % 2) + index % w % 2).to(torch.uint8)
         if relu:
@@ -386,7 +384,7 @@ def _pool(*shape: int, relu: bool = True, unpool: bool = False, **more: Any) -> 
         return y, code
 
     def work(size: int) -> Work:
-        """Per window, four elements on one side, one element and a one-byte code on the other."""
+        """Per window, one side has four elements, and the other has one element and a one-byte code."""
         moved = math.prod(pooled) * (5 * size + 1)
         return Work(moved, moved)
 

@@ -36,7 +36,7 @@ _USED = re.compile(r"Used (\d+) registers(?:, used (\d+) barriers)?(?:.*?(\d+) b
 
 
 def sources() -> list[Path]:
-    """The files that are compiled."""
+    """Return the files that are compiled by default."""
     return sorted(CSRC.glob("*.cu"))
 
 
@@ -73,7 +73,7 @@ def count_wgmma(code: str) -> dict[str, int]:
 
 
 def cuobjdump(option: str, cubin: Path) -> str:
-    """The output of the cuobjdump that Triton ships."""
+    """Return the output of the cuobjdump that Triton ships."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -81,7 +81,7 @@ def cuobjdump(option: str, cubin: Path) -> str:
 
 
 def _demangled(symbols: Sequence[str]) -> list[str]:
-    """Kernel names as in the source, with their template arguments; without c++filt, the symbols themselves."""
+    """Return kernel names as in the source, with template arguments; without c++filt, return the symbols."""
     if not symbols or shutil.which("c++filt") is None:
         return list(symbols)
     done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
@@ -111,7 +111,7 @@ def compile_file(nvcc: str, path: Path) -> list[dict[str, Any]]:
 
 
 def unsound(row: dict[str, Any]) -> str | None:
-    """Why a kernel is not sound; None if it is."""
+    """Return why a kernel is not sound; None if it is."""
     wrong = [f"{row[name]} bytes of {name}" for name in ("stack", "spill_stores", "spill_loads") if row[name]]
     name = row["kernel"].partition("<")[0]
     if name.endswith("_wgmma") or (name.startswith("_Z") and "_wgmma" in name):

@@ -43,7 +43,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Compilation:
-    """The input of Triton's compiler for one launch: a kernel with argument types and constants. ``arch`` 90: sm_90."""
+    """The input of Triton's compiler for one launch: a kernel, argument types and constants. ``arch`` 90 is sm_90."""
 
     case: str
     kernel: str
@@ -55,7 +55,7 @@ class Compilation:
     num_stages: int
 
     def key(self) -> str:
-        """Identifies the binary: equal for launches that can share it."""
+        """Return a key of the binary, equal for launches that can share it."""
         named = [(path, str(value)) for path, value in self.constants.items()]
         parts = (self.kernel, self.arch, self.signature, named, list(self.attributes.items()))
         return json.dumps([*parts, self.num_warps, self.num_stages])
@@ -99,7 +99,7 @@ def compilations(benchmark: Benchmark, arch: int, dtypes: Sequence[torch.dtype] 
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory of the kernel in a cubin."""
+    """Return registers per thread and bytes of stack and local memory of the kernel in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

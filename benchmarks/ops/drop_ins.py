@@ -1,8 +1,8 @@
-"""Every drop-in of ``dfkd_fast.compat`` against its original: forward and backward in eager mode, launches included.
+"""Times every drop-in of ``dfkd_fast.compat`` and its original: forward and backward in eager mode, with launches.
 
-Drop-in and original alternate on the same inputs, which rotate past the L2 cache. The original is the library's code,
-or its definition in plain PyTorch (:mod:`~dfkd_fast.benchmarks.ops.originals`) if the project is on no package index.
-Losses of student and teacher compute the student's gradient, losses of two views both gradients.
+Drop-in and original alternate on the same sets of inputs. The sets rotate, so that no input is in the L2 cache. The
+original is the library's code, or a definition in plain PyTorch (:mod:`~dfkd_fast.benchmarks.ops.originals`) if the
+project is on no package index. Losses of student and teacher compute the student's gradient; losses of two views, both.
 
     python -m dfkd_fast.benchmarks.ops.drop_ins --out drop_ins.json
 """
@@ -53,8 +53,8 @@ _LIBRARIES = {"lightly": "lightly", "metric_learning": "pytorch-metric-learning"
 class DropIn:
     """A drop-in and its original.
 
-    Each of ``shapes`` has ``inputs`` inputs, the first ``trained`` of which require a gradient. It is one comparison,
-    unless ``together`` makes all shapes inputs of one call, as for maps of several stages.
+    Each of ``shapes`` is one comparison, in which the loss gets ``inputs`` inputs of this shape. The first ``trained``
+    require a gradient. With ``together``, one call gets the inputs of all shapes, as for maps of several stages.
     """
 
     name: str
@@ -216,7 +216,7 @@ def drop_ins(device: torch.device) -> Iterator[DropIn]:
 
 
 def _step(loss: Loss, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A loss and its gradients."""
+    """Return a loss and its gradients."""
     value = loss(*inputs)
     return value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
 
@@ -230,7 +230,7 @@ def compare(
     turns: int = 5,
     seconds: float = 0.05,
 ) -> dict[str, Any]:
-    """Time a drop-in and its original in ``turns`` turns of ``seconds`` each; they alternate which goes first.
+    """Time a drop-in and its original in ``turns`` turns of ``seconds`` each. Every other turn starts with the drop-in.
 
     Returns:
         ``ours_us`` and ``original_us``, medians over turns; ``ratios`` of original to ours by turn; ``difference``, the
@@ -271,7 +271,7 @@ def compare(
 
 
 def drop_ins_section(content: dict[str, Any], folder: str) -> str:
-    """One device's table for docs/swapping.md, from its ``drop_ins.json``."""
+    """Return one device's table for docs/swapping.md, from its ``drop_ins.json``."""
     table = [
         {
             "drop-in": row["drop_in"],

@@ -1,7 +1,7 @@
-"""Times one case of an op with one provider: forward, backward or both, with a cold or a warm L2 cache.
+"""Times one implementation of one case of an op: forward, backward or both, with a cold or a warm L2 cache.
 
-On a GPU, several calls are captured into a CUDA graph and its replays are timed by ``triton.testing.do_bench``, which
-flushes the L2 cache before each. CPU overhead between launches is therefore not measured. Cold: each call of the graph
+On a GPU, several calls are captured into one CUDA graph, so CPU overhead between launches is not measured.
+``triton.testing.do_bench`` times the graph's replays and flushes the L2 cache before each. Cold: each call of the graph
 has its own inputs and outputs. Warm: all calls share their inputs. If the capture fails, single calls are timed instead
 and ``timer`` is "events".
 """
@@ -29,9 +29,9 @@ CACHES = ("cold", "warm")
 _WARM_UP = 3
 _REPLAY_US = 4000.0  # duration of a replay: much longer than the launch of a graph
 _MAX_CALLS = 128  # per replay
-_REPEATS_MS = 150  # of all timed replays; at least two
+_REPEATS_MS = 150  # duration of all timed replays, of which there are at least two
 _CPU_REPEATS = 5
-_MEMORY_SHARE = 0.4  # of the free memory, for the calls of one graph
+_MEMORY_SHARE = 0.4  # share of the free memory that the calls of one graph may use
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class PeakRates:
 
 
 def measure_peak_rates(device: torch.device) -> PeakRates:
-    """Measure the peak rates with a copy of 1 GiB and a product of random 8192 x 8192 bf16 matrices."""
+    """Measure the peak rates, on a GPU with a copy of 1 GiB and a product of random 8192 x 8192 bf16 matrices."""
     count, side = (2**29, 8192) if device.type == "cuda" else (2**22, 256)
     source = torch.randn(count, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
@@ -99,7 +99,7 @@ def _times(call: Callable[[], object], device: torch.device) -> list[float]:
 
 @dataclass(eq=False)
 class _Call:
-    """One call: inputs, output gradients and, from the forward to the backward, results."""
+    """One call: its inputs, its output gradients and, between forward and backward, its results."""
 
     function: Callable[..., Any]
     inputs: tuple[Any, ...]
@@ -117,9 +117,9 @@ class _Call:
 
 
 class Trial:
-    """One case in one dtype with one provider.
+    """One case in one dtype, computed by ``function``.
 
-    The constructor runs the forward once and raises if the provider fails or memory runs out. The forward records the
+    The constructor runs the forward once and raises if ``function`` fails or memory runs out. The forward records the
     autograd graph, as in training. The backward computes the gradients of all inputs that require one, from random
     output gradients.
     """

@@ -1,4 +1,4 @@
-"""Plain PyTorch definitions of the functions that ``dfkd_fast.compat`` replaces, from projects on no package index.
+"""Definitions in plain PyTorch of functions that ``dfkd_fast.compat`` replaces, of projects on no package index.
 
 Each makes the same passes over its data as the project's code. Incidental costs, such as masks copied from the CPU, are
 omitted, so no definition is slower than its original.

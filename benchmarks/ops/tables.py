@@ -25,7 +25,7 @@ _COMPILED = ("compile", "compile_max_autotune")
 
 
 def _grouped(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
-    """Rows by (op, case, dtype, pass, l2), then by backend."""
+    """Group rows by (op, case, dtype, pass, l2), then by backend."""
     found: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         found[row["op"], row["case"], row["dtype"], row["pass"], row["l2"]][row["backend"]] = row
@@ -56,7 +56,7 @@ def _backends(rows: Iterable[Row]) -> list[str]:
 
 
 def terminal_rows(rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:
-    """For each op, one line per case, pass and cache: microseconds by backend and the share of the roofline.
+    """Return for each op one line per case, pass and cache: microseconds by backend and the share of the roofline.
 
     Share and peak memory are those of the fastest kernel of this project, or of the fastest backend without one.
     """
@@ -106,9 +106,9 @@ def save_plot(rows: Sequence[Row], path: Path) -> Path:
 
 
 def speedups(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """Speed-up over the faster torch.compile, by op and pass: geometric means over cases.
+    """Return the speed-up compared with the faster torch.compile, by op and pass, as geometric means over cases.
 
-    Includes the paper's shapes in bfloat16 with a cold cache for which both were timed.
+    They include the paper's shapes in bfloat16 with a cold cache for which both were timed.
     """
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     paper = ("paper", "bfloat16", "cold")
@@ -122,7 +122,7 @@ def speedups(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
 
 
 def ops_section(content: dict[str, Any], folder: str) -> str:
-    """One device's part of docs/benchmarks.md, from its ``ops.json``."""
+    """Return one device's part of docs/benchmarks.md, from its ``ops.json``."""
     rows = content["rows"]
     blocks = [content["environments"][index] for index in sorted({row["environment"] for row in rows})]
     last = blocks[-1]
@@ -146,9 +146,10 @@ def ops_section(content: dict[str, Any], folder: str) -> str:
 
 
 def choices(content: dict[str, Any], arch: int) -> list[dict[str, Any]]:
-    """The faster of Triton and CUDA by op, dtype and class of shapes, from the ``ops.json`` of a device (90: sm_90).
+    """Return the faster of Triton and CUDA by op, dtype and class of shapes. ``arch`` 90 is sm_90.
 
-    Each case counts with the ratio of its times, forward plus backward, cold; a class with their geometric mean.
+    ``content``: a device's ``ops.json``. The ratio of a case is its time (forward plus backward, cold cache) with CUDA
+    divided by that with Triton. A class of shapes has the geometric mean of its cases' ratios.
     """
     ratios: dict[tuple[str, str, tuple[int, ...]], list[float]] = defaultdict(list)
     times: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

@@ -1,7 +1,7 @@
 """The paper's cases under pytest-benchmark, forward and backward: ``pytest benchmarks/ops/test_ops.py``.
 
-pytest-benchmark measures the CPU time until the device is done, including launches. ``extra_info`` has the device time,
-measured as in ``dfkd-fast bench`` (``--benchmark-json=FILE``).
+pytest-benchmark measures the wall time until the device is done, including launches. With ``--benchmark-json=FILE``,
+``extra_info`` in the file has the device time, measured as in ``dfkd-fast bench``.
 """
 
 from __future__ import annotations

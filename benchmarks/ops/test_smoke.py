@@ -24,21 +24,21 @@ from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Case, Make, gradients, te
 from dfkd_fast.testing import assert_no_worse
 
 _NO_CACHING = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # without PyTorch's allocator, no graph can be captured
-_DRAWS = 16  # of the inputs if a result is a scalar, whose error can be small or large by chance
-_ATTEMPTS, _WAIT_S = 4, 10.0  # while other processes use the memory
+_DRAWS = 16  # random inputs if a result is a scalar, because the error of a single scalar depends on chance
+_ATTEMPTS, _WAIT_S = 4, 10.0  # attempts and seconds between them, while other processes use the memory
 _CASES = [(op, case) for op, benchmark in BENCHMARKS.items() for case in benchmark.cases if case.shapes == "paper"]
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def _outputs(case: Case, inputs: Sequence[Any], grad_outputs: Sequence[Tensor], backend: str) -> list[Tensor]:
-    """Results and gradients of a case."""
+    """Return results and gradients of a case."""
     results = tensors(case.call(*inputs, backend=backend))
     return [*(result.detach() for result in results), *gradients(results, inputs, grad_outputs)]
 
 
 def _replayed(case: Case, inputs: Sequence[Any], grad_outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Results and gradients from the second replay of a CUDA graph."""
+    """Return results and gradients from the second replay of a CUDA graph."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -64,7 +64,7 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _draw(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> list[list[Tensor]]:
-    """Results and gradients for random inputs: of the kernels, the reference, and the reference in float64."""
+    """Return results and gradients for random inputs: of the kernels, the reference, and the reference in float64."""
     make = Make(device, dtype, seed=case.seed + seed)
     inputs = case.inputs(make)
     outputs = [r for r in tensors(case.call(*inputs, backend="reference")) if r.requires_grad]
@@ -79,10 +79,10 @@ def _draw(case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> li
 
 
 def check_case(case: Case, device: torch.device, dtype: torch.dtype) -> float:
-    """Check one case; CUDA graphs only on CUDA.
+    """Check one case, including CUDA graph capture if the device is CUDA.
 
     Returns:
-        The largest root mean square error of a result or gradient over that of the reference.
+        The largest ratio of the root mean square error of a result or gradient to that of the reference.
     """
     draws, ratio = [_draw(case, device, dtype, 0)], 0.0
     if any(result.numel() == 1 for result in draws[0][0]):

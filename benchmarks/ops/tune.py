@@ -1,9 +1,9 @@
 """Searches launch configurations: ``dfkd-fast bench --tune``.
 
-A choice is one request of a case's kernels to ``kernels/config.py``: kernel, architecture, dtype and sizes. Each choice
-is tried in the case that makes the fewest choices, where it has the largest effect. A candidate must reproduce the
-results of the default within rounding. Its time is that of the passes that use it, with a cold cache. A candidate that
-is faster than the default by more than 3 %, twice, is saved in ``kernels/tuned.json`` together with the reason.
+A choice is a launch configuration that a case requests from ``kernels/config.py`` for a kernel, architecture, dtype and
+sizes. Each choice is tried in the case with the fewest choices, where it has the largest effect. A candidate must
+reproduce the default's results within rounding. Its time is that of the passes that use it, with a cold cache. If it is
+faster than the default by more than 3 % in two measurements, ``kernels/tuned.json`` gets the candidate and the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dfkd_fast.report import environment, write_results
 __all__ = ["GAIN", "Choice", "Tried", "choices", "decide", "difference", "tune"]
 
 GAIN = 0.03
-"""The least gain over the default."""
+"""The least gain, as a share of the default's time."""
 
 Report = Callable[[str], None]
 
@@ -45,7 +45,7 @@ class Choice:
         return config.candidates(kernel, arch, dtype, **sizes)
 
     def results(self, device: torch.device) -> list[Tensor]:
-        """Results and gradients of the case."""
+        """Return results and gradients of the case."""
         make = Make(device, self.dtype, seed=self.case.seed)
         inputs = self.case.inputs(make)
         results = tensors(self.case.call(*inputs, backend="triton"))
@@ -53,14 +53,14 @@ class Choice:
         return [*(result.detach() for result in results), *gradients(results, inputs, grad_outputs)]
 
     def time_us(self, device: torch.device) -> float:
-        """Microseconds of the passes."""
+        """Return the microseconds of the passes, summed."""
         trial = Trial(self.case, self.dtype, device, lambda *inputs: self.case.call(*inputs, backend="triton"))
         return sum(trial.measure(which, "cold").median_us for which in self.passes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """The outcome of a choice; ``winner`` is None if the default stays."""
+    """The outcome of a choice. ``winner`` is None if the first candidate, the default, stays."""
 
     key: str
     first_us: float
@@ -113,7 +113,7 @@ def choices(benchmark: Benchmark, device: torch.device, shapes: str = "paper") -
 
 
 def difference(actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> str:
-    """Describe differences that another order of summation does not explain, in the precision of ``dtype``; or ""."""
+    """Describe differences that another order of summation does not explain, in the precision of ``dtype``; else ""."""
     eps = max(torch.finfo(dtype).eps, 2e-6)
     for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
         if not a.is_floating_point():

@@ -1,4 +1,4 @@
-"""Time of a step by network and op, for the eager, compiled and graph engines.
+"""Measures the time of a step by network and op, for the eager, compiled and graph engines.
 
 python -m dfkd_fast.benchmarks.step.breakdown --out breakdown.json
 """
@@ -22,7 +22,7 @@ __all__ = ["breakdown_section", "main"]
 
 
 def breakdown_section(content: dict[str, Any], folder: str) -> str:
-    """One device's tables for docs/performance.md, from its ``breakdown.json``."""
+    """Return one device's tables for docs/performance.md, from its ``breakdown.json``."""
     lines = [f"### {folder}", "", *markdown_table(summary_table(content["rows"]))]
     for engine in content["rows"]:
         # Kernels of a replayed graph have no ranges; the summary has their total.

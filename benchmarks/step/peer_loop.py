@@ -1,13 +1,13 @@
 """The distillation loop as in published code: the variant ``peer``.
 
-It runs the same algorithm as this project's engine on the same networks, in plain PyTorch without any of its ops, and
-shares these properties with the released loops (CPSC_DFKD.py of the paper's authors, DeepInversion, Fast):
+It runs the same algorithm as this project's engine on the same networks, without this project's ops, and has these
+properties of the released loops (CPSC_DFKD.py of the paper's authors, DeepInversion, Fast-Datafree):
 
-- eager, under autocast, NCHW, ``cudnn.benchmark`` on, optimizers with their defaults (foreach);
+- it runs eagerly, under autocast, in NCHW, with ``cudnn.benchmark`` and with foreach optimizers, the default;
 - a forward hook on each BatchNorm of the teacher computes mean and variance of its input; hooks also read the stages;
 - teacher and student are not frozen in a generator step: their weight gradients are computed and dropped;
 - the student is in train mode in a generator step, which updates its BatchNorm buffers;
-- ``loss.item()`` after every step.
+- ``loss.item()`` is called after every step.
 
 It avoids accidental costs of those loops: noise is drawn on the device, optimizers are created once, hooks compute
 nothing in student steps, statistics keep autocast's dtype, the teacher runs without a graph in student steps, and the
@@ -34,7 +34,7 @@ __all__ = ["PeerLoop", "PlainGate", "PlainHighOrderAttention"]
 
 
 class PlainGate(nn.Module):
-    """Spatial attention with PyTorch's pooling and softmax. It shares the layers of a gate of form ``spatial``."""
+    """Spatial attention with PyTorch's pooling and softmax. It uses the layers of ``gate``, of form ``spatial``."""
 
     def __init__(self, gate: SpatialAttention) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class PlainGate(nn.Module):
         self.expand = gate.expand
 
     def forward(self, features: Tensor) -> Tensor:
-        """The gated features, (N, C, H, W) as the input."""
+        """Return the gated features, of the same shape (N, C, H, W) as the input."""
         encoded = self.encode(features)
         pooled, indices = F.max_pool2d(encoded, 2, return_indices=True)
         widened = self.widen(self.bottleneck(pooled))
@@ -76,7 +76,7 @@ class PlainHighOrderAttention(nn.Module):
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        """The attended features, (N, C, H, W) as x."""
+        """Return the attended features, of the same shape (N, C, H, W) as x."""
         terms = []
         for order, out in enumerate(self.outs, start=1):
             first = order * (order - 1) // 2
@@ -180,7 +180,7 @@ class PeerLoop:
         return F.cross_entropy(similarity.masked_fill(itself, -torch.inf), targets)
 
     def generator_step(self) -> tuple[float, dict[str, Tensor]]:
-        """Run one generator step and return its loss, read back, and its terms, on the device."""
+        """Run one generator step. Return its loss as a float and its terms as tensors on the device."""
         self.student.model.train()
         with self.cast():
             images = self._normalize(self.generator(self._draw()))
@@ -197,10 +197,10 @@ class PeerLoop:
         return loss.item(), {"bn": statistics.detach(), "kd": divergence.detach()}
 
     def student_step(self) -> tuple[float, dict[str, Tensor]]:
-        """Run one student step and return its loss, read back, and its terms, on the device."""
+        """Run one student step. Return its loss as a float and its terms as tensors on the device."""
         self.student.model.train()
         with self.cast():
-            # An iteration of the spectral norm here would be another algorithm.
+            # As in the engine, only generator steps run the power iteration of the spectral norm.
             with torch.no_grad(), freeze_spectral_norm(self.generator):
                 images = self._normalize(self.generator(self._draw()))
                 t_logits, t_features, t_penultimate = self.teacher(images)

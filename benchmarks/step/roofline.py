@@ -1,9 +1,9 @@
-"""The least time of a round of distillation, from the operations and bytes of its eager steps.
+"""Computes the least time of a round of distillation from the operations and bytes of its eager steps.
 
 docs/performance.md defines the work. In short: ``torch.utils.flop_counter`` counts the operations of convolutions,
 linear layers, attention products and similarities, forward and backward. Hooks count the bytes of each layer in bf16:
-input, weights and output in the forward; in the backward the gradients and what they are computed from. Optimizers read
-and write float32. Pointwise operations count as fused into their neighbors.
+in the forward the input, weights and output; in the backward the gradients and the tensors that they are computed from.
+Optimizers read and write float32. Pointwise operations are not counted, as if they were fused into their neighbors.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from dfkd_fast.nn import HighOrderAttention, SpatialAttention
 __all__ = ["Roofline", "Work", "counted", "roofline", "round_work"]
 
 _BF16, _FLOAT = 2, 4
-_ADAM, _SGD = 3 * 2 * _FLOAT, 2 * 2 * _FLOAT  # bytes per parameter: it and its moments, read and written
+_ADAM, _SGD = 3 * 2 * _FLOAT, 2 * 2 * _FLOAT  # bytes to read and write a parameter and its moments
 _LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, HighOrderAttention, SpatialAttention)
 
 
 @dataclass(kw_only=True)
 class Work:
-    """Operations and bytes."""
+    """Number of operations, where a multiply-add counts as two, and bytes of memory traffic."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -71,7 +71,7 @@ def counted(modules: Iterable[nn.Module]) -> Iterator[Work]:
 
 
 def round_work(engine: Engine) -> tuple[Work, Work]:
-    """The work of one generator step and one student step, including the optimizers. Runs both steps."""
+    """Run one generator step and one student step, and return the work of each, including the optimizer."""
     state = engine.state
     modules = [state.generator.module, state.teacher, state.student.module, state.student.objective]
     sides = [
@@ -90,7 +90,7 @@ def round_work(engine: Engine) -> tuple[Work, Work]:
 
 
 def roofline(work: tuple[Work, Work], rates: PeakRates, *, generator_steps: int, student_steps: int) -> Roofline:
-    """The least time of a round at the measured rates."""
+    """Return the least times at the measured rates from the work of a generator step and of a student step."""
     generator, student = (rates.roofline_us(each.bytes, each.flops) / 1e3 for each in work)
     total = generator_steps * generator + student_steps * student
     return Roofline(generator_step_ms=generator, student_step_ms=student, round_ms=total)

@@ -6,11 +6,11 @@ The variants run the same algorithm on the same networks from the same seed:
 - ``eager``: this project's eager engine with the reference ops, channels-last, in bf16, without gradients of frozen
   weights;
 - ``compile_max_autotune`` and ``compile_reduce_overhead``: the networks and objectives of ``eager`` through
-  torch.compile in these modes, both of which capture CUDA graphs;
+  torch.compile in these two modes, which capture CUDA graphs;
 - ``dfkd_fast``: the default engine of ``dfkd-fast distill`` on the device.
 
-``cudnn.benchmark`` is on in all of them. ``roofline`` measures the device's peak rates and writes the least time of
-each step.
+``cudnn.benchmark`` is on in all of them. With ``roofline`` instead of a variant, the program measures the device's peak
+rates and writes the least time of each step.
 
     python -m dfkd_fast.benchmarks.step.variants dfkd_fast --out step.json --batch 64
 """
@@ -111,7 +111,7 @@ def _with_statistics(model: nn.Module, size: Size, device: torch.device) -> nn.M
 def build(
     size: Size, batch: int, device: torch.device, *, precision: str = "bf16", channels_last: bool = True
 ) -> tuple[DistillState, FeatureModel]:
-    """The initial state of a run and its teacher, which the caller freezes. ``batch`` is the batch size of a step."""
+    """Return the initial state of a run and its teacher, which the caller must freeze. ``batch``: images per step."""
     torch.manual_seed(0)
     teacher = _with_statistics(create_model(size.teacher, num_classes=size.classes), size, device)
     student = create_model(size.student, num_classes=size.classes)
@@ -135,9 +135,9 @@ def build(
 
 @dataclass
 class Loop:
-    """A variant. Steps queue device work; ``end_round`` queues the copy of the losses that a training loop reads.
+    """A variant. Its steps queue device work, and ``end_round`` queues the copy of the round's losses to the host.
 
-    ``losses`` waits for the device and returns the losses of the last rounds, NaN if a gradient was not finite.
+    ``losses`` waits for the device and returns the losses of the last rounds, NaN where a gradient was not finite.
     """
 
     name: str
@@ -150,7 +150,7 @@ class Loop:
 
 
 class _MarkingExecutor(EagerExecutor):
-    """Marks the start of each step for the CUDA graphs of torch.compile."""
+    """Marks the start of each step for the CUDA graphs that torch.compile captures."""
 
     def execute(self, engine: Engine, kind: Any) -> None:
         torch.compiler.cudagraph_mark_step_begin()
@@ -160,7 +160,7 @@ class _MarkingExecutor(EagerExecutor):
 def _peer_loop(state: DistillState) -> Loop:
     peer = PeerLoop(state, mean=_HALF, std=_HALF)
     for side in state.sides.values():
-        side.optimizer.state.clear()  # the loop has its own optimizers: this memory would be counted twice
+        side.optimizer.state.clear()  # PeerLoop has its own optimizers, so this memory would be counted twice
     losses: deque[float] = deque(maxlen=_KEPT * state.steps_per_round)
     return Loop(
         "peer",
@@ -227,7 +227,7 @@ def run_round(loop: Loop, steps: tuple[int, int], mark: Callable[[], None] = lam
 
 
 def _timed(loop: Loop, size: Size, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Medians over rounds, which are queued back to back and timed with events."""
+    """Return medians over rounds, which are queued back to back and, on a GPU, timed with events."""
     events: list[Any] = []
 
     def mark() -> None:
@@ -259,7 +259,7 @@ def _timed(loop: Loop, size: Size, device: torch.device, rounds: int) -> dict[st
 
 
 def _profiled(loop: Loop, size: Size, synchronize: Callable[[], None]) -> dict[str, Any]:
-    """The share of a round in which the GPU is busy, and the number of kernels, copies and fills per step."""
+    """Return the share of a round in which the GPU is busy, and the number of kernels, copies and fills per step."""
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], schedule=schedule) as profiler:
         run_round(loop, size.steps)
@@ -335,13 +335,13 @@ def measure(
 
 
 def _pool_bytes() -> int:
-    """Bytes that replays use in private pools of captured graphs but the allocator does not count as allocated."""
+    """Return the bytes in private pools of captured graphs that the allocator does not count as allocated."""
     segments = torch.cuda.memory_snapshot()
     return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
 
 
 def rooflines(size: Size, batch: int, device: torch.device) -> dict[str, Any]:
-    """The least time of each step at the device's measured peak rates, and the work that it follows from."""
+    """Return the least time of each step at the device's measured peak rates, the rates, and the work of each step."""
     rates = measure_peak_rates(device)
     state, teacher = build(size, batch, device)
     with state.runtime.backends(), ops.backend("reference"), frozen(teacher):
@@ -355,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure one variant or the roofline and add its row to a result file."""
     command = parser(__doc__, small="small networks", sizes=tuple(SIZES))
     command.add_argument("variant", choices=[*VARIANTS, "roofline"])
-    command.add_argument("--batch", type=int, default=None, help="images per step; by default those of the size")
+    command.add_argument("--batch", type=int, default=None, help="images per step (default: that of the size)")
     command.add_argument("--run", type=int, default=1, help="number of this repeat")
     command.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and time nothing")
     options = command.parse_args(arguments)

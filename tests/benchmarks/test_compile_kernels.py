@@ -1,4 +1,4 @@
-"""Kernels are compiled without a GPU: every launch is found, and a spill is reported."""
+"""Kernels are compiled without a GPU. Every launch is found, and a spill is reported."""
 
 from __future__ import annotations
 

@@ -46,13 +46,13 @@ def a_benchmark(*cases: Case, **more) -> Benchmark:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """A description of the machine takes seconds."""
+    """Replace the description of the machine, which takes seconds."""
     here = {"device": {"name": "cpu"}, "torch": "2", "triton": "3", "cuda": None, "commit": "a", "source": "b"}
     monkeypatch.setattr(results_module, "_environment", lambda: dict(here))
 
 
 class FakeDevice:
-    """Replaces torch.cuda: its graphs record their calls, and the timer records the graphs."""
+    """Replaces torch.cuda. A captured graph records its calls, and ``timed`` lists the calls of replayed graphs."""
 
     def __init__(self, monkeypatch, memory: int = 2**40):
         self.capturing, self.forbidden, self.inputs, self.timed = None, False, [], []
@@ -384,7 +384,7 @@ class TestTables:
         (only,) = written(rows)
         assert (only["backend"], only["arch"], only["cuda_over_triton"], only["cases"]) == ("cuda", 90, 0.8333, 1)
         assert read_choices(table) == {("contrastive_loss", 90, "bfloat16", tuple(only["shape_class"])): "cuda"}
-        # The second case is of the same class of shapes: sqrt(10 / 12 * 2 / 1) is above 1.
+        # The second case is in the same class of shapes. The mean sqrt(10 / 12 * 2 / 1) is above 1.
         (only,) = written([*rows, *pair(second, "triton", 0.5, 0.5)])
         assert (only["backend"], only["cuda_over_triton"], only["cases"]) == ("triton", 1.291, 2)
         assert written([]) == []
@@ -505,7 +505,7 @@ class TestOnTheDevice:
         case = replace(a_case(), inputs=lambda make: (make.tensor(elements, grad=True),))
         return measure.Trial(case, torch.bfloat16, CUDA, function)
 
-    def test_large_copy_takes_its_bytes_over_the_bandwidth(self):
+    def test_time_of_a_large_copy_is_its_bytes_divided_by_the_bandwidth(self):
         rates, trial = measure.measure_peak_rates(CUDA), self.trial(2**28, lambda x: x * 2)
         for which, l2 in (("forward", "cold"), ("forward", "warm"), ("backward", "cold")):
             measured = trial.measure(which, l2)

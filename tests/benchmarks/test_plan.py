@@ -1,4 +1,4 @@
-"""The plan of `make gpu` on a simulated machine."""
+"""The plan of `make gpu`, run on a simulated machine."""
 
 from __future__ import annotations
 

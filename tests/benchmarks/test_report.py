@@ -1,4 +1,4 @@
-"""The tables of the documents are written between markers, from committed results, and are up to date."""
+"""The tables of the documentation come from committed results, are between markers, and are up to date."""
 
 from __future__ import annotations
 

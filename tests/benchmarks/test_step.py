@@ -26,7 +26,7 @@ SMALL = SIZES["small"]
 
 
 class TestPeer:
-    """Tolerances allow for float32 sums in another order, over twelve steps of two optimizers."""
+    """Tolerances allow for float32 sums in another order, accumulated in twelve steps of two optimizers."""
 
     def test_losses_and_weights_match_the_eager_engine(self):
         config = tiny.config(
@@ -48,7 +48,7 @@ class TestPeer:
         for name, value in state.student.module.model.state_dict().items():
             torch.testing.assert_close(peer_state.student.module.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
-    def test_it_has_the_properties_of_published_loops(self):
+    def test_peer_has_the_properties_of_published_loops(self):
         state = tiny.state(tiny.config())
         peer = PeerLoop(state, mean=tiny.HALF, std=tiny.HALF)
         before = {name: value.clone() for name, value in state.student.module.model.named_buffers()}
@@ -71,7 +71,7 @@ class TestPeer:
 
 class TestRoofline:
     def test_work_of_a_layer(self):
-        """Of a convolution: 3 * 64 elements of input and 8 * 16 of output per image, and 8 * 27 weights."""
+        """A convolution has 3 * 64 input and 8 * 16 output elements per image, and 8 * 27 weights."""
         layer, x = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), torch.zeros(2, 3, 8, 8)
         forward, flops, inputs, weights, outputs = 2 * (384 + 216 + 256), 2 * 2 * 8 * 16 * 27, 384, 216, 256
 
@@ -120,7 +120,7 @@ class TestVariants:
         (row,) = read_results("step.json")["rows"]
         assert row["round_ms"] == pytest.approx(2 * row["generator_step_ms"] + 2 * row["student_step_ms"], rel=1e-3)
         assert row["copy_gbps"] > 0
-        # The generator step runs the backward of teacher and student, the student step not of the teacher.
+        # The generator step runs the backward of teacher and student, the student step only that of the student.
         assert 0 < row["student_step"]["flops"] < row["generator_step"]["flops"]
         assert min(row[step]["bytes"] for step in ("generator_step", "student_step")) > 0
 
