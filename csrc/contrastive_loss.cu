@@ -1,30 +1,30 @@
 // Forward of NT-Xent over M = 2N vectors v, anchors then positives, without storing their similarity matrix.
 //
-// With y_i = 2^k_i v_i, scaled exactly by a power of two, and r_i = 1 / |y_i| (0 for a zero vector):
+// With the temperature tau, y_i = 2^k_i v_i (exact, since k_i is an integer) and r_i = 1 / |y_i| (0 for a zero vector):
 //
 //   s_ij = (y_i . y_j) r_i r_j log2(e) / tau      L_i = log2(sum over j != i of 2^s_ij)
 //   loss_i = log(2) (L_i - s_{i, partner of i})
 //
-// wgmma multiplies the vectors in their own dtype; the factors r are applied in float32. Cosines bound s, so the
-// softmax needs no running maximum. L is saved for backward. Supported sizes: launchers.h.
+// wgmma multiplies the vectors in their own dtype; the factors r are applied in float32. A cosine is at most 1, so s is
+// bounded and the softmax needs no running maximum. L is saved for backward. launchers.h lists the supported sizes.
 //
 // 1. preprocess() scales the vectors into scratch.
 // 2. similarity_sums_wgmma is persistent. A work tile is 256 rows by one split of the columns. Two consumer warpgroups
 //    hold 128 rows each in registers and read the columns from the pipeline, 128 at a time.
-// 3. A cluster of combine() adds the splits and reduces the losses. With more than 8192 anchors, several clusters do,
-//    and reduce_partials() adds their sums.
+// 3. combine() adds each row's splits and reduces the losses, in one cluster of eight blocks. With more than 8192
+//    anchors it runs in several clusters, and reduce_partials() adds their sums.
 //
-// With A anchors and D dimensions: 2 A M D FLOP by wgmma and A M exponentials. At D = 128, each takes 512 cycles per SM
-// for 64 x 128 similarities, so they must overlap:
-//  - Named barriers alternate the warpgroups: each issues 1024 cycles of wgmma and then has as long for its
-//    exponentials. These begin when the first of its two 64 x 128 accumulators is complete.
-//  - One exponential in kPolynomialPeriod is a polynomial of degree 5 on the FMA units (relative error below 2.2e-7,
-//    about that of ex2.approx).
+// For A anchors and D dimensions, wgmma computes 2 A M D FLOPs, and there are A M exponentials. At D = 128, the wgmmas
+// of 64 x 128 similarities take 512 cycles of an SM, and the exponentials take as many, so the two must overlap:
+//  - Named barriers alternate the warpgroups: each issues 1024 cycles of wgmma and then has 1024 cycles for its
+//    exponentials. It starts them when the first of its two 64 x 128 accumulators is complete.
+//  - One exponential in kPolynomialPeriod is computed on the FMA units, as a polynomial of degree 5. Its relative error
+//    is below 2.2e-7, about that of ex2.approx.
 //  - With the rows in registers, wgmma reads only the columns from shared memory. Two operands in shared memory would
 //    take three quarters of its bandwidth.
-// Traffic: 2 M D elements from and to HBM. Each work tile reads its columns from L2, A M D / 128 bytes in all (8.6 GB
-// for A = 65536, M = 2 A, D = 128: 16 bytes per cycle and SM at the rate of the tensor cores); blocks read the same
-// split at about the same time. Each split writes 4 bytes per anchor.
+// Traffic: preprocess() reads M D elements and writes as many. Work tiles read their columns from L2, A M D / 128 bytes
+// in all: 8.6 GB for A = 65536, M = 2 A and D = 128, or 16 bytes per cycle and SM at the rate of the tensor cores.
+// Blocks read the same split at about the same time. Each split writes 4 bytes per anchor.
 //
 // Not yet run on a GPU.
 #include "contrastive_loss.h"
@@ -38,7 +38,7 @@ constexpr int kBlockM = 2 * kTile;
 template <int DIM>
 constexpr int kPolynomialPeriod = DIM == 128 ? 5 : 4;
 
-// sum + 2^x for |x| up to about kMaxLogit, with 2^x = 2^f 2^n and |f| <= 1/2. Propagates NaN through 2^f.
+// Returns sum + 2^x for |x| up to about kMaxLogit, by 2^x = 2^n 2^f with |f| <= 1/2. A NaN propagates through 2^f.
 __device__ __forceinline__ float add_exp2_polynomial(float sum, float x) {
   constexpr float kShift = 12582912.0f + 127.0f;  // rounds x to an integer n and leaves n + 127 in the low bits
   const float shifted = x + kShift;
@@ -76,8 +76,8 @@ __device__ __forceinline__ void accumulate_tile(float (&row_sum)[2], const float
   row_sum[1] += sum[1];
 }
 
-// For a tile that contains the rows themselves, their partners or the end of the columns: excludes all three from the
-// sums. Writes the partners' logits to `partner_logits`, if the row is one of `rows` valid ones.
+// Does the same for a tile that contains the rows themselves, their partners or the end of the columns, and excludes
+// these from the sums. `rows` counts the valid rows from the thread's first on; their partners' logits are written.
 __device__ __forceinline__ void accumulate_masked_tile(float (&row_sum)[2], const float (&acc_s)[kTile / 8][4],
                                                        const float* inverse_norms, const float* row_inverse_norms,
                                                        float scale_log2, int column, int row, int partner, int limit,
@@ -104,7 +104,7 @@ __device__ __forceinline__ void accumulate_masked_tile(float (&row_sum)[2], cons
   }
 }
 
-// 256 rows of a side by one split of the columns, in column tiles [begin, end). Row blocks vary fastest.
+// 256 rows of a side (0: anchors, 1: positives) by the column tiles [begin, end) of one split. Row blocks vary fastest.
 struct WorkTile {
   int split, side, row, begin, end;
 
@@ -118,7 +118,7 @@ struct WorkTile {
   }
 };
 
-// row_stats (1, padded_rows), partials (splits, anchors), partner_logits (anchors).
+// Shapes: row_stats (1, padded_rows), partials (splits, anchors), partner_logits (anchors).
 template <typename T, int DIM>
 __global__ void __launch_bounds__(kNumThreads, 1)
     similarity_sums_wgmma(const __grid_constant__ TensorMap vectors, const float* row_stats, float* partials,
@@ -218,11 +218,11 @@ __global__ void __launch_bounds__(kNumThreads, 1)
 
 constexpr int kCombineThreads = 512, kCombineCluster = 8;
 
-// Adds the splits of `rows` anchors per block. Writes the losses, or their scaled sum per cluster, and L.
+// Adds the splits of `rows` anchors per block. Writes L, and either the losses or their scaled sum per cluster.
 __global__ void __launch_bounds__(kCombineThreads) combine(const float* partials, const float* partner_logits,
                                                            float* out, float* saved_lse, int anchors, int splits,
                                                            int rows, float scale, int elementwise) {
-  cluster_arrive();  // before DSMEM is accessed, all blocks must run
+  cluster_arrive();  // all blocks of the cluster must run before one accesses DSMEM
   float* block_sums = reinterpret_cast<float*>(shared_memory() + 128);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * rows;
   float sum = 0.0f;
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(256) reduce_partials(const float* sums, float*
 
 struct ForwardConfig : Config {
   int64_t row_blocks, tiles_per_split;
-  int64_t combine_rows, combine_clusters;  // rows per block
+  int64_t combine_rows, combine_clusters;  // anchors per block of combine(), and its clusters
 };
 
 ForwardConfig forward_config(int64_t count, int64_t dim, int symmetric) {
@@ -268,7 +268,7 @@ ForwardConfig forward_config(int64_t count, int64_t dim, int symmetric) {
   int64_t best_time = 0;
   for (int64_t splits = 1; splits <= 64 && splits <= tiles; ++splits) {
     const int64_t length = divide_up(tiles, splits), work_tiles = config.row_blocks * divide_up(tiles, length);
-    // The prologue and epilogue of a work tile take about as long as one tile.
+    // The prologue and epilogue of a work tile take about as long as one column tile.
     const int64_t time = divide_up(work_tiles, num_sms) * (length + 1);
     if (splits == 1 || time < best_time) config.tiles_per_split = length, best_time = time;
   }

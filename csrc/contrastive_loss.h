@@ -2,9 +2,9 @@
 // pipeline that feeds the tensor cores.
 //
 // The kernels are warp specialized: one producer warpgroup, of which one thread issues TMA loads, and two consumer
-// warpgroups that issue wgmma. preprocess() writes the scaled vectors to scratch. They are loaded in tiles of 128, as
-// swizzled boxes of 64 elements, through a multi-stage mbarrier pipeline. The row operand takes the same pipeline and
-// is copied from shared memory to registers.
+// warpgroups that issue wgmma. preprocess() writes the scaled vectors to scratch. TMA loads them in tiles of 128
+// vectors, as swizzled boxes of 64 elements of each, through a multi-stage mbarrier pipeline. The rows of a block come
+// through the same pipeline, and the consumers copy them from shared memory to registers.
 #pragma once
 
 #include "sm90.h"
@@ -13,7 +13,7 @@ namespace dfkd::contrastive {
 
 constexpr int kTile = 128;  // vectors per tile, of rows and of columns
 constexpr int kBoxBytes = kTile * 64 * 2;
-constexpr int kStatBytes = kTile * 4;  // one row statistic of a tile
+constexpr int kStatBytes = kTile * 4;  // one float32 statistic per vector of a tile
 constexpr int kNumThreads = 3 * kWarpgroupSize;
 constexpr int kProducerRegs = 24, kConsumerRegs = 240;
 
@@ -28,7 +28,7 @@ constexpr int64_t l2_bytes = int64_t{20} << 20;  // vectors of this size stay in
 #endif
 
 constexpr double kLog2OfE = 1.4426950408889634;
-// Keeps the softmax weights of a million vectors normal in float16, and a weight of 2 finite.
+// Backward scales its weights by this: in float16, those of a million vectors stay normal, and a weight of 2 finite.
 constexpr float kWeightScale = 16384.0f;
 // With |s| up to this bound, sums of 2^s neither overflow nor underflow float32 for any number of vectors.
 constexpr double kMaxLogit = 48.0;
@@ -74,7 +74,7 @@ __device__ __forceinline__ float group_max(float x, int group) {
 
 // ---- the vectors: the rows of anchors (side 0), then those of positives (side 1) ------------------------------------
 
-// Two strided tensors (N, D): vectors or their gradients. A null pointer is a gradient that is not needed.
+// Two strided tensors (N, D): vectors or their gradients. A null pointer stands for a gradient that is not needed.
 template <typename T>
 struct TensorPair {
   T* data[2];
@@ -88,7 +88,7 @@ struct TensorPair {
     if (base == nullptr) return nullptr;
     return base + (second ? row - count : row) * (second ? row_stride[1] : row_stride[0]) + column * step(row);
   }
-  // The distance between elements of a row. Not indexed by a variable, which would copy the struct to the stack.
+  // The distance between elements of a row. Indexing by a variable would copy the struct to the stack.
   __device__ __forceinline__ int64_t step(int row) const { return row < count ? column_stride[0] : column_stride[1]; }
 };
 
@@ -124,7 +124,7 @@ __device__ __forceinline__ Vec8<T> load_vec8(const TensorPair<const T>& input, i
   return v;
 }
 
-// y = 2^k v; adds |y|^2 to `square`.
+// Returns y = 2^k v, and adds |y|^2 to `square`.
 template <typename T>
 __device__ __forceinline__ Vec8<T> scale_vec8(Vec8<T> v, int k, float& square) {
 #pragma unroll
@@ -174,11 +174,11 @@ __device__ __forceinline__ float block_amax(const float* values, int64_t stride,
 // ---- preprocessing --------------------------------------------------------------------------------------------------
 
 // Row statistics, each an array of `padded_rows`, in the notation of the .cu files: r, and for backward k, g, L, g 2^-L
-// and g 2^-L r. g is divided by its amax; the last two are multiplied by kWeightScale.
+// and g 2^-L r. g is divided by its amax (1 for a scalar loss). The last two are multiplied by kWeightScale.
 enum RowStat { kInverseNorm, kExponent, kGrad, kLse, kGradExp, kScaledGradExp, kNumRowStats };
 
 // Writes the scaled vectors y (padded_rows, padded_dim) and row_stats (kNumRowStats, padded_rows). Each row is computed
-// by a group of lanes; rows beyond the last vector are zero. Static: both .cu files define it.
+// by a group of lanes; rows beyond the last vector are zero. It is static because both .cu files define it.
 template <typename T>
 static __global__ void __launch_bounds__(256)
     preprocess(TensorPair<const T> input, T* vectors, float* row_stats, const float* saved_lse,
@@ -224,7 +224,7 @@ static __global__ void __launch_bounds__(256)
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// Sizes, and offsets in scratch. The scaled vectors come first.
+// Sizes, and byte offsets in scratch. The scaled vectors come first; `extra` holds the other buffers of each pass.
 struct Config {
   int64_t anchors, padded_rows, padded_dim;  // padded_dim is 64 or 128
   int64_t splits;                            // partial results per row
@@ -234,7 +234,7 @@ struct Config {
 inline Config base_config(int64_t count, int64_t dim, int symmetric) {
   Config config{};
   config.anchors = symmetric ? 2 * count : count;
-  config.padded_rows = round_up(2 * count + 256, 64);  // a block of up to 256 rows begins before 2 N
+  config.padded_rows = round_up(2 * count + 256, 64);  // a block of up to 256 rows may start at row 2 N - 1
   config.padded_dim = dim <= 64 ? 64 : 128;
   config.stats_offset = config.padded_rows * config.padded_dim * 2;
   return config;
@@ -269,7 +269,7 @@ inline int require_options(double temperature, int normalize) {
 // ---- the pipeline ---------------------------------------------------------------------------------------------------
 
 // A producer's or consumer's state of the pipeline. A stage holds a tile of vectors in DIM / 64 boxes, NUM_STATS row
-// statistics of each vector, a full and an empty barrier.
+// statistics of each vector, and a full and an empty barrier.
 template <int DIM, int NUM_STATS>
 struct Pipeline : PipelineState {
   static constexpr int kStages = DIM == 128 ? 6 : 8;
@@ -331,11 +331,11 @@ struct Pipeline : PipelineState {
   }
 };
 
-// Copies a warp's 16 rows, from `row` on, of the tile at an offset in shared memory to the register operand of wgmma.
+// Copies a warp's 16 rows, from `row` on, to the register operand of wgmma. `tile` is a byte offset in shared memory.
 template <int DIM>
 __device__ __forceinline__ void load_row_fragment(uint32_t (&fragment)[DIM / 16][4], int tile, int row) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  // XOR with 32 k gives the swizzled offset 2 k chunks (of 16 bytes) further.
+  // XOR with 32 k moves the swizzled offset by 2 k chunks of 16 bytes.
   const int first = tile + 2 * swizzle_offset<64>(row + lane % 16, lane / 16);
 #pragma unroll
   for (int k = 0; k < DIM / 16; ++k) {

@@ -1,33 +1,33 @@
 // Backward of NT-Xent over M = 2N vectors without storing their similarity matrix. Notation: contrastive_loss.cu.
 //
-// With g the upstream gradient of an anchor (0 for vectors that are not anchors), for every row a:
+// With g_i the upstream gradient of vector i (0 if it is not an anchor), for every row i:
 //
-//   w_ab = g_a 2^(s_ab - L_a) + g_b 2^(s_ab - L_b) - [b is the partner of a] (g_a + g_b)        w_aa = 0
-//   G_a = sum over b of w_ab y_b r_b / tau        dv_a = 2^k_a r_a (G_a - (G_a . u_a) u_a)      u_a = r_a y_a
+//   w_ij = g_i 2^(s_ij - L_i) + g_j 2^(s_ij - L_j) - [j is the partner of i] (g_i + g_j)        w_ii = 0
+//   G_i = sum over j of w_ij y_j r_j / tau        dv_i = 2^k_i r_i (G_i - (G_i . u_i) u_i)      u_i = r_i y_i
 //
-// One exponential serves both terms: 2^s_ab (g_a 2^-L_a + g_b 2^-L_b). w is rounded to the dtype of y for the second
+// One exponential serves both terms: 2^s_ij (g_i 2^-L_i + g_j 2^-L_j). w is rounded to the dtype of y for the second
 // GEMM, except the partner's weight, a difference of nearly equal values, which stays in float32. If the positives are
 // not anchors, their rows need only the anchors as columns.
 //
 // 1. With one upstream gradient per anchor, reduce_grad_amax() computes their amax. preprocess() divides g by it, so
 //    that w stays within the range of the dtype, and postprocess() multiplies the result by it.
 // 2. preprocess() scales the vectors into scratch and computes the row statistics.
-// 3. weighted_sums_wgmma: as in FlashAttention's backward, wgmma computes S, the consumers turn it into weights in
-//    registers, and wgmma multiplies these by the same tile of vectors. Each block has a contiguous range of the
-//    128 x 128 tiles, which may begin and end within a row block (stream-K).
+// 3. weighted_sums_wgmma: as in FlashAttention's backward, wgmma computes the similarities, the consumers turn them
+//    into weights in registers, and wgmma multiplies the weights by the same tile of vectors. Each block has a
+//    contiguous range of the 128 x 128 tiles, which may begin and end within a row block (stream-K).
 // 4. postprocess() adds a row's partial sums in a fixed order and applies the gradient of the normalization.
 //
-// With D dimensions: 3 M^2 D FLOP by wgmma and 0.75 M^2 exponentials, or 4 and 1 if all vectors are anchors. At D = 128
-// a tile takes 2048 cycles of the tensor cores and 1024 of exponentials, so the tensor cores must not wait:
+// For D dimensions, wgmma computes 3 M^2 D FLOPs, and there are 0.75 M^2 exponentials; if all vectors are anchors, the
+// factors are 4 and 1. At D = 128, the wgmmas of a tile take 2048 cycles and its exponentials 1024, so the tensor cores
+// must not wait:
 //  - Each consumer warpgroup (64 rows) issues the next tile's similarities before this tile's weighted sums, and
-//    computes the weights while the latter run.
+//    computes the weights while the weighted sums run.
 //  - Named barriers alternate the warpgroups, so that one's exponentials overlap the other's wgmma.
 //  - The rows and the weights are register operands: wgmma reads only the columns from shared memory.
 // At M = 8192, each of 132 SMs gets at most 24 tiles; if blocks took whole or half row blocks, some would get 32. If
 // the vectors do not fit in the L2 cache, each block takes as many tiles as the longest row block has, so that all
-// blocks read the same columns at about the same time. Traffic: M D elements read, 4 M D bytes written and read again
-// per partial sum of a row, and 0.75 M^2 D / 64 bytes from L2 (16 bytes per cycle and SM at the rate of the tensor
-// cores).
+// blocks read the same columns at about the same time. Traffic: M D elements are read. Each partial sum per row writes
+// 4 M D bytes, which are read again. L2 provides 0.75 M^2 D / 64 bytes, 16 per cycle and SM at the tensor cores' rate.
 //
 // Not yet run on a GPU.
 #include "contrastive_loss.h"
@@ -39,8 +39,8 @@ using namespace dfkd::contrastive;
 
 // ---- tile scheduler -------------------------------------------------------------------------------------------------
 
-// A side is the anchors (0) or the positives (1) as rows. All tiles of the sides with a gradient, ordered by side and
-// row block. Each thread block processes `tiles_per_block` consecutive ones.
+// A side is the anchors (0) or the positives (1) as rows. The tiles of the sides with a gradient are ordered by side
+// and row block. Each thread block processes `tiles_per_block` consecutive tiles.
 struct TileScheduler {
   int64_t tiles_per_block, num_tiles;
   int row_blocks, first_side, sides, count;  // row blocks per side; sides with a gradient
@@ -94,9 +94,9 @@ __device__ __forceinline__ void compute_weights(float (&acc_s)[kTile / 8][4], co
   }
 }
 
-// Sets to zero the diagonal w_aa, the partners' weights and the columns from the end on. The arguments are relative to
-// the thread's first column: the column of its first row, that of this row's partner (both are 8 further for its second
-// row), and the end.
+// Sets the diagonal w_ii, the partners' weights and the columns from the end on to zero. self_at and partner_at are the
+// columns of the thread's first row and of that row's partner; for its second row, both are 8 further. All three
+// arguments are relative to the thread's first column.
 __device__ __forceinline__ void mask_weights(float (&acc_s)[kTile / 8][4], int self_at, int partner_at, int end) {
 #pragma unroll
   for (int i = 0; i < kTile / 2; ++i) {
@@ -128,8 +128,8 @@ __device__ __forceinline__ void compute_partner_weights(const float (&acc_s)[kTi
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-// row_stats (kNumRowStats, padded_rows), partials (splits, sides, count, DIM), partner_weights (count). padded_rows is
-// an int, because an int64_t spills registers.
+// Shapes: row_stats (kNumRowStats, padded_rows), partials (splits, sides, count, DIM), partner_weights (count).
+// padded_rows is an int, because an int64_t spills registers.
 template <typename T, int DIM>
 __global__ void __launch_bounds__(kNumThreads, 1)
     weighted_sums_wgmma(const __grid_constant__ TensorMap vectors, const float* row_stats, float* partials,
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kNumThreads, 1)
 
 // ---- pre- and postprocessing ----------------------------------------------------------------------------------------
 
-// Adds a row's partial sums and applies the gradient of the normalization; one warp per row.
+// Adds a row's partial sums and applies the gradient of the normalization. One warp computes one row.
 template <typename T>
 __global__ void __launch_bounds__(256)
     postprocess(const T* vectors, const float* row_stats, const float* grad_amax, TensorPair<T> gradients,
@@ -364,7 +364,7 @@ BackwardConfig backward_config(int64_t count, int64_t dim, int symmetric, bool n
   const bool in_l2 = config.padded_rows * config.padded_dim * 2 <= l2_bytes;
   scheduler.tiles_per_block = in_l2 || even < longest ? even : longest;
   config.grid = divide_up(scheduler.num_tiles, scheduler.tiles_per_block);
-  // A row block that begins at the end of a block's range has one split more than its length requires.
+  // A row block that starts near the end of a thread block's range has one split more than its length requires.
   const bool whole_rows =
       scheduler.tiles_per_block % longest == 0 && scheduler.columns[0] % scheduler.columns[1] == 0;
   config.splits = whole_rows ? 1 : divide_up(longest - 1, scheduler.tiles_per_block) + 1;

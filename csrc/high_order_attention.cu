@@ -1,10 +1,10 @@
-// Mixed high-order attention, forward, for sm_90a: y = A x, or A only.
+// Mixed high-order attention, forward, for sm_90a: y = A x, or A only. Order r has the factors i = 1 to r.
 //
-//   A = sigmoid(sum_r out_r a_r)      a_r = relu(prod_i proj_r,i x)
+//   A = sigmoid(sum_r out_r a_r), or per_order mean_r sigmoid(out_r a_r)      a_r = relu(prod_i proj_r,i x)
 //
-// For P positions, C channels, K = C / 4 and order 3: 4 P C bytes of x and y, 4.5 C^2 bytes of weights, 4.5 P C^2
-// FLOPs, and P C sigmoids of two MUFU instructions each. a_r is rounded to the weights' dtype, as in the reference. TMA
-// pads channels, hidden units and orders with zeros. Not yet run on a GPU. There are two kernels:
+// P positions, C channels, K = C / 4 hidden units and order 3 take 4 P C bytes of x and y, 4.5 C^2 bytes of weights,
+// 4.5 P C^2 FLOPs, and P C sigmoids of two MUFU instructions each. a_r is rounded to the weights' dtype, as in the
+// reference. TMA pads channels, hidden units and orders with zeros. There are two kernels, not yet run on a GPU:
 //
 // resident, up to 128 channels, memory-bound: a persistent kernel with one block per SM and all weights in shared
 //   memory (18 KB for 64 channels, 72 KB for 128). A producer warp issues TMA loads of 64-position tiles into 18 or 9
@@ -13,7 +13,7 @@
 // split, up to 512 channels, compute-bound: SPLIT blocks of a cluster share the positions; each computes 32 hidden
 //   units of every factor and 128 channels of y. TMA multicast loads x once per cluster. Weights stream through a
 //   pipeline of 24 KB stages, and multicast shares them between the TILES tiles of a cluster. The blocks exchange their
-//   fragments of a through DSMEM with st.async, into the buffer that held x, while wgmmas on the local units continue.
+//   fragments of a_r through DSMEM with st.async, into the buffer that held x, while wgmmas on local units continue.
 //   The sigmoids of the first 64 channels overlap the wgmmas of the next 64.
 //   256 channels: 192 positions per block, clusters of 2; 12,544 positions fill 132 blocks.
 //   512 channels: 128 positions per block, clusters of 2 tiles x 4 blocks; 3,136 positions fill 104 blocks.
@@ -38,7 +38,7 @@ constexpr int kResidentGrid = kNumSMs;
 
 template <int CBLOCKS, bool PER_ORDER>
 struct ResidentTraits {
-  // Two consumer warpgroups if three would not have enough registers.
+  // There are two consumer warpgroups if three would not have enough registers.
   static constexpr int kConsumers = CBLOCKS == 2 && PER_ORDER ? 2 : 3, kThreads = (kConsumers + 1) * kWarpgroupSize;
 #ifdef DFKD_HOST
   static constexpr int kStages = 4;
@@ -50,7 +50,7 @@ struct ResidentTraits {
   static constexpr size_t kSmemBytes = 2 * (kProj + kOut + kStages * CBLOCKS * kBoxElements) + 8 * (2 * kStages + 1);
 };
 
-// CBLOCKS blocks of 64 channels, 16 CBLOCKS hidden units. PER_ORDER: one gate per order.
+// For CBLOCKS blocks of 64 channels and 16 CBLOCKS hidden units. PER_ORDER: one gate per order.
 template <typename T, int CBLOCKS, bool PER_ORDER>
 __global__ void __launch_bounds__(ResidentTraits<CBLOCKS, PER_ORDER>::kThreads, 1)
     resident_wgmma(const __grid_constant__ TensorMaps maps, int tiles, int order, int return_gate) {
@@ -191,7 +191,7 @@ struct SplitTraits {
       2 * (kChannelBlocks * kXBlock + kStages * kWeightStage) + 8 * (kChannelBlocks + 2 * kStages + 2 * CONSUMERS);
 };
 
-// 128 SPLIT channels, 32 SPLIT hidden units, CONSUMERS consumer warpgroups, TILES tiles of positions per cluster.
+// For 128 SPLIT channels, 32 SPLIT hidden units, CONSUMERS consumer warpgroups and TILES position tiles per cluster.
 template <typename T, int SPLIT, int TILES, int CONSUMERS, bool PER_ORDER>
 __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
     split_wgmma(const __grid_constant__ TensorMaps maps, int order, int return_gate) {
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
   Barrier* const full = x_full + kChannelBlocks;
   Barrier* const empty = full + kStages;
   Barrier* const x_empty = empty + kStages;     // per warpgroup: all peers have read its rows of x
-  Barrier* const a_full = x_empty + CONSUMERS;  // per warpgroup: all peers' fragments of a have arrived
+  Barrier* const a_full = x_empty + CONSUMERS;  // per warpgroup: all peers' fragments of a_r have arrived
   const auto peer = [=](int i) { return (split_rank + i) & (SPLIT - 1); };
 
   if (thread == 0) {
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
     warpgroup_reg_alloc<CONSUMERS == 3 ? 160 : 240>();
     const auto weight_stage = [=](int i) { return weights + i % kStages * kWeightStage; };
     const auto x_box = [=](int block) { return x_tile + block * kXBlock + warpgroup * kBoxElements; };
-    // Only stages that will be refilled have a producer that waits for them.
+    // Releases only stages that will be refilled: no producer waits for the others.
     const auto consumer_release = [&](int i) {
       if (i + kStages < kWeightLoads && lane < TILES) {
         mbarrier_arrive_cluster_cta_release(empty + i % kStages, split_rank + lane * SPLIT);
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
       __syncwarp();
       relu_product_fragments<T, kSplitUnits>(u, a[0]);
     }
-    // wgmmas read the registers of a[0] from here on, so send a copy.
+    // From here on, wgmmas read the registers of a[0], so st_async() sends a copy.
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
     issue_logits(logits[0], 0, 0, 1);
     if constexpr (!PER_ORDER) issue_logits(logits[1], 1, 0, 1);
 
-    // A block's fragments of a replace its channels of x: 16 bytes per thread and k-step.
+    // A block's fragments of a_r replace its channels of x: 16 bytes per thread and k-step.
     const int offset = thread % kWarpgroupSize * 8;
     const auto a_slot = [=](int owner, int i) {
       return x_box(2 * owner + i / 4) + i % 4 * kWarpgroupSize * 8 + offset;
@@ -367,8 +367,8 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
       }
       warpgroup_fence_operand(a[j]);
     }
-    // Warpgroups issue their wgmmas in order, so that the sigmoids, which take longer than wgmmas,
-    // start early in the first.
+    // Warpgroups issue their wgmmas in order, so that the first warpgroup starts its sigmoids early. Sigmoids take
+    // longer than wgmmas.
     if (warpgroup > 0) named_barrier_sync(CONSUMERS + warpgroup, 2 * kWarpgroupSize);
     issue_logits(logits[0], 0, 1, SPLIT);
     if constexpr (!PER_ORDER) issue_logits(logits[1], 1, 1, SPLIT);
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(SplitTraits<SPLIT, CONSUMERS>::kThreads, 1)
 
 // ---- launches ------------------------------------------------------------------------------------------------------
 
-// The kernel size, in channels, that fits: 64, 128, 256 or 512.
+// Returns the smallest kernel size, in channels, that fits: 64, 128, 256 or 512.
 int padded_channels(int64_t channels, int64_t hidden) {
   for (const int width : {64, 128, 256}) {
     if (channels <= width && hidden <= width / 4) return width;
@@ -441,7 +441,7 @@ int launch_split(const Problem& p, const void* x, const void* proj, const void* 
                         Traits::kSmemBytes, SPLIT * TILES, false, stream, maps, p.order, p.return_gate);
 }
 
-// PER_ORDER needs more registers: two consumer warpgroups.
+// PER_ORDER needs more registers, so the kernel of 256 channels then has two consumer warpgroups instead of three.
 template <typename T, bool PER_ORDER>
 int forward(const Problem& p, const void* x, const void* proj, const void* out, void* y, void* stream) {
   switch (padded_channels(p.channels, p.hidden)) {

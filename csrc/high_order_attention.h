@@ -1,8 +1,8 @@
 // Mixed high-order attention: code shared by the forward and backward kernels.
 //
 // A warpgroup computes 64 positions. One GEMM computes all six factors of a set of hidden units, with the units of each
-// factor contiguous along N. The products of its accumulator fragments, after ReLU, are the register A operand of the
-// second GEMM.
+// factor contiguous along N. The products of its accumulator fragments, after ReLU, are the A operand of the second
+// GEMM, in registers.
 //
 // A "box" is the 64 x 64 shared-memory tile that one TMA instruction copies with the 128-byte swizzle.
 #pragma once
@@ -33,10 +33,10 @@ struct alignas(sizeof(T) * N) AlignedArray {
 
 // ---- element-wise functions ----------------------------------------------------------------------------------------
 
-// x if z > 0, else 0. A NaN in z returns x, as in torch.relu.
+// Returns x if z > 0, else 0. If z is NaN, it returns x, as in torch.relu.
 __device__ __forceinline__ float where_positive(float z, float x) { return z <= 0.0f ? 0.0f : x; }
 
-// The product of the factors of one order, all or all but one.
+// Returns the product of the factors u of one order, without the factor `excluded` if that is not negative.
 template <int R>
 __device__ __forceinline__ float product_of(const float (&u)[R], int excluded = -1) {
   float z = 1.0f;
@@ -77,12 +77,12 @@ struct TensorMapBuilder {
   const Problem& p;
   int error = 0;
 
-  // A contiguous tensor [z, y, x].
+  // Describes a contiguous tensor [z, y, x].
   template <int WIDTH>
   void tensor(TensorMap& to, const void* base, Shape shape, Shape box) {
     if (!error) error = make_tensor_map<WIDTH>(&to, base, shape, shape.x, shape.x * shape.y, box);
   }
-  // [positions, columns]
+  // Describes a contiguous tensor [positions, columns].
   template <int WIDTH>
   void matrix(TensorMap& to, const void* base, int64_t columns, int64_t box_columns, int64_t box_rows) {
     tensor<WIDTH>(to, base, {columns, p.positions, 1}, {box_columns, box_rows, 1});
@@ -137,7 +137,7 @@ __device__ __forceinline__ float rcp_approx(float x) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// Two MUFU instructions, ex2 and rcp, and two others.
+// Takes two MUFU instructions, ex2 and rcp, and two others.
 __device__ __forceinline__ float sigmoid(float logit) { return rcp_approx(1.0f + exp2_approx_ftz(-kLog2E * logit)); }
 
 template <typename... Maps>
@@ -159,8 +159,8 @@ __device__ __forceinline__ void gemm(Step step, Registers&... registers) {
   (warpgroup_fence_operand(registers), ...);
 }
 
-// a_r = relu(prod_i u_r,i) for 8 CHUNKS hidden units. u: accumulators, index CHUNKS * factor + n. Calls
-// store(r - 1, n, half, a) for each pair of units.
+// Computes a_r = relu(prod_i u_r,i) for 8 CHUNKS hidden units. u[CHUNKS * factor + n] holds the n-th eight units of a
+// factor. Calls store(r - 1, n, half, pair) for each pair of units; half 1 is 8 rows below half 0.
 template <typename T, int CHUNKS, typename Store>
 __device__ __forceinline__ void relu_product(const float (&u)[kFactors * CHUNKS][4], Store store) {
 #pragma unroll
@@ -182,7 +182,7 @@ __device__ __forceinline__ void relu_product(const float (&u)[kFactors * CHUNKS]
     }
   }
 }
-// The same, as A fragments of the second GEMM: k-steps of 16 units, order by order.
+// Does the same, and stores a_r as A fragments of the second GEMM: k-steps of 16 units, order by order.
 template <typename T, int UNITS>
 __device__ __forceinline__ void relu_product_fragments(const float (&u)[kFactors * UNITS / 8][4],
                                                        uint32_t (&a)[kOrders * UNITS / 16][4]) {
@@ -197,8 +197,8 @@ __device__ __forceinline__ void warpgroup_fence_operands(float (&logits)[N][8][4
   for (int r = 0; r < N; ++r) warpgroup_fence_operand(logits[r]);
 }
 
-// Issues logits (+)= a out^T for 64 channels and UNITS hidden units. out_smem: (orders, 64, UNITS), swizzled. PER_ORDER
-// keeps the logits of each order apart.
+// Issues logits = sum_r a_r out_r^T, or += if `accumulate`, for 64 channels and UNITS hidden units. PER_ORDER keeps the
+// logits of the orders separate. out_smem: (orders, 64, UNITS), swizzled.
 template <typename T, int UNITS, bool PER_ORDER>
 __device__ __forceinline__ void mma_logits(float (&logits)[PER_ORDER ? kOrders : 1][8][4],
                                            const uint32_t (&a)[kOrders * UNITS / 16][4], const T* out_smem,
@@ -221,7 +221,7 @@ __device__ __forceinline__ void apply_gate(const float (&logits)[PER_ORDER ? kOr
                                            int return_gate, float inv_order) {
   const int warp = static_cast<int>(threadIdx.x) % kWarpgroupSize / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  // The swizzle XORs the chunk index with the row, so another chunk of the row is one more XOR.
+  // The swizzle XORs the chunk index with the row, so one more XOR reaches another chunk of the row.
   const int row = 16 * warp + lane / 4, pair = 2 * (lane % 4);
   const int store_offset = swizzle_offset<64>(row, 0);
   const int ldmatrix_offset = swizzle_offset<64>(16 * warp + lane % 16, lane / 16);

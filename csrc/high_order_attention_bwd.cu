@@ -1,12 +1,12 @@
 // Mixed high-order attention, backward for sm_90a: gradients of x and of both weights from x and grad_output.
 //
-// With g = grad_output (the formulas of forward are in high_order_attention.cu):
+// With g = grad_output, u_r,i = proj_r,i x, z_r = prod_i u_r,i, A and a_r (high_order_attention.cu), for joint gates:
 //
-//   dl = g x A (1 - A)         da_r = out_r^T dl                     du_i = da_r [z_r > 0] prod_{j != i} u_j
+//   dl = g x A (1 - A)         da_r = out_r^T dl                     du_r,i = da_r [z_r > 0] prod_{j != i} u_r,j
 //   dx = g A + sum proj^T du   dproj = sum over positions of du x^T  dout_r = sum over positions of dl a_r^T
 //
-// For P positions, C channels, K = C / 4 and order 3: 6 P C bytes of x, g and dx, plus weights, and 13.5 P C^2 FLOPs
-// including the recomputed forward. There are two forms, which compute nothing twice. Not yet run on a GPU.
+// P positions, C channels, K = C / 4 hidden units and order 3 take 6 P C bytes of x, g and dx, plus weights, and 13.5
+// P C^2 FLOPs, including the recomputed forward. Two forms, not yet run on a GPU, compute nothing twice.
 //
 // one pass (high_order_attention_once.h), joint gates, up to 128 channels and 32 hidden units: a persistent kernel with
 //   the weights in shared memory and dproj and dout in registers. It moves the 6 P C bytes and, per block, one partial
@@ -14,14 +14,14 @@
 //   independent pipelines, so element-wise work of one overlaps wgmmas of the other. 128 channels: dproj and dout take
 //   144 registers of two warpgroups; two others compute dl, du and dx, limited by the latency of their four GEMMs.
 // chain (high_order_attention_bwd.h and _weights.h), all other sizes: clusters of 1, 2 or 4 blocks share 128 or 192
-//   positions, each block with 128 channels and 32 hidden units. a, dl and du go to scratch memory, 3.25 P C elements.
+//   positions, each block with 128 channels and 32 hidden units. 3.25 P C elements of a_r, dl and du go to scratch.
 //   TMA multicast reads them back from L2 for the whole cluster; a split-K kernel computes dproj and dout from them.
-//   The round trips of a, dl and du through L2 are the limit, then the weights, 4.5 C^2 / RANKS elements per tile.
-//   7 x 7 maps of 512 channels use 100 blocks, 14 x 14 maps of 256 channels 132.
+//   These round trips through L2 limit it, and then the 4.5 C^2 / RANKS elements of weights per tile and block.
+//   For 64 samples, 7 x 7 maps of 512 channels use 100 blocks, and 14 x 14 maps of 256 channels use 132.
 //
-// a, dl and du are rounded to the weights' dtype before each GEMM, g A before dx is added, and, with more than 64
-// channels, the factors that du is computed from. Partial sums of the weight gradients are float32 and reduced in a
-// fixed order that depends only on sizes: results are bitwise deterministic.
+// a_r, dl and du are rounded to the weights' dtype before each GEMM, and g A before dx is added to it. With more than
+// 64 channels, so are the factors from which du is computed. Partial sums of the weight gradients are float32 and
+// reduced in a fixed order that depends only on sizes: results are bitwise deterministic.
 #include "high_order_attention_once.h"
 #include "high_order_attention_weights.h"
 
@@ -77,7 +77,7 @@ int consumer_warpgroups(const Problem& p, int form) {
   return time(3) <= time(2) ? 3 : 2;
 }
 
-// The scratch memory.
+// The buffers in scratch memory.
 template <typename T>
 struct Buffers {
   WeightGradTiles tiles;

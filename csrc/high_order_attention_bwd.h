@@ -1,7 +1,7 @@
 // Mixed high-order attention, backward for sm_90a: the GEMM chain from x to dx, for many channels.
 //
 // Sizes are padded to C = 128 RANKS channels and K = 32 RANKS hidden units per order. TMA fills the padding with zeros,
-// and zero factors have zero gradients.
+// and zero factors have zero gradients. Notation: high_order_attention_bwd.cu.
 #pragma once
 
 #include "high_order_attention.h"
@@ -30,7 +30,7 @@ struct PackedPipelineState {
 template <typename T>
 constexpr uint32_t kOnes = std::is_same_v<T, bfloat16> ? 0x3f803f80u : 0x3c003c00u;  // {1, 1}
 
-// A = sigmoid(logit) and A (1 - A), from one exponential of a non-positive number.
+// Computes A = sigmoid(logit) and A (1 - A) from one exponential of a non-positive number.
 __device__ __forceinline__ void sigmoid_backward(float logit, float& gate, float& derivative) {
   const float e = exp2_approx_ftz(-kLog2E * fabsf(logit)), d = rcp_approx(1.0f + e);
   gate = logit < 0.0f ? e * d : d;
@@ -49,7 +49,7 @@ __device__ __forceinline__ int reload_thread_idx() {
 }
 
 // Addresses of a thread's accumulator fragment, in pairs of columns, in a swizzled tile of 64 rows of WIDTH elements:
-// row 16 warp + g + 8 half, columns 8 n + 2 t and the next. n only toggles bits of one offset.
+// row 16 warp + lane / 4 + 8 half, columns 8 n + 2 (lane % 4) and the next. n only toggles bits of one offset.
 template <int WIDTH>
 struct FragmentPairs {
   int offset;
@@ -83,8 +83,8 @@ __device__ __forceinline__ void for_each_pair(const FragmentPairs<64>& pairs, un
   }
 }
 
-// du_i = da_r [z_r > 0] prod_{j != i} u_j for 8 CHUNKS hidden units. load(factor, n, half, u) reads a pair of units of
-// a factor; store(factor, n, half, du) receives their gradients.
+// Computes du_r,i = da_r [z_r > 0] prod_{j != i} u_r,j for 8 CHUNKS hidden units. load(factor, n, half, pair) reads a
+// pair of units of a factor; store(factor, n, half, du) receives their gradients.
 template <typename T, int CHUNKS, typename Load, typename Store>
 __device__ __forceinline__ void factor_gradients(const float (&da)[kOrders * CHUNKS][4], Load load, Store store) {
 #pragma unroll
@@ -128,7 +128,7 @@ __device__ __forceinline__ void store_activations(const float (&u)[kFactors * CH
   }
 }
 
-// Stores du of the factors at factor_at to six 64 x 32 tiles.
+// Stores du to six 64 x 32 tiles, from column chunk `first` on. factor_at(factor, n, half) is a pair of units.
 template <typename T, int CHUNKS, typename FactorAt>
 __device__ __forceinline__ void store_factor_gradients(FactorAt factor_at, const float (&da)[kOrders * CHUNKS][4],
                                                        unsigned char* tiles, int first) {
@@ -140,7 +140,7 @@ __device__ __forceinline__ void store_factor_gradients(FactorAt factor_at, const
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-// The scratch memory holds a [P, 3, K], dl [P, gates, C] and du [P, 6, K].
+// For P positions, the scratch memory holds a_r as [P, 3, K], dl [P, gates, C] and du [P, 6, K].
 struct ChainTensorMaps {
   TensorMap x, proj_units, a, out_channels, x_channels, grad_output, dl, out_units, du, proj_channels;
   TensorMap a_store, dl_store, du_store, dx_store;
@@ -153,7 +153,7 @@ template <int RANKS, int CONSUMERS, bool PER_ORDER>
 struct ChainTraits {
   static constexpr int kRows = 64 * CONSUMERS, kRowsPerRank = kRows / RANKS;
   static constexpr int kChannels = kBlockChannels * RANKS, kUnits = kBlockUnits * RANKS;
-  static constexpr int kABoxWidth = RANKS == 1 ? 32 : 64;  // of a box of a, within one order
+  static constexpr int kABoxWidth = RANKS == 1 ? 32 : 64;  // columns of a box of a_r, within one order
   static constexpr int kNumGates = PER_ORDER ? kOrders : 1;
   static constexpr int kABytes = CONSUMERS * kBoxBytes, kBBytes = kFactors * kBlockUnits * 64 * 2;
   static constexpr int kStages = CONSUMERS == 2 ? 4 : 3, kStageBytes = kABytes + kBBytes;
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kWarpgroupSize * (CONSUMERS + 1), 1)
   unsigned char* const smem = shared_memory();
   Barrier* const full = reinterpret_cast<Barrier*>(smem + Traits::kBarrierOffset);
   Barrier* const empty = full + Traits::kStages;
-  Barrier* const stored = empty + Traits::kStages;  // the cluster has stored a, dl, du to memory
+  Barrier* const stored = empty + Traits::kStages;  // the cluster has stored a_r, dl or du to memory: one each
   const int first_tile = static_cast<int>(blockIdx.x) / RANKS, tile_step = static_cast<int>(gridDim.x) / RANKS;
 
   if (thread == 0) {
@@ -297,8 +297,8 @@ __global__ void __launch_bounds__(kWarpgroupSize * (CONSUMERS + 1), 1)
         if (other < RANKS) mbarrier_arrive_cluster_cta_release(empty + stage, other);
       }
     };
-    // d += A B over `steps` pipeline stages of a_width along K. A (K-major) and B are boxes with a_width and b_width
-    // columns. The last three arguments are integral constants.
+    // d += A B over `steps` pipeline stages, each a_width wide along K. A (K-major) and B are boxes with a_width and
+    // b_width columns. The last three arguments are integral constants.
     const auto mma = [&]<int N>(float(&d)[N][4], int steps, auto a_width, auto b_width, auto b_mn_major) {
       constexpr int kAWidth = a_width, kBWidth = b_width;
       constexpr bool kMnMajor = b_mn_major;
@@ -328,8 +328,8 @@ __global__ void __launch_bounds__(kWarpgroupSize * (CONSUMERS + 1), 1)
       warpgroup_fence_operand(d);
       consumer_release(prev_stage);
     };
-    // Around writes to store_smem: waits until the last TMA store has read it; then stores it, and if stored_index >= 0
-    // arrives at that barrier of every block in the cluster once the data is in memory.
+    // begin_store() waits until the last TMA store has read store_smem. issue_store() stores it. If stored_index >= 0,
+    // it also arrives at that barrier of every block in the cluster once the data is in memory.
     const auto begin_store = [&] {
       if (elected()) tma_store_wait_read<0>();
       named_barrier_sync(1 + warpgroup_idx(), kWarpgroupSize);
@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(kWarpgroupSize * (CONSUMERS + 1), 1)
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
       const auto row0 = [=] { return Traits::kRows * tile + 64 * warpgroup_idx(); };
       // Packed pairs of units, [factor, n, half]. If registers are scarce, the last two factors stay in shared memory,
-      // where their gradients will be; dl does not overwrite them.
+      // where their gradients will replace them; dl does not overwrite them.
       constexpr int kInRegisters = CONSUMERS == 2 ? kFactors : kFactors - 2;
       uint32_t factors[kInRegisters * 2][4];
       const auto factor_at = [&] {

@@ -1,13 +1,13 @@
 // Mixed high-order attention, backward for sm_90a in one pass, for joint gates and few channels: weights stay in shared
-// memory, their gradients in registers, and hidden activations never leave the block. It moves 6 P C bytes and, per
-// block, one partial sum of the weight gradients.
+// memory, their gradients in registers, and hidden activations never leave the block. With P positions and C channels,
+// it moves 6 P C bytes and, per block, one partial sum of the weight gradients (see high_order_attention_bwd.cu).
 #pragma once
 
 #include "high_order_attention_bwd.h"
 
 namespace dfkd::high_order::bwd {
 
-// Backward of the gates of 64 channels: dl replaces grad_output and goes to store_dl(n, half, dl); g A goes to dx_box.
+// Backward of the gates A of 64 channels: dl replaces grad_output g and is passed to store_dl(); dx_box receives g A.
 template <typename T, int BATCH, typename StoreDl>
 __device__ __forceinline__ void gate_backward(const FragmentPairs<64>& pairs, const float (&logits)[8][4],
                                               unsigned char* x_box, unsigned char* g_box, unsigned char* dx_box,
@@ -79,8 +79,8 @@ struct OnePass64 {
   static constexpr int kChannels = 64, kUnits = 16, kConsumers = 2, kStages = 4;
   static constexpr int kThreads = kWarpgroupSize * (kConsumers + 1);
   static constexpr int kProjBytes = kFactors * kUnits * 64 * 2, kOutBytes = kOrders * 64 * kUnits * 2;
-  static constexpr int kUnitTile = 64 * kUnits * 2, kFactorPairTile = 2 * kUnitTile;  // bytes of a tile of a, of du
-  static constexpr int kWorkBytes = (kFactors + kOrders) * kUnitTile + kBoxBytes;     // du, a and dx of a warpgroup
+  static constexpr int kUnitTile = 64 * kUnits * 2, kFactorPairTile = 2 * kUnitTile;  // bytes of a tile of a_r, of du
+  static constexpr int kWorkBytes = (kFactors + kOrders) * kUnitTile + kBoxBytes;     // du, a_r and dx of a warpgroup
   static constexpr int kConsumerBytes = kWorkBytes + kStages * 2 * kBoxBytes;
   static constexpr int kBarrierOffset = kProjBytes + kOutBytes + kConsumers * kConsumerBytes;
   static constexpr size_t kSmemBytes = kBarrierOffset + 8 * (1 + 2 * kConsumers * kStages);
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(OnePass64::kThreads, 1)
         wgmma<T, 64, true>(dx, du[f], advance_desc(b, f * Traits::kUnits * 128), f > 0);
       }
       warpgroup_commit_batch();
-      named_barrier_sync(1 + warpgroup, kWarpgroupSize);  // du, a and dl are in shared memory
+      named_barrier_sync(1 + warpgroup, kWarpgroupSize);  // du, a_r and dl are in shared memory
       warpgroup_fence_operand(dproj);
       warpgroup_fence_operand(dout);
       warpgroup_arrive();
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(OnePass64::kThreads, 1)
       warpgroup_fence_operand(dout);
       if (lane == 0) mbarrier_arrive(barriers + 2 * pipe.stage() + 1);
       pipe.advance();
-      named_barrier_sync(1 + warpgroup, kWarpgroupSize);  // dx is in shared memory; a and du have been read
+      named_barrier_sync(1 + warpgroup, kWarpgroupSize);  // dx is in shared memory; a_r and du have been read
       if (needs_grad_x && thread % kWarpgroupSize == 0) {
         tma_store(maps.dx, dx_box, 0, 64 * tile, 0);
         tma_store_commit();
@@ -258,20 +258,20 @@ __global__ void __launch_bounds__(OnePass64::kThreads, 1)
 
 struct OnePass128 {
   static constexpr int kChannels = 128, kUnits = 32, kStages = 2, kThreads = 4 * kWarpgroupSize;
-  // proj [2 channel blocks, 2 halves of the units, 6, 16, 64]; out [2 halves of the units, 3, 128, 16]. Bytes.
+  // proj [2 channel blocks, 2 halves of the units, 6, 16, 64]; out [2 halves of the units, 3, 128, 16]. In bytes:
   static constexpr int kProjHalf = kFactors * 16 * 64 * 2, kProjBlock = 2 * kProjHalf;
   static constexpr int kOutOrder = 128 * 16 * 2, kOutHalf = kOrders * kOutOrder;
   static constexpr int kWeightBytes = 2 * kProjBlock + 2 * kOutHalf;
-  static constexpr int kUnitTile = 64 * 32 * 2;  // of one order of a, or one factor of du
+  static constexpr int kUnitTile = 64 * 32 * 2;  // of one order of a_r, or one factor of du
   static constexpr int kStageBytes = 4 * kBoxBytes + (kOrders + kFactors) * kUnitTile;
   static constexpr int kBarrierOffset = kWeightBytes + kStages * kStageBytes + 2 * kBoxBytes;
   static constexpr size_t kSmemBytes = kBarrierOffset + 8 * (1 + 3 * kStages);
   static constexpr int64_t kPartials = (kFactors + kOrders) * kChannels * kUnits;
 };
 
-// Warpgroups 0 and 1 compute a, dl and du of a 64-position tile into the stage, and dx, each for half of the units and
-// channels. Warpgroups 2 and 3, which also issue the TMA loads, accumulate dproj and dout of the previous tile, each
-// for 64 channels. partials: [blocks, dproj [6, 32, 128], dout [3, 128, 32]].
+// Warpgroups 0 and 1 compute a_r, dl and du of a 64-position tile, which they store in its stage, and dx, each for half
+// of the units and channels. Warpgroups 2 and 3, which also issue the TMA loads, accumulate dproj and dout of the
+// previous tile, each for 64 channels. partials: [blocks, dproj [6, 32, 128], dout [3, 128, 32]].
 template <typename T>
 __global__ void __launch_bounds__(OnePass128::kThreads, 1)
     one_pass_128_wgmma(const __grid_constant__ OnePassTensorMaps maps, float* partials, int tiles,
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(OnePass128::kThreads, 1)
   const int thread = static_cast<int>(threadIdx.x);
   unsigned char* const proj = shared_memory();
   unsigned char* const out = proj + 2 * Traits::kProjBlock;
-  unsigned char* const stages = proj + Traits::kWeightBytes;  // x, grad_output (then dl), a, du
+  unsigned char* const stages = proj + Traits::kWeightBytes;  // x, grad_output (then dl), a_r, du
   Barrier* const weights_full = reinterpret_cast<Barrier*>(proj + Traits::kBarrierOffset);
   Barrier* const full = weights_full + 1;
   Barrier* const computed = full + Traits::kStages;
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(OnePass128::kThreads, 1)
       }
       if (elected(kWarpgroupSize)) tma_store_wait_read<0>();
       fence_proxy_async();
-      named_barrier_sync(1, 2 * kWarpgroupSize);  // a is in shared memory; the last TMA store has read dx
+      named_barrier_sync(1, 2 * kWarpgroupSize);  // a_r is in shared memory; the last TMA store has read dx
       {
         float logits[8][4];
         const uint64_t a = make_smem_desc<32>(a_tiles), b = make_smem_desc<16>(out + half_idx() * 64 * 16 * 2);

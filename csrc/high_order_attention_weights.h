@@ -1,15 +1,15 @@
 // Mixed high-order attention, backward for sm_90a: split-K GEMMs of the weight gradients.
 //
-// dproj = sum over positions of du x^T and dout_r = sum over positions of dl_r a_r^T, with du, dl_r and a_r from the
-// scratch memory. Positions are the K dimension, so all operands are MN-major. Sizes are padded as in
-// high_order_attention_bwd.h.
+// dproj = sum over positions of du x^T and dout_r = sum over positions of dl_r a_r^T, with du, dl_r (dl for joint
+// gates) and a_r from the scratch memory. Positions are the K dimension, so all operands are MN-major. Sizes are padded
+// as in high_order_attention_bwd.h.
 #pragma once
 
 #include "high_order_attention_bwd.h"
 
 namespace dfkd::high_order::bwd {
 
-constexpr int kTileM = 128, kTileN = 192;  // channels, columns of du or a
+constexpr int kTileM = 128, kTileN = 192;  // channels, columns of du or a_r
 constexpr int kGradStages = 5, kGradStageBytes = (kTileM + kTileN) / 64 * kBoxBytes;
 #ifdef DFKD_HOST
 constexpr int kGradBlocks = 12;
@@ -29,7 +29,7 @@ struct WeightGradTiles {
   WeightGradTiles(int64_t positions, int ranks_, int gates_, bool needs_grad_proj, bool needs_grad_out)
       : channels(kBlockChannels * ranks_), units(kBlockUnits * ranks_), ranks(ranks_), gates(gates_) {
     proj_tiles = ranks * ranks;
-    const int gate_columns = kOrders / gates * units;  // columns of a that share an A operand
+    const int gate_columns = kOrders / gates * units;  // columns of a_r that share an A operand
     out_tiles_n = gates * static_cast<int>(divide_up(gate_columns, kTileN));
     out_tiles = ranks * out_tiles_n;
     const int64_t k_blocks = divide_up(positions, 64), max_splits = kGradBlocks / (proj_tiles + out_tiles);
@@ -47,8 +47,8 @@ struct WeightGradTensorMaps {
   TensorMap x, du, dl, a;  // boxes of 64 x 64
 };
 
-// Two consumer warpgroups of 64 channels each. partials: [splits, dproj [6, K, C], dout [3, C, K]], only needed
-// gradients.
+// Two consumer warpgroups of 64 channels each. partials: [splits, dproj [6, K, C], dout [3, C, K]], without
+// a gradient that is not needed.
 template <typename T>
 __global__ void __launch_bounds__(kGradThreads, 1)
     weight_grad_wgmma(const __grid_constant__ WeightGradTensorMaps maps, float* partials, int64_t positions,
@@ -151,14 +151,14 @@ __global__ void __launch_bounds__(kGradThreads, 1)
 
 using Float4 = AlignedArray<float, 4>;
 
-// A gradient [outer, rows, columns]; its partial sums are [outer, padded_rows, padded_columns], at `offset`.
+// A gradient [outer, rows, columns]. From `offset` on, its partial sums are [outer, padded_rows, padded_columns].
 template <typename T>
 struct PaddedGradient {
   T* to;
   int rows, columns, padded_rows, padded_columns, offset, vectors;
 };
 
-constexpr int kVectors = kWarpSize;  // per block; each warp sums some of the splits
+constexpr int kVectors = kWarpSize;  // vectors of 4 elements per block; each warp adds some of the splits
 
 template <typename T>
 __global__ void __launch_bounds__(kWarpSize * 16)
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kWarpSize * 16)
   to[1] = pack_rn<T>(sum.at[2], sum.at[3]);
 }
 
-// The partial sums of a split are dproj [6, K, C], then dout [3, C, K], padded: `both`, or only the needed ones.
+// The partial sums of a split are dproj [6, K, C], then dout [3, C, K], padded; unless `both`, only the needed ones.
 template <typename T>
 int reduce_splits(const float* partials, const Problem& p, int padded_channels, int padded_units, T* dproj, T* dout,
               int64_t splits, bool both, void* stream) {

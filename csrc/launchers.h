@@ -18,7 +18,7 @@ enum dfkd_dtype { DFKD_FLOAT32 = 0, DFKD_FLOAT16 = 1, DFKD_BFLOAT16 = 2 };
 extern "C" {
 #endif
 
-/* The reason of the last DFKD_INVALID on this thread. */
+/* The reason for the last DFKD_INVALID on this thread. */
 const char* dfkd_unsupported_reason(void);
 /* Used by launchers: sets the reason (printf format) and returns DFKD_INVALID. */
 #ifdef __GNUC__
@@ -114,7 +114,7 @@ int64_t dfkd_kernel_names(const char** to, int64_t capacity);
 typedef struct dfkd_resources {
   int32_t registers;
   int64_t static_shared, local; /* bytes per block, bytes per thread */
-  int32_t blocks_per_multiprocessor, active_clusters; /* that run concurrently: per SM, on the device */
+  int32_t blocks_per_multiprocessor, active_clusters; /* concurrent ones: per SM, on the device */
   int32_t threads_per_multiprocessor, multiprocessors; /* of the device */
 } dfkd_resources;
 int dfkd_resources_of(const dfkd_launch* launch, dfkd_resources* to);

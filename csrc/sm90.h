@@ -153,7 +153,7 @@ __device__ __forceinline__ uint32_t cast_smem_ptr_to_uint(const void* shared) {
 #endif
 
 // Loads four 8 x 8 matrices of 16-bit elements from shared memory. Lane l passes the address of row l % 8 of matrix
-// l / 8. It gets in r[i] row l / 4, columns 2 (l % 4) and 2 (l % 4) + 1 of matrix i.
+// l / 8. In r[i] it gets columns 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of matrix i.
 #ifdef DFKD_HOST
 inline void ldmatrix(uint32_t (&r)[4], const void* row) {
   std::memcpy(host::slot(host::lane()), row, 16);
@@ -173,7 +173,7 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
 
 // ---- swizzle --------------------------------------------------------------------------------------------------------
 
-// The offset in elements of a chunk of 8 elements in a swizzled box.
+// Returns the offset, in elements, of a chunk of 8 elements in a swizzled box.
 template <int WIDTH>
 __host__ __device__ __forceinline__ constexpr int swizzle_offset(int row, int chunk) {
   static_assert(WIDTH == 16 || WIDTH == 32 || WIDTH == 64);
@@ -181,10 +181,10 @@ __host__ __device__ __forceinline__ constexpr int swizzle_offset(int row, int ch
   return (linear ^ (linear / 8 % (WIDTH / 8))) * 8;
 }
 
-// The smem descriptor of a wgmma operand that is stored in boxes with rows of WIDTH elements.
-// K-major (a row of the box is a row of a or a column of b): the WIDTH / 16 k-blocks of a box are 32 bytes apart;
-// `leading` is ignored. MN-major (a row of the box is a column of a or a row of b): a k-block is 16 rows of the box; if
-// M or N exceeds WIDTH, the next boxes follow at distances of `leading` bytes, the leading-dimension byte offset.
+// The smem descriptor of a wgmma operand that is stored in boxes with rows of WIDTH elements. K-major: a row of the box
+// is a row of A or a column of B. The WIDTH / 16 k-blocks of a box are 32 bytes apart, and `leading` is ignored.
+// MN-major: a row of the box is a column of A or a row of B, and a k-block is 16 rows of the box. If M or N exceeds
+// WIDTH, the next boxes follow at distances of `leading` bytes, the leading-dimension byte offset.
 template <int WIDTH>
 __device__ __forceinline__ uint64_t make_smem_desc(const void* box, int leading = 16) {
   constexpr uint64_t kSwizzle = WIDTH == 64 ? 1 : WIDTH == 32 ? 2 : 3, kStride = 16 * WIDTH;
@@ -218,7 +218,7 @@ struct Shape {
 };
 
 #ifndef DFKD_HOST
-// Looked up at run time, because the driver is not linked. Null without a driver.
+// Looks the function up at run time, because the driver is not linked. Returns null without a driver.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   static const auto found = [] {
     void* function = nullptr;
@@ -311,8 +311,8 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(Barrier* barrier, int ra
       "r"(rank)
       : "memory");
 }
-// Release at block scope, the default of PTX (and of CUTLASS's ClusterBarrier), instead of cluster scope: for consumers
-// that have only read, because it does not make the thread's stores visible to the other block.
+// Releases at block scope, the default of PTX and of CUTLASS's ClusterBarrier, instead of cluster scope. It does not
+// make the thread's stores visible to the other block, so it is for consumers that have only read.
 __device__ __forceinline__ void mbarrier_arrive_cluster_cta_release(Barrier* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
@@ -361,8 +361,8 @@ struct PipelineState {
 };
 
 // ---- bulk copies ----------------------------------------------------------------------------------------------------
-// Issued by one thread, except st_async(). TMA boxes in shared memory are aligned to 128 bytes (swizzled boxes: see the
-// top of this file), other addresses and sizes to 16. Loads subtract the bytes that they write from the pending
+// One thread issues each, except st_async(). TMA boxes in shared memory are aligned to 128 bytes (swizzled boxes: see
+// the top of this file), other addresses and sizes to 16. Loads subtract the bytes that they write from the pending
 // transaction bytes of `full`; a TMA load writes its whole box, including the part outside of the tensor.
 
 #ifdef DFKD_HOST
@@ -427,7 +427,7 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, int
       "l"(&map), "r"(x), "r"(y), "r"(z), "r"(cast_smem_ptr_to_uint(full))
       : "memory");
 }
-// Loads to the same offset in each block of the cluster whose bit is set, and signals each block's barrier.
+// Loads to the same offset in each block of the cluster whose bit is set in `ranks`, and signals each block's barrier.
 __device__ __forceinline__ void tma_load_multicast(unsigned ranks, void* shared, const TensorMap& map, int x, int y,
                                                    int z, Barrier* full) {
   asm volatile(
@@ -488,7 +488,7 @@ __device__ __forceinline__ void warpgroup_reg_dealloc() {
 #endif
 
 // ---- clusters -------------------------------------------------------------------------------------------------------
-// Adjacent blocks along x that run concurrently and access each other's shared memory (DSMEM).
+// A cluster consists of adjacent blocks along x that run concurrently and access each other's shared memory (DSMEM).
 
 #ifdef DFKD_HOST
 inline int cluster_rank() { return host::cluster_rank(); }
@@ -548,13 +548,13 @@ __device__ __forceinline__ void cluster_sync() {
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
 
-// d = a b, or d += a b if `accumulate`, for a (64 x 16), b (16 x N) and float32 d (64 x N), by a warpgroup. Accumulator
-// fragment: with i = 16 w + l / 4 and j = 2 (l % 4), thread 32 w + l holds in d[n][0] and d[n][1] row i, columns
-// 8 n + j and 8 n + j + 1, and in d[n][2] and d[n][3] the same columns of row i + 8. Register operand: a[0] and a[1]
-// hold columns j and j + 1 of rows i and i + 8, a[2] and a[3] columns j + 8 and j + 9 of these rows. wgmma is
-// asynchronous: between warpgroup_arrive() and warpgroup_wait(), d, a in registers and the operands in shared memory
-// must not be accessed; warpgroup_fence_operand() enforces this on the compiler. TRANSPOSE_A, TRANSPOSE_B: the
-// operand is MN-major.
+// A warpgroup computes D = A B, or D += A B if `accumulate`, for A (64 x 16), B (16 x N) and a float32 D (64 x N). For
+// thread 32 w + l, let i = 16 w + l / 4 and j = 2 (l % 4). Accumulator fragment: d[n][0] and d[n][1] hold columns 8 n +
+// j and 8 n + j + 1 of row i; d[n][2] and d[n][3] hold the same columns of row i + 8. Register operand: a[0] and a[1]
+// hold columns j and j + 1 of rows i and i + 8; a[2] and a[3] hold columns j + 8 and j + 9 of these rows. wgmma is
+// asynchronous: between warpgroup_arrive() and warpgroup_wait(), the registers of D and A and the operands in shared
+// memory must not be accessed; warpgroup_fence_operand() enforces this on the compiler. TRANSPOSE_A or TRANSPOSE_B
+// means that the operand is MN-major.
 template <typename T, int N, bool TRANSPOSE_A = false, bool TRANSPOSE_B = false>
 __device__ __forceinline__ void wgmma(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool accumulate);
 template <typename T, int N, bool TRANSPOSE_B = false>
@@ -583,7 +583,7 @@ void warpgroup_fence_operand(uint32_t (&)[N][4]) {}
 
 #else
 
-// Before the first wgmma, and again after registers that wgmma uses have been written.
+// Called before the first wgmma, and again after registers that wgmma uses have been written.
 __device__ __forceinline__ void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void warpgroup_commit_batch() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");

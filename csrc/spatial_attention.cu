@@ -1,10 +1,10 @@
-// Spatial attention gate, forward, for sm_90a: both softmaxes over positions in one launch. For features f [N, P, C],
-// hidden maps h [N, P, K] and a weight w [C, K], all channels-last:
+// Spatial attention gate, forward, for sm_90a, in one launch: forms "spatial" and "spatial_mean1". For features
+// f [N, P, C], hidden maps h [N, P, K] and a weight w [C, K], all channels-last:
 //
 //   l = w h      s = softmax of l over positions      out = f + scale s f
 //
-// Traffic: 4 N C P bytes of f and out and 2 N P K of h, which is read twice, the second time from L2. 4 N C P K FLOPs
-// and 2 N C P exponentials, which take half as long as the traffic at K = C / 8: memory-bound if they overlap.
+// Traffic: 4 N C P bytes of f and out and 2 N P K of h, which is read twice, the second time from L2. The 4 N C P K
+// FLOPs and 2 N C P exponentials take half as long as the traffic at K = C / 8: memory is the limit if they overlap.
 //
 // A persistent kernel: each cluster processes one sample at a time, and its blocks split the tiles. Each consumer lane
 // computes the online softmax statistics of its 16 channels; the cluster then combines them through DSMEM. The gate
@@ -32,10 +32,10 @@ constexpr float kLowest = -3.402823466e38f;
 #ifdef DFKD_HOST
 constexpr int kMaxBlocks = 4;  // clusters then process several samples in small tests
 #else
-constexpr int kMaxBlocks = 128;  // that run at the same time in clusters of eight
+constexpr int kMaxBlocks = 128;  // blocks that run at the same time in clusters of eight
 #endif
 
-// Shared memory: barriers, statistics of the sample, of each warp; then boxes.
+// Shared memory holds barriers, the statistics of the sample, those of each warp, and then boxes.
 constexpr int kBarrierBytes = 1024, kStatsBytes = 4 * 2 * kMaxChannels;
 constexpr int kFixedBytes = kBarrierBytes + kStatsBytes + 4 * 2 * kConsumerWarps * kBox;
 static_assert(kFixedBytes % 1024 == 0);
@@ -54,8 +54,8 @@ struct Params {
   __host__ __device__ int smem_bytes() const { return stages * stage_bytes() + fixed_bytes(); }
 };
 
-// Selects the cluster size by estimated time, in hundredths of the time to load a tile of f: 50 per sample to combine
-// statistics, and for the first sample 27 per tile of statistics that does not overlap the loads in flight.
+// Selects the cluster size by estimated time, in hundredths of the time to load a tile of f. A sample takes 100 per
+// tile and 50 to combine statistics; the first takes 27 more per tile of statistics that does not overlap the loads.
 Params make_params(const Tiling& tiling) {
   Params best{};
   int64_t best_time = 0;
@@ -88,8 +88,8 @@ struct Barriers {
 };
 static_assert(sizeof(Barriers) <= kBarrierBytes);
 
-// Online softmax of a lane's 16 channels. row_sum is relative to `base`, which is at least row_max and only moves, with
-// headroom, when row_max exceeds it: rescaling is rare.
+// Online softmax of a lane's 16 channels. row_sum is relative to `base`, which is at least row_max. Only when row_max
+// exceeds it, base moves to kHeadroom above row_max, so that rescaling is rare.
 struct OnlineSoftmax {
   float row_max[16], base[16], row_sum[16];
 

@@ -14,7 +14,7 @@
 
 namespace dfkd::spatial {
 
-// kSpatialMean1 multiplies the softmax over P positions by P, so that it averages 1.
+// kSpatialMean1 multiplies the softmax over P positions by P, so that its mean is 1.
 enum Form { kSpatial = 0, kSpatialMean1 = 1, kChannel = 2 };
 
 constexpr float kLog2E = 1.4426950408889634f;
@@ -52,7 +52,7 @@ __device__ __forceinline__ Uint4 pack8(const float (&values)[8]) {
   return to;
 }
 
-// Parameters may have another dtype than the feature maps, under autocast.
+// Under autocast, parameters may have another dtype than the feature maps.
 __device__ __forceinline__ float load_as(const void* from, int64_t i, int dtype) {
   if (dtype == DFKD_FLOAT32) return static_cast<const float*>(from)[i];
   if (dtype == DFKD_FLOAT16) return to_float(static_cast<const float16*>(from)[i]);
@@ -186,7 +186,7 @@ struct ConsumerCoords {
     channel_block = warpgroup % tiling.channel_blocks;
     row_block = warpgroup / tiling.channel_blocks;
   }
-  // A copy that the compiler recomputes derived values from, instead of keeping them in registers across a loop.
+  // Returns a copy, so that the compiler recomputes values derived from it and keeps none in registers across a loop.
   __device__ __forceinline__ ConsumerCoords reload() const {
     ConsumerCoords copy = *this;
 #ifndef DFKD_HOST
@@ -253,14 +253,14 @@ __device__ __forceinline__ Float4 load_stats(const float* stats, const ConsumerC
   return *reinterpret_cast<const Float4*>(stats + index);
 }
 
-// ---- backward only: a stage holds features (then dl), grad_output (then df) and hidden ------------------------------
-
 // The sum over the 8 rows of a warp's fragment.
 __device__ __forceinline__ float sum_over_rows(float x) {
 #pragma unroll
   for (int distance = 4; distance < kWarpSize; distance *= 2) x += __shfl_xor_sync(kFullMask, x, distance);
   return x;
 }
+
+// ---- backward only: a stage holds features (then dl), grad_output (then df) and hidden ------------------------------
 
 // One step of a butterfly reduce-scatter of 16 channels over the 8 rows of a fragment: two lanes exchange halves of
 // 2 COUNT sums, and each keeps COUNT. After steps with COUNT = 8, 4 and 2, sums[0] and sums[1] are channels 2 g and

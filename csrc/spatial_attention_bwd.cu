@@ -1,19 +1,20 @@
-// Spatial attention gate, backward, for sm_90a. With g = grad_output and the logits l and softmax s of
-// spatial_attention.cu, recomputed:
+// Spatial attention gate, backward, for sm_90a. With g = grad_output, with f, h and w of spatial_attention.cu, and with
+// its logits l and softmax s, which are recomputed:
 //
 //   delta = sum over positions of s g f      dl = scale s (g f - delta)
 //   df = g + g scale s                       dh = w^T dl      dw = sum over positions of dl h
 //
 // Traffic: 6 N C P bytes of f, g and df, 4 N C P to read f and g a second time, from L2, and 6 N K P of h and dh.
-// 8 N C P K FLOPs and 2 N C P exponentials. Memory-bound while the second pass hits in L2; L2 bandwidth is next.
+// There are 8 N C P K FLOPs and 2 N C P exponentials. HBM bandwidth is the limit while the second pass hits in
+// L2; L2 bandwidth is the next one.
 //
-// A cooperative, persistent kernel assigns the tiles of all samples to blocks round-robin. In step i, block b adds tile
-// i B + b to delta, and then computes the gradients of its tile of `lag` steps before, whose delta is complete by then.
-// So all blocks work on few neighboring samples, and f and g of only lag B tiles must stay in L2: 17 MB, or 26 MB if a
-// sample has more tiles than there are blocks. The block with the last tile of a sample reduces delta, in a fixed
-// order, once a counter in memory says that all partial sums are there; a second counter says that delta is complete.
-// dl replaces f in the stage, with permuted columns, and is an operand of two GEMMs, K-major for dh and MN-major for
-// dw; df replaces g and is written by TMA stores; dw accumulates in registers over all tiles of a block.
+// A cooperative, persistent kernel assigns the tiles of all samples to B blocks round-robin. In step i, block b adds
+// tile i B + b to delta, and then computes the gradients of its tile of `lag` steps before, whose delta is complete by
+// then. So all blocks work on few neighboring samples, and f and g of only lag B tiles must stay in L2: 17 MB, or 26 MB
+// if a sample has more tiles than there are blocks. The block with the last tile of a sample reduces delta, in a fixed
+// order, once a counter in memory shows that all partial sums are stored; a second counter shows that delta is
+// complete. dl replaces f in the stage, with permuted columns, and is an operand of two GEMMs, K-major for dh and
+// MN-major for dw; df replaces g and is written by TMA stores; dw accumulates in registers over all tiles of a block.
 //
 // Four consumer warpgroups do this. The warps of a producer warpgroup issue TMA loads, load softmax statistics, and
 // reduce and store partial sums of delta, so that consumer warps need not wait for each other. Before and after this
@@ -34,7 +35,7 @@ constexpr int kNumSMs = 132;
 constexpr int kMaxStages = 3, kStatsStages = 2;
 constexpr int kConsumerBarrier = 5;  // named barrier of all consumers; 1 to 4: of the warpgroups of one row block
 
-// Shared memory: barriers, then stages of row_max, scale / row_sum and delta / scale; then boxes.
+// Shared memory holds barriers, then stages of row_max, scale / row_sum and delta, and then boxes.
 constexpr int kBarrierBytes = 1024, kStatsBytes = kStatsStages * 4 * 3 * kMaxChannels;
 constexpr int kFixedBytes = kBarrierBytes + kStatsBytes;
 static_assert(kFixedBytes % 1024 == 0);
@@ -57,7 +58,7 @@ struct Params {
 // Scratch memory.
 struct Workspace {
   unsigned *tiles_done, *delta_done;  // per sample: counters of tiles, and of warps that have reduced delta
-  float *tile_delta, *delta;          // [tiles, channels], [samples, row_blocks, channels]; without 1 / row_sum
+  float *tile_delta, *delta;          // [tiles, channels], [samples, row_blocks, channels]; without factor 1 / row_sum
   float* dw_partials;                 // [blocks, channels, hidden]
 };
 
@@ -115,7 +116,7 @@ __device__ __forceinline__ void load_stage(const Params& params, const SharedSto
   load_tile(params.tiling, stage + kTileBytes, grad_output, row, sample, full);
 }
 
-// By a warp: loads the statistics of 128 channels, four per lane from c on, and for the gradient pass waits for delta.
+// A warp loads the statistics of 128 channels, four per lane from c on, and for the gradient pass waits for delta.
 __device__ __forceinline__ void load_row_stats(const Params& params, const SharedStorage& storage,
                                                const TileScheduler& scheduler, int c, const float* saved,
                                                const Workspace& workspace) {
@@ -199,7 +200,7 @@ __device__ __forceinline__ void accumulate_delta(const Params& params, const Con
   if (coords.lane == 0) mbarrier_arrive(delta_full);
 }
 
-// By a warp: reduces a tile's delta over consumer warps, stores it to memory and releases the stage.
+// A warp reduces a tile's delta over consumer warps, stores it to memory and releases the stage.
 __device__ __forceinline__ void store_tile_delta(const Params& params, const SharedStorage& storage, int index,
                                                  int tile, const Workspace& workspace) {
   const Tiling& tiling = params.tiling;
@@ -220,8 +221,8 @@ __device__ __forceinline__ void store_tile_delta(const Params& params, const Sha
   if (lane == 0) global_barrier_arrive(workspace.tiles_done + tile / tiling.tiles);
 }
 
-// Reduces delta of a sample over its tiles. Each warp takes 16 channels, four lanes wide and eight tiles deep, and a
-// `part` of the tiles.
+// Reduces delta of a sample over its tiles. Each warp takes 16 channels, four per lane, and a `part` of the tiles, of
+// which it reads eight at a time.
 __device__ __forceinline__ void reduce_delta(const Params& params, const ConsumerCoords& coords, int sample,
                                              const Workspace& workspace) {
   const Tiling& tiling = params.tiling;
@@ -254,7 +255,7 @@ __device__ __forceinline__ void reduce_delta(const Params& params, const Consume
 
 // ---- gradients ------------------------------------------------------------------------------------------------------
 
-// Replaces f by dl, with the columns of the logits GEMM, and g by df.
+// Replaces f by dl, in the column order of the logits GEMM, and g by df.
 template <typename T, int HIDDEN>
 __device__ __forceinline__ void compute_dl(const Params& params, const ConsumerCoords& coords, unsigned char* stage,
                                            const float* row_stats, const unsigned char* weight, int valid_rows) {
@@ -501,7 +502,7 @@ Params make_params(const Tiling& tiling, bool needs_dl) {
   params.delta_warps = static_cast<unsigned>(tiling.row_blocks * ((tiling.channels + 15) / 16));
   if (params.tiles > 0) {
     params.steps = (params.tiles + params.blocks - 1) / params.blocks;
-    // The last tile of a sample is at most lag - 1 steps later, and delta complete after it.
+    // The last tile of a sample comes at most lag - 1 steps after any other; then delta is complete.
     params.lag = needs_dl ? (tiling.tiles - 1 + params.blocks - 1) / params.blocks + 1 : 0;
   }
   params.stages = (kMaxSmemBytes - kFixedBytes - tiling.weight_bytes()) / params.stage_bytes();

@@ -5,7 +5,7 @@ namespace {
 
 using namespace dfkd;
 
-// Each thread sends its index to its neighbor through shared memory, with or without a barrier between.
+// Each thread sends its index to its neighbor through shared memory, with or without a barrier in between.
 __global__ void neighbor(int* out, int barrier) {
   int* shared = reinterpret_cast<int*>(shared_memory());
   const int me = static_cast<int>(threadIdx.x), count = static_cast<int>(blockDim.x);
@@ -14,7 +14,7 @@ __global__ void neighbor(int* out, int barrier) {
   out[static_cast<int>(blockIdx.x) * count + me] = shared[(me + 1) % count];
 }
 
-// Two warps read each other's values and overwrite them, with or without a barrier between.
+// Two warps read each other's values and overwrite them, with or without a barrier in between.
 __global__ void exchange(int* out, int barrier) {
   int* shared = reinterpret_cast<int*>(shared_memory());
   const int me = static_cast<int>(threadIdx.x);
@@ -39,10 +39,9 @@ __global__ void divergent_barrier() {
 }
 
 constexpr int kK = 128;
-
 constexpr int kN = 128;
 
-// c (64, N) = a (64, K) b (N, K)^T. With `registers`, a is a register operand. With wait = 0, c is read before wgmma
+// c (64, N) = a (64, K) b (N, K)^T. With `registers`, `a` is a register operand. With wait = 0, c is read before wgmma
 // completes.
 __global__ void gemm(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
                      const bfloat16* a, float* c, int registers, int wait) {

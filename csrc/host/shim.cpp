@@ -91,7 +91,7 @@ struct Block {
   std::vector<unsigned char> slots;
   std::unique_ptr<unsigned char[], AlignedDelete> shared;
   std::unique_ptr<unsigned char[], AlignedDelete> view;  // of the async proxy, created on first use
-  bool fenced = false;                                   // since the view was last updated
+  bool fenced = false;                                   // whether a fence followed the view's last update
   size_t shared_bytes = 0;
   Cluster* cluster = nullptr;
   int rank = 0;

@@ -59,7 +59,7 @@ void run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& 
 void wait_until(const char* what, std::function<bool()> ready);
 // Whether the next asynchronous operation completes immediately.
 bool immediate();
-// Performs an asynchronous operation: immediately, when all threads wait, or at some time between.
+// Performs an asynchronous operation: immediately, when all threads wait, or at some time in between.
 void enqueue(std::function<void()> operation);
 
 // A barrier of several threads. The last one to arrive calls `act`.

@@ -23,7 +23,7 @@ constexpr int kGroup = 128;
 
 struct BarrierState {
   uint16_t expected, pending;
-  int32_t bytes_and_phase;  // 2 bytes + phase
+  int32_t bytes_and_phase;  // 2 * pending bytes + phase
 };
 static_assert(sizeof(BarrierState) == sizeof(uint64_t));
 
@@ -124,7 +124,7 @@ void for_elements(const TensorMap& map, int64_t x, int64_t y, int64_t z, F f) {
 
 float value_of(uint16_t bits, bool bfloat) { return bfloat ? to_float(bfloat16{bits}) : to_float(float16{bits}); }
 
-// Element (outer, k) of an operand in shared memory; outer is the row of a or the column of b.
+// Element (outer, k) of an operand in shared memory; outer is the row of A or the column of B.
 float operand_element(const unsigned char* memory, uint64_t operand, bool transpose, int outer, int k, bool bfloat) {
   const uint64_t mode = operand >> 62;
   const size_t width = mode == 1 ? 64 : mode == 2 ? 32 : 16;

@@ -29,7 +29,7 @@ void named_barrier(int barrier, int threads, bool wait);
 void global_barrier_arrive(unsigned* counter);
 void global_barrier_wait(const unsigned* counter, unsigned arrivals);
 
-// One thread's arguments of a wgmma: its accumulator fragment and, unless a is in shared memory, its fragment of a.
+// One thread's arguments of a wgmma: its accumulator fragment and its fragment of A, null if A is in shared memory.
 struct Wgmma {
   float* d;
   const uint32_t* a;

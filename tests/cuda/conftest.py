@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU: one library and one process per op and test process."""
+"""Builds the CUDA kernels for the CPU: one library per op, and one process per op and test process."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_errors_are_within_twice_the_references(kernels, launcher, case):
 
 
 @pytest.mark.usefixtures("small")
-def test_loss_far_below_the_logarithms_rounding(kernels):
+def test_losses_far_below_the_rounding_of_the_logarithms_are_accurate(kernels):
     """Nearly all of the softmax is the partner: the loss must not be the difference of two rounded logarithms."""
     first = torch.zeros(4, 8)
     first[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
@@ -193,8 +193,8 @@ def test_memory_layouts_give_equal_results(kernels):
 @pytest.mark.parametrize(
     ("symmetric", "n"), [(False, 17), (True, 17), pytest.param(False, 150, marks=pytest.mark.slow)]
 )
-def test_each_subset_of_gradients(kernels, launcher, symmetric, n):
-    """Bitwise equal if the row's columns are split the same way."""
+def test_subsets_of_gradients_are_bitwise_equal(kernels, launcher, symmetric, n):
+    """The results are bitwise equal if the columns of a row are split the same way."""
     launcher(num_sms=1, min_count=1, l2_bytes=0)
     op = Op(kernels, symmetric=symmetric)
     inputs, grad_output = pair(n, 6, BF16), torch.tensor(-1.3)
@@ -252,7 +252,7 @@ def test_scaling_a_vector_by_a_power_of_two_changes_no_bit(kernels):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("n", "row", "bad"), [(5, 2, torch.inf), (5, 2, torch.nan), (260, 259, torch.nan)])
 def test_non_finite_inputs_give_nan(kernels, n, row, bad):
-    """In the same tile and in another one: tiles with and without a mask, both implementations of exp2."""
+    """Covers rows in the bad value's tile and in others: tiles with and without a mask, and both forms of exp2."""
     t, s = pair(n, 7, BF16)
     t[row, 3] = bad
     value, dt, _ = results(Op(kernels, reduction="none"), t, s)

@@ -75,7 +75,7 @@ def reference(given, mode, result, *, exact):
 
 
 def check(kernels, given, mode="joint", result="features", *, form=None, thread_order=0):
-    """Errors are at most twice the reference's in the same dtype, plus one ulp."""
+    """Asserts that errors are at most twice the reference's in the same dtype, plus one ulp."""
     got = run(kernels, given, mode, result, form=form, thread_order=thread_order)
     names = ("y",) if form is None else ("dx", "dproj", "dout")
     low, truth = (reference(given, mode, result, exact=exact)[form is not None :] for exact in (False, True))
@@ -178,7 +178,7 @@ SLOW_ORDER_CASES = (
     ("shape", "mode", "form"), [*ORDER_CASES, *(pytest.param(*case, marks=slow) for case in SLOW_ORDER_CASES)]
 )
 def test_results_do_not_depend_on_thread_order(kernels, shape, mode, form):
-    """Nor on when copies and wgmma complete."""
+    """They do not depend on when copies and wgmma complete either."""
     given = inputs(shape)
     first, *others = (run(kernels, given, mode, form=form, thread_order=order) for order in (0, 1, 7))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
@@ -216,10 +216,10 @@ def test_subsets_of_gradients_are_bitwise_equal(kernels, channels, form):
     ],
 )
 def test_extreme_features(kernels, channels, mode, form):
-    """Saturated gates, products near the largest finite value, a zero position, a zero factor, a NaN."""
+    """Covers saturated gates, products near the largest finite value, a zero position, a zero factor, a NaN."""
     given = inputs((2, channels, 2, 3))
     x, proj, *_ = given
-    x[0, :, 0] *= 1e4  # few: only the sign of such logits matters, and rounding decides that of small sums
+    x[0, :, 0] *= 1e4  # only few: such logits matter by their sign, and rounding decides the sign of small sums
     x[1, :, 0, 0] = 0
     proj[3] = 0
     check(kernels, given, mode, form=form)

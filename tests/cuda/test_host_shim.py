@@ -28,7 +28,7 @@ def test_a_missing_barrier_shows_in_some_order(kernels):
         assert all(correct) == bool(barrier)
 
 
-def test_warps_that_run_ahead_show_a_barrier_missing_in_lockstep(kernels):
+def test_running_one_warp_ahead_shows_a_missing_barrier_that_lockstep_hides(kernels):
     expected = np.concatenate([100 * step + (np.arange(64) + 32) % 64 for step in range(2)]).astype(np.int32)
     for order, barrier, correct in (
         (0, 1, True),

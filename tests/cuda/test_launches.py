@@ -133,7 +133,7 @@ def test_resources_need_a_gpu() -> None:
 
 
 def test_the_papers_shapes_are_supported() -> None:
-    """All but 128 vectors of contrastive_loss, which run on Triton."""
+    """All are, except contrastive_loss of 128 vectors, which runs on Triton."""
     for op, shapes in doctor._PAPER.items():
         for shape, sizes in shapes.items():
             for name in BOTH[op]:
@@ -141,7 +141,7 @@ def test_the_papers_shapes_are_supported() -> None:
 
 
 def test_small_cases_launch_every_kernel() -> None:
-    """So that compute-sanitizer covers all kernels that the operators launch."""
+    """With these cases, compute-sanitizer covers all kernels that the operators launch."""
     calls = [(name, sizes) for op in OPS for sizes in cases(op) for name in BOTH[op]]
     backward = f"{HIGH_ORDER}_backward"
     forms = [(backward, {**sizes, "form": form}) for sizes in cases(HIGH_ORDER) for form in (1, 2, 3)]

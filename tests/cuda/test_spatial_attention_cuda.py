@@ -185,7 +185,7 @@ def test_forward_saves_row_max_and_row_sum(kernels):
 
 
 def test_results_do_not_depend_on_thread_order(op):
-    """Nor on when copies and wgmma complete. Stages are reused and blocks wait for each other."""
+    """They do not depend on when copies and wgmma complete either. Stages are reused and blocks wait for each other."""
     given = inputs((3, 72, 19, 14))(0)
     runs = [value_and_gradients(lambda *a, i=i: op(*a, scale=9.0, order=i), given) for i in (0, 1, 7)]
     for other in runs[1:]:
