@@ -55,7 +55,8 @@ struct Params {
 };
 
 // Selects the cluster size by estimated time, in hundredths of the time to load a tile of f. A sample takes 100 per
-// tile and 50 to combine statistics; the first takes 27 more per tile of statistics that does not overlap the loads.
+// tile and 50 to combine statistics. While the statistics of the first sample are computed, loads of f stop when the
+// stages are full: each tile beyond `stages` adds 27.
 Params make_params(const Tiling& tiling) {
   Params best{};
   int64_t best_time = 0;
@@ -140,7 +141,8 @@ struct SharedStorage {
   }
 };
 
-// A block's tiles of each sample of its cluster: samples cluster, cluster + num_clusters, ...
+// The tiles that a block processes, the same in each sample. Its cluster's samples have the indices cluster,
+// cluster + num_clusters, ...
 struct TileScheduler {
   int first_tile, tiles, cluster, rank;
 

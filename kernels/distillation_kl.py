@@ -32,7 +32,7 @@ __all__ = ["backward", "forward"]
 
 @config.heuristic("distillation_kl", BLOCK_M=(1, 64))
 def _config(arch: int, dtype: torch.dtype, *, classes: int) -> Launch:
-    """Up to 4,096 classes, a row stays in registers: eight logits of each input per thread. With more, ptxas spills."""
+    """Up to 4,096 classes, a row stays in registers, with eight logits of each input per thread; more would spill."""
     block = max(16, min(classes, 4096))
     return Launch(tile={"BLOCK_M": max(1, 1024 // block), "BLOCK_N": block}, num_warps=max(4, min(16, block // 256)))
 

@@ -31,7 +31,7 @@ COVERAGE = (
     Case("SelfSupervisedLoss", "`symmetric=True`, wraps `SupConLoss` with its defaults", "contrastive_loss"),
     Case("SelfSupervisedLoss", "`symmetric=False`", None),
     Case("SelfSupervisedLoss", "wraps another loss", None),
-    Case("SelfSupervisedLoss", "a low temperature, about 0.03 (`NTXentLoss`) or 0.1 (`SupConLoss`)", None),
+    Case("SelfSupervisedLoss", "a temperature below about 0.03 (`NTXentLoss`) or 0.1 (`SupConLoss`)", None),
     Case("SelfSupervisedLoss", "wraps a loss with another distance, reducer or regularizer", None),
     Case("NTXentLoss", "labels or pairs", None),
     Case("SupConLoss", "labels or pairs", None),

@@ -55,8 +55,8 @@ def loader(
 ) -> DataLoader[Any]:
     """Build a loader of batches ``(images, labels)``: float32 (N, 3, H, W) and int64 (N,).
 
-    Order and random transforms depend only on ``seed`` and on the number of earlier passes over this loader. PyTorch's
-    global generator is neither used nor changed.
+    Order and random transforms depend only on ``seed`` and on the number of earlier passes over this loader. The state
+    of PyTorch's global generator has no effect and is left unchanged.
 
     Args:
         dataset: a map-style dataset, for example ``ImageData.train``.

@@ -70,8 +70,8 @@ class AttentionGenerator(nn.Module):
             raise ValueError(f"image_size must be a positive multiple of 16, got {image_size}")
         if len(channels) != 5:
             raise ValueError(f"channels must have five entries, for the first map and four blocks, got {channels}")
-        self.image_size, self.latent_dim, self.first = image_size, latent_dim, image_size // 16
-        self.project = nn.Linear(latent_dim, channels[0] * self.first**2)
+        self.image_size, self.latent_dim, self.first_size = image_size, latent_dim, image_size // 16
+        self.project = nn.Linear(latent_dim, channels[0] * self.first_size**2)
         self.project_norm = nn.BatchNorm2d(channels[0])
         self.blocks = nn.Sequential()
         for inputs, outputs in pairwise(channels):
@@ -89,7 +89,7 @@ class AttentionGenerator(nn.Module):
         Raises:
             RuntimeError: the noise does not have latent_dim columns or the dtype of the weights.
         """
-        first = self.project(noise).unflatten(1, (-1, self.first, self.first))
+        first = self.project(noise).unflatten(1, (-1, self.first_size, self.first_size))
         return self.paint(self.blocks(self.project_norm(first))).tanh()
 
 

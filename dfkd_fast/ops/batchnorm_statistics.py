@@ -18,7 +18,7 @@ __all__ = ["batchnorm_statistics", "channel_statistics", "new_map"]
 
 
 def _channels_last(x: Tensor) -> torch.memory_format | None:
-    """Return the channels-last format if the strides of x have its order by the rule of PyTorch's norms, else None."""
+    """Return the channels-last format if PyTorch's norms would regard the strides of x as channels-last, else None."""
     if x.ndim not in (4, 5) or x.shape[1] == 1 or all(size == 1 for size in x.shape[2:]):
         return None
     lower = 0

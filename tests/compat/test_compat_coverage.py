@@ -127,7 +127,7 @@ if metric_learning is not None:
         ("SelfSupervisedLoss", "wraps another loss"): lambda: wrap(triplet())(*LOGITS),
         (
             "SelfSupervisedLoss",
-            "a low temperature, about 0.03 (`NTXentLoss`) or 0.1 (`SupConLoss`)",
+            "a temperature below about 0.03 (`NTXentLoss`) or 0.1 (`SupConLoss`)",
         ): lambda: [wrap(loss)(*LOGITS) for loss in (nt_xent(0.02), metric_learning.SupConLoss(0.05))],
         ("SelfSupervisedLoss", "wraps a loss with another distance, reducer or regularizer"): lambda: wrap(
             nt_xent(distance=distance())
