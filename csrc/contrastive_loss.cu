@@ -11,8 +11,9 @@
 // 1. preprocess() scales the vectors into scratch.
 // 2. similarity_sums_wgmma is persistent. A work tile is 256 rows by one split of the columns. Two consumer warpgroups
 //    hold 128 rows each in registers and read the columns from the pipeline, 128 at a time.
-// 3. combine() adds each row's splits and reduces the losses, in one cluster of eight blocks. With more than 8192
-//    anchors it runs in several clusters, and reduce_partials() adds their sums.
+// 3. combine() adds each row's splits and its partner's term, which the sums of step 2 leave out, and reduces the
+//    losses, in one cluster of eight blocks. With more than 8192 anchors it runs in several clusters, and
+//    reduce_partials() adds their sums.
 //
 // For A anchors and D dimensions, wgmma computes 2 A M D FLOPs, and there are A M exponentials. At D = 128, the wgmmas
 // of 64 x 128 similarities take 512 cycles of an SM, and the exponentials take as many, so the two must overlap:
@@ -118,6 +119,7 @@ struct WorkTile {
   }
 };
 
+// `count` is N; `anchors` is N, or 2N if the positives are anchors too (symmetric).
 // Shapes: row_stats (1, padded_rows), partials (splits, anchors), partner_logits (anchors).
 template <typename T, int DIM>
 __global__ void __launch_bounds__(kNumThreads, 1)
@@ -273,6 +275,7 @@ ForwardConfig forward_config(int64_t count, int64_t dim, int symmetric) {
     if (splits == 1 || time < best_time) config.tiles_per_split = length, best_time = time;
   }
   config.splits = divide_up(tiles, config.tiles_per_split);
+  // One cluster: up to two rows per thread. Several: a row for every second thread, which gives more blocks.
   const bool one_cluster = config.anchors <= kCombineCluster * 2 * kCombineThreads;
   config.combine_rows = one_cluster ? divide_up(config.anchors, kCombineCluster) : kCombineThreads / 2;
   config.combine_clusters = divide_up(config.anchors, config.combine_rows * kCombineCluster);

@@ -195,7 +195,7 @@ def _launch(
         strides: Strides of the tensors, (n, c, h, w) each.
         result: The tensor whose memory format decides which windows are adjacent.
         windows: Height and width in windows.
-        *sizes: Further arguments of the kernel.
+        *sizes: Arguments after the kernel's own ``sizes``: ``y_size`` and ``out_size`` of unpool.
         **constants: Compile-time constants of the kernel.
     """
     count, channels = result.shape[:2]
@@ -243,7 +243,7 @@ def unpool(y: Tensor, code: Tensor, height: int, width: int, channels_last: bool
         code: uint8, same shape as y, any strides.
         height: 2 h or 2 h + 1.
         width: 2 w or 2 w + 1.
-        channels_last: Memory format of ``out``.
+        channels_last: Memory format of ``out``. Not read here: the strides of ``out`` show it.
         gradient: Whether code 4, a maximum that ReLU set to zero, places nothing. Otherwise code 4 is position 0.
         out: Output, (N, C, height, width) in the dtype of y. Every element is written.
     """
@@ -266,7 +266,7 @@ def gather(x: Tensor, code: Tensor, channels_last: bool, y: Tensor) -> None:
     Args:
         x: (N, C, 2 h or 2 h + 1, 2 w or 2 w + 1), any strides.
         code: uint8, (N, C, h, w), any strides.
-        channels_last: Memory format of y.
+        channels_last: Memory format of y. Not read here: the strides of y show it.
         y: Output, (N, C, h, w) in the dtype of x.
     """
     windows = (y.shape[2], y.shape[3])

@@ -29,7 +29,7 @@ CACHES = ("cold", "warm")
 _WARM_UP = 3
 _REPLAY_US = 4000.0  # duration of a replay: much longer than the launch of a graph
 _MAX_CALLS = 128  # per replay
-_REPEATS_MS = 150  # duration of all timed replays, of which there are at least two
+_REPEATS_MS = 150  # duration of all timed replays
 _CPU_REPEATS = 5
 _MEMORY_SHARE = 0.4  # share of the free memory that the calls of one graph may use
 

@@ -92,7 +92,7 @@ class _PatchedForward:
 
     def __init__(self, trace: Trace, replaced: dict[nn.Module, str], skipped: list[nn.Module], eval_only: bool) -> None:
         self.model, self.replaced, self.skipped, self.eval_only = trace.root.model, replaced, skipped, eval_only
-        # A plain function, which copies share. It is called with this object as ``self`` and finds the modules in it.
+        # A plain function, which copies share. Called with this object as ``self``, it finds modules in ``self.model``.
         self.program: Callable[..., Any] = type(compile_graph(trace.root, trace.graph)).forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,6 +151,7 @@ def _fused(module: nn.Module, x: Tensor, unfrozen: str | None, training: bool) -
         raise _Refused(f"the forward of {name} sets {', '.join(sorted(written))}")
     if any(not str(node.target).startswith("model.") for node in trace.graph.find_nodes(op="get_attr")):
         raise _Refused(f"the forward of {name} creates tensors")
+    # The patched forward then runs in eval mode only: its BatchNorms are fused, or the forward depends on the mode.
     eval_only = unfrozen is None or str(trace.graph) != str(other.graph)
     replaced = {} if training and eval_only else fuse_pools(trace)
     norms, skipped = _fuse_norms(trace, x) if unfrozen is None else ({}, [])
@@ -220,8 +221,9 @@ def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
       not: :func:`dfkd_fast.ops.max_pool2x2`.
 
     The model and its modules stay the same objects; state dict, names, flags and hooks do not change. A patched module
-    runs its original forward in training mode if it has fused BatchNorms, and always with further arguments or if a
-    module that the fused ops bypass has a hook. A copy (``copy.deepcopy``) is patched; an unpickled model is not.
+    runs its original forward in training mode if it was frozen and in eval mode when patched or if its forward depends
+    on the mode, and always with further arguments or if a module that the fused ops bypass has a hook. A copy
+    (``copy.deepcopy``) is patched; an unpickled model is not.
 
     Values and gradients stay the same up to rounding; fused backends compute no second derivative. Without CUDA devices
     the ops run in plain PyTorch. Patch again after replacing modules or changing an attribute that the forward reads.
