@@ -75,7 +75,7 @@ def _split(arch: int, dtype: torch.dtype, hidden: int, order: int, gates: int, u
     if order > 3 or unaligned:
         return _launch(32, 32, 16, hidden)
     if gates > 1:
-        return _launch(64, 32, 32, hidden)
+        return _launch(32 if 100 <= arch < 120 else 64, 32, 32, hidden)  # on sm_100, 64 spills
     if 100 <= arch < 120:
         return _launch(64, 128, 32, hidden, 8)  # 64 x 64 spills
     return _launch(64, 64, 32, hidden, stages=3 if arch == 90 else 2)
