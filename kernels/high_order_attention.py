@@ -69,9 +69,9 @@ def _launch(m: int, c: int, k: int, hidden: int, warps: int = 4, stages: int = 2
 def _split(arch: int, dtype: torch.dtype, hidden: int, order: int, gates: int, unaligned: int) -> Launch:
     """The split form. Larger tiles spill with four factors, several gates, or loads that cannot be vectorized."""
     if dtype == torch.float32:
-        if order > 3 or (unaligned and arch >= 100):
+        if order > 3 or gates > 1 or (unaligned and arch >= 100):
             return _launch(16, 16, 16, hidden)
-        return _launch(32, 32, 32, hidden) if arch < 100 else _launch(32, 32 if gates == 1 else 16, 16, hidden)
+        return _launch(32, 32, 32 if arch < 100 else 16, hidden)
     if order > 3 or unaligned:
         return _launch(32, 32, 16, hidden)
     if gates > 1:

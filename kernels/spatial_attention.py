@@ -87,7 +87,8 @@ def _config_sums(
     """Sums over positions. A program processes up to ``TILES`` tiles; fewer leave more chunks to merge."""
     m, per_thread, stages = (64, 16, 3) if dtype.itemsize == 2 else (32, 8, 2)
     block_k = _block_k(arch, dtype, hidden)
-    return _tile(m, max(16, min(channels, 64)), block_k, positions, per_thread, stages, TILES=16)
+    most = 64 if dtype.itemsize == 2 or vectors else 32 if arch < 100 else 16  # more spills with unaligned float32
+    return _tile(m, max(16, min(channels, most)), block_k, positions, per_thread, stages, TILES=16)
 
 
 @config.heuristic("spatial_attention_gate", BLOCK_M=(16, 128))
@@ -117,7 +118,7 @@ def _config_gradients(
     if _fits_large_tiles(dtype, hidden, vectors):
         per_thread = 32 if block != 128 and not over_channels else 16 if from_shared or not over_channels else 8
     else:
-        per_thread = 8 if half_precision or block == channels else 4
+        per_thread = 8 if half_precision or block == channels >= 64 else 4
     programs = max(1, min(3, 256 // block))
     stages = 1 if per_thread == 4 else 2
     block_k = _block_k(arch, dtype, hidden)
