@@ -162,7 +162,7 @@ void require_success(int status) {
   const auto error = static_cast<cudaError_t>(status);
   (void)cudaGetLastError();
   const bool no_gpu = error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice;
-  throw std::runtime_error(no_gpu ? "this needs a GPU and its driver, and finds none"
+  throw std::runtime_error(no_gpu ? "this needs a GPU and its driver, but none was found"
                                   : "CUDA error " + std::to_string(status) + ": " + cudaGetErrorString(error));
 }
 

@@ -57,7 +57,7 @@ int dfkd_contrastive_loss_backward(const float* grad_output, int64_t grad_output
  * maps): contiguous, which is channels-last, of one dtype, float16 or bfloat16. weight (channels, maps) may have
  * another dtype; the bias cancels in the softmax. form: 0 spatial, 1 spatial_mean1 (2, channel, is not supported).
  * saved (2, samples, channels) float32: row_max and row_sum of the softmax.
- * Supports channels up to 256 and maps up to 64, multiples of 8. Backward is a cooperative launch of 132 blocks. */
+ * Supports channels up to 256, maps up to 64, multiples of 8. Backward is a cooperative launch of up to 132 blocks. */
 int dfkd_spatial_attention(const void* features, const void* hidden, const void* weight, int64_t samples,
                            int64_t channels, int64_t maps, int64_t positions, int dtype, int weight_dtype, float scale,
                            int form, void* out, void* saved, void* stream);

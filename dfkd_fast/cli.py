@@ -128,22 +128,21 @@ def _distill(
             "--teacher.weights is required: the file of a trained teacher, for example of `dfkd-fast teach`"
         )
     metadata = read_metadata(teacher.weights)
-    images = None
-    if data is not None and (data.root is not None or not datasets.needs_root(data)):
-        images = datasets.load(data)
-    elif data is not None:
+    unread = data is not None and data.root is None and datasets.needs_root(data)
+    if unread:
         print("no --data.root: the student is not evaluated")
-    classes = num_classes or (images.num_classes if images is not None else int(metadata.get("num_classes", 0)))
-    classes = classes or (data is not None and datasets.num_classes(data)) or 0
+    images = datasets.load(data) if data is not None and not unread else None
+    data_classes = images.num_classes if images is not None else int(metadata.get("num_classes", 0))
+    classes = num_classes or data_classes or (datasets.num_classes(data) if data is not None else None)
     if not classes:
         raise ValueError("--num_classes is required: neither the data nor the teacher's weights file gives it")
     given = {"out": out, "engine": engine, "precision": precision, "resume": resume or None}
     config = replace(experiment.distill, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     if images is None:
         known = {name: json.loads(metadata[name]) for name in ("image_size", "mean", "std") if name in metadata}
+        if data is not None:
+            known.setdefault("image_size", data.image_size)
         config = replace(config, **{name: value for name, value in known.items() if getattr(config, name) is None})
-        if config.image_size is None and data is not None:
-            config = replace(config, image_size=data.image_size)
     size = config.image_size or (images.image_size if images is not None else 64)
     inputs = {"data": data, "teacher": teacher, "student": student}
     result = distill(

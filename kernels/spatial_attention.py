@@ -118,7 +118,7 @@ def _config_gradients(
     if _fits_large_tiles(dtype, hidden, vectors):
         per_thread = 32 if block != 128 and not over_channels else 16 if from_shared or not over_channels else 8
     else:
-        per_thread = 8 if half_precision or block == channels >= 64 else 4
+        per_thread = 8 if half_precision or block == channels >= 64 else 4  # more spills
     programs = max(1, min(3, 256 // block))
     stages = 1 if per_thread == 4 else 2
     block_k = _block_k(arch, dtype, hidden)
