@@ -1,4 +1,4 @@
-// Mixed high-order attention, backward for sm_90a: the GEMM chain from x to dx, for many channels.
+// Mixed high-order attention, backward for sm_90a: the GEMM chain from x to dx, for what the one-pass form does not fit.
 //
 // Sizes are padded to C = 128 RANKS channels and K = 32 RANKS hidden units per order. TMA fills the padding with zeros,
 // and zero factors have zero gradients. Notation: high_order_attention_bwd.cu.
@@ -148,7 +148,7 @@ struct ChainTensorMaps {
 
 // A cluster of RANKS blocks processes 64 CONSUMERS positions. Each block computes 32 hidden units of every factor and
 // 128 channels of the logits and dx, with CONSUMERS warpgroups of 64 positions. PER_ORDER: one gate per order.
-// feature_mask: all ones, or 0 if the result is A.
+// feature_mask, of the kernel: all ones, or 0 if forward returned the gate A instead of A x.
 template <int RANKS, int CONSUMERS, bool PER_ORDER>
 struct ChainTraits {
   static constexpr int kRows = 64 * CONSUMERS, kRowsPerRank = kRows / RANKS;
@@ -297,8 +297,9 @@ __global__ void __launch_bounds__(kWarpgroupSize * (CONSUMERS + 1), 1)
         if (other < RANKS) mbarrier_arrive_cluster_cta_release(empty + stage, other);
       }
     };
-    // d += A B over `steps` pipeline stages, each a_width wide along K. A (K-major) and B are boxes with a_width and
-    // b_width columns. The last three arguments are integral constants.
+    // d += A B for the operands in the A and B halves of `steps` pipeline stages, each a_width wide along the inner
+    // dimension. A (K-major) and B are boxes with a_width and b_width columns. The last three arguments are integral
+    // constants.
     const auto mma = [&]<int N>(float(&d)[N][4], int steps, auto a_width, auto b_width, auto b_mn_major) {
       constexpr int kAWidth = a_width, kBWidth = b_width;
       constexpr bool kMnMajor = b_mn_major;
@@ -374,7 +375,7 @@ __global__ void __launch_bounds__(kWarpgroupSize * (CONSUMERS + 1), 1)
         mma(u, Traits::kChannelBlocks, Width<64>{}, Width<64>{}, std::false_type{});
         begin_store();
         store_activations<T, 4>(u, store_smem(), 0, factor_at());
-        warpgroup_fence_operand(factors);  // round here, not at each use
+        warpgroup_fence_operand(factors);  // keeps the compiler from moving the rounding to each use
         issue_store(0, [&] {
           for (int r = 0; r < kOrders; ++r) {
             tma_store(maps.a_store, store_smem() + r * 64 * kBlockUnits * 2,

@@ -98,7 +98,7 @@ int contrastive_loss(const Options& given, bool backward) {
 }
 
 int spatial_attention(const Options& given, bool backward) {
-  const int64_t samples = given.size("samples"), channels = given.size("channels"), maps = given.size("maps");
+  const int64_t samples = given.size("samples"), channels = given.size("channels"), units = given.size("hidden");
   const int64_t positions = given.size("positions");
   const int dtype = given.dtype("dtype");
   const auto same = given.get<std::string>("dtype", "bfloat16");
@@ -108,13 +108,13 @@ int spatial_attention(const Options& given, bool backward) {
   const int form = given.one_of("form", {"spatial", "spatial_mean1", "channel"});
   if (!backward) {
     given.reject_unknown();
-    return dfkd_spatial_attention(dummy(), dummy(), dummy(), samples, channels, maps, positions, dtype, weight_dtype,
+    return dfkd_spatial_attention(dummy(), dummy(), dummy(), samples, channels, units, positions, dtype, weight_dtype,
                                   scale, form, dummy(), dummy(), nullptr);
   }
   const bool features = given.needs_grad("features"), hidden = given.needs_grad("hidden");
   const bool weight = given.needs_grad("weight"), to_bias = given.needs_grad("bias");
   given.reject_unknown();
-  return dfkd_spatial_attention_backward(dummy(), dummy(), dummy(), dummy(), dummy(), samples, channels, maps,
+  return dfkd_spatial_attention_backward(dummy(), dummy(), dummy(), dummy(), dummy(), samples, channels, units,
                                          positions, dtype, weight_dtype, bias_dtype, scale, form, dummy(features),
                                          dummy(hidden), dummy(weight), dummy(bias && to_bias), dummy(), nullptr);
 }

@@ -23,7 +23,7 @@ int dfkd_unsupported(const char* format, ...) {
 }
 }
 
-#ifndef DFKD_HOST  // the execution shim does not record launches
+#ifndef DFKD_HOST  // the CPU emulation does not record launches
 #include <cuda_runtime.h>
 
 #include <cstddef>

@@ -60,14 +60,14 @@ def doctor() -> None:
     Console().print(table)
 
 
-# The paper's shapes, as arguments of ops.extension.launches.
+# The paper's shapes, and larger batches of the contrastive loss, as arguments of ops.extension.launches.
 _PAPER: dict[str, dict[str, dict[str, Any]]] = {
     "high_order_attention": {
         f"64x{c}x{side}x{side}": {"positions": 64 * side * side, "channels": c, "hidden": c // 4}
         for c, side in ((64, 56), (128, 28), (256, 14), (512, 7))
     },
     "spatial_attention": {
-        f"64x{c}x{side}x{side}": {"samples": 64, "channels": c, "maps": c // 8, "positions": side * side}
+        f"64x{c}x{side}x{side}": {"samples": 64, "channels": c, "hidden": c // 8, "positions": side * side}
         for c, side in ((256, 28), (128, 56), (64, 112), (64, 224))
     },
     "contrastive_loss": {
@@ -79,7 +79,7 @@ _MIN_WIDTH = 150  # in narrower consoles, every cell of the wide tables would wr
 
 
 def launches() -> None:
-    """Print the kernels that the CUDA extension launches at the paper's shapes in bfloat16.
+    """Print the kernels that the CUDA extension launches at the shapes of the paper and at larger ones, in bfloat16.
 
     The tables list the number of blocks, the cluster size, threads and shared memory per block. With a GPU, they
     also list the registers and bytes of local memory per thread, the blocks per SM and the occupancy.

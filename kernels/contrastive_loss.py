@@ -16,8 +16,9 @@ column j is in tile ``b``::
     G_i = sum over j of w_ij y_j r_j / tau        d v_i = 2^k_i r_i (G_i - (G_i . u_i) u_i)     u_i = r_i y_i
 
 w is rounded to the dtype of y for the second product. The partner's weight is a difference of nearly equal values and
-stays in float32. If the last N vectors are not anchors, their rows multiply only the anchors. With M = 2N, forward
-takes M^2 D operations and backward 3 M^2 D, or 2 M^2 D and 4 M^2 D if all vectors are anchors.
+stays in float32. If the last N vectors are not anchors, forward skips their rows, and backward multiplies them only by
+the anchors. With M = 2N, forward takes M^2 D operations and backward 3 M^2 D, or 2 M^2 D and 4 M^2 D if all vectors are
+anchors.
 
 Tiles that contain the anchors, their partners or the end of the vectors need masks: a first loop computes them, and a
 second loop without masks computes the others. For cosines, |s| is at most log2(e) / tau. If this bound is small
@@ -27,7 +28,8 @@ second loop without masks computes the others. For cosines, |s| is at most log2(
 Memory traffic with two-byte inputs: forward 6MD bytes (read v, write and read y), backward 10MD + 8MD per chunk of
 columns (read y again, write dv, and write and read float32 partial sums); row statistics take 20M. Each block of rows
 reads all of y again, from L2. If there are few blocks of rows, their columns are split into chunks, which a second
-kernel merges in a fixed order. Up to ``SMALL`` vectors, one launch does everything: 2MD bytes forward, 4MD backward.
+kernel merges in a fixed order. Up to ``SMALL`` vectors and dimensions (64 in float32), one launch does everything: 2MD
+bytes forward, 4MD backward.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def _fits(arch: int, dim: int, m: int, n: int, stages: int) -> bool:
 
 @config.heuristic("contrastive_loss", BLOCK_M=(32, 128), BLOCK_N=(32, 128), num_stages=(2, 4))
 def _config(arch: int, dtype: torch.dtype, *, dim: int) -> Launch:
-    """Up to 256 dimensions, a tile holds all of them if it fits. float32 uses no tensor cores: longer steps spill."""
+    """Up to 256 dimensions, a tile holds all of them if it fits. Longer steps spill in float32 without tensor cores."""
     if dtype == torch.float32:
         return Launch(tile={"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": min(dim, 32)}, num_warps=8)
     for n in (128, 64):
@@ -107,9 +109,10 @@ def _config_small_backward(arch: int, dtype: torch.dtype, *, rows: int, dim: int
 
 
 SMALL = 128
-"""The most vectors, and dimensions, that one launch handles."""
+"""The most vectors, and the most dimensions, that one launch handles; float32: 64."""
 
-# Up to this bound of |s|, sums of 2^(2 s) over any number of vectors neither overflow nor underflow in float32.
+# Up to this bound of |s|, differences of similarities are within +-96, and sums of 2^(s_ij - s_ik) over any number of
+# vectors neither overflow nor underflow in float32.
 _BOUND = 48.0
 
 _LOG_2 = tl.constexpr(math.log(2))
@@ -175,8 +178,8 @@ def _normalize(x, NORMALIZE: tl.constexpr):
 def _prepare_kernel(
     first,  # Matrix, [N, D]
     second,  # Matrix, [N, D]
-    y_ptr,  # [stats_stride, width], zeros after row 2N
-    row_stats_ptr,  # [5, stats_stride]: r, and for backward k, g / grad_scale, L, g / grad_scale 2^-L r
+    y_ptr,  # [stats_stride, width], zeros from row 2N on
+    row_stats_ptr,  # [5, stats_stride]: r; for backward k, h = g / grad_scale, L, _WEIGHT_SCALE h 2^-L r if BOUNDED
     lse_ptr,  # [num_anchors], L; None in forward
     grad_output_ptr,  # [num_anchors] or scalar; None in forward
     grad_scale_ptr,  # scalar, divides g: w is rounded, so g must be near one; None in forward
@@ -249,7 +252,7 @@ def _clamp(x, low, high):
 def _masked_ranges(row, partner, begin, end, limit, M: tl.constexpr, N: tl.constexpr):
     """The tiles in [begin, end) that need masks: three ranges in ascending order, each as first tile and length.
 
-    They contain the M columns from ``row`` on, the M columns from ``partner`` on, and column ``limit``.
+    They contain the M columns from ``row`` on, the M columns from ``partner`` on, and the tile that ``limit`` divides.
     """
     near, far = tl.minimum(row, partner), tl.maximum(row, partner)
     start_0 = _clamp(near // N, begin, end)
@@ -442,7 +445,7 @@ def small_launch(kernel: str, first: Tensor, dtype: torch.dtype) -> Launch | Non
 
 
 def is_bounded(scale_log2: float, normalize: bool) -> bool:
-    """Whether 2^s can be summed without a running maximum: for cosines at temperatures of at least 0.03."""
+    """Whether 2^s can be summed without a running maximum: for cosines at temperatures of at least 0.0301."""
     return normalize and scale_log2 <= _BOUND
 
 

@@ -1,4 +1,4 @@
-"""Distance between a batch's statistics and stored statistics: one launch after those of the statistics.
+"""Distance between batch statistics and running statistics: one more launch after those that compute the former.
 
 With m and v the mean and variance per channel over M values, r_m and r_v the stored ones, and |.| the L2 norm::
 
@@ -8,7 +8,7 @@ Gradient, with g = grad_output, and 0 for u or w if its norm is 0::
 
     u = (m - r_m) / |m - r_m|     w = (v - r_v) / |v - r_v|     dx = g u / M + 2 g w (x - m) / M
 
-This is the backward of the statistics, with u and w as their gradients. m, u and w are saved.
+This is the backward of the statistics, with g u and g w as the gradients of m and v. m, u and w are saved.
 
 Norms. Before the differences are squared, they are divided by the largest power of two that does not exceed their
 maximum. The division is exact. No square overflows, and a square that underflows would not change the sum. If a tile

@@ -1,4 +1,4 @@
-// Kernels that test the execution shim itself; see tests/cuda/test_host_shim.py.
+// Kernels that test the CPU emulation itself; see tests/cuda/test_host_shim.py.
 #include "../sm90.h"
 
 namespace {

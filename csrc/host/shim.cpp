@@ -1,4 +1,4 @@
-// Fibers and barriers of the execution shim; see shim.h.
+// Fibers and barriers of the CPU emulation; see shim.h.
 #include "shim.h"
 
 #include <ucontext.h>

@@ -1,4 +1,4 @@
-// mbarriers, bulk copies, TMA and wgmma in the execution shim; see csrc/sm90.h.
+// mbarriers, bulk copies, TMA and wgmma in the CPU emulation; see csrc/sm90.h.
 //
 // The shim selects when an operation completes (enqueue(), immediate()). An operation reads its sources when it
 // completes, not when it is issued, and accumulators in flight read as NaN. It sees ordinary stores to shared memory
@@ -50,7 +50,9 @@ void update(uint64_t* barrier, int arrivals, int bytes) {
 
 struct Operation {
   Wgmma threads[kGroup];
-  std::vector<float> saved;  // the accumulators of all threads, which hold NaN until completion
+  // The accumulators of all threads at issue. Until completion, the threads' own hold NaN. Empty if an earlier operation
+  // in flight has the same accumulators.
+  std::vector<float> saved;
 };
 
 struct Warpgroup {
@@ -125,11 +127,11 @@ void for_elements(const TensorMap& map, int64_t x, int64_t y, int64_t z, F f) {
 float value_of(uint16_t bits, bool bfloat) { return bfloat ? to_float(bfloat16{bits}) : to_float(float16{bits}); }
 
 // Element (outer, k) of an operand in shared memory; outer is the row of A or the column of B.
-float operand_element(const unsigned char* memory, uint64_t operand, bool transpose, int outer, int k, bool bfloat) {
-  const uint64_t mode = operand >> 62;
+float operand_element(const unsigned char* memory, uint64_t desc, bool transpose, int outer, int k, bool bfloat) {
+  const uint64_t mode = desc >> 62;
   const size_t width = mode == 1 ? 64 : mode == 2 ? 32 : 16;
-  const size_t start = (operand & 0x3fff) * 16, leading = (operand >> 16 & 0x3fff) * 16;
-  const size_t stride = (operand >> 32 & 0x3fff) * 16;
+  const size_t start = (desc & 0x3fff) * 16, leading = (desc >> 16 & 0x3fff) * 16;
+  const size_t stride = (desc >> 32 & 0x3fff) * 16;
   const auto o = static_cast<size_t>(outer), i = static_cast<size_t>(k);
   const size_t offset = transpose ? start + o / width * leading + o % width * 2 + i / 8 * stride + i % 8 * width * 2
                                   : start + o / 8 * stride + o % 8 * width * 2 + i * 2;
@@ -138,11 +140,11 @@ float operand_element(const unsigned char* memory, uint64_t operand, bool transp
   return value_of(bits, bfloat);
 }
 
-void check(uint64_t operand, bool transpose, int outer) {
-  const uint64_t mode = operand >> 62;
+void check(uint64_t desc, bool transpose, int outer) {
+  const uint64_t mode = desc >> 62;
   if (mode == 0) fail("an operand without swizzle");
   const int width = mode == 1 ? 64 : mode == 2 ? 32 : 16;
-  const auto start = static_cast<int>((operand & 0x3fff) * 16);
+  const auto start = static_cast<int>((desc & 0x3fff) * 16);
   if (start % (16 * width) >= 2 * width) fail("an operand that begins at byte %d, within a group of eight rows", start);
   if (transpose && outer > width && outer % width != 0) fail("%d elements in rows of %d", outer, width);
 }
@@ -182,11 +184,11 @@ void perform(const Operation& operation, const unsigned char* shared) {
   for (int k = 0; k < 16; ++k) {
     for (int m = 0; first.a == nullptr && m < 64; ++m) {
       a[static_cast<size_t>(m * 16 + k)] =
-          operand_element(memory, first.a_operand, first.transpose_a, m, k, first.bfloat);
+          operand_element(memory, first.a_desc, first.transpose_a, m, k, first.bfloat);
     }
     for (int j = 0; j < n; ++j) {
       b[static_cast<size_t>(k * n + j)] =
-          operand_element(memory, first.b_operand, first.transpose_b, j, k, first.bfloat);
+          operand_element(memory, first.b_desc, first.transpose_b, j, k, first.bfloat);
     }
   }
   multiply(a.data(), b.data(), d.data(), n);
@@ -317,13 +319,13 @@ void wgmma(const Wgmma& arguments) {
     const Wgmma& first = group.threads[0];
     for (int thread = 0; thread < kGroup; ++thread) {
       const Wgmma& fragment = operation.threads[thread] = group.threads[thread];
-      if (fragment.a_operand != first.a_operand || fragment.b_operand != first.b_operand || fragment.n != first.n ||
+      if (fragment.a_desc != first.a_desc || fragment.b_desc != first.b_desc || fragment.n != first.n ||
           fragment.accumulate != first.accumulate || (fragment.a == nullptr) != (first.a == nullptr)) {
         fail("the threads of a warpgroup issue different wgmma");
       }
     }
-    check(first.b_operand, first.transpose_b, first.n);
-    if (first.a == nullptr) check(first.a_operand, first.transpose_a, 64);
+    check(first.b_desc, first.transpose_b, first.n);
+    if (first.a == nullptr) check(first.a_desc, first.transpose_a, 64);
     if (!group.in_flight(first.d)) {
       if (immediate()) return perform(operation, memory);
       const auto each = static_cast<size_t>(first.n / 2);

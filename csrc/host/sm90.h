@@ -1,4 +1,4 @@
-// The sm_90a instructions of the execution shim, called by csrc/sm90.h when it is compiled as plain C++.
+// The sm_90a instructions of the CPU emulation, called by csrc/sm90.h when it is compiled as plain C++.
 #pragma once
 
 #include "shim.h"
@@ -33,7 +33,7 @@ void global_barrier_wait(const unsigned* counter, unsigned arrivals);
 struct Wgmma {
   float* d;
   const uint32_t* a;
-  uint64_t a_operand, b_operand;
+  uint64_t a_desc, b_desc;
   int n;
   bool bfloat, transpose_a, transpose_b, accumulate;
 };

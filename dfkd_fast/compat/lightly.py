@@ -113,7 +113,7 @@ class NTXentLoss(nn.Module):
     Args:
         temperature: temperature of the cosine similarities.
         memory_bank_size: (number of features, dim), or 0 for no bank.
-        gather_distributed: use the vectors of all processes as negatives, and store them in the bank.
+        gather_distributed: without a bank, use the vectors of all processes as negatives; with one, store them in it.
 
     Attributes:
         memory_bank: the :class:`MemoryBankModule`, updated if the first vectors require a gradient.
@@ -145,8 +145,8 @@ class NTXentLoss(nn.Module):
 
         Raises:
             ValueError: out0 does not have two dimensions.
-            IndexError: the numbers of rows differ.
-            RuntimeError: N = 0, or dim or dtype differs.
+            IndexError: the numbers of rows differ, without a bank.
+            RuntimeError: dim differs; or without a bank, N = 0 or the dtype differs.
         """
         count, _ = out0.shape
         rank, processes = _processes() if self.gather_distributed else (0, 1)

@@ -36,7 +36,7 @@ class TeachResult:
         accuracy: top-1 accuracy on the held-out images, in [0, 1].
         weights: safetensors file of the weights, with classes, image size and normalization as metadata.
         run_dir: the run's folder.
-        epochs: mean ``loss`` per epoch, with epoch numbers from one in ``epoch``.
+        epochs: two lists, ``epoch`` (1, 2, ...) and ``loss`` (the mean training loss of each epoch).
         images_per_s: training images per second.
     """
 

@@ -163,7 +163,7 @@ def unsupported_reason(op: str, *, num_sms: int | None = None, **sizes: Any) -> 
         op: ``contrastive_loss``, ``spatial_attention`` or ``high_order_attention``, or one of them with ``_backward``.
         num_sms: number of SMs of the device, for kernels whose blocks must all be resident; None skips that check.
         **sizes: the sizes in csrc/launchers.h, for the three ops in this order: ``count`` and ``dim``; ``samples``,
-            ``channels``, ``maps`` (hidden channels) and ``positions``; ``positions``, ``channels``, ``hidden`` and
+            ``channels``, ``hidden`` and ``positions``; ``positions``, ``channels``, ``hidden`` and
             ``order``. Also the public function's options, ``dtype``, and for a backward ``needs_grad_...``.
 
     Raises:

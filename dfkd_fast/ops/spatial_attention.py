@@ -63,7 +63,7 @@ def _unsupported_by_cuda(
     features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, form: str, **options: Any
 ) -> str | None:
     samples, channels, height, width = features.shape
-    sizes = {"samples": samples, "channels": channels, "maps": weight.shape[1], "positions": height * width}
+    sizes = {"samples": samples, "channels": channels, "hidden": weight.shape[1], "positions": height * width}
     parameters = {"weight_dtype": weight.dtype, "bias_dtype": weight.dtype if bias is None else bias.dtype}
     dtype = matmul_dtype(hidden)
     return unsupported_by_extension("spatial_attention", features, dtype, form=form, **sizes, **parameters)

@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels of csrc/ on the CPU, compiled as C++ with the execution shim and sanitizers.
+"""Runs the CUDA kernels of csrc/ on the CPU, compiled as C++ with the CPU emulation and sanitizers.
 
 The kernels run in a child process, because AddressSanitizer must be the first library that a process loads. Tensors are
 pickled through pipes. An access out of bounds ends the child process, and the test fails with the sanitizer's report.

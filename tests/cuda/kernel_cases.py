@@ -31,7 +31,7 @@ _CONTRASTIVE: tuple[Sizes, ...] = (
     {"count": 4097, "dim": 64, "symmetric": True, "dtype": "bfloat16"},
 )
 _SPATIAL: tuple[Sizes, ...] = tuple(
-    {"samples": samples, "channels": channels, "maps": maps, "positions": positions, "form": form}
+    {"samples": samples, "channels": channels, "hidden": maps, "positions": positions, "form": form}
     for samples, channels, maps, positions in (
         *((2, 8, 8, 6), (3, 64, 8, 300), (2, 128, 16, 500)),
         *((2, 256, 32, 200), (1, 72, 40, 200), (1, 136, 64, 1200)),
@@ -77,7 +77,7 @@ def run(op: str, sizes: Sizes, backend: str = "cuda", device: str = "cuda") -> N
         function = partial(ops.contrastive_loss, **sizes)
     elif op == "spatial_attention":
         shape = sizes["samples"], sizes["channels"], 1, sizes["positions"]
-        make = attention(shape, hidden=sizes["maps"], **maps)
+        make = attention(shape, hidden=sizes["hidden"], **maps)
         function = partial(ops.spatial_attention, form=sizes["form"])
     else:
         shape = 1, sizes["channels"], 1, sizes["positions"]

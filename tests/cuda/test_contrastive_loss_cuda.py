@@ -1,4 +1,4 @@
-"""Compares the CUDA kernels of contrastive_loss, run on the CPU by the execution shim, with the reference."""
+"""Compares the CUDA kernels of contrastive_loss, run on the CPU by the CPU emulation, with the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The execution shim is as strict as a GPU about barriers, bounds, asynchronous copies and wgmma."""
+"""The CPU emulation is as strict as a GPU about barriers, bounds, asynchronous copies and wgmma."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ CONTRASTIVE, SPATIAL, HIGH_ORDER = OPS
 BOTH = {op: (op, f"{op}_backward") for op in OPS}
 SIZES: dict[str, dict[str, Any]] = {
     CONTRASTIVE: {"count": 4096, "dim": 128},
-    SPATIAL: {"samples": 64, "channels": 256, "maps": 32, "positions": 784},
+    SPATIAL: {"samples": 64, "channels": 256, "hidden": 32, "positions": 784},
     HIGH_ORDER: {"positions": 3136, "channels": 512, "hidden": 128},
 }
 
@@ -69,7 +69,7 @@ REFUSED: dict[str, dict[str, dict[str, Any]]] = {
     },
     SPATIAL: {
         f"C of features (N, C, H, W) is 264; {MULTIPLES} 256": {"channels": 264},
-        f"K of hidden (N, K, H, W) is 72; {MULTIPLES} 64": {"maps": 72},
+        f"K of hidden (N, K, H, W) is 72; {MULTIPLES} 64": {"hidden": 72},
         "form is 'channel'; the kernel supports 'spatial' and 'spatial_mean1'": {"form": "channel"},
         "dtype must be float16 or bfloat16": {"dtype": "float32"},
         "dtype of weight must be float32, float16 or bfloat16": {"weight_dtype": torch.float64},
