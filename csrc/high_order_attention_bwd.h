@@ -1,4 +1,4 @@
-// Mixed high-order attention, backward for sm_90a: the GEMM chain from x to dx, for what the one-pass form does not fit.
+// Mixed high-order attention, backward for sm_90a: the GEMM chain from x to dx, for sizes that the one-pass form does not support.
 //
 // Sizes are padded to C = 128 RANKS channels and K = 32 RANKS hidden units per order. TMA fills the padding with zeros,
 // and zero factors have zero gradients. Notation: high_order_attention_bwd.cu.
@@ -49,7 +49,7 @@ __device__ __forceinline__ int reload_thread_idx() {
 }
 
 // Addresses of a thread's accumulator fragment, in pairs of columns, in a swizzled tile of 64 rows of WIDTH elements:
-// row 16 warp + lane / 4 + 8 half, columns 8 n + 2 (lane % 4) and the next. n only toggles bits of one offset.
+// row 16 warp + lane / 4 + 8 half, columns 8 n + 2 (lane % 4) and the next. The addresses for all n are one offset with bits toggled (XOR), so only this offset takes a register.
 template <int WIDTH>
 struct FragmentPairs {
   int offset;
@@ -83,7 +83,7 @@ __device__ __forceinline__ void for_each_pair(const FragmentPairs<64>& pairs, un
   }
 }
 
-// Computes du_r,i = da_r [z_r > 0] prod_{j != i} u_r,j for 8 CHUNKS hidden units. load(factor, n, half, pair) reads a
+// Computes du_r,i = da_r [z_r > 0] prod_{j != i} u_r,j for 8 * CHUNKS hidden units. load(factor, n, half, pair) reads a
 // pair of units of a factor; store(factor, n, half, du) receives their gradients.
 template <typename T, int CHUNKS, typename Load, typename Store>
 __device__ __forceinline__ void factor_gradients(const float (&da)[kOrders * CHUNKS][4], Load load, Store store) {
@@ -146,9 +146,9 @@ struct ChainTensorMaps {
   TensorMap a_store, dl_store, du_store, dx_store;
 };
 
-// A cluster of RANKS blocks processes 64 CONSUMERS positions. Each block computes 32 hidden units of every factor and
+// A cluster of RANKS blocks processes 64 * CONSUMERS positions. Each block computes 32 hidden units of every factor and
 // 128 channels of the logits and dx, with CONSUMERS warpgroups of 64 positions. PER_ORDER: one gate per order.
-// feature_mask, of the kernel: all ones, or 0 if forward returned the gate A instead of A x.
+// The kernel's argument feature_mask: all ones, or 0 if forward returned the gate A instead of A x.
 template <int RANKS, int CONSUMERS, bool PER_ORDER>
 struct ChainTraits {
   static constexpr int kRows = 64 * CONSUMERS, kRowsPerRank = kRows / RANKS;
@@ -196,7 +196,8 @@ __global__ void __launch_bounds__(kWarpgroupSize * (CONSUMERS + 1), 1)
   if (warpgroup == CONSUMERS) {
     warpgroup_reg_dealloc<CONSUMERS == 2 ? 40 : 32>();
     const int rank = RANKS == 1 ? 0 : cluster_rank();
-    // One thread loads the A half of a stage, which depends on other blocks. Another runs ahead and loads the B half.
+    // One thread loads the left operand of each stage, which other blocks may have to store first. Another runs ahead and
+    // loads the right operand.
     const auto producer_acquire = [&](int bytes) {
       mbarrier_wait(empty + pipe.stage(), pipe.phase() ^ 1);
       mbarrier_arrive_expect_tx(full + pipe.stage(), bytes);
@@ -297,8 +298,8 @@ __global__ void __launch_bounds__(kWarpgroupSize * (CONSUMERS + 1), 1)
         if (other < RANKS) mbarrier_arrive_cluster_cta_release(empty + stage, other);
       }
     };
-    // d += A B for the operands in the A and B halves of `steps` pipeline stages, each a_width wide along the inner
-    // dimension. A (K-major) and B are boxes with a_width and b_width columns. The last three arguments are integral
+    // d += A B for the operands in the A and B halves of `steps` pipeline stages; each stage has a_width elements
+    // of the inner dimension. A (K-major) and B are boxes with a_width and b_width columns. The last three arguments are integral
     // constants.
     const auto mma = [&]<int N>(float(&d)[N][4], int steps, auto a_width, auto b_width, auto b_mn_major) {
       constexpr int kAWidth = a_width, kBWidth = b_width;
@@ -329,7 +330,8 @@ __global__ void __launch_bounds__(kWarpgroupSize * (CONSUMERS + 1), 1)
       warpgroup_fence_operand(d);
       consumer_release(prev_stage);
     };
-    // begin_store() waits until the last TMA store has read store_smem. issue_store() stores it. If stored_index >= 0,
+    // begin_store() waits until the last TMA store has read store_smem. issue_store() calls store(), which
+    // must store this buffer to memory by TMA. If stored_index >= 0,
     // it also arrives at that barrier of every block in the cluster once the data is in memory.
     const auto begin_store = [&] {
       if (elected()) tma_store_wait_read<0>();

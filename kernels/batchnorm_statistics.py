@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dfkd_fast.kernels import config
-from dfkd_fast.kernels.common import INTERPRETED, architecture, cast, cdiv, launch, next_power_of_2, num_sms
+from dfkd_fast.kernels.common import INTERPRETED, architecture, cast, cdiv, launch, next_power_of_2, num_sms, traffic
 from dfkd_fast.kernels.config import Launch
 
 __all__ = [
@@ -237,6 +237,7 @@ def _row_counts(first, positions, row, BLOCK_P: tl.constexpr, UNROLL: tl.constex
     return tl.minimum(tl.maximum((positions - first - row + (BLOCK_P - 1)) // BLOCK_P, 0), UNROLL).to(tl.float32)
 
 
+@traffic(writes="y mask mean_ptr m2_ptr count_ptr")
 @triton.jit
 def _forward_kernel(
     x,  # Map
@@ -345,6 +346,7 @@ def _forward_kernel(
         tl.store(count_ptr + chunk, total)
 
 
+@traffic(writes="mean_ptr var_ptr")
 @triton.jit
 def _merge_kernel(
     means_ptr,  # [chunks, C]

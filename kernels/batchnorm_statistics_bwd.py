@@ -30,7 +30,7 @@ from dfkd_fast.kernels.batchnorm_statistics import (
     tile_start,
     with_common_stride,
 )
-from dfkd_fast.kernels.common import cast, cdiv, launch
+from dfkd_fast.kernels.common import cast, cdiv, launch, traffic
 from dfkd_fast.kernels.config import Launch
 
 __all__ = ["backward", "statistics_backward"]
@@ -55,6 +55,14 @@ def _unpack(packed, NCHW: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.conste
     return bits != 0
 
 
+@traffic(
+    writes="dx dresidual dweight_ptr dbias_ptr",
+    parts={
+        "mean_ptr": lambda a: a["dvar_ptr"] is not None,
+        "norm.running_mean": lambda a: a["x"] is not None,
+        "norm.bias": lambda a: a["mask"] is None and a["ACTIVATION"] > 0,
+    },
+)
 @triton.jit
 def _backward_kernel(
     dy,  # Map or None
@@ -176,6 +184,7 @@ def _backward_kernel(
         tl.store(dbias_ptr + offs, tl.sum(dbias, AXIS), mask=mask_c)
 
 
+@traffic(writes="out_ptr")
 @triton.jit
 def _sum_rows_kernel(
     x_ptr,  # [rows, C]

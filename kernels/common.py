@@ -44,6 +44,7 @@ __all__ = [
     "record_launches",
     "sigmoid",
     "sum_partials",
+    "traffic",
 ]
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -145,6 +146,29 @@ class RecordedLaunch:
     constants: dict[str, Any]
 
 
+def traffic(
+    *, writes: str, updates: str = "", reads: str | None = None, parts: dict[str, Callable[[Any], float]] | None = None
+) -> Callable[[Any], Any]:
+    """Declare which arguments of a kernel it reads and writes, to count its memory traffic.
+
+    Names are separated by spaces. ``args.hidden`` is a field of the argument ``args``. Arguments that are None have no
+    traffic. A kernel counts each byte that it touches once, however often its programs load it.
+
+    Args:
+        writes: tensors that are only written.
+        updates: tensors that are read and written.
+        reads: tensors that are only read; by default all others.
+        parts: for a tensor that is not touched as a whole, a function that takes the kernel's arguments and constants
+            by name and returns the fraction.
+    """
+
+    def declare(kernel: Any) -> Any:
+        kernel.traffic = {"writes": writes, "updates": updates, "reads": reads, "parts": parts or {}}
+        return kernel
+
+    return declare
+
+
 _recorder: tuple[int, list[RecordedLaunch]] | None = None
 
 
@@ -239,6 +263,7 @@ def launch(
         kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
+@traffic(writes="out_ptr")
 @triton.jit
 def _sum_kernel(
     x_ptr,  # [count]

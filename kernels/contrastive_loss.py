@@ -20,16 +20,16 @@ stays in float32. If the last N vectors are not anchors, forward skips their row
 the anchors. With M = 2N, forward takes M^2 D operations and backward 3 M^2 D, or 2 M^2 D and 4 M^2 D if all vectors are
 anchors.
 
-Tiles that contain the anchors, their partners or the end of the vectors need masks: a first loop computes them, and a
-second loop without masks computes the others. For cosines, |s| is at most log2(e) / tau. If this bound is small
-(``BOUNDED``), the sum of exponentials needs no running maximum, and w_ij needs one exponential:
-2^s_ij (g_i 2^-L_i + g_j 2^-L_j).
+Tiles need masks if their columns include rows of the same program (j = i), partners of these rows, or the end of the
+vectors: a first loop computes them, and a second loop without masks computes the others. For cosines, |s| is at most
+log2(e) / tau. If this bound is small (``BOUNDED``), the sum of exponentials needs no running maximum, and w_ij needs
+one exponential: 2^s_ij (g_i 2^-L_i + g_j 2^-L_j).
 
-Memory traffic with two-byte inputs: forward 6MD bytes (read v, write and read y), backward 10MD + 8MD per chunk of
-columns (read y again, write dv, and write and read float32 partial sums); row statistics take 20M. Each block of rows
-reads all of y again, from L2. If there are few blocks of rows, their columns are split into chunks, which a second
-kernel merges in a fixed order. Up to ``SMALL`` vectors and dimensions (64 in float32), one launch does everything: 2MD
-bytes forward, 4MD backward.
+Memory traffic with two-byte inputs: forward 6MD bytes (read v, write and read y); backward 10MD (as forward, and read y
+again and write dv) + 8MD per chunk of columns (write and read float32 partial sums); row statistics take 20 M bytes.
+Each block of rows reads all of y again, from L2. If there are few blocks of rows, their columns are split into chunks,
+which a second kernel merges in a fixed order. Up to ``SMALL`` vectors and dimensions (64 in float32), one launch does
+everything: 2MD bytes forward, 4MD backward.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from dfkd_fast.kernels.common import (
     num_sms,
     precision,
     sum_partials,
+    traffic,
 )
 from dfkd_fast.kernels.config import Launch
 
@@ -67,7 +68,7 @@ def _fits(arch: int, dim: int, m: int, n: int, stages: int) -> bool:
 
 @config.heuristic("contrastive_loss", BLOCK_M=(32, 128), BLOCK_N=(32, 128), num_stages=(2, 4))
 def _config(arch: int, dtype: torch.dtype, *, dim: int) -> Launch:
-    """Up to 256 dimensions, a tile holds all of them if it fits. Longer steps spill in float32 without tensor cores."""
+    """Up to 256 dimensions, a tile holds all of them if it fits. In float32 it holds 32: more spill."""
     if dtype == torch.float32:
         return Launch(tile={"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": min(dim, 32)}, num_warps=8)
     for n in (128, 64):
@@ -174,6 +175,14 @@ def _normalize(x, NORMALIZE: tl.constexpr):
 # --- any number of vectors
 
 
+@traffic(
+    writes="y_ptr row_stats_ptr",
+    parts={
+        "row_stats_ptr": lambda a: 0.2 if a["lse_ptr"] is None else 1.0 if a["BOUNDED"] else 0.8,
+        "grad_output_ptr": lambda a: a["ELEMENTWISE"],
+        "grad_scale_ptr": lambda a: a["ELEMENTWISE"],
+    },
+)
 @triton.jit
 def _prepare_kernel(
     first,  # Matrix, [N, D]
@@ -252,7 +261,8 @@ def _clamp(x, low, high):
 def _masked_ranges(row, partner, begin, end, limit, M: tl.constexpr, N: tl.constexpr):
     """The tiles in [begin, end) that need masks: three ranges in ascending order, each as first tile and length.
 
-    They contain the M columns from ``row`` on, the M columns from ``partner`` on, and the tile that ``limit`` divides.
+    They contain the M columns from ``row`` on, the M columns from ``partner`` on, and the tile in whose interior
+    ``limit`` is, if any.
     """
     near, far = tl.minimum(row, partner), tl.maximum(row, partner)
     start_0 = _clamp(near // N, begin, end)
@@ -292,6 +302,14 @@ def _store_loss(out_ptr, lse_ptr, row_max, row_sum, positive, offs_m, mask, scal
         tl.store(out_ptr + tl.program_id(0), tl.sum(tl.where(mask, loss, 0.0)) * scale)
 
 
+@traffic(
+    writes="partials_ptr out_ptr lse_ptr",
+    parts={
+        "row_stats_ptr": lambda a: 0.2,
+        "out_ptr": lambda a: a["partials_ptr"] is None,
+        "lse_ptr": lambda a: a["partials_ptr"] is None,
+    },
+)
 @triton.jit
 def _forward_kernel(
     y_ptr,  # [stats_stride, width]
@@ -327,7 +345,8 @@ def _forward_kernel(
         column = _masked_tile(i, start_0, count_0, start_1, count_1, start_2) * BLOCK_N
         b = _load_tile(y_ptr, column, 0, BLOCK_D, BLOCK_N, BLOCK_D) if RESIDENT else None
         s = _products(a, b, y_ptr, row, column, width, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-        # Symmetric scaling gives backward the same bits of s. If L is large, s - L has no precision to spare.
+        # The factor is symmetric in i and j, so backward computes the same bits of s_ij in either order. This matters
+        # because s - L cancels if L is large.
         s *= (inv_norm[:, None] * tl.load(row_stats_ptr + column + offs_n)[None, :]) * scale_log2
         j = (column + offs_n)[None, :]
         s = tl.where((j == offs_m[:, None]) | (j >= 2 * count), float("-inf"), s)
@@ -359,6 +378,7 @@ def _forward_kernel(
         _store_loss(out_ptr, lse_ptr, row_max, row_sum, positive, offs_m, mask_m, scale, ELEMENTWISE)
 
 
+@traffic(writes="out_ptr lse_ptr")
 @triton.jit
 def _merge_kernel(
     partials_ptr,  # [chunks, 3, num_anchors]
@@ -396,6 +416,7 @@ def _load_normalized(first, second, offs_m, offs_d, count, dim, NORMALIZE: tl.co
         return y, inv_norm, k
 
 
+@traffic(writes="out_ptr lse_ptr")
 @triton.jit
 def _small_forward_kernel(
     first,  # Matrix, [N, D]
@@ -545,11 +566,11 @@ def forward(
     sums = blocks * sides if chunks == 1 else cdiv(num_anchors, 128)
     direct = elementwise or sums == 1
     losses = out if direct else out.new_empty(sums)
-    inner = scale if direct else 1.0
+    kernel_scale = scale if direct else 1.0
     launch(
         _forward_kernel,
         (blocks * sides, chunks),
-        *(y, row_stats, losses, lse, partials, count, num_anchors, width, length, scale_log2, inner),
+        *(y, row_stats, losses, lse, partials, count, num_anchors, width, length, scale_log2, kernel_scale),
         config=chosen,
         ELEMENTWISE=elementwise,
         BOUNDED=is_bounded(scale_log2, normalize),
@@ -558,7 +579,7 @@ def forward(
     )
     if partials is not None:
         merge = Launch(tile={"ROWS": 128})
-        arguments = (partials, losses, lse, num_anchors, chunks, inner)
+        arguments = (partials, losses, lse, num_anchors, chunks, kernel_scale)
         launch(_merge_kernel, (sums,), *arguments, config=merge, ELEMENTWISE=elementwise)
     if not direct:
         sum_partials(losses, out, scale)

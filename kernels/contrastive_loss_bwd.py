@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dfkd_fast.kernels import config
 from dfkd_fast.kernels import contrastive_loss as shared
-from dfkd_fast.kernels.common import architecture, cast, cdiv, dot, launch, next_power_of_2, num_sms, precision
+from dfkd_fast.kernels.common import architecture, cast, cdiv, dot, launch, next_power_of_2, num_sms, precision, traffic
 from dfkd_fast.kernels.config import Launch
 from dfkd_fast.kernels.contrastive_loss import (
     _WEIGHT_SCALE,
@@ -63,6 +63,7 @@ def _store_rows(da, db, value, offs_m, offs_d, count, dim):
         tl.store(at, cast(value, db.data.dtype.element_ty), mask=mask)
 
 
+@traffic(writes="grad_scale_ptr")
 @triton.jit
 def _abs_max_kernel(
     grad_output_ptr,  # [num_anchors]
@@ -77,6 +78,7 @@ def _abs_max_kernel(
     tl.store(grad_scale_ptr, tl.max(abs_max))
 
 
+@traffic(writes="partials_ptr partner_weights_ptr", parts={"row_stats_ptr": lambda a: 0.8 if a["BOUNDED"] else 0.6})
 @triton.jit
 def _backward_kernel(
     y_ptr,  # [stats_stride, width]
@@ -156,6 +158,7 @@ def _backward_kernel(
     tl.store(partner_weights_ptr + at, partner_weight, mask=mask & (tl.program_id(2) == 0))
 
 
+@traffic(writes="da db", parts={"row_stats_ptr": lambda a: 0.4})
 @triton.jit
 def _reduce_kernel(
     y_ptr,  # [stats_stride, width]
@@ -193,6 +196,7 @@ def _reduce_kernel(
     _store_rows(da, db, grad, row, offs_d, count, dim)
 
 
+@traffic(writes="da db")
 @triton.jit
 def _small_backward_kernel(
     grad_output_ptr,  # [num_anchors] or scalar

@@ -24,7 +24,17 @@ import triton.language as tl
 from torch import Tensor
 
 from dfkd_fast.kernels import config
-from dfkd_fast.kernels.common import architecture, cast, cdiv, exp, launch, next_power_of_2, num_sms, sum_partials
+from dfkd_fast.kernels.common import (
+    architecture,
+    cast,
+    cdiv,
+    exp,
+    launch,
+    next_power_of_2,
+    num_sms,
+    sum_partials,
+    traffic,
+)
 from dfkd_fast.kernels.config import Launch
 
 __all__ = ["backward", "forward"]
@@ -79,6 +89,7 @@ def _terms(log_p, log_q):
     return tl.where(p == 0, 0.0, p * (log_p - log_q))
 
 
+@traffic(writes="out_ptr row_stats_ptr")
 @triton.jit
 def _forward_kernel(
     a_ptr,  # [N, classes]
@@ -148,6 +159,7 @@ def _forward_kernel(
         tl.store(out_ptr + tl.program_id(0), tl.sum(acc) * scale)
 
 
+@traffic(writes="da_ptr db_ptr")
 @triton.jit
 def _backward_kernel(
     grad_output_ptr,  # [N, classes] if ELEMENTWISE, else []

@@ -52,6 +52,7 @@ from dfkd_fast.kernels.common import (
     precision,
     sigmoid,
     sum_partials,
+    traffic,
 )
 from dfkd_fast.kernels.config import Launch
 
@@ -283,6 +284,7 @@ def _whole_gate(
         return gate * (1.0 / ORDER), zeros
 
 
+@traffic(writes="y")
 @triton.jit
 def _whole_forward_kernel(
     x,  # Map, [P, C]
@@ -337,6 +339,7 @@ def _whole_order_backward(
     return dx
 
 
+@traffic(writes="dx dl_ptr a_ptr du_ptr")
 @triton.jit
 def _whole_backward_kernel(
     grad_output_ptr,  # scalar, the gradient of "error", else unused
@@ -387,6 +390,7 @@ def _whole_backward_kernel(
 # --- split: hidden activations go through memory
 
 
+@traffic(writes="hidden_ptr", parts={"out_ptr": lambda a: a["dl_ptr"] is not None})
 @triton.jit
 def _split_hidden_kernel(
     x,  # Map, [P, C]
@@ -440,6 +444,7 @@ def _split_logits(
     return logits
 
 
+@traffic(writes="y dl_ptr")
 @triton.jit
 def _split_gate_kernel(
     grad_output_ptr,  # scalar, the gradient of "error", else unused
@@ -488,6 +493,7 @@ def _split_gate_kernel(
         _store_result(y, offs_m, positions, mask_m, offs_c, gate, features, g, part, RESULT, C)
 
 
+@traffic(writes="", updates="dx")
 @triton.jit
 def _split_input_kernel(
     du_ptr,  # [P, R(R+1)/2, K]
@@ -516,6 +522,7 @@ def _split_input_kernel(
 # --- gradients of the weights: products over positions
 
 
+@traffic(writes="partials_ptr")
 @triton.jit
 def _weights_kernel(
     x,  # Map, [P, C]
@@ -563,6 +570,7 @@ def _weights_kernel(
         tl.store(ptrs, acc, mask=(offs_c < C)[:, None] & (offs_k < K)[None, :])
 
 
+@traffic(writes="dproj_ptr dout_ptr")
 @triton.jit
 def _reduce_kernel(
     partials_ptr,  # [splits, size]

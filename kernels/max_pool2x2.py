@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dfkd_fast.kernels import config
-from dfkd_fast.kernels.common import architecture, cast, cdiv, launch, next_power_of_2
+from dfkd_fast.kernels.common import architecture, cast, cdiv, launch, next_power_of_2, traffic
 from dfkd_fast.kernels.config import Launch
 
 __all__ = ["gather", "pool", "unpool"]
@@ -85,6 +85,7 @@ def _offset(n, c, i, j, strides, VECTOR: tl.constexpr):
     return offs + c * strides[1]
 
 
+@traffic(writes="y_ptr code_ptr", parts={"x_ptr": lambda a: 4 * a["y_ptr"].numel() / a["x_ptr"].numel()})
 @triton.jit
 def _pool_kernel(
     x_ptr,  # [N, C, H, W]
@@ -119,6 +120,7 @@ def _pool_kernel(
     tl.store(code_ptr + offs, code.to(tl.uint8), mask=mask)
 
 
+@traffic(writes="out_ptr")
 @triton.jit
 def _unpool_kernel(
     y_ptr,  # [N, C, h, w]
@@ -151,6 +153,7 @@ def _unpool_kernel(
         tl.store(out_ptr + offs, tl.where(code == k, value, 0.0), mask=mask_out)
 
 
+@traffic(writes="y_ptr", parts={"x_ptr": lambda a: 4 * a["y_ptr"].numel() / a["x_ptr"].numel()})
 @triton.jit
 def _gather_kernel(
     x_ptr,  # [N, C, H, W]

@@ -52,6 +52,7 @@ from dfkd_fast.kernels.common import (
     next_power_of_2,
     num_sms,
     precision,
+    traffic,
 )
 from dfkd_fast.kernels.config import Launch
 
@@ -153,6 +154,11 @@ class Arguments(NamedTuple):
     grad_output: Any = _NO_MAP  # Map, [N, P, C]
     stats_ptr: Any = None  # row_max and row_sum, [2, N, C], or [2, N, P] for a softmax over channels
     delta_ptr: Any = None  # [N, C] or [N, P]
+
+
+def _stats_part(a: Any) -> float:
+    """The fraction of ``stats_ptr`` that :func:`_softmax` reads."""
+    return {"tile": 0.0, "channels": 2 / 3, "positions": 1.0}[a["STATS"]]
 
 
 @triton.jit
@@ -277,6 +283,7 @@ def _tile_logits(
     return tl.where(mask_m[:, None], logits, float("-inf"))
 
 
+@traffic(reads="args.hidden weight_ptr", writes="stats_ptr")
 @triton.jit
 def _statistics_kernel(
     args,  # Arguments
@@ -304,6 +311,7 @@ def _statistics_kernel(
     tl.store(stats_ptr + (args.samples * chunks + chunk) * C + offs_c, tl.sum(tile_sum, 0), mask=offs_c < C)
 
 
+@traffic(writes="merged_ptr")
 @triton.jit(do_not_specialize=["first_sample"])
 def _merge_kernel(
     partials_ptr,  # with MAXIMA [2, N * chunks, C], row_max and row_sum; else [N * chunks, C], delta
@@ -339,6 +347,7 @@ def _merge_kernel(
     tl.store(merged_ptr + (sums_row + sample) * C + offs_c, tl.sum(acc, 0), mask=offs_c < C)
 
 
+@traffic(reads="args.features args.hidden args.grad_output args.stats_ptr weight_ptr", writes="delta_ptr")
 @triton.jit(do_not_specialize=["first_sample"])
 def _delta_kernel(
     args,  # Arguments
@@ -368,6 +377,14 @@ def _delta_kernel(
 # --- softmax over more channels than a tile holds: statistics
 
 
+@traffic(
+    writes="args.stats_ptr args.delta_ptr",
+    parts={
+        "args.stats_ptr": lambda a: 2 / 3,
+        "args.delta_ptr": lambda a: a["args"].grad_output.data is not None,
+        "args.features": lambda a: a["args"].grad_output.data is not None,
+    },
+)
 @triton.jit
 def _rows_kernel(
     args,  # Arguments
@@ -407,6 +424,7 @@ def _rows_kernel(
 # --- gated features and gradients
 
 
+@traffic(writes="out", parts={"args.stats_ptr": _stats_part, "args.delta_ptr": lambda a: 0})
 @triton.jit
 def _gate_kernel(
     args,  # Arguments
@@ -450,6 +468,7 @@ def _logits_gradient(logits, args, df, sample, position, mask_m, offs_c, C: tl.c
         return s * (q - tl.load(args.delta_ptr + sample * C + offs_c, mask=offs_c < C, other=0.0)[None, :])
 
 
+@traffic(writes="df dh partials_ptr", parts={"args.stats_ptr": _stats_part})
 @triton.jit(do_not_specialize=["first_tile", "first_row"])
 def _gradients_kernel(
     args,  # Arguments
@@ -511,6 +530,7 @@ def _gradients_kernel(
         tl.store(row + W_SIZE + offs_c, tl.sum(db, 0), mask=(offs_c < C) & (tl.program_id(2) == 0))
 
 
+@traffic(writes="dw_ptr db_ptr")
 @triton.jit
 def _reduce_kernel(
     partials_ptr,  # [num_rows, WIDTH]

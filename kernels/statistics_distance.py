@@ -1,6 +1,6 @@
-"""Distance between batch statistics and running statistics: one more launch after those that compute the former.
+"""Distance between batch statistics and running statistics: one launch after those that compute the batch statistics.
 
-With m and v the mean and variance per channel over M values, r_m and r_v the stored ones, and |.| the L2 norm::
+With m and v the mean and variance per channel over M values, r_m and r_v the running ones, and |.| the L2 norm::
 
     distance = |m - r_m| + |v - r_v|
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from dfkd_fast.kernels import config
 from dfkd_fast.kernels.batchnorm_statistics import statistics
 from dfkd_fast.kernels.batchnorm_statistics_bwd import statistics_backward
-from dfkd_fast.kernels.common import INTERPRETED, architecture, launch, next_power_of_2
+from dfkd_fast.kernels.common import INTERPRETED, architecture, launch, next_power_of_2, traffic
 from dfkd_fast.kernels.config import Launch
 
 __all__ = ["backward", "forward"]
@@ -81,6 +81,7 @@ def _store_directions(stats_ptr, scaled, norm, offs, channels):
     tl.store(stats_ptr + 2 * channels + offs, w, mask=offs < channels)
 
 
+@traffic(writes="distance_ptr", updates="stats_ptr", parts={"stats_ptr": lambda a: 2 / 3})
 @triton.jit
 def _distance_kernel(
     stats_ptr,  # [3, C]: on entry m, unused and v; on exit m, u and w

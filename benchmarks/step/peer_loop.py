@@ -34,7 +34,7 @@ __all__ = ["PeerLoop", "PlainGate", "PlainHighOrderAttention"]
 
 
 class PlainGate(nn.Module):
-    """Spatial attention with PyTorch's pooling and softmax. It uses the layers of ``gate``, of form ``spatial``."""
+    """Spatial attention with PyTorch's pooling and softmax, with the layers of ``gate``, whose form is ``spatial``."""
 
     def __init__(self, gate: SpatialAttention) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class PlainHighOrderAttention(nn.Module):
 
 
 class _StatisticsHook(DeepInversionHook):
-    """Computes nothing in student steps, where the teacher runs without a graph."""
+    """Computes nothing in student steps, where the teacher runs under ``torch.no_grad``."""
 
     def read(self, module: Any, x: Tensor) -> None:
         if torch.is_grad_enabled():

@@ -1,6 +1,6 @@
 // mbarriers, bulk copies, TMA and wgmma in the CPU emulation; see csrc/sm90.h.
 //
-// The shim selects when an operation completes (enqueue(), immediate()). An operation reads its sources when it
+// shim.h decides when an operation completes (enqueue(), immediate()). An operation reads its sources when it
 // completes, not when it is issued, and accumulators in flight read as NaN. It sees ordinary stores to shared memory
 // only after a proxy fence.
 #include "sm90.h"
@@ -50,7 +50,7 @@ void update(uint64_t* barrier, int arrivals, int bytes) {
 
 struct Operation {
   Wgmma threads[kGroup];
-  // The accumulators of all threads at issue. Until completion, the threads' own hold NaN. Empty if an earlier operation
+  // The values of all threads' accumulators at issue. Until completion, the accumulators themselves hold NaN. Empty if an earlier operation
   // in flight has the same accumulators.
   std::vector<float> saved;
 };

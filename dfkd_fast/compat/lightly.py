@@ -82,7 +82,7 @@ class MemoryBankModule(nn.Module):
     def forward(
         self, output: Tensor, labels: Tensor | None = None, update: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the features and a copy of the bank before the update, or None without a bank.
+        """Return the features, and a copy of the bank before the update (None if there is no bank).
 
         Args:
             output: features (N, dim), any floating dtype; returned unchanged.
@@ -116,7 +116,7 @@ class NTXentLoss(nn.Module):
         gather_distributed: without a bank, use the vectors of all processes as negatives; with one, store them in it.
 
     Attributes:
-        memory_bank: the :class:`MemoryBankModule`, updated if the first vectors require a gradient.
+        memory_bank: the :class:`MemoryBankModule`, updated if ``out0`` requires a gradient.
 
     Raises:
         ValueError: the temperature is within 1e-8 of zero, the bank's size is invalid, or gather_distributed is set and

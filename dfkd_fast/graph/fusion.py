@@ -67,7 +67,7 @@ class Fusion:
         norm: the BatchNorm's node.
         last: the node whose value the fused call computes; ``norm`` if nothing follows.
         activation: the fused activation, after the BatchNorm or inside its module.
-        act: path of an activation inside the BatchNorm's module that cannot be fused, or None.
+        unfused_act: path of an activation inside the BatchNorm's module that cannot be fused, or None.
         add, residual: nodes of the addition and of its other summand, or None.
         between: nodes from ``norm`` up to but excluding ``last``, in execution order.
     """
@@ -75,7 +75,7 @@ class Fusion:
     norm: fx.Node
     last: fx.Node
     activation: Activation = "none"
-    act: str | None = None
+    unfused_act: str | None = None
     add: fx.Node | None = None
     residual: fx.Node | None = None
     between: list[fx.Node] = field(default_factory=list)
@@ -136,7 +136,7 @@ def _match(trace: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.Nod
     fusion, module = Fusion(norm=norm, last=norm), trace.module(norm)
     if module is not None and is_batchnorm_act(module):  # its dropout is off in eval mode
         inside = _module_activation(module.get_submodule("act"))
-        fusion.act = f"{norm.target}.act" if inside is None else None
+        fusion.unfused_act = f"{norm.target}.act" if inside is None else None
         fusion.activation = inside or "none"
         if inside != "none":
             return fusion
@@ -187,8 +187,8 @@ def fuse(graph: fx.Graph, fusion: Fusion) -> fx.Node:
         arguments = (norm, fusion.norm.all_input_nodes[0], fusion.residual, fusion.activation)
         call = graph.call_function(batchnorm_with_statistics, arguments)
         y, statistics = (graph.call_function(operator.getitem, (call, i)) for i in (0, 1))
-    if fusion.act is not None:
-        last.op, last.target, last.args, last.kwargs = "call_module", fusion.act, (y,), {}
+    if fusion.unfused_act is not None:
+        last.op, last.target, last.args, last.kwargs = "call_module", fusion.unfused_act, (y,), {}
     else:
         last.op, last.target, last.args, last.kwargs = "call_function", operator.getitem, (call, 0), {}
         graph.erase_node(y)

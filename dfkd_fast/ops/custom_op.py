@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,25 +40,26 @@ _LIBRARY = torch.library.Library("dfkd_fast", "FRAGMENT")
 Launcher = Callable[..., None] | str
 """A function that takes an operator's arguments and results and fills the results, or its "module.name" in kernels/."""
 
-_recording = False
+_recording: AbstractContextManager[Any] | None = None
 
 
 @contextmanager
-def record_op_launches(arch: int) -> Iterator[list[Any]]:
+def record_op_launches(arch: int, inside: AbstractContextManager[Any] | None = None) -> Iterator[list[Any]]:
     """Context manager in which ops on meta tensors record their launches; see :mod:`dfkd_fast.kernels.common`.
 
     Args:
         arch: the architecture to configure launches for, such as 90 for sm_90.
+        inside: context in which launchers run, for example a mode that records the operators that they call.
     """
     from dfkd_fast.kernels.common import record_launches
 
     global _recording
-    _recording = True
+    before, _recording = _recording, inside if inside is not None else nullcontext()
     try:
         with record_launches(arch) as launches:
             yield launches
     finally:
-        _recording = False
+        _recording = before
 
 
 def _launcher(launch: Launcher) -> Callable[..., None]:
@@ -107,8 +108,9 @@ def _define(name: str, schema: str, allocate: Callable[..., Any], launch: Launch
 
     def fake(*arguments: Any) -> Any:
         results = allocate(*arguments)
-        if _recording:
-            fill(arguments, results)
+        if _recording is not None:
+            with _recording:
+                fill(arguments, results)
         return results
 
     _LIBRARY.define(name + schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
@@ -340,7 +342,7 @@ def unsupported_reason(*tensors: Tensor | None) -> str | None:
     """Return why the Triton kernels do not support these tensors, or None if they do."""
     if not _TRITON:
         return "triton is not installed"
-    if _recording:
+    if _recording is not None:
         return None
     for tensor in tensors:
         if tensor is None:

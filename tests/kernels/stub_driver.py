@@ -117,7 +117,7 @@ class Stub:
         torch.cuda.get_device_properties = lambda index=None: SimpleNamespace(
             multi_processor_count=self.attribute(_NUM_SMS)
         )
-        custom_op._recording = True  # operators launch kernels for meta tensors
+        custom_op._recording = nullcontext()  # operators launch kernels for meta tensors
 
     def attribute(self, which: int) -> int:
         """An attribute of the current device."""

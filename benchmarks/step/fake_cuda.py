@@ -1,9 +1,9 @@
-"""Traces and compiles whole steps on fake CUDA tensors, without a GPU.
+"""Traces and compiles steps and ops on fake CUDA tensors, without a GPU.
 
-Run as a script, it takes both steps of variants of `benchmarks/step/variants.py` through Dynamo, AOTAutograd and, with
-``code``, Inductor's code generation, and writes a report. Nothing is computed: tensors have shapes, strides, dtypes
-and a device, but no values. :func:`trace` starts the script in a separate process, because the process of the tests
-runs Triton in its interpreter, and because a library must be preloaded (:data:`_NO_ACCELERATOR`).
+Run as a program, it takes both steps of variants of :mod:`~dfkd_fast.benchmarks.step.variants` through Dynamo,
+AOTAutograd and, with ``code``, Inductor's code generation, and writes a report. Nothing is computed: tensors have
+shapes, strides, dtypes and a device, but no values. :func:`trace` starts the program in a separate process, because
+tests run Triton in its interpreter, and because a library must be preloaded (:data:`_NO_ACCELERATOR`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import importlib
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,10 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode, fake_tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["C_COMPILER", "count_launches", "trace"]
+from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Make, gradients, tensors
+from dfkd_fast.benchmarks.traffic import EagerTraffic, Kernel, inductor_traffic, op_traffic
+
+__all__ = ["C_COMPILER", "trace"]
 
 C_COMPILER = os.environ.get("CC", "cc")
 _STEPS = ("generator_step", "student_step")
@@ -49,15 +51,18 @@ def trace(*variants: str, code: bool = False) -> dict[str, dict[str, Any]]:
     """Trace variants in one process and return a report per variant.
 
     Args:
-        *variants: ``dfkd_fast``, ``compile`` (plain networks and reference ops, compiled), ``peer``, or a fault that
-            is injected into ``dfkd_fast`` (:data:`_FAULTS`).
-        code: generate code, which takes minutes.
+        *variants: ``dfkd_fast``, ``compile`` (plain networks and reference ops, compiled), ``eager`` (the same without
+            a compiler), ``peer``, or a fault that is injected into ``dfkd_fast`` (:data:`_FAULTS`); or ``ops:NAME``,
+            the benchmark cases of an op with the paper's shapes.
+        code: generate code, which takes about a minute per variant.
 
     Returns:
-        By variant: ``error`` (a traceback or None), ``regions`` and ``graph_breaks`` (Dynamo's counts),
-        ``synchronizations`` of each step outside of compiled regions, and ``graphs``. Each graph, with a name such as
-        ``student_step.teacher.forward``, has the ``calls`` of dfkd_fast operators with shapes and strides, the
-        ``synchronizations`` and, with ``code``, the generated ``code``.
+        By variant of a step: ``error`` (a traceback or None), ``regions`` and ``graph_breaks`` (Dynamo's counts),
+        ``synchronizations`` and ``kernels`` of each step outside of compiled regions, and ``graphs``. Each graph, with
+        a name such as ``student_step.teacher.forward``, has the ``calls`` of dfkd_fast operators with shapes and
+        strides, the ``synchronizations`` and, with ``code``, the generated ``code`` and its ``kernels``. By op: a list
+        of kernels per case, dtype and source. Kernels have the fields of
+        :class:`dfkd_fast.benchmarks.traffic.Kernel`.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
@@ -66,23 +71,12 @@ def trace(*variants: str, code: bool = False) -> dict[str, dict[str, Any]]:
         subprocess.run(command, input=_NO_ACCELERATOR, text=True, check=True)
         # Hide GPUs, so that the trace is the same on every machine.
         environment |= {"LD_PRELOAD": str(library), "TORCHINDUCTOR_CACHE_DIR": folder, "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, __file__, str(out), "code" if code else "graphs", *variants]
+        command = [sys.executable, "-m", "dfkd_fast.benchmarks.step.fake_cuda", str(out), "code" if code else "graphs"]
+        command += variants
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if not out.exists():
             raise RuntimeError(f"the trace ended with {done.returncode}:\n{done.stderr[-4000:]}")
         return json.loads(out.read_text())
-
-
-_LAUNCHES = {
-    "triton": re.compile(r"\btriton_\w+\.run\("),  # kernels that Inductor writes
-    "extern": re.compile(r"\bextern_kernels\.\w+\(|\btorch\.ops\.(?!dfkd_fast\.)\w+\.\w+\.\w+\("),  # libraries
-    "dfkd_fast": re.compile(r"\btorch\.ops\.dfkd_fast\.\w+\.\w+\("),
-}
-
-
-def count_launches(code: str) -> dict[str, int]:
-    """Count the calls of Inductor's kernels, library functions and dfkd_fast operators in generated code."""
-    return {kind: len(pattern.findall(code)) for kind, pattern in _LAUNCHES.items()}
 
 
 _H100 = SimpleNamespace(
@@ -127,10 +121,11 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         (torch.cuda, "set_rng_state", lambda *a: None),
         (torch.accelerator, "is_available", lambda: False),
         # cuDNN's choice of a memory format, which the fake convolution queries from the missing device.
-        (torch._C, "_select_conv_backend", lambda *a, **k: torch._C._ConvBackend.Cudnn),
+        (torch._C, "_select_conv_backend", lambda *a, **k: torch._C._ConvBackend.Cudnn),  # type: ignore[attr-defined]
         (torch._C, "_conv_determine_backend_memory_format", _conv_format),
         # The architecture that Inductor generates Triton kernels for.
         (driver, "_active", SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))),
+        (torch.utils._foreach_utils, "_foreach_supported_types", [Tensor, nn.Parameter, fake_tensor.FakeTensor]),
         # If a device is available, fake tensors first create a real tensor on it.
         (FakeTensorMode, "avoid_device_init", True),
         (fake_tensor, "init_gpu_context", lambda device: None),
@@ -189,26 +184,23 @@ def _synchronizes(operator: Any, inputs: Any, result: Any) -> bool:
     return operator.name() in _COPIES and devices | {result.device.type} == {"cpu", "cuda"}
 
 
-class _Synchronizations(TorchDispatchMode):
-    """Records operators outside of compiled regions that make the host wait. Reading a device value returns 1."""
+class _Synchronizations(EagerTraffic):
+    """Also records operators outside of compiled regions that make the host wait. Reading a device value returns 1."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True  # otherwise Dynamo would not compile inside the mode
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.name() == "aten::_local_scalar_dense":
             result: Any = 1.0 if args[0].is_floating_point() else 1
         elif func.name().startswith(("aten::_fused_adam_", "aten::_fused_sgd_")):  # torch has no fakes for them
-            _require_equal_strides(*(each for each in args if isinstance(each, list | tuple) and each))
+            _require_equal_strides(*(list(each) for each in args if isinstance(each, list | tuple) and each))
             result = None
         else:
             result = func(*args, **kwargs)
+        self.count(func, args, kwargs, result)
         if _synchronizes(func, (args, kwargs), result):
             self.found.append(str(func))
         return result
@@ -249,10 +241,11 @@ class _Compiler:
         self.code, self.step = code, ""
         self.graphs: dict[str, dict[str, Any]] = {}
 
-    def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(module, inputs, inner_compile=self._inner)
+        inner: Any = self._inner
+        return compile_fx(module, inputs, inner_compile=inner)
 
     def _inner(self, module: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable[..., Any]:
         region = torch._guards.TracingContext.get().traced_code[0].co_name.removeprefix("region_")
@@ -267,9 +260,15 @@ class _Compiler:
                 if _synchronizes(node.target, tree_map(_value, (node.args, node.kwargs)), _value(node))
             ],
         }
-        outputs = [_value(node) for node in module.graph.output_node().args[0]]
+        returned: Any = module.graph.output_node().args[0]
+        outputs = [_value(node) for node in returned]
         if self.code:
-            self.graphs[name]["code"] = _generate(module, inputs, options)
+            self.graphs[name]["code"], kernels = _generate(module, inputs, options)
+            for node in nodes:
+                if node.target.namespace == "dfkd_fast":
+                    arguments, keywords = tree_map(_value, (node.args, node.kwargs))
+                    kernels += op_traffic(node.target, *arguments, **keywords)
+            self.graphs[name]["kernels"] = [asdict(kernel) for kernel in kernels]
 
         def run(arguments: list[Any]) -> list[Any]:
             arguments.clear()
@@ -279,15 +278,15 @@ class _Compiler:
         return run
 
 
-def _generate(module: torch.fx.GraphModule, inputs: list[Tensor], options: dict[str, Any]) -> str:
-    """Return the code that Inductor would load and run."""
+def _generate(module: torch.fx.GraphModule, inputs: list[Tensor], options: dict[str, Any]) -> tuple[str, list[Kernel]]:
+    """Return the code that Inductor would load and run, and its kernels except those of this project."""
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.graph import GraphLowering
 
-    codes: list[str] = []
+    codes: list[tuple[str, list[Kernel]]] = []
 
     def keep(lowering: GraphLowering) -> None:
-        codes.append(lowering.codegen()[0].value)
+        codes.append((lowering.codegen()[0].value, inductor_traffic(lowering)))
         raise InterruptedError("stop before kernels are compiled")
 
     with mock.patch.object(GraphLowering, "compile_to_module", keep):
@@ -307,7 +306,7 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
     from dfkd_fast import ops
     from dfkd_fast.benchmarks.step import variants as step_variants
     from dfkd_fast.benchmarks.step.peer_loop import PeerLoop
-    from dfkd_fast.engine import CompiledEngine, Engine, networks
+    from dfkd_fast.engine import CompiledEngine, EagerEngine, Engine, networks
     from dfkd_fast.models import fold_batchnorm, frozen
 
     cpu, half = torch.device("cpu"), (0.5, 0.5, 0.5)
@@ -324,9 +323,11 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
         # New modules are created on the device, because a fake parameter cannot be moved.
         with torch.device("cuda:0"), mock.patch.object(nn.Module, "to", lambda module, *a, **k: module):
             return PeerLoop(state, mean=half, std=half)
-    if variant == "compile":
+    if variant in ("compile", "eager"):
         stack.enter_context(ops.backend("reference"))
         stack.enter_context(frozen(teacher))
+        if variant == "eager":
+            return EagerEngine(state)
         compiled = networks.eager_networks(state, compile={"backend": compiler})
         return Engine("eager", state, compiled, step_variants._MarkingExecutor())
     stack.enter_context(frozen(teacher))
@@ -356,12 +357,16 @@ def _inject_other_faults(engine: Any) -> None:
         return noise
 
     engine.state.draw = faulty
-    module = importlib.import_module("dfkd_fast.ops.batchnorm_statistics")
+    module: Any = importlib.import_module("dfkd_fast.ops.batchnorm_statistics")
     module.new_map = lambda x, dtype=None: torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 
 # Faults that are injected into a generator step of the small size, to test the checks.
 _FAULTS: dict[str, Callable[[Any], None]] = {"graph_break": _break_graph, "other_faults": _inject_other_faults}
+
+
+# The engine sets fallback_random too. Constant folding and shape padding would create real tensors.
+_INDUCTOR = {"fallback_random": True, "joint_graph_constant_folding": False, "shape_padding": False}
 
 
 def _report(variant: str, code: bool) -> dict[str, Any]:
@@ -373,11 +378,10 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
     counters.clear()
     compiler, error = _Compiler(code), None
     synchronizations: dict[str, list[str]] = {}
+    kernels: dict[str, list[dict[str, Any]]] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
-        # The engine sets fallback_random too. Constant folding and shape padding would create real tensors.
-        inductor = {"fallback_random": True, "joint_graph_constant_folding": False, "shape_padding": False}
-        stack.enter_context(torch._inductor.config.patch(inductor))
+        stack.enter_context(torch._inductor.config.patch(_INDUCTOR))
         inject = _FAULTS.get(variant)
         engine = _engine(variant, SIZES["small" if inject else "full"], compiler, stack)
         if inject:
@@ -388,6 +392,7 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
                     with _Synchronizations() as seen:
                         getattr(engine, compiler.step)()
                     synchronizations[compiler.step + again] = seen.found
+                    kernels[compiler.step + again] = [asdict(kernel) for kernel in seen.kernels]
         except Exception:
             error = traceback.format_exc()
     return {
@@ -395,12 +400,52 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
         "regions": counters["stats"]["unique_graphs"],
         "graph_breaks": dict(counters["graph_break"]),
         "synchronizations": synchronizations,
+        "kernels": kernels,
         "graphs": compiler.graphs,
     }
 
 
+def _to_cuda(x: Tensor) -> Tensor:
+    return _like(x, torch.device("cuda:0")).requires_grad_(x.requires_grad)
+
+
+def _run(function: Callable[..., Any], *inputs: Any) -> None:
+    """Call a function and compute the gradients of all inputs that require one."""
+    gradients(tensors(function(*inputs)), inputs)
+
+
+def _op_report(op: str) -> dict[str, Any]:
+    """Count each case of an op with the paper's shapes: eager reference, torch.compile and this project's kernels."""
+    report: dict[str, Any] = {}
+    with torch._inductor.config.patch(_INDUCTOR), fake_cuda() as mode, mode:
+        for case in (case for case in BENCHMARKS[op].cases if case.shapes == "paper"):
+            for dtype in case.dtypes:
+                reference = partial(case.call, backend="reference")
+                given = case.inputs(Make("meta", dtype))
+                inputs = tree_map(lambda x: _to_cuda(x) if isinstance(x, Tensor) else x, given)
+                with EagerTraffic() as eager:
+                    _run(reference, *inputs)
+                compiler = _Compiler(code=True)
+                torch._dynamo.reset()
+                _run(
+                    torch.compile(case.compiled or reference, fullgraph=True, dynamic=False, backend=compiler), *inputs
+                )
+                compiled = [kernel for graph in compiler.graphs.values() for kernel in graph["kernels"]]
+                ours = op_traffic(partial(_run, partial(case.call, backend="triton")), *given)
+                report[f"{case.name}/{str(dtype).removeprefix('torch.')}"] = {
+                    "eager": [asdict(kernel) for kernel in eager.kernels],
+                    "compile": compiled,
+                    "triton": [asdict(kernel) for kernel in ours],
+                }
+    return report
+
+
 if __name__ == "__main__":
     out, goal, *names = sys.argv[1:]
-    Path(out).write_text(json.dumps({name: _report(name, goal == "code") for name in names}))
+    reports = {
+        name: _op_report(name.removeprefix("ops:")) if name.startswith("ops:") else _report(name, goal == "code")
+        for name in names
+    }
+    Path(out).write_text(json.dumps(reports))
     # Without a device, the threads of autograd's engine do not end cleanly.
     os._exit(0)
