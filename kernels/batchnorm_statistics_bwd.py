@@ -60,7 +60,6 @@ def _unpack(packed, NCHW: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.conste
     parts={
         "mean_ptr": lambda a: a["dvar_ptr"] is not None,
         "norm.running_mean": lambda a: a["x"] is not None,
-        "norm.bias": lambda a: a["mask"] is None and a["ACTIVATION"] > 0,
     },
 )
 @triton.jit

@@ -78,7 +78,7 @@ def _abs_max_kernel(
     tl.store(grad_scale_ptr, tl.max(abs_max))
 
 
-@traffic(writes="partials_ptr partner_weights_ptr", parts={"row_stats_ptr": lambda a: 0.8 if a["BOUNDED"] else 0.6})
+@traffic(writes="partials_ptr partner_weights_ptr", parts=shared.without_padding(4))
 @triton.jit
 def _backward_kernel(
     y_ptr,  # [stats_stride, width]
@@ -158,7 +158,7 @@ def _backward_kernel(
     tl.store(partner_weights_ptr + at, partner_weight, mask=mask & (tl.program_id(2) == 0))
 
 
-@traffic(writes="da db", parts={"row_stats_ptr": lambda a: 0.4})
+@traffic(writes="da db", parts=shared.without_padding(2))
 @triton.jit
 def _reduce_kernel(
     y_ptr,  # [stats_stride, width]

@@ -468,7 +468,14 @@ def _logits_gradient(logits, args, df, sample, position, mask_m, offs_c, C: tl.c
         return s * (q - tl.load(args.delta_ptr + sample * C + offs_c, mask=offs_c < C, other=0.0)[None, :])
 
 
-@traffic(writes="df dh partials_ptr", parts={"args.stats_ptr": _stats_part})
+@traffic(
+    writes="df dh partials_ptr",
+    parts={
+        "args.stats_ptr": _stats_part,
+        "args.delta_ptr": lambda a: a["STATS"] != "tile",
+        "partials_ptr": lambda a: a["NEEDS_GRAD_W"] or a["NEEDS_GRAD_B"],
+    },
+)
 @triton.jit(do_not_specialize=["first_tile", "first_row"])
 def _gradients_kernel(
     args,  # Arguments
