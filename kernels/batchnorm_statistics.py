@@ -425,9 +425,11 @@ def _strides(x: Tensor) -> Strides | None:
     return x.stride(0), stride_p, x.stride(1)
 
 
-def with_common_stride(x: Tensor, y: Tensor) -> Tensor:
-    """Returns x if its positions have a common stride, else a copy in the memory format of y."""
-    return x if _strides(x) is not None else torch.empty_like(y, dtype=x.dtype).copy_(x)
+def with_common_stride(x: Tensor, y: Tensor | None) -> Tensor:
+    """Returns x if its positions have a common stride, else a copy in the memory format of y, or contiguous."""
+    if _strides(x) is not None:
+        return x
+    return x.contiguous() if y is None else torch.empty_like(y, dtype=x.dtype).copy_(x)
 
 
 def as_maps(x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int, list[Map | None]]:
@@ -625,4 +627,4 @@ def statistics(x: Tensor, mean: Tensor, var: Tensor) -> None:
         mean: (C,), float32.
         var: (C,), float32.
     """
-    _forward(x if _strides(x) is not None else x.contiguous(), None, "none", None, None, None, mean, var)
+    _forward(with_common_stride(x, None), None, "none", None, None, None, mean, var)
