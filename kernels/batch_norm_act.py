@@ -56,16 +56,16 @@ __all__ = ["backward", "forward"]
 
 @config.heuristic("batch_norm_act_statistics", UNROLL=(1, 8), BLOCK_P=(8, 512), LOOP_STAGES=(1, 3))
 def _statistics_config(arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
-    """Reads one map, with enough bytes in flight for one program per multiprocessor."""
-    return tile_config(dtype, 4, 2, sizes, num_warps=8)
+    """Reads one map. One program per multiprocessor prefetches 32 KiB."""
+    return tile_config(dtype, 4, 3, sizes, num_warps=8)
 
 
 @config.heuristic("batch_norm_act", UNROLL=(1, 8), BLOCK_P=(8, 512), LOOP_STAGES=(1, 3))
 @config.heuristic("batch_norm_act_sums", UNROLL=(1, 8), BLOCK_P=(8, 512), LOOP_STAGES=(1, 3))
 @config.heuristic("batch_norm_act_backward", UNROLL=(1, 8), BLOCK_P=(8, 512), LOOP_STAGES=(1, 3))
 def _config(arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
-    """Reads two maps or writes one, with prefetching."""
-    return tile_config(dtype, 2, 2, sizes, num_warps=8)
+    """Reads up to three maps. Each prefetches 16 KiB per program."""
+    return tile_config(dtype, 2, 3, sizes, num_warps=8)
 
 
 @triton.jit
@@ -497,8 +497,9 @@ def backward(
     residual = dresidual is not None
     chosen, constants = choose_config("batch_norm_act_backward", x, samples, positions, by_priority, residual)
     blocks, programs, num_iters = split_work(x, chosen, samples, positions, 2)
+    constants["ACTIVATION"] = activation != "none"
     if like is None:  # only merge the sums
-        programs, num_iters, constants["BY_SAMPLE"] = 1, 0, False
+        programs, num_iters, constants["BY_SAMPLE"], constants["ACTIVATION"] = 1, 0, False, False
     launch(
         _backward_kernel,
         (blocks * programs,),
@@ -513,7 +514,6 @@ def backward(
         positions,
         x.shape[1],
         config=chosen,
-        ACTIVATION=activation != "none",
         BLOCK_M=_merge_rows(chosen, chunks),
         **constants,
     )
