@@ -25,16 +25,15 @@ def batch_norm_act(
 ) -> Tensor:
     """Normalize x (N, C, ...), add the residual and activate; in training, update the running statistics."""
     vectors = (running_mean, running_var, weight, bias)
-    dtypes = {v.dtype for v in vectors if v is not None}
-    if dtypes not in ({x.dtype}, {torch.float32}) or (x.dtype == torch.float64 and torch.float32 in dtypes):
-        # F.batch_norm requires vectors of one dtype.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        vectors = tuple(None if v is None else v.to(dtype) for v in vectors)
-    y = F.batch_norm(x, *vectors, training, momentum, eps)
-    if training:
-        for given, updated in zip((running_mean, running_var), vectors, strict=False):
-            if given is not None and given is not updated:
-                given.copy_(updated)
+    # F.batch_norm requires vectors of one dtype: that of x, or float32 for half precision.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if {v.dtype for v in vectors if v is not None} == {x.dtype}:
+        dtype = x.dtype
+    mean, var, scale, shift = (None if v is None else v.to(dtype) for v in vectors)
+    y = F.batch_norm(x, mean, var, scale, shift, training, momentum, eps)
+    for buffer, updated in ((running_mean, mean), (running_var, var)):
+        if buffer is not None and updated is not None and buffer.dtype != dtype:
+            buffer.copy_(updated)
     if residual is not None:
         y = (y + residual).to(x.dtype)
     if activation == "relu":

@@ -243,9 +243,9 @@ def test_function_transforms_update_running_statistics(backend_and_device):
         each = [torch.stack([t, t]) for t in running(device=device)]
         torch.func.vmap(lambda x, *buffers: function(x, None, None, *buffers))(xs, *each)
         for i, x in enumerate(xs):
-            alone = running(device=device)
-            function(x, None, None, *alone)
-            for a, b in zip(each, alone, strict=True):
+            single = running(device=device)
+            function(x, None, None, *single)
+            for a, b in zip(each, single, strict=True):
                 assert torch.equal(a[i], b)
 
 
