@@ -52,8 +52,13 @@ __all__ = [
     "forward",
     "load_channels",
     "load_scale",
+    "merge_chunks",
     "offset",
+    "pack",
+    "partial_statistics",
     "pointers",
+    "program_tiles",
+    "rows_and_channels",
     "split_work",
     "statistics",
     "tile_config",
@@ -64,17 +69,18 @@ __all__ = [
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 
 
-def tile_config(dtype: torch.dtype, unroll: int, stages: int, sizes: dict[str, int]) -> Launch:
-    """Returns a tile that gives each of 128 threads ``unroll`` vectors of 16 bytes per map.
+def tile_config(dtype: torch.dtype, unroll: int, stages: int, sizes: dict[str, int], num_warps: int = 4) -> Launch:
+    """Returns a tile that gives each thread ``unroll`` vectors of 16 bytes per map.
 
     Args:
         dtype: dtype of the maps.
         unroll: number of vectors per thread, fewer if there are few positions.
         stages: number of stages of the loop's software pipeline.
         sizes: "channels", "positions", "nchw" and "alignment", as :func:`choose_config` passes them.
+        num_warps: number of warps per program.
     """
     channels, positions = sizes["channels"], sizes["positions"]
-    elements = 128 * 16 // dtype.itemsize
+    elements = num_warps * 32 * 16 // dtype.itemsize
     if sizes["alignment"] == 1:
         # Without vector loads each element needs an address: too many registers to unroll or to prefetch.
         unroll, stages, elements = 1, 1, elements // 2
@@ -87,6 +93,7 @@ def tile_config(dtype: torch.dtype, unroll: int, stages: int, sizes: dict[str, i
     unroll = max(1, min(unroll, positions // block_p))
     return Launch(
         tile={"UNROLL": unroll, "BLOCK_P": block_p, "BLOCK_C": block_c, "LOOP_STAGES": stages},
+        num_warps=num_warps,
         num_stages=1,
     )
 
@@ -151,6 +158,23 @@ def offset(m, sample, first, NCHW: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit
+def program_tiles(positions, channels, BY_SAMPLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channel block and chunk of this program, tiles per sample, and the first iteration and the step of its loop."""
+    # Channel blocks vary fastest, so that concurrent programs read whole rows.
+    blocks = tl.cdiv(channels, BLOCK_C)
+    chunk = tl.program_id(0) // blocks
+    tiles = tl.cdiv(positions, ROWS) if BY_SAMPLE else 1
+    return tl.program_id(0) % blocks, chunk, tiles, chunk // tiles, tl.num_programs(0) // blocks // tiles
+
+
+@triton.jit
+def rows_and_channels(offs_c, NCHW: tl.constexpr, UNROLL: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Row and channel of each element of a tile."""
+    row = tl.arange(0, UNROLL)[None, :, None] * BLOCK_P + expand_rows(tl.arange(0, BLOCK_P), NCHW)
+    return row.to(tl.int64), expand_channels(offs_c, NCHW).to(tl.int64)
+
+
+@triton.jit
 def tile_start(i, chunk, tiles, BY_SAMPLE: tl.constexpr, ROWS: tl.constexpr):
     """Sample and first position of the tile of iteration i.
 
@@ -198,7 +222,7 @@ def _activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _pack(mask, NCHW: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr):
+def pack(mask, NCHW: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr):
     """Pack the bits of eight channels into a byte, the first channel in the lowest bit."""
     bits = tl.where(mask, 1, 0)
     if NCHW:
@@ -267,17 +291,10 @@ def _forward_kernel(
         positions = align(positions, ALIGNMENT)
     else:
         channels = align(channels, ALIGNMENT)
-    # Channel blocks vary fastest, so that concurrent programs read whole rows.
-    blocks = tl.cdiv(channels, BLOCK_C)
-    block = tl.program_id(0) % blocks
-    chunk = tl.program_id(0) // blocks
-    tiles = tl.cdiv(positions, ROWS) if BY_SAMPLE else 1
-    begin = chunk // tiles
-    step = tl.num_programs(0) // blocks // tiles
+    block, chunk, tiles, begin, step = program_tiles(positions, channels, BY_SAMPLE, ROWS, BLOCK_C)
     offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
-    col = expand_channels(offs_c, NCHW).to(tl.int64)
-    row = (tl.arange(0, UNROLL)[None, :, None] * BLOCK_P + expand_rows(tl.arange(0, BLOCK_P), NCHW)).to(tl.int64)
+    row, col = rows_and_channels(offs_c, NCHW, UNROLL, BLOCK_P)
     x_ptrs = pointers(x, row, col, NCHW, ALIGNMENT)
     if y is not None:
         y_ptrs = pointers(y, row, col, NCHW, ALIGNMENT)
@@ -313,7 +330,7 @@ def _forward_kernel(
             tl.store(ptrs, cast(_activate(z, ACTIVATION), y.ptr.dtype.element_ty), mask=inside)
             if mask is not None:
                 ptrs = mask_ptrs + offset(mask, sample, first, NCHW, 1)
-                packed = _pack(activation_mask(z, ACTIVATION), NCHW, BLOCK_P, UNROLL, BLOCK_C)
+                packed = pack(activation_mask(z, ACTIVATION), NCHW, BLOCK_P, UNROLL, BLOCK_C)
                 tl.store(ptrs, packed, mask=mask_p & mask_byte)
 
         # All tiles of a program have the same number of rows, except that without BY_SAMPLE the last may have fewer.
@@ -346,24 +363,12 @@ def _forward_kernel(
         tl.store(count_ptr + chunk, total)
 
 
-@traffic(writes="mean_ptr var_ptr")
 @triton.jit
-def _merge_kernel(
-    means_ptr,  # [chunks, C]
-    m2_ptr,  # [chunks, C]
-    count_ptr,  # [chunks]
-    mean_ptr,  # [C]
-    var_ptr,  # [C]
-    chunks,
-    channels,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < channels
+def merge_chunks(means_ptr, m2_ptr, count_ptr, chunks, channels, offs_c, mask_c, BLOCK_M: tl.constexpr):
+    """Mean and sum of squared deviations of channels and their count, merged from [chunks, C] in a fixed order."""
     total = 0.0
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_C], tl.float32)
+    mean = tl.zeros_like(offs_c).to(tl.float32)
+    m2 = tl.zeros_like(mean)
     for start in range(0, chunks, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         offs = offs_m.to(tl.int64)[:, None] * channels + offs_c[None, :]
@@ -382,6 +387,25 @@ def _merge_kernel(
         m2 += block_m2 + delta * delta * total * weight
         mean += delta * weight
         total += count
+    return mean, m2, total
+
+
+@traffic(writes="mean_ptr var_ptr")
+@triton.jit
+def _merge_kernel(
+    means_ptr,  # [chunks, C]
+    m2_ptr,  # [chunks, C]
+    count_ptr,  # [chunks]
+    mean_ptr,  # [C]
+    var_ptr,  # [C]
+    chunks,
+    channels,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < channels
+    mean, m2, total = merge_chunks(means_ptr, m2_ptr, count_ptr, chunks, channels, offs_c, mask_c, BLOCK_M)
     tl.store(mean_ptr + offs_c, mean, mask=mask_c)
     tl.store(var_ptr + offs_c, tl.div_rn(m2, total), mask=mask_c)
 
@@ -403,9 +427,11 @@ def _strides(x: Tensor) -> Strides | None:
     return x.stride(0), stride_p, x.stride(1)
 
 
-def with_common_stride(x: Tensor, y: Tensor) -> Tensor:
-    """Returns x if its positions have a common stride, else a copy in the memory format of y."""
-    return x if _strides(x) is not None else torch.empty_like(y, dtype=x.dtype).copy_(x)
+def with_common_stride(x: Tensor, y: Tensor | None) -> Tensor:
+    """Returns x if its positions have a common stride, else a copy in the memory format of y, or contiguous."""
+    if _strides(x) is not None:
+        return x
+    return x.contiguous() if y is None else torch.empty_like(y, dtype=x.dtype).copy_(x)
 
 
 def as_maps(x: Tensor, tensors: Sequence[Tensor | None]) -> tuple[int, int, list[Map | None]]:
@@ -489,6 +515,29 @@ def split_work(x: Tensor, chosen: Launch, samples: int, positions: int, programs
     if num_iters * parallel > 2 * programs * num_sms(x):
         chunks = cdiv(num_iters, cdiv(num_iters * parallel, programs * num_sms(x)))
     return blocks, chunks * per_sample, num_iters
+
+
+def partial_statistics(kernel: str, x: Tensor, programs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes statistics of chunks of x, for :func:`merge_chunks`.
+
+    Args:
+        kernel: Name of the heuristic.
+        x: (N, C, ...), not empty, with one stride for all positions.
+        programs: Target number of programs per multiprocessor.
+
+    Returns:
+        Means and sums of squared deviations, (chunks, C), and counts, (chunks,), float32.
+    """
+    channels = x.shape[1]
+    samples, positions, maps = as_maps(x, (x, None, None, None))
+    chosen, constants = choose_config(kernel, x, samples, positions, maps, False)
+    blocks, chunks, num_iters = split_work(x, chosen, samples, positions, programs)
+    means, m2 = x.new_empty((2, chunks, channels), dtype=torch.float32)
+    counts = x.new_empty(chunks, dtype=torch.float32)
+    arguments = (*maps, None, means, m2, counts, num_iters, positions, channels)
+    options = {"ACTIVATION": 0, "ONE_CHUNK": False, **constants}
+    launch(_forward_kernel, (blocks * chunks,), *arguments, config=chosen, **options)
+    return means, m2, counts
 
 
 def _forward(
@@ -580,4 +629,4 @@ def statistics(x: Tensor, mean: Tensor, var: Tensor) -> None:
         mean: (C,), float32.
         var: (C,), float32.
     """
-    _forward(x if _strides(x) is not None else x.contiguous(), None, "none", None, None, None, mean, var)
+    _forward(with_common_stride(x, None), None, "none", None, None, None, mean, var)

@@ -20,11 +20,12 @@ from dfkd_fast.kernels.batchnorm_statistics import (
     as_maps,
     choose_config,
     expand_channels,
-    expand_rows,
     load_channels,
     load_scale,
     offset,
     pointers,
+    program_tiles,
+    rows_and_channels,
     split_work,
     tile_config,
     tile_start,
@@ -33,7 +34,7 @@ from dfkd_fast.kernels.batchnorm_statistics import (
 from dfkd_fast.kernels.common import cast, cdiv, launch, traffic
 from dfkd_fast.kernels.config import Launch
 
-__all__ = ["backward", "statistics_backward"]
+__all__ = ["backward", "statistics_backward", "unpack"]
 
 
 @config.heuristic("batchnorm_statistics_backward", UNROLL=(1, 8), BLOCK_P=(8, 512), LOOP_STAGES=(1, 3))
@@ -43,8 +44,8 @@ def _config(arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
 
 
 @triton.jit
-def _unpack(packed, NCHW: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The inverse of ``_pack`` in the forward's module."""
+def unpack(packed, NCHW: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The inverse of ``pack`` in the forward's module."""
     packed = packed.to(tl.int32)
     if NCHW:
         bits = (packed[:, None, :, :] >> tl.arange(0, 8)[None, :, None, None]) & 1
@@ -95,17 +96,10 @@ def _backward_kernel(
         positions = align(positions, ALIGNMENT)
     else:
         channels = align(channels, ALIGNMENT)
-    # Channel blocks vary fastest, so that concurrent programs read whole rows.
-    blocks = tl.cdiv(channels, BLOCK_C)
-    block = tl.program_id(0) % blocks
-    chunk = tl.program_id(0) // blocks
-    tiles = tl.cdiv(positions, ROWS) if BY_SAMPLE else 1
-    begin = chunk // tiles
-    step = tl.num_programs(0) // blocks // tiles
+    block, chunk, tiles, begin, step = program_tiles(positions, channels, BY_SAMPLE, ROWS, BLOCK_C)
     offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
-    col = expand_channels(offs_c, NCHW).to(tl.int64)
-    row = (tl.arange(0, UNROLL)[None, :, None] * BLOCK_P + expand_rows(tl.arange(0, BLOCK_P), NCHW)).to(tl.int64)
+    row, col = rows_and_channels(offs_c, NCHW, UNROLL, BLOCK_P)
     if x is not None:
         x_ptrs = pointers(x, row, col, NCHW, ALIGNMENT)
     if dy is not None:
@@ -146,7 +140,7 @@ def _backward_kernel(
             if mask is not None:
                 ptrs = mask_ptrs + offset(mask, sample, first, NCHW, 1)
                 packed = tl.load(ptrs, mask=mask_p & mask_byte, other=0)
-                g = tl.where(_unpack(packed, NCHW, BLOCK_P, UNROLL, BLOCK_C), g, 0.0)
+                g = tl.where(unpack(packed, NCHW, BLOCK_P, UNROLL, BLOCK_C), g, 0.0)
             elif ACTIVATION > 0:
                 # The same expression as in forward, so that both round alike.
                 z = (v - running_mean) * scale

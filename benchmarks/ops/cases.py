@@ -348,6 +348,30 @@ def _statistics(*shape: int, network: str, **more: Any) -> Case:
     )
 
 
+def _batchnorm_act(
+    *shape: int, activation: Any = "relu", residual: bool = False, needs_grad_x: bool = True, **more: Any
+) -> Case:
+    """A BatchNorm in training mode. All tensors get gradients, or only weight and bias without ``needs_grad_x``."""
+    channels, total = shape[1], math.prod(shape)
+
+    def inputs(make: Make) -> Inputs:
+        affine = [make.tensor(channels, grad=True, dtype=torch.float32) for _ in range(2)]
+        added = make.map(*shape, grad=needs_grad_x) if residual else None
+        return make.map(*shape, grad=needs_grad_x), *affine, *_running_statistics(make, channels), added
+
+    def call(*given: Any, backend: str | None) -> Tensor:
+        *norm, added = given
+        return ops.batch_norm_act(*norm, activation=activation, negative_slope=0.2, residual=added, backend=backend)
+
+    def work(size: int) -> Work:
+        """Both directions read x twice. The mask of a residual has one bit per element."""
+        more = total * (size + 1 / 8) if residual else 0
+        return Work(3 * total * size + more, (5 if needs_grad_x else 2) * total * size + more + residual * total / 8)
+
+    name = _name(shape) + ("" if activation == "relu" else f" {activation}") + (" with residual" if residual else "")
+    return Case(name=name + ("" if needs_grad_x else " only affine"), inputs=inputs, call=call, work=work, **more)
+
+
 def _distance(*shape: int, network: str = "", **more: Any) -> Case:
     """A case that calls statistics_distance for each layer."""
     layers = _NETWORKS[network] if network else [_Layer(shape)]
@@ -417,6 +441,7 @@ _MAKERS: dict[str, Callable[..., Case]] = {
     "contrastive_loss": _contrastive,
     "distillation_kl": _kl,
     "batchnorm_statistics": _batchnorm,
+    "batch_norm_act": _batchnorm_act,
     "statistics_distance": _distance,
     "max_pool2x2": _pool,
 }

@@ -8,6 +8,7 @@ from dfkd_fast.nn.attention import HighOrderAttention, SpatialAttention
 from dfkd_fast.nn.contrast import SemanticFeatureContrast
 from dfkd_fast.nn.generator import AttentionGenerator, freeze_spectral_norm
 from dfkd_fast.nn.heads import ProjectionHead
+from dfkd_fast.nn.norm import batch_norm_act
 
 __all__ = [
     "AttentionGenerator",
@@ -15,6 +16,7 @@ __all__ = [
     "ProjectionHead",
     "SemanticFeatureContrast",
     "SpatialAttention",
+    "batch_norm_act",
     "freeze_spectral_norm",
 ]
 

@@ -5,6 +5,7 @@ support ``torch.compile(fullgraph=True)`` and autocast, and accept non-contiguou
 """
 
 from dfkd_fast.ops.backend import backend, backends
+from dfkd_fast.ops.batch_norm_act import batch_norm_act
 from dfkd_fast.ops.batchnorm_statistics import batchnorm_statistics, channel_statistics
 from dfkd_fast.ops.contrastive_loss import contrastive_loss
 from dfkd_fast.ops.distillation_kl import distillation_kl
@@ -17,6 +18,7 @@ from dfkd_fast.ops.statistics_distance import statistics_distance
 __all__ = [
     "backend",
     "backends",
+    "batch_norm_act",
     "batchnorm_statistics",
     "channel_statistics",
     "contrastive_loss",

@@ -51,6 +51,7 @@ VARIABLE = "DFKD_FAST_BACKEND"
 """Environment variable that selects a backend."""
 
 EAGER_MIN_NUMEL = {
+    "batch_norm_act": 2**24,
     "batchnorm_statistics": 2**24,
     "channel_statistics": 2**24,
     "contrastive_loss": 2**18,

@@ -14,7 +14,7 @@ from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
 from dfkd_fast.ops.custom_op import differentiable, fused_op, operator, unsupported_reason
 from dfkd_fast.reference import batchnorm_statistics as reference
 
-__all__ = ["batchnorm_statistics", "channel_statistics", "new_map"]
+__all__ = ["batchnorm_statistics", "channel_statistics", "new_map", "new_mask"]
 
 
 def _channels_last(x: Tensor) -> torch.memory_format | None:
@@ -34,6 +34,13 @@ def new_map(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=_channels_last(x) or torch.contiguous_format)
 
 
+def new_mask(x: Tensor, keep: bool) -> Tensor:
+    """Allocate one bit per element of x, 8 channels per byte: (N, ceil(C / 8), positions), uint8. Empty if not kept."""
+    count, octets, positions = (x.shape[0], (x.shape[1] + 7) // 8, math.prod(x.shape[2:])) if keep else (0, 0, 0)
+    strides = (1, octets) if x.ndim == 2 or _channels_last(x) is not None else (positions, 1)
+    return x.new_empty_strided((count, octets, positions), (octets * positions, *strides), dtype=torch.uint8)
+
+
 def _allocate_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[1], dtype=torch.float32), x.new_empty(x.shape[1], dtype=torch.float32)
 
@@ -49,11 +56,8 @@ def _allocate(
     keep_mask: bool,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate y, mean, var and the activation's mask, (N, ceil(C / 8), positions), with 8 channels per byte."""
-    count, octets, positions = (x.shape[0], (x.shape[1] + 7) // 8, math.prod(x.shape[2:])) if keep_mask else (0, 0, 0)
-    strides = (1, octets) if x.ndim == 2 or _channels_last(x) is not None else (positions, 1)
-    mask = x.new_empty_strided((count, octets, positions), (octets * positions, *strides), dtype=torch.uint8)
-    return new_map(x), *_allocate_statistics(x), mask
+    """Allocate y, mean, var and the activation's mask."""
+    return new_map(x), *_allocate_statistics(x), new_mask(x, keep_mask)
 
 
 def _allocate_backward(

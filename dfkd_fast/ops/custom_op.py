@@ -1,8 +1,9 @@
 """Registers an op's operators in ``torch.ops.dfkd_fast`` with fake implementations, vmap rules and autograd formulas.
 
-Operators are functional: they allocate their results and launch a kernel that fills them. The schema is inferred from
-the annotations of the allocation function. The same function is the fake implementation that ``torch.compile`` traces,
-so the strides of traced and real results always agree.
+Operators allocate their results and launch a kernel that fills them. They are functional, except that some update
+arguments such as running statistics in place. The schema is inferred from the annotations of the allocation function.
+The same function is the fake implementation that ``torch.compile`` traces, so the strides of traced and real results
+always agree.
 """
 
 from __future__ import annotations
@@ -76,8 +77,14 @@ def _launcher(launch: Launcher) -> Callable[..., None]:
 
 def _vmap_rule(overload: Any) -> Callable[..., Any]:
     """Return a vmap rule that calls the operator once per sample: kernels do not support another batch dimension."""
+    mutated = [argument.is_write for argument in overload._schema.arguments]
 
     def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+        if any(
+            isinstance(value, Tensor) and write and dim is None
+            for value, dim, write in zip(arguments, in_dims, mutated, strict=True)
+        ):
+            raise RuntimeError(f"vmap: {overload.name()} would update one tensor for several samples")
         pairs = list(zip(arguments, in_dims, strict=True))
         each = [
             overload(*(value.select(dim, i) if isinstance(dim, int) else value for value, dim in pairs))
@@ -104,6 +111,9 @@ def _define(name: str, schema: str, allocate: Callable[..., Any], launch: Launch
     def run(*arguments: Any) -> Any:
         results = allocate(*arguments)
         fill(arguments, results)
+        for i in mutated:
+            if arguments[i] is not None:
+                torch.autograd.graph.increment_version(arguments[i])  # as PyTorch's in-place operators do
         return results
 
     def fake(*arguments: Any) -> Any:
@@ -118,6 +128,7 @@ def _define(name: str, schema: str, allocate: Callable[..., Any], launch: Launch
         _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"dfkd_fast::{name}", fake, lib=_LIBRARY)
     overload = getattr(torch.ops.dfkd_fast, name).default
+    mutated = [i for i, argument in enumerate(overload._schema.arguments) if argument.is_write]
     torch.library.register_vmap(f"dfkd_fast::{name}", _vmap_rule(overload), lib=_LIBRARY)
     return overload
 
@@ -128,7 +139,9 @@ def _spread(gradients: Sequence[Tensor], needs_grad: Sequence[bool]) -> tuple[Te
     return tuple(next(found) if need else None for need in needs_grad)
 
 
-def operator(name: str, allocate: Callable[..., Any], launch: Launcher) -> Callable[..., Any]:
+def operator(
+    name: str, allocate: Callable[..., Any], launch: Launcher, mutates: Sequence[str] = ()
+) -> Callable[..., Any]:
     """Define an operator.
 
     Args:
@@ -138,11 +151,12 @@ def operator(name: str, allocate: Callable[..., Any], launch: Launcher) -> Calla
             the last argument, ``needs_grad: list[bool]``, selects which to allocate.
         launch: takes the arguments and the results and fills the results. If these are gradients, it does not receive
             ``needs_grad``, but None for each gradient that is not needed.
+        mutates: names of the arguments that the kernels update in place; each may be None.
 
     Returns:
         The operator. If it computes gradients, it returns None for each one that is not needed.
     """
-    schema = torch.library.infer_schema(allocate, mutates_args=())
+    schema = torch.library.infer_schema(allocate, mutates_args=mutates)
     overload = _define(name, schema, allocate, launch)
     if not schema.endswith("Tensor[]"):
         return overload

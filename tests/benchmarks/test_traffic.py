@@ -21,6 +21,7 @@ from dfkd_fast.testing import value_and_gradients
 from ..ops.table import CASES
 
 MODULES = {
+    "batch_norm_act": ("batch_norm_act",),
     "batchnorm_statistics": ("batchnorm_statistics", "batchnorm_statistics_bwd"),
     "contrastive_loss": ("contrastive_loss", "contrastive_loss_bwd"),
     "distillation_kl": ("distillation_kl",),

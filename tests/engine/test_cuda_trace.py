@@ -36,6 +36,8 @@ GRAPHS = {
 # The argument whose memory format each result has, as documented in dfkd_fast.ops; None means contiguous. New operators
 # must be added here.
 DECLARED: dict[str, tuple[str | None, ...]] = {
+    "batch_norm_act": ("x", None, None, "mask"),
+    "batch_norm_act_backward": ("x", None, None, "x"),
     "batchnorm_statistics": ("x", None, None, "mask"),
     "batchnorm_statistics_backward": ("x", None, None, "x"),
     "channel_statistics": (None, None),

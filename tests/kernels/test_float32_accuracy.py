@@ -16,7 +16,7 @@ import torch
 from dfkd_fast import ops
 from dfkd_fast.testing import assert_backend_no_worse
 
-from ..ops.table import attention, call_norm, high_order, logits, norm, stored, vectors
+from ..ops.table import attention, call_act, call_norm, high_order, logits, norm, norm_act, stored, vectors
 
 pytest.importorskip("triton")
 
@@ -190,6 +190,10 @@ CASES = {
     "batchnorm_statistics": _case(call_norm, norm, (8, 24, 12, 12), 2),
     "batchnorm_statistics, residual": _case(
         call_norm, partial(norm, residual=True), (2, 70, 5, 5), 2, activation="relu"
+    ),
+    "batch_norm_act": _case(call_act, norm_act, (8, 24, 12, 12), 2),
+    "batch_norm_act, residual": _case(
+        call_act, partial(norm_act, residual=True), (2, 70, 5, 5), 2, activation="leaky_relu"
     ),
     "statistics_distance": _case(ops.statistics_distance, stored, (4, 24, 6, 6), 8),
 }

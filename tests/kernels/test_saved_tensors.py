@@ -9,7 +9,18 @@ import torch
 
 from dfkd_fast import ops
 
-from ..ops.table import attention, call_norm, logits, maps, norm, pool_and_unpool, stored, vectors
+from ..ops.table import (
+    attention,
+    call_act,
+    call_norm,
+    logits,
+    maps,
+    norm,
+    norm_act,
+    pool_and_unpool,
+    stored,
+    vectors,
+)
 
 GATE = attention((2, 8, 6, 4), needs_grad=(0, 1, 2))
 GATE_INPUTS = [(2, 8, 6, 4), (2, 3, 6, 4), (8, 3), (8,)]
@@ -22,6 +33,11 @@ CASES = {
     "batchnorm_statistics": (  # a bit per element, with the channels rounded up to whole bytes
         *(partial(call_norm, activation="relu"), norm((2, 9, 3, 2), residual=True)),
         [(2, 9, 3, 2), *[(9,)] * 5, (2, 2, 6)],
+    ),
+    "batch_norm_act": (partial(call_act, activation="relu"), norm_act((2, 9, 3, 2)), [(2, 9, 3, 2), *[(9,)] * 4]),
+    "batch_norm_act, residual": (
+        *(partial(call_act, activation="relu"), norm_act((2, 9, 3, 2), residual=True)),
+        [(2, 9, 3, 2), *[(9,)] * 4, (2, 2, 6)],
     ),
     "statistics_distance": (ops.statistics_distance, stored((2, 9, 3, 2)), [(2, 9, 3, 2), (3, 9)]),
     "max_pool2x2 and max_unpool2x2": (pool_and_unpool, maps((2, 8, 6, 4), needs_grad=(0,)), [(2, 8, 3, 2)] * 2),
@@ -36,5 +52,5 @@ def test_saves_only_what_backward_reads(kernel_device, case):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         function(*inputs, backend="triton")
     assert [t.shape for t in saved] == shapes
-    codes = {"batchnorm_statistics": 1, "max_pool2x2 and max_unpool2x2": 2}
+    codes = {"batchnorm_statistics": 1, "batch_norm_act, residual": 1, "max_pool2x2 and max_unpool2x2": 2}
     assert sum(t.dtype == torch.uint8 for t in saved) == codes.get(case, 0)

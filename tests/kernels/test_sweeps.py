@@ -18,6 +18,7 @@ from dfkd_fast.testing import LAYOUTS, assert_backend_no_worse
 from ..ops.table import (
     DTYPES,
     attention,
+    call_act,
     call_norm,
     high_order,
     high_order_tiles,
@@ -25,6 +26,7 @@ from ..ops.table import (
     maps,
     near,
     norm,
+    norm_act,
     pool_and_unpool,
     spatial_tiles,
     stored,
@@ -102,6 +104,14 @@ SWEEPS = {
         {"activation": choice(("none", "relu", "relu6"))},
         draws=4,
     ),
+    "batch_norm_act": Sweep(
+        *(call_act, norm_act),
+        # With few values per channel, the gradient of x is the rounding error of a sum that cancels.
+        st.one_of(*(st.tuples(size(9, 20), size(1, 70), *[size(1, 9)] * n) for n in range(4))),
+        {"residual": st.booleans(), "affine": st.booleans()},
+        {"activation": choice(("none", "relu", "leaky_relu"))},
+        draws=4,
+    ),
     "statistics_distance": Sweep(
         ops.statistics_distance, stored, _ANY_RANK, {"other": choice((*DTYPES, torch.float64))}
     ),
@@ -154,6 +164,15 @@ PAPER = {
             partial(call_norm, activation="relu"),
             partial(norm, residual=residual, needs_grad=(0, 5)),
             ((64, 64, 112, 112), (64, 128, 28, 28), (64, 512, 7, 7)),
+            1,
+        )
+        for residual in (False, True)
+    },
+    **{
+        f"batch_norm_act, residual {residual}": (
+            partial(call_act, activation="leaky_relu"),
+            partial(norm_act, residual=residual),
+            ((64, 64, 112, 112), (64, 256, 28, 28), (64, 512, 7, 7)),
             1,
         )
         for residual in (False, True)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 import dfkd_fast
 from dfkd_fast import ops
-from dfkd_fast.nn import AttentionGenerator, HighOrderAttention, ProjectionHead, SpatialAttention, freeze_spectral_norm
+from dfkd_fast.nn import (
+    AttentionGenerator,
+    HighOrderAttention,
+    ProjectionHead,
+    SpatialAttention,
+    batch_norm_act,
+    freeze_spectral_norm,
+)
 from dfkd_fast.testing import random
 
 
@@ -160,3 +167,61 @@ def test_projection_head_matches_definition() -> None:
 def test_errors(build: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu"])
+@pytest.mark.parametrize(
+    ("options", "training", "track"),
+    [
+        *(({}, True, True), ({"momentum": 0.3, "eps": 1e-3}, True, True), ({"affine": False}, True, True)),
+        *(({"momentum": None}, True, True), ({"momentum": None}, False, True), ({}, False, True)),
+        *(({"track_running_stats": False}, True, False), ({"track_running_stats": False}, False, False)),
+        *(({}, True, False), ({}, False, False)),  # the second flag as changed by batchnorm_mode
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [False, True])
+def test_batch_norm_act_equals_module(activation, options, training, track, dtype, residual) -> None:
+    """Values, gradients and buffers are bitwise equal to those of the module and PyTorch's activations."""
+    results = []
+    for fused in (True, False):
+        bn = nn.BatchNorm2d(6, **options).train(training)
+        bn.track_running_stats = track
+        for i, parameter in enumerate(bn.parameters()):
+            parameter.data = random(6, seed=i, shift=1.0)
+        x, other = (random(4, 6, 5, 3, seed=i, dtype=dtype, requires_grad=True) for i in (3, 4))
+        other = other if residual else None
+        for _ in range(2):
+            if fused:
+                y = batch_norm_act(bn, x, activation=activation, negative_slope=0.2, residual=other)
+            else:
+                y = bn(x) if other is None else bn(x) + other
+                y = {"none": y, "relu": F.relu(y), "leaky_relu": F.leaky_relu(y, 0.2)}[activation]
+        leaves = [t for t in (x, other, *bn.parameters()) if t is not None]
+        results.append((y, *torch.autograd.grad(y, leaves, random(*y.shape, seed=9, dtype=dtype)), *bn.buffers()))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_batch_norm_act_compiles_without_graph_breaks() -> None:
+    results = []
+    for compiled in (False, True):
+        bn = nn.BatchNorm2d(6)
+        call = torch.compile(batch_norm_act, fullgraph=True, backend="aot_eager") if compiled else batch_norm_act
+        for seed in range(2):
+            y = call(bn, random(4, 6, 5, 3, seed=seed), activation="leaky_relu")
+        results.append((y, *bn.buffers()))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_batch_norm_act_calls_modules_with_hooks_and_checks_inputs() -> None:
+    bn, seen = nn.BatchNorm2d(6), []
+    x = random(4, 6, 5, 3)
+    bn.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    y = batch_norm_act(bn, x, activation="relu", residual=x)
+    assert torch.equal(y, (seen[0] + x).relu())
+    with pytest.raises(ValueError, match="expected 4D input"):
+        batch_norm_act(nn.BatchNorm2d(6), x[0])
+    with pytest.raises(ValueError, match="activation must be 'none', 'relu' or 'leaky_relu', got 'gelu'"):
+        batch_norm_act(nn.BatchNorm2d(6), x, activation="gelu")  # type: ignore[arg-type]

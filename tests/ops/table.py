@@ -155,6 +155,24 @@ def call_norm(x, running_mean, running_var, weight, bias, residual, *, eps=1e-3,
     return ops.batchnorm_statistics(x, running_mean, running_var, weight, bias, eps, residual=residual, **options)
 
 
+def call_act(x, weight, bias, running_mean, running_var, residual, **options: Any):
+    """Call :func:`ops.batch_norm_act`; by default the running statistics are checked, but not updated."""
+    options = {"eps": 1e-3, "negative_slope": 0.2, "update_running_stats": False, **options}
+    return ops.batch_norm_act(x, weight, bias, running_mean, running_var, residual=residual, **options)
+
+
+def norm_act(shape=(3, 5, 4, 2), *, needs_grad=(0, 1, 2, 5), **options: Any) -> Make:
+    """Inputs of :func:`call_act`: those of :func:`norm`, with weight and bias before the running statistics."""
+    make = norm(shape, needs_grad=[(0, 3, 4, 1, 2, 5)[i] for i in needs_grad], **options)
+
+    def reordered(seed: int = 1) -> list[Any]:
+        # Output gradients have seed 1. If they were a linear function of x, the gradient of x would be zero.
+        inputs = make(seed + 100)
+        return [inputs[i] for i in (0, 3, 4, 1, 2, 5)]
+
+    return reordered
+
+
 def stored(shape=(3, 5, 4, 2), *, dtype=torch.float32, other=None, layout="contiguous", device="cpu", needs_grad=(0,)):
     """Inputs of :func:`ops.statistics_distance`. ``other`` is the dtype of the running statistics."""
     fixed = {"dtype": other or dtype, "device": device}
@@ -304,6 +322,7 @@ _MAPS: dict[str, Any] = {"shapes": ((2, 19, 5, 3), (3, 8, 5, 2), (2, 8, 4, 4)), 
 _PARAMETERS = {**_MAPS, "many": (2, 20, 5, 4), "autocast": False}
 _SPATIAL = {**_PARAMETERS, "make": attention, "needs_grad": (0, 1, 2, 3), "batched": (0, 1), "graph": (4, 16, 15, 14)}
 _HIGH = {**_PARAMETERS, "make": high_order, "needs_grad": (0, 1, 2), "shapes": ((2, 20, 3, 3), *_MAPS["shapes"][1:])}
+_NORM_ACT = {**_MAPS, "make": partial(norm_act, residual=True), "needs_grad": (0, 1, 2, 5), "batched": (0, 5)}
 _NORM = {**_MAPS, "make": partial(norm, residual=True), "needs_grad": (0, 3, 4, 5), "batched": (0, 5)}
 
 CASES: dict[str, Case] = {
@@ -344,6 +363,19 @@ CASES: dict[str, Case] = {
     ),
     "batchnorm_statistics, none, no affine": Case(
         function=call_norm, **{**_NORM, "make": partial(norm, affine=False, residual=True), "needs_grad": (0, 5)}
+    ),
+    "batch_norm_act": Case(function=partial(call_act, activation="relu"), **_NORM_ACT),
+    "batch_norm_act, leaky_relu": Case(
+        function=partial(call_act, activation="leaky_relu"),
+        **{**_NORM_ACT, "make": norm_act, "needs_grad": (0, 1, 2), "batched": (0,)},
+    ),
+    "batch_norm_act, leaky_relu with residual": Case(
+        function=partial(call_act, activation="leaky_relu"),
+        **{**_NORM_ACT, "make": partial(norm_act, affine=False, residual=True), "needs_grad": (0, 5)},
+    ),
+    "batch_norm_act, none": Case(
+        function=call_act,
+        **{**_NORM_ACT, "make": partial(norm_act, affine=False), "needs_grad": (0,), "batched": (0,)},
     ),
     "channel_statistics": Case(function=ops.channel_statistics, make=maps, **_MAPS),
     "statistics_distance": Case(function=ops.statistics_distance, make=stored, **_MAPS),

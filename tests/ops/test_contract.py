@@ -53,6 +53,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "high_order_attention": {"mode": ("joint", "per_order")},
     "high_order_attention_map": {"mode": ("joint", "per_order")},
     "high_order_attention_mse": {"mode": ("joint", "per_order")},
+    "batch_norm_act": {"activation": ("none", "relu", "leaky_relu")},
     "batchnorm_statistics": {"activation": ("none", "relu", "relu6")},
 }
 
@@ -103,11 +104,12 @@ def test_tensor_arguments_are_checked(name):
     [
         *(("distillation_kl", "temperature"), ("contrastive_loss", "temperature")),
         *(("batchnorm_statistics", "eps"), ("spatial_attention", "scale")),
+        *(("batch_norm_act", "eps"), ("batch_norm_act", "momentum"), ("batch_norm_act", "negative_slope")),
     ],
 )
 def test_numeric_options_are_checked(name, option):
     function, inputs = CASES[name].function, CASES[name].make(CASES[name].shapes[0])(1)
-    above = option != "scale"
+    above = option in ("temperature", "eps")
     for wrong in (math.nan, math.inf, *((0, 0.0, -0.1) if above else ())):
         with pytest.raises(ValueError, match=f"{option} must be a finite number{' above 0' if above else ''}, got"):
             function(*inputs, **{option: wrong})

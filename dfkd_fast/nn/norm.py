@@ -1,0 +1,72 @@
+"""BatchNorm modules with the residual and activation that follow them, as one op."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfkd_fast import ops
+
+__all__ = ["batch_norm_act"]
+
+
+def _calls_module(bn: _BatchNorm) -> bool:
+    """Return whether a call of the module does more than the op can: hooks, another forward, a cumulative average."""
+    cumulative = bn.momentum is None and bn.training and bn.track_running_stats
+    hooks = bn._forward_hooks or bn._forward_pre_hooks or bn._backward_hooks or bn._backward_pre_hooks
+    return cumulative or type(bn).forward is not _BatchNorm.forward or bool(hooks)
+
+
+def batch_norm_act(
+    bn: _BatchNorm,
+    x: Tensor,
+    *,
+    activation: Literal["none", "relu", "leaky_relu"] = "none",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Return ``activation(bn(x) + residual)``, computed by :func:`dfkd_fast.ops.batch_norm_act`.
+
+    The module's flags, running statistics and ``num_batches_tracked`` are used and updated as in ``bn(x)``. The module
+    itself is called if it has hooks, has no momentum (cumulative average), or is not a plain BatchNorm.
+
+    Args:
+        bn: ``nn.BatchNorm1d``, ``nn.BatchNorm2d`` or ``nn.BatchNorm3d``.
+        x: (N, C, ...), as for ``bn``.
+        activation: applied after the residual is added.
+        negative_slope: slope of ``leaky_relu`` for negative values.
+        residual: same shape as x; None means 0.
+
+    Returns:
+        A tensor with the shape and dtype of x.
+
+    Raises:
+        ValueError: shapes do not match, ``activation`` is unknown, or training has only one value per channel.
+    """
+    if _calls_module(bn):
+        y = bn(x)
+        y = y if residual is None else (y + residual).to(y.dtype)
+        if activation == "relu":
+            return F.relu(y)
+        return F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else y
+    bn._check_input_dim(x)
+    update = bn.training and bn.track_running_stats
+    if update and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    return ops.batch_norm_act(
+        x,
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
+        momentum=0.0 if bn.momentum is None else bn.momentum,
+        eps=bn.eps,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual=residual,
+        training=bn.training or (bn.running_mean is None and bn.running_var is None),
+        update_running_stats=update,
+    )

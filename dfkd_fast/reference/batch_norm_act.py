@@ -1,0 +1,41 @@
+"""BatchNorm with residual and activation in plain PyTorch. Formulas: :func:`dfkd_fast.ops.batch_norm_act`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["batch_norm_act"]
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    momentum: float,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    residual: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """Normalize x (N, C, ...), add the residual and activate; in training, update the running statistics."""
+    vectors = (running_mean, running_var, weight, bias)
+    # F.batch_norm requires vectors of one dtype: that of x, or float32 for half precision.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if {v.dtype for v in vectors if v is not None} == {x.dtype}:
+        dtype = x.dtype
+    mean, var, scale, shift = (None if v is None else v.to(dtype) for v in vectors)
+    y = F.batch_norm(x, mean, var, scale, shift, training, momentum, eps)
+    for buffer, updated in ((running_mean, mean), (running_var, var)):
+        if buffer is not None and updated is not None and buffer.dtype != dtype:
+            buffer.copy_(updated)
+    if residual is not None:
+        y = (y + residual).to(x.dtype)
+    if activation == "relu":
+        return F.relu(y)
+    return F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else y
