@@ -36,7 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "ops": {"reference", "kernels", "nvtx", "_C", "deprecated"},
     "nn": {"ops", "deprecated"},
     "compat": {"ops"},
-    "graph": {"ops"},
+    "graph": {"nn", "ops"},
     "models": {"graph", "config", "deprecated"},
     "objectives": {"nn", "ops", "graph", "config"},
     "data": {"config"},

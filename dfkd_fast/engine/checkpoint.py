@@ -21,7 +21,7 @@ from dfkd_fast.config import DistillConfig, to_dict
 
 __all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
 
-FORMAT = "dfkd_fast.checkpoint/1"
+FORMAT = "dfkd_fast.checkpoint/2"
 # Fields that can change between a run and its resumption without changing the final weights.
 _FREE = (
     *((name,) for name in ("out", "resume", "device", "engine", "autotune")),
@@ -97,8 +97,11 @@ class Checkpoints:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CheckpointError(f"{path.name} contains more than tensors and plain values: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise CheckpointError(f"{path.name} is not a {FORMAT} file")
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != FORMAT:
+            older = str(found).startswith("dfkd_fast.checkpoint/")
+            hint = "; continue this run with the version that started it" if older else ""
+            raise CheckpointError(f"{path.name} has format {found}, expected {FORMAT}{hint}")
         for name, expected in self.identity.items():
             if content.get(name) != expected:
                 raise CheckpointError(f"{path.name} was written with another {name}")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dfkd_fast.engine.state import DistillState
 from dfkd_fast.engine.weight_cast import weight_cast
-from dfkd_fast.graph import cast_weights, fold_batchnorm
+from dfkd_fast.graph import Outputs, cast_weights, fold_batchnorm
 from dfkd_fast.nvtx import nvtx_range
+from dfkd_fast.objectives import Objective
 
 __all__ = ["Networks", "StepNetworks", "compiled_networks", "eager_networks", "optimized_networks"]
 
@@ -81,6 +82,19 @@ def _with_own_code(name: str, call: Call) -> Call:
     return types.FunctionType(code, region.__globals__, code.co_name, None, region.__closure__)
 
 
+def _differentiable_outputs(call: Call, objective: Objective) -> Call:
+    """Detach features that the objective does not read. The backward would otherwise add zeros to their gradients."""
+    if objective.reads_features:
+        return call
+
+    def logits_and_statistics(*arguments: Any) -> Outputs:
+        outputs = call(*arguments)
+        features = tuple(feature.detach() for feature in outputs.features)
+        return outputs._replace(features=features, penultimate=outputs.penultimate.detach())
+
+    return logits_and_statistics
+
+
 def _networks(
     state: DistillState,
     teachers: tuple[nn.Module, nn.Module],
@@ -101,8 +115,8 @@ def _networks(
     steps = [
         StepNetworks(
             generator=region("generator", generator, first=cast_generator),
-            teacher=region("teacher", teacher),
-            student=region("student", student, first=cast_student),
+            teacher=region("teacher", _differentiable_outputs(teacher, side.objective)),
+            student=region("student", _differentiable_outputs(student, side.objective), first=cast_student),
             objective=region("objective", side.objective),
         )
         for side, teacher in zip(state.sides.values(), teachers, strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from dfkd_fast.graph.fusion import find, fuse
+from dfkd_fast.graph.fusion import find, fuse, fuse_training
 from dfkd_fast.graph.outputs import Outputs
 from dfkd_fast.graph.tracing import (
     Root,
@@ -191,7 +192,10 @@ def _extract_traced(
     result.programs[False] = result.programs[True] = _program(result, trace, head, statistics_nodes)
     if not statistics:
         trace = _trace_with_hint(root, training=True)
-        result.programs[True] = _program(result, trace, _find_head(trace), [])
+        head = _find_head(trace)
+        run(root, trace.graph, image)
+        fuse_training(trace, {*(trace.stage(path) for path in result.stages), head.penultimate, head.logits})
+        result.programs[True] = _program(result, trace, head, [])
     return result
 
 
@@ -332,7 +336,12 @@ def _fuse_batchnorms(result: FeatureModel, trace: Trace, kept: set[fx.Node]) -> 
         for path, module in result.model.named_modules()
         if path not in result.batchnorms and (isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__)
     )
-    return [fuse(trace.graph, fusion) for fusion in fusions]
+    statistics = []
+    for fusion in fusions:
+        call = fuse(trace.graph, fusion)
+        with trace.graph.inserting_after(call):
+            statistics.append(trace.graph.call_function(operator.getitem, (call, 1)))
+    return statistics
 
 
 def _program(result: FeatureModel, trace: Trace, head: _Head, statistics: list[fx.Node]) -> fx.GraphModule:

@@ -1,14 +1,15 @@
 """Finds patterns of a graph and replaces them by fused ops.
 
 * ``activation(batchnorm(x) + residual)`` with an optional residual and activation, if nothing else reads the
-  intermediate values: one pass over the map, which also computes the statistics of x.
+  intermediate values: in eval mode, one pass over the map, which also computes the statistics of x; in training mode,
+  ``ops.batch_norm_act``.
 * 2 x 2 max pooling with indices and its unpooling.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,8 +20,18 @@ from torch import Tensor, fx, nn
 from dfkd_fast import ops
 from dfkd_fast.graph.outputs import LayerStatistics
 from dfkd_fast.graph.tracing import Trace, has_hooks, loaded_library
+from dfkd_fast.nn.norm import batch_norm_act, count_batches
 
-__all__ = ["Fusion", "find", "fuse", "fuse_pools", "has_indices", "is_batchnorm_act", "supports_statistics"]
+__all__ = [
+    "Fusion",
+    "find",
+    "fuse",
+    "fuse_pools",
+    "fuse_training",
+    "has_indices",
+    "is_batchnorm_act",
+    "supports_statistics",
+]
 
 Activation = Literal["none", "relu", "relu6"]
 _RELU: set[Any] = {F.relu, torch.relu, F.relu_, torch.relu_, Tensor.relu, Tensor.relu_, "relu", "relu_"}
@@ -178,15 +189,40 @@ def find(trace: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
     return list(fusions.values())
 
 
-def fuse(graph: fx.Graph, fusion: Fusion) -> fx.Node:
-    """Insert the fused call and return the node of the statistics. ``fusion.last`` keeps its users."""
+def _train(bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation) -> tuple[Tensor]:
+    """``activation(bn(x) + residual)`` in the mode of ``bn``, except that ``num_batches_tracked`` does not change."""
+    fusible = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    if fusible and activation != "relu6":
+        return (batch_norm_act(bn, x, activation=activation, residual=residual, count=False),)
+    y = batch_norm_act(bn, x, count=False)
+    y = y if residual is None else y + residual
+    return (y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y),)
+
+
+def fuse_training(trace: Trace, kept: Collection[fx.Node]) -> None:
+    """Replace BatchNorms and the additions and activations that follow them by :func:`dfkd_fast.nn.batch_norm_act`.
+
+    Args:
+        trace: a graph after :func:`dfkd_fast.graph.tracing.run`.
+        kept: nodes whose values must remain in the graph.
+    """
+    fusions = [each for each in find(trace, kept) if not is_batchnorm_act(trace.module(each.norm))]
+    with trace.graph.inserting_before(next(iter(trace.graph.nodes))):
+        norms = [trace.graph.get_attr(str(fusion.norm.target)) for fusion in fusions]
+        trace.graph.call_function(count_batches, (norms,))
+    for fusion in fusions:
+        fuse(trace.graph, fusion, _train)
+
+
+def fuse(graph: fx.Graph, fusion: Fusion, function: Callable[..., Any] = batchnorm_with_statistics) -> fx.Node:
+    """Insert the call of a fused function, which returns y and more, and return its node. ``fusion.last`` becomes y."""
     last = fusion.last
     # Insert before the addition: the residual may be computed after the norm and overwritten after the addition.
     with graph.inserting_before(fusion.add if fusion.add is not None else fusion.norm):
         norm = graph.get_attr(str(fusion.norm.target))
         arguments = (norm, fusion.norm.all_input_nodes[0], fusion.residual, fusion.activation)
-        call = graph.call_function(batchnorm_with_statistics, arguments)
-        y, statistics = (graph.call_function(operator.getitem, (call, i)) for i in (0, 1))
+        call = graph.call_function(function, arguments)
+        y = graph.call_function(operator.getitem, (call, 0))
     if fusion.unfused_act is not None:
         last.op, last.target, last.args, last.kwargs = "call_module", fusion.unfused_act, (y,), {}
     else:
@@ -194,7 +230,7 @@ def fuse(graph: fx.Graph, fusion: Fusion) -> fx.Node:
         graph.erase_node(y)
     for node in reversed(fusion.between):
         graph.erase_node(node)
-    return statistics
+    return call
 
 
 def has_indices(module: nn.Module) -> bool:

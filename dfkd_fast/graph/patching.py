@@ -128,7 +128,7 @@ def _fuse_norms(trace: Trace, x: Tensor) -> tuple[dict[nn.Module, str], list[nn.
             replaced[norm] = f"batchnorm_statistics ({fusion})"
             after = [trace.module(node) for node in (*fusion.between, fusion.last)]
             skipped += [inner for each in after if each is not None for inner in each.modules()]
-            trace.graph.erase_node(fuse(trace.graph, fusion))
+            fuse(trace.graph, fusion)
     return replaced, skipped
 
 

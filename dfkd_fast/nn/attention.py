@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_fast import ops
+from dfkd_fast.nn.norm import batch_norm_act, count_batches
 
 __all__ = ["HighOrderAttention", "SpatialAttention"]
 
@@ -110,12 +110,14 @@ class SpatialAttention(nn.Module):
 
     def hidden(self, features: Tensor) -> Tensor:
         """Compute the hourglass, (N, C / r, H, W); arguments and errors are those of :meth:`forward`."""
-        normed = self.encode_norm(self.encode(self.reduce(features)))
+        count_batches([self.encode_norm, self.bottleneck_norm, self.widen_norm, self.decode_norm])
+        relu: Any = {"activation": "relu", "count": False}
+        normed = batch_norm_act(self.encode_norm, self.encode(self.reduce(features)), count=False)
         pooled, code = ops.max_pool2x2(normed, relu=True)
-        gamma = F.relu(self.bottleneck_norm(self.bottleneck(pooled)))
-        widened = F.relu(self.widen_norm(self.widen(gamma)))
+        gamma = batch_norm_act(self.bottleneck_norm, self.bottleneck(pooled), **relu)
+        widened = batch_norm_act(self.widen_norm, self.widen(gamma), **relu)
         unpooled = ops.max_unpool2x2(widened, code, normed.shape[-2:])
-        return F.relu(self.decode_norm(self.decode(unpooled)))
+        return batch_norm_act(self.decode_norm, self.decode(unpooled), **relu)
 
     def forward(self, features: Tensor) -> Tensor:
         """Gate features (N, C, H, W), with H and W at least 2, any floating dtype; the result has the same shape.

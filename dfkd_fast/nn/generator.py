@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from dfkd_fast.nn.attention import SpatialAttention
+from dfkd_fast.nn.norm import batch_norm_act, count_batches
 
 __all__ = ["AttentionGenerator", "freeze_spectral_norm"]
 
@@ -22,14 +23,20 @@ class _Block(nn.Module):
         self, inputs: int, outputs: int, *, batch_norm: bool, spectral_norm: bool, attention: SpatialAttention | None
     ) -> None:
         super().__init__()
-        convolution = nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1)
+        # A BatchNorm would subtract the bias.
+        convolution = nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1, bias=not batch_norm)
         self.upsample = parametrizations.spectral_norm(convolution) if spectral_norm else convolution
         self.norm = nn.BatchNorm2d(outputs) if batch_norm else nn.Identity()
         self.activation = nn.LeakyReLU(0.2)
         self.attention = attention if attention is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attention(self.activation(self.norm(self.upsample(x))))
+        x, slope = self.upsample(x), self.activation.negative_slope
+        if isinstance(self.norm, nn.BatchNorm2d):
+            x = batch_norm_act(self.norm, x, activation="leaky_relu", negative_slope=slope, count=False)
+        else:
+            x = self.activation(x)
+        return self.attention(x)
 
 
 class AttentionGenerator(nn.Module):
@@ -71,7 +78,7 @@ class AttentionGenerator(nn.Module):
         if len(channels) != 5:
             raise ValueError(f"channels must have five entries, for the first map and four blocks, got {channels}")
         self.image_size, self.latent_dim, self.first_size = image_size, latent_dim, image_size // 16
-        self.project = nn.Linear(latent_dim, channels[0] * self.first_size**2)
+        self.project = nn.Linear(latent_dim, channels[0] * self.first_size**2, bias=False)
         self.project_norm = nn.BatchNorm2d(channels[0])
         self.blocks = nn.Sequential()
         for inputs, outputs in pairwise(channels):
@@ -89,8 +96,10 @@ class AttentionGenerator(nn.Module):
         Raises:
             RuntimeError: the noise does not have latent_dim columns or the dtype of the weights.
         """
+        norms = (self.project_norm, *(block.norm for block in self.blocks))
+        count_batches(norm for norm in norms if isinstance(norm, nn.BatchNorm2d))
         first = self.project(noise).unflatten(1, (-1, self.first_size, self.first_size))
-        return self.paint(self.blocks(self.project_norm(first))).tanh()
+        return self.paint(self.blocks(batch_norm_act(self.project_norm, first, count=False))).tanh()
 
 
 @contextmanager

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_fast import ops
 
-__all__ = ["batch_norm_act"]
+__all__ = ["batch_norm_act", "count_batches"]
 
 
 def _calls_module(bn: _BatchNorm) -> bool:
@@ -20,6 +22,18 @@ def _calls_module(bn: _BatchNorm) -> bool:
     return cumulative or type(bn).forward is not _BatchNorm.forward or bool(hooks)
 
 
+def _counts(bn: _BatchNorm) -> bool:
+    """Return whether :func:`batch_norm_act` updates the running statistics and the batch count."""
+    return bn.training and bn.track_running_stats and not _calls_module(bn)
+
+
+def count_batches(norms: Iterable[_BatchNorm]) -> None:
+    """Increment ``num_batches_tracked`` of several BatchNorms with one kernel, for calls with ``count=False``."""
+    counters = [bn.num_batches_tracked for bn in norms if _counts(bn) and bn.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+
+
 def batch_norm_act(
     bn: _BatchNorm,
     x: Tensor,
@@ -27,6 +41,7 @@ def batch_norm_act(
     activation: Literal["none", "relu", "leaky_relu"] = "none",
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
+    count: bool = True,
 ) -> Tensor:
     """Return ``activation(bn(x) + residual)``, computed by :func:`dfkd_fast.ops.batch_norm_act`.
 
@@ -39,6 +54,7 @@ def batch_norm_act(
         activation: applied after the residual is added.
         negative_slope: slope of ``leaky_relu`` for negative values.
         residual: same shape as x; None means 0.
+        count: increment ``num_batches_tracked``; see :func:`count_batches`.
 
     Returns:
         A tensor with the shape and dtype of x.
@@ -53,9 +69,8 @@ def batch_norm_act(
             return F.relu(y)
         return F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else y
     bn._check_input_dim(x)
-    update = bn.training and bn.track_running_stats
-    if update and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
+    if count:
+        count_batches([bn])
     return ops.batch_norm_act(
         x,
         bn.weight,
@@ -68,5 +83,5 @@ def batch_norm_act(
         negative_slope=negative_slope,
         residual=residual,
         training=bn.training or (bn.running_mean is None and bn.running_var is None),
-        update_running_stats=update,
+        update_running_stats=bn.training and bn.track_running_stats,
     )

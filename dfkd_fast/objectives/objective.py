@@ -35,6 +35,7 @@ class Objective(nn.Module):
         self.weights = dict(weights)
         self.names = tuple(terms)
         self.needs: frozenset[str] = frozenset().union(*(term.needs for term in terms.values()))
+        self.reads_features = any(term.reads_features for term in terms.values())
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> tuple[Tensor, Tensor]:
         """The weighted sum, a float32 scalar, and the unweighted values, (len(names),), detached."""

@@ -47,10 +47,13 @@ class Term(nn.Module):
 
     Attributes:
         needs: a subset of ``{"statistics", "student"}``.
+        reads_features: whether the term reads stage features or penultimate features. A step whose terms do not can
+            cut their gradients, which would be zeros.
         sides: the objectives that may contain the term: ``"generator"``, ``"student"`` or both.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads_features: ClassVar[bool] = True
     sides: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -91,6 +94,7 @@ class Distillation(Term):
     """
 
     needs = frozenset({"student"})
+    reads_features = False
 
     @classmethod
     def build(cls, shapes: FeatureShapes, config: ObjectiveConfig) -> Term:
@@ -112,6 +116,7 @@ class LogitDistance(Term):
     """Mean absolute difference of the logits, (N, classes) (DFAD; Fang et al., 2019, Eq. 3)."""
 
     needs = frozenset({"student"})
+    reads_features = False
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         assert student is not None
@@ -130,6 +135,7 @@ class BatchNormStatistics(Term):
     """
 
     needs = frozenset({"statistics"})
+    reads_features = False
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         if not teacher.statistics:
@@ -151,6 +157,8 @@ class BatchNormStatistics(Term):
 class OneHot(Term):
     """Cross-entropy of the teacher's logits with their argmax as target (DAFL; Chen et al., ICCV 2019, Eq. 2)."""
 
+    reads_features = False
+
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         logits = teacher.logits.float()
         return F.cross_entropy(logits, logits.detach().argmax(1))
@@ -167,6 +175,8 @@ class ActivationNorm(Term):
 @register("balance", "generator")
 class ClassBalance(Term):
     """Negative entropy of the class probabilities averaged over the batch, which balances the classes (DAFL, Eq. 4)."""
+
+    reads_features = False
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         return -torch.special.entr(teacher.logits.float().softmax(1).mean(0)).sum()

@@ -176,7 +176,11 @@ def test_checkpoint_of_another_run_is_refused(finished: Path) -> None:
         )
     for path in (finished / "checkpoints").iterdir():
         torch.save({"state_dict": {"weight": torch.zeros(3)}}, path)
-    with pytest.raises(CheckpointError, match=r"is not a dfkd_fast.checkpoint/1 file"):
+    with pytest.raises(CheckpointError, match=r"has format None, expected dfkd_fast.checkpoint/2"):
+        tiny.run(finished, resume=True)
+    for path in (finished / "checkpoints").iterdir():
+        torch.save({"format": "dfkd_fast.checkpoint/1"}, path)
+    with pytest.raises(CheckpointError, match=r"checkpoint/1, expected .*/2; continue this run with the version that"):
         tiny.run(finished, resume=True)
 
 

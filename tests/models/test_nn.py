@@ -123,7 +123,9 @@ def test_default_generator_has_the_channels_of_the_paper() -> None:
     shapes = [tuple(block.upsample.weight.shape) for block in generator.blocks]
     assert shapes == [(512, 256, 3, 3), (256, 128, 3, 3), (128, 64, 3, 3), (64, 64, 3, 3)]
     assert generator.paint.weight.shape == (3, 64, 3, 3)
-    assert all(block.upsample.bias is not None for block in generator.blocks)
+    assert all(layer.bias is None for layer in (generator.project, *(block.upsample for block in generator.blocks)))
+    without = AttentionGenerator(224, batch_norm=False)
+    assert all(block.upsample.bias is not None for block in without.blocks)
     assert all(isinstance(block.attention, SpatialAttention) for block in generator.blocks)
 
 
