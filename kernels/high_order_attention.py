@@ -13,7 +13,7 @@ Gradient, with g the gradient of y (for the error, ``2 (A x - target) grad_outpu
 
 If the result is the gate, with gradient h, then ``dl = h A (1 - A)``, and dx has no term g A. In mode "per_order", A is
 the mean of one gate A_r per order (``GATES = R``), and dl_r = g x A_r (1 - A_r) / R. The products over j != i are
-computed by multiplication, not from z by division. Only x is saved. Factors, products, logits and gate are float32; the
+computed by multiplication, not from z by division. Only x is saved. Products, logits and gate are float32; the
 operands of matrix products have the dtype of the weights.
 
 There are two forms. In the whole form, a program holds all channels of its positions (``BLOCK_C >= C``), and
@@ -32,7 +32,7 @@ splits the sums over positions. Factors are rounded to the dtype of the weights,
 Memory traffic with two-byte features, K = C / 4 and R = 3. Whole form: forward reads x and writes y, 4PC bytes.
 Backward reads x and g and writes dx, 6PC bytes. If weights need gradients, backward also writes dl, a_r and du, 6.5PC
 bytes, for the matrix products over positions. Split form, counted per launch: forward 5PC + 7PC bytes; backward
-5PC (U), 12.5PC (dl, g A, and a for dout), 8PC (du), 7PC (dX), 5PC (dproj) and 3.5PC (dout), mostly from L2.
+5PC (U), 12.5PC (dl, g A, and a for dout), 8PC (du), 7PC (dX), 5PC (dproj) and 3.5PC (dout), partly from L2.
 
 Sums over positions are split over programs, and their partial sums are added in a fixed order. cuBLAS does the same as
 long as the calls of one handle share a stream. Results are therefore deterministic.
@@ -81,11 +81,11 @@ def _split(arch: int, dtype: torch.dtype, hidden: int, order: int, gates: int, u
     if dtype == torch.float32:
         if order > 3 or gates > 1 or (unaligned and arch >= 100):
             return _launch(16, 16, 16, hidden)
-        return _launch(32, 32, 32 if arch < 100 else 16, hidden)
+        return _launch(32, 32, 32 if arch < 90 else 16, hidden)
     if order > 3 or unaligned:
         return _launch(32, 32, 16, hidden)
     if gates > 1:
-        return _launch(32 if 100 <= arch < 120 else 64, 32, 32, hidden)  # on sm_100, 64 spills
+        return _launch(64 if arch == 90 else 32, 32, 32, hidden)  # elsewhere, 64 spills
     if 100 <= arch < 120:
         return _launch(64, 128, 32, hidden, 8)  # 64 x 64 spills
     return _launch(64, 64, 32, hidden, stages=3 if arch == 90 else 2)
@@ -118,11 +118,9 @@ def _config_hidden(
     arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, unaligned: int
 ) -> Launch:
     """The gradient of the factors: BLOCK_M positions by BLOCK_K hidden units, BLOCK_C channels per step."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 or order > 3 or unaligned:
         return _launch(32, 32, 32, hidden)
-    if order > 3 or unaligned:
-        return _launch(32, 32, 32, hidden)
-    return _launch(64, 64, 64, hidden, 4, stages=3 if arch == 90 else 2)
+    return _launch(64, 64, 128, hidden, 4 if hidden <= 64 else 8, stages=3 if arch == 90 else 2)
 
 
 @config.heuristic("high_order_attention_weights", **_LIMITS)
