@@ -80,8 +80,8 @@ def _split(arch: int, dtype: torch.dtype, hidden: int, order: int, gates: int, u
     """The split form. Larger tiles spill with four factors, several gates, or loads that cannot be vectorized."""
     if dtype == torch.float32:
         if order > 3 or gates > 1 or (unaligned and arch >= 100):
-            return _launch(16, 16, 16, hidden)
-        return _launch(32, 32, 32 if arch < 90 else 16, hidden)
+            return _launch(16, 16, 16 if arch < 120 or unaligned else 32, hidden)  # on sm_120, 16 spills
+        return _launch(32, 32, 32 if arch == 80 else 16, hidden)
     if order > 3 or unaligned:
         return _launch(32, 32, 16, hidden)
     if gates > 1:
