@@ -365,6 +365,7 @@ CASES: dict[str, Case] = {
         function=call_norm, **{**_NORM, "make": partial(norm, affine=False, residual=True), "needs_grad": (0, 5)}
     ),
     "batch_norm_act": Case(function=partial(call_act, activation="relu"), **_NORM_ACT),
+    "batch_norm_act, fork": Case(function=partial(call_act, activation="relu", fork=True), **_NORM_ACT),
     "batch_norm_act, leaky_relu": Case(
         function=partial(call_act, activation="leaky_relu"),
         **{**_NORM_ACT, "make": norm_act, "needs_grad": (0, 1, 2), "batched": (0,)},
