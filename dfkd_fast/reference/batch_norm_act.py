@@ -37,6 +37,7 @@ def batch_norm_act(
             buffer.copy_(updated)
     if residual is not None:
         y = (y + residual).to(x.dtype)
-    if activation != "none":
-        y = F.relu(y) if activation == "relu" else F.leaky_relu(y, negative_slope)
+    if activation != "none":  # in place if the backward then still knows the sign
+        in_place = activation == "relu" or negative_slope > 0
+        y = F.relu(y, in_place) if activation == "relu" else F.leaky_relu(y, negative_slope, in_place)
     return (y, y) if fork else y
