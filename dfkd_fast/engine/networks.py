@@ -138,12 +138,13 @@ def eager_networks(state: DistillState, *, compile: Mapping[str, Any] | None = N
 def optimized_networks(state: DistillState, *, compile: Mapping[str, Any] | None = None) -> Networks:
     """Return equivalent networks with fewer operations. With ``compile``, options of torch.compile, compile them.
 
-    The frozen teacher is copied with its weights in the autocast dtype. Its BatchNorms are folded into convolutions if
-    no loss needs their statistics. One kernel casts all weights of the generator, and one those of the student and its
-    objective. Images have the autocast dtype.
+    The frozen teacher is copied with its weights in the autocast dtype. If no loss needs their statistics, its
+    BatchNorms are folded into convolutions, and cuDNN computes these with the ReLUs that follow. One kernel casts all
+    weights of the generator, and one those of the student and its objective. Images have the autocast dtype.
     """
     dtype = state.runtime.autocast or torch.float32
-    folded = fold_batchnorm(state.teacher, dtype=dtype, image_size=state.generator.module.image_size)
+    sizes = {"image_size": state.generator.module.image_size, "batch_size": state.config.loop.batch_size}
+    folded = fold_batchnorm(state.teacher, dtype=dtype, **sizes)
     statistics = state.teacher_statistics
     teachers = (folded if statistics is None else cast_weights(statistics, dtype), folded)
     return _networks(state, teachers, dtype, compile)

@@ -44,6 +44,7 @@ DECLARED: dict[str, tuple[str | None, ...]] = {
     "channel_statistics_backward": ("x",),
     "contrastive_loss": (None, None),
     "contrastive_loss_backward": ("anchors", "positives"),
+    "conv2d_act": ("x",),
     "distillation_kl": (None, None),
     "distillation_kl_backward": ("a", "b"),
     "high_order_attention": ("x",),
@@ -122,10 +123,10 @@ def test_dfkd_fast_has_whole_graphs_and_declared_strides() -> None:
     require_whole_graphs(report)
     require_no_synchronization(report)
     require_declared_strides(report)
-    # A ResNet-34 has 36 BatchNorms, the generator has 4 blocks, and each ResNet has 4 stages.
+    # A ResNet-34 has 36 BatchNorms and 33 ReLUs, the generator has 4 blocks, and each ResNet has 4 stages.
     calls = Counter(call["op"] for graph in report["graphs"].values() for call in graph["calls"])
     assert calls == {
-        **{"batchnorm_statistics": 36, "batchnorm_statistics_backward": 36},
+        **{"batchnorm_statistics": 36, "batchnorm_statistics_backward": 36, "conv2d_act": 33},
         **{"spatial_attention": 8, "spatial_attention_backward": 4},
         **{"max_pool2x2": 8, "max_unpool2x2": 12, "max_unpool2x2_backward": 4},
         **{"high_order_attention": 4, "high_order_attention_mse": 4, "high_order_attention_mse_backward": 4},
