@@ -239,10 +239,12 @@ def _describe_call(node: torch.fx.Node, operator: Any, arguments: list[Any]) -> 
     """Describe a call of a dfkd_fast operator, with shapes and strides."""
     named = zip((argument.name for argument in operator._schema.arguments), arguments, strict=False)
     results = _describe(node)
+    if operator._schema.is_mutable:  # followed by the tensors that the operator has written to
+        results = results[: len(operator._schema.returns)]
     return {
         "op": operator.name().partition("::")[2],
         "arguments": {name: _describe(value) for name, value in named},
-        "results": results[: len(operator._schema.returns)] if isinstance(results, list) else [results],
+        "results": results if isinstance(results, list) else [results],
     }
 
 
@@ -336,12 +338,13 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
         state, teacher, folded = copy.deepcopy((state, teacher, folded), {id(state.noise): state.noise})
     state.runtime = replace(state.runtime, device=torch.device("cuda:0"))
     stack.enter_context(mode)
+    if variant in ("peer", "compile", "eager"):
+        stack.enter_context(ops.backend("reference"))
     if variant == "peer":
         # New modules are created on the device, because a fake parameter cannot be moved.
         with torch.device("cuda:0"), mock.patch.object(nn.Module, "to", lambda module, *a, **k: module):
             return PeerLoop(state, mean=half, std=half)
     if variant in ("compile", "eager"):
-        stack.enter_context(ops.backend("reference"))
         stack.enter_context(frozen(teacher))
         if variant == "eager":
             return EagerEngine(state)
