@@ -331,7 +331,8 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
     # Skip computing BatchNorm statistics, which takes seconds and does not change the trace.
     with mock.patch.object(step_variants, "_with_statistics", lambda model, size, device: model.eval()):
         state, teacher = step_variants.build(size, size.batch, cpu, channels_last=variant != "peer")
-    folded = fold_batchnorm(state.teacher, dtype=state.runtime.autocast, image_size=size.image)
+    sizes = {"image_size": size.image, "batch_size": size.batch}
+    folded = fold_batchnorm(state.teacher, dtype=state.runtime.autocast, **sizes)
     mode = stack.enter_context(fake_cuda())
     with _CopyToCuda(mode):
         state, teacher, folded = copy.deepcopy((state, teacher, folded), {id(state.noise): state.noise})

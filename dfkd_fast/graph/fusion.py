@@ -168,7 +168,11 @@ def _match(trace: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.Nod
     return fusion
 
 
-def find(trace: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
+def find(
+    trace: Trace,
+    kept: Collection[fx.Node] = (),
+    starts: Callable[[nn.Module | None], bool] = supports_statistics,
+) -> list[Fusion]:
     """The BatchNorms that :func:`batchnorm_with_statistics` can replace, in execution order, with what is fused.
 
     If both summands of an addition are BatchNorms, the left one is fused with the addition.
@@ -176,8 +180,9 @@ def find(trace: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
     Args:
         trace: a graph after :func:`dfkd_fast.graph.tracing.run`.
         kept: nodes whose values must remain in the graph.
+        starts: whether a module can be fused with the operations after it; other layers than BatchNorms are possible.
     """
-    norms = [node for node in trace.graph.nodes if supports_statistics(trace.module(node))]
+    norms = [node for node in trace.graph.nodes if starts(trace.module(node))]
     fusions = {norm: _match(trace, kept, norm) for norm in norms}
     additions: dict[fx.Node, Fusion] = {}
     for fusion in list(fusions.values()):

@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from dfkd_fast.benchmarks.traffic import launch_traffic, summary
+from dfkd_fast.benchmarks.traffic import EagerTraffic, Kernel, launch_traffic, op_traffic, summary
+from dfkd_fast.graph import conv2d_act  # noqa: F401 - registers the operator
 from dfkd_fast.kernels import common
 from dfkd_fast.kernels.common import RecordedLaunch, traffic
 from dfkd_fast.kernels.config import Launch
@@ -108,3 +109,20 @@ def test_a_wrong_declaration_is_detected(launches):
         assert launch_traffic(launch).read != read
     finally:
         traffic(writes="out_ptr")(launch.kernel)
+
+
+def test_a_library_operator_is_one_kernel():
+    """It reads the image, weight, bias and residual once, and writes the result once."""
+    x, weight, bias, residual = (
+        torch.empty(shape, device="meta", dtype=torch.bfloat16)
+        for shape in ((2, 8, 6, 6), (16, 8, 3, 3), (16,), (2, 16, 6, 6))
+    )
+    operator, options = torch.ops.dfkd_fast.conv2d_act.default, ([1, 1], [1, 1], [1, 1], 1)
+    with EagerTraffic() as eager:
+        y = operator(x, weight, bias, residual, *options)
+        operator(x, weight, bias, None, *options)
+    read = 2 * (x.numel() + weight.numel() + 16)
+    written = 2 * y.numel()
+    expected = [Kernel("conv2d_act", "eager", read + given, written) for given in (2 * residual.numel(), 0)]
+    assert eager.kernels == expected
+    assert op_traffic(operator, x, weight, bias, residual, *options) == []  # Inductor's schedule contains it

@@ -44,6 +44,7 @@ DECLARED: dict[str, tuple[str | None, ...]] = {
     "channel_statistics_backward": ("x",),
     "contrastive_loss": (None, None),
     "contrastive_loss_backward": ("anchors", "positives"),
+    "conv2d_act": ("x",),
     "distillation_kl": (None, None),
     "distillation_kl_backward": ("a", "b"),
     "high_order_attention": ("x",),
@@ -129,6 +130,7 @@ def test_dfkd_fast_has_whole_graphs_and_declared_strides() -> None:
     calls = Counter(call["op"] for graph in report["graphs"].values() for call in graph["calls"])
     assert calls == {
         **{"batchnorm_statistics": 36, "batchnorm_statistics_backward": 36},
+        "conv2d_act": 33,  # all ReLUs of the teacher in student steps
         **{"batch_norm_act": 2 * (20 + 21), "batch_norm_act_backward": 2 * 20 + 21},
         **{"spatial_attention": 8, "spatial_attention_backward": 4},
         **{"max_pool2x2": 8, "max_unpool2x2": 12, "max_unpool2x2_backward": 4},
