@@ -40,6 +40,7 @@ DECLARED: dict[str, tuple[str | None, ...]] = {
     "batch_norm_act_backward": ("x", None, None, "x"),
     "batchnorm_statistics": ("x", None, None, "mask"),
     "batchnorm_statistics_backward": ("x", None, None, "x"),
+    "batchnorm_statistics_merge": (None,) * 72,
     "channel_statistics": (None, None),
     "channel_statistics_backward": ("x",),
     "contrastive_loss": (None, None),
@@ -57,6 +58,7 @@ DECLARED: dict[str, tuple[str | None, ...]] = {
     "spatial_attention_backward": ("features", "hidden", None, None),
     "statistics_distance": (None, None),
     "statistics_distance_backward": ("x",),
+    "statistics_distances": (None, None),
 }
 
 
@@ -126,6 +128,7 @@ def test_dfkd_fast_has_whole_graphs_and_declared_strides() -> None:
     calls = Counter(call["op"] for graph in report["graphs"].values() for call in graph["calls"])
     assert calls == {
         **{"batchnorm_statistics": 36, "batchnorm_statistics_backward": 36},
+        **{"batchnorm_statistics_merge": 1, "statistics_distances": 1},
         **{"spatial_attention": 8, "spatial_attention_backward": 4},
         **{"max_pool2x2": 8, "max_unpool2x2": 12, "max_unpool2x2_backward": 4},
         **{"high_order_attention": 4, "high_order_attention_mse": 4, "high_order_attention_mse_backward": 4},
