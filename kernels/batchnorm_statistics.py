@@ -19,7 +19,7 @@ deviations from K (Chan, Golub & LeVeque). ``count`` includes these values::
 
 ``first^2 / count`` is at most half of ``second``, so the subtraction cancels at most one bit. In the first tile, K is
 the tile's own mean and ``first`` is only rounding error. At the end, each program merges its rows by the same rule, and
-a second kernel merges the programs' results in a fixed order.
+a second kernel merges the programs' results in a fixed order, for all layers of a network in one launch.
 
 Memory traffic with 2-byte elements: forward 4 bytes per element, 6 1/8 with a residual; backward 6 bytes, 8 1/8 with a
 residual. The statistics without y take 2 bytes forward and 4 bytes backward.
@@ -36,7 +36,18 @@ import triton.language as tl
 from torch import Tensor
 
 from dfkd_fast.kernels import config
-from dfkd_fast.kernels.common import INTERPRETED, architecture, cast, cdiv, launch, next_power_of_2, num_sms, traffic
+from dfkd_fast.kernels.common import (
+    INTERPRETED,
+    MAX_LAYERS,
+    architecture,
+    cast,
+    cdiv,
+    launch,
+    next_power_of_2,
+    num_sms,
+    select,
+    traffic,
+)
 from dfkd_fast.kernels.config import Launch
 
 __all__ = [
@@ -52,7 +63,9 @@ __all__ = [
     "forward",
     "load_channels",
     "load_scale",
+    "merge",
     "merge_chunks",
+    "num_parts",
     "offset",
     "pack",
     "partial_statistics",
@@ -269,9 +282,10 @@ def _forward_kernel(
     residual,  # Map or None
     mask,  # Map [N, ceil(C / 8), positions], uint8, or None
     norm,  # Norm; None to compute only the statistics
-    mean_ptr,  # [chunks, C]; [C] if ONE_CHUNK
-    m2_ptr,  # [chunks, C]; with ONE_CHUNK the variances [C]
-    count_ptr,  # [chunks]
+    mean_ptr,  # [programs, C]; [C] if ONE_CHUNK
+    m2_ptr,  # [programs, C]; with ONE_CHUNK the variances [C]
+    count_ptr,  # [programs]
+    chunks,  # programs per channel block that have tiles; further ones have a count of 0
     num_iters,  # samples if BY_SAMPLE, else tiles
     positions,
     channels,
@@ -291,7 +305,9 @@ def _forward_kernel(
         positions = align(positions, ALIGNMENT)
     else:
         channels = align(channels, ALIGNMENT)
-    block, chunk, tiles, begin, step = program_tiles(positions, channels, BY_SAMPLE, ROWS, BLOCK_C)
+    block, chunk, tiles, begin, _ = program_tiles(positions, channels, BY_SAMPLE, ROWS, BLOCK_C)
+    step = chunks // tiles
+    has_tiles = begin < step
     offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
     row, col = rows_and_channels(offs_c, NCHW, UNROLL, BLOCK_P)
@@ -314,7 +330,7 @@ def _forward_kernel(
     num_tiles = 0.0  # number of tiles processed so far
     block_rows = tl.arange(0, BLOCK_P)
     block_rows = block_rows[None, :] if NCHW else block_rows[:, None]
-    for i in tl.range(begin, num_iters, step, num_stages=LOOP_STAGES):
+    for i in tl.range(begin, tl.where(has_tiles, num_iters, 0), step, num_stages=LOOP_STAGES):
         sample, first = tile_start(i, chunk, tiles, BY_SAMPLE, ROWS)
         mask_p = first + row < positions
         inside = mask_p & expand_channels(mask_c, NCHW)
@@ -350,8 +366,8 @@ def _forward_kernel(
     last_rows = tl.minimum(positions - first, ROWS).to(tl.float32)
     full_tiles = full_tiles.to(tl.float32)
     count = full_tiles * (last if BY_SAMPLE else UNROLL) + last
-    total = full_tiles * (last_rows if BY_SAMPLE else ROWS) + last_rows
-    merged_mean, merged_m2 = _merge_moments(count, total, mean, m2, AXIS)
+    total = tl.where(has_tiles, full_tiles * (last_rows if BY_SAMPLE else ROWS) + last_rows, 0.0)
+    merged_mean, merged_m2 = _merge_moments(count, tl.maximum(total, 1.0), mean, m2, AXIS)
     merged_m2 = tl.where(merged_m2 < 0, 0.0, merged_m2)
     if ONE_CHUNK:
         tl.store(mean_ptr + offs_c, merged_mean, mask=mask_c)
@@ -377,37 +393,41 @@ def merge_chunks(means_ptr, m2_ptr, count_ptr, chunks, channels, offs_c, mask_c,
         count = tl.sum(counts, 0)
         block_mean, block_m2 = _merge_moments(
             counts[:, None],
-            count,
+            tl.maximum(count, 1.0),
             tl.load(means_ptr + offs, mask=mask, other=0.0),
             tl.load(m2_ptr + offs, mask=mask, other=0.0),
             0,
         )
         delta = block_mean - mean
-        weight = count / (total + count)
+        weight = count / tl.maximum(total + count, 1.0)
         m2 += block_m2 + delta * delta * total * weight
         mean += delta * weight
         total += count
     return mean, m2, total
 
 
-@traffic(writes="mean_ptr var_ptr")
+@traffic(writes="means variances")
 @triton.jit
 def _merge_kernel(
-    means_ptr,  # [chunks, C]
-    m2_ptr,  # [chunks, C]
-    count_ptr,  # [chunks]
-    mean_ptr,  # [C]
-    var_ptr,  # [C]
-    chunks,
-    channels,
+    parts,  # one [2, chunks, C] per layer: means and sums of squared deviations
+    counts,  # one [chunks] per layer
+    means,  # one [C] per layer
+    variances,  # one [C] per layer
+    chunks,  # one number per layer
+    channels,  # one number per layer
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    layer = tl.program_id(1)
+    rows, columns = select(chunks, layer), select(channels, layer)
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < channels
-    mean, m2, total = merge_chunks(means_ptr, m2_ptr, count_ptr, chunks, channels, offs_c, mask_c, BLOCK_M)
-    tl.store(mean_ptr + offs_c, mean, mask=mask_c)
-    tl.store(var_ptr + offs_c, tl.div_rn(m2, total), mask=mask_c)
+    if tl.program_id(0) * BLOCK_C < columns:
+        mask_c = offs_c < columns
+        means_ptr = select(parts, layer)
+        m2_ptr = means_ptr + rows.to(tl.int64) * columns
+        mean, m2, total = merge_chunks(means_ptr, m2_ptr, select(counts, layer), rows, columns, offs_c, mask_c, BLOCK_M)
+        tl.store(select(means, layer) + offs_c, mean, mask=mask_c)
+        tl.store(select(variances, layer) + offs_c, tl.div_rn(m2, total), mask=mask_c)
 
 
 Strides = tuple[int, int, int]
@@ -534,10 +554,19 @@ def partial_statistics(kernel: str, x: Tensor, programs: int) -> tuple[Tensor, T
     blocks, chunks, num_iters = split_work(x, chosen, samples, positions, programs)
     means, m2 = x.new_empty((2, chunks, channels), dtype=torch.float32)
     counts = x.new_empty(chunks, dtype=torch.float32)
-    arguments = (*maps, None, means, m2, counts, num_iters, positions, channels)
+    arguments = (*maps, None, means, m2, counts, chunks, num_iters, positions, channels)
     options = {"ACTIVATION": 0, "ONE_CHUNK": False, **constants}
     launch(_forward_kernel, (blocks * chunks,), *arguments, config=chosen, **options)
     return means, m2, counts
+
+
+def num_parts(x: Tensor) -> int:
+    """Number of chunks for which :func:`forward` has results.
+
+    It depends only on the number of channels and the device, so that the shapes of results do not depend on the launch
+    configuration: enough for as many programs as :func:`split_work` aims at with 64 channels per program.
+    """
+    return max(1, (4 * num_sms(x)) // cdiv(x.shape[1], 64))
 
 
 def _forward(
@@ -549,37 +578,79 @@ def _forward(
     mask: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    counts: Tensor | None = None,
 ) -> None:
+    """Computes mean and variance, (C,). With ``counts``, (rows,), computes means and sums, (rows, C), to be merged."""
     channels = x.shape[1]
     if x.shape[0] == 0:
-        mean.fill_(float("nan"))
-        var.fill_(float("nan"))
+        for out in (mean, var) if counts is None else (mean, var, counts):
+            out.fill_(float("nan"))
         return
     samples, positions, maps = as_maps(x, (x, y, residual, mask))
     kernel = "channel_statistics" if y is None else "batchnorm_statistics"
     chosen, constants = choose_config(kernel, x, samples, positions, maps[:3], residual is not None)
     blocks, chunks, num_iters = split_work(x, chosen, samples, positions, 4)
-    parts = (mean, var, mean)
-    if chunks > 1:
-        parts = (*x.new_empty((2, chunks, channels), dtype=torch.float32), x.new_empty(chunks, dtype=torch.float32))
+    rows = chunks
+    parts: tuple[Tensor, Tensor, Tensor] = (mean, var, mean)
+    if counts is not None:
+        tiles = cdiv(positions, chosen.tile["UNROLL"] * chosen.tile["BLOCK_P"]) if samples > 1 else 1
+        rows = len(counts)
+        if tiles <= rows:
+            chunks, parts = min(chunks, rows // tiles * tiles), (mean, var, counts)
+        else:
+            # Too many tiles per sample: merge here, and return the result as a chunk of one value.
+            for out in (mean, var, counts):
+                out.zero_()
+            counts[:1].fill_(1)
+            mean, var, counts, rows = mean[0], var[0], None, chunks
+            parts = (mean, var, mean)
+    merges = counts is None and chunks > 1
+    if merges:
+        partial = x.new_empty((2, chunks, channels), dtype=torch.float32)
+        parts = (*partial, x.new_empty(chunks, dtype=torch.float32))
     launch(
         _forward_kernel,
-        (blocks * chunks,),
+        (blocks * rows,),
         *maps,
         norm,
         *parts,
+        chunks,
         num_iters,
         positions,
         channels,
         config=chosen,
         ACTIVATION=ACTIVATIONS[activation],
-        ONE_CHUNK=chunks == 1,
+        ONE_CHUNK=counts is None and chunks == 1,
         **constants,
     )
-    if chunks > 1:
-        block_m = min(max(next_power_of_2(chunks), 16), 512)
-        merge = Launch(tile={"BLOCK_M": block_m, "BLOCK_C": 8}, num_warps=8 if block_m > 128 else 4)
-        launch(_merge_kernel, (cdiv(channels, 8),), *parts, mean, var, chunks, channels, config=merge)
+    if merges:
+        merge([partial], [parts[2]], mean, var)
+
+
+def merge(parts: Sequence[Tensor], counts: Sequence[Tensor], *results: Tensor) -> None:
+    """Merges the statistics of chunks, for all layers in one launch.
+
+    Args:
+        parts: Means and sums of squared deviations, (2, chunks, C) per layer, float32, contiguous.
+        counts: (chunks,) per layer, float32; may be 0.
+        *results: Outputs, mean and variance of each layer, (C,), float32.
+    """
+    for first in range(0, len(parts), MAX_LAYERS):
+        group = tuple(parts[first : first + MAX_LAYERS])
+        given = results[2 * first : 2 * (first + MAX_LAYERS)]
+        chunks, channels = zip(*(each.shape[1:] for each in group), strict=True)
+        block_m = min(max(next_power_of_2(max(chunks)), 16), 512)
+        launch(
+            _merge_kernel,
+            (cdiv(max(channels), 8), len(group)),
+            group,
+            tuple(counts[first : first + MAX_LAYERS]),
+            tuple(given[0::2]),
+            tuple(given[1::2]),
+            tuple(chunks),
+            tuple(channels),
+            config=Launch(tile={"BLOCK_M": block_m, "BLOCK_C": 8}, num_warps=8 if block_m > 128 else 4),
+        )
 
 
 def forward(
@@ -593,11 +664,11 @@ def forward(
     keep_mask: bool,
     residual: Tensor | None,
     y: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    parts: Tensor,
+    counts: Tensor,
     mask: Tensor,
 ) -> None:
-    """Normalizes and activates x, and computes its statistics.
+    """Normalizes and activates x, and computes statistics of chunks of x, for :func:`merge`.
 
     Args:
         x: (N, C, ...), any strides.
@@ -610,15 +681,16 @@ def forward(
         keep_mask: Whether to write ``mask``.
         residual: Same shape as x, any strides, or None.
         y: Same shape as x, contiguous or channels-last.
-        mean: (C,), float32.
-        var: (C,), float32.
+        parts: Means and sums of squared deviations, (2, :func:`num_parts`, C), float32, contiguous.
+        counts: (:func:`num_parts`,), float32.
         mask: (N, ceil(C / 8), positions), uint8, with one stride for all positions. The bit of an element is set if
             the activation's derivative is one.
     """
     vectors = (None if v is None else v.contiguous() for v in (running_mean, running_var, weight, bias))
     residual = None if residual is None else with_common_stride(residual, y)
     kept = mask if keep_mask else None
-    _forward(with_common_stride(x, y), Norm._make((*vectors, eps)), activation, residual, y, kept, mean, var)
+    norm = Norm._make((*vectors, eps))
+    _forward(with_common_stride(x, y), norm, activation, residual, y, kept, parts[0], parts[1], counts)
 
 
 def statistics(x: Tensor, mean: Tensor, var: Tensor) -> None:

@@ -74,7 +74,7 @@ def _backward_kernel(
     dmean_ptr,  # [C] or None
     dvar_ptr,  # [C] or None
     grad_output_ptr,  # [], factor of dmean and dvar, or None for 1
-    mean_ptr,  # [C]
+    mean_ptr,  # [C]; may be None without dvar
     dweight_ptr,  # [chunks, C] or None
     dbias_ptr,  # [chunks, C] or None
     num_iters,  # samples if BY_SAMPLE, else tiles
@@ -207,7 +207,7 @@ def backward(
     bias: Tensor | None,
     eps: float,
     activation: str,
-    mean: Tensor,
+    mean: Tensor | None,
     mask: Tensor | None,
     residual_dtype: torch.dtype | None,
     dx: Tensor | None,
@@ -229,7 +229,7 @@ def backward(
         bias: (C,) or None.
         eps: As in forward.
         activation: As in forward.
-        mean: (C,), float32, from forward.
+        mean: (C,), float32, the merged mean of x; may be None without dvar.
         mask: From forward; None to recompute it from x.
         residual_dtype: Dtype of the residual, or None.
         dx: Output, shape of x, contiguous or channels-last; None if it is not needed.

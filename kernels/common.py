@@ -29,6 +29,7 @@ from dfkd_fast.kernels.config import Launch
 
 __all__ = [
     "INTERPRETED",
+    "MAX_LAYERS",
     "RecordedLaunch",
     "architecture",
     "cast",
@@ -49,6 +50,9 @@ __all__ = [
 ]
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+MAX_LAYERS = 64
+"""Layers per launch of kernels that take tuples. Before CUDA 12.1, the arguments of a kernel are limited to 4 KiB."""
 
 _LOG2_E = tl.constexpr(1.44269502162933349609375)  # in float32
 _LOG2_E_LOW = tl.constexpr(1.92596299112661746887e-8)  # log2(e) - _LOG2_E
@@ -244,7 +248,8 @@ def launch(
     Args:
         kernel: A ``triton.jit`` function.
         grid: Number of programs along each axis. If one is 0, nothing is launched.
-        *args: The kernel's arguments up to its compile-time constants. At least one of them is a tensor.
+        *args: The kernel's arguments up to its compile-time constants. At least one of them is a tensor
+            or a tuple that contains one.
         config: ``num_warps``, ``num_stages`` and, in its tile, compile-time constants.
         **constants: The other compile-time constants.
 
@@ -265,7 +270,7 @@ def launch(
             RecordedLaunch(kernel=kernel, arguments=dict(zip(names, args, strict=True)), config=config, constants=meta)
         )
         return
-    first = next(a for a in args if isinstance(a, Tensor))
+    first = next(x for a in args for x in (a if isinstance(a, tuple) else (a,)) if isinstance(x, Tensor))
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
             kernel[grid](*args, **meta, num_warps=config.num_warps, num_stages=config.num_stages)

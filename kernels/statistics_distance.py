@@ -31,13 +31,10 @@ from torch import Tensor
 from dfkd_fast.kernels import config
 from dfkd_fast.kernels.batchnorm_statistics import statistics
 from dfkd_fast.kernels.batchnorm_statistics_bwd import statistics_backward
-from dfkd_fast.kernels.common import INTERPRETED, architecture, launch, next_power_of_2, select, traffic
+from dfkd_fast.kernels.common import INTERPRETED, MAX_LAYERS, architecture, launch, next_power_of_2, select, traffic
 from dfkd_fast.kernels.config import Launch
 
 __all__ = ["backward", "forward", "forward_layers"]
-
-LAYERS = 64
-"""Layers per launch. Before CUDA 12.1, the arguments of a kernel are limited to 4 KiB."""
 
 
 @config.heuristic("statistics_distance")
@@ -159,13 +156,13 @@ def forward_layers(
         "statistics_distance", architecture(directions), torch.float32, channels=min(next_power_of_2(largest), 4096)
     )
     groups = [_of_one_dtype(each) for each in (means, variances, running_means, running_vars)]
-    for first in range(0, len(means), LAYERS):
-        part = slice(first, first + LAYERS)
+    for first in range(0, len(means), MAX_LAYERS):
+        part = slice(first, first + MAX_LAYERS)
         launch(
             _distance_kernel,
             (len(means[part]),),
             *(group[part] for group in groups),
-            tuple(starts[first : first + LAYERS + 1]),
+            tuple(starts[first : first + MAX_LAYERS + 1]),
             distances[part],
             directions,
             config=chosen,

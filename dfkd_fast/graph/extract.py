@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from dfkd_fast.graph.fusion import find, fuse, fuse_training
+from dfkd_fast.graph.fusion import find, fuse, fuse_training, merge_statistics
 from dfkd_fast.graph.outputs import Outputs
 from dfkd_fast.graph.tracing import (
     Root,
@@ -188,14 +188,14 @@ def _extract_traced(
             f"the last linear layer of {name} is applied at many positions: its input {penultimate} is not a "
             f"penultimate vector (N, {in_features})"
         )
-    statistics_nodes = _fuse_batchnorms(result, trace, {*nodes, head.penultimate, head.logits}) if statistics else []
-    result.programs[False] = result.programs[True] = _program(result, trace, head, statistics_nodes)
+    statistics_node = _fuse_batchnorms(result, trace, {*nodes, head.penultimate, head.logits}) if statistics else None
+    result.programs[False] = result.programs[True] = _program(result, trace, head, statistics_node)
     if not statistics:
         trace = _trace_with_hint(root, training=True)
         head = _find_head(trace)
         run(root, trace.graph, image)
         fuse_training(trace, {*(trace.stage(path) for path in result.stages), head.penultimate, head.logits})
-        result.programs[True] = _program(result, trace, head, [])
+        result.programs[True] = _program(result, trace, head)
     return result
 
 
@@ -211,9 +211,9 @@ def _with_statistics(features: FeatureModel) -> FeatureModel:
         if isinstance(trace.module(node), dropouts()):
             node.replace_all_uses_with(node.args[0])
             trace.graph.erase_node(node)
-    statistics_nodes = _fuse_batchnorms(result, trace, set())  # the output node also uses features, so they are kept
+    statistics_node = _fuse_batchnorms(result, trace, set())  # the output node also uses features, so they are kept
     output = trace.graph.output_node()
-    output.args = ((*output.args[0][:3], statistics_nodes),)  # type: ignore[index, misc]
+    output.args = ((*output.args[0][:3], statistics_node),)  # type: ignore[index, misc]
     result.programs[False] = result.programs[True] = _compile(result, trace)
     return result
 
@@ -324,8 +324,8 @@ def _set_shapes(
     return result
 
 
-def _fuse_batchnorms(result: FeatureModel, trace: Trace, kept: set[fx.Node]) -> list[fx.Node]:
-    """Fuses the BatchNorms of a graph and returns the nodes of their statistics."""
+def _fuse_batchnorms(result: FeatureModel, trace: Trace, kept: set[fx.Node]) -> fx.Node:
+    """Fuses the BatchNorms of a graph and returns the node of their statistics."""
     fusions = find(trace, kept)
     result.batchnorms = tuple(str(fusion.norm.target).removeprefix("model.") for fusion in fusions)
     result.fused = tuple(map(str, fusions))
@@ -341,10 +341,11 @@ def _fuse_batchnorms(result: FeatureModel, trace: Trace, kept: set[fx.Node]) -> 
         call = fuse(trace.graph, fusion)
         with trace.graph.inserting_after(call):
             statistics.append(trace.graph.call_function(operator.getitem, (call, 1)))
-    return statistics
+    with trace.graph.inserting_before(trace.graph.output_node()):
+        return trace.graph.call_function(merge_statistics, (statistics,))
 
 
-def _program(result: FeatureModel, trace: Trace, head: _Head, statistics: list[fx.Node]) -> fx.GraphModule:
+def _program(result: FeatureModel, trace: Trace, head: _Head, statistics: fx.Node | None = None) -> fx.GraphModule:
     """Compiles the graph with the fields of :class:`Outputs` as its outputs; clones features that are overwritten."""
     graph, features = trace.graph, []
     for path in result.stages:
@@ -355,7 +356,7 @@ def _program(result: FeatureModel, trace: Trace, head: _Head, statistics: list[f
         features.append(node)
     with graph.inserting_before(graph.output_node()):
         penultimate = graph.call_function(torch.flatten, (head.penultimate, 1))
-    graph.output_node().args = ((head.logits, features, penultimate, statistics),)
+    graph.output_node().args = ((head.logits, features, penultimate, () if statistics is None else statistics),)
     return _compile(result, trace)
 
 

@@ -30,8 +30,12 @@ __all__ = [
     "fuse_training",
     "has_indices",
     "is_batchnorm_act",
+    "merge_statistics",
     "supports_statistics",
 ]
+
+Unmerged = tuple[list[Tensor], Tensor, Tensor]
+"""Statistics of one BatchNorm's input for :func:`merge_statistics`, running mean and running variance."""
 
 Activation = Literal["none", "relu", "relu6"]
 _RELU: set[Any] = {F.relu, torch.relu, F.relu_, torch.relu_, Tensor.relu, Tensor.relu_, "relu", "relu_"}
@@ -55,19 +59,28 @@ def supports_statistics(module: nn.Module | None) -> bool:
 
 def batchnorm_with_statistics(
     bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation
-) -> tuple[Tensor, LayerStatistics]:
-    """``activation(bn(x) + residual)`` in eval mode, and the statistics of x, (N, C, H, W) (Eq. 3)."""
+) -> tuple[Tensor, Unmerged]:
+    """``activation(bn(x) + residual)`` in eval mode, and the statistics of x, (N, C, H, W), to be merged."""
     mean, var = bn.running_mean, bn.running_var
     assert mean is not None
     assert var is not None
     # The fused op neither broadcasts nor promotes.
     fusible = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     fused: Any = {"activation": activation, "residual": residual} if fusible else {}
-    y, batch_mean, batch_var = ops.batchnorm_statistics(x, mean, var, bn.weight, bn.bias, bn.eps, **fused)
+    y, *statistics = ops.batchnorm_statistics(x, mean, var, bn.weight, bn.bias, bn.eps, merge=False, **fused)
     if residual is not None and not fusible:
         y = y + residual
         y = y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y)
-    return y, LayerStatistics(batch_mean, batch_var, mean.to(batch_mean.dtype), var.to(batch_var.dtype))
+    return y, (statistics, mean, var)
+
+
+def merge_statistics(layers: Sequence[Unmerged]) -> list[LayerStatistics]:
+    """The statistics of all BatchNorms of a network (Eq. 3); the fused ops merge them in one launch."""
+    merged = ops.merge_statistics([statistics for statistics, *_ in layers])
+    return [
+        LayerStatistics(mean, var, running_mean.to(mean.dtype), running_var.to(var.dtype))
+        for (mean, var), (_, running_mean, running_var) in zip(merged, layers, strict=True)
+    ]
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ support ``torch.compile(fullgraph=True)`` and autocast, and accept non-contiguou
 
 from dfkd_fast.ops.backend import backend, backends
 from dfkd_fast.ops.batch_norm_act import batch_norm_act
-from dfkd_fast.ops.batchnorm_statistics import batchnorm_statistics, channel_statistics
+from dfkd_fast.ops.batchnorm_statistics import batchnorm_statistics, channel_statistics, merge_statistics
 from dfkd_fast.ops.contrastive_loss import contrastive_loss
 from dfkd_fast.ops.distillation_kl import distillation_kl
 from dfkd_fast.ops.high_order_attention import high_order_attention, high_order_attention_map
@@ -28,6 +28,7 @@ __all__ = [
     "high_order_attention_mse",
     "max_pool2x2",
     "max_unpool2x2",
+    "merge_statistics",
     "spatial_attention",
     "statistics_distance",
     "statistics_distances",

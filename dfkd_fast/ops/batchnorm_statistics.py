@@ -14,7 +14,7 @@ from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
 from dfkd_fast.ops.custom_op import differentiable, fused_op, operator, unsupported_reason
 from dfkd_fast.reference import batchnorm_statistics as reference
 
-__all__ = ["batchnorm_statistics", "channel_statistics", "new_map", "new_mask"]
+__all__ = ["batchnorm_statistics", "channel_statistics", "merge_statistics", "new_map", "new_mask"]
 
 
 def _channels_last(x: Tensor) -> torch.memory_format | None:
@@ -56,8 +56,12 @@ def _allocate(
     keep_mask: bool,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate y, mean, var and the activation's mask."""
-    return new_map(x), *_allocate_statistics(x), new_mask(x, keep_mask)
+    """Allocate y, the statistics of chunks of x and their numbers of values, and the activation's mask."""
+    from dfkd_fast.kernels.batchnorm_statistics import num_parts  # Triton may not be installed
+
+    chunks, channels = num_parts(x), x.shape[1]
+    parts = (x.new_empty(shape, dtype=torch.float32) for shape in ((2, chunks, channels), (chunks,)))
+    return new_map(x), *parts, new_mask(x, keep_mask)  # type: ignore[return-value]
 
 
 def _allocate_backward(
@@ -71,7 +75,7 @@ def _allocate_backward(
     bias: Tensor | None,
     eps: float,
     activation: str,
-    mean: Tensor,
+    mean: Tensor | None,
     mask: Tensor | None,
     residual_dtype: torch.dtype | None,
     needs_grad: list[bool],
@@ -85,16 +89,27 @@ _forward = operator("batchnorm_statistics", _allocate, "batchnorm_statistics.for
 _backward = operator("batchnorm_statistics_backward", _allocate_backward, "batchnorm_statistics_bwd.backward")
 
 
+def _forward_with_tokens(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """Return y, three tokens, and the operator's further results.
+
+    A second function merges the chunks of all layers, so the mean and variance are not known here. The tokens connect
+    both functions in backward and have no values: their gradients are that of the mean, that of the variance, and, in
+    place of a third gradient, the mean itself, which the formula for the gradient of x contains.
+    """
+    y, *further = _forward(x, *others)
+    return y, *(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(3)), *further
+
+
 def _save(inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Sequence[Tensor | None], tuple[Any, ...]]:
     *norm, eps, activation, keep_mask, residual = inputs
-    saved = (*norm, results[1], results[3] if keep_mask else None)
+    saved = (*norm, results[-1] if keep_mask else None)
     return saved, (eps, activation, None if residual is None else residual.dtype)
 
 
 def _gradients(
     needs_grad: Sequence[bool], saved: Sequence[Tensor | None], options: tuple[Any, ...], *grads: Tensor | None
 ) -> list[Tensor | None]:
-    (*norm, mean, mask), (eps, activation, residual_dtype) = saved, options
+    (*norm, mask), (eps, activation, residual_dtype), (*grads, mean) = saved, options, grads  # type: ignore[assignment]
     gradients: list[Tensor | None] = [None] * 9
     with_grad = (0, 3, 4, 8)  # x, weight, bias and residual
     # Only x receives a gradient through mean and var.
@@ -108,7 +123,37 @@ def _gradients(
     return gradients
 
 
-_fused = differentiable("batchnorm_statistics", _forward, _save, _gradients, outputs=3, signature=_allocate)
+def _allocate_merged(parts: list[Tensor], counts: list[Tensor]) -> list[Tensor]:
+    """Allocate mean and variance of each layer."""
+    return [each.new_empty(each.shape[2]) for each in parts for _ in range(2)]
+
+
+_merge_layers = operator("batchnorm_statistics_merge", _allocate_merged, "batchnorm_statistics.merge")
+
+
+def _merge(*tensors: Any) -> tuple[Tensor, ...]:
+    """Merge the chunks of layers, each given by three tokens, parts and counts."""
+    # Without gradients, Dynamo prepends a context, because the number of arguments varies.
+    tensors = tensors[len(tensors) % 5 :]
+    return tuple(_merge_layers(list(tensors[3::5]), list(tensors[4::5])))
+
+
+def _save_means(inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Sequence[Tensor], tuple[Any, ...]]:
+    return results[::2], ()
+
+
+def _gradients_of_tokens(
+    needs_grad: Sequence[bool], means: Sequence[Tensor], options: tuple[Any, ...], *grads: Tensor | None
+) -> list[Tensor | None]:
+    gradients: list[Tensor | None] = []
+    for mean, grad_mean, grad_var in zip(means, grads[::2], grads[1::2], strict=True):
+        used = grad_mean is not None or grad_var is not None
+        gradients += [grad_mean, grad_var, mean if used else None, None, None]
+    return gradients
+
+
+_fused = differentiable("batchnorm_statistics", _forward_with_tokens, _save, _gradients, outputs=4, signature=_allocate)
+_merged = differentiable("batchnorm_statistics", _merge, _save_means, _gradients_of_tokens, outputs=None)
 _statistics = fused_op(
     "channel_statistics",
     _allocate_statistics,
@@ -122,7 +167,7 @@ _statistics = fused_op(
 def _triton(*norm: Any, activation: str, residual: Tensor | None) -> tuple[Tensor, ...]:
     # Without a residual, backward recomputes the mask from x, which it reads in any case.
     keep_mask = residual is not None and activation != "none" and torch.is_grad_enabled()
-    return _fused(*norm, activation, keep_mask, residual)[:3]
+    return _fused(*norm, activation, keep_mask, residual)[:6]
 
 
 register("batchnorm_statistics", "reference", reference.batchnorm_statistics)
@@ -141,8 +186,9 @@ def batchnorm_statistics(
     *,
     activation: Literal["none", "relu", "relu6"] = "none",
     residual: Tensor | None = None,
+    merge: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Apply a BatchNorm with running statistics and return the batch statistics of its input (paper, Eq. 3).
 
     ::
@@ -159,12 +205,14 @@ def batchnorm_statistics(
         eps: greater than 0.
         activation: applied after the residual is added.
         residual: same shape as x, any floating dtype; None means 0.
+        merge: False returns statistics for :func:`merge_statistics`, which finishes those of many layers in one launch.
         backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         y, with the shape, dtype and memory format of x; mean and var, (C,), float32 (float64 if x is), NaN if N = 0. y
         is computed in float32 and rounded once. y is differentiable with respect to x, weight, bias and residual; mean
-        and var are differentiable with respect to x.
+        and var are differentiable with respect to x. If ``merge`` is False: y and one or more tensors, to be passed
+        to :func:`merge_statistics` once.
 
     Raises:
         TypeError: a tensor argument is not a floating-point tensor, or eps is not a number.
@@ -183,7 +231,23 @@ def batchnorm_statistics(
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     norm = (x, running_mean, running_var, weight, bias, eps)
-    return dispatch("batchnorm_statistics", backend, *norm, activation=activation, residual=residual)
+    y, *statistics = dispatch("batchnorm_statistics", backend, *norm, activation=activation, residual=residual)
+    return y, *(merge_statistics([statistics])[0] if merge else statistics)
+
+
+def merge_statistics(layers: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Return mean and var of layers from the results of :func:`batchnorm_statistics` with ``merge=False``.
+
+    Args:
+        layers: the results after y of one call per layer.
+
+    Returns:
+        mean and var of each layer, as :func:`batchnorm_statistics` returns them.
+    """
+    # The reference and user-defined backends return mean and var.
+    unmerged = [tensor for layer in layers if len(layer) > 2 for tensor in layer]
+    merged = iter(_merged(*unmerged) if unmerged else ())
+    return [(next(merged), next(merged)) if len(layer) > 2 else (layer[0], layer[1]) for layer in layers]
 
 
 def channel_statistics(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:

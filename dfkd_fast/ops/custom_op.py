@@ -240,7 +240,7 @@ def differentiable(
     save: Callable[..., tuple[Sequence[Tensor | None], tuple[Any, ...]]],
     backward: Callable[..., Sequence[Tensor | None]],
     *,
-    outputs: int = 1,
+    outputs: int | None = 1,
     signature: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Add a backward to a function of tensors and options, with support for torch.func and torch.compile.
@@ -253,7 +253,7 @@ def differentiable(
         save: takes the tuples of arguments and results; returns tensors and options for ``backward``.
         backward: takes ``needs_input_grad``, the saved tensors, the options, and the gradient of each differentiable
             result (None if zero); returns the gradients of the leading arguments, and the others receive none.
-        outputs: number of differentiable results; they come first.
+        outputs: number of differentiable results, which come first; None for all.
         signature: a function with the parameters of ``forward``, if ``forward`` is an operator.
 
     Returns:
@@ -272,7 +272,7 @@ def differentiable(
             results = (output,) if isinstance(output, Tensor) else output
             tensors, ctx.options = save(inputs, results)
             ctx.save_for_backward(*tensors)
-            if results[outputs:]:
+            if outputs is not None and results[outputs:]:
                 ctx.mark_non_differentiable(*results[outputs:])
             if not torch.compiler.is_compiling():  # Dynamo always materializes missing gradients
                 ctx.set_materialize_grads(False)

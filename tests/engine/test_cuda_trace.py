@@ -40,6 +40,7 @@ DECLARED: dict[str, tuple[str | None, ...]] = {
     "batch_norm_act_backward": ("x", None, None, "x"),
     "batchnorm_statistics": ("x", None, None, "mask"),
     "batchnorm_statistics_backward": ("x", None, None, "x"),
+    "batchnorm_statistics_merge": (None,) * 72,
     "channel_statistics": (None, None),
     "channel_statistics_backward": ("x",),
     "contrastive_loss": (None, None),
@@ -58,6 +59,7 @@ DECLARED: dict[str, tuple[str | None, ...]] = {
     "spatial_attention_backward": ("features", "hidden", None, None),
     "statistics_distance": (None, None),
     "statistics_distance_backward": ("x",),
+    "statistics_distances": (None, None),
 }
 
 
@@ -132,6 +134,7 @@ def test_dfkd_fast_has_whole_graphs_and_declared_strides() -> None:
         **{"batchnorm_statistics": 36, "batchnorm_statistics_backward": 36},
         "conv2d_act": 33,  # all ReLUs of the teacher in student steps
         **{"batch_norm_act": 2 * (20 + 21), "batch_norm_act_backward": 2 * 20 + 21},
+        **{"batchnorm_statistics_merge": 1, "statistics_distances": 1},
         **{"spatial_attention": 8, "spatial_attention_backward": 4},
         **{"max_pool2x2": 8, "max_unpool2x2": 12, "max_unpool2x2_backward": 4},
         **{"high_order_attention": 4, "high_order_attention_mse": 4, "high_order_attention_mse_backward": 4},

@@ -32,7 +32,7 @@ CASES = {
     "spatial_attention, channel": (partial(ops.spatial_attention, form="channel"), GATE, [*GATE_INPUTS, (0,)]),
     "batchnorm_statistics": (  # a bit per element, with the channels rounded up to whole bytes
         *(partial(call_norm, activation="relu"), norm((2, 9, 3, 2), residual=True)),
-        [(2, 9, 3, 2), *[(9,)] * 5, (2, 2, 6)],
+        [(2, 9, 3, 2), *[(9,)] * 4, (2, 2, 6), (9,)],
     ),
     "batch_norm_act": (partial(call_act, activation="relu"), norm_act((2, 9, 3, 2)), [(2, 9, 3, 2), *[(9,)] * 4]),
     "batch_norm_act, residual": (

@@ -156,6 +156,13 @@ def call_norm(x, running_mean, running_var, weight, bias, residual, *, eps=1e-3,
     return ops.batchnorm_statistics(x, running_mean, running_var, weight, bias, eps, residual=residual, **options)
 
 
+def call_norms(x, running_mean, running_var, weight, bias, residual, **options: Any):
+    """Two BatchNorms whose statistics are merged together."""
+    y, *first = call_norm(x, running_mean, running_var, weight, bias, residual, merge=False, **options)
+    z, *second = call_norm(y, running_mean, running_var, weight, None, None, merge=False, **options)
+    return z, *(t for pair in ops.merge_statistics([first, second]) for t in pair)
+
+
 def call_act(x, weight, bias, running_mean, running_var, residual, **options: Any):
     """Call :func:`ops.batch_norm_act`; by default the running statistics are checked, but not updated."""
     options = {"eps": 1e-3, "negative_slope": 0.2, "update_running_stats": False, **options}
@@ -381,6 +388,7 @@ CASES: dict[str, Case] = {
     "batchnorm_statistics, none, no affine": Case(
         function=call_norm, **{**_NORM, "make": partial(norm, affine=False, residual=True), "needs_grad": (0, 5)}
     ),
+    "batchnorm_statistics, two layers": Case(function=partial(call_norms, activation="relu"), **_NORM),
     "batch_norm_act": Case(function=partial(call_act, activation="relu"), **_NORM_ACT),
     "batch_norm_act, fork": Case(function=partial(call_act, activation="relu", fork=True), **_NORM_ACT),
     "batch_norm_act, leaky_relu": Case(
