@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import ops
 from dfkd_fast.nn.norm import batch_norm_act, batch_norm_act_conv1x1, count_batches, has_hooks
+from dfkd_fast.ops.spatial_attention import Norm
 
 __all__ = ["HighOrderAttention", "SpatialAttention"]
 
@@ -130,7 +131,7 @@ class SpatialAttention(nn.Module):
         """
         return self._gate(features, self.hidden(features))
 
-    def _gate(self, features: Tensor, hidden: Tensor, norm: ops.Norm | None = None) -> Tensor:
+    def _gate(self, features: Tensor, hidden: Tensor, norm: Norm | None = None) -> Tensor:
         weight = self.expand.weight.flatten(1)
         options: Any = {"scale": self.scale, "form": self.form, "norm": norm}
         return ops.spatial_attention(features, hidden, weight, self.expand.bias, **options)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_fast import ops
+from dfkd_fast.ops.spatial_attention import Norm
 
 __all__ = ["batch_norm_act", "batch_norm_act_conv1x1", "count_batches", "has_hooks"]
 
@@ -97,7 +98,7 @@ def batch_norm_act(
 
 def batch_norm_act_conv1x1(
     bn: nn.BatchNorm2d, conv: nn.Conv2d, x: Tensor, *, negative_slope: float = 0.01, count: bool = True
-) -> tuple[Tensor, Tensor, ops.Norm | None]:
+) -> tuple[Tensor, Tensor, Norm | None]:
     """Return ``conv(f)`` with ``f = leaky_relu(bn(x))``, and f for :func:`dfkd_fast.ops.spatial_attention`.
 
     :func:`dfkd_fast.ops.batch_norm_act_conv1x1` computes them. The modules are called as in :func:`batch_norm_act`, and

@@ -13,11 +13,10 @@ from dfkd_fast.ops.distillation_kl import distillation_kl
 from dfkd_fast.ops.high_order_attention import high_order_attention, high_order_attention_map
 from dfkd_fast.ops.high_order_attention_mse import high_order_attention_mse
 from dfkd_fast.ops.max_pool2x2 import max_pool2x2, max_unpool2x2
-from dfkd_fast.ops.spatial_attention import Norm, spatial_attention
+from dfkd_fast.ops.spatial_attention import spatial_attention
 from dfkd_fast.ops.statistics_distance import statistics_distance
 
 __all__ = [
-    "Norm",
     "backend",
     "backends",
     "batch_norm_act",
