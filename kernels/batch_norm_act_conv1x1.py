@@ -17,10 +17,12 @@ the first computes all sums over its tiles, the second adds them in a fixed orde
 pass over x visits the tiles in reverse order, because the last ones of the first pass may still be in the L2 cache.
 
 Memory traffic with 2-byte elements, per element of x: forward 4 bytes and K / C of 2 bytes to write a; backward 10
-bytes and K / C of 4 bytes to read da twice. A tile holds all channels of its positions. The maps are channels-last.
+bytes and K / C of 4 bytes to read da twice. A tile of forward holds all channels. The maps are channels-last.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -66,7 +68,7 @@ def _statistics_config(arch: int, dtype: torch.dtype, **sizes: int) -> Launch:
 
 
 def _tile(channels: int, hidden: int, per_thread: int, stages: int, programs: int) -> Launch:
-    """Tiles of all channels and about ``per_thread`` elements per thread; ``programs`` run per multiprocessor."""
+    """Tiles of about ``per_thread`` elements per thread; ``programs`` run per multiprocessor."""
     block_c = max(16, channels)
     warps = 4 if block_c <= 64 else 8
     block_m = max(16, min(64, 32 * warps * per_thread // block_c))
@@ -75,21 +77,28 @@ def _tile(channels: int, hidden: int, per_thread: int, stages: int, programs: in
 
 
 @config.heuristic("batch_norm_act_conv1x1", BLOCK_M=(16, 128), LOOP_STAGES=(1, 4), PROGRAMS=(1, 8))
-def _config(arch: int, dtype: torch.dtype, *, channels: int, hidden: int) -> Launch:
-    """Prefetches 16 KiB per program."""
+def _config(arch: int, dtype: torch.dtype, *, channels: int, hidden: int, vectors: int) -> Launch:
+    """A tile holds all channels. Prefetches 16 KiB per program."""
     return _tile(channels, hidden, 32 if dtype.itemsize == 2 else 16, 3, 2)
+
+
+def _channels(arch: int, dtype: torch.dtype, channels: int) -> int:
+    """Channels per tile of backward kernels: at most 64 if products read the weight from registers."""
+    return channels if dtype.itemsize == 4 or arch // 10 in (9, 10) else min(channels, 64)
 
 
 @config.heuristic("batch_norm_act_conv1x1_sums", BLOCK_M=(16, 128), LOOP_STAGES=(1, 4), PROGRAMS=(1, 8))
-def _config_sums(arch: int, dtype: torch.dtype, *, channels: int, hidden: int) -> Launch:
+def _config_sums(arch: int, dtype: torch.dtype, *, channels: int, hidden: int, vectors: int) -> Launch:
     """Keeps two sums per element of the tile. Each program writes one row of partial sums."""
-    return _tile(channels, hidden, 16 if dtype.itemsize == 2 else 8, 3, 2)
+    per_thread = 16 if dtype.itemsize == 2 and vectors else 8
+    return _tile(_channels(arch, dtype, channels), hidden, per_thread, 3, 2)
 
 
 @config.heuristic("batch_norm_act_conv1x1_backward", BLOCK_M=(16, 128), LOOP_STAGES=(1, 4), PROGRAMS=(1, 8))
-def _config_backward(arch: int, dtype: torch.dtype, *, channels: int, hidden: int) -> Launch:
+def _config_backward(arch: int, dtype: torch.dtype, *, channels: int, hidden: int, vectors: int) -> Launch:
     """Prefetches 32 KiB per program."""
-    return _tile(channels, hidden, 32 if dtype.itemsize == 2 else 16, 3, 2)
+    per_thread = 32 if dtype.itemsize == 2 and vectors else 16 if vectors else 8
+    return _tile(_channels(arch, dtype, channels), hidden, per_thread, 3, 2)
 
 
 @triton.jit
@@ -175,7 +184,7 @@ def _sums_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, LOOP_STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    offs_c = tl.arange(0, BLOCK_C)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_k = tl.arange(0, BLOCK_K)
     mean, scale, bias = load_norm(norm, offs_c, C)
     dtype: tl.constexpr = conv_weight_ptr.dtype.element_ty if da.data is None else da.data.dtype.element_ty
@@ -205,7 +214,7 @@ def _sums_kernel(
     if NEEDS_CONV:
         mask = (offs_c < C)[:, None] & (offs_k < K)[None, :]
         tl.store(row + offs_k[None, :] * C + offs_c[:, None], dconv_weight, mask=mask)
-        tl.store(row + C * K + offs_k, tl.sum(dconv_bias, 0), mask=offs_k < K)
+        tl.store(row + C * K + offs_k, tl.sum(dconv_bias, 0), mask=(offs_k < K) & (tl.program_id(1) == 0))
     if NEEDS_SUMS:
         rstd = tl.load(norm.rstd_ptr + offs_c, mask=offs_c < C, other=0.0)
         tl.store(row + CONV + offs_c, tl.sum(dbias, 0), mask=offs_c < C)
@@ -263,7 +272,7 @@ def _backward_kernel(
     tiles, positions, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, LOOP_STAGES: tl.constexpr,
 ):  # fmt: skip
-    offs_c = tl.arange(0, BLOCK_C)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_k = tl.arange(0, BLOCK_K)
     mean, scale, bias = load_norm(norm, offs_c, C)
     dtype: tl.constexpr = conv_weight_ptr.dtype.element_ty if da.data is None else da.data.dtype.element_ty
@@ -294,16 +303,18 @@ def _choose(kernel: str, x: Tensor, hidden: int) -> Launch:
         x.dtype,
         channels=next_power_of_2(x.shape[1]),
         hidden=next_power_of_2(hidden),
+        vectors=int(x.shape[1] % 8 == 0),
     )
 
 
-def _grid(x: Tensor, chosen: Launch) -> tuple[Launch, int, int, int]:
-    """The configuration without PROGRAMS, the number of programs, of tiles and of positions."""
+def _grid(x: Tensor, chosen: Launch) -> tuple[Launch, tuple[int, int], int, int]:
+    """The configuration without PROGRAMS, the grid (programs, channel blocks), the number of tiles and of positions."""
     tile = {name: size for name, size in chosen.tile.items() if name != "PROGRAMS"}
     positions = x.numel() // x.shape[1]
     tiles = cdiv(positions, tile["BLOCK_M"])
-    programs = cdiv(tiles, cdiv(tiles, chosen.tile["PROGRAMS"] * num_sms(x)))
-    return Launch(tile=tile, num_warps=chosen.num_warps, num_stages=chosen.num_stages), programs, tiles, positions
+    blocks = cdiv(x.shape[1], tile["BLOCK_C"])
+    grid = cdiv(tiles, cdiv(tiles * blocks, chosen.tile["PROGRAMS"] * num_sms(x))), blocks
+    return replace(chosen, tile=tile), grid, tiles, positions
 
 
 def forward(
@@ -344,12 +355,12 @@ def forward(
         return
     channels, hidden = x.shape[1], conv_weight.shape[0]
     parts = partial_statistics("batch_norm_act_conv1x1_statistics", x, 1)
-    chosen, programs, tiles, positions = _grid(x, _choose("batch_norm_act_conv1x1", x, hidden))
+    chosen, grid, tiles, positions = _grid(x, _choose("batch_norm_act_conv1x1", x, hidden))
     vectors = [None if v is None else v.contiguous() for v in (weight, bias, conv_weight, conv_bias)]
     running = [None if v is None else v.contiguous() for v in (running_mean, running_var)]
     launch(
         _forward_kernel,
-        (programs,),
+        grid,
         _map(x),
         _map(reduced),
         *vectors,
@@ -429,16 +440,16 @@ def backward(
     needs_sums = dx is not None or dweight is not None or dbias is not None
     sums = None if dx is None else x.new_empty((2, channels), dtype=torch.float32)
     if needs_conv or needs_sums:
-        chosen, programs, tiles, positions = _grid(x, _choose("batch_norm_act_conv1x1_sums", x, hidden))
+        chosen, grid, tiles, positions = _grid(x, _choose("batch_norm_act_conv1x1_sums", x, hidden))
         sizes = {"CONV": (channels + 1) * hidden if needs_conv else 0, "SUMS": 2 * channels if needs_sums else 0}
-        partials = x.new_empty((programs, sum(sizes.values())), dtype=torch.float32)
+        partials = x.new_empty((grid[0], sum(sizes.values())), dtype=torch.float32)
         arguments = (*maps, norm, conv_weight, partials, tiles, positions)
         needs = {"NEEDS_CONV": needs_conv, "NEEDS_SUMS": needs_sums}
-        launch(_sums_kernel, (programs,), *arguments, config=chosen, **needs, **constants)
+        launch(_sums_kernel, grid, *arguments, config=chosen, **needs, **constants)
         outputs = (partials, dconv_weight, dconv_bias, dbias, dweight, sums)
-        grid = (cdiv(partials.shape[1], _REDUCE.tile["BLOCK"]),)
-        launch(_reduce_kernel, grid, *outputs, programs, config=_REDUCE, C=channels, K=hidden, **sizes)
+        blocks = (cdiv(partials.shape[1], _REDUCE.tile["BLOCK"]),)
+        launch(_reduce_kernel, blocks, *outputs, grid[0], config=_REDUCE, C=channels, K=hidden, **sizes)
     if dx is not None:
-        chosen, programs, tiles, positions = _grid(x, _choose("batch_norm_act_conv1x1_backward", x, hidden))
+        chosen, grid, tiles, positions = _grid(x, _choose("batch_norm_act_conv1x1_backward", x, hidden))
         arguments = (*maps, _map(dx), norm, conv_weight, sums, 1 / positions, tiles, positions)
-        launch(_backward_kernel, (programs,), *arguments, config=chosen, **constants)
+        launch(_backward_kernel, grid, *arguments, config=chosen, **constants)

@@ -141,7 +141,8 @@ def spatial_attention(
 
     Raises:
         TypeError: a tensor argument is not a floating-point tensor, or scale is not a number.
-        ValueError: shapes or devices do not match, scale is not finite, or form or backend is unknown.
+        ValueError: shapes or devices do not match, scale is not finite, form or backend is unknown, or there is a norm
+            and another backend than ``"triton"``.
         RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("features", features, ("N", "C", "H", "W"))
@@ -155,5 +156,7 @@ def spatial_attention(
     require_choice("form", form, ("spatial", "spatial_mean1", "channel"))
     options: dict[str, Any] = {"scale": scale, "form": form}
     if norm is not None:
+        if backend not in (None, "triton"):
+            raise ValueError(f"backend must be 'triton' or None with a norm, got {backend!r}")
         backend, options["norm"] = "triton", norm  # the backend that returned the norm
     return dispatch("spatial_attention", backend, features, hidden, weight, bias, **options)

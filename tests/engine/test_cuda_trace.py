@@ -38,6 +38,8 @@ GRAPHS = {
 DECLARED: dict[str, tuple[str | None, ...]] = {
     "batch_norm_act": ("x", None, None, "mask"),
     "batch_norm_act_backward": ("x", None, None, "x"),
+    "batch_norm_act_conv1x1": ("x", None, None),
+    "batch_norm_act_conv1x1_backward": ("x", None, None, None, None),
     "batchnorm_statistics": ("x", None, None, "mask"),
     "batchnorm_statistics_backward": ("x", None, None, "x"),
     "channel_statistics": (None, None),
