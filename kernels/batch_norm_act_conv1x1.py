@@ -82,23 +82,25 @@ def _config(arch: int, dtype: torch.dtype, *, channels: int, hidden: int, vector
     return _tile(channels, hidden, 32 if dtype.itemsize == 2 else 16, 3, 2)
 
 
-def _channels(arch: int, dtype: torch.dtype, channels: int) -> int:
-    """Channels per tile of backward kernels: at most 64 if products read the weight from registers."""
-    return channels if dtype.itemsize == 4 or arch // 10 in (9, 10) else min(channels, 64)
+def _weight_in_registers(arch: int, dtype: torch.dtype) -> bool:
+    """Whether products read the weight from registers. Backward then has at most 64 channels per tile."""
+    return dtype.itemsize == 2 and arch // 10 not in (9, 10)
 
 
 @config.heuristic("batch_norm_act_conv1x1_sums", BLOCK_M=(16, 128), LOOP_STAGES=(1, 4), PROGRAMS=(1, 8))
 def _config_sums(arch: int, dtype: torch.dtype, *, channels: int, hidden: int, vectors: int) -> Launch:
     """Keeps two sums per element of the tile. Each program writes one row of partial sums."""
     per_thread = 16 if dtype.itemsize == 2 and vectors else 8
-    return _tile(_channels(arch, dtype, channels), hidden, per_thread, 3, 2)
+    if _weight_in_registers(arch, dtype):
+        return _tile(min(channels, 64), hidden, per_thread if hidden <= 16 else 8, 2, 2)
+    return _tile(channels, hidden, per_thread, 3, 2)
 
 
 @config.heuristic("batch_norm_act_conv1x1_backward", BLOCK_M=(16, 128), LOOP_STAGES=(1, 4), PROGRAMS=(1, 8))
 def _config_backward(arch: int, dtype: torch.dtype, *, channels: int, hidden: int, vectors: int) -> Launch:
     """Prefetches 32 KiB per program."""
     per_thread = 32 if dtype.itemsize == 2 and vectors else 16 if vectors else 8
-    return _tile(_channels(arch, dtype, channels), hidden, per_thread, 3, 2)
+    return _tile(min(channels, 64) if _weight_in_registers(arch, dtype) else channels, hidden, per_thread, 3, 2)
 
 
 @triton.jit
@@ -443,9 +445,9 @@ def backward(
         chosen, grid, tiles, positions = _grid(x, _choose("batch_norm_act_conv1x1_sums", x, hidden))
         sizes = {"CONV": (channels + 1) * hidden if needs_conv else 0, "SUMS": 2 * channels if needs_sums else 0}
         partials = x.new_empty((grid[0], sum(sizes.values())), dtype=torch.float32)
-        arguments = (*maps, norm, conv_weight, partials, tiles, positions)
         needs = {"NEEDS_CONV": needs_conv, "NEEDS_SUMS": needs_sums}
-        launch(_sums_kernel, grid, *arguments, config=chosen, **needs, **constants)
+        shared = (*maps, norm, conv_weight, partials, tiles, positions)
+        launch(_sums_kernel, grid, *shared, config=chosen, **needs, **constants)
         outputs = (partials, dconv_weight, dconv_bias, dbias, dweight, sums)
         blocks = (cdiv(partials.shape[1], _REDUCE.tile["BLOCK"]),)
         launch(_reduce_kernel, blocks, *outputs, grid[0], config=_REDUCE, C=channels, K=hidden, **sizes)

@@ -97,8 +97,9 @@ def _fits_large_tiles(dtype: torch.dtype, hidden: int, vectors: int) -> bool:
 @config.heuristic("spatial_attention_statistics", TILES=(4, 64), BLOCK_M=(16, 128), num_stages=(1, 4))
 @config.heuristic("spatial_attention_delta", TILES=(4, 64), BLOCK_M=(16, 128), num_stages=(1, 4))
 def _config_sums(
-    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
-) -> Launch:
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int,
+    norm: int,
+) -> Launch:  # fmt: skip
     """Sums over positions. A program processes up to ``TILES`` tiles; fewer leave more chunks to merge."""
     m, per_thread, stages = (64, 16, 3) if dtype.itemsize == 2 else (32, 8, 2)
     block_k = _block_k(arch, dtype, hidden)
@@ -109,8 +110,9 @@ def _config_sums(
 @config.heuristic("spatial_attention_gate", BLOCK_M=(16, 128))
 @config.heuristic("spatial_attention_rows", BLOCK_M=(16, 128))
 def _config_gate(
-    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
-) -> Launch:
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int,
+    norm: int,
+) -> Launch:  # fmt: skip
     """For a softmax over channels, a tile holds all channels if there are at most 256."""
     block = max(16, channels if over_channels and channels <= 256 else min(channels, 64))
     per_thread = 32 if _fits_large_tiles(dtype, hidden, vectors) else 8 if dtype.itemsize == 2 else 16
@@ -119,8 +121,9 @@ def _config_gate(
 
 @config.heuristic("spatial_attention_gradients", BLOCK_M=(16, 128), PROGRAMS=(1, 8), num_stages=(1, 3))
 def _config_gradients(
-    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
-) -> Launch:
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int,
+    norm: int,
+) -> Launch:  # fmt: skip
     """A tile holds all channels of a position: up to 256, or 64 or 128 if products read the weight from registers.
 
     ``PROGRAMS`` programs run per SM, and each writes one partial gradient of the weight. delta and the gradients are
@@ -132,6 +135,8 @@ def _config_gradients(
     block = max(16, channels if channels <= most else 64)
     if _fits_large_tiles(dtype, hidden, vectors):
         per_thread = 32 if block != 128 and not over_channels else 16 if from_shared or not over_channels else 8
+        if norm and block < channels and not from_shared:
+            per_thread = 16  # the channels' parameters need registers
     else:
         per_thread = 8 if half_precision or block == channels >= 64 else 4  # more spills
     programs = max(1, min(3, 256 // block))
@@ -660,7 +665,8 @@ class _Call:
         bias = bias.contiguous() if bias is not None and self.over_channels else None
         self.args = Arguments(as_map(self.features), as_map(self.hidden), bias, self.samples, self.positions, factor)
         if norm[0] is not None:
-            self.args = self.args._replace(norm=Norm(*(None if v is None else v.contiguous() for v in norm[:4]), norm[4]))
+            vectors = [None if v is None else v.contiguous() for v in norm[:4]]
+            self.args = self.args._replace(norm=Norm._make((*vectors, norm[4])))
 
     def choose(self, kernel: str) -> Launch:
         """The configuration of a kernel."""
@@ -673,6 +679,7 @@ class _Call:
             positions=next_power_of_2(self.positions),
             over_channels=int(self.over_channels),
             vectors=int(self.args.features.stride_p is None and self.channels % 8 == 0),
+            norm=int(self.args.norm.mean_ptr is not None),
         )
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, chosen: Launch, **constants: Any) -> None:

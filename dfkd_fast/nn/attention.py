@@ -152,9 +152,7 @@ class SpatialAttention(nn.Module):
         """
         if has_hooks(self) or type(self).forward is not SpatialAttention.forward:
             return self(batch_norm_act(bn, x, activation="leaky_relu", negative_slope=negative_slope, count=False))
-        reduced, features, norm = batch_norm_act_conv1x1(
-            bn, self.reduce, x, negative_slope=negative_slope, count=False
-        )
+        reduced, features, norm = batch_norm_act_conv1x1(bn, self.reduce, x, negative_slope=negative_slope, count=False)
         return self._gate(features, self._hourglass(reduced), norm)
 
     def extra_repr(self) -> str:

@@ -36,9 +36,7 @@ class _Block(nn.Module):
             return self.attention(self.activation(x))
         if isinstance(self.attention, SpatialAttention):
             return self.attention.forward_normalized(x, self.norm, slope)
-        return self.attention(
-            batch_norm_act(self.norm, x, activation="leaky_relu", negative_slope=slope, count=False)
-        )
+        return self.attention(batch_norm_act(self.norm, x, activation="leaky_relu", negative_slope=slope, count=False))
 
 
 class AttentionGenerator(nn.Module):

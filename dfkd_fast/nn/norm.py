@@ -41,13 +41,13 @@ def count_batches(norms: Iterable[_BatchNorm]) -> None:
         torch._foreach_add_(counters, 1)
 
 
-def _tensors(bn: _BatchNorm) -> tuple[Tensor | None, ...]:
-    return bn.weight, bn.bias, bn.running_mean, bn.running_var
-
-
-def _settings(bn: _BatchNorm) -> dict[str, Any]:
-    """Return the arguments of the ops that follow from the module's settings."""
+def _arguments(bn: _BatchNorm) -> dict[str, Any]:
+    """Return the arguments of the ops that are the module's parameters, buffers and settings."""
     return {
+        "weight": bn.weight,
+        "bias": bn.bias,
+        "running_mean": bn.running_mean,
+        "running_var": bn.running_var,
         "momentum": 0.0 if bn.momentum is None else bn.momentum,
         "eps": bn.eps,
         "training": bn.training or (bn.running_mean is None and bn.running_var is None),
@@ -93,7 +93,7 @@ def batch_norm_act(
     if count:
         count_batches([bn])
     options: Any = {"activation": activation, "negative_slope": negative_slope, "residual": residual}
-    return ops.batch_norm_act(x, *_tensors(bn), **_settings(bn), **options)
+    return ops.batch_norm_act(x, **_arguments(bn), **options)
 
 
 def batch_norm_act_conv1x1(
@@ -123,5 +123,5 @@ def batch_norm_act_conv1x1(
     bn._check_input_dim(x)
     if count:
         count_batches([bn])
-    tensors = (*_tensors(bn), conv.weight.flatten(1), conv.bias)
-    return ops.batch_norm_act_conv1x1(x, *tensors, **_settings(bn), negative_slope=negative_slope)
+    convolution: Any = {"conv_weight": conv.weight.flatten(1), "conv_bias": conv.bias}
+    return ops.batch_norm_act_conv1x1(x, **_arguments(bn), **convolution, negative_slope=negative_slope)

@@ -136,7 +136,7 @@ def _triton(
     return reduced, features, Norm(mean, rstd, weight, bias, float(negative_slope))
 
 
-def _reference(*arguments: Tensor | None, **options: Any) -> tuple[Tensor, Tensor, None]:
+def _reference(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor, None]:
     return *reference.batch_norm_act_conv1x1(*arguments, **options), None
 
 

@@ -130,8 +130,8 @@ def spatial_attention(
         bias: (C,), any floating dtype, or None. The two spatial forms do not depend on it and give it zero gradient.
         scale: lambda, any finite number.
         form: "spatial", "spatial_mean1" or "channel".
-        norm: None, or the norm that :func:`dfkd_fast.ops.batch_norm_act_conv1x1` returned with the features. F is then a
-            leaky ReLU of the normalized features, and their gradient is that of F. The Triton kernels compute it.
+        norm: None, or the norm that :func:`dfkd_fast.ops.batch_norm_act_conv1x1` returned with the features. F is then
+            a leaky ReLU of the normalized features, and their gradient is that of F. Only the Triton kernels do this.
         backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:

@@ -21,7 +21,7 @@ SHAPES = {name: shape for name, shape in MAP_SHAPES.items() if name not in ("one
 
 def definition(x, weight, bias, running_mean, running_var, conv_weight, conv_bias, *, form):
     """Compute each channel in turn, and the gate of each channel or position."""
-    n, channels, height, width = x.shape
+    channels, height, width = x.shape[1:]
     maps = []
     for c in range(channels):
         v = x[:, c]
@@ -109,9 +109,7 @@ def test_reference_equals_separate_modules(training, dtype):
         for a, b in [results] if isinstance(results, tuple) else results:
             assert torch.equal(a, b)
     dy, df = random(*reduced.shape, dtype=dtype, seed=3), random(*f.shape, dtype=dtype, seed=4)
-    found, truth = (
-        torch.autograd.grad(pair, leaves, (dy, df)) for pair in ((reduced, f), (expected, expected_f))
-    )
+    found, truth = (torch.autograd.grad(pair, leaves, (dy, df)) for pair in ((reduced, f), (expected, expected_f)))
     assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
 
 
@@ -145,7 +143,9 @@ def test_gradients_of_one_result(kernel_device, used):
         reduced, features, norm = ops.batch_norm_act_conv1x1(*inputs, negative_slope=0.2, backend=backend)
         gate, hidden = random(8, 3, device=kernel_device), random(3, 3, 5, 4, device=kernel_device)
         result = ops.spatial_attention(features, hidden, gate, norm=norm, backend=backend) if used else reduced
-        return torch.autograd.grad(result, leaves, random(*result.shape, seed=5, device=kernel_device), allow_unused=True)
+        return torch.autograd.grad(
+            result, leaves, random(*result.shape, seed=5, device=kernel_device), allow_unused=True
+        )
 
     for a, b in zip(run("triton"), run("reference"), strict=True):
         assert_close(a, torch.zeros_like(a) if b is None else b, atol=2e-5)
