@@ -83,7 +83,7 @@ def _config(arch: int, dtype: torch.dtype, *, channels: int, hidden: int, vector
 
 
 def _weight_in_registers(arch: int, dtype: torch.dtype) -> bool:
-    """Whether products read the weight from registers. Backward then has at most 64 channels per tile."""
+    """Whether products read the weight from registers. Tiles of backward then have fewer channels."""
     return dtype.itemsize == 2 and arch // 10 not in (9, 10)
 
 
@@ -92,7 +92,7 @@ def _config_sums(arch: int, dtype: torch.dtype, *, channels: int, hidden: int, v
     """Keeps two sums per element of the tile. Each program writes one row of partial sums."""
     per_thread = 16 if dtype.itemsize == 2 and vectors else 8
     if _weight_in_registers(arch, dtype):
-        return _tile(min(channels, 64), hidden, per_thread if hidden <= 16 else 8, 2, 2)
+        return _tile(min(channels, 64 if hidden <= 16 else 32), hidden, per_thread if hidden <= 16 else 8, 2, 2)
     return _tile(channels, hidden, per_thread, 3, 2)
 
 

@@ -124,11 +124,14 @@ def test_dfkd_fast_has_whole_graphs_and_declared_strides() -> None:
     require_whole_graphs(report)
     require_no_synchronization(report)
     require_declared_strides(report)
-    # A ResNet-34 has 36 BatchNorms, the generator has 4 blocks, and each ResNet has 4 stages.
+    # A ResNet-34 has 36 BatchNorms and a ResNet-18 has 20. The generator has 4 blocks, each with 5 BatchNorms, and one
+    # more BatchNorm. Each ResNet has 4 stages.
     calls = Counter(call["op"] for graph in report["graphs"].values() for call in graph["calls"])
     assert calls == {
         **{"batchnorm_statistics": 36, "batchnorm_statistics_backward": 36},
         **{"spatial_attention": 8, "spatial_attention_backward": 4},
+        **{"batch_norm_act_conv1x1": 8, "batch_norm_act_conv1x1_backward": 4},
+        **{"batch_norm_act": 74, "batch_norm_act_backward": 57},
         **{"max_pool2x2": 8, "max_unpool2x2": 12, "max_unpool2x2_backward": 4},
         **{"high_order_attention": 4, "high_order_attention_mse": 4, "high_order_attention_mse_backward": 4},
         **{"contrastive_loss": 1, "contrastive_loss_backward": 1},
