@@ -51,7 +51,7 @@ from dfkd_fast.kernels.batchnorm_statistics_bwd import unpack
 from dfkd_fast.kernels.common import cast, launch, next_power_of_2, traffic
 from dfkd_fast.kernels.config import Launch
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "merge_rows", "merge_statistics"]
 
 
 @config.heuristic("batch_norm_act_statistics", UNROLL=(1, 8), BLOCK_P=(8, 512), LOOP_STAGES=(1, 3))
@@ -82,6 +82,41 @@ def _mask_pointers(mask, block, channels, row, NCHW: tl.constexpr, BLOCK_C: tl.c
     offs = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
     ptrs = pointers(mask, row, expand_channels(offs, NCHW).to(tl.int64), NCHW, 1)
     return ptrs, expand_channels(offs * 8 < channels, NCHW)
+
+
+@triton.jit
+def merge_statistics(
+    means_ptr,  # [chunks, C]
+    m2_ptr,  # [chunks, C]
+    count_ptr,  # [chunks]
+    mean_ptr,  # [C]
+    rstd_ptr,  # [C]
+    running_mean_ptr,  # [C] or None
+    running_var_ptr,  # [C] or None
+    momentum,
+    eps,
+    chunks,
+    channels,
+    offs_c,
+    writes,  # whether this program writes mean and rstd and updates the running statistics
+    BLOCK_M: tl.constexpr,
+):
+    """Mean and ``1 / sqrt(var + eps)`` of channels, merged from chunks."""
+    mask_c = offs_c < channels
+    mean, m2, total = merge_chunks(means_ptr, m2_ptr, count_ptr, chunks, channels, offs_c, mask_c, BLOCK_M)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(m2, total) + eps))
+    if writes:
+        tl.store(mean_ptr + offs_c, mean, mask=mask_c)
+        tl.store(rstd_ptr + offs_c, rstd, mask=mask_c)
+        if running_mean_ptr is not None:
+            old = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+            new = momentum * mean + (1 - momentum) * old
+            tl.store(running_mean_ptr + offs_c, cast(new, running_mean_ptr.dtype.element_ty), mask=mask_c)
+        if running_var_ptr is not None:
+            old = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+            new = momentum * tl.div_rn(m2, total - 1) + (1 - momentum) * old
+            tl.store(running_var_ptr + offs_c, cast(new, running_var_ptr.dtype.element_ty), mask=mask_c)
+    return mean, rstd
 
 
 @traffic(writes="y mask mean_ptr rstd_ptr", updates="running_mean_ptr running_var_ptr")
@@ -126,20 +161,10 @@ def _normalize_kernel(
     offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
 
-    mean_c, m2, total = merge_chunks(means_ptr, m2_ptr, count_ptr, chunks, channels, offs_c, mask_c, BLOCK_M)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(m2, total) + eps))
-    if chunk == 0:
-        tl.store(mean_ptr + offs_c, mean_c, mask=mask_c)
-        tl.store(rstd_ptr + offs_c, rstd, mask=mask_c)
-        if running_mean_ptr is not None:
-            old = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-            new = momentum * mean_c + (1 - momentum) * old
-            tl.store(running_mean_ptr + offs_c, cast(new, running_mean_ptr.dtype.element_ty), mask=mask_c)
-        if running_var_ptr is not None:
-            old = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-            new = momentum * tl.div_rn(m2, total - 1) + (1 - momentum) * old
-            tl.store(running_var_ptr + offs_c, cast(new, running_var_ptr.dtype.element_ty), mask=mask_c)
-
+    mean_c, rstd = merge_statistics(
+        means_ptr, m2_ptr, count_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps, chunks,
+        channels, offs_c, chunk == 0, BLOCK_M,
+    )  # fmt: skip
     mean = expand_channels(mean_c, NCHW)
     scale = _load_scale(rstd, weight_ptr, offs_c, mask_c, NCHW)
     if bias_ptr is not None:
@@ -372,7 +397,7 @@ def _backward_kernel(
             tl.store(ptrs, cast(out, dx.ptr.dtype.element_ty), mask=inside)
 
 
-def _merge_rows(chosen: Launch, chunks: int) -> int:
+def merge_rows(chosen: Launch, chunks: int) -> int:
     """Returns how many chunks a program merges at once: 16 values per thread, or fewer."""
     most = chosen.num_warps * 512 // chosen.tile["BLOCK_C"]
     return max(min(next_power_of_2(chunks), most), 16)
@@ -448,7 +473,7 @@ def forward(
         x.shape[1],
         config=chosen,
         ACTIVATION=activation != "none",
-        BLOCK_M=_merge_rows(chosen, parts[0].shape[0]),
+        BLOCK_M=merge_rows(chosen, parts[0].shape[0]),
         **constants,
     )
     for given, updated in zip((running_mean, running_var), running, strict=True):
@@ -538,6 +563,6 @@ def backward(
         positions,
         x.shape[1],
         config=chosen,
-        BLOCK_M=_merge_rows(chosen, chunks),
+        BLOCK_M=merge_rows(chosen, chunks),
         **constants,
     )

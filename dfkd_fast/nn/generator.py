@@ -55,11 +55,11 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, slope = self.upsample(x), self.activation.negative_slope
-        if isinstance(self.norm, nn.BatchNorm2d):
-            x = batch_norm_act(self.norm, x, activation="leaky_relu", negative_slope=slope, count=False)
-        else:
-            x = self.activation(x)
-        return self.attention(x)
+        if not isinstance(self.norm, nn.BatchNorm2d):
+            return self.attention(self.activation(x))
+        if isinstance(self.attention, SpatialAttention):
+            return self.attention.forward_normalized(x, self.norm, slope)
+        return self.attention(batch_norm_act(self.norm, x, activation="leaky_relu", negative_slope=slope, count=False))
 
 
 class AttentionGenerator(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,7 @@ def batch_norm_act(
     residual: Tensor | None,
     training: bool,
     fork: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Normalize x (N, C, ...), add the residual and activate; in training, update the running statistics."""
     vectors = (running_mean, running_var, weight, bias)
     # F.batch_norm requires vectors of one dtype: that of x, or float32 for half precision.

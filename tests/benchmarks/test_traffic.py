@@ -23,6 +23,7 @@ from ..ops.table import CASES
 
 MODULES = {
     "batch_norm_act": ("batch_norm_act",),
+    "batch_norm_act_conv1x1": ("batch_norm_act_conv1x1",),
     "batchnorm_statistics": ("batchnorm_statistics", "batchnorm_statistics_bwd"),
     "contrastive_loss": ("contrastive_loss", "contrastive_loss_bwd"),
     "distillation_kl": ("distillation_kl",),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +99,41 @@ def test_spatial_attention_state_dict_has_stable_names() -> None:
     names = {f"{layer}.weight" for layer in layers} | {"reduce.bias", "expand.bias"}
     names |= {f"{layer}_norm.{each}" for layer in layers[1:5] for each in statistics}
     assert set(SpatialAttention(16).state_dict()) == names
+
+
+@pytest.mark.parametrize("form", ["spatial", "channel"])
+def test_spatial_attention_of_a_normalized_map_matches_separate_modules(kernel_device: str, form: Any) -> None:
+    """The kernels do not write the activated map."""
+    torch.manual_seed(0)
+    module = SpatialAttention(16, form=form, scale=10.0).to(kernel_device, memory_format=torch.channels_last)
+    bn = nn.BatchNorm2d(16).to(kernel_device)
+    x = random(3, 16, 6, 5, layout="channels_last", device=kernel_device, requires_grad=True)
+    weight = random(3, 16, 6, 5, device=kernel_device, seed=2)
+    leaves = [x, *bn.parameters(), *module.parameters()]
+    results = []
+    for name in ("triton", "reference"):
+        state = [copy.deepcopy(each.state_dict()) for each in (bn, module)]
+        with ops.backend(name):
+            y = module.forward_normalized(x, bn, 0.2) if name == "triton" else module(F.leaky_relu(bn(x), 0.2))
+        results.append((y, *torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True), bn.running_var.clone()))
+        for each, before in zip((bn, module), state, strict=True):
+            each.load_state_dict(before)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_generator_blocks_call_modules_with_hooks() -> None:
+    generator = AttentionGenerator(16, latent_dim=3, channels=(16, 8, 8, 8, 8))
+    noise = torch.randn(3, 3)
+    before = copy.deepcopy(generator.state_dict())
+    expected, block = generator(noise), generator.blocks[0]
+    for hooked in (block.norm, block.attention, block.attention.reduce):
+        generator.load_state_dict(before)
+        calls = []
+        handle = hooked.register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(output.shape))
+        torch.testing.assert_close(generator(noise), expected, rtol=0, atol=0)
+        handle.remove()
+        assert len(calls) == 1
 
 
 @pytest.mark.parametrize("attention", ["spatial", "spatial_mean1", "channel", "none"])
