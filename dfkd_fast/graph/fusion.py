@@ -25,6 +25,7 @@ from dfkd_fast.nn.norm import batch_norm_act, count_batches
 __all__ = [
     "Fusion",
     "find",
+    "fork",
     "fuse",
     "fuse_pools",
     "fuse_training",
@@ -58,20 +59,27 @@ def supports_statistics(module: nn.Module | None) -> bool:
 
 
 def batchnorm_with_statistics(
-    bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation
-) -> tuple[Tensor, Unmerged]:
-    """``activation(bn(x) + residual)`` in eval mode, and the statistics of x, (N, C, H, W), to be merged."""
+    bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation, *, fork: bool = False
+) -> tuple[Any, ...]:
+    """``activation(bn(x) + residual)`` in eval mode, and the statistics of x, (N, C, H, W), to be merged.
+
+    With ``fork``, the former is returned again as a third result.
+    """
     mean, var = bn.running_mean, bn.running_var
     assert mean is not None
     assert var is not None
     # The fused op neither broadcasts nor promotes.
     fusible = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     fused: Any = {"activation": activation, "residual": residual} if fusible else {}
-    y, *statistics = ops.batchnorm_statistics(x, mean, var, bn.weight, bn.bias, bn.eps, merge=False, **fused)
+    fork_op = fork and fusible
+    norm = (mean, var, bn.weight, bn.bias, bn.eps)
+    results = ops.batchnorm_statistics(x, *norm, merge=False, fork=fork_op, **fused)
+    y, statistics = results[0], list(results[1 + fork_op :])
     if residual is not None and not fusible:
         y = y + residual
         y = y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y)
-    return y, (statistics, mean, var)
+    unmerged = (statistics, mean, var)
+    return (y, unmerged, results[1] if fork_op else y) if fork else (y, unmerged)
 
 
 def merge_statistics(layers: Sequence[Unmerged]) -> list[LayerStatistics]:
@@ -224,13 +232,13 @@ def _train(
     return (y, y) if fork else (y,)
 
 
-def _fork(graph: fx.Graph, call: fx.Node, y: fx.Node) -> None:
-    """Let a fused call return y twice if y has two users, such as a convolution and the addition of a residual."""
+def fork(graph: fx.Graph, call: fx.Node, y: fx.Node, index: int) -> None:
+    """Let a fused call return y again, as result ``index``, if y has two users: two branches of a residual network."""
     users = [user for user in y.users if user.op != "output"]
     if len(users) == 2:
         call.kwargs = {"fork": True}
         with graph.inserting_after(y):
-            users[1].replace_input_with(y, graph.call_function(operator.getitem, (call, 1)))
+            users[1].replace_input_with(y, graph.call_function(operator.getitem, (call, index)))
 
 
 def fuse_training(trace: Trace, kept: Collection[fx.Node]) -> None:
@@ -246,7 +254,7 @@ def fuse_training(trace: Trace, kept: Collection[fx.Node]) -> None:
         trace.graph.call_function(count_batches, (norms,))
     calls = [(fuse(trace.graph, fusion, _train), fusion.last) for fusion in fusions]
     for call, y in calls:
-        _fork(trace.graph, call, y)
+        fork(trace.graph, call, y, 1)
 
 
 def fuse(graph: fx.Graph, fusion: Fusion, function: Callable[..., Any] = batchnorm_with_statistics) -> fx.Node:
