@@ -13,19 +13,29 @@ Gradient, with g the gradient of y (for the error, ``2 (A x - target) grad_outpu
 
 If the result is the gate, with gradient h, then ``dl = h A (1 - A)``, and dx has no term g A. In mode "per_order", A is
 the mean of one gate A_r per order (``GATES = R``), and dl_r = g x A_r (1 - A_r) / R. The products over j != i are
-computed by multiplication, not from z by division. Only x is saved. Factors, products, logits and gate are float32; the
+computed by multiplication, not from z by division. Only x is saved. Products, logits and gate are float32; the
 operands of matrix products have the dtype of the weights.
 
 There are two forms. In the whole form, a program holds all channels of its positions (``BLOCK_C >= C``), and
-intermediates stay in registers. The split form is for logits that exceed a program's registers. It writes a_r (in
-backward also dl and du) to memory once. Each kernel is then a matrix product with a pointwise prologue or epilogue.
+intermediates stay in registers. The split form is for logits that exceed a program's registers. There, products
+without a prologue or epilogue are PyTorch's (cuBLAS)::
 
-Memory traffic of the whole form with two-byte features, K = C / 4 and R = 3: forward reads x and writes y, 4PC bytes.
+    U = X proj^T          [P, R(R+1)/2 K]    torch.mm
+    y, or dl and g A                         one kernel: a = relu(products of U), a product with out, the gate
+    du                    [P, R(R+1)/2 K]    one kernel: the product dl out, times the factors in U
+    dX = du proj + g A    [P, C]             torch.addmm
+    dproj = du^T X        dout = dl^T a      torch.mm
+
+cuBLAS selects tiles by shape, which matters because the paper's maps have few tiles for the SMs of a large GPU, and
+splits the sums over positions. Factors are rounded to the dtype of the weights, as in the reference.
+
+Memory traffic with two-byte features, K = C / 4 and R = 3. Whole form: forward reads x and writes y, 4PC bytes.
 Backward reads x and g and writes dx, 6PC bytes. If weights need gradients, backward also writes dl, a_r and du, 6.5PC
-bytes, for the matrix products over positions.
+bytes, for the matrix products over positions. Split form, counted per launch: forward 5PC + 7PC bytes; backward
+5PC (U), 12.5PC (dl, g A, and a for dout), 8PC (du), 7PC (dX), 5PC (dproj) and 3.5PC (dout), partly from L2.
 
-Sums over positions are split over programs, and their partial sums are added in a fixed order: results are
-deterministic.
+Sums over positions are split over programs, and their partial sums are added in a fixed order. cuBLAS does the same as
+long as the calls of one handle share a stream. Results are therefore deterministic.
 """
 
 from __future__ import annotations
@@ -71,12 +81,12 @@ def _split(arch: int, dtype: torch.dtype, hidden: int, order: int, gates: int, u
     """The split form. Larger tiles spill with four factors, several gates, or loads that cannot be vectorized."""
     if dtype == torch.float32:
         if order > 3 or gates > 1 or (unaligned and arch >= 100):
-            return _launch(16, 16, 16, hidden)
-        return _launch(32, 32, 32 if arch < 100 else 16, hidden)
+            return _launch(16, 16, 16 if arch < 120 or unaligned else 32, hidden)  # on sm_120, 16 spills
+        return _launch(32, 32, 32 if arch == 80 else 16, hidden)
     if order > 3 or unaligned:
         return _launch(32, 32, 16, hidden)
     if gates > 1:
-        return _launch(32 if 100 <= arch < 120 else 64, 32, 32, hidden)  # on sm_100, 64 spills
+        return _launch(64 if arch == 90 else 32, 32, 32, hidden)  # elsewhere, 64 spills
     if 100 <= arch < 120:
         return _launch(64, 128, 32, hidden, 8)  # 64 x 64 spills
     return _launch(64, 64, 32, hidden, stages=3 if arch == 90 else 2)
@@ -104,11 +114,21 @@ def _config_backward(
     return _split(arch, dtype, hidden, order, gates, unaligned)
 
 
+@config.heuristic("high_order_attention_hidden", **_LIMITS)
+def _config_hidden(
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, unaligned: int
+) -> Launch:
+    """The gradient of the factors: BLOCK_M positions by BLOCK_K hidden units, BLOCK_C channels per step."""
+    if dtype == torch.float32 or order > 3 or unaligned:
+        return _launch(32, 32, 32, hidden)
+    return _launch(64, 64, 128, hidden, 4 if hidden <= 64 else 8, stages=3 if arch == 90 else 2)
+
+
 @config.heuristic("high_order_attention_weights", **_LIMITS)
 def _config_weights(
     arch: int, dtype: torch.dtype, *, channels: int, hidden: int, order: int, gates: int, unaligned: int
 ) -> Launch:
-    """The weights' gradients: BLOCK_C channels by BLOCK_K hidden units, BLOCK_M positions per step.
+    """The weights' gradients in the whole form: BLOCK_C channels by BLOCK_K hidden units, BLOCK_M positions per step.
 
     Longer steps spill on sm_100, and a third stage spills on sm_80.
     """
@@ -387,73 +407,55 @@ def _whole_backward_kernel(
         _store(dx.data, _row_offsets(dx, offs_m, positions), mask_m, offs_c, dx.stride_c, grad, C)
 
 
-# --- split: hidden activations go through memory
+# --- split: factors go through memory
 
 
-@traffic(writes="hidden_ptr", parts={"out_ptr": lambda a: a["dl_ptr"] is not None})
 @triton.jit
-def _split_hidden_kernel(
-    x,  # Map, [P, C]
-    dl_ptr,  # [P, GATES, C], or None in forward
-    proj_ptr,  # [R(R+1)/2, K, C]
-    out_ptr,  # [R, C, K]
-    hidden_ptr,  # without dl: all a_r, [P, R, K], from x; with dl: du, [P, R(R+1)/2, K], from x and dl
-    num_rows, positions,
-    GATES: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+def _load_factors(
+    u_ptr, offs_m, mask_m, offs_k, R: tl.constexpr, ORDER: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < num_rows
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    at = _row_offsets(x, offs_m, positions)
-    for r in tl.static_range(1, ORDER + 1):
-        # The highest order comes first: it has the most work.
-        if tl.program_id(2) == ORDER - r:
-            u0, u1, u2, u3 = _initial_factors(r, BLOCK_M, BLOCK_K)
-            da = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-            for start in range(0, C, BLOCK_C):
-                offs_c = start + tl.arange(0, BLOCK_C)
-                operand = cast(_load(x.data, at, mask_m, offs_c, x.stride_c, C), proj_ptr.dtype.element_ty)
-                u0, u1, u2, u3 = _add_factors(u0, u1, u2, u3, operand, proj_ptr, offs_k, offs_c, r, C, K, PRECISION)
-                if dl_ptr is not None:
-                    dl = _load(dl_ptr + (r - 1) % GATES * C, offs_m * (GATES * C), mask_m, offs_c, 1, C)
-                    da = dot(dl, _load_weight(out_ptr + (r - 1) * C * K, offs_c, offs_k, K, 1, C, K), da, PRECISION)
-            z = u0 * u1 * u2 * u3
-            if dl_ptr is not None:
-                dz = _relu(z, da)
-                for i in tl.static_range(r):
-                    du = dz * _product_without(u0, u1, u2, u3, i)
-                    at_du = offs_m * (ORDER * (ORDER + 1) // 2 * K)
-                    _store(hidden_ptr + (r * (r - 1) // 2 + i) * K, at_du, mask_m, offs_k, 1, du, K)
-            else:
-                _store(hidden_ptr + (r - 1) * K, offs_m * (ORDER * K), mask_m, offs_k, 1, _relu(z, z), K)
+    """The factors of order R, and ones beyond R."""
+    at = offs_m * (ORDER * (ORDER + 1) // 2 * K)
+    u_ptr += R * (R - 1) // 2 * K
+    ones = tl.full([offs_m.shape[0], offs_k.shape[0]], 1.0, tl.float32)
+    u0 = _load(u_ptr, at, mask_m, offs_k, 1, K).to(tl.float32)
+    u1 = _load(u_ptr + K, at, mask_m, offs_k, 1, K).to(tl.float32) if R > 1 else ones
+    u2 = _load(u_ptr + 2 * K, at, mask_m, offs_k, 1, K).to(tl.float32) if R > 2 else ones
+    u3 = _load(u_ptr + 3 * K, at, mask_m, offs_k, 1, K).to(tl.float32) if R > 3 else ones
+    return u0, u1, u2, u3
 
 
 @triton.jit
 def _split_logits(
-    logits, a_ptr, out_ptr, offs_m, mask_m, offs_c,
+    logits, u_ptr, a_ptr, out_ptr, offs_m, mask_m, offs_c,
     R: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Adds the logits of order R for some channels."""
+    """Adds the logits of order R for some channels. The programs of the first channels also write a_r unless None."""
     for start in range(0, K, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
-        a = _load(a_ptr + (R - 1) * K, offs_m * (ORDER * K), mask_m, offs_k, 1, K)
+        u0, u1, u2, u3 = _load_factors(u_ptr, offs_m, mask_m, offs_k, R, ORDER, K)
+        z = u0 * u1 * u2 * u3
+        a = _relu(z, z)
+        if a_ptr is not None:
+            first = mask_m & (tl.program_id(1) == 0)
+            _store(a_ptr + (R - 1) * K, offs_m * (ORDER * K), first, offs_k, 1, a, K)
         weight = _load_weight(out_ptr + (R - 1) * C * K, offs_k, offs_c, 1, K, K, C)
-        logits = dot(a, weight, logits, PRECISION)
+        logits = dot(cast(a, weight.dtype), weight, logits, PRECISION)
     return logits
 
 
-@traffic(writes="y dl_ptr")
+@traffic(writes="y dl_ptr a_ptr")
 @triton.jit
 def _split_gate_kernel(
     grad_output_ptr,  # scalar, the gradient of "error", else unused
     x,  # Map, [P, C]
     other,  # Map, [P, C]: the target of "error"; else, in backward, the gradient of y; else unused
-    a_ptr,  # [P, R, K]
+    u_ptr,  # [P, R(R+1)/2, K]
     out_ptr,  # [R, C, K]
     y,  # Map, [P, C]: the result, for "error" [programs]; in backward the part g A of dx, or None
     dl_ptr,  # [P, GATES, C], or None in forward
+    a_ptr,  # [P, R, K], or None
     num_rows, positions, scale,
     RESULT: tl.constexpr, GATES: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -468,7 +470,9 @@ def _split_gate_kernel(
     for r in tl.static_range(1, ORDER + 1):
         if GATES > 1:
             logits = zeros
-        logits = _split_logits(logits, a_ptr, out_ptr, offs_m, mask_m, offs_c, r, ORDER, C, K, PRECISION, BLOCK_K)
+        logits = _split_logits(
+            logits, u_ptr, a_ptr, out_ptr, offs_m, mask_m, offs_c, r, ORDER, C, K, PRECISION, BLOCK_K
+        )
         if GATES > 1:
             gate += sigmoid(logits, dtype)
     gate = sigmoid(logits, dtype) if GATES == 1 else gate * (1.0 / ORDER)
@@ -484,7 +488,7 @@ def _split_gate_kernel(
         for r in tl.static_range(1, GATES + 1):
             if GATES > 1:
                 logits = _split_logits(
-                    zeros, a_ptr, out_ptr, offs_m, mask_m, offs_c, r, ORDER, C, K, PRECISION, BLOCK_K
+                    zeros, u_ptr, None, out_ptr, offs_m, mask_m, offs_c, r, ORDER, C, K, PRECISION, BLOCK_K
                 )
             dl = _logits_gradient(g, features, logits, dtype, RESULT) * (1.0 / GATES)
             _store(dl_ptr + (r - 1) * C, offs_m * (GATES * C), mask_m, offs_c, 1, dl, C)
@@ -493,33 +497,37 @@ def _split_gate_kernel(
         _store_result(y, offs_m, positions, mask_m, offs_c, gate, features, g, part, RESULT, C)
 
 
-@traffic(writes="", updates="dx")
+@traffic(writes="du_ptr")
 @triton.jit
-def _split_input_kernel(
+def _split_hidden_kernel(
+    dl_ptr,  # [P, GATES, C]
+    u_ptr,  # [P, R(R+1)/2, K]
+    out_ptr,  # [R, C, K]
     du_ptr,  # [P, R(R+1)/2, K]
-    proj_ptr,  # [R(R+1)/2, K, C]
-    dx,  # Map, [P, C]: with ADD it holds g A
-    num_rows, positions,
-    ADD: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    num_rows,
+    GATES: tl.constexpr, ORDER: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < num_rows
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    # The sum over all factors is one product over their stacked columns.
-    width: tl.constexpr = ORDER * (ORDER + 1) // 2 * K
-    grad = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for start in range(0, width, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
-        du = _load(du_ptr, offs_m * width, mask_m, offs_k, 1, width)
-        grad = dot(du, _load_weight(proj_ptr, offs_k, offs_c, C, 1, width, C), grad, PRECISION)
-    at = _row_offsets(dx, offs_m, positions)
-    if ADD:
-        grad += _load(dx.data, at, mask_m, offs_c, dx.stride_c, C).to(tl.float32)
-    _store(dx.data, at, mask_m, offs_c, dx.stride_c, grad, C)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    for r in tl.static_range(1, ORDER + 1):
+        # The highest order comes first: it has the most work.
+        if tl.program_id(2) == ORDER - r:
+            da = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+            for start in range(0, C, BLOCK_C):
+                offs_c = start + tl.arange(0, BLOCK_C)
+                dl = _load(dl_ptr + (r - 1) % GATES * C, offs_m * (GATES * C), mask_m, offs_c, 1, C)
+                da = dot(dl, _load_weight(out_ptr + (r - 1) * C * K, offs_c, offs_k, K, 1, C, K), da, PRECISION)
+            u0, u1, u2, u3 = _load_factors(u_ptr, offs_m, mask_m, offs_k, r, ORDER, K)
+            dz = _relu(u0 * u1 * u2 * u3, da)
+            for i in tl.static_range(r):
+                du = dz * _product_without(u0, u1, u2, u3, i)
+                at_du = offs_m * (ORDER * (ORDER + 1) // 2 * K)
+                _store(du_ptr + (r * (r - 1) // 2 + i) * K, at_du, mask_m, offs_k, 1, du, K)
 
 
-# --- gradients of the weights: products over positions
+# --- gradients of the weights in the whole form: products over positions
 
 
 @traffic(writes="partials_ptr")
@@ -621,13 +629,17 @@ def _constants(out: Tensor, mode: str) -> dict[str, Any]:
     return {"GATES": gates, "ORDER": order, "C": channels, "K": hidden, "PRECISION": precision(out.dtype)}
 
 
-def _launch_hidden(
-    x: Map, dl: Tensor | None, proj: Tensor, out: Tensor, hidden: Tensor | None, chosen: Launch, *sizes: int,
-    **constants: Any,
-) -> None:  # fmt: skip
-    order, _, units = out.shape
-    grid = (cdiv(sizes[0], chosen.tile["BLOCK_M"]), cdiv(units, chosen.tile["BLOCK_K"]), order)
-    launch(_split_hidden_kernel, grid, x, dl, proj, out, hidden, *sizes, config=chosen, **constants)
+def _rows(m: Map, dtype: torch.dtype) -> Tensor:
+    """A map as a matrix [P, C] of a dtype. It is a view if the dtype is that of the map and rows have one distance."""
+    samples, channels, height, width = m.data.shape
+    if m.stride_n is not None:
+        return m.data.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)
+    return m.data.as_strided((samples * height * width, channels), (m.stride_p, m.stride_c)).to(dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in the dtype of a, which autocast does not change for functions with ``out``."""
+    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
 
 
 def value(x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result: str, y: Tensor) -> None:
@@ -656,9 +668,8 @@ def value(x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result
     if grid[1] == 1:
         launch(_whole_forward_kernel, grid, x_map, other_map, proj, out, y_map, *sizes, **gate)
     else:
-        a = out.new_empty(sizes[0], out.shape[0] * out.shape[2])
-        _launch_hidden(x_map, None, proj, out, a, chosen, *sizes, **constants)
-        launch(_split_gate_kernel, grid, None, x_map, other_map, a, out, y_map, None, *sizes, 1.0, **gate)
+        u = _product(_rows(x_map, proj.dtype), proj.flatten(0, 1).t())
+        launch(_split_gate_kernel, grid, None, x_map, other_map, u, out, y_map, None, None, *sizes, 1.0, **gate)
     if error:
         sum_partials(y_map.data, y, 1 / x.numel())
     elif y_map.data is not y:
@@ -668,6 +679,82 @@ def value(x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result
 def forward(x: Tensor, proj: Tensor, out: Tensor, mode: str, result: str, y: Tensor) -> None:
     """Calls :func:`value` for the result "features" or "map"."""
     value(x, x, proj, out, mode, result, y)
+
+
+def _whole_gradients(
+    grad_output: Tensor, x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result: str,
+    dx: Map, dproj: Tensor | None, dout: Tensor | None, chosen: Launch,
+) -> None:  # fmt: skip
+    """Computes :func:`gradients` in the whole form."""
+    (order, channels, hidden), factors, constants = out.shape, proj.shape[0], _constants(out, mode)
+    x_map, sizes = _map(x), (x.numel() // channels, x.shape[2] * x.shape[3])
+    needs_grad_proj, needs_grad_out = dproj is not None, dout is not None
+    dl = out.new_empty(sizes[0], constants["GATES"] * channels) if needs_grad_out else None
+    a = out.new_empty(sizes[0], order * hidden) if needs_grad_out else None
+    du = out.new_empty(sizes[0], factors * hidden) if needs_grad_proj else None
+    blocks_m = cdiv(sizes[0], chosen.tile["BLOCK_M"])
+    tensors = (grad_output, x_map, _map(other), proj, out, dx, dl, a, du)
+    gate = {"RESULT": result, "config": chosen, **constants}
+    launch(_whole_backward_kernel, (blocks_m, 1), *tensors, *sizes, 2 / x.numel(), **gate)
+    if not (needs_grad_proj or needs_grad_out):
+        return
+    chosen = _choose("high_order_attention_weights", x, out, mode)
+    blocks_c, block_k = cdiv(channels, chosen.tile["BLOCK_C"]), chosen.tile["BLOCK_K"]
+    tiles = needs_grad_proj * cdiv(factors * hidden, block_k) + needs_grad_out * order * cdiv(hidden, block_k)
+    tiles *= blocks_c
+    blocks_m = cdiv(sizes[0], chosen.tile["BLOCK_M"])
+    steps = cdiv(blocks_m, max(1, 2 * num_sms(x) // tiles))
+    splits = cdiv(blocks_m, steps)
+    proj_size, out_size = needs_grad_proj * proj.numel(), needs_grad_out * out.numel()
+    partials = x.new_empty((splits, proj_size + out_size), dtype=torch.float32)
+    launch(
+        _weights_kernel, (tiles, splits), x_map, dl, a, du, partials, *sizes, steps, config=chosen, **constants
+    )  # fmt: skip
+    reduce = Launch(tile={"BLOCK_S": 32, "BLOCK": 64})
+    results = (dproj, dout, splits, proj_size, proj_size + out_size)
+    launch(_reduce_kernel, (cdiv(proj_size + out_size, 64),), partials, *results, config=reduce)
+
+
+def _split_gradients(
+    grad_output: Tensor, x: Tensor, other: Tensor, proj: Tensor, out: Tensor, mode: str, result: str,
+    dx: Map, dproj: Tensor | None, dout: Tensor | None, chosen: Launch,
+) -> None:  # fmt: skip
+    """Computes :func:`gradients` in the split form."""
+    (order, channels, hidden), x_map, constants = out.shape, _map(x), _constants(out, mode)
+    count, positions = x.numel() // channels, x.shape[2] * x.shape[3]
+    rows, stacked = _rows(x_map, proj.dtype), proj.flatten(0, 1)
+    u = _product(rows, stacked.t())
+    dl = out.new_empty(count, constants["GATES"] * channels)
+    a = None if dout is None else out.new_empty(count, order * hidden)
+    grid: tuple[int, ...] = (cdiv(count, chosen.tile["BLOCK_M"]), cdiv(channels, chosen.tile["BLOCK_C"]))
+    tensors = (grad_output, x_map, _map(other), u, out, dx, dl, a)
+    gate = {"RESULT": result, "config": chosen, **constants}
+    launch(_split_gate_kernel, grid, *tensors, count, positions, 2 / x.numel(), **gate)
+    if dout is not None and a is not None:
+        if mode == "joint":
+            dout.copy_(_product(dl.t(), a).unflatten(1, (order, hidden)).transpose(0, 1))
+        else:
+            for dl_r, a_r, dout_r in zip(dl.chunk(order, 1), a.chunk(order, 1), dout, strict=True):
+                torch.mm(dl_r.t(), a_r, out=dout_r)
+    if dx.data is None and dproj is None:
+        return
+    du = torch.empty_like(u)
+    chosen = _choose("high_order_attention_hidden", x, out, mode)
+    grid = (cdiv(count, chosen.tile["BLOCK_M"]), cdiv(hidden, chosen.tile["BLOCK_K"]), order)
+    launch(_split_hidden_kernel, grid, dl, u, out, du, count, config=chosen, **constants)
+    if dproj is not None:
+        torch.mm(du.t(), rows, out=dproj.flatten(0, 1))
+    if dx.data is None:
+        return
+    if dx.stride_n is None and dx.data.dtype == du.dtype:
+        grad = _rows(dx, du.dtype)
+        torch.addmm(grad, du, stacked, beta=0 if result == "map" else 1, out=grad)
+        return
+    grad = _product(du, stacked).unflatten(0, (x.shape[0], *x.shape[2:])).permute(0, 3, 1, 2)
+    if result == "map":
+        dx.data.copy_(grad)
+    else:
+        dx.data.add_(grad)
 
 
 def gradients(
@@ -688,61 +775,17 @@ def gradients(
         dproj: (R(R+1)/2, K, C), contiguous; None if it is not needed.
         dout: (R, C, K), contiguous; None if it is not needed.
     """
-    needs_grad_proj, needs_grad_out = dproj is not None, dout is not None
     if x.numel() == 0:
         for gradient in (dproj, dout):
             if gradient is not None:
                 gradient.zero_()
         return
-    proj, out = proj.contiguous(), out.contiguous()
-    x_map, other_map, dx_map, constants = _map(x), _map(other), _map(dx), _constants(out, mode)
-    order, channels, hidden = out.shape
-    factors = order * (order + 1) // 2
-    sizes = count, _ = x.numel() // channels, x.shape[2] * x.shape[3]
+    dx_map = _map(dx)
     chosen = _choose("high_order_attention_backward", x, out, mode)
-    grid = cdiv(count, chosen.tile["BLOCK_M"]), cdiv(channels, chosen.tile["BLOCK_C"])
-    whole = grid[1] == 1
-    needs_dl, needs_du = needs_grad_out or not whole, needs_grad_proj or (dx is not None and not whole)
-    dl = out.new_empty(count, constants["GATES"] * channels) if needs_dl else None
-    a = out.new_empty(count, order * hidden) if needs_dl else None
-    du = out.new_empty(count, factors * hidden) if needs_du else None
-    scale = 2 / x.numel()
-    gate = {"RESULT": result, "config": chosen, **constants}
-    if whole:
-        scratch = (dx_map, dl, a, du)
-        launch(
-            _whole_backward_kernel, grid, grad_output, x_map, other_map, proj, out, *scratch, *sizes, scale, **gate
-        )  # fmt: skip
-    else:
-        _launch_hidden(x_map, None, proj, out, a, chosen, *sizes, **constants)
-        launch(_split_gate_kernel, grid, grad_output, x_map, other_map, a, out, dx_map, dl, *sizes, scale, **gate)
-        if du is not None:
-            _launch_hidden(x_map, dl, proj, out, du, chosen, *sizes, **constants)
-        if dx is not None:
-            # The product over all factors does not depend on the number of gates.
-            product = {name: value for name, value in constants.items() if name != "GATES"}
-            add = result != "map"
-            launch(_split_input_kernel, grid, du, proj, dx_map, *sizes, ADD=add, config=chosen, **product)
+    compute = _whole_gradients if x.shape[1] <= chosen.tile["BLOCK_C"] else _split_gradients
+    compute(grad_output, x, other, proj.contiguous(), out.contiguous(), mode, result, dx_map, dproj, dout, chosen)
     if dx is not None and dx_map.data is not dx:
         dx.copy_(dx_map.data)
-    if not (needs_grad_proj or needs_grad_out):
-        return
-    chosen = _choose("high_order_attention_weights", x, out, mode)
-    blocks_c, block_k = cdiv(channels, chosen.tile["BLOCK_C"]), chosen.tile["BLOCK_K"]
-    tiles = needs_grad_proj * cdiv(factors * hidden, block_k) + needs_grad_out * order * cdiv(hidden, block_k)
-    tiles *= blocks_c
-    blocks_m = cdiv(count, chosen.tile["BLOCK_M"])
-    steps = cdiv(blocks_m, max(1, 2 * num_sms(x) // tiles))
-    splits = cdiv(blocks_m, steps)
-    proj_size, out_size = needs_grad_proj * proj.numel(), needs_grad_out * out.numel()
-    partials = x.new_empty((splits, proj_size + out_size), dtype=torch.float32)
-    operands = (dl if needs_grad_out else None, a if needs_grad_out else None, du if needs_grad_proj else None)
-    launch(
-        _weights_kernel, (tiles, splits), x_map, *operands, partials, *sizes, steps, config=chosen, **constants
-    )  # fmt: skip
-    reduce = Launch(tile={"BLOCK_S": 32, "BLOCK": 64})
-    results = (dproj, dout, splits, proj_size, proj_size + out_size)
-    launch(_reduce_kernel, (cdiv(proj_size + out_size, 64),), partials, *results, config=reduce)
 
 
 def backward(

@@ -16,8 +16,8 @@ exponentials of each channel for backward; a softmax over channels saves nothing
 
 Memory traffic in a two-byte dtype:
 
-softmax over positions, forward: a program computes the maximum and then the sum of exponentials of a chunk of a
-    sample. The chunks are merged, then the tiles are gated. f is read once and h three times, twice from cache:
+softmax over positions, forward: a program computes the maximum and the sum of exponentials of a chunk of a sample in
+    one pass. The chunks are merged, then the tiles are gated. f is read once and h twice, once from cache:
     4PC + 2PK bytes.
 softmax over positions, backward: one pass over f and g computes delta, a second the gradients. The second reads the
     samples in reverse order and finds the last ones in cache: at most 10PC bytes. If both passes alternate between
@@ -48,6 +48,7 @@ from dfkd_fast.kernels.common import (
     divide,
     dot,
     exp,
+    fma,
     launch,
     next_power_of_2,
     num_sms,
@@ -271,18 +272,6 @@ def _chunk_tiles(chunk, chunks, length, positions, BLOCK_M: tl.constexpr):
     return chunk // chunks * tiles + first, chunk // chunks * tiles + tl.minimum(first + length, tiles)
 
 
-@triton.jit
-def _tile_logits(
-    w, args, weight_ptr, tile, offs_c, C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Logits of a tile, minus infinity outside its positions."""
-    sample, position, mask_m = _locate(tile, args.positions, BLOCK_M)
-    h = _load(args.hidden, sample, position, mask_m, tl.arange(0, w.shape[0]), args.positions, K, "")
-    logits = _logits(h, w, args, weight_ptr, sample, position, mask_m, offs_c, C, K, PRECISION)
-    return tl.where(mask_m[:, None], logits, float("-inf"))
-
-
 @traffic(reads="args.hidden weight_ptr", writes="stats_ptr")
 @triton.jit
 def _statistics_kernel(
@@ -297,18 +286,25 @@ def _statistics_kernel(
     first, last = _chunk_tiles(chunk, chunks, length, args.positions, BLOCK_M)
     dtype: tl.constexpr = args.hidden.data.dtype.element_ty
     w = _load_weight(weight_ptr, offs_c, tl.arange(0, BLOCK_K), C, K, dtype)
-    # Elementwise over tiles, so that the reduction across threads is needed only once.
-    tile_max = tl.full([BLOCK_M, BLOCK_C], float("-inf"), tl.float32)
-    for tile in range(first, last):
-        tile_max = tl.maximum(tile_max, _tile_logits(w, args, weight_ptr, tile, offs_c, C, K, PRECISION, BLOCK_M))
-    row_max = tl.max(tile_max, 0)
+    # Elementwise over tiles, so that the reduction across threads is needed only once. The initial maximum is float32's
+    # lowest number, because the difference of two infinities would be NaN.
+    tile_max = tl.full([BLOCK_M, BLOCK_C], -3.4028234663852886e38, tl.float32)
     tile_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for tile in range(first, last):
-        logits = _tile_logits(w, args, weight_ptr, tile, offs_c, C, K, PRECISION, BLOCK_M)
-        tile_sum += exp(logits - row_max[None, :], dtype)
+        sample, position, mask_m = _locate(tile, args.positions, BLOCK_M)
+        h = _load(args.hidden, sample, position, mask_m, tl.arange(0, BLOCK_K), args.positions, K, "")
+        logits = _logits(h, w, args, weight_ptr, sample, position, mask_m, offs_c, C, K, PRECISION)
+        logits = tl.where(mask_m[:, None], logits, float("-inf"))
+        # Either the sum or the new term is rescaled, so one exponential is enough.
+        grows = logits > tile_max
+        e = exp(-tl.abs(logits - tile_max), dtype)
+        tile_sum = fma(e, tl.where(grows, tile_sum, 1.0), tl.where(grows, 1.0, tile_sum))
+        tile_max = tl.maximum(tile_max, logits)
+    row_max = tl.max(tile_max, 0)
+    row_sum = tl.sum(tile_sum * exp(tile_max - row_max[None, :], dtype), 0)
     chunk = chunk.to(tl.int64)
     tl.store(stats_ptr + chunk * C + offs_c, row_max, mask=offs_c < C)
-    tl.store(stats_ptr + (args.samples * chunks + chunk) * C + offs_c, tl.sum(tile_sum, 0), mask=offs_c < C)
+    tl.store(stats_ptr + (args.samples * chunks + chunk) * C + offs_c, row_sum, mask=offs_c < C)
 
 
 @traffic(writes="merged_ptr")

@@ -217,15 +217,32 @@ def _describe(value: Any) -> Any:
     return [_describe(one) for one in value] if isinstance(value, list | tuple) else str(value)
 
 
-def _describe_call(node: torch.fx.Node) -> dict[str, Any]:
-    """Describe a call of a dfkd_fast operator, with shapes and strides."""
+def _dfkd_fast_call(node: torch.fx.Node) -> tuple[Any, list[Any]] | None:
+    """Return the dfkd_fast operator that a node calls and its arguments, or None if it calls another one."""
     operator: Any = node.target
-    named = zip((argument.name for argument in operator._schema.arguments), node.args, strict=False)
+    functionalized = operator is torch.ops.higher_order.auto_functionalized_v2  # the operator writes to arguments
+    if functionalized:
+        operator = node.args[0]
+    if not isinstance(operator, torch._ops.OpOverload) or operator.namespace != "dfkd_fast":
+        return None
+    if not functionalized:
+        return operator, [*node.args]
+    bases: Any = node.kwargs["_all_bases"]
+    arguments = []
+    for argument in operator._schema.arguments:
+        index: Any = node.kwargs.get(f"_{argument.name}_base_index")
+        arguments.append(node.kwargs.get(argument.name) if index is None else bases[index])
+    return operator, arguments
+
+
+def _describe_call(node: torch.fx.Node, operator: Any, arguments: list[Any]) -> dict[str, Any]:
+    """Describe a call of a dfkd_fast operator, with shapes and strides."""
+    named = zip((argument.name for argument in operator._schema.arguments), arguments, strict=False)
     results = _describe(node)
     return {
         "op": operator.name().partition("::")[2],
         "arguments": {name: _describe(value) for name, value in named},
-        "results": results if isinstance(results, list) else [results],
+        "results": results[: len(operator._schema.returns)] if isinstance(results, list) else [results],
     }
 
 
@@ -252,8 +269,9 @@ class _Compiler:
         name = f"{self.step}.{region}.{'backward' if options.get('is_backward') else 'forward'}"
         assert name not in self.graphs, f"{name} is compiled twice"
         nodes = [node for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        calls = [(node, call) for node in module.graph.nodes if (call := _dfkd_fast_call(node)) is not None]
         self.graphs[name] = {
-            "calls": [_describe_call(node) for node in nodes if node.target.namespace == "dfkd_fast"],
+            "calls": [_describe_call(node, *call) for node, call in calls],
             "synchronizations": [
                 str(node.target)
                 for node in nodes
@@ -264,10 +282,8 @@ class _Compiler:
         outputs = [_value(node) for node in returned]
         if self.code:
             self.graphs[name]["code"], kernels = _generate(module, inputs, options)
-            for node in nodes:
-                if node.target.namespace == "dfkd_fast":
-                    arguments, keywords = tree_map(_value, (node.args, node.kwargs))
-                    kernels += op_traffic(node.target, *arguments, **keywords)
+            for _, (operator, arguments) in calls:
+                kernels += op_traffic(operator, *tree_map(_value, arguments))
             self.graphs[name]["kernels"] = [asdict(kernel) for kernel in kernels]
 
         def run(arguments: list[Any]) -> list[Any]:

@@ -90,7 +90,7 @@ def _differentiable_outputs(call: Call, objective: Objective) -> Call:
     def logits_and_statistics(*arguments: Any) -> Outputs:
         outputs = call(*arguments)
         features = tuple(feature.detach() for feature in outputs.features)
-        return outputs._replace(features=features, penultimate=outputs.penultimate.detach())
+        return Outputs(outputs.logits, features, outputs.penultimate.detach(), outputs.statistics)
 
     return logits_and_statistics
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from ..ops.table import DTYPES, high_order, high_order_tiles
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES
 OPS = {"features": ops.high_order_attention, "map": ops.high_order_attention_map, "mse": ops.high_order_attention_mse}
+PRODUCTS = ("mm", "addmm")
 # Op, mode, channels per tile, shape, and further arguments of `high_order`. Each order occurs in both modes, and with
 # tiles of all 20 channels and of 16. The 42 positions do not fill the tiles.
 ODD = (2, 20, 3, 7)
@@ -125,23 +128,34 @@ def test_skips_gradients_that_are_not_needed(channels, whole):
     x, *weights = (t.to("meta") for t in high_order((2, channels, 4, 4), dtype=torch.bfloat16)(1))
 
     def launches(*leaves):
+        """Launches of backward by kernel, and the shapes of its products."""
         for t in (x, *weights):
             t.requires_grad_(any(t is leaf for leaf in leaves))
-        with record_op_launches(90) as made:
+        with record_op_launches(90) as made, ExitStack() as stack:
             y = ops.high_order_attention(x, *weights, backend="triton")
             forward = len(made)
+            products = [stack.enter_context(mock.patch.object(torch, f, wraps=getattr(torch, f))) for f in PRODUCTS]
             torch.autograd.grad(y, leaves, torch.empty_like(y))
-        return {launch.kernel.__name__: launch for launch in made[forward:]}
+        shapes = [tuple(call.kwargs["out"].shape) for each in products for call in each.call_args_list]
+        return {launch.kernel.__name__: launch for launch in made[forward:]}, shapes
 
-    features = launches(x)
-    assert list(features) == (
-        ["_whole_backward_kernel"] if whole else ["_split_hidden_kernel", "_split_gate_kernel", "_split_input_kernel"]
-    )
+    features, products = launches(x)
+    only_out, products_out = launches(weights[1])
     if whole:
+        assert list(features) == ["_whole_backward_kernel"]
         assert all(features["_whole_backward_kernel"].arguments[name] is None for name in ("dl_ptr", "du_ptr"))
-    assert "_split_input_kernel" not in launches(*weights)
-    only = launches(weights[1])["_weights_kernel"]
-    assert only.arguments["du_ptr"] is None
+        assert only_out["_weights_kernel"].arguments["du_ptr"] is None
+        assert products == products_out == []
+    else:
+        factors, gradient, dproj, dout = (32, 768), (32, 512), (768, 512), (512, 384)
+        assert list(features) == ["_split_gate_kernel", "_split_hidden_kernel"]
+        assert features["_split_gate_kernel"].arguments["a_ptr"] is None
+        assert products == [factors, gradient]
+        assert list(only_out) == ["_split_gate_kernel"]
+        assert only_out["_split_gate_kernel"].arguments["y"].data is None
+        assert products_out == [factors, dout]
+        assert launches(weights[0])[1] == [factors, dproj]
+        assert launches(x, *weights)[1] == [factors, dout, dproj, gradient]
 
 
 @pytest.mark.parametrize(("block", "mode"), [(16, "joint"), (32, "per_order"), (32, "joint")])

@@ -124,6 +124,18 @@ def test_extreme_logits(kernel_device, form):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("descending", [False, True])
+def test_ordered_logits(kernel_device, descending):
+    """In ascending order, each tile of a chunk has a new maximum; in descending order, only the first has it."""
+
+    def inputs(seed):
+        f, h, *parameters = attention((2, 7, 9, 7), device=kernel_device)(seed)
+        return f, (30 * h.flatten(2).sort(descending=descending).values).view_as(h), *parameters
+
+    with spatial_tiles(TILES=4):
+        check(inputs, "spatial", (2, 7, 9, 7), draws=2)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_autocast(kernel_device, form):
     shape = (2, 8, 5, 4)

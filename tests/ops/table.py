@@ -244,7 +244,7 @@ def _tiles(kernels: Sequence[str], tile: dict[str, int], **launch: Any) -> Itera
 
 def high_order_tiles(channels: int) -> AbstractContextManager[None]:
     """Use tiles of 16 rows and the given number of channels; fewer than C select the split kernels."""
-    names = ("high_order_attention", "high_order_attention_backward", "high_order_attention_weights")
+    names = ["high_order_attention", *(f"high_order_attention_{name}" for name in ("backward", "hidden", "weights"))]
     return _tiles(names, {"BLOCK_M": 16, "BLOCK_C": channels, "BLOCK_K": 16})
 
 
