@@ -33,8 +33,8 @@ def _moved(row: Row) -> float:
     return row["bytes_read"] + row["bytes_written"]
 
 
-def _mega(value: float) -> str:
-    return f"{value / 1e6:,.1f}" if value >= 1e7 else f"{value / 1e6:.3g}"
+def _number(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def _ratio(row: Row, other: Row | None) -> str:
@@ -42,9 +42,9 @@ def _ratio(row: Row, other: Row | None) -> str:
 
 
 def _cases(rows: Sequence[Row]) -> list[dict[str, Row]]:
-    """The rows of each op, case and dtype by backend."""
+    """The rows of each op, case and dtype by backend, ordered by op."""
     cases: dict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["op"]):
         cases[row["op"], row["case"], row["dtype"]][row["backend"]] = row
     return list(cases.values())
 
@@ -59,10 +59,10 @@ def op_lines(rows: Sequence[Row]) -> list[dict[str, str]]:
                 "op": f"`{row['op']}`" if row["op"] != before else "",
                 "case": row["case"] + (f" {row['dtype']}" if row["dtype"] != "bfloat16" else ""),
                 **{f"launches, {name}": f"{case[name]['launches']:,}" for name in BACKENDS},
-                **{f"MB, {name}": _mega(_moved(case[name])) for name in BACKENDS},
+                **{f"MB, {name}": _number(_moved(case[name]) / 1e6) for name in BACKENDS},
                 "triton / compile": _ratio(row, compiled),
-                "compulsory MB": _mega(row["compulsory_bytes"]),
-                "least us": f"{row['least_us']:,.3g}" if row["least_us"] < 1000 else f"{row['least_us']:,.0f}",
+                "compulsory MB": _number(row["compulsory_bytes"] / 1e6),
+                "least us": _number(row["least_us"]),
             }
         )
         before = row["op"]
@@ -101,7 +101,7 @@ def kernel_lines(row: Row) -> list[dict[str, str]]:
             "source": group["source"],
             "kernels": f"`{group['name']}`",
             "launches": f"{group['launches']:,}",
-            "MB": _mega(_moved(group)),
+            "MB": _number(_moved(group) / 1e6),
             "share": f"{_moved(group) / _moved(row):.1%}",
         }
         for group in row["kernels"]

@@ -19,7 +19,7 @@ from dfkd_fast.benchmarks.step.breakdown import breakdown_section
 from dfkd_fast.benchmarks.step.variants import VARIANTS
 from dfkd_fast.report import markdown_table, read_results
 
-__all__ = ["NOTE", "NOTES", "PLOTS", "SECTIONS", "between_markers", "coverage_tables", "demo_table", "main", "step_section"]
+__all__ = ["PLOTS", "SECTIONS", "between_markers", "coverage_tables", "demo_table", "main", "step_section"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -156,8 +156,8 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any], Path], Path]]] = {
 }
 """The name of the result file without ``.json`` and a function, by plot."""
 
-NOTES = {"op_counts": "Not counted yet.", "step_counts": "Not counted yet."}
-NOTE = "Not measured on a GPU yet: `make gpu` measures it."
+_NOTES = {"op_counts": "Not counted yet.", "step_counts": "Not counted yet."}
+_NOTE = "Not measured on a GPU yet: `make gpu` measures it."
 
 
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
         for kind, section in sections.items():
             contents = ((read_results(path), path.parent.name) for path in sorted(results.glob(f"*/{kind}.json")))
             found = [section(content, folder) for content, folder in contents if content and content["rows"]]
-            texts.setdefault(name, {})[kind] = "\n\n".join(found) or NOTES.get(kind, NOTE)
+            texts.setdefault(name, {})[kind] = "\n\n".join(found) or _NOTES.get(kind, _NOTE)
     if demos := [content for path in sorted(results.glob("*/demo_*.json")) if (content := read_results(path))]:
         texts["README.md"]["demo"] = demo_table(demos)
     for name, parts in texts.items():

@@ -166,7 +166,18 @@ def op_traffic(call: Callable[..., object], *args: Any, **kwargs: Any) -> list[K
 
 
 # Operators that fused kernels are not named after.
-_UNNAMED = {"clone", "convert_element_type", "expand", "full", "permute", "reshape", "scalar_tensor", "squeeze", "unsqueeze", "view"}
+_UNNAMED = {
+    "clone",
+    "convert_element_type",
+    "expand",
+    "full",
+    "permute",
+    "reshape",
+    "scalar_tensor",
+    "squeeze",
+    "unsqueeze",
+    "view",
+}
 
 
 def inductor_traffic(lowering: Any) -> list[Kernel]:

@@ -250,7 +250,7 @@ def _bench(
     backends: str | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> None:
-    """Time the ops against eager PyTorch, torch.compile, public kernels and the roofline, or count their memory traffic.
+    """Time the ops against eager PyTorch, torch.compile, public kernels and the roofline, or count launches.
 
     Prints a table, and writes ``ops.json`` and the plot ``ops.png`` to a folder.
 

@@ -335,12 +335,13 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
         state, teacher, folded = copy.deepcopy((state, teacher, folded), {id(state.noise): state.noise})
     state.runtime = replace(state.runtime, device=torch.device("cuda:0"))
     stack.enter_context(mode)
+    if variant in ("peer", "compile", "eager"):
+        stack.enter_context(ops.backend("reference"))
     if variant == "peer":
         # New modules are created on the device, because a fake parameter cannot be moved.
         with torch.device("cuda:0"), mock.patch.object(nn.Module, "to", lambda module, *a, **k: module):
             return PeerLoop(state, mean=half, std=half)
     if variant in ("compile", "eager"):
-        stack.enter_context(ops.backend("reference"))
         stack.enter_context(frozen(teacher))
         if variant == "eager":
             return EagerEngine(state)
