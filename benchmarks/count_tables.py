@@ -56,7 +56,7 @@ def op_lines(rows: Sequence[Row]) -> list[dict[str, str]]:
         row, compiled = case["triton"], case["compile"]
         lines.append(
             {
-                "op": f"`{row['op']}`" if row["op"] != before else "",
+                "op": row["op"] if row["op"] != before else "",
                 "case": row["case"] + (f" {row['dtype']}" if row["dtype"] != "bfloat16" else ""),
                 **{f"launches, {name}": f"{case[name]['launches']:,}" for name in BACKENDS},
                 **{f"MB, {name}": _number(_moved(case[name]) / 1e6) for name in BACKENDS},
@@ -81,7 +81,7 @@ def step_lines(rows: Sequence[Row], step: str) -> list[dict[str, str]]:
     variants = _variants(rows, step)
     return [
         {
-            "variant": f"`{name}`",
+            "variant": name,
             "launches": f"{row['launches']:,}",
             "GB read": f"{row['bytes_read'] / 1e9:.2f}",
             "GB written": f"{row['bytes_written'] / 1e9:.2f}",
