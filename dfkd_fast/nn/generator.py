@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -14,6 +16,25 @@ from dfkd_fast.nn.attention import SpatialAttention
 from dfkd_fast.nn.norm import batch_norm_act, count_batches
 
 __all__ = ["AttentionGenerator", "freeze_spectral_norm"]
+
+
+class _SpectralNorm(parametrizations._SpectralNorm):
+    """PyTorch's spectral norm with two matrix products per forward in training instead of three.
+
+    After a power iteration, v is W^T u divided by its norm. Therefore u^T W v is that norm.
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(weight)
+        matrix = self._reshape_weight_to_matrix(weight)
+        with torch.no_grad():
+            F.normalize(torch.mv(matrix, self._v), dim=0, eps=self.eps, out=self._u)
+        product = torch.mv(matrix.t(), self._u.clone())  # a copy, because the next forward overwrites u
+        sigma = torch.linalg.vector_norm(product)
+        with torch.no_grad():
+            self._v.copy_(product / sigma.clamp_min(self.eps))
+        return weight / sigma
 
 
 class _Block(nn.Module):
@@ -25,7 +46,9 @@ class _Block(nn.Module):
         super().__init__()
         # A BatchNorm would subtract the bias.
         convolution = nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1, bias=not batch_norm)
-        self.upsample = parametrizations.spectral_norm(convolution) if spectral_norm else convolution
+        if spectral_norm:
+            parametrize.register_parametrization(convolution, "weight", _SpectralNorm(convolution.weight, dim=1))
+        self.upsample = convolution
         self.norm = nn.BatchNorm2d(outputs) if batch_norm else nn.Identity()
         self.activation = nn.LeakyReLU(0.2)
         self.attention = attention if attention is not None else nn.Identity()

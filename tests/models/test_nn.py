@@ -148,6 +148,17 @@ def test_spectral_norm_iterates_once_per_forward_unless_frozen() -> None:
     torch.testing.assert_close(norm._v, v)
 
 
+def test_spectral_norm_matches_pytorch() -> None:
+    ours = AttentionGenerator(16, latent_dim=4, channels=(8, 6, 8, 8, 8)).double().blocks[0].upsample
+    theirs = torch.nn.utils.parametrizations.spectral_norm(nn.ConvTranspose2d(8, 6, 3, bias=False)).double()
+    theirs.load_state_dict(ours.state_dict())
+    for _ in range(3):
+        (weight, expected), grad = (ours.weight, theirs.weight), torch.randn(8, 6, 3, 3).double()
+        torch.testing.assert_close(weight, expected)
+        gradients = (torch.autograd.grad(w, m.parameters(), grad)[0] for w, m in ((weight, ours), (expected, theirs)))
+        torch.testing.assert_close(*gradients)
+
+
 def test_projection_head_matches_definition() -> None:
     head = ProjectionHead(12, 5)
     assert [tuple(p.shape) for p in head.parameters()] == [(12, 12), (12,), (5, 12), (5,)]
