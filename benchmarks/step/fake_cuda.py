@@ -239,10 +239,12 @@ def _describe_call(node: torch.fx.Node, operator: Any, arguments: list[Any]) -> 
     """Describe a call of a dfkd_fast operator, with shapes and strides."""
     named = zip((argument.name for argument in operator._schema.arguments), arguments, strict=False)
     results = _describe(node)
+    if operator._schema.is_mutable:  # followed by the tensors that the operator has written to
+        results = results[: len(operator._schema.returns)]
     return {
         "op": operator.name().partition("::")[2],
         "arguments": {name: _describe(value) for name, value in named},
-        "results": results[: len(operator._schema.returns)] if isinstance(results, list) else [results],
+        "results": results if isinstance(results, list) else [results],
     }
 
 

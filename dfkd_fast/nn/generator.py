@@ -121,7 +121,8 @@ class AttentionGenerator(nn.Module):
         """
         norms = (self.project_norm, *(block.norm for block in self.blocks))
         count_batches(norm for norm in norms if isinstance(norm, nn.BatchNorm2d))
-        first = self.project(noise).unflatten(1, (-1, self.first_size, self.first_size))
+        # The features of a position are adjacent, so that the map is channels-last.
+        first = self.project(noise).unflatten(1, (self.first_size, self.first_size, -1)).permute(0, 3, 1, 2)
         return self.paint(self.blocks(batch_norm_act(self.project_norm, first, count=False))).tanh()
 
 
