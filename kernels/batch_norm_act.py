@@ -201,6 +201,7 @@ def _activation_gradient(
 @triton.jit
 def _backward_sums_kernel(
     dy,  # Map
+    more_dy,  # Map that is added to dy, or None
     x,  # Map
     mask,  # Map [N, ceil(C / 8), positions], uint8; None to recompute it
     weight_ptr,  # [C] or None
@@ -233,6 +234,8 @@ def _backward_sums_kernel(
     mask_c = offs_c < channels
     row, col = rows_and_channels(offs_c, NCHW, UNROLL, BLOCK_P)
     dy_ptrs = pointers(dy, row, col, NCHW, ALIGNMENT)
+    if more_dy is not None:
+        more_ptrs = pointers(more_dy, row, col, NCHW, ALIGNMENT)
     x_ptrs = pointers(x, row, col, NCHW, ALIGNMENT)
     if mask is not None:
         mask_ptrs, mask_byte = _mask_pointers(mask, block, channels, row, NCHW, BLOCK_C)
@@ -247,6 +250,9 @@ def _backward_sums_kernel(
         mask_p = first + row < positions
         inside = mask_p & expand_channels(mask_c, NCHW)
         g = tl.load(dy_ptrs + offset(dy, sample, first, NCHW, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
+        if more_dy is not None:
+            ptrs = more_ptrs + offset(more_dy, sample, first, NCHW, ALIGNMENT)
+            g += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(x_ptrs + offset(x, sample, first, NCHW, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
         centered = v - mean
         if ACTIVATION:
@@ -263,11 +269,12 @@ def _backward_sums_kernel(
 
 @traffic(
     writes="dx dresidual dbias_ptr dweight_ptr",
-    parts={name: lambda a: a["num_iters"] > 0 for name in ("dy", "x", "mask", "dx", "dresidual")},
+    parts={name: lambda a: a["num_iters"] > 0 for name in ("dy", "more_dy", "x", "mask", "dx", "dresidual")},
 )
 @triton.jit
 def _backward_kernel(
     dy,  # Map
+    more_dy,  # Map that is added to dy, or None
     x,  # Map; None without dx
     mask,  # Map [N, ceil(C / 8), positions], uint8; None to recompute it
     dx,  # Map or None
@@ -326,6 +333,8 @@ def _backward_kernel(
 
     row, col = rows_and_channels(offs_c, NCHW, UNROLL, BLOCK_P)
     dy_ptrs = pointers(dy, row, col, NCHW, ALIGNMENT)
+    if more_dy is not None:
+        more_ptrs = pointers(more_dy, row, col, NCHW, ALIGNMENT)
     if x is not None:
         x_ptrs = pointers(x, row, col, NCHW, ALIGNMENT)
     if dx is not None:
@@ -342,6 +351,9 @@ def _backward_kernel(
         mask_p = first + row < positions
         inside = mask_p & expand_channels(mask_c, NCHW)
         g = tl.load(dy_ptrs + offset(dy, sample, first, NCHW, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
+        if more_dy is not None:
+            ptrs = more_ptrs + offset(more_dy, sample, first, NCHW, ALIGNMENT)
+            g += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
         centered = None
         if x is not None:
             v = tl.load(x_ptrs + offset(x, sample, first, NCHW, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
@@ -446,6 +458,7 @@ def forward(
 
 def backward(
     dy: Tensor,
+    more_dy: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -464,6 +477,7 @@ def backward(
 
     Args:
         dy: Gradient of y, any strides.
+        more_dy: Another gradient of y, which is added; None for zero.
         x: As in forward.
         weight: As in forward.
         bias: As in forward.
@@ -485,23 +499,27 @@ def backward(
         return
     like = dx if dx is not None else dresidual
     x, dy = with_common_stride(x, like), with_common_stride(dy, like)
+    more_dy = None if more_dy is None else with_common_stride(more_dy, like)
     weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
     vectors = (weight, bias, mean, rstd, _slope(activation, negative_slope))
     sums: tuple[Tensor | None, ...] = (None, None)
     chunks = 0
     if dx is not None or dweight is not None or dbias is not None:
-        samples, positions, maps = as_maps(x, (dy, x, mask))
-        chosen, constants = choose_config("batch_norm_act_sums", x, samples, positions, (maps[1], maps[0]), False)
+        samples, positions, maps = as_maps(x, (dy, more_dy, x, mask))
+        by_priority = [maps[i] for i in (2, 0, 1)]
+        chosen, constants = choose_config(
+            "batch_norm_act_sums", x, samples, positions, by_priority, more_dy is not None
+        )
         blocks, chunks, num_iters = split_work(x, chosen, samples, positions, 1)
         sums = tuple(x.new_empty((2, chunks, x.shape[1]), dtype=torch.float32))
         arguments = (*maps, *vectors, *sums, num_iters, positions, x.shape[1])
         constants["ACTIVATION"] = activation != "none"
         launch(_backward_sums_kernel, (blocks * chunks,), *arguments, config=chosen, **constants)
 
-    samples, positions, maps = as_maps(x, (dy, None if dx is None else x, mask, dx, dresidual))
-    by_priority = [maps[i] for i in (3, 4, 1, 0)]  # the first one decides between NCHW and NHWC
-    residual = dresidual is not None
-    chosen, constants = choose_config("batch_norm_act_backward", x, samples, positions, by_priority, residual)
+    samples, positions, maps = as_maps(x, (dy, more_dy, None if dx is None else x, mask, dx, dresidual))
+    by_priority = [maps[i] for i in (4, 5, 2, 0, 1)]  # the first one decides between NCHW and NHWC
+    more = dresidual is not None or more_dy is not None
+    chosen, constants = choose_config("batch_norm_act_backward", x, samples, positions, by_priority, more)
     blocks, programs, num_iters = split_work(x, chosen, samples, positions, 2)
     constants["ACTIVATION"] = activation != "none"
     if like is None:  # only merge the sums

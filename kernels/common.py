@@ -42,6 +42,7 @@ __all__ = [
     "num_sms",
     "precision",
     "record_launches",
+    "select",
     "sigmoid",
     "sum_partials",
     "traffic",
@@ -117,6 +118,15 @@ def sigmoid(x, dtype: tl.constexpr):
         return tl.div_rn(tl.where(x < 0, e, 1.0), 1.0 + e)
     else:
         return tl.sigmoid(x)
+
+
+@triton.jit
+def select(values, index):
+    """``values[index]`` for a tuple of pointers of one dtype, or of integers, and an index known at run time."""
+    found = values[0]
+    for i in tl.static_range(1, len(values)):
+        found = tl.where(index == i, values[i], found)
+    return found
 
 
 def cdiv(a: int, b: int) -> int:

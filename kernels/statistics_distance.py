@@ -20,6 +20,9 @@ adds a few values per channel.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -28,10 +31,13 @@ from torch import Tensor
 from dfkd_fast.kernels import config
 from dfkd_fast.kernels.batchnorm_statistics import statistics
 from dfkd_fast.kernels.batchnorm_statistics_bwd import statistics_backward
-from dfkd_fast.kernels.common import INTERPRETED, architecture, launch, next_power_of_2, traffic
+from dfkd_fast.kernels.common import INTERPRETED, architecture, launch, next_power_of_2, select, traffic
 from dfkd_fast.kernels.config import Launch
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "forward_layers"]
+
+LAYERS = 64
+"""Layers per launch. Before CUDA 12.1, the arguments of a kernel are limited to 4 KiB."""
 
 
 @config.heuristic("statistics_distance")
@@ -42,11 +48,11 @@ def _config(arch: int, dtype: torch.dtype, *, channels: int) -> Launch:
 
 
 @triton.jit
-def _load_differences(stats_ptr, running_mean_ptr, running_var_ptr, offs, channels):
+def _load_differences(mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, offs, channels):
     """(BLOCK, 2): means and variances minus the stored ones."""
     mask = offs < channels
-    mean = tl.load(stats_ptr + offs, mask=mask, other=0.0)
-    var = tl.load(stats_ptr + 2 * channels + offs, mask=mask, other=0.0)
+    mean = tl.load(mean_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    var = tl.load(var_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     mean -= tl.load(running_mean_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     var -= tl.load(running_var_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     return tl.join(mean, var)
@@ -71,48 +77,100 @@ def _sum_squares(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_directions(stats_ptr, scaled, norm, offs, channels):
+def _store_directions(directions_ptr, scaled, norm, offs, channels):
     """Store u and w."""
     norm = tl.where(norm == 0, 1.0, norm)
-    # w replaces the variances. If several threads hold the same element, all of them must have read it before.
+    # w may replace the variances. If several threads hold the same element, all of them must have read it before.
     tl.debug_barrier()
     u, w = tl.split(tl.div_rn(scaled, tl.broadcast_to(norm[None, :], scaled.shape)))
-    tl.store(stats_ptr + channels + offs, u, mask=offs < channels)
-    tl.store(stats_ptr + 2 * channels + offs, w, mask=offs < channels)
+    tl.store(directions_ptr + offs, u, mask=offs < channels)
+    tl.store(directions_ptr + channels + offs, w, mask=offs < channels)
 
 
-@traffic(writes="distance_ptr", updates="stats_ptr", parts={"stats_ptr": lambda a: 2 / 3})
+@traffic(writes="distances_ptr directions_ptr")
 @triton.jit
 def _distance_kernel(
-    stats_ptr,  # [3, C]: on entry m, unused and v; on exit m, u and w
-    running_mean_ptr,  # [C]
-    running_var_ptr,  # [C]
-    distance_ptr,  # []
-    channels,
+    means,  # one [C] per layer, like the next three
+    variances,
+    running_means,
+    running_vars,
+    starts,  # sum of C of the layers before each layer, and of all layers
+    distances_ptr,  # [layers]
+    directions_ptr,  # [2 * sum of C]: u and w of each layer; w may be in the memory of the variances
     ONE_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    layer = tl.program_id(0)
+    mean_ptr, var_ptr = select(means, layer), select(variances, layer)
+    running_mean_ptr, running_var_ptr = select(running_means, layer), select(running_vars, layer)
+    start = select(starts, layer)
+    channels = select(starts, layer + 1) - start
+    directions_ptr += 2 * start
     offs = tl.arange(0, BLOCK)
-    scaled = _load_differences(stats_ptr, running_mean_ptr, running_var_ptr, offs, channels)
+    scaled = _load_differences(mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, offs, channels)
     largest = tl.max(tl.abs(scaled), 0)
     if not ONE_TILE:
-        for start in range(BLOCK, channels, BLOCK):
-            more = _load_differences(stats_ptr, running_mean_ptr, running_var_ptr, start + offs, channels)
+        for first in range(BLOCK, channels, BLOCK):
+            more = _load_differences(mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, first + offs, channels)
             largest = tl.maximum(largest, tl.max(tl.abs(more), 0))
     scale, inverse = _power_of_2(largest)
     scaled *= inverse[None, :]
     squares = _sum_squares(scaled, BLOCK)
     if not ONE_TILE:
-        for start in range(BLOCK, channels, BLOCK):
-            more = _load_differences(stats_ptr, running_mean_ptr, running_var_ptr, start + offs, channels)
+        for first in range(BLOCK, channels, BLOCK):
+            more = _load_differences(mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, first + offs, channels)
             squares += _sum_squares(more * inverse[None, :], BLOCK)
     norm = tl.sqrt_rn(squares)
-    tl.store(distance_ptr, tl.sum(scale * norm, 0))
+    tl.store(distances_ptr + layer, tl.sum(scale * norm, 0))
     if not ONE_TILE:
-        for start in range(BLOCK, channels, BLOCK):
-            more = _load_differences(stats_ptr, running_mean_ptr, running_var_ptr, start + offs, channels)
-            _store_directions(stats_ptr, more * inverse[None, :], norm, start + offs, channels)
-    _store_directions(stats_ptr, scaled, norm, offs, channels)
+        for first in range(BLOCK, channels, BLOCK):
+            more = _load_differences(mean_ptr, var_ptr, running_mean_ptr, running_var_ptr, first + offs, channels)
+            _store_directions(directions_ptr, more * inverse[None, :], norm, first + offs, channels)
+    _store_directions(directions_ptr, scaled, norm, offs, channels)
+
+
+def _of_one_dtype(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Contiguous tensors of one dtype, as :func:`select` requires."""
+    mixed = len({t.dtype for t in tensors}) > 1
+    return tuple(t.to(torch.float32 if mixed else t.dtype).contiguous() for t in tensors)
+
+
+def forward_layers(
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    distances: Tensor,
+    directions: Tensor,
+) -> None:
+    """Distances between the given statistics and the stored ones, and their gradients.
+
+    Args:
+        means: (C,) per layer, any floating dtype.
+        variances: (C,) per layer, any floating dtype.
+        running_means: (C,) per layer, any floating dtype.
+        running_vars: (C,) per layer, any floating dtype.
+        distances: Output, (layers,), float32.
+        directions: Output, (2 * sum of C,), float32: the gradients of each layer's mean and variance.
+    """
+    starts = [0, *itertools.accumulate(len(mean) for mean in means)]
+    largest = max(len(mean) for mean in means)
+    chosen = config.choose(
+        "statistics_distance", architecture(directions), torch.float32, channels=min(next_power_of_2(largest), 4096)
+    )
+    groups = [_of_one_dtype(each) for each in (means, variances, running_means, running_vars)]
+    for first in range(0, len(means), LAYERS):
+        part = slice(first, first + LAYERS)
+        launch(
+            _distance_kernel,
+            (len(means[part]),),
+            *(group[part] for group in groups),
+            tuple(starts[first : first + LAYERS + 1]),
+            distances[part],
+            directions,
+            config=chosen,
+            ONE_TILE=largest <= chosen.tile["BLOCK"],
+        )
 
 
 def forward(x: Tensor, running_mean: Tensor, running_var: Tensor, distance: Tensor, saved: Tensor) -> None:
@@ -125,23 +183,9 @@ def forward(x: Tensor, running_mean: Tensor, running_var: Tensor, distance: Tens
         distance: Output, scalar, float32.
         saved: Output, (3, C), float32, contiguous, for :func:`backward`.
     """
-    channels = x.shape[1]
-    # The variances are in the last row until the kernel below overwrites it.
+    # The variances are in the last row until the kernel overwrites it with w.
     statistics(x, saved[0], saved[2])
-    chosen = config.choose(
-        "statistics_distance", architecture(x), saved.dtype, channels=min(next_power_of_2(channels), 4096)
-    )
-    launch(
-        _distance_kernel,
-        (1,),
-        saved,
-        running_mean.contiguous(),
-        running_var.contiguous(),
-        distance,
-        channels,
-        config=chosen,
-        ONE_TILE=channels <= chosen.tile["BLOCK"],
-    )
+    forward_layers([saved[0]], [saved[2]], [running_mean], [running_var], distance.view(1), saved[1:])
 
 
 def backward(grad_output: Tensor, x: Tensor, saved: Tensor, dx: Tensor) -> None:

@@ -189,14 +189,30 @@ def find(trace: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
     return list(fusions.values())
 
 
-def _train(bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation) -> tuple[Tensor]:
-    """``activation(bn(x) + residual)`` in the mode of ``bn``, except that ``num_batches_tracked`` does not change."""
+def _train(
+    bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation, *, fork: bool = False
+) -> tuple[Tensor, ...]:
+    """``activation(bn(x) + residual)`` in the mode of ``bn``, except that ``num_batches_tracked`` does not change.
+
+    Returned once, or with ``fork`` twice.
+    """
     fusible = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     if fusible and activation != "relu6":
-        return (batch_norm_act(bn, x, activation=activation, residual=residual, count=False),)
+        y = batch_norm_act(bn, x, activation=activation, residual=residual, count=False, fork=fork)
+        return y if fork else (y,)
     y = batch_norm_act(bn, x, count=False)
     y = y if residual is None else y + residual
-    return (y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y),)
+    y = y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y)
+    return (y, y) if fork else (y,)
+
+
+def _fork(graph: fx.Graph, call: fx.Node, y: fx.Node) -> None:
+    """Let a fused call return y twice if y has two users, such as a convolution and the addition of a residual."""
+    users = [user for user in y.users if user.op != "output"]
+    if len(users) == 2:
+        call.kwargs = {"fork": True}
+        with graph.inserting_after(y):
+            users[1].replace_input_with(y, graph.call_function(operator.getitem, (call, 1)))
 
 
 def fuse_training(trace: Trace, kept: Collection[fx.Node]) -> None:
@@ -210,8 +226,9 @@ def fuse_training(trace: Trace, kept: Collection[fx.Node]) -> None:
     with trace.graph.inserting_before(next(iter(trace.graph.nodes))):
         norms = [trace.graph.get_attr(str(fusion.norm.target)) for fusion in fusions]
         trace.graph.call_function(count_batches, (norms,))
-    for fusion in fusions:
-        fuse(trace.graph, fusion, _train)
+    calls = [(fuse(trace.graph, fusion, _train), fusion.last) for fusion in fusions]
+    for call, y in calls:
+        _fork(trace.graph, call, y)
 
 
 def fuse(graph: fx.Graph, fusion: Fusion, function: Callable[..., Any] = batchnorm_with_statistics) -> fx.Node:

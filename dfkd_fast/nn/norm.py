@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,8 @@ def batch_norm_act(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
     count: bool = True,
-) -> Tensor:
+    fork: bool = False,
+) -> Any:
     """Return ``activation(bn(x) + residual)``, computed by :func:`dfkd_fast.ops.batch_norm_act`.
 
     The module's flags, running statistics and ``num_batches_tracked`` are used and updated as in ``bn(x)``. The module
@@ -55,9 +56,10 @@ def batch_norm_act(
         negative_slope: slope of ``leaky_relu`` for negative values.
         residual: same shape as x; None means 0.
         count: increment ``num_batches_tracked``; see :func:`count_batches`.
+        fork: return the result twice, for two users; see :func:`dfkd_fast.ops.batch_norm_act`.
 
     Returns:
-        A tensor with the shape and dtype of x.
+        A tensor with the shape and dtype of x; with ``fork``, a tuple of two.
 
     Raises:
         ValueError: shapes do not match, ``activation`` is unknown, or training has only one value per channel.
@@ -65,9 +67,9 @@ def batch_norm_act(
     if _calls_module(bn):
         y = bn(x)
         y = y if residual is None else (y + residual).to(y.dtype)
-        if activation == "relu":
-            return F.relu(y)
-        return F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else y
+        if activation != "none":
+            y = F.relu(y) if activation == "relu" else F.leaky_relu(y, negative_slope)
+        return (y, y) if fork else y
     bn._check_input_dim(x)
     if count:
         count_batches([bn])
@@ -84,4 +86,5 @@ def batch_norm_act(
         residual=residual,
         training=bn.training or (bn.running_mean is None and bn.running_var is None),
         update_running_stats=bn.training and bn.track_running_stats,
+        fork=fork,
     )

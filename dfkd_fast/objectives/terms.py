@@ -141,16 +141,7 @@ class BatchNormStatistics(Term):
         if not teacher.statistics:
             raise ValueError("term 'bn' needs BatchNorm2d layers, but the teacher has none: set the term's weight to 0")
         # ops.statistics_distance would read the maps again; the BatchNorms have computed the statistics already.
-        # Layers of equal width are stacked, so that a few kernels run instead of four per layer in each pass.
-        by_width: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for layer in teacher.statistics:
-            pairs = by_width.setdefault(len(layer.mean), [])
-            pairs += [(layer.mean, layer.running_mean), (layer.var, layer.running_var)]
-        distances = []
-        for pairs in by_width.values():
-            batch, running = (torch.stack(side).float() for side in zip(*pairs, strict=True))
-            distances.append(torch.linalg.vector_norm(batch - running, dim=1).sum())
-        return torch.stack(distances).sum()
+        return ops.statistics_distances(teacher.statistics)
 
 
 @register("one_hot", "generator")

@@ -13,7 +13,7 @@ from dfkd_fast.ops.high_order_attention import high_order_attention, high_order_
 from dfkd_fast.ops.high_order_attention_mse import high_order_attention_mse
 from dfkd_fast.ops.max_pool2x2 import max_pool2x2, max_unpool2x2
 from dfkd_fast.ops.spatial_attention import spatial_attention
-from dfkd_fast.ops.statistics_distance import statistics_distance
+from dfkd_fast.ops.statistics_distance import statistics_distance, statistics_distances
 
 __all__ = [
     "backend",
@@ -30,4 +30,5 @@ __all__ = [
     "max_unpool2x2",
     "spatial_attention",
     "statistics_distance",
+    "statistics_distances",
 ]

@@ -63,6 +63,7 @@ EAGER_MIN_NUMEL = {
     "max_unpool2x2": 2**24,
     "spatial_attention": 2**23,
     "statistics_distance": 2**24,
+    "statistics_distances": 0,
 }
 """Smallest number of elements in an op's first tensor for which eager mode selects a fused backend.
 

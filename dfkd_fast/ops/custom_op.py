@@ -36,6 +36,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_GRADIENTS = "bool[] needs_grad) -> Tensor[]"  # the end of the schema of an operator that computes gradients
 _LIBRARY = torch.library.Library("dfkd_fast", "FRAGMENT")
 
 Launcher = Callable[..., None] | str
@@ -79,17 +80,23 @@ def _vmap_rule(overload: Any) -> Callable[..., Any]:
     """Return a vmap rule that calls the operator once per sample: kernels do not support another batch dimension."""
     mutated = [argument.is_write for argument in overload._schema.arguments]
 
+    def sample(values: Sequence[Any], dims: Sequence[Any], i: int) -> list[Any]:
+        return [
+            sample(value, dim, i)
+            if isinstance(dim, list | tuple)
+            else value.select(dim, i)
+            if isinstance(dim, int)
+            else value
+            for value, dim in zip(values, dims, strict=True)
+        ]
+
     def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
         if any(
             isinstance(value, Tensor) and write and dim is None
             for value, dim, write in zip(arguments, in_dims, mutated, strict=True)
         ):
             raise RuntimeError(f"vmap: {overload.name()} would update one tensor for several samples")
-        pairs = list(zip(arguments, in_dims, strict=True))
-        each = [
-            overload(*(value.select(dim, i) if isinstance(dim, int) else value for value, dim in pairs))
-            for i in range(info.batch_size)
-        ]
+        each = [overload(*sample(arguments, in_dims, i)) for i in range(info.batch_size)]
         if isinstance(each[0], Tensor):
             return torch.stack(each), 0
         kind = type(each[0])  # tuple or list, depending on the schema
@@ -100,7 +107,7 @@ def _vmap_rule(overload: Any) -> Callable[..., Any]:
 
 
 def _define(name: str, schema: str, allocate: Callable[..., Any], launch: Launcher) -> Any:
-    launcher, gradients = _launcher(launch), schema.endswith("Tensor[]")
+    launcher, gradients = _launcher(launch), schema.endswith(_GRADIENTS)
 
     def fill(arguments: tuple[Any, ...], results: Any) -> None:
         if gradients:
@@ -147,8 +154,8 @@ def operator(
     Args:
         name: name in ``torch.ops.dfkd_fast``.
         allocate: takes the operator's arguments and returns empty results. Its annotations define the schema. It also
-            runs on fake tensors and must not read values. If it returns ``list[Tensor]``, the results are gradients:
-            the last argument, ``needs_grad: list[bool]``, selects which to allocate.
+            runs on fake tensors and must not read values. If its last argument is ``needs_grad: list[bool]`` and it
+            returns ``list[Tensor]``, the results are gradients, and ``needs_grad`` selects which to allocate.
         launch: takes the arguments and the results and fills the results. If these are gradients, it does not receive
             ``needs_grad``, but None for each gradient that is not needed.
         mutates: names of the arguments that the kernels update in place; each may be None.
@@ -158,7 +165,7 @@ def operator(
     """
     schema = torch.library.infer_schema(allocate, mutates_args=mutates)
     overload = _define(name, schema, allocate, launch)
-    if not schema.endswith("Tensor[]"):
+    if not schema.endswith(_GRADIENTS):
         return overload
     return lambda *arguments: _spread(overload(*arguments), arguments[-1])
 

@@ -22,7 +22,8 @@ def batch_norm_act(
     negative_slope: float,
     residual: Tensor | None,
     training: bool,
-) -> Tensor:
+    fork: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Normalize x (N, C, ...), add the residual and activate; in training, update the running statistics."""
     vectors = (running_mean, running_var, weight, bias)
     # F.batch_norm requires vectors of one dtype: that of x, or float32 for half precision.
@@ -36,6 +37,6 @@ def batch_norm_act(
             buffer.copy_(updated)
     if residual is not None:
         y = (y + residual).to(x.dtype)
-    if activation == "relu":
-        return F.relu(y)
-    return F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else y
+    if activation != "none":
+        y = F.relu(y) if activation == "relu" else F.leaky_relu(y, negative_slope)
+    return (y, y) if fork else y

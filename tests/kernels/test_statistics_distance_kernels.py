@@ -22,7 +22,7 @@ from dfkd_fast.testing import (
     with_layout,
 )
 
-from ..ops.table import DTYPES, distance_tiles, stored
+from ..ops.table import DTYPES, call_distances, distance_tiles, layers, stored
 
 SHAPES = {**MAP_SHAPES, "vectors": (6, 5), "sequence": (2, 3, 7), "volume": (2, 3, 2, 3, 2)}
 # Shape, draws, arguments of `stored`, and a tiling. Each shape and each layout has one dtype.
@@ -65,6 +65,14 @@ def test_stored_statistics_of_any_dtype_with_strides(kernel_device, other):
     make = stored((3, 9, 4, 2), dtype=torch.bfloat16, other=other, device=kernel_device)
     strided = lambda seed: [make(seed)[0], *(with_layout(t, "strided") for t in make(seed)[1:])]  # noqa: E731
     assert_backend_no_worse(ops.statistics_distance, strided, draws=16)
+
+
+@pytest.mark.usefixtures("tiled")
+@pytest.mark.parametrize("widths", [(64,), (33, 1, 100, 64), (8,) * 130], ids=len)
+def test_layers_match_float64_reference(kernel_device, widths):
+    """With more than 64 layers, there are several launches."""
+    draws = 2 if len(widths) > 64 else 8
+    assert_backend_no_worse(call_distances, layers((1, *widths), device=kernel_device), draws=draws)
 
 
 @pytest.mark.usefixtures("tiled")
@@ -118,3 +126,13 @@ def test_number_of_launches(shape, statistics):
         torch.autograd.grad(value, x, torch.empty_like(value))
     names = [launch.kernel.fn.__name__ for launch in launches]
     assert names == [*statistics, "_distance_kernel", "_backward_kernel"]
+
+
+def test_layers_share_launches():
+    """One launch per 64 layers in forward, and one product in backward."""
+    pytest.importorskip("triton")
+    inputs = [t.to("meta").detach().requires_grad_(t.requires_grad) for t in layers((1, *[8] * 65))(1)]
+    with record_op_launches(90) as launches:
+        value = call_distances(*inputs, backend="triton")
+        torch.autograd.grad(value, inputs[0], torch.empty_like(value))
+    assert [launch.kernel.fn.__name__ for launch in launches] == ["_distance_kernel"] * 2

@@ -13,7 +13,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public name for it
+from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public names for these
+from torch.utils._pytree import tree_map_only
 
 from dfkd_fast import ops
 from dfkd_fast.testing import LAYOUTS, assert_close, random, value_and_gradients
@@ -184,6 +185,22 @@ def stored(shape=(3, 5, 4, 2), *, dtype=torch.float32, other=None, layout="conti
     )
 
 
+def layers(shape=(1, 5, 7), *, dtype=torch.float32, other=None, layout="contiguous", device="cpu", needs_grad=(0, 1)):
+    """Inputs of :func:`call_distances`: mean, var, running_mean and running_var of layers with shape[1:] channels.
+
+    ``needs_grad`` counts within a layer. ``layout`` has no effect on vectors.
+    """
+    draws = []
+    for channels in shape[1:]:
+        for kind in (dtype, other or dtype):
+            draws += [partial(draw, channels, dtype=kind, device=device) for draw in (random, _variance)]
+    return _drawn(*draws, needs_grad=[i for i in range(len(draws)) if i % 4 in needs_grad])
+
+
+def call_distances(*statistics, backend=None):
+    return ops.statistics_distances([statistics[i : i + 4] for i in range(0, len(statistics), 4)], backend=backend)
+
+
 def maps(shape=(2, 6, 5, 4), *, needs_grad=(), **options: Any) -> Make:
     """Inputs of ops with one map."""
     return _drawn(partial(random, *shape, **options), needs_grad=needs_grad)
@@ -278,7 +295,7 @@ class RecordedOperators(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         if function.namespace == "dfkd_fast":
-            self.calls.append((function, tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)))
+            self.calls.append((function, tree_map_only(Tensor, Tensor.detach, tuple(arguments))))
         return function(*arguments, **(keywords or {}))
 
 
@@ -365,6 +382,7 @@ CASES: dict[str, Case] = {
         function=call_norm, **{**_NORM, "make": partial(norm, affine=False, residual=True), "needs_grad": (0, 5)}
     ),
     "batch_norm_act": Case(function=partial(call_act, activation="relu"), **_NORM_ACT),
+    "batch_norm_act, fork": Case(function=partial(call_act, activation="relu", fork=True), **_NORM_ACT),
     "batch_norm_act, leaky_relu": Case(
         function=partial(call_act, activation="leaky_relu"),
         **{**_NORM_ACT, "make": norm_act, "needs_grad": (0, 1, 2), "batched": (0,)},
@@ -379,6 +397,15 @@ CASES: dict[str, Case] = {
     ),
     "channel_statistics": Case(function=ops.channel_statistics, make=maps, **_MAPS),
     "statistics_distance": Case(function=ops.statistics_distance, make=stored, **_MAPS),
+    "statistics_distances": Case(
+        function=call_distances,
+        make=layers,
+        shapes=((1, 19, 3), (1, 5, 8), (1, 4, 7)),
+        needs_grad=(0, 1, 4, 5),
+        batched=(0, 5),
+        many=(1, 24, 40, 7),
+        graph=(1, 64, 512),
+    ),
     "max_pool2x2": Case(
         function=pool_and_unpool, make=maps, **{**_MAPS, "shapes": ((2, 7, 5, 3), (3, 3, 4, 6), (2, 3, 4, 6))}
     ),

@@ -74,7 +74,7 @@ def test_gradcheck_passes_for_first_and_second_derivatives(name, options):
     assert gradgradcheck(partial(case.function, **options), inputs)
 
 
-@pytest.mark.parametrize("name", [name for name in ONE_PER_OP if name != "max_unpool2x2"])
+@pytest.mark.parametrize("name", [n for n in ONE_PER_OP if n not in ("max_unpool2x2", "statistics_distances")])
 def test_tensor_arguments_are_checked(name):
     """Errors name the argument with the wrong type, dtype, shape or device."""
     case = CASES[name]
@@ -275,7 +275,8 @@ def test_operators_pass_opcheck(kernel_device, name):
             values = values[-1:] if number else values
             grad_output = [with_layout(v, layout if v.ndim == inputs[0].ndim else "contiguous") for v in values]
             torch.autograd.grad(values, [leaves[i] for i in some], grad_output)
-        assert len(operators.calls) >= 2
+        # The backward of statistics_distances is one product, without an operator.
+        assert len(operators.calls) >= (1 if name == "statistics_distances" else 2)
         for function, arguments in operators.calls:
             torch.library.opcheck(function, arguments, test_utils=FEWER_CHECKS if number else ALL_CHECKS)
 
@@ -312,7 +313,7 @@ def test_gradients_do_not_depend_on_requested_subset(kernel_device, name):
     assert not any(value.requires_grad for value in tensors(case.function(*inputs, backend="triton")))
 
 
-@each_case
+@pytest.mark.parametrize("name", [name for name in CASES if name != "statistics_distances"])  # it has no batch
 def test_empty_batch_matches_reference(kernel_device, name):
     case = CASES[name]
     inputs = case.make((0, *case.shapes[0][1:]), device=kernel_device)(1)

@@ -10,7 +10,7 @@ import torch
 from dfkd_fast import ops
 from dfkd_fast.testing import MAP_SHAPES, assert_close, random, unit_roundoff, value_and_gradients
 
-from .table import DTYPES, assert_matches, stored
+from .table import DTYPES, assert_matches, call_distances, layers, stored
 
 SHAPES = {**MAP_SHAPES, "vectors": (6, 5), "sequence": (2, 3, 7), "volume": (2, 3, 2, 3, 2)}
 
@@ -73,3 +73,63 @@ def test_equal_statistics_have_zero_distance_and_gradient(backend_and_device, la
     assert_close(gradient(value, x), -1 / math.sqrt(7) / 45, atol=1e-7)
     dx = gradient(op(x, mean, var - 1), x)
     assert_close(dx, 2 / math.sqrt(7) / 45 * (x - mean[:, None, None]), atol=1e-7)
+
+
+WIDTHS = [(5,), (7, 3, 7, 1), tuple(range(1, 131))]
+
+
+def sum_of_norms(*statistics):
+    total = 0.0
+    for i in range(0, len(statistics), 4):
+        mean, var, running_mean, running_var = (t.double() for t in statistics[i : i + 4])
+        total = total + (mean - running_mean).square().sum().sqrt() + (var - running_var).square().sum().sqrt()
+    return total
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=len)
+def test_layers_match_formula(widths):
+    assert_matches(call_distances, sum_of_norms, layers((1, *widths), dtype=torch.float64)(1))
+
+
+@pytest.mark.parametrize("other", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_dtypes_of_layers_may_differ(backend_and_device, dtype, other):
+    backend, device = backend_and_device
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("no kernel")
+    inputs = layers((1, 6, 9, 6), dtype=dtype, other=other, device=device)(1)
+    (value,), gradients = value_and_gradients(lambda *given: call_distances(*given, backend=backend), inputs)
+    (expected,), expected_gradients = value_and_gradients(sum_of_norms, inputs)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(value, expected, atol=0.0, rtol=16 * unit_roundoff(value.dtype))
+    for found, gradient in zip(gradients, expected_gradients, strict=True):
+        assert (found is None) == (gradient is None)
+        if found is not None:
+            assert found.dtype == dtype
+            assert_close(found, gradient, atol=16 * unit_roundoff(value.dtype), rtol=2 * unit_roundoff(dtype))
+
+
+def test_equal_layers_have_zero_gradient(backend_and_device):
+    backend, device = backend_and_device
+    mean, var = (random(7, seed=i, device=device).requires_grad_() for i in (1, 2))
+    value = call_distances(mean, var, mean.detach(), var.detach() + 1, backend=backend)
+    assert_close(value, math.sqrt(7), atol=1e-6)
+    dmean, dvar = torch.autograd.grad(value, (mean, var))
+    assert not dmean.any()
+    assert_close(dvar, -1 / math.sqrt(7), atol=1e-6)
+
+
+def test_layers_are_checked():
+    first, second = (layers((1, c))(1) for c in (5, 3))
+    with pytest.raises(ValueError, match="layers must contain at least one layer"):
+        ops.statistics_distances([])
+    for i, name in enumerate(("mean", "var", "running_mean", "running_var")):
+        for error, message, wrong in (
+            (TypeError, f"{name} must be a tensor, got str", "text"),
+            (TypeError, f"{name} must be of dtype .*, got torch.int64", second[i].long()),
+            (ValueError, rf"{name} must have shape \(C\)", second[i][None]),
+            (ValueError, f"{name} must be on the device of .*mean, cpu, got meta", second[i].to("meta")),
+            *([(ValueError, rf"{name} must have shape \(C\) with C = 3", second[i][:2])] if i else []),
+        ):
+            with pytest.raises(error, match=message):
+                ops.statistics_distances([first, [*second[:i], wrong, *second[i + 1 :]]])
