@@ -165,6 +165,21 @@ def op_traffic(call: Callable[..., object], *args: Any, **kwargs: Any) -> list[K
     return [*map(launch_traffic, launches), *inside.kernels]
 
 
+# Operators that fused kernels are not named after.
+_UNNAMED = {
+    "clone",
+    "convert_element_type",
+    "expand",
+    "full",
+    "permute",
+    "reshape",
+    "scalar_tensor",
+    "squeeze",
+    "unsqueeze",
+    "view",
+}
+
+
 def inductor_traffic(lowering: Any) -> list[Kernel]:
     """Count the kernels of a graph that Inductor has scheduled, except this project's.
 
@@ -184,11 +199,12 @@ def inductor_traffic(lowering: Any) -> list[Kernel]:
                 continue
             if getattr(operator, "namespace", "") == "dfkd_fast" and not is_library_call(operator):
                 continue
-            origins = {origin for each in node.get_nodes() if each.node is not None for origin in each.node.origins}
-            names = sorted(
-                {getattr(each.target, "_opname", str(each.target)) for each in origins if each.op != "placeholder"}
-            )
-            name = "+".join(names)
+            if extern:
+                name = getattr(operator, "_opname", None) or node.node.python_kernel_name.rpartition(".")[2]
+            else:
+                origins = {origin for each in node.get_nodes() if each.node is not None for origin in each.node.origins}
+                names = {each.target._opname for each in origins if isinstance(each.target, torch._ops.OpOverload)}
+                name = "+".join(sorted(names - _UNNAMED or names) or ["copy"])
             read, written = node.get_read_buffer_sizes(), node.get_write_buffer_sizes()
             found.append(Kernel(name, "library" if extern else "inductor", float(read), float(written)))
     return found

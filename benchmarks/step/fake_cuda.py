@@ -60,9 +60,9 @@ def trace(*variants: str, code: bool = False) -> dict[str, dict[str, Any]]:
         By variant of a step: ``error`` (a traceback or None), ``regions`` and ``graph_breaks`` (Dynamo's counts),
         ``synchronizations`` and ``kernels`` of each step outside of compiled regions, and ``graphs``. Each graph, with
         a name such as ``student_step.teacher.forward``, has the ``calls`` of dfkd_fast operators with shapes and
-        strides, the ``synchronizations`` and, with ``code``, the generated ``code`` and its ``kernels``. By op: a list
-        of kernels per case, dtype and source. Kernels have the fields of
-        :class:`dfkd_fast.benchmarks.traffic.Kernel`.
+        strides, the ``synchronizations`` and, with ``code``, the generated ``code`` and its ``kernels``. ``work`` is
+        that of :func:`dfkd_fast.benchmarks.step.roofline.round_work` by step, for ``eager`` only. By op: a list of
+        kernels per case, dtype and source. Kernels have the fields of :class:`dfkd_fast.benchmarks.traffic.Kernel`.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
@@ -392,11 +392,12 @@ _INDUCTOR = {"fallback_random": True, "joint_graph_constant_folding": False, "sh
 def _report(variant: str, code: bool) -> dict[str, Any]:
     from torch._dynamo.utils import counters
 
+    from dfkd_fast.benchmarks.step.roofline import round_work
     from dfkd_fast.benchmarks.step.variants import SIZES
 
     torch._dynamo.reset()
     counters.clear()
-    compiler, error = _Compiler(code), None
+    compiler, error, work = _Compiler(code), None, None
     synchronizations: dict[str, list[str]] = {}
     kernels: dict[str, list[dict[str, Any]]] = {}
     with contextlib.ExitStack() as stack:
@@ -413,6 +414,9 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
                         getattr(engine, compiler.step)()
                     synchronizations[compiler.step + again] = seen.found
                     kernels[compiler.step + again] = [asdict(kernel) for kernel in seen.kernels]
+            if variant == "eager":
+                with _Synchronizations(), mock.patch.object(engine, "start_round"):  # copies from pinned memory
+                    work = dict(zip(_STEPS, map(asdict, round_work(engine)), strict=True))
         except Exception:
             error = traceback.format_exc()
     return {
@@ -422,6 +426,7 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
         "synchronizations": synchronizations,
         "kernels": kernels,
         "graphs": compiler.graphs,
+        "work": work,
     }
 
 
