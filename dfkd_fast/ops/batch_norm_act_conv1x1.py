@@ -227,7 +227,6 @@ def batch_norm_act_conv1x1(
     if training and x.numel() == channels:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     running = (running_mean, running_var) if update_running_stats or not training else (None, None)
-    options: dict[str, Any] = {"momentum": momentum, "eps": eps, "negative_slope": negative_slope}
-    options["training"] = bool(training)
+    options = {"momentum": momentum, "eps": eps, "negative_slope": negative_slope, "training": bool(training)}
     tensors = (x, weight, bias, *running, conv_weight, conv_bias)
     return dispatch("batch_norm_act_conv1x1", backend, *tensors, **options)

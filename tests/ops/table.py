@@ -209,14 +209,19 @@ def conv1x1(
 def call_conv1x1(
     x, weight, bias, running_mean, running_var, conv_weight, conv_bias, *, form="spatial", backend=None, **options: Any
 ):
-    """Call :func:`ops.batch_norm_act_conv1x1` and gate the features by a softmax of a product with ``reduced``."""
+    """Call :func:`ops.batch_norm_act_conv1x1` and gate the features by a softmax of a product with sin(reduced).
+
+    The hidden map is not linear, because the gate's gradient of a linear map's bias would be a sum that cancels.
+    """
     inputs = (x, weight, bias, running_mean, running_var, conv_weight, conv_bias)
     options = {"eps": 1e-3, "negative_slope": 0.2, "update_running_stats": False, **options}
     reduced, features, norm = ops.batch_norm_act_conv1x1(*inputs, backend=backend, **options)
     hidden, channels = conv_weight.shape
     gate = torch.linspace(-1, 1, channels * hidden, dtype=x.dtype, device=x.device).view(channels, hidden)
     scale = near(form, x.shape)
-    return reduced, ops.spatial_attention(features, reduced, gate, scale=scale, form=form, norm=norm, backend=backend)
+    return reduced, ops.spatial_attention(
+        features, reduced.sin(), gate, scale=scale, form=form, norm=norm, backend=backend
+    )
 
 
 def stored(shape=(3, 5, 4, 2), *, dtype=torch.float32, other=None, layout="contiguous", device="cpu", needs_grad=(0,)):

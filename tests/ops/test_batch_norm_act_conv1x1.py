@@ -34,7 +34,7 @@ def definition(x, weight, bias, running_mean, running_var, conv_weight, conv_bia
     reduced = reduced if conv_bias is None else reduced + conv_bias[:, None, None]
     hidden = conv_weight.shape[0]
     gate = torch.linspace(-1, 1, channels * hidden, dtype=x.dtype).view(channels, hidden)
-    e = torch.exp(torch.einsum("ck,nkhw->nchw", gate, reduced))
+    e = torch.exp(torch.einsum("ck,nkhw->nchw", gate, reduced.sin()))
     if form == "channel":
         return reduced, f + channels * e / e.sum(1, keepdim=True) * f
     return reduced, f + height * width * e / e.sum((2, 3), keepdim=True) * f  # in both forms, because of the scale
