@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -106,6 +107,17 @@ def _vmap_rule(overload: Any) -> Callable[..., Any]:
     return rule
 
 
+def _register_with_inductor(overload: Any) -> None:
+    """Register an operator with Inductor before it first meets the operator in a graph.
+
+    Inductor (torch 2.11) would then format the arguments for a log message. The text repeats what computes an argument,
+    so its length is exponential in the depth of a ResNet if the operator reads the results of all layers.
+    """
+    lowering: Any = sys.modules.get("torch._inductor.lowering")
+    if lowering is not None and overload not in lowering.lowerings:
+        lowering.make_fallback(overload)
+
+
 def _define(name: str, schema: str, allocate: Callable[..., Any], launch: Launcher) -> Any:
     launcher, gradients = _launcher(launch), schema.endswith(_GRADIENTS)
 
@@ -124,6 +136,8 @@ def _define(name: str, schema: str, allocate: Callable[..., Any], launch: Launch
         return results
 
     def fake(*arguments: Any) -> Any:
+        if "Tensor[]" in schema.partition(") -> ")[0]:
+            _register_with_inductor(overload)
         results = allocate(*arguments)
         if _recording is not None:
             with _recording:
