@@ -41,7 +41,9 @@ class Objective(nn.Module):
         """The weighted sum, a float32 scalar, and the unweighted values, (len(names),), detached."""
         values = [self.terms[name](teacher, student).float() for name in self.names]
         # Weights stay Python floats: a tensor would be copied from the host in every step.
-        total = torch.stack([self.weights[name] * value for name, value in zip(self.names, values, strict=True)]).sum()
+        total, *others = (self.weights[name] * value for name, value in zip(self.names, values, strict=True))
+        for weighted in others:
+            total = total + weighted
         return total, torch.stack(values).detach()
 
     def extra_repr(self) -> str:

@@ -129,7 +129,8 @@ def _define(name: str, schema: str, allocate: Callable[..., Any], launch: Launch
 
     def fake(*arguments: Any) -> Any:
         if (inductor := sys.modules.get("torch._inductor.lowering")) is not None:
-            # Otherwise Inductor formats the arguments for a log message, in time exponential in the graph's depth.
+            # When Inductor first meets an unlisted operator, it formats the arguments for a log message, with all that
+            # computes them. For the last layers of a ResNet, that takes time exponential in the depth.
             inductor.FALLBACK_ALLOW_LIST.add(f"dfkd_fast::{name}")
         results = allocate(*arguments)
         if _recording is not None:
