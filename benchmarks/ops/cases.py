@@ -319,11 +319,14 @@ def _batchnorm(
         return x, *statistics, *affine, make.map(*layer.shape, grad=True) if layer.residual else None
 
     def call(*given: Inputs, backend: str | None) -> tuple[Tensor, ...]:
-        results: list[Tensor] = []
+        maps: list[Tensor] = []
+        statistics: list[list[Tensor]] = []
         for layer, (x, mean, var, weight, bias, residual) in zip(layers, given, strict=True):
             options: dict[str, Any] = {"activation": layer.activation, "residual": residual, "backend": backend}
-            results += ops.batchnorm_statistics(x, mean, var, weight, bias, 1e-5, **options)
-        return tuple(results)
+            y, *unmerged = ops.batchnorm_statistics(x, mean, var, weight, bias, 1e-5, merge=False, **options)
+            maps.append(y)
+            statistics.append(unmerged)
+        return *maps, *(each for pair in ops.merge_statistics(statistics) for each in pair)
 
     return Case(
         name=network or _name(shape) + (" with residual" if residual else ""),
@@ -398,8 +401,10 @@ def _batchnorm_conv1x1(*shape: int, k: int | None = None, needs_grad: bool = Tru
     return Case(name=name, inputs=inputs, call=call, work=work, **more)
 
 
-def _distance(*shape: int, network: str = "", **more: Any) -> Case:
-    """A case that calls statistics_distance for each layer."""
+def _distance(*shape: int, network: str = "", from_statistics: bool = False, **more: Any) -> Case:
+    """A case that calls statistics_distance for each layer, or statistics_distances for the statistics of all."""
+    if from_statistics:
+        return _distances(network, **more)
     layers = _NETWORKS[network] if network else [_Layer(shape)]
     total, channels = sum(layer.numel for layer in layers), sum(layer.shape[1] for layer in layers)
     return Case(
@@ -410,6 +415,24 @@ def _distance(*shape: int, network: str = "", **more: Any) -> Case:
         call=lambda *given, backend: tuple(ops.statistics_distance(*each, backend=backend) for each in given),
         # Per channel, the forward reads two float32 values and writes three, which the backward reads.
         work=lambda size: Work(size * total + 20 * channels, 2 * size * total + 12 * channels),
+        **more,
+    )
+
+
+def _distances(network: str, **more: Any) -> Case:
+    """A case of statistics_distances. Means and variances get gradients."""
+    widths = [layer.shape[1] for layer in _NETWORKS[network]]
+
+    def one(make: Make, channels: int) -> Inputs:
+        batch = (make.tensor(channels, grad=True, dtype=torch.float32) for _ in range(2))
+        return *batch, *_running_statistics(make, channels)
+
+    return Case(
+        name=f"from statistics {network}",
+        inputs=lambda make: tuple(one(make, channels) for channels in widths),
+        call=lambda *given, backend: ops.statistics_distances(given, backend=backend),
+        # Per channel, the forward reads four float32 values and writes two, which the backward reads and scales.
+        work=lambda size: Work(24 * sum(widths), 16 * sum(widths)),
         **more,
     )
 

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_PARAMS = 128, DEFAULT_SHARED = 48 * 1024 };
+enum { MAX_PARAMS = 512, DEFAULT_SHARED = 48 * 1024 };
 
 // Compute capability, multiprocessors (A100, RTX 3090, H100, B200, RTX 5090), shared memory per block.
 static const struct {

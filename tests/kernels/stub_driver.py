@@ -44,7 +44,7 @@ from ..ops import table
 STREAM = 0x57EA
 
 _NUM_SMS, _MAJOR, _MINOR, _SHARED = 16, 75, 76, 97  # values of CUdevice_attribute
-_MAX_PARAMS = 128
+_MAX_PARAMS = 512
 _HEADER = """
 #define PY_SSIZE_T_CLEAN
 #include "cuda.h"

@@ -58,6 +58,43 @@ CASES = {
 relu = partial(call_norm, activation="relu")
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_merges_layers_of_any_size_and_number(kernel_device, count, layout, monkeypatch):
+    """Samples of a contiguous map of the first size have more tiles than a layer has chunks."""
+    from dfkd_fast.kernels import batchnorm_statistics as kernels
+
+    monkeypatch.setattr(kernels, "num_parts", lambda x: 4)
+    monkeypatch.setattr(kernels, "MAX_LAYERS", 2)
+    sizes = [(2, 8, 40, 40), (3, 9, 2, 2), (1, 5, 1, 1), (40, 3, 5, 2), (2, 70, 3, 2)][:count]
+
+    def statistics(*maps, backend):
+        layers = []
+        for x in maps:
+            zero, one = (torch.full((x.shape[1],), v, device=x.device) for v in (0.0, 1.0))
+            layers.append(ops.batchnorm_statistics(x, zero, one, None, None, 1e-5, merge=False, backend=backend)[1:])
+        return tuple(t for pair in ops.merge_statistics(layers) for t in pair)
+
+    def inputs(seed):
+        options = {"scale": 2.0, "shift": 1.0, "device": kernel_device}
+        made = [random(*size, seed=seed + i, layout=layout, **options) for i, size in enumerate(sizes)]
+        return [x.requires_grad_() for x in made]
+
+    assert_backend_no_worse(statistics, inputs, draws=2)
+
+
+def test_unused_statistics_add_no_gradient(kernel_device):
+    """Also if only one of mean and variance is used."""
+    inputs = norm((2, 9, 3, 2), device=kernel_device)(1)
+    for used in ((0,), (1,), (2,), (0, 2)):
+        results = []
+        for backend in ("triton", "reference"):
+            found = call_norm(*inputs, activation="relu", backend=backend)
+            total = sum(found[i].square().sum() for i in used)
+            results.append(torch.autograd.grad(total, inputs[0])[0])
+        assert_close(*results, atol=16 * unit_roundoff(torch.float32) * float(results[1].abs().max()))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_matches_float64_reference(kernel_device, case):
     shape, activation, residual, drawn = CASES[case]
