@@ -146,7 +146,9 @@ void check(uint64_t desc, bool transpose, int outer) {
   const int width = mode == 1 ? 64 : mode == 2 ? 32 : 16;
   const auto start = static_cast<int>((desc & 0x3fff) * 16);
   if (start % (16 * width) >= 2 * width) fail("an operand that begins at byte %d, within a group of eight rows", start);
-  if (transpose && outer > width && outer % width != 0) fail("%d elements in rows of %d", outer, width);
+  if (transpose && outer > width && outer % width != 0) {
+    fail("an MN-major operand of %d elements, not a multiple of its boxes' %d", outer, width);
+  }
 }
 
 // Without sanitizers: this loop takes most of the time and accesses only plain arrays.

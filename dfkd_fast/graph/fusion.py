@@ -61,9 +61,10 @@ def supports_statistics(module: nn.Module | None) -> bool:
 def batchnorm_with_statistics(
     bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation, *, fork: bool = False
 ) -> tuple[Any, ...]:
-    """``activation(bn(x) + residual)`` in eval mode, and the statistics of x, (N, C, H, W), to be merged.
+    """``activation(bn(x) + residual)`` in eval mode, and statistics of x (N, C, H, W) for :func:`merge_statistics`.
 
-    With ``fork``, the former is returned again as a third result.
+    With ``fork``, the former is returned again as a third result, for a second user, so that the backward adds the
+    gradients of both users while it reads them.
     """
     mean, var = bn.running_mean, bn.running_var
     assert mean is not None
