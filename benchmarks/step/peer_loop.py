@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfkd_fast import ops
 from dfkd_fast.benchmarks.ops.originals import DeepInversionHook, kldiv
 from dfkd_fast.engine import DistillState
 from dfkd_fast.models import FeatureModel
@@ -179,11 +180,15 @@ class PeerLoop:
         targets = torch.arange(count, 2 * count, device=similarity.device)
         return F.cross_entropy(similarity.masked_fill(itself, -torch.inf), targets)
 
+    def _images(self) -> Tensor:
+        with ops.backend("reference"):  # F.batch_norm and activations in the generator's blocks
+            return self._normalize(self.generator(self._draw()))
+
     def generator_step(self) -> tuple[float, dict[str, Tensor]]:
         """Run one generator step. Return its loss as a float and its terms as tensors on the device."""
         self.student.model.train()
         with self.cast():
-            images = self._normalize(self.generator(self._draw()))
+            images = self._images()
             t_logits, _, _ = self.teacher(images)
             s_logits, _, _ = self.student(images)
             statistics = functools.reduce(torch.add, [hook.r_feature for hook in self.teacher.hooks])
@@ -202,7 +207,7 @@ class PeerLoop:
         with self.cast():
             # As in the engine, only generator steps run the power iteration of the spectral norm.
             with torch.no_grad(), freeze_spectral_norm(self.generator):
-                images = self._normalize(self.generator(self._draw()))
+                images = self._images()
                 t_logits, t_features, t_penultimate = self.teacher(images)
             s_logits, s_features, s_penultimate = self.student(images)
             divergence = kldiv(s_logits, t_logits)

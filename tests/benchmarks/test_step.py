@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ class TestPeer:
         config = tiny.config(
             student_in_generator_step="update", generator_steps=3, student_steps=3, precision="fp32", engine="eager"
         )
+        config = replace(config, seed=1)  # with seed 0, rounding errors decide the side of a ReLU's kink
         state, peer_state = tiny.state(config), tiny.state(config)
         engine, peer = EagerEngine(state), PeerLoop(peer_state, mean=tiny.HALF, std=tiny.HALF)
         for _ in range(2):

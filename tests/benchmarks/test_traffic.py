@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._triton import has_triton
 
 pytest.importorskip("triton")
 
@@ -161,10 +162,26 @@ HAND_COUNTED: dict[str, tuple[Any, list[tuple[int, int]]]] = {
             (2 * MAP + 6 * VECTOR, MAP + 2 * VECTOR),
         ],
     ),
+    "batch_norm_act_conv1x1": (
+        [2, 16, 8, 8],
+        [
+            (MAP, 2 * VECTOR + 4),
+            (MAP + 2 * VECTOR + 4 + 4 * VECTOR + WEIGHT + 4, HIDDEN + 4 * VECTOR),  # the convolution's weight and bias
+            (HIDDEN + WEIGHT, 2 * SOFTMAX),
+            (MAP + HIDDEN + WEIGHT + 2 * SOFTMAX + 4 * VECTOR, MAP),  # affine, mean and rstd
+            (2 * MAP + HIDDEN + WEIGHT + 2 * SOFTMAX + 4 * VECTOR, SOFTMAX),
+            (2 * MAP + HIDDEN + WEIGHT + 3 * SOFTMAX + 4 * VECTOR, MAP + HIDDEN + 2 * 2 * WEIGHT),
+            (2 * 2 * WEIGHT, WEIGHT),
+            (2 * MAP + HIDDEN + WEIGHT + 4 * VECTOR, 2 * (2 * VECTOR + 2 * WEIGHT + 2 * 4)),  # sums of two programs
+            (2 * (2 * VECTOR + 2 * WEIGHT + 2 * 4), WEIGHT + 4 + 4 * VECTOR),  # gradients of parameters, and sums
+            (2 * MAP + HIDDEN + WEIGHT + 6 * VECTOR, MAP),
+        ],
+    ),
     "batchnorm_statistics": (
         [2, 16, 8, 8],
         [
-            (MAP + 4 * VECTOR, MAP + 2 * VECTOR),  # affine and running statistics; mean and variance
+            (MAP + 4 * VECTOR, MAP + 528 * (2 * VECTOR + 4)),  # affine and running statistics; 528 chunks
+            (528 * (2 * VECTOR + 4), 2 * VECTOR),
             (2 * MAP + 7 * VECTOR, MAP),  # also the mean and the gradients of mean and variance
         ],
     ),
@@ -233,6 +250,7 @@ def test_hand_counted_convolution_in_eager_mode_and_compiled():
         return F.conv2d(x, weight, padding=1).relu() + 1
 
     compiler = fake_cuda._Compiler(code=True)
+    has_triton.cache_clear()  # an earlier test has found no GPU
     with torch._inductor.config.patch(fake_cuda._INDUCTOR), fake_cuda.fake_cuda() as mode, mode:
         x, weight = (torch.empty(shape, device="cuda", dtype=torch.bfloat16) for shape in ((2, 8, 6, 6), (16, 8, 3, 3)))
         x = x.to(memory_format=torch.channels_last)
@@ -244,6 +262,7 @@ def test_hand_counted_convolution_in_eager_mode_and_compiled():
         {"name": "relu", "source": "eager", "read": Y, "written": Y},
         {"name": "add", "source": "eager", "read": Y, "written": Y},
     ]
+    has_triton.cache_clear()
     (graph,) = compiler.graphs.values()
     assert graph["kernels"] == [
         {"name": "convolution", "source": "inductor", "read": W, "written": W},  # the weight to channels-last
