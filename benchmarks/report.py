@@ -1,4 +1,4 @@
-"""Writes the tables of README and docs/ from the committed results, between markers: `make report`."""
+"""Writes the tables of README and docs/ from the committed results, between markers, and plots: `make report`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_fast.benchmarks.ablation import ablation_section
+from dfkd_fast.benchmarks.count_tables import op_counts_section, save_op_plot, save_step_plot, step_counts_section
 from dfkd_fast.benchmarks.ops.drop_ins import drop_ins_section
 from dfkd_fast.benchmarks.ops.tables import ops_section, write_choices
 from dfkd_fast.benchmarks.results import measured_on
@@ -18,7 +19,7 @@ from dfkd_fast.benchmarks.step.breakdown import breakdown_section
 from dfkd_fast.benchmarks.step.variants import VARIANTS
 from dfkd_fast.report import markdown_table, read_results
 
-__all__ = ["between_markers", "coverage_tables", "demo_table", "main", "step_section"]
+__all__ = ["PLOTS", "SECTIONS", "between_markers", "coverage_tables", "demo_table", "main", "step_section"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -137,16 +138,30 @@ def step_section(content: dict[str, Any], folder: str) -> str:
 
 
 SECTIONS: dict[str, dict[str, Callable[[dict[str, Any], str], str]]] = {
-    "docs/benchmarks.md": {"ops": ops_section},
-    "docs/performance.md": {"step": step_section, "accuracy": ablation_section, "breakdown": breakdown_section},
+    "docs/benchmarks.md": {"op_counts": op_counts_section, "ops": ops_section},
+    "docs/performance.md": {
+        "step_counts": step_counts_section,
+        "step": step_section,
+        "accuracy": ablation_section,
+        "breakdown": breakdown_section,
+    },
     "docs/swapping.md": {"drop_ins": drop_ins_section},
     "docs/ablation.md": {"ablation": ablation_section},
 }
 """Functions that write one device's section, by page and marker. The results of a marker are in ``MARKER.json``."""
 
+PLOTS: dict[str, tuple[str, Callable[[dict[str, Any], Path], Path]]] = {
+    "docs/images/op_bytes.svg": ("op_counts", save_op_plot),
+    "docs/images/step_bytes.svg": ("step_counts", save_step_plot),
+}
+"""The name of the result file without ``.json`` and a function, by plot."""
+
+_NOTES = {"op_counts": "Not counted yet.", "step_counts": "Not counted yet."}
+_NOTE = "Not measured on a GPU yet: `make gpu` measures it."
+
 
 def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
-    """Write all tables, and ``kernels/choices.json``."""
+    """Write all tables and plots, and ``kernels/choices.json``."""
     del arguments
     results = root / "benchmarks" / "results"
     texts: dict[str, dict[str, str]] = {"README.md": {}}
@@ -154,7 +169,7 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
         for kind, section in sections.items():
             contents = ((read_results(path), path.parent.name) for path in sorted(results.glob(f"*/{kind}.json")))
             found = [section(content, folder) for content, folder in contents if content and content["rows"]]
-            texts.setdefault(name, {})[kind] = "\n\n".join(found) or "Nothing has been measured yet."
+            texts.setdefault(name, {})[kind] = "\n\n".join(found) or _NOTES.get(kind, _NOTE)
     if demos := [content for path in sorted(results.glob("*/demo_*.json")) if (content := read_results(path))]:
         texts["README.md"]["demo"] = demo_table(demos)
     for name, parts in texts.items():
@@ -164,6 +179,9 @@ def main(arguments: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
                 text = between_markers(text, kind, part)
             page.write_text(text, encoding="utf-8")
             print(page)
+    for name, (kind, save) in PLOTS.items():
+        if content := read_results(results / "counted" / f"{kind}.json"):
+            print(save(content, root / name))
     if (root / "kernels").is_dir():
         write_choices(results, root / "kernels" / "choices.json")
     return 0

@@ -4,8 +4,8 @@ One rule counts everything: a kernel reads each byte of its inputs once and writ
 however often its threads load it. The sources of kernels are
 
 - ``eager``: operators of PyTorch, each counted as one kernel, which is the least possible (:class:`EagerTraffic`);
-- ``inductor`` and ``library``: kernels that torch.compile generates, and library calls such as convolutions, from
-  Inductor's schedule (:func:`inductor_traffic`);
+- ``inductor`` and ``library``: kernels that torch.compile generates, and library calls such as convolutions and
+  operators of :func:`~dfkd_fast.ops.custom_op.library_operator`, from Inductor's schedule (:func:`inductor_traffic`);
 - ``triton``: launches of this project's kernels, from the recorder and each kernel's declaration
   (:func:`dfkd_fast.kernels.common.traffic`).
 
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dfkd_fast.kernels.common import RecordedLaunch
-from dfkd_fast.ops.custom_op import record_op_launches
+from dfkd_fast.ops.custom_op import is_library_call, record_op_launches
 
 __all__ = ["ARCH", "EagerTraffic", "Kernel", "inductor_traffic", "launch_traffic", "op_traffic", "summary"]
 
@@ -125,7 +125,7 @@ class EagerTraffic(TorchDispatchMode):
 
     def count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Count one call."""
-        if func.namespace == "dfkd_fast":
+        if func.namespace == "dfkd_fast" and not is_library_call(func):
             self.kernels += op_traffic(func, *args, **kwargs)
             return
         name = func._schema.name.partition("::")[2]
@@ -165,8 +165,23 @@ def op_traffic(call: Callable[..., object], *args: Any, **kwargs: Any) -> list[K
     return [*map(launch_traffic, launches), *inside.kernels]
 
 
+# Operators that fused kernels are not named after.
+_UNNAMED = {
+    "clone",
+    "convert_element_type",
+    "expand",
+    "full",
+    "permute",
+    "reshape",
+    "scalar_tensor",
+    "squeeze",
+    "unsqueeze",
+    "view",
+}
+
+
 def inductor_traffic(lowering: Any) -> list[Kernel]:
-    """Count the kernels of a graph that Inductor has scheduled, except dfkd_fast operators.
+    """Count the kernels of a graph that Inductor has scheduled, except this project's.
 
     Args:
         lowering: a ``torch._inductor.graph.GraphLowering`` after code generation.
@@ -182,13 +197,14 @@ def inductor_traffic(lowering: Any) -> list[Kernel]:
             operator = getattr(node.node, "op_overload", None) if extern else None
             if isinstance(node, NopKernelSchedulerNode) or (extern and isinstance(node.node, ir.MultiOutput)):
                 continue
-            if getattr(operator, "namespace", "") == "dfkd_fast":
+            if getattr(operator, "namespace", "") == "dfkd_fast" and not is_library_call(operator):
                 continue
-            origins = {origin for each in node.get_nodes() if each.node is not None for origin in each.node.origins}
-            names = sorted(
-                {getattr(each.target, "_opname", str(each.target)) for each in origins if each.op != "placeholder"}
-            )
-            name = "+".join(names)
+            if extern:
+                name = getattr(operator, "_opname", None) or node.node.python_kernel_name.rpartition(".")[2]
+            else:
+                origins = {origin for each in node.get_nodes() if each.node is not None for origin in each.node.origins}
+                names = {each.target._opname for each in origins if isinstance(each.target, torch._ops.OpOverload)}
+                name = "+".join(sorted(names - _UNNAMED or names) or ["copy"])
             read, written = node.get_read_buffer_sizes(), node.get_write_buffer_sizes()
             found.append(Kernel(name, "library" if extern else "inductor", float(read), float(written)))
     return found

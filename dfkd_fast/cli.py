@@ -244,12 +244,13 @@ def _bench(
     *,
     ops: list[str],
     shapes: str = "paper",
-    out: str = "runs/bench",
+    out: str | None = None,
     tune: bool = False,
+    count: bool = False,
     backends: str | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> None:
-    """Time the ops against eager PyTorch, torch.compile, public kernels and the roofline.
+    """Time the ops against eager PyTorch, torch.compile, public kernels and the roofline, or count launches.
 
     Prints a table, and writes ``ops.json`` and the plot ``ops.png`` to a folder.
 
@@ -257,17 +258,27 @@ def _bench(
         ops: names of the ops to time; by default all.
         shapes: ``paper``, ``large``, or a YAML or JSON file with a list of shapes per op, with sizes by position or by
             name: ``distillation_kl: [[512, 100], {rows: 512, classes: 100, dtypes: [float32]}]``.
-        out: output folder; results of other ops in it are kept.
+        out: output folder; results of other ops in it are kept. None is ``runs/bench``, or
+            ``benchmarks/results/counted`` of the repository with ``count``.
         tune: before timing, try every launch configuration of the kernels on these shapes, and write those that beat
             the default to ``kernels/tuned.json``.
+        count: count kernel launches and bytes of memory instead, without a GPU: of the given ops, or of all ops and of
+            the distillation steps.
         backends: ``reference``, ``compile``, ``compile_max_autotune``, ``triton``, ``cuda`` or ``peer:NAME``, separated
             by commas; None is all.
         device: ``cpu`` only runs the reference and torch.compile, on small shapes, to test the command.
     """
+    if count:
+        from dfkd_fast.benchmarks import count as counting
+
+        if tune or backends or shapes != "paper":
+            raise ValueError("--count takes no --tune, --backends or --shapes")
+        counting.count(ops or None, out=out or counting.FOLDER)
+        return
     from dfkd_fast.benchmarks.ops.bench import bench
 
     chosen = backends.split(",") if backends else None
-    if not bench(ops or None, shapes=shapes, out=out, tune=tune, backends=chosen, device=device):
+    if not bench(ops or None, shapes=shapes, out=out or "runs/bench", tune=tune, backends=chosen, device=device):
         raise SystemExit(1)
 
 

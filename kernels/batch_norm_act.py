@@ -51,7 +51,7 @@ from dfkd_fast.kernels.batchnorm_statistics_bwd import unpack
 from dfkd_fast.kernels.common import cast, launch, next_power_of_2, traffic
 from dfkd_fast.kernels.config import Launch
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "merge_rows", "merge_statistics"]
 
 
 @config.heuristic("batch_norm_act_statistics", UNROLL=(1, 8), BLOCK_P=(8, 512), LOOP_STAGES=(1, 3))
@@ -82,6 +82,41 @@ def _mask_pointers(mask, block, channels, row, NCHW: tl.constexpr, BLOCK_C: tl.c
     offs = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
     ptrs = pointers(mask, row, expand_channels(offs, NCHW).to(tl.int64), NCHW, 1)
     return ptrs, expand_channels(offs * 8 < channels, NCHW)
+
+
+@triton.jit
+def merge_statistics(
+    means_ptr,  # [chunks, C]
+    m2_ptr,  # [chunks, C]
+    count_ptr,  # [chunks]
+    mean_ptr,  # [C]
+    rstd_ptr,  # [C]
+    running_mean_ptr,  # [C] or None
+    running_var_ptr,  # [C] or None
+    momentum,
+    eps,
+    chunks,
+    channels,
+    offs_c,
+    writes,  # whether this program writes mean and rstd and updates the running statistics
+    BLOCK_M: tl.constexpr,
+):
+    """Mean and ``1 / sqrt(var + eps)`` of channels, merged from chunks."""
+    mask_c = offs_c < channels
+    mean, m2, total = merge_chunks(means_ptr, m2_ptr, count_ptr, chunks, channels, offs_c, mask_c, BLOCK_M)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(m2, total) + eps))
+    if writes:
+        tl.store(mean_ptr + offs_c, mean, mask=mask_c)
+        tl.store(rstd_ptr + offs_c, rstd, mask=mask_c)
+        if running_mean_ptr is not None:
+            old = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+            new = momentum * mean + (1 - momentum) * old
+            tl.store(running_mean_ptr + offs_c, cast(new, running_mean_ptr.dtype.element_ty), mask=mask_c)
+        if running_var_ptr is not None:
+            old = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+            new = momentum * tl.div_rn(m2, total - 1) + (1 - momentum) * old
+            tl.store(running_var_ptr + offs_c, cast(new, running_var_ptr.dtype.element_ty), mask=mask_c)
+    return mean, rstd
 
 
 @traffic(writes="y mask mean_ptr rstd_ptr", updates="running_mean_ptr running_var_ptr")
@@ -126,20 +161,10 @@ def _normalize_kernel(
     offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels
 
-    mean_c, m2, total = merge_chunks(means_ptr, m2_ptr, count_ptr, chunks, channels, offs_c, mask_c, BLOCK_M)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(m2, total) + eps))
-    if chunk == 0:
-        tl.store(mean_ptr + offs_c, mean_c, mask=mask_c)
-        tl.store(rstd_ptr + offs_c, rstd, mask=mask_c)
-        if running_mean_ptr is not None:
-            old = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-            new = momentum * mean_c + (1 - momentum) * old
-            tl.store(running_mean_ptr + offs_c, cast(new, running_mean_ptr.dtype.element_ty), mask=mask_c)
-        if running_var_ptr is not None:
-            old = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-            new = momentum * tl.div_rn(m2, total - 1) + (1 - momentum) * old
-            tl.store(running_var_ptr + offs_c, cast(new, running_var_ptr.dtype.element_ty), mask=mask_c)
-
+    mean_c, rstd = merge_statistics(
+        means_ptr, m2_ptr, count_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps, chunks,
+        channels, offs_c, chunk == 0, BLOCK_M,
+    )  # fmt: skip
     mean = expand_channels(mean_c, NCHW)
     scale = _load_scale(rstd, weight_ptr, offs_c, mask_c, NCHW)
     if bias_ptr is not None:
@@ -201,6 +226,7 @@ def _activation_gradient(
 @triton.jit
 def _backward_sums_kernel(
     dy,  # Map
+    more_dy,  # Map that is added to dy, or None
     x,  # Map
     mask,  # Map [N, ceil(C / 8), positions], uint8; None to recompute it
     weight_ptr,  # [C] or None
@@ -233,6 +259,8 @@ def _backward_sums_kernel(
     mask_c = offs_c < channels
     row, col = rows_and_channels(offs_c, NCHW, UNROLL, BLOCK_P)
     dy_ptrs = pointers(dy, row, col, NCHW, ALIGNMENT)
+    if more_dy is not None:
+        more_ptrs = pointers(more_dy, row, col, NCHW, ALIGNMENT)
     x_ptrs = pointers(x, row, col, NCHW, ALIGNMENT)
     if mask is not None:
         mask_ptrs, mask_byte = _mask_pointers(mask, block, channels, row, NCHW, BLOCK_C)
@@ -247,6 +275,9 @@ def _backward_sums_kernel(
         mask_p = first + row < positions
         inside = mask_p & expand_channels(mask_c, NCHW)
         g = tl.load(dy_ptrs + offset(dy, sample, first, NCHW, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
+        if more_dy is not None:
+            ptrs = more_ptrs + offset(more_dy, sample, first, NCHW, ALIGNMENT)
+            g += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(x_ptrs + offset(x, sample, first, NCHW, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
         centered = v - mean
         if ACTIVATION:
@@ -263,11 +294,12 @@ def _backward_sums_kernel(
 
 @traffic(
     writes="dx dresidual dbias_ptr dweight_ptr",
-    parts={name: lambda a: a["num_iters"] > 0 for name in ("dy", "x", "mask", "dx", "dresidual")},
+    parts={name: lambda a: a["num_iters"] > 0 for name in ("dy", "more_dy", "x", "mask", "dx", "dresidual")},
 )
 @triton.jit
 def _backward_kernel(
     dy,  # Map
+    more_dy,  # Map that is added to dy, or None
     x,  # Map; None without dx
     mask,  # Map [N, ceil(C / 8), positions], uint8; None to recompute it
     dx,  # Map or None
@@ -326,6 +358,8 @@ def _backward_kernel(
 
     row, col = rows_and_channels(offs_c, NCHW, UNROLL, BLOCK_P)
     dy_ptrs = pointers(dy, row, col, NCHW, ALIGNMENT)
+    if more_dy is not None:
+        more_ptrs = pointers(more_dy, row, col, NCHW, ALIGNMENT)
     if x is not None:
         x_ptrs = pointers(x, row, col, NCHW, ALIGNMENT)
     if dx is not None:
@@ -342,6 +376,9 @@ def _backward_kernel(
         mask_p = first + row < positions
         inside = mask_p & expand_channels(mask_c, NCHW)
         g = tl.load(dy_ptrs + offset(dy, sample, first, NCHW, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
+        if more_dy is not None:
+            ptrs = more_ptrs + offset(more_dy, sample, first, NCHW, ALIGNMENT)
+            g += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
         centered = None
         if x is not None:
             v = tl.load(x_ptrs + offset(x, sample, first, NCHW, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
@@ -360,7 +397,7 @@ def _backward_kernel(
             tl.store(ptrs, cast(out, dx.ptr.dtype.element_ty), mask=inside)
 
 
-def _merge_rows(chosen: Launch, chunks: int) -> int:
+def merge_rows(chosen: Launch, chunks: int) -> int:
     """Returns how many chunks a program merges at once: 16 values per thread, or fewer."""
     most = chosen.num_warps * 512 // chosen.tile["BLOCK_C"]
     return max(min(next_power_of_2(chunks), most), 16)
@@ -436,7 +473,7 @@ def forward(
         x.shape[1],
         config=chosen,
         ACTIVATION=activation != "none",
-        BLOCK_M=_merge_rows(chosen, parts[0].shape[0]),
+        BLOCK_M=merge_rows(chosen, parts[0].shape[0]),
         **constants,
     )
     for given, updated in zip((running_mean, running_var), running, strict=True):
@@ -446,6 +483,7 @@ def forward(
 
 def backward(
     dy: Tensor,
+    more_dy: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -464,6 +502,7 @@ def backward(
 
     Args:
         dy: Gradient of y, any strides.
+        more_dy: Another gradient of y, which is added; None for zero.
         x: As in forward.
         weight: As in forward.
         bias: As in forward.
@@ -485,23 +524,27 @@ def backward(
         return
     like = dx if dx is not None else dresidual
     x, dy = with_common_stride(x, like), with_common_stride(dy, like)
+    more_dy = None if more_dy is None else with_common_stride(more_dy, like)
     weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
     vectors = (weight, bias, mean, rstd, _slope(activation, negative_slope))
     sums: tuple[Tensor | None, ...] = (None, None)
     chunks = 0
     if dx is not None or dweight is not None or dbias is not None:
-        samples, positions, maps = as_maps(x, (dy, x, mask))
-        chosen, constants = choose_config("batch_norm_act_sums", x, samples, positions, (maps[1], maps[0]), False)
+        samples, positions, maps = as_maps(x, (dy, more_dy, x, mask))
+        by_priority = [maps[i] for i in (2, 0, 1)]
+        chosen, constants = choose_config(
+            "batch_norm_act_sums", x, samples, positions, by_priority, more_dy is not None
+        )
         blocks, chunks, num_iters = split_work(x, chosen, samples, positions, 1)
         sums = tuple(x.new_empty((2, chunks, x.shape[1]), dtype=torch.float32))
         arguments = (*maps, *vectors, *sums, num_iters, positions, x.shape[1])
         constants["ACTIVATION"] = activation != "none"
         launch(_backward_sums_kernel, (blocks * chunks,), *arguments, config=chosen, **constants)
 
-    samples, positions, maps = as_maps(x, (dy, None if dx is None else x, mask, dx, dresidual))
-    by_priority = [maps[i] for i in (3, 4, 1, 0)]  # the first one decides between NCHW and NHWC
-    residual = dresidual is not None
-    chosen, constants = choose_config("batch_norm_act_backward", x, samples, positions, by_priority, residual)
+    samples, positions, maps = as_maps(x, (dy, more_dy, None if dx is None else x, mask, dx, dresidual))
+    by_priority = [maps[i] for i in (4, 5, 2, 0, 1)]  # the first one decides between NCHW and NHWC
+    more = dresidual is not None or more_dy is not None
+    chosen, constants = choose_config("batch_norm_act_backward", x, samples, positions, by_priority, more)
     blocks, programs, num_iters = split_work(x, chosen, samples, positions, 2)
     constants["ACTIVATION"] = activation != "none"
     if like is None:  # only merge the sums
@@ -520,6 +563,6 @@ def backward(
         positions,
         x.shape[1],
         config=chosen,
-        BLOCK_M=_merge_rows(chosen, chunks),
+        BLOCK_M=merge_rows(chosen, chunks),
         **constants,
     )

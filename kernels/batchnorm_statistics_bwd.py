@@ -66,6 +66,7 @@ def unpack(packed, NCHW: tl.constexpr, BLOCK_P: tl.constexpr, UNROLL: tl.constex
 @triton.jit
 def _backward_kernel(
     dy,  # Map or None
+    more_dy,  # Map that is added to dy, or None
     x,  # Map; None if it is not read
     mask,  # Map [N, ceil(C / 8), positions], uint8; None to recompute the mask
     dx,  # Map or None
@@ -104,6 +105,8 @@ def _backward_kernel(
         x_ptrs = pointers(x, row, col, NCHW, ALIGNMENT)
     if dy is not None:
         dy_ptrs = pointers(dy, row, col, NCHW, ALIGNMENT)
+        if more_dy is not None:
+            more_ptrs = pointers(more_dy, row, col, NCHW, ALIGNMENT)
         scale = load_scale(norm.running_var, norm.weight, offs_c, mask_c, norm.eps, NCHW)
         if x is not None:
             running_mean = load_channels(norm.running_mean, offs_c, mask_c, NCHW)
@@ -137,6 +140,9 @@ def _backward_kernel(
             v = tl.load(x_ptrs + offset(x, sample, first, NCHW, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
         if dy is not None:
             g = tl.load(dy_ptrs + offset(dy, sample, first, NCHW, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
+            if more_dy is not None:
+                ptrs = more_ptrs + offset(more_dy, sample, first, NCHW, ALIGNMENT)
+                g += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
             if mask is not None:
                 ptrs = mask_ptrs + offset(mask, sample, first, NCHW, 1)
                 packed = tl.load(ptrs, mask=mask_p & mask_byte, other=0)
@@ -198,6 +204,7 @@ def _sum_rows_kernel(
 
 def backward(
     dy: Tensor | None,
+    more_dy: Tensor | None,
     dmean: Tensor | None,
     dvar: Tensor | None,
     x: Tensor,
@@ -220,6 +227,7 @@ def backward(
 
     Args:
         dy: Gradient of y, any strides; None for zero.
+        more_dy: Another gradient of y, which is added to ``dy``; None for zero.
         dmean: Gradient of mean, (C,); None for zero.
         dvar: Gradient of var, (C,); None for zero.
         x: (N, C, ...), any strides.
@@ -253,15 +261,14 @@ def backward(
     assert like is not None
     reads_x = dvar is not None or dweight is not None or (dy is not None and activation != "none" and mask is None)
     read = with_common_stride(x, like) if reads_x else None
-    dy = None if dy is None else with_common_stride(dy, like)
+    dy, more_dy = (None if each is None else with_common_stride(each, like) for each in (dy, more_dy))
     vectors = (None if v is None or dy is None else v.contiguous() for v in (running_mean, running_var, weight, bias))
     dmean, dvar = (None if v is None else v.contiguous() for v in (dmean, dvar))
-    samples, positions, maps = as_maps(x, (dy, read, mask, dx, dresidual))
+    samples, positions, maps = as_maps(x, (dy, more_dy, read, mask, dx, dresidual))
     # The first map decides between NCHW and NHWC: outputs come first, because they are dense.
-    by_priority = [maps[i] for i in (3, 4, 0, 1)]
-    chosen, constants = choose_config(
-        "batchnorm_statistics_backward", x, samples, positions, by_priority, dresidual is not None
-    )
+    by_priority = [maps[i] for i in (4, 5, 0, 1, 2)]
+    more = dresidual is not None or more_dy is not None
+    chosen, constants = choose_config("batchnorm_statistics_backward", x, samples, positions, by_priority, more)
     programs = 4 if dweight is not None or dbias is not None else 16
     blocks, chunks, num_iters = split_work(x, chosen, samples, positions, programs)
     parts = [None if out is None else x.new_empty((chunks, channels), dtype=torch.float32) for out in (dweight, dbias)]
@@ -294,4 +301,4 @@ def statistics_backward(
 ) -> None:
     """Gradient of only the statistics. The arguments are those of :func:`backward`."""
     norm = (None, None, None, None, 1.0, "none")
-    backward(None, dmean, dvar, x, *norm, mean, None, None, dx, None, None, None, grad_output)
+    backward(None, None, dmean, dvar, x, *norm, mean, None, None, dx, None, None, None, grad_output)

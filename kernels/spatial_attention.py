@@ -41,6 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dfkd_fast.kernels import config
+from dfkd_fast.kernels.batchnorm_statistics import activation_mask
 from dfkd_fast.kernels.common import (
     architecture,
     cast,
@@ -57,7 +58,19 @@ from dfkd_fast.kernels.common import (
 )
 from dfkd_fast.kernels.config import Launch
 
-__all__ = ["backward", "forward"]
+__all__ = [
+    "NO_MAP",
+    "Map",
+    "Norm",
+    "backward",
+    "forward",
+    "load_norm",
+    "load_tile",
+    "load_weight",
+    "mask_tile",
+    "normalize",
+    "store_tile",
+]
 
 _MERGE = Launch(tile={"CHUNKS": 16, "BLOCK": 64})
 _REDUCE = Launch(tile={"ROWS": 128, "BLOCK": 32}, num_warps=8)
@@ -84,8 +97,9 @@ def _fits_large_tiles(dtype: torch.dtype, hidden: int, vectors: int) -> bool:
 @config.heuristic("spatial_attention_statistics", TILES=(4, 64), BLOCK_M=(16, 128), num_stages=(1, 4))
 @config.heuristic("spatial_attention_delta", TILES=(4, 64), BLOCK_M=(16, 128), num_stages=(1, 4))
 def _config_sums(
-    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
-) -> Launch:
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int,
+    norm: int,
+) -> Launch:  # fmt: skip
     """Sums over positions. A program processes up to ``TILES`` tiles; fewer leave more chunks to merge."""
     m, per_thread, stages = (64, 16, 3) if dtype.itemsize == 2 else (32, 8, 2)
     block_k = _block_k(arch, dtype, hidden)
@@ -96,8 +110,9 @@ def _config_sums(
 @config.heuristic("spatial_attention_gate", BLOCK_M=(16, 128))
 @config.heuristic("spatial_attention_rows", BLOCK_M=(16, 128))
 def _config_gate(
-    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
-) -> Launch:
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int,
+    norm: int,
+) -> Launch:  # fmt: skip
     """For a softmax over channels, a tile holds all channels if there are at most 256."""
     block = max(16, channels if over_channels and channels <= 256 else min(channels, 64))
     per_thread = 32 if _fits_large_tiles(dtype, hidden, vectors) else 8 if dtype.itemsize == 2 else 16
@@ -106,8 +121,9 @@ def _config_gate(
 
 @config.heuristic("spatial_attention_gradients", BLOCK_M=(16, 128), PROGRAMS=(1, 8), num_stages=(1, 3))
 def _config_gradients(
-    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int
-) -> Launch:
+    arch: int, dtype: torch.dtype, *, channels: int, hidden: int, positions: int, over_channels: int, vectors: int,
+    norm: int,
+) -> Launch:  # fmt: skip
     """A tile holds all channels of a position: up to 256, or 64 or 128 if products read the weight from registers.
 
     ``PROGRAMS`` programs run per SM, and each writes one partial gradient of the weight. delta and the gradients are
@@ -119,6 +135,8 @@ def _config_gradients(
     block = max(16, channels if channels <= most else 64)
     if _fits_large_tiles(dtype, hidden, vectors):
         per_thread = 32 if block != 128 and not over_channels else 16 if from_shared or not over_channels else 8
+        if norm and block < channels and not from_shared:
+            per_thread = 16  # the channels' parameters need registers
     else:
         per_thread = 8 if half_precision or block == channels >= 64 else 4  # more spills
     programs = max(1, min(3, 256 // block))
@@ -140,7 +158,20 @@ class Map(NamedTuple):
     stride_c: Any
 
 
-_NO_MAP = Map(None, None, None, None)
+NO_MAP = Map(None, None, None, None)
+
+
+class Norm(NamedTuple):
+    """A BatchNorm and a leaky ReLU that a kernel applies to the features; all fields are None if there are none."""
+
+    mean_ptr: Any  # [C]
+    rstd_ptr: Any  # [C]
+    weight_ptr: Any  # [C] or None
+    bias_ptr: Any  # [C] or None
+    slope: Any  # of the activation for values <= 0
+
+
+NO_NORM = Norm(None, None, None, None, None)
 
 
 class Arguments(NamedTuple):
@@ -152,9 +183,10 @@ class Arguments(NamedTuple):
     samples: Any
     positions: Any
     scale: Any
-    grad_output: Any = _NO_MAP  # Map, [N, P, C]
+    grad_output: Any = NO_MAP  # Map, [N, P, C]
     stats_ptr: Any = None  # row_max and row_sum, [2, N, C], or [2, N, P] for a softmax over channels
     delta_ptr: Any = None  # [N, C] or [N, P]
+    norm: Any = NO_NORM  # of the features
 
 
 def _stats_part(a: Any) -> float:
@@ -163,7 +195,7 @@ def _stats_part(a: Any) -> float:
 
 
 @triton.jit
-def _locate(tile, positions, BLOCK_M: tl.constexpr):
+def locate(tile, positions, BLOCK_M: tl.constexpr):
     """Sample and first position of a tile, counted over all samples, and the mask of its positions."""
     tiles = tl.cdiv(positions, BLOCK_M)
     first = tl.cast(tile % tiles, tl.int64) * BLOCK_M
@@ -171,7 +203,7 @@ def _locate(tile, positions, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _mask(mask_m, offs_c, CHANNELS: tl.constexpr):
+def mask_tile(mask_m, offs_c, CHANNELS: tl.constexpr):
     """The mask of a tile, without a comparison if the blocks divide the channels."""
     if CHANNELS // offs_c.shape[0] * offs_c.shape[0] == CHANNELS:
         return mask_m[:, None]
@@ -191,25 +223,57 @@ def _pointers(m, sample, position, offs_c, positions, CHANNELS: tl.constexpr, BL
 
 
 @triton.jit
-def _load(m, sample, position, mask_m, offs_c, positions, CHANNELS: tl.constexpr, EVICTION: tl.constexpr):
+def load_tile(m, sample, position, mask_m, offs_c, positions, CHANNELS: tl.constexpr, EVICTION: tl.constexpr):
     """A tile of a map, zero outside."""
     ptrs = _pointers(m, sample, position, offs_c, positions, CHANNELS, mask_m.shape[0])
-    return tl.load(ptrs, mask=_mask(mask_m, offs_c, CHANNELS), other=0.0, eviction_policy=EVICTION)
+    return tl.load(ptrs, mask=mask_tile(mask_m, offs_c, CHANNELS), other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit
-def _store(m, value, sample, position, mask, offs_c, positions, CHANNELS: tl.constexpr):
+def store_tile(m, value, sample, position, mask, offs_c, positions, CHANNELS: tl.constexpr):
     """Writes a float32 tile of a map."""
     ptrs = _pointers(m, sample, position, offs_c, positions, CHANNELS, mask.shape[0])
     tl.store(ptrs, cast(value, m.data.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _load_weight(weight_ptr, offs_c, offs_k, C: tl.constexpr, K: tl.constexpr, dtype: tl.constexpr):
+def load_weight(weight_ptr, offs_c, offs_k, C: tl.constexpr, K: tl.constexpr, dtype: tl.constexpr):
     """A tile (k, channel) of the weight (C, K), zero outside, in the dtype of the products."""
     mask = (offs_k < K)[:, None] & (offs_c < C)[None, :]
     w = tl.load(weight_ptr + offs_c[None, :] * K + offs_k[:, None], mask=mask, other=0.0)
     return cast(w.to(tl.float32), dtype)
+
+
+@triton.jit
+def load_norm(norm, offs_c, C: tl.constexpr):
+    """Mean, scale and bias of channels, zero outside."""
+    mask = offs_c < C
+    mean = tl.load(norm.mean_ptr + offs_c, mask=mask, other=0.0)
+    scale = tl.load(norm.rstd_ptr + offs_c, mask=mask, other=0.0)
+    if norm.weight_ptr is not None:
+        scale *= tl.load(norm.weight_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.zeros_like(mean)
+    if norm.bias_ptr is not None:
+        bias = tl.load(norm.bias_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
+    return mean, scale, bias
+
+
+@triton.jit
+def normalize(x, mean, scale, bias):
+    """The normalized tile (position, channel) and where the derivative of a leaky ReLU of it is one."""
+    z = (x - mean[None, :]) * scale[None, :] + bias[None, :]
+    return z, activation_mask(z, 1)
+
+
+@triton.jit
+def _load_features(args, sample, position, mask_m, offs_c, C: tl.constexpr, EVICTION: tl.constexpr):
+    """A tile of f in float32. With a norm, it is arbitrary at positions outside."""
+    f = load_tile(args.features, sample, position, mask_m, offs_c, args.positions, C, EVICTION).to(tl.float32)
+    if args.norm.mean_ptr is not None:
+        mean, scale, bias = load_norm(args.norm, offs_c, C)
+        z, positive = normalize(f, mean, scale, bias)
+        f = tl.where(positive, z, z * args.norm.slope)
+    return f
 
 
 @triton.jit
@@ -221,8 +285,8 @@ def _logits(
     logits = dot(h, w, tl.zeros([h.shape[0], w.shape[1]], tl.float32), PRECISION)
     for start in range(h.shape[1], K, h.shape[1]):
         offs_k = start + tl.arange(0, h.shape[1])
-        more = _load(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
-        logits = dot(more, _load_weight(weight_ptr, offs_c, offs_k, C, K, h.dtype), logits, PRECISION)
+        more = load_tile(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
+        logits = dot(more, load_weight(weight_ptr, offs_c, offs_k, C, K, h.dtype), logits, PRECISION)
     return logits
 
 
@@ -285,14 +349,14 @@ def _statistics_kernel(
     offs_c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     first, last = _chunk_tiles(chunk, chunks, length, args.positions, BLOCK_M)
     dtype: tl.constexpr = args.hidden.data.dtype.element_ty
-    w = _load_weight(weight_ptr, offs_c, tl.arange(0, BLOCK_K), C, K, dtype)
+    w = load_weight(weight_ptr, offs_c, tl.arange(0, BLOCK_K), C, K, dtype)
     # Elementwise over tiles, so that the reduction across threads is needed only once. The initial maximum is float32's
     # lowest number, because the difference of two infinities would be NaN.
     tile_max = tl.full([BLOCK_M, BLOCK_C], -3.4028234663852886e38, tl.float32)
     tile_sum = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for tile in range(first, last):
-        sample, position, mask_m = _locate(tile, args.positions, BLOCK_M)
-        h = _load(args.hidden, sample, position, mask_m, tl.arange(0, BLOCK_K), args.positions, K, "")
+        sample, position, mask_m = locate(tile, args.positions, BLOCK_M)
+        h = load_tile(args.hidden, sample, position, mask_m, tl.arange(0, BLOCK_K), args.positions, K, "")
         logits = _logits(h, w, args, weight_ptr, sample, position, mask_m, offs_c, C, K, PRECISION)
         logits = tl.where(mask_m[:, None], logits, float("-inf"))
         # Either the sum or the new term is rescaled, so one exponential is enough.
@@ -343,7 +407,7 @@ def _merge_kernel(
     tl.store(merged_ptr + (sums_row + sample) * C + offs_c, tl.sum(acc, 0), mask=offs_c < C)
 
 
-@traffic(reads="args.features args.hidden args.grad_output args.stats_ptr weight_ptr", writes="delta_ptr")
+@traffic(reads="args.features args.norm args.hidden args.grad_output args.stats_ptr weight_ptr", writes="delta_ptr")
 @triton.jit(do_not_specialize=["first_sample"])
 def _delta_kernel(
     args,  # Arguments
@@ -356,13 +420,13 @@ def _delta_kernel(
     offs_c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     first, last = _chunk_tiles(chunk, chunks, length, args.positions, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
-    w = _load_weight(weight_ptr, offs_c, offs_k, C, K, args.hidden.data.dtype.element_ty)
+    w = load_weight(weight_ptr, offs_c, offs_k, C, K, args.hidden.data.dtype.element_ty)
     delta = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for tile in range(first, last):
-        sample, position, mask_m = _locate(tile, args.positions, BLOCK_M)
-        g = _load(args.grad_output, sample, position, mask_m, offs_c, args.positions, C, "").to(tl.float32)
-        f = _load(args.features, sample, position, mask_m, offs_c, args.positions, C, "").to(tl.float32)
-        h = _load(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
+        sample, position, mask_m = locate(tile, args.positions, BLOCK_M)
+        g = load_tile(args.grad_output, sample, position, mask_m, offs_c, args.positions, C, "").to(tl.float32)
+        f = _load_features(args, sample, position, mask_m, offs_c, C, "")
+        h = load_tile(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
         logits = _logits(h, w, args, weight_ptr, sample, position, mask_m, offs_c, C, K, PRECISION)
         # q is computed exactly as in _logits_gradient: if s is nearly 1, q - delta cancels, and different rounding
         # errors would remain.
@@ -379,6 +443,7 @@ def _delta_kernel(
         "args.stats_ptr": lambda a: 2 / 3,
         "args.delta_ptr": lambda a: a["args"].grad_output.data is not None,
         "args.features": lambda a: a["args"].grad_output.data is not None,
+        "args.norm": lambda a: a["args"].grad_output.data is not None,
     },
 )
 @triton.jit
@@ -389,15 +454,15 @@ def _rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """row_max and row_sum of each position and, if there is a grad_output, delta."""
-    sample, position, mask_m = _locate(tl.program_id(0), args.positions, BLOCK_M)
+    sample, position, mask_m = locate(tl.program_id(0), args.positions, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
-    h = _load(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
+    h = load_tile(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     delta = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, C, BLOCK_C):
         offs_c = start + tl.arange(0, BLOCK_C)
-        w = _load_weight(weight_ptr, offs_c, offs_k, C, K, h.dtype)
+        w = load_weight(weight_ptr, offs_c, offs_k, C, K, h.dtype)
         logits = _logits(h, w, args, weight_ptr, sample, position, mask_m, offs_c, C, K, PRECISION)
         logits = _channel_logits(logits, args, offs_c, C)
         new_max = tl.maximum(row_max, tl.max(logits, 1))
@@ -405,8 +470,8 @@ def _rows_kernel(
         rescale = exp(row_max - new_max, h.dtype)
         row_sum = row_sum * rescale + tl.sum(e, 1)
         if args.grad_output.data is not None:
-            g = _load(args.grad_output, sample, position, mask_m, offs_c, args.positions, C, "").to(tl.float32)
-            f = _load(args.features, sample, position, mask_m, offs_c, args.positions, C, "").to(tl.float32)
+            g = load_tile(args.grad_output, sample, position, mask_m, offs_c, args.positions, C, "").to(tl.float32)
+            f = _load_features(args, sample, position, mask_m, offs_c, C, "")
             delta = delta * rescale + tl.sum(e * (g * f), 1)
         row_max = new_max
     offs_m = tl.arange(0, BLOCK_M)
@@ -430,30 +495,30 @@ def _gate_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     offs_c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sample, position, mask_m = _locate(tl.program_id(0) // tl.cdiv(C, BLOCK_C), args.positions, BLOCK_M)
+    sample, position, mask_m = locate(tl.program_id(0) // tl.cdiv(C, BLOCK_C), args.positions, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
-    f = _load(args.features, sample, position, mask_m, offs_c, args.positions, C, "").to(tl.float32)
-    h = _load(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
-    w = _load_weight(weight_ptr, offs_c, offs_k, C, K, h.dtype)
+    f = _load_features(args, sample, position, mask_m, offs_c, C, "")
+    h = load_tile(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
+    w = load_weight(weight_ptr, offs_c, offs_k, C, K, h.dtype)
     logits = _logits(h, w, args, weight_ptr, sample, position, mask_m, offs_c, C, K, PRECISION)
     if STATS != "positions":
         logits = _channel_logits(logits, args, offs_c, C)
     s = _softmax(logits, args, sample, position, mask_m, offs_c, C, STATS)
     # Not f * (1 + gate): added to 1, a gate of 1e-6 would lose most of its precision.
     y = f + f * (args.scale * s)
-    _store(out, y, sample, position, _mask(mask_m, offs_c, C), offs_c, args.positions, C)
+    store_tile(out, y, sample, position, mask_tile(mask_m, offs_c, C), offs_c, args.positions, C)
 
 
 @triton.jit
 def _logits_gradient(logits, args, df, sample, position, mask_m, offs_c, C: tl.constexpr, STATS: tl.constexpr):
     """dl of a tile. The first of the programs that share the tile also writes df unless it is None."""
     # This is usually the last read of g and f, so the cache evicts them first.
-    g = _load(args.grad_output, sample, position, mask_m, offs_c, args.positions, C, "evict_first").to(tl.float32)
-    f = _load(args.features, sample, position, mask_m, offs_c, args.positions, C, "evict_first").to(tl.float32)
+    g = load_tile(args.grad_output, sample, position, mask_m, offs_c, args.positions, C, "evict_first").to(tl.float32)
+    f = _load_features(args, sample, position, mask_m, offs_c, C, "evict_first")
     s = _softmax(logits, args, sample, position, mask_m, offs_c, C, STATS)
     if df.data is not None:
-        mask = _mask(mask_m, offs_c, C) & (tl.program_id(2) == 0)
-        _store(df, g + g * (args.scale * s), sample, position, mask, offs_c, args.positions, C)
+        mask = mask_tile(mask_m, offs_c, C) & (tl.program_id(2) == 0)
+        store_tile(df, g + g * (args.scale * s), sample, position, mask, offs_c, args.positions, C)
     q = args.scale * (g * f)
     if STATS == "tile":
         return s * (q - tl.sum(s * q, 1)[:, None])
@@ -495,19 +560,19 @@ def _gradients_kernel(
     offs_out = tl.program_id(2) * BLOCK_K + offs_k
     dtype: tl.constexpr = args.hidden.data.dtype.element_ty
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    w = _load_weight(weight_ptr, offs_c, offs_k, C, K, dtype)
-    w_out = _load_weight(weight_ptr, offs_c, offs_out, C, K, dtype) if K > BLOCK_K else w
+    w = load_weight(weight_ptr, offs_c, offs_k, C, K, dtype)
+    w_out = load_weight(weight_ptr, offs_c, offs_out, C, K, dtype) if K > BLOCK_K else w
     dw = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
     db = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for tile in range(first, tl.minimum(first + length, first_tile + num_tiles)):
-        sample, position, mask_m = _locate(tile, args.positions, BLOCK_M)
-        h = _load(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
+        sample, position, mask_m = locate(tile, args.positions, BLOCK_M)
+        h = load_tile(args.hidden, sample, position, mask_m, offs_k, args.positions, K, "")
         acc = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
         for start in range(0, C if LOOP_C else BLOCK_C, BLOCK_C):
             if LOOP_C:
                 offs_c = start + tl.arange(0, BLOCK_C)
-                w = _load_weight(weight_ptr, offs_c, offs_k, C, K, dtype)
-                w_out = _load_weight(weight_ptr, offs_c, offs_out, C, K, dtype) if K > BLOCK_K else w
+                w = load_weight(weight_ptr, offs_c, offs_k, C, K, dtype)
+                w_out = load_weight(weight_ptr, offs_c, offs_out, C, K, dtype) if K > BLOCK_K else w
             logits = _logits(h, w, args, weight_ptr, sample, position, mask_m, offs_c, C, K, PRECISION)
             if STATS != "positions":
                 logits = _channel_logits(logits, args, offs_c, C)
@@ -517,13 +582,13 @@ def _gradients_kernel(
             if NEEDS_GRAD_W:
                 h_out = h
                 if K > BLOCK_K:
-                    h_out = _load(args.hidden, sample, position, mask_m, offs_out, args.positions, K, "")
+                    h_out = load_tile(args.hidden, sample, position, mask_m, offs_out, args.positions, K, "")
                 dw = dot(tl.trans(cast(dl, dtype)), h_out, dw, PRECISION)
             if NEEDS_GRAD_B:
                 db += dl
         if dh.data is not None:
-            mask = _mask(mask_m, offs_out, K)
-            _store(dh, tl.trans(acc), sample, position, mask, offs_out, args.positions, K)
+            mask = mask_tile(mask_m, offs_out, K)
+            store_tile(dh, tl.trans(acc), sample, position, mask, offs_out, args.positions, K)
     W_SIZE: tl.constexpr = C * K if NEEDS_GRAD_W else 0
     row = partials_ptr + (first_row + pid).to(tl.int64) * (W_SIZE + (C if NEEDS_GRAD_B else 0))
     if NEEDS_GRAD_W:
@@ -566,7 +631,7 @@ def _with_common_stride(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
 
 
-def _map(x: Tensor) -> Map:
+def as_map(x: Tensor) -> Map:
     """A map as a kernel argument."""
     samples, channels, height, width = x.shape
     stride_n, stride_c, stride_h, stride_w = x.stride()
@@ -581,7 +646,14 @@ class _Call:
     """Arguments, configurations and launches of one forward or backward call."""
 
     def __init__(
-        self, features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str
+        self,
+        features: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        form: str,
+        norm: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float],
     ) -> None:
         self.features, self.hidden = _with_common_stride(features), _with_common_stride(hidden)
         self.weight = weight.contiguous()
@@ -591,7 +663,10 @@ class _Call:
         self.constants = {"C": self.channels, "K": weight.shape[1], "PRECISION": precision(hidden.dtype)}
         factor = float(scale * self.positions if form == "spatial_mean1" else scale)
         bias = bias.contiguous() if bias is not None and self.over_channels else None
-        self.args = Arguments(_map(self.features), _map(self.hidden), bias, self.samples, self.positions, factor)
+        self.args = Arguments(as_map(self.features), as_map(self.hidden), bias, self.samples, self.positions, factor)
+        if norm[0] is not None:
+            vectors = [None if v is None else v.contiguous() for v in norm[:4]]
+            self.args = self.args._replace(norm=Norm._make((*vectors, norm[4])))
 
     def choose(self, kernel: str) -> Launch:
         """The configuration of a kernel."""
@@ -604,6 +679,7 @@ class _Call:
             positions=next_power_of_2(self.positions),
             over_channels=int(self.over_channels),
             vectors=int(self.args.features.stride_p is None and self.channels % 8 == 0),
+            norm=int(self.args.norm.mean_ptr is not None),
         )
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, chosen: Launch, **constants: Any) -> None:
@@ -649,25 +725,32 @@ class _Call:
 
 
 def forward(
-    features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str, out: Tensor,
-    row_stats: Tensor,
+    features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str,
+    mean: Tensor | None, rstd: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    negative_slope: float, out: Tensor, row_stats: Tensor,
 ) -> None:  # fmt: skip
     """Computes the gated features.
 
     Args:
         features: (N, C, H, W), any strides. All tensors are float16, bfloat16 or float32; their dtypes may differ.
+            With ``mean``, f is a leaky ReLU of the normalized features.
         hidden: (N, K, H, W), any strides, in the dtype of the matrix product.
         weight: (C, K).
         bias: (C,) or None; used only by form "channel".
         scale: factor of the softmax.
         form: "spatial", "spatial_mean1" or "channel"; see :func:`dfkd_fast.ops.spatial_attention`.
+        mean: (C,), float32, or None if f are the features. Then the other arguments of the norm are not used.
+        rstd: (C,), float32, ``1 / sqrt(var + eps)``.
+        norm_weight: (C,) or None.
+        norm_bias: (C,) or None.
+        negative_slope: of the leaky ReLU.
         out: (N, C, H, W), any strides; written.
         row_stats: (2, N, C), float32; written with each channel's maximum and sum of exponentials, for
             :func:`backward`. Unused by form "channel".
     """
     if features.shape[0] == 0:
         return
-    call = _Call(features, hidden, weight, bias, scale, form)
+    call = _Call(features, hidden, weight, bias, scale, form, (mean, rstd, norm_weight, norm_bias, negative_slope))
     if not call.over_channels:
         chosen = call.choose("statistics")
         chunks, length = call.chunks(chosen, call.samples)
@@ -682,14 +765,16 @@ def forward(
     has_common_stride = _with_common_stride(out) is out
     result = out if has_common_stride else torch.empty_like(out, memory_format=torch.contiguous_format)
     grid = (call.samples * cdiv(call.positions, chosen.tile["BLOCK_M"]) * cdiv(call.channels, chosen.tile["BLOCK_C"]),)
-    call.launch(_gate_kernel, grid, _map(result), chosen=chosen, STATS=stats)
+    call.launch(_gate_kernel, grid, as_map(result), chosen=chosen, STATS=stats)
     if result is not out:
         out.copy_(result)
 
 
 def backward(
     grad_output: Tensor, features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str,
-    row_stats: Tensor, df: Tensor | None, dh: Tensor | None, dw: Tensor | None, db: Tensor | None,
+    mean: Tensor | None, rstd: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    negative_slope: float, row_stats: Tensor,
+    df: Tensor | None, dh: Tensor | None, dw: Tensor | None, db: Tensor | None,
 ) -> None:  # fmt: skip
     """Computes the gradients of :func:`forward`.
 
@@ -701,14 +786,19 @@ def backward(
         bias: (C,) or None.
         scale: factor of the softmax.
         form: as in forward.
+        mean: as in forward, like the other arguments of the norm.
+        rstd: as in forward.
+        norm_weight: as in forward.
+        norm_bias: as in forward.
+        negative_slope: as in forward.
         row_stats: (2, N, C), from forward.
-        df: (N, C, H, W), in the dtype of features, contiguous or channels-last; None if it is not needed.
+        df: (N, C, H, W), gradient of f in the dtype of features, contiguous or channels-last; None if it is not needed.
         dh: (N, K, H, W), in the dtype of hidden, contiguous or channels-last; None if it is not needed.
         dw: (C, K), in the dtype of weight, contiguous; None if it is not needed.
         db: (C,), in the dtype of bias; zero unless form is "channel"; None if it is not needed.
     """
-    call = _Call(features, hidden, weight, bias, scale, form)
-    call.args = call.args._replace(grad_output=_map(_with_common_stride(grad_output)), stats_ptr=row_stats)
+    call = _Call(features, hidden, weight, bias, scale, form, (mean, rstd, norm_weight, norm_bias, negative_slope))
+    call.args = call.args._replace(grad_output=as_map(_with_common_stride(grad_output)), stats_ptr=row_stats)
     chosen = call.choose("gradients")
     tiles = cdiv(call.positions, chosen.tile["BLOCK_M"])
     blocks_c = cdiv(call.channels, chosen.tile["BLOCK_C"])
@@ -716,11 +806,11 @@ def backward(
     w_size = 0 if dw is None else dw.numel()
     width = w_size + (call.channels if db is not None and call.over_channels else 0)
     sums = {"NEEDS_GRAD_W": w_size > 0, "NEEDS_GRAD_B": width > w_size, "LOOP_C": False}
-    maps = tuple(_NO_MAP if m is None else _map(m) for m in (df, dh))
+    maps = tuple(NO_MAP if m is None else as_map(m) for m in (df, dh))
     passes = [(maps, sums)] if df is not None or dh is not None or width else []
     if dh is not None and blocks_c > 1:
         passes = [(maps, {"NEEDS_GRAD_W": False, "NEEDS_GRAD_B": False, "LOOP_C": True})]
-        passes += [((_NO_MAP, _NO_MAP), sums)] if width else []
+        passes += [((NO_MAP, NO_MAP), sums)] if width else []
     group = max(call.samples, 1)
     if chosen.tile["MEGABYTES"] and not call.over_channels:
         row_bytes = 2 * call.channels * call.features.itemsize + call.constants["K"] * call.hidden.itemsize

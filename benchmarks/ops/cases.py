@@ -375,6 +375,32 @@ def _batchnorm_act(
     return Case(name=name + ("" if needs_grad_x else " only affine"), inputs=inputs, call=call, work=work, **more)
 
 
+def _batchnorm_conv1x1(*shape: int, k: int | None = None, needs_grad: bool = True, **more: Any) -> Case:
+    """A block of the generator without its hourglass: the gate's hidden map is the result of the convolution."""
+    n, c, h, w = shape
+    narrow, positions = k or max(1, c // 8), n * h * w
+    product = 2.0 * positions * c * narrow
+
+    def inputs(make: Make) -> Inputs:
+        affine = [make.tensor(c, grad=needs_grad, dtype=torch.float32) for _ in range(2)]
+        conv = make.tensor(narrow, c, grad=needs_grad, scale=c**-0.5), make.tensor(narrow, grad=needs_grad)
+        expand = make.tensor(c, narrow, grad=needs_grad, scale=narrow**-0.5)
+        return make.map(*shape, grad=needs_grad), *affine, *_running_statistics(make, c), *conv, expand
+
+    def call(*given: Any, backend: str | None) -> Tensor:
+        *arguments, expand = given
+        reduced, features, norm = ops.batch_norm_act_conv1x1(*arguments, negative_slope=0.2, backend=backend)
+        return ops.spatial_attention(features, reduced, expand, norm=norm, backend=backend)
+
+    def work(size: int) -> Work:
+        """Forward reads x three times and writes the result; backward reads ten maps or writes them."""
+        forward = size * positions * (4 * c + 3 * narrow)
+        return Work(forward, size * positions * (10 * c + 5 * narrow), 3 * product, 7 * product)
+
+    name = _name(shape) + (f" K={k}" if k is not None else "") + ("" if needs_grad else " forward")
+    return Case(name=name, inputs=inputs, call=call, work=work, **more)
+
+
 def _distance(*shape: int, network: str = "", from_statistics: bool = False, **more: Any) -> Case:
     """A case that calls statistics_distance for each layer, or statistics_distances for the statistics of all."""
     if from_statistics:
@@ -465,6 +491,7 @@ _MAKERS: dict[str, Callable[..., Case]] = {
     "distillation_kl": _kl,
     "batchnorm_statistics": _batchnorm,
     "batch_norm_act": _batchnorm_act,
+    "batch_norm_act_conv1x1": _batchnorm_conv1x1,
     "statistics_distance": _distance,
     "max_pool2x2": _pool,
 }

@@ -60,9 +60,9 @@ def trace(*variants: str, code: bool = False) -> dict[str, dict[str, Any]]:
         By variant of a step: ``error`` (a traceback or None), ``regions`` and ``graph_breaks`` (Dynamo's counts),
         ``synchronizations`` and ``kernels`` of each step outside of compiled regions, and ``graphs``. Each graph, with
         a name such as ``student_step.teacher.forward``, has the ``calls`` of dfkd_fast operators with shapes and
-        strides, the ``synchronizations`` and, with ``code``, the generated ``code`` and its ``kernels``. By op: a list
-        of kernels per case, dtype and source. Kernels have the fields of
-        :class:`dfkd_fast.benchmarks.traffic.Kernel`.
+        strides, the ``synchronizations`` and, with ``code``, the generated ``code`` and its ``kernels``. ``work`` is
+        that of :func:`dfkd_fast.benchmarks.step.roofline.round_work` by step, for ``eager`` only. By op: a list of
+        kernels per case, dtype and source. Kernels have the fields of :class:`dfkd_fast.benchmarks.traffic.Kernel`.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
@@ -239,10 +239,12 @@ def _describe_call(node: torch.fx.Node, operator: Any, arguments: list[Any]) -> 
     """Describe a call of a dfkd_fast operator, with shapes and strides."""
     named = zip((argument.name for argument in operator._schema.arguments), arguments, strict=False)
     results = _describe(node)
+    if operator._schema.is_mutable:  # followed by the tensors that the operator has written to
+        results = results[: len(operator._schema.returns)]
     return {
         "op": operator.name().partition("::")[2],
         "arguments": {name: _describe(value) for name, value in named},
-        "results": results[: len(operator._schema.returns)] if isinstance(results, list) else [results],
+        "results": results if isinstance(results, list) else [results],
     }
 
 
@@ -329,18 +331,20 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
     # Skip computing BatchNorm statistics, which takes seconds and does not change the trace.
     with mock.patch.object(step_variants, "_with_statistics", lambda model, size, device: model.eval()):
         state, teacher = step_variants.build(size, size.batch, cpu, channels_last=variant != "peer")
-    folded = fold_batchnorm(state.teacher, dtype=state.runtime.autocast, image_size=size.image)
+    sizes = {"image_size": size.image, "batch_size": size.batch}
+    folded = fold_batchnorm(state.teacher, dtype=state.runtime.autocast, **sizes)
     mode = stack.enter_context(fake_cuda())
     with _CopyToCuda(mode):
         state, teacher, folded = copy.deepcopy((state, teacher, folded), {id(state.noise): state.noise})
     state.runtime = replace(state.runtime, device=torch.device("cuda:0"))
     stack.enter_context(mode)
+    if variant in ("peer", "compile", "eager"):
+        stack.enter_context(ops.backend("reference"))
     if variant == "peer":
         # New modules are created on the device, because a fake parameter cannot be moved.
         with torch.device("cuda:0"), mock.patch.object(nn.Module, "to", lambda module, *a, **k: module):
             return PeerLoop(state, mean=half, std=half)
     if variant in ("compile", "eager"):
-        stack.enter_context(ops.backend("reference"))
         stack.enter_context(frozen(teacher))
         if variant == "eager":
             return EagerEngine(state)
@@ -388,11 +392,12 @@ _INDUCTOR = {"fallback_random": True, "joint_graph_constant_folding": False, "sh
 def _report(variant: str, code: bool) -> dict[str, Any]:
     from torch._dynamo.utils import counters
 
+    from dfkd_fast.benchmarks.step.roofline import round_work
     from dfkd_fast.benchmarks.step.variants import SIZES
 
     torch._dynamo.reset()
     counters.clear()
-    compiler, error = _Compiler(code), None
+    compiler, error, work = _Compiler(code), None, None
     synchronizations: dict[str, list[str]] = {}
     kernels: dict[str, list[dict[str, Any]]] = {}
     with contextlib.ExitStack() as stack:
@@ -409,6 +414,9 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
                         getattr(engine, compiler.step)()
                     synchronizations[compiler.step + again] = seen.found
                     kernels[compiler.step + again] = [asdict(kernel) for kernel in seen.kernels]
+            if variant == "eager":
+                with _Synchronizations(), mock.patch.object(engine, "start_round"):  # copies from pinned memory
+                    work = dict(zip(_STEPS, map(asdict, round_work(engine)), strict=True))
         except Exception:
             error = traceback.format_exc()
     return {
@@ -418,6 +426,7 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
         "synchronizations": synchronizations,
         "kernels": kernels,
         "graphs": compiler.graphs,
+        "work": work,
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.engine.state import DistillState
+from dfkd_fast.engine.state import DistillState, Side
 from dfkd_fast.engine.weight_cast import weight_cast
 from dfkd_fast.graph import Outputs, cast_weights, fold_batchnorm
 from dfkd_fast.nvtx import nvtx_range
@@ -103,24 +103,29 @@ def _networks(
 ) -> Networks:
     """Build the networks of both steps, each with one of ``teachers``, for images and cast weights in ``dtype``."""
     normalize = state.normalize
-    calls: dict[str, tuple[Call | None, Call]] = {name: (None, side.module) for name, side in state.sides.items()}
-    if dtype != torch.float32:
-        calls = {name: weight_cast(side.module, dtype) for name, side in state.sides.items()}
-    (cast_generator, generate), (cast_student, student) = calls["generator"], calls["student"]
-
-    def generator(*arguments: Any) -> Tensor:
-        return normalize(generate(*arguments)).to(dtype)
-
     region = partial(_region, compile=compile)
-    steps = [
-        StepNetworks(
+
+    def calls(*modules: nn.Module) -> list[tuple[Call | None, Call]]:
+        return [(None, module) for module in modules] if dtype == torch.float32 else [*weight_cast(dtype, *modules)]
+
+    def step(side: Side[Any], teacher: nn.Module) -> StepNetworks:
+        ((cast_generator, generate),) = calls(state.generator.module)
+        # Only the student's objective has weights. A generator step may not call the student, whose call casts them.
+        trained = [side.objective] if side is state.student else []
+        (cast_student, student), *rest = calls(state.student.module, *trained)
+        cast_objective, objective = rest[0] if rest else (None, side.objective)
+
+        def generator(*arguments: Any) -> Tensor:
+            return normalize(generate(*arguments)).to(dtype)
+
+        return StepNetworks(
             generator=region("generator", generator, first=cast_generator),
             teacher=region("teacher", _differentiable_outputs(teacher, side.objective)),
             student=region("student", _differentiable_outputs(student, side.objective), first=cast_student),
-            objective=region("objective", side.objective),
+            objective=region("objective", objective, first=cast_objective),
         )
-        for side, teacher in zip(state.sides.values(), teachers, strict=True)
-    ]
+
+    steps = [step(side, teacher) for side, teacher in zip(state.sides.values(), teachers, strict=True)]
     return Networks(generator_step=steps[0], student_step=steps[1])
 
 
@@ -133,11 +138,13 @@ def eager_networks(state: DistillState, *, compile: Mapping[str, Any] | None = N
 def optimized_networks(state: DistillState, *, compile: Mapping[str, Any] | None = None) -> Networks:
     """Return equivalent networks with fewer operations. With ``compile``, options of torch.compile, compile them.
 
-    The frozen teacher is copied with its weights in the autocast dtype. Its BatchNorms are folded into convolutions if
-    no loss needs their statistics. One kernel casts all weights of a trained network. Images have the autocast dtype.
+    The frozen teacher is copied with its weights in the autocast dtype. If no loss needs their statistics, its
+    BatchNorms are folded into convolutions, and cuDNN computes these with the ReLUs that follow. One kernel casts all
+    weights of the generator, and one those of the student and its objective. Images have the autocast dtype.
     """
     dtype = state.runtime.autocast or torch.float32
-    folded = fold_batchnorm(state.teacher, dtype=dtype, image_size=state.generator.module.image_size)
+    sizes = {"image_size": state.generator.module.image_size, "batch_size": state.config.loop.batch_size}
+    folded = fold_batchnorm(state.teacher, dtype=dtype, **sizes)
     statistics = state.teacher_statistics
     teachers = (folded if statistics is None else cast_weights(statistics, dtype), folded)
     return _networks(state, teachers, dtype, compile)

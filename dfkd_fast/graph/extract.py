@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from dfkd_fast.graph.fusion import find, fuse, fuse_training, merge_statistics
+from dfkd_fast.graph.fusion import find, fork, fuse, fuse_training, merge_statistics
 from dfkd_fast.graph.outputs import Outputs
 from dfkd_fast.graph.tracing import (
     Root,
@@ -336,11 +336,14 @@ def _fuse_batchnorms(result: FeatureModel, trace: Trace, kept: set[fx.Node]) -> 
         for path, module in result.model.named_modules()
         if path not in result.batchnorms and (isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__)
     )
-    statistics = []
+    statistics, calls = [], []
     for fusion in fusions:
         call = fuse(trace.graph, fusion)
+        calls.append((call, fusion.last))
         with trace.graph.inserting_after(call):
             statistics.append(trace.graph.call_function(operator.getitem, (call, 1)))
+    for call, y in calls:
+        fork(trace.graph, call, y, 2)
     with trace.graph.inserting_before(trace.graph.output_node()):
         return trace.graph.call_function(merge_statistics, (statistics,))
 

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from dfkd_fast.graph.conv2d_act import fuse_convolutions
 from dfkd_fast.graph.extract import FeatureModel
 from dfkd_fast.graph.fusion import is_batchnorm_act, supports_statistics
 from dfkd_fast.graph.tracing import (
     Root,
     all_close,
+    compile_graph,
     dummy_image,
     eval_forward,
     has_hooks,
@@ -81,12 +83,12 @@ def _find(result: FeatureModel, image: Tensor, dtype: torch.dtype) -> list[_Pair
     graph = result.programs[False].graph if result.programs else symbolic_trace(root, training=False).graph
     run(root, graph, image)
     called = {node: root.get_submodule(str(node.target)) for node in graph.find_nodes(op="call_module")}
-    # A leaf of the graph may also call a module, and the forward may read a tensor without calling its module.
+    # A leaf of the graph may also call a module, and the forward may read a tensor, or pass a module to a function.
     uses = Counter(inner for module in called.values() for inner in module.modules())
     read = {id(operator.attrgetter(str(node.target))(root)) for node in graph.find_nodes(op="get_attr")}
 
     def once(module: nn.Module) -> bool:
-        return uses[module] == 1 and read.isdisjoint(map(id, [*module.parameters(), *module.buffers()]))
+        return uses[module] == 1 and read.isdisjoint(map(id, [module, *module.parameters(), *module.buffers()]))
 
     pairs = []
     for node, norm in called.items():
@@ -157,7 +159,25 @@ def cast_weights(features: FeatureModel, dtype: torch.dtype) -> FeatureModel:
     return result
 
 
-def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32, image_size: int) -> FeatureModel:
+def _fuse_convolutions(result: FeatureModel, image: Tensor, dtype: torch.dtype) -> None:
+    formats = [
+        parameter.is_contiguous(memory_format=torch.channels_last) and not parameter.is_contiguous()
+        for parameter in result.model.parameters()
+        if parameter.ndim == 4
+    ]
+    images = image.contiguous(memory_format=torch.channels_last if any(formats) else torch.contiguous_format)
+    graph = result.programs[False].graph
+    fuse_convolutions(result, graph, images, dtype)
+    result.programs[False] = compile_graph(result, graph)
+
+
+def fold_batchnorm(
+    features: FeatureModel,
+    *,
+    dtype: torch.dtype = torch.float32,
+    image_size: int,
+    batch_size: int | None = None,
+) -> FeatureModel:
     """A frozen copy with BatchNorms folded into the convolutions or linear layers before them.
 
     A BatchNorm is folded if it is the only reader of the layer's output, the output is not a stage, the layer and the
@@ -169,6 +189,9 @@ def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32
         features: a network in eval mode, without statistics.
         dtype: dtype of autocast or of the network: float16, bfloat16, float32 or float64.
         image_size: height and width of the random image that is used to find shapes and to check outputs.
+        batch_size: if given, calls without gradients compute each convolution with the residual addition and the ReLU
+            that follow it as one cuDNN kernel. On CUDA, this is done only where a trial with a batch of this size and
+            the current backend flags succeeds and is faster. Networks that return Outputs do not change.
 
     Returns:
         A copy for eval mode that shares no tensor with ``features`` and requires no gradient. Its ``folded`` names the
@@ -206,6 +229,8 @@ def fold_batchnorm(features: FeatureModel, *, dtype: torch.dtype = torch.float32
     _cast(result.model, dtype)
     for pair in pairs:
         pair.fold(dtype)
+    if batch_size is not None and result.programs:
+        _fuse_convolutions(result, image.expand(batch_size, -1, -1, -1), dtype)
     result.folded = tuple(pair.path for pair in pairs)
     log.info("%s: %d of %d BatchNorms folded, weights in %s%s", name, len(pairs), norms, dtype, reason)
     return result.eval()

@@ -25,6 +25,7 @@ from dfkd_fast.nn.norm import batch_norm_act, count_batches
 __all__ = [
     "Fusion",
     "find",
+    "fork",
     "fuse",
     "fuse_pools",
     "fuse_training",
@@ -58,20 +59,27 @@ def supports_statistics(module: nn.Module | None) -> bool:
 
 
 def batchnorm_with_statistics(
-    bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation
-) -> tuple[Tensor, Unmerged]:
-    """``activation(bn(x) + residual)`` in eval mode, and the statistics of x, (N, C, H, W), to be merged."""
+    bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation, *, fork: bool = False
+) -> tuple[Any, ...]:
+    """``activation(bn(x) + residual)`` in eval mode, and the statistics of x, (N, C, H, W), to be merged.
+
+    With ``fork``, the former is returned again as a third result.
+    """
     mean, var = bn.running_mean, bn.running_var
     assert mean is not None
     assert var is not None
     # The fused op neither broadcasts nor promotes.
     fusible = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     fused: Any = {"activation": activation, "residual": residual} if fusible else {}
-    y, *statistics = ops.batchnorm_statistics(x, mean, var, bn.weight, bn.bias, bn.eps, merge=False, **fused)
+    fork_op = fork and fusible
+    norm = (mean, var, bn.weight, bn.bias, bn.eps)
+    results = ops.batchnorm_statistics(x, *norm, merge=False, fork=fork_op, **fused)
+    y, statistics = results[0], list(results[1 + fork_op :])
     if residual is not None and not fusible:
         y = y + residual
         y = y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y)
-    return y, (statistics, mean, var)
+    unmerged = (statistics, mean, var)
+    return (y, unmerged, results[1] if fork_op else y) if fork else (y, unmerged)
 
 
 def merge_statistics(layers: Sequence[Unmerged]) -> list[LayerStatistics]:
@@ -181,7 +189,11 @@ def _match(trace: Trace, kept: Collection[fx.Node], norm: fx.Node, taken: fx.Nod
     return fusion
 
 
-def find(trace: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
+def find(
+    trace: Trace,
+    kept: Collection[fx.Node] = (),
+    starts: Callable[[nn.Module | None], bool] = supports_statistics,
+) -> list[Fusion]:
     """The BatchNorms that :func:`batchnorm_with_statistics` can replace, in execution order, with what is fused.
 
     If both summands of an addition are BatchNorms, the left one is fused with the addition.
@@ -189,8 +201,9 @@ def find(trace: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
     Args:
         trace: a graph after :func:`dfkd_fast.graph.tracing.run`.
         kept: nodes whose values must remain in the graph.
+        starts: whether a module can be fused with the operations after it; other layers than BatchNorms are possible.
     """
-    norms = [node for node in trace.graph.nodes if supports_statistics(trace.module(node))]
+    norms = [node for node in trace.graph.nodes if starts(trace.module(node))]
     fusions = {norm: _match(trace, kept, norm) for norm in norms}
     additions: dict[fx.Node, Fusion] = {}
     for fusion in list(fusions.values()):
@@ -202,14 +215,30 @@ def find(trace: Trace, kept: Collection[fx.Node] = ()) -> list[Fusion]:
     return list(fusions.values())
 
 
-def _train(bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation) -> tuple[Tensor]:
-    """``activation(bn(x) + residual)`` in the mode of ``bn``, except that ``num_batches_tracked`` does not change."""
+def _train(
+    bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation, *, fork: bool = False
+) -> tuple[Tensor, ...]:
+    """``activation(bn(x) + residual)`` in the mode of ``bn``, except that ``num_batches_tracked`` does not change.
+
+    Returned once, or with ``fork`` twice.
+    """
     fusible = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
     if fusible and activation != "relu6":
-        return (batch_norm_act(bn, x, activation=activation, residual=residual, count=False),)
+        y = batch_norm_act(bn, x, activation=activation, residual=residual, count=False, fork=fork)
+        return y if fork else (y,)
     y = batch_norm_act(bn, x, count=False)
     y = y if residual is None else y + residual
-    return (y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y),)
+    y = y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y)
+    return (y, y) if fork else (y,)
+
+
+def fork(graph: fx.Graph, call: fx.Node, y: fx.Node, index: int) -> None:
+    """Let a fused call return y again, as result ``index``, if y has two users: two branches of a residual network."""
+    users = [user for user in y.users if user.op != "output"]
+    if len(users) == 2:
+        call.kwargs = {"fork": True}
+        with graph.inserting_after(y):
+            users[1].replace_input_with(y, graph.call_function(operator.getitem, (call, index)))
 
 
 def fuse_training(trace: Trace, kept: Collection[fx.Node]) -> None:
@@ -223,8 +252,9 @@ def fuse_training(trace: Trace, kept: Collection[fx.Node]) -> None:
     with trace.graph.inserting_before(next(iter(trace.graph.nodes))):
         norms = [trace.graph.get_attr(str(fusion.norm.target)) for fusion in fusions]
         trace.graph.call_function(count_batches, (norms,))
-    for fusion in fusions:
-        fuse(trace.graph, fusion, _train)
+    calls = [(fuse(trace.graph, fusion, _train), fusion.last) for fusion in fusions]
+    for call, y in calls:
+        fork(trace.graph, call, y, 1)
 
 
 def fuse(graph: fx.Graph, fusion: Fusion, function: Callable[..., Any] = batchnorm_with_statistics) -> fx.Node:

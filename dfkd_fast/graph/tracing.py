@@ -144,12 +144,12 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            n.meta["shape"], n.meta["dtype"] = tuple(result.shape), result.dtype
+            n.meta |= {"shape": tuple(result.shape), "stride": result.stride(), "dtype": result.dtype}
         return result
 
 
 def run(root: nn.Module, graph: fx.Graph, image: Tensor) -> Any:
-    """Run a graph in eval mode and store each tensor's shape and dtype in its node's ``meta``."""
+    """Run a graph in eval mode and store each tensor's shape, stride and dtype in its node's ``meta``."""
     with preserve_state(root, image.device):
         return _Interpreter(root, graph=graph).run(image)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import ops
-from dfkd_fast.nn.norm import batch_norm_act, count_batches
+from dfkd_fast.nn.norm import batch_norm_act, batch_norm_act_conv1x1, count_batches, has_hooks
+from dfkd_fast.ops.spatial_attention import Norm
 
 __all__ = ["HighOrderAttention", "SpatialAttention"]
 
@@ -110,9 +111,12 @@ class SpatialAttention(nn.Module):
 
     def hidden(self, features: Tensor) -> Tensor:
         """Compute the hourglass, (N, C / r, H, W); arguments and errors are those of :meth:`forward`."""
+        return self._hourglass(self.reduce(features))
+
+    def _hourglass(self, reduced: Tensor) -> Tensor:
         count_batches([self.encode_norm, self.bottleneck_norm, self.widen_norm, self.decode_norm])
         relu: Any = {"activation": "relu", "count": False}
-        normed = batch_norm_act(self.encode_norm, self.encode(self.reduce(features)), count=False)
+        normed = batch_norm_act(self.encode_norm, self.encode(reduced), count=False)
         pooled, code = ops.max_pool2x2(normed, relu=True)
         gamma = batch_norm_act(self.bottleneck_norm, self.bottleneck(pooled), **relu)
         widened = batch_norm_act(self.widen_norm, self.widen(gamma), **relu)
@@ -125,10 +129,31 @@ class SpatialAttention(nn.Module):
         Raises:
             ValueError: H or W is less than 2, or the form is unknown.
         """
+        return self._gate(features, self.hidden(features))
+
+    def _gate(self, features: Tensor, hidden: Tensor, norm: Norm | None = None) -> Tensor:
         weight = self.expand.weight.flatten(1)
-        return ops.spatial_attention(
-            features, self.hidden(features), weight, self.expand.bias, scale=self.scale, form=self.form
-        )
+        options: Any = {"scale": self.scale, "form": self.form, "norm": norm}
+        return ops.spatial_attention(features, hidden, weight, self.expand.bias, **options)
+
+    def forward_normalized(self, x: Tensor, bn: nn.BatchNorm2d, negative_slope: float) -> Tensor:
+        """Gate ``leaky_relu(bn(x))``. Kernels need not write it; the batch is not counted.
+
+        Args:
+            x: (N, C, H, W), with H and W at least 2, any floating dtype.
+            bn: the BatchNorm of the features.
+            negative_slope: slope of the leaky ReLU.
+
+        Returns:
+            The result of :meth:`forward` for these features.
+
+        Raises:
+            ValueError: H or W is less than 2, the form is unknown, or training has only one value per channel.
+        """
+        if has_hooks(self) or type(self).forward is not SpatialAttention.forward:
+            return self(batch_norm_act(bn, x, activation="leaky_relu", negative_slope=negative_slope, count=False))
+        reduced, features, norm = batch_norm_act_conv1x1(bn, self.reduce, x, negative_slope=negative_slope, count=False)
+        return self._gate(features, self._hourglass(reduced), norm)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, form={self.form!r}"

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_fast import ops
+from dfkd_fast.ops.spatial_attention import Norm
 
-__all__ = ["batch_norm_act", "count_batches"]
+__all__ = ["batch_norm_act", "batch_norm_act_conv1x1", "count_batches", "has_hooks"]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a call of the module runs hooks."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _calls_module(bn: _BatchNorm) -> bool:
     """Return whether a call of the module does more than the op can: hooks, another forward, a cumulative average."""
     cumulative = bn.momentum is None and bn.training and bn.track_running_stats
-    hooks = bn._forward_hooks or bn._forward_pre_hooks or bn._backward_hooks or bn._backward_pre_hooks
-    return cumulative or type(bn).forward is not _BatchNorm.forward or bool(hooks)
+    return cumulative or type(bn).forward is not _BatchNorm.forward or has_hooks(bn)
 
 
 def _counts(bn: _BatchNorm) -> bool:
@@ -34,6 +41,20 @@ def count_batches(norms: Iterable[_BatchNorm]) -> None:
         torch._foreach_add_(counters, 1)
 
 
+def _arguments(bn: _BatchNorm) -> dict[str, Any]:
+    """Return the arguments of the ops that are the module's parameters, buffers and settings."""
+    return {
+        "weight": bn.weight,
+        "bias": bn.bias,
+        "running_mean": bn.running_mean,
+        "running_var": bn.running_var,
+        "momentum": 0.0 if bn.momentum is None else bn.momentum,
+        "eps": bn.eps,
+        "training": bn.training or (bn.running_mean is None and bn.running_var is None),
+        "update_running_stats": bn.training and bn.track_running_stats,
+    }
+
+
 def batch_norm_act(
     bn: _BatchNorm,
     x: Tensor,
@@ -42,7 +63,8 @@ def batch_norm_act(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
     count: bool = True,
-) -> Tensor:
+    fork: bool = False,
+) -> Any:
     """Return ``activation(bn(x) + residual)``, computed by :func:`dfkd_fast.ops.batch_norm_act`.
 
     The module's flags, running statistics and ``num_batches_tracked`` are used and updated as in ``bn(x)``. The module
@@ -55,9 +77,10 @@ def batch_norm_act(
         negative_slope: slope of ``leaky_relu`` for negative values.
         residual: same shape as x; None means 0.
         count: increment ``num_batches_tracked``; see :func:`count_batches`.
+        fork: return the result twice, for two users; see :func:`dfkd_fast.ops.batch_norm_act`.
 
     Returns:
-        A tensor with the shape and dtype of x.
+        A tensor with the shape and dtype of x; with ``fork``, a tuple of two.
 
     Raises:
         ValueError: shapes do not match, ``activation`` is unknown, or training has only one value per channel.
@@ -65,23 +88,42 @@ def batch_norm_act(
     if _calls_module(bn):
         y = bn(x)
         y = y if residual is None else (y + residual).to(y.dtype)
-        if activation == "relu":
-            return F.relu(y)
-        return F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else y
+        if activation != "none":
+            y = F.relu(y) if activation == "relu" else F.leaky_relu(y, negative_slope)
+        return (y, y) if fork else y
     bn._check_input_dim(x)
     if count:
         count_batches([bn])
-    return ops.batch_norm_act(
-        x,
-        bn.weight,
-        bn.bias,
-        bn.running_mean,
-        bn.running_var,
-        momentum=0.0 if bn.momentum is None else bn.momentum,
-        eps=bn.eps,
-        activation=activation,
-        negative_slope=negative_slope,
-        residual=residual,
-        training=bn.training or (bn.running_mean is None and bn.running_var is None),
-        update_running_stats=bn.training and bn.track_running_stats,
-    )
+    options: Any = {"activation": activation, "negative_slope": negative_slope, "residual": residual, "fork": fork}
+    return ops.batch_norm_act(x, **_arguments(bn), **options)
+
+
+def batch_norm_act_conv1x1(
+    bn: nn.BatchNorm2d, conv: nn.Conv2d, x: Tensor, *, negative_slope: float = 0.01, count: bool = True
+) -> tuple[Tensor, Tensor, Norm | None]:
+    """Return ``conv(f)`` with ``f = leaky_relu(bn(x))``, and f for :func:`dfkd_fast.ops.spatial_attention`.
+
+    :func:`dfkd_fast.ops.batch_norm_act_conv1x1` computes them. The modules are called as in :func:`batch_norm_act`, and
+    also if the convolution has hooks or is not a plain ``nn.Conv2d``.
+
+    Args:
+        bn: the BatchNorm.
+        conv: a convolution with a 1 x 1 kernel.
+        x: (N, C, H, W).
+        negative_slope: slope of the leaky ReLU for negative values.
+        count: increment ``num_batches_tracked``; see :func:`count_batches`.
+
+    Returns:
+        The convolution, features and norm: see :func:`dfkd_fast.ops.batch_norm_act_conv1x1`.
+
+    Raises:
+        ValueError: shapes do not match, or training has only one value per channel.
+    """
+    if _calls_module(bn) or has_hooks(conv) or type(conv).forward is not nn.Conv2d.forward:
+        f = batch_norm_act(bn, x, activation="leaky_relu", negative_slope=negative_slope, count=count)
+        return conv(f), f, None
+    bn._check_input_dim(x)
+    if count:
+        count_batches([bn])
+    convolution: Any = {"conv_weight": conv.weight.flatten(1), "conv_bias": conv.bias}
+    return ops.batch_norm_act_conv1x1(x, **_arguments(bn), **convolution, negative_slope=negative_slope)

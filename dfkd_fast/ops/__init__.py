@@ -6,6 +6,7 @@ support ``torch.compile(fullgraph=True)`` and autocast, and accept non-contiguou
 
 from dfkd_fast.ops.backend import backend, backends
 from dfkd_fast.ops.batch_norm_act import batch_norm_act
+from dfkd_fast.ops.batch_norm_act_conv1x1 import batch_norm_act_conv1x1
 from dfkd_fast.ops.batchnorm_statistics import batchnorm_statistics, channel_statistics, merge_statistics
 from dfkd_fast.ops.contrastive_loss import contrastive_loss
 from dfkd_fast.ops.distillation_kl import distillation_kl
@@ -19,6 +20,7 @@ __all__ = [
     "backend",
     "backends",
     "batch_norm_act",
+    "batch_norm_act_conv1x1",
     "batchnorm_statistics",
     "channel_statistics",
     "contrastive_loss",

@@ -52,6 +52,7 @@ VARIABLE = "DFKD_FAST_BACKEND"
 
 EAGER_MIN_NUMEL = {
     "batch_norm_act": 2**24,
+    "batch_norm_act_conv1x1": 2**24,
     "batchnorm_statistics": 2**24,
     "channel_statistics": 2**24,
     "contrastive_loss": 2**18,

@@ -37,6 +37,7 @@ def _allocate(
 
 def _allocate_backward(
     grad_y: Tensor,
+    more_grad_y: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -57,9 +58,15 @@ _forward = operator("batch_norm_act", _allocate, "batch_norm_act.forward", mutat
 _backward = operator("batch_norm_act_backward", _allocate_backward, "batch_norm_act.backward")
 
 
+def _forward_fork(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return y twice."""
+    y, *rest = _forward(*arguments)
+    return y, y.view_as(y), *rest
+
+
 def _save(inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Sequence[Tensor | None], tuple[Any, ...]]:
     x, weight, bias, residual, *_, activation, negative_slope, keep_mask = inputs
-    _, mean, rstd, mask = results
+    *_, mean, rstd, mask = results
     saved = (x, weight, bias, mean, rstd, mask if keep_mask else None)
     return saved, (activation, negative_slope, None if residual is None else residual.dtype)
 
@@ -68,22 +75,24 @@ def _gradients(
     needs_grad: Sequence[bool],
     saved: Sequence[Tensor | None],
     options: tuple[str, float, torch.dtype | None],
-    grad_y: Tensor | None,
+    *grads: Tensor | None,
 ) -> list[Tensor | None]:
     gradients: list[Tensor | None] = [None] * 4  # of x, weight, bias and residual
-    if grad_y is None:
+    given = [grad for grad in grads if grad is not None]
+    if not given:
         return gradients
     activation, _, residual_dtype = options
     needs = [bool(need) for need in needs_grad[:4]]
     if needs[3] and activation == "none":
-        gradients[3], needs[3] = grad_y.to(residual_dtype), False
+        gradients[3], needs[3] = sum(given[1:], given[0]).to(residual_dtype), False
     if any(needs):
-        found = _backward(grad_y, *saved, *options, needs)
+        found = _backward(given[0], given[1] if len(given) == 2 else None, *saved, *options, needs)
         gradients = [a if b is None else b for a, b in zip(gradients, found, strict=True)]
     return gradients
 
 
 _fused = differentiable("batch_norm_act", _forward, _save, _gradients, signature=_allocate)
+_fused_fork = differentiable("batch_norm_act", _forward_fork, _save, _gradients, outputs=2, signature=_allocate)
 
 
 def _triton(
@@ -97,10 +106,13 @@ def _triton(
     negative_slope: float,
     residual: Tensor | None,
     training: bool,
-) -> Tensor:
+    fork: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     # Without a residual, backward recomputes the mask from x, which it reads in any case.
     keep_mask = residual is not None and activation != "none" and torch.is_grad_enabled()
     options = (float(momentum), float(eps), activation, float(negative_slope), keep_mask)
+    if fork:
+        return _fused_fork(x, weight, bias, residual, *running, *options)[:2]
     return _fused(x, weight, bias, residual, *running, *options)[0]
 
 
@@ -128,8 +140,9 @@ def batch_norm_act(
     residual: Tensor | None = None,
     training: bool = True,
     update_running_stats: bool = True,
+    fork: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Any:
     """Apply ``F.batch_norm``, add a residual and apply an activation (Ioffe & Szegedy, 2015).
 
     ::
@@ -154,11 +167,13 @@ def batch_norm_act(
         training: normalize by batch statistics. If False, normalize by the running statistics; only ``"reference"``
             supports this.
         update_running_stats: whether training updates the running statistics.
+        fork: return y twice, for two users: the backward adds their gradients while it reads them. Otherwise, autograd
+            adds the gradients of several users in a separate pass.
         backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         y, with the shape, dtype and memory format of x, differentiable with respect to x, weight, bias and residual.
-        The Triton kernels compute in float32 and round once.
+        With ``fork``, a tuple of two tensors that share memory. The Triton kernels compute in float32 and round once.
 
     Raises:
         TypeError: a tensor argument is not a floating-point tensor, or momentum, eps or negative_slope is not a number.
@@ -185,5 +200,5 @@ def batch_norm_act(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     running = (running_mean, running_var) if update_running_stats or not training else (None, None)
     options: dict[str, Any] = {"momentum": momentum, "eps": eps, "activation": activation, "training": bool(training)}
-    options |= {"negative_slope": negative_slope, "residual": residual}
+    options |= {"negative_slope": negative_slope, "residual": residual, "fork": bool(fork)}
     return dispatch("batch_norm_act", backend, x, weight, bias, *running, **options)

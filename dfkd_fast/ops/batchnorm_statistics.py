@@ -66,6 +66,7 @@ def _allocate(
 
 def _allocate_backward(
     grad_y: Tensor | None,
+    more_grad_y: Tensor | None,
     grad_mean: Tensor | None,
     grad_var: Tensor | None,
     x: Tensor,
@@ -100,6 +101,12 @@ def _forward_with_tokens(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return y, *(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(3)), *further
 
 
+def _forward_fork(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return y twice."""
+    y, *further = _forward_with_tokens(*arguments)
+    return y, y.view_as(y), *further
+
+
 def _save(inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Sequence[Tensor | None], tuple[Any, ...]]:
     *norm, eps, activation, keep_mask, residual = inputs
     saved = (*norm, results[-1] if keep_mask else None)
@@ -109,15 +116,20 @@ def _save(inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Sequenc
 def _gradients(
     needs_grad: Sequence[bool], saved: Sequence[Tensor | None], options: tuple[Any, ...], *grads: Tensor | None
 ) -> list[Tensor | None]:
-    (*norm, mask), (eps, activation, residual_dtype), (*grads, mean) = saved, options, grads  # type: ignore[assignment]
+    (*norm, mask), (eps, activation, residual_dtype), (*of_y, grad_mean, grad_var, mean) = saved, options, grads
+    given: list[Tensor | None] = [grad for grad in of_y if grad is not None]
+    grad_y, more_grad_y, *_ = (*given, None, None)
     gradients: list[Tensor | None] = [None] * 9
     with_grad = (0, 3, 4, 8)  # x, weight, bias and residual
     # Only x receives a gradient through mean and var.
-    needs = [bool(needs_grad[i]) and (i == 0 or grads[0] is not None) for i in with_grad]
-    if needs[3] and activation == "none" and grads[0] is not None:
-        gradients[8], needs[3] = grads[0].to(residual_dtype), False
+    needs = [bool(needs_grad[i]) and (i == 0 or grad_y is not None) for i in with_grad]
+    if needs[3] and activation == "none" and grad_y is not None:
+        total = grad_y if more_grad_y is None else grad_y + more_grad_y
+        gradients[8], needs[3] = total.to(residual_dtype), False
     if any(needs):
-        found = _backward(*grads, *norm, eps, activation, mean, mask, residual_dtype, needs)
+        found = _backward(
+            grad_y, more_grad_y, grad_mean, grad_var, *norm, eps, activation, mean, mask, residual_dtype, needs
+        )
         for i, gradient in zip(with_grad, found, strict=True):
             gradients[i] = gradient if gradient is not None else gradients[i]
     return gradients
@@ -153,6 +165,7 @@ def _gradients_of_tokens(
 
 
 _fused = differentiable("batchnorm_statistics", _forward_with_tokens, _save, _gradients, outputs=4, signature=_allocate)
+_fused_fork = differentiable("batchnorm_statistics", _forward_fork, _save, _gradients, outputs=5, signature=_allocate)
 _merged = differentiable("batchnorm_statistics", _merge, _save_means, _gradients_of_tokens, outputs=None)
 _statistics = fused_op(
     "channel_statistics",
@@ -164,9 +177,11 @@ _statistics = fused_op(
 )
 
 
-def _triton(*norm: Any, activation: str, residual: Tensor | None) -> tuple[Tensor, ...]:
+def _triton(*norm: Any, activation: str, residual: Tensor | None, fork: bool) -> tuple[Tensor, ...]:
     # Without a residual, backward recomputes the mask from x, which it reads in any case.
     keep_mask = residual is not None and activation != "none" and torch.is_grad_enabled()
+    if fork:
+        return _fused_fork(*norm, activation, keep_mask, residual)[:7]
     return _fused(*norm, activation, keep_mask, residual)[:6]
 
 
@@ -187,6 +202,7 @@ def batchnorm_statistics(
     activation: Literal["none", "relu", "relu6"] = "none",
     residual: Tensor | None = None,
     merge: bool = True,
+    fork: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply a BatchNorm with running statistics and return the batch statistics of its input (paper, Eq. 3).
@@ -206,6 +222,7 @@ def batchnorm_statistics(
         activation: applied after the residual is added.
         residual: same shape as x, any floating dtype; None means 0.
         merge: False returns statistics for :func:`merge_statistics`, which finishes those of many layers in one launch.
+        fork: return y twice, for two users: the backward adds their gradients while it reads them.
         backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
@@ -231,8 +248,10 @@ def batchnorm_statistics(
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     norm = (x, running_mean, running_var, weight, bias, eps)
-    y, *statistics = dispatch("batchnorm_statistics", backend, *norm, activation=activation, residual=residual)
-    return y, *(merge_statistics([statistics])[0] if merge else statistics)
+    options: Any = {"activation": activation, "residual": residual, "fork": bool(fork)}
+    results = dispatch("batchnorm_statistics", backend, *norm, **options)
+    ys, statistics = results[: 1 + fork], results[1 + fork :]
+    return *ys, *(merge_statistics([statistics])[0] if merge else statistics)
 
 
 def merge_statistics(layers: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, Tensor]]:

@@ -25,6 +25,8 @@ __all__ = [
     "differentiable",
     "empty_map_like",
     "fused_op",
+    "is_library_call",
+    "library_operator",
     "matmul_dtype",
     "no_second_derivative",
     "operator",
@@ -44,6 +46,7 @@ Launcher = Callable[..., None] | str
 """A function that takes an operator's arguments and results and fills the results, or its "module.name" in kernels/."""
 
 _recording: AbstractContextManager[Any] | None = None
+_library_calls: set[Any] = set()
 
 
 @contextmanager
@@ -107,17 +110,6 @@ def _vmap_rule(overload: Any) -> Callable[..., Any]:
     return rule
 
 
-def _register_with_inductor(overload: Any) -> None:
-    """Register an operator with Inductor before it first meets the operator in a graph.
-
-    Inductor (torch 2.11) would then format the arguments for a log message. The text repeats what computes an argument,
-    so its length is exponential in the depth of a ResNet if the operator reads the results of all layers.
-    """
-    lowering: Any = sys.modules.get("torch._inductor.lowering")
-    if lowering is not None and overload not in lowering.lowerings:
-        lowering.make_fallback(overload)
-
-
 def _define(name: str, schema: str, allocate: Callable[..., Any], launch: Launcher) -> Any:
     launcher, gradients = _launcher(launch), schema.endswith(_GRADIENTS)
 
@@ -136,20 +128,27 @@ def _define(name: str, schema: str, allocate: Callable[..., Any], launch: Launch
         return results
 
     def fake(*arguments: Any) -> Any:
-        if "Tensor[]" in schema.partition(") -> ")[0]:
-            _register_with_inductor(overload)
+        if (inductor := sys.modules.get("torch._inductor.lowering")) is not None:
+            # When Inductor first meets an unlisted operator, it formats the arguments for a log message, with all that
+            # computes them. For the last layers of a ResNet, that takes time exponential in the depth.
+            inductor.FALLBACK_ALLOW_LIST.add(f"dfkd_fast::{name}")
         results = allocate(*arguments)
         if _recording is not None:
             with _recording:
                 fill(arguments, results)
         return results
 
+    overload = _register(name, schema, run, fake)
+    mutated = [i for i, argument in enumerate(overload._schema.arguments) if argument.is_write]
+    return overload
+
+
+def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     _LIBRARY.define(name + schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
     for device in ("CUDA", "CPU"):
         _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"dfkd_fast::{name}", fake, lib=_LIBRARY)
     overload = getattr(torch.ops.dfkd_fast, name).default
-    mutated = [i for i, argument in enumerate(overload._schema.arguments) if argument.is_write]
     torch.library.register_vmap(f"dfkd_fast::{name}", _vmap_rule(overload), lib=_LIBRARY)
     return overload
 
@@ -182,6 +181,27 @@ def operator(
     if not schema.endswith(_GRADIENTS):
         return overload
     return lambda *arguments: _spread(overload(*arguments), arguments[-1])
+
+
+def library_operator(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define an operator that one call of a library computes, such as a cuDNN convolution.
+
+    It launches none of this project's kernels and is not differentiable. Traffic is counted as for an operator of
+    PyTorch.
+
+    Args:
+        name: name in ``torch.ops.dfkd_fast``.
+        run: computes the results. Its annotations define the schema.
+        fake: computes fake results, with the shapes, strides and dtypes of the real ones.
+    """
+    overload = _register(name, torch.library.infer_schema(run, mutates_args=()), run, fake)
+    _library_calls.add(overload)
+    return overload
+
+
+def is_library_call(overload: Any) -> bool:
+    """Whether :func:`library_operator` has defined an operator."""
+    return overload in _library_calls
 
 
 class _Once(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +14,33 @@ from dfkd_fast.ops.custom_op import empty_map_like, fused_op, matmul_dtype, unsu
 from dfkd_fast.ops.extension import aligned, as_rows, filled_as_rows, or_empty, unsupported_by_extension
 from dfkd_fast.reference import spatial_attention as reference
 
-__all__ = ["spatial_attention"]
+__all__ = ["Norm", "spatial_attention"]
 
 _FORMS = ("spatial", "spatial_mean1", "channel")  # the index of each is its code in csrc/launchers.h
 
 
+class Norm(NamedTuple):
+    """The BatchNorm and the leaky ReLU of features that :func:`dfkd_fast.ops.batch_norm_act_conv1x1` did not write."""
+
+    mean: Tensor  # (C,), float32
+    rstd: Tensor  # (C,), float32
+    weight: Tensor | None  # (C,)
+    bias: Tensor | None  # (C,)
+    negative_slope: float
+
+
 def _allocate(
-    features: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, form: str
+    features: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    form: str,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    negative_slope: float,
 ) -> tuple[Tensor, Tensor]:
     """Allocate the gated features and, for backward, each channel's maximum logit and sum of exponentials."""
     samples, channels = features.shape[:2]
@@ -29,7 +49,7 @@ def _allocate(
 
 
 def _cuda_forward(*arguments: Any) -> None:
-    features, hidden, weight, _, scale, form, result, saved = arguments
+    features, hidden, weight, _, scale, form, *_, result, saved = arguments
     with filled_as_rows(result) as rows:
         torch.ops.dfkd_fast_cuda.spatial_attention(
             as_rows(features), as_rows(hidden), aligned(weight), scale, _FORMS.index(form), rows, saved
@@ -37,9 +57,9 @@ def _cuda_forward(*arguments: Any) -> None:
 
 
 def _cuda_backward(*arguments: Any) -> None:
-    grad_output, features, hidden, weight, _, scale, form, saved, *gradients = arguments
+    grad_output, features, hidden, weight, _, scale, form, *_, saved = arguments[:-4]
     inputs = (as_rows(grad_output), as_rows(features), as_rows(hidden), aligned(weight))
-    d_features, d_hidden, *parameters = or_empty(features, *gradients)
+    d_features, d_hidden, *parameters = or_empty(features, *arguments[-4:])
     with filled_as_rows(d_features) as to_features, filled_as_rows(d_hidden) as to_hidden:
         torch.ops.dfkd_fast_cuda.spatial_attention_backward(
             *inputs, saved, scale, _FORMS.index(form), to_features, to_hidden, *parameters
@@ -49,14 +69,24 @@ def _cuda_backward(*arguments: Any) -> None:
 _fused = fused_op(
     "spatial_attention",
     _allocate,
+    constants=("mean", "rstd", "norm_weight", "norm_bias"),
     new_gradient=empty_map_like,
     triton=("spatial_attention.forward", "spatial_attention.backward"),
     cuda=(_cuda_forward, _cuda_backward),
 )
 
 
-def _run(backend: str, features: Tensor, hidden: Tensor, *parameters: Tensor | None, **options: Any) -> Tensor:
-    return _fused[backend](features, hidden.to(matmul_dtype(hidden)), *parameters, **options)
+def _run(
+    backend: str,
+    features: Tensor,
+    hidden: Tensor,
+    *parameters: Tensor | None,
+    scale: float,
+    form: str,
+    norm: Norm | None = None,
+) -> Tensor:
+    tensors = (features, hidden.to(matmul_dtype(hidden)), *parameters)
+    return _fused[backend](*tensors, scale, form, *(norm or (None, None, None, None, 0.0)))
 
 
 def _unsupported_by_cuda(
@@ -82,6 +112,7 @@ def spatial_attention(
     *,
     scale: float = 0.05,
     form: Literal["spatial", "spatial_mean1", "channel"] = "spatial",
+    norm: Norm | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Gate features F by the softmax of logits l: ``F + scale k softmax(l) F`` (paper, Eq. 6).
@@ -99,6 +130,8 @@ def spatial_attention(
         bias: (C,), any floating dtype, or None. The two spatial forms do not depend on it and give it zero gradient.
         scale: lambda, any finite number.
         form: "spatial", "spatial_mean1" or "channel".
+        norm: None, or the norm that :func:`dfkd_fast.ops.batch_norm_act_conv1x1` returned with the features. F is then
+            a leaky ReLU of the normalized features, and their gradient is that of F. Only the Triton kernels do this.
         backend: ``"cuda"``, ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
@@ -108,7 +141,8 @@ def spatial_attention(
 
     Raises:
         TypeError: a tensor argument is not a floating-point tensor, or scale is not a number.
-        ValueError: shapes or devices do not match, scale is not finite, or form or backend is unknown.
+        ValueError: shapes or devices do not match, scale is not finite, form or backend is unknown, or there is a norm
+            and another backend than ``"triton"``.
         RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("features", features, ("N", "C", "H", "W"))
@@ -120,4 +154,9 @@ def spatial_attention(
         require_tensor("bias", bias, ("C",), like, C=channels)
     require_number("scale", scale)
     require_choice("form", form, ("spatial", "spatial_mean1", "channel"))
-    return dispatch("spatial_attention", backend, features, hidden, weight, bias, scale=scale, form=form)
+    options: dict[str, Any] = {"scale": scale, "form": form}
+    if norm is not None:
+        if backend not in (None, "triton"):
+            raise ValueError(f"backend must be 'triton' or None with a norm, got {backend!r}")
+        backend, options["norm"] = "triton", norm  # the backend that returned the norm
+    return dispatch("spatial_attention", backend, features, hidden, weight, bias, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +24,8 @@ def batch_norm_act(
     negative_slope: float,
     residual: Tensor | None,
     training: bool,
-) -> Tensor:
+    fork: bool,
+) -> Any:
     """Normalize x (N, C, ...), add the residual and activate; in training, update the running statistics."""
     vectors = (running_mean, running_var, weight, bias)
     # F.batch_norm requires vectors of one dtype: that of x, or float32 for half precision.
@@ -36,6 +39,7 @@ def batch_norm_act(
             buffer.copy_(updated)
     if residual is not None:
         y = (y + residual).to(x.dtype)
-    if activation == "relu":
-        return F.relu(y)
-    return F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else y
+    if activation != "none":  # in place if the backward then still knows the sign
+        in_place = activation == "relu" or negative_slope > 0
+        y = F.relu(y, in_place) if activation == "relu" else F.leaky_relu(y, negative_slope, in_place)
+    return (y, y) if fork else y

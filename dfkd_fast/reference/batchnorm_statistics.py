@@ -20,7 +20,8 @@ def batchnorm_statistics(
     *,
     activation: str,
     residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    fork: bool,
+) -> tuple[Tensor, ...]:
     """Normalize x (N, C, ...) with running statistics; also return its mean and biased variance."""
     upcast_x = upcast(x)
     mean, var, scale, shift = (
@@ -33,7 +34,8 @@ def batchnorm_statistics(
         y = y.relu()
     elif activation == "relu6":
         y = F.relu6(y)
-    return (y.to(x.dtype), *channel_statistics(x))
+    y = y.to(x.dtype)
+    return (*([y] * (1 + fork)), *channel_statistics(x))
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from dfkd_fast.benchmarks import ablation, report
 from dfkd_fast.benchmarks.ablation import CELLS, ablation_section, experiment, override
 from dfkd_fast.report import read_results, write_results
 
+NOT_MEASURED = "Not measured on a GPU yet: `make gpu` measures it."
 PAGES = (*report.SECTIONS, "README.md")
 
 
@@ -41,7 +43,8 @@ def test_pages_without_results_have_a_note(copy):
     assert report.main([], root=copy) == 0
     for name, sections in report.SECTIONS.items():
         for section in sections:
-            assert between(copy / name, section) == "Nothing has been measured yet."
+            note = "Not counted yet." if section.endswith("_counts") else NOT_MEASURED
+            assert between(copy / name, section) == note
 
 
 def test_each_device_has_a_section(copy):
@@ -54,13 +57,73 @@ def test_each_device_has_a_section(copy):
     text = between(copy / "docs" / "performance.md", "accuracy")
     assert text.count("| eager |  | 90.0% | 90.0% | 80.0% | 1 |") == 2
     assert text.index("### gpu-a") < text.index("### gpu-b")
-    assert between(copy / "docs" / "performance.md", "step") == "Nothing has been measured yet."
+    assert between(copy / "docs" / "performance.md", "step") == NOT_MEASURED
+
+
+BLOCK = {"device": {"name": "cpu"}, "torch": "2.11.0", "commit": "c" * 40, "source": "s"}
+COUNTED = {"environments": [BLOCK], "copy_gbps": 2950.0, "matmul_tflops": 780.0}
+
+
+def counts(read: float, written: float, launches: int = 2, **more: Any) -> dict[str, Any]:
+    row = {"launches": launches, "bytes_read": read, "bytes_written": written, "flops": 2e12, "compulsory_bytes": 2e9}
+    return {**row, "least_us": 2500.0, "environment": 0, **more}
+
+
+def test_counted_ops_have_one_line_per_case(copy):
+    key = {"op": "an_op", "case": "2x3"}
+    sizes = {"eager": (9e6, 4.5e6, 1234), "compile": (4e6, 2e6), "triton": (2e6, 1e6)}
+    rows = [
+        counts(*sizes[backend], **key, backend=backend, dtype=dtype)
+        for dtype in ("bfloat16", "float32")
+        for backend in ("triton", "compile", "eager")
+    ]
+    folder = copy / "benchmarks" / "results" / "counted"
+    write_results(folder / "op_counts.json", {**COUNTED, "rows": rows})
+    report.main([], root=copy)
+    text = between(copy / "docs" / "benchmarks.md", "op_counts")
+    assert "| an_op | 2x3 | 1,234 | 2 | 2 | 13.5 | 6 | 3 | 0.50 | 2,000.0 | 2,500.0 |" in text
+    assert "|  | 2x3 float32 | 1,234 | 2 | 2 | 13.5 | 6 | 3 | 0.50 | 2,000.0 | 2,500.0 |" in text
+    assert "Counted with torch 2.11.0, commit cccccccccccc; least times at 2.95 TB/s and 780 TFLOP/s." in text
+    assert between(copy / "docs" / "benchmarks.md", "ops") == NOT_MEASURED
+    plot = copy / "docs" / "images" / "op_bytes.svg"
+    first = plot.read_bytes()
+    report.main([], root=copy)
+    assert plot.read_bytes() == first
+    assert all(name in first.decode() for name in ("an_op", "eager", "compile", "triton"))
+
+
+def test_counted_steps_are_compared_with_compile_and_before(copy):
+    groups = [
+        {"region": "teacher.forward", "source": "library", "name": "convolution", **counts(2e9, 1e9)},
+        {"region": "outside", "source": "eager", "name": "_fused_adam_", **counts(4e8, 4e8, 1)},
+    ]
+    rows = [
+        counts(3e9, 1e9, step="student_step", variant="dfkd_fast", kernels=groups),
+        counts(4e9, 1e9, step="student_step", variant="before", kernels=[], commit="1234567"),
+        counts(6e9, 2e9, 1000, step="student_step", variant="compile", kernels=[]),
+    ]
+    write_results(copy / "benchmarks" / "results" / "counted" / "step_counts.json", {**COUNTED, "rows": rows})
+    report.main([], root=copy)
+    text = between(copy / "docs" / "performance.md", "step_counts")
+    lines = [
+        line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| variant", "| region"))
+    ]
+    assert lines == [
+        "| compile | 1,000 | 6.00 | 2.00 | 8.00 | 1.00 | 1.60 | 2.50 |",
+        "| before | 2 | 4.00 | 1.00 | 5.00 | 0.62 | 1.00 | 2.50 |",
+        "| dfkd_fast | 2 | 3.00 | 1.00 | 4.00 | 0.50 | 0.80 | 2.50 |",
+        "| teacher.forward | library | `convolution` | 2 | 3,000.0 | 75.0% |",
+        "| outside | eager | `_fused_adam_` | 1 | 800.0 | 20.0% |",
+    ]
+    assert "Compulsory work: 2.00 GB and 2.00 TFLOP. `before` is `dfkd_fast` at commit 1234567." in text
+    assert "The kernels of `dfkd_fast` with the most bytes, 95% of all" in text
+    assert "before" in (copy / "docs" / "images" / "step_bytes.svg").read_text()
 
 
 def test_committed_pages_are_up_to_date(copy, repository):
     (copy / "benchmarks").symlink_to(repository / "benchmarks")
     assert report.main([], root=copy) == 0
-    for name in PAGES:
+    for name in (*PAGES, *report.PLOTS):
         assert (copy / name).read_text() == (repository / name).read_text(), f"{name}: run make report"
 
 

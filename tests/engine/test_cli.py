@@ -113,6 +113,7 @@ def test_teach_fine_tunes_weights_with_other_classes(
         (["teach", "--data.name", "digits"], "--teacher.name is required"),
         (["evaluate", "--weights", "nowhere.safetensors"], "--data.name is required"),
         (["bench", "--nowhere"], "nowhere"),
+        (["bench", "--count", "--tune"], "--count takes no --tune, --backends or --shapes"),
     ],
 )
 def test_user_errors_print_a_short_message_and_exit_with_2(
@@ -163,6 +164,16 @@ def test_bench_parses_op_names_and_options(
     main(["bench", *words])
     defaults = {"ops": None, "shapes": "paper", "out": "runs/bench", "tune": False, "backends": None, "device": "cuda"}
     assert called == [{**defaults, **changed}]
+
+
+def test_bench_counts_without_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dfkd_fast.benchmarks import count as module
+
+    called: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(module, "count", lambda ops, *, out: called.append((ops, out)))
+    main(["bench", "--count"])
+    main(["bench", "--count", "distillation_kl", "--out=x"])
+    assert called == [(None, module.FOLDER), (["distillation_kl"], "x")]
 
 
 def test_evaluate_reads_torch_files(experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,9 @@ from dfkd_fast import ops
 from ..ops.table import (
     attention,
     call_act,
+    call_conv1x1,
     call_norm,
+    conv1x1,
     logits,
     maps,
     norm,
@@ -38,6 +40,23 @@ CASES = {
     "batch_norm_act, residual": (
         *(partial(call_act, activation="relu"), norm_act((2, 9, 3, 2), residual=True)),
         [(2, 9, 3, 2), *[(9,)] * 4, (2, 2, 6)],
+    ),
+    "batch_norm_act_conv1x1": (  # one of the sine between the ops, and eight of the gate
+        *(call_conv1x1, conv1x1((2, 9, 3, 2))),
+        [
+            (2, 9, 3, 2),
+            (9,),
+            (9,),
+            (3, 9),
+            (9,),
+            (9,),
+            (2, 3, 3, 2),
+            (2, 9, 3, 2),
+            (2, 3, 3, 2),
+            (9, 3),
+            *[(9,)] * 4,
+            (2, 2, 9),
+        ],
     ),
     "statistics_distance": (ops.statistics_distance, stored((2, 9, 3, 2)), [(2, 9, 3, 2), (3, 9)]),
     "max_pool2x2 and max_unpool2x2": (pool_and_unpool, maps((2, 8, 6, 4), needs_grad=(0,)), [(2, 8, 3, 2)] * 2),

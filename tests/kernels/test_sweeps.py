@@ -19,7 +19,10 @@ from ..ops.table import (
     DTYPES,
     attention,
     call_act,
+    call_conv1x1,
     call_norm,
+    conv1x1,
+    conv1x1_tiles,
     high_order,
     high_order_tiles,
     logits,
@@ -112,6 +115,13 @@ SWEEPS = {
         {"activation": choice(("none", "relu", "leaky_relu"))},
         draws=4,
     ),
+    "batch_norm_act_conv1x1": Sweep(
+        *(call_conv1x1, conv1x1, st.tuples(size(9, 20), size(2, 32), size(2, 9), size(2, 9))),
+        {"hidden": size(1, 16), "affine": st.booleans()},
+        {"form": choice(("spatial", "spatial_mean1", "channel"))},
+        (nullcontext, conv1x1_tiles),
+        4,
+    ),
     "statistics_distance": Sweep(
         ops.statistics_distance, stored, _ANY_RANK, {"other": choice((*DTYPES, torch.float64))}
     ),
@@ -177,6 +187,9 @@ PAPER = {
         )
         for residual in (False, True)
     },
+    "batch_norm_act_conv1x1": (
+        *(call_conv1x1, partial(conv1x1, hidden=8), ((64, 64, 112, 112), (64, 128, 56, 56), (64, 256, 28, 28)), 1),
+    ),
     "statistics_distance": (
         ops.statistics_distance,
         partial(stored, other=torch.float32),

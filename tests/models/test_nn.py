@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +101,41 @@ def test_spatial_attention_state_dict_has_stable_names() -> None:
     assert set(SpatialAttention(16).state_dict()) == names
 
 
+@pytest.mark.parametrize("form", ["spatial", "channel"])
+def test_spatial_attention_of_a_normalized_map_matches_separate_modules(kernel_device: str, form: Any) -> None:
+    """The kernels do not write the activated map."""
+    torch.manual_seed(0)
+    module = SpatialAttention(16, form=form, scale=10.0).to(kernel_device, memory_format=torch.channels_last)
+    bn = nn.BatchNorm2d(16).to(kernel_device)
+    x = random(3, 16, 6, 5, layout="channels_last", device=kernel_device, requires_grad=True)
+    weight = random(3, 16, 6, 5, device=kernel_device, seed=2)
+    leaves = [x, *bn.parameters(), *module.parameters()]
+    results = []
+    for name in ("triton", "reference"):
+        state = [copy.deepcopy(each.state_dict()) for each in (bn, module)]
+        with ops.backend(name):
+            y = module.forward_normalized(x, bn, 0.2) if name == "triton" else module(F.leaky_relu(bn(x), 0.2))
+        results.append((y, *torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True), bn.running_var.clone()))
+        for each, before in zip((bn, module), state, strict=True):
+            each.load_state_dict(before)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_generator_blocks_call_modules_with_hooks() -> None:
+    generator = AttentionGenerator(16, latent_dim=3, channels=(16, 8, 8, 8, 8))
+    noise = torch.randn(3, 3)
+    before = copy.deepcopy(generator.state_dict())
+    expected, block = generator(noise), generator.blocks[0]
+    for hooked in (block.norm, block.attention, block.attention.reduce):
+        generator.load_state_dict(before)
+        calls = []
+        handle = hooked.register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(output.shape))
+        torch.testing.assert_close(generator(noise), expected, rtol=0, atol=0)
+        handle.remove()
+        assert len(calls) == 1
+
+
 @pytest.mark.parametrize("attention", ["spatial", "spatial_mean1", "channel", "none"])
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_generator_images_and_gradients(attention: str, batch_norm: bool) -> None:
@@ -146,6 +183,17 @@ def test_spectral_norm_iterates_once_per_forward_unless_frozen() -> None:
     generator(torch.randn(2, 4))
     torch.testing.assert_close(norm._u, u)
     torch.testing.assert_close(norm._v, v)
+
+
+def test_spectral_norm_matches_pytorch() -> None:
+    ours = AttentionGenerator(16, latent_dim=4, channels=(8, 6, 8, 8, 8)).double().blocks[0].upsample
+    theirs = torch.nn.utils.parametrizations.spectral_norm(nn.ConvTranspose2d(8, 6, 3, bias=False)).double()
+    theirs.load_state_dict(ours.state_dict())
+    for _ in range(3):
+        (weight, expected), grad = (ours.weight, theirs.weight), torch.randn(8, 6, 3, 3).double()
+        torch.testing.assert_close(weight, expected)
+        gradients = (torch.autograd.grad(w, m.parameters(), grad)[0] for w, m in ((weight, ours), (expected, theirs)))
+        torch.testing.assert_close(*gradients)
 
 
 def test_projection_head_matches_definition() -> None:

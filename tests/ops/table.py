@@ -181,6 +181,49 @@ def norm_act(shape=(3, 5, 4, 2), *, needs_grad=(0, 1, 2, 5), **options: Any) -> 
     return reordered
 
 
+def conv1x1(
+    shape=(2, 8, 4, 4),
+    *,
+    hidden=3,
+    affine=True,
+    dtype=torch.float32,
+    layout="channels_last",
+    device="cpu",
+    needs_grad=(0, 1, 2, 5, 6),
+) -> Make:
+    """Inputs of :func:`call_conv1x1`."""
+    fixed = {"dtype": dtype, "device": device}
+    vector = partial(random, shape[1], **fixed)
+    return _drawn(
+        partial(random, *shape, scale=3.0, shift=1.0, layout=layout, **fixed),
+        partial(vector, shift=1.0) if affine else None,
+        vector if affine else None,
+        partial(vector, shift=1.0),
+        partial(_variance, shape[1], **fixed),
+        partial(random, hidden, shape[1], scale=shape[1] ** -0.5, **fixed),
+        partial(random, hidden, **fixed) if affine else None,
+        needs_grad=needs_grad,
+    )
+
+
+def call_conv1x1(
+    x, weight, bias, running_mean, running_var, conv_weight, conv_bias, *, form="spatial", backend=None, **options: Any
+):
+    """Call :func:`ops.batch_norm_act_conv1x1` and gate the features by a softmax of a product with sin(reduced).
+
+    The hidden map is not linear, because the gate's gradient of a linear map's bias would be a sum that cancels.
+    """
+    inputs = (x, weight, bias, running_mean, running_var, conv_weight, conv_bias)
+    options = {"eps": 1e-3, "negative_slope": 0.2, "update_running_stats": False, **options}
+    reduced, features, norm = ops.batch_norm_act_conv1x1(*inputs, backend=backend, **options)
+    hidden, channels = conv_weight.shape
+    gate = torch.linspace(-1, 1, channels * hidden, dtype=x.dtype, device=x.device).view(channels, hidden)
+    scale = near(form, x.shape)
+    return reduced, ops.spatial_attention(
+        features, reduced.sin(), gate, scale=scale, form=form, norm=norm, backend=backend
+    )
+
+
 def stored(shape=(3, 5, 4, 2), *, dtype=torch.float32, other=None, layout="contiguous", device="cpu", needs_grad=(0,)):
     """Inputs of :func:`ops.statistics_distance`. ``other`` is the dtype of the running statistics."""
     fixed = {"dtype": other or dtype, "device": device}
@@ -279,6 +322,16 @@ def spatial_tiles(**changed: int) -> AbstractContextManager[None]:
     return _tiles(names, {**tile, **changed})
 
 
+def conv1x1_tiles() -> AbstractContextManager[None]:
+    """Use tiles of 16 positions and, in backward, 16 channels, and fewer programs than tiles."""
+    stack = ExitStack()
+    tile = {"BLOCK_M": 16, "BLOCK_C": 32, "BLOCK_K": 16, "LOOP_STAGES": 2, "PROGRAMS": 1}
+    stack.enter_context(_tiles(["batch_norm_act_conv1x1"], tile))
+    names = ["batch_norm_act_conv1x1_sums", "batch_norm_act_conv1x1_backward"]
+    stack.enter_context(_tiles(names, {**tile, "BLOCK_C": 16}))
+    return stack
+
+
 def distance_tiles() -> AbstractContextManager[None]:
     """Use 32 channels per tile, because the interpreter is slow with thousands."""
     return _tiles(["statistics_distance"], {"BLOCK": 32}, num_warps=1)
@@ -347,6 +400,8 @@ _PARAMETERS = {**_MAPS, "many": (2, 20, 5, 4), "autocast": False}
 _SPATIAL = {**_PARAMETERS, "make": attention, "needs_grad": (0, 1, 2, 3), "batched": (0, 1), "graph": (4, 16, 15, 14)}
 _HIGH = {**_PARAMETERS, "make": high_order, "needs_grad": (0, 1, 2), "shapes": ((2, 20, 3, 3), *_MAPS["shapes"][1:])}
 _NORM_ACT = {**_MAPS, "make": partial(norm_act, residual=True), "needs_grad": (0, 1, 2, 5), "batched": (0, 5)}
+_CONV = {**_MAPS, "make": conv1x1, "needs_grad": (0, 1, 2, 5, 6), "many": (2, 20, 5, 4), "autocast": False}
+_CONV["atol"] = 3e-5  # gradients of the weights are sums of large numbers
 _NORM = {**_MAPS, "make": partial(norm, residual=True), "needs_grad": (0, 3, 4, 5), "batched": (0, 5)}
 
 CASES: dict[str, Case] = {
@@ -390,6 +445,7 @@ CASES: dict[str, Case] = {
     ),
     "batchnorm_statistics, two layers": Case(function=partial(call_norms, activation="relu"), **_NORM),
     "batch_norm_act": Case(function=partial(call_act, activation="relu"), **_NORM_ACT),
+    "batch_norm_act, fork": Case(function=partial(call_act, activation="relu", fork=True), **_NORM_ACT),
     "batch_norm_act, leaky_relu": Case(
         function=partial(call_act, activation="leaky_relu"),
         **{**_NORM_ACT, "make": norm_act, "needs_grad": (0, 1, 2), "batched": (0,)},
@@ -401,6 +457,12 @@ CASES: dict[str, Case] = {
     "batch_norm_act, none": Case(
         function=call_act,
         **{**_NORM_ACT, "make": partial(norm_act, affine=False), "needs_grad": (0,), "batched": (0,)},
+    ),
+    "batch_norm_act_conv1x1": Case(function=call_conv1x1, **_CONV),
+    "batch_norm_act_conv1x1, channel, no affine, tiles": Case(
+        function=partial(call_conv1x1, form="channel"),
+        tiling=conv1x1_tiles,
+        **{**_CONV, "make": partial(conv1x1, affine=False), "needs_grad": (0, 5)},
     ),
     "channel_statistics": Case(function=ops.channel_statistics, make=maps, **_MAPS),
     "statistics_distance": Case(function=ops.statistics_distance, make=stored, **_MAPS),

@@ -105,6 +105,7 @@ def test_tensor_arguments_are_checked(name):
         *(("distillation_kl", "temperature"), ("contrastive_loss", "temperature")),
         *(("batchnorm_statistics", "eps"), ("spatial_attention", "scale")),
         *(("batch_norm_act", "eps"), ("batch_norm_act", "momentum"), ("batch_norm_act", "negative_slope")),
+        *(("batch_norm_act_conv1x1", each) for each in ("eps", "momentum", "negative_slope")),
     ],
 )
 def test_numeric_options_are_checked(name, option):
