@@ -424,7 +424,7 @@ def _merge_kernel(
     if tl.program_id(0) * BLOCK_C < columns:
         mask_c = offs_c < columns
         means_ptr = select(parts, layer)
-        m2_ptr = means_ptr + rows.to(tl.int64) * columns
+        m2_ptr = means_ptr + tl.full([], 1, tl.int64) * rows * columns
         mean, m2, total = merge_chunks(means_ptr, m2_ptr, select(counts, layer), rows, columns, offs_c, mask_c, BLOCK_M)
         tl.store(select(means, layer) + offs_c, mean, mask=mask_c)
         tl.store(select(variances, layer) + offs_c, tl.div_rn(m2, total), mask=mask_c)

@@ -1,5 +1,7 @@
 """Distance between batch statistics and running statistics: one launch after those that compute the batch statistics.
 
+The same launch computes the distances of all layers of a network, one program per layer.
+
 With m and v the mean and variance per channel over M values, r_m and r_v the running ones, and |.| the L2 norm::
 
     distance = |m - r_m| + |v - r_v|

@@ -228,8 +228,8 @@ def batchnorm_statistics(
     Returns:
         y, with the shape, dtype and memory format of x; mean and var, (C,), float32 (float64 if x is), NaN if N = 0. y
         is computed in float32 and rounded once. y is differentiable with respect to x, weight, bias and residual; mean
-        and var are differentiable with respect to x. If ``merge`` is False: y and one or more tensors, to be passed
-        to :func:`merge_statistics` once.
+        and var are differentiable with respect to x. If ``merge`` is False: y and the tensors of which
+        :func:`merge_statistics` computes mean and var.
 
     Raises:
         TypeError: a tensor argument is not a floating-point tensor, or eps is not a number.
@@ -258,7 +258,8 @@ def merge_statistics(layers: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, T
     """Return mean and var of layers from the results of :func:`batchnorm_statistics` with ``merge=False``.
 
     Args:
-        layers: the results after y of one call per layer.
+        layers: the results after y of one call per layer. If the results of a call are merged twice, its gradients are
+            wrong.
 
     Returns:
         mean and var of each layer, as :func:`batchnorm_statistics` returns them.
