@@ -303,6 +303,7 @@ def _batchnorm(
     activation: Any = "relu",
     network: str = "",
     statistics_only: bool = False,
+    fork: bool = False,
     **more: Any,
 ) -> Case:
     """Maps and residuals get gradients from all three results: normalized maps, means and variances."""
@@ -323,13 +324,14 @@ def _batchnorm(
         statistics: list[list[Tensor]] = []
         for layer, (x, mean, var, weight, bias, residual) in zip(layers, given, strict=True):
             options: dict[str, Any] = {"activation": layer.activation, "residual": residual, "backend": backend}
-            y, *unmerged = ops.batchnorm_statistics(x, mean, var, weight, bias, 1e-5, merge=False, **options)
-            maps.append(y)
-            statistics.append(unmerged)
+            norm = (mean, var, weight, bias, 1e-5)
+            results = ops.batchnorm_statistics(x, *norm, merge=False, fork=fork, **options)
+            maps += results[: 1 + fork]
+            statistics.append([*results[1 + fork :]])
         return *maps, *(each for pair in ops.merge_statistics(statistics) for each in pair)
 
     return Case(
-        name=network or _name(shape) + (" with residual" if residual else ""),
+        name=network or _name(shape) + (" with residual" if residual else "") + (" fork" if fork else ""),
         inputs=lambda make: tuple(one(make, layer) for layer in layers),
         call=call,
         # A residual adds one read to the forward, one write to the backward, and a mask of one bit per element to both.
@@ -352,7 +354,12 @@ def _statistics(*shape: int, network: str, **more: Any) -> Case:
 
 
 def _batchnorm_act(
-    *shape: int, activation: Any = "relu", residual: bool = False, needs_grad_x: bool = True, **more: Any
+    *shape: int,
+    activation: Any = "relu",
+    residual: bool = False,
+    needs_grad_x: bool = True,
+    fork: bool = False,
+    **more: Any,
 ) -> Case:
     """A BatchNorm in training mode. All tensors get gradients, or only weight and bias without ``needs_grad_x``."""
     channels, total = shape[1], math.prod(shape)
@@ -362,9 +369,10 @@ def _batchnorm_act(
         added = make.map(*shape, grad=needs_grad_x) if residual else None
         return make.map(*shape, grad=needs_grad_x), *affine, *_running_statistics(make, channels), added
 
-    def call(*given: Any, backend: str | None) -> Tensor:
+    def call(*given: Any, backend: str | None) -> Any:
         *norm, added = given
-        return ops.batch_norm_act(*norm, activation=activation, negative_slope=0.2, residual=added, backend=backend)
+        options: Any = {"activation": activation, "negative_slope": 0.2, "residual": added, "fork": fork}
+        return ops.batch_norm_act(*norm, **options, backend=backend)
 
     def work(size: int) -> Work:
         """Both directions read x twice. The mask of a residual has one bit per element."""
@@ -372,6 +380,7 @@ def _batchnorm_act(
         return Work(3 * total * size + more, (5 if needs_grad_x else 2) * total * size + more + residual * total / 8)
 
     name = _name(shape) + ("" if activation == "relu" else f" {activation}") + (" with residual" if residual else "")
+    name += " fork" if fork else ""
     return Case(name=name + ("" if needs_grad_x else " only affine"), inputs=inputs, call=call, work=work, **more)
 
 
