@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dfkd_fast.graph.fusion import find, fuse
-from dfkd_fast.graph.tracing import Trace, all_close, first_line, has_hooks, run
+from dfkd_fast.graph.tracing import Trace, all_close, first_line, run
+from dfkd_fast.nn.norm import has_hooks
 from dfkd_fast.ops.custom_op import library_operator, matmul_dtype
 
 __all__ = ["conv2d_act", "fuse_convolutions"]

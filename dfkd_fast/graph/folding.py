@@ -26,11 +26,11 @@ from dfkd_fast.graph.tracing import (
     compile_graph,
     dummy_image,
     eval_forward,
-    has_hooks,
     loaded_library,
     run,
     symbolic_trace,
 )
+from dfkd_fast.nn.norm import has_hooks
 
 __all__ = ["cast_weights", "fold_batchnorm"]
 

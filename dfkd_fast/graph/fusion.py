@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 
 from dfkd_fast import ops
 from dfkd_fast.graph.outputs import LayerStatistics
-from dfkd_fast.graph.tracing import Trace, has_hooks, loaded_library
-from dfkd_fast.nn.norm import batch_norm_act, count_batches
+from dfkd_fast.graph.tracing import Trace, loaded_library
+from dfkd_fast.nn.norm import batch_norm_act, count_batches, has_hooks
 
 __all__ = [
     "Fusion",
@@ -58,6 +58,12 @@ def supports_statistics(module: nn.Module | None) -> bool:
     return type(module).forward is (timm.BatchNormAct2d if is_batchnorm_act(module) else nn.BatchNorm2d).forward
 
 
+def _add_act(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
+    """``activation(y + residual)`` for calls that the ops do not fuse."""
+    y = y if residual is None else y + residual
+    return y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y)
+
+
 def batchnorm_with_statistics(
     bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: Activation, *, fork: bool = False
 ) -> tuple[Any, ...]:
@@ -77,8 +83,7 @@ def batchnorm_with_statistics(
     results = ops.batchnorm_statistics(x, *norm, merge=False, fork=fork_op, **fused)
     y, statistics = results[0], list(results[1 + fork_op :])
     if residual is not None and not fusible:
-        y = y + residual
-        y = y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y)
+        y = _add_act(y, residual, activation)
     unmerged = (statistics, mean, var)
     return (y, unmerged, results[1] if fork_op else y) if fork else (y, unmerged)
 
@@ -227,9 +232,7 @@ def _train(
     if fusible and activation != "relu6":
         y = batch_norm_act(bn, x, activation=activation, residual=residual, count=False, fork=fork)
         return y if fork else (y,)
-    y = batch_norm_act(bn, x, count=False)
-    y = y if residual is None else y + residual
-    y = y if activation == "none" else F.relu(y) if activation == "relu" else F.relu6(y)
+    y = _add_act(batch_norm_act(bn, x, count=False), residual, activation)
     return (y, y) if fork else (y,)
 
 

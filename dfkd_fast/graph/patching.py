@@ -27,10 +27,10 @@ from dfkd_fast.graph.tracing import (
     all_close,
     compile_graph,
     first_line,
-    has_hooks,
     run,
     symbolic_trace,
 )
+from dfkd_fast.nn.norm import has_hooks
 
 __all__ = ["Left", "PatchReport", "Replaced", "patch", "unpatch"]
 

@@ -32,11 +32,6 @@ def dropouts() -> tuple[type[nn.Module], ...]:
     return found if torchvision is None else (*found, torchvision.StochasticDepth)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(len(table) > 0 for table in hooks)
-
-
 def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(filter(str.strip, str(error).splitlines()), '')}"
 

@@ -14,7 +14,7 @@ from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
 from dfkd_fast.ops.custom_op import differentiable, operator, unsupported_reason
 from dfkd_fast.reference import batch_norm_act as reference
 
-__all__ = ["batch_norm_act"]
+__all__ = ["batch_norm_act", "require_batch_norm"]
 
 
 def _allocate(
@@ -126,6 +126,31 @@ register("batch_norm_act", "reference", reference.batch_norm_act)
 register("batch_norm_act", "triton", _triton, _unsupported_reason)
 
 
+def require_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    negative_slope: float,
+    training: bool,
+) -> None:
+    """Check the arguments that :func:`batch_norm_act` and :func:`batch_norm_act_conv1x1` share. x is checked before."""
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, vector in vectors.items():
+        if vector is not None:
+            require_tensor(name, vector, ("C",), ("x", x), C=x.shape[1])
+        elif name.startswith("running") and not training:
+            raise ValueError(f"{name} must not be None if training is False")
+    require_number("momentum", momentum)
+    require_number("eps", eps, above=0)
+    require_number("negative_slope", negative_slope)
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+
+
 def batch_norm_act(
     x: Tensor,
     weight: Tensor | None,
@@ -182,22 +207,12 @@ def batch_norm_act(
         RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("x", x, ("N", "C", "..."))
-    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    for name, vector in vectors.items():
-        if vector is not None:
-            require_tensor(name, vector, ("C",), ("x", x), C=x.shape[1])
-        elif name.startswith("running") and not training:
-            raise ValueError(f"{name} must not be None if training is False")
-    require_number("momentum", momentum)
-    require_number("eps", eps, above=0)
-    require_number("negative_slope", negative_slope)
+    require_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, negative_slope, training)
     require_choice("activation", activation, ("none", "relu", "leaky_relu"))
     if residual is not None:
         require_tensor("residual", residual, ("N", "C", "..."), ("x", x))
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if training and x.numel() == x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     running = (running_mean, running_var) if update_running_stats or not training else (None, None)
     options: dict[str, Any] = {"momentum": momentum, "eps": eps, "activation": activation, "training": bool(training)}
     options |= {"negative_slope": negative_slope, "residual": residual, "fork": bool(fork)}

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
-from dfkd_fast.ops.batch_norm_act import batch_norm_act
-from dfkd_fast.ops.checks import require_number, require_tensor
+from dfkd_fast.ops.batch_norm_act import batch_norm_act, require_batch_norm
+from dfkd_fast.ops.checks import require_tensor
 from dfkd_fast.ops.custom_op import differentiable, matmul_dtype, operator, unsupported_reason
 from dfkd_fast.ops.spatial_attention import Norm
 from dfkd_fast.reference import batch_norm_act_conv1x1 as reference
@@ -211,21 +211,10 @@ def batch_norm_act_conv1x1(
         RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("x", x, ("N", "C", "H", "W"))
-    channels, like = x.shape[1], ("x", x)
-    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    for name, vector in vectors.items():
-        if vector is not None:
-            require_tensor(name, vector, ("C",), like, C=channels)
-        elif name.startswith("running") and not training:
-            raise ValueError(f"{name} must not be None if training is False")
-    require_tensor("conv_weight", conv_weight, ("K", "C"), like, C=channels)
+    require_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, negative_slope, training)
+    require_tensor("conv_weight", conv_weight, ("K", "C"), ("x", x), C=x.shape[1])
     if conv_bias is not None:
-        require_tensor("conv_bias", conv_bias, ("K",), like, K=conv_weight.shape[0])
-    require_number("momentum", momentum)
-    require_number("eps", eps, above=0)
-    require_number("negative_slope", negative_slope)
-    if training and x.numel() == channels:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+        require_tensor("conv_bias", conv_bias, ("K",), ("x", x), K=conv_weight.shape[0])
     running = (running_mean, running_var) if update_running_stats or not training else (None, None)
     options = {"momentum": momentum, "eps": eps, "negative_slope": negative_slope, "training": bool(training)}
     tensors = (x, weight, bias, *running, conv_weight, conv_bias)
