@@ -258,12 +258,20 @@ def merge_statistics(layers: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, T
     """Return mean and var of layers from the results of :func:`batchnorm_statistics` with ``merge=False``.
 
     Args:
-        layers: the results after y of one call per layer. If the results of a call are merged twice, its gradients are
-            wrong.
+        layers: the results after y of one call per layer. With gradients, they can be merged once.
 
     Returns:
         mean and var of each layer, as :func:`batchnorm_statistics` returns them.
+
+    Raises:
+        RuntimeError: the results of a call are merged a second time, with gradients. Compiled code does not check this.
     """
+    if not torch.compiler.is_compiling():
+        for token in (layer[0] for layer in layers if len(layer) > 2 and layer[0].requires_grad):
+            # Gradients travel through the tokens, with the mean as one of them: autograd would add two means.
+            if getattr(token, "is_merged", False):
+                raise RuntimeError("merge_statistics: the results of a batchnorm_statistics call are merged twice")
+            token.is_merged = True  # type: ignore[attr-defined]
     # The reference and user-defined backends return mean and var.
     unmerged = [tensor for layer in layers if len(layer) > 2 for tensor in layer]
     merged = iter(_merged(*unmerged) if unmerged else ())

@@ -83,6 +83,26 @@ def test_merges_layers_of_any_size_and_number(kernel_device, count, layout, monk
     assert_backend_no_worse(statistics, inputs, draws=2)
 
 
+def test_a_second_merge_with_gradients_raises(kernel_device):
+    x = random(2, 5, 3, 2, device=kernel_device)
+    zero, one = (torch.full((5,), v, device=kernel_device) for v in (0.0, 1.0))
+
+    def unmerged(x):
+        return ops.batchnorm_statistics(x, zero, one, None, None, 1e-5, merge=False, backend="triton")[1:]
+
+    layer = unmerged(x)
+    first, second = (ops.merge_statistics([layer])[0] for _ in range(2))  # without gradients, any number of times
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+    layer = unmerged(x.requires_grad_())
+    ops.merge_statistics([layer])
+    with pytest.raises(RuntimeError, match="merged twice"):
+        ops.merge_statistics([layer])
+    with pytest.raises(RuntimeError, match="merged twice"):
+        ops.merge_statistics([each := unmerged(x), each])
+
+
 def test_unused_statistics_add_no_gradient(kernel_device):
     """Also if only one of mean and variance is used."""
     inputs = norm((2, 9, 3, 2), device=kernel_device)(1)
