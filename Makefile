@@ -9,12 +9,35 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed
 WORKERS ?= auto
 OUT ?= out/gpu
 CALL ?= 1
 
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# uv installs several times faster than pip; pip is used if uv cannot be installed or fails. uv does not read pip's
+# settings, so the index and the certificates are passed on.
+define INSTALL
+install() { \
+	local index="$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null || true)}"; \
+	export SSL_CERT_FILE="$${SSL_CERT_FILE:-$${PIP_CERT:-}}"; [ "$$SSL_CERT_FILE" ] || unset SSL_CERT_FILE; \
+	{ $(BIN)/pip install --quiet --constraint constraints.txt uv \
+		&& UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${index:-https://pypi.org/simple}}" \
+			$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt "$$@"; } \
+	|| $(BIN)/pip install --quiet --constraint constraints.txt "$$@"; \
+}; \
+progress() { \
+	local log=$(VENV)/install.log start=$$SECONDS task="$$1" pid; shift; \
+	"$$@" > $$log 2>&1 & pid=$$!; \
+	while kill -0 $$pid 2>/dev/null; do \
+		[ ! -t 1 ] || printf '\r%s: %d packages, %d s ' "$$task" $$(ls -d $(VENV)/lib/*/site-packages/*.dist-info | wc -l) $$((SECONDS - start)); \
+		sleep 0.5; \
+	done; \
+	wait $$pid || { echo; cat $$log; exit 1; }; \
+	[ ! -t 1 ] || printf '\r'; \
+	echo "$$task: done in $$((SECONDS - start)) s               "; \
+}
+endef
 # One thread per test process: results do not depend on the number of cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) --maxprocesses 8
@@ -25,19 +48,23 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1|/' | column -t -s '|' 2>/dev/null \
 		|| grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(RUNTIME): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "Python 3.11 or newer is needed; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 || true)" >&2; \
 		echo "Choose another one with PYTHON=..., for example: make demo PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "'$(PYTHON)' lacks the venv module (Debian, Ubuntu: the package python3-venv)" >&2; exit 1; }
-	@echo "Installing into $(VENV) (several gigabytes and a few minutes the first time)"
-	@$(PYTHON) -m venv $(VENV)
-	@$(PIP_INSTALL) setuptools wheel cmake ninja pybind11 torch
-	@$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL); DFKD_FAST_CUDA=0 progress 'Installing into $(VENV)' install --editable .
 	@touch $@
 
-demo: $(STAMP)  ## train a teacher, distill it and evaluate the student, on two small data sets
+# The tools for development, and the CUDA extension if there is an nvcc.
+$(STAMP): $(RUNTIME)
+	@$(INSTALL); progress 'Installing the development tools' install setuptools wheel cmake ninja pybind11 torch
+	@$(INSTALL); progress 'Building the package' install --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(RUNTIME)  ## train a teacher, distill it and evaluate the student, on two small data sets
 	@$(BIN)/dfkd-fast demo
 
 test: $(STAMP)  ## run the tests, except slow ones

@@ -16,6 +16,7 @@ from dfkd_fast.benchmarks.ops.drop_ins import drop_ins_section
 from dfkd_fast.benchmarks.ops.tables import ops_section, write_choices
 from dfkd_fast.benchmarks.results import measured_on
 from dfkd_fast.benchmarks.step.breakdown import breakdown_section
+from dfkd_fast.benchmarks.step.cpu import step_cpu_section
 from dfkd_fast.benchmarks.step.variants import VARIANTS
 from dfkd_fast.report import markdown_table, read_results
 
@@ -142,6 +143,7 @@ SECTIONS: dict[str, dict[str, Callable[[dict[str, Any], str], str]]] = {
     "docs/performance.md": {
         "step_counts": step_counts_section,
         "step": step_section,
+        "step_cpu": step_cpu_section,
         "accuracy": ablation_section,
         "breakdown": breakdown_section,
     },
@@ -156,7 +158,7 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any], Path], Path]]] = {
 }
 """The name of the result file without ``.json`` and a function, by plot."""
 
-_NOTES = {"op_counts": "Not counted yet.", "step_counts": "Not counted yet."}
+_NOTES = {"op_counts": "Not counted yet.", "step_counts": "Not counted yet.", "step_cpu": "Not measured yet."}
 _NOTE = "Not measured on a GPU yet: `make gpu` measures it."
 
 

@@ -250,12 +250,13 @@ def _bench(
     backends: str | None = None,
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> None:
-    """Time the ops against eager PyTorch, torch.compile, public kernels and the roofline, or count launches.
+    """Time ops or whole steps against eager PyTorch, torch.compile and others, or count launches.
 
-    Prints a table, and writes ``ops.json`` and the plot ``ops.png`` to a folder.
+    Prints a table, and writes ``ops.json`` and the plot ``ops.png`` to a folder; for steps, ``step.json`` or
+    ``step_cpu.json``.
 
     Args:
-        ops: names of the ops to time; by default all.
+        ops: names of the ops to time; by default all. The only name ``step`` times rounds of distillation instead.
         shapes: ``paper``, ``large``, or a YAML or JSON file with a list of shapes per op, with sizes by position or by
             name: ``distillation_kl: [[512, 100], {rows: 512, classes: 100, dtypes: [float32]}]``.
         out: output folder; results of other ops in it are kept. None is ``runs/bench``, or
@@ -266,7 +267,8 @@ def _bench(
             the distillation steps.
         backends: ``reference``, ``compile``, ``compile_max_autotune``, ``triton``, ``cuda`` or ``peer:NAME``, separated
             by commas; None is all.
-        device: ``cpu`` only runs the reference and torch.compile, on small shapes, to test the command.
+        device: ``cpu`` times steps on the CPU; for ops it only runs the reference and torch.compile, on small shapes,
+            to test the command.
     """
     if count:
         from dfkd_fast.benchmarks import count as counting
@@ -275,6 +277,12 @@ def _bench(
             raise ValueError("--count takes no --tune, --backends or --shapes")
         counting.count(ops or None, out=out or counting.FOLDER)
         return
+    if ops == ["step"]:
+        from dfkd_fast.benchmarks.step.variants import bench_step
+
+        if tune or backends or shapes != "paper":
+            raise ValueError("step takes no --tune, --backends or --shapes")
+        raise SystemExit(bench_step(Path(out or "runs/bench"), device))
     from dfkd_fast.benchmarks.ops.bench import bench
 
     chosen = backends.split(",") if backends else None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -14,11 +15,12 @@ from torch import nn
 
 from dfkd_fast import data, report
 from dfkd_fast.config import DemoConfig, ModelConfig, ObjectiveConfig, Preset, find, read, to_dict
-from dfkd_fast.engine import DistillResult, distill, teach
+from dfkd_fast.engine import distill, teach
 from dfkd_fast.engine.runtime import new_run_folder
+from dfkd_fast.jobs import Job, run_jobs
 from dfkd_fast.models import create_model, extract
 
-__all__ = ["demo", "run"]
+__all__ = ["Row", "demo", "experiment_jobs", "objective_of", "run"]
 
 
 def objective_of(config: DemoConfig, preset: Preset) -> ObjectiveConfig:
@@ -28,114 +30,178 @@ def objective_of(config: DemoConfig, preset: Preset) -> ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A row of the table and of ``results.json``."""
+class Row:
+    """The result of a job: a row of the table and of ``results.json``.
+
+    Attributes:
+        network: description of the network.
+        trained_on: description of its training images.
+        top1: top-1 accuracy on the held-out images, in [0, 1].
+        images_per_s: training images per second.
+        seconds: wall time of the job, in seconds.
+        weights: the network's weights file.
+    """
 
     network: str
     trained_on: str
     top1: float
-    images_per_s: float | None
+    images_per_s: float
+    seconds: float
+    weights: Path
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.1%}"
 
 
-def _train(
-    config: DemoConfig, images: data.ImageData, folder: Path, progress: bool
-) -> tuple[list[_Row], dict[str, DistillResult]]:
-    """Train both networks with data, then one student per preset without it. Return rows, and results by preset."""
-
-    def network(model: ModelConfig) -> nn.Module:
-        torch.manual_seed(config.distill.seed)
-        return create_model(model, num_classes=images.num_classes)
-
-    rows, networks, names = [], {}, {}
-    for role, model in (("teacher", config.teacher), ("student", config.student)):
-        networks[role] = network(model)
-        with_data = replace(config.teach, out=str(folder / f"{role}_with_data"))
-        texts: dict[str, Any] = {"description": model.metadata(), "title": f"{role}, with data"}
-        result = teach(networks[role], images, with_data, progress=progress, **texts)
-        count = sum(p.numel() for p in networks[role].parameters())
-        names[role] = f"{role}: {model.name}, {count / 1e3:.0f}k weights"
-        rows.append(_Row(names[role], "labeled images", result.accuracy, result.images_per_s))
-    teacher = extract(networks["teacher"], stages=config.teacher.stages, image_size=images.image_size)
-    runs: dict[str, DistillResult] = {}
-    for preset in config.presets:
-        student = extract(network(config.student), stages=config.student.stages, image_size=images.image_size)
-        runs[preset] = distilled = distill(
-            teacher,
-            student,
-            replace(config.distill, objective=objective_of(config, preset), out=str(folder / preset)),
-            data=images,  # only the held-out images, for the accuracy curve
-            description=config.student.metadata(),
-            inputs={name: to_dict(getattr(config, name)) for name in ("data", "teacher", "student")},
-            progress=progress,
-        )
-        assert distilled.accuracy is not None
-        rows.append(_Row(names["student"], f"synthetic images, {preset}", distilled.accuracy, distilled.images_per_s))
-    return [*rows, _Row("chance", "", 1 / images.num_classes, None)], runs
+def _network(config: DemoConfig, model: ModelConfig, classes: int) -> tuple[nn.Module, str]:
+    torch.manual_seed(config.distill.seed)
+    network = create_model(model, num_classes=classes)
+    return network, f"{model.name}, {sum(p.numel() for p in network.parameters()) / 1e3:.0f}k weights"
 
 
-def _save_pictures(images: data.ImageData, synthetic: Path, folder: Path, count: int) -> Path:
+def _teach(config: DemoConfig, folder: Path, role: Literal["teacher", "student"], *, progress: Any) -> Row:
+    """Train a network with data."""
+    started = time.perf_counter()
+    images, model = data.load(config.data), getattr(config, role)
+    network, description = _network(config, model, images.num_classes)
+    with_data = replace(config.teach, out=str(folder / f"{role}_with_data"))
+    result = teach(network, images, with_data, description=model.metadata(), progress=progress)
+    speed, seconds = result.images_per_s, time.perf_counter() - started
+    return Row(f"{role}: {description}", "labeled images", result.accuracy, speed, seconds, result.weights)
+
+
+def _distill(config: DemoConfig, folder: Path, preset: Preset, teacher: Row, *, progress: Any) -> Row:
+    """Distill the teacher into a new student without data."""
+    started = time.perf_counter()
+    images = data.load(config.data)
+    config = replace(config, teacher=replace(config.teacher, weights=str(teacher.weights)))
+    models = config.teacher, config.student
+    networks = [_network(config, model, images.num_classes) for model in models]
+    teacher_network, student = (
+        extract(network, stages=model.stages, image_size=images.image_size)
+        for (network, _), model in zip(networks, models, strict=True)
+    )
+    result = distill(
+        teacher_network,
+        student,
+        replace(config.distill, objective=objective_of(config, preset), out=str(folder / preset)),
+        data=images,  # only the held-out images, for the accuracy curve
+        description=config.student.metadata(),
+        inputs={name: to_dict(getattr(config, name)) for name in ("data", "teacher", "student")},
+        progress=progress,
+    )
+    assert result.accuracy is not None
+    speed, seconds = result.images_per_s, time.perf_counter() - started
+    weights = result.run_dir / "student.safetensors"
+    return Row(f"student: {networks[1][1]}", f"synthetic images, {preset}", result.accuracy, speed, seconds, weights)
+
+
+def experiment_jobs(config: DemoConfig, folder: Path, title: str) -> list[Job]:
+    """Return the trainings of an experiment: both networks with data, and a student per preset without data."""
+    teacher = f"{title}: teacher, with data"
+    return [
+        Job(name=teacher, call=partial(_teach, config, folder, "teacher")),
+        *(
+            Job(name=f"{title}: student, {preset}", call=partial(_distill, config, folder, preset), after=(teacher,))
+            for preset in config.presets
+        ),
+        Job(name=f"{title}: student, with data", call=partial(_teach, config, folder, "student")),
+    ]
+
+
+def _save_pictures(config: DemoConfig, folder: Path) -> Path:
     """Save held-out images next to synthetic ones."""
+    images, count = data.load(config.data), config.distill.loop.batch_size
     assert isinstance(images.test, Sized)
     total = len(images.test)  # evenly spaced indices cover all classes of a sorted set
     held_out = torch.stack([images.test[index][0] for index in range(0, total, max(1, total // count))[:count]])
     shown = report.save_image_grid(held_out, folder / "held_out.png")  # in [-1, 1], like the synthetic images
+    synthetic = folder / config.presets[0] / "images" / f"epoch-{config.distill.loop.epochs:04d}.png"
     path = folder / "pictures.png"
     report.save_beside([shown, synthetic], path, scale=3 if images.image_size < 64 else 1)
     return path
 
 
-def run(config: DemoConfig, folder: Path, title: str, *, console: Console, progress: bool = True) -> bool:
-    """Run one experiment: train both networks, distill with each preset and print a table.
-
-    Args:
-        config: the experiment.
-        folder: output folder, with a subfolder per training.
-        title: name of the experiment in the output.
-        console: prints the output.
-        progress: show progress bars.
-
-    Returns:
-        Whether the student of the first preset reached ``config.least`` of its teacher's top-1 accuracy.
-    """
-    started = time.perf_counter()
-    images = data.load(config.data)
-    console.rule(f"[bold]{title}[/]: {images.num_classes} classes, {images.image_size} x {images.image_size}")
-    rows, runs = _train(config, images, folder, progress)
-    teacher, student = rows[0].top1, rows[2].top1
-    table = [
+def _save_results(
+    config: DemoConfig, folder: Path, title: str, rows: Sequence[Row], *, seconds: float, console: Console
+) -> bool:
+    """Print the table of an experiment, write ``results.json`` and return whether the first student is good enough."""
+    teacher, *students, supervised = rows
+    chance = 1 / data.load(config.data).num_classes
+    shown = [(row.network, row.trained_on, row.top1, f"{row.seconds:.0f}") for row in (teacher, supervised, *students)]
+    table: list[dict[str, Any]] = [
         {
-            "network": row.network,
-            "trained on": row.trained_on,
-            "top-1": f"{row.top1:.1%}",
-            "relative to teacher": f"{row.top1 / teacher:.1%}",
-            "images/s": None if row.images_per_s is None else f"{row.images_per_s:.0f}",
+            "network": network,
+            "trained on": trained_on,
+            "top-1": f"{top1:.1%}",
+            "relative to teacher": f"{top1 / teacher.top1:.1%}",
+            "seconds": seconds_of_job,
         }
-        for row in rows
+        for network, trained_on, top1, seconds_of_job in (*shown, ("chance", "", chance, None))
     ]
-    console.print(report.result_table(table, title))
-    last = f"images/epoch-{config.distill.loop.epochs:04d}.png"
-    for preset, distilled in runs.items():
-        console.print(f"[bold]{preset}[/]: {distilled.run_dir}")
-        for name in ("student.safetensors", "checkpoints", "config.yaml", "tensorboard", last, "curves.png"):
-            console.print(f"  {distilled.run_dir / name}", highlight=False, soft_wrap=True)
-    synthetic = runs[config.presets[0]].run_dir / last
-    pictures = _save_pictures(images, synthetic, folder, config.distill.loop.batch_size)
-    console.print(f"held-out and synthetic images: {pictures}", highlight=False, soft_wrap=True)
-    seconds = time.perf_counter() - started
+    size = config.data.image_size
+    console.print(report.result_table(table, f"{title}, {1 / chance:.0f} classes, {size} x {size}"))
+    share = students[0].top1 / teacher.top1
+    reached = share >= config.least
+    console.print(
+        f"{'[green]reached[/]' if reached else '[red]missed[/]'}: the {config.presets[0]} student has {share:.1%} of "
+        f"its teacher's top-1; {config.least:.0%} is required\n"
+    )
     results = {
         "experiment": title,
         "environment": report.environment(),
         "seconds": seconds,
         "rounds": config.distill.loop.epochs * config.distill.loop.rounds_per_epoch,
-        "rows": [asdict(row) for row in rows],
+        "rows": [
+            *({**asdict(row), "weights": row.weights.name} for row in (teacher, supervised, *students)),
+            {"network": "chance", "trained_on": "", "top1": chance},
+        ],
     }
     report.write_results(folder / "results.json", results)
-    reached = student >= config.least * teacher
-    console.print(
-        f"{'[green]reached[/]' if reached else '[red]missed[/]'}: the {config.presets[0]} student has "
-        f"{student / teacher:.1%} of its teacher's top-1; {config.least:.0%} is required ({seconds:.0f} s)"
-    )
     return reached
+
+
+def run(configs: Mapping[str, DemoConfig], folder: Path, *, console: Console, workers: int | None = None) -> bool:
+    """Run experiments in parallel processes, print their tables and write their results.
+
+    Args:
+        configs: the experiments by name.
+        folder: output folder, with a subfolder per experiment.
+        console: prints the output.
+        workers: number of processes at a time; None is one per core.
+
+    Returns:
+        Whether, in all experiments, the student of the first preset reached ``least`` of its teacher's top-1 accuracy.
+
+    Raises:
+        JobError: a training failed.
+    """
+    started = time.perf_counter()
+    jobs = {name: experiment_jobs(config, folder / name, name) for name, config in configs.items()}
+    every = [job for each in jobs.values() for job in each]
+    needed = {name for job in every for name in job.after}
+    # Other jobs wait for the teachers, and distillations take longest.
+    ordered = sorted(every, key=lambda job: 0 if job.name in needed else 1 if job.after else 2)
+    rows = run_jobs(ordered, workers=workers, console=console)
+    seconds, reached = time.perf_counter() - started, []
+    console.print()
+    for name, config in configs.items():
+        done = [rows[job.name] for job in jobs[name]]
+        reached.append(_save_results(config, folder / name, name, done, seconds=seconds, console=console))
+    pictures = [_save_pictures(config, folder / name) for name, config in configs.items()]
+    last = folder / name / configs[name].presets[0]
+    lines = (
+        "Held-out images next to synthetic ones:",
+        *(f"  {path}" for path in pictures),
+        "Try next (losses and images in a browser; the student's accuracy; another method):",
+        f"  tensorboard --logdir {folder}",
+        f"  dfkd-fast evaluate --config {last / 'config.yaml'} --weights {last / 'student.safetensors'}",
+        f"  dfkd-fast distill --config {last / 'config.yaml'} --distill.objective "
+        f"'{{preset: dfad}}' --out {folder / name / 'dfad'}",
+    )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    return all(reached)
 
 
 def demo(out: str | None, *, names: Sequence[str] = ("digits", "rendered"), seed: int = 0) -> bool:
@@ -148,14 +214,13 @@ def demo(out: str | None, *, names: Sequence[str] = ("digits", "rendered"), seed
 
     Returns:
         Whether all students reached their targets.
+
+    Raises:
+        JobError: a training failed.
     """
-    # Networks this small gain little from more threads, and with one thread results do not depend on the core count.
-    torch.set_num_threads(1)
-    console = Console()
-    folder = new_run_folder(out, "demo")
-    reached = []
-    for name in names:
-        config = read(DemoConfig, find(f"demo_{name}"))
-        config = replace(config, teach=replace(config.teach, seed=seed), distill=replace(config.distill, seed=seed))
-        reached.append(run(config, folder / name, name, console=console))
-    return all(reached)
+    configs = {name: read(DemoConfig, find(f"demo_{name}")) for name in names}
+    seeded = {
+        name: replace(config, teach=replace(config.teach, seed=seed), distill=replace(config.distill, seed=seed))
+        for name, config in configs.items()
+    }
+    return run(seeded, new_run_folder(out, "demo"), console=Console())

@@ -147,9 +147,15 @@ def _no_device() -> str:
 
 
 def _devices() -> Iterator[Item]:
+    from dfkd_fast.engine import supports_bf16  # imports timm; if it fails, the report says so
+
     if not torch.cuda.is_available():
         yield Item("CUDA device", False, f"{_no_device()}; everything runs on the CPU")
-        yield Item("bf16 autocast", False, "the default on the CPU is float32")
+        cpu = supports_bf16(torch.device("cpu"))
+        emulated = "this CPU has neither AMX nor AVX512-BF16; the default is float32"
+        yield Item(
+            "bf16 autocast", cpu, "the CPU has bfloat16 instructions; the default precision" if cpu else emulated
+        )
         return
     built = torch.cuda.get_arch_list()
     for index in range(torch.cuda.device_count()):
@@ -159,7 +165,7 @@ def _devices() -> Iterator[Item]:
         detail += f"{device.total_memory / 2**30:.0f} GiB, {device.multi_processor_count} SMs"
         detail += "" if fits else f"; this torch is built for {', '.join(built)}"
         yield Item(f"CUDA device {index}", fits, detail)
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = supports_bf16(torch.device("cuda"))
     emulated = "only emulated (native support needs compute capability 8.0); the default is float32"
     yield Item("bf16 autocast", bf16, "supported; the default precision" if bf16 else emulated)
 

@@ -29,6 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "configs": set(),
     "kernels": set(),
     "deprecated": set(),
+    "jobs": set(),
     "nvtx": set(),
     "ranges": {"deprecated"},
     "reference": set(),
@@ -41,7 +42,7 @@ LAYERS: dict[str, set[str]] = {
     "objectives": {"nn", "ops", "graph", "config"},
     "data": {"config"},
     "report": {"config"},
-    "doctor": {"ops", "report"},
+    "doctor": {"ops", "report", "engine"},
     "engine": {"objectives", "nn", "ops", "graph", "models", "data", "report", "config", "nvtx"},
     "profiling": {"engine", "graph", "models", "report", "config", "nvtx"},
 }

@@ -63,11 +63,13 @@ class TestNoDevice:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         assert "CUDA_VISIBLE_DEVICES" in line("CUDA device").detail
 
-    def test_cpu_is_used(self):
+    @pytest.mark.parametrize("bf16", [False, True])
+    def test_cpu_is_used(self, monkeypatch, bf16):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": bf16})
         item = line("CUDA device")
         assert not item.ok
         assert item.detail.endswith("everything runs on the CPU")
-        assert not line("bf16 autocast").ok
+        assert line("bf16 autocast").ok is bf16
 
 
 class TestNvcc:

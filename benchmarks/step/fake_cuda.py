@@ -347,7 +347,7 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
     if variant in ("compile", "eager"):
         stack.enter_context(frozen(teacher))
         if variant == "eager":
-            return EagerEngine(state)
+            return EagerEngine(state, networks.eager_networks(state))
         compiled = networks.eager_networks(state, compile={"backend": compiler})
         return Engine("eager", state, compiled, step_variants._MarkingExecutor())
     stack.enter_context(frozen(teacher))

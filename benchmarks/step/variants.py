@@ -22,11 +22,13 @@ import gc
 import itertools
 import math
 import statistics
+import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +45,22 @@ from dfkd_fast.engine.engines import EagerExecutor
 from dfkd_fast.engine.networks import eager_networks
 from dfkd_fast.models import FeatureModel, create_model, extract, frozen
 
-__all__ = ["KEY", "SIZES", "VARIANTS", "Loop", "Size", "build", "main", "make_loop", "measure", "run_round"]
+__all__ = [
+    "KEY",
+    "SIZES",
+    "VARIANTS",
+    "Loop",
+    "Size",
+    "bench_step",
+    "build",
+    "cifar_resnet",
+    "engine_loop",
+    "main",
+    "make_loop",
+    "measure",
+    "peer_loop",
+    "run_round",
+]
 
 KEY = ("variant", "batch", "run")
 
@@ -52,6 +69,7 @@ VARIANTS = ("peer", "eager", "compile_max_autotune", "compile_reduce_overhead", 
 _MODES = {"compile_max_autotune": "max-autotune", "compile_reduce_overhead": "reduce-overhead"}
 _HALF = (0.5, 0.5, 0.5)
 _STARTED = time.time()
+_CIFAR = "dfkd_fast.benchmarks.step.variants:cifar_resnet"
 _KEPT = 16  # rounds whose losses are kept for the check
 
 
@@ -80,6 +98,17 @@ SIZES = {
         classes=200,
         batch=64,
     ),
+    **{
+        f"cifar{image}": Size(
+            teacher=ModelConfig(name=_CIFAR, options={"depth": 34}),
+            student=ModelConfig(name=_CIFAR, options={"depth": 18}),
+            image=image,
+            classes=100,
+            batch=16,
+            steps=(4, 3),
+        )
+        for image in (32, 64)
+    },
     "small": Size(
         teacher=ModelConfig(name="resnet8", options={"widths": [8, 8, 16, 16]}),
         student=ModelConfig(name="resnet8", options={"widths": [4, 4, 8, 8]}),
@@ -91,6 +120,13 @@ SIZES = {
         seconds=0.0,
     ),
 }
+
+
+def cifar_resnet(depth: int, *, num_classes: int) -> nn.Module:
+    """ResNet-18 or ResNet-34 for small images, as in code for CIFAR: a 3 x 3 stem without stride and pooling."""
+    model = create_model(ModelConfig(name=f"timm:resnet{depth}"), num_classes=num_classes)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return model
 
 
 def _with_statistics(model: nn.Module, size: Size, device: torch.device) -> nn.Module:
@@ -157,7 +193,7 @@ class _MarkingExecutor(EagerExecutor):
         super().execute(engine, kind)
 
 
-def _peer_loop(state: DistillState) -> Loop:
+def peer_loop(state: DistillState) -> Loop:
     peer = PeerLoop(state, mean=_HALF, std=_HALF)
     for side in state.sides.values():
         side.optimizer.state.clear()  # PeerLoop has its own optimizers, so this memory would be counted twice
@@ -170,7 +206,7 @@ def _peer_loop(state: DistillState) -> Loop:
     )
 
 
-def _engine_loop(engine: Engine, name: str = "") -> Loop:
+def engine_loop(engine: Engine, name: str = "") -> Loop:
     state = engine.state
     # Allocated once, because pinning memory waits for the device.
     kept = torch.zeros(_KEPT, *state.trace.shape, pin_memory=state.runtime.device.type == "cuda")
@@ -201,17 +237,17 @@ def make_loop(variant: str, size: Size, batch: int, device: torch.device) -> Ite
         if variant != "dfkd_fast":
             stack.enter_context(ops.backend("reference"))
         if variant == "peer":
-            yield _peer_loop(state), state
+            yield peer_loop(state), state
             return
         stack.enter_context(frozen(teacher))
         if variant == "dfkd_fast":
-            yield _engine_loop(create_engine(state)), state
+            yield engine_loop(create_engine(state)), state
         elif variant == "eager":
-            yield _engine_loop(EagerEngine(state)), state
+            yield engine_loop(EagerEngine(state, eager_networks(state))), state
         else:
             options = {"mode": _MODES[variant]} if device.type == "cuda" else {"backend": "eager"}
             engine = Engine("eager", state, eager_networks(state, compile=options), _MarkingExecutor())
-            yield _engine_loop(engine, "torch.compile"), state
+            yield engine_loop(engine, "torch.compile"), state
 
 
 def run_round(loop: Loop, steps: tuple[int, int], mark: Callable[[], None] = lambda: None) -> None:
@@ -345,10 +381,24 @@ def rooflines(size: Size, batch: int, device: torch.device) -> dict[str, Any]:
     rates = measure_peak_rates(device)
     state, teacher = build(size, batch, device)
     with state.runtime.backends(), ops.backend("reference"), frozen(teacher):
-        work = round_work(EagerEngine(state))
+        work = round_work(EagerEngine(state, eager_networks(state)))
     least = roofline(work, rates, generator_steps=size.steps[0], student_steps=size.steps[1])
     steps = {f"{kind}_step": asdict(each) for kind, each in zip(("generator", "student"), work, strict=True)}
     return {**asdict(least), **asdict(rates), **steps, "status": "ok"}
+
+
+def bench_step(out: Path, device: str) -> int:
+    """Measure all variants of a device, each in its own process, into ``out``. Return 0, or the first exit status."""
+    if device == "cpu":
+        from dfkd_fast.benchmarks.step.cpu import main as main_cpu
+
+        return main_cpu(["--out", str(out / "step_cpu.json")])
+    for variant in ("roofline", *VARIANTS):
+        command = [sys.executable, "-m", "dfkd_fast.benchmarks.step.variants", variant, "--out", str(out / "step.json")]
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            return status
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

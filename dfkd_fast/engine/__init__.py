@@ -14,7 +14,7 @@ from dfkd_fast.engine.evaluation import EvalResult, evaluate
 from dfkd_fast.engine.exporting import ExportError, ExportResult, export
 from dfkd_fast.engine.loop import DistillResult, NonFiniteError, agreement, distill
 from dfkd_fast.engine.networks import Networks, StepNetworks
-from dfkd_fast.engine.runtime import Runtime
+from dfkd_fast.engine.runtime import Runtime, supports_bf16
 from dfkd_fast.engine.state import DistillState, Position, Side, build_generator, build_state
 from dfkd_fast.engine.steps import generator_step, student_step, synthesize
 from dfkd_fast.engine.training import TeachResult, teach
@@ -49,6 +49,7 @@ __all__ = [
     "generator_step",
     "resolve_engine",
     "student_step",
+    "supports_bf16",
     "synthesize",
     "teach",
 ]

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_fast.config import EngineName
 from dfkd_fast.engine.capture import CudaRecorder
-from dfkd_fast.engine.networks import Networks, compiled_networks, eager_networks
+from dfkd_fast.engine.networks import Networks, compiled_networks, optimized_networks
 from dfkd_fast.engine.runtime import Runtime
 from dfkd_fast.engine.state import DistillState
 from dfkd_fast.engine.steps import generator_step, student_step
@@ -223,10 +223,15 @@ def _captured_values(state: DistillState) -> dict[str, Any]:
 
 
 class EagerEngine(Engine):
-    """Runs eager networks: those of the state, or those passed in."""
+    """Runs networks without compilation.
+
+    Args:
+        state: the state to train.
+        networks: the networks that the steps call; None uses :func:`dfkd_fast.engine.networks.optimized_networks`.
+    """
 
     def __init__(self, state: DistillState, networks: Networks | None = None) -> None:
-        super().__init__("eager", state, networks or eager_networks, EagerExecutor())
+        super().__init__("eager", state, networks or optimized_networks, EagerExecutor())
 
 
 class CompiledEngine(Engine):

@@ -26,7 +26,7 @@ from dfkd_fast.engine.checkpoint import Checkpoints
 from dfkd_fast.engine.engines import Engine, create_engine
 from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.interrupt import catch_signals
-from dfkd_fast.engine.progress import ProgressLine
+from dfkd_fast.engine.progress import Listener, ProgressLine
 from dfkd_fast.engine.rounds import NonFiniteError, Round, Rounds
 from dfkd_fast.engine.runtime import Runtime, new_run_folder
 from dfkd_fast.engine.state import DistillState, build_state
@@ -220,7 +220,7 @@ def distill(
     data: ImageData | None = None,
     description: Mapping[str, str] | None = None,
     inputs: Mapping[str, Any] | None = None,
-    progress: bool = True,
+    progress: bool | Listener = True,
 ) -> DistillResult:
     """Train a student to match a teacher without the teacher's data (Shao et al., ICCV 2023, section 3).
 
@@ -234,7 +234,7 @@ def distill(
         description: metadata for the student's file, in addition to its classes and normalization.
         inputs: further entries of the run's ``config.yaml``, of types that YAML can express, for example the configs of
             networks and data.
-        progress: show a progress bar.
+        progress: show a progress bar, or a function that is called with the progress instead.
 
     Returns:
         The trained student, its history and the run folder.
@@ -259,7 +259,7 @@ def _distill(
     sizes: dict[str, Any],
     description: dict[str, str],
     inputs: dict[str, Any],
-    progress: bool,
+    progress: bool | Listener,
 ) -> DistillResult:
     state, config = engine.state, engine.state.config
     loop, runtime = config.loop, state.runtime

@@ -14,7 +14,15 @@ from torch import nn
 
 from dfkd_fast.config import Precision
 
-__all__ = ["Runtime", "new_run_folder"]
+__all__ = ["Runtime", "new_run_folder", "supports_bf16"]
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 instructions for matrix products: compute capability 8.0, AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +64,7 @@ class Runtime:
         if precision not in known:
             raise ValueError(f"precision must be one of {', '.join(known)}, got {precision!r}")
         if precision == "auto":
-            precision = "bf16" if resolved.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
+            precision = "bf16" if supports_bf16(resolved) else "fp32"
         if precision == "tf32" and resolved.type != "cuda":
             raise ValueError(f"precision 'tf32' needs a CUDA device, got {name!r}")
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

@@ -42,6 +42,17 @@ def synthesize(state: DistillState, noise: Tensor) -> Tensor:
         return generator(noise)
 
 
+def _all_finite(tensors: list[Tensor]) -> Tensor:
+    """Return 1 (float32, shape (1,)) if all values are finite, otherwise 0."""
+    if tensors[0].is_cuda:
+        largest = torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))
+        # A comparison takes fewer kernels than isfinite, and is false for NaN.
+        return (largest < math.inf).float().view(1)
+    found, one = tensors[0].new_zeros(1), tensors[0].new_ones(())  # on the CPU, the norm is 18 times slower
+    torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, one)
+    return 1 - found
+
+
 def _descend(state: DistillState, side: Side[Any], total: Tensor, values: Tensor) -> None:
     """Update a side along the gradient of its loss ``total``, and write its terms' ``values`` to the trace."""
     optimizer, scaler = side.optimizer, side.scaler
@@ -55,9 +66,7 @@ def _descend(state: DistillState, side: Side[Any], total: Tensor, values: Tensor
             finite = torch.ones_like(values[:1])
         else:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
-            # A comparison takes fewer kernels than isfinite, and is false for NaN.
-            finite = (torch.maximum(largest, total.detach().abs()) < math.inf).float().view(1)
+            finite = _all_finite([*gradients, total.detach()])
             optimizer.found_inf = 1 - finite[0]  # type: ignore[attr-defined]
             optimizer.step()
             del optimizer.found_inf  # type: ignore[attr-defined]

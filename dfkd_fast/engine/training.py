@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from dfkd_fast.config import TeachConfig, to_dict
 from dfkd_fast.data import ImageData, loader
 from dfkd_fast.engine.evaluation import evaluate
-from dfkd_fast.engine.progress import ProgressLine
+from dfkd_fast.engine.progress import Listener, ProgressLine
 from dfkd_fast.engine.runtime import Runtime, new_run_folder
 from dfkd_fast.models import save_weights
 
@@ -86,7 +86,7 @@ def teach(
     *,
     description: Mapping[str, str] | None = None,
     workers: int = 0,
-    progress: bool = True,
+    progress: bool | Listener = True,
     title: str = "teach",
 ) -> TeachResult:
     """Train a classifier with SGD, a cosine learning rate and cross-entropy (paper, section 4.1).
@@ -99,7 +99,7 @@ def teach(
         config: options of the training.
         description: additional metadata of the weights file.
         workers: number of data loader processes.
-        progress: show a progress bar.
+        progress: show a progress bar, or a function that is called with the progress instead.
         title: title of the progress bar.
 
     Returns:

@@ -44,7 +44,7 @@ __all__ = [
     "register",
 ]
 
-NAMES = ("cuda", "triton", "reference")
+NAMES = ("cuda", "triton", "cpu", "reference")
 """The built-in backends, in order of preference."""
 
 VARIABLE = "DFKD_FAST_BACKEND"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_fast.ops.backend import dispatch, register
@@ -185,6 +186,84 @@ def _triton(*norm: Any, activation: str, residual: Tensor | None, fork: bool) ->
     return _fused(*norm, activation, keep_mask, residual)[:6]
 
 
+def _cpu_forward(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute y, mean and var with fewer passes over maps than the reference."""
+    upcast_x = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean, var, scale, shift = (
+        None if v is None else v.to(upcast_x.dtype) for v in (running_mean, running_var, weight, bias)
+    )
+    # Without a residual, PyTorch rounds a half-precision result once.
+    y = F.batch_norm(x if residual is None else upcast_x, mean, var, scale, shift, eps=eps)
+    if residual is not None:
+        y.add_(residual)
+    if activation != "none":
+        y = y.relu_() if activation == "relu" else F.hardtanh_(y, 0, 6)
+    others = [dim for dim in range(x.ndim) if dim != 1]
+    batch_mean = upcast_x.mean(others, keepdim=True)
+    deviation = upcast_x - batch_mean if upcast_x is x else upcast_x.sub_(batch_mean)
+    return y.to(x.dtype), batch_mean.flatten(), deviation.square_().mean(others)
+
+
+def _cpu_save(inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Sequence[Tensor | None], tuple[Any, ...]]:
+    *norm, eps, activation, residual = inputs
+    y, mean, _ = results
+    saved = (*norm[:4], mean, None if activation == "none" else y)
+    return saved, (eps, activation, None if residual is None else residual.dtype)
+
+
+def _cpu_gradients(
+    needs_grad: Sequence[bool], saved: Sequence[Any], options: tuple[Any, ...], *grads: Tensor | None
+) -> list[Tensor | None]:
+    (x, running_mean, running_var, weight, mean, y), (eps, activation, residual_dtype) = saved, options
+    grad_y, grad_mean, grad_var = grads
+    gradients: list[Tensor | None] = [None] * 8
+    if grad_y is not None:
+        if activation == "relu":
+            grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0)
+        elif activation == "relu6":
+            grad_y = torch.ops.aten.hardtanh_backward(grad_y, y, 0, 6)
+        needs = [bool(needs_grad[i]) for i in (0, 3, 4)]
+        vectors = (None if v is None else v.to(mean.dtype) for v in (weight, running_mean, running_var))
+        of_norm = torch.ops.aten.native_batch_norm_backward(grad_y, x, *vectors, None, None, False, eps, needs)
+        gradients[0], gradients[3], gradients[4] = (g if need else None for g, need in zip(of_norm, needs, strict=True))
+        gradients[7] = grad_y.to(residual_dtype) if needs_grad[7] else None
+    if needs_grad[0] and not (grad_mean is None and grad_var is None):
+        # grad_mean / M + 2 grad_var (x - mean) / M for M values per channel: an affine map of each channel.
+        of_mean, of_var = (
+            torch.zeros_like(mean) if g is None else g * (factor * x.shape[1] / x.numel())
+            for g, factor in ((grad_mean, 1), (grad_var, 2))
+        )
+        of_statistics = F.batch_norm(x, mean, torch.ones_like(mean), of_var, of_mean, eps=1e-30)
+        gradients[0] = of_statistics if gradients[0] is None else gradients[0].add_(of_statistics)
+    return gradients
+
+
+_cpu_op = differentiable("batchnorm_statistics", _cpu_forward, _cpu_save, _cpu_gradients, outputs=3)
+
+
+def _cpu(*norm: Any, activation: str, residual: Tensor | None, fork: bool) -> tuple[Tensor, ...]:
+    y, mean, var = _cpu_op(*norm, activation, residual)
+    return *([y] * (1 + fork)), mean, var
+
+
+def _cpu_unsupported(x: Tensor, *_: Any, **__: Any) -> str | None:
+    if x.device.type != "cpu":
+        return f"it runs on the CPU, not on {x.device.type}"
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses the reference"
+    return None if x.numel() else "x is empty"
+
+
+register("batchnorm_statistics", "cpu", _cpu, _cpu_unsupported)
 register("batchnorm_statistics", "reference", reference.batchnorm_statistics)
 register("batchnorm_statistics", "triton", _triton, lambda x, *_, residual, **__: unsupported_reason(x, residual))
 register("channel_statistics", "reference", reference.channel_statistics)

@@ -37,7 +37,9 @@ _FOLDER = Path(__file__).resolve().parents[1]
 def _load() -> str | None:
     library = _FOLDER / "_operators.so"
     if not library.exists():
-        return "the CUDA extension is not built (docs/building.md)"
+        return (
+            "the CUDA extension is not built (pip install --no-build-isolation --editable . builds it: docs/install.md)"
+        )
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     try:
