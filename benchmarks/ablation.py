@@ -10,11 +10,9 @@ image size. With ``--engines``, the cells compare the graph engine in bf16 with 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import sys
@@ -22,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from dfkd_fast import data
 from dfkd_fast.benchmarks.results import Results, commits, parser
 from dfkd_fast.config import DemoConfig, ObjectiveConfig, find, read, to_dict
 from dfkd_fast.engine import NonFiniteError, distill, teach
+from dfkd_fast.jobs import Job, run_jobs
 from dfkd_fast.models import create_model, extract
 from dfkd_fast.report import markdown_table
 
@@ -49,12 +49,17 @@ def experiment(name: str) -> DemoConfig:
     """Return the configuration of an experiment.
 
     "full" is ``ablation_full.yaml``. "digits" and "rendered" are the demo's experiments. "small" is "rendered" with the
-    paper's loss weights and half of the rounds. "tiny" is "digits" with one epoch for the teacher and one round.
+    paper's loss weights, fewer rounds and a lower learning rate. "tiny" is "digits" with one epoch for the teacher and
+    one round.
     """
     if name == "full":
         return read(DemoConfig, Path(__file__).with_name("ablation_full.yaml"))
     changes: dict[str, Overrides] = {
-        "small": {"distill.loop.epochs": 4, "distill.objective": ObjectiveConfig()},
+        "small": {
+            "distill.loop.epochs": 4,
+            "distill.objective": ObjectiveConfig(),
+            "distill.optimizer.student_lr": 0.05,
+        },
         "tiny": {"teach.epochs": 1, "distill.loop.epochs": 1, "distill.loop.rounds_per_epoch": 1},
     }
     demo = {"small": "rendered", "tiny": "digits"}.get(name, name)
@@ -112,7 +117,9 @@ def trained_teacher(config: DemoConfig, device: str) -> tuple[Path, float]:
     return weights, json.loads(note.read_text())
 
 
-def run_cell(job: tuple[str, str, Overrides, int], *, device: str, end: float) -> dict[str, Any] | None:
+def run_cell(
+    job: tuple[str, str, Overrides, int], *, device: str, end: float, progress: Any = False
+) -> dict[str, Any] | None:
     """Run one job, a tuple (cell, experiment, overrides, seed). A CPU uses its default engine instead of the cell's.
 
     Returns:
@@ -141,11 +148,17 @@ def run_cell(job: tuple[str, str, Overrides, int], *, device: str, end: float) -
         if device == "cpu":
             changes["engine"] = "auto"
         try:
-            result = distill(teacher, student, override(config.distill, changes), data=images, progress=False)
+            result = distill(teacher, student, override(config.distill, changes), data=images, progress=progress)
             row |= {"accuracy": result.accuracy, "agreement": result.agreement, "images_per_s": result.images_per_s}
         except NonFiniteError as error:
             row["error"] = str(error)
     return {**row, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _top1(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "not started: no time left"
+    return "not finite" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
 
 
 def ablation_section(content: dict[str, Any], folder: str) -> str:
@@ -198,14 +211,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = [(cell, *cells[cell], seed) for seed in options.seeds for cell in cells if (cell, seed) not in known]
     for name in {name for _, name, _, _ in jobs}:
         trained_teacher(experiment(name), options.device)  # once, before several processes read it
-    run = functools.partial(run_cell, device=options.device, end=end)
-    workers = options.jobs or min(os.cpu_count() or 1, 6 if options.device == "cuda" else 64)
-    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
-        for row in pool.imap_unordered(run, jobs):
-            if row is not None:
-                results.add(row)
-                top1 = "not finite" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
-                print(f"{row['cell']}, seed {row['seed']}: {top1} ({row['seconds']:.0f} s)", flush=True)
+    workers = options.jobs or min(len(os.sched_getaffinity(0)), 6 if options.device == "cuda" else 64)
+    cell_jobs = [
+        Job(name=f"{job[0]}, seed {job[3]}", call=partial(run_cell, job, device=options.device, end=end))
+        for job in jobs
+    ]
+
+    def finished(row: dict[str, Any] | None) -> None:
+        if row is not None:
+            results.add(row)
+
+    run_jobs(cell_jobs, workers=workers, text=_top1, finished=finished)
     return 0
 
 

@@ -45,6 +45,7 @@ class Job:
 
 
 def _work(job: Job, arguments: Sequence[Any], connection: Connection) -> None:
+    os.setpgrp()  # on Ctrl-C, only the parent stops the jobs
     torch.set_num_threads(1)
     try:
         message = "result", job.call(*arguments, progress=lambda *values: connection.send(("progress", values)))
@@ -95,6 +96,7 @@ def run_jobs(
     *,
     workers: int | None = None,
     text: Callable[[Any], str] = str,
+    finished: Callable[[Any], object] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run jobs, each in its own process with one thread, and return their results by name.
@@ -106,10 +108,12 @@ def run_jobs(
         jobs: the jobs, in the order of their priority.
         workers: number of processes at a time; None is one per available core.
         text: turns a result into the note of its row.
+        finished: called with each result, in this process.
         console: console of the table; None uses the default one.
 
     Raises:
         JobError: a job failed. The other jobs are stopped.
+        ValueError: jobs wait for each other or for jobs that do not exist.
     """
     count = workers or len(os.sched_getaffinity(0))
     # Processes are forked from a server that has imported torch. It has neither threads nor a CUDA context.
@@ -130,6 +134,8 @@ def run_jobs(
                     there.close()
                     running[here] = job, process
                     table.start(job.name)
+                if not running:
+                    raise ValueError(f"these jobs wait for jobs that never finish: {[job.name for job in waiting]}")
                 ready: list[Any] = wait([*running])
                 for connection in ready:
                     job, process = running[connection]
@@ -145,6 +151,8 @@ def run_jobs(
                     else:
                         results[job.name] = value
                         table.finish(job.name, value)
+                        if finished is not None:
+                            finished(value)
                         del running[connection]
                         process.join()
     finally:

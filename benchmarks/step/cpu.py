@@ -89,7 +89,7 @@ def _convolutions(loop: Loop, steps: tuple[int, int]) -> tuple[float, float]:
     with FlopCounterMode(display=False) as counter:
         run_round(loop, steps)
     flops = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
         start = time.perf_counter()
         run_round(loop, steps)
         wall = time.perf_counter() - start
@@ -119,7 +119,7 @@ def measure(cell: Cell, size: Size, *, rounds: int) -> list[dict[str, Any]]:
     Args:
         cell: precision and threads.
         size: the experiment.
-        rounds: number of rounds per variant, after a step of each kind to warm up.
+        rounds: number of rounds per variant, after one to warm up.
 
     Returns:
         A row per variant with medians in milliseconds.
@@ -132,7 +132,7 @@ def measure(cell: Cell, size: Size, *, rounds: int) -> list[dict[str, Any]]:
     try:
         with _loops(size, cell.precision) as loops:
             for variant, loop in loops.items():
-                _seconds(loop, variant, (1, 1))
+                _seconds(loop, variant, size.steps)
             times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
             for _, (variant, loop) in itertools.product(range(rounds), loops.items()):
                 times[variant].append(_seconds(loop, variant, size.steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from dfkd_fast import ops
 from dfkd_fast.benchmarks.ops.measure import PeakRates
 from dfkd_fast.benchmarks.report import step_section
-from dfkd_fast.benchmarks.step import breakdown, variants
+from dfkd_fast.benchmarks.step import breakdown, cpu, variants
+from dfkd_fast.benchmarks.step.cpu import step_cpu_rows, step_cpu_section
 from dfkd_fast.benchmarks.step.peer_loop import PeerLoop, PlainGate
 from dfkd_fast.benchmarks.step.roofline import Work, counted, roofline
 from dfkd_fast.benchmarks.step.variants import SIZES, VARIANTS
 from dfkd_fast.config import ObjectiveConfig
 from dfkd_fast.engine import EagerEngine
+from dfkd_fast.engine.networks import eager_networks
 from dfkd_fast.nn import SpatialAttention
 from dfkd_fast.report import read_results
 
@@ -35,7 +38,7 @@ class TestPeer:
         )
         config = replace(config, seed=1)  # with seed 0, rounding errors decide the side of a ReLU's kink
         state, peer_state = tiny.state(config), tiny.state(config)
-        engine, peer = EagerEngine(state), PeerLoop(peer_state, mean=tiny.HALF, std=tiny.HALF)
+        engine, peer = EagerEngine(state, eager_networks(state)), PeerLoop(peer_state, mean=tiny.HALF, std=tiny.HALF)
         for _ in range(2):
             engine.start_round()
             for row in range(6):
@@ -96,6 +99,38 @@ class TestRoofline:
         found = roofline(work, rates, generator_steps=2, student_steps=1)
         assert (found.generator_step_ms, found.student_step_ms) == pytest.approx((5.0, 3.0))
         assert found.round_ms == pytest.approx(13.0)
+
+
+class TestCpu:
+    def test_all_variants_have_times_in_both_precisions(self, monkeypatch):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # more threads are slow on a busy machine
+        assert cpu.main(["--out", "step_cpu.json", "--sizes", "small", "--rounds", "2"]) == 0
+        content = read_results("step_cpu.json")
+        assert len(content["rows"]) == len(cpu.VARIANTS) * 2
+        for row in content["rows"]:
+            assert 0 < row["least_ms"] <= row["round_ms"] <= row["most_ms"]
+            assert row["round_ms"] == pytest.approx(2 * row["generator_step_ms"] + 2 * row["student_step_ms"], rel=0.5)
+            if row["variant"] == "dfkd_fast":
+                assert 0 < row["convolutions"] < 1
+                assert 0 < row["convolution_gflops"] < row["peak_gflops"]
+        assert step_cpu_section(content, "cpu").count("| 32 x 32 |") == 2
+
+    def test_table_has_speedups_and_their_geometric_mean(self):
+        block = {"device": {"name": "cpu"}, "cpu": "A CPU", "torch": "2.11.0", "commit": "c" * 40, "source": "s"}
+        rows = []
+        for size, peer, nchw in (("a", 200.0, 110.0), ("b", 800.0, 100.0)):
+            for variant, ms in (("peer", peer), ("eager", 150.0), ("nchw", nchw), ("dfkd_fast", 100.0)):
+                row = {"size": size, "precision": "fp32", "threads": 1, "variant": variant, "image": 32, "rounds": 3}
+                row |= {"round_ms": ms, "generator_step_ms": ms, "student_step_ms": 100.0}
+                row |= {"convolutions": 0.7, "convolution_gflops": 90.0, "peak_gflops": 100.0}
+                rows.append(row)
+        first, second = step_cpu_rows(rows)
+        assert (first["generator step, speed-up"], first["student step, speed-up"]) == ("2.00 x", "1.00 x")
+        assert (first["round, speed-up"], second["round, speed-up"]) == ("2.00 x", "8.00 x")
+        assert (first["convolutions"], first["their rate / peak"]) == ("70%", "90%")
+        text = step_cpu_section({"rows": rows, "environments": [block]}, "cpu")
+        assert "| `peer` | fp32 | 4.00 x | 2.00 x to 8.00 x |" in text
+        assert "A CPU" in text
 
 
 class TestVariants:

@@ -87,6 +87,11 @@ class CountingRecorder(CudaRecorder):
         return super().record(work)
 
 
+def eager_engine(state: DistillState, networks: Networks | None = None) -> EagerEngine:
+    """The eager engine over networks that are not optimized."""
+    return EagerEngine(state, networks or eager_networks(state))
+
+
 def graph_engine(state: DistillState, networks: Networks | None = None) -> GraphEngine:
     """The graph engine over networks that are not compiled."""
     device = state.runtime.device
@@ -143,7 +148,7 @@ def assert_same_run(eager: DistillState, other: DistillState, traces: tuple[list
 
 def compare_with_eager(device: str, work: Callable[[Engine], list[Tensor]]) -> Engine:
     """Run ``work`` with the eager and the graph engine, compare the runs and return the graph engine."""
-    eager, other = EagerEngine(state_on(device)), graph_engine(state_on(device))
+    eager, other = eager_engine(state_on(device)), graph_engine(state_on(device))
     assert_same_run(eager.state, other.state, (work(eager), work(other)))
     return other
 
@@ -166,11 +171,12 @@ def assert_state_preserved(state: DistillState) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mode", ["batch", "update", "eval"])
-def test_graph_engine_matches_eager(mode: str) -> None:
+@pytest.mark.parametrize("create", [graph_engine_optimized, EagerEngine])
+def test_optimized_networks_match_eager_ones(create: Callable[[DistillState], Engine], mode: str) -> None:
     eager, other = (tiny.state(tiny.config(student_in_generator_step=mode)) for _ in range(2))
-    engine = graph_engine_optimized(other)
+    engine = create(other)
     engine.prepare()
-    assert_runs_close(eager, other, (run_rounds(EagerEngine(eager), 3), run_rounds(engine, 3)))
+    assert_runs_close(eager, other, (run_rounds(eager_engine(eager), 3), run_rounds(engine, 3)))
     assert other.position == eager.position
     assert other.student_updates == eager.student_updates
 
@@ -183,7 +189,7 @@ def test_compiled_engine_matches_eager_without_graph_breaks() -> None:
     with assert_state_preserved(other):
         engine.prepare()
     assert counters["stats"]["unique_graphs"] == 8  # generator, teacher, student, objective; in each kind of step
-    assert_runs_close(eager, other, (run_rounds(EagerEngine(eager), 3), run_rounds(engine, 3)))
+    assert_runs_close(eager, other, (run_rounds(eager_engine(eager), 3), run_rounds(engine, 3)))
     assert counters["stats"]["unique_graphs"] == 8
     assert not counters["graph_break"]
     assert not counters["recompile_limit"]
@@ -204,7 +210,7 @@ def test_inductor_matches_eager(device: str, kind: type[CompiledEngine], precisi
     with eager.runtime.backends():
         with assert_state_preserved(other):
             engine.prepare()
-        traces = run_rounds(EagerEngine(eager), 3), run_rounds(engine, 3)
+        traces = run_rounds(eager_engine(eager), 3), run_rounds(engine, 3)
     if precision == "fp32":
         assert_runs_close(eager, other, traces)
     else:
@@ -220,7 +226,7 @@ def test_every_term_can_be_captured() -> None:
     assert [len(side.objective.names) for side in other.sides.values()] == [6, 5]
     engine = graph_engine(other)
     engine.prepare()
-    assert_same_run(eager, other, (run_rounds(EagerEngine(eager), 2), run_rounds(engine, 2)))
+    assert_same_run(eager, other, (run_rounds(eager_engine(eager), 2), run_rounds(engine, 2)))
 
 
 def test_teacher_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,12 +250,12 @@ def test_prepare_in_the_middle_of_a_round_preserves_the_state() -> None:
     """A resumed run may start on the last row of the trace."""
     eager, other = tiny.state(), tiny.state()
     for state in (eager, other):
-        engine = EagerEngine(state)
+        engine = eager_engine(state)
         run_rounds(engine, 1)  # so that momentum, moments and buffers differ from their initial values
         engine.start_round()
         for _ in range(3):
             engine.step()
-    for engine in (EagerEngine(eager), graph_engine(other)):
+    for engine in (eager_engine(eager), graph_engine(other)):
         with assert_state_preserved(engine.state):
             engine.prepare()
         engine.start_round()
@@ -259,7 +265,7 @@ def test_prepare_in_the_middle_of_a_round_preserves_the_state() -> None:
 
 def test_steps_are_captured_again_after_a_change(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    eager, other = EagerEngine(tiny.state()), graph_engine_optimized(tiny.state())
+    eager, other = eager_engine(tiny.state()), graph_engine_optimized(tiny.state())
     for engine in (eager, other):
         run_rounds(engine, 2)
     assert recordings(other) == 2
@@ -289,7 +295,7 @@ def test_replays_draw_new_noise(device: str) -> None:
     eager, other = state_on(device), state_on(device)
     noise: list[list[Tensor]] = []
     traces = []
-    for state, create in ((eager, EagerEngine), (other, graph_engine)):
+    for state, create in ((eager, eager_engine), (other, graph_engine)):
         networks, drawn = eager_networks(state), []  # type: tuple[Networks, list[Tensor]]
         seen = torch.zeros(state.config.loop.batch_size, state.generator.module.latent_dim, device=device)
 
@@ -324,7 +330,7 @@ def test_random_streams_advance_and_resume_as_in_eager_mode(device: str) -> None
 
     eager, other = state_on(device), state_on(device)
     start = random_states(eager)
-    expected = run_rounds(engine_of(eager, EagerEngine), 3)
+    expected = run_rounds(engine_of(eager, eager_engine), 3)
     after = random_states(eager)
     assert not any(torch.equal(a, b) for a, b in zip(start, after, strict=True))
 
@@ -345,7 +351,7 @@ def test_random_streams_advance_and_resume_as_in_eager_mode(device: str) -> None
     assert_same_run(eager, resumed, (expected, found))
 
 
-@pytest.mark.parametrize("create", [EagerEngine, graph_engine])
+@pytest.mark.parametrize("create", [eager_engine, graph_engine])
 def test_student_schedule_is_a_cosine(device: str, create: Callable[[DistillState], Engine]) -> None:
     """The rate changes with each step of a round, and follows a config that changes between rounds."""
     state = state_on(device)
@@ -493,7 +499,7 @@ def test_failed_capture_raises_and_preserves_the_state(device: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         engine.prepare()
     assert all_equal(before, state.mutable_tensors())
-    assert torch.isfinite(run_rounds(EagerEngine(state), 1)[0]).all()
+    assert torch.isfinite(run_rounds(eager_engine(state), 1)[0]).all()
 
 
 def test_unsupported_states_are_refused() -> None:
@@ -533,7 +539,7 @@ def test_bf16_loss_curves_stay_within_the_seed_to_seed_spread() -> None:
         states = [state_on("cpu", seed=seed, precision=precision) for seed in range(4)]
         return torch.stack([loss_curves(state, create(state), 6) for state in states])
 
-    exact, rough = curves("fp32", EagerEngine), curves("bf16", graph_engine_optimized)
+    exact, rough = curves("fp32", eager_engine), curves("bf16", graph_engine_optimized)
     spread = exact.std(0)
     assert ((rough - exact).mean(0).abs() <= spread).all()
     assert ((rough - exact).abs().mean(0) <= 2 * spread).all()
@@ -557,7 +563,7 @@ def test_nonfinite_error_names_round_and_step() -> None:
 
 def test_losses_are_read_one_round_late_and_in_order() -> None:
     state, finished = tiny.state(), []  # type: tuple[DistillState, list[Round]]
-    rounds = Rounds(EagerEngine(state), finished.append)
+    rounds = Rounds(eager_engine(state), finished.append)
     for number in range(3):
         assert rounds.run(lambda: False)
         assert [done.number for done in finished] == list(range(number))
@@ -646,7 +652,7 @@ def test_distill_takes_an_engine_by_name(
 @pytest.mark.gpu
 def test_bf16_losses_match_float32_on_cuda() -> None:
     exact, rough = state_on("cuda"), state_on("cuda", precision="bf16")
-    curves = loss_curves(exact, EagerEngine(exact), 4), loss_curves(rough, create_engine(rough), 4)
+    curves = loss_curves(exact, eager_engine(exact), 4), loss_curves(rough, create_engine(rough), 4)
     torch.testing.assert_close(curves[1], curves[0], rtol=0.1, atol=0.05)
 
 
