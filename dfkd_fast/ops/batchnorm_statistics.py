@@ -255,11 +255,15 @@ def _cpu(*norm: Any, activation: str, residual: Tensor | None, fork: bool) -> tu
     return *([y] * (1 + fork)), mean, var
 
 
-def _cpu_unsupported(x: Tensor, *_: Any, **__: Any) -> str | None:
+def _cpu_unsupported(x: Tensor, *_: Any, activation: str, **__: Any) -> str | None:
     if x.device.type != "cpu":
         return f"it runs on the CPU, not on {x.device.type}"
     if torch.compiler.is_compiling():
         return "torch.compile fuses the reference"
+    if x.dtype == torch.float64:
+        return "it has no second derivatives, which float64 is used to check"
+    if activation == "relu6" and x.dtype != torch.float32:
+        return "rounded values do not show whether relu6 has cut them"
     return None if x.numel() else "x is empty"
 
 
@@ -302,7 +306,7 @@ def batchnorm_statistics(
         residual: same shape as x, any floating dtype; None means 0.
         merge: False returns statistics for :func:`merge_statistics`, which finishes those of many layers in one launch.
         fork: return y twice, for two users: the backward adds their gradients while it reads them.
-        backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
+        backend: ``"triton"``, ``"cpu"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
         y, with the shape, dtype and memory format of x; mean and var, (C,), float32 (float64 if x is), NaN if N = 0. y

@@ -100,7 +100,7 @@ def test_requested_backend_raises_if_unsupported(op, monkeypatch):
 
 
 def test_unknown_backend_raises(op, monkeypatch):
-    expected = "must be 'cuda', 'triton' or 'reference', got 'fast'"
+    expected = "must be 'cuda', 'triton', 'cpu' or 'reference', got 'fast'"
     with pytest.raises(ValueError, match=f"backend {expected}"):
         ops.backend("fast")
     with pytest.raises(ValueError, match=f"backend {expected}"):
@@ -134,7 +134,7 @@ def test_registered_backend_runs_only_on_request(op, monkeypatch):
         RuntimeError, match="'mine', requested by backend, does not support this call of adding: x has 2 elements"
     ):
         op(x[:2], backend="mine")
-    with pytest.raises(ValueError, match="backend must be 'cuda', 'triton', 'mine' or 'reference', got 'fast'"):
+    with pytest.raises(ValueError, match="backend must be 'cuda', 'triton', 'cpu', 'mine' or 'reference', got 'fast'"):
         ops.backend("fast")
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dfkd_fast import ops
-from dfkd_fast.testing import MAP_SHAPES, assert_close, random, unit_roundoff, value_and_gradients
+from dfkd_fast.testing import LAYOUTS, MAP_SHAPES, assert_close, random, unit_roundoff, value_and_gradients, with_layout
 
 from .table import DTYPES, assert_matches, norm
 from .table import call_norm as call
@@ -61,9 +61,9 @@ def test_values_and_gradients_match_formula(shape, affine, residual, activation)
         *((3000.0, 2.0, "channels_last"), (1e-3, 1e-6, "channels_last"), (1e-3, 1e-6, "contiguous")),
     ],
 )
-def test_statistics_are_accurate_for_large_means(backend_and_device, mean, deviation, layout):
+def test_statistics_are_accurate_for_large_means(every_backend_and_device, mean, deviation, layout):
     """E[x^2] - E[x]^2 would have an error of 225 unit roundoffs at mean 30, and no correct digit at mean -1000."""
-    backend, device = backend_and_device
+    backend, device = every_backend_and_device
     x = random(16, 3, 28, 28, scale=deviation, shift=mean, seed=3, layout=layout, device=device)
     zero, one = torch.zeros(3, device=device), torch.ones(3, device=device)
     _, got_mean, got_var = ops.batchnorm_statistics(x, zero, one, None, None, 1e-5, backend=backend)
@@ -77,8 +77,8 @@ def test_statistics_are_accurate_for_large_means(backend_and_device, mean, devia
 
 @pytest.mark.parametrize(("activation", "function"), [("relu", F.relu), ("relu6", F.relu6)])
 @pytest.mark.parametrize("residual", [False, True])
-def test_activations_match_torch_at_their_limits(backend_and_device, residual, activation, function):
-    backend, device = backend_and_device
+def test_activations_match_torch_at_their_limits(every_backend_and_device, residual, activation, function):
+    backend, device = every_backend_and_device
     x = torch.tensor([[-1.0, 0.0, 6.0, 7.0, math.nan]], device=device, requires_grad=True)
     eps = 2.0**-10  # var + eps is exactly 1
     zeros, var = torch.zeros(5, device=device), torch.full((5,), 1 - eps, device=device)
@@ -115,6 +115,68 @@ def test_reduced_precision_stays_within_bound(dtype, activation):
             assert got.dtype == given.dtype
             # The output gradient, and thus each of 252 terms of a sum, is rounded to dtype.
             assert (got.double() - expected_value).norm() <= 8 * unit_roundoff(dtype) * expected_value.norm()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("affine", "residual"), [(True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        (s, layout)
+        for s in SHAPES.values()
+        for layout in LAYOUTS
+        if 0 not in s and (len(s) == 4 or layout != "channels_last")
+    ],
+)
+def test_cpu_backend_matches_formula(shape, layout, affine, residual, activation):
+    inputs = make(shape, dtype=torch.float32, affine=affine, residual=residual)
+    inputs = [
+        t if i not in (0, 5) or t is None else with_layout(t, layout).requires_grad_() for i, t in enumerate(inputs)
+    ]
+    exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+    with ops.backend("cpu"):
+        values, gradients = value_and_gradients(partial(call, activation=activation), inputs)
+    expected, expected_gradients = value_and_gradients(partial(definition, activation=activation), exact)
+    assert values[0].stride() == ops.batchnorm_statistics(*inputs[:5], 1e-3, backend="reference")[0].stride()
+    u = unit_roundoff(torch.float32)
+    for got, correct in zip((*values, *gradients), (*expected, *expected_gradients), strict=True):
+        if correct is not None:
+            assert_close(got, correct, atol=512 * u, rtol=16 * u)
+
+
+@pytest.mark.parametrize("needs", [(0,), (0, 1), (0, 2), (1,), (2,)])
+def test_cpu_backend_has_the_gradients_of_each_result(needs):
+    """Results that a loss does not use have no gradient."""
+    x, rm, rv, w, b, _ = make(dtype=torch.float32)
+    gradients = []
+    for backend in ("cpu", "reference"):
+        results = ops.batchnorm_statistics(x, rm, rv, w, b, 1e-3, activation="relu", backend=backend)
+        total = sum(results[i].square().sum() for i in needs)
+        gradients.append(torch.autograd.grad(total, [x, w, b], allow_unused=True))
+    for a, other in zip(*gradients, strict=True):
+        assert (a is None) == (other is None)
+        if a is not None:
+            assert_close(a, other, atol=1e-4, rtol=1e-5)
+
+
+def test_cpu_backend_is_automatic_only_where_it_is_supported():
+    x, rm, rv, w, b, _ = make(dtype=torch.float32)
+
+    def chosen(x, activation="relu"):
+        y = ops.batchnorm_statistics(x, rm, rv, w, b, 1e-3, activation=activation)[0]
+        return "cpu" if "Fused" in type(y.grad_fn).__name__ else "reference"
+
+    assert chosen(x) == chosen(x.bfloat16()) == chosen(x, "relu6") == "cpu"
+    assert chosen(x.double()) == chosen(x[:0]) == chosen(x.half(), "relu6") == "reference"
+    with pytest.raises(RuntimeError, match="has no second derivatives"):
+        ops.batchnorm_statistics(x.double(), rm, rv, w, b, 1e-3, backend="cpu")
+    y, mean, var = ops.batchnorm_statistics(x, rm, rv, w, b, 1e-3)
+    (gradient,) = torch.autograd.grad((y.square().sum(), var.sum()), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="use backend='reference'"):
+        gradient.sum().backward()
+    compiled = torch.compile(lambda x: ops.batchnorm_statistics(x, rm, rv, w, b, 1e-3), backend="eager", fullgraph=True)
+    for a, other in zip(compiled(x), (y, mean, var), strict=True):
+        assert_close(a, other, atol=1e-6, rtol=1e-6)
 
 
 def test_dtypes_may_differ():

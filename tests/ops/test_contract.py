@@ -251,7 +251,7 @@ def test_autocast_does_not_change_results(backend_and_device, name):
 def test_unknown_and_unsupported_backends_raise(name):
     case, op = CASES[name], name.split(",")[0]
     inputs = case.make(case.shapes[0])(1)
-    with pytest.raises(ValueError, match="backend must be 'cuda', 'triton' or 'reference', got 'numpy'"):
+    with pytest.raises(ValueError, match="backend must be 'cuda', 'triton', 'cpu' or 'reference', got 'numpy'"):
         case.function(*inputs, backend="numpy")
     with pytest.raises(
         RuntimeError, match=f"'cuda', requested by backend, (does not support this call of|does not implement) {op}"
