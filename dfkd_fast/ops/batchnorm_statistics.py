@@ -220,6 +220,7 @@ def _cpu_save(inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> tuple[Seq
     return saved, (eps, activation, None if residual is None else residual.dtype)
 
 
+@torch.no_grad()
 def _cpu_gradients(
     needs_grad: Sequence[bool], saved: Sequence[Any], options: tuple[Any, ...], *grads: Tensor | None
 ) -> list[Tensor | None]:

@@ -161,6 +161,7 @@ def test_cpu_backend_has_the_gradients_of_each_result(needs):
 
 def test_cpu_backend_is_automatic_only_where_it_is_supported():
     x, rm, rv, w, b, _ = make(dtype=torch.float32)
+    rm, rv = rm.detach(), rv.detach()
 
     def chosen(x, activation="relu"):
         y = ops.batchnorm_statistics(x, rm, rv, w, b, 1e-3, activation=activation)[0]
