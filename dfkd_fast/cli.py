@@ -179,7 +179,7 @@ def _evaluate(
     data = _required(experiment, "data")
     config, _ = _described(weights, model)
     images = datasets.load(data)
-    runtime = Runtime.of(device, "auto", channels_last=True)
+    runtime = Runtime.of(device, "fp32", channels_last=True)
     network = runtime.place(create_model(config, num_classes=images.num_classes))
     with runtime.backends():
         result = evaluate(network, images.test, num_classes=images.num_classes, workers=data.workers, runtime=runtime)

@@ -289,7 +289,8 @@ class DistillConfig:
             torch.compile, and ``graph`` replays each compiled step as one CUDA graph. ``auto`` is ``graph`` on a CUDA
             device (``compiled`` in fp16) and ``eager`` elsewhere.
         autotune: let torch.compile benchmark kernel variants, which makes compilation take minutes longer.
-        precision: ``auto`` is bf16 autocast if the CUDA device supports it, otherwise fp32.
+        precision: ``auto`` is bf16 autocast if the device has instructions for it (compute capability 8.0, AMX or
+            AVX512-BF16), otherwise fp32.
         channels_last: keep activations in channels-last memory format.
         device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
         seed: random seed of the run.

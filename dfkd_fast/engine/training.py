@@ -87,7 +87,6 @@ def teach(
     description: Mapping[str, str] | None = None,
     workers: int = 0,
     progress: bool | Listener = True,
-    title: str = "teach",
 ) -> TeachResult:
     """Train a classifier with SGD, a cosine learning rate and cross-entropy (paper, section 4.1).
 
@@ -100,7 +99,6 @@ def teach(
         description: additional metadata of the weights file.
         workers: number of data loader processes.
         progress: show a progress bar, or a function that is called with the progress instead.
-        title: title of the progress bar.
 
     Returns:
         The trained network, its accuracy and the run folder.
@@ -124,7 +122,7 @@ def teach(
     writer = SummaryWriter(str(folder / "tensorboard"))
     model.train()
     start = time.perf_counter()
-    with runtime.backends(), ProgressLine(title, total=config.epochs, unit="epochs", enabled=progress) as line:
+    with runtime.backends(), ProgressLine("teach", total=config.epochs, unit="epochs", enabled=progress) as line:
         for epoch in range(1, config.epochs + 1):
             mean = trainer.epoch()
             if not math.isfinite(mean):

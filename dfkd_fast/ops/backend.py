@@ -10,7 +10,7 @@ The backend is the first of:
    ``cuda`` and ``triton`` are selected only for tensors of at least the sizes in :data:`EAGER_MIN_NUMEL`.
 
 ``cuda`` is CUDA C++ (csrc/) for devices of compute capability 9.0. It uses wgmma, TMA, clusters and grid-wide barriers,
-and supports fewer shapes than ``triton``.
+and supports fewer shapes than ``triton``. ``cpu`` is PyTorch's operators on the CPU with a hand-written backward.
 
 A requested backend is never replaced: if it does not support the arguments, the op raises an error with the reason.
 :func:`register` adds backends under other names, which run only on request.

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfkd_fast.reference.common import match_memory_format
+
 __all__ = ["batch_norm_act"]
+
+
+def _faster_format(x: Tensor) -> Tensor:
+    """Copy channels-last maps with 2 to 7 channels on the CPU, where PyTorch's kernel is up to 60 times slower."""
+    return x.contiguous() if x.device.type == "cpu" and x.ndim == 4 and x.stride(1) == 1 < x.shape[1] < 8 else x
 
 
 def batch_norm_act(
@@ -33,7 +40,8 @@ def batch_norm_act(
     if {v.dtype for v in vectors if v is not None} == {x.dtype}:
         dtype = x.dtype
     mean, var, scale, shift = (None if v is None else v.to(dtype) for v in vectors)
-    y = F.batch_norm(x, mean, var, scale, shift, training, momentum, eps)
+    y = F.batch_norm(_faster_format(x), mean, var, scale, shift, training, momentum, eps)
+    y = match_memory_format(y, x)
     for buffer, updated in ((running_mean, mean), (running_var, var)):
         if buffer is not None and updated is not None and buffer.dtype != dtype:
             buffer.copy_(updated)
