@@ -527,6 +527,18 @@ def test_engine_names_are_resolved() -> None:
     assert type(create_engine(tiny.state())) is EagerEngine
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [({}, "fp32"), ({"avx512_f": True}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")],
+)
+def test_default_precision_follows_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert Runtime.of("cpu", "auto", channels_last=True).precision == precision
+    assert Runtime.of("cpu", "fp32", channels_last=True).autocast is None
+
+
 def loss_curves(state: DistillState, engine: Engine, rounds: int) -> Tensor:
     """The student's distillation loss and the generator's statistics loss per round."""
     traces = torch.stack(run_rounds(engine, rounds))
