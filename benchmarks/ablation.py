@@ -29,7 +29,7 @@ import yaml
 
 from dfkd_fast import data
 from dfkd_fast.benchmarks.results import Results, commits, parser
-from dfkd_fast.config import DemoConfig, ObjectiveConfig, find, read, to_dict
+from dfkd_fast.config import DemoConfig, find, read, to_dict
 from dfkd_fast.engine import NonFiniteError, distill, teach
 from dfkd_fast.jobs import Job, run_jobs
 from dfkd_fast.models import create_model, extract
@@ -48,22 +48,14 @@ CELLS: Mapping[str, Overrides] = yaml.safe_load(Path(__file__).with_name("ablati
 def experiment(name: str) -> DemoConfig:
     """Return the configuration of an experiment.
 
-    "full" is ``ablation_full.yaml``. "digits" and "rendered" are the demo's experiments. "small" is "rendered" with the
-    paper's loss weights, fewer rounds and a lower learning rate. "tiny" is "digits" with one epoch for the teacher and
-    one round.
+    "full" and "small" are ``ablation_full.yaml`` and ``ablation_small.yaml``. "digits" and "rendered" are the demo's
+    experiments. "tiny" is "digits" with one epoch for the teacher and one round.
     """
-    if name == "full":
-        return read(DemoConfig, Path(__file__).with_name("ablation_full.yaml"))
-    changes: dict[str, Overrides] = {
-        "small": {
-            "distill.loop.epochs": 4,
-            "distill.objective": ObjectiveConfig(),
-            "distill.optimizer.student_lr": 0.05,
-        },
-        "tiny": {"teach.epochs": 1, "distill.loop.epochs": 1, "distill.loop.rounds_per_epoch": 1},
-    }
-    demo = {"small": "rendered", "tiny": "digits"}.get(name, name)
-    return override(read(DemoConfig, find(f"demo_{demo}")), changes.get(name, {}))
+    if name in ("full", "small"):
+        return read(DemoConfig, Path(__file__).with_name(f"ablation_{name}.yaml"))
+    tiny: Overrides = {"teach.epochs": 1, "distill.loop.epochs": 1, "distill.loop.rounds_per_epoch": 1}
+    demo = "digits" if name == "tiny" else name
+    return override(read(DemoConfig, find(f"demo_{demo}")), tiny if name == "tiny" else {})
 
 
 def engine_cells(experiments: Sequence[str]) -> dict[str, tuple[str, Overrides]]:
