@@ -52,13 +52,13 @@ def demo_table(contents: Sequence[dict[str, Any]]) -> str:
             }
             for row in content["rows"]
         ]
-        environment = content["environment"]
-        notes.append(
-            f"`{content['experiment']}`: {content['rounds']} rounds, {content['seconds']:.0f} s in total on "
-            f"{environment['cpu'] if environment['device']['name'] == 'cpu' else environment['device']['name']}, "
-            f"threads: {environment['threads']}, torch {environment['torch']}, "
-            f"commit {(environment['commit'] or environment['source'])[:12]}."
-        )
+        notes.append(f"`{content['experiment']}`: {content['rounds']} rounds.")
+    last, environment = contents[-1], contents[-1]["environment"]
+    device = environment["cpu"] if environment["device"]["name"] == "cpu" else environment["device"]["name"]
+    notes.append(
+        f"Everything took {last['seconds']:.0f} s in {last['processes']} parallel processes with one thread each on "
+        f"{device}, with torch {environment['torch']}, commit {(environment['commit'] or environment['source'])[:12]}."
+    )
     return "\n".join([*markdown_table(table), "", "One seed. " + " ".join(notes)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
@@ -123,9 +124,18 @@ def _save_pictures(config: DemoConfig, folder: Path) -> Path:
 
 
 def _save_results(
-    config: DemoConfig, folder: Path, title: str, rows: Sequence[Row], *, seconds: float, console: Console
+    config: DemoConfig,
+    folder: Path,
+    title: str,
+    rows: Sequence[Row],
+    *,
+    facts: dict[str, Any],
+    console: Console,
 ) -> bool:
-    """Print the table of an experiment, write ``results.json`` and return whether the first student is good enough."""
+    """Print the table of an experiment, write ``results.json`` and return whether the first student is good enough.
+
+    ``facts`` are further entries of the file.
+    """
     teacher, *students, supervised = rows
     chance = 1 / data.load(config.data).num_classes
     shown = [(row.network, row.trained_on, row.top1, f"{row.seconds:.0f}") for row in (teacher, supervised, *students)]
@@ -150,7 +160,7 @@ def _save_results(
     results = {
         "experiment": title,
         "environment": report.environment(),
-        "seconds": seconds,
+        **facts,
         "rounds": config.distill.loop.epochs * config.distill.loop.rounds_per_epoch,
         "rows": [
             *({**asdict(row), "weights": row.weights.name} for row in (teacher, supervised, *students)),
@@ -182,12 +192,13 @@ def run(configs: Mapping[str, DemoConfig], folder: Path, *, console: Console, wo
     needed = {name for job in every for name in job.after}
     # Other jobs wait for the teachers, and distillations take longest.
     ordered = sorted(every, key=lambda job: 0 if job.name in needed else 1 if job.after else 2)
+    workers = workers or len(os.sched_getaffinity(0))
     rows = run_jobs(ordered, workers=workers, console=console)
-    seconds, reached = time.perf_counter() - started, []
+    facts, reached = {"seconds": time.perf_counter() - started, "processes": workers}, []
     console.print()
     for name, config in configs.items():
         done = [rows[job.name] for job in jobs[name]]
-        reached.append(_save_results(config, folder / name, name, done, seconds=seconds, console=console))
+        reached.append(_save_results(config, folder / name, name, done, facts=facts, console=console))
     pictures = [_save_pictures(config, folder / name) for name, config in configs.items()]
     last = folder / name / configs[name].presets[0]
     lines = (

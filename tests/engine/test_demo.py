@@ -85,7 +85,7 @@ def test_a_student_below_its_target_is_reported(tmp_path: Path) -> None:
     ]
     for least, word in ((0.6, "reached"), (0.7, "missed")):
         console, config = Console(record=True, width=200), replace(toy(least), presets=["dfkd-fgvc"])
-        reached = demos._save_results(config, tmp_path, "toy", rows, seconds=1.0, console=console)
+        reached = demos._save_results(config, tmp_path, "toy", rows, facts={"seconds": 1.0}, console=console)
         assert reached is (word == "reached")
         assert word in console.export_text()
     shares = json.loads((tmp_path / "results.json").read_text())["rows"]
