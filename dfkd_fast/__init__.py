@@ -5,6 +5,8 @@ Implements Shao et al., "Data-free Knowledge Distillation for Fine-grained Visua
 Names are imported on first use, so ``import dfkd_fast.ops`` requires only torch.
 """
 
+import getpass
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,17 @@ __all__ = [
     "teach",
     "unpatch",
 ]
+
+
+def _name_user() -> None:
+    """Name a user without an entry in the password database, as in containers: torch.compile's cache needs a name."""
+    try:
+        getpass.getuser()
+    except (ImportError, KeyError, OSError):
+        os.environ["LOGNAME"] = f"uid{os.getuid()}"
+
+
+_name_user()
 
 
 def __getattr__(name: str) -> Any:

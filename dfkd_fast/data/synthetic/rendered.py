@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dfkd_fast.config import DataConfig
+from dfkd_fast.config import DataConfig, expand
 from dfkd_fast.data.image_data import HALF, ImageArray, ImageData
 from dfkd_fast.data.registry import ImageSet, register
 from dfkd_fast.data.synthetic import birds
@@ -74,7 +74,7 @@ class Rendered(ImageSet):
             raise ValueError(f"DataConfig.image_size must be in {sizes} for 'rendered', got {config.image_size}")
         if config.seed < 0:
             raise ValueError(f"DataConfig.seed must not be negative for 'rendered', got {config.seed}")
-        folder = Path(config.root) if config.root is not None else _cache_folder()
+        folder = _cache_folder() if config.root is None else expand(config.root)
 
         def split(name: birds.Split, per_class: int, shift: int) -> ImageArray:
             recipe = _Recipe(
@@ -95,8 +95,7 @@ class Rendered(ImageSet):
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dfkd_fast"
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dfkd_fast"
 
 
 def _cached(recipe: _Recipe, folder: Path, workers: int) -> NDArray[np.uint8]:
@@ -113,10 +112,15 @@ def _cached(recipe: _Recipe, folder: Path, workers: int) -> NDArray[np.uint8]:
         except (ValueError, EOFError):
             pass
         warnings.warn(f"{path} is damaged; drawing it again", stacklevel=4)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".drawing-", dir=folder) as scratch:
-        _draw_all(recipe, Path(scratch) / path.name, workers)
-        os.replace(Path(scratch) / path.name, path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".drawing-", dir=folder)
+    except OSError as error:
+        problem = f"cannot write to the image cache {folder}: {error.strerror}; set DataConfig.root to another folder"
+        raise OSError(problem) from error
+    with scratch as name:
+        _draw_all(recipe, Path(name) / path.name, workers)
+        os.replace(Path(name) / path.name, path)
     return np.load(path, mmap_mode="c")
 
 
