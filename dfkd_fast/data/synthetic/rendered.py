@@ -114,20 +114,19 @@ def _cached(recipe: _Recipe, folder: Path, workers: int) -> NDArray[np.uint8]:
         warnings.warn(f"{path} is damaged; drawing it again", stacklevel=4)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".drawing-", dir=folder)
+        with tempfile.TemporaryDirectory(prefix=".drawing-", dir=folder) as scratch:
+            _draw_all(recipe, Path(scratch) / path.name, workers)
+            os.replace(Path(scratch) / path.name, path)
     except OSError as error:
-        problem = f"cannot write to the image cache {folder}: {error.strerror}; set DataConfig.root to another folder"
-        raise OSError(problem) from error
-    with scratch as name:
-        _draw_all(recipe, Path(name) / path.name, workers)
-        os.replace(Path(name) / path.name, path)
+        reason = error.strerror or error
+        raise OSError(f"cannot draw images into {folder}: {reason}; set DataConfig.root to another folder") from error
     return np.load(path, mmap_mode="c")
 
 
 def _draw_all(recipe: _Recipe, path: Path, workers: int) -> None:
     """Draws a split into a file that all processes map."""
     total = recipe.shape[0]
-    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=recipe.shape).flush()
+    np.save(path, np.zeros(recipe.shape, np.uint8))  # fails on a full disk, where a sparse memory map would crash
     starts = range(0, total, _CHUNK)
     if workers < 2 or total < _MIN_FOR_PROCESSES:
         for start in starts:
