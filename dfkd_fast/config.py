@@ -1,7 +1,8 @@
 """Configs of runs: frozen, keyword-only dataclasses that jsonargparse fills from YAML files and the command line.
 
 Every choice that the paper leaves open is a field. The defaults are the paper's values, or the results of
-docs/ablation.md. Fields hold values only; the code that uses them defines the behavior.
+docs/ablation.md. Fields hold values only; the code that uses them defines the behavior. Paths may contain ``~`` and
+environment variables, which :func:`expand` replaces when a path is used.
 """
 
 from __future__ import annotations

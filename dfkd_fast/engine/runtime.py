@@ -30,7 +30,7 @@ def _available(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be 'auto' or a torch device such as 'cpu' or 'cuda:0', got {name!r}") from error
+        raise ValueError(f"device must be 'auto' or a torch device, got {name!r}; use for example 'cuda:0'") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device is {name!r}, but no CUDA device is available; `dfkd-fast doctor` shows why")
