@@ -7,6 +7,7 @@ Names are imported on first use, so ``import dfkd_fast.ops`` requires only torch
 
 import getpass
 import os
+import tempfile
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +51,17 @@ __all__ = [
 ]
 
 
-def _name_user() -> None:
-    """Name a user without an entry in the password database, as in containers: torch.compile's cache needs a name."""
+def _complete_environment() -> None:
+    """Set variables for users without a name or a home folder, as in containers, unless they are set."""
     try:
         getpass.getuser()
-    except (ImportError, KeyError, OSError):
+    except (ImportError, KeyError, OSError):  # importing torch.compile would fail, because its cache has this name
         os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    if os.path.expanduser("~") == "~":  # Triton would write its cache to a folder with this name
+        os.environ.setdefault("TRITON_HOME", tempfile.gettempdir())
 
 
-_name_user()
+_complete_environment()
 
 
 def __getattr__(name: str) -> Any:

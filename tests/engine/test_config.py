@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from dfkd_fast.cli import main
 from dfkd_fast.config import (
     DataConfig,
     DemoConfig,
@@ -130,6 +131,15 @@ def test_read_names_the_file(tmp_path: Path, content: bytes, message: str) -> No
         read(DistillConfig, path)
 
 
+@pytest.mark.parametrize("content", [b"- 1", b"teach: {epochs: [3", b"teach:\n\tepochs: 3", b"# \xe9"])
+def test_the_command_line_names_the_config_file(content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_bytes(content)
+    with pytest.raises(SystemExit) as left:
+        main(["teach", "--config", "mine.yaml"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: mine.yaml: ")
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home folder, which is also ``$PLACE``; the working folder is another one."""
@@ -204,11 +214,12 @@ def missing(uid):
 
 pwd.getpwuid = missing
 import dfkd_fast.ops, torch._inductor.codecache
+assert not os.environ["TRITON_HOME"].startswith("~")
 from dfkd_fast.cli import main
 
 main("teach --data.name digits --teacher.name resnet8 --out ~/run".split())
 """
-    unnamed = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME")
+    unnamed = ("HOME", "TRITON_HOME", "USER", "LOGNAME", "LNAME", "USERNAME")
     environment = {name: value for name, value in os.environ.items() if name not in unnamed}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
