@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dfkd_fast.config import expand
 from dfkd_fast.report import environment, read_results, timestamp, write_results
 
 __all__ = ["Key", "Results", "commits", "dtype_name", "measured_on", "parser", "rounded"]
@@ -63,7 +64,7 @@ class Results:
     """
 
     def __init__(self, path: Path, *, key: Sequence[str], facts: dict[str, Any] | None = None) -> None:
-        self.path, self.key, self.facts = Path(path), tuple(key), facts or {}
+        self.path, self.key, self.facts = expand(path), tuple(key), facts or {}
 
     @property
     def rows(self) -> list[dict[str, Any]]:

@@ -5,6 +5,9 @@ Implements Shao et al., "Data-free Knowledge Distillation for Fine-grained Visua
 Names are imported on first use, so ``import dfkd_fast.ops`` requires only torch.
 """
 
+import getpass
+import os
+import tempfile
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +49,19 @@ __all__ = [
     "teach",
     "unpatch",
 ]
+
+
+def _complete_environment() -> None:
+    """Set variables for users without a name or a home folder, as in containers, unless they are set."""
+    try:
+        getpass.getuser()
+    except (ImportError, KeyError, OSError):  # importing torch.compile would fail, because its cache has this name
+        os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    if os.path.expanduser("~") == "~":  # Triton would write its cache to a folder with this name
+        os.environ.setdefault("TRITON_HOME", tempfile.gettempdir())
+
+
+_complete_environment()
 
 
 def __getattr__(name: str) -> Any:

@@ -372,7 +372,11 @@ def create_parser() -> ArgumentParser:
         """Also accepts the name of a packaged config."""
 
         def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-            super().__call__(parser, cfg, str(find(values)), option_string)
+            path = find(values)
+            try:
+                super().__call__(parser, cfg, str(path), option_string)
+            except Exception as error:
+                raise ValueError(f"{path}: {error}") from error
 
     # With exit_on_error, the parser would print all options before the error.
     parser = ArgumentParser(prog="dfkd-fast", description=__doc__, exit_on_error=False)

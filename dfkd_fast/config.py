@@ -1,12 +1,15 @@
 """Configs of runs: frozen, keyword-only dataclasses that jsonargparse fills from YAML files and the command line.
 
 Every choice that the paper leaves open is a field. The defaults are the paper's values, or the results of
-docs/ablation.md. Fields hold values only; the code that uses them defines the behavior.
+docs/ablation.md. Fields hold values only; the code that uses them defines the behavior. Paths may contain ``~`` and
+environment variables, which :func:`expand` replaces when a path is used.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -28,6 +31,7 @@ __all__ = [
     "Precision",
     "SFCLConfig",
     "TeachConfig",
+    "expand",
     "find",
     "read",
     "to_dict",
@@ -389,14 +393,30 @@ class DemoConfig(ExperimentConfig):
 T = TypeVar("T")
 
 
+def expand(path: str | os.PathLike[str]) -> Path:
+    """Replace ``~`` and environment variables in a path.
+
+    Raises:
+        ValueError: a variable is not set or the home folder is unknown, and no such name exists.
+    """
+    text = os.path.expanduser(os.path.expandvars(os.fspath(path)))
+    unknown = re.match(r"~[^/]*|.*?(\$[A-Za-z_]\w*|\$\{[^}]*\})[^/]*", text, re.DOTALL)
+    if unknown is not None and not os.path.lexists(unknown[0]):
+        user = f"there is no user {unknown[0][1:]}" if unknown[0] != "~" else "HOME is not set"
+        reason = f"the environment variable {unknown[1]} is not set" if unknown[1] else user
+        raise ValueError(f"cannot expand the path {os.fspath(path)!r}: {reason}; set it or write the full path")
+    return Path(text)
+
+
 def find(name: str) -> Path:
     """Find a config file: the file ``name`` if it exists, otherwise the packaged ``configs/NAME.yaml``.
 
     Raises:
         FileNotFoundError: neither exists. The message lists the packaged configs.
     """
-    if Path(name).is_file():
-        return Path(name)
+    path = expand(name)
+    if path.is_file():
+        return path
     packaged = {entry.name.removesuffix(".yaml"): entry for entry in resources.files("dfkd_fast.configs").iterdir()}
     if name in packaged:
         return Path(str(packaged[name]))
@@ -416,10 +436,12 @@ def read(kind: type[T], path: str | Path) -> T:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", type=kind)
     try:
-        parsed = parser.parse_object({"config": yaml.safe_load(Path(path).read_text())})
+        values = yaml.safe_load(expand(path).read_bytes())
+        if not isinstance(values, dict):
+            raise TypeError(f"a config must map names to values, got {values!r}")
+        return parser.instantiate(parser.parse_object({"config": values})).config
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
-    return parser.instantiate(parsed).config
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Benchmark, Case, Make, ca
 from dfkd_fast.benchmarks.ops.measure import CACHES, PASSES, Measurement, PeakRates, Trial, measure_peak_rates
 from dfkd_fast.benchmarks.ops.tables import save_plot, terminal_rows
 from dfkd_fast.benchmarks.results import Key, Results, dtype_name, parser, rounded
+from dfkd_fast.config import expand
 from dfkd_fast.ops.backend import UnsupportedError
 from dfkd_fast.report import result_table
 
@@ -195,7 +196,7 @@ def from_file(path: Path) -> list[Benchmark]:
         ValueError: the file is malformed, or an op, size or dtype is unknown.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(shapes, list) for shapes in content.values()):
@@ -243,9 +244,10 @@ def bench(
         raise ValueError("--tune searches launch configurations of a GPU and needs one")
     chosen = _chosen(ops)
     if shapes not in ("paper", "large"):
-        if not Path(shapes).is_file():
-            raise ValueError(f"--shapes must be paper, large or a file, and there is no file {shapes}")
-        chosen = [each for each in from_file(Path(shapes)) if not ops or each.op in ops]
+        file = expand(shapes)
+        if not file.is_file():
+            raise ValueError(f"--shapes must be paper, large or a file, and there is no file {file}")
+        chosen = [each for each in from_file(file) if not ops or each.op in ops]
         shapes = "file"
     if tune:
         from dfkd_fast.benchmarks.ops.tune import tune as tune_ops

@@ -1,16 +1,19 @@
-"""The common form of all data sets, and a dataset of images in memory."""
+"""The common form of all data sets, and datasets of images in memory and in files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["HALF", "ImageArray", "ImageData"]
+__all__ = ["HALF", "ImageArray", "ImageData", "ImageFiles", "read_image"]
 
 HALF = (0.5, 0.5, 0.5)
 """Mean and standard deviation that map [0, 1] to [-1, 1], the generator's range."""
@@ -98,6 +101,46 @@ class ImageArray(Dataset[tuple[Tensor, int]]):
             images = _shift(images, self.shift)
         pixels = images.to(torch.float32).mul_(self._scale).add_(self._offset)
         return list(zip(pixels.unbind(), self.labels[chosen].tolist(), strict=True))
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image file as RGB. 16-bit gray values are scaled to 8 bits.
+
+    Raises:
+        ValueError: the file is missing, truncated, not an image, or has 32-bit pixels. The message names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+                # PIL would clip all values above 255 to white.
+                return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise ValueError("its pixels have 32 bits, and their range is unknown; convert it to 8 bits")
+            return image.convert("RGB")
+    except Exception as error:  # a damaged file may fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        remedy = "" if isinstance(error, OSError) and error.errno else "; replace the file, or remove it from the data"
+        raise ValueError(f"cannot read the image {path}: {reason}{remedy}") from error
+
+
+class ImageFiles(Dataset[tuple[Tensor, int]]):
+    """Images in files.
+
+    Args:
+        samples: the path and the label of each image.
+        transform: maps an RGB PIL image to a float32 tensor (3, H, W).
+    """
+
+    def __init__(self, samples: Sequence[tuple[str | Path, int]], transform: Callable[[Any], Tensor]) -> None:
+        self.samples = samples
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        return self.transform(read_image(path)), label
 
 
 def _shift(images: Tensor, most: int) -> Tensor:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    default_collate,
+    get_worker_info,
+)
 
 __all__ = ["loader"]
 
@@ -27,7 +38,10 @@ class _SeededBatches(Sampler[tuple[int, list[int]]]):
 
 
 class _Seeded(Dataset[Any]):
-    """Seeds the global generator for each batch and restores its state afterward."""
+    """Returns whole batches. Seeds the global generator for each of them and restores its state afterward.
+
+    In a worker process, an error is returned as the batch.
+    """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -38,7 +52,15 @@ class _Seeded(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index]
 
-    def __getitems__(self, batch: tuple[int, list[int]]) -> list[Any]:
+    def __getitems__(self, batch: tuple[int, list[int]]) -> Any:
+        try:
+            return default_collate(self._items(batch))
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            return _sendable(error)
+
+    def _items(self, batch: tuple[int, list[int]]) -> list[Any]:
         # torch.manual_seed would also seed CUDA.
         seed, indices = batch
         state = torch.random.get_rng_state()
@@ -48,6 +70,34 @@ class _Seeded(Dataset[Any]):
             return fetch(indices) if fetch else [self.dataset[index] for index in indices]
         finally:
             torch.random.set_rng_state(state)
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error with the worker's traceback as a note, or an error with the same text if it cannot be pickled."""
+    note = "In a worker process:\n" + "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(note)
+    return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class _Loader(DataLoader[Any]):
+    """Raises the errors of worker processes unchanged; DataLoader would put a traceback into their messages."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, Exception):
+                try:
+                    raise batch
+                finally:
+                    del batch  # a reference cycle with the traceback would delay the end of the workers by 5 s
+            yield batch
 
 
 def loader(
@@ -85,8 +135,9 @@ def loader(
         if shuffle
         else SequentialSampler(dataset)  # type: ignore[arg-type]
     )
-    return DataLoader(
+    return _Loader(
         _Seeded(dataset),
+        collate_fn=_as_it_is,
         batch_sampler=_SeededBatches(BatchSampler(order, batch_size, drop_last), generator),  # type: ignore[arg-type]
         num_workers=workers,
         # DataLoader draws a base seed per pass, by default from the global generator.

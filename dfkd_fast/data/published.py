@@ -5,18 +5,19 @@ All files that the annotations name are checked first: an incomplete copy fails 
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import FGVCAircraft, ImageFolder, StanfordCars
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dfkd_fast.config import DataConfig
-from dfkd_fast.data.image_data import ImageData
+from dfkd_fast.data.image_data import ImageData, ImageFiles
 from dfkd_fast.data.registry import DatasetNotFound, ImageSet, Layout, register
 from dfkd_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform, training_transform
 
@@ -63,23 +64,25 @@ class Aircraft(ImageSet):
 
     @classmethod
     def load(cls, config: DataConfig) -> ImageData:
-        root = cls.layout.root(config)
-        data = root / "fgvc-aircraft-2013b" / "data"
-        variants = cls.layout.lines(data / "variants.txt")
-        for split in ("trainval", "test"):
-            annotation = data / f"images_variant_{split}.txt"
-            rows = cls.layout.table(annotation)
-            unknown = next((row for row in rows if row[1] not in variants), None)
-            if unknown is not None:
-                raise ValueError(
-                    f"{cls.layout.title}: {annotation} names the variant {unknown[1]!r}, not in variants.txt"
-                )
-            cls.layout.require(data / "images" / f"{image}.jpg" for image, _ in rows)
+        data = cls.layout.root(config) / "fgvc-aircraft-2013b" / "data"
+        number_of: dict[str, int] = {}
+        for line, variant in cls.layout.lines(data / "variants.txt"):
+            if variant in number_of:
+                raise cls.layout.error(data / "variants.txt", line, f"repeats the variant {variant!r}")
+            number_of[variant] = len(number_of)
+
+        def split(name: str, transform: Transform) -> ImageFiles:
+            annotation, samples = data / f"images_variant_{name}.txt", []
+            for line, image, variant in cls.layout.table(annotation):
+                if variant not in number_of:
+                    raise cls.layout.error(annotation, line, f"names the variant {variant!r}, not in variants.txt")
+                samples.append((data / "images" / f"{image}.jpg", number_of[variant]))
+            cls.layout.require(path for path, _ in samples)
+            return ImageFiles(samples, transform)
+
         # The authors' loader crops this data set without rescaling.
         augmented, plain = _transforms(config, "random")
-        train = FGVCAircraft(root, split="trainval", annotation_level="variant", transform=augmented)
-        test = FGVCAircraft(root, split="test", annotation_level="variant", transform=plain)
-        return _image_data(config, train, test, train.classes)
+        return _image_data(config, split("trainval", augmented), split("test", plain), list(number_of))
 
 
 @register("cars196")
@@ -106,32 +109,54 @@ class Cars196(ImageSet):
 
     @classmethod
     def load(cls, config: DataConfig) -> ImageData:
-        root = cls.layout.root(config)
-        base = root / "stanford_cars"
-        parts = ("devkit/cars_meta.mat", "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat")
-        cls.layout.require(base / part for part in (*parts, "cars_train", "cars_test"))
+        base = cls.layout.root(config) / "stanford_cars"
+        names, train = base / "devkit" / "cars_meta.mat", base / "devkit" / "cars_train_annos.mat"
+        test = base / "cars_test_annos_withlabels.mat"
+        if not test.exists() and (base / "devkit" / test.name).exists():  # as in some copies
+            test = base / "devkit" / test.name
+        cls.layout.require([names, train, test, base / "cars_train", base / "cars_test"])
+        classes = [str(name).strip() for name in cls._read(names, "class_names")]
+
+        def split(annotation: Path, folder: Path, transform: Transform) -> ImageFiles:
+            samples = []
+            for number, row in enumerate(cls._read(annotation, "annotations"), start=1):
+                absent = [name for name in ("class", "fname") if not isinstance(row, dict) or name not in row]
+                if absent:
+                    problem = f"has no field {absent[0]!r}; a list with labels is required"
+                    raise cls.layout.error(annotation, f"row {number}", problem)
+                label = np.ravel(row["class"])
+                if len(label) != 1 or label[0] not in range(1, len(classes) + 1):
+                    problem = f"must have a class from 1 to {len(classes)}, as in {names}, got {row['class']}"
+                    raise cls.layout.error(annotation, f"row {number}", problem)
+                samples.append((folder / str(row["fname"]).strip(), int(label[0]) - 1))
+            cls.layout.require(path for path, _ in samples)
+            return ImageFiles(samples, transform)
+
         augmented, plain = _transforms(config)
-        # The labels in the .mat files are NumPy uint8, which a loader would collate to a uint8 tensor.
-        train = StanfordCars(root, split="train", transform=augmented, target_transform=int)
-        test = StanfordCars(root, split="test", transform=plain, target_transform=int)
-        for part in (train, test):
-            cls.layout.require(Path(path) for path, _ in part._samples)
-        return _image_data(config, train, test, train.classes)
+        return _image_data(
+            config, split(train, base / "cars_train", augmented), split(test, base / "cars_test", plain), classes
+        )
 
+    @classmethod
+    def _read(cls, path: Path, name: str) -> list[Any]:
+        """The elements of an array in a MATLAB file, with structs as dicts."""
+        from scipy.io import loadmat  # slow to import
 
-class _ImageList(Dataset[tuple[Tensor, int]]):
-    """Images by path."""
-
-    def __init__(self, samples: list[tuple[Path, int]], transform: Transform) -> None:
-        self.samples = samples
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
-        return self.transform(default_loader(str(path))), label
+        try:
+            content = loadmat(path, simplify_cells=True)
+        except NotImplementedError as error:  # of MATLAB 7.3
+            raise cls.layout.error(path, None, f"cannot be read: {error}; save it with '-v7'") from error
+        except Exception as error:  # a damaged file may fail in any way
+            problem = f"is damaged or not a MATLAB file: {type(error).__name__}: {error}"
+            raise cls.layout.error(path, None, problem) from error
+        if name not in content:
+            raise cls.layout.error(path, None, f"has no variable {name!r}")
+        value = content[name]
+        # An array of one element is read as the element.
+        values = list(value) if isinstance(value, list | np.ndarray) else [value]
+        if not values:
+            raise cls.layout.error(path, None, "is empty")
+        return values
 
 
 @register("cub200")
@@ -154,28 +179,24 @@ class CUB200(ImageSet):
 
     @classmethod
     def load(cls, config: DataConfig) -> ImageData:
-        base, title = cls.layout.root(config) / "CUB_200_2011", cls.layout.title
-        names = dict(cls.layout.table(base / "classes.txt"))
-        images = cls.layout.table(base / "images.txt")
-        label_of = dict(cls.layout.table(base / "image_class_labels.txt"))
-        split_of = dict(cls.layout.table(base / "train_test_split.txt"))
+        base = cls.layout.root(config) / "CUB_200_2011"
+        labels, splits = base / "image_class_labels.txt", base / "train_test_split.txt"
+        names = cls.layout.mapping(base / "classes.txt")
+        label_of, split_of = cls.layout.mapping(labels), cls.layout.mapping(splits)
         number_of = {key: number for number, key in enumerate(names)}
-
-        def rows() -> Iterator[tuple[bool, Path, int]]:
-            for key, name in images:
-                label, split = label_of.get(key), split_of.get(key)
-                if label not in number_of:
-                    raise ValueError(f"{title}: image_class_labels.txt assigns image {key} to the class {label}")
-                if split not in ("0", "1"):
-                    raise ValueError(f"{title}: train_test_split.txt must have 0 or 1 for image {key}, got {split}")
-                yield split == "1", base / "images" / name, number_of[label]
-
-        samples = list(rows())
-        cls.layout.require(path for _, path, _ in samples)
+        samples: dict[str, list[tuple[Path, int]]] = {"0": [], "1": []}
+        for key, (_, name) in cls.layout.mapping(base / "images.txt").items():
+            line, label = label_of.get(key, (None, None))
+            if label not in number_of:
+                raise cls.layout.error(labels, line, f"assigns image {key} to the class {label}, not in classes.txt")
+            line, part = split_of.get(key, (None, None))
+            if part not in samples:
+                raise cls.layout.error(splits, line, f"must have 0 or 1 for image {key}, got {part}")
+            samples[part].append((base / "images" / name, number_of[label]))
+        cls.layout.require(path for part in ("1", "0") for path, _ in samples[part])
         augmented, plain = _transforms(config)
-        train = _ImageList([(path, label) for training, path, label in samples if training], augmented)
-        test = _ImageList([(path, label) for training, path, label in samples if not training], plain)
-        classes = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name in names.values()]
+        train, test = ImageFiles(samples["1"], augmented), ImageFiles(samples["0"], plain)
+        classes = [re.sub(r"^\d+\.", "", name).replace("_", " ") for _, name in names.values()]
         return _image_data(config, train, test, classes)
 
 
@@ -199,21 +220,32 @@ class Folder(ImageSet):
         root = cls.layout.root(config)
         held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
         augmented, plain = _transforms(config)
-        train, test = _image_folder(root / "train", augmented), _image_folder(held_out, plain)
-        if train.classes != test.classes:
-            first = min(set(train.classes) ^ set(test.classes))
+        train, classes = _image_folder(root / "train", augmented)
+        test, held_out_classes = _image_folder(held_out, plain)
+        if classes != held_out_classes:
+            first = min(set(classes) ^ set(held_out_classes))
             raise ValueError(f"{cls.layout.title}: class {first!r} must be in both {root / 'train'} and {held_out}")
-        return _image_data(config, train, test, train.classes)
+        return _image_data(config, train, test, classes)
 
 
-def _image_folder(folder: Path, transform: Transform) -> ImageFolder:
+def _hidden(name: str) -> bool:
+    """Whether systems and tools hide a folder or file of this name in a tree of images."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
+
+
+def _image_folder(folder: Path, transform: Transform) -> tuple[ImageFiles, list[str]]:
+    """The images of a folder per class, in the order of torchvision's ImageFolder, and the classes."""
     if not folder.is_dir():
         raise DatasetNotFound(folder, Folder.layout)
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    dataset = ImageFolder(folder, transform=transform, allow_empty=True) if classes else None
-    filled = set(dataset.targets) if dataset is not None else set()
-    for number, name in enumerate(classes or [folder / "<class>"]):
-        if number not in filled:
-            raise DatasetNotFound(name / "*.jpg", Folder.layout)
-    assert dataset is not None
-    return dataset
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
+    samples: list[tuple[str, int]] = []
+    for number, name in enumerate(classes or ["<class>"]):
+        before = len(samples)
+        for parent, _, files in sorted(os.walk(folder / name, followlinks=True)):
+            if any(map(_hidden, Path(parent).relative_to(folder).parts)):
+                continue
+            images = [file for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS) and not _hidden(file)]
+            samples += [(os.path.join(parent, file), number) for file in images]
+        if len(samples) == before:
+            raise DatasetNotFound(folder / name / "*.jpg", Folder.layout)
+    return ImageFiles(samples, transform), classes

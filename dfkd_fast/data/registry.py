@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from dfkd_fast.config import DataConfig
+from dfkd_fast.config import DataConfig, expand
 from dfkd_fast.data.image_data import ImageData
 
 __all__ = ["DATASETS", "DatasetNotFound", "ImageSet", "Layout", "register"]
@@ -102,7 +103,7 @@ class Layout:
         """
         if config.root is None:
             raise ValueError(f"DataConfig.root must be the folder that contains {self.title}, got None")
-        root = Path(config.root)
+        root = expand(config.root)
         if not root.is_dir():
             raise DatasetNotFound(root, self)
         return root
@@ -121,30 +122,61 @@ class Layout:
             if path.name not in listed[folder]:
                 raise DatasetNotFound(path, self)
 
-    def lines(self, path: Path) -> list[str]:
-        """The non-blank lines of an annotation file.
+    def error(self, path: Path, line: int | str | None, problem: str) -> ValueError:
+        """An error that names the file and, if it is not None, the line."""
+        where = "" if line is None else f", line {line}," if isinstance(line, int) else f", {line},"
+        return ValueError(f"{self.title}: {path}{where} {problem}")
+
+    def lines(self, path: Path) -> list[tuple[int, str]]:
+        """The numbers, counted from 1, and the text of the non-blank lines of an annotation file.
+
+        The encoding is UTF-8 or UTF-16 with a byte order mark, UTF-8, or else Latin-1.
 
         Raises:
             DatasetNotFound: the file does not exist.
-            ValueError: the file is empty.
+            ValueError: the file is empty or not a text file.
         """
         self.require([path])
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        content = path.read_bytes()
+        try:
+            text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+        except UnicodeDecodeError:
+            text = content.decode("latin-1")
+        # str.splitlines would also split at characters such as \x85, which are letters in other encodings.
+        lines = [(number, line.strip()) for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1)]
+        binary = next((number for number, line in lines if "\0" in line), None)
+        if binary is not None:
+            raise self.error(path, binary, "contains a zero byte; save the file as UTF-8 text")
+        lines = [(number, line) for number, line in lines if line]
         if not lines:
-            raise ValueError(f"{self.title}: {path} is empty")
+            raise self.error(path, None, "is empty")
         return lines
 
-    def table(self, path: Path) -> list[tuple[str, str]]:
-        """The lines of an annotation file, split at the first space.
+    def table(self, path: Path) -> list[tuple[int, str, str]]:
+        """The number, the first column and the rest of each non-blank line of an annotation file.
 
         Raises:
             DatasetNotFound: the file does not exist.
-            ValueError: the file is empty, or a line has only one column.
+            ValueError: the file is empty or not a text file, or a line has only one column.
         """
         rows = []
-        for line in self.lines(path):
-            key, _, rest = line.partition(" ")
+        for number, line in self.lines(path):
+            key, *rest = line.split(maxsplit=1)
             if not rest:
-                raise ValueError(f"{self.title}: {path} must have two columns, got the line {line!r}")
-            rows.append((key, rest.strip()))
+                raise self.error(path, number, f"must have two columns, got the line {line!r}")
+            rows.append((number, key, rest[0]))
         return rows
+
+    def mapping(self, path: Path) -> dict[str, tuple[int, str]]:
+        """The number and the rest of each non-blank line by its first column.
+
+        Raises:
+            DatasetNotFound: the file does not exist.
+            ValueError: like :meth:`table`, or two lines with the same first column differ.
+        """
+        found: dict[str, tuple[int, str]] = {}
+        for number, key, rest in self.table(path):
+            first, other = found.setdefault(key, (number, rest))
+            if rest != other:
+                raise self.error(path, number, f"has {rest!r} for {key}, but line {first} has {other!r}")
+        return found

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dfkd_fast.config import expand
 from dfkd_fast.models import save_weights
 
 __all__ = ["ExportError", "ExportResult", "export"]
@@ -53,7 +54,7 @@ def export(
         import onnxscript  # noqa: F401  (torch's exporter needs it, but raises a less clear error)
     except ImportError as error:
         raise ExportError(f"ONNX export needs the package {error.name}: pip install 'dfkd-fast[onnx]'") from error
-    folder = Path(out)
+    folder = expand(out)
     folder.mkdir(parents=True, exist_ok=True)
     model = model.cpu().float().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     # torch.export would specialize a batch of one to a constant.

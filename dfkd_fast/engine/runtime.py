@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfkd_fast.config import Precision
+from dfkd_fast.config import Precision, expand
 
 __all__ = ["Runtime", "new_run_folder", "supports_bf16"]
 
@@ -23,6 +23,29 @@ def supports_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return device.type == "cpu" and any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def _available(name: str) -> torch.device:
+    """The torch device of this name. Raises ValueError if it is unknown or not available on this machine."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'auto' or a torch device, got {name!r}; use for example 'cuda:0'") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device is {name!r}, but no CUDA device is available; `dfkd-fast doctor` shows why")
+        count = torch.cuda.device_count()
+        if device.index is not None and device.index >= count:
+            raise ValueError(f"device is {name!r}, but the last CUDA device is 'cuda:{count - 1}'")
+        return device
+    try:
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:  # each backend raises another type
+        raise ValueError(
+            f"device is {name!r}, but this torch, {torch.__version__}, cannot use {device.type!r} on this machine; "
+            "set 'auto' or 'cpu', or install a torch built for that device"
+        ) from error
+    return device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +77,7 @@ class Runtime:
             ValueError: the device or precision is unknown or not available on this machine.
         """
         name = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            resolved = torch.device(name)
-        except RuntimeError as error:
-            raise ValueError(f"device must be 'auto' or a torch device, got {device!r}") from error
-        if resolved.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {device!r}, but no CUDA device is available; `dfkd-fast doctor` shows why")
+        resolved = _available(name)
         known = ("auto", "fp32", "tf32", "bf16", "fp16")
         if precision not in known:
             raise ValueError(f"precision must be one of {', '.join(known)}, got {precision!r}")
@@ -112,7 +130,7 @@ class Runtime:
 def new_run_folder(out: str | None, stem: str) -> Path:
     """Create and return the folder ``out``, or a new folder ``runs/STEM-TIME`` if ``out`` is None."""
     if out is not None:
-        folder = Path(out)
+        folder = expand(out)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     name, suffix = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}", 1

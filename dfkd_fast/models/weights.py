@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.config import expand
 from dfkd_fast.graph.tracing import first_line
 
 __all__ = ["WeightsFormatError", "WeightsMismatch", "WeightsReport", "load_weights", "read_metadata", "save_weights"]
@@ -80,7 +81,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _require_file(path: str | Path) -> Path:
-    path = Path(path)
+    path = expand(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
     return path
@@ -255,7 +256,7 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     content = _sorted_header(safetensors.torch.save(tensors, metadata=metadata))
-    path = Path(path)
+    path = expand(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dfkd_fast.config import expand
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -51,7 +53,7 @@ def save_image_grid(images: Tensor, path: str | Path, *, columns: int = 8) -> Pa
     pixels = images.detach().float().cpu() / 2 + 0.5
     broken = ~pixels.isfinite().all(dim=1, keepdim=True)
     pixels = torch.where(broken, torch.tensor(_NOT_FINITE).view(1, 3, 1, 1), pixels.nan_to_num()).clamp(0, 1)
-    path = Path(path)
+    path = expand(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(pixels, path, nrow=columns, padding=2, pad_value=1.0)
     return path
@@ -76,7 +78,7 @@ def save_beside(pictures: Sequence[str | Path], path: str | Path, *, scale: int 
 
     if not pictures or scale < 1:
         raise ValueError(f"pictures must be at least one and scale at least 1, got {len(pictures)} and {scale}")
-    opened = [Image.open(picture).convert("RGB") for picture in pictures]
+    opened = [Image.open(expand(picture)).convert("RGB") for picture in pictures]
     enlarged = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in opened]
     width = sum(image.width for image in enlarged) + gap * (len(enlarged) - 1)
     sheet = Image.new("RGB", (width, max(image.height for image in enlarged)), "white")
@@ -84,7 +86,7 @@ def save_beside(pictures: Sequence[str | Path], path: str | Path, *, scale: int 
     for image in enlarged:
         sheet.paste(image, (left, 0))
         left += image.width + gap
-    path = Path(path)
+    path = expand(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     return path
@@ -130,7 +132,7 @@ def save_curves(rounds: Mapping[str, Sequence[float]], epochs: Mapping[str, Sequ
         _draw_term(axes, name, np.asarray(rounds["round"], float), np.asarray(rounds[name], float))
     if shares:
         _draw_shares(grid[len(terms)], epochs, shares)
-    path = Path(path)
+    path = expand(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dfkd_fast.config import expand
+
 __all__ = ["device_slug", "environment", "read_results", "source_digest", "timestamp", "write_results"]
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -137,7 +139,7 @@ def write_results(path: str | Path, content: dict[str, Any]) -> Path:
     Raises:
         TypeError: content contains a type that JSON does not have.
     """
-    path = Path(path)
+    path = expand(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite_or_none(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -158,7 +160,7 @@ def read_results(path: str | Path) -> dict[str, Any] | None:
     Raises:
         ValueError: the file is not a JSON object.
     """
-    path = Path(path)
+    path = expand(path)
     if not path.exists():
         return None
     try:

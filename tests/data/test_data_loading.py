@@ -126,6 +126,56 @@ def test_interrupted_pass_does_not_block_the_next() -> None:
     assert sum(len(labels) for _, labels in found) == 23
 
 
+class BadRow(ValueError):
+    """An error that cannot be unpickled, because its constructor takes two arguments."""
+
+    def __init__(self, row: int, problem: str) -> None:
+        super().__init__(f"row {row} {problem}")
+
+
+class Damaged(Noise):
+    """Raises an error for one item."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == 7:
+            raise self.error
+        return super().__getitem__(index)
+
+
+def error_of(found: DataLoader) -> tuple[type[Exception], str, list[str]]:
+    """Type, text and notes of the loader's error. The error itself would keep the loader and its workers alive."""
+    try:
+        list(found)
+    except Exception as error:
+        return type(error), str(error), getattr(error, "__notes__", [])
+    raise AssertionError("no error")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "kinds", "message"),
+    [
+        (KeyError("a key"), (KeyError,) * 2, "'a key'"),
+        (FileNotFoundError(2, "missing", "7.jpg"), (FileNotFoundError,) * 2, "[Errno 2] missing: '7.jpg'"),
+        (BadRow(7, "is bad"), (BadRow, RuntimeError), "row 7 is bad"),
+    ],
+    ids=["text", "file", "not picklable"],
+)
+def test_errors_of_items_are_the_same_with_workers(
+    error: Exception, kinds: tuple[type[Exception], type[Exception]], message: str, workers: int
+) -> None:
+    found = loader(Damaged(error), batch_size=5, shuffle=False, seed=0, workers=workers)
+    for _ in range(2):  # the loader stays usable
+        kind, text, notes = error_of(found)
+        prefix = "BadRow: " if kinds[workers] is RuntimeError else ""
+        assert (kind, text) == (kinds[workers], prefix + message)
+        assert bool(notes) == bool(workers)
+        assert all("in __getitem__" in note for note in notes)  # where it was raised
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,12 +7,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 
+from dfkd_fast.cli import main
 from dfkd_fast.config import DataConfig
 from dfkd_fast.data import DATASETS, DatasetNotFound, load, loader
+from dfkd_fast.data.image_data import read_image
 from dfkd_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform, training_transform
 
 from .trees import BIRDS, CARS, VARIANTS, aircraft_tree, cars_tree, cub_tree, folder_tree
@@ -150,12 +154,238 @@ def test_missing_root(name: str, tmp_path: Path) -> None:
         ("cub200", CUB / "image_class_labels.txt", "1 1\n", r"assigns image 2 to the class None"),
         ("cub200", CUB / "image_class_labels.txt", "1 7\n", r"assigns image 1 to the class 7"),
         ("cub200", CUB / "train_test_split.txt", "1 2\n", r"must have 0 or 1 for image 1, got 2"),
+        (
+            "aircraft",
+            AIRCRAFT / "images_variant_test.txt",
+            "\n0034958 Ko\n",
+            r"variant_test\.txt, line 2, names",
+        ),
+        (
+            "aircraft",
+            AIRCRAFT / "images_variant_test.txt",
+            "1 Yak-42\n\n2\n",
+            r"variant_test\.txt, line 3, must",
+        ),
+        ("aircraft", AIRCRAFT / "variants.txt", "A\nB\nA\n", r"variants\.txt, line 3, repeats the variant 'A'"),
+        ("aircraft", AIRCRAFT / "variants.txt", "A\n\0B\n", r"variants\.txt, line 2, contains a zero byte"),
+        (
+            "cub200",
+            CUB / "image_class_labels.txt",
+            "\n1 7\n",
+            r"labels\.txt, line 2, assigns image 1 to the class 7",
+        ),
+        (
+            "cub200",
+            CUB / "image_class_labels.txt",
+            "1 1\n1 2\n",
+            r"labels\.txt, line 2, has '2' for 1, but line 1",
+        ),
+        ("cub200", CUB / "train_test_split.txt", "\n1 2\n", r"train_test_split\.txt, line 2, must have 0 or 1"),
+        ("cub200", CUB / "images.txt", "1\n", r"images\.txt, line 1, must have two columns"),
     ],
 )
 def test_invalid_annotations(name: str, file: Path, content: str, message: str, tmp_path: Path) -> None:
     (MAKERS[name](tmp_path) / file).write_text(content)
     with pytest.raises(ValueError, match=message):
         load(config(name, tmp_path))
+
+
+def rewritten(text: str, form: str) -> bytes:
+    if form not in LINES:
+        return text.replace("Yak", "Y\xe9k").replace("Sooty", "S\xf6oty").encode(form)
+    return {
+        "windows lines": text.replace("\n", "\r\n"),
+        "old Mac lines": text.replace("\n", "\r"),
+        "blank lines": "\n" + text.replace("\n", " \n\n") + "\n \n",
+        "no last line end": text.rstrip("\n"),
+        "tabs": "\n".join("\t ".join(line.split(" ", 1)) for line in text.split("\n")),
+    }[form].encode()
+
+
+LINES = ["windows lines", "old Mac lines", "blank lines", "no last line end", "tabs"]
+
+
+@pytest.mark.parametrize("form", [*LINES, "latin-1", "utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("name", ["aircraft", "cub200"])
+def test_annotations_in_other_forms(name: str, form: str, tmp_path: Path) -> None:
+    root = MAKERS[name](tmp_path)
+    expected = load(config(name, root))
+    for file in root.glob("*/**/*.txt"):
+        text = file.read_text()
+        if name == "aircraft" and form == "tabs" and file.name == "variants.txt":
+            continue
+        content = rewritten(text, form)
+        file.write_bytes(b"\xfe\xff" + content if form == "utf-16-be" else content)
+    for folder in root.glob("**/003.Sooty_Albatross") if form.startswith(("latin", "utf")) else ():
+        for image in folder.iterdir():
+            image.rename(image.with_name(image.name.replace("Sooty", "S\xf6oty")))
+        folder.rename(folder.with_name("003.S\xf6oty_Albatross"))
+    found = load(config(name, root))
+    plain = tuple(each.replace("\xe9", "a").replace("\xf6", "o") for each in found.classes)
+    assert plain == expected.classes
+    for part in ("train", "test"):
+        one, other = (getattr(data, part).samples for data in (found, expected))
+        assert [label for _, label in one] == [label for _, label in other]
+    assert found.test[0][0].shape == (3, 24, 24)
+
+
+def cars_annotations(path: Path, count: int, **changes: object) -> None:
+    """An annotation file of Stanford Cars. A change of None removes the field."""
+    rows = [{"bbox_x1": 1, "class": np.uint8(1), "fname": f"{n + 1:05d}.jpg"} | changes for n in range(count)]
+    fields = [name for name, value in rows[0].items() if value is not None]
+    array = np.empty((1, count), dtype=[(name, object) for name in fields])
+    array[0] = [tuple(row[name] for name in fields) for row in rows]
+    scipy.io.savemat(path, {"annotations": array})
+
+
+CARS_TEST = CARS_BASE / "cars_test_annos_withlabels.mat"
+
+
+def test_cars_with_one_image_and_one_class(tmp_path: Path) -> None:
+    base = cars_tree(tmp_path) / CARS_BASE
+    for file in (base / "devkit" / "cars_train_annos.mat", tmp_path / CARS_TEST):
+        cars_annotations(file, 1, **{"class": 1.0})
+    scipy.io.savemat(base / "devkit" / "cars_meta.mat", {"class_names": np.array([CARS[:1]], dtype=object)})
+    data = load(config("cars196", tmp_path))
+    assert (data.classes, len(data.train), len(data.test)) == (CARS[:1], 1, 1)
+    assert data.test[0][1] == 0
+
+
+def test_cars_test_annotations_in_the_devkit(tmp_path: Path) -> None:
+    test = cars_tree(tmp_path) / CARS_TEST
+    test.rename(test.parent / "devkit" / test.name)
+    assert len(load(config("cars196", tmp_path)).test) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class": None}, r"row 1, has no field 'class'; a list with labels is required"),
+        ({"fname": None}, r"row 1, has no field 'fname'"),
+        ({"class": 0}, r"row 1, must have a class from 1 to 3, as in .*cars_meta\.mat, got 0"),
+        ({"class": 4}, r"row 1, must have a class from 1 to 3, as in .*cars_meta\.mat, got 4"),
+        ({"class": 1.5}, r"row 1, must have a class from 1 to 3"),
+        ({"class": np.zeros((0, 0))}, r"row 1, must have a class from 1 to 3"),
+        ({"class": np.nan}, r"row 1, must have a class from 1 to 3"),
+    ],
+)
+def test_invalid_cars_annotations(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    cars_annotations(cars_tree(tmp_path) / CARS_TEST, 2, **changes)
+    with pytest.raises(ValueError, match=rf"cars_test_annos_withlabels\.mat, {message}"):
+        load(config("cars196", tmp_path))
+
+
+@pytest.mark.parametrize("file", [CARS_TEST, CARS_BASE / "devkit" / "cars_meta.mat"], ids=["annotations", "meta"])
+@pytest.mark.parametrize("kept", [0, 60, 127, 200, "text", "7.3", "other variable"])
+def test_damaged_cars_files_are_named(file: Path, kept: int | str, tmp_path: Path) -> None:
+    path = cars_tree(tmp_path) / file
+    if isinstance(kept, int):
+        path.write_bytes(path.read_bytes()[:kept])
+    elif kept == "other variable":
+        scipy.io.savemat(path, {"x": 1})
+    else:
+        path.write_bytes(
+            b"<html>" * 60 if kept == "text" else b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM" + b"\0" * 512
+        )
+    reasons = {"7.3": "save it with '-v7'", "other variable": "has no variable"}
+    with pytest.raises(ValueError, match=rf"{path.name} .*{reasons.get(str(kept), 'is damaged or not a MATLAB file')}"):
+        load(config("cars196", tmp_path))
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "__MACOSX", ".git", "@eaDir", "lost+found"])
+def test_hidden_folders_and_files_are_ignored(name: str, tmp_path: Path) -> None:
+    root = folder_tree(tmp_path)
+    expected = load(config("folder", root))
+    image = root / "train" / "ant" / "0.jpg"
+    for folder in (root / "train", root / "train" / "ant", root / "test" / "bee"):
+        (folder / name).mkdir()
+        shutil.copy(image, folder / name / "0-checkpoint.jpg")
+    (root / "test" / name).mkdir()
+    (root / "train" / "ant" / "._0.jpg").write_bytes(b"AppleDouble")
+    (root / "train" / ".DS_Store").touch()
+    found = load(config("folder", root))
+    assert found.classes == expected.classes == ("ant", "bee")
+    assert (found.train.samples, found.test.samples) == (expected.train.samples, expected.test.samples)
+
+
+def test_folders_are_read_in_the_order_of_torchvision(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    root = folder_tree(tmp_path)
+    for name in ("b/x", "b-c", "B", "a/deep/er"):
+        (root / "train" / "ant" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root / "train" / "ant" / name / "1.PNG")
+    assert load(config("folder", root)).train.samples == ImageFolder(root / "train").samples
+
+
+def damage(path: Path, kind: str) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to("nowhere")
+    else:
+        path.write_bytes({"half": content[: len(content) // 2], "empty": b"", "text": b"<html></html>"}[kind])
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp"])
+@pytest.mark.parametrize("kind", ["half", "empty", "text", "folder", "link"])
+def test_images_that_cannot_be_read_are_named(suffix: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 256, (36, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    assert read_image(path).size == (48, 36)
+    damage(path, kind)
+    with pytest.raises(ValueError, match=rf"cannot read the image {path}: .") as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("name", MAKERS)
+def test_damaged_images_are_named_with_and_without_workers(name: str, workers: int, tmp_path: Path) -> None:
+    data = load(config(name, MAKERS[name](tmp_path)))
+    path = Path(data.test.samples[3][0])
+    damage(path, "half")
+    with pytest.raises(ValueError, match=rf"^cannot read the image {path}: image file is truncated .*; replace"):
+        list(loader(data.test, batch_size=2, shuffle=False, seed=0, workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_ends_a_command_in_one_line(
+    workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(folder_tree(tmp_path) / "train" / "ant" / "1.jpg", "half")
+    arguments = f"teach --data.name folder --data.root {tmp_path} --data.image_size 16 --data.workers {workers}"
+    with pytest.raises(SystemExit) as left:
+        main([*arguments.split(), *["--teacher.name", "resnet8", "--teach.batch_size", "2", "--teach.device", "cpu"]])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot read the image {tmp_path}/train/ant/1.jpg: image file is")
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "<u2")])
+def test_16_bit_images_are_scaled(suffix: str, dtype: str, tmp_path: Path) -> None:
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray((gray.astype(np.uint32) * 257).astype(dtype))
+    image.save(tmp_path / f"image.{suffix}")
+    found = np.asarray(read_image(tmp_path / f"image.{suffix}"))
+    assert (found == gray[..., None]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_32_bit_images_are_refused(dtype: type, tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 0.5 if dtype is np.float32 else 70000, dtype)).save(tmp_path / "image.tif")
+    with pytest.raises(ValueError, match=r"cannot read the image .*image\.tif: its pixels have 32 bits"):
+        read_image(tmp_path / "image.tif")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
+def test_other_modes_are_read_as_by_pil(mode: str, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path := tmp_path / ("image.tif" if mode[0] in "CY" else "image.png"))
+    with Image.open(path) as image:
+        assert (np.asarray(read_image(path)) == np.asarray(image.convert("RGB"))).all()
 
 
 @pytest.mark.parametrize(("size", "shorter"), [(224, 256), (64, 73), (32, 37)])

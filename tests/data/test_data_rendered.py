@@ -211,6 +211,26 @@ def test_default_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(list((tmp_path / "dfkd_fast").glob("rendered-*.npy"))) == 2
 
 
+def test_cache_folder_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot draw images into .*file/cache: Not a directory; set DataConfig\.root"):
+        load(config(tmp_path / "file" / "cache"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match=r"cannot draw images into .*full: No space left on device"):
+        load(config(tmp_path / "full"))
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_cache_folder_expands_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PICTURES", str(tmp_path))
+    load(config(Path("$PICTURES/birds")))
+    assert len(list((tmp_path / "birds").glob("rendered-*.npy"))) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

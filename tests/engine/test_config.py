@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from dfkd_fast.cli import main
 from dfkd_fast.config import (
     DataConfig,
     DemoConfig,
@@ -16,10 +21,16 @@ from dfkd_fast.config import (
     GeneratorConfig,
     LoopConfig,
     MHADConfig,
+    expand,
     find,
     read,
     to_dict,
 )
+from dfkd_fast.data import DatasetNotFound, load
+from dfkd_fast.engine import export
+from dfkd_fast.engine.runtime import new_run_folder
+from dfkd_fast.models import load_weights, read_metadata, save_weights
+from dfkd_fast.report import read_results, write_results
 
 PAPER = ["aircraft", "aircraft_mobilenetv2", "aircraft_resnet34", "aircraft_wrn_40_2", "cars196", "cub200"]
 
@@ -93,3 +104,125 @@ def test_invalid_value_raises(kind: Any, values: dict[str, Any], message: str) -
 def test_unknown_config_lists_the_packaged_ones() -> None:
     with pytest.raises(FileNotFoundError, match="no config file 'aircarft'; packaged configs: aircraft, "):
         find("aircarft")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_read_accepts_byte_order_marks_and_windows_lines(tmp_path: Path, encoding: str, end: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(f"# é{end}seed: 7{end}{end}loop:{end}  epochs: 3{end}".encode(encoding))
+    assert read(DistillConfig, path) == DistillConfig(seed=7, loop=LoopConfig(epochs=3))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must map names to values, got None"),
+        (b"- 1", r"must map names to values, got \[1\]"),
+        (b"seed: [1", "line 1, column 9"),
+        (b"# \xe9", "position 2"),
+        (b"loop: {epochs: 0}", "LoopConfig.epochs must be at least 1"),
+    ],
+)
+def test_read_names_the_file(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"(?s)config\.yaml: .*{message}"):
+        read(DistillConfig, path)
+
+
+@pytest.mark.parametrize("content", [b"- 1", b"teach: {epochs: [3", b"teach:\n\tepochs: 3", b"# \xe9"])
+def test_the_command_line_names_the_config_file(content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_bytes(content)
+    with pytest.raises(SystemExit) as left:
+        main(["teach", "--config", "mine.yaml"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: mine.yaml: ")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder, which is also ``$PLACE``; the working folder is another one."""
+    folder, work = tmp_path / "home", tmp_path / "work"
+    folder.mkdir()
+    work.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("PLACE", str(folder))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.chdir(work)
+    return folder
+
+
+FORMS = ["~", "$PLACE", "${PLACE}", "$HOME"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_paths_are_expanded(home: Path, form: str) -> None:
+    assert expand(form) == home
+    assert expand(Path(form) / "a b") == home / "a b"
+    assert new_run_folder(f"{form}/run", "x") == home / "run"
+    (home / "mine.yaml").write_text("seed: 3")
+    assert find(f"{form}/mine.yaml") == home / "mine.yaml"
+    assert read(DistillConfig, f"{form}/mine.yaml").seed == 3
+    linear = torch.nn.Linear(2, 2)
+    save_weights(linear, f"{form}/linear.safetensors", {"key": "value"})
+    load_weights(linear, f"{form}/linear.safetensors")
+    assert read_metadata(f"{form}/linear.safetensors") == {"key": "value"}
+    assert write_results(f"{form}/rows.json", {"rows": []}) == home / "rows.json"
+    assert read_results(f"{form}/rows.json") == {"rows": []}
+    with pytest.raises(DatasetNotFound) as caught:
+        load(DataConfig(name="folder", root=form))
+    assert caught.value.filename == str(home / "train")
+    assert list(Path().iterdir()) == []
+
+
+def test_export_expands_its_folder(home: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))
+    assert export(model, "~/export", image_size=8).onnx == home / "export" / "student.onnx"
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("$NOWHERE/run", r"the environment variable \$NOWHERE is not set"),
+        ("${NOWHERE}/run", r"the environment variable \$\{NOWHERE\} is not set"),
+        ("run/x$NOWHERE", r"the environment variable \$NOWHERE is not set"),
+        ("~no-such-user/run", "there is no user no-such-user"),
+    ],
+)
+def test_paths_that_cannot_be_expanded(home: Path, path: str, reason: str) -> None:
+    for use in (expand, find, lambda path: new_run_folder(path, "x"), read_metadata):
+        with pytest.raises(ValueError, match=f"cannot expand the path .*: {reason}; set it or write the full path"):
+            use(path)
+    assert list(Path().iterdir()) == []
+
+
+def test_names_that_exist_are_not_variables(home: Path) -> None:
+    (home / "a$NOWHERE").mkdir()
+    assert new_run_folder(str(home / "a$NOWHERE" / "run"), "x") == home / "a$NOWHERE" / "run"
+    assert expand("costs 5$") == Path("costs 5$")
+
+
+def test_a_user_without_a_name_or_home(tmp_path: Path) -> None:
+    """As in a container whose user id is not in its password database."""
+    code = """
+import os, pwd
+
+def missing(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+pwd.getpwuid = missing
+import dfkd_fast.ops, torch._inductor.codecache
+assert not os.environ["TRITON_HOME"].startswith("~")
+from dfkd_fast.cli import main
+
+main("teach --data.name digits --teacher.name resnet8 --out ~/run".split())
+"""
+    unnamed = ("HOME", "TRITON_HOME", "USER", "LOGNAME", "LNAME", "USERNAME")
+    environment = {name: value for name, value in os.environ.items() if name not in unnamed}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "error: cannot expand the path '~/run': HOME is not set; set it or write the full path" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -539,6 +539,40 @@ def test_default_precision_follows_the_cpu(
     assert Runtime.of("cpu", "fp32", channels_last=True).autocast is None
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "device must be 'auto' or a torch device, got 'gpu'"),
+        ("", "device must be 'auto' or a torch device, got ''"),
+        ("cuda:x", "device must be 'auto' or a torch device, got 'cuda:x'"),
+        ("cuda:-1", "device must be 'auto' or a torch device, got 'cuda:-1'"),
+        ("cuda:2", "device is 'cuda:2', but the last CUDA device is 'cuda:1'"),
+        *((name, f"device is '{name}', but this torch") for name in ("meta", "hpu", "vulkan", "xla", "mtia")),
+        pytest.param(
+            "mps", "device is 'mps', but", marks=pytest.mark.skipif(torch.mps.is_available(), reason="has it")
+        ),
+        pytest.param(
+            "xpu", "device is 'xpu', but", marks=pytest.mark.skipif(torch.xpu.is_available(), reason="has it")
+        ),
+    ],
+)
+def test_missing_devices_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, device: str, message: str) -> None:
+    if device in ("mps", "xpu") and getattr(torch, device).is_available():
+        pytest.skip(f"{device} is available")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        Runtime.of(device, "fp32", channels_last=True)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_cuda_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is 'cuda:1', but no CUDA device is available; `dfkd-fast doctor`"):
+        Runtime.of("cuda:1", "fp32", channels_last=True)
+
+
 def loss_curves(state: DistillState, engine: Engine, rounds: int) -> Tensor:
     """The student's distillation loss and the generator's statistics loss per round."""
     traces = torch.stack(run_rounds(engine, rounds))

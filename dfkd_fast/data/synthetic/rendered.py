@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dfkd_fast.config import DataConfig
+from dfkd_fast.config import DataConfig, expand
 from dfkd_fast.data.image_data import HALF, ImageArray, ImageData
 from dfkd_fast.data.registry import ImageSet, register
 from dfkd_fast.data.synthetic import birds
@@ -74,7 +74,7 @@ class Rendered(ImageSet):
             raise ValueError(f"DataConfig.image_size must be in {sizes} for 'rendered', got {config.image_size}")
         if config.seed < 0:
             raise ValueError(f"DataConfig.seed must not be negative for 'rendered', got {config.seed}")
-        folder = Path(config.root) if config.root is not None else _cache_folder()
+        folder = _cache_folder() if config.root is None else expand(config.root)
 
         def split(name: birds.Split, per_class: int, shift: int) -> ImageArray:
             recipe = _Recipe(
@@ -95,8 +95,7 @@ class Rendered(ImageSet):
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dfkd_fast"
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dfkd_fast"
 
 
 def _cached(recipe: _Recipe, folder: Path, workers: int) -> NDArray[np.uint8]:
@@ -113,17 +112,21 @@ def _cached(recipe: _Recipe, folder: Path, workers: int) -> NDArray[np.uint8]:
         except (ValueError, EOFError):
             pass
         warnings.warn(f"{path} is damaged; drawing it again", stacklevel=4)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".drawing-", dir=folder) as scratch:
-        _draw_all(recipe, Path(scratch) / path.name, workers)
-        os.replace(Path(scratch) / path.name, path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".drawing-", dir=folder) as scratch:
+            _draw_all(recipe, Path(scratch) / path.name, workers)
+            os.replace(Path(scratch) / path.name, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot draw images into {folder}: {reason}; set DataConfig.root to another folder") from error
     return np.load(path, mmap_mode="c")
 
 
 def _draw_all(recipe: _Recipe, path: Path, workers: int) -> None:
     """Draws a split into a file that all processes map."""
     total = recipe.shape[0]
-    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=recipe.shape).flush()
+    np.save(path, np.zeros(recipe.shape, np.uint8))  # fails on a full disk, where a sparse memory map would crash
     starts = range(0, total, _CHUNK)
     if workers < 2 or total < _MIN_FOR_PROCESSES:
         for start in starts:
