@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.files import write_file
 from dfkd_fast.graph.tracing import first_line
 
 __all__ = ["WeightsFormatError", "WeightsMismatch", "WeightsReport", "load_weights", "read_metadata", "save_weights"]
@@ -234,11 +234,12 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
 
     Args:
         model: the network, on any device.
-        path: the file; its folder must exist.
+        path: the file. Missing folders are created.
         metadata: strings for the file's header.
 
     Raises:
         TypeError: metadata or the state dict contains other types.
+        dfkd_fast.files.WriteError: the file could not be written; its previous content is kept.
     """
     metadata = dict(metadata or {})
     for name, value in metadata.items():
@@ -255,13 +256,4 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     content = _sorted_header(safetensors.torch.save(tensors, metadata=metadata))
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, content)
