@@ -42,12 +42,13 @@ def export(
         model: a plain classifier. It is moved to the CPU in float32 and eval mode.
         out: output folder.
         image_size: height and width of the images, in pixels.
-        metadata: metadata of the safetensors file.
+        metadata: metadata of both files.
 
     Returns:
         The paths of the files and the largest relative difference.
 
     Raises:
+        ValueError: image_size and the metadata differ.
         ExportError: onnx, onnxscript or onnxruntime is missing, a logit is not finite, or the outputs differ. Then no
             file is written.
         dfkd_fast.files.WriteError: a file could not be written.
@@ -57,6 +58,9 @@ def export(
         import onnxscript  # noqa: F401  (torch's exporter needs it, but raises a less clear error)
     except ImportError as error:
         raise ExportError(f"ONNX export needs the package {error.name}: pip install 'dfkd-fast[onnx]'") from error
+    stored = (metadata or {}).get("image_size", str(image_size))
+    if stored != str(image_size):
+        raise ValueError(f"image_size is {image_size}, but the metadata says {stored}")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     model = model.cpu().float().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -75,6 +79,7 @@ def export(
     )
     if program is None:
         raise ExportError("torch.onnx.export returned no program")
+    program.model.metadata_props.update(metadata or {})
     content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     differences = []
