@@ -145,7 +145,7 @@ def _count(value: Any) -> int:
 def _channels(value: Any) -> tuple[float, ...]:
     values = tuple(value) if isinstance(value, list) else (value,)
     values *= 3 if len(values) == 1 else 1  # one value for all channels
-    for each in values:
+    for each in values if len(values) == 3 else [None]:
         if isinstance(each, bool) or not isinstance(each, int | float) or not math.isfinite(each):
             raise ValueError("one finite number per channel")
     return values
@@ -153,7 +153,7 @@ def _channels(value: Any) -> tuple[float, ...]:
 
 def _deviations(value: Any) -> tuple[float, ...]:
     values = _channels(value)
-    if not values or min(values) <= 0:
+    if min(values) <= 0:
         raise ValueError("one positive number per channel")
     return values
 
@@ -193,7 +193,7 @@ def read_description(path: str | Path) -> WeightsDescription:
         if name in metadata:
             try:
                 found[name] = check(json.loads(metadata[name]))
-            except (ValueError, RecursionError) as error:
+            except (ValueError, OverflowError, RecursionError) as error:
                 expected = "JSON" if isinstance(error, json.JSONDecodeError | RecursionError) else error
                 raise WeightsFormatError(
                     f"{path}: its metadata has {name} {metadata[name][:100]!r}, which is not {expected}"
