@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from argparse import SUPPRESS
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dfkd_fast.config import EngineName, ExperimentConfig, ModelConfig, Precision, find, to_dict
+from dfkd_fast.config import DataConfig, EngineName, ExperimentConfig, ModelConfig, Precision, find, to_dict
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from dfkd_fast.data import ImageData
     from dfkd_fast.graph import FeatureModel
+    from dfkd_fast.models import WeightsDescription
 
 __all__ = ["main"]
+
+log = logging.getLogger(__name__)
 
 
 def _required(experiment: ExperimentConfig, name: str) -> Any:
@@ -30,17 +35,68 @@ def _required(experiment: ExperimentConfig, name: str) -> Any:
     return value
 
 
-def _described(weights: str, model: ModelConfig | None) -> tuple[ModelConfig, dict[str, str]]:
-    """Return the network of a weights file (``model``, or else the one that the metadata names) and the metadata."""
-    from dfkd_fast.models import read_metadata
+def _agreed(weights: str, name: str, stored: Any, *given: tuple[str, Any]) -> Any:
+    """Return a value of a weights file's metadata, or else the first one that is given as (source, value).
 
-    metadata = read_metadata(weights)
-    if model is not None:
-        return replace(model, weights=weights), metadata
-    if "model" not in metadata:
-        raise ValueError(f"{weights} does not name its network: set --model.name")
-    options = json.loads(metadata.get("options", "{}"))
-    return ModelConfig(name=metadata["model"], weights=weights, options=options), metadata
+    Raises:
+        ValueError: the file's value and one that is given differ.
+    """
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float)
+
+    for source, value in given:
+        if stored is None or value is None:
+            continue
+        if isinstance(stored, tuple):  # normalizations are often rounded to three digits
+            pairs = zip(stored, value, strict=False)
+            same = len(stored) == len(value) and all(
+                math.isclose(a, b, abs_tol=1e-3) if number(a) and number(b) else a == b for a, b in pairs
+            )
+        else:
+            same = stored == value
+        if not same:
+            raise ValueError(f"{name} is {_short(stored)} in {weights}, but {_short(value)} in {source}")
+    values = [stored, *(value for _, value in given)]
+    return next((value for value in values if value is not None), None)
+
+
+def _short(value: Any) -> str:
+    text = str(list(value)) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _described(weights: str, model: ModelConfig | None, description: WeightsDescription) -> ModelConfig:
+    """Return the network of a weights file: ``model``, or else the one that the metadata names."""
+    if model is None:
+        if description.model is None:
+            raise ValueError(f"{weights} does not name its network: set --model.name")
+        return ModelConfig(name=description.model, weights=weights, options=description.options or {})
+    if description.model == model.name:
+        given = json.loads(json.dumps(model.options)) or None
+        model = replace(model, options=_agreed(weights, "options", description.options, ("the command", given)) or {})
+    elif description.model is not None:
+        log.warning("%s is of the network %s; it is loaded into %s", weights, description.model, model.name)
+    return replace(model, weights=weights)
+
+
+def _sized(weights: str, description: WeightsDescription, data: DataConfig, given: Container[str]) -> DataConfig:
+    """Return the data set with the image size of the weights file, unless the command sets one."""
+    size = data.image_size if "data.image_size" in given else None
+    size = _agreed(weights, "image_size", description.image_size, ("data.image_size", size))
+    return data if size is None else replace(data, image_size=size)
+
+
+def _check_data(weights: str, description: WeightsDescription, images: ImageData) -> None:
+    """Raise ValueError if the metadata of a weights file does not fit the data."""
+    for name in ("num_classes", "image_size", "mean", "std"):
+        _agreed(weights, name, getattr(description, name), ("the data", getattr(images, name)))
+    for index, (stored, found) in enumerate(zip(description.classes or (), images.classes, strict=False)):
+        if stored != found:
+            raise ValueError(
+                f"class {index} is {stored!r} in {weights}, but {found!r} in the data: use data whose classes have the "
+                "same names in the same order"
+            )
 
 
 def _networks(experiment: ExperimentConfig, num_classes: int, image_size: int) -> tuple[FeatureModel, FeatureModel]:
@@ -100,6 +156,7 @@ def _teach(
 def _distill(
     experiment: ExperimentConfig,
     *,
+    given: Container[str] = (),
     num_classes: int | None = None,
     engine: EngineName | None = None,
     precision: Precision | None = None,
@@ -108,10 +165,12 @@ def _distill(
 ) -> None:
     """Train a student to match a teacher without the teacher's data.
 
-    Data is optional and only used for evaluation. If ``data.root`` is not set, the data set is not read.
+    Data is optional and only used for evaluation. If ``data.root`` is not set, the data set is not read. Image size,
+    normalization and classes come from the teacher's weights file, if it contains them.
 
     Args:
         experiment: networks, the run and data.
+        given: names of the fields that the command line or the config file sets.
         num_classes: number of classes, required if neither the data nor the weights file gives it.
         engine: overrides ``distill.engine``.
         precision: overrides ``distill.precision``.
@@ -120,65 +179,86 @@ def _distill(
     """
     from dfkd_fast import data as datasets
     from dfkd_fast.engine import distill
-    from dfkd_fast.models import read_metadata
+    from dfkd_fast.models import read_description
 
     data, teacher, student = experiment.data, experiment.teacher, _required(experiment, "student")
     if teacher is None or teacher.weights is None:
         raise ValueError(
             "--teacher.weights is required: the file of a trained teacher, for example of `dfkd-fast teach`"
         )
-    metadata = read_metadata(teacher.weights)
+    weights, description = teacher.weights, read_description(teacher.weights)
+    teacher = _described(weights, teacher, description)
+    if data is not None:
+        data = _sized(weights, description, data, given)
     unread = data is not None and data.root is None and datasets.needs_root(data)
     if unread:
         print("no --data.root: the student is not evaluated")
     images = datasets.load(data) if data is not None and not unread else None
-    data_classes = images.num_classes if images is not None else int(metadata.get("num_classes", 0))
-    classes = num_classes or data_classes or (datasets.num_classes(data) if data is not None else None)
+    if images is not None:
+        _check_data(weights, description, images)
+    data_classes = images.num_classes if images is not None else None
+    stored = (("--num_classes", num_classes), ("the data", data_classes))
+    classes = _agreed(weights, "num_classes", description.num_classes, *stored)
+    classes = classes or (datasets.num_classes(data) if data is not None else None)
     if not classes:
         raise ValueError("--num_classes is required: neither the data nor the teacher's weights file gives it")
-    given = {"out": out, "engine": engine, "precision": precision, "resume": resume or None}
-    config = replace(experiment.distill, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    overrides = {"out": out, "engine": engine, "precision": precision, "resume": resume or None}
+    config = replace(experiment.distill, **{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+    inputs = {
+        name: _agreed(weights, name, getattr(description, name), (f"distill.{name}", getattr(config, name)))
+        for name in ("image_size", "mean", "std")
+    }
     if images is None:
-        known = {name: json.loads(metadata[name]) for name in ("image_size", "mean", "std") if name in metadata}
-        if data is not None:
-            known.setdefault("image_size", data.image_size)
-        config = replace(config, **{name: value for name, value in known.items() if getattr(config, name) is None})
+        if data is not None and inputs["image_size"] is None:
+            inputs["image_size"] = data.image_size
+        config = replace(config, **inputs)
     size = config.image_size or (images.image_size if images is not None else 64)
-    inputs = {"data": data, "teacher": teacher, "student": student}
+    networks = {"data": data, "teacher": teacher, "student": student}
+    names = {"classes": json.dumps(description.classes)} if description.classes is not None else {}
     result = distill(
-        *_networks(experiment, classes, size),
+        *_networks(replace(experiment, teacher=teacher), classes, size),
         config,
         data=images,
-        description=student.metadata(),
-        inputs={name: to_dict(value) for name, value in inputs.items() if value is not None},
+        description={**names, **student.metadata()},
+        inputs={name: to_dict(value) for name, value in networks.items() if value is not None},
     )
     _print_result(
         ("agreement on synthetic images", f"{result.agreement:.2%}"),
         *([("top-1", f"{result.accuracy:.2%}")] if result.accuracy is not None else []),
-        ("images/s", f"{result.images_per_s:.0f}"),
+        *([("images/s", f"{result.images_per_s:.0f}")] if result.images_per_s else []),
         ("student", result.run_dir / "student.safetensors"),
         ("run", result.run_dir),
     )
 
 
 def _evaluate(
-    experiment: ExperimentConfig, *, weights: str, model: ModelConfig | None = None, device: str = "auto"
+    experiment: ExperimentConfig,
+    *,
+    given: Container[str] = (),
+    weights: str,
+    model: ModelConfig | None = None,
+    device: str = "auto",
 ) -> None:
     """Measure a classifier's accuracy on held-out images.
 
+    The image size comes from the weights file, if it contains one. Its normalization and classes must be the data's.
+
     Args:
         experiment: the data.
+        given: names of the fields that the command line or the config file sets.
         weights: safetensors or torch file of the weights.
         model: the network, required if the weights file does not name it.
         device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
     """
     from dfkd_fast import data as datasets
     from dfkd_fast.engine import Runtime, evaluate
-    from dfkd_fast.models import create_model
+    from dfkd_fast.models import create_model, read_description
 
-    data = _required(experiment, "data")
-    config, _ = _described(weights, model)
+    data, description = _required(experiment, "data"), read_description(weights)
+    config = _described(weights, model, description)
+    data = _sized(weights, description, data, given)
     images = datasets.load(data)
+    _check_data(weights, description, images)
     runtime = Runtime.of(device, "fp32", channels_last=True)
     network = runtime.place(create_model(config, num_classes=images.num_classes))
     with runtime.backends():
@@ -209,16 +289,17 @@ def _export(
         image_size: height and width of the images in pixels, required if the weights file does not give it.
     """
     from dfkd_fast.engine import export
-    from dfkd_fast.models import create_model
+    from dfkd_fast.models import create_model, read_description, read_metadata
 
-    config, metadata = _described(weights, model)
-    classes = num_classes or int(metadata.get("num_classes", 0))
-    size = image_size or int(metadata.get("image_size", 0))
+    description = read_description(weights)
+    config = _described(weights, model, description)
+    classes = _agreed(weights, "num_classes", description.num_classes, ("--num_classes", num_classes))
+    size = _agreed(weights, "image_size", description.image_size, ("--image_size", image_size))
     if not classes or not size:
         raise ValueError(f"{weights} has no number of classes or image size: set --num_classes and --image_size")
     network = create_model(config, num_classes=classes)
     folder = Path(out) if out is not None else Path(weights).parent / "export"
-    result = export(network, folder, image_size=size, metadata=metadata)
+    result = export(network, folder, image_size=size, metadata=read_metadata(weights))
     _print_result(
         ("safetensors", result.safetensors),
         ("onnx", result.onnx),
@@ -328,16 +409,16 @@ def _profile(
         out: output folder; None creates a new one under ``runs/``.
     """
     from dfkd_fast import data as datasets
-    from dfkd_fast.models import read_metadata
+    from dfkd_fast.models import WeightsDescription, read_description
     from dfkd_fast.profiling import profile
 
     data, teacher, config = experiment.data, _required(experiment, "teacher"), experiment.distill
-    metadata = read_metadata(teacher.weights) if teacher.weights is not None else {}
+    description = WeightsDescription() if teacher.weights is None else read_description(teacher.weights)
     if teacher.weights is None:
         print("no --teacher.weights: using random weights; the times do not depend on the weights")
     data_classes = datasets.num_classes(data) if data is not None else None
-    classes = num_classes or int(metadata.get("num_classes", 0)) or data_classes or 200
-    size = config.image_size or int(metadata.get("image_size", 0)) or (data.image_size if data is not None else 224)
+    classes = num_classes or description.num_classes or data_classes or 200
+    size = config.image_size or description.image_size or (data.image_size if data is not None else 224)
     result = profile(
         *_networks(experiment, classes, size),
         replace(config, image_size=size),
@@ -393,7 +474,7 @@ def create_parser() -> ArgumentParser:
                     action.help = SUPPRESS
         described = {each.arg_name: each.description for each in docstring_parser.parse(command.__doc__).params}
         flags = [parameter for parameter, kind in command.__annotations__.items() if kind == "bool"]
-        options.add_function_arguments(command, as_group=False, skip={"experiment", "ops", *flags})
+        options.add_function_arguments(command, as_group=False, skip={"experiment", "given", "ops", *flags})
         for flag in flags:
             options.add_argument(f"--{flag}", action="store_true", help=described[flag])
         if "ops" in described:
@@ -414,6 +495,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command, used = COMMANDS[parsed.subcommand]
         options = vars(parsed[parsed.subcommand])
         options.pop("config", None)
+        if "given" in command.__annotations__:
+            options["given"] = parser.parse_args(arguments, defaults=False)[parsed.subcommand]
         if used:
             values = {field.name: options.pop(field.name) for field in fields(ExperimentConfig)}
             command(ExperimentConfig(**values), **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence, Sized
@@ -138,20 +139,24 @@ def _save_results(
     """
     teacher, *students, supervised = rows
     chance = 1 / data.load(config.data).num_classes
+
+    def share_of_teacher(top1: float) -> float:
+        return top1 / teacher.top1 if teacher.top1 else math.nan  # NaN reaches no threshold
+
     shown = [(row.network, row.trained_on, row.top1, f"{row.seconds:.0f}") for row in (teacher, supervised, *students)]
     table: list[dict[str, Any]] = [
         {
             "network": network,
             "trained on": trained_on,
             "top-1": f"{top1:.1%}",
-            "relative to teacher": f"{top1 / teacher.top1:.1%}",
+            "relative to teacher": f"{share_of_teacher(top1):.1%}",
             "seconds": seconds_of_job,
         }
         for network, trained_on, top1, seconds_of_job in (*shown, ("chance", "", chance, None))
     ]
     size = config.data.image_size
     console.print(report.result_table(table, f"{title}, {1 / chance:.0f} classes, {size} x {size}"))
-    share = students[0].top1 / teacher.top1
+    share = share_of_teacher(students[0].top1)
     reached = share >= config.least
     console.print(
         f"{'[green]reached[/]' if reached else '[red]missed[/]'}: the {config.presets[0]} student has {share:.1%} of "

@@ -29,6 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "configs": set(),
     "kernels": set(),
     "deprecated": set(),
+    "files": {"config"},
     "jobs": set(),
     "nvtx": set(),
     "ranges": {"deprecated"},
@@ -38,12 +39,12 @@ LAYERS: dict[str, set[str]] = {
     "nn": {"ops", "deprecated"},
     "compat": {"ops"},
     "graph": {"nn", "ops"},
-    "models": {"graph", "config", "deprecated"},
+    "models": {"graph", "config", "deprecated", "files"},
     "objectives": {"nn", "ops", "graph", "config"},
     "data": {"config"},
-    "report": {"config"},
+    "report": {"config", "files"},
     "doctor": {"ops", "report", "engine"},
-    "engine": {"objectives", "nn", "ops", "graph", "models", "data", "report", "config", "nvtx"},
+    "engine": {"objectives", "nn", "ops", "graph", "models", "data", "report", "config", "files", "nvtx"},
     "profiling": {"engine", "graph", "models", "report", "config", "nvtx"},
 }
 ENTRY_POINTS = {"__init__", "__main__", "cli", "demo", "benchmarks"}  # may import everything

@@ -9,24 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dfkd_fast.config import DistillConfig, to_dict
+from dfkd_fast.files import atomic_write
 
 __all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
 
 FORMAT = "dfkd_fast.checkpoint/2"
-# Fields that can change between a run and its resumption without changing the final weights.
+# Fields that are not part of the fingerprint.
 _FREE = (
     *((name,) for name in ("out", "resume", "device", "engine", "autotune")),
     *(("loop", name) for name in ("checkpoint_every", "keep_checkpoints")),
 )
+# Fields that can change between a run and its resumption, because they do not change the algorithm.
+_CHANGEABLE = {".".join(path) for path in _FREE} | {"channels_last", "loop.evaluate_every"}
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +38,15 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the message gives the reason."""
 
 
+class _OtherRunError(CheckpointError):
+    """A checkpoint belongs to another run, so the previous checkpoints do too."""
+
+
 def fingerprint(config: DistillConfig) -> str:
-    """Hash the fields of a config that determine the final weights of a run."""
+    """Hash the fields of a config that determine the final weights of a run.
+
+    Checkpoints of earlier versions contain only this hash, not the settings.
+    """
     values = to_dict(config)
     for *path, last in _FREE:
         owner = values
@@ -46,19 +56,30 @@ def fingerprint(config: DistillConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
 class Checkpoints:
     """The checkpoints of one run folder.
 
     Args:
         folder: the checkpoint folder; the first save creates it.
-        config: the run's config. Checkpoints of another config are refused.
+        config: the run's config. Checkpoints of a config that differs in the algorithm are refused.
         teacher: digest of the teacher's weights. Checkpoints of another teacher are refused.
+        resolved: values of fields that the config leaves open, such as ``image_size`` and ``precision``.
     """
 
-    def __init__(self, folder: Path, config: DistillConfig, teacher: str) -> None:
-        self.folder = folder
-        self.keep = config.loop.keep_checkpoints
+    def __init__(
+        self, folder: Path, config: DistillConfig, teacher: str, resolved: Mapping[str, Any] | None = None
+    ) -> None:
+        self.folder, self.loop = folder, config.loop
         self.identity = {"config": fingerprint(config), "teacher": teacher}
+        self.settings = json.loads(json.dumps({**to_dict(config), **(resolved or {})}))
 
     def paths(self) -> list[Path]:
         """The checkpoint files, newest first."""
@@ -66,17 +87,16 @@ class Checkpoints:
         return sorted(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)], reverse=True)
 
     def save(self, state: dict[str, Any]) -> Path:
-        """Write a state dict atomically, flush it to disk and delete the oldest checkpoints."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write a state dict atomically, flush it to disk and delete the oldest checkpoints.
+
+        Raises:
+            dfkd_fast.files.WriteError: the checkpoint could not be written. The older ones are kept.
+        """
         number, step = state["position"]
         path = self.folder / f"round-{number:06d}-step-{step:04d}.pt"
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save({"format": FORMAT, **self.identity, "state": state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        for old in self.paths()[self.keep :]:
+        with atomic_write(path) as file:
+            torch.save({"format": FORMAT, **self.identity, "settings": self.settings, "state": state}, file)
+        for old in self.paths()[self.loop.keep_checkpoints :]:
             old.unlink(missing_ok=True)
         return path
 
@@ -102,21 +122,54 @@ class Checkpoints:
             older = str(found).startswith("dfkd_fast.checkpoint/")
             hint = "; continue this run with the version that started it" if older else ""
             raise CheckpointError(f"{path.name} has format {found}, expected {FORMAT}{hint}")
-        for name, expected in self.identity.items():
-            if content.get(name) != expected:
-                raise CheckpointError(f"{path.name} was written with another {name}")
+        self._check_run(path.name, content)
         return content["state"]
+
+    def _check_run(self, name: str, content: dict[str, Any]) -> None:
+        """Raise if a checkpoint is of another run, with the settings that differ."""
+        remedy = "or choose another folder for out"
+        if content.get("teacher") != self.identity["teacher"]:
+            raise _OtherRunError(f"{name} was written with another teacher: use the run's first one, {remedy}")
+        if "settings" not in content:
+            if content.get("config") != self.identity["config"]:
+                raise _OtherRunError(f"{name} was written with another config, {remedy}")
+            return
+        # A field that an earlier version did not have has its default.
+        before, now = (
+            {**_flat(to_dict(DistillConfig())), **_flat(each)} for each in (content["settings"], self.settings)
+        )
+        changed = [key for key in {**now, **before} if before.get(key) != now.get(key) and key not in _CHANGEABLE]
+        end, position = self.loop.epochs * self.loop.rounds_per_epoch, content["state"]["position"][0]
+        constant = now["optimizer.student_schedule"] == "constant"
+        if changed == ["loop.epochs"] and constant and position <= end:
+            return
+        if changed:
+            listed = "; ".join(
+                f"{key} was {before.get(key, 'not set')} and is now {now.get(key, 'not set')}" for key in changed
+            )
+            hint = f"set {'it' if len(changed) == 1 else 'them'} back, {remedy}"
+            if changed == ["loop.epochs"]:
+                hint = f"this run is already at round {position}; {hint}"
+                if not constant:
+                    hint = (
+                        "only a run with optimizer.student_schedule 'constant' can get another length, because the "
+                        f"cosine schedule depends on it; {remedy.removeprefix('or ')}"
+                    )
+            raise _OtherRunError(f"{name} was written with another config: {listed}; {hint}")
 
     def newest(self) -> dict[str, Any] | None:
         """Read the newest usable checkpoint, and warn about unusable ones. Return None if there is no checkpoint.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is usable.
+            CheckpointError: there are checkpoints, but none is usable or they belong to another run. The message names
+                the settings that differ.
         """
         reasons = []
         for path in self.paths():
             try:
                 return self.read(path)
+            except _OtherRunError as error:
+                raise CheckpointError(f"cannot resume from {self.folder}: {error}") from None
             except CheckpointError as error:
                 reasons.append(str(error))
                 log.warning("%s; trying the previous checkpoint", error)

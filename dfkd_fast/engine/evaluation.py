@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sized
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from dfkd_fast.engine.runtime import Runtime
 from dfkd_fast.graph import Outputs, preserve_train_mode
 
 __all__ = ["EvalResult", "evaluate"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,8 @@ def evaluate(
 ) -> EvalResult:
     """Measure the top-1 and, with more than five classes, top-5 accuracy of a classifier in eval mode.
 
+    An image whose largest logit is not finite counts as wrong, and a warning gives the number of such images.
+
     Args:
         model: maps images (N, 3, H, W) to logits (N, num_classes) or :class:`dfkd_fast.models.Outputs`. Its training
             flags are restored.
@@ -71,6 +76,7 @@ def evaluate(
     metrics = {1: MulticlassAccuracy(num_classes, average="micro").to(runtime.device)}
     if num_classes > 5:
         metrics[5] = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(runtime.device)
+    broken = torch.zeros((), dtype=torch.int64, device=runtime.device)
     start = time.perf_counter()
     with preserve_train_mode(model, False):
         for images, labels in loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers):
@@ -79,9 +85,16 @@ def evaluate(
             with runtime.cast():
                 outputs = model(images)
                 logits = outputs.logits if isinstance(outputs, Outputs) else outputs
+            logits = logits.float()
+            bad = ~logits.amax(1, keepdim=True).isfinite()  # -inf is a valid score of a masked class
+            broken += bad.sum()
+            # The label gets the lowest score, because NaN would count as the highest one.
+            wrong = -(torch.arange(logits.shape[1], device=logits.device) == labels[:, None]).float()
             for metric in metrics.values():
-                metric.update(logits.float(), labels)
+                metric.update(torch.where(bad, wrong, logits), labels)
     top1 = metrics[1].compute().item()
+    if broken:
+        log.warning("%d of %d images have logits that are not finite; they count as wrong", broken, len(dataset))
     return EvalResult(
         top1=top1,
         top5=metrics[5].compute().item() if 5 in metrics else None,

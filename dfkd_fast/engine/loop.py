@@ -16,21 +16,21 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.tensorboard import SummaryWriter
 
 from dfkd_fast import report
 from dfkd_fast.config import DistillConfig, to_dict
 from dfkd_fast.data import ImageData
 from dfkd_fast.engine.background import Background
-from dfkd_fast.engine.checkpoint import Checkpoints
+from dfkd_fast.engine.checkpoint import CheckpointError, Checkpoints
 from dfkd_fast.engine.engines import Engine, create_engine
 from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.interrupt import catch_signals
-from dfkd_fast.engine.progress import Listener, ProgressLine
+from dfkd_fast.engine.progress import EventLog, Listener, ProgressLine
 from dfkd_fast.engine.rounds import NonFiniteError, Round, Rounds
 from dfkd_fast.engine.runtime import Runtime, new_run_folder
 from dfkd_fast.engine.state import DistillState, build_state
 from dfkd_fast.engine.steps import synthesize
+from dfkd_fast.files import lock_folder, write_file
 from dfkd_fast.graph import FeatureModel, extract, frozen, preserve_train_mode
 from dfkd_fast.models import load_weights, normalization, save_weights
 
@@ -55,7 +55,7 @@ class DistillResult:
         run_dir: folder with checkpoints, config, TensorBoard log, pictures and ``student.safetensors``.
         accuracy: top-1 accuracy of the student on the held-out images, in [0, 1]; None without data.
         agreement: fraction of synthetic images that teacher and student assign to the same class.
-        images_per_s: synthetic training images of generator and student per second.
+        images_per_s: synthetic training images of generator and student per second; 0 if the run was already finished.
         seconds: wall time of this call's steps, in seconds.
     """
 
@@ -73,7 +73,8 @@ class DistillResult:
 def agreement(state: DistillState) -> float:
     """Fraction of new synthetic images that teacher and student assign to the same class, in eval mode.
 
-    Needs no data. Every call uses the same noise, with images from the current generator.
+    Needs no data. Every call uses the same noise, with images from the current generator. Logits that are not finite
+    agree with nothing.
     """
     noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 1)
     count = state.config.loop.batch_size
@@ -82,7 +83,9 @@ def agreement(state: DistillState) -> float:
     with preserve_train_mode(student, False), torch.no_grad(), state.runtime.cast():
         for _ in range(_AGREEMENT_BATCHES):
             inputs = state.normalize(synthesize(state, state.draw(count, noise)))
-            same += (state.teacher(inputs).logits.argmax(1) == student(inputs).logits.argmax(1)).float().mean()
+            logits = state.teacher(inputs).logits, student(inputs).logits
+            finite = torch.stack([each.amax(1).isfinite() for each in logits]).all(0)
+            same += ((logits[0].argmax(1) == logits[1].argmax(1)) & finite).float().mean()
     return same.item() / _AGREEMENT_BATCHES
 
 
@@ -105,7 +108,7 @@ class _Run:
         self.state, self.folder, self.checkpoints, self.data, self.meta = state, folder, checkpoints, data, meta
         # Two threads, so that a checkpoint does not wait for an evaluation.
         self.files, self.measurements = Background(state.runtime.device), Background(state.runtime.device)
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state.position.round or None)
+        self.writer = EventLog(folder / "tensorboard", purge_step=state.position.round or None)
         self.best = folder / "best_student.safetensors"
         self.saved: tuple[int, int] | None = None
         self.pending: _Epoch | None = None
@@ -152,7 +155,6 @@ class _Run:
     def save_images(self, images: Tensor, epoch: int) -> None:
         self.writer.add_images("generator", images / 2 + 0.5, epoch)
         report.save_image_grid(images, self.folder / "images" / f"epoch-{epoch:04d}.png")
-        self.writer.flush()
 
     def finish_epoch(self) -> None:
         """Record the results of the pending epoch, and save its student if it is the best so far."""
@@ -165,8 +167,11 @@ class _Run:
         state.epochs.setdefault("epoch", []).append(epoch.number)
         for name, value in measured.items():
             self.writer.add_scalar(f"epoch/{name}", value, epoch.number)
-        for name in ("agreement", *(["accuracy"] if self.data is not None else [])):
-            state.epochs.setdefault(name, []).append(measured.get(name, math.nan))
+        numbers = state.epochs["epoch"]
+        for name in ("agreement", *(["accuracy"] if self.data is not None or "accuracy" in state.epochs else [])):
+            series = state.epochs.setdefault(name, [])
+            series += [math.nan] * (len(numbers) - 1 - len(series))  # epochs of an earlier process without data
+            series.append(measured.get(name, math.nan))
         criterion = {"agreement": "agreement", "test_accuracy": "accuracy"}.get(state.config.loop.select)
         if criterion in measured and measured[criterion] > state.best.get("score", -math.inf):
             state.best = {"score": measured[criterion], "epoch": epoch.number}
@@ -181,14 +186,34 @@ class _Run:
         self.finish_epoch()
         self.files.wait()
 
-    def close(self) -> None:
-        """Stop the threads, and write the curves and the history so far."""
+    def close(self, *, failed: bool) -> None:
+        """Stop the threads, and write the history and the curves so far.
+
+        If the run failed, its exception is more important than those of these files, which are logged.
+        """
         self.measurements.close()
         self.files.close()
         self.writer.close()
-        report.save_curves(self.state.rounds, self.state.epochs, self.folder / "curves.png")
-        history = {"rounds": self.state.rounds, "epochs": self.state.epochs}
-        (self.folder / "history.json").write_text(json.dumps(history, indent=1))
+        rounds, epochs = self.state.rounds, self.state.epochs
+        try:
+            report.write_results(self.folder / "history.json", {"rounds": rounds, "epochs": epochs})
+            report.save_curves(rounds, epochs, self.folder / "curves.png")
+        except OSError as error:
+            if not failed:
+                raise
+            log.warning("%s", error)
+        if failed and self.checkpoints.paths():
+            log.info("set resume to continue this run from %s", self.checkpoints.paths()[0])
+
+    def best_weights(self) -> Path:
+        """The weights of the best student.
+
+        Raises:
+            NonFiniteError: no epoch had a finite score.
+        """
+        if "epoch" not in self.state.best:
+            raise NonFiniteError(f"no epoch has a finite score for select={self.state.config.loop.select!r}")
+        return self.best
 
 
 def _prepare(
@@ -242,19 +267,51 @@ def distill(
     Raises:
         ValueError: config, data and networks do not fit together, or the folder contains another run.
         NonFiniteError: a loss or gradient was not finite. It is raised at the end of that round or of the next one.
-        CheckpointError: the run cannot be resumed, because no checkpoint in its folder is usable.
+        CheckpointError: the run cannot be resumed: no checkpoint in its folder is usable, or a setting differs that
+            changes the algorithm. The message names it. With a constant learning rate, ``epochs`` can be increased.
+        dfkd_fast.files.FolderInUseError: another run writes to the folder.
+        dfkd_fast.files.WriteError: a file could not be written. The checkpoints and the history so far are kept.
         KeyboardInterrupt: after Ctrl-C, once the run is saved. SIGTERM saves the run and exits with status 143.
     """
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
     teacher, student, sizes = _prepare(teacher, student, config, data)
     student.train()
     with runtime.backends(), frozen(teacher), preserve_train_mode(teacher, False):
-        state = build_state(teacher, student, config, runtime, **sizes)
-        return _distill(create_engine(state), data, sizes, dict(description or {}), dict(inputs or {}), progress)
+        engine = create_engine(build_state(teacher, student, config, runtime, **sizes))
+        folder = new_run_folder(config.out, "distill")
+        with lock_folder(folder):
+            return _distill(engine, folder, data, sizes, dict(description or {}), dict(inputs or {}), progress)
+
+
+def _resume(state: DistillState, checkpoints: Checkpoints) -> None:
+    """Load the newest usable checkpoint, if there is one."""
+    saved = checkpoints.newest()
+    if saved is None:
+        return
+    for name, part in state._parts().items():
+        if not isinstance(part, nn.Module):
+            continue
+        before, now = (
+            {key: tuple(value.shape) for key, value in each.items() if isinstance(value, Tensor)}
+            for each in (saved[name], part.state_dict())
+        )
+        for key in {**before, **now}:
+            if before.get(key) != now.get(key):
+                raise CheckpointError(
+                    f"cannot resume from {checkpoints.folder}: the checkpoint was written with another "
+                    f"{name.replace('_', ' ')}: {key} had shape {before.get(key, 'none')} and now has shape "
+                    f"{now.get(key, 'none')}; use the network that the run started with"
+                )
+    state.load_state_dict(saved)
+    if state.position.round < state.total_rounds:
+        log.info("resumed at round %d, step %d", state.position.round, state.position.step)
+    else:
+        log.info("this run is finished: all of its %d rounds are done", state.total_rounds)
 
 
 def _distill(
     engine: Engine,
+    folder: Path,
     data: ImageData | None,
     sizes: dict[str, Any],
     description: dict[str, str],
@@ -263,19 +320,19 @@ def _distill(
 ) -> DistillResult:
     state, config = engine.state, engine.state.config
     loop, runtime = config.loop, state.runtime
-    folder = new_run_folder(config.out, "distill")
-    checkpoints = Checkpoints(folder / "checkpoints", config, state.teacher_digest())
+    resolved = {**sizes, "precision": runtime.precision}
+    checkpoints = Checkpoints(folder / "checkpoints", config, state.teacher_digest(), resolved)
     if config.resume:
-        saved = checkpoints.newest()
-        if saved is not None:
-            state.load_state_dict(saved)
-            log.info("resumed at round %d, step %d", state.position.round, state.position.step)
+        _resume(state, checkpoints)
     elif checkpoints.paths():
         raise ValueError(
             f"{folder} already contains checkpoints of a run: set resume, or choose another folder for out"
         )
-    (folder / "config.yaml").write_text(yaml.safe_dump({**inputs, "distill": to_dict(config)}, sort_keys=False))
-    meta = {**{name: json.dumps(value) for name, value in sizes.items()}, **description}
+    if state.position.round < state.total_rounds or not (folder / "config.yaml").exists():
+        content = yaml.safe_dump({**inputs, "distill": to_dict(config)}, sort_keys=False)
+        write_file(folder / "config.yaml", content.encode())
+    described = {**sizes, **({"classes": data.classes} if data is not None else {})}
+    meta = {**{name: json.dumps(value) for name, value in described.items()}, **description}
     meta |= {"num_classes": str(state.student.module.num_classes), "format": "dfkd_fast.student/1"}
 
     run = _Run(state, folder, checkpoints, data, meta)
@@ -308,12 +365,14 @@ def _distill(
                     line.message(f"saved at round {state.position.round}, step {state.position.step}")
                     stop.leave()
             run.finish()
-    finally:
-        run.close()
+    except BaseException:
+        run.close(failed=True)
+        raise
+    run.close(failed=False)
 
     student = state.student.module.model
     if loop.select != "last":
-        load_weights(student, run.best)
+        load_weights(student, run.best_weights())
         runtime.place(student)
     save_weights(student, folder / "student.safetensors", meta)
     state.student.module.eval()
@@ -325,6 +384,6 @@ def _distill(
         run_dir=folder,
         accuracy=run.accuracy(student) if data is not None else None,
         agreement=agreement(state),
-        images_per_s=rounds.images / rounds.seconds if rounds.seconds else math.nan,
+        images_per_s=rounds.images / rounds.seconds if rounds.seconds else 0.0,
         seconds=rounds.seconds,
     )

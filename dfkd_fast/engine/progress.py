@@ -1,14 +1,23 @@
-"""A progress bar with losses, speed and remaining time."""
+"""The progress of a run: a bar with losses, speed and remaining time, and a TensorBoard log."""
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["Listener", "ProgressLine"]
+from dfkd_fast.files import WriteError
+
+__all__ = ["EventLog", "Listener", "ProgressLine"]
+
+log = logging.getLogger(__name__)
 
 Listener = Callable[[int, int, dict[str, float], float], object]
 """Called with the numbers of completed and of all units, loss values, and images per second."""
@@ -60,3 +69,42 @@ class ProgressLine(Progress):
         """Print a line above the bar."""
         if not self.disable:
             self.console.print(text, highlight=False)
+
+
+class EventLog:
+    """A TensorBoard log, which is created by the first write.
+
+    If a write fails, for example on a full disk, the log warns once and ends, and the run continues.
+
+    Args:
+        folder: folder of the event files.
+        purge_step: hide steps from this one on that an earlier process wrote; None hides nothing.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int | None = None) -> None:
+        self.folder, self.purge_step = folder, purge_step
+        self._lock, self._failed = threading.Lock(), False
+        self._writer: SummaryWriter | None = None
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        with self._lock:  # pictures are written by another thread
+            if self._failed:
+                return
+            try:
+                if self._writer is None:
+                    self._writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
+                getattr(self._writer, method)(*arguments)
+            except OSError as error:
+                self._failed = True
+                log.warning("%s; the rest of the run has no TensorBoard log", WriteError.of(self.folder, error))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._call("add_scalar", name, value, step)
+
+    def add_images(self, name: str, images: Any, step: int) -> None:
+        self._call("add_images", name, images, step)
+        self._call("flush")
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._call("close")

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
+from dfkd_fast import report
 from dfkd_fast.config import TeachConfig, to_dict
 from dfkd_fast.data import ImageData, loader
 from dfkd_fast.engine.evaluation import evaluate
-from dfkd_fast.engine.progress import Listener, ProgressLine
+from dfkd_fast.engine.progress import EventLog, Listener, ProgressLine
 from dfkd_fast.engine.runtime import Runtime, new_run_folder
+from dfkd_fast.files import lock_folder, write_file
 from dfkd_fast.models import save_weights
 
 __all__ = ["TeachResult", "teach"]
@@ -104,13 +105,29 @@ def teach(
         The trained network, its accuracy and the run folder.
 
     Raises:
-        ArithmeticError: the mean loss of an epoch is not finite.
+        ArithmeticError: the mean loss of an epoch or a trained weight is not finite.
         ValueError: there are fewer training images than ``config.batch_size``.
+        dfkd_fast.files.FolderInUseError: another run writes to the folder.
+        dfkd_fast.files.WriteError: a file could not be written.
     """
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
     torch.manual_seed(config.seed)
     folder = new_run_folder(config.out, "teach")
-    (folder / "config.yaml").write_text(yaml.safe_dump({"teach": to_dict(config)}, sort_keys=False))
+    with lock_folder(folder):
+        return _teach(model, data, config, runtime, folder, dict(description or {}), workers, progress)
+
+
+def _teach(
+    model: nn.Module,
+    data: ImageData,
+    config: TeachConfig,
+    runtime: Runtime,
+    folder: Path,
+    description: dict[str, str],
+    workers: int,
+    progress: bool | Listener,
+) -> TeachResult:
+    write_file(folder / "config.yaml", yaml.safe_dump({"teach": to_dict(config)}, sort_keys=False).encode())
     batches = loader(
         data.train, batch_size=config.batch_size, shuffle=True, seed=config.seed, workers=workers, drop_last=True
     )
@@ -119,7 +136,7 @@ def teach(
     runtime.place(model)
     trainer = _Trainer(model, batches, config, runtime)
     history: dict[str, list[float]] = {"epoch": [], "loss": []}
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer = EventLog(folder / "tensorboard")
     model.train()
     start = time.perf_counter()
     with runtime.backends(), ProgressLine("teach", total=config.epochs, unit="epochs", enabled=progress) as line:
@@ -133,15 +150,18 @@ def teach(
             line.show(epoch, {"loss": mean}, trainer.steps * config.batch_size / (time.perf_counter() - start))
         runtime.synchronize()
         seconds = time.perf_counter() - start
+        for name, tensor in model.state_dict().items():
+            if isinstance(tensor, Tensor) and not tensor.isfinite().all():
+                raise ArithmeticError(f"{name} is not finite after epoch {config.epochs}; try a lower lr")
         result = evaluate(model, data.test, num_classes=data.num_classes, workers=workers, runtime=runtime)
     model.eval()
     writer.add_scalar("teach/accuracy", result.top1, config.epochs)
     writer.close()
-    (folder / "history.json").write_text(json.dumps({"epochs": history, "accuracy": result.top1}, indent=1))
+    report.write_results(folder / "history.json", {"epochs": history, "accuracy": result.top1})
     meta = {"format": "dfkd_fast.teacher/1", "num_classes": str(data.num_classes)}
     meta |= {name: json.dumps(getattr(data, name)) for name in ("image_size", "mean", "std", "classes")}
     weights = folder / "teacher.safetensors"
-    save_weights(model, weights, {**meta, **(description or {})})
+    save_weights(model, weights, {**meta, **description})
     return TeachResult(
         model=model,
         accuracy=result.top1,

@@ -13,10 +13,12 @@ from dfkd_fast.graph import (
 )
 from dfkd_fast.models.create import create_model, names, normalization
 from dfkd_fast.models.weights import (
+    WeightsDescription,
     WeightsFormatError,
     WeightsMismatch,
     WeightsReport,
     load_weights,
+    read_description,
     read_metadata,
     save_weights,
 )
@@ -25,6 +27,7 @@ __all__ = [
     "FeatureModel",
     "LayerStatistics",
     "Outputs",
+    "WeightsDescription",
     "WeightsFormatError",
     "WeightsMismatch",
     "WeightsReport",
@@ -37,6 +40,7 @@ __all__ = [
     "load_weights",
     "names",
     "normalization",
+    "read_description",
     "read_metadata",
     "save_weights",
 ]

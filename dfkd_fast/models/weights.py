@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.config import expand
+from dfkd_fast.files import write_file
 from dfkd_fast.graph.tracing import first_line
 
-__all__ = ["WeightsFormatError", "WeightsMismatch", "WeightsReport", "load_weights", "read_metadata", "save_weights"]
+__all__ = [
+    "WeightsDescription",
+    "WeightsFormatError",
+    "WeightsMismatch",
+    "WeightsReport",
+    "load_weights",
+    "read_description",
+    "read_metadata",
+    "save_weights",
+]
 
 # Keys under which checkpoints store weights, and prefixes that DataParallel and torch.compile add to names.
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "network")
@@ -102,6 +112,99 @@ def read_metadata(path: str | Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
         raise WeightsFormatError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsDescription:
+    """What a weights file says about its network. A field that the file does not contain is None.
+
+    Attributes:
+        num_classes: number of classes.
+        classes: class names in the order of the logits.
+        image_size: height and width of the training images, in pixels.
+        mean: mean of the input normalization per channel, for pixels in [0, 1].
+        std: standard deviation of the input normalization per channel.
+        model: name of the network.
+        options: keyword arguments of the network's factory.
+    """
+
+    num_classes: int | None = None
+    classes: tuple[str, ...] | None = None
+    image_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    model: str | None = None
+    options: dict[str, Any] | None = None
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("a positive integer")
+    return value
+
+
+def _channels(value: Any) -> tuple[float, ...]:
+    values = tuple(value) if isinstance(value, list) else (value,)
+    values *= 3 if len(values) == 1 else 1  # one value for all channels
+    for each in values if len(values) == 3 else [None]:
+        if isinstance(each, bool) or not isinstance(each, int | float) or not math.isfinite(each):
+            raise ValueError("one finite number per channel")
+    return values
+
+
+def _deviations(value: Any) -> tuple[float, ...]:
+    values = _channels(value)
+    if min(values) <= 0:
+        raise ValueError("one positive number per channel")
+    return values
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise ValueError("a list of class names")
+    return tuple(value)
+
+
+def _options(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("a mapping")
+    return value
+
+
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "num_classes": _count,
+    "classes": _names,
+    "image_size": _count,
+    "mean": _channels,
+    "std": _deviations,
+    "options": _options,
+}
+
+
+def read_description(path: str | Path) -> WeightsDescription:
+    """Read what a weights file's metadata says about its network; a torch file says nothing.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        WeightsFormatError: the file is truncated, or its metadata is invalid or contradicts itself.
+    """
+    metadata = read_metadata(path)
+    found: dict[str, Any] = {"model": metadata.get("model")}
+    for name, check in _FIELDS.items():
+        if name in metadata:
+            try:
+                found[name] = check(json.loads(metadata[name]))
+            except (ValueError, OverflowError, RecursionError) as error:
+                expected = "JSON" if isinstance(error, json.JSONDecodeError | RecursionError) else error
+                raise WeightsFormatError(
+                    f"{path}: its metadata has {name} {metadata[name][:100]!r}, which is not {expected}"
+                ) from error
+    classes, count = found.get("classes"), found.get("num_classes")
+    if classes is not None and count is not None and len(classes) != count:
+        raise WeightsFormatError(f"{path}: its metadata has num_classes {count}, but {len(classes)} names in classes")
+    if classes is not None:
+        found["num_classes"] = len(classes)
+    return WeightsDescription(**found)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -235,11 +338,12 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
 
     Args:
         model: the network, on any device.
-        path: the file; its folder must exist.
+        path: the file. Missing folders are created.
         metadata: strings for the file's header.
 
     Raises:
         TypeError: metadata or the state dict contains other types.
+        dfkd_fast.files.WriteError: the file could not be written; its previous content is kept.
     """
     metadata = dict(metadata or {})
     for name, value in metadata.items():
@@ -256,13 +360,4 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     content = _sorted_header(safetensors.torch.save(tensors, metadata=metadata))
-    path = expand(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, content)

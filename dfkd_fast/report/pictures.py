@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dfkd_fast.config import expand
+from dfkd_fast.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,10 +55,19 @@ def save_image_grid(images: Tensor, path: str | Path, *, columns: int = 8) -> Pa
     pixels = images.detach().float().cpu() / 2 + 0.5
     broken = ~pixels.isfinite().all(dim=1, keepdim=True)
     pixels = torch.where(broken, torch.tensor(_NOT_FINITE).view(1, 3, 1, 1), pixels.nan_to_num()).clamp(0, 1)
-    path = expand(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(pixels, path, nrow=columns, padding=2, pad_value=1.0)
-    return path
+    content = io.BytesIO()
+    save_image(pixels, content, _image_format(path), nrow=columns, padding=2, pad_value=1.0)
+    return write_file(path, content.getvalue())
+
+
+def _image_format(path: str | Path) -> str:
+    """Pillow's name of the format for the path's suffix."""
+    from PIL import Image
+
+    suffix, known = Path(path).suffix.lower(), Image.registered_extensions()
+    if suffix not in known:
+        raise ValueError(f"the suffix of a picture must be one such as .png or .jpg, got {str(path)!r}")
+    return known[suffix]
 
 
 def save_beside(pictures: Sequence[str | Path], path: str | Path, *, scale: int = 1, gap: int = 16) -> Path:
@@ -86,10 +97,9 @@ def save_beside(pictures: Sequence[str | Path], path: str | Path, *, scale: int 
     for image in enlarged:
         sheet.paste(image, (left, 0))
         left += image.width + gap
-    path = expand(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    return path
+    content = io.BytesIO()
+    sheet.save(content, _image_format(path))
+    return write_file(path, content.getvalue())
 
 
 def save_curves(rounds: Mapping[str, Sequence[float]], epochs: Mapping[str, Sequence[float]], path: str | Path) -> Path:
@@ -132,10 +142,9 @@ def save_curves(rounds: Mapping[str, Sequence[float]], epochs: Mapping[str, Sequ
         _draw_term(axes, name, np.asarray(rounds["round"], float), np.asarray(rounds[name], float))
     if shares:
         _draw_shares(grid[len(terms)], epochs, shares)
-    path = expand(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix[1:] or None)
+    return write_file(path, content.getvalue())
 
 
 def _check_lengths(argument: str, series: Mapping[str, Sequence[float]], axis: str) -> None:

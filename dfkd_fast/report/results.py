@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import re
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd_fast.config import expand
+from dfkd_fast.files import write_file
 
 __all__ = ["device_slug", "environment", "read_results", "source_digest", "timestamp", "write_results"]
 
@@ -138,20 +138,10 @@ def write_results(path: str | Path, content: dict[str, Any]) -> Path:
 
     Raises:
         TypeError: content contains a type that JSON does not have.
+        dfkd_fast.files.WriteError: the file could not be written; its previous content is kept.
     """
-    path = expand(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite_or_none(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_file(path, text.encode())
 
 
 def read_results(path: str | Path) -> dict[str, Any] | None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from dfkd_fast.cli import COMMANDS, main
 from dfkd_fast.config import ExperimentConfig, ModelConfig, read
@@ -27,6 +32,8 @@ EXPERIMENT = {
         "loop": {"epochs": 1, "rounds_per_epoch": 2, "generator_steps": 1, "student_steps": 1, "batch_size": 8},
     },
 }
+
+GENERATOR = json.dumps(EXPERIMENT["distill"]["generator"])  # type: ignore[index]
 
 
 @pytest.fixture
@@ -126,6 +133,99 @@ def test_user_errors_print_a_short_message_and_exit_with_2(
     assert message in error
     assert "Traceback" not in error
     assert len(error.strip().splitlines()) <= 4  # without the list of all options
+
+
+@pytest.fixture
+def described(teacher: str, tmp_path: Path) -> Callable[..., str]:
+    """Copies the teacher's weights with other metadata; None removes an entry."""
+
+    def save(**changes: str | None) -> str:
+        metadata = {**read_metadata(teacher), **changes}
+        path = tmp_path / "described.safetensors"
+        kept = {name: value for name, value in metadata.items() if value is not None}
+        save_file(load_file(teacher), path, metadata=kept)
+        return str(path)
+
+    return save
+
+
+def commands(weights: str) -> dict[str, list[str]]:
+    """The commands that read a weights file's metadata, without an image size."""
+    student = ["--student.name", "resnet8", "--student.options", "{widths: [4, 4, 6, 8]}"]
+    options = ["--teacher.name", "resnet8", "--distill.device", "cpu", "--distill.generator", GENERATOR]
+    loop = EXPERIMENT["distill"]["loop"]  # type: ignore[index]
+    return {
+        "evaluate": ["evaluate", "--weights", weights, "--data.name", "digits", "--device", "cpu"],
+        "distill": [
+            *("distill", "--teacher.weights", weights, "--data.name", "digits", "--out", "run"),
+            *(*options, *student, "--distill.loop", json.dumps(loop)),
+        ],
+        "export": ["export", "--weights", weights],
+    }
+
+
+def test_image_size_and_options_come_from_the_weights_file(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(commands(teacher)["evaluate"])
+    shown = re.search(r"top-1\D+([\d.]+%)", capsys.readouterr().out)
+    main([*commands(teacher)["evaluate"], "--data.image_size", "16"])
+    expected = re.search(r"top-1\D+([\d.]+%)", capsys.readouterr().out)
+    assert shown is not None
+    assert expected is not None
+    assert shown[1] == expected[1]
+    main(commands(teacher)["distill"])
+    config = read(ExperimentConfig, tmp_path / "run" / "config.yaml")
+    assert config.data.image_size == 16
+    assert config.teacher.options == {"widths": [4, 4, 8, 12]}
+    student, stored = (read_metadata(path) for path in (tmp_path / "run" / "student.safetensors", teacher))
+    for name in ("image_size", "mean", "std", "classes", "num_classes"):
+        assert student[name] == stored[name], name
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "changes", "words"),
+    [
+        ("evaluate", ["--data.image_size", "32"], {}, ["image_size", "16", "32"]),
+        ("evaluate", [], {"mean": "[0.485, 0.456, 0.406]"}, ["mean", "0.485", "0.5"]),
+        ("evaluate", [], {"std": "[0.229, 0.224, 0.225]"}, ["std", "0.229", "0.5"]),
+        ("evaluate", [], {"classes": json.dumps([*"1023456789"])}, ["class 0", "'1'", "'0'"]),
+        ("evaluate", [], {"classes": None, "num_classes": "7"}, ["num_classes", "7", "10"]),
+        ("evaluate", [], {"num_classes": "7"}, ["num_classes 7", "10 names"]),
+        ("evaluate", ["--model.name", "resnet8", "--model.options", "{widths: [2, 4, 8, 12]}"], {}, ["[2,", "[4,"]),
+        ("evaluate", [], {"image_size": "16x16"}, ["image_size '16x16'", "not JSON"]),
+        ("evaluate", [], {"std": "[0.5, NaN, 0.5]"}, ["std", "one finite number per channel"]),
+        ("distill", ["--data.image_size", "32"], {}, ["image_size", "16", "32"]),
+        ("distill", ["--distill.image_size", "32"], {}, ["image_size", "16", "32"]),
+        ("distill", ["--distill.mean", "[0.1, 0.5, 0.5]"], {}, ["mean", "0.1", "0.5"]),
+        ("distill", ["--num_classes", "7"], {}, ["num_classes", "7", "10"]),
+        ("distill", [], {"classes": json.dumps([*"1023456789"])}, ["class 0", "'1'", "'0'"]),
+        ("export", ["--image_size", "32"], {}, ["image_size", "16", "32"]),
+        ("export", ["--num_classes", "7"], {}, ["num_classes", "7", "10"]),
+    ],
+)
+def test_conflicts_with_the_weights_file_name_both_values(
+    described: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    more: list[str],
+    changes: dict[str, str | None],
+    words: list[str],
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*commands(described(**changes))[command], *more])
+    assert left.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    for word in ("described.safetensors", *words):
+        assert word in error
+
+
+def test_exported_files_contain_the_metadata(teacher: str, tmp_path: Path) -> None:
+    main(["export", "--weights", teacher, "--out", "exported"])
+    assert read_metadata(tmp_path / "exported" / "student.safetensors") == read_metadata(teacher)
+    session = onnxruntime.InferenceSession(tmp_path / "exported" / "student.onnx")
+    assert session.get_modelmeta().custom_metadata_map == read_metadata(teacher)
 
 
 def test_environment_variable_enables_tracebacks(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,14 @@ def test_command_fails_if_a_student_misses_its_target(tmp_path: Path, monkeypatc
     assert {config.distill.seed for config in configs[0].values()} == {3}
     main(["demo", "--out", str(tmp_path), "--only", "digits"])
     assert [*configs[1]] == ["digits"]
+
+
+@pytest.mark.parametrize(("teacher", "student"), [(math.nan, 0.5), (0.5, math.nan), (0.0, 0.5), (0.0, 0.0)])
+def test_nan_and_a_useless_teacher_miss_the_target(tmp_path: Path, teacher: float, student: float) -> None:
+    rows = [demos.Row(str(i), "images", top1, 1.0, 1.0, Path("x")) for i, top1 in enumerate((teacher, student, 0.5))]
+    config = replace(toy(0.0), presets=["dfkd-fgvc"])
+    assert not demos._save_results(config, tmp_path, "toy", rows, seconds=1.0, console=Console(record=True))
+    assert "NaN" not in (tmp_path / "results.json").read_text()
 
 
 def test_a_student_below_its_target_is_reported(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -21,12 +22,15 @@ from torch import nn
 
 import dfkd_fast
 from dfkd_fast.config import ModelConfig, ObjectiveConfig, OptimizerConfig
-from dfkd_fast.engine import CheckpointError, Checkpoints, NonFiniteError, engines, loop
+from dfkd_fast.engine import CheckpointError, Checkpoints, NonFiniteError, Runtime, engines, loop
 from dfkd_fast.engine.checkpoint import fingerprint
 from dfkd_fast.engine.progress import ProgressLine
 from dfkd_fast.models import create_model, extract, load_weights, read_metadata
 
 from .. import tiny
+
+DEFAULT = Runtime.of("cpu", "auto", channels_last=True).precision
+OTHER = "fp32" if DEFAULT == "bf16" else "bf16"
 
 
 def checkpoint_names(folder: Path) -> list[str]:
@@ -168,7 +172,7 @@ def test_damaged_checkpoint_falls_back_to_the_previous_one(
 def test_checkpoint_of_another_run_is_refused(finished: Path) -> None:
     with pytest.raises(ValueError, match="already contains checkpoints of a run"):
         tiny.run(finished)
-    with pytest.raises(CheckpointError, match="was written with another config"):
+    with pytest.raises(CheckpointError, match=r"another config: optimizer.student_lr was 0.05 and is now 0.1"):
         tiny.run(finished, resume=True, optimizer=OptimizerConfig(student_lr=0.1))
     with pytest.raises(CheckpointError, match="was written with another teacher"):
         dfkd_fast.distill(
@@ -182,6 +186,116 @@ def test_checkpoint_of_another_run_is_refused(finished: Path) -> None:
         torch.save({"format": "dfkd_fast.checkpoint/1"}, path)
     with pytest.raises(CheckpointError, match=r"checkpoint/1, expected .*/2; continue this run with the version that"):
         tiny.run(finished, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 7}, "loop.batch_size was 6 and is now 7; set it back, or choose another folder for out"),
+        (
+            {"seed": 3, "generator_steps": 1},
+            "loop.generator_steps was 2 and is now 1; .*seed was 0 and is now 3|seed.*gen",
+        ),
+        ({"precision": OTHER}, f"precision was {DEFAULT} and is now {OTHER}"),
+        ({"mean": (0.4, 0.5, 0.5)}, r"mean was \[0.5, 0.5, 0.5\] and is now \[0.4, 0.5, 0.5\]"),
+        ({"image_size": 32}, "image_size was 16 and is now 32"),
+        ({"objective": ObjectiveConfig()}, "objective.student.sfcl was 1.0 and is now not set"),
+        (
+            {"epochs": 3},
+            "loop.epochs was 2 and is now 3; only a run with optimizer.student_schedule 'constant' can get",
+        ),
+        ({"epochs": 1}, "loop.epochs was 2 and is now 1; only a run with"),
+        (
+            {"select": "agreement", "epochs": 3},
+            "loop.epochs was 2 and is now 3; loop.select was last and is now agreement",
+        ),
+    ],
+)
+def test_resume_names_the_settings_that_differ(finished: Path, changes: dict[str, Any], message: str) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=message) as refused:
+        tiny.run(finished, resume=True, **changes)
+    assert len(str(refused.value).splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in before}  # nothing is written
+
+
+def test_resume_allows_settings_that_do_not_change_the_algorithm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted_run: dfkd_fast.DistillResult
+) -> None:
+    step, count = engines.student_step, 0
+
+    def killed(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise Killed
+        step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "student_step", killed)
+        with pytest.raises(Killed):
+            tiny.run(tmp_path, evaluate_every=0, mean=None, std=None, image_size=None)
+    shutil.move(tmp_path / "checkpoints", tmp_path / "moved" / "checkpoints")
+    free = {"checkpoint_every": 3, "keep_checkpoints": 4, "engine": "eager", "autotune": True}
+    resumed = tiny.run(tmp_path / "moved", resume=True, precision=DEFAULT, **free)
+    assert tiny.same_weights(resumed.student, uninterrupted_run.student)
+    assert resumed.rounds == uninterrupted_run.rounds
+
+
+def test_run_with_a_constant_rate_can_get_longer(tmp_path: Path) -> None:
+    constant = OptimizerConfig(student_lr=0.05, student_schedule="constant")
+    tiny.run(tmp_path / "longer", optimizer=constant, epochs=1)
+    longer = tiny.run(tmp_path / "longer", optimizer=constant, resume=True)
+    assert_same_result(longer, tiny.run(tmp_path / "whole", optimizer=constant))
+    with pytest.raises(CheckpointError, match=r"loop.epochs was 2 and is now 1; this run is already at round 4"):
+        tiny.run(tmp_path / "longer", optimizer=constant, resume=True, epochs=1)
+
+
+def test_finished_run_resumes_as_a_no_op(finished: Path, uninterrupted_run: dfkd_fast.DistillResult) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    again = tiny.run(finished, resume=True)
+    assert_same_result(again, uninterrupted_run)
+    assert (again.images_per_s, again.seconds) == (0.0, 0.0)
+    assert again.accuracy == uninterrupted_run.accuracy
+    after = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert after.pop(finished / ".lock")
+    before.pop(finished / ".lock", None)
+    assert after == before
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_resumed_run_can_start_or_stop_to_evaluate(tmp_path: Path, first: bool) -> None:
+    constant = OptimizerConfig(student_lr=0.05, student_schedule="constant")
+    networks, images = (
+        [(tiny.teacher(), tiny.network()) for _ in range(2)],
+        [tiny.data() if first else None, tiny.data()],
+    )
+    if first:
+        images[1] = None
+    for each, data, epochs in zip(networks, images, (1, 2), strict=True):
+        config = tiny.config(tmp_path, resume=True, epochs=epochs, optimizer=constant)
+        result = dfkd_fast.distill(*each, config, data=data, progress=False)
+    accuracy = [math.isfinite(value) for value in result.epochs["accuracy"]]
+    assert accuracy == [first, not first]
+    assert json.loads((tmp_path / "history.json").read_text())["epochs"]["accuracy"].count(None) == 1
+
+
+def test_resume_names_a_network_that_differs(finished: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"written with another student: .*had shape .* now has shape"):
+        dfkd_fast.distill(
+            tiny.teacher(), tiny.network((4, 4, 6, 10)), tiny.config(finished, resume=True), progress=False
+        )
+
+
+def test_checkpoint_of_an_earlier_version_is_read(finished: Path, uninterrupted_run: dfkd_fast.DistillResult) -> None:
+    """Before, a checkpoint contained only the fingerprint of its settings."""
+    for path in (finished / "checkpoints").iterdir():
+        content = torch.load(path, weights_only=True)
+        del content["settings"]
+        torch.save(content, path)
+    assert_same_result(tiny.run(finished, resume=True), uninterrupted_run)
+    with pytest.raises(CheckpointError, match="was written with another config, or choose another folder for out"):
+        tiny.run(finished, resume=True, seed=1)
 
 
 def test_checkpoint_with_pickled_objects_is_refused(tmp_path: Path) -> None:
@@ -263,6 +377,42 @@ def test_best_student_by_the_selected_criterion_is_returned(
     result = tiny.run(tmp_path, select=select)
     assert all(torch.equal(tensor, result.student.state_dict()[name]) for name, tensor in students[0].items())
     assert not all(torch.equal(tensor, result.student.state_dict()[name]) for name, tensor in students[1].items())
+
+
+@pytest.mark.parametrize("scores", [[math.nan, 0.4], [0.4, math.nan], [math.nan, math.nan]])
+def test_nan_is_never_the_best_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
+    values = iter([*scores, 0.0, 0.0])
+    monkeypatch.setattr(loop._Run, "accuracy", lambda self, student: next(values))
+    if not any(map(math.isfinite, scores)):
+        with pytest.raises(NonFiniteError, match="no epoch has a finite score for select='test_accuracy'"):
+            tiny.run(tmp_path, select="test_accuracy")
+        return
+    tiny.run(tmp_path, select="test_accuracy")
+    best = torch.load(next((tmp_path / "checkpoints").glob("*4-step*")), weights_only=True)["state"]["best"]
+    assert best == {"score": 0.4, "epoch": 1 + scores.index(0.4)}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("sides", [("student",), ("teacher", "student")])
+def test_logits_that_are_not_finite_agree_with_nothing(value: float, sides: tuple[str, ...]) -> None:
+    state = tiny.state()
+    assert 0 <= loop.agreement(state) <= 1
+    for network in (state.teacher.model if side == "teacher" else state.student.module.model for side in sides):
+        with torch.no_grad():
+            network.fc.bias[0] = value  # argmax is 0
+    assert loop.agreement(state) == 0
+
+
+def test_history_is_strict_json(tmp_path: Path) -> None:
+    """Epochs that were not evaluated are null, because JSON has no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"history.json contains {constant}")
+
+    result = tiny.run(tmp_path, evaluate_every=2)
+    history = json.loads((tmp_path / "history.json").read_text(), parse_constant=refuse)
+    assert history["epochs"]["accuracy"] == [None, result.accuracy]
+    assert history["rounds"] == result.rounds
 
 
 THREE_CLASSES = create_model(ModelConfig(name="resnet8"), num_classes=3)

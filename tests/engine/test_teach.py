@@ -1,11 +1,14 @@
-"""Supervised training and evaluation."""
+"""Supervised training, evaluation and export."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from dfkd_fast import evaluate, teach
 from dfkd_fast.config import TeachConfig
+from dfkd_fast.engine import ExportError, export, training
 from dfkd_fast.models import load_weights, read_metadata
 
 from .. import tiny
@@ -83,3 +87,81 @@ def test_evaluate_counts_top1_and_top5() -> None:
     assert few.top5 is None
     with pytest.raises(ValueError, match="at least one image"):
         evaluate(model, TensorDataset(images[:0], labels[:0]), num_classes=8)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_count_as_wrong(value: float, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(_KnownRanks):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([torch.full((len(x), 8), value)[:3], super().forward(x)[3:]])
+
+    images, labels = torch.zeros(6, 3, 4, 4), torch.arange(6)
+    images[:, 0] = labels[:, None, None].float()
+    result = evaluate(Broken(8), TensorDataset(images, labels), num_classes=8)
+    assert (result.top1, result.top5) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert "3 of 6 images have logits that are not finite; they count as wrong" in caplog.text
+
+
+def test_masked_classes_are_valid(caplog: pytest.LogCaptureFixture) -> None:
+    class Masked(_KnownRanks):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).index_fill(1, torch.tensor([7]), -math.inf)
+
+    images = torch.zeros(2, 3, 4, 4)
+    result = evaluate(Masked(8), TensorDataset(images, torch.zeros(2, dtype=torch.int64)), num_classes=8)
+    assert result.top1 == 1
+    assert not caplog.text
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    epoch = training._Trainer.epoch
+
+    def last_step_diverges(self: training._Trainer) -> float:
+        loss = epoch(self)
+        self.model.fc.bias.data.fill_(math.nan)  # type: ignore[union-attr,operator]
+        return loss
+
+    monkeypatch.setattr(training._Trainer, "epoch", last_step_diverges)
+    with pytest.raises(ArithmeticError, match=r"fc\.bias is not finite after epoch 1; try a lower lr"):
+        teach(tiny.network(), tiny.data(), config(tmp_path, 1), progress=False)
+    assert not (tmp_path / "teacher.safetensors").exists()
+
+
+class _Constant(nn.Module):
+    """Returns the same logits for all images, which depend on a weight."""
+
+    def __init__(self, *logits: float) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((1, 2, 3)).unsqueeze(1) * 0 + self.scores
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_export_refuses_logits_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ExportError, match=r"the logits of _Constant are not finite .*: scores"):
+        export(_Constant(1.0, value), tmp_path, image_size=8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [math.nan, 0.5, 0.0])
+def test_export_checks_the_outputs_of_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    run = onnxruntime.InferenceSession.run
+
+    def changed(self: Any, *arguments: Any) -> list[Any]:
+        return [each + wrong for each in run(self, *arguments)]
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", changed)
+    model = _Constant(0.0, 0.0)  # also a head that is initialized with zeros has a difference
+    if wrong == 0:
+        assert export(model, tmp_path, image_size=8).difference == 0
+        return
+    with pytest.raises(ExportError, match="ONNX logits differ from PyTorch's by"):
+        export(model, tmp_path, image_size=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_refuses_another_image_size_than_the_metadata(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="image_size is 8, but the metadata says 16"):
+        export(_Constant(1.0), tmp_path, image_size=8, metadata={"image_size": "16"})

@@ -16,10 +16,12 @@ from torch import nn
 
 from dfkd_fast.config import ModelConfig
 from dfkd_fast.models import (
+    WeightsDescription,
     WeightsFormatError,
     WeightsMismatch,
     create_model,
     load_weights,
+    read_description,
     read_metadata,
     save_weights,
 )
@@ -236,6 +238,41 @@ def test_files_without_weights(tmp_path: Path, content: object, message: str) ->
     for read in (read_metadata, lambda path: load_weights(network(), path)):
         with pytest.raises(FileNotFoundError, match="no weights file"):
             read(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"format": "pt"}, {}),
+        ({"image_size": "32", "num_classes": "3", "model": "resnet8"}, {"image_size": 32, "num_classes": 3}),
+        ({"mean": "0.5", "std": "[0.25]"}, {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}),
+        ({"classes": '["a", "b"]', "options": '{"width": 2}'}, {"classes": ("a", "b"), "num_classes": 2}),
+        ({"image_size": "0"}, "image_size '0', which is not a positive integer"),
+        ({"image_size": "32.5"}, "image_size '32.5', which is not a positive integer"),
+        ({"num_classes": "many"}, "num_classes 'many', which is not JSON"),
+        ({"mean": "[0.5, Infinity, 0.5]"}, "which is not one finite number per channel"),
+        ({"mean": "[0.5, 0.5]"}, "which is not one finite number per channel"),
+        ({"mean": f"[{10**400}]"}, "which is not"),
+        ({"std": "[0.5, 0, 0.5]"}, "which is not one positive number per channel"),
+        ({"classes": '"cat"'}, "which is not a list of class names"),
+        ({"classes": "[" * 100_000}, "which is not JSON"),
+        ({"classes": '["a", "b"]', "num_classes": "3"}, "num_classes 3, but 2 names in classes"),
+    ],
+)
+def test_descriptions_are_read_or_refused(
+    tmp_path: Path, metadata: dict[str, str], expected: dict[str, object] | str
+) -> None:
+    path = tmp_path / "w.safetensors"
+    save_weights(nn.Linear(1, 1), path, metadata)
+    if isinstance(expected, str):
+        with pytest.raises(WeightsFormatError, match=f"w.safetensors: its metadata has .*{re.escape(expected)}"):
+            read_description(path)
+        return
+    found = read_description(path)
+    assert {name: getattr(found, name) for name in expected} == expected
+    assert found.model == metadata.get("model")
+    torch.save(nn.Linear(1, 1).state_dict(), tmp_path / "w.pt")
+    assert read_description(tmp_path / "w.pt") == WeightsDescription()
 
 
 def test_create_model_reads_weights(tmp_path: Path) -> None:

@@ -1,0 +1,170 @@
+"""Atomic writes of files, and the lock of a run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from dfkd_fast.config import expand
+
+__all__ = ["FolderInUseError", "WriteError", "atomic_write", "lock_folder", "write_file"]
+
+log = logging.getLogger(__name__)
+
+_SUFFIX = ".partial"
+_WRITABLE = "make the folder writable, or choose another one"
+_REMEDIES = {
+    errno.ENOSPC: "free space on this disk, or choose a folder on another one",
+    errno.EDQUOT: "free space in the disk quota, or choose a folder on another disk",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose a folder on another file system",
+    errno.EIO: "check the disk, or choose a folder on another one",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EROFS: _WRITABLE,
+    errno.EACCES: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+}
+
+
+class FolderInUseError(RuntimeError):
+    """Another run writes to the folder."""
+
+
+class WriteError(OSError):
+    """A file could not be written, and its previous content is kept. The message gives the path and a remedy."""
+
+    def __str__(self) -> str:
+        return f"cannot write {self.filename}: {self.strerror}"
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> WriteError:
+        """Create the error for a path from the operating system's error."""
+        remedy = _REMEDIES.get(error.errno or 0, "choose another folder")
+        reason = error.strerror or str(error)
+        return cls(error.errno or errno.EIO, f"{reason}; {remedy}", str(path))
+
+
+class _RecordingFile(io.FileIO):
+    """Keeps the error of a failed write, because torch.save replaces it by one without its reason."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int | None:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a temporary file for writing. At the end of the ``with`` block it is flushed to disk and replaces ``path``.
+
+    After an error, or if the process dies, ``path`` is unchanged. Missing folders are created.
+
+    Raises:
+        WriteError: the file could not be written. The temporary file is deleted.
+    """
+    path = expand(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
+    raw: _RecordingFile | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raw = _RecordingFile(partial, "wb")
+        with io.BufferedWriter(raw) as file:
+            yield cast(BinaryIO, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else raw.error if raw is not None else None
+        if cause is None:
+            raise
+        raise WriteError.of(path, cause) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a rename to disk. Some file systems do not support this."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_file(path: str | Path, content: bytes) -> Path:
+    """Write a file atomically and return its expanded path. Missing folders are created.
+
+    Raises:
+        WriteError: the file could not be written; its previous content is kept.
+    """
+    with atomic_write(path) as file:
+        file.write(content)
+    return expand(path)
+
+
+_locks: set[int] = set()
+
+
+def _close_locks() -> None:
+    """A forked process, such as a worker of a data loader, must not hold the lock after its parent dies."""
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a run's folder against other runs, and delete temporary files of a run that was killed.
+
+    The lock belongs to the process. It ends when the process ends, however that happens.
+
+    Raises:
+        FolderInUseError: another run holds the lock.
+        WriteError: the lock's file cannot be opened.
+    """
+    import fcntl
+
+    path = folder / ".lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise WriteError.of(path, error) from error
+    _locks.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+            raise FolderInUseError(
+                f"{folder} is in use by another run{f' ({owner})' if owner else ''}: wait until it ends, or choose "
+                "another folder for out"
+            ) from None
+        except OSError as error:
+            log.warning("%s: this file system has no locks (%s); do not start a second run here", folder, error)
+        with contextlib.suppress(OSError):  # the lock also works on a full disk
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        for written in (folder, folder / "checkpoints", folder / "images"):
+            for partial in written.glob(f".*{_SUFFIX}"):
+                partial.unlink(missing_ok=True)
+        yield
+    finally:
+        if descriptor in _locks:  # not in a forked process
+            _locks.remove(descriptor)
+            os.close(descriptor)
