@@ -408,12 +408,14 @@ def test_statistics_of_each_kind_of_batchnorm() -> None:
         dropout=nn.Dropout(0.5),
     )
     extracted, x = extract(randomize_batchnorm(model), statistics=True, image_size=16), images(4, 16)
-    assert extracted.batchnorms == ("bn", "bn2", "bn")
-    assert extracted.other_batchnorms == ("own", "untracked", "flat")
+    assert extracted.batchnorms == ("bn", "bn2", "bn", "own")
+    assert extracted.other_batchnorms == ("untracked", "flat")
     outputs = extracted(x)
-    logits, inputs, maps = hooked_forward(model, x, ["bn2", "fc", "conv"])
+    logits, inputs, maps = hooked_forward(model, x, ["bn2", "fc", "conv", "own"])
     close((outputs.logits, outputs.penultimate), (logits, inputs["fc"]))
-    first, act, second = outputs.statistics
+    first, act, second, own = outputs.statistics
+    close(own[:2], (inputs["own"].mean((0, 2, 3)), inputs["own"].var((0, 2, 3), unbiased=False)))
+    assert own.running_mean is model.own.running_mean
     close((first.mean, second.mean), (maps["conv"].mean((0, 2, 3)), maps["bn2"].mean((0, 2, 3))))
     assert torch.equal(first.running_mean, second.running_mean)
     assert torch.equal(act.running_var, model.bn2.running_var)
