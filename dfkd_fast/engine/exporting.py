@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dfkd_fast.graph import FeatureModel, unpatch, unwrap
+from dfkd_fast.graph.tracing import eval_forward, first_line, image_channels, require_finite, weights_of
 from dfkd_fast.models import save_weights
 
 __all__ = ["ExportError", "ExportResult", "export"]
@@ -29,15 +32,42 @@ class ExportResult:
     difference: float
 
 
+def _plain_copy(model: nn.Module) -> nn.Module:
+    """A float32 copy of the plain network on the CPU in eval mode, without the changes of patch."""
+    model = unwrap(model)
+    model = copy.deepcopy(unwrap(model.model) if isinstance(model, FeatureModel) else model)
+    unpatch(model)
+    require_finite(type(model).__name__, weights_of(model))
+    return model.cpu().float().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def _difference(found: Tensor, expected: Tensor, name: str) -> float:
+    """The largest difference, relative to the largest expected magnitude."""
+    for what, logits in (("PyTorch", expected), ("ONNX", found)):
+        if not logits.isfinite().all():
+            raise ExportError(f"the logits of {name} for random images are NaN or infinite in {what}")
+    error = (found - expected).abs().max().item()
+    return error / expected.abs().max().item() if error else 0.0
+
+
+def _cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def export(
     model: nn.Module, out: str | Path, *, image_size: int, metadata: Mapping[str, str] | None = None
 ) -> ExportResult:
     """Write ``student.safetensors`` and ``student.onnx``, and check the ONNX outputs against PyTorch on random images.
 
-    The ONNX graph maps float32 ``images`` (N, 3, image_size, image_size), with dynamic N, to ``logits`` (N, classes).
+    The ONNX graph maps float32 ``images`` (N, C, image_size, image_size), with dynamic N and C = 3 for RGB images, to
+    ``logits`` (N, classes).
 
     Args:
-        model: a plain classifier. It is moved to the CPU in float32 and eval mode.
+        model: a classifier on any device and in any dtype, also in a wrapper (torch.compile, DataParallel, ...),
+            patched, or from :func:`dfkd_fast.models.extract`. It is not changed: a float32 copy on the CPU in eval mode
+            is exported.
         out: output folder.
         image_size: height and width of the images, in pixels.
         metadata: metadata of the safetensors file.
@@ -46,7 +76,9 @@ def export(
         The paths of the files and the largest relative difference.
 
     Raises:
-        ExportError: onnx, onnxscript or onnxruntime is missing, or the outputs differ.
+        ExportError: onnx, onnxscript or onnxruntime is missing, torch.onnx cannot export the network, or the outputs
+            differ or are not finite.
+        ValueError: the network does not accept the image size, or a weight is NaN or infinite.
     """
     try:
         import onnxruntime
@@ -55,30 +87,36 @@ def export(
         raise ExportError(f"ONNX export needs the package {error.name}: pip install 'dfkd-fast[onnx]'") from error
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    model = model.cpu().float().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    # torch.export would specialize a batch of one to a constant.
-    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    model = _plain_copy(model)
+    size = (image_channels(model), image_size, image_size)
+
+    def images(count: int) -> Tensor:
+        return torch.randn(count, *size, generator=torch.Generator().manual_seed(count), dtype=torch.float32)
+
+    eval_forward(model, images(2))  # its error is clearer than the exporter's
     path = folder / "student.onnx"
-    program = torch.onnx.export(
-        model,
-        (images,),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            model,
+            (images(2),),  # torch.export would specialize a batch of one to a constant
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"torch.onnx cannot export {type(model).__name__}: {first_line(_cause(error))}") from error
     if program is None:
         raise ExportError("torch.onnx.export returned no program")
     program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = 0.0
     for count in (2, 5):
-        images = torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(count))
         with torch.inference_mode():
-            expected = model(images)
-        (found,) = session.run(["logits"], {"images": images.numpy()})
-        worst = max(worst, ((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()).item())
+            expected = model(images(count))
+        (found,) = session.run(["logits"], {"images": images(count).numpy()})
+        worst = max(worst, _difference(torch.from_numpy(found), expected, type(model).__name__))
     if not worst <= _TOLERANCE:
         raise ExportError(
             f"ONNX logits differ from PyTorch's by {worst:.2e} of the largest logit; the limit is {_TOLERANCE}"
