@@ -22,8 +22,10 @@ __all__ = ["WeightsFormatError", "WeightsMismatch", "WeightsReport", "load_weigh
 
 # Keys under which checkpoints store weights, and prefixes that DataParallel and torch.compile add to names.
 # Weights averaged during training (EMA) are used if a file has no others.
-_NESTED = ("state_dict", "model_state_dict", "model", "net", "network")
-_NESTED += ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "module", "weights")
+_NESTED = (
+    *("state_dict", "model_state_dict", "model", "net", "network"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "module", "weights"),
+)
 _WRAPPERS = ("module", "_orig_mod")
 _PREFIXES = ("model.", "net.", "network.", "backbone.", "ema_model.")
 # Counters of BatchNorm, AveragedModel and FLOP counters, which a network may lack.
@@ -137,9 +139,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
     """The mapping of names to tensors, at the top level or under a usual key."""
     while isinstance(content, Mapping):
-        inner = next(
-            (content[name] for name in _NESTED if isinstance(content.get(name), Mapping) and content[name]), None
-        )
+        inner = next((content[name] for name in _NESTED if isinstance(content.get(name), Mapping)), None)
         if inner is None:
             break
         content = inner
@@ -185,13 +185,14 @@ def _renamed(state: dict[str, Tensor], own: Iterable[str], path: Path) -> dict[s
     Raises:
         WeightsFormatError: two names in the file become the same.
     """
-    own = list(own)
+    own = set(own)
     plain = {_without_wrappers(name): name for name in own}
     if len(plain) < len(own):  # the network has modules with and without these names
         plain = {name: name for name in own}
     names = {name: name if name in own else _without_wrappers(name) for name in state}
     while not any(name in own or name in plain for name in names.values()):
-        prefix = next((p for p in _PREFIXES if all(n.startswith(p) or _is_counter(n) for n in names.values())), None)
+        weights = [name for name in names.values() if not _is_counter(name)]
+        prefix = next((p for p in _PREFIXES if weights and all(name.startswith(p) for name in weights)), None)
         if prefix is None:
             break
         names = {name: short.removeprefix(prefix) for name, short in names.items()}
@@ -236,7 +237,7 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
     state = {name: value for name, value in state.items() if not skipped(name)}
     expected = {name: value for name, value in own.items() if not skipped(name) and isinstance(value, Tensor)}
     absent = [name for name in expected if name not in state]
-    counters = tuple(name for name in absent if name.endswith("num_batches_tracked"))
+    counters = tuple(name for name in absent if _is_counter(name))
     missing = tuple(name for name in absent if name not in counters)
     ignored = tuple(name for name in state if name not in expected and _is_counter(name))
     unexpected = tuple(name for name in state if name not in expected and name not in ignored)
