@@ -316,9 +316,8 @@ def build_state(
     trained = [*student.model.parameters(), *(p for p in objectives[1].parameters() if p.requires_grad)]
     device, steps = runtime.device, config.loop.generator_steps + config.loop.student_steps
     width = max(len(objective.names) for objective in objectives) + 1
-    generator_rate, student_rate = (
-        torch.tensor(rate, dtype=torch.float32, device=device) for rate in (config.optimizer.generator_lr, config.optimizer.student_lr)
-    )
+    rates = (config.optimizer.generator_lr, config.optimizer.student_lr)
+    generator_rate, student_rate = (torch.tensor(rate, dtype=torch.float32, device=device) for rate in rates)
 
     def side(module: M, objective: Objective, optimizer: torch.optim.Optimizer) -> Side[M]:
         scaler = torch.amp.GradScaler(device.type, enabled=runtime.autocast is torch.float16)

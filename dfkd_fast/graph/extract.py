@@ -54,8 +54,7 @@ log = logging.getLogger(__name__)
 
 # Operations after the last linear layer that only reshape or cast.
 _RESHAPES: set[Any] = {torch.flatten, torch.squeeze, torch.reshape, "flatten", "view", "reshape", "squeeze", "squeeze_"}
-_RESHAPES |= {Tensor.flatten, Tensor.squeeze, Tensor.view, Tensor.reshape, Tensor.float, Tensor.to, "contiguous"}
-_RESHAPES |= {"float", "double", "half", "bfloat16", "to", "type", "type_as", "clone", torch.clone}
+_RESHAPES |= {"float", "double", "half", "bfloat16", "to", "type", "type_as", "contiguous", "clone", torch.clone}
 _DROPOUTS: set[Any] = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout}
 _OUTPUTS_HINT = "Pass a network whose forward returns dfkd_fast.models.Outputs(logits, features, penultimate) instead"
 

@@ -190,10 +190,10 @@ def _renamed(state: dict[str, Tensor], own: Iterable[str], path: Path) -> dict[s
     if len(plain) < len(own):  # the network has modules with and without these names
         plain = {name: name for name in own}
     names = {name: name if name in own else _without_wrappers(name) for name in state}
-    while not any(name in own or name in plain for name in names.values()):
-        weights = [name for name in names.values() if not _is_counter(name)]
-        prefix = next((p for p in _PREFIXES if weights and all(name.startswith(p) for name in weights)), None)
-        if prefix is None:
+    while weights := [name for name in names.values() if not _is_counter(name)]:
+        fits = any(name in own or name in plain for name in weights)
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in weights)), None)
+        if fits or prefix is None:
             break
         names = {name: short.removeprefix(prefix) for name, short in names.items()}
     result: dict[str, Tensor] = {}
