@@ -226,6 +226,15 @@ def _unfrozen(module: nn.Module, flags: dict[nn.Module, bool]) -> str | None:
     return None
 
 
+def _require_one_device(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise ValueError(
+                f"nn.DataParallel on {len(module.device_ids)} devices is not supported: its replicas would run the "
+                "patched forward of the first device; use DistributedDataParallel"
+            )
+
+
 def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
     """Replace patterns in a model's forward by fused ops:
 
@@ -259,12 +268,7 @@ def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
         ValueError: the model does not accept the example, or is in ``nn.DataParallel`` on several devices.
     """
     unpatch(model)
-    for module in model.modules():
-        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            raise ValueError(
-                f"nn.DataParallel on {len(module.device_ids)} devices is not supported: its replicas would run the "
-                "patched forward of the first device; use DistributedDataParallel"
-            )
+    _require_one_device(model)
     model = unwrap(model)
     if isinstance(model, FeatureModel):
         raise TypeError("model must be a plain network, got a FeatureModel, which is already fused")
