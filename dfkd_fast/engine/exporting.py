@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from dfkd_fast.config import expand
 from dfkd_fast.files import write_file
+from dfkd_fast.graph import FeatureModel, unpatch, unwrap
+from dfkd_fast.graph.tracing import eval_forward, first_line, image_channels, require_finite, weights_of
 from dfkd_fast.models import save_weights
 
 __all__ = ["ExportError", "ExportResult", "export"]
@@ -32,15 +34,42 @@ class ExportResult:
     difference: float
 
 
+def _plain_copy(model: nn.Module) -> nn.Module:
+    """A float32 copy of the plain network on the CPU in eval mode, without the changes of patch."""
+    model = unwrap(model)
+    model = copy.deepcopy(unwrap(model.model) if isinstance(model, FeatureModel) else model)
+    unpatch(model)
+    require_finite(type(model).__name__, weights_of(model))
+    return model.cpu().float().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def _difference(found: Tensor, expected: Tensor, name: str) -> float:
+    """The largest difference, relative to the largest expected magnitude."""
+    for what, logits in (("PyTorch", expected), ("ONNX", found)):
+        if not logits.isfinite().all():
+            raise ExportError(f"the logits of {name} for random images are NaN or infinite in {what}")
+    error = (found - expected).abs().max().item()
+    return error / expected.abs().max().item() if error else 0.0
+
+
+def _cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def export(
     model: nn.Module, out: str | Path, *, image_size: int, metadata: Mapping[str, str] | None = None
 ) -> ExportResult:
     """Write ``student.safetensors`` and ``student.onnx``, and check the ONNX outputs against PyTorch on random images.
 
-    The ONNX graph maps float32 ``images`` (N, 3, image_size, image_size), with dynamic N, to ``logits`` (N, classes).
+    The ONNX graph maps float32 ``images`` (N, C, image_size, image_size), with dynamic N and C = 3 for RGB images, to
+    ``logits`` (N, classes).
 
     Args:
-        model: a plain classifier. It is moved to the CPU in float32 and eval mode.
+        model: a classifier on any device and in any dtype, also in a wrapper (torch.compile, DataParallel, ...),
+            patched, or from :func:`dfkd_fast.models.extract`. It is not changed: a float32 copy on the CPU in eval mode
+            is exported.
         out: output folder.
         image_size: height and width of the images, in pixels.
         metadata: metadata of both files.
@@ -49,9 +78,10 @@ def export(
         The paths of the files and the largest relative difference.
 
     Raises:
-        ValueError: image_size and the metadata differ.
-        ExportError: onnx, onnxscript or onnxruntime is missing, a logit is not finite, or the outputs differ. Then no
-            file is written.
+        ExportError: onnx, onnxscript or onnxruntime is missing, torch.onnx cannot export the network, or the outputs
+            differ or are not finite. Then no file is written.
+        ValueError: the network does not accept the image size, a weight is NaN or infinite, or image_size and the
+            metadata differ.
         dfkd_fast.files.WriteError: a file could not be written.
     """
     try:
@@ -64,33 +94,37 @@ def export(
         raise ValueError(f"image_size is {image_size}, but the metadata says {stored}")
     folder = expand(out)
     folder.mkdir(parents=True, exist_ok=True)
-    model = model.cpu().float().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    # torch.export would specialize a batch of one to a constant.
-    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    _check_finite(model, images)
+    model = _plain_copy(model)
+    size = (image_channels(model), image_size, image_size)
+
+    def images(count: int) -> Tensor:
+        return torch.randn(count, *size, generator=torch.Generator().manual_seed(count), dtype=torch.float32)
+
+    eval_forward(model, images(2))  # its error is clearer than the exporter's
     path = folder / "student.onnx"
-    program = torch.onnx.export(
-        model,
-        (images,),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            model,
+            (images(2),),  # torch.export would specialize a batch of one to a constant
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"torch.onnx cannot export {type(model).__name__}: {first_line(_cause(error))}") from error
     if program is None:
         raise ExportError("torch.onnx.export returned no program")
     program.model.metadata_props.update(metadata or {})
     content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    differences = []
+    worst = 0.0
     for count in (2, 5):
-        images = torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(count))
-        expected = _check_finite(model, images)
-        (found,) = session.run(["logits"], {"images": images.numpy()})
-        difference, scale = ((each.abs().max()).item() for each in (torch.from_numpy(found) - expected, expected))
-        differences.append(difference / scale if scale else difference)
-    worst = max(differences, key=lambda value: (math.isnan(value), value))
+        with torch.inference_mode():
+            expected = model(images(count))
+        (found,) = session.run(["logits"], {"images": images(count).numpy()})
+        worst = max(worst, _difference(torch.from_numpy(found), expected, type(model).__name__))
     if not worst <= _TOLERANCE:
         raise ExportError(
             f"ONNX logits differ from PyTorch's by {worst:.2e} of the largest logit; the limit is {_TOLERANCE}"
@@ -99,14 +133,3 @@ def export(
     weights = folder / "student.safetensors"
     save_weights(model, weights, dict(metadata or {}))
     return ExportResult(safetensors=weights, onnx=path, difference=worst)
-
-
-@torch.inference_mode()
-def _check_finite(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the network's logits, or raise ExportError if one is not finite."""
-    logits = model(images)
-    if not logits.isfinite().all():
-        broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-        hint = f"these weights are not finite: {', '.join(broken[:5])}" if broken else "its weights are finite"
-        raise ExportError(f"the logits of {type(model).__name__} are not finite on random images; {hint}")
-    return logits

@@ -31,8 +31,9 @@ from dfkd_fast.engine.runtime import Runtime, new_run_folder
 from dfkd_fast.engine.state import DistillState, build_state
 from dfkd_fast.engine.steps import synthesize
 from dfkd_fast.files import lock_folder, write_file
-from dfkd_fast.graph import FeatureModel, extract, frozen, preserve_train_mode
+from dfkd_fast.graph import FeatureModel, extract, frozen, preserve_train_mode, require_separate, unwrap
 from dfkd_fast.models import load_weights, normalization, save_weights
+from dfkd_fast.objectives import required_outputs
 
 __all__ = ["DistillResult", "NonFiniteError", "agreement", "distill"]
 
@@ -226,10 +227,27 @@ def _prepare(
         raise ValueError(f"image_size must be a multiple of 16, got {image_size}")
     if config.loop.select == "test_accuracy" and data is None:
         raise ValueError("LoopConfig.select is 'test_accuracy', which needs evaluation data, but none was given")
+    teacher, student = unwrap(teacher), unwrap(student)
+    plain = [unwrap(model.model) if isinstance(model, FeatureModel) else model for model in (teacher, student)]
+    require_separate(*plain)
+    for name, weight in plain[1].named_parameters():
+        if weight.is_floating_point() and weight.dtype != torch.float32:
+            raise ValueError(f"the student's {name} is {weight.dtype}, but training needs float32: call float() first")
+    if not any(weight.requires_grad for weight in plain[1].parameters()):
+        raise ValueError("the student has no weight that requires a gradient: call requires_grad_(True) first")
+    needs = required_outputs(config.objective)
+    # The run moves and casts a copy of the teacher, so the caller's network stays as it is.
     teacher, student = (
-        model if isinstance(model, FeatureModel) else extract(model, image_size=image_size)
-        for model in (teacher, student)
+        model if isinstance(model, FeatureModel) else extract(model, image_size=image_size, needs=needs)
+        for model in (copy.deepcopy(teacher).float(), student)
     )
+    for name, model in (("teacher", teacher), ("student", student)):
+        if model.image_channels != 3:
+            raise ValueError(
+                f"the {name} takes images with {model.image_channels} channel(s), but the generator makes RGB images: "
+                "replace its first convolution by one with 3 input channels, for example with the weights repeated for "
+                "each channel and divided by 3"
+            )
     if data is not None and data.num_classes != teacher.num_classes:
         raise ValueError(f"data has {data.num_classes} classes, the teacher has {teacher.num_classes}")
     default = (data.mean, data.std) if data is not None else normalization(teacher.model)

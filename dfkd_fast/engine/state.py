@@ -67,7 +67,7 @@ class Normalize:
     def of(cls, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Normalize:
         """Create the normalization for a mean and standard deviation per channel of images in [0, 1]."""
         values = [0.5 / s for s in std], [(0.5 - m) / s for m, s in zip(mean, std, strict=True)]
-        return cls(*(torch.tensor(each, device=device).view(1, 3, 1, 1) for each in values))
+        return cls(*(torch.tensor(each, dtype=torch.float32, device=device).view(1, 3, 1, 1) for each in values))
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.float() * self.scale + self.shift
@@ -133,7 +133,8 @@ class DistillState:
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw noise z ~ N(0, 1), (count, latent_dim) float32, from ``generator`` or ``noise``."""
         size = (count, self.generator.module.latent_dim)
-        return torch.randn(size, device=self.runtime.device, generator=generator or self.noise)
+        source = generator or self.noise
+        return torch.randn(size, dtype=torch.float32, device=self.runtime.device, generator=source)
 
     def student_lr(self, ahead: int = 0) -> float:
         """The student's learning rate ``ahead`` student steps after the next one."""
@@ -252,7 +253,7 @@ def _adam(parameters: list[nn.Parameter], config: DistillConfig, rate: Tensor) -
     for parameter in parameters:
         # Adam creates this state in its first step, but a step may be captured before that.
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
@@ -303,16 +304,20 @@ def build_state(
     generator = build_generator(config.generator, image_size)
     objectives = [build(config.objective, teacher, student) for build in (generator_objective, student_objective)]
     for module in (teacher, student, generator, *objectives):
-        runtime.place(module)
+        runtime.place(module.float())  # torch's default dtype may be float64
     with_statistics = None
     if "statistics" in objectives[0].needs:
         with_statistics = extract(teacher, statistics=True, image_size=image_size)
+        if with_statistics.programs and not with_statistics.batchnorms and with_statistics.other_batchnorms:
+            raise ValueError(
+                "term 'bn' needs BatchNorms of maps (N, C, H, W) with running statistics; the teacher only has "
+                f"{', '.join(with_statistics.other_batchnorms[:5])}: set the term's weight to 0"
+            )
     trained = [*student.model.parameters(), *(p for p in objectives[1].parameters() if p.requires_grad)]
     device, steps = runtime.device, config.loop.generator_steps + config.loop.student_steps
     width = max(len(objective.names) for objective in objectives) + 1
-    generator_rate, student_rate = (
-        torch.tensor(rate, device=device) for rate in (config.optimizer.generator_lr, config.optimizer.student_lr)
-    )
+    rates = (config.optimizer.generator_lr, config.optimizer.student_lr)
+    generator_rate, student_rate = (torch.tensor(rate, dtype=torch.float32, device=device) for rate in rates)
 
     def side(module: M, objective: Objective, optimizer: torch.optim.Optimizer) -> Side[M]:
         scaler = torch.amp.GradScaler(device.type, enabled=runtime.autocast is torch.float16)
@@ -327,9 +332,9 @@ def build_state(
         student=side(student, objectives[1], _sgd(trained, config, student_rate)),
         normalize=Normalize.of(mean, std, device),
         noise=torch.Generator(device=device).manual_seed(config.seed),
-        trace=torch.zeros(steps, width, device=device),
+        trace=torch.zeros(steps, width, dtype=torch.float32, device=device),
         cursor=torch.zeros(1, dtype=torch.int64, device=device),
-        rates=torch.zeros(steps, device=device),
+        rates=torch.zeros(steps, dtype=torch.float32, device=device),
         student_rate=student_rate,
     )
     state.start_round()

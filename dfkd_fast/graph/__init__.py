@@ -5,6 +5,7 @@ from dfkd_fast.graph.folding import cast_weights, fold_batchnorm
 from dfkd_fast.graph.modes import batchnorm_mode, frozen, preserve_train_mode
 from dfkd_fast.graph.outputs import LayerStatistics, Outputs
 from dfkd_fast.graph.patching import Left, PatchReport, Replaced, patch, unpatch
+from dfkd_fast.graph.tracing import require_separate, unwrap
 
 __all__ = [
     "FeatureModel",
@@ -20,5 +21,7 @@ __all__ = [
     "frozen",
     "patch",
     "preserve_train_mode",
+    "require_separate",
     "unpatch",
+    "unwrap",
 ]

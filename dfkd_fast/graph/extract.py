@@ -12,7 +12,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,15 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from dfkd_fast.graph.fusion import find, fork, fuse, fuse_training, merge_statistics
+from dfkd_fast.graph.fusion import (
+    find,
+    find_unfused,
+    fork,
+    fuse,
+    fuse_training,
+    merge_statistics,
+    unfused_statistics,
+)
 from dfkd_fast.graph.outputs import Outputs
 from dfkd_fast.graph.tracing import (
     Root,
@@ -32,16 +40,21 @@ from dfkd_fast.graph.tracing import (
     eval_forward,
     graph_from_list,
     graph_to_list,
+    image_channels,
+    require_finite,
     run,
     symbolic_trace,
+    unwrap,
+    weights_of,
 )
 
 __all__ = ["FeatureModel", "extract"]
 
 log = logging.getLogger(__name__)
 
-# Operations after the last linear layer that change no value.
-_RESHAPES: set[Any] = {torch.flatten, torch.squeeze, torch.reshape, "flatten", "view", "reshape", "squeeze"}
+# Operations after the last linear layer that only reshape or cast.
+_RESHAPES: set[Any] = {torch.flatten, torch.squeeze, torch.reshape, "flatten", "view", "reshape", "squeeze", "squeeze_"}
+_RESHAPES |= {"float", "double", "half", "bfloat16", "to", "type", "type_as", "contiguous", "clone", torch.clone}
 _DROPOUTS: set[Any] = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout}
 _OUTPUTS_HINT = "Pass a network whose forward returns dfkd_fast.models.Outputs(logits, features, penultimate) instead"
 
@@ -57,15 +70,17 @@ class FeatureModel(nn.Module):
     Attributes:
         model: the plain network.
         programs: the traced forwards as ``torch.fx.GraphModule``, by the training flag of ``model``; empty if
-            ``model`` returns Outputs itself.
+            ``model`` returns Outputs itself, or if only its logits are needed and torch.fx cannot trace it.
         stages: paths of the modules in ``model`` whose outputs are the features, shallow to deep.
+        image_channels: C of the images (N, C, H, W): 3, or another number if the first convolution has it.
         feature_channels: number of channels per stage.
-        penultimate_dim: D, the length of the penultimate features.
+        penultimate_dim: D, the length of the penultimate features; 0 if there are none.
         num_classes: number of logits.
         batchnorms: paths of the BatchNorms in the order of ``Outputs.statistics``.
         fused: the operations fused with each BatchNorm: "add", "relu", "relu6", joined by "+"; an empty string if none.
-        other_batchnorms: paths of the other BatchNorms: they are not a BatchNorm2d, have no running statistics,
-            override ``forward``, or are in a module that is not traced. They follow their training flags.
+        other_batchnorms: paths of the other BatchNorms: their inputs are not maps, they have no running statistics, or
+            they are in a module that is not traced. They follow their training flags, and so do BatchNorms of other
+            libraries and those that override ``forward``.
             ``batchnorms``, ``fused`` and ``other_batchnorms`` are empty if statistics are not requested.
         folded: paths of the BatchNorms that :func:`dfkd_fast.models.fold_batchnorm` has folded, in execution order.
     """
@@ -77,6 +92,7 @@ class FeatureModel(nn.Module):
         self.stages: tuple[str, ...] = ()
         self.feature_channels: tuple[int, ...] = ()
         self.penultimate_dim = self.num_classes = 0
+        self.image_channels = image_channels(model)
         self.batchnorms: tuple[str, ...] = ()
         self.fused: tuple[str, ...] = ()
         self.other_batchnorms: tuple[str, ...] = ()
@@ -85,9 +101,11 @@ class FeatureModel(nn.Module):
         self.programs: dict[bool, fx.GraphModule] = {}
 
     def forward(self, x: Tensor) -> Outputs:
-        """Compute :class:`Outputs` of normalized images (N, 3, H, W)."""
+        """Compute :class:`Outputs` of normalized images (N, image_channels, H, W)."""
         if not self.programs:
             outputs = self.model(x)
+            if isinstance(outputs, Tensor):
+                return Outputs(outputs, (), outputs[:, :0])
             features = tuple(outputs.features[int(stage)] for stage in self.stages)
             return Outputs(outputs.logits, features, outputs.penultimate, tuple(outputs.statistics))
         logits, features, penultimate, statistics = self.programs[self.model.training](x)
@@ -107,20 +125,30 @@ class FeatureModel(nn.Module):
 
 
 def extract(
-    model: nn.Module, *, stages: Sequence[str] | None = None, statistics: bool = False, image_size: int = 64
+    model: nn.Module,
+    *,
+    stages: Sequence[str] | None = None,
+    statistics: bool = False,
+    image_size: int = 64,
+    needs: Literal["stages", "penultimate", "logits"] = "stages",
 ) -> FeatureModel:
     """Add features and BatchNorm statistics to a classifier's outputs.
 
     Args:
-        model: maps images (N, 3, H, W) to logits (N, classes), on any device and in any floating-point dtype. A network
+        model: maps images (N, 3, H, W) to logits (N, classes), on any device and in any floating-point dtype. Images of
+            a network whose first convolution has 1, 2 or 4 channels have as many. A network
             that returns :class:`Outputs` is not traced; its stages are the positions of its features, ``"0"``, ``"1"``,
             ... A :class:`FeatureModel` is replaced by its plain network and its stages; its graph is reused if only
-            statistics are added.
+            statistics are added. So is a network in torch.compile, (Distributed)DataParallel, AveragedModel or timm's
+            ModelEma.
         stages: module paths whose outputs are the features, shallow to deep. None selects the last map of each
             resolution, at most the deepest four: ``layer1`` to ``layer4`` of a ResNet.
         statistics: return the batch and running statistics of each BatchNorm2d's input (Eq. 3). The forward is then
             that of eval mode.
         image_size: height and width of the random image that determines the shapes.
+        needs: the outputs that the result must have. "penultimate": a network whose stages cannot be chosen
+            automatically, such as a vision transformer, has none. "logits": a network that cannot be traced returns
+            only its logits.
 
     Returns:
         The network with these outputs added; it shares the parameters and buffers of ``model``. The penultimate
@@ -128,20 +156,28 @@ def extract(
 
     Raises:
         TypeError: model is not a module, or stages is a string.
-        ValueError: torch.fx cannot trace the forward, a stage does not exist or is not a map (N, C, H, W), or the
-            network does not accept the image size. The message says how to proceed.
+        ValueError: torch.fx cannot trace the forward, a stage does not exist or is not a map (N, C, H, W), the network
+            does not accept the image size, or a weight is NaN or infinite. The message says how to proceed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    wrapper, model = model, unwrap(model)
     if isinstance(model, FeatureModel):
         if statistics and model.programs and stages in (None, model.stages):
             return _with_statistics(model)
-        stages = model.stages if stages is None else stages
-        model = model.model
+        if stages is None and model.num_classes and not model.stages:
+            needs = "penultimate" if model.programs else "logits"
+        else:
+            stages = model.stages if stages is None else stages
+        model = unwrap(model.model)
     if isinstance(stages, str):
         raise TypeError(f"stages must be a sequence of module paths, got the string {stages!r}")
     if stages is not None and (not stages or len(set(stages)) < len(stages)):
         raise ValueError(f"stages must name at least one module and none twice, got {list(stages)}")
+    if stages is not None and model is not wrapper:
+        prefix = next((path for path, module in wrapper.named_modules() if module is model), "")
+        stages = [stage.removeprefix(f"{prefix}.") for stage in stages]
+    require_finite(type(model).__name__, weights_of(model))
     image = dummy_image(model, image_size)
     outputs = eval_forward(model, image)
     if isinstance(outputs, Outputs):
@@ -149,7 +185,13 @@ def extract(
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"{type(model).__name__} must return logits (N, classes), got {shape}")
-    return _extract_traced(model, outputs, image, stages, statistics)
+    try:
+        return _extract_traced(model, outputs, image, stages, statistics, needs)
+    except ValueError as error:
+        if needs != "logits" or stages is not None or statistics:
+            raise
+        log.info("only the logits of %s are used: %s", type(model).__name__, error)
+    return _set_shapes(FeatureModel(model), tuple(outputs.shape), [], (1, 0))
 
 
 def _wrap_outputs(model: nn.Module, outputs: Outputs, stages: Sequence[str] | None) -> FeatureModel:
@@ -165,7 +207,7 @@ def _wrap_outputs(model: nn.Module, outputs: Outputs, stages: Sequence[str] | No
 
 
 def _extract_traced(
-    model: nn.Module, logits: Tensor, image: Tensor, stages: Sequence[str] | None, statistics: bool
+    model: nn.Module, logits: Tensor, image: Tensor, stages: Sequence[str] | None, statistics: bool, needs: str
 ) -> FeatureModel:
     root, name = Root(model), type(model).__name__
     trace = _trace_with_hint(root, training=False, evaluating=statistics)
@@ -176,7 +218,11 @@ def _extract_traced(
             f"torch.fx does not record. {_OUTPUTS_HINT}"
         )
     result = FeatureModel(model)
-    result.stages = tuple(stages) if stages is not None else _default_stages(trace, head)
+    try:
+        result.stages = tuple(stages) if stages is not None else _default_stages(trace, head)
+    except ValueError:
+        if needs == "stages":
+            raise
     nodes = [trace.stage(path) for path in result.stages]
     penultimate: tuple[int, ...] = head.penultimate.meta["shape"]
     flat = (penultimate[0], math.prod(penultimate[1:]))
@@ -204,7 +250,7 @@ def _with_statistics(features: FeatureModel) -> FeatureModel:
     if features.batchnorms:
         return features
     result = FeatureModel(features.model)
-    for name in ("stages", "feature_channels", "penultimate_dim", "num_classes"):
+    for name in ("stages", "feature_channels", "penultimate_dim", "num_classes", "image_channels"):
         setattr(result, name, getattr(features, name))
     trace = Trace(features, copy.deepcopy(features.programs[False].graph), {}, {})
     for node in trace.graph.find_nodes(op="call_module"):
@@ -326,20 +372,26 @@ def _set_shapes(
 
 def _fuse_batchnorms(result: FeatureModel, trace: Trace, kept: set[fx.Node]) -> fx.Node:
     """Fuses the BatchNorms of a graph and returns the node of their statistics."""
-    fusions = find(trace, kept)
-    result.batchnorms = tuple(str(fusion.norm.target).removeprefix("model.") for fusion in fusions)
-    result.fused = tuple(map(str, fusions))
+    fusions, others = {fusion.norm: fusion for fusion in find(trace, kept)}, find_unfused(trace)
+    norms = [node for node in trace.graph.nodes if node in fusions or node in others]
+    result.batchnorms = tuple(str(norm.target).removeprefix("model.") for norm in norms)
+    result.fused = tuple(str(fusions.get(norm, "")) for norm in norms)
     counts = ", ".join(f"{count} {what or 'unfused'}" for what, count in sorted(Counter(result.fused).items()))
-    log.info("%s: statistics of %d BatchNorms (%s)", type(result.model).__name__, len(fusions), counts or "none")
+    log.info("%s: statistics of %d BatchNorms (%s)", type(result.model).__name__, len(norms), counts or "none")
     result.other_batchnorms = tuple(
         path
         for path, module in result.model.named_modules()
         if path not in result.batchnorms and (isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__)
     )
     statistics, calls = [], []
-    for fusion in fusions:
-        call = fuse(trace.graph, fusion)
-        calls.append((call, fusion.last))
+    for norm in norms:
+        if norm not in fusions:
+            with trace.graph.inserting_before(norm):  # which may overwrite its input
+                module, x = trace.graph.get_attr(str(norm.target)), norm.all_input_nodes[0]
+                statistics.append(trace.graph.call_function(unfused_statistics, (module, x)))
+            continue
+        call = fuse(trace.graph, fusions[norm])
+        calls.append((call, fusions[norm].last))
         with trace.graph.inserting_after(call):
             statistics.append(trace.graph.call_function(operator.getitem, (call, 1)))
     for call, y in calls:

@@ -65,7 +65,11 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _can_fold(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> bool:
-    if not _is_plain(layer) or has_hooks(norm) or not {"weight", "bias"} <= norm._parameters.keys():
+    if (
+        not _is_plain(layer)
+        or has_hooks(norm)
+        or not {"weight", "bias"} <= norm._parameters.keys() | norm._buffers.keys()
+    ):
         return False
     if isinstance(layer, nn.Conv2d) and supports_statistics(norm):
         return not is_batchnorm_act(norm) or isinstance(norm.drop, nn.Identity)

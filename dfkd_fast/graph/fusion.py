@@ -19,12 +19,13 @@ from torch import Tensor, fx, nn
 
 from dfkd_fast import ops
 from dfkd_fast.graph.outputs import LayerStatistics
-from dfkd_fast.graph.tracing import Trace, loaded_library
+from dfkd_fast.graph.tracing import Trace, has_running_statistics, loaded_library
 from dfkd_fast.nn.norm import batch_norm_act, count_batches, has_hooks
 
 __all__ = [
     "Fusion",
     "find",
+    "find_unfused",
     "fork",
     "fuse",
     "fuse_pools",
@@ -33,6 +34,7 @@ __all__ = [
     "is_batchnorm_act",
     "merge_statistics",
     "supports_statistics",
+    "unfused_statistics",
 ]
 
 Unmerged = tuple[list[Tensor], Tensor, Tensor]
@@ -50,12 +52,28 @@ def is_batchnorm_act(module: nn.Module | None) -> bool:
     return timm is not None and isinstance(module, timm.BatchNormAct2d)
 
 
+def _trains(module: nn.Module | None) -> bool:
+    """Whether a module is a BatchNorm2d with running statistics that does not override ``forward``."""
+    return isinstance(module, nn.BatchNorm2d) and supports_statistics(module)
+
+
 def supports_statistics(module: nn.Module | None) -> bool:
-    """Whether :func:`batchnorm_with_statistics` can replace a module, which must not override ``forward``."""
-    if not isinstance(module, nn.BatchNorm2d) or module.running_mean is None or module.running_var is None:
-        return False
+    """Whether :func:`batchnorm_with_statistics` can replace a module: its class must not override ``forward``.
+
+    These are BatchNorm2d, SyncBatchNorm, timm's BatchNormAct2d and torchvision's FrozenBatchNorm2d.
+    """
     timm: Any = loaded_library("timm.layers")
-    return type(module).forward is (timm.BatchNormAct2d if is_batchnorm_act(module) else nn.BatchNorm2d).forward
+    torchvision: Any = loaded_library("torchvision.ops")
+    kinds: list[Any] = [nn.BatchNorm2d, nn.SyncBatchNorm]
+    kinds += [] if timm is None else [timm.BatchNormAct2d]
+    kinds += [] if torchvision is None else [torchvision.FrozenBatchNorm2d]
+    known = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+    return known and has_running_statistics(module)
+
+
+def _on_maps(node: fx.Node) -> bool:
+    """Whether a node's value is a map (N, C, H, W): SyncBatchNorm also takes vectors."""
+    return len(node.meta.get("shape", (0,) * 4)) == 4
 
 
 def _add_act(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
@@ -86,6 +104,23 @@ def batchnorm_with_statistics(
         y = _add_act(y, residual, activation)
     unmerged = (statistics, mean, var)
     return (y, unmerged, results[1] if fork_op else y) if fork else (y, unmerged)
+
+
+def find_unfused(trace: Trace) -> list[fx.Node]:
+    """The other BatchNorms with maps and running statistics. Only the statistics of their inputs are computed."""
+    nodes = trace.graph.find_nodes(op="call_module")
+    others = [node for node in nodes if _on_maps(node) and len(node.all_input_nodes) == 1]
+    modules = [trace.module(node) for node in others]
+    return [
+        node
+        for node, module in zip(others, modules, strict=True)
+        if has_running_statistics(module) and not supports_statistics(module)
+    ]
+
+
+def unfused_statistics(bn: Any, x: Tensor) -> Unmerged:
+    """Statistics of the input of a BatchNorm that :func:`batchnorm_with_statistics` does not replace."""
+    return list(ops.channel_statistics(x)), bn.running_mean, bn.running_var
 
 
 def merge_statistics(layers: Sequence[Unmerged]) -> list[LayerStatistics]:
@@ -209,7 +244,7 @@ def find(
         kept: nodes whose values must remain in the graph.
         starts: whether a module can be fused with the operations after it; other layers than BatchNorms are possible.
     """
-    norms = [node for node in trace.graph.nodes if starts(trace.module(node))]
+    norms = [node for node in trace.graph.nodes if starts(trace.module(node)) and _on_maps(node)]
     fusions = {norm: _match(trace, kept, norm) for norm in norms}
     additions: dict[fx.Node, Fusion] = {}
     for fusion in list(fusions.values()):
@@ -252,7 +287,7 @@ def fuse_training(trace: Trace, kept: Collection[fx.Node]) -> None:
         trace: a graph after :func:`dfkd_fast.graph.tracing.run`.
         kept: nodes whose values must remain in the graph.
     """
-    fusions = [each for each in find(trace, kept) if not is_batchnorm_act(trace.module(each.norm))]
+    fusions = [each for each in find(trace, kept, _trains) if not is_batchnorm_act(trace.module(each.norm))]
     with trace.graph.inserting_before(next(iter(trace.graph.nodes))):
         norms = [trace.graph.get_attr(str(fusion.norm.target)) for fusion in fusions]
         trace.graph.call_function(count_batches, (norms,))

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["batchnorm_mode", "frozen", "preserve_attributes", "preserve_state", "preserve_train_mode"]
+__all__ = [
+    "batchnorm_mode",
+    "frozen",
+    "not_compiled",
+    "preserve_attributes",
+    "preserve_buffers",
+    "preserve_state",
+    "preserve_train_mode",
+]
 
 _MODES = ("batch", "update", "eval")
 
@@ -74,11 +82,40 @@ def preserve_train_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode without gradients inside the context; leaving restores flags and random number generators."""
-    devices = [device] if device.type == "cuda" else []
-    with preserve_train_mode(model, False), torch.no_grad(), torch.random.fork_rng(devices=devices):
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
+    """Leaving the context restores buffers that a forward has changed, for example its own counters."""
+    saved = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    values = [None if buffer is None else buffer.detach().clone() for *_, buffer in saved]
+    try:
         yield
+    finally:
+        with torch.no_grad():
+            for (buffers, name, buffer), value in zip(saved, values, strict=True):
+                buffers[name] = buffer
+                if buffer is not None and value is not None and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextmanager
+def preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode without gradients inside the context; leaving restores flags, buffers and random number generators."""
+    devices = [device] if device.type == "cuda" else []
+    with preserve_train_mode(model, False), preserve_buffers(model), torch.no_grad():
+        with torch.random.fork_rng(devices=devices):
+            yield
+
+
+@contextmanager
+def not_compiled(model: nn.Module) -> Iterator[None]:
+    """Inside the context, modules that were compiled in place (``module.compile()``) run their plain forward."""
+    saved = [(module, call) for module in model.modules() if (call := module._compiled_call_impl) is not None]
+    for module, _ in saved:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, compiled in saved:
+            module._compiled_call_impl = compiled
 
 
 @contextmanager

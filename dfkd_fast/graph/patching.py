@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dfkd_fast.graph.extract import FeatureModel
 from dfkd_fast.graph.fusion import find, fuse, fuse_pools, has_indices, supports_statistics
-from dfkd_fast.graph.modes import preserve_attributes, preserve_state
+from dfkd_fast.graph.modes import not_compiled, preserve_attributes, preserve_state
 from dfkd_fast.graph.tracing import (
     Root,
     Trace,
@@ -29,6 +30,7 @@ from dfkd_fast.graph.tracing import (
     first_line,
     run,
     symbolic_trace,
+    unwrap,
 )
 from dfkd_fast.nn.norm import has_hooks
 
@@ -87,7 +89,8 @@ class _PatchedForward:
     """A module's forward with fused ops, stored in the module's ``__dict__``.
 
     It calls the class's forward if the arguments are not one map (N, C, H, W), if a fused BatchNorm is in training mode
-    (with ``eval_only``: or the module itself), or if a module that the fused ops bypass has a hook.
+    (with ``eval_only``: or the module itself), if a module that the fused ops bypass has a hook, or while the model is
+    exported or traced by TorchScript.
     """
 
     def __init__(self, trace: Trace, replaced: dict[nn.Module, str], skipped: list[nn.Module], eval_only: bool) -> None:
@@ -98,9 +101,20 @@ class _PatchedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         training = any(module.training and isinstance(module, _BatchNorm) for module in self.skipped)
         training |= self.eval_only and self.model.training
-        if training or kwargs or not _is_map(args) or any(map(has_hooks, self.skipped)):
+        # Programs that read an exported graph do not have the ops. Dynamo always takes is_exporting as true.
+        exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        exporting |= torch.jit.is_tracing()
+        if exporting or training or kwargs or not _is_map(args) or any(map(has_hooks, self.skipped)):
             return type(self.model).forward(self.model, *args, **kwargs)
         return self.program(self, args[0])
+
+    @property
+    def __code__(self) -> Any:
+        return type(self.model).forward.__code__  # torch.export reads it, and the signature
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(type(self.model).forward, self.model))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PatchedForward:
         result = memo[id(self)] = object.__new__(type(self))
@@ -212,22 +226,33 @@ def _unfrozen(module: nn.Module, flags: dict[nn.Module, bool]) -> str | None:
     return None
 
 
+def _require_one_device(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise ValueError(
+                f"nn.DataParallel on {len(module.device_ids)} devices is not supported: its replicas would run the "
+                "patched forward of the first device; use DistributedDataParallel"
+            )
+
+
 def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
     """Replace patterns in a model's forward by fused ops:
 
-    * a BatchNorm2d (or timm's BatchNormAct2d) and the addition, ReLU or ReLU6 that follows it, in a module that is
-      frozen and in eval mode: :func:`dfkd_fast.ops.batchnorm_statistics`;
+    * a BatchNorm2d (or SyncBatchNorm, timm's BatchNormAct2d, torchvision's FrozenBatchNorm2d) and the addition, ReLU or
+      ReLU6 that follows it, in a module that is frozen and in eval mode: :func:`dfkd_fast.ops.batchnorm_statistics`;
     * ``MaxPool2d(2, return_indices=True)`` whose indices are read only by ``MaxUnpool2d(2)``, in any mode, trainable or
       not: :func:`dfkd_fast.ops.max_pool2x2`.
 
     The model and its modules stay the same objects; state dict, names, flags and hooks do not change. A patched module
     runs its original forward in training mode if it was frozen and in eval mode when patched or if its forward depends
-    on the mode, and always with further arguments or if a module that the fused ops bypass has a hook. A copy
-    (``copy.deepcopy``) is patched; an unpickled model is not.
+    on the mode, and always with further arguments, in ``torch.export`` and ``torch.jit.trace``, or if a module that
+    the fused ops bypass has a hook. A copy (``copy.deepcopy``) is patched; an unpickled model is not.
 
     Values and gradients stay the same up to rounding; fused backends compute no second derivative. Without CUDA devices
     the ops run in plain PyTorch. Patch again after replacing modules or changing an attribute that the forward reads.
-    ``nn.DataParallel`` (all replicas would run the forward of the first) and TorchScript are not supported.
+    In a wrapper (``torch.compile``, ``DistributedDataParallel``, ``AveragedModel``), the plain network is patched, and
+    paths are those in it; code that torch.compile has compiled before is discarded. ``nn.DataParallel`` on several
+    devices (all replicas would run the forward of the first) and TorchScript are not supported.
 
     Args:
         model: any module. It may contain both a frozen teacher, which is patched, and a student in training, which is
@@ -240,20 +265,24 @@ def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
 
     Raises:
         TypeError: model is not a module, or is a :class:`dfkd_fast.models.FeatureModel`, which is already fused.
-        ValueError: the model does not accept the example.
+        ValueError: the model does not accept the example, or is in ``nn.DataParallel`` on several devices.
     """
     unpatch(model)
+    _require_one_device(model)
+    model = unwrap(model)
     if isinstance(model, FeatureModel):
         raise TypeError("model must be a plain network, got a FeatureModel, which is already fused")
     paths = {module: path for path, module in model.named_modules()}
     flags = {module: module.training for module in paths}
     known = {module for module in paths if isinstance(module, _BatchNorm) or has_indices(module)}
+    known |= {module for module in paths if supports_statistics(module)}
     owners = [m for m in paths if m not in known and not isinstance(m, _CONTAINERS) and known.intersection(m.modules())]
     unfrozen = {owner: _unfrozen(owner, flags) for owner in owners}
     tried = [owner for owner in owners if unfrozen[owner] is None or any(map(has_indices, owner.modules()))]
     why: dict[nn.Module, str] = {}
     forwards: list[_PatchedForward] = []
-    with preserve_attributes(model), preserve_state(model, next(model.parameters(), torch.zeros(())).device):
+    device = next(model.parameters(), torch.zeros(())).device
+    with preserve_attributes(model), preserve_state(model, device), not_compiled(model):
         for owner, x in _inputs(model, tried, example).items():
             try:
                 if isinstance(x, str):
@@ -271,9 +300,9 @@ def patch(model: nn.Module, *, example: Any = None) -> PatchReport:
         while path and (owner is module or isinstance(owner, _CONTAINERS)):
             path = path.rpartition(".")[0]
             owner = model.get_submodule(path)
-        norm = isinstance(module, _BatchNorm)
+        norm = not has_indices(module)
         if norm and not supports_statistics(module):
-            return "not a BatchNorm2d with running statistics, or it overrides forward"
+            return "not a BatchNorm of maps with running statistics, or it overrides forward"
         if has_hooks(module):
             return "it has a hook"
         default = "no operation to fuse follows" if norm else "not a 2 x 2 pooling whose indices only unpoolings read"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
-from dfkd_fast.graph.modes import preserve_state, preserve_train_mode
+from dfkd_fast.graph.modes import not_compiled, preserve_buffers, preserve_state, preserve_train_mode
 
 
 def loaded_library(name: str) -> ModuleType | None:
@@ -30,6 +30,78 @@ def dropouts() -> tuple[type[nn.Module], ...]:
     found: tuple[type[nn.Module], ...] = (_DropoutNd,)
     found += () if timm is None else (timm.DropPath,)
     return found if torchvision is None else (*found, torchvision.StochasticDepth)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain network in a wrapper: torch.compile, (Distributed)DataParallel, AveragedModel, timm's ModelEma."""
+    dynamo: Any = loaded_library("torch._dynamo.eval_frame")
+    timm, averaged = loaded_library("timm.utils"), loaded_library("torch.optim.swa_utils")
+    wrappers: tuple[type[nn.Module], ...] = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    wrappers += () if timm is None else (timm.ModelEmaV2, timm.ModelEmaV3)
+    wrappers += () if averaged is None else (averaged.AveragedModel,)
+    while True:
+        if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, wrappers):
+            model = model.get_submodule("module")
+        else:
+            return model
+
+
+def has_running_statistics(module: nn.Module | None) -> bool:
+    """Whether a module is a BatchNorm of any library: it stores a mean and a variance per channel."""
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return False
+    found = [getattr(module, name, None) for name in ("running_mean", "running_var")]
+    return all(isinstance(each, Tensor) and each.ndim == 1 for each in found)
+
+
+def require_finite(owner: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and infinite weights.
+
+    Raises:
+        ValueError: at least one weight is not finite; the message names the first ones.
+    """
+    wrong = {name: ~each.isfinite() for name, each in tensors.items() if each.is_floating_point()}
+    found = [f"{name} ({int(each.sum())} of {each.numel()} values)" for name, each in wrong.items() if each.any()]
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ValueError(
+            f"{owner} has weights that are NaN or infinite: {', '.join(found[:5])}{more}; use weights from before the "
+            "training diverged"
+        )
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and running statistics by name. Other buffers, such as masks, may contain infinite values."""
+    running = ("running_mean", "running_var")
+    buffers = {name: each for name, each in model.named_buffers() if name.rpartition(".")[2] in running}
+    return dict(model.named_parameters()) | buffers
+
+
+def require_separate(teacher: nn.Module, student: nn.Module) -> None:
+    """Refuse networks that share a module with state, a dropout or a tensor: training the student changes the teacher.
+
+    Raises:
+        ValueError: the message names what they share.
+    """
+    names = {id(module): path for path, module in student.named_modules()}
+    stateful: Any = (_BatchNorm, *dropouts())
+    for path, module in teacher.named_modules():
+        if id(module) in names and (isinstance(module, stateful) or weights_of(module)):
+            other = names[id(module)]
+            same = "the same network" if path == other == "" else f"module {path!r} is the student's {other!r}"
+            raise ValueError(
+                f"teacher and student share modules ({type(module).__name__}): {same}. Give the student a copy, "
+                "copy.deepcopy(...)"
+            )
+    tensors = {each.data_ptr(): name for name, each in student.state_dict().items() if each.numel()}
+    for name, each in teacher.state_dict().items():
+        if each.numel() and each.data_ptr() and each.data_ptr() in tensors:
+            raise ValueError(
+                f"teacher and student share a tensor: the teacher's {name!r} is the student's "
+                f"{tensors[each.data_ptr()]!r}. Give the student a copy, copy.deepcopy(...)"
+            )
 
 
 def first_line(error: BaseException) -> str:
@@ -71,7 +143,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name == "model" or isinstance(m, self.followed):
             return False
-        return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
+        norm = has_running_statistics(m) and next(m.children(), None) is None
+        return norm or isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         path = self.path_of_module(m)
@@ -163,7 +236,7 @@ def symbolic_trace(root: Root, *, training: bool, evaluating: bool = False, shal
     """
     tracer = _Tracer(evaluating=evaluating, shallow=shallow)
     try:
-        with preserve_train_mode(root.model, training):
+        with preserve_train_mode(root.model, training), preserve_buffers(root.model), not_compiled(root.model):
             graph = tracer.trace(root)
     except Exception as error:  # a forward may fail in any way on a proxy
         path = tracer.inside[-1] if tracer.inside else "model"
@@ -232,10 +305,20 @@ def _largest(x: Tensor) -> float:
     return x.float().nan_to_num(0, 0, 0).abs().max().item() if x.numel() else 0.0
 
 
+def image_channels(model: nn.Module) -> int:
+    """The number of channels of a network's images: 3, or that of its first convolution if none has 3 and it is small.
+
+    Images with 12 channels and more are RGB images after a rearrangement of pixels.
+    """
+    channels = [module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return channels[0] if channels and 3 not in channels and channels[0] <= 4 else 3
+
+
 def dummy_image(model: nn.Module, image_size: int) -> Tensor:
-    """A random image (1, 3, S, S) of the network's dtype and device. The global generators are not used."""
-    tensor = next(model.parameters(), torch.zeros(()))
-    return torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(tensor)
+    """A random image (1, C, S, S) of the network's dtype and device. The global generators are not used."""
+    tensor = next((each for each in model.parameters() if each.is_floating_point()), torch.zeros(()))
+    size = (1, image_channels(model), image_size, image_size)
+    return torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(tensor)
 
 
 def eval_forward(model: nn.Module, image: Tensor) -> Any:

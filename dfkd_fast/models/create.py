@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from dfkd_fast.config import ModelConfig
-from dfkd_fast.graph import FeatureModel
+from dfkd_fast.graph import FeatureModel, unwrap
 from dfkd_fast.models.resnets import CifarResNet, WideResNet
 from dfkd_fast.models.weights import load_weights
 
@@ -162,8 +162,9 @@ def normalization(model: nn.Module) -> tuple[tuple[float, float, float], tuple[f
 
     timm's networks store both. torchvision's networks use those of ImageNet. For all others, both are 0.5.
     """
+    model = unwrap(model)
     if isinstance(model, FeatureModel):
-        model = model.model
+        model = unwrap(model.model)
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if config is not None:
         values = config if isinstance(config, dict) else vars(config)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.config import expand
 from dfkd_fast.files import write_file
-from dfkd_fast.graph.tracing import first_line
+from dfkd_fast.graph.tracing import first_line, require_finite, unwrap, weights_of
 
 __all__ = [
     "WeightsDescription",
@@ -32,8 +32,15 @@ __all__ = [
 ]
 
 # Keys under which checkpoints store weights, and prefixes that DataParallel and torch.compile add to names.
-_NESTED = ("state_dict", "model_state_dict", "model", "net", "network")
-_PREFIXES = ("module.", "_orig_mod.")
+# Weights averaged during training (EMA) are used if a file has no others.
+_NESTED = (
+    *("state_dict", "model_state_dict", "model", "net", "network"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "module", "weights"),
+)
+_WRAPPERS = ("module", "_orig_mod")
+_PREFIXES = ("model.", "net.", "network.", "backbone.", "ema_model.")
+# Counters of BatchNorm, AveragedModel and FLOP counters, which a network may lack.
+_COUNTERS = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
 _LISTED = 10
 
 
@@ -71,6 +78,7 @@ class WeightsReport:
         skipped: names of the tensors in the modules of ``skip``; they did not change.
         absent_counters: BatchNorm counters (``num_batches_tracked``) that the file does not contain and that did not
             change.
+        ignored: other counters in the file that the network does not have.
         metadata: the file's metadata; empty for torch files.
     """
 
@@ -78,6 +86,7 @@ class WeightsReport:
     loaded: tuple[str, ...]
     skipped: tuple[str, ...]
     absent_counters: tuple[str, ...]
+    ignored: tuple[str, ...]
     metadata: dict[str, str]
 
 
@@ -240,14 +249,21 @@ def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
         content = inner
     if not isinstance(content, Mapping):
         raise WeightsFormatError(f"{path} must contain a mapping of names to tensors, got {type(content).__name__}")
-    wrong = [f"{name!r} ({type(value).__name__})" for name, value in content.items() if not isinstance(value, Tensor)]
+    plain = (int, float, str, type(None))  # counters and notes next to the tensors
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    allowed = plain if tensors else ()
+    wrong = [
+        f"{name!r} ({type(value).__name__})"
+        for name, value in content.items()
+        if not isinstance(value, (Tensor, *allowed))
+    ]
     if wrong or not content:
         known = ", ".join(_NESTED)
         found = f"contains other values: {_some(wrong)}" if wrong else "is empty"
         raise WeightsFormatError(
             f"{path} must contain a mapping of names to tensors, at the top level or under one of {known}; it {found}"
         )
-    return {str(name): value for name, value in content.items()}
+    return tensors
 
 
 def _some(items: Iterable[str]) -> str:
@@ -256,23 +272,52 @@ def _some(items: Iterable[str]) -> str:
     return ", ".join(listed[:_LISTED]) + more
 
 
-def _strip(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
-    """Removes the prefixes that DataParallel, DistributedDataParallel and torch.compile add to every name."""
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] in _COUNTERS
+
+
+def _renamed(state: dict[str, Tensor], own: Iterable[str], path: Path) -> dict[str, Tensor]:
+    """Gives weights the network's names.
+
+    DataParallel, DistributedDataParallel, AveragedModel and torch.compile add ``module`` and ``_orig_mod`` to the names
+    of the modules in them. Other libraries add a prefix to all names.
+
+    Raises:
+        WeightsFormatError: two names in the file become the same.
+    """
     own = set(own)
-    while not own & state.keys():
-        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), None)
-        if prefix is None:
+    plain = {_without_wrappers(name): name for name in own}
+    if len(plain) < len(own):  # the network has modules with and without these names
+        plain = {name: name for name in own}
+    names = {name: name if name in own else _without_wrappers(name) for name in state}
+    while weights := [name for name in names.values() if not _is_counter(name)]:
+        fits = any(name in own or name in plain for name in weights)
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in weights)), None)
+        if fits or prefix is None:
             break
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+        names = {name: short.removeprefix(prefix) for name, short in names.items()}
+    result: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for name, short in names.items():
+        target = short if short in own else plain.get(short, short)
+        if target in result and not torch.equal(result[target], state[name]):
+            raise WeightsFormatError(f"{path} has two values of {target!r}: {origin[target]!r} and {name!r}")
+        result[target], origin[target] = state[name], name
+    return result
 
 
 def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()) -> WeightsReport:
     """Load weights from a file into ``model``, in place. If they do not fit, nothing changes.
 
     Torch files are read with ``weights_only=True``. The state dict may be under the key ``state_dict``,
-    ``model_state_dict``, ``model``, ``net`` or ``network``, and its names may have the prefix ``module.`` or
-    ``_orig_mod.``. Values are converted to the network's dtypes and device.
+    ``model_state_dict``, ``model``, ``net`` or ``network``, or, in a file with only averaged weights,
+    ``state_dict_ema``, ``model_ema``, ``ema_state_dict`` or ``ema``. Its names may contain ``module`` or ``_orig_mod``
+    anywhere and start with ``model.``, ``net.``, ``network.`` or ``backbone.``. Counters that the network does not have
+    are ignored. Values are converted to the network's dtypes and device.
 
     Args:
         model: the network.
@@ -283,10 +328,11 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
         FileNotFoundError: the file does not exist.
         WeightsFormatError: the file is truncated, contains no weights, or contains pickled objects.
         WeightsMismatch: names or shapes do not fit.
+        ValueError: a weight is NaN or infinite.
     """
     path = _require_file(path)
     own = model.state_dict()
-    state = _strip(_read(path), own)
+    state = _renamed(_read(path), own, path)
     prefixes = tuple(f"{name}." for name in skip)
 
     def skipped(name: str) -> bool:
@@ -295,9 +341,10 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
     state = {name: value for name, value in state.items() if not skipped(name)}
     expected = {name: value for name, value in own.items() if not skipped(name) and isinstance(value, Tensor)}
     absent = [name for name in expected if name not in state]
-    counters = tuple(name for name in absent if name.endswith("num_batches_tracked"))
+    counters = tuple(name for name in absent if _is_counter(name))
     missing = tuple(name for name in absent if name not in counters)
-    unexpected = tuple(name for name in state if name not in expected)
+    ignored = tuple(name for name in state if name not in expected and _is_counter(name))
+    unexpected = tuple(name for name in state if name not in expected and name not in ignored)
     mismatched = tuple(
         (name, tuple(value.shape), tuple(expected[name].shape))
         for name, value in state.items()
@@ -313,12 +360,16 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
             shapes = _some(f"{name} {there} instead of {here}" for name, there, here in mismatched)
             lines.append(f"  of another shape ({len(mismatched)}): {shapes}")
         raise WeightsMismatch("\n".join(lines), missing, unexpected, mismatched)
+    weights = weights_of(model)
+    require_finite(str(path), {name: value for name, value in state.items() if name in weights})
+    state = {name: value for name, value in state.items() if name not in ignored}
     model.load_state_dict(state, strict=False)
     return WeightsReport(
         path=path,
         loaded=tuple(state),
         skipped=tuple(name for name in own if skipped(name)),
         absent_counters=counters,
+        ignored=ignored,
         metadata=read_metadata(path),
     )
 
@@ -337,7 +388,7 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
     """Write the network's state dict as a safetensors file, atomically.
 
     Args:
-        model: the network, on any device.
+        model: the network, on any device. In a wrapper (torch.compile, DataParallel, ...), the plain network is saved.
         path: the file. Missing folders are created.
         metadata: strings for the file's header.
 
@@ -351,7 +402,7 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
             raise TypeError(f"metadata must map strings to strings, got {name!r}: {value!r}")
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, value in model.state_dict().items():
+    for name, value in unwrap(model).state_dict().items():
         if not isinstance(value, Tensor):
             raise TypeError(f"the network's state must be tensors, got {type(value).__name__} for {name!r}")
         tensor = value.detach().cpu().contiguous()

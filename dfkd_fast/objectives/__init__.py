@@ -1,6 +1,6 @@
 """Named loss terms, their weighted sums, and the published methods as presets."""
 
-from dfkd_fast.objectives.objective import Objective, generator_objective, student_objective
+from dfkd_fast.objectives.objective import Objective, generator_objective, required_outputs, student_objective
 from dfkd_fast.objectives.presets import PRESETS, Preset
 from dfkd_fast.objectives.terms import (
     TERMS,
@@ -36,5 +36,6 @@ __all__ = [
     "Term",
     "generator_objective",
     "register",
+    "required_outputs",
     "student_objective",
 ]

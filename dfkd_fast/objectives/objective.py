@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from dfkd_fast.graph import FeatureModel, Outputs
 from dfkd_fast.objectives.presets import PRESETS
 from dfkd_fast.objectives.terms import TERMS, FeatureShapes, Term
 
-__all__ = ["Objective", "generator_objective", "student_objective"]
+__all__ = ["Objective", "generator_objective", "required_outputs", "student_objective"]
 
 
 class Objective(nn.Module):
@@ -67,11 +68,26 @@ def _weights(
     return weights
 
 
-def _build(side: str, config: ObjectiveConfig, teacher: FeatureModel, student: FeatureModel) -> Objective:
+def _weights_of(side: str, config: ObjectiveConfig) -> dict[str, float]:
     if config.preset not in PRESETS:
         raise ValueError(f"ObjectiveConfig.preset must be one of {', '.join(PRESETS)}, got {config.preset!r}")
     known = tuple(name for name, term in TERMS.items() if side in term.sides)
-    weights = _weights(side, getattr(PRESETS[config.preset], side), getattr(config, side), known)
+    return _weights(side, getattr(PRESETS[config.preset], side), getattr(config, side), known)
+
+
+def required_outputs(config: ObjectiveConfig) -> Literal["stages", "penultimate", "logits"]:
+    """The outputs of both networks that the loss terms read, for :func:`dfkd_fast.models.extract`.
+
+    Raises:
+        ValueError: unknown preset or term, or no term has a nonzero weight.
+    """
+    read = [TERMS[name] for side in ("generator", "student") for name in _weights_of(side, config)]
+    read = [term for term in read if term.reads_features]
+    return "stages" if any(term.reads_stages for term in read) else "penultimate" if read else "logits"
+
+
+def _build(side: str, config: ObjectiveConfig, teacher: FeatureModel, student: FeatureModel) -> Objective:
+    weights = _weights_of(side, config)
     shapes = FeatureShapes.of(teacher, student)
     return Objective({name: TERMS[name].build(shapes, config) for name in weights}, weights)
 

@@ -49,11 +49,13 @@ class Term(nn.Module):
         needs: a subset of ``{"statistics", "student"}``.
         reads_features: whether the term reads stage features or penultimate features. A step whose terms do not can
             cut their gradients, which would be zeros.
+        reads_stages: whether a term that reads features reads stage features.
         sides: the objectives that may contain the term: ``"generator"``, ``"student"`` or both.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_features: ClassVar[bool] = True
+    reads_stages: ClassVar[bool] = True
     sides: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -158,6 +160,8 @@ class OneHot(Term):
 @register("activation", "generator")
 class ActivationNorm(Term):
     """Negative mean absolute value of the teacher's penultimate features, (N, D) (DAFL, Eq. 3)."""
+
+    reads_stages = False
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         return -teacher.penultimate.float().abs().mean()
@@ -278,6 +282,7 @@ class SemanticFeatureContrast(FeatureContrast, Term):
     """
 
     needs = frozenset({"student"})
+    reads_stages = False
 
     @classmethod
     def build(cls, shapes: FeatureShapes, config: ObjectiveConfig) -> Term:

@@ -13,8 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, DropPath
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
+from torchvision.ops import FrozenBatchNorm2d
 
 from dfkd_fast import patch
 from dfkd_fast.models import (
@@ -408,15 +411,155 @@ def test_statistics_of_each_kind_of_batchnorm() -> None:
         dropout=nn.Dropout(0.5),
     )
     extracted, x = extract(randomize_batchnorm(model), statistics=True, image_size=16), images(4, 16)
-    assert extracted.batchnorms == ("bn", "bn2", "bn")
-    assert extracted.other_batchnorms == ("own", "untracked", "flat")
+    assert extracted.batchnorms == ("bn", "bn2", "bn", "own")
+    assert extracted.other_batchnorms == ("untracked", "flat")
     outputs = extracted(x)
-    logits, inputs, maps = hooked_forward(model, x, ["bn2", "fc", "conv"])
+    logits, inputs, maps = hooked_forward(model, x, ["bn2", "fc", "conv", "own"])
     close((outputs.logits, outputs.penultimate), (logits, inputs["fc"]))
-    first, act, second = outputs.statistics
+    first, act, second, own = outputs.statistics
+    close(own[:2], (inputs["own"].mean((0, 2, 3)), inputs["own"].var((0, 2, 3), unbiased=False)))
+    assert own.running_mean is model.own.running_mean
     close((first.mean, second.mean), (maps["conv"].mean((0, 2, 3)), maps["bn2"].mean((0, 2, 3))))
     assert torch.equal(first.running_mean, second.running_mean)
     assert torch.equal(act.running_var, model.bn2.running_var)
+
+
+class _DetectronNorm(nn.Module):
+    """A BatchNorm of another library, with buffers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight / (self.running_var + 1e-5).sqrt()
+        return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+
+class _Subclass(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("kind", [nn.SyncBatchNorm, FrozenBatchNorm2d, _DetectronNorm, _Subclass])
+def test_statistics_of_other_batchnorms(kind: Callable[[int], nn.Module]) -> None:
+    def rule(m: Any, x: Tensor) -> Tensor:
+        return m.fc(m.act(m.bn2(m.conv2(m.act(m.bn(m.conv(x)))))).mean((2, 3)))
+
+    model = Net(rule, bn=kind(4), bn2=kind(4)).eval()
+    for norm in (model.bn, model.bn2):
+        norm.running_mean.normal_()
+    plain, x = extract(model, image_size=16), images(4, 16)
+    logits, inputs, _ = hooked_forward(model, x, ["bn", "bn2"])
+    for extracted in (extract(model, statistics=True, image_size=16), extract(plain, statistics=True)):
+        assert (extracted.batchnorms, extracted.other_batchnorms) == (("bn", "bn2"), ())
+        outputs = extracted(x)
+        close(outputs.logits, logits)
+        for name, found in zip(("bn", "bn2"), outputs.statistics, strict=True):
+            expected = inputs[name].mean((0, 2, 3)), inputs[name].var((0, 2, 3), unbiased=False)
+            close(found, (*expected, model.get_buffer(f"{name}.running_mean"), model.get_buffer(f"{name}.running_var")))
+    close(fold_batchnorm(plain, image_size=16)(x).logits, logits)
+
+
+def test_synchronized_batchnorm_of_vectors_is_not_a_map() -> None:
+    model = Net(lambda m, x: m.fc(m.flat(m.bn(m.conv(x)).mean((2, 3)))), flat=nn.BatchNorm1d(4))
+    extracted = extract(nn.SyncBatchNorm.convert_sync_batchnorm(model).eval(), statistics=True, image_size=16)
+    assert extracted.batchnorms == ("bn",)
+    assert {"bn2", "flat"} == set(extracted.other_batchnorms)
+    assert extracted(images(2, 16)).logits.shape == (2, 5)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": AveragedModel,
+    "ModelEmaV3": ModelEmaV3,
+    "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_the_network_in_a_wrapper_is_extracted(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = network("resnet8", **NARROW)
+    wrapper = wrap(model)
+    prefix = next(path for path, module in wrapper.named_modules() if isinstance(module, type(model)))
+    extracted = extract(wrapper, image_size=16, stages=[f"{prefix}.layer1", "layer2"])
+    assert type(extracted.model) is type(model)
+    assert extracted.stages == ("layer1", "layer2")
+    close(extracted(images(2, 16)).logits, model(images(2, 16)))
+
+
+def test_a_network_compiled_in_place_and_one_that_counts_its_calls() -> None:
+    model = Net(lambda m, x: m.fc(m.bn(m.conv(x)).mean((2, 3)) + m.calls.add_(1) * 0)).train()
+    model.register_buffer("calls", torch.zeros(()))
+    model.compile(backend="eager")
+    compiled = model._compiled_call_impl
+    extracted = extract(model, statistics=True, image_size=16, stages=["bn"])
+    assert (model.calls, model._compiled_call_impl) == (0, compiled)
+    assert extracted.batchnorms == ("bn",)
+    assert model.training
+    assert model.bn.num_batches_tracked == 0
+
+
+HEADS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "float": lambda m, x: m.fc(m.conv(x).mean((2, 3))).float(),
+    "to": lambda m, x: m.fc(m.conv(x).mean((2, 3)).to(m.fc.weight.dtype)).to(torch.float32),
+    "squeeze": lambda m, x: m.head(m.conv(x).mean((2, 3), keepdim=True)).squeeze(-1).squeeze(-1),
+    "flatten": lambda m, x: torch.flatten(m.head(m.conv(x).mean((2, 3), keepdim=True)), 1).contiguous(),
+    "view": lambda m, x: m.fc(m.conv(x).mean((2, 3))).clone().view(x.size(0), -1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_that_cast_squeeze_or_flatten(name: str, dtype: torch.dtype) -> None:
+    model = Net(HEADS[name], head=nn.Conv2d(4, 5, 1)).to(dtype).eval()
+    x = images(2, 16).to(dtype)
+    extracted = extract(model, stages=["conv"], image_size=16, statistics=True)
+    assert (extracted.penultimate_dim, extracted.num_classes) == (4, 5)
+    assert torch.equal(extracted(x).logits, model(x))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_networks_for_grey_images() -> None:
+    """LeNet on MNIST, as in DAFL."""
+    lenet = nn.Sequential(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.Flatten())
+    lenet.append(nn.Linear(16 * 10 * 10, 10))
+    extracted = extract(lenet, image_size=32)
+    assert extracted.image_channels == 1
+    assert extracted(images(2)[:, :1]).logits.shape == (2, 10)
+    assert extract(network("resnet8", **NARROW), image_size=16).image_channels == 3
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = network("resnet8", **NARROW)
+    model.register_buffer("mask", torch.full((3,), -torch.inf))
+    extract(model, image_size=16)
+    with torch.no_grad():
+        model.fc.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"CifarResNet has weights .* NaN or infinite: fc\.bias \(5 of 5 values\)"):
+        extract(model, image_size=16)
+
+
+def test_networks_without_stages() -> None:
+    model, x = network("timm:vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_heads=2), images()
+    with pytest.raises(ValueError, match="stages of VisionTransformer cannot be chosen automatically"):
+        extract(model, image_size=32)
+    for needs in ("penultimate", "logits"):
+        outputs = extract(extract(model, image_size=32, needs=needs), statistics=True, image_size=32)(x)
+        close(outputs.logits, model(x))
+        assert (len(outputs.features), outputs.penultimate.shape, outputs.statistics) == (0, (2, 12), ())
+    model = Net(lambda m, x: m.fc(m.branch(m.bn(m.conv(x))).mean((2, 3))), branch=_Branch()).eval()
+    logits = extract(model, image_size=32, needs="logits")
+    assert (logits.stages, logits.penultimate_dim, logits.num_classes) == ((), 0, 5)
+    assert torch.equal(logits(x).logits, model(x))
+    assert torch.equal(fold_batchnorm(logits, image_size=32)(x).logits, model(x))
+    for changes in ({"needs": "penultimate"}, {"needs": "logits", "statistics": True}):
+        with pytest.raises(ValueError, match=r"cannot be traced by torch\.fx"):
+            extract(model, image_size=32, **changes)
+    with pytest.raises(ValueError, match=r"cannot be traced by torch\.fx"):
+        extract(logits, statistics=True, image_size=32)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torchvision.ops import FrozenBatchNorm2d
 
 import dfkd_fast
 from dfkd_fast import ops, patch, unpatch
-from dfkd_fast.graph import PatchReport, Replaced
+from dfkd_fast.graph import PatchReport, Replaced, unwrap
 from dfkd_fast.models import extract
 
 from . import nets
@@ -387,3 +390,84 @@ def test_errors() -> None:
         patch(model, example=torch.randn(2, 4, 8, 8))
     assert snapshot(model) == before
     assert dfkd_fast.patch is patch
+
+
+class _SupConLoss(nn.Module):
+    """Anchors without a positive have no loss, as in the copies since late 2023."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature, self.contrast_mode, self.base_temperature = 0.07, "all", 0.07
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        z = features.flatten(1)
+        others = 1 - torch.eye(len(z))
+        similarity = z @ z.T / self.temperature
+        positives = (labels[:, None] == labels) * others
+        log_p = similarity - (similarity.exp() * others).sum(1, keepdim=True).log()
+        return -((positives * log_p).sum(1) / positives.sum(1).clamp_min(1)).mean()
+
+
+def test_a_loss_keeps_its_value() -> None:
+    loss, labels = _SupConLoss(), torch.tensor([0, 1, 1, 3])
+    features = F.normalize(torch.randn(4, 1, 8), dim=2)
+    before = loss(features, labels)
+    assert patch(loss).replaced == ()
+    assert torch.equal(loss(features, labels), before)
+
+
+def test_networks_in_wrappers() -> None:
+    plain, x = nets.network("resnet8", **NARROW).requires_grad_(False), images(2, 16)
+    expected, paths = plain(x), [one.path for one in patch(copy.deepcopy(plain)).replaced]
+    for wrap in (partial(torch.compile, backend="eager"), nn.DataParallel, AveragedModel):
+        wrapper = wrap(copy.deepcopy(plain)).eval()
+        close(wrapper(x), expected)
+        for example in (None, x):
+            assert [one.path for one in patch(wrapper, example=example).replaced] == paths
+            close(wrapper(x), expected)
+        unpatch(wrapper)
+        assert not any("forward" in module.__dict__ for module in unwrap(wrapper).modules())
+    plain.compile(backend="eager")
+    assert [one.path for one in patch(plain).replaced] == paths
+    parallel = nn.DataParallel(plain)
+    parallel.device_ids = [0, 1]
+    with pytest.raises(ValueError, match=r"nn\.DataParallel on 2 devices is not supported"):
+        patch(parallel)
+
+
+def test_compiled_code_uses_the_fused_ops() -> None:
+    model, x, nodes = nets.network("resnet8", **NARROW).requires_grad_(False), images(2, 16), []
+
+    def backend(program: Any, _: Any) -> Any:
+        nodes.append(len(program.graph.nodes))
+        return program
+
+    compiled = torch.compile(model, backend=backend)
+    compiled(x)
+    patch(model)
+    close(compiled(x), model(x))
+    assert nodes[1] > nodes[0]  # the reference of a fused op has more nodes
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_patched_network_in_torch_export(strict: bool) -> None:
+    model, x = nets.network("resnet8", **NARROW).requires_grad_(False), images(2, 16)
+    expected = model(x)
+    assert len(patch(model).replaced) == 7
+    shapes = {"x": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=strict)
+    close(program.module()(x), expected)
+    assert all("dfkd_fast" not in str(node.target) for node in program.graph.nodes)
+    close(torch.jit.trace(model, x)(x), expected)
+    assert len([module for module in model.modules() if "forward" in module.__dict__]) == 4
+
+
+def test_other_batchnorms_are_fused() -> None:
+    for kind in (nn.SyncBatchNorm, FrozenBatchNorm2d):
+        model = Net(lambda m, x: m.act(m.bn(m.conv(x))), bn=kind(4), bn2=kind(4)).eval().requires_grad_(False)
+        expected = model(images())
+        report = patch(model)
+        assert [one.path for one in report.replaced] == ["bn"]
+        assert [one.path for one in report.left] == ["bn2"]
+        close(model(images()), expected)

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from dfkd_fast.config import ModelConfig
 from dfkd_fast.models import (
@@ -66,6 +68,78 @@ def test_weights_inside_a_checkpoint(tmp_path: Path, key: str) -> None:
     assert same(source, target)
     torch.save({"checkpoint": 1, "model": {"state_dict": wrapped}}, tmp_path / "deeper.pt")
     load_weights(target := network(), tmp_path / "deeper.pt")
+    assert same(source, target)
+
+
+def _partly(name: str) -> str:
+    return name.replace("layer1.", "layer1._orig_mod.").replace("fc.", "module.fc.")
+
+
+NAMES: dict[str, Callable[[str], str]] = {
+    "Lightning": lambda name: f"model.{name}",
+    "Lightning, compiled": lambda name: f"model._orig_mod.{name}",
+    "network": lambda name: f"module.net.{name}",
+    "partly": _partly,
+}
+
+
+@pytest.mark.parametrize("rename", NAMES.values(), ids=NAMES)
+def test_names_of_other_libraries(tmp_path: Path, rename: Callable[[str], str]) -> None:
+    source, target = network(), network()
+    state = {rename(name): value for name, value in source.state_dict().items()}
+    extra = {"n_averaged": torch.tensor(3), rename("fc.total_ops"): torch.zeros(1), "epoch": 3, "note": "text"}
+    torch.save({"epoch": 3, "state_dict": state | extra}, tmp_path / "w.pt")
+    report = load_weights(target, tmp_path / "w.pt")
+    assert same(source, target)
+    assert {name.rpartition(".")[2] for name in report.ignored} == {"n_averaged", "total_ops"}
+    wrapped = AveragedModel(nn.DataParallel(network()))
+    load_weights(wrapped, tmp_path / "w.pt")
+    assert same(wrapped.module.module, source)
+
+
+@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema_state_dict", "ema"])
+def test_averaged_weights_are_used_if_there_are_no_others(tmp_path: Path, key: str) -> None:
+    source, averaged, target = network(), AveragedModel(network()), network()
+    checkpoint = {"epoch": 3, "state_dict": None, key: averaged.state_dict()}
+    torch.save(checkpoint, tmp_path / "w.pt")
+    load_weights(target, tmp_path / "w.pt")
+    assert same(averaged.module, target)
+    torch.save(checkpoint | {"state_dict": source.state_dict()}, tmp_path / "w.pt")
+    load_weights(target, tmp_path / "w.pt")
+    assert same(source, target)
+
+
+def test_two_values_of_one_weight_are_refused(tmp_path: Path) -> None:
+    state = network().state_dict()
+    torch.save(state | {"module.fc.bias": state["fc.bias"] + 1}, tmp_path / "w.pt")
+    with pytest.raises(WeightsFormatError, match=r"two values of 'fc\.bias': 'fc\.bias' and 'module\.fc\.bias'"):
+        load_weights(network(), tmp_path / "w.pt")
+
+
+def test_only_counters_do_not_fit(tmp_path: Path) -> None:
+    torch.save({"n_averaged": torch.tensor(3)}, tmp_path / "w.pt")
+    with pytest.raises(WeightsMismatch, match=r"missing \(\d+\): conv1\.weight"):
+        load_weights(network(), tmp_path / "w.pt")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    source, target, before = network(), network(), network()
+    before.load_state_dict(target.state_dict())
+    with torch.no_grad():
+        source.fc.bias[0] = torch.nan
+        source.bn1.running_var.fill_(torch.inf)
+    save_weights(source, tmp_path / "w.safetensors")
+    found = r"w\.safetensors has weights .* NaN or infinite: .*bn1\.running_var \(4 of 4 values\).*fc\.bias \(1 of 3"
+    with pytest.raises(ValueError, match=found):
+        load_weights(target, tmp_path / "w.safetensors")
+    assert same(target, before)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, lambda model: torch.compile(model, backend="eager")])
+def test_the_network_in_a_wrapper_is_saved(tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    source, target = network(), network()
+    save_weights(wrap(source), tmp_path / "w.safetensors")
+    target.load_state_dict(safetensors.torch.load_file(tmp_path / "w.safetensors"))
     assert same(source, target)
 
 
