@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--rounds", type=int, default=3, help="rounds per variant")
     options = command.parse_args(arguments)
     threads = sorted({1, len(os.sched_getaffinity(0))})
-    results, console = Results(options.out, key=KEY), Console()
+    results, console = Results(options.out, key=KEY), Console(width=max(Console().width, 170))  # for the table
     for size, precision, count in itertools.product(options.sizes, PRECISIONS, threads):
         experiment = SIZES[size] if SIZES[size].batch <= 16 else replace(SIZES[size], batch=16)
         for row in measure(Cell(size=size, precision=precision, threads=count), experiment, rounds=options.rounds):
