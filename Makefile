@@ -30,12 +30,12 @@ progress() { \
 	local log=$(VENV)/install.log start=$$SECONDS task="$$1" pid; shift; \
 	"$$@" > $$log 2>&1 & pid=$$!; \
 	while kill -0 $$pid 2>/dev/null; do \
-		[ ! -t 1 ] || printf '\r%s: %d packages, %d s ' "$$task" $$(ls -d $(VENV)/lib/*/site-packages/*.dist-info | wc -l) $$((SECONDS - start)); \
+		[ ! -t 1 ] || printf '\r%s: %d s ' "$$task" $$((SECONDS - start)); \
 		sleep 0.5; \
 	done; \
 	wait $$pid || { echo; cat $$log; exit 1; }; \
 	[ ! -t 1 ] || printf '\r'; \
-	echo "$$task: done in $$((SECONDS - start)) s               "; \
+	echo "$$task: done in $$((SECONDS - start)) s"; \
 }
 endef
 # One thread per test process: results do not depend on the number of cores.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
@@ -176,6 +178,11 @@ def _save_results(
     return reached
 
 
+def _program(name: str) -> str:
+    """A program of this environment: its name if it is on the PATH, otherwise its path."""
+    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).parent / name)
+
+
 def run(configs: Mapping[str, DemoConfig], folder: Path, *, console: Console, workers: int | None = None) -> bool:
     """Run experiments in parallel processes, print their tables and write their results.
 
@@ -210,9 +217,9 @@ def run(configs: Mapping[str, DemoConfig], folder: Path, *, console: Console, wo
         "Held-out images next to synthetic ones:",
         *(f"  {path}" for path in pictures),
         "Try next (losses and images in a browser; the student's accuracy; another method):",
-        f"  tensorboard --logdir {folder}",
-        f"  dfkd-fast evaluate --config {last / 'config.yaml'} --weights {last / 'student.safetensors'}",
-        f"  dfkd-fast distill --config {last / 'config.yaml'} --distill.objective "
+        f"  {_program('tensorboard')} --logdir {folder}",
+        f"  {_program('dfkd-fast')} evaluate --config {last / 'config.yaml'} --weights {last / 'student.safetensors'}",
+        f"  {_program('dfkd-fast')} distill --config {last / 'config.yaml'} --distill.objective "
         f"'{{preset: dfad}}' --out {folder / name / 'dfad'}",
     )
     for line in lines:

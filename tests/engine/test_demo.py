@@ -49,9 +49,10 @@ def test_run_prints_its_table_and_writes_its_files(
 
     # The last three lines are commands.
     tensorboard, *commands = (shlex.split(line) for line in shown.splitlines()[-3:])
-    assert tensorboard == ["tensorboard", "--logdir", str(tmp_path)]
+    assert Path(tensorboard[0]).name == "tensorboard"
+    assert tensorboard[1:] == ["--logdir", str(tmp_path)]
     for program, *arguments in commands:
-        assert program == "dfkd-fast"
+        assert Path(program).name == "dfkd-fast"
         main(arguments)
     assert f"{results['rows'][2]['top1']:.2%}" in capsys.readouterr().out  # evaluate
     assert (folder / "dfad" / "student.safetensors").exists()
@@ -83,7 +84,7 @@ def test_command_fails_if_a_student_misses_its_target(tmp_path: Path, monkeypatc
 def test_nan_and_a_useless_teacher_miss_the_target(tmp_path: Path, teacher: float, student: float) -> None:
     rows = [demos.Row(str(i), "images", top1, 1.0, 1.0, Path("x")) for i, top1 in enumerate((teacher, student, 0.5))]
     config = replace(toy(0.0), presets=["dfkd-fgvc"])
-    assert not demos._save_results(config, tmp_path, "toy", rows, seconds=1.0, console=Console(record=True))
+    assert not demos._save_results(config, tmp_path, "toy", rows, facts={}, console=Console(record=True))
     assert "NaN" not in (tmp_path / "results.json").read_text()
 
 
