@@ -60,6 +60,7 @@ def config(out: Path | None = None, **changes: Any) -> DistillConfig:
         mean=HALF,
         std=HALF,
         device="cpu",
+        precision="fp32",  # the default depends on the CPU
         out=None if out is None else str(out),
     )
     loop = {name: changes.pop(name) for name in list(changes) if hasattr(base.loop, name)}

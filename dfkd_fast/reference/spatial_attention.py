@@ -27,6 +27,8 @@ def spatial_attention(
         softmax = logits.flatten(2).softmax(-1).view_as(logits)
         positions = logits.shape[2] * logits.shape[3]
         gate = (scale * positions if form == "spatial_mean1" else scale) * softmax
-    f, gate = upcast(features), match_memory_format(gate, features)
+    f = upcast(features)
+    if f.device.type == "cpu":  # PyTorch multiplies maps of two formats slowly there
+        gate = match_memory_format(gate, features)
     # f * (1 + gate) would lose most digits of a small gate.
     return match_memory_format((f + f * gate).to(features.dtype), features)
