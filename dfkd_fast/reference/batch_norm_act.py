@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd_fast.reference.common import match_memory_format
-
 __all__ = ["batch_norm_act"]
 
 
@@ -40,8 +38,10 @@ def batch_norm_act(
     if {v.dtype for v in vectors if v is not None} == {x.dtype}:
         dtype = x.dtype
     mean, var, scale, shift = (None if v is None else v.to(dtype) for v in vectors)
-    y = F.batch_norm(_faster_format(x), mean, var, scale, shift, training, momentum, eps)
-    y = match_memory_format(y, x)
+    given = _faster_format(x)
+    y = F.batch_norm(given, mean, var, scale, shift, training, momentum, eps)
+    if given is not x:  # vmap does not support y.contiguous(memory_format=torch.channels_last)
+        y = y.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
     for buffer, updated in ((running_mean, mean), (running_var, var)):
         if buffer is not None and updated is not None and buffer.dtype != dtype:
             buffer.copy_(updated)

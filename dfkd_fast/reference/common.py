@@ -25,6 +25,5 @@ def pointwise(x: Tensor, weight: Tensor) -> Tensor:
 def match_memory_format(y: Tensor, x: Tensor) -> Tensor:
     """Make y channels-last if x is, because an intermediate map with one channel loses the format."""
     if x.stride(1) == 1 and y.stride(1) != 1:
-        # vmap does not support y.contiguous(memory_format=torch.channels_last).
-        return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        return y.contiguous(memory_format=torch.channels_last)
     return y
