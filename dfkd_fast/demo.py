@@ -140,7 +140,9 @@ def _save_results(
     ``facts`` are further entries of the file.
     """
     teacher, *students, supervised = rows
-    chance = 1 / data.load(config.data).num_classes
+    classes = data.num_classes(config.data)
+    assert classes is not None  # digits and rendered know it without reading files
+    chance = 1 / classes
 
     def share_of_teacher(top1: float) -> float:
         return top1 / teacher.top1 if teacher.top1 else math.nan  # NaN reaches no threshold
@@ -157,7 +159,7 @@ def _save_results(
         for network, trained_on, top1, seconds_of_job in (*shown, ("chance", "", chance, None))
     ]
     size = config.data.image_size
-    console.print(report.result_table(table, f"{title}, {1 / chance:.0f} classes, {size} x {size}"))
+    console.print(report.result_table(table, f"{title}, {classes} classes, {size} x {size}"))
     share = share_of_teacher(students[0].top1)
     reached = share >= config.least
     console.print(

@@ -24,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +113,11 @@ def _peak(dtype: torch.dtype) -> float:
     return max(rates)
 
 
-def measure(cell: Cell, size: Size, *, rounds: int) -> list[dict[str, Any]]:
+def measure(cell: Cell, *, rounds: int) -> list[dict[str, Any]]:
     """Measure all variants in a cell.
 
     Args:
-        cell: precision and threads.
-        size: the experiment.
+        cell: size, precision and threads.
         rounds: number of rounds per variant, after one to warm up.
 
     Returns:
@@ -127,7 +126,7 @@ def measure(cell: Cell, size: Size, *, rounds: int) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: a loss was not finite.
     """
-    before = torch.get_num_threads()
+    size, before = SIZES[cell.size], torch.get_num_threads()
     torch.set_num_threads(cell.threads)
     try:
         with _loops(size, cell.precision) as loops:
@@ -217,8 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = sorted({1, len(os.sched_getaffinity(0))})
     results, console = Results(options.out, key=KEY), Console(width=max(Console().width, 170))  # for the table
     for size, precision, count in itertools.product(options.sizes, PRECISIONS, threads):
-        experiment = SIZES[size] if SIZES[size].batch <= 16 else replace(SIZES[size], batch=16)
-        for row in measure(Cell(size=size, precision=precision, threads=count), experiment, rounds=options.rounds):
+        for row in measure(Cell(size=size, precision=precision, threads=count), rounds=options.rounds):
             results.add(row)
             console.print(
                 f"{size}, {precision}, threads: {count}, {row['variant']}: {row['round_ms']:,.0f} ms per round",

@@ -14,6 +14,7 @@ from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
 from dfkd_fast.ops.custom_op import differentiable, fused_op, operator, unsupported_reason
 from dfkd_fast.reference import batchnorm_statistics as reference
+from dfkd_fast.reference.common import upcast
 
 __all__ = ["batchnorm_statistics", "channel_statistics", "merge_statistics", "new_map", "new_mask"]
 
@@ -197,7 +198,7 @@ def _cpu_forward(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y, mean and var with fewer passes over maps than the reference."""
-    upcast_x = x.to(torch.promote_types(x.dtype, torch.float32))
+    upcast_x = upcast(x)
     mean, var, scale, shift = (
         None if v is None else v.to(upcast_x.dtype) for v in (running_mean, running_var, weight, bias)
     )
