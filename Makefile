@@ -42,7 +42,7 @@ endef
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) --maxprocesses 8
 
-.PHONY: help demo test test-all check lint format docs gpu wheels kernels report clean
+.PHONY: help demo test test-all check lint format docs gpu reliability wheels kernels report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1|/' | column -t -s '|' 2>/dev/null \
@@ -72,6 +72,13 @@ test: $(STAMP)  ## run the tests, except slow ones
 
 test-all: $(STAMP)  ## run all tests, with long sweeps and the wheel
 	@$(PYTEST) -m ""
+
+MINUTES ?= 30
+JOBS ?= 1
+
+reliability: $(STAMP)  ## inject faults and fuzz inputs: TARGET='kill ...', MINUTES=30 per target, SEED=0, JOBS=1
+	@$(BIN)/python -m tests.reliability $(TARGET) --minutes $(MINUTES) --jobs $(JOBS) --seed $(or $(SEED),0) \
+		--out benchmarks/results/cpu/reliability.json
 
 # Test files that take seconds, from every folder.
 CHECKS := test_architecture benchmarks/test_results compat/test_compat_losses cuda/test_launches data/test_data_loading \

@@ -1,7 +1,7 @@
 """Runs the cases of a target until its time is over, counts their outcomes and writes them to a result file.
 
-A case is one injected fault or one fuzzed input. Its random numbers depend only on the seed and its index, so a case that
-fails can be repeated: ``python -m tests.reliability TARGET --seed SEED --case INDEX``.
+A case is one injected fault or one fuzzed input. Its random numbers depend only on the seed and its index, so a failed
+case can be repeated: ``python -m tests.reliability TARGET --seed SEED --case INDEX``.
 """
 
 from __future__ import annotations
