@@ -27,7 +27,7 @@ from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.interrupt import catch_signals
 from dfkd_fast.engine.progress import EventLog, Listener, ProgressLine
 from dfkd_fast.engine.rounds import NonFiniteError, Round, Rounds
-from dfkd_fast.engine.runtime import Runtime, new_run_folder
+from dfkd_fast.engine.runtime import Runtime, float32_weights, new_run_folder
 from dfkd_fast.engine.state import DistillState, build_state
 from dfkd_fast.engine.steps import synthesize
 from dfkd_fast.files import lock_folder, write_file
@@ -230,9 +230,6 @@ def _prepare(
     teacher, student = unwrap(teacher), unwrap(student)
     plain = [unwrap(model.model) if isinstance(model, FeatureModel) else model for model in (teacher, student)]
     require_separate(*plain)
-    for name, weight in plain[1].named_parameters():
-        if weight.is_floating_point() and weight.dtype != torch.float32:
-            raise ValueError(f"the student's {name} is {weight.dtype}, but training needs float32: call float() first")
     if not any(weight.requires_grad for weight in plain[1].parameters()):
         raise ValueError("the student has no weight that requires a gradient: call requires_grad_(True) first")
     needs = required_outputs(config.objective)
@@ -271,6 +268,7 @@ def distill(
         teacher: a trained classifier from normalized float32 images (N, 3, H, W) to logits (N, classes). It is not
             changed. For stages other than the default ones, pass a :class:`dfkd_fast.models.FeatureModel`.
         student: the classifier to train in place, a module or ``FeatureModel``, with the teacher's inputs and outputs.
+            Weights of other dtypes are trained and saved in float32, and converted back at the end.
         config: options of the run. Without ``config.resume``, ``config.out`` must not contain checkpoints of another
             run.
         data: held-out images for evaluation. They are never used for training.
@@ -292,13 +290,14 @@ def distill(
         KeyboardInterrupt: after Ctrl-C, once the run is saved. SIGTERM saves the run and exits with status 143.
     """
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
-    teacher, student, sizes = _prepare(teacher, student, config, data)
-    student.train()
-    with runtime.backends(), frozen(teacher), preserve_train_mode(teacher, False):
-        engine = create_engine(build_state(teacher, student, config, runtime, **sizes))
-        folder = new_run_folder(config.out, "distill")
-        with lock_folder(folder):
-            return _distill(engine, folder, data, sizes, dict(description or {}), dict(inputs or {}), progress)
+    with float32_weights(student):
+        teacher, student, sizes = _prepare(teacher, student, config, data)
+        student.train()
+        with runtime.backends(), frozen(teacher), preserve_train_mode(teacher, False):
+            engine = create_engine(build_state(teacher, student, config, runtime, **sizes))
+            folder = new_run_folder(config.out, "distill")
+            with lock_folder(folder):
+                return _distill(engine, folder, data, sizes, dict(description or {}), dict(inputs or {}), progress)
 
 
 def _resume(state: DistillState, checkpoints: Checkpoints) -> None:

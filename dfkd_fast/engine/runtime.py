@@ -14,7 +14,25 @@ from torch import nn
 
 from dfkd_fast.config import Precision, expand
 
-__all__ = ["Runtime", "new_run_folder", "supports_bf16"]
+__all__ = ["Runtime", "float32_weights", "new_run_folder", "supports_bf16"]
+
+
+@contextlib.contextmanager
+def float32_weights(model: nn.Module) -> Iterator[None]:
+    """Convert the floating-point weights and buffers to float32, and back to their dtypes at the end."""
+    tensors = [each for each in (*model.parameters(), *model.buffers()) if each.is_floating_point()]
+    dtypes = [each.dtype for each in tensors]
+
+    def convert(dtype: torch.dtype | None) -> None:
+        for tensor, before in zip(tensors, dtypes, strict=True):
+            if before != torch.float32:
+                tensor.data = tensor.data.to(dtype or before)
+
+    convert(torch.float32)
+    try:
+        yield
+    finally:
+        convert(None)
 
 
 def supports_bf16(device: torch.device) -> bool:

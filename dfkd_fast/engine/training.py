@@ -21,7 +21,7 @@ from dfkd_fast.config import TeachConfig, to_dict
 from dfkd_fast.data import ImageData, loader
 from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.progress import EventLog, Listener, ProgressLine
-from dfkd_fast.engine.runtime import Runtime, new_run_folder
+from dfkd_fast.engine.runtime import Runtime, float32_weights, new_run_folder
 from dfkd_fast.files import lock_folder, write_file
 from dfkd_fast.models import save_weights
 
@@ -94,7 +94,8 @@ def teach(
     Seeds torch's global generators with ``config.seed``.
 
     Args:
-        model: a classifier from images (N, 3, H, W) to logits (N, data.num_classes). It is trained in place.
+        model: a classifier from images (N, 3, H, W) to logits (N, data.num_classes). It is trained in place. Weights of
+            other dtypes are trained and saved in float32, and converted back at the end.
         data: labeled images. The held-out images are only used for the final evaluation.
         config: options of the training.
         description: additional metadata of the weights file.
@@ -113,7 +114,7 @@ def teach(
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
     torch.manual_seed(config.seed)
     folder = new_run_folder(config.out, "teach")
-    with lock_folder(folder):
+    with lock_folder(folder), float32_weights(model):
         return _teach(model, data, config, runtime, folder, dict(description or {}), workers, progress)
 
 
