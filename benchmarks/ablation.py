@@ -31,6 +31,7 @@ from dfkd_fast import data
 from dfkd_fast.benchmarks.results import Results, commits, parser
 from dfkd_fast.config import DemoConfig, find, read, to_dict
 from dfkd_fast.engine import NonFiniteError, distill, teach
+from dfkd_fast.files import write_file
 from dfkd_fast.jobs import Job, run_jobs
 from dfkd_fast.models import create_model, extract
 from dfkd_fast.report import markdown_table
@@ -105,7 +106,7 @@ def trained_teacher(config: DemoConfig, device: str) -> tuple[Path, float]:
         result = teach(model, images, replace(config.teach, device=device, out=str(kept)), progress=False)
         if result.weights != weights:
             result.weights.replace(weights)
-        note.write_text(json.dumps(result.accuracy))
+        write_file(note, json.dumps(result.accuracy).encode())
     return weights, json.loads(note.read_text())
 
 

@@ -138,7 +138,10 @@ class Checkpoints:
         before, now = (
             {**_flat(to_dict(DistillConfig())), **_flat(each)} for each in (content["settings"], self.settings)
         )
-        changed = [key for key in {**now, **before} if before.get(key) != now.get(key) and key not in _CHANGEABLE]
+        # With select='test_accuracy', the weights are those of the best evaluated epoch.
+        fixed = {"loop.evaluate_every"} if now["loop.select"] == "test_accuracy" else set()
+        changeable = _CHANGEABLE - fixed
+        changed = [key for key in {**now, **before} if before.get(key) != now.get(key) and key not in changeable]
         end, position = self.loop.epochs * self.loop.rounds_per_epoch, content["state"]["position"][0]
         constant = now["optimizer.student_schedule"] == "constant"
         if changed == ["loop.epochs"] and constant and position <= end:

@@ -102,9 +102,11 @@ def export(
 
     eval_forward(model, images(2))  # its error is clearer than the exporter's
     path = folder / "student.onnx"
+    # An ONNX graph has one namespace. A weight with the name of an input or output gets a prefix.
+    taken = not {"images", "logits"}.isdisjoint(weights_of(model))
     try:
         program = torch.onnx.export(
-            model,
+            nn.Sequential(model).eval() if taken else model,
             (images(2),),  # torch.export would specialize a batch of one to a constant
             dynamo=True,
             input_names=["images"],

@@ -143,10 +143,11 @@ def _teach(
     with runtime.backends(), ProgressLine("teach", total=config.epochs, unit="epochs", enabled=progress) as line:
         for epoch in range(1, config.epochs + 1):
             mean = trainer.epoch()
-            if not math.isfinite(mean):
-                raise ArithmeticError(f"the mean loss of epoch {epoch} is {mean}; try a lower lr")
             history["epoch"].append(epoch)
             history["loss"].append(mean)
+            report.write_results(folder / "history.json", {"epochs": history, "accuracy": None})
+            if not math.isfinite(mean):
+                raise ArithmeticError(f"the mean loss of epoch {epoch} is {mean}; try a lower lr")
             writer.add_scalar("teach/loss", mean, epoch)
             line.show(epoch, {"loss": mean}, trainer.steps * config.batch_size / (time.perf_counter() - start))
         runtime.synchronize()

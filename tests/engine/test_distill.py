@@ -216,6 +216,12 @@ def test_resume_names_the_settings_that_differ(finished: Path, changes: dict[str
     assert before == {path: path.read_bytes() for path in before}  # nothing is written
 
 
+def test_evaluate_every_is_fixed_when_it_decides_which_student_is_returned(tmp_path: Path) -> None:
+    tiny.run(tmp_path, select="test_accuracy")
+    with pytest.raises(CheckpointError, match=r"loop\.evaluate_every was 1 and is now 2"):
+        tiny.run(tmp_path, select="test_accuracy", evaluate_every=2, resume=True)
+
+
 def test_resume_allows_settings_that_do_not_change_the_algorithm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted_run: dfkd_fast.DistillResult
 ) -> None:

@@ -51,6 +51,23 @@ def test_a_copy_is_exported(name: str, tmp_path: Path) -> None:
     assert tiny.same_weights(student, expected)
 
 
+class Scaled(nn.Module):
+    """Has weights with the names of the graph's input and output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = tiny.network()
+        self.logits, self.images = nn.Parameter(torch.full((1,), 2.0)), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x) * self.logits + self.images
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_weights_named_as_the_input_or_output(tmp_path: Path) -> None:
+    assert export(Scaled(), tmp_path, image_size=tiny.SIZE).difference < 1e-3
+
+
 class Overflow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3)) * 1e38 * 1e38

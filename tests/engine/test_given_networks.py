@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from dfkd_fast import distill
 from dfkd_fast.config import ObjectiveConfig, TeachConfig
-from dfkd_fast.engine import DistillResult, teach
+from dfkd_fast.engine import DistillResult, export, teach
 from dfkd_fast.models import extract
 
 from .. import tiny
@@ -85,6 +85,19 @@ def test_the_network_in_a_wrapper_is_trained(tmp_path: Path) -> None:
     result = one_round(tiny.teacher(), student, tmp_path)
     assert result.student is student.module.module
     assert not tiny.same_weights(result.student, tiny.network())
+
+
+def test_networks_in_distributed_data_parallel(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        teacher, student = (nn.parallel.DistributedDataParallel(each) for each in (tiny.teacher(), tiny.network()))
+        result = one_round(teacher, student, tmp_path)
+        assert result.student is student.module
+        assert not tiny.same_weights(result.student, tiny.network())
+        export(student, tmp_path / "export", image_size=tiny.SIZE)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_run_is_float32_with_default_dtype_float64(tmp_path: Path) -> None:

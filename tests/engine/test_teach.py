@@ -59,6 +59,12 @@ def test_seed_determines_the_losses(tmp_path: Path) -> None:
 def test_divergence_and_too_few_images_raise(tmp_path: Path, changes: dict[str, float], message: str) -> None:
     with pytest.raises((ArithmeticError, ValueError), match=message):
         teach(tiny.network(), tiny.data(), replace(config(tmp_path), **changes), progress=False)
+    if "lr" in changes:
+        assert json.loads((tmp_path / "history.json").read_text()) == {
+            "epochs": {"epoch": [1], "loss": [None]},
+            "accuracy": None,
+        }
+    assert not (tmp_path / "teacher.safetensors").exists()
 
 
 class _KnownRanks(nn.Module):
