@@ -13,7 +13,17 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dfkd_fast.config import DataConfig, EngineName, ExperimentConfig, ModelConfig, Precision, find, to_dict
+from dfkd_fast.config import (
+    DataConfig,
+    EngineName,
+    ExperimentConfig,
+    ModelConfig,
+    Precision,
+    find,
+    is_factory,
+    read_text,
+    to_dict,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -71,6 +81,11 @@ def _described(weights: str, model: ModelConfig | None, description: WeightsDesc
     if model is None:
         if description.model is None:
             raise ValueError(f"{weights} does not name its network: set --model.name")
+        if is_factory(description.model):
+            raise ValueError(
+                f"{weights} names the network {description.model!r}, which imports and runs code. If you trust it, set "
+                f"--model.name {description.model}"
+            )
         return ModelConfig(name=description.model, weights=weights, options=description.options or {})
     if description.model == model.name:
         given = json.loads(json.dumps(model.options)) or None
@@ -444,6 +459,17 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
 }
 
 
+def _check_factories(experiment: ExperimentConfig, arguments: Sequence[str]) -> None:
+    """Raise ValueError if a config file names a factory, which is code, and the command line does not."""
+    for role in ("teacher", "student"):
+        model = getattr(experiment, role)
+        if model is not None and is_factory(model.name) and not any(model.name in each for each in arguments):
+            raise ValueError(
+                f"{role}.name is {model.name!r} in a config file, which imports and runs code. If you trust it, also "
+                f"name it on the command line: --{role}.name {model.name}"
+            )
+
+
 def create_parser() -> ArgumentParser:
     """Create the command-line parser, with a subcommand per entry of ``COMMANDS``."""
     import docstring_parser
@@ -454,8 +480,9 @@ def create_parser() -> ArgumentParser:
 
         def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
             path = find(values)
+            text = read_text(ExperimentConfig, path, more={action.dest for action in parser._actions} - {self.dest})
             try:
-                super().__call__(parser, cfg, str(path), option_string)
+                super().__call__(parser, cfg, text, option_string)
             except Exception as error:
                 raise ValueError(f"{path}: {error}") from error
 
@@ -485,10 +512,12 @@ def create_parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. An error prints one line and exits with status 2; DFKD_FAST_TRACEBACK=1 shows the traceback."""
-    from jsonargparse import ArgumentError
+    from jsonargparse import ArgumentError, set_parsing_settings
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("dfkd_fast").setLevel(logging.INFO)  # other libraries stay at WARNING
+    # By default, jsonargparse imports the class that a value names as its class_path.
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["dfkd_fast.config"])
     try:
         parser = create_parser()
         parsed = parser.instantiate(parser.parse_args(arguments))
@@ -498,8 +527,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "given" in command.__annotations__:
             options["given"] = parser.parse_args(arguments, defaults=False)[parsed.subcommand]
         if used:
-            values = {field.name: options.pop(field.name) for field in fields(ExperimentConfig)}
-            command(ExperimentConfig(**values), **options)
+            experiment = ExperimentConfig(**{field.name: options.pop(field.name) for field in fields(ExperimentConfig)})
+            given = sys.argv[1:] if arguments is None else arguments
+            _check_factories(experiment, given)
+            command(experiment, **options)
         else:
             command(**options)
     except KeyboardInterrupt:

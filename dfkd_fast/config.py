@@ -7,13 +7,16 @@ environment variables, which :func:`expand` replaces when a path is used.
 
 from __future__ import annotations
 
+import codecs
+import difflib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 __all__ = [
     "DataConfig",
@@ -33,7 +36,9 @@ __all__ = [
     "TeachConfig",
     "expand",
     "find",
+    "is_factory",
     "read",
+    "read_text",
     "to_dict",
 ]
 
@@ -424,8 +429,60 @@ def find(name: str) -> Path:
     raise FileNotFoundError(f"no config file {name!r}; packaged configs: {known}")
 
 
+def _check_fields(kind: type, values: Mapping[Any, Any], *, where: str = "", more: Container[str] = ()) -> None:
+    """Raise ValueError if nested values have names that are not fields of the config."""
+    known = get_type_hints(kind)
+    for name, value in values.items():
+        if name in more and name not in known:
+            continue
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise ValueError(f"unknown field {where}{name}" + (f"; did you mean {where}{close[0]}?" if close else ""))
+        inner = next((each for each in (known[name], *get_args(known[name])) if is_dataclass(each)), None)
+        if inner is None or value is None:
+            continue
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}{name} must be a mapping of fields, got {value!r}")
+        _check_fields(inner, value, where=f"{where}{name}.")  # type: ignore[arg-type]
+
+
+def read_text(kind: type, path: str | Path, *, more: Container[str] = ()) -> str:
+    """Read a YAML file in UTF-8 or UTF-16 and check the names of its fields.
+
+    Args:
+        kind: the config that the file describes.
+        path: the file.
+        more: further names that are accepted at the top level.
+
+    Raises:
+        ValueError: the file is not YAML of plain values, or a field is unknown. The message names it.
+    """
+    import yaml
+
+    content = expand(path).read_bytes()
+    try:
+        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+        values = yaml.safe_load(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"a config must map names to values, got {values!r}")
+        _check_fields(kind, values, more=more)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return text
+
+
+def is_factory(name: str) -> bool:
+    """Whether the name of a network is ``package.module:factory``, which imports and runs code."""
+    source, colon, _ = name.partition(":")
+    return bool(colon) and source not in ("timm", "torchvision")
+
+
 def read(kind: type[T], path: str | Path) -> T:
     """Read and validate a config of type ``kind`` from a YAML file.
+
+    A network's name can be ``package.module:factory``. ``create_model`` imports and runs it, so check the names in a
+    file that you do not trust (:func:`is_factory`).
 
     Raises:
         ValueError: a field is unknown, missing or invalid. The message names it.
@@ -433,13 +490,11 @@ def read(kind: type[T], path: str | Path) -> T:
     import yaml
     from jsonargparse import ArgumentParser
 
+    text = read_text(kind, path)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", type=kind)
     try:
-        values = yaml.safe_load(expand(path).read_bytes())
-        if not isinstance(values, dict):
-            raise TypeError(f"a config must map names to values, got {values!r}")
-        return parser.instantiate(parser.parse_object({"config": values})).config
+        return parser.instantiate(parser.parse_object({"config": yaml.safe_load(text)})).config
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
 

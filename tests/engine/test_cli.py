@@ -285,3 +285,68 @@ def test_evaluate_reads_torch_files(experiment: str, tmp_path: Path, capsys: pyt
         ["evaluate", "--weights", "s.pt", "--config", experiment, "--model.name", "resnet8", "--model.options", widths]
     )
     assert "top-1" in capsys.readouterr().out
+
+
+@pytest.fixture
+def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that exists once the module ``evil`` was imported."""
+    mark = tmp_path / "imported"
+    factory = "def net(num_classes, **options):\n    raise ValueError('the factory ran')\n"
+    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\n{factory}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "evil", raising=False)
+    return mark
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("teacher: {name: 'evil:net'}", r"teacher\.name is 'evil:net' in a config file, which imports and runs code"),
+        ("teacher: {class_path: evil.Net}", r"unknown field teacher\.class_path"),
+        ("distill: {loop: {class_path: evil.Net}}", r"unknown field distill\.loop\.class_path"),
+        ("distill: {loop: nested.yaml}", r"distill\.loop must be a mapping of fields, got 'nested\.yaml'"),
+        ("config: nested.yaml", "unknown field config"),
+        ("seed: !!python/object/apply:evil.net [3]", "could not determine a constructor"),
+    ],
+)
+def test_config_files_run_no_code(
+    content: str, message: str, imported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text(content)
+    Path("nested.yaml").write_text("class_path: evil.Net")
+    command = ["distill", "--config", "mine.yaml", "--num_classes", "3"]
+    networks = ["--teacher.weights", "t.safetensors", "--student.name", "resnet8"]
+    with pytest.raises(SystemExit):
+        main([*command, *networks])
+    assert re.search(message, capsys.readouterr().err)
+    assert not imported.exists()
+
+
+def test_values_of_options_import_no_classes(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("nested.yaml").write_text("class_path: evil.Net")
+    for option in (["--teacher", "nested.yaml"], ["--teacher.class_path", "evil.Net"], ["--teacher", "evil.Net"]):
+        with pytest.raises(SystemExit):
+            main(["distill", *option])
+        assert "is not allowed" in capsys.readouterr().err
+    assert not imported.exists()
+
+
+def test_factories_run_when_the_command_line_names_them(
+    imported: Path, experiment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(
+        {"weight": torch.zeros(1)}, "evil.safetensors", {"model": "evil:net", "num_classes": "10", "image_size": "16"}
+    )
+    for command in (["export"], ["evaluate", "--config", experiment]):
+        with pytest.raises(SystemExit):
+            main([*command, "--weights", "evil.safetensors"])
+        assert "names the network 'evil:net', which imports and runs code. If you trust" in capsys.readouterr().err
+    assert not imported.exists()
+    with pytest.raises(SystemExit):
+        main(["export", "--weights", "evil.safetensors", "--model.name", "evil:net"])
+    assert "the factory ran" in capsys.readouterr().err
+    imported.unlink()
+    Path("mine.yaml").write_text("teacher: {name: 'evil:net', weights: evil.safetensors}")
+    with pytest.raises(SystemExit):
+        main(["teach", "--config", "mine.yaml", "--teacher.name", "evil:net", "--data.name", "digits"])
+    assert "the factory ran" in capsys.readouterr().err

@@ -121,6 +121,9 @@ def test_read_accepts_byte_order_marks_and_windows_lines(tmp_path: Path, encodin
         (b"- 1", r"must map names to values, got \[1\]"),
         (b"seed: [1", "line 1, column 9"),
         (b"# \xe9", "position 2"),
+        (b"loop: {epochz: 3}", r"unknown field loop\.epochz; did you mean loop\.epochs\?"),
+        (b"loop: 3", "loop must be a mapping of fields, got 3"),
+        (b"3: 4", "unknown field 3"),
         (b"loop: {epochs: 0}", "LoopConfig.epochs must be at least 1"),
     ],
 )
@@ -131,7 +134,10 @@ def test_read_names_the_file(tmp_path: Path, content: bytes, message: str) -> No
         read(DistillConfig, path)
 
 
-@pytest.mark.parametrize("content", [b"- 1", b"teach: {epochs: [3", b"teach:\n\tepochs: 3", b"# \xe9"])
+@pytest.mark.parametrize(
+    "content",
+    [b"- 1", b"teach: {epochs: [3", b"teach:\n\tepochs: 3", b"# \xe9", "teach: {epoch: 3}".encode("utf-16")],
+)
 def test_the_command_line_names_the_config_file(content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_bytes(content)
     with pytest.raises(SystemExit) as left:
