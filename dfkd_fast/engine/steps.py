@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dfkd_fast.engine.networks import StepNetworks, eager_networks
 from dfkd_fast.engine.state import DistillState, Side
-from dfkd_fast.graph import batchnorm_mode, frozen
+from dfkd_fast.graph import FeatureModel, batchnorm_mode, frozen, preserve_train_mode
 from dfkd_fast.nn import freeze_spectral_norm
 from dfkd_fast.nvtx import nvtx_range
 
@@ -32,6 +32,15 @@ def _unchanged(generator: nn.Module) -> Iterator[None]:
     Its BatchNorms use batch statistics, as in training, without updating their buffers. Spectral norm does not iterate.
     """
     with torch.no_grad(), batchnorm_mode(generator, "batch"), freeze_spectral_norm(generator):
+        yield
+
+
+@contextmanager
+def _deterministic(student: FeatureModel, mode: Literal["batch", "update", "eval"]) -> Iterator[None]:
+    """Turn off dropout and stochastic depth, as in eval mode, and set the mode of the BatchNorms."""
+    with preserve_train_mode(student, False), batchnorm_mode(student, mode):
+        if student.programs:
+            student.model.training = True  # selects the program with fused BatchNorms; its modules are in eval mode
         yield
 
 
@@ -81,7 +90,7 @@ def generator_step(state: DistillState, networks: StepNetworks | None = None) ->
 
     Gradients reach the images through the logits of teacher and student, but no weight gradient of either network is
     computed. ``config.loop.student_in_generator_step`` sets the mode of the student's BatchNorms; by default they use
-    batch statistics without updating their buffers.
+    batch statistics without updating their buffers. The student's dropout and stochastic depth are off.
 
     Args:
         state: the state to train.
@@ -91,7 +100,7 @@ def generator_step(state: DistillState, networks: StepNetworks | None = None) ->
     student, needs_student = state.student.module, "student" in state.generator.objective.needs
     mode = state.config.loop.student_in_generator_step
     noise = state.draw(state.config.loop.batch_size)
-    with frozen(student), batchnorm_mode(student, mode) if needs_student else nullcontext():
+    with frozen(student), _deterministic(student, mode) if needs_student else nullcontext():
         with state.runtime.cast():
             inputs = call.generator(noise)
             outputs = call.student(inputs) if needs_student else None

@@ -7,11 +7,12 @@ torch.fx traces the forward, and outputs are added to the graph. Forward hooks w
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ log = logging.getLogger(__name__)
 # Operations after the last linear layer that only reshape or cast.
 _RESHAPES: set[Any] = {torch.flatten, torch.squeeze, torch.reshape, "flatten", "view", "reshape", "squeeze", "squeeze_"}
 _RESHAPES |= {"float", "double", "half", "bfloat16", "to", "type", "type_as", "contiguous", "clone", torch.clone}
-_DROPOUTS: set[Any] = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout}
+_DROPOUTS: set[Any] = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 _OUTPUTS_HINT = "Pass a network whose forward returns dfkd_fast.models.Outputs(logits, features, penultimate) instead"
 
 
@@ -240,9 +241,53 @@ def _extract_traced(
         trace = _trace_with_hint(root, training=True)
         head = _find_head(trace)
         run(root, trace.graph, image)
+        head = _follow_training_flag(result, trace, head)
         fuse_training(trace, {*(trace.stage(path) for path in result.stages), head.penultimate, head.logits})
         result.programs[True] = _program(result, trace, head)
     return result
+
+
+class _Dropout(nn.Module):
+    """A function that drops values in training mode.
+
+    Args:
+        function: for example :func:`torch.nn.functional.dropout`.
+        off: the keyword arguments that turn it off in eval mode.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], off: dict[str, Any]) -> None:
+        super().__init__()
+        self.function, self.off = function, off
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(*args, **(kwargs if self.training else {**kwargs, **self.off}))
+
+
+def _follow_training_flag(result: FeatureModel, trace: Trace, head: _Head) -> _Head:
+    """Replace dropout functions, which a trace records as active, by modules with a training flag."""
+    moved = {}
+    for node in list(trace.graph.nodes):
+        if node.op != "call_function":
+            continue
+        args, kwargs = node.args, dict(node.kwargs)
+        if kwargs.get("dropout_p"):  # of scaled_dot_product_attention
+            off: dict[str, Any] = {"dropout_p": 0.0}
+        elif node.target in _DROPOUTS or getattr(node.target, "__name__", "") == "stochastic_depth":
+            args, off = (), {"training": False}
+            kwargs = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+        else:
+            continue
+        name = f"dropout_{len(moved)}"
+        result.add_module(name, _Dropout(node.target, off))
+        trace.root.add_module(name, result.get_submodule(name))
+        with trace.graph.inserting_before(node):
+            moved[node] = trace.graph.call_module(name, args, kwargs)
+        moved[node].meta = dict(node.meta)
+        node.replace_all_uses_with(moved[node])
+        trace.graph.erase_node(node)
+    for path, node in trace.outputs.items():
+        trace.outputs[path] = moved.get(node, node)
+    return _Head(*(moved.get(node, node) for node in head))
 
 
 def _with_statistics(features: FeatureModel) -> FeatureModel:

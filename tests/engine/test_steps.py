@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
+from torchvision.ops import stochastic_depth
 
 from dfkd_fast.config import GeneratorConfig, ObjectiveConfig
-from dfkd_fast.engine import DistillState, generator_step, student_step, synthesize
+from dfkd_fast.engine import DistillState, Runtime, build_state, generator_step, student_step, synthesize
+from dfkd_fast.engine.networks import optimized_networks
+from dfkd_fast.models import Outputs, extract
 
 from .. import tiny
 
@@ -228,3 +236,54 @@ def test_seed_draws_the_same_weights_on_every_device() -> None:
     ):
         for a, b in zip(one.parameters(), other.parameters(), strict=True):
             assert torch.equal(a, b.cpu())
+
+
+class FunctionalDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = tiny.network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(stochastic_depth(F.dropout(x, 0.5, self.training), 0.5, "row", training=self.training))
+
+
+class Untraceable(FunctionalDropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+DROPOUTS: dict[str, Callable[[], nn.Module]] = {
+    "torchvision": lambda: torchvision.models.mobilenet_v2(num_classes=5, width_mult=0.1, dropout=0.5),
+    "timm": lambda: timm.create_model("efficientnet_lite0", num_classes=5, drop_rate=0.5, drop_path_rate=0.5),
+    "functional": FunctionalDropout,
+    "not traced": Untraceable,
+}
+
+
+@pytest.mark.parametrize("mode", ["batch", "eval"])
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_the_generator_step_has_no_dropout(name: str, mode: Literal["batch", "eval"]) -> None:
+    torch.manual_seed(0)
+    config = tiny.config(student_in_generator_step=mode, objective=ObjectiveConfig(preset="dfad"), image_size=32)
+    teacher, student = (extract(model, image_size=32, needs="logits") for model in (tiny.teacher(), DROPOUTS[name]()))
+    teacher.eval().requires_grad_(False)
+    sizes = {"image_size": 32, "mean": tiny.HALF, "std": tiny.HALF}
+    state = build_state(teacher, student.train(), config, Runtime.of("cpu", "fp32", channels_last=True), **sizes)
+    found = []
+
+    def twice(call: Callable[[Tensor], Outputs]) -> Callable[[Tensor], Outputs]:
+        def student(images: Tensor) -> Outputs:
+            found.append((call(images).logits, call(images).logits))
+            return call(images)
+
+        return student
+
+    networks, before = optimized_networks(state), tensors(student.model)
+    generator_step(state, replace(networks.generator_step, student=twice(networks.generator_step.student)))
+    assert not changed(before, student.model)
+    student_step(state, replace(networks.student_step, student=twice(networks.student_step.student)))
+    assert torch.equal(*found[0])
+    assert not torch.equal(*found[1])
+    assert all(module.training for module in student.modules())
+    assert torch.equal(pickle.loads(pickle.dumps(student.eval()))(IMAGES).logits, student(IMAGES).logits)
