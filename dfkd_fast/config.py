@@ -118,20 +118,26 @@ class GeneratorConfig:
         batch_norm: add a BatchNorm to each block (not in the paper's table).
         spectral_norm: apply spectral norm to the transposed convolutions.
         attention: form of the gate (see ``dfkd_fast.nn.SpatialAttention``), or ``none`` (lambda = 0 in the paper).
+            ``spatial`` is the literal reading of Eq. 6, which changes no bf16 output of maps of 28 x 28 and above.
         attention_scale: lambda in Eq. 6.
         attention_reduction: r, the channel reduction factor of the attention module.
+        gain: factor of each block's convolution output, for generators without BatchNorm. With spectral norm, a block
+            divides the signal by about 4.
     """
 
     latent_dim: int = 256
     channels: tuple[int, int, int, int, int] = (512, 256, 128, 64, 64)
     batch_norm: bool = True
     spectral_norm: bool = True
-    attention: Literal["spatial", "spatial_mean1", "channel", "none"] = "spatial"
+    attention: Literal["spatial", "spatial_mean1", "channel", "none"] = "spatial_mean1"
     attention_scale: float = 5e-2
     attention_reduction: int = 8
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
         _at_least(self, latent_dim=1, attention_reduction=1)
+        if self.batch_norm and self.gain != 1:
+            raise ValueError(f"GeneratorConfig.gain must be 1 with batch_norm, which cancels it, got {self.gain}")
         if min(self.channels) < 1:
             raise ValueError(f"GeneratorConfig.channels must be positive, got {self.channels}")
 
@@ -160,8 +166,12 @@ class MHADConfig:
         mode: ``joint`` applies one sigmoid to the sum of all orders; ``per_order`` averages one sigmoid per order.
         target: compare the ``attention`` maps A, or the attended ``features`` A * x, where x are the stage features.
         average: ``elements`` averages over (N, C, H, W); ``channels`` averages over (N, C) and sums over positions.
-        shared: use one attention module for both networks, instead of a frozen one for the teacher and a trained one
-            for the student.
+        teacher: attention module of the teacher: ``frozen`` keeps a separate one at its initialization; ``shared`` uses
+            the student's, which is trained.
+        level: ``stages`` compares maps at the ends of the stages; ``penultimate`` compares the penultimate features, as
+            the paper does for students of another architecture (section 5.2).
+        adapter: maps the student's channels to the teacher's if they differ: ``conv`` is a 1 x 1 convolution, ``mlp`` a
+            network with two hidden layers (section 5.2).
         stages: number of stages to pair, counted from the deepest; None pairs all, and then both networks must have
             the same number of stages.
     """
@@ -171,13 +181,17 @@ class MHADConfig:
     mode: Literal["joint", "per_order"] = "joint"
     target: Literal["features", "attention"] = "features"
     average: Literal["elements", "channels"] = "elements"
-    shared: bool = False
+    teacher: Literal["frozen", "shared"] = "frozen"
+    level: Literal["stages", "penultimate"] = "stages"
+    adapter: Literal["conv", "mlp"] = "conv"
     stages: int | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, order=1, reduction=1)
         if self.stages is not None and self.stages < 1:
             raise ValueError(f"MHADConfig.stages must be None or at least 1, got {self.stages}")
+        if self.stages is not None and self.level == "penultimate":
+            raise ValueError("MHADConfig.stages must be None if MHADConfig.level is 'penultimate'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,11 +202,14 @@ class SFCLConfig:
         dim: D, the dimension of the embeddings that are compared.
         temperature: tau, the temperature of the contrastive loss.
         symmetric: use the student's embeddings as anchors too.
+        head: ``separate`` trains one projection head per network; ``shared`` trains one for both, as the paper writes,
+            whose penultimate features must then have the same length.
     """
 
     dim: int = 128
     temperature: float = 0.1
     symmetric: bool = False
+    head: Literal["separate", "shared"] = "separate"
 
     def __post_init__(self) -> None:
         _at_least(self, dim=1)
@@ -221,11 +238,13 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The generator's Adam and the student's SGD (paper, section 4.1).
+    """The generator's Adam and the student's SGD (paper, section 5.1).
 
     Args:
-        generator_lr: learning rate of Adam, constant over the run.
+        generator_lr: initial learning rate of Adam.
         generator_betas: coefficients of Adam's running averages.
+        generator_schedule: ``constant`` keeps the rate; ``cosine`` anneals it to zero over all generator steps.
+        generator_reset: ``round`` resets Adam's running averages at the start of each round; ``never`` keeps them.
         student_lr: initial learning rate of SGD.
         student_momentum: momentum of SGD.
         student_weight_decay: weight decay of SGD, also for adapters and heads.
@@ -234,6 +253,8 @@ class OptimizerConfig:
 
     generator_lr: float = 1e-3
     generator_betas: tuple[float, float] = (0.5, 0.99)
+    generator_schedule: Literal["constant", "cosine"] = "constant"
+    generator_reset: Literal["never", "round"] = "never"
     student_lr: float = 1e-2
     student_momentum: float = 0.9
     student_weight_decay: float = 5e-4
@@ -245,7 +266,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """Length of the run and intervals within it (paper, section 4.1: 200 epochs, t = 20, k = 15, batch 64).
+    """Length of the run and intervals within it (paper, section 5.1: 200 epochs, t = 20, k = 15, batch 64).
 
     Args:
         epochs: number of epochs.
@@ -330,7 +351,7 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeachConfig:
-    """Supervised training of a classifier on labeled images (paper, section 4.1).
+    """Supervised training of a classifier on labeled images (paper, section 5.1).
 
     Args:
         epochs: number of passes over the training images.

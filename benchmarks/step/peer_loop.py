@@ -35,13 +35,13 @@ __all__ = ["PeerLoop", "PlainGate", "PlainHighOrderAttention"]
 
 
 class PlainGate(nn.Module):
-    """Spatial attention with PyTorch's pooling and softmax, with the layers of ``gate``, whose form is ``spatial``."""
+    """Spatial attention with PyTorch's pooling and softmax, with the layers of ``gate``, which is over positions."""
 
     def __init__(self, gate: SpatialAttention) -> None:
         super().__init__()
-        if gate.form != "spatial":
-            raise ValueError(f"gate.form must be 'spatial', got {gate.form!r}")
-        self.scale = gate.scale
+        if gate.form not in ("spatial", "spatial_mean1"):
+            raise ValueError(f"gate.form must be 'spatial' or 'spatial_mean1', got {gate.form!r}")
+        self.scale, self.mean1 = gate.scale, gate.form == "spatial_mean1"
         self.encode = nn.Sequential(gate.reduce, gate.encode, gate.encode_norm, nn.ReLU())
         self.bottleneck = nn.Sequential(gate.bottleneck, gate.bottleneck_norm, nn.ReLU())
         self.widen = nn.Sequential(gate.widen, gate.widen_norm, nn.ReLU())
@@ -55,7 +55,8 @@ class PlainGate(nn.Module):
         widened = self.widen(self.bottleneck(pooled))
         maps = self.expand(self.decode(F.max_unpool2d(widened, indices, [2, 2], output_size=encoded.shape[-2:])))
         gate = maps.flatten(2).softmax(-1).view_as(maps).to(features.dtype)
-        return features + self.scale * gate * features
+        scale = self.scale * (maps.shape[-2] * maps.shape[-1]) if self.mean1 else self.scale
+        return features + scale * gate * features
 
 
 class PlainHighOrderAttention(nn.Module):

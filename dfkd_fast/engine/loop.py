@@ -262,7 +262,7 @@ def distill(
     inputs: Mapping[str, Any] | None = None,
     progress: bool | Listener = True,
 ) -> DistillResult:
-    """Train a student to match a teacher without the teacher's data (Shao et al., ICCV 2023, section 3).
+    """Train a student to match a teacher without the teacher's data (Shao et al., ICCV 2023, section 4.4).
 
     Args:
         teacher: a trained classifier from normalized float32 images (N, 3, H, W) to logits (N, classes). It is not

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from dfkd_fast.nn import AttentionGenerator
 from dfkd_fast.objectives import Objective, generator_objective, student_objective
 
 __all__ = ["DistillState", "Normalize", "Position", "Side", "build_generator", "build_state"]
+
+log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -90,7 +93,8 @@ class DistillState:
             up to the last column, and there 1 if the gradient was finite (in fp16 always), otherwise 0.
         cursor: (1,) int64, the row of the next step. Steps advance it on the device, because a captured graph would
             treat a Python number as a constant.
-        rates: (steps per round,) float32, the student's learning rate in each step.
+        rates: (steps per round,) float32, the learning rate of each step.
+        generator_rate: 0-dim float32, the learning rate of the generator's optimizer.
         student_rate: 0-dim float32, the learning rate of the student's optimizer.
         student_updates: number of student steps so far, which determines the learning rate.
         position: the next step.
@@ -110,6 +114,7 @@ class DistillState:
     trace: Tensor
     cursor: Tensor
     rates: Tensor
+    generator_rate: Tensor
     student_rate: Tensor
     student_updates: int = 0
     position: Position = field(default_factory=Position)
@@ -138,26 +143,41 @@ class DistillState:
 
     def student_lr(self, ahead: int = 0) -> float:
         """The student's learning rate ``ahead`` student steps after the next one."""
-        optimizer, loop = self.config.optimizer, self.config.loop
+        optimizer = self.config.optimizer
         if optimizer.student_schedule == "constant":
             return optimizer.student_lr
-        total = max(1, loop.epochs * loop.rounds_per_epoch * loop.student_steps)
-        return optimizer.student_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (self.student_updates + ahead) / total)))
+        total = max(1, self.total_rounds * self.config.loop.student_steps)
+        return _cosine(optimizer.student_lr, (self.student_updates + ahead) / total)
+
+    def generator_lr(self, step: int) -> float:
+        """The generator's learning rate in a generator step of the current round."""
+        optimizer, steps = self.config.optimizer, self.config.loop.generator_steps
+        if optimizer.generator_schedule == "constant":
+            return optimizer.generator_lr
+        return _cosine(optimizer.generator_lr, (self.position.round * steps + step) / (self.total_rounds * steps))
 
     def start_round(self) -> None:
-        """Write the position in the round and the learning rates of its remaining student steps to the device.
+        """Write the position in the round and the learning rates of its steps to the device.
 
-        Does not wait for the device, because the values are copied from pinned memory or passed as kernel arguments.
+        Also resets the generator's optimizer if the config says so. Does not wait for the device, because the values
+        are copied from pinned memory or passed as kernel arguments.
         """
-        first = max(self.position.step, self.config.loop.generator_steps)
-        rates = [self.student_lr(max(0, row - first)) for row in range(len(self.rates))]
+        steps = self.config.loop.generator_steps
+        first = max(self.position.step, steps)
+        rates = [
+            self.generator_lr(row) if row < steps else self.student_lr(max(0, row - first))
+            for row in range(len(self.rates))
+        ]
+        if self.config.optimizer.generator_reset == "round" and self.position.step == 0:
+            averages = [value for each in self.generator.optimizer.state.values() for value in each.values()]
+            torch._foreach_zero_(averages)
         pinned = self.runtime.device.type == "cuda"
         self.rates.copy_(torch.tensor(rates, dtype=torch.float32, pin_memory=pinned), non_blocking=True)
         self.cursor.fill_(self.position.step)
 
     def mutable_tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that a step can write to, once."""
-        candidates = [self.trace, self.cursor, self.rates, self.student_rate]
+        candidates = [self.trace, self.cursor, self.rates, self.generator_rate, self.student_rate]
         for side in self.sides.values():
             for module in (side.module, side.objective):
                 candidates += [*module.parameters(), *module.buffers()]
@@ -235,9 +255,25 @@ class DistillState:
         return digest.hexdigest()
 
 
+def _cosine(rate: float, progress: float) -> float:
+    return rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
 def build_generator(config: GeneratorConfig, image_size: int) -> AttentionGenerator:
     """Build the generator for images of (3, image_size, image_size)."""
     return AttentionGenerator(image_size, **vars(config))
+
+
+def _warn_without_effect(config: GeneratorConfig, image_size: int, dtype: torch.dtype) -> None:
+    """Warn if the mean gate of the literal form is below the resolution of the dtype in every block."""
+    size = image_size // 8  # of the first block's output, where the gate is largest
+    if config.attention == "spatial" and config.attention_scale / size**2 < torch.finfo(dtype).eps / 4:
+        log.warning(
+            "GeneratorConfig.attention 'spatial' has no effect at %d pixels in %s, because its gate is below the "
+            "rounding error; use 'spatial_mean1', whose mean is 1 instead of 1 / (H W)",
+            image_size,
+            str(dtype).removeprefix("torch."),
+        )
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -302,6 +338,7 @@ def build_state(
     torch.manual_seed(config.seed)
     # Initialize weights on the CPU, so that a seed gives the same weights on every device.
     generator = build_generator(config.generator, image_size)
+    _warn_without_effect(config.generator, image_size, runtime.autocast or torch.float32)
     objectives = [build(config.objective, teacher, student) for build in (generator_objective, student_objective)]
     for module in (teacher, student, generator, *objectives):
         runtime.place(module.float())  # torch's default dtype may be float64
@@ -335,6 +372,7 @@ def build_state(
         trace=torch.zeros(steps, width, dtype=torch.float32, device=device),
         cursor=torch.zeros(1, dtype=torch.int64, device=device),
         rates=torch.zeros(steps, dtype=torch.float32, device=device),
+        generator_rate=generator_rate,
         student_rate=student_rate,
     )
     state.start_round()

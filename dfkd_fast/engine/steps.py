@@ -100,6 +100,8 @@ def generator_step(state: DistillState, networks: StepNetworks | None = None) ->
     student, needs_student = state.student.module, "student" in state.generator.objective.needs
     mode = state.config.loop.student_in_generator_step
     noise = state.draw(state.config.loop.batch_size)
+    if state.config.optimizer.generator_schedule != "constant":
+        torch.index_select(state.rates, 0, state.cursor, out=state.generator_rate.view(1))
     with frozen(student), _deterministic(student, mode) if needs_student else nullcontext():
         with state.runtime.cast():
             inputs = call.generator(noise)

@@ -89,7 +89,7 @@ def teach(
     workers: int = 0,
     progress: bool | Listener = True,
 ) -> TeachResult:
-    """Train a classifier with SGD, a cosine learning rate and cross-entropy (paper, section 4.1).
+    """Train a classifier with SGD, a cosine learning rate and cross-entropy (paper, section 5.1).
 
     Seeds torch's global generators with ``config.seed``.
 

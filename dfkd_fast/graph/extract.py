@@ -265,7 +265,7 @@ class _Dropout(nn.Module):
 
 def _follow_training_flag(result: FeatureModel, trace: Trace, head: _Head) -> _Head:
     """Replace dropout functions, which a trace records as active, by modules with a training flag."""
-    moved = {}
+    moved: dict[fx.Node, fx.Node] = {}
     for node in list(trace.graph.nodes):
         if node.op != "call_function":
             continue

@@ -16,7 +16,7 @@ __all__ = ["HighOrderAttention", "SpatialAttention"]
 
 
 class HighOrderAttention(nn.Module):
-    """Mixed high-order attention (paper, section 3.3; Chen et al., ICCV 2019).
+    """Mixed high-order attention (paper, section 4.2; Chen et al., ICCV 2019).
 
     Order r = 1..R multiplies r linear maps of the features. A sigmoid of the rectified products gates the features.
 
@@ -82,8 +82,9 @@ class SpatialAttention(nn.Module):
         channels: number of channels C of the features.
         reduction: r; the hourglass has C / r channels at its ends.
         scale: lambda in Eq. 6.
-        form: ``spatial`` applies the softmax over the H W positions of each channel, ``spatial_mean1`` multiplies it
-            by H W, ``channel`` applies the softmax over the channels at each position.
+        form: ``spatial`` applies the softmax over the H W positions of each channel, as the paper's text says;
+            ``spatial_mean1`` multiplies it by H W, so that its mean is 1; ``channel`` applies the softmax over the
+            channels at each position.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class SpatialAttention(nn.Module):
         *,
         reduction: int = 8,
         scale: float = 5e-2,
-        form: Literal["spatial", "spatial_mean1", "channel"] = "spatial",
+        form: Literal["spatial", "spatial_mean1", "channel"] = "spatial_mean1",
     ) -> None:
         super().__init__()
         width = max(1, channels // reduction)

@@ -13,8 +13,8 @@ __all__ = ["SemanticFeatureContrast"]
 class SemanticFeatureContrast(nn.Module):
     """L_SFCL: contrastive loss between teacher and student features of the same images (paper, Eq. 8 and 9).
 
-    One projection head per network maps the features to a common space, where :func:`dfkd_fast.ops.contrastive_loss`
-    compares them. Both heads train with the student; the teacher receives no gradient.
+    Projection heads map the features to a common space, where :func:`dfkd_fast.ops.contrastive_loss` compares them. The
+    heads train with the student; the teacher receives no gradient.
 
     Args:
         teacher_dim: width of the teacher's penultimate features.
@@ -22,18 +22,33 @@ class SemanticFeatureContrast(nn.Module):
         dim: width D of the common space.
         temperature: tau, greater than 0.
         symmetric: use the student's vectors as anchors too.
+        shared: use one head for both networks, as the paper writes, instead of one per network.
 
     Attributes:
-        teacher_head, student_head: :class:`ProjectionHead`.
+        teacher_head, student_head: :class:`ProjectionHead`, the same one if ``shared``.
+
+    Raises:
+        ValueError: a shared head is requested for features of different widths.
     """
 
     def __init__(
-        self, teacher_dim: int, student_dim: int, dim: int = 128, temperature: float = 0.1, symmetric: bool = False
+        self,
+        teacher_dim: int,
+        student_dim: int,
+        dim: int = 128,
+        temperature: float = 0.1,
+        symmetric: bool = False,
+        shared: bool = False,
     ) -> None:
         super().__init__()
+        if shared and teacher_dim != student_dim:
+            raise ValueError(
+                "a shared head needs penultimate features of the same length, got "
+                f"{teacher_dim} (teacher) and {student_dim} (student): use separate heads"
+            )
         self.temperature, self.symmetric = temperature, symmetric
         self.teacher_head = ProjectionHead(teacher_dim, dim)
-        self.student_head = ProjectionHead(student_dim, dim)
+        self.student_head = self.teacher_head if shared else ProjectionHead(student_dim, dim)
 
     def forward(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Compute the loss, a float32 scalar, of features (N, teacher_dim) and (N, student_dim), any floating dtype.

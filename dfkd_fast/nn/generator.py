@@ -41,9 +41,17 @@ class _Block(nn.Module):
     """Upsamples by 2: transposed convolution, [BatchNorm], LeakyReLU, [spatial attention]."""
 
     def __init__(
-        self, inputs: int, outputs: int, *, batch_norm: bool, spectral_norm: bool, attention: SpatialAttention | None
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        batch_norm: bool,
+        spectral_norm: bool,
+        attention: SpatialAttention | None,
+        gain: float,
     ) -> None:
         super().__init__()
+        self.gain = gain
         # A BatchNorm would subtract the bias.
         convolution = nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1, bias=not batch_norm)
         if spectral_norm:
@@ -56,7 +64,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, slope = self.upsample(x), self.activation.negative_slope
         if not isinstance(self.norm, nn.BatchNorm2d):
-            return self.attention(self.activation(x))
+            return self.attention(self.activation(x if self.gain == 1 else x * self.gain))
         if isinstance(self.attention, SpatialAttention):
             return self.attention.forward_normalized(x, self.norm, slope)
         return self.attention(batch_norm_act(self.norm, x, activation="leaky_relu", negative_slope=slope, count=False))
@@ -78,9 +86,11 @@ class AttentionGenerator(nn.Module):
         attention: form of the spatial attention, or ``none`` for no attention modules.
         attention_scale: lambda in Eq. 6.
         attention_reduction: reduction r of the attention modules.
+        gain: factor of each block's convolution output; with a BatchNorm in the blocks, it must be 1.
 
     Raises:
-        ValueError: image_size is not a positive multiple of 16, or channels does not have five entries.
+        ValueError: image_size is not a positive multiple of 16, channels does not have five entries, or a gain is
+            combined with batch_norm.
     """
 
     def __init__(
@@ -91,15 +101,18 @@ class AttentionGenerator(nn.Module):
         channels: Sequence[int] = (512, 256, 128, 64, 64),
         batch_norm: bool = True,
         spectral_norm: bool = True,
-        attention: Literal["spatial", "spatial_mean1", "channel", "none"] = "spatial",
+        attention: Literal["spatial", "spatial_mean1", "channel", "none"] = "spatial_mean1",
         attention_scale: float = 5e-2,
         attention_reduction: int = 8,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         if image_size < 16 or image_size % 16:
             raise ValueError(f"image_size must be a positive multiple of 16, got {image_size}")
         if len(channels) != 5:
             raise ValueError(f"channels must have five entries, for the first map and four blocks, got {channels}")
+        if batch_norm and gain != 1:
+            raise ValueError(f"gain must be 1 with batch_norm, which cancels it, got {gain}")
         self.image_size, self.latent_dim, self.first_size = image_size, latent_dim, image_size // 16
         self.project = nn.Linear(latent_dim, channels[0] * self.first_size**2, bias=False)
         self.project_norm = nn.BatchNorm2d(channels[0])
@@ -109,7 +122,7 @@ class AttentionGenerator(nn.Module):
             if attention != "none":
                 gate = SpatialAttention(outputs, reduction=attention_reduction, scale=attention_scale, form=attention)
             self.blocks.append(
-                _Block(inputs, outputs, batch_norm=batch_norm, spectral_norm=spectral_norm, attention=gate)
+                _Block(inputs, outputs, batch_norm=batch_norm, spectral_norm=spectral_norm, attention=gate, gain=gain)
             )
         self.paint = nn.Conv2d(channels[-1], 3, 3, padding=1)
 

@@ -81,9 +81,10 @@ def required_outputs(config: ObjectiveConfig) -> Literal["stages", "penultimate"
     Raises:
         ValueError: unknown preset or term, or no term has a nonzero weight.
     """
-    read = [TERMS[name] for side in ("generator", "student") for name in _weights_of(side, config)]
-    read = [term for term in read if term.reads_features]
-    return "stages" if any(term.reads_stages for term in read) else "penultimate" if read else "logits"
+    terms = [TERMS[name] for side in ("generator", "student") for name in _weights_of(side, config)]
+    if any(term.uses_stages(config) for term in terms):
+        return "stages"
+    return "penultimate" if any(term.reads_features for term in terms) else "logits"
 
 
 def _build(side: str, config: ObjectiveConfig, teacher: FeatureModel, student: FeatureModel) -> Objective:

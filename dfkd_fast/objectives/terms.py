@@ -8,6 +8,7 @@ Equations 2 to 9 are those of Shao et al., ICCV 2023.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -49,7 +50,8 @@ class Term(nn.Module):
         needs: a subset of ``{"statistics", "student"}``.
         reads_features: whether the term reads stage features or penultimate features. A step whose terms do not can
             cut their gradients, which would be zeros.
-        reads_stages: whether a term that reads features reads stage features.
+        reads_stages: whether a term that reads features reads stage features; :meth:`uses_stages` can depend on the
+            config.
         sides: the objectives that may contain the term: ``"generator"``, ``"student"`` or both.
     """
 
@@ -62,6 +64,11 @@ class Term(nn.Module):
     def build(cls, shapes: FeatureShapes, config: ObjectiveConfig) -> Term:
         """Build the term for two networks."""
         return cls()
+
+    @classmethod
+    def uses_stages(cls, config: ObjectiveConfig) -> bool:
+        """Whether the term reads stage features with this config."""
+        return cls.reads_features and cls.reads_stages
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         """The loss, a float32 scalar. ``student`` is None if no term of the objective needs it."""
@@ -197,13 +204,15 @@ def _paired(teacher: tuple[int, ...], student: tuple[int, ...], name: str) -> in
 class HighOrderAttentionDistillation(Term):
     """L_MHAD (Eq. 7): mixed high-order attention distillation.
 
-    In each pair of stages, the larger map (N, C, H, W) is average-pooled to the size of the smaller, and a 1 x 1
-    convolution adapts the student's channels if they differ. The loss is the mean squared error between the outputs of
-    both attention modules, summed over stages. If both modules were trained, they could collapse: the teacher's is not.
+    In each pair of stages, the larger map (N, C, H, W) is average-pooled to the size of the smaller, and an adapter
+    maps the student's channels to the teacher's if they differ. The loss is the mean squared error between the outputs
+    of both attention modules, summed over stages. If both modules were trained, they could collapse: the teacher's is
+    not.
+    At the level of the penultimate features (N, D), these are maps (N, D, 1, 1).
 
     Args:
         shapes: channels of the stages of both networks.
-        config: order, mode, target and average; see :class:`dfkd_fast.config.MHADConfig`.
+        config: order, mode, target, average and level; see :class:`dfkd_fast.config.MHADConfig`.
 
     Raises:
         ValueError: the networks have different numbers of stages, or fewer than config.stages.
@@ -218,20 +227,39 @@ class HighOrderAttentionDistillation(Term):
     def __init__(self, shapes: FeatureShapes, config: MHADConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or MHADConfig()
-        counts = (len(shapes.teacher_channels), len(shapes.student_channels))
+        channels = shapes.teacher_channels, shapes.student_channels
+        if config.level == "penultimate":
+            channels = (shapes.teacher_dim,), (shapes.student_dim,)
+        counts = (len(channels[0]), len(channels[1]))
         if config.stages is not None and config.stages > min(counts):
             raise ValueError(f"MHADConfig.stages is {config.stages}, but the networks have {counts} stages")
-        self.stages = config.stages or _paired(shapes.teacher_channels, shapes.student_channels, "mhad")
+        self.stages = config.stages or _paired(*channels, "mhad")
         self.adapters = nn.ModuleList()
         self.student_attention = nn.ModuleList()
         self.teacher_attention = nn.ModuleList()
-        for teacher, student in zip(
-            shapes.teacher_channels[-self.stages :], shapes.student_channels[-self.stages :], strict=True
-        ):
-            self.adapters.append(nn.Identity() if teacher == student else nn.Conv2d(student, teacher, 1, bias=False))
+        for teacher, student in zip(*(each[-self.stages :] for each in channels), strict=True):
+            self.adapters.append(self._adapter(student, teacher))
             self.student_attention.append(self._attention(teacher))
-            if not config.shared:
+            if config.teacher == "frozen":
                 self.teacher_attention.append(self._attention(teacher).requires_grad_(False))
+
+    @classmethod
+    def uses_stages(cls, config: ObjectiveConfig) -> bool:
+        return config.mhad.level == "stages"
+
+    def _adapter(self, student: int, teacher: int) -> nn.Module:
+        if student == teacher:
+            return nn.Identity()
+        if self.config.adapter == "conv":
+            return nn.Conv2d(student, teacher, 1, bias=False)
+        widths = itertools.pairwise((student, teacher, teacher, teacher))
+        first, second, last = (nn.Conv2d(inputs, outputs, 1) for inputs, outputs in widths)
+        return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+
+    def _maps(self, outputs: Outputs) -> tuple[Tensor, ...]:
+        if self.config.level == "penultimate":
+            return (outputs.penultimate[:, :, None, None],)
+        return outputs.features[-self.stages :]
 
     def _attention(self, channels: int) -> HighOrderAttention:
         return HighOrderAttention(
@@ -241,10 +269,10 @@ class HighOrderAttentionDistillation(Term):
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         assert student is not None
         total = teacher.logits.new_zeros((), dtype=torch.float32)
-        references = self.student_attention if self.config.shared else self.teacher_attention
+        references = self.teacher_attention if self.config.teacher == "frozen" else self.student_attention
         for t, s, adapter, attention, reference in zip(
-            teacher.features[-self.stages :],
-            student.features[-self.stages :],
+            self._maps(teacher),
+            self._maps(student),
             self.adapters,
             self.student_attention,
             references,
@@ -290,7 +318,8 @@ class SemanticFeatureContrast(FeatureContrast, Term):
 
     def __init__(self, shapes: FeatureShapes, config: SFCLConfig | None = None) -> None:
         config = config or SFCLConfig()
-        super().__init__(shapes.teacher_dim, shapes.student_dim, config.dim, config.temperature, config.symmetric)
+        options = {"temperature": config.temperature, "symmetric": config.symmetric, "shared": config.head == "shared"}
+        super().__init__(shapes.teacher_dim, shapes.student_dim, config.dim, **options)  # type: ignore[arg-type]
         self.config = config
 
     # A term takes Outputs; the base class takes features. The heads are inherited and not in a submodule, so their

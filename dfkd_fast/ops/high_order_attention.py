@@ -105,7 +105,7 @@ def high_order_attention(
     mode: Literal["joint", "per_order"] = "joint",
     backend: str | None = None,
 ) -> Tensor:
-    """Apply mixed high-order attention, ``y = A * x`` (paper, section 3.3; Chen et al., ICCV 2019).
+    """Apply mixed high-order attention, ``y = A * x`` (paper, section 4.2; Chen et al., ICCV 2019).
 
     Order r = 1..R multiplies r linear maps from C to K channels. The gate A is a sigmoid of the rectified products::
 
@@ -142,7 +142,7 @@ def high_order_attention_map(
     mode: Literal["joint", "per_order"] = "joint",
     backend: str | None = None,
 ) -> Tensor:
-    """Compute the gate A of :func:`high_order_attention`, where R and K are defined (paper, section 3.3).
+    """Compute the gate A of :func:`high_order_attention`, where R and K are defined (paper, section 4.2).
 
     Args:
         x: (N, C, H, W), float16, bfloat16, float32 or float64; N may be 0.

@@ -355,6 +355,30 @@ def test_random_streams_advance_and_resume_as_in_eager_mode(device: str) -> None
 
 
 @pytest.mark.parametrize("create", [eager_engine, graph_engine])
+def test_generator_schedule_is_a_cosine_and_its_averages_are_reset(
+    device: str, create: Callable[[DistillState], Engine]
+) -> None:
+    optimizer = tiny.OptimizerConfig(generator_lr=0.01, generator_schedule="cosine", generator_reset="round")
+    state = state_on(device, optimizer=optimizer)
+    engine, rates, counts = create(state), [], []  # type: tuple[Engine, list[float], list[float]]
+
+    def record() -> None:
+        if state.position.step <= state.config.loop.generator_steps:
+            rates.append(state.generator.optimizer.param_groups[0]["lr"].item())
+            counts.append(next(iter(state.generator.optimizer.state.values()))["step"].item())
+
+    run_rounds(engine, 4, record)
+    assert rates == pytest.approx([0.005 * (1 + math.cos(math.pi * step / 8)) for step in range(8)], rel=1e-6)
+    assert counts == [1, 2] * 4
+
+
+def test_without_a_reset_the_averages_continue(device: str) -> None:
+    state = state_on(device)
+    run_rounds(eager_engine(state), 2)
+    assert {each["step"].item() for each in state.generator.optimizer.state.values()} == {4}
+
+
+@pytest.mark.parametrize("create", [eager_engine, graph_engine])
 def test_student_schedule_is_a_cosine(device: str, create: Callable[[DistillState], Engine]) -> None:
     """The rate changes with each step of a round, and follows a config that changes between rounds."""
     state = state_on(device)

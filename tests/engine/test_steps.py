@@ -112,6 +112,27 @@ def test_generator_step_updates_student_buffers_only_in_update_mode(mode: str) -
     assert all("running" in name or "num_batches" in name for name in names)
 
 
+@pytest.mark.parametrize(
+    ("size", "precision", "attention", "warns"),
+    [
+        (224, "bf16", "spatial", True),
+        (224, "fp32", "spatial", False),
+        (32, "bf16", "spatial", False),
+        (224, "bf16", "spatial_mean1", False),
+    ],
+)
+def test_a_gate_without_effect_warns(
+    size: int, precision: str, attention: str, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = GeneratorConfig(latent_dim=6, channels=(8, 8, 8, 8, 8), attention=attention)  # type: ignore[arg-type]
+    config = tiny.config(image_size=size, generator=generator)
+    features = [extract(each, image_size=32) for each in (tiny.teacher().eval(), tiny.network())]
+    runtime = Runtime.of("cpu", precision, channels_last=True)  # type: ignore[arg-type]
+    build_state(features[0], features[1], config, runtime, image_size=size, mean=tiny.HALF, std=tiny.HALF)
+    assert ("'spatial' has no effect at 224 pixels in bfloat16" in caplog.text) == warns
+    assert GeneratorConfig().attention == "spatial_mean1"
+
+
 def test_generator_step_is_an_adam_step_along_its_objective() -> None:
     """The gradient is that of alpha * L_BN - L_KD, and both terms reach the generator through the images."""
     state = tiny.state(

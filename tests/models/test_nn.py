@@ -152,6 +152,21 @@ def test_generator_images_and_gradients(attention: str, batch_norm: bool) -> Non
     assert norms == 4 * batch_norm + 16 * (attention != "none")
 
 
+def test_gain_keeps_the_signal_of_a_generator_without_batch_norm() -> None:
+    def deviation(gain: float) -> float:
+        """The deviation of the last block's output relative to that of the first block's input."""
+        torch.manual_seed(0)
+        generator, sizes = AttentionGenerator(64, batch_norm=False, attention="none", gain=gain), []
+        for block in generator.blocks:
+            block.register_forward_hook(lambda _, inputs, output: sizes.append((inputs[0].std(), output.std())))
+        with torch.no_grad():
+            generator(torch.randn(8, 256))
+        return float(sizes[-1][1] / sizes[0][0])
+
+    assert deviation(1.0) < 0.03
+    assert 0.3 < deviation(4.0) < 5
+
+
 def test_default_generator_has_the_channels_of_the_paper() -> None:
     for name in ("AttentionGenerator", "HighOrderAttention", "ProjectionHead", "SpatialAttention"):
         assert getattr(dfkd_fast, name) is getattr(dfkd_fast.nn, name)
@@ -210,6 +225,7 @@ def test_projection_head_matches_definition() -> None:
     [
         (lambda: AttentionGenerator(40), "image_size must be a positive multiple of 16, got 40"),
         (lambda: AttentionGenerator(32, channels=(8, 8)), "channels must have five entries"),
+        (lambda: AttentionGenerator(32, gain=4.0), "gain must be 1 with batch_norm, which cancels it, got 4"),
         (lambda: HighOrderAttention(0), "channels, order and reduction must be at least 1, got 0"),
         (lambda: HighOrderAttention(8, mode="both"), "mode must be 'joint' or 'per_order', got 'both'"),  # type: ignore[arg-type]
     ],

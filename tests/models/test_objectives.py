@@ -29,6 +29,7 @@ from dfkd_fast.objectives import (
     SemanticFeatureContrast,
     Term,
     generator_objective,
+    required_outputs,
     student_objective,
 )
 
@@ -125,10 +126,10 @@ def test_attention_transfer_matches_definition() -> None:
 
 @pytest.mark.parametrize("target", ["features", "attention"])
 @pytest.mark.parametrize("average", ["elements", "channels"])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("attention", ["frozen", "shared"])
 @pytest.mark.parametrize("stages", [None, 1])
-def test_mhad_matches_definition(target: str, average: str, shared: bool, stages: int | None) -> None:
-    config = MHADConfig(target=target, average=average, shared=shared, stages=stages)  # type: ignore[arg-type]
+def test_mhad_matches_definition(target: str, average: str, attention: str, stages: int | None) -> None:
+    config = MHADConfig(target=target, average=average, teacher=attention, stages=stages)  # type: ignore[arg-type]
     term = HighOrderAttentionDistillation(SHAPES, config).double()
     t, s = outputs(), outputs(channels=(8, 5), sizes=(6, 6))
     expected = torch.zeros((), dtype=F64)
@@ -138,7 +139,7 @@ def test_mhad_matches_definition(target: str, average: str, shared: bool, stages
             y = y.unflatten(-1, (3, 2)).unflatten(-3, (3, 2)).mean((-1, -3))  # 6 x 6 to 3 x 3
             y = torch.einsum("os,nshw->nohw", term.adapters[index].weight[:, :, 0, 0], y)
         student = term.student_attention[index]
-        teacher = student if shared else term.teacher_attention[index]
+        teacher = student if attention == "shared" else term.teacher_attention[index]
         if target == "attention":
             student, teacher = student.attention, teacher.attention
         error = student(y) - teacher(x).detach()
@@ -150,6 +151,35 @@ def test_mhad_matches_definition(target: str, average: str, shared: bool, stages
     adapters = [nn.Identity, nn.Conv2d][-(stages or 2) :]
     assert [type(adapter) for adapter in term.adapters] == adapters
     assert term.adapters[-1].bias is None
+
+
+@pytest.mark.parametrize("adapter", ["conv", "mlp"])
+def test_mhad_of_penultimate_features_matches_definition(adapter: str) -> None:
+    config = MHADConfig(level="penultimate", adapter=adapter)  # type: ignore[arg-type]
+    term, (t, s) = HighOrderAttentionDistillation(SHAPES, config).double(), pair()
+    y = s.penultimate
+    layers = [layer for layer in term.adapters.modules() if isinstance(layer, nn.Conv2d)]
+    assert [tuple(layer.weight.shape[:2]) for layer in layers] == (
+        [(12, 5)] if adapter == "conv" else [(12, 5), (12, 12), (12, 12)]
+    )
+    for index, layer in enumerate(layers):  # two hidden layers
+        y = y @ layer.weight[:, :, 0, 0].T + (0 if layer.bias is None else layer.bias)
+        y = y.relu() if index + 1 < len(layers) else y
+    student, teacher = (
+        module(v[:, :, None, None])[:, :, 0, 0]
+        for module, v in (
+            (term.student_attention[0], y),
+            (term.teacher_attention[0], t.penultimate.detach()),
+        )
+    )
+    check(
+        term(t, s),
+        (student - teacher).square().mean(),
+        [s.penultimate, *(p for p in term.parameters() if p.requires_grad)],
+    )
+    objective = ObjectiveConfig(mhad=config)
+    assert required_outputs(objective) == "penultimate"
+    assert required_outputs(ObjectiveConfig()) == "stages"
 
 
 def test_mhad_pairs_the_deepest_stages() -> None:
@@ -183,6 +213,25 @@ def test_sfcl_matches_definition(symmetric: bool) -> None:
     module.load_state_dict(term.state_dict())
     assert torch.equal(module(t.penultimate, s.penultimate), term(t, s))
     assert repr(module).startswith(f"SemanticFeatureContrast(\n  temperature=0.2, symmetric={symmetric}")
+
+
+def test_sfcl_with_a_shared_head() -> None:
+    shapes = FeatureShapes(teacher_channels=(8,), student_channels=(8,), teacher_dim=12, student_dim=12)
+    torch.manual_seed(0)
+    shared = SemanticFeatureContrast(shapes, SFCLConfig(dim=6, head="shared")).double()
+    separate = SemanticFeatureContrast(shapes, SFCLConfig(dim=6)).double()
+    for head in (separate.teacher_head, separate.student_head):
+        head.load_state_dict(shared.student_head.state_dict())
+    t, s = outputs(), outputs()
+    value, expected = shared(t, s), separate(t, s)
+    assert torch.equal(value, expected)
+    assert len([*shared.parameters()]) == 4
+    found = torch.autograd.grad(value, [*shared.parameters()])
+    both = torch.autograd.grad(expected, [*separate.parameters()])
+    for gradient, one, other in zip(found, both[:4], both[4:], strict=True):
+        torch.testing.assert_close(gradient, one + other, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"a shared head needs .* got 12 \(teacher\) and 5 \(student\): use separate"):
+        SemanticFeatureContrast(SHAPES, SFCLConfig(head="shared"))
 
 
 def test_objective_is_the_weighted_sum() -> None:
