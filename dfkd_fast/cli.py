@@ -253,6 +253,7 @@ def _evaluate(
     weights: str,
     model: ModelConfig | None = None,
     device: str = "auto",
+    precision: Precision = "fp32",
 ) -> None:
     """Measure a classifier's accuracy on held-out images.
 
@@ -264,6 +265,7 @@ def _evaluate(
         weights: safetensors or torch file of the weights.
         model: the network, required if the weights file does not name it.
         device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
+        precision: precision of the network, as in ``distill.precision``.
     """
     from dfkd_fast import data as datasets
     from dfkd_fast.engine import Runtime, evaluate
@@ -274,7 +276,7 @@ def _evaluate(
     data = _sized(weights, description, data, given)
     images = datasets.load(data)
     _check_data(weights, description, images)
-    runtime = Runtime.of(device, "fp32", channels_last=True)
+    runtime = Runtime.of(device, precision, channels_last=True)
     network = runtime.place(create_model(config, num_classes=images.num_classes))
     with runtime.backends():
         result = evaluate(network, images.test, num_classes=images.num_classes, workers=data.workers, runtime=runtime)

@@ -93,6 +93,9 @@ class ModelConfig:
         name: ``timm:resnet34``, ``torchvision:resnet18``, ``package.module:factory``, or a built-in network such as
             ``wrn_40_2`` or ``resnet8x4``; ``dfkd_fast.models.names()`` lists them.
         weights: path of a safetensors file, or of a torch file that ``weights_only=True`` can read.
+        new_head: do not load the last layer of ``weights``, which may be of a network with other classes.
+        pretrained: without ``weights``, start from timm's pretrained weights with a new last layer. They come from the
+            local cache, or are downloaded.
         stages: paths of the modules whose outputs are the stage features, from shallow to deep; None uses the last
             feature map of each resolution.
         options: keyword arguments of the model's factory.
@@ -100,6 +103,8 @@ class ModelConfig:
 
     name: str
     weights: str | None = None
+    new_head: bool = False
+    pretrained: bool = False
     stages: list[str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 

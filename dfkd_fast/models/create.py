@@ -13,6 +13,7 @@ from torch import nn
 
 from dfkd_fast.config import ModelConfig
 from dfkd_fast.graph import FeatureModel, unwrap
+from dfkd_fast.graph.tracing import first_line
 from dfkd_fast.models.resnets import CifarResNet, WideResNet
 from dfkd_fast.models.weights import load_weights
 
@@ -58,12 +59,20 @@ def _create_built_in(name: str, num_classes: int, options: dict[str, Any]) -> nn
     )
 
 
-def _create_timm(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+def _create_timm(name: str, num_classes: int, options: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
         raise _unknown("timm model", name, timm.list_models())
-    return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+    if not pretrained:
+        return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=num_classes, **options)
+    except Exception as error:  # of the hub, the network or the cache
+        raise ValueError(
+            f"ModelConfig.pretrained: cannot load the pretrained weights of 'timm:{name}' ({first_line(error)}): "
+            "connect to the network once to download them, or set ModelConfig.weights to a file"
+        ) from error
 
 
 def _create_torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
@@ -119,18 +128,19 @@ def _head(model: nn.Module, num_classes: int) -> str:
 def create_model(config: ModelConfig, *, num_classes: int, new_head: bool = False) -> nn.Module:
     """Build a classifier and load its weights if the config names a file.
 
-    Nothing is downloaded. New weights are drawn from torch's global generator.
+    Nothing is downloaded unless ``config.pretrained`` is set. New weights are drawn from torch's global generator.
 
     Args:
         config: name, weights and options; ``config.stages`` is for :func:`dfkd_fast.models.extract`.
         num_classes: number of classes.
-        new_head: do not load the last layer, so that the file may be of a network with another number of classes.
+        new_head: like ``config.new_head``; one of them is enough.
 
     Returns:
         A float32 module in training mode that maps images (N, 3, H, W) to logits (N, num_classes).
 
     Raises:
-        ValueError: unknown name (the message lists similar ones), wrong options, or weights that do not fit.
+        ValueError: unknown name (the message lists similar ones), wrong options, weights that do not fit, or pretrained
+            weights that are not available.
         TypeError: a factory does not return a module or does not accept the options.
         FileNotFoundError: the weights file does not exist.
     """
@@ -141,19 +151,24 @@ def create_model(config: ModelConfig, *, num_classes: int, new_head: bool = Fals
         if name in options:
             raise ValueError(
                 f"ModelConfig.options must not contain {name!r}: the data determines the classes and "
-                "ModelConfig.weights names a file of weights; nothing is downloaded"
+                "ModelConfig.weights or ModelConfig.pretrained the weights"
             )
     source, colon, name = config.name.partition(":")
+    pretrained = config.pretrained and config.weights is None
+    if pretrained and source != "timm":
+        raise ValueError(
+            f"ModelConfig.pretrained needs a network of timm, got {config.name!r}: set ModelConfig.weights"
+        )
     if not colon:
         model = _create_built_in(config.name, num_classes, options)
     elif source == "timm":
-        model = _create_timm(name, num_classes, options)
+        model = _create_timm(name, num_classes, options, pretrained=pretrained)
     elif source == "torchvision":
         model = _create_torchvision(name, num_classes, options)
     else:
         model = _create_from_module(source, name, num_classes, options)
     if config.weights is not None:
-        load_weights(model, config.weights, skip=[_head(model, num_classes)] if new_head else [])
+        load_weights(model, config.weights, skip=[_head(model, num_classes)] if new_head or config.new_head else [])
     return model
 
 

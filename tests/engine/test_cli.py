@@ -350,3 +350,22 @@ def test_factories_run_when_the_command_line_names_them(
     with pytest.raises(SystemExit):
         main(["teach", "--config", "mine.yaml", "--teacher.name", "evil:net", "--data.name", "digits"])
     assert "the factory ran" in capsys.readouterr().err
+
+
+def test_distill_from_a_backbone_and_evaluate_in_bf16(
+    experiment: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ModelConfig(**EXPERIMENT["student"])  # type: ignore[arg-type]
+    backbone = create_model(config, num_classes=7)
+    save_weights(backbone, tmp_path / "backbone.safetensors")
+    loop = ["--distill.optimizer.student_lr", "0", "--distill.loop.student_in_generator_step", "eval"]
+    networks = ["--teacher.weights", teacher, "--student.weights", "backbone.safetensors"]
+    with pytest.raises(SystemExit):
+        main(["distill", "--config", experiment, *networks, *loop, "--out", "run"])
+    assert "fc.weight" in capsys.readouterr().err
+    main(["distill", "--config", experiment, *networks, "--student.new_head", "true", *loop, "--out", "run"])
+    student = load_file(tmp_path / "run" / "student.safetensors")
+    assert student["conv1.weight"].equal(backbone.conv1.weight)
+    assert student["fc.bias"].shape == (10,)
+    main(["evaluate", "--config", experiment, "--weights", "run/student.safetensors", "--precision", "bf16"])
+    assert "top-1" in capsys.readouterr().out

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dfkd_fast.config import ModelConfig
@@ -82,11 +85,12 @@ def test_options_reach_the_network() -> None:
         *(
             (
                 "timm:resnet18",
-                f"options must not contain '{option}'.*nothing is downloaded",
+                f"options must not contain '{option}'.*ModelConfig\\.weights or ModelConfig\\.pretrained",
                 {"options": {option: True}},
             )
-            for option in ("pretrained", "weights", "num_classes")
+            for option in ("pretrained", "weights", "num_classes", "checkpoint_path")
         ),
+        ("resnet8", "pretrained needs a network of timm, got 'resnet8'", {"pretrained": True}),
     ],
 )
 def test_errors(name: str, message: str, changes: dict[str, Any]) -> None:
@@ -114,6 +118,27 @@ def test_factory_in_another_module(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):  # raised by the module itself
         build("broken_networks:net")
+
+
+def test_pretrained_weights_come_from_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"cannot load the pretrained weights of 'timm:test_resnet' \(.*: connect to"):
+        build("timm:test_resnet", 3, pretrained=True)
+    published = timm.create_model("test_resnet").state_dict()
+    repository, revision = tmp_path / "models--timm--test_resnet.r160_in1k", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    (repository / "snapshots" / revision).mkdir(parents=True)
+    save_file(published, repository / "snapshots" / revision / "model.safetensors")
+    model = build("timm:test_resnet", 3, pretrained=True)
+    found = model.state_dict()
+    assert {name for name in found if not found[name].equal(published[name])} == {"fc.weight", "fc.bias"}
+    assert found["fc.bias"].shape == (3,)
+    save_weights(build("timm:test_resnet", 7), tmp_path / "w.safetensors")  # a file takes precedence
+    config = ModelConfig(
+        name="timm:test_resnet", pretrained=True, weights=str(tmp_path / "w.safetensors"), new_head=True
+    )
+    assert not create_model(config, num_classes=3).state_dict()["conv1.0.weight"].equal(published["conv1.0.weight"])
 
 
 def test_new_head_keeps_the_other_weights(tmp_path: Path) -> None:
