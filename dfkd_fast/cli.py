@@ -463,12 +463,16 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 def _check_factories(experiment: ExperimentConfig, arguments: Sequence[str]) -> None:
     """Raise ValueError if a config file names a factory, which is code, and the command line does not."""
-    for role in ("teacher", "student"):
-        model = getattr(experiment, role)
-        if model is not None and is_factory(model.name) and not any(model.name in each for each in arguments):
+    named = {
+        "teacher": experiment.teacher,
+        "student": experiment.student,
+        "distill.generator": experiment.distill.generator,
+    }
+    for field, part in named.items():
+        if part is not None and is_factory(part.name) and not any(part.name in each for each in arguments):
             raise ValueError(
-                f"{role}.name is {model.name!r} in a config file, which imports and runs code. If you trust it, also "
-                f"name it on the command line: --{role}.name {model.name}"
+                f"{field}.name is {part.name!r} in a config file, which imports and runs code. If you trust it, also "
+                f"name it on the command line: --{field}.name {part.name}"
             )
 
 

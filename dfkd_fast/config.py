@@ -42,7 +42,6 @@ __all__ = [
     "to_dict",
 ]
 
-Preset = Literal["dfkd-fgvc", "baseline", "dfad", "dafl", "zskt", "dfq"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 EngineName = Literal["auto", "eager", "compiled", "graph"]
 
@@ -115,9 +114,12 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
-    """The attention generator (paper, table 6).
+    """The generator. The defaults are those of the paper's attention generator (table 6).
 
     Args:
+        name: ``attention``, another registered generator, or ``package.module:factory``, a function of ``image_size``,
+            ``latent_dim`` and the options. ``dfkd_fast.nn.GENERATORS`` lists the registered ones.
+        options: keyword arguments of generators other than ``attention``, to which the fields below do not apply.
         latent_dim: length of the noise vector z.
         channels: number of channels of the first feature map and of each of the four blocks.
         batch_norm: add a BatchNorm to each block (not in the paper's table).
@@ -130,6 +132,8 @@ class GeneratorConfig:
             divides the signal by about 4.
     """
 
+    name: str = "attention"
+    options: dict[str, Any] = field(default_factory=dict)
     latent_dim: int = 256
     channels: tuple[int, int, int, int, int] = (512, 256, 128, 64, 64)
     batch_norm: bool = True
@@ -141,6 +145,8 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, latent_dim=1, attention_reduction=1)
+        if self.options and self.name == "attention":
+            raise ValueError("GeneratorConfig.options are for generators other than 'attention', which has fields")
         if self.batch_norm and self.gain != 1:
             raise ValueError(f"GeneratorConfig.gain must be 1 with batch_norm, which cancels it, got {self.gain}")
         if min(self.channels) < 1:
@@ -233,7 +239,7 @@ class ObjectiveConfig:
         sfcl: options of L_SFCL.
     """
 
-    preset: Preset = "dfkd-fgvc"
+    preset: str = "dfkd-fgvc"
     generator: dict[str, float] = field(default_factory=dict)
     student: dict[str, float] = field(default_factory=dict)
     kd: KDConfig = field(default_factory=KDConfig)
@@ -315,8 +321,8 @@ class DistillConfig:
         objective: loss terms and weights.
         optimizer: optimizers and learning rates.
         loop: length of the run and intervals within it.
-        image_size: height and width of the synthetic images in pixels, a multiple of 16; None uses the evaluation
-            data's.
+        image_size: height and width of the synthetic images in pixels, for the attention generator a multiple of 16;
+            None uses the evaluation data's.
         mean: mean of the teacher's input normalization for red, green and blue in [0, 1]; None uses the evaluation
             data's, or without data the teacher's default.
         std: standard deviation of the teacher's input normalization, like ``mean``.
@@ -350,8 +356,8 @@ class DistillConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and (self.image_size < 16 or self.image_size % 16):
-            raise ValueError(f"DistillConfig.image_size must be a positive multiple of 16, got {self.image_size}")
+        if self.image_size is not None:
+            _at_least(self, image_size=8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,7 +423,7 @@ class DemoConfig(ExperimentConfig):
     data: DataConfig = field()
     teacher: ModelConfig = field()
     student: ModelConfig = field()
-    presets: list[Preset]
+    presets: list[str]
     least: float
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from dfkd_fast import data, report
-from dfkd_fast.config import DemoConfig, ModelConfig, ObjectiveConfig, Preset, find, read, to_dict
+from dfkd_fast.config import DemoConfig, ModelConfig, ObjectiveConfig, find, read, to_dict
 from dfkd_fast.engine import distill, teach
 from dfkd_fast.engine.runtime import new_run_folder
 from dfkd_fast.jobs import Job, run_jobs
@@ -27,7 +27,7 @@ from dfkd_fast.models import create_model, extract
 __all__ = ["Row", "demo", "experiment_jobs", "objective_of", "run"]
 
 
-def objective_of(config: DemoConfig, preset: Preset) -> ObjectiveConfig:
+def objective_of(config: DemoConfig, preset: str) -> ObjectiveConfig:
     """Return the config's objective. If ``preset`` is not its preset, use that one with its default student weights."""
     own = config.distill.objective
     return own if preset == own.preset else replace(own, preset=preset, student={})
@@ -74,7 +74,7 @@ def _teach(config: DemoConfig, folder: Path, role: Literal["teacher", "student"]
     return Row(f"{role}: {description}", "labeled images", result.accuracy, speed, seconds, result.weights)
 
 
-def _distill(config: DemoConfig, folder: Path, preset: Preset, teacher: Row, *, progress: Any) -> Row:
+def _distill(config: DemoConfig, folder: Path, preset: str, teacher: Row, *, progress: Any) -> Row:
     """Distill the teacher into a new student without data."""
     started = time.perf_counter()
     images = data.load(config.data)

@@ -28,9 +28,7 @@ __all__ = [
 
 
 def _registered(config: DataConfig) -> type[ImageSet]:
-    if config.name not in DATASETS:
-        raise ValueError(f"DataConfig.name must be one of {sorted(DATASETS)}, got {config.name!r}")
-    return DATASETS[config.name]
+    return DATASETS.find(config.name)
 
 
 def load(config: DataConfig) -> ImageData:

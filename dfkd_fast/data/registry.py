@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from dfkd_fast.config import DataConfig, expand
 from dfkd_fast.data.image_data import ImageData
+from dfkd_fast.registry import Registry
 
 __all__ = ["DATASETS", "DatasetNotFound", "ImageSet", "Layout", "register"]
 
@@ -43,18 +44,12 @@ class ImageSet:
         raise NotImplementedError
 
 
-DATASETS: dict[str, type[ImageSet]] = {}
+DATASETS: Registry[type[ImageSet]] = Registry("data set", "DataConfig.name")
 """The registered data sets by ``DataConfig.name``."""
 
 
-def register(name: str) -> Callable[[type[ImageSet]], type[ImageSet]]:
-    """Class decorator that registers a data set as ``DataConfig(name=name)``."""
-
-    def add(cls: type[ImageSet]) -> type[ImageSet]:
-        DATASETS[name] = cls
-        return cls
-
-    return add
+register = DATASETS.register
+"""Class decorator that registers a data set as ``DataConfig(name=name)``."""
 
 
 class DatasetNotFound(FileNotFoundError):

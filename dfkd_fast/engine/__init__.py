@@ -12,7 +12,7 @@ from dfkd_fast.engine.engines import (
 )
 from dfkd_fast.engine.evaluation import EvalResult, evaluate
 from dfkd_fast.engine.exporting import ExportError, ExportResult, export
-from dfkd_fast.engine.loop import DistillResult, NonFiniteError, agreement, distill
+from dfkd_fast.engine.loop import Callback, DistillResult, NonFiniteError, agreement, distill
 from dfkd_fast.engine.networks import Networks, StepNetworks
 from dfkd_fast.engine.runtime import Runtime, supports_bf16
 from dfkd_fast.engine.state import DistillState, Position, Side, build_generator, build_state
@@ -20,6 +20,7 @@ from dfkd_fast.engine.steps import generator_step, student_step, synthesize
 from dfkd_fast.engine.training import TeachResult, teach
 
 __all__ = [
+    "Callback",
     "CaptureError",
     "CheckpointError",
     "Checkpoints",

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +35,12 @@ from dfkd_fast.graph import FeatureModel, extract, frozen, preserve_train_mode, 
 from dfkd_fast.models import load_weights, normalization, save_weights
 from dfkd_fast.objectives import required_outputs
 
-__all__ = ["DistillResult", "NonFiniteError", "agreement", "distill"]
+__all__ = ["Callback", "DistillResult", "NonFiniteError", "agreement", "distill"]
 
 log = logging.getLogger(__name__)
+
+Callback = Callable[[Round, DistillState], object]
+"""A function of a finished round and the state after it. If it returns True, the run ends."""
 
 _GRID = 64  # maximum number of generated images in an image grid
 _AGREEMENT_BATCHES = 4  # number of synthetic batches per measurement of the agreement
@@ -223,8 +226,6 @@ def _prepare(
     image_size = config.image_size or (data.image_size if data is not None else None)
     if image_size is None:
         raise ValueError("DistillConfig.image_size must be set, because no evaluation data is given")
-    if image_size % 16:
-        raise ValueError(f"image_size must be a multiple of 16, got {image_size}")
     if config.loop.select == "test_accuracy" and data is None:
         raise ValueError("LoopConfig.select is 'test_accuracy', which needs evaluation data, but none was given")
     teacher, student = unwrap(teacher), unwrap(student)
@@ -258,6 +259,8 @@ def distill(
     config: DistillConfig,
     *,
     data: ImageData | None = None,
+    generator: nn.Module | None = None,
+    callbacks: Sequence[Callback] = (),
     description: Mapping[str, str] | None = None,
     inputs: Mapping[str, Any] | None = None,
     progress: bool | Listener = True,
@@ -272,6 +275,11 @@ def distill(
         config: options of the run. Without ``config.resume``, ``config.out`` must not contain checkpoints of another
             run.
         data: held-out images for evaluation. They are never used for training.
+        generator: a generator to train in place instead of ``config.generator``: a module with the attribute
+            ``latent_dim`` that maps noise (N, latent_dim) to images (N, 3, H, W) in [-1, 1].
+        callbacks: functions that are called after each round, in order, with the round's losses and the state. If one
+            returns True, the run ends after this round, as if it was its last. A callback must not change the state's
+            tensors other than in place. With callbacks, the host waits for the device after each round.
         description: metadata for the student's file, in addition to its classes and normalization.
         inputs: further entries of the run's ``config.yaml``, of types that YAML can express, for example the configs of
             networks and data.
@@ -294,10 +302,12 @@ def distill(
         teacher, student, sizes = _prepare(teacher, student, config, data)
         student.train()
         with runtime.backends(), frozen(teacher), preserve_train_mode(teacher, False):
-            engine = create_engine(build_state(teacher, student, config, runtime, **sizes))
+            engine = create_engine(build_state(teacher, student, config, runtime, generator=generator, **sizes))
             folder = new_run_folder(config.out, "distill")
             with lock_folder(folder):
-                return _distill(engine, folder, data, sizes, dict(description or {}), dict(inputs or {}), progress)
+                return _distill(
+                    engine, folder, data, sizes, dict(description or {}), dict(inputs or {}), progress, callbacks
+                )
 
 
 def _resume(state: DistillState, checkpoints: Checkpoints) -> None:
@@ -334,6 +344,7 @@ def _distill(
     description: dict[str, str],
     inputs: dict[str, Any],
     progress: bool | Listener,
+    callbacks: Sequence[Callback],
 ) -> DistillResult:
     state, config = engine.state, engine.state.config
     loop, runtime = config.loop, state.runtime
@@ -355,7 +366,12 @@ def _distill(
     run = _Run(state, folder, checkpoints, data, meta)
     line = ProgressLine("distill", total=state.total_rounds, unit="rounds", enabled=progress)
 
+    ended = False
+
     def finished(done: Round) -> None:
+        nonlocal ended
+        for callback in callbacks:
+            ended |= callback(done, state) is True
         run.log_round(done)
         line.show(done.number + 1, done.means, rounds.images / rounds.seconds)
 
@@ -365,9 +381,11 @@ def _distill(
             if state.position.round < state.total_rounds:
                 engine.prepare()
             run.evaluate_missed()
-            while state.position.round < state.total_rounds:
+            while state.position.round < state.total_rounds and not ended:
                 complete = rounds.run(lambda: stop.received is not None)
-                last = state.position.round == state.total_rounds
+                if callbacks:
+                    rounds.drain()
+                last = ended or state.position.round == state.total_rounds
                 epoch, rest = divmod(state.position.round, loop.rounds_per_epoch)
                 due = last or stop.received is not None or state.position.round % loop.checkpoint_every == 0
                 if not (due or rest == 0):

@@ -143,7 +143,7 @@ def optimized_networks(state: DistillState, *, compile: Mapping[str, Any] | None
     weights of the generator, and one those of the student and its objective. Images have the autocast dtype.
     """
     dtype = state.runtime.autocast or torch.float32
-    sizes = {"image_size": state.generator.module.image_size, "batch_size": state.config.loop.batch_size}
+    sizes = {"image_size": state.image_size, "batch_size": state.config.loop.batch_size}
     folded = fold_batchnorm(state.teacher, dtype=dtype, **sizes)
     statistics = state.teacher_statistics
     teachers = (folded if statistics is None else cast_weights(statistics, dtype), folded)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dfkd_fast.config import DistillConfig, GeneratorConfig
 from dfkd_fast.engine.runtime import Runtime
 from dfkd_fast.graph import FeatureModel, extract
-from dfkd_fast.nn import AttentionGenerator
+from dfkd_fast.graph.modes import preserve_state
+from dfkd_fast.nn import GENERATORS, AttentionGenerator
 from dfkd_fast.objectives import Objective, generator_objective, student_objective
 
 __all__ = ["DistillState", "Normalize", "Position", "Side", "build_generator", "build_state"]
@@ -87,6 +88,7 @@ class DistillState:
         teacher_statistics: the teacher with BatchNorm statistics as outputs too; None if no loss term needs them.
         generator: the generator, which maps noise to images in [-1, 1].
         student: the student, which shares its parameters with the user's network.
+        image_size: height and width of the images.
         normalize: maps images in [-1, 1] to the teacher's input.
         noise: random generator that draws only the generator's input noise z.
         trace: (steps per round, maximum number of terms + 1) float32. A step's row has the values of its terms, zeros
@@ -107,8 +109,9 @@ class DistillState:
     runtime: Runtime
     teacher: FeatureModel
     teacher_statistics: FeatureModel | None
-    generator: Side[AttentionGenerator]
+    generator: Side[Any]
     student: Side[FeatureModel]
+    image_size: int
     normalize: Normalize
     noise: torch.Generator
     trace: Tensor
@@ -259,9 +262,35 @@ def _cosine(rate: float, progress: float) -> float:
     return rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def build_generator(config: GeneratorConfig, image_size: int) -> AttentionGenerator:
-    """Build the generator for images of (3, image_size, image_size)."""
-    return AttentionGenerator(image_size, **vars(config))
+def build_generator(config: GeneratorConfig, image_size: int) -> nn.Module:
+    """Build the generator for images of (3, image_size, image_size).
+
+    Raises:
+        ValueError: no generator has the name, or it cannot make images of this size.
+        TypeError: the generator does not accept the options.
+    """
+    if config.name == "attention":
+        options = {name: value for name, value in vars(config).items() if name not in ("name", "options")}
+        return AttentionGenerator(image_size, **options)
+    return GENERATORS.find(config.name)(image_size=image_size, latent_dim=config.latent_dim, **config.options)
+
+
+def _check_generator(generator: nn.Module, image_size: int, device: torch.device) -> None:
+    """Raise if a generator does not map noise to images in [-1, 1]."""
+    name, latent_dim = type(generator).__name__, getattr(generator, "latent_dim", None)
+    if not isinstance(generator, nn.Module):
+        raise TypeError(f"the generator must be a torch.nn.Module, got {name}")
+    if not isinstance(latent_dim, int) or latent_dim < 1:
+        raise ValueError(f"{name}.latent_dim must be the length of the noise vector, got {latent_dim!r}")
+    noise = torch.randn(2, latent_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    with preserve_state(generator, device):
+        images = generator(noise.to(device))
+    expected = (2, 3, image_size, image_size)
+    if not isinstance(images, Tensor) or images.shape != expected:
+        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"{name} must return images {expected} of noise {tuple(noise.shape)}, got {found}")
+    if not images.abs().max() <= 1.001:  # also for NaN
+        raise ValueError(f"{name} must return images in [-1, 1], got values up to {images.abs().max():.3g}")
 
 
 def _warn_without_effect(config: GeneratorConfig, image_size: int, dtype: torch.dtype) -> None:
@@ -315,6 +344,7 @@ def build_state(
     image_size: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    generator: nn.Module | None = None,
 ) -> DistillState:
     """Build the initial state of a run. Seeds torch's global generators with ``config.seed``.
 
@@ -326,6 +356,7 @@ def build_state(
         image_size: height and width of the synthetic images, in pixels.
         mean: mean of the teacher's input normalization per channel, for images in [0, 1].
         std: standard deviation of the teacher's input normalization per channel.
+        generator: the generator to train, which is moved to the device of the run; None builds that of the config.
 
     Raises:
         ValueError: the networks do not fit each other or the objective.
@@ -337,11 +368,13 @@ def build_state(
         )
     torch.manual_seed(config.seed)
     # Initialize weights on the CPU, so that a seed gives the same weights on every device.
-    generator = build_generator(config.generator, image_size)
+    generator = build_generator(config.generator, image_size) if generator is None else generator
     _warn_without_effect(config.generator, image_size, runtime.autocast or torch.float32)
     objectives = [build(config.objective, teacher, student) for build in (generator_objective, student_objective)]
     for module in (teacher, student, generator, *objectives):
         runtime.place(module.float())  # torch's default dtype may be float64
+    if not isinstance(generator, AttentionGenerator):
+        _check_generator(generator, image_size, runtime.device)
     with_statistics = None
     if "statistics" in objectives[0].needs:
         with_statistics = extract(teacher, statistics=True, image_size=image_size)
@@ -367,6 +400,7 @@ def build_state(
         teacher_statistics=with_statistics,
         generator=side(generator, objectives[0], _adam(list(generator.parameters()), config, generator_rate)),
         student=side(student, objectives[1], _sgd(trained, config, student_rate)),
+        image_size=image_size,
         normalize=Normalize.of(mean, std, device),
         noise=torch.Generator(device=device).manual_seed(config.seed),
         trace=torch.zeros(steps, width, dtype=torch.float32, device=device),

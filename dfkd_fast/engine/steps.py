@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from dfkd_fast.engine.networks import StepNetworks, eager_networks
 from dfkd_fast.engine.state import DistillState, Side
 from dfkd_fast.graph import FeatureModel, batchnorm_mode, frozen, preserve_train_mode
-from dfkd_fast.nn import freeze_spectral_norm
 from dfkd_fast.nvtx import nvtx_range
 
 __all__ = ["generator_step", "student_step", "synthesize"]
@@ -29,9 +28,10 @@ __all__ = ["generator_step", "student_step", "synthesize"]
 def _unchanged(generator: nn.Module) -> Iterator[None]:
     """Keep the generator bit-identical while it is called inside the context.
 
-    Its BatchNorms use batch statistics, as in training, without updating their buffers. Spectral norm does not iterate.
+    Its BatchNorms use batch statistics, as in training, without updating their buffers. Everything else is in eval
+    mode, so that spectral norm does not iterate.
     """
-    with torch.no_grad(), batchnorm_mode(generator, "batch"), freeze_spectral_norm(generator):
+    with torch.no_grad(), preserve_train_mode(generator, False), batchnorm_mode(generator, "batch"):
         yield
 
 

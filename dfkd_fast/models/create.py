@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import operator
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +14,7 @@ from dfkd_fast.graph import FeatureModel, unwrap
 from dfkd_fast.graph.tracing import first_line
 from dfkd_fast.models.resnets import CifarResNet, WideResNet
 from dfkd_fast.models.weights import load_weights
+from dfkd_fast.registry import import_factory
 
 __all__ = ["create_model", "names", "normalization"]
 
@@ -87,28 +86,10 @@ def _create_torchvision(name: str, num_classes: int, options: dict[str, Any]) ->
     return models.get_model(name, weights=None, num_classes=num_classes, **options)
 
 
-def _create_from_module(module_name: str, factory_name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
-    full = f"{module_name}:{factory_name}"
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(
-            f"ModelConfig.name: {full!r}: cannot import the module {error.name!r}; install it or add its folder to "
-            "PYTHONPATH"
-        ) from error
-    try:
-        factory = operator.attrgetter(factory_name)(module)
-    except AttributeError as error:
-        close = difflib.get_close_matches(factory_name, dir(module), n=3)
-        hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
-        raise ValueError(f"ModelConfig.name: {full!r}: {module_name} has no {factory_name!r}{hint}") from error
-    if not callable(factory):
-        raise ValueError(f"ModelConfig.name: {full!r} must be callable, got a {type(factory).__name__}")
-    model = factory(num_classes=num_classes, **options)
+def _create_from_module(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    model = import_factory(name, "ModelConfig.name")(num_classes=num_classes, **options)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"ModelConfig.name: {full!r} must return a torch.nn.Module, got a {type(model).__name__}")
+        raise TypeError(f"ModelConfig.name: {name!r} must return a torch.nn.Module, got a {type(model).__name__}")
     return model
 
 
@@ -166,7 +147,7 @@ def create_model(config: ModelConfig, *, num_classes: int, new_head: bool = Fals
     elif source == "torchvision":
         model = _create_torchvision(name, num_classes, options)
     else:
-        model = _create_from_module(source, name, num_classes, options)
+        model = _create_from_module(config.name, num_classes, options)
     if config.weights is not None:
         load_weights(model, config.weights, skip=[_head(model, num_classes)] if new_head or config.new_head else [])
     return model

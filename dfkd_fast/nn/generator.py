@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Literal
@@ -14,8 +14,16 @@ from torch.nn.utils import parametrizations, parametrize
 
 from dfkd_fast.nn.attention import SpatialAttention
 from dfkd_fast.nn.norm import batch_norm_act, count_batches
+from dfkd_fast.registry import Registry
 
-__all__ = ["AttentionGenerator", "freeze_spectral_norm"]
+__all__ = ["GENERATORS", "AttentionGenerator", "UpsamplingGenerator", "freeze_spectral_norm"]
+
+GENERATORS: Registry[Callable[..., nn.Module]] = Registry("generator", "GeneratorConfig.name", factories=True)
+"""Functions of ``image_size``, ``latent_dim`` and options that build a generator, by name.
+
+A generator is a module with the attribute ``latent_dim``. Its forward maps noise (N, latent_dim) to images
+(N, 3, image_size, image_size) in [-1, 1].
+"""
 
 
 class _SpectralNorm(parametrizations._SpectralNorm):
@@ -70,6 +78,7 @@ class _Block(nn.Module):
         return self.attention(batch_norm_act(self.norm, x, activation="leaky_relu", negative_slope=slope, count=False))
 
 
+@GENERATORS.register("attention")
 class AttentionGenerator(nn.Module):
     """Generates images (N, 3, H, W) in [-1, 1] from noise (N, latent_dim) (paper, table 6).
 
@@ -137,6 +146,49 @@ class AttentionGenerator(nn.Module):
         # The features of a position are adjacent, so that the map is channels-last.
         first = self.project(noise).unflatten(1, (self.first_size, self.first_size, -1)).permute(0, 3, 1, 2)
         return self.paint(self.blocks(batch_norm_act(self.project_norm, first, count=False))).tanh()
+
+
+@GENERATORS.register("upsampling")
+class UpsamplingGenerator(nn.Module):
+    """The generator of DAFL (Chen et al., ICCV 2019), which CMI, Fast and NAYER also use.
+
+    A linear layer and a BatchNorm produce a map, H / 4 x W / 4. Two blocks double it by nearest-neighbor upsampling and
+    a convolution, and a convolution with tanh produces the image.
+
+    Args:
+        image_size: H and W in pixels, a multiple of 4.
+        latent_dim: length of the noise vector.
+        width: number of channels of the last map; the others have twice as many.
+        normalize_image: apply a BatchNorm without parameters before tanh, as DAFL does.
+
+    Raises:
+        ValueError: image_size is not a positive multiple of 4.
+    """
+
+    def __init__(
+        self, image_size: int, *, latent_dim: int = 256, width: int = 64, normalize_image: bool = False
+    ) -> None:
+        super().__init__()
+        if image_size < 4 or image_size % 4:
+            raise ValueError(f"image_size must be a positive multiple of 4, got {image_size}")
+        self.image_size, self.latent_dim, first = image_size, latent_dim, image_size // 4
+        self.project = nn.Linear(latent_dim, 2 * width * first**2)
+        self.to_map = nn.Unflatten(1, (2 * width, first, first))
+
+        def block(inputs: int, outputs: int) -> list[nn.Module]:
+            return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)]
+
+        image = [nn.Conv2d(width, 3, 3, padding=1), *([nn.BatchNorm2d(3, affine=False)] if normalize_image else [])]
+        self.layers = nn.Sequential(
+            nn.BatchNorm2d(2 * width),
+            *(nn.Upsample(scale_factor=2), *block(2 * width, 2 * width)),
+            *(nn.Upsample(scale_factor=2), *block(2 * width, width)),
+            *(*image, nn.Tanh()),
+        )
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """Generate images (N, 3, H, W) from noise (N, latent_dim), with the dtype of the weights."""
+        return self.layers(self.to_map(self.project(noise)))
 
 
 @contextmanager

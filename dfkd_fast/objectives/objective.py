@@ -13,6 +13,7 @@ from dfkd_fast.config import ObjectiveConfig
 from dfkd_fast.graph import FeatureModel, Outputs
 from dfkd_fast.objectives.presets import PRESETS
 from dfkd_fast.objectives.terms import TERMS, FeatureShapes, Term
+from dfkd_fast.registry import load_plugins
 
 __all__ = ["Objective", "generator_objective", "required_outputs", "student_objective"]
 
@@ -69,10 +70,11 @@ def _weights(
 
 
 def _weights_of(side: str, config: ObjectiveConfig) -> dict[str, float]:
-    if config.preset not in PRESETS:
-        raise ValueError(f"ObjectiveConfig.preset must be one of {', '.join(PRESETS)}, got {config.preset!r}")
+    preset, own = PRESETS.find(config.preset), getattr(config, side)
+    if any(name not in TERMS for name in own):
+        load_plugins()
     known = tuple(name for name, term in TERMS.items() if side in term.sides)
-    return _weights(side, getattr(PRESETS[config.preset], side), getattr(config, side), known)
+    return _weights(side, getattr(preset, side), own, known)
 
 
 def required_outputs(config: ObjectiveConfig) -> Literal["stages", "penultimate", "logits"]:

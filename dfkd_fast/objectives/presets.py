@@ -7,7 +7,8 @@ the config, and L_BN is Eq. 3 of Shao et al.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
+
+from dfkd_fast.registry import Registry
 
 __all__ = ["PRESETS", "Preset"]
 
@@ -21,7 +22,10 @@ class Preset:
     source: str
 
 
-PRESETS = MappingProxyType(
+PRESETS: Registry[Preset] = Registry("preset", "ObjectiveConfig.preset")
+"""The presets by name. ``PRESETS.register(name)(Preset(...))`` adds one."""
+
+PRESETS.update(
     {
         "dfkd-fgvc": Preset(
             generator={"bn": 0.3, "kd": -1.0},

@@ -22,6 +22,7 @@ from dfkd_fast.config import KDConfig, MHADConfig, ObjectiveConfig, SFCLConfig
 from dfkd_fast.graph import FeatureModel, Outputs
 from dfkd_fast.nn import HighOrderAttention
 from dfkd_fast.nn import SemanticFeatureContrast as FeatureContrast
+from dfkd_fast.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ class Term(nn.Module):
         raise TypeError(f"{type(self).__name__} must define forward(teacher, student)")
 
 
-TERMS: dict[str, type[Term]] = {}
+TERMS: Registry[type[Term]] = Registry("loss term", "ObjectiveConfig")
 """The registered terms by name."""
 
 
@@ -88,9 +89,8 @@ def register(name: str, *sides: str) -> Callable[[type[Term]], type[Term]]:
     """
 
     def add(cls: type[Term]) -> type[Term]:
-        TERMS[name] = cls
         cls.sides = sides
-        return cls
+        return TERMS.register(name)(cls)
 
     return add
 

@@ -90,7 +90,7 @@ def test_read_names_the_invalid_field(tmp_path: Path, values: dict[str, Any], me
     [
         (LoopConfig, {"epochs": 0}, "LoopConfig.epochs must be at least 1, got 0"),
         (LoopConfig, {"keep_checkpoints": 1}, "LoopConfig.keep_checkpoints must be at least 2, got 1"),
-        (DistillConfig, {"image_size": 40}, "DistillConfig.image_size must be a positive multiple of 16, got 40"),
+        (DistillConfig, {"image_size": 4}, "DistillConfig.image_size must be at least 8, got 4"),
         (GeneratorConfig, {"channels": (0, 1, 1, 1, 1)}, "GeneratorConfig.channels must be positive"),
         (MHADConfig, {"stages": 0}, "MHADConfig.stages must be None or at least 1, got 0"),
         (DataConfig, {"classes": 1}, "DataConfig.classes must be at least 2, got 1"),
