@@ -1,8 +1,8 @@
 """Registries of named parts, such as loss terms and generators, which other packages can extend.
 
 A name is one that is registered, one that an installed package registers, or for some registries
-``package.module:factory``. A package registers its parts when its module is imported. It names the module in an entry point of the group
-``dfkd_fast.plugins``, so that commands find the parts without importing the package::
+``package.module:factory``. A package registers its parts when its module is imported. It names the module in an entry
+point of the group ``dfkd_fast.plugins``, so that commands find the parts without importing the package::
 
     [project.entry-points."dfkd_fast.plugins"]
     mine = "mine.parts"

@@ -336,6 +336,22 @@ def _resume(state: DistillState, checkpoints: Checkpoints) -> None:
         log.info("this run is finished: all of its %d rounds are done", state.total_rounds)
 
 
+def _start(state: DistillState, folder: Path, resolved: dict[str, Any], inputs: dict[str, Any]) -> Checkpoints:
+    """Load the newest checkpoint if the run is resumed, and write its config.yaml."""
+    config = state.config
+    checkpoints = Checkpoints(folder / "checkpoints", config, state.teacher_digest(), resolved)
+    if config.resume:
+        _resume(state, checkpoints)
+    elif checkpoints.paths():
+        raise ValueError(
+            f"{folder} already contains checkpoints of a run: set resume, or choose another folder for out"
+        )
+    if state.position.round < state.total_rounds or not (folder / "config.yaml").exists():
+        content = yaml.safe_dump({**inputs, "distill": to_dict(config)}, sort_keys=False)
+        write_file(folder / "config.yaml", content.encode())
+    return checkpoints
+
+
 def _distill(
     engine: Engine,
     folder: Path,
@@ -348,17 +364,7 @@ def _distill(
 ) -> DistillResult:
     state, config = engine.state, engine.state.config
     loop, runtime = config.loop, state.runtime
-    resolved = {**sizes, "precision": runtime.precision}
-    checkpoints = Checkpoints(folder / "checkpoints", config, state.teacher_digest(), resolved)
-    if config.resume:
-        _resume(state, checkpoints)
-    elif checkpoints.paths():
-        raise ValueError(
-            f"{folder} already contains checkpoints of a run: set resume, or choose another folder for out"
-        )
-    if state.position.round < state.total_rounds or not (folder / "config.yaml").exists():
-        content = yaml.safe_dump({**inputs, "distill": to_dict(config)}, sort_keys=False)
-        write_file(folder / "config.yaml", content.encode())
+    checkpoints = _start(state, folder, {**sizes, "precision": runtime.precision}, inputs)
     described = {**sizes, **({"classes": data.classes} if data is not None else {})}
     meta = {**{name: json.dumps(value) for name, value in described.items()}, **description}
     meta |= {"num_classes": str(state.student.module.num_classes), "format": "dfkd_fast.student/1"}

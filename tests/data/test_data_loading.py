@@ -191,7 +191,7 @@ def test_loader_errors(change: dict[str, object], message: str) -> None:
 
 
 def test_unknown_data_set() -> None:
-    with pytest.raises(ValueError, match=r"DataConfig.name must be one of .*'rendered'.*, got 'imagenet'"):
+    with pytest.raises(ValueError, match=r"DataConfig.name: no data set named 'imagenet'; there are .*rendered"):
         load(DataConfig(name="imagenet"))
 
 
