@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 __all__ = [
+    "BNConfig",
     "DataConfig",
     "DemoConfig",
     "DistillConfig",
@@ -33,6 +34,8 @@ __all__ = [
     "OptimizerConfig",
     "Precision",
     "SFCLConfig",
+    "SynthesisConfig",
+    "TargetConfig",
     "TeachConfig",
     "expand",
     "find",
@@ -154,6 +157,32 @@ class GeneratorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SynthesisConfig:
+    """Where the student's images come from.
+
+    Args:
+        name: ``online`` trains the generator next to the student and makes new images in each student step. Other
+            synthesizers fill a pool; ``dfkd_fast.synthesis.SYNTHESIZERS`` lists them.
+        options: options of the synthesizer.
+        per_round: number of syntheses per round, which divides ``loop.generator_steps``.
+        pool_size: maximum number of images in the pool; new images replace the oldest.
+        crop: pad the pool's images by this number of pixels, crop them at random and flip half of them; None uses them
+            as they are.
+    """
+
+    name: str = "online"
+    options: dict[str, Any] = field(default_factory=dict)
+    per_round: int = 1
+    pool_size: int = 40_960
+    crop: int | None = 4
+
+    def __post_init__(self) -> None:
+        _at_least(self, per_round=1, pool_size=1)
+        if self.crop is not None:
+            _at_least(self, crop=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class KDConfig:
     """L_KD, the distillation loss (Eq. 2).
 
@@ -165,6 +194,28 @@ class KDConfig:
 
     temperature: float = 1.0
     direction: Literal["forward", "reverse"] = "forward"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BNConfig:
+    """L_BN, the distance to the teacher's BatchNorm statistics (Eq. 3).
+
+    Args:
+        first: weight of the teacher's first BatchNorm; the others have weight 1.
+    """
+
+    first: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """The cross-entropy with the labels of a synthesis.
+
+    Args:
+        temperature: divides the teacher's logits.
+    """
+
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +285,9 @@ class ObjectiveConfig:
         preset: the method whose weights are the defaults; ``dfkd_fast.objectives.PRESETS`` lists them.
         generator: weights of generator terms, which override the preset's; 0 removes a term.
         student: weights of student terms, which override the preset's; 0 removes a term.
+        bn: options of L_BN.
         kd: options of L_KD.
+        target: options of the term ``target``.
         mhad: options of L_MHAD.
         sfcl: options of L_SFCL.
     """
@@ -242,7 +295,9 @@ class ObjectiveConfig:
     preset: str = "dfkd-fgvc"
     generator: dict[str, float] = field(default_factory=dict)
     student: dict[str, float] = field(default_factory=dict)
+    bn: BNConfig = field(default_factory=BNConfig)
     kd: KDConfig = field(default_factory=KDConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
     mhad: MHADConfig = field(default_factory=MHADConfig)
     sfcl: SFCLConfig = field(default_factory=SFCLConfig)
 
@@ -318,6 +373,7 @@ class DistillConfig:
 
     Args:
         generator: the generator.
+        synthesis: where the student's images come from.
         objective: loss terms and weights.
         optimizer: optimizers and learning rates.
         loop: length of the run and intervals within it.
@@ -340,6 +396,7 @@ class DistillConfig:
     """
 
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -358,6 +415,11 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.image_size is not None:
             _at_least(self, image_size=8)
+        if self.loop.generator_steps % self.synthesis.per_round:
+            raise ValueError(
+                f"LoopConfig.generator_steps must be a multiple of SynthesisConfig.per_round, got "
+                f"{self.loop.generator_steps} and {self.synthesis.per_round}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

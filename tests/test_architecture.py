@@ -35,6 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "ranges": {"deprecated"},
     "reference": set(),
     "registry": set(),
+    "synthesis": {"config", "graph", "registry"},
     "testing": set(),
     "ops": {"reference", "kernels", "nvtx", "_C", "deprecated"},
     "nn": {"ops", "deprecated", "registry"},
@@ -45,7 +46,7 @@ LAYERS: dict[str, set[str]] = {
     "data": {"config", "registry"},
     "report": {"config", "files"},
     "doctor": {"ops", "report", "engine"},
-    "engine": {"objectives", "nn", "ops", "graph", "models", "data", "report", "config", "files", "nvtx"},
+    "engine": {"objectives", "synthesis", "nn", "ops", "graph", "models", "data", "report", "config", "files", "nvtx"},
     "profiling": {"engine", "graph", "models", "report", "config", "nvtx"},
 }
 ENTRY_POINTS = {"__init__", "__main__", "cli", "demo", "benchmarks"}  # may import everything

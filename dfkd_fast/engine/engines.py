@@ -80,6 +80,7 @@ class Engine:
 
     def start_round(self) -> None:
         """Start or continue the round at ``state.position``."""
+        self.state.synthesizer.start_round(self.state.generator.objective.weights, self.state.position.round)
         self.executor.start_round(self)
         self.state.start_round()
 
@@ -89,8 +90,10 @@ class Engine:
         self.state.position.step += 1
 
     def generator_step(self) -> None:
-        """Queue one generator step on the device."""
+        """Queue one generator step on the device, and the start or end of its synthesis."""
+        self.state.start_synthesis()
         self._take("generator")
+        self.state.finish_synthesis()
 
     def student_step(self) -> None:
         """Queue one student step on the device."""
@@ -206,7 +209,7 @@ def _captured_values(state: DistillState) -> dict[str, Any]:
     networks = [network for side in sides for network in (side.module, side.objective)]
     return {
         "batch size": loop.batch_size,
-        "noise": state.generator.module.latent_dim,
+        "noise": getattr(state.generator.module, "latent_dim", None),
         "steps per round": (loop.generator_steps, loop.student_steps),
         "student_in_generator_step": loop.student_in_generator_step,
         "precision": (runtime.autocast, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),

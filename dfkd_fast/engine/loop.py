@@ -52,7 +52,7 @@ class DistillResult:
 
     Attributes:
         student: the trained student, without adapters or attention modules.
-        generator: the trained generator.
+        generator: the trained generator; None if the run optimized images directly.
         rounds: mean of each loss term (``generator/bn``, ...) per round, with round numbers from zero in ``round``.
         epochs: ``agreement`` and, with data, ``accuracy`` per epoch, with epoch numbers from one in ``epoch``. Epochs
             that were not evaluated have an accuracy of NaN.
@@ -64,7 +64,7 @@ class DistillResult:
     """
 
     student: nn.Module
-    generator: nn.Module
+    generator: nn.Module | None
     rounds: dict[str, list[float]]
     epochs: dict[str, list[float]]
     run_dir: Path
@@ -80,13 +80,13 @@ def agreement(state: DistillState) -> float:
     Needs no data. Every call uses the same noise, with images from the current generator. Logits that are not finite
     agree with nothing.
     """
-    noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 1)
+    random = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 1)
     count = state.config.loop.batch_size
     same = torch.zeros((), device=state.runtime.device)
     student = state.student.module
     with preserve_train_mode(student, False), torch.no_grad(), state.runtime.cast():
         for _ in range(_AGREEMENT_BATCHES):
-            inputs = state.normalize(synthesize(state, state.draw(count, noise)))
+            inputs = state.normalize(synthesize(state, *state.synthesizer.draw_samples(count, random)))
             logits = state.teacher(inputs).logits, student(inputs).logits
             finite = torch.stack([each.amax(1).isfinite() for each in logits]).all(0)
             same += ((logits[0].argmax(1) == logits[1].argmax(1)) & finite).float().mean()
@@ -150,8 +150,8 @@ class _Run:
         if self.data is not None and due:
             accuracy = self.measurements.submit(lambda: self.accuracy(student))
         self.pending = _Epoch(number=epoch, agreement=agreement(state), student=student, accuracy=accuracy)
-        noise = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 2)
-        images = synthesize(state, state.draw(min(_GRID, loop.batch_size), noise)).float()
+        random = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 2)
+        images = synthesize(state, *state.synthesizer.draw_samples(min(_GRID, loop.batch_size), random)).float()
         self.files.submit(lambda: self.save_images(images, epoch))
         if not overlaps:
             self.finish_epoch()
@@ -419,7 +419,7 @@ def _distill(
     state.student.module.eval()
     return DistillResult(
         student=student,
-        generator=state.generator.module,
+        generator=state.synthesizer.generator,
         rounds=state.rounds,
         epochs=state.epochs,
         run_dir=folder,

@@ -27,7 +27,7 @@ class StepNetworks:
     """The functions that one kind of step calls, in order.
 
     Attributes:
-        generator: maps noise (N, latent_dim) to normalized images (N, 3, H, W).
+        generator: maps what the synthesizer draws, such as noise (N, latent_dim), to normalized images (N, 3, H, W).
         teacher: maps images to outputs, with BatchNorm statistics if a loss term of the step needs them.
         student: maps images to outputs.
         objective: maps the outputs of teacher and student to the scalar loss and a tensor of its terms' values.
@@ -108,8 +108,8 @@ def _networks(
     def calls(*modules: nn.Module) -> list[tuple[Call | None, Call]]:
         return [(None, module) for module in modules] if dtype == torch.float32 else [*weight_cast(dtype, *modules)]
 
-    def step(side: Side[Any], teacher: nn.Module) -> StepNetworks:
-        ((cast_generator, generate),) = calls(state.generator.module)
+    def step(side: Side[Any], teacher: nn.Module, source: nn.Module) -> StepNetworks:
+        ((cast_generator, generate),) = calls(source)
         # Only the student's objective has weights. A generator step may not call the student, whose call casts them.
         trained = [side.objective] if side is state.student else []
         (cast_student, student), *rest = calls(state.student.module, *trained)
@@ -125,7 +125,8 @@ def _networks(
             objective=region("objective", objective, first=cast_objective),
         )
 
-    steps = [step(side, teacher) for side, teacher in zip(state.sides.values(), teachers, strict=True)]
+    sources = (state.synthesizer.module, state.synthesizer.sampler)
+    steps = [step(*each) for each in zip(state.sides.values(), teachers, sources, strict=True)]
     return Networks(generator_step=steps[0], student_step=steps[1])
 
 

@@ -20,6 +20,7 @@ from dfkd_fast.graph import FeatureModel, extract
 from dfkd_fast.graph.modes import preserve_state
 from dfkd_fast.nn import GENERATORS, AttentionGenerator
 from dfkd_fast.objectives import Objective, generator_objective, student_objective
+from dfkd_fast.synthesis import Setting, Synthesizer, create_synthesizer
 
 __all__ = ["DistillState", "Normalize", "Position", "Side", "build_generator", "build_state"]
 
@@ -86,7 +87,8 @@ class DistillState:
         runtime: device and precision.
         teacher: the frozen teacher, with logits, stage features and penultimate features as outputs.
         teacher_statistics: the teacher with BatchNorm statistics as outputs too; None if no loss term needs them.
-        generator: the generator, which maps noise to images in [-1, 1].
+        generator: the module that generator steps train, such as the generator, which maps noise to images in [-1, 1].
+        synthesizer: makes the images of the steps.
         student: the student, which shares its parameters with the user's network.
         image_size: height and width of the images.
         normalize: maps images in [-1, 1] to the teacher's input.
@@ -110,6 +112,7 @@ class DistillState:
     teacher: FeatureModel
     teacher_statistics: FeatureModel | None
     generator: Side[Any]
+    synthesizer: Synthesizer
     student: Side[FeatureModel]
     image_size: int
     normalize: Normalize
@@ -155,9 +158,45 @@ class DistillState:
     def generator_lr(self, step: int) -> float:
         """The generator's learning rate in a generator step of the current round."""
         optimizer, steps = self.config.optimizer, self.config.loop.generator_steps
+        rate = optimizer.generator_lr * self.synthesizer.rate(step % self.synthesizer.setting.iterations)
         if optimizer.generator_schedule == "constant":
-            return optimizer.generator_lr
-        return _cosine(optimizer.generator_lr, (self.position.round * steps + step) / (self.total_rounds * steps))
+            return rate
+        return _cosine(rate, (self.position.round * steps + step) / (self.total_rounds * steps))
+
+    def update_generator_rates(self) -> None:
+        """Set the learning rates of the generator's optimizer for the next step, on the device, if they change."""
+        if not self.scheduled:
+            return
+        torch.index_select(self.rates, 0, self.cursor, out=self.generator_rate.view(1))
+        groups = self.generator.optimizer.param_groups
+        for group, (_, factor) in zip(groups, self.synthesizer.parameters(), strict=True):
+            if factor != 1:
+                torch.mul(self.generator_rate, factor, out=group["lr"])
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the generator's learning rate changes."""
+        iterations = range(self.synthesizer.setting.iterations)
+        own = any(self.synthesizer.rate(iteration) != 1 for iteration in iterations)
+        return own or self.config.optimizer.generator_schedule != "constant"
+
+    def start_synthesis(self) -> None:
+        """Prepare a synthesis, if the next generator step is its first."""
+        if self.position.step % self.synthesizer.setting.iterations == 0:
+            self.synthesizer.start()
+            if self.synthesizer.resets_optimizer:
+                self._reset_generator_optimizer()
+
+    def finish_synthesis(self) -> None:
+        """End a synthesis, if the last generator step was its last."""
+        if self.position.step % self.synthesizer.setting.iterations == 0:
+            self.synthesizer.finish()
+            for term in self.generator.objective.kinds().values():
+                term.finish_synthesis()
+
+    def _reset_generator_optimizer(self) -> None:
+        averages = [value for each in self.generator.optimizer.state.values() for value in each.values()]
+        torch._foreach_zero_(averages)
 
     def start_round(self) -> None:
         """Write the position in the round and the learning rates of its steps to the device.
@@ -172,15 +211,15 @@ class DistillState:
             for row in range(len(self.rates))
         ]
         if self.config.optimizer.generator_reset == "round" and self.position.step == 0:
-            averages = [value for each in self.generator.optimizer.state.values() for value in each.values()]
-            torch._foreach_zero_(averages)
+            self._reset_generator_optimizer()
         pinned = self.runtime.device.type == "cuda"
         self.rates.copy_(torch.tensor(rates, dtype=torch.float32, pin_memory=pinned), non_blocking=True)
         self.cursor.fill_(self.position.step)
 
     def mutable_tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that a step can write to, once."""
-        candidates = [self.trace, self.cursor, self.rates, self.generator_rate, self.student_rate]
+        candidates = [*self.synthesizer.tensors().values()]
+        candidates += [self.trace, self.cursor, self.rates, self.generator_rate, self.student_rate]
         for side in self.sides.values():
             for module in (side.module, side.objective):
                 candidates += [*module.parameters(), *module.buffers()]
@@ -215,6 +254,8 @@ class DistillState:
         parts: dict[str, Any] = {"student": self.student.module.model, "generator": self.generator.module}
         for name, side in self.sides.items():
             parts |= {f"{name}_{part}": getattr(side, part) for part in ("objective", "optimizer", "scaler")}
+        if self.synthesizer.tensors():
+            parts["synthesizer"] = self.synthesizer
         return parts
 
     def state_dict(self) -> dict[str, Any]:
@@ -313,9 +354,11 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
             value.copy_(saved["state"][index][name])
 
 
-def _adam(parameters: list[nn.Parameter], config: DistillConfig, rate: Tensor) -> torch.optim.Optimizer:
-    optimizer = torch.optim.Adam(parameters, lr=rate, betas=config.optimizer.generator_betas, fused=True)
-    for parameter in parameters:
+def _adam(groups: list[tuple[list[nn.Parameter], float]], config: DistillConfig, rate: Tensor) -> torch.optim.Optimizer:
+    """Adam with one group per list of parameters, and a factor of the learning rate for each."""
+    given = [{"params": each, "lr": rate if factor == 1 else rate * factor} for each, factor in groups]
+    optimizer = torch.optim.Adam(given, lr=rate, betas=config.optimizer.generator_betas, fused=True)
+    for parameter in (parameter for each, _ in groups for parameter in each):
         # Adam creates this state in its first step, but a step may be captured before that.
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -389,6 +432,24 @@ def build_state(
     rates = (config.optimizer.generator_lr, config.optimizer.student_lr)
     generator_rate, student_rate = (torch.tensor(rate, dtype=torch.float32, device=device) for rate in rates)
 
+    random = torch.Generator(device=device).manual_seed(config.seed)
+    normalize = Normalize.of(mean, std, device)
+    synthesizer = create_synthesizer(
+        Setting(
+            generator=generator,
+            teacher=teacher,
+            image_size=image_size,
+            batch_size=config.loop.batch_size,
+            iterations=max(1, config.loop.generator_steps // config.synthesis.per_round),
+            scale=normalize.scale,
+            shift=normalize.shift,
+            learning_rate=config.optimizer.generator_lr,
+            betas=config.optimizer.generator_betas,
+            random=random,
+            config=config.synthesis,
+        )
+    )
+
     def side(module: M, objective: Objective, optimizer: torch.optim.Optimizer) -> Side[M]:
         scaler = torch.amp.GradScaler(device.type, enabled=runtime.autocast is torch.float16)
         return Side(module=module, objective=objective, optimizer=optimizer, scaler=scaler)
@@ -398,11 +459,12 @@ def build_state(
         runtime=runtime,
         teacher=teacher,
         teacher_statistics=with_statistics,
-        generator=side(generator, objectives[0], _adam(list(generator.parameters()), config, generator_rate)),
+        generator=side(synthesizer.module, objectives[0], _adam(synthesizer.parameters(), config, generator_rate)),
+        synthesizer=synthesizer,
         student=side(student, objectives[1], _sgd(trained, config, student_rate)),
         image_size=image_size,
-        normalize=Normalize.of(mean, std, device),
-        noise=torch.Generator(device=device).manual_seed(config.seed),
+        normalize=normalize,
+        noise=random,
         trace=torch.zeros(steps, width, dtype=torch.float32, device=device),
         cursor=torch.zeros(1, dtype=torch.int64, device=device),
         rates=torch.zeros(steps, dtype=torch.float32, device=device),

@@ -20,6 +20,7 @@ from dfkd_fast.engine.networks import StepNetworks, eager_networks
 from dfkd_fast.engine.state import DistillState, Side
 from dfkd_fast.graph import FeatureModel, batchnorm_mode, frozen, preserve_train_mode
 from dfkd_fast.nvtx import nvtx_range
+from dfkd_fast.objectives import Batch
 
 __all__ = ["generator_step", "student_step", "synthesize"]
 
@@ -44,11 +45,16 @@ def _deterministic(student: FeatureModel, mode: Literal["batch", "update", "eval
         yield
 
 
-def synthesize(state: DistillState, noise: Tensor) -> Tensor:
-    """Generate images (N, 3, H, W) in [-1, 1] from noise (N, latent_dim), without changing the generator."""
-    generator = state.generator.module
-    with _unchanged(generator), state.runtime.cast():
-        return generator(noise)
+def synthesize(state: DistillState, *inputs: Tensor) -> Tensor:
+    """Make images (N, 3, H, W) in [-1, 1] like those of a student step, without changing the generator.
+
+    Args:
+        state: the state.
+        *inputs: the result of ``state.synthesizer.draw_samples``; noise (N, latent_dim) of the online generator.
+    """
+    sampler = state.synthesizer.sampler
+    with _unchanged(sampler), state.runtime.cast():
+        return sampler(*inputs)
 
 
 def _all_finite(tensors: list[Tensor]) -> Tensor:
@@ -66,6 +72,8 @@ def _descend(state: DistillState, side: Side[Any], total: Tensor, values: Tensor
     """Update a side along the gradient of its loss ``total``, and write its terms' ``values`` to the trace."""
     optimizer, scaler = side.optimizer, side.scaler
     scaler.scale(total).backward()
+    if side is state.generator:
+        state.synthesizer.after_backward()
     with nvtx_range("network", "optimizer"):
         if scaler.is_enabled():
             # A scaler's first gradients may overflow by design; it then skips the step and reduces the scale. The trace
@@ -80,6 +88,8 @@ def _descend(state: DistillState, side: Side[Any], total: Tensor, values: Tensor
             optimizer.step()
             del optimizer.found_inf  # type: ignore[attr-defined]
         optimizer.zero_grad(set_to_none=True)
+        if side is state.generator:
+            state.synthesizer.after_step()
         state.trace[:, : len(values)].index_copy_(0, state.cursor, values.unsqueeze(0))
         state.trace[:, -1:].index_copy_(0, state.cursor, finite.unsqueeze(0))
         state.cursor.add_(1)
@@ -99,14 +109,16 @@ def generator_step(state: DistillState, networks: StepNetworks | None = None) ->
     call = networks or eager_networks(state).generator_step
     student, needs_student = state.student.module, "student" in state.generator.objective.needs
     mode = state.config.loop.student_in_generator_step
-    noise = state.draw(state.config.loop.batch_size)
-    if state.config.optimizer.generator_schedule != "constant":
-        torch.index_select(state.rates, 0, state.cursor, out=state.generator_rate.view(1))
+    synthesizer = state.synthesizer
+    drawn = synthesizer.draw(state.config.loop.batch_size)
+    state.update_generator_rates()
     with frozen(student), _deterministic(student, mode) if needs_student else nullcontext():
         with state.runtime.cast():
-            inputs = call.generator(noise)
+            inputs = call.generator(*drawn)
             outputs = call.student(inputs) if needs_student else None
-            total, values = call.objective(call.teacher(inputs), outputs)
+            batch = (Batch(inputs, synthesizer.labels),) if "batch" in state.generator.objective.needs else ()
+            total, values = call.objective(call.teacher(inputs), outputs, *batch)
+        synthesizer.after_forward(inputs.detach(), total.detach())
         _descend(state, state.generator, total, values)
 
 
@@ -118,10 +130,10 @@ def student_step(state: DistillState, networks: StepNetworks | None = None) -> N
         networks: the functions that the step calls; None uses :func:`eager_networks`.
     """
     call = networks or eager_networks(state).student_step
-    noise = state.draw(state.config.loop.batch_size)
+    drawn = state.synthesizer.draw_samples(state.config.loop.batch_size)
     with state.runtime.cast():
-        with _unchanged(state.generator.module):
-            inputs = call.generator(noise)
+        with _unchanged(state.synthesizer.sampler):
+            inputs = call.generator(*drawn)
         with torch.no_grad():
             target = call.teacher(inputs)
         total, values = call.objective(target, call.student(inputs))

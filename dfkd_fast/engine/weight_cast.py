@@ -88,7 +88,7 @@ def weight_cast(
     pending: list[tuple[Tensor, ...]] = []
 
     def cast() -> tuple[Tensor, ...]:
-        copies = iter(_CastWeights.apply(dtype, *weights))
+        copies = iter(_CastWeights.apply(dtype, *weights) if weights else ())
         pending[:] = [tuple(islice(copies, len(each))) for each in names]
         return pending.pop(0)
 

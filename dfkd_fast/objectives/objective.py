@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfkd_fast.config import ObjectiveConfig
 from dfkd_fast.graph import FeatureModel, Outputs
 from dfkd_fast.objectives.presets import PRESETS
-from dfkd_fast.objectives.terms import TERMS, FeatureShapes, Term
+from dfkd_fast.objectives.terms import TERMS, Batch, FeatureShapes, Term
 from dfkd_fast.registry import load_plugins
 
 __all__ = ["Objective", "generator_objective", "required_outputs", "student_objective"]
@@ -39,14 +39,22 @@ class Objective(nn.Module):
         self.needs: frozenset[str] = frozenset().union(*(term.needs for term in terms.values()))
         self.reads_features = any(term.reads_features for term in terms.values())
 
-    def forward(self, teacher: Outputs, student: Outputs | None) -> tuple[Tensor, Tensor]:
-        """The weighted sum, a float32 scalar, and the unweighted values, (len(names),), detached."""
-        values = [self.terms[name](teacher, student).float() for name in self.names]
+    def forward(self, teacher: Outputs, student: Outputs | None, batch: Batch | None = None) -> tuple[Tensor, Tensor]:
+        """The weighted sum, a float32 scalar, and the unweighted values, (len(names),), detached.
+
+        ``batch`` is required if a term needs it.
+        """
+        given: dict[str, Any] = {name: (batch,) for name, kind in self.kinds().items() if "batch" in kind.needs}
+        values = [self.terms[name](teacher, student, *given.get(name, ())).float() for name in self.names]
         # Weights stay Python floats: a tensor would be copied from the host in every step.
         total, *others = (self.weights[name] * value for name, value in zip(self.names, values, strict=True))
         for weighted in others:
             total = total + weighted
         return total, torch.stack(values).detach()
+
+    def kinds(self) -> dict[str, Term]:
+        """The terms by name."""
+        return dict(self.terms.items())  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return " + ".join(f"{self.weights[name]:g} * {name}" for name in self.names)

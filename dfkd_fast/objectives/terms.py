@@ -1,7 +1,8 @@
 """The loss terms. A term is a module that maps the outputs of teacher and student to a scalar.
 
 ``needs`` declares what a term reads besides the teacher's outputs: ``statistics`` are the teacher's BatchNorm
-statistics, ``student`` is a forward pass of the student. A step computes only what its terms need.
+statistics, ``student`` is a forward pass of the student, ``batch`` are the images and their labels. A step computes
+only what its terms need.
 
 Equations 2 to 9 are those of Shao et al., ICCV 2023.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +45,24 @@ class FeatureShapes:
         )
 
 
+class Batch(NamedTuple):
+    """The images of a generator step.
+
+    Attributes:
+        images: (N, 3, H, W), the teacher's input.
+        labels: classes (N,) int64 or probabilities (N, classes); None if the synthesizer has none.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+
+
 class Term(nn.Module):
     """Base class of loss terms.
 
     Attributes:
-        needs: a subset of ``{"statistics", "student"}``.
+        needs: a subset of ``{"statistics", "student", "batch"}``. With ``batch``, the forward's third argument is a
+            :class:`Batch`; only generator steps have one.
         reads_features: whether the term reads stage features or penultimate features. A step whose terms do not can
             cut their gradients, which would be zeros.
         reads_stages: whether a term that reads features reads stage features; :meth:`uses_stages` can depend on the
@@ -71,8 +85,14 @@ class Term(nn.Module):
         """Whether the term reads stage features with this config."""
         return cls.reads_features and cls.reads_stages
 
-    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
-        """The loss, a float32 scalar. ``student`` is None if no term of the objective needs it."""
+    def finish_synthesis(self) -> None:
+        """Called on the host at the end of each synthesis."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, a float32 scalar, of (teacher, student) or, with ``batch`` in ``needs``, (teacher, student, batch).
+
+        ``student`` is None if no term of the objective needs it.
+        """
         raise TypeError(f"{type(self).__name__} must define forward(teacher, student)")
 
 
@@ -139,6 +159,9 @@ class BatchNormStatistics(Term):
     The loss is the sum, over all layers, of two Euclidean norms, not squared: that of the difference of the means (C,)
     and that of the difference of the biased variances (C,). The subgradient of a norm at zero is zero.
 
+    Args:
+        first: weight of the first BatchNorm (10 in DeepInversion).
+
     Raises:
         ValueError: the teacher returns no statistics.
     """
@@ -146,11 +169,22 @@ class BatchNormStatistics(Term):
     needs = frozenset({"statistics"})
     reads_features = False
 
+    @classmethod
+    def build(cls, shapes: FeatureShapes, config: ObjectiveConfig) -> Term:
+        return cls(config.bn.first)
+
+    def __init__(self, first: float = 1.0) -> None:
+        super().__init__()
+        self.first = first
+
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         if not teacher.statistics:
             raise ValueError("term 'bn' needs BatchNorm2d layers, but the teacher has none: set the term's weight to 0")
         # ops.statistics_distance would read the maps again; the BatchNorms have computed the statistics already.
-        return ops.statistics_distances(teacher.statistics)
+        total = ops.statistics_distances(teacher.statistics)
+        if self.first != 1:
+            total = total + (self.first - 1) * ops.statistics_distances(teacher.statistics[:1])
+        return total
 
 
 @register("one_hot", "generator")
@@ -182,6 +216,104 @@ class ClassBalance(Term):
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         return -torch.special.entr(teacher.logits.float().softmax(1).mean(0)).sum()
+
+
+def _require_labels(batch: Batch, term: str) -> Tensor:
+    if batch.labels is None:
+        raise ValueError(f"term {term!r} needs a synthesizer with labels, such as 'fast'")
+    return batch.labels
+
+
+@register("target", "generator")
+class TargetClass(Term):
+    """Cross-entropy of the teacher's logits with the labels of the images, classes or probabilities (CMI, ADI, ZSKD).
+
+    Args:
+        temperature: divides the logits.
+    """
+
+    needs = frozenset({"batch"})
+    reads_features = False
+
+    @classmethod
+    def build(cls, shapes: FeatureShapes, config: ObjectiveConfig) -> Term:
+        return cls(config.target.temperature)
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, teacher: Outputs, student: Outputs | None, batch: Batch) -> Tensor:
+        return F.cross_entropy(teacher.logits.float() / self.temperature, _require_labels(batch, "target"))
+
+
+@register("masked_kl", "generator")
+class MaskedDivergence(Term):
+    """KL(teacher || student) of the images that both assign to the same class, summed, divided by N (Fast, NAYER).
+
+    With a negative weight, it is the adversarial term of the DataFree family: a student that already disagrees is not
+    pushed further.
+    """
+
+    needs = frozenset({"student"})
+    reads_features = False
+
+    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
+        assert student is not None
+        divergence = ops.distillation_kl(student.logits, teacher.logits, reduction="none").sum(1)
+        return (divergence * (student.logits.argmax(1) == teacher.logits.argmax(1))).mean()
+
+
+@register("js", "generator")
+class JensenShannon(Term):
+    """1 - clamp(JS, 0, 1), the competition term of Adaptive DeepInversion (Yin et al., CVPR 2020, Eq. 7).
+
+    JS is the Jensen-Shannon divergence of both networks' probabilities at temperature 3, clamped to [0.01, 0.99]. As in
+    the released code, it is the mean of KL(M || P) and KL(M || Q), M = (P + Q) / 2.
+    """
+
+    needs = frozenset({"student"})
+    reads_features = False
+
+    def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
+        assert student is not None
+        p, q = ((each.logits.float() / 3).softmax(1).clamp(0.01, 0.99) for each in (teacher, student))
+        m = ((p + q) / 2).clamp(0.01, 0.99)
+        divergences = [(m * (m.log() - each.log())).sum(1).mean() for each in (p, q)]
+        return 1 - (0.5 * (divergences[0] + divergences[1])).clamp(0, 1)
+
+
+@register("variation", "generator")
+class TotalVariation(Term):
+    """Total variation of the images (Yin et al., CVPR 2020, Eq. 3): the norms of the differences to four neighbors.
+
+    The differences are those to the right, below, and along both diagonals, each as one vector for the whole batch.
+    """
+
+    needs = frozenset({"batch"})
+    reads_features = False
+
+    def forward(self, teacher: Outputs, student: Outputs | None, batch: Batch) -> Tensor:
+        x = batch.images.float()
+        differences = (
+            x[:, :, :, :-1] - x[:, :, :, 1:],
+            x[:, :, :-1, :] - x[:, :, 1:, :],
+            x[:, :, 1:, :-1] - x[:, :, :-1, 1:],
+            x[:, :, :-1, :-1] - x[:, :, 1:, 1:],
+        )
+        norms = [torch.linalg.vector_norm(each) for each in differences]
+        return norms[0] + norms[1] + norms[2] + norms[3]
+
+
+@register("l2", "generator")
+class ImageNorm(Term):
+    """Mean Euclidean norm of the images, as the teacher's input (Yin et al., CVPR 2020, Eq. 3)."""
+
+    needs = frozenset({"batch"})
+    reads_features = False
+
+    def forward(self, teacher: Outputs, student: Outputs | None, batch: Batch) -> Tensor:
+        return torch.linalg.vector_norm(batch.images.float().flatten(1), dim=1).mean()
 
 
 def _pool_to_smaller(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,253 @@
+"""Synthesizers with a generator: momentum adversarial distillation, fast meta-learned synthesis and NAYER."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast.config import expand
+from dfkd_fast.synthesis.base import SYNTHESIZERS, Online, Setting
+from dfkd_fast.synthesis.pool import PoolSynthesizer
+
+__all__ = ["Fast", "LabelEmbedding", "Momentum"]
+
+log = logging.getLogger(__name__)
+
+
+def _named(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+class _Both(nn.Module):
+    """Images of two generators, for a student step on both."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, noise: Tensor, other: Tensor) -> Tensor:
+        return torch.cat([self.first(noise), self.second(other)])
+
+
+@SYNTHESIZERS.register("momentum")
+class Momentum(Online):
+    """Momentum adversarial distillation (MAD; Do et al., NeurIPS 2022).
+
+    Like :class:`Online`, with an exponential moving average of the generator, BatchNorm buffers included. A student
+    step takes one batch of images from each.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Options of momentum adversarial distillation.
+
+        Args:
+            momentum: weight of the average in each update.
+        """
+
+        momentum: float = 0.95
+
+    def __init__(self, setting: Setting, options: Any) -> None:
+        super().__init__(setting, options)
+        self.average = copy.deepcopy(setting.generator).requires_grad_(False)
+        self.sampler = _Both(setting.generator, self.average)
+        self._pairs = list(
+            zip(self.average.state_dict().values(), setting.generator.state_dict().values(), strict=True)
+        )
+
+    def draw_samples(self, count: int, random: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        return self.noise(count, random), self.noise(count, random)
+
+    def after_step(self) -> None:
+        floating = [pair for pair in self._pairs if pair[0].is_floating_point()]
+        averages, values = ([pair[index] for pair in floating] for index in (0, 1))
+        torch._foreach_lerp_(averages, values, 1 - self.options.momentum)
+        for average, value in self._pairs:
+            if not average.is_floating_point():
+                average.copy_(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return _named("average", self.average)
+
+
+class _Batch(nn.Module):
+    """A generator with its noise as parameters."""
+
+    def __init__(self, generator: nn.Module, batch_size: int, device: torch.device) -> None:
+        super().__init__()
+        self.generator = generator
+        size = (batch_size, int(generator.latent_dim))  # type: ignore[arg-type]
+        self.noise = nn.Parameter(torch.zeros(size, device=device))
+
+    def forward(self) -> Tensor:
+        """Return the batch of images in [-1, 1]."""
+        return self.generator(self.noise)
+
+
+@SYNTHESIZERS.register("fast")
+class Fast(PoolSynthesizer):
+    """Up to 100x faster data-free knowledge distillation (Fang et al., AAAI 2022), first-order meta-learning.
+
+    Each synthesis optimizes a copy of the generator and the noise. The sum of the copy's gradients is then the gradient
+    of one step of Adam on the generator itself.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Options of the fast synthesizer.
+
+        Args:
+            noise_rate: learning rate of the noise, relative to that of the generator.
+            warm_up: number of rounds with weight 0 of the adversarial term.
+        """
+
+        noise_rate: float = 5.0
+        warm_up: int = 20
+
+    module: _Batch
+
+    def __init__(self, setting: Setting, options: Any) -> None:
+        super().__init__(setting, options)
+        self.generator = setting.generator
+        self.module = _Batch(copy.deepcopy(setting.generator), setting.batch_size, setting.device)
+        self.copied = list(self.module.generator.parameters())
+        self.trained = list(setting.generator.parameters())
+        self.gradients = [torch.zeros_like(parameter) for parameter in self.trained]
+        self.optimizer = torch.optim.Adam(self.trained, lr=setting.learning_rate, betas=setting.betas)
+        for parameter in self.trained:  # Adam creates this state in its first step, but a checkpoint needs it before
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.zeros(()), **zeros}
+        self._weight: float | None = None
+
+    def parameters(self) -> list[tuple[list[nn.Parameter], float]]:
+        return [(self.copied, 1.0), ([self.module.noise], self.options.noise_rate)]
+
+    def start_round(self, weights: dict[str, float], round: int) -> None:
+        if "masked_kl" in weights:
+            self._weight = weights["masked_kl"] if self._weight is None else self._weight
+            weights["masked_kl"] = 0.0 if round < self.options.warm_up else self._weight
+
+    def start(self) -> None:
+        super().start()
+        with torch.no_grad():
+            self.module.generator.load_state_dict(self.setting.generator.state_dict())
+            noise = self.module.noise
+            noise.copy_(torch.randn(noise.shape, device=noise.device, generator=self.setting.random))
+            torch._foreach_zero_(self.gradients)
+
+    def draw(self, count: int) -> tuple[Tensor, ...]:
+        return ()
+
+    def after_backward(self) -> None:
+        pairs = [(total, each.grad) for total, each in zip(self.gradients, self.copied, strict=True)]
+        found = [(total, gradient) for total, gradient in pairs if gradient is not None]
+        torch._foreach_add_([total for total, _ in found], [gradient for _, gradient in found])
+
+    def finish(self) -> None:
+        super().finish()
+        for parameter, gradient in zip(self.trained, self.gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = {f"gradient.{index}": each for index, each in enumerate(self.gradients)}
+        for index, parameter in enumerate(self.trained):
+            own |= {f"adam.{index}.{name}": value for name, value in self.optimizer.state[parameter].items()}
+        return {**super().tensors(), **_named("generator", self.setting.generator), **own}
+
+
+class _Embedded(nn.Module):
+    """Maps the embeddings of classes to a generator's input, with one random linear layer per group of images."""
+
+    def __init__(self, generator: nn.Module, embeddings: Tensor, groups: int) -> None:
+        super().__init__()
+        width, size = embeddings.shape[1], int(generator.latent_dim)  # type: ignore[arg-type]
+        self.generator = generator
+        self.embeddings = embeddings
+        self.norm = nn.BatchNorm1d(width, device=embeddings.device)
+        self.layers = nn.ModuleList(nn.Linear(width, size, device=embeddings.device) for _ in range(groups))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Return images in [-1, 1] of the classes ``labels``, (N,)."""
+        groups = self.norm(self.embeddings[labels]).tensor_split(len(self.layers))
+        return self.generator(torch.cat([layer(group) for layer, group in zip(self.layers, groups, strict=True)]))
+
+
+@SYNTHESIZERS.register("nayer")
+class LabelEmbedding(PoolSynthesizer):
+    """NAYER, noisy layer generation (Tran et al., CVPR 2024).
+
+    The generator's input is the embedding of a class, through a linear layer with new random weights in each
+    synthesis. Without a file of embeddings, classes have one-hot embeddings.
+
+    Raises:
+        ValueError: the file of embeddings does not have one row per class.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Options of NAYER.
+
+        Args:
+            embeddings: a safetensors file with the tensor ``embeddings``, (classes, width), such as CLIP's text
+                embeddings of the class names.
+            reset_every: number of syntheses after which the generator starts anew.
+            warm_up: number of rounds with weight 0 of the adversarial term.
+        """
+
+        embeddings: str | None = None
+        reset_every: int = 20
+        warm_up: int = 20
+
+    module: _Embedded
+    start_round = Fast.start_round
+
+    def __init__(self, setting: Setting, options: Any) -> None:
+        super().__init__(setting, options)
+        self.generator = setting.generator
+        groups = max(1, setting.batch_size // setting.num_classes)
+        self.module = _Embedded(setting.generator, self._embeddings(), groups)
+        self.syntheses = torch.zeros((), dtype=torch.int64)
+        self._weight: float | None = None
+
+    def _embeddings(self) -> Tensor:
+        count, device, path = self.setting.num_classes, self.setting.device, self.options.embeddings
+        if path is None:
+            log.warning("synthesizer 'nayer' has no file of embeddings: classes have one-hot embeddings")
+            return torch.eye(count, device=device)
+        from safetensors.torch import load_file
+
+        found = load_file(expand(path)).get("embeddings")
+        if found is None or found.ndim != 2 or len(found) != count:
+            shape = None if found is None else tuple(found.shape)
+            raise ValueError(f"{path} must have a tensor 'embeddings' of shape ({count}, width), got {shape}")
+        return found.float().to(device)
+
+    def draw_labels(self) -> Tensor:
+        return torch.arange(self.setting.batch_size, device=self.setting.device) % self.setting.num_classes
+
+    def start(self) -> None:
+        super().start()
+        with torch.no_grad():
+            if self.syntheses and self.syntheses % self.options.reset_every == 0:
+                for module in self.setting.generator.modules():
+                    if callable(reset := getattr(module, "reset_parameters", None)):
+                        reset()
+            for layer in self.module.layers:
+                assert isinstance(layer, nn.Linear)
+                for weight in (layer.weight, layer.bias):
+                    weight.copy_(torch.randn(weight.shape, device=weight.device, generator=self.setting.random))
+            self.syntheses += 1
+
+    def draw(self, count: int) -> tuple[Tensor, ...]:
+        assert self.labels is not None
+        return (self.labels,)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "syntheses": self.syntheses}

@@ -1,0 +1,149 @@
+"""Synthesizers that optimize images directly: DeepInversion and zero-shot knowledge distillation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfkd_fast.synthesis.base import SYNTHESIZERS, Setting
+from dfkd_fast.synthesis.pool import PoolSynthesizer
+
+__all__ = ["DeepInversion", "ZeroShot"]
+
+
+class _Images(nn.Module):
+    """Images as parameters, in the teacher's normalization. They can be shifted (by rolling) and flipped together."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        size = (setting.batch_size, 3, setting.image_size, setting.image_size)
+        self.images = nn.Parameter(torch.zeros(size, device=setting.device))
+        self.scale, self.shift = setting.scale, setting.shift
+
+    def forward(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+        """Return the images in [-1, 1], with the given order of rows (H,) and columns (W,)."""
+        images: Tensor = self.images
+        if rows is not None and columns is not None:
+            images = images.index_select(2, rows).index_select(3, columns)
+        return (images - self.shift) / self.scale
+
+
+class _ImageSynthesizer(PoolSynthesizer):
+    generator = None
+    module: _Images
+
+    def __init__(self, setting: Setting, options: Any) -> None:
+        super().__init__(setting, options)
+        self.module = _Images(setting)
+
+    def after_forward(self, inputs: Tensor, loss: Tensor) -> None:
+        super().after_forward(self.module.images.detach(), loss)  # without shift and flip
+
+    def draw(self, count: int) -> tuple[Tensor, ...]:
+        return ()
+
+
+@SYNTHESIZERS.register("deep_inversion")
+class DeepInversion(_ImageSynthesizer):
+    """DeepInversion and Adaptive DeepInversion (Yin et al., CVPR 2020).
+
+    Images are optimized from noise for one class each. In each iteration they are shifted and flipped together. Their
+    values stay in the range of images. The publication first optimizes at half resolution; this is not implemented.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Options of DeepInversion.
+
+        Args:
+            jitter: maximum shift, in pixels.
+            flip: flip the images in half of the iterations.
+            warm_up: number of iterations in which the learning rate rises, before a cosine annealing.
+        """
+
+        jitter: int = 2
+        flip: bool = True
+        warm_up: int = 100
+
+    def rate(self, iteration: int) -> float:
+        warm_up = min(self.options.warm_up, self.setting.iterations // 2)
+        if iteration < warm_up:
+            return (iteration + 1) / warm_up
+        rest = max(1, self.setting.iterations - warm_up)
+        return 0.5 * (1 + math.cos(math.pi * (iteration - warm_up) / rest))
+
+    def start(self) -> None:
+        super().start()
+        images = self.module.images
+        images.data.copy_(torch.randn(images.shape, device=images.device, generator=self.setting.random))
+
+    def draw(self, count: int) -> tuple[Tensor, ...]:
+        size, device, random = self.setting.image_size, self.setting.device, self.setting.random
+        places = torch.rand(3, device=device, generator=random)
+        shift = ((2 * self.options.jitter + 1) * places[:2]).long() - self.options.jitter
+        order = torch.arange(size, device=device)
+        columns = torch.where(places[2] < 0.5, size - 1 - order, order) if self.options.flip else order
+        return (order + shift[0]) % size, (columns + shift[1]) % size
+
+    def after_step(self) -> None:
+        scale, shift = self.setting.scale, self.setting.shift
+        self.module.images.data.copy_(self.module.images.data.clamp(shift - scale, shift + scale))
+
+
+@SYNTHESIZERS.register("zskd")
+class ZeroShot(_ImageSynthesizer):
+    """Zero-shot knowledge distillation (Nayak et al., ICML 2019): images of probabilities drawn around each class.
+
+    The probabilities of class k are drawn from a Dirichlet distribution with concentration
+    ``beta * minmax(C_k) + 1e-4``, where C is the similarity of the teacher's last weights. Half of the images use each
+    ``beta``. After each step, each image is scaled to the whole range of values.
+
+    Raises:
+        ValueError: the teacher has no linear layer with one output per class.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Options of zero-shot distillation.
+
+        Args:
+            betas: scales of the concentrations.
+        """
+
+        betas: tuple[float, float] = (1.0, 0.1)
+
+    def __init__(self, setting: Setting, options: Any) -> None:
+        super().__init__(setting, options)
+        layers = [layer for layer in setting.teacher.model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        weights = [layer.weight.flatten(1) for layer in layers if len(layer.weight) == setting.num_classes]
+        if not weights:
+            raise ValueError("synthesizer 'zskd' needs a teacher whose last layer has one row of weights per class")
+        unit = nn.functional.normalize(weights[-1].detach().float(), dim=1)
+        similarity = unit @ unit.T
+        least, most = similarity.amin(1, keepdim=True), similarity.amax(1, keepdim=True)
+        self.similarity = (similarity - least) / (most - least).clamp_min(1e-12)
+        self.labels = torch.zeros(setting.batch_size, setting.num_classes, device=setting.device)
+
+    def draw_labels(self) -> Tensor:
+        classes = super().draw_labels()
+        first = torch.arange(len(classes), device=classes.device) < len(classes) // 2
+        beta: Tensor = torch.where(first, self.options.betas[0], self.options.betas[1])[:, None]
+        gamma = torch._standard_gamma(beta * self.similarity[classes] + 1e-4, generator=self.setting.random)
+        gamma = gamma.clamp_min(1e-30)
+        return gamma / gamma.sum(1, keepdim=True)
+
+    def start(self) -> None:
+        super().start()
+        images = self.module.images
+        values = torch.rand(images.shape, device=images.device, generator=self.setting.random) * 2 - 1
+        images.data.copy_(values * self.setting.scale + self.setting.shift)
+
+    def after_step(self) -> None:
+        images = (self.module.images.data - self.setting.shift) / self.setting.scale
+        least, most = (each(images, (1, 2, 3), keepdim=True) for each in (torch.amin, torch.amax))
+        images = 2 * (images - least) / (most - least).clamp_min(1e-12) - 1
+        self.module.images.data.copy_(images * self.setting.scale + self.setting.shift)
