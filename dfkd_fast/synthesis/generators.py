@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dfkd_fast.config import expand
 from dfkd_fast.synthesis.base import SYNTHESIZERS, Online, Setting
@@ -21,6 +23,19 @@ log = logging.getLogger(__name__)
 
 def _named(prefix: str, module: nn.Module) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def _reset(module: nn.Module, random: torch.Generator) -> None:
+    """Initialize all layers anew, in place."""
+    seed = int(torch.randint(2**31, (), device=random.device, generator=random))
+    with torch.random.fork_rng(devices=[random.device] if random.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for layer in module.modules():
+            if parametrize.is_parametrized(layer, "weight"):  # a reset would change the computed weight
+                original = layer.parametrizations["weight"].original  # type: ignore[index]
+                nn.init.kaiming_uniform_(original, a=math.sqrt(5))
+            elif callable(reset := getattr(layer, "reset_parameters", None)):
+                reset()
 
 
 class _Both(nn.Module):
@@ -236,9 +251,7 @@ class LabelEmbedding(PoolSynthesizer):
         super().start()
         with torch.no_grad():
             if self.syntheses and self.syntheses % self.options.reset_every == 0:
-                for module in self.setting.generator.modules():
-                    if callable(reset := getattr(module, "reset_parameters", None)):
-                        reset()
+                _reset(self.setting.generator, self.setting.random)
             for layer in self.module.layers:
                 assert isinstance(layer, nn.Linear)
                 for weight in (layer.weight, layer.bias):

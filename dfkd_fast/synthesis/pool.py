@@ -57,7 +57,8 @@ class Pool:
     def draw(self, count: int, random: torch.Generator) -> Tensor:
         """Draw the indices (count,) of random images."""
         where = torch.rand(count, device=self.images.device, generator=random) * self.count
-        return where.long().minimum(self.count - 1)  # float32 may round up
+        # float32 may round up, and steps are warmed up before the first synthesis.
+        return where.long().minimum(self.count - 1).clamp_(min=0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The valid images, their labels and the position."""
