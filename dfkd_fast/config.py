@@ -202,9 +202,15 @@ class BNConfig:
 
     Args:
         first: weight of the teacher's first BatchNorm; the others have weight 1.
+        momentum: weight of an average over previous syntheses, which the batch statistics are mixed with (Fast).
     """
 
     first: float = 1.0
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"BNConfig.momentum must be in [0, 1), got {self.momentum}")
 
 
 @dataclass(frozen=True, kw_only=True)

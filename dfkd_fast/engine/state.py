@@ -426,6 +426,8 @@ def build_state(
                 "term 'bn' needs BatchNorms of maps (N, C, H, W) with running statistics; the teacher only has "
                 f"{', '.join(with_statistics.other_batchnorms[:5])}: set the term's weight to 0"
             )
+        for term in objectives[0].kinds().values():
+            term.prepare(with_statistics)
     trained = [*student.model.parameters(), *(p for p in objectives[1].parameters() if p.requires_grad)]
     device, steps = runtime.device, config.loop.generator_steps + config.loop.student_steps
     width = max(len(objective.names) for objective in objectives) + 1

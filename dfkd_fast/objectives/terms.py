@@ -10,7 +10,7 @@ Equations 2 to 9 are those of Shao et al., ICCV 2023.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dfkd_fast import ops
 from dfkd_fast.config import KDConfig, MHADConfig, ObjectiveConfig, SFCLConfig
-from dfkd_fast.graph import FeatureModel, Outputs
+from dfkd_fast.graph import FeatureModel, LayerStatistics, Outputs
 from dfkd_fast.nn import HighOrderAttention
 from dfkd_fast.nn import SemanticFeatureContrast as FeatureContrast
 from dfkd_fast.registry import Registry
@@ -84,6 +84,9 @@ class Term(nn.Module):
     def uses_stages(cls, config: ObjectiveConfig) -> bool:
         """Whether the term reads stage features with this config."""
         return cls.reads_features and cls.reads_stages
+
+    def prepare(self, teacher: FeatureModel) -> None:
+        """Called once with the teacher that returns statistics, if the term needs them."""
 
     def finish_synthesis(self) -> None:
         """Called on the host at the end of each synthesis."""
@@ -161,6 +164,8 @@ class BatchNormStatistics(Term):
 
     Args:
         first: weight of the first BatchNorm (10 in DeepInversion).
+        momentum: m; ``(1 - m) * batch + m * average`` is compared instead of the batch's statistics. The average over
+            previous syntheses is updated with the same momentum (Fast; Fang et al., AAAI 2022).
 
     Raises:
         ValueError: the teacher returns no statistics.
@@ -168,22 +173,52 @@ class BatchNormStatistics(Term):
 
     needs = frozenset({"statistics"})
     reads_features = False
+    average: Tensor
+    last: Tensor
+    weight: Tensor
 
     @classmethod
     def build(cls, shapes: FeatureShapes, config: ObjectiveConfig) -> Term:
-        return cls(config.bn.first)
+        return cls(config.bn.first, config.bn.momentum)
 
-    def __init__(self, first: float = 1.0) -> None:
+    def __init__(self, first: float = 1.0, momentum: float = 0.0) -> None:
         super().__init__()
-        self.first = first
+        self.first, self.momentum = first, momentum
+
+    def prepare(self, teacher: FeatureModel) -> None:
+        if self.momentum:
+            norms = [teacher.model.get_submodule(path) for path in teacher.batchnorms]
+            self.sizes = [int(size) for norm in norms for size in [norm.num_features] * 2]  # type: ignore[arg-type]
+            device = next(teacher.model.parameters()).device
+            for name in ("average", "last"):
+                self.register_buffer(name, torch.zeros(sum(self.sizes), device=device))
+            self.register_buffer("weight", torch.zeros((), device=device))  # 0 in the first synthesis
+
+    def finish_synthesis(self) -> None:
+        if self.momentum:
+            kept = self.momentum * self.average + (1 - self.momentum) * self.last
+            self.average.copy_(torch.where(self.weight > 0, kept, self.last))
+            self.weight.fill_(self.momentum)
+
+    def _mixed(self, layers: Sequence[LayerStatistics]) -> list[LayerStatistics]:
+        self.last.copy_(torch.cat([each for layer in layers for each in layer[:2]]).detach())
+        averages = iter(self.average.split(self.sizes))
+        return [
+            layer._replace(
+                mean=torch.lerp(layer.mean, next(averages), self.weight),
+                var=torch.lerp(layer.var, next(averages), self.weight),
+            )
+            for layer in layers
+        ]
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         if not teacher.statistics:
             raise ValueError("term 'bn' needs BatchNorm2d layers, but the teacher has none: set the term's weight to 0")
         # ops.statistics_distance would read the maps again; the BatchNorms have computed the statistics already.
-        total = ops.statistics_distances(teacher.statistics)
+        layers = self._mixed(teacher.statistics) if self.momentum else teacher.statistics
+        total = ops.statistics_distances(layers)
         if self.first != 1:
-            total = total + (self.first - 1) * ops.statistics_distances(teacher.statistics[:1])
+            total = total + (self.first - 1) * ops.statistics_distances(layers[:1])
         return total
 
 

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def _reset(module: nn.Module, random: torch.Generator) -> None:
         torch.manual_seed(seed)
         for layer in module.modules():
             if parametrize.is_parametrized(layer, "weight"):  # a reset would change the computed weight
-                original = layer.parametrizations["weight"].original  # type: ignore[index]
+                original = cast(Any, layer).parametrizations.weight.original
                 nn.init.kaiming_uniform_(original, a=math.sqrt(5))
             elif callable(reset := getattr(layer, "reset_parameters", None)):
                 reset()

@@ -18,16 +18,22 @@ from dfkd_fast.objectives import (
     TERMS,
     ActivationNorm,
     AttentionTransfer,
+    Batch,
     BatchNormStatistics,
     ClassBalance,
     Distillation,
     FeatureShapes,
     HighOrderAttentionDistillation,
+    ImageNorm,
+    JensenShannon,
     LogitDistance,
+    MaskedDivergence,
     Objective,
     OneHot,
     SemanticFeatureContrast,
+    TargetClass,
     Term,
+    TotalVariation,
     generator_objective,
     required_outputs,
     student_objective,
@@ -109,6 +115,46 @@ def test_terms_of_other_methods_match_definitions() -> None:
     check(ActivationNorm()(t, None), -t.penultimate.abs().mean(), [t.penultimate])
     mean = t.logits.softmax(1).mean(0)
     check(ClassBalance()(t, None), (mean * mean.log()).sum(), [t.logits])
+
+
+def test_terms_of_pool_methods_match_definitions() -> None:
+    t, s = outputs(), outputs()
+    x = torch.randn(4, 3, 5, 6, dtype=F64, requires_grad=True)
+    labels = torch.tensor([3, 0, 6, 3])
+    chosen = (t.logits / 20).log_softmax(1)[torch.arange(4), labels]
+    check(TargetClass(temperature=20.0)(t, None, Batch(x, labels)), -chosen.mean(), [t.logits])
+    soft = torch.rand(4, 7, dtype=F64).softmax(1)
+    expected = -(soft * t.logits.log_softmax(1)).sum(1).mean()
+    check(TargetClass()(t, None, Batch(x, soft)), expected, [t.logits])
+
+    p, q = (o.logits.softmax(1) for o in (t, s))
+    same = t.logits.argmax(1) == s.logits.argmax(1)
+    if not same.any() or same.all():
+        s = s._replace(logits=torch.cat([t.logits[:2].detach() * 2, -t.logits[2:].detach()]).requires_grad_())
+        q, same = s.logits.softmax(1), torch.tensor([True, True, False, False])
+    expected = sum(((p[i] * (p[i].log() - q[i].log())).sum() for i in range(4) if same[i]), torch.zeros((), dtype=F64))
+    check(MaskedDivergence()(t, s), expected / 4, [t.logits, s.logits])
+
+    p, q = ((o.logits / 3).softmax(1).clamp(0.01, 0.99) for o in (t, s))
+    m = ((p + q) / 2).clamp(0.01, 0.99)
+    js = sum((m * (m / each).log()).sum() / 4 for each in (p, q)) / 2
+    check(JensenShannon()(t, s), 1 - js.clamp(0, 1), [t.logits, s.logits])
+
+    neighbors = [(0, 1), (1, 0), (1, 1), (1, -1)]
+    expected = torch.zeros((), dtype=F64)
+    for down, right in neighbors:
+        pairs = [
+            x[:, :, i + down, j + right] - x[:, :, i, j]
+            for i in range(5 - down)
+            for j in range(max(0, -right), 6 - max(0, right))
+        ]
+        expected = expected + torch.stack(pairs).square().sum().sqrt()
+    check(TotalVariation()(t, None, Batch(x, None)), expected, [x])
+    check(ImageNorm()(t, None, Batch(x, None)), x.flatten(1).square().sum(1).sqrt().mean(), [x])
+
+    rest, first = BatchNormStatistics()(t, None), BatchNormStatistics()(t._replace(statistics=t.statistics[:1]), None)
+    inputs = [each for layer in t.statistics for each in layer[:2]]
+    check(BatchNormStatistics(first=10.0)(t, None), (rest + 9 * first).double(), inputs)
 
 
 def test_attention_transfer_matches_definition() -> None:
@@ -274,7 +320,7 @@ def test_preset_and_config_weights() -> None:
         (ObjectiveConfig(student={"mhda": 1.0}), "has no term 'mhda'; did you mean 'mhad'"),
         (ObjectiveConfig(student={"bn": 1.0}), "ObjectiveConfig.student has no term 'bn'"),
         (ObjectiveConfig(preset="baseline", student={"kd": 0.0}), "has no term with a nonzero weight"),
-        (ObjectiveConfig(preset="other"), "ObjectiveConfig.preset must be one of"),  # type: ignore[arg-type]
+        (ObjectiveConfig(preset="other"), "preset: no preset named 'other'; there are dfkd-fgvc"),  # type: ignore[arg-type]
     ],
 )
 def test_errors(config: ObjectiveConfig, message: str) -> None:
@@ -287,4 +333,4 @@ def test_registered_terms_declare_sides_and_needs() -> None:
         term = registered.build(SHAPES, ObjectiveConfig())
         assert set(term.sides) <= {"generator", "student"}
         assert isinstance(term, Term)
-        assert term.needs <= {"statistics", "student"}
+        assert term.needs <= {"statistics", "student", "batch"}

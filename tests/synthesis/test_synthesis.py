@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dfkd_fast import distill
 from dfkd_fast.config import BNConfig, DistillConfig, ObjectiveConfig, SynthesisConfig, TargetConfig
 from dfkd_fast.engine import DistillResult, DistillState, engines
 from dfkd_fast.engine.networks import eager_networks
+from dfkd_fast.models import Outputs
 from dfkd_fast.synthesis import SYNTHESIZERS, Augment, Pool, Synthesizer, to_float, to_uint8
 
 from .. import tiny
@@ -35,7 +37,7 @@ METHODS: dict[str, tuple[dict[str, Any], ObjectiveConfig]] = {
             preset="baseline", generator={"kd": 0.0, "bn": 0.0, "target": 1.0}, target=TargetConfig(temperature=20.0)
         ),
     ),
-    "fast": ({"warm_up": 1}, BN),
+    "fast": ({"warm_up": 1}, replace(BN, bn=BNConfig(momentum=0.9))),
     "nayer": ({"warm_up": 1, "reset_every": 2}, BN),
 }
 
@@ -228,6 +230,38 @@ def test_fast_takes_one_meta_step_along_the_summed_gradients() -> None:
         clear = expected.grad.abs() > 1e-5 * max(p.grad.abs().max() for p in generator.parameters())
         torch.testing.assert_close(found[clear], expected[clear], rtol=1e-4, atol=1e-5, msg=name)
     torch.testing.assert_close(state.generator.module.noise, noise, rtol=1e-2, atol=1e-3)
+
+
+def test_statistics_are_mixed_with_those_of_previous_syntheses() -> None:
+    objective = replace(BN, bn=BNConfig(momentum=0.9))
+    state = tiny.state(config("fast", objective=objective))
+    term: Any = state.generator.objective.terms["bn"]
+    engine, call, seen = eager_engine(state), eager_networks(state).generator_step, []  # type: ignore[var-annotated]
+
+    def teacher(images: Tensor) -> Outputs:
+        outputs = call.teacher(images)
+        seen.append([type(each)(*(value.detach() for value in each)) for each in outputs.statistics])
+        return outputs
+
+    engine.networks = replace(engine.networks, generator_step=replace(call, teacher=teacher))
+    engine.start_round()
+    average = None
+    for step in range(4):
+        engine.step()
+        layers = [[(layer.mean, layer.running_mean), (layer.var, layer.running_var)] for layer in seen[-1]]
+        pairs = [pair for layer in layers for pair in layer]
+        values = [
+            value if average is None else 0.1 * value + 0.9 * old
+            for (value, _), old in zip(pairs, average or [None] * len(pairs), strict=True)
+        ]
+        expected = sum((value - stored).norm() for value, (_, stored) in zip(values, pairs, strict=True))
+        torch.testing.assert_close(state.trace[step, 0], expected, rtol=1e-4, atol=1e-4)
+        if step in (1, 3):  # the last iteration of a synthesis
+            batch = [value for value, _ in pairs]
+            average = (
+                batch if average is None else [0.9 * old + 0.1 * new for old, new in zip(average, batch, strict=True)]
+            )
+            torch.testing.assert_close(term.average, torch.cat(average))
 
 
 def test_momentum_averages_the_generator() -> None:
