@@ -448,6 +448,31 @@ def _profile(
     _print_result(("classes", classes), ("breakdown", result.folder / "breakdown.json"), *traces)
 
 
+def _methods() -> None:
+    """List the packaged methods, for ``--config NAME``.
+
+    A method's settings come after those of an experiment: ``dfkd-fast distill --config aircraft --config fast``.
+    """
+    from rich.console import Console
+
+    from dfkd_fast.config import recipe
+    from dfkd_fast.objectives import PRESETS
+    from dfkd_fast.registry import load_plugins
+    from dfkd_fast.report import result_table
+
+    load_plugins()
+    rows = []
+    for name, preset in PRESETS.items():
+        try:
+            config = recipe(name)
+        except FileNotFoundError:  # of another package
+            config = None
+        images = config.synthesis.name if config is not None else ""
+        uses = preset.prior or "logits"
+        rows.append({"method": name, "images": images, "uses of the teacher": uses, "source": preset.source})
+    Console().print(result_table(rows, ""))
+
+
 # Each command, with the fields of ExperimentConfig that it reads.
 COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "teach": (_teach, ("data", "teacher", "student", "teach")),
@@ -457,6 +482,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "demo": (_demo, ()),
     "bench": (_bench, ()),
     "profile": (_profile, ("data", "teacher", "student", "distill")),
+    "methods": (_methods, ()),
     "doctor": (_doctor, ()),
 }
 
@@ -500,7 +526,9 @@ def create_parser() -> ArgumentParser:
         usage = f"dfkd-fast {name} [options]" + (" [OP ...]" if name == "bench" else "")
         options = ArgumentParser(description=summary, usage=usage, exit_on_error=False)
         if used:
-            options.add_argument("--config", action=ConfigFile, help="YAML file, or name of a packaged config")
+            options.add_argument(
+                "--config", action=ConfigFile, help="YAML file, or name of a packaged config or method"
+            )
             options.add_class_arguments(ExperimentConfig)
             for action in options._actions:  # accepted in config files, but hidden from the help text
                 if action.dest.split(".")[0] in {field.name for field in fields(ExperimentConfig)} - {*used}:

@@ -42,6 +42,7 @@ __all__ = [
     "is_factory",
     "read",
     "read_text",
+    "recipe",
     "to_dict",
 ]
 
@@ -320,7 +321,9 @@ class OptimizerConfig:
         student_lr: initial learning rate of SGD.
         student_momentum: momentum of SGD.
         student_weight_decay: weight decay of SGD, also for adapters and heads.
-        student_schedule: ``cosine`` anneals the rate to zero over all student steps; ``constant`` keeps it.
+        student_schedule: ``cosine`` anneals the rate to zero over all student steps; ``constant`` keeps it; ``steps``
+            divides it by 10 at each milestone.
+        student_milestones: fractions of all student steps, for ``steps``.
     """
 
     generator_lr: float = 1e-3
@@ -330,7 +333,8 @@ class OptimizerConfig:
     student_lr: float = 1e-2
     student_momentum: float = 0.9
     student_weight_decay: float = 5e-4
-    student_schedule: Literal["cosine", "constant"] = "cosine"
+    student_schedule: Literal["cosine", "constant", "steps"] = "cosine"
+    student_milestones: tuple[float, ...] = (0.6, 0.75, 0.9)
 
     def __post_init__(self) -> None:
         _at_least(self, generator_lr=0, student_lr=0, student_momentum=0, student_weight_decay=0)
@@ -514,19 +518,33 @@ def expand(path: str | os.PathLike[str]) -> Path:
 
 
 def find(name: str) -> Path:
-    """Find a config file: the file ``name`` if it exists, otherwise the packaged ``configs/NAME.yaml``.
+    """Find a config file: the file ``name`` if it exists, otherwise the packaged config or method ``NAME.yaml``.
 
     Raises:
-        FileNotFoundError: neither exists. The message lists the packaged configs.
+        FileNotFoundError: none exists. The message lists the packaged ones.
     """
     path = expand(name)
     if path.is_file():
         return path
-    packaged = {entry.name.removesuffix(".yaml"): entry for entry in resources.files("dfkd_fast.configs").iterdir()}
-    if name in packaged:
-        return Path(str(packaged[name]))
-    known = ", ".join(sorted(key for key, entry in packaged.items() if entry.name.endswith(".yaml")))
-    raise FileNotFoundError(f"no config file {name!r}; packaged configs: {known}")
+    root = resources.files("dfkd_fast.configs")
+    known: dict[str, dict[str, Path]] = {
+        kind: {each.name.removesuffix(".yaml"): Path(str(each)) for each in folder.iterdir() if ".yaml" in each.name}
+        for kind, folder in (("configs", root), ("methods", root / "methods"))
+    }
+    for found in known.values():
+        if name in found:
+            return found[name]
+    listed = "; ".join(f"packaged {kind}: {', '.join(sorted(found))}" for kind, found in known.items())
+    raise FileNotFoundError(f"no config file {name!r}; {listed}")
+
+
+def recipe(method: str) -> DistillConfig:
+    """Return the published settings of a method: loss weights, loop, rates, generator and synthesizer.
+
+    Raises:
+        FileNotFoundError: no packaged method has the name. The message lists them.
+    """
+    return read(ExperimentConfig, find(method)).distill
 
 
 def _check_fields(kind: type, values: Mapping[Any, Any], *, where: str = "", more: Container[str] = ()) -> None:

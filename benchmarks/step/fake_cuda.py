@@ -368,7 +368,8 @@ def _break_graph(engine: Any) -> None:
 
 def _inject_other_faults(engine: Any) -> None:
     """Synchronize, change shapes between steps, and let an operator's fake ignore the memory format."""
-    draw, counts = engine.state.draw, itertools.count()
+    synthesizer, counts = engine.state.synthesizer, itertools.count()
+    draw = synthesizer.noise
 
     def faulty(count: int) -> Tensor:
         noise = draw(count + next(counts))
@@ -376,7 +377,7 @@ def _inject_other_faults(engine: Any) -> None:
         noise.cpu()
         return noise
 
-    engine.state.draw = faulty
+    synthesizer.noise = faulty
     module: Any = importlib.import_module("dfkd_fast.ops.batchnorm_statistics")
     module.new_map = lambda x, dtype=None: torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 

@@ -141,19 +141,16 @@ class DistillState:
     def steps_per_round(self) -> int:
         return self.config.loop.generator_steps + self.config.loop.student_steps
 
-    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw noise z ~ N(0, 1), (count, latent_dim) float32, from ``generator`` or ``noise``."""
-        size = (count, self.generator.module.latent_dim)
-        source = generator or self.noise
-        return torch.randn(size, dtype=torch.float32, device=self.runtime.device, generator=source)
-
     def student_lr(self, ahead: int = 0) -> float:
         """The student's learning rate ``ahead`` student steps after the next one."""
         optimizer = self.config.optimizer
         if optimizer.student_schedule == "constant":
             return optimizer.student_lr
         total = max(1, self.total_rounds * self.config.loop.student_steps)
-        return _cosine(optimizer.student_lr, (self.student_updates + ahead) / total)
+        progress = (self.student_updates + ahead) / total
+        if optimizer.student_schedule == "steps":
+            return optimizer.student_lr * 0.1 ** sum(progress >= each for each in optimizer.student_milestones)
+        return _cosine(optimizer.student_lr, progress)
 
     def generator_lr(self, step: int) -> float:
         """The generator's learning rate in a generator step of the current round."""
@@ -378,6 +375,40 @@ def _sgd(parameters: list[nn.Parameter], config: DistillConfig, rate: Tensor) ->
     return optimizer
 
 
+def _with_statistics(teacher: FeatureModel, objective: Objective, image_size: int) -> FeatureModel | None:
+    """The teacher with BatchNorm statistics, if a term needs them."""
+    if "statistics" not in objective.needs:
+        return None
+    found = extract(teacher, statistics=True, image_size=image_size)
+    if found.programs and not found.batchnorms and found.other_batchnorms:
+        raise ValueError(
+            "term 'bn' needs BatchNorms of maps (N, C, H, W) with running statistics; the teacher only has "
+            f"{', '.join(found.other_batchnorms[:5])}: set the term's weight to 0"
+        )
+    for term in objective.kinds().values():
+        term.prepare(found)
+    return found
+
+
+def _setting(
+    config: DistillConfig, generator: nn.Module, teacher: FeatureModel, image_size: int, normalize: Normalize
+) -> Setting:
+    device = normalize.scale.device
+    sizes: dict[str, Any] = {"image_size": image_size, "batch_size": config.loop.batch_size}
+    rates: dict[str, Any] = {"learning_rate": config.optimizer.generator_lr, "betas": config.optimizer.generator_betas}
+    return Setting(
+        generator=generator,
+        teacher=teacher,
+        iterations=max(1, config.loop.generator_steps // config.synthesis.per_round),
+        scale=normalize.scale,
+        shift=normalize.shift,
+        random=torch.Generator(device=device).manual_seed(config.seed),
+        config=config.synthesis,
+        **sizes,
+        **rates,
+    )
+
+
 def build_state(
     teacher: FeatureModel,
     student: FeatureModel,
@@ -418,39 +449,15 @@ def build_state(
         runtime.place(module.float())  # torch's default dtype may be float64
     if not isinstance(generator, AttentionGenerator):
         _check_generator(generator, image_size, runtime.device)
-    with_statistics = None
-    if "statistics" in objectives[0].needs:
-        with_statistics = extract(teacher, statistics=True, image_size=image_size)
-        if with_statistics.programs and not with_statistics.batchnorms and with_statistics.other_batchnorms:
-            raise ValueError(
-                "term 'bn' needs BatchNorms of maps (N, C, H, W) with running statistics; the teacher only has "
-                f"{', '.join(with_statistics.other_batchnorms[:5])}: set the term's weight to 0"
-            )
-        for term in objectives[0].kinds().values():
-            term.prepare(with_statistics)
+    with_statistics = _with_statistics(teacher, objectives[0], image_size)
     trained = [*student.model.parameters(), *(p for p in objectives[1].parameters() if p.requires_grad)]
     device, steps = runtime.device, config.loop.generator_steps + config.loop.student_steps
     width = max(len(objective.names) for objective in objectives) + 1
-    rates = (config.optimizer.generator_lr, config.optimizer.student_lr)
-    generator_rate, student_rate = (torch.tensor(rate, dtype=torch.float32, device=device) for rate in rates)
-
-    random = torch.Generator(device=device).manual_seed(config.seed)
+    initial = (config.optimizer.generator_lr, config.optimizer.student_lr)
+    generator_rate, student_rate = (torch.tensor(rate, dtype=torch.float32, device=device) for rate in initial)
     normalize = Normalize.of(mean, std, device)
-    synthesizer = create_synthesizer(
-        Setting(
-            generator=generator,
-            teacher=teacher,
-            image_size=image_size,
-            batch_size=config.loop.batch_size,
-            iterations=max(1, config.loop.generator_steps // config.synthesis.per_round),
-            scale=normalize.scale,
-            shift=normalize.shift,
-            learning_rate=config.optimizer.generator_lr,
-            betas=config.optimizer.generator_betas,
-            random=random,
-            config=config.synthesis,
-        )
-    )
+    setting = _setting(config, generator, teacher, image_size, normalize)
+    synthesizer = create_synthesizer(setting)
 
     def side(module: M, objective: Objective, optimizer: torch.optim.Optimizer) -> Side[M]:
         scaler = torch.amp.GradScaler(device.type, enabled=runtime.autocast is torch.float16)
@@ -466,7 +473,7 @@ def build_state(
         student=side(student, objectives[1], _sgd(trained, config, student_rate)),
         image_size=image_size,
         normalize=normalize,
-        noise=random,
+        noise=setting.random,
         trace=torch.zeros(steps, width, dtype=torch.float32, device=device),
         cursor=torch.zeros(1, dtype=torch.int64, device=device),
         rates=torch.zeros(steps, dtype=torch.float32, device=device),

@@ -3,7 +3,7 @@
 from dfkd_fast.synthesis.base import SYNTHESIZERS, Online, Setting, Synthesizer, create_synthesizer
 from dfkd_fast.synthesis.generators import Fast, LabelEmbedding, Momentum
 from dfkd_fast.synthesis.images import DeepInversion, ZeroShot
-from dfkd_fast.synthesis.pool import Augment, Pool, PoolSynthesizer, to_float, to_uint8
+from dfkd_fast.synthesis.pool import Augment, Pool, PoolSynthesizer, Source, crop_and_flip, to_float, to_uint8
 
 __all__ = [
     "SYNTHESIZERS",
@@ -16,9 +16,11 @@ __all__ = [
     "Pool",
     "PoolSynthesizer",
     "Setting",
+    "Source",
     "Synthesizer",
     "ZeroShot",
     "create_synthesizer",
+    "crop_and_flip",
     "to_float",
     "to_uint8",
 ]

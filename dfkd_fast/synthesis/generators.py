@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from dfkd_fast.config import expand
 from dfkd_fast.synthesis.base import SYNTHESIZERS, Online, Setting
-from dfkd_fast.synthesis.pool import PoolSynthesizer
+from dfkd_fast.synthesis.pool import PoolSynthesizer, Source
 
 __all__ = ["Fast", "LabelEmbedding", "Momentum"]
 
@@ -90,26 +90,27 @@ class Momentum(Online):
         return _named("average", self.average)
 
 
-class _Batch(nn.Module):
+class _Batch(Source):
     """A generator with its noise as parameters."""
 
-    def __init__(self, generator: nn.Module, batch_size: int, device: torch.device) -> None:
-        super().__init__()
+    def __init__(self, generator: nn.Module, setting: Setting) -> None:
+        super().__init__(setting)
         self.generator = generator
-        size = (batch_size, int(generator.latent_dim))  # type: ignore[arg-type]
-        self.noise = nn.Parameter(torch.zeros(size, device=device))
+        size = (setting.batch_size, int(generator.latent_dim))  # type: ignore[arg-type]
+        self.noise = nn.Parameter(torch.zeros(size, device=setting.device))
 
-    def forward(self) -> Tensor:
-        """Return the batch of images in [-1, 1]."""
-        return self.generator(self.noise)
+    def forward(self, places: Tensor | None = None) -> Tensor:
+        """Return the batch of images in [-1, 1], augmented."""
+        return self.augmented(self.generator(self.noise), places)
 
 
 @SYNTHESIZERS.register("fast")
 class Fast(PoolSynthesizer):
     """Up to 100x faster data-free knowledge distillation (Fang et al., AAAI 2022), first-order meta-learning.
 
-    Each synthesis optimizes a copy of the generator and the noise. The sum of the copy's gradients is then the gradient
-    of one step of Adam on the generator itself.
+    Each synthesis optimizes a copy of the generator and the noise on augmented images. The sum of the copy's gradients
+    is then the gradient of one step of Adam on the generator itself. As in the released code, the rate of this step is
+    that of the copy times the number of iterations.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -122,18 +123,20 @@ class Fast(PoolSynthesizer):
         """
 
         noise_rate: float = 5.0
-        warm_up: int = 20
+        warm_up: int = 19
 
     module: _Batch
 
     def __init__(self, setting: Setting, options: Any) -> None:
         super().__init__(setting, options)
         self.generator = setting.generator
-        self.module = _Batch(copy.deepcopy(setting.generator), setting.batch_size, setting.device)
+        self.module = _Batch(copy.deepcopy(setting.generator), setting)
         self.copied = list(self.module.generator.parameters())
         self.trained = list(setting.generator.parameters())
         self.gradients = [torch.zeros_like(parameter) for parameter in self.trained]
-        self.optimizer = torch.optim.Adam(self.trained, lr=setting.learning_rate, betas=setting.betas)
+        self.optimizer = torch.optim.Adam(
+            self.trained, lr=setting.learning_rate * setting.iterations, betas=setting.betas
+        )
         for parameter in self.trained:  # Adam creates this state in its first step, but a checkpoint needs it before
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": torch.zeros(()), **zeros}
@@ -156,7 +159,7 @@ class Fast(PoolSynthesizer):
             torch._foreach_zero_(self.gradients)
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
-        return ()
+        return self.sampler.draw(count, self.setting.random)
 
     def after_backward(self) -> None:
         pairs = [(total, each.grad) for total, each in zip(self.gradients, self.copied, strict=True)]
@@ -177,21 +180,22 @@ class Fast(PoolSynthesizer):
         return {**super().tensors(), **_named("generator", self.setting.generator), **own}
 
 
-class _Embedded(nn.Module):
+class _Embedded(Source):
     """Maps the embeddings of classes to a generator's input, with one random linear layer per group of images."""
 
-    def __init__(self, generator: nn.Module, embeddings: Tensor, groups: int) -> None:
-        super().__init__()
+    def __init__(self, generator: nn.Module, embeddings: Tensor, groups: int, setting: Setting) -> None:
+        super().__init__(setting)
         width, size = embeddings.shape[1], int(generator.latent_dim)  # type: ignore[arg-type]
         self.generator = generator
         self.embeddings = embeddings
         self.norm = nn.BatchNorm1d(width, device=embeddings.device)
         self.layers = nn.ModuleList(nn.Linear(width, size, device=embeddings.device) for _ in range(groups))
 
-    def forward(self, labels: Tensor) -> Tensor:
-        """Return images in [-1, 1] of the classes ``labels``, (N,)."""
+    def forward(self, labels: Tensor, places: Tensor | None = None) -> Tensor:
+        """Return images in [-1, 1] of the classes ``labels``, (N,), augmented."""
         groups = self.norm(self.embeddings[labels]).tensor_split(len(self.layers))
-        return self.generator(torch.cat([layer(group) for layer, group in zip(self.layers, groups, strict=True)]))
+        noise = torch.cat([layer(group) for layer, group in zip(self.layers, groups, strict=True)])
+        return self.augmented(self.generator(noise), places)
 
 
 @SYNTHESIZERS.register("nayer")
@@ -227,7 +231,7 @@ class LabelEmbedding(PoolSynthesizer):
         super().__init__(setting, options)
         self.generator = setting.generator
         groups = max(1, setting.batch_size // setting.num_classes)
-        self.module = _Embedded(setting.generator, self._embeddings(), groups)
+        self.module = _Embedded(setting.generator, self._embeddings(), groups, setting)
         self.syntheses = torch.zeros((), dtype=torch.int64)
         self._weight: float | None = None
 
@@ -245,7 +249,9 @@ class LabelEmbedding(PoolSynthesizer):
         return found.float().to(device)
 
     def draw_labels(self) -> Tensor:
-        return torch.arange(self.setting.batch_size, device=self.setting.device) % self.setting.num_classes
+        count, classes = self.setting.batch_size, self.setting.num_classes
+        places = torch.arange(count, device=self.setting.device)
+        return torch.where(places < count // classes * classes, places % classes, super().draw_labels())
 
     def start(self) -> None:
         super().start()
@@ -260,7 +266,7 @@ class LabelEmbedding(PoolSynthesizer):
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
         assert self.labels is not None
-        return (self.labels,)
+        return (self.labels, *self.sampler.draw(count, self.setting.random))
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), "syntheses": self.syntheses}

@@ -10,26 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.synthesis.base import SYNTHESIZERS, Setting
-from dfkd_fast.synthesis.pool import PoolSynthesizer
+from dfkd_fast.synthesis.pool import PoolSynthesizer, Source
 
 __all__ = ["DeepInversion", "ZeroShot"]
 
 
-class _Images(nn.Module):
+class _Images(Source):
     """Images as parameters, in the teacher's normalization. They can be shifted (by rolling) and flipped together."""
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__()
-        size = (setting.batch_size, 3, setting.image_size, setting.image_size)
-        self.images = nn.Parameter(torch.zeros(size, device=setting.device))
+        super().__init__(setting)
+        self.pixels = nn.Parameter(torch.zeros_like(self.images))
         self.scale, self.shift = setting.scale, setting.shift
 
     def forward(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
         """Return the images in [-1, 1], with the given order of rows (H,) and columns (W,)."""
-        images: Tensor = self.images
-        if rows is not None and columns is not None:
-            images = images.index_select(2, rows).index_select(3, columns)
-        return (images - self.shift) / self.scale
+        images = (self.pixels - self.shift) / self.scale
+        self.images.copy_(images.detach())
+        if rows is None or columns is None:
+            return images
+        return images.index_select(2, rows).index_select(3, columns)
 
 
 class _ImageSynthesizer(PoolSynthesizer):
@@ -39,9 +39,6 @@ class _ImageSynthesizer(PoolSynthesizer):
     def __init__(self, setting: Setting, options: Any) -> None:
         super().__init__(setting, options)
         self.module = _Images(setting)
-
-    def after_forward(self, inputs: Tensor, loss: Tensor) -> None:
-        super().after_forward(self.module.images.detach(), loss)  # without shift and flip
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
         return ()
@@ -78,7 +75,7 @@ class DeepInversion(_ImageSynthesizer):
 
     def start(self) -> None:
         super().start()
-        images = self.module.images
+        images = self.module.pixels
         images.data.copy_(torch.randn(images.shape, device=images.device, generator=self.setting.random))
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
@@ -91,7 +88,7 @@ class DeepInversion(_ImageSynthesizer):
 
     def after_step(self) -> None:
         scale, shift = self.setting.scale, self.setting.shift
-        self.module.images.data.copy_(self.module.images.data.clamp(shift - scale, shift + scale))
+        self.module.pixels.data.copy_(self.module.pixels.data.clamp(shift - scale, shift + scale))
 
 
 @SYNTHESIZERS.register("zskd")
@@ -138,12 +135,12 @@ class ZeroShot(_ImageSynthesizer):
 
     def start(self) -> None:
         super().start()
-        images = self.module.images
+        images = self.module.pixels
         values = torch.rand(images.shape, device=images.device, generator=self.setting.random) * 2 - 1
         images.data.copy_(values * self.setting.scale + self.setting.shift)
 
     def after_step(self) -> None:
-        images = (self.module.images.data - self.setting.shift) / self.setting.scale
+        images = (self.module.pixels.data - self.setting.shift) / self.setting.scale
         least, most = (each(images, (1, 2, 3), keepdim=True) for each in (torch.amin, torch.amax))
         images = 2 * (images - least) / (most - least).clamp_min(1e-12) - 1
-        self.module.images.data.copy_(images * self.setting.scale + self.setting.shift)
+        self.module.pixels.data.copy_(images * self.setting.scale + self.setting.shift)

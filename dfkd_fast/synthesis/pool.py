@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dfkd_fast.synthesis.base import Setting, Synthesizer
 
-__all__ = ["Augment", "Pool", "PoolSynthesizer", "to_float", "to_uint8"]
+__all__ = ["Augment", "Pool", "PoolSynthesizer", "crop_and_flip", "to_float", "to_uint8"]
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -80,11 +80,29 @@ class Pool:
         self.position.copy_(state["position"])
 
 
-class Augment(nn.Module):
-    """Converts uint8 images to [-1, 1]. With ``crop``, pads them by black pixels, crops at an offset, and flips them.
+def crop_and_flip(images: Tensor, places: Tensor, pad: int) -> Tensor:
+    """Pad images (N, 3, H, W) in [-1, 1] by black pixels, crop them to (H, W) and flip them.
 
     Args:
-        crop: number of pixels to pad on each side; None changes nothing.
+        images: the images; the result is differentiable with respect to them.
+        places: (N, 3) int64, the first row and column, in [0, 2 * pad], and 1 for images to flip.
+        pad: number of pixels on each side.
+    """
+    count, _, height, width = images.shape
+    padded = F.pad(images, [pad] * 4, value=-1.0)
+    rows = places[:, :1] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(count, -1)
+    columns = places[:, 1:2] + torch.where(places[:, 2:] == 1, width - 1 - columns, columns)
+    where = rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]
+    where = where.view(count, 1, -1).expand(-1, images.shape[1], -1)
+    return padded.flatten(2).gather(2, where).view_as(images)
+
+
+class Augment(nn.Module):
+    """Converts uint8 images to [-1, 1], and applies :func:`crop_and_flip` to images in [-1, 1].
+
+    Args:
+        crop: number of pixels to pad on each side; None only converts.
         device: device of the images.
     """
 
@@ -104,26 +122,46 @@ class Augment(nn.Module):
         return (places.long().minimum(self.counts - 1),)  # float32 may round up
 
     def forward(self, images: Tensor, places: Tensor | None = None) -> Tensor:
-        """Convert images (N, 3, H, W) uint8 to float32 (N, 3, H, W) in [-1, 1]."""
-        if places is not None and self.crop is not None:
-            height, width = images.shape[-2:]
-            padded = F.pad(images, [self.crop] * 4)
-            rows = places[:, :1] + torch.arange(height, device=images.device)
-            columns = torch.arange(width, device=images.device).expand(len(images), -1)
-            columns = places[:, 1:2] + torch.where(places[:, 2:] == 1, width - 1 - columns, columns)
-            index = torch.arange(len(images), device=images.device)[:, None, None]
-            images = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        return to_float(images)
+        """Return images (N, 3, H, W) in [-1, 1] of uint8 or floating-point images."""
+        images = to_float(images) if images.dtype == torch.uint8 else images
+        return images if places is None or self.crop is None else crop_and_flip(images, places, self.crop)
+
+
+class Source(nn.Module):
+    """Base of the trained modules of pool synthesizers.
+
+    Attributes:
+        images: (N, 3, H, W) float32 in [-1, 1], the images of the last call before augmentation.
+        augment: the augmentation of a generator step.
+    """
+
+    images: Tensor
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        size = (setting.batch_size, 3, setting.image_size, setting.image_size)
+        self.register_buffer("images", torch.zeros(size, device=setting.device))
+        self.augment = Augment(setting.config.crop, setting.device)
+
+    def augmented(self, images: Tensor, places: Tensor | None) -> Tensor:
+        """Keep the images, and augment them."""
+        self.images.copy_(images.detach())
+        return self.augment(images, places)
 
 
 class PoolSynthesizer(Synthesizer):
     """Base of synthesizers that add the best batch of each synthesis to a pool.
 
     A batch is better if the loss of its generator step is lower.
+
+    Attributes:
+        images: (N, 3, H, W) in [-1, 1], the images of the last generator step before augmentation. ``module`` writes
+            them.
     """
 
     resets_optimizer = True
     sampler: Augment
+    module: Source
 
     def __init__(self, setting: Setting, options: Any) -> None:
         super().__init__(setting, options)
@@ -149,13 +187,9 @@ class PoolSynthesizer(Synthesizer):
         self.labels.copy_(self.draw_labels())
         self.best_loss.fill_(torch.inf)
 
-    def current(self, inputs: Tensor) -> Tensor:
-        """The images of a step in [-1, 1], from the teacher's input."""
-        return (inputs.float() - self.setting.shift) / self.setting.scale
-
     def after_forward(self, inputs: Tensor, loss: Tensor) -> None:
         better = loss < self.best_loss
-        self.best_images.copy_(torch.where(better, to_uint8(self.current(inputs)), self.best_images))
+        self.best_images.copy_(torch.where(better, to_uint8(self.module.images), self.best_images))
         self.best_loss.copy_(torch.where(better, loss, self.best_loss))
 
     def finish(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from dfkd_fast.cli import main
+from dfkd_fast.cli import create_parser, main
 from dfkd_fast.config import (
     DataConfig,
     DemoConfig,
@@ -24,13 +24,17 @@ from dfkd_fast.config import (
     expand,
     find,
     read,
+    recipe,
     to_dict,
 )
 from dfkd_fast.data import DatasetNotFound, load
 from dfkd_fast.engine import export
 from dfkd_fast.engine.runtime import new_run_folder
 from dfkd_fast.models import load_weights, read_metadata, save_weights
+from dfkd_fast.nn import GENERATORS
+from dfkd_fast.objectives import PRESETS
 from dfkd_fast.report import read_results, write_results
+from dfkd_fast.synthesis import SYNTHESIZERS
 
 PAPER = ["aircraft", "aircraft_mobilenetv2", "aircraft_resnet34", "aircraft_wrn_40_2", "cars196", "cub200"]
 
@@ -60,6 +64,39 @@ def test_demo_configs_are_valid(name: str, least: float) -> None:
         assert demo.presets == ["dfkd-fgvc", "baseline"]
         assert demo.data.classes == 10
         assert demo.distill.generator.attention != "none"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_recipe(name: str) -> None:
+    config = recipe(name)
+    assert config.objective.preset == name
+    assert config.synthesis.name in SYNTHESIZERS
+    assert config.generator.name in GENERATORS
+    # Values of the publications, not of a miniature.
+    assert config.loop.epochs >= 200
+    assert config.loop.epochs * config.loop.rounds_per_epoch * config.loop.student_steps >= 80_000
+    steps = {"zskd": 1500, "adi": 2000, "fast": 10, "nayer": 80, "dfkd-fgvc": 20, "baseline": 20, "mad": 20}
+    assert config.loop.generator_steps == steps.get(name, 1)
+    text = find(name).read_text()
+    assert text.startswith("# ")
+    assert PRESETS[name].source.split(",")[0].split(" ")[0] in text
+
+
+def test_recipes_come_after_experiments() -> None:
+    parser = create_parser()
+    parsed = parser.parse_args(["distill", "--config", "aircraft", "--config", "fast", "--distill.loop.epochs", "3"])
+    config = parser.instantiate(parsed).distill
+    assert (config.teacher.name, config.data.name) == ("timm:resnet34", "aircraft")
+    assert (config.distill.synthesis.name, config.distill.loop.epochs) == ("fast", 3)
+    assert config.distill.optimizer.student_lr == 0.2
+
+
+def test_methods_lists_sources(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["methods"])
+    printed = capsys.readouterr().out
+    for words in ("dfkd-fgvc", "deep_inversion", "BatchNorm statistics", "Tran et al., NAYER, CVPR 2024"):
+        assert words in printed
 
 
 def test_config_round_trips_through_yaml(tmp_path: Path) -> None:
@@ -221,7 +258,7 @@ def missing(uid):
 pwd.getpwuid = missing
 import dfkd_fast.ops, torch._inductor.codecache
 assert not os.environ["TRITON_HOME"].startswith("~")
-from dfkd_fast.cli import main
+from dfkd_fast.cli import create_parser, main
 
 main("teach --data.name digits --teacher.name resnet8 --out ~/run".split())
 """

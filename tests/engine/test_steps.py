@@ -139,7 +139,7 @@ def test_generator_step_is_an_adam_step_along_its_objective() -> None:
         tiny.config(generator=GeneratorConfig(latent_dim=6, channels=(8, 8, 8, 8, 8), spectral_norm=False))
     )
     twin = copy.deepcopy(state.generator.module)
-    noise = state.draw(6, torch.Generator().manual_seed(state.config.seed))
+    noise = state.synthesizer.noise(6, torch.Generator().manual_seed(state.config.seed))
     inputs = twin(noise)  # with a mean and deviation of 0.5, normalization is the identity
     teacher = state.teacher_statistics
     assert teacher is not None
@@ -162,7 +162,7 @@ def test_generator_step_is_an_adam_step_along_its_objective() -> None:
 
 def test_synthesize_preserves_the_generator_and_matches_its_training_images() -> None:
     state = tiny.state()
-    noise = state.draw(6)
+    noise = state.synthesizer.noise(6)
     before = tensors(state.generator.module)
     images = synthesize(state, noise)
     assert not changed(before, state.generator.module)
