@@ -26,6 +26,7 @@ __all__ = [
     "EngineName",
     "ExperimentConfig",
     "GeneratorConfig",
+    "InversionContrastConfig",
     "KDConfig",
     "LoopConfig",
     "MHADConfig",
@@ -215,6 +216,26 @@ class BNConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InversionContrastConfig:
+    """The contrastive term of CMI.
+
+    Args:
+        dim: dimension of the embeddings that are compared.
+        temperature: temperature of the contrast.
+        bank_size: maximum number of images of previous syntheses whose features are kept.
+        negatives: number of these that a step compares with.
+    """
+
+    dim: int = 256
+    temperature: float = 0.1
+    bank_size: int = 40_960
+    negatives: int = 4096
+
+    def __post_init__(self) -> None:
+        _at_least(self, dim=1, bank_size=1, negatives=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetConfig:
     """The cross-entropy with the labels of a synthesis.
 
@@ -293,6 +314,7 @@ class ObjectiveConfig:
         generator: weights of generator terms, which override the preset's; 0 removes a term.
         student: weights of student terms, which override the preset's; 0 removes a term.
         bn: options of L_BN.
+        contrast: options of the term ``contrast``.
         kd: options of L_KD.
         target: options of the term ``target``.
         mhad: options of L_MHAD.
@@ -303,6 +325,7 @@ class ObjectiveConfig:
     generator: dict[str, float] = field(default_factory=dict)
     student: dict[str, float] = field(default_factory=dict)
     bn: BNConfig = field(default_factory=BNConfig)
+    contrast: InversionContrastConfig = field(default_factory=InversionContrastConfig)
     kd: KDConfig = field(default_factory=KDConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     mhad: MHADConfig = field(default_factory=MHADConfig)

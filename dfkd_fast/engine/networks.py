@@ -110,10 +110,10 @@ def _networks(
 
     def step(side: Side[Any], teacher: nn.Module, source: nn.Module) -> StepNetworks:
         ((cast_generator, generate),) = calls(source)
-        # Only the student's objective has weights. A generator step may not call the student, whose call casts them.
-        trained = [side.objective] if side is state.student else []
-        (cast_student, student), *rest = calls(state.student.module, *trained)
-        cast_objective, objective = rest[0] if rest else (None, side.objective)
+        # A generator step may not call the student, whose call would cast the objective's weights too.
+        together = [side.objective] if side is state.student else []
+        (cast_student, student), *rest = calls(state.student.module, *together)
+        cast_objective, objective = rest[0] if rest else calls(side.objective)[0]
 
         def generator(*arguments: Any) -> Tensor:
             return normalize(generate(*arguments)).to(dtype)

@@ -165,8 +165,10 @@ class DistillState:
         if not self.scheduled:
             return
         torch.index_select(self.rates, 0, self.cursor, out=self.generator_rate.view(1))
-        groups = self.generator.optimizer.param_groups
-        for group, (_, factor) in zip(groups, self.synthesizer.parameters(), strict=True):
+        # Further groups, such as heads of terms, have the first rate.
+        for group, (_, factor) in zip(
+            self.generator.optimizer.param_groups, self.synthesizer.parameters(), strict=False
+        ):
             if factor != 1:
                 torch.mul(self.generator_rate, factor, out=group["lr"])
 
@@ -458,6 +460,10 @@ def build_state(
     normalize = Normalize.of(mean, std, device)
     setting = _setting(config, generator, teacher, image_size, normalize)
     synthesizer = create_synthesizer(setting)
+    heads = [each for each in objectives[0].parameters() if each.requires_grad]
+    groups = [*synthesizer.parameters(), *([(heads, 1.0)] if heads else [])]
+    for term in objectives[0].kinds().values():
+        term.allocate(config.loop.batch_size)
 
     def side(module: M, objective: Objective, optimizer: torch.optim.Optimizer) -> Side[M]:
         scaler = torch.amp.GradScaler(device.type, enabled=runtime.autocast is torch.float16)
@@ -468,7 +474,7 @@ def build_state(
         runtime=runtime,
         teacher=teacher,
         teacher_statistics=with_statistics,
-        generator=side(synthesizer.module, objectives[0], _adam(synthesizer.parameters(), config, generator_rate)),
+        generator=side(synthesizer.module, objectives[0], _adam(groups, config, generator_rate)),
         synthesizer=synthesizer,
         student=side(student, objectives[1], _sgd(trained, config, student_rate)),
         image_size=image_size,

@@ -107,18 +107,22 @@ def generator_step(state: DistillState, networks: StepNetworks | None = None) ->
         networks: the functions that the step calls; None uses :func:`eager_networks`.
     """
     call = networks or eager_networks(state).generator_step
-    student, needs_student = state.student.module, "student" in state.generator.objective.needs
+    student, objective = state.student.module, state.generator.objective
+    needs_student = "student" in objective.needs
     mode = state.config.loop.student_in_generator_step
     synthesizer = state.synthesizer
     drawn = synthesizer.draw(state.config.loop.batch_size)
     state.update_generator_rates()
     with frozen(student), _deterministic(student, mode) if needs_student else nullcontext():
         with state.runtime.cast():
-            inputs = call.generator(*drawn)
+            inputs, *views = call.generator(*drawn).chunk(synthesizer.views)
             outputs = call.student(inputs) if needs_student else None
-            batch = (Batch(inputs, synthesizer.labels),) if "batch" in state.generator.objective.needs else ()
-            total, values = call.objective(call.teacher(inputs), outputs, *batch)
-        synthesizer.after_forward(inputs.detach(), total.detach())
+            target, *others = [call.teacher(each) for each in (inputs, *views)]
+            batch = (Batch(inputs, synthesizer.labels, *others),) if "batch" in objective.needs else ()
+            total, values = call.objective(target, outputs, *batch)
+        better = synthesizer.after_forward(total.detach())
+        for term in objective.kinds().values():
+            term.keep(better)
         _descend(state, state.generator, total, values)
 
 

@@ -89,6 +89,12 @@ PRESETS.update(
             source="Yin et al., Dreaming to Distill (DeepInversion), CVPR 2020",
             prior=_STATISTICS,
         ),
+        "cmi": Preset(
+            generator={"bn": 1.0, "target": 0.5, "masked_kl": -0.5, "contrast": 0.8},
+            student={"kd": 1.0},
+            source="Fang et al., Contrastive Model Inversion, IJCAI 2021",
+            prior=f"{_STATISTICS}, features",
+        ),
         "fast": Preset(
             generator=_POOL,
             student={"kd": 1.0},

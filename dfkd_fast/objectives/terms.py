@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_fast import ops
-from dfkd_fast.config import KDConfig, MHADConfig, ObjectiveConfig, SFCLConfig
+from dfkd_fast.config import InversionContrastConfig, KDConfig, MHADConfig, ObjectiveConfig, SFCLConfig
 from dfkd_fast.graph import FeatureModel, LayerStatistics, Outputs
 from dfkd_fast.nn import HighOrderAttention
 from dfkd_fast.nn import SemanticFeatureContrast as FeatureContrast
@@ -51,10 +51,12 @@ class Batch(NamedTuple):
     Attributes:
         images: (N, 3, H, W), the teacher's input.
         labels: classes (N,) int64 or probabilities (N, classes); None if the synthesizer has none.
+        view: the teacher's outputs for another view of each image; None if the synthesizer makes one view.
     """
 
     images: Tensor
     labels: Tensor | None
+    view: Outputs | None = None
 
 
 class Term(nn.Module):
@@ -87,6 +89,12 @@ class Term(nn.Module):
 
     def prepare(self, teacher: FeatureModel) -> None:
         """Called once with the teacher that returns statistics, if the term needs them."""
+
+    def allocate(self, batch_size: int) -> None:
+        """Called once with the number of images per step, before the first forward."""
+
+    def keep(self, better: Tensor | None) -> None:
+        """Called in a generator step with whether its images are the best of the synthesis, a bool of shape (1,)."""
 
     def finish_synthesis(self) -> None:
         """Called on the host at the end of each synthesis."""
@@ -349,6 +357,85 @@ class ImageNorm(Term):
 
     def forward(self, teacher: Outputs, student: Outputs | None, batch: Batch) -> Tensor:
         return torch.linalg.vector_norm(batch.images.float().flatten(1), dim=1).mean()
+
+
+@register("contrast", "generator")
+class InversionContrast(Term):
+    """The contrastive term of CMI (Fang et al., IJCAI 2021): images differ from each other and from previous ones.
+
+    Features are the spatial means of the teacher's stages. A head maps those of two views of each image, and those of
+    images in a bank, to unit vectors. The vectors of the local views are classified among the global views, which get
+    no gradient. The means over the batch and over the bank are added. The best batch of each synthesis goes to the
+    bank.
+
+    Args:
+        shapes: channels of the teacher's stages.
+        config: see :class:`dfkd_fast.config.InversionContrastConfig`.
+    """
+
+    needs = frozenset({"batch"})
+    last: Tensor
+    best: Tensor
+    count: Tensor
+    position: Tensor
+    bank: Tensor
+
+    @classmethod
+    def build(cls, shapes: FeatureShapes, config: ObjectiveConfig) -> Term:
+        return cls(shapes, config.contrast)
+
+    def __init__(self, shapes: FeatureShapes, config: InversionContrastConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or InversionContrastConfig()
+        width = sum(shapes.teacher_channels)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.dim))
+        self.register_buffer("bank", torch.zeros(config.bank_size, 2 * width))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("position", torch.zeros(1, dtype=torch.int64))
+
+    def allocate(self, batch_size: int) -> None:
+        if batch_size > self.config.bank_size:
+            raise ValueError(
+                f"InversionContrastConfig.bank_size must be at least the batch size, got {self.config.bank_size} and "
+                f"{batch_size}"
+            )
+        for name in ("last", "best"):
+            self.register_buffer(name, torch.zeros(batch_size, self.bank.shape[1], device=self.bank.device))
+
+    def keep(self, better: Tensor | None) -> None:
+        self.best.copy_(self.last if better is None else torch.where(better, self.last, self.best))
+
+    def finish_synthesis(self) -> None:
+        size = len(self.bank)
+        where = (self.position + torch.arange(len(self.best), device=self.bank.device)) % size
+        self.bank.index_copy_(0, where, self.best)
+        self.position.add_(len(self.best)).remainder_(size)
+        self.count.add_(len(self.best)).clamp_(max=size)
+
+    def forward(self, teacher: Outputs, student: Outputs | None, batch: Batch) -> Tensor:
+        if batch.view is None:
+            raise ValueError("term 'contrast' needs a synthesizer with two views of each image, such as 'cmi'")
+        views = [torch.cat([x.float().mean((2, 3)) for x in each.features], 1) for each in (batch.view, teacher)]
+        self.last.copy_(torch.cat(views, 1).detach())
+        # A random selection of the bank's valid rows, and then of the others, which are masked.
+        order = torch.rand(len(self.bank), device=self.bank.device)
+        order = order + 2 * (torch.arange(len(self.bank), device=order.device) >= self.count)
+        chosen = self.bank[order.argsort()[: self.config.negatives]]
+        valid = torch.arange(len(chosen), device=order.device) < self.count
+        local, other = (
+            F.normalize(self.head(torch.cat([view, banked])).float(), dim=1)
+            for view, banked in zip(views, chosen.chunk(2, 1), strict=True)
+        )
+        current = len(views[0])
+        logits = local @ other.detach().T / self.config.temperature
+        used = torch.cat([torch.ones(current, dtype=torch.bool, device=order.device), valid])
+        losses = F.cross_entropy(
+            logits.masked_fill(~used, -torch.inf).masked_fill(~used[:, None], 0.0),
+            torch.arange(len(logits), device=order.device),
+            reduction="none",
+        )
+        banked = torch.where(valid, losses[current:], 0).sum() / valid.sum().clamp_min(1)
+        return losses[:current].mean() + banked
 
 
 def _pool_to_smaller(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

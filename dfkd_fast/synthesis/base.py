@@ -79,11 +79,13 @@ class Synthesizer:
         sampler: maps the results of :meth:`draw_samples` to images (N, 3, H, W) in [-1, 1].
         labels: classes (N,) int64 or probabilities (N, classes) of the images of a generator step; None if there are
             none.
+        views: 2 if ``module`` returns two views of each image, (2 N, 3, H, W), for terms that compare them; else 1.
         resets_optimizer: whether each synthesis starts with a new optimizer state.
     """
 
     Options: ClassVar[type] = NoOptions
     resets_optimizer: ClassVar[bool] = False
+    views: ClassVar[int] = 1
     generator: nn.Module | None
     module: nn.Module
     sampler: nn.Module
@@ -117,8 +119,9 @@ class Synthesizer:
         """Draw the random inputs of ``sampler``, from ``random`` or from the run's random generator."""
         raise NotImplementedError
 
-    def after_forward(self, inputs: Tensor, loss: Tensor) -> None:
-        """Called with the teacher's input (N, 3, H, W) and the loss of a generator step."""
+    def after_forward(self, loss: Tensor) -> Tensor | None:
+        """Called with the loss of a generator step. Return whether it is the best of the synthesis, a bool (1,)."""
+        return None
 
     def after_backward(self) -> None:
         """Called when the gradients of a generator step are computed."""

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,18 @@ from dfkd_fast.config import expand
 from dfkd_fast.synthesis.base import SYNTHESIZERS, Online, Setting
 from dfkd_fast.synthesis.pool import PoolSynthesizer, Source
 
-__all__ = ["Fast", "LabelEmbedding", "Momentum"]
+__all__ = ["Contrastive", "Fast", "LabelEmbedding", "Momentum"]
 
 log = logging.getLogger(__name__)
 
 
 def _named(prefix: str, module: nn.Module) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def _weight(layer: Any) -> Tensor:
+    """The parameter that a layer's weight is computed from."""
+    return layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
 
 
 def _reset(module: nn.Module, random: torch.Generator) -> None:
@@ -32,8 +37,7 @@ def _reset(module: nn.Module, random: torch.Generator) -> None:
         torch.manual_seed(seed)
         for layer in module.modules():
             if parametrize.is_parametrized(layer, "weight"):  # a reset would change the computed weight
-                original = cast(Any, layer).parametrizations.weight.original
-                nn.init.kaiming_uniform_(original, a=math.sqrt(5))
+                nn.init.kaiming_uniform_(_weight(layer), a=math.sqrt(5))
             elif callable(reset := getattr(layer, "reset_parameters", None)):
                 reset()
 
@@ -178,6 +182,75 @@ class Fast(PoolSynthesizer):
         for index, parameter in enumerate(self.trained):
             own |= {f"adam.{index}.{name}": value for name, value in self.optimizer.state[parameter].items()}
         return {**super().tensors(), **_named("generator", self.setting.generator), **own}
+
+
+class _Views(_Batch):
+    """A generator with its noise as parameters, and two views of each image."""
+
+    def forward(self, places: Tensor | None = None, crops: Tensor | None = None) -> Tensor:
+        """Return the augmented images, and crops of them that are resized, (2 N, 3, H, W) in [-1, 1].
+
+        Args:
+            places: see :func:`dfkd_fast.synthesis.crop_and_flip`.
+            crops: (N, 5) float32: scale of height and width, offsets in [-1, 1] and sign of the columns.
+        """
+        images = self.generator(self.noise)
+        both = [self.augmented(images, places)]
+        if crops is not None:
+            height, width, down, right, sign = crops.T
+            zero = torch.zeros_like(height)
+            rows = torch.stack([zero, height, down * (1 - height)], 1)
+            columns = torch.stack([sign * width, zero, right * (1 - width)], 1)
+            grid = nn.functional.affine_grid(torch.stack([columns, rows], 1), list(images.shape), align_corners=False)
+            both.append(nn.functional.grid_sample(images.float(), grid, align_corners=False).to(images.dtype))
+        return torch.cat(both)
+
+
+@SYNTHESIZERS.register("cmi")
+class Contrastive(PoolSynthesizer):
+    """Contrastive model inversion (CMI; Fang et al., IJCAI 2021).
+
+    Each synthesis optimizes a new generator and its noise. The local view of each image is a resized crop of 25 to
+    100 % of its area, for the term ``contrast``.
+    """
+
+    views = 2
+    module: _Views
+
+    def __init__(self, setting: Setting, options: Any) -> None:
+        super().__init__(setting, options)
+        self.generator = setting.generator
+        self.module = _Views(setting.generator, setting)
+
+    def start(self) -> None:
+        super().start()
+        random = self.setting.random
+
+        def normal(tensor: Tensor, mean: float, deviation: float) -> None:
+            tensor.copy_(torch.randn(tensor.shape, device=tensor.device, generator=random) * deviation + mean)
+
+        with torch.no_grad():
+            normal(self.module.noise, 0.0, 1.0)
+            for layer in self.setting.generator.modules():
+                if isinstance(layer, nn.BatchNorm2d) and layer.affine:
+                    normal(layer.weight, 1.0, 0.02)
+                elif isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                    normal(_weight(layer), 0.0, 0.02)
+                else:
+                    continue
+                if layer.bias is not None:
+                    layer.bias.zero_()
+
+    def draw(self, count: int) -> tuple[Tensor, ...]:
+        random, device = self.setting.random, self.setting.device
+        places = self.sampler.draw(count, random) or (torch.tensor([]),)
+        drawn = torch.rand(count, 5, device=device, generator=random)
+        area = 0.25 + 0.75 * drawn[:, 0]
+        ratio = torch.exp((2 * drawn[:, 1] - 1) * math.log(4 / 3))  # of width to height, as in torchvision
+        height, width = ((area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1))
+        sign = torch.where(drawn[:, 4] < 0.5, -1.0, 1.0)
+        offsets = 2 * drawn[:, 2:4] - 1
+        return places[0], torch.stack([height, width, offsets[:, 0], offsets[:, 1], sign], 1)
 
 
 class _Embedded(Source):

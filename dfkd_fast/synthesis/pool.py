@@ -187,10 +187,11 @@ class PoolSynthesizer(Synthesizer):
         self.labels.copy_(self.draw_labels())
         self.best_loss.fill_(torch.inf)
 
-    def after_forward(self, inputs: Tensor, loss: Tensor) -> None:
+    def after_forward(self, loss: Tensor) -> Tensor | None:
         better = loss < self.best_loss
         self.best_images.copy_(torch.where(better, to_uint8(self.module.images), self.best_images))
         self.best_loss.copy_(torch.where(better, loss, self.best_loss))
+        return better
 
     def finish(self) -> None:
         assert self.labels is not None
