@@ -7,9 +7,11 @@ environment variables, which :func:`expand` replaces when a path is used.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import stat
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -33,7 +35,9 @@ __all__ = [
     "TeachConfig",
     "expand",
     "find",
+    "one_line",
     "read",
+    "require_file",
     "to_dict",
 ]
 
@@ -408,6 +412,24 @@ def expand(path: str | os.PathLike[str]) -> Path:
     return Path(text)
 
 
+def require_file(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a file that can be read without waiting.
+
+    Raises:
+        OSError: it does not exist, or it is a folder, a pipe or a device.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(number, "Is a directory" if stat.S_ISDIR(mode) else "Not a regular file", os.fspath(path))
+    return Path(path)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text without line breaks."""
+    return " ".join(str(error).split())
+
+
 def find(name: str) -> Path:
     """Find a config file: the file ``name`` if it exists, otherwise the packaged ``configs/NAME.yaml``.
 
@@ -441,7 +463,7 @@ def read(kind: type[T], path: str | Path) -> T:
             raise TypeError(f"a config must map names to values, got {values!r}")
         return parser.instantiate(parser.parse_object({"config": values})).config
     except Exception as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:
