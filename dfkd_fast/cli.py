@@ -71,6 +71,12 @@ def _described(weights: str, model: ModelConfig | None, description: WeightsDesc
     if model is None:
         if description.model is None:
             raise ValueError(f"{weights} does not name its network: set --model.name")
+        source, colon, _ = description.model.partition(":")
+        if colon and source not in ("timm", "torchvision"):
+            raise ValueError(
+                f"{weights} names the network {description.model!r}, whose code would run: if you trust it, set "
+                f"--model.name {description.model}"
+            )
         return ModelConfig(name=description.model, weights=weights, options=description.options or {})
     if description.model == model.name:
         given = json.loads(json.dumps(model.options)) or None

@@ -7,11 +7,13 @@ environment variables, which :func:`expand` replaces when a path is used.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -37,6 +39,7 @@ __all__ = [
     "find",
     "one_line",
     "read",
+    "reading",
     "require_file",
     "to_dict",
 ]
@@ -423,6 +426,17 @@ def require_file(path: str | os.PathLike[str]) -> Path:
         number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
         raise OSError(number, "Is a directory" if stat.S_ISDIR(mode) else "Not a regular file", os.fspath(path))
     return Path(path)
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Add the path to errors of the operating system: those of reads, unlike those of opens, do not name the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def one_line(error: BaseException) -> str:

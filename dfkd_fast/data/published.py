@@ -249,6 +249,10 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _image_folder(folder: Path, transform: Transform) -> tuple[ImageFiles, list[str]]:
     """The images of a folder per class, in the order of torchvision's ImageFolder, and the classes."""
     if not folder.is_dir():
@@ -257,7 +261,7 @@ def _image_folder(folder: Path, transform: Transform) -> tuple[ImageFiles, list[
     samples: list[tuple[str, int]] = []
     for number, name in enumerate(classes or ["<class>"]):
         before = len(samples)
-        for parent, folders, files in sorted(os.walk(folder / name, followlinks=True)):
+        for parent, folders, files in sorted(os.walk(folder / name, onerror=_raise, followlinks=True)):
             if any(map(_hidden, Path(parent).relative_to(folder).parts)):
                 continue
             # A folder with the name of an image is reported when it is read.

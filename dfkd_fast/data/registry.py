@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from dfkd_fast.config import DataConfig, expand, require_file
+from dfkd_fast.config import DataConfig, expand, reading, require_file
 from dfkd_fast.data.image_data import ImageData
 
 __all__ = ["DATASETS", "DatasetNotFound", "ImageSet", "Layout", "register"]
@@ -140,7 +140,8 @@ class Layout:
             ValueError: the file is empty or not a text file.
         """
         self.require([path])
-        content = require_file(path).read_bytes()
+        with reading(path):
+            content = require_file(path).read_bytes()
         try:
             text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
         except UnicodeDecodeError:

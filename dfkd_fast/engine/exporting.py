@@ -116,7 +116,11 @@ def export(
         raise ExportError("torch.onnx.export returned no program")
     program.model.metadata_props.update(metadata or {})
     content = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common type
+        name = type(model).__name__
+        raise ExportError(f"onnxruntime cannot load the graph of {name}: {first_line(error)}") from error
     worst = 0.0
     for count in (2, 5):
         with torch.inference_mode():

@@ -137,7 +137,7 @@ def create_model(config: ModelConfig, *, num_classes: int, new_head: bool = Fals
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     options = dict(config.options)
-    for name in ("pretrained", "weights", "num_classes"):
+    for name in ("pretrained", "weights", "checkpoint_path", "num_classes"):
         if name in options:
             raise ValueError(
                 f"ModelConfig.options must not contain {name!r}: the data determines the classes and "

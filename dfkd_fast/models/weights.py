@@ -6,12 +6,13 @@ contain one in their metadata.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.config import expand
+from dfkd_fast.config import expand, reading
 from dfkd_fast.files import write_file, zip_damage
 from dfkd_fast.graph.tracing import first_line, require_finite, unwrap, weights_of
 
@@ -115,6 +116,17 @@ def _require_file(path: str | Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _safetensors_errors(path: Path) -> Iterator[None]:
+    """Names the file in the errors of safetensors."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise WeightsFormatError(f"{path} is truncated or not a safetensors file: {error}") from error
+    except (OSError, MemoryError) as error:
+        raise type(error)(f"cannot read {path}: {error}") from error
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Read the metadata of a safetensors file, without its checksum; a torch file has none.
 
@@ -123,13 +135,15 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         WeightsFormatError: the safetensors file is damaged.
     """
     path = _require_file(path)
+    with reading(path):
+        return _read_metadata(path)
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
     if not _is_safetensors(path):
         return {}
-    try:
-        with safetensors.safe_open(str(path), "pt") as file:
-            metadata = dict(file.metadata() or {})
-    except safetensors.SafetensorError as error:
-        raise WeightsFormatError(f"{path} is truncated or not a safetensors file: {error}") from error
+    with _safetensors_errors(path), safetensors.safe_open(str(path), "pt") as file:
+        metadata = dict(file.metadata() or {})
     # Damage may also be in the name or in the value.
     stored = {name: value for name, value in metadata.items() if name == _CHECKSUM or value.startswith(_SHA256)}
     if stored and list(stored.items()) != [(_CHECKSUM, _SHA256 + _sha256(path, stored.get(_CHECKSUM, "")))]:
@@ -250,10 +264,8 @@ def read_description(path: str | Path) -> WeightsDescription:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if _is_safetensors(path):
-        try:
+        with _safetensors_errors(path):
             return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise WeightsFormatError(f"{path} is truncated or not a safetensors file: {error}") from error
     with path.open("rb") as file:
         head = file.read(2)
     if head != b"PK" and head[:1] != b"\x80":  # torch's zip archives and its legacy pickles
@@ -367,7 +379,8 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
     path = _require_file(path)
     own = model.state_dict()
     metadata = read_metadata(path)
-    state = _renamed(_read(path), own, path)
+    with reading(path):
+        state = _renamed(_read(path), own, path)
     prefixes = tuple(f"{name}." for name in skip)
 
     def skipped(name: str) -> bool:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dfkd_fast.config import expand, require_file
+from dfkd_fast.config import expand, reading, require_file
 from dfkd_fast.files import write_file
 
 __all__ = ["device_slug", "environment", "read_results", "source_digest", "timestamp", "write_results"]
@@ -156,7 +156,8 @@ def read_results(path: str | Path) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     try:
-        content = json.loads(require_file(path).read_text(encoding="utf-8"))
+        with reading(path):
+            content = json.loads(require_file(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a result file: {error}") from error
     if not isinstance(content, dict):

@@ -7,12 +7,16 @@ swapped and replaced by other kinds of files.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import pickle
 import shutil
+import tarfile
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,8 +30,10 @@ from torch.utils._pytree import tree_map_only
 
 from dfkd_fast import data as datasets
 from dfkd_fast import report
-from dfkd_fast.cli import create_parser
-from dfkd_fast.config import DataConfig
+from dfkd_fast.cli import create_parser, main
+from dfkd_fast.config import DataConfig, DistillConfig, read
+from dfkd_fast.data import published
+from dfkd_fast.data.image_data import read_image
 from dfkd_fast.engine.checkpoint import CheckpointError, Checkpoints
 from dfkd_fast.models import WeightsMismatch, load_weights, read_description, save_weights
 from dfkd_fast.ops.choices import read_choices
@@ -232,6 +238,88 @@ def judged(rng: np.random.Generator, subject: Subject, other: bytes, how: str) -
     return subject.good.get(found, "refused with a reason")
 
 
+class Program:
+    """Pickles to a call that creates a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.command = f"touch {marker}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+def _tar(path: Path, content: Any) -> None:
+    """The format of torch before 2017."""
+    with tarfile.open(path, "w") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            entry, data = tarfile.TarInfo(name), pickle.dumps(content)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+
+
+def _metadata(path: Path, content: Any) -> None:
+    """Names a function as the network; torch.hub runs the file hubconf.py of a folder."""
+    (path.parent / "hubconf.py").write_text(f"import os; os.system({content['x'].command!r})")
+    options = {"repo_or_dir": str(path.parent), "model": "x", "source": "local", "trust_repo": True}
+    metadata = {**META, "model": "torch:hub.load", "options": json.dumps(options)}
+    safetensors.torch.save_file(tiny.network().state_dict(), path, metadata=metadata)
+
+
+WRITERS: dict[str, Callable[[Path, Any], object]] = {
+    "pickle": lambda path, content: path.write_bytes(pickle.dumps(content)),
+    "torch zip": lambda path, content: torch.save(content, path),
+    "torch legacy": lambda path, content: torch.save(content, path, _use_new_zipfile_serialization=False),
+    "torch tar": _tar,
+    "metadata": _metadata,
+    "YAML": lambda path, content: path.write_text(f"x: !!python/object/apply:os.system ['{content['x'].command}']"),
+    "npy": lambda path, content: np.save(path.open("wb"), np.array([content], dtype=object)),
+    "npz": lambda path, content: np.savez(path.open("wb"), a=np.array([content], dtype=object)),
+}
+COMMANDS = (
+    "export --image_size 16 --num_classes 5 --weights FILE",
+    "export --image_size 16 --num_classes 5 --model.name resnet8 --weights FILE",
+    "evaluate --data.name digits --weights FILE",
+    "evaluate --data.name digits --model.name resnet8 --weights FILE",
+    "distill --num_classes 5 --student.name resnet8 --distill.image_size 16 --out out --teacher.weights FILE",
+    "distill --num_classes 5 --student.name resnet8 --teacher.name resnet8 --out out --teacher.weights FILE",
+    "profile --num_classes 5 --student.name resnet8 --teacher.name resnet8 --out out --teacher.weights FILE",
+    "teach --data.name digits --teacher.name resnet8 --out out --teacher.weights FILE",
+    "teach --config FILE",
+    "bench distillation_kl --device cpu --shapes FILE",
+)
+LOADERS: tuple[Callable[[Path], object], ...] = (
+    lambda path: load_weights(tiny.network(), path),
+    read_description,
+    Checkpoints(Path("checkpoints"), tiny.config(), "").read,
+    partial(published.Cars196._read, name="annotations"),
+    read_image,
+    partial(read, DistillConfig),
+    report.read_results,
+    read_choices,
+)
+
+
+def inert(folder: Path, rng: np.random.Generator, writer: str) -> str:
+    """Write a program into a file and read the file by a command or a function. Raises AssertionError if it runs."""
+    suffix = rng.choice(["pt", "pth", "safetensors", "yaml", "mat", "npy", "json", "jpg"])
+    marker, path = folder / "marker", folder / f"file.{suffix}"
+    WRITERS[writer](path, {"state_dict": {"fc.bias": torch.zeros(5)}, "x": Program(marker)})
+    number, outcome = int(rng.integers(len(COMMANDS) + len(LOADERS))), "read, without effect"
+    os.chdir(folder)
+    logging.disable()
+    try:
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            if number < len(COMMANDS):
+                main(COMMANDS[number].replace("FILE", str(path)).split())
+            else:
+                LOADERS[number - len(COMMANDS)](path)
+    except (ValueError, OSError, CheckpointError, SystemExit):
+        outcome = "refused"
+    if marker.exists():
+        raise AssertionError(f"the program in {path.name} ran in {(*COMMANDS, *LOADERS)[number]}")
+    return outcome
+
+
 def run(tally: Tally) -> None:
     """Damage files for one half of the time, and load programs for the other one."""
     folder = tally.folder / "files"
@@ -243,8 +331,15 @@ def run(tally: Tally) -> None:
         for subject in found
         if subject.checked or how in REPLACEMENTS
     ]
+    programs = tally.folder / "programs"
     for rng in tally.cases():
-        subject, how = plan[tally.index % len(plan)]
+        if tally.index % 3 == 0:
+            shutil.rmtree(programs, ignore_errors=True)
+            programs.mkdir()
+            writer = list(WRITERS)[tally.index // 3 % len(WRITERS)]
+            tally.judge(f"program in a file: {writer}", partial(inert, programs, rng, writer))
+            continue
+        subject, how = plan[tally.index * 2 // 3 % len(plan)]
         others = [each.path for each in found if each.kind.split(",")[0] != subject.kind.split(",")[0]]
         other = contents[others[int(rng.integers(len(others)))]]
         tally.judge(subject.kind, partial(judged, rng, subject, other, how), seconds=20.0)
