@@ -108,7 +108,7 @@ def _cached(recipe: _Recipe, folder: Path, workers: int) -> NDArray[np.uint8]:
     path = folder / f"{recipe.stem}.npy"
     if path.is_file():
         content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
-        if content[-_CHECKSUM:].tobytes() == _checksum(content[:-_CHECKSUM], path):
+        if content[-_CHECKSUM:].tobytes() == _checksum(content[:-_CHECKSUM].data, path):
             return np.load(path, mmap_mode="c")
         warnings.warn(f"{path} is damaged or of an earlier version; drawing it again", stacklevel=4)
     try:
@@ -126,9 +126,9 @@ def _cached(recipe: _Recipe, folder: Path, workers: int) -> NDArray[np.uint8]:
     return np.load(path, mmap_mode="c")
 
 
-def _checksum(content: bytes | NDArray[np.uint8], path: Path) -> bytes:
+def _checksum(content: bytes | memoryview, path: Path) -> bytes:
     """Also depends on the file's name, so that a renamed file does not replace another one."""
-    return hashlib.blake2b(memoryview(content), digest_size=_CHECKSUM, key=path.stem.encode()).digest()
+    return hashlib.blake2b(content, digest_size=_CHECKSUM, key=path.stem.encode()).digest()
 
 
 def _draw_all(recipe: _Recipe, path: Path, workers: int) -> None:
