@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import pickle
 import traceback
 from collections.abc import Iterator
@@ -92,6 +93,10 @@ class _Loader(DataLoader[Any]):
 
     def _batches(self) -> Iterator[Any]:
         try:
+            if self.num_workers:
+                # Workers send tensors through sockets in this folder. If a worker cannot create the folder, its batch
+                # is lost, and the loader waits for it forever.
+                multiprocessing.util.get_temp_dir()
             yield from super().__iter__()
         except OSError as error:
             if not self.num_workers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 from typing import Any
 
 import pytest
@@ -217,10 +218,11 @@ def test_num_classes_reads_no_files() -> None:
     assert load(DataConfig(name="digits", image_size=8)).num_classes == 10
 
 
-def test_workers_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object) -> None:
+@pytest.mark.parametrize("place", [(DataLoader, "__iter__"), (multiprocessing.util, "get_temp_dir")])
+def test_workers_that_cannot_start(place: tuple[object, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(DataLoader, "__iter__", fail)
+    monkeypatch.setattr(*place, fail)
     with pytest.raises(OSError, match=r"cannot load images in 2 worker processes: Too many open files; try fewer"):
         next(iter(loader(array(), batch_size=2, shuffle=False, seed=0, workers=2)))
