@@ -130,7 +130,7 @@ def write_file(path: str | Path, content: bytes) -> Path:
 
 
 def zip_damage(path: Path) -> str | None:
-    """Return what is damaged in a zip archive, or None. ``torch.load`` does not compare all checksums."""
+    """Return what is damaged in a zip archive, such as the files of ``torch.save``, or None."""
     try:
         with zipfile.ZipFile(require_file(path)) as archive:
             broken = archive.testzip()

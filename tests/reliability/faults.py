@@ -123,7 +123,7 @@ def limit(kind: int, value: int) -> Iterator[None]:
 
 
 def _memory(at: float) -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + int(3e7 * at**2)
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + int(2e6 * at)
 
 
 def _short_writes(at: float) -> AbstractContextManager[Any]:
