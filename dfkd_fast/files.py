@@ -7,13 +7,14 @@ import errno
 import io
 import logging
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from dfkd_fast.config import expand
+from dfkd_fast.config import expand, require_file
 
-__all__ = ["FolderInUseError", "WriteError", "atomic_write", "lock_folder", "write_file"]
+__all__ = ["FolderInUseError", "WriteError", "atomic_write", "lock_folder", "make_folder", "write_file", "zip_damage"]
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,20 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             partial.unlink(missing_ok=True)
 
 
+def make_folder(path: str | Path) -> Path:
+    """Create a folder and its parents, unless they exist, and return its expanded path.
+
+    Raises:
+        WriteError: it cannot be created.
+    """
+    path = expand(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError.of(path, error) from error
+    return path
+
+
 def _sync_folder(folder: Path) -> None:
     """Flush a rename to disk. Some file systems do not support this."""
     with contextlib.suppress(OSError):
@@ -112,6 +127,16 @@ def write_file(path: str | Path, content: bytes) -> Path:
     with atomic_write(path) as file:
         file.write(content)
     return expand(path)
+
+
+def zip_damage(path: Path) -> str | None:
+    """Return what is damaged in a zip archive, such as the files of ``torch.save``, or None."""
+    try:
+        with zipfile.ZipFile(require_file(path)) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # damaged headers raise many exception types
+        return str(error)
+    return None if broken is None else f"the checksum of its record {broken} does not match"
 
 
 _locks: set[int] = set()

@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dfkd_fast.config import require_file
+
 __all__ = ["HALF", "ImageArray", "ImageData", "ImageFiles", "read_image"]
 
 HALF = (0.5, 0.5, 0.5)
@@ -110,7 +112,7 @@ def read_image(path: str | Path) -> Image.Image:
         ValueError: the file is missing, truncated, not an image, or has 32-bit pixels. The message names the file.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(require_file(path)) as image:
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
                 # PIL would clip all values above 255 to white.
                 return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")

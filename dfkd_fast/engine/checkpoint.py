@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from dfkd_fast.config import DistillConfig, to_dict
-from dfkd_fast.files import atomic_write
+from dfkd_fast.files import atomic_write, zip_damage
 
 __all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
 
@@ -106,13 +105,8 @@ class Checkpoints:
         Raises:
             CheckpointError: the file is damaged or has another format, or its config or teacher differs.
         """
-        try:
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-        except Exception as error:  # damaged headers raise many exception types
-            raise CheckpointError(f"{path.name} is damaged or not a checkpoint: {error}") from error
-        if broken is not None:
-            raise CheckpointError(f"{path.name} is damaged: the checksum of its record {broken} does not match")
+        if damage := zip_damage(path):
+            raise CheckpointError(f"{path.name} is damaged or not a checkpoint: {damage}")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:

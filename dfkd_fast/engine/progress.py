@@ -94,9 +94,10 @@ class EventLog:
                 if self._writer is None:
                     self._writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
                 getattr(self._writer, method)(*arguments)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # RuntimeError: no more threads
                 self._failed = True
-                log.warning("%s; the rest of the run has no TensorBoard log", WriteError.of(self.folder, error))
+                reason = WriteError.of(self.folder, error) if isinstance(error, OSError) else f"{self.folder}: {error}"
+                log.warning("%s; the rest of the run has no TensorBoard log", reason)
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self._call("add_scalar", name, value, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -413,3 +414,64 @@ def test_aircraft_uses_random_crop(tmp_path: Path) -> None:
 
     assert steps("aircraft", aircraft_tree)[:3] == ["Resize", "RandomCrop", "RandomHorizontalFlip"]
     assert steps("cars196", cars_tree)[:3] == ["Resize", "RandomResizedCrop", "RandomHorizontalFlip"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("aircraft", AIRCRAFT / "variants.txt"),
+        ("cars196", CARS_BASE / "devkit" / "cars_meta.mat"),
+        ("folder", Path("test/bee/1.jpg")),
+    ],
+)
+def test_pipes_and_folders_instead_of_files(name: str, file: Path, tmp_path: Path) -> None:
+    path = MAKERS[name](tmp_path) / file
+    for make, reason in ((os.mkfifo, "Not a regular file"), (os.mkdir, "Is a directory")):
+        path.unlink() if path.is_file() else path.rename(tmp_path / "pipe")
+        make(path)
+        with pytest.raises((ValueError, OSError), match=rf"{reason}.*{path.name}|{path.name}.*{reason}"):
+            list(load(config(name, tmp_path)).test)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "message"),
+    [
+        ("aircraft", AIRCRAFT / "variants.txt", lambda text: text + "\x1b\n", r"line 5, contains a control character"),
+        (
+            "aircraft",
+            AIRCRAFT / "images_variant_test.txt",
+            lambda text: "0034958 707-320\n" + text,
+            r"test\.txt names .*0034958\.jpg, which is also in images_variant_trainval\.txt",
+        ),
+        ("cub200", CUB / "classes.txt", lambda text: text[:-4], r"images\.txt, line 11, names image 11, .*Albatr"),
+        ("cub200", CUB / "images.txt", lambda text: "".join(text.splitlines(True)[:-1]), r"does not name image 15 of"),
+        (
+            "cub200",
+            CUB / "images.txt",
+            lambda text: text + "x y\n",
+            r"labels\.txt assigns image x .* line 16 of .*images",
+        ),
+        ("cub200", CUB / "image_class_labels.txt", lambda text: text.replace("2 1", "2 3", 1), r"names image 2, 001"),
+    ],
+)
+def test_annotations_that_contradict_each_other(
+    name: str, file: Path, change: Callable[[str], str], message: str, tmp_path: Path
+) -> None:
+    path = MAKERS[name](tmp_path) / file
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        load(config(name, tmp_path))
+
+
+def test_errors_of_the_system_are_not_missing_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_tree(tmp_path)
+    real = os.scandir
+
+    def fail(path: str) -> object:
+        if str(path).endswith("bee"):
+            raise OSError(24, "Too many open files", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(OSError, match=r"Too many open files: '.*bee'"):
+        load(config("folder", tmp_path))

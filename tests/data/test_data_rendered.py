@@ -244,3 +244,19 @@ def test_errors(tmp_path: Path, changes: dict[str, object], message: str) -> Non
     with pytest.raises(ValueError, match=message):
         load(config(tmp_path, **changes))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_changed_and_renamed_cache_files_are_drawn_again(tmp_path: Path) -> None:
+    same = {"train_per_class": 2}  # both files have the same shape
+    first = load(config(tmp_path, **same)).train.images.clone()  # the file is mapped
+    train, test = sorted(tmp_path.glob("rendered-*.npy"), reverse=True)
+    content = bytearray(train.read_bytes())
+    content[len(content) // 2] ^= 1
+    for replaced in (bytes(content), test.read_bytes()):
+        train.write_bytes(replaced)
+        with pytest.warns(UserWarning, match=r"rendered-train-.*is damaged or of an earlier version; drawing it again"):
+            assert torch.equal(load(config(tmp_path, **same)).train.images, first)
+    train.unlink()
+    train.mkdir()
+    with pytest.raises(OSError, match=r"cannot draw images into .*rendered-train-.*\.npy: Is a directory"):
+        load(config(tmp_path, **same))
