@@ -14,7 +14,7 @@ from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
 from dfkd_fast.ops.custom_op import differentiable, fused_op, operator, unsupported_reason
 from dfkd_fast.reference import batchnorm_statistics as reference
-from dfkd_fast.reference.common import upcast
+from dfkd_fast.reference.common import contiguous, upcast
 
 __all__ = ["batchnorm_statistics", "channel_statistics", "merge_statistics", "new_map", "new_mask"]
 
@@ -199,9 +199,7 @@ def _cpu_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y, mean and var with fewer passes over maps than the reference."""
     upcast_x = upcast(x)
-    mean, var, scale, shift = (
-        None if v is None else v.to(upcast_x.dtype) for v in (running_mean, running_var, weight, bias)
-    )
+    mean, var, scale, shift = contiguous((running_mean, running_var, weight, bias), upcast_x.dtype)
     # Without a residual, PyTorch rounds a half-precision result once.
     y = F.batch_norm(x if residual is None else upcast_x, mean, var, scale, shift, eps=eps)
     if residual is not None:
@@ -234,7 +232,7 @@ def _cpu_gradients(
         elif activation == "relu6":
             grad_y = torch.ops.aten.hardtanh_backward(grad_y, y, 0, 6)
         needs = [bool(needs_grad[i]) for i in (0, 3, 4)]
-        vectors = (None if v is None else v.to(mean.dtype) for v in (weight, running_mean, running_var))
+        vectors = contiguous((weight, running_mean, running_var), mean.dtype)
         of_norm = torch.ops.aten.native_batch_norm_backward(grad_y, x, *vectors, None, None, False, eps, needs)
         gradients[0], gradients[3], gradients[4] = (g if need else None for g, need in zip(of_norm, needs, strict=True))
         gradients[7] = grad_y.to(residual_dtype) if needs_grad[7] else None

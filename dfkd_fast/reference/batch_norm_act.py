@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfkd_fast.reference.common import contiguous
+
 __all__ = ["batch_norm_act"]
 
 
@@ -37,14 +39,15 @@ def batch_norm_act(
     dtype = torch.promote_types(x.dtype, torch.float32)
     if {v.dtype for v in vectors if v is not None} == {x.dtype}:
         dtype = x.dtype
-    mean, var, scale, shift = (None if v is None else v.to(dtype) for v in vectors)
+    mean, var, scale, shift = contiguous(vectors, dtype)
     given = _faster_format(x)
     y = F.batch_norm(given, mean, var, scale, shift, training, momentum, eps)
     if given is not x:  # vmap does not support y.contiguous(memory_format=torch.channels_last)
         y = y.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
     for buffer, updated in ((running_mean, mean), (running_var, var)):
-        if buffer is not None and updated is not None and buffer.dtype != dtype:
-            buffer.copy_(updated)
+        if training and buffer is not None and updated is not None:
+            if buffer.dtype != dtype or not buffer.is_contiguous():
+                buffer.copy_(updated)
     if residual is not None:
         y = (y + residual).to(x.dtype)
     if activation != "none":  # in place if the backward then still knows the sign

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["match_memory_format", "pointwise", "upcast"]
+__all__ = ["contiguous", "match_memory_format", "pointwise", "upcast"]
 
 
 def upcast(x: Tensor) -> Tensor:
     """Cast to float32, unless x is float64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def contiguous(vectors: Iterable[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """Cast the vectors of a BatchNorm; PyTorch's kernels on the CPU ignore their strides, for example in backward."""
+    return [None if vector is None else vector.to(dtype).contiguous() for vector in vectors]
 
 
 def pointwise(x: Tensor, weight: Tensor) -> Tensor:

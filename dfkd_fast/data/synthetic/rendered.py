@@ -109,7 +109,9 @@ def _cached(recipe: _Recipe, folder: Path, workers: int) -> NDArray[np.uint8]:
             images = np.load(path, mmap_mode="c")
             if (images.shape, images.dtype) == (recipe.shape, np.uint8):
                 return images
-        except (ValueError, EOFError):
+        except OSError:
+            raise
+        except Exception:  # a damaged file may fail in any way
             pass
         warnings.warn(f"{path} is damaged; drawing it again", stacklevel=4)
     try:
