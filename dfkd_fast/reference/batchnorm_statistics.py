@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd_fast.reference.common import contiguous, upcast
+from dfkd_fast.reference.common import contiguous, one_format, upcast
 
 __all__ = ["batchnorm_statistics", "channel_statistics"]
 
@@ -25,7 +25,7 @@ def batchnorm_statistics(
     """Normalize x (N, C, ...) with running statistics; also return its mean and biased variance."""
     upcast_x = upcast(x)
     mean, var, scale, shift = contiguous((running_mean, running_var, weight, bias), upcast_x.dtype)
-    y = F.batch_norm(upcast_x, mean, var, scale, shift, training=False, eps=eps)
+    y = F.batch_norm(one_format(upcast_x), mean, var, scale, shift, training=False, eps=eps)
     if residual is not None:
         y = y + residual
     if activation == "relu":

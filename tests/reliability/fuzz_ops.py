@@ -122,13 +122,14 @@ def _evaluate(function: Callable[..., Any], inputs: Sequence[Any]) -> tuple[list
     outputs = function(*inputs)
     outputs = [outputs] if isinstance(outputs, Tensor) else [each for each in outputs if isinstance(each, Tensor)]
     leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-    used = [each for each in outputs if each.requires_grad]
+    used = [(each, i) for i, each in enumerate(outputs) if each.requires_grad]
     if leaves and not used:
         raise _Fault("no output has a gradient")
-    if not leaves or used[0].is_meta:
+    if not leaves or outputs[0].is_meta:
         return outputs, []
-    grad_output = [random(*o.shape, dtype=o.dtype, seed=i, shift=0.5) for i, o in enumerate(used)]
-    return [o.detach() for o in outputs], list(torch.autograd.grad(used, leaves, grad_output, allow_unused=True))
+    grad_output = [random(*o.shape, dtype=o.dtype, seed=i, shift=0.5) for o, i in used]
+    gradients = torch.autograd.grad([o for o, _ in used], leaves, grad_output, allow_unused=True)
+    return [o.detach() for o in outputs], list(gradients)
 
 
 def _compare(found: Sequence[Tensor | None], truth: Sequence[Tensor | None], what: str, coarse: torch.dtype) -> None:
