@@ -49,7 +49,8 @@ def batch_norm_act(
     ):  # vmap does not support y.contiguous(memory_format=torch.channels_last)
         y = y.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
     for buffer, updated in ((running_mean, mean), (running_var, var)):
-        if training and buffer is not None and updated is not None and updated is not buffer:
+        copied = buffer is not None and (buffer.dtype != dtype or not buffer.is_contiguous())
+        if training and copied and buffer is not None and updated is not None:
             buffer.copy_(updated)
     if residual is not None:
         y = (y + residual).to(x.dtype)
