@@ -279,6 +279,7 @@ class TestBench:
             ("distillation_kl: [{rows: 3, classes: 4, lines: 3}]", "is not a shape of distillation_kl: .*lines"),
             ("distillation_kl: [{rows: 3, classes: 4, dtypes: [int8]}]", "dtypes must be a list of float32"),
             ("a: b: c", "neither YAML nor JSON"),
+            ("[" * 1000, "neither YAML nor JSON"),
         ],
     )
     def test_malformed_file_raises(self, text, message):
