@@ -108,7 +108,7 @@ def _weights(folder: Path) -> dict[str, Parser]:
         assert not any(torch.is_tensor(value) and value.is_complex() for value in content.values()), "loads complex"
 
     kinds = [torch.float32, torch.float16, torch.int64, torch.bool, torch.complex64, torch.float8_e5m2]
-    forms = [lambda t: t, lambda t: t.float().to_sparse(), lambda t: t.to("meta"), nn.Parameter, lambda t: t.flatten()]
+    forms = [lambda t: t, lambda t: t.float().to_sparse(), lambda t: t.to("meta"), lambda t: t.flatten()]
     tensor = st.builds(
         lambda t, kind, form, shift: form((t + shift).to(kind)).requires_grad_(False),
         *(st.sampled_from(x) for x in ([*state.values(), torch.zeros(0)], kinds, forms, [0, 0, math.nan, 1e30])),
