@@ -5,6 +5,7 @@ All files that the annotations name are checked first: an incomplete copy fails 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 from collections.abc import Callable
@@ -144,15 +145,12 @@ class Cars196(ImageSet):
     @classmethod
     def _read(cls, path: Path, name: str) -> list[Any]:
         """The elements of an array in a MATLAB file, with structs as dicts."""
-        from scipy.io import loadmat  # slow to import
-
-        try:
-            content = loadmat(require_file(path), simplify_cells=True)
-        except NotImplementedError as error:  # of MATLAB 7.3
-            raise cls.layout.error(path, None, f"cannot be read: {error}; save it with '-v7'") from error
-        except Exception as error:  # a damaged file may fail in any way
-            problem = f"is damaged or not a MATLAB file: {type(error).__name__}: {error}"
-            raise cls.layout.error(path, None, problem) from error
+        content = _load_matlab(path)
+        if isinstance(content, NotImplementedError):  # of MATLAB 7.3
+            raise cls.layout.error(path, None, f"cannot be read: {content}; save it with '-v7'") from content
+        if isinstance(content, Exception):
+            problem = f"is damaged or not a MATLAB file: {type(content).__name__}: {content}"
+            raise cls.layout.error(path, None, problem) from content
         if name not in content:
             raise cls.layout.error(path, None, f"has no variable {name!r}")
         value = content[name]
@@ -161,6 +159,34 @@ class Cars196(ImageSet):
         if not values:
             raise cls.layout.error(path, None, "is empty")
         return values
+
+
+def _load_matlab(path: Path) -> dict[str, Any] | Exception:
+    """The content of a MATLAB file, or the error, which may be of any type for a damaged file.
+
+    Another process reads the file, because some damaged files crash scipy.
+    """
+    from scipy.io import loadmat  # slow to import
+
+    def load() -> None:
+        try:
+            sender.send(loadmat(require_file(path), simplify_cells=True))
+        except Exception as error:
+            sender.send(error)
+
+    context = multiprocessing.get_context("fork")  # as for DataLoader
+    receiver, sender = context.Pipe(duplex=False)
+    with receiver, sender:
+        process = context.Process(target=load)
+        process.start()
+        sender.close()
+        try:
+            return receiver.recv()
+        except Exception as error:
+            process.join()
+            return RuntimeError(f"the process that read it ended with status {process.exitcode} ({error!r})")
+        finally:
+            process.join()
 
 
 @register("cub200")

@@ -116,8 +116,14 @@ class Checkpoints:
             older = str(found).startswith("dfkd_fast.checkpoint/")
             hint = "; continue this run with the version that started it" if older else ""
             raise CheckpointError(f"{path.name} has format {found}, expected {FORMAT}{hint}")
-        self._check_run(path.name, content)
-        return content["state"]
+        try:
+            self._check_run(path.name, content)
+            return content["state"]
+        except CheckpointError:
+            raise
+        except Exception as error:  # the archive is undamaged, but its content is not that of a checkpoint
+            problem = f"its settings or state are invalid: {type(error).__name__}: {error}"
+            raise CheckpointError(f"{path.name} is damaged or not a checkpoint: {problem}") from error
 
     def _check_run(self, name: str, content: dict[str, Any]) -> None:
         """Raise if a checkpoint is of another run, with the settings that differ."""

@@ -309,6 +309,9 @@ def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
         raise WeightsFormatError(
             f"{path} must contain a mapping of names to tensors, at the top level or under one of {known}; it {found}"
         )
+    abstract = [name for name, value in tensors.items() if value.is_meta or value.layout != torch.strided]
+    if abstract:
+        raise WeightsFormatError(f"{path} must contain dense tensors with values; these have none: {_some(abstract)}")
     return tensors
 
 
@@ -408,6 +411,9 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
             shapes = _some(f"{name} {there} instead of {here}" for name, there, here in mismatched)
             lines.append(f"  of another shape ({len(mismatched)}): {shapes}")
         raise WeightsMismatch("\n".join(lines), missing, unexpected, mismatched)
+    imaginary = [name for name, value in state.items() if value.is_complex() and not own[name].is_complex()]
+    if imaginary:
+        raise WeightsFormatError(f"{path} has complex weights, and the network has real ones: {_some(imaginary)}")
     weights = weights_of(model)
     require_finite(str(path), {name: value for name, value in state.items() if name in weights})
     state = {name: value for name, value in state.items() if name not in ignored}

@@ -146,7 +146,7 @@ def write_results(path: str | Path, content: dict[str, Any]) -> Path:
 
 
 def read_results(path: str | Path) -> dict[str, Any] | None:
-    """Read a result file; None if it does not exist.
+    """Read a result file; None if it does not exist. Numbers that are not finite become None.
 
     Raises:
         OSError: the file cannot be read.
@@ -158,8 +158,8 @@ def read_results(path: str | Path) -> dict[str, Any] | None:
     try:
         with reading(path):
             content = json.loads(require_file(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a result file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a result file: its content is a {type(content).__name__}")
-    return content
+    return _finite_or_none(content)  # Python reads NaN and numbers beyond the range of a double

@@ -293,6 +293,16 @@ def test_damaged_cars_files_are_named(file: Path, kept: int | str, tmp_path: Pat
         load(config("cars196", tmp_path))
 
 
+def test_cars_file_that_crashes_scipy_is_named(tmp_path: Path) -> None:
+    path = cars_tree(tmp_path) / CARS_BASE / "devkit" / "cars_meta.mat"
+    shape = np.array([1, len(CARS[1])], np.int32).tobytes()
+    content = path.read_bytes().replace(shape + b"\1\0\0\0", shape + b"\1\0\x80\0", 1)  # a name of 128 bytes
+    assert content != path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cars_meta\.mat is damaged or not a MATLAB file"):
+        load(config("cars196", tmp_path))
+
+
 @pytest.mark.parametrize("name", [".ipynb_checkpoints", "__MACOSX", ".git", "@eaDir", "lost+found"])
 def test_hidden_folders_and_files_are_ignored(name: str, tmp_path: Path) -> None:
     root = folder_tree(tmp_path)
@@ -372,6 +382,17 @@ def test_16_bit_images_are_scaled(suffix: str, dtype: str, tmp_path: Path) -> No
     image.save(tmp_path / f"image.{suffix}")
     found = np.asarray(read_image(tmp_path / f"image.{suffix}"))
     assert (found == gray[..., None]).all()
+
+
+@pytest.mark.parametrize("size", [(5, 2**25), (10_000, 10_000), (2, 2_001)])
+def test_images_that_would_need_gigabytes_are_refused(size: tuple[int, int], tmp_path: Path) -> None:
+    """A damaged header can declare any size. The resized copy of a narrow image is large, too."""
+    path = tmp_path / "image.bmp"
+    Image.new("RGB", (1, 1)).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:18] + np.array(size, "<i4").tobytes() + content[26:])
+    with pytest.raises(ValueError, match=rf"image\.bmp: it has {size[0]} x {size[1]} pixels, which is too large"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])

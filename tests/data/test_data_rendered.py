@@ -180,14 +180,24 @@ def test_cache_key_depends_on_the_drawing_version() -> None:
     assert len(stems) == 2
 
 
-@pytest.mark.parametrize("kept", [0, 40, 300, None], ids=["empty", "half a header", "half the pixels", "other shape"])
-def test_damaged_cache_file_is_drawn_again(tmp_path: Path, kept: int | None) -> None:
+DAMAGED = {
+    "empty": 0,
+    "half a header": 40,
+    "half the pixels": 300,
+    "other shape": None,
+    "open bracket in the header": b"\x93NUMPY\1\0\x08\0{'shape(",
+    "archive": b"PK\3\4",
+}
+
+
+@pytest.mark.parametrize("kept", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_cache_file_is_drawn_again(tmp_path: Path, kept: int | bytes | None) -> None:
     first = load(config(tmp_path)).train.images.clone()
     pixels = next(tmp_path.glob("rendered-train-*.npy"))
     if kept is None:
         np.save(pixels, np.zeros((2, 3, 32, 32), np.uint8))
     else:
-        pixels.write_bytes(pixels.read_bytes()[:kept])
+        pixels.write_bytes(kept if isinstance(kept, bytes) else pixels.read_bytes()[:kept])
     with pytest.warns(UserWarning, match="drawing it again"):
         again = load(config(tmp_path))
     assert torch.equal(again.train.images, first)

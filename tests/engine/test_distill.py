@@ -175,10 +175,16 @@ def test_checkpoint_of_another_run_is_refused(finished: Path) -> None:
         dfkd_fast.distill(
             tiny.network((4, 4, 8, 12), seed=5), tiny.network(), tiny.config(finished, resume=True), progress=False
         )
+    whole = torch.load(next((finished / "checkpoints").iterdir()), weights_only=True)
     for path in (finished / "checkpoints").iterdir():
         torch.save({"state_dict": {"weight": torch.zeros(3)}}, path)
     with pytest.raises(CheckpointError, match=r"has format None, expected dfkd_fast.checkpoint/2"):
         tiny.run(finished, resume=True)
+    for changes in ({"state": {}}, {"settings": None}, {"settings": [1]}, {"state": 3}):
+        for path in (finished / "checkpoints").iterdir():
+            torch.save({**whole, **changes}, path)
+        with pytest.raises(CheckpointError, match=r"is damaged or not a checkpoint: its settings or state are invalid"):
+            tiny.run(finished, resume=True)
     for path in (finished / "checkpoints").iterdir():
         torch.save({"format": "dfkd_fast.checkpoint/1"}, path)
     with pytest.raises(CheckpointError, match=r"checkpoint/1, expected .*/2; continue this run with the version that"):

@@ -415,3 +415,22 @@ def test_weights_that_are_no_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "w.pt")
     with pytest.raises(FileNotFoundError, match=r"no weights file .*w\.pt"):
         load_weights(network(), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("meta", r"must contain dense tensors with values; these have none: conv1\.weight"),
+        ("sparse", "must contain dense tensors with values"),
+        ("complex", r"has complex weights, and the network has real ones: conv1\.weight"),
+    ],
+)
+def test_tensors_that_cannot_be_weights_are_refused(tmp_path: Path, kind: str, message: str) -> None:
+    model, before, path = network(), network(), tmp_path / "w.pt"
+    before.load_state_dict(model.state_dict())
+    change = {"meta": lambda t: t.to("meta"), "sparse": torch.Tensor.to_sparse, "complex": lambda t: t + 1j}[kind]
+    state = {name: change(t) if name == "conv1.weight" else t for name, t in network().state_dict().items()}
+    torch.save(state, path)
+    with pytest.raises(WeightsFormatError, match=message):
+        load_weights(model, path)
+    assert same(model, before)

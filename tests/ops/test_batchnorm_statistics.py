@@ -186,3 +186,22 @@ def test_dtypes_may_differ():
     assert (y.dtype, mean.dtype) == (torch.bfloat16, torch.float32)
     y, mean, _ = call(x, rm.float(), rv.float(), w.float(), b.float(), res.half())
     assert (y.dtype, mean.dtype) == (torch.float64, torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kind", ["maps", "expanded"])
+def test_strides_do_not_change_values_and_gradients(backend, kind):
+    """PyTorch's BatchNorm computes wrong gradients for these strides on the CPU."""
+    x, *vectors, _ = (None if t is None else t.detach() for t in make((1, 5, 4, 1), dtype=torch.float32))
+    if kind == "maps":
+        x = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    else:
+        vectors = [v[:1].expand(5) for v in vectors]
+    dense = [t.clone(memory_format=torch.contiguous_format) for t in (x, *vectors)]
+    results = []
+    for tensors in ([x, *vectors], dense):
+        leaves = [t.detach().requires_grad_(i in (0, 3, 4)) for i, t in enumerate(tensors)]
+        results.append(value_and_gradients(lambda *t: ops.batchnorm_statistics(*t, 1e-3, backend=backend), leaves))
+    for found, expected in zip(*results, strict=True):
+        for a, b in zip(found, expected, strict=True):
+            assert a is b is None or torch.allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -143,3 +143,10 @@ def test_dtypes_may_differ():
     t, s = make()
     assert ops.contrastive_loss(t.bfloat16(), s.float()).dtype == torch.float32
     assert ops.contrastive_loss(t, s.float()).dtype == torch.float64
+
+
+def test_meta_tensors():
+    x = torch.empty(5, 7, device="meta", requires_grad=True)
+    loss = ops.contrastive_loss(x, x)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert (loss.shape, gradient.shape, loss.is_meta) == ((), (5, 7), True)
