@@ -284,7 +284,8 @@ def distill(
 
     Raises:
         ValueError: config, data and networks do not fit together, or the folder contains another run.
-        NonFiniteError: a loss or gradient was not finite. It is raised at the end of that round or of the next one.
+        NonFiniteError: a loss or gradient was not finite. It is raised at the end of that round or of the next one. Or
+            a weight, a running statistic or the state of an optimizer is not finite, which is checked before saving.
         CheckpointError: the run cannot be resumed: no checkpoint in its folder is usable, or a setting differs that
             changes the algorithm. The message names it. With a constant learning rate, ``epochs`` can be increased.
         dfkd_fast.files.FolderInUseError: another run writes to the folder.

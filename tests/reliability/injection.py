@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from dfkd_fast import report
 from dfkd_fast.config import TeachConfig
@@ -30,69 +29,15 @@ from dfkd_fast.engine import engines, evaluate, loop, networks, teach, training
 from dfkd_fast.objectives import PRESETS
 
 from .. import tiny
+from ..engine.faults import CALLS, TENSORS, Fault
 from ..engine.replay import ReplayRecorder
 from .harness import Tally
 from .numerics import in_turn
 
-CALLS = ("generator", "teacher", "student", "objective")  # by a step
-TENSORS = ("parameters", "buffers", "optimizer state", "learning rate")  # of a step
 FP16 = ("gradient in fp16", "loss scale in fp16")
 KINDS = (*CALLS, "gradient", *TENSORS, "compiled engine", "graph engine", *FP16, "teach", "evaluate")
 TEACH = TeachConfig(epochs=2, batch_size=4, device="cpu", precision="fp32")
 STEP = re.compile(r"round (\d+), (\w*) ?step (\d+): \S.* not finite")
-
-
-class Fault:
-    """Writes a value to one element of a place in the step ``at`` (round, step), once. ``hit`` names the tensor."""
-
-    def __init__(self, place: str, rng: np.random.Generator) -> None:
-        self.place, self.rng, self.hit = place, rng, ""
-        self.value, self.at = float(rng.choice([math.nan, math.inf, -math.inf])), tuple(rng.integers([3, 4]).tolist())
-
-    def poison(self, x: Tensor, name: str = "gradient") -> Tensor:
-        self.hit = name
-        mask = torch.arange(x.numel()).view(x.shape) == int(self.rng.integers(x.numel()))
-        return torch.where(mask, self.value, x)
-
-    def poison_one(self, tensors: Any) -> None:
-        named = {name: t for name, t in dict(tensors).items() if t is not None and t.is_floating_point()}
-        name = str(self.rng.choice(list(named)))
-        named[name].data.copy_(self.poison(named[name].data, name))
-
-    def outputs(self, call: Any, *arguments: Any) -> Any:
-        leaves, tree = tree_flatten(call(*arguments))
-        i = int(self.rng.choice([0, self.rng.integers(len(leaves))]))  # logits come first
-        if self.place == "objective":  # the sum contains the term
-            leaves[0], i = leaves[0] + self.value, 1
-        leaves[i] = self.poison(leaves[i], f"output {i}")
-        return tree_unflatten(leaves, tree)
-
-    def take(self, original: Any, engine: Any, kind: str) -> None:
-        state, calls = engine.state, engine.networks
-        if self.hit or (state.position.round, state.position.step) != self.at:
-            return original(engine, kind)
-        side, step = state.sides[kind], getattr(calls, f"{kind}_step")
-        if self.place in CALLS:
-            step = replace(step, **{self.place: partial(self.outputs, getattr(step, self.place))})
-            engine.networks = replace(calls, **{f"{kind}_step": step})
-        elif self.place.startswith("gradient"):
-            weights = [*side.module.parameters()]
-            weight = weights[self.rng.integers(len(weights))]
-            handle = weight.register_hook(lambda g: handle.remove() or self.poison(g))
-        elif self.place == "learning rate":
-            rates = state.rates[state.position.step :] if kind == "student" else side.optimizer.param_groups[0]["lr"]
-            self.poison_one({"rate": rates})
-        original(engine, kind)
-        engine.networks = calls
-        if self.place in ("parameters", "buffers"):
-            self.poison_one(
-                getattr(state.sides[str(self.rng.choice(list(state.sides)))].module, f"named_{self.place}")()
-            )
-        elif self.place == "optimizer state":
-            states = enumerate(side.optimizer.state.values())
-            self.poison_one({f"{name} {i}": t for i, each in states for name, t in each.items()})
-        elif self.place.startswith("loss scale"):
-            self.poison_one({"scale": side.scaler._scale})
 
 
 def _run(folder: Path, preset: str, engine: str, precision: Any, resume: bool = False) -> list[Any]:
