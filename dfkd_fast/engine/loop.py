@@ -322,6 +322,13 @@ def _resume(state: DistillState, checkpoints: Checkpoints) -> None:
                     f"{now.get(key, 'none')}; use the network that the run started with"
                 )
     state.load_state_dict(saved)
+    if found := state.non_finite():  # earlier versions did not check this before saving
+        position = state.position
+        raise CheckpointError(
+            f"cannot resume from {checkpoints.folder}: in the checkpoint of round {position.round}, step "
+            f"{position.step}, {', '.join(found[:5])}{' and others' * (len(found) > 5)} are not finite; delete it to "
+            "resume from the previous one"
+        )
     if state.position.round < state.total_rounds:
         log.info("resumed at round %d, step %d", state.position.round, state.position.step)
     else:

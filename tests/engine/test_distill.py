@@ -378,6 +378,18 @@ def test_weights_that_are_not_finite_after_the_last_step_are_not_written(
     assert not (tmp_path / "student.safetensors").exists()
 
 
+def test_checkpoints_of_earlier_versions_may_contain_values_that_are_not_finite(tmp_path: Path) -> None:
+    tiny.run(tmp_path, epochs=1)
+    path = tmp_path / "checkpoints" / "round-000002-step-0000.pt"
+    content = torch.load(path, weights_only=True)
+    content["state"]["student"]["bn1.running_var"][0] = math.nan
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"round 2, step 0, student's bn1\.running_var are not finite; delete it"):
+        tiny.run(tmp_path, epochs=1, resume=True)
+    path.unlink()
+    tiny.run(tmp_path, epochs=1, resume=True)
+
+
 @pytest.mark.parametrize("select", ["agreement", "test_accuracy"])
 def test_best_student_by_the_selected_criterion_is_returned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str

@@ -118,6 +118,7 @@ def run(tally: Tally) -> None:
     """Inject one value per case, in turn over the places and, more slowly, over presets and precisions."""
     logging.getLogger("dfkd_fast").setLevel(logging.ERROR)
     variants = list(itertools.product(("fp32", "bf16"), PRESETS))
+    tally.skip("memory bank and momentum encoder", "no preset has one")
     undisturbed = cache(lambda *variant: _run(tally.folder / "-".join(variant), *variant))
     compiled = partial(engines.CompiledEngine, backend="eager")  # compiles in a second
     graph = lambda s: engines.GraphEngine(s, networks.eager_networks(s), recorder=ReplayRecorder())  # noqa: E731
