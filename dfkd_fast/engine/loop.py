@@ -282,7 +282,8 @@ def distill(
 
     Raises:
         ValueError: config, data and networks do not fit together, or the folder contains another run.
-        NonFiniteError: a loss or gradient was not finite. It is raised at the end of that round or of the next one.
+        NonFiniteError: a loss or gradient was not finite. It is raised at the end of that round or of the next one. Or
+            a weight, a running statistic or the state of an optimizer is not finite, which is checked before saving.
         CheckpointError: the run cannot be resumed: no checkpoint in its folder is usable, or a setting differs that
             changes the algorithm. The message names it. With a constant learning rate, ``epochs`` can be increased.
         dfkd_fast.files.FolderInUseError: another run writes to the folder.
@@ -320,6 +321,13 @@ def _resume(state: DistillState, checkpoints: Checkpoints) -> None:
                     f"{now.get(key, 'none')}; use the network that the run started with"
                 )
     state.load_state_dict(saved)
+    if found := state.non_finite():  # earlier versions did not check this before saving
+        position = state.position
+        raise CheckpointError(
+            f"cannot resume from {checkpoints.folder}: in the checkpoint of round {position.round}, step "
+            f"{position.step}, {', '.join(found[:5])}{' and others' * (len(found) > 5)} are not finite; delete it to "
+            "resume from the previous one"
+        )
     if state.position.round < state.total_rounds:
         log.info("resumed at round %d, step %d", state.position.round, state.position.step)
     else:

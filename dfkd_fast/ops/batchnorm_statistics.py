@@ -227,13 +227,15 @@ def _cpu_gradients(
         gradients[0], gradients[3], gradients[4] = (g if need else None for g, need in zip(of_norm, needs, strict=True))
         gradients[7] = grad_y.to(residual_dtype) if needs_grad[7] else None
     if needs_grad[0] and not (grad_mean is None and grad_var is None):
-        # grad_mean / M + 2 grad_var (x - mean) / M for M values per channel: an affine map of each channel.
+        # grad_mean / M + 2 grad_var (x - mean) / M for M values per channel. As an affine map of x, as F.batch_norm
+        # computes it, it would cancel if the mean is much larger than the deviations.
+        shape = [1, -1, *[1] * (x.ndim - 2)]
         of_mean, of_var = (
-            torch.zeros_like(mean) if g is None else g * (factor * x.shape[1] / x.numel())
+            (torch.zeros_like(mean) if g is None else g * (factor * x.shape[1] / x.numel())).view(shape)
             for g, factor in ((grad_mean, 1), (grad_var, 2))
         )
-        of_statistics = F.batch_norm(x, mean, torch.ones_like(mean), of_var, of_mean, eps=1e-30)
-        gradients[0] = of_statistics if gradients[0] is None else gradients[0].add_(of_statistics)
+        of_statistics = torch.addcmul(of_mean, x - mean.view(shape), of_var)
+        gradients[0] = of_statistics.to(x.dtype) if gradients[0] is None else gradients[0].add_(of_statistics)
     return gradients
 
 

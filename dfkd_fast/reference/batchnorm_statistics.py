@@ -33,7 +33,7 @@ def batchnorm_statistics(
     elif activation == "relu6":
         y = F.relu6(y)
     y = y.to(x.dtype)
-    return (*([y] * (1 + fork)), *channel_statistics(x))
+    return (*([y] * (1 + fork)), *channel_statistics(upcast_x))
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

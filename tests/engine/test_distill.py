@@ -369,6 +369,39 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert checkpoint_names(tmp_path) == ["round-000001-step-0000.pt"]
 
 
+def test_weights_that_are_not_finite_after_the_last_step_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, count = engines.student_step, 0
+
+    def poisoned(state: Any, networks: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 8:  # the last one: no later loss shows its weights
+            state.rates.fill_(math.nan)
+        step(state, networks)
+
+    monkeypatch.setattr(engines, "student_step", poisoned)
+    with pytest.raises(
+        NonFiniteError, match=r"before round 4, step 0: student's conv1\.weight, .* and \d+ more not finite"
+    ):
+        tiny.run(tmp_path)
+    assert checkpoint_names(tmp_path) == ["round-000002-step-0000.pt", "round-000003-step-0000.pt"]
+    assert not (tmp_path / "student.safetensors").exists()
+
+
+def test_checkpoints_of_earlier_versions_may_contain_values_that_are_not_finite(tmp_path: Path) -> None:
+    tiny.run(tmp_path, epochs=1)
+    path = tmp_path / "checkpoints" / "round-000002-step-0000.pt"
+    content = torch.load(path, weights_only=True)
+    content["state"]["student"]["bn1.running_var"][0] = math.nan
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"round 2, step 0, student's bn1\.running_var are not finite; delete it"):
+        tiny.run(tmp_path, epochs=1, resume=True)
+    path.unlink()
+    tiny.run(tmp_path, epochs=1, resume=True)
+
+
 @pytest.mark.parametrize("select", ["agreement", "test_accuracy"])
 def test_best_student_by_the_selected_criterion_is_returned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str

@@ -95,6 +95,12 @@ def test_evaluate_counts_top1_and_top5() -> None:
         evaluate(model, TensorDataset(images[:0], labels[:0]), num_classes=8)
 
 
+def test_masks_may_be_infinite(tmp_path: Path) -> None:
+    model = tiny.network()
+    model.register_buffer("mask", torch.full((3,), -math.inf))
+    assert teach(model, tiny.data(), config(tmp_path), progress=False).weights.exists()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite_count_as_wrong(value: float, caplog: pytest.LogCaptureFixture) -> None:
     class Broken(_KnownRanks):

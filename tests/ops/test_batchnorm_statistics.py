@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dfkd_fast import ops
 from dfkd_fast.testing import LAYOUTS, MAP_SHAPES, assert_close, random, unit_roundoff, value_and_gradients, with_layout
 
+from .definitions import results
 from .table import DTYPES, assert_matches, norm
 from .table import call_norm as call
 
@@ -73,6 +74,31 @@ def test_statistics_are_accurate_for_large_means(every_backend_and_device, mean,
     assert_close(got_mean, center, atol=0.0, rtol=16 * u, name="mean")
     spread = (exact - center[:, None, None]).square().mean((0, 2, 3))
     assert_close(got_var, spread, atol=(16 * u * mean) ** 2, rtol=64 * u, name="var")
+
+
+def test_gradients_are_accurate_for_large_means_and_rounded_once(every_backend_and_device):
+    """As an affine map of x, the gradient of var would have no correct digit at mean 10,000."""
+    backend, device = every_backend_and_device
+
+    def statistics(x, bias):
+        zero, one = torch.zeros(3, device=device, dtype=x.dtype), torch.ones(3, device=device, dtype=x.dtype)
+        return ops.batchnorm_statistics(x, zero, one, None, bias, 1e-5, backend=backend)
+
+    bias = torch.zeros(3, device=device)
+    vectors = bias.double(), bias.double() + 1, None, bias.double()
+    x = random(8, 3, 5, 5, scale=1e-2, shift=1e4, device=device).requires_grad_()
+    (gradient,) = torch.autograd.grad(statistics(x, bias)[2].sum(), x)
+    exact = x.detach().double()
+    expected = 2 * (exact - exact.mean((0, 2, 3), keepdim=True)) / 200
+    assert_close(gradient, expected, atol=2 * 1e4 * unit_roundoff(torch.float32) * 2 / 200)
+
+    x = random(2, 3, 5, 5, dtype=torch.float16, device=device).requires_grad_()
+    grads: list[torch.Tensor] = []
+    gradient = results(lambda x: statistics(x, bias), [x], grads)[-1]
+    exact = x.detach().double().requires_grad_()
+    expected = results(lambda x: definition(x, *vectors, None, activation="none", eps=1e-5), [exact], grads)[-1]
+    once = backend != "cpu"  # which adds two rounded gradients, as autograd does
+    assert_close(gradient, expected, rtol=1.01 * unit_roundoff(x.dtype), atol=1e-7 if once else 1e-3)
 
 
 @pytest.mark.parametrize(("activation", "function"), [("relu", F.relu), ("relu6", F.relu6)])
