@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import glob
 import io
 import logging
 import os
@@ -78,10 +77,11 @@ def _create(partial: Path) -> _RecordingFile:
 
 def _delete_abandoned(folder: Path, prefix: str) -> None:
     """Delete temporary files that no process has locked."""
-    for partial in folder.glob(f"{glob.escape(prefix)}*{_SUFFIX}"):
-        with contextlib.suppress(OSError), partial.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            partial.unlink(missing_ok=True)
+    for name in os.listdir(folder):
+        if name.startswith(prefix) and name.endswith(_SUFFIX):
+            with contextlib.suppress(OSError), (folder / name).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                (folder / name).unlink()
 
 
 @contextlib.contextmanager
@@ -185,7 +185,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         for written in (folder, folder / "checkpoints", folder / "images"):
-            _delete_abandoned(written, ".")
+            if written.is_dir():
+                _delete_abandoned(written, ".")
         yield
     finally:
         if descriptor in _locks:  # not in a forked process

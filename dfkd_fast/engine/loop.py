@@ -122,7 +122,9 @@ class _Run:
         if self.pending is not None and (self.pending.number * per_epoch, 0) != (position.round, position.step):
             # A run that resumes from this checkpoint has later weights, so it could not repeat the epoch's evaluation.
             self.finish_epoch()
-        snapshot = tree_map_only(Tensor, Tensor.clone, self.state.state_dict())
+        content = self.state.state_dict()
+        history = {name: content.pop(name) for name in ("rounds", "epochs")}  # copies without tensors, but long
+        snapshot = {**tree_map_only(Tensor, Tensor.clone, content), **history}
 
         def write() -> None:
             self.writer.flush()  # a run that resumes from the checkpoint does not log its rounds again

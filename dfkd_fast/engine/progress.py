@@ -60,6 +60,8 @@ class ProgressLine(Progress):
         """Show the number of completed units, loss values and speed."""
         if self._listener is not None:
             self._listener(completed, self._total, dict(values), images_per_s)
+        if self.disable:
+            return
         self._note = "  ".join(
             [*(f"{name} {value:.3g}" for name, value in values.items()), f"{images_per_s:.0f} images/s"]
         )
