@@ -1,12 +1,7 @@
-"""Kills tiny runs and writers, repeats them, and compares the result with that of an undisturbed one, bit for bit.
-
-Processes are forked from this one, which has imported everything. Each dies at its n-th *point*, for example before the
-n-th event of a file in its folder, or at a random time.
-"""
+"""Kills tiny runs and writers, repeats them, and compares the result with that of an undisturbed one, bit for bit."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import multiprocessing
 import os
@@ -14,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,8 +34,6 @@ from .harness import Tally
 
 Subject = tuple[Any, ...]  # a key of WORK and arguments
 Points = dict[int, dict[int, int]]  # by kind of point: the signal at the n-th point
-
-HANG_S = 120.0
 STATUSES = (0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"checkpoint_every": 1},
@@ -58,10 +51,8 @@ POINTS: dict[str, tuple[str, tuple[tuple[Any, str], ...]]] = {
     "while a checkpoint is read": ("after", ((torch, "load"), (DistillState, "load_state_dict"))),
 }
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.listdir", "os.scandir")
-KINDS = (
-    *(f"kill -9 {name}" for name in (*POINTS, "at a random time", "in teach", "in save_weights", "in export")),
-    *("SIGTERM", "SIGINT", "SIGSTOP and SIGCONT"),
-)
+KILLS = (f"kill -9 {name}" for name in (*POINTS, "at a random time", "in teach", "in save_weights", "in export"))
+KINDS = (*KILLS, "SIGTERM", "SIGINT", "SIGSTOP and SIGCONT")
 _fork = multiprocessing.get_context("fork")
 _passed = _fork.RawArray("i", len(POINTS))  # points that a process has passed, by kind
 _number = _fork.RawValue("i")  # of processes so far
@@ -97,7 +88,7 @@ def _install(kind: int, at: dict[int, int]) -> None:
 def _distill(preset: Any, variant: int) -> None:
     changes = dict(VARIANTS[variant])
     if changes.pop("overlap", False):  # a thread, as on a GPU
-        loop.Background = functools.partial(background.Background, overlap=True)  # type: ignore[misc,assignment]
+        loop.Background = lambda device: background.Background(device, overlap=True)  # type: ignore
     if variant:  # drawing takes longer than the run
         report.save_curves = lambda rounds, epochs, path: files.write_file(path, repr((rounds, epochs)).encode())
     config = tiny.config(Path("run"), objective=ObjectiveConfig(preset=preset), resume=True, **changes)
@@ -114,9 +105,8 @@ WORK: dict[str, Callable[..., object]] = {
 
 
 def _child(subject: Subject, folder: Path, points: Points) -> None:
-    with (folder / "log").open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    for descriptor in (1, 2):
+        os.dup2(os.open(folder / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
     now = time.time() + 10 * _number.value  # TensorBoard sorts logs by the second
     event_file_writer.time = SimpleNamespace(time=lambda: now)
     os.chdir(folder)
@@ -128,16 +118,18 @@ def _child(subject: Subject, folder: Path, points: Points) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-def _run(subject: Subject, folder: Path, points: Points, disturb: Callable[[int], object] = int) -> int:
-    """Run a process and return its exit status. Raises RuntimeError if it hangs or fails."""
+def _run(subject: Subject, folder: Path, points: Points, signals: Sequence[tuple[float, int]] = ()) -> int:
+    """Run a process, send it signals after pauses, and return its exit status. Raises RuntimeError if it fails."""
     _passed[:], _number.value = [0] * len(POINTS), _number.value + 1
     process = _fork.Process(target=_child, args=(subject, folder, points))
     process.start()
-    disturb(process.pid or 0)
-    process.join(HANG_S)
+    for pause, number in signals:
+        time.sleep(pause)
+        os.kill(process.pid or 0, number)
+    process.join(120)
     if (status := process.exitcode) not in STATUSES:
         process.kill()
-        raise RuntimeError(f"exit status {status} after {HANG_S} s or less: {(folder / 'log').read_text()[-3000:]}")
+        raise RuntimeError(f"exit status {status} after at most 120 s: {(folder / 'log').read_text()[-3000:]}")
     return int(status or 0)
 
 
@@ -173,14 +165,8 @@ def _disturb(subject: Subject, folder: Path, kind: str, random: np.random.Genera
     """Run one process with signals and return its exit status."""
     _, seconds, passed = _undisturbed[subject]
     name, timed = kind.removeprefix("kill -9 "), {"at a random time": [9], "SIGSTOP and SIGCONT": [19, 18, 19, 18]}
-
-    def send(process: int) -> None:
-        for number in timed[name]:
-            time.sleep(random.uniform(0, seconds / len(timed[name])))
-            os.kill(process, number)
-
-    if name in timed:
-        return _run(subject, folder, {}, send)
+    if numbers := timed.get(name):
+        return _run(subject, folder, {}, [(random.uniform(0, seconds / len(numbers)), number) for number in numbers])
     signals = [signal.Signals[kind]] * int(random.integers(1, 3)) if kind == name else [signal.SIGKILL]
     index = random.choice([index for index, count in enumerate(passed) if count])
     if name in POINTS and (repeated or "read" not in name):  # at first there is nothing to read
