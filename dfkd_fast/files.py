@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import logging
 import os
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,30 +65,54 @@ class _RecordingFile(io.FileIO):
             raise
 
 
+def _create(partial: Path) -> _RecordingFile:
+    """Create a temporary file and lock it until it is closed or the process dies."""
+    while True:
+        raw = _RecordingFile(partial, "wb")
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(raw, fcntl.LOCK_EX)
+        if partial.exists():
+            return raw
+        raw.close()  # another process deleted it before it was locked
+
+
+def _delete_abandoned(folder: Path, prefix: str) -> None:
+    """Delete temporary files that no process has locked."""
+    for name in os.listdir(folder):
+        if name.startswith(prefix) and name.endswith(_SUFFIX):
+            with contextlib.suppress(OSError), (folder / name).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                (folder / name).unlink()
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a temporary file for writing. At the end of the ``with`` block it is flushed to disk and replaces ``path``.
 
-    After an error, or if the process dies, ``path`` is unchanged. Missing folders are created.
+    After an error, or if the process dies, ``path`` is unchanged. Missing folders are created. Temporary files for the
+    same ``path`` that killed processes left are deleted.
 
     Raises:
         WriteError: the file could not be written. The temporary file is deleted.
     """
     path = expand(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
+    partial = path.with_name(f".{path.name}.{threading.get_native_id()}{_SUFFIX}")
     raw: _RecordingFile | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        raw = _RecordingFile(partial, "wb")
+        _delete_abandoned(path.parent, f".{path.name}.")
+        raw = _create(partial)
         with io.BufferedWriter(raw) as file:
             yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+            partial.replace(path)  # while it is locked
         _sync_folder(path.parent)
     except Exception as error:
         cause = error if isinstance(error, OSError) else raw.error if raw is not None else None
         if cause is None:
+            if isinstance(error.__context__, KeyboardInterrupt):  # torch.save replaces it by an error too
+                raise error.__context__ from None
             raise
         raise WriteError.of(path, cause) from error
     finally:
@@ -163,8 +189,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
         FolderInUseError: another run holds the lock.
         WriteError: the lock's file cannot be opened.
     """
-    import fcntl
-
     path = folder / ".lock"
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -186,8 +210,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         for written in (folder, folder / "checkpoints", folder / "images"):
-            for partial in written.glob(f".*{_SUFFIX}"):
-                partial.unlink(missing_ok=True)
+            if written.is_dir():
+                _delete_abandoned(written, ".")
         yield
     finally:
         if descriptor in _locks:  # not in a forked process

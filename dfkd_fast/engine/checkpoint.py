@@ -95,9 +95,13 @@ class Checkpoints:
         path = self.folder / f"round-{number:06d}-step-{step:04d}.pt"
         with atomic_write(path) as file:
             torch.save({"format": FORMAT, **self.identity, "settings": self.settings, "state": state}, file)
+        self.prune()
+        return path
+
+    def prune(self) -> None:
+        """Delete the oldest checkpoints. Call it only if the newest one is usable."""
         for old in self.paths()[self.loop.keep_checkpoints :]:
             old.unlink(missing_ok=True)
-        return path
 
     def read(self, path: Path) -> dict[str, Any]:
         """Read the state dict of one checkpoint.

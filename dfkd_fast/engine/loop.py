@@ -109,7 +109,7 @@ class _Run:
         self.state, self.folder, self.checkpoints, self.data, self.meta = state, folder, checkpoints, data, meta
         # Two threads, so that a checkpoint does not wait for an evaluation.
         self.files, self.measurements = Background(state.runtime.device), Background(state.runtime.device)
-        self.writer = EventLog(folder / "tensorboard", purge_step=state.position.round or None)
+        self.writer = EventLog(folder / "tensorboard", first_step=state.position.round + 1)
         self.best = folder / "best_student.safetensors"
         self.saved: tuple[int, int] | None = None
         self.pending: _Epoch | None = None
@@ -122,8 +122,15 @@ class _Run:
         if self.pending is not None and (self.pending.number * per_epoch, 0) != (position.round, position.step):
             # A run that resumes from this checkpoint has later weights, so it could not repeat the epoch's evaluation.
             self.finish_epoch()
-        snapshot = tree_map_only(Tensor, Tensor.clone, self.state.state_dict())
-        self.files.submit(lambda: self.checkpoints.save(snapshot))
+        content = self.state.state_dict()
+        history = {name: content.pop(name) for name in ("rounds", "epochs")}  # copies without tensors, but long
+        snapshot = {**tree_map_only(Tensor, Tensor.clone, content), **history}
+
+        def write() -> None:
+            self.writer.flush()  # a run that resumes from the checkpoint does not log its rounds again
+            self.checkpoints.save(snapshot)
+
+        self.files.submit(write)
         self.saved = (position.round, position.step)
 
     def evaluate_missed(self) -> None:
@@ -186,6 +193,7 @@ class _Run:
         """Wait until all evaluations are recorded and all files are written."""
         self.finish_epoch()
         self.files.wait()
+        self.checkpoints.prune()  # an earlier process may have been killed between a save and its deletions
 
     def close(self, *, failed: bool) -> None:
         """Stop the threads, and write the history and the curves so far.

@@ -18,6 +18,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import dfkd_fast
@@ -93,10 +94,7 @@ class Killed(BaseException):
     """Ends the run at this point, as if the process had been killed."""
 
 
-@pytest.mark.parametrize("step", [3, 14], ids=["before the first checkpoint", "in a round after one"])
-def test_resumed_run_ends_with_the_same_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, uninterrupted_run: dfkd_fast.DistillResult
-) -> None:
+def die_before_step(patch: pytest.MonkeyPatch, step: int) -> None:
     calls = 0
 
     def dying(original: Any) -> Any:
@@ -109,12 +107,46 @@ def test_resumed_run_ends_with_the_same_result(
 
         return take
 
+    for name in ("generator_step", "student_step"):
+        patch.setattr(engines, name, dying(getattr(engines, name)))
+
+
+@pytest.mark.parametrize("step", [3, 14], ids=["before the first checkpoint", "in a round after one"])
+def test_resumed_run_ends_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, uninterrupted_run: dfkd_fast.DistillResult
+) -> None:
     with monkeypatch.context() as patch:
-        for name in ("generator_step", "student_step"):
-            patch.setattr(engines, name, dying(getattr(engines, name)))
+        die_before_step(patch, step)
         with pytest.raises(Killed):
             tiny.run(tmp_path, checkpoint_every=2)
     assert_same_result(tiny.run(tmp_path, checkpoint_every=2, resume=True), uninterrupted_run)
+
+
+def test_tensorboard_shows_each_round_of_a_killed_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Checkpoints.save
+
+    def shown() -> list[int]:
+        return [event.step for event in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("student/kd")]
+
+    def checked(self: Checkpoints, state: dict[str, Any]) -> Path:
+        assert shown() == list(range(1, state["position"][0] + 1))  # a kill would lose what is not on the disk yet
+        return save(self, state)
+
+    monkeypatch.setattr(Checkpoints, "save", checked)
+    for step in (6, 9):  # in the second round, without a checkpoint, and in the third one, after a checkpoint
+        with monkeypatch.context() as patch:
+            die_before_step(patch, step)
+            with pytest.raises(Killed):
+                tiny.run(tmp_path, checkpoint_every=2, resume=step > 6)
+    tiny.run(tmp_path, checkpoint_every=2, resume=True)
+    assert shown() == [1, 2, 3, 4]
+
+
+def test_resumed_run_deletes_the_checkpoints_that_a_killed_one_left(finished: Path) -> None:
+    names = checkpoint_names(finished)
+    shutil.copy(finished / "checkpoints" / names[0], finished / "checkpoints" / "round-000002-step-0000.pt")
+    tiny.run(finished, resume=True)
+    assert checkpoint_names(finished) == names
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])

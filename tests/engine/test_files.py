@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +23,15 @@ from torch import nn
 from dfkd_fast import report
 from dfkd_fast.config import reading
 from dfkd_fast.engine import export, teach
-from dfkd_fast.files import FolderInUseError, WriteError, atomic_write, lock_folder, write_file, zip_damage
+from dfkd_fast.files import (
+    FolderInUseError,
+    WriteError,
+    _RecordingFile,
+    atomic_write,
+    lock_folder,
+    write_file,
+    zip_damage,
+)
 from dfkd_fast.models import load_weights, save_weights
 
 from .. import tiny
@@ -241,3 +250,28 @@ def test_pipes_are_not_read(tmp_path: Path) -> None:
 def test_errors_of_reads_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"Input/output error: '.*x\.json'"), reading(tmp_path / "x.json"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_next_write_deletes_temporary_files_of_killed_processes(tmp_path: Path) -> None:
+    """Also outside of runs, but never one that a living process or thread writes, or that of another file."""
+    for name in (".x.1.partial", ".other.1.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    with atomic_write(tmp_path / "x") as file, lock_folder(tmp_path):
+        file.write(b"first")
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(write_file, tmp_path / "x", b"second").result()
+        assert (tmp_path / "x").read_bytes() == b"second"
+    assert (tmp_path / "x").read_bytes() == b"first"
+    assert files(tmp_path) == {"x"}  # lock_folder deleted the other one
+
+
+def test_ctrl_c_in_a_checkpoint_is_not_replaced_by_an_error_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: object, content: bytes) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_RecordingFile, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _torch_file(tmp_path / "x")
+    assert files(tmp_path) == set()
