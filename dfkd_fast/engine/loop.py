@@ -398,16 +398,15 @@ def _distill(
                     line.message(f"saved at round {state.position.round}, step {state.position.step}")
                     stop.leave()
             run.finish()
+            student = state.student.module.model
+            if loop.select != "last":
+                load_weights(student, run.best_weights())
+                runtime.place(student)
+            save_weights(student, folder / "student.safetensors", meta)
     except BaseException:
         run.close(failed=True)
         raise
     run.close(failed=False)
-
-    student = state.student.module.model
-    if loop.select != "last":
-        load_weights(student, run.best_weights())
-        runtime.place(student)
-    save_weights(student, folder / "student.safetensors", meta)
     state.student.module.eval()
     return DistillResult(
         student=student,

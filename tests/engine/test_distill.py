@@ -526,3 +526,13 @@ def test_progress_shows_rounds_terms_and_speed() -> None:
     for words in ("distill", "1/4 rounds", "left", "bn 12.3", "student/mhad 0.125", "744 images/s", "saved at"):
         assert words in shown[0]
     assert shown[1] == ""
+
+
+def test_the_student_is_saved_before_the_curves_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError("a broken font")
+
+    monkeypatch.setattr(loop.report, "save_curves", fail)
+    with pytest.raises(OSError, match="a broken font"):
+        tiny.run(tmp_path)
+    load_weights(tiny.network(), tmp_path / "student.safetensors")
