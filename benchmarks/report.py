@@ -90,6 +90,32 @@ def coverage_tables(compat: Path) -> str:
     return "\n\n".join(parts)
 
 
+def reliability_section(content: dict[str, Any], folder: str) -> str:
+    """Return the table of docs/reliability.md from the ``reliability.json`` of a machine."""
+    table, skipped = [], []
+    rows = sorted(content["rows"], key=lambda row: row["target"])
+    for row in rows:
+        if "skipped" in row:
+            skipped.append(f"- `{row['target']}`, {row['kind']}: {row['skipped']}")
+            continue
+        good = {outcome: count for outcome, count in row["outcomes"].items() if outcome != "lost"}
+        listed = ", ".join(
+            f"{outcome}: {count:,}" for outcome, count in sorted(good.items(), key=lambda each: -each[1])
+        )
+        line = {"target": f"`{row['target']}`", "fault or input": row["kind"], "cases": f"{row['cases']:,}"}
+        table.append({**line, "lost": f"{row['lost']:,}", "outcomes": listed})
+    times = {row["target"]: row["seconds"] for row in rows}
+    cases, lost = (sum(row.get(name, 0) for row in rows) for name in ("cases", "lost"))
+    seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
+    listed = ", ".join(f"`{target}` {seconds / 60:.0f}" for target, seconds in times.items())
+    facts = (
+        f"{cases:,} cases, {lost:,} lost. Minutes per target: {listed}. Seed: {seeds}. "
+        f"CPU: {content['environments'][-1]['cpu']}; measured on: {measured_on(content)}."
+    )
+    missing = ["", "Not injected on this machine:", "", *skipped] if skipped else []
+    return "\n".join([*markdown_table(table), "", facts, *missing])
+
+
 _STEP_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "ms per round": ("round_ms", "{:.1f}".format),
     "generator step, ms": ("generator_step_ms", "{:.2f}".format),
@@ -149,6 +175,7 @@ SECTIONS: dict[str, dict[str, Callable[[dict[str, Any], str], str]]] = {
     },
     "docs/swapping.md": {"drop_ins": drop_ins_section},
     "docs/ablation.md": {"ablation": ablation_section},
+    "docs/reliability.md": {"reliability": reliability_section},
 }
 """Functions that write one device's section, by page and marker. The results of a marker are in ``MARKER.json``."""
 
@@ -158,7 +185,12 @@ PLOTS: dict[str, tuple[str, Callable[[dict[str, Any], Path], Path]]] = {
 }
 """The name of the result file without ``.json`` and a function, by plot."""
 
-_NOTES = {"op_counts": "Not counted yet.", "step_counts": "Not counted yet.", "step_cpu": "Not measured yet."}
+_NOTES = {
+    "op_counts": "Not counted yet.",
+    "step_counts": "Not counted yet.",
+    "step_cpu": "Not measured yet.",
+    "reliability": "Not run yet: `make reliability` runs it.",
+}
 _NOTE = "Not measured on a GPU yet: `make gpu` measures it."
 
 

@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(256)
   Vec4<T> result;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    result.x[e] = from_float<T>(scale_by_power_of_two((grad.x[e] - dot * u.x[e]) * r, k) * factor);
+    result.x[e] = from_float<T>(scale_by_power_of_two((grad.x[e] - dot * u.x[e]) * r * factor, k));
   }
   T* out = gradients.at(row, column);
   if (gradients.vectorized) {

@@ -21,6 +21,7 @@ from dfkd_fast.config import (
     Precision,
     find,
     is_factory,
+    one_line,
     read_text,
     to_dict,
 )
@@ -516,7 +517,7 @@ def create_parser() -> ArgumentParser:
             try:
                 super().__call__(parser, cfg, text, option_string)
             except Exception as error:
-                raise ValueError(f"{path}: {error}") from error
+                raise ValueError(f"{path}: {one_line(error)}") from error
 
     # With exit_on_error, the parser would print all options before the error.
     parser = ArgumentParser(prog="dfkd-fast", description=__doc__, exit_on_error=False)
@@ -569,8 +570,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command(**options)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (ArgumentError, ValueError, TypeError, OSError, ArithmeticError, RuntimeError) as error:
+    except (ArgumentError, ValueError, TypeError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
         if os.environ.get("DFKD_FAST_TRACEBACK") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error) or 'not enough memory'}", file=sys.stderr)
         raise SystemExit(2) from error

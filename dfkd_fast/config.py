@@ -8,11 +8,14 @@ environment variables, which :func:`expand` replaces when a path is used.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import difflib
+import errno
 import json
 import os
 import re
-from collections.abc import Container, Mapping
+import stat
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -41,9 +44,12 @@ __all__ = [
     "expand",
     "find",
     "is_factory",
+    "one_line",
     "read",
     "read_text",
+    "reading",
     "recipe",
+    "require_file",
     "to_dict",
 ]
 
@@ -540,6 +546,35 @@ def expand(path: str | os.PathLike[str]) -> Path:
     return Path(text)
 
 
+def require_file(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a file that can be read without waiting.
+
+    Raises:
+        OSError: it does not exist, or it is a folder, a pipe or a device.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(number, "Is a directory" if stat.S_ISDIR(mode) else "Not a regular file", os.fspath(path))
+    return Path(path)
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Add the path to errors of the operating system: those of reads, unlike those of opens, do not name the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text without line breaks."""
+    return " ".join(str(error).split())
+
+
 def find(name: str) -> Path:
     """Find a config file: the file ``name`` if it exists, otherwise the packaged config or method ``NAME.yaml``.
 
@@ -600,7 +635,8 @@ def read_text(kind: type, path: str | Path, *, more: Container[str] = ()) -> str
     """
     import yaml
 
-    content = expand(path).read_bytes()
+    with reading(path):
+        content = require_file(expand(path)).read_bytes()
     try:
         utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = content.decode("utf-16" if utf16 else "utf-8-sig")
@@ -609,7 +645,7 @@ def read_text(kind: type, path: str | Path, *, more: Container[str] = ()) -> str
             raise ValueError(f"a config must map names to values, got {values!r}")
         _check_fields(kind, values, more=more)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
     return text
 
 
@@ -637,7 +673,7 @@ def read(kind: type[T], path: str | Path) -> T:
     try:
         return parser.instantiate(parser.parse_object({"config": yaml.safe_load(text)})).config
     except Exception as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import logging
 import os
+import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from dfkd_fast.config import expand
+from dfkd_fast.config import expand, require_file
 
-__all__ = ["FolderInUseError", "WriteError", "atomic_write", "lock_folder", "write_file"]
+__all__ = ["FolderInUseError", "WriteError", "atomic_write", "lock_folder", "make_folder", "write_file", "zip_damage"]
 
 log = logging.getLogger(__name__)
 
@@ -62,35 +65,73 @@ class _RecordingFile(io.FileIO):
             raise
 
 
+def _create(partial: Path) -> _RecordingFile:
+    """Create a temporary file and lock it until it is closed or the process dies."""
+    while True:
+        raw = _RecordingFile(partial, "wb")
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(raw, fcntl.LOCK_EX)
+        if partial.exists():
+            return raw
+        raw.close()  # another process deleted it before it was locked
+
+
+def _delete_abandoned(folder: Path, prefix: str) -> None:
+    """Delete temporary files that no process has locked."""
+    for name in os.listdir(folder):
+        if name.startswith(prefix) and name.endswith(_SUFFIX):
+            with contextlib.suppress(OSError), (folder / name).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                (folder / name).unlink()
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a temporary file for writing. At the end of the ``with`` block it is flushed to disk and replaces ``path``.
 
-    After an error, or if the process dies, ``path`` is unchanged. Missing folders are created.
+    After an error, or if the process dies, ``path`` is unchanged. Missing folders are created. Temporary files for the
+    same ``path`` that killed processes left are deleted.
 
     Raises:
         WriteError: the file could not be written. The temporary file is deleted.
     """
     path = expand(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
+    partial = path.with_name(f".{path.name}.{threading.get_native_id()}{_SUFFIX}")
     raw: _RecordingFile | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        raw = _RecordingFile(partial, "wb")
+        _delete_abandoned(path.parent, f".{path.name}.")
+        raw = _create(partial)
         with io.BufferedWriter(raw) as file:
             yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+            partial.replace(path)  # while it is locked
         _sync_folder(path.parent)
     except Exception as error:
         cause = error if isinstance(error, OSError) else raw.error if raw is not None else None
         if cause is None:
+            if isinstance(error.__context__, KeyboardInterrupt):  # torch.save replaces it by an error too
+                raise error.__context__ from None
             raise
         raise WriteError.of(path, cause) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create a folder and its parents, unless they exist, and return its expanded path.
+
+    Raises:
+        WriteError: it cannot be created.
+    """
+    path = expand(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError.of(path, error) from error
+    return path
 
 
 def _sync_folder(folder: Path) -> None:
@@ -112,6 +153,16 @@ def write_file(path: str | Path, content: bytes) -> Path:
     with atomic_write(path) as file:
         file.write(content)
     return expand(path)
+
+
+def zip_damage(path: Path) -> str | None:
+    """Return what is damaged in a zip archive, such as the files of ``torch.save``, or None."""
+    try:
+        with zipfile.ZipFile(require_file(path)) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # damaged headers raise many exception types
+        return str(error)
+    return None if broken is None else f"the checksum of its record {broken} does not match"
 
 
 _locks: set[int] = set()
@@ -138,8 +189,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
         FolderInUseError: another run holds the lock.
         WriteError: the lock's file cannot be opened.
     """
-    import fcntl
-
     path = folder / ".lock"
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -161,8 +210,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         for written in (folder, folder / "checkpoints", folder / "images"):
-            for partial in written.glob(f".*{_SUFFIX}"):
-                partial.unlink(missing_ok=True)
+            if written.is_dir():
+                _delete_abandoned(written, ".")
         yield
     finally:
         if descriptor in _locks:  # not in a forked process

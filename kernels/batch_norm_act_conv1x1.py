@@ -208,7 +208,8 @@ def _sums_kernel(
         else:
             grad = load_tile(da, 0, first, mask_m, offs_k, positions, K, "")
         if NEEDS_CONV:
-            f = cast(tl.where(positive, z, z * norm.slope), dtype)
+            # After the last position, z is -mean * scale + bias, which may be infinite in dtype: 0 * inf would be NaN.
+            f = cast(tl.where(mask_m[:, None], tl.where(positive, z, z * norm.slope), 0.0), dtype)
             dconv_weight = dot(tl.trans(f), grad, dconv_weight, PRECISION)
             dconv_bias += grad.to(tl.float32)
     CONV: tl.constexpr = (C + 1) * K if NEEDS_CONV else 0

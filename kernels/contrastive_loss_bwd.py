@@ -44,7 +44,7 @@ def _grad_rows(acc, partner_weight, u, u_partner, inv_norm, k, factor, NORMALIZE
     acc = acc * (1.0 / _WEIGHT_SCALE) + partner_weight[:, None] * u_partner
     if NORMALIZE:
         acc = (acc - tl.sum(acc * u, 1)[:, None] * u) * inv_norm[:, None]
-        acc = _ldexp(acc, k)
+        return _ldexp(acc * factor, k)  # in the other order, the gradients of short vectors could overflow
     return acc * factor
 
 

@@ -197,9 +197,9 @@ def from_file(path: Path) -> list[Benchmark]:
     """
     try:
         content = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(shapes, list) for shapes in content.values()):
+    if not content or not isinstance(content, dict) or not all(isinstance(shapes, list) for shapes in content.values()):
         raise ValueError(f"{path} must hold a list of shapes for each op")
     try:
         return [

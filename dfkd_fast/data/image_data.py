@@ -13,10 +13,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dfkd_fast.config import require_file
+
 __all__ = ["HALF", "ImageArray", "ImageData", "ImageFiles", "read_image"]
 
 HALF = (0.5, 0.5, 0.5)
 """Mean and standard deviation that map [0, 1] to [-1, 1], the generator's range."""
+
+
+_MOST_ASPECT = 1000
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,15 @@ def read_image(path: str | Path) -> Image.Image:
     """Read an image file as RGB. 16-bit gray values are scaled to 8 bits.
 
     Raises:
-        ValueError: the file is missing, truncated, not an image, or has 32-bit pixels. The message names the file.
+        ValueError: the file is missing, truncated, not an image, too large, or has 32-bit pixels. The message names the
+            file.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(require_file(path)) as image:
+            most, (short, long) = Image.MAX_IMAGE_PIXELS, sorted(image.size)
+            if most is not None and (short * long > most or long > _MOST_ASPECT * short):
+                # A damaged header or a decompression bomb: decoding or resizing it could need gigabytes.
+                raise ValueError(f"it has {image.width} x {image.height} pixels, which is too large or too narrow")
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
                 # PIL would clip all values above 255 to white.
                 return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import pickle
 import traceback
 from collections.abc import Iterator
@@ -90,8 +91,21 @@ def _as_it_is(batch: Any) -> Any:
 class _Loader(DataLoader[Any]):
     """Raises the errors of worker processes unchanged; DataLoader would put a traceback into their messages."""
 
+    def _batches(self) -> Iterator[Any]:
+        try:
+            if self.num_workers:
+                # Workers send tensors through sockets in this folder. If a worker cannot create the folder, its batch
+                # is lost, and the loader waits for it forever.
+                multiprocessing.util.get_temp_dir()
+            yield from super().__iter__()
+        except OSError as error:
+            if not self.num_workers:
+                raise
+            problem = f"cannot load images in {self.num_workers} worker processes: {error.strerror or error}"
+            raise OSError(f"{problem}; try fewer workers, or 0 workers") from error
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
+        for batch in self._batches():
             if isinstance(batch, Exception):
                 try:
                     raise batch

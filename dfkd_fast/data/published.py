@@ -5,6 +5,7 @@ All files that the annotations name are checked first: an incomplete copy fails 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dfkd_fast.config import DataConfig
+from dfkd_fast.config import DataConfig, require_file
 from dfkd_fast.data.image_data import ImageData, ImageFiles
 from dfkd_fast.data.registry import DatasetNotFound, ImageSet, Layout, register
 from dfkd_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform, training_transform
@@ -82,7 +83,11 @@ class Aircraft(ImageSet):
 
         # The authors' loader crops this data set without rescaling.
         augmented, plain = _transforms(config, "random")
-        return _image_data(config, split("trainval", augmented), split("test", plain), list(number_of))
+        train, test = split("trainval", augmented), split("test", plain)
+        if shared := {path for path, _ in train.samples} & {path for path, _ in test.samples}:
+            problem = f"names {min(shared)}, which is also in images_variant_trainval.txt"
+            raise cls.layout.error(data / "images_variant_test.txt", None, problem)
+        return _image_data(config, train, test, list(number_of))
 
 
 @register("cars196")
@@ -140,15 +145,12 @@ class Cars196(ImageSet):
     @classmethod
     def _read(cls, path: Path, name: str) -> list[Any]:
         """The elements of an array in a MATLAB file, with structs as dicts."""
-        from scipy.io import loadmat  # slow to import
-
-        try:
-            content = loadmat(path, simplify_cells=True)
-        except NotImplementedError as error:  # of MATLAB 7.3
-            raise cls.layout.error(path, None, f"cannot be read: {error}; save it with '-v7'") from error
-        except Exception as error:  # a damaged file may fail in any way
-            problem = f"is damaged or not a MATLAB file: {type(error).__name__}: {error}"
-            raise cls.layout.error(path, None, problem) from error
+        content = _load_matlab(path)
+        if isinstance(content, NotImplementedError):  # of MATLAB 7.3
+            raise cls.layout.error(path, None, f"cannot be read: {content}; save it with '-v7'") from content
+        if isinstance(content, Exception):
+            problem = f"is damaged or not a MATLAB file: {type(content).__name__}: {content}"
+            raise cls.layout.error(path, None, problem) from content
         if name not in content:
             raise cls.layout.error(path, None, f"has no variable {name!r}")
         value = content[name]
@@ -157,6 +159,34 @@ class Cars196(ImageSet):
         if not values:
             raise cls.layout.error(path, None, "is empty")
         return values
+
+
+def _load_matlab(path: Path) -> dict[str, Any] | Exception:
+    """The content of a MATLAB file, or the error, which may be of any type for a damaged file.
+
+    Another process reads the file, because some damaged files crash scipy.
+    """
+    from scipy.io import loadmat  # slow to import
+
+    def load() -> None:
+        try:
+            sender.send(loadmat(require_file(path), simplify_cells=True))
+        except Exception as error:
+            sender.send(error)
+
+    context = multiprocessing.get_context("fork")  # as for DataLoader
+    receiver, sender = context.Pipe(duplex=False)
+    with receiver, sender:
+        process = context.Process(target=load)
+        process.start()
+        sender.close()
+        try:
+            return receiver.recv()
+        except Exception as error:
+            process.join()
+            return RuntimeError(f"the process that read it ended with status {process.exitcode} ({error!r})")
+        finally:
+            process.join()
 
 
 @register("cub200")
@@ -185,14 +215,26 @@ class CUB200(ImageSet):
         label_of, split_of = cls.layout.mapping(labels), cls.layout.mapping(splits)
         number_of = {key: number for number, key in enumerate(names)}
         samples: dict[str, list[tuple[Path, int]]] = {"0": [], "1": []}
-        for key, (_, name) in cls.layout.mapping(base / "images.txt").items():
+        listed = base / "images.txt"
+        images = cls.layout.mapping(listed)
+        for key, (number, name) in images.items():
+            # A file that was cut off has no line for some images.
             line, label = label_of.get(key, (None, None))
             if label not in number_of:
-                raise cls.layout.error(labels, line, f"assigns image {key} to the class {label}, not in classes.txt")
+                problem = f"assigns image {key} to the class {label}, not in classes.txt"
+                raise cls.layout.error(labels, line, f"{problem}; line {number} of {listed} names the image")
             line, part = split_of.get(key, (None, None))
             if part not in samples:
-                raise cls.layout.error(splits, line, f"must have 0 or 1 for image {key}, got {part}")
+                problem = f"must have 0 or 1 for image {key}, got {part}"
+                raise cls.layout.error(splits, line, f"{problem}; line {number} of {listed} names the image")
+            if Path(name).parts[0] != names[label][1]:
+                problem = f"names image {key}, {name}, but its class is {names[label][1]!r} in {labels} and classes.txt"
+                raise cls.layout.error(listed, number, problem)
             samples[part].append((base / "images" / name, number_of[label]))
+        for path, table in ((labels, label_of), (splits, split_of)):
+            for key, (number, _) in table.items():
+                if key not in images:
+                    raise cls.layout.error(listed, None, f"does not name image {key} of line {number} of {path}")
         cls.layout.require(path for part in ("1", "0") for path, _ in samples[part])
         augmented, plain = _transforms(config)
         train, test = ImageFiles(samples["1"], augmented), ImageFiles(samples["0"], plain)
@@ -233,6 +275,10 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _image_folder(folder: Path, transform: Transform) -> tuple[ImageFiles, list[str]]:
     """The images of a folder per class, in the order of torchvision's ImageFolder, and the classes."""
     if not folder.is_dir():
@@ -241,10 +287,12 @@ def _image_folder(folder: Path, transform: Transform) -> tuple[ImageFiles, list[
     samples: list[tuple[str, int]] = []
     for number, name in enumerate(classes or ["<class>"]):
         before = len(samples)
-        for parent, _, files in sorted(os.walk(folder / name, followlinks=True)):
+        for parent, folders, files in sorted(os.walk(folder / name, onerror=_raise, followlinks=True)):
             if any(map(_hidden, Path(parent).relative_to(folder).parts)):
                 continue
-            images = [file for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS) and not _hidden(file)]
+            # A folder with the name of an image is reported when it is read.
+            names = sorted(files + folders)
+            images = [file for file in names if file.lower().endswith(IMG_EXTENSIONS) and not _hidden(file)]
             samples += [(os.path.join(parent, file), number) for file in images]
         if len(samples) == before:
             raise DatasetNotFound(folder / name / "*.jpg", Folder.layout)

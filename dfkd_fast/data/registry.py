@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from dfkd_fast.config import DataConfig, expand
+from dfkd_fast.config import DataConfig, expand, reading, require_file
 from dfkd_fast.data.image_data import ImageData
 from dfkd_fast.registry import Registry
 
@@ -43,6 +43,8 @@ class ImageSet:
         """
         raise NotImplementedError
 
+
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")  # no text contains these
 
 DATASETS: Registry[type[ImageSet]] = Registry("data set", "DataConfig.name")
 """The registered data sets by ``DataConfig.name``."""
@@ -129,19 +131,22 @@ class Layout:
 
         Raises:
             DatasetNotFound: the file does not exist.
+            OSError: the file cannot be read.
             ValueError: the file is empty or not a text file.
         """
         self.require([path])
-        content = path.read_bytes()
+        with reading(path):
+            content = require_file(path).read_bytes()
         try:
             text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
         except UnicodeDecodeError:
             text = content.decode("latin-1")
         # str.splitlines would also split at characters such as \x85, which are letters in other encodings.
         lines = [(number, line.strip()) for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1)]
-        binary = next((number for number, line in lines if "\0" in line), None)
-        if binary is not None:
-            raise self.error(path, binary, "contains a zero byte; save the file as UTF-8 text")
+        for number, line in lines:
+            if found := _CONTROL.search(line):
+                byte = "zero byte" if found[0] == "\0" else f"control character {found[0]!r}"
+                raise self.error(path, number, f"contains a {byte}; save the file as UTF-8 text")
         lines = [(number, line) for number, line in lines if line]
         if not lines:
             raise self.error(path, None, "is empty")

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from dfkd_fast.config import DistillConfig, to_dict
-from dfkd_fast.files import atomic_write
+from dfkd_fast.files import atomic_write, zip_damage
 
 __all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
 
@@ -96,9 +95,13 @@ class Checkpoints:
         path = self.folder / f"round-{number:06d}-step-{step:04d}.pt"
         with atomic_write(path) as file:
             torch.save({"format": FORMAT, **self.identity, "settings": self.settings, "state": state}, file)
+        self.prune()
+        return path
+
+    def prune(self) -> None:
+        """Delete the oldest checkpoints. Call it only if the newest one is usable."""
         for old in self.paths()[self.loop.keep_checkpoints :]:
             old.unlink(missing_ok=True)
-        return path
 
     def read(self, path: Path) -> dict[str, Any]:
         """Read the state dict of one checkpoint.
@@ -106,13 +109,8 @@ class Checkpoints:
         Raises:
             CheckpointError: the file is damaged or has another format, or its config or teacher differs.
         """
-        try:
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-        except Exception as error:  # damaged headers raise many exception types
-            raise CheckpointError(f"{path.name} is damaged or not a checkpoint: {error}") from error
-        if broken is not None:
-            raise CheckpointError(f"{path.name} is damaged: the checksum of its record {broken} does not match")
+        if damage := zip_damage(path):
+            raise CheckpointError(f"{path.name} is damaged or not a checkpoint: {damage}")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -122,8 +120,14 @@ class Checkpoints:
             older = str(found).startswith("dfkd_fast.checkpoint/")
             hint = "; continue this run with the version that started it" if older else ""
             raise CheckpointError(f"{path.name} has format {found}, expected {FORMAT}{hint}")
-        self._check_run(path.name, content)
-        return content["state"]
+        try:
+            self._check_run(path.name, content)
+            return content["state"]
+        except CheckpointError:
+            raise
+        except Exception as error:  # the archive is undamaged, but its content is not that of a checkpoint
+            problem = f"its settings or state are invalid: {type(error).__name__}: {error}"
+            raise CheckpointError(f"{path.name} is damaged or not a checkpoint: {problem}") from error
 
     def _check_run(self, name: str, content: dict[str, Any]) -> None:
         """Raise if a checkpoint is of another run, with the settings that differ."""

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.config import expand
-from dfkd_fast.files import write_file
+from dfkd_fast.files import make_folder, write_file
 from dfkd_fast.graph import FeatureModel, unpatch, unwrap
 from dfkd_fast.graph.tracing import eval_forward, first_line, image_channels, require_finite, weights_of
 from dfkd_fast.models import save_weights
@@ -92,8 +91,7 @@ def export(
     stored = (metadata or {}).get("image_size", str(image_size))
     if stored != str(image_size):
         raise ValueError(f"image_size is {image_size}, but the metadata says {stored}")
-    folder = expand(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(out)
     model = _plain_copy(model)
     size = (image_channels(model), image_size, image_size)
 
@@ -120,7 +118,11 @@ def export(
         raise ExportError("torch.onnx.export returned no program")
     program.model.metadata_props.update(metadata or {})
     content = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common type
+        name = type(model).__name__
+        raise ExportError(f"onnxruntime cannot load the graph of {name}: {first_line(error)}") from error
     worst = 0.0
     for count in (2, 5):
         with torch.inference_mode():

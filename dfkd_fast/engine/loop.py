@@ -112,7 +112,7 @@ class _Run:
         self.state, self.folder, self.checkpoints, self.data, self.meta = state, folder, checkpoints, data, meta
         # Two threads, so that a checkpoint does not wait for an evaluation.
         self.files, self.measurements = Background(state.runtime.device), Background(state.runtime.device)
-        self.writer = EventLog(folder / "tensorboard", purge_step=state.position.round or None)
+        self.writer = EventLog(folder / "tensorboard", first_step=state.position.round + 1)
         self.best = folder / "best_student.safetensors"
         self.saved: tuple[int, int] | None = None
         self.pending: _Epoch | None = None
@@ -125,8 +125,15 @@ class _Run:
         if self.pending is not None and (self.pending.number * per_epoch, 0) != (position.round, position.step):
             # A run that resumes from this checkpoint has later weights, so it could not repeat the epoch's evaluation.
             self.finish_epoch()
-        snapshot = tree_map_only(Tensor, Tensor.clone, self.state.state_dict())
-        self.files.submit(lambda: self.checkpoints.save(snapshot))
+        content = self.state.state_dict()
+        history = {name: content.pop(name) for name in ("rounds", "epochs")}  # copies without tensors, but long
+        snapshot = {**tree_map_only(Tensor, Tensor.clone, content), **history}
+
+        def write() -> None:
+            self.writer.flush()  # a run that resumes from the checkpoint does not log its rounds again
+            self.checkpoints.save(snapshot)
+
+        self.files.submit(write)
         self.saved = (position.round, position.step)
 
     def evaluate_missed(self) -> None:
@@ -189,6 +196,7 @@ class _Run:
         """Wait until all evaluations are recorded and all files are written."""
         self.finish_epoch()
         self.files.wait()
+        self.checkpoints.prune()  # an earlier process may have been killed between a save and its deletions
 
     def close(self, *, failed: bool) -> None:
         """Stop the threads, and write the history and the curves so far.
@@ -290,7 +298,8 @@ def distill(
 
     Raises:
         ValueError: config, data and networks do not fit together, or the folder contains another run.
-        NonFiniteError: a loss or gradient was not finite. It is raised at the end of that round or of the next one.
+        NonFiniteError: a loss or gradient was not finite. It is raised at the end of that round or of the next one. Or
+            a weight, a running statistic or the state of an optimizer is not finite, which is checked before saving.
         CheckpointError: the run cannot be resumed: no checkpoint in its folder is usable, or a setting differs that
             changes the algorithm. The message names it. With a constant learning rate, ``epochs`` can be increased.
         dfkd_fast.files.FolderInUseError: another run writes to the folder.
@@ -330,6 +339,13 @@ def _resume(state: DistillState, checkpoints: Checkpoints) -> None:
                     f"{now.get(key, 'none')}; use the network that the run started with"
                 )
     state.load_state_dict(saved)
+    if found := state.non_finite():  # earlier versions did not check this before saving
+        position = state.position
+        raise CheckpointError(
+            f"cannot resume from {checkpoints.folder}: in the checkpoint of round {position.round}, step "
+            f"{position.step}, {', '.join(found[:5])}{' and others' * (len(found) > 5)} are not finite; delete it to "
+            "resume from the previous one"
+        )
     if state.position.round < state.total_rounds:
         log.info("resumed at round %d, step %d", state.position.round, state.position.step)
     else:
@@ -406,16 +422,15 @@ def _distill(
                     line.message(f"saved at round {state.position.round}, step {state.position.step}")
                     stop.leave()
             run.finish()
+            student = state.student.module.model
+            if loop.select != "last":
+                load_weights(student, run.best_weights())
+                runtime.place(student)
+            save_weights(student, folder / "student.safetensors", meta)
     except BaseException:
         run.close(failed=True)
         raise
     run.close(failed=False)
-
-    student = state.student.module.model
-    if loop.select != "last":
-        load_weights(student, run.best_weights())
-        runtime.place(student)
-    save_weights(student, folder / "student.safetensors", meta)
     state.student.module.eval()
     return DistillResult(
         student=student,

@@ -60,6 +60,8 @@ class ProgressLine(Progress):
         """Show the number of completed units, loss values and speed."""
         if self._listener is not None:
             self._listener(completed, self._total, dict(values), images_per_s)
+        if self.disable:
+            return
         self._note = "  ".join(
             [*(f"{name} {value:.3g}" for name, value in values.items()), f"{images_per_s:.0f} images/s"]
         )
@@ -78,11 +80,11 @@ class EventLog:
 
     Args:
         folder: folder of the event files.
-        purge_step: hide steps from this one on that an earlier process wrote; None hides nothing.
+        first_step: the first step of this process. TensorBoard hides this step and later ones of earlier processes.
     """
 
-    def __init__(self, folder: Path, *, purge_step: int | None = None) -> None:
-        self.folder, self.purge_step = folder, purge_step
+    def __init__(self, folder: Path, *, first_step: int = 1) -> None:
+        self.folder, self.first_step = folder, first_step
         self._lock, self._failed = threading.Lock(), False
         self._writer: SummaryWriter | None = None
 
@@ -92,18 +94,25 @@ class EventLog:
                 return
             try:
                 if self._writer is None:
-                    self._writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
+                    # TensorBoard ignores the first process's value, but without it, it also ignores the second one's.
+                    self._writer = SummaryWriter(str(self.folder), purge_step=self.first_step)
                 getattr(self._writer, method)(*arguments)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # RuntimeError: no more threads
                 self._failed = True
-                log.warning("%s; the rest of the run has no TensorBoard log", WriteError.of(self.folder, error))
+                reason = WriteError.of(self.folder, error) if isinstance(error, OSError) else f"{self.folder}: {error}"
+                log.warning("%s; the rest of the run has no TensorBoard log", reason)
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self._call("add_scalar", name, value, step)
 
     def add_images(self, name: str, images: Any, step: int) -> None:
         self._call("add_images", name, images, step)
-        self._call("flush")
+        self.flush()
+
+    def flush(self) -> None:
+        """Write everything to the log's file, so that it is not lost if the process is killed."""
+        if self._writer is not None:
+            self._call("flush")
 
     def close(self) -> None:
         if self._writer is not None:

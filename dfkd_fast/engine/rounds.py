@@ -18,7 +18,10 @@ __all__ = ["NonFiniteError", "Round", "Rounds"]
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient was not finite, and its step was skipped. The message names the first such step."""
+    """A loss or gradient was not finite, and its step was skipped, or a step wrote a value that is not finite.
+
+    The message names the first such step and its loss terms, or the tensors.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +105,22 @@ class Rounds:
         return whole
 
     def drain(self) -> None:
-        """Wait for the device and read all losses back.
+        """Wait for the device, read all losses back and check the state.
 
         Raises:
-            NonFiniteError: a step was skipped.
+            NonFiniteError: a step was skipped, or the state contains NaN or infinite values.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             self._collect(pending)
         self.state.runtime.synchronize()
+        if found := self.state.non_finite():
+            position = self.state.position
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            raise NonFiniteError(
+                f"before round {position.round}, step {position.step}: {', '.join(found[:5])}{more} not finite; "
+                "the last good checkpoint is kept"
+            )
         self._seconds, self._since = self.seconds, None
 
     def _collect(self, readback: _Readback) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfkd_fast.config import Precision, expand
+from dfkd_fast.config import Precision
+from dfkd_fast.files import make_folder
 
 __all__ = ["Runtime", "float32_weights", "new_run_folder", "supports_bf16"]
 
@@ -148,9 +149,7 @@ class Runtime:
 def new_run_folder(out: str | None, stem: str) -> Path:
     """Create and return the folder ``out``, or a new folder ``runs/STEM-TIME`` if ``out`` is None."""
     if out is not None:
-        folder = expand(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return make_folder(out)
     name, suffix = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}", 1
     while True:
         folder = Path("runs") / (name if suffix == 1 else f"{name}-{suffix}")

@@ -18,6 +18,7 @@ from dfkd_fast.config import DistillConfig, GeneratorConfig
 from dfkd_fast.engine.runtime import Runtime
 from dfkd_fast.graph import FeatureModel, extract
 from dfkd_fast.graph.modes import preserve_state
+from dfkd_fast.graph.tracing import weights_of
 from dfkd_fast.nn import GENERATORS, AttentionGenerator
 from dfkd_fast.objectives import Objective, generator_objective, student_objective
 from dfkd_fast.synthesis import Setting, Synthesizer, create_synthesizer
@@ -288,6 +289,28 @@ class DistillState:
         for name in _PLAIN:
             setattr(self, name, copy.deepcopy(state[name]))
         self.start_round()
+
+    def non_finite(self) -> list[str]:
+        """Names of the weights, statistics, optimizer states and loss scales that contain NaN or infinite values.
+
+        A loss does not show them: a step writes them after its loss, and no step of training reads running statistics.
+        Waits for the device.
+        """
+        named: dict[str, Tensor] = {}
+        for side_name, side in self.sides.items():
+            networks = (side.module.model if side is self.student else side.module, side.objective)
+            values = {key: value for network in networks for key, value in weights_of(network).items()}
+            if side is self.generator:
+                values |= dict(side.module.named_buffers())
+            names = {parameter: key for key, parameter in values.items()}
+            for parameter, state in side.optimizer.state.items():
+                values |= {f"{key} of {names[parameter]}": value for key, value in state.items()}
+            if side.scaler.is_enabled():
+                # With a scale of zero or infinity, every step is skipped.
+                values["loss scale"] = torch.tensor(side.scaler.get_scale() or math.nan)
+            named |= {f"{side_name}'s {key}": value for key, value in values.items() if value.is_floating_point()}
+        finite = torch.stack([value.isfinite().all() for value in named.values()]).tolist()
+        return [name for name, good in zip(named, finite, strict=True) if not good]
 
     def teacher_digest(self) -> str:
         """Hash the teacher's weights. The hash identifies the teacher of a checkpoint."""

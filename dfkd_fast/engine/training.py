@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from dfkd_fast import report
@@ -23,6 +23,8 @@ from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.progress import EventLog, Listener, ProgressLine
 from dfkd_fast.engine.runtime import Runtime, float32_weights, new_run_folder
 from dfkd_fast.files import lock_folder, write_file
+from dfkd_fast.graph import unwrap
+from dfkd_fast.graph.tracing import weights_of
 from dfkd_fast.models import save_weights
 
 __all__ = ["TeachResult", "teach"]
@@ -152,8 +154,8 @@ def _teach(
             line.show(epoch, {"loss": mean}, trainer.steps * config.batch_size / (time.perf_counter() - start))
         runtime.synchronize()
         seconds = time.perf_counter() - start
-        for name, tensor in model.state_dict().items():
-            if isinstance(tensor, Tensor) and not tensor.isfinite().all():
+        for name, tensor in weights_of(unwrap(model)).items():
+            if not tensor.isfinite().all():
                 raise ArithmeticError(f"{name} is not finite after epoch {config.epochs}; try a lower lr")
         result = evaluate(model, data.test, num_classes=data.num_classes, workers=workers, runtime=runtime)
     model.eval()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import linecache
 import math
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -254,7 +256,16 @@ def compile_graph(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     # GraphModule copies references. Sharing root's dictionaries instead makes a replaced tensor (``.double()``,
     # ``load_state_dict(assign=True)``) visible here too.
     program._modules, program._parameters, program._buffers = root._modules, root._parameters, root._buffers
+    weakref.finalize(program, _forget_source, type(program).forward.__code__.co_filename)
     return program
+
+
+def _forget_source(name: str) -> None:
+    """Delete the source of a GraphModule's forward. Otherwise torch.fx keeps it as long as the process lives."""
+    linecache.cache.pop(name, None)
+    loader = getattr(fx.graph_module, "_loader", None)
+    if loader is not None:
+        loader.eval_cache.pop(name, None)
 
 
 @dataclass(frozen=True)

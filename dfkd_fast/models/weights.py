@@ -1,12 +1,18 @@
-"""Loads and saves weights: safetensors files, and torch files with ``weights_only=True``."""
+"""Loads and saves weights: safetensors files, and torch files with ``weights_only=True``.
+
+Damage is detected by the checksums of torch's zip archives. Safetensors has none, so the files of :func:`save_weights`
+contain one in their metadata.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dfkd_fast.config import expand
-from dfkd_fast.files import write_file
+from dfkd_fast.config import expand, reading
+from dfkd_fast.files import write_file, zip_damage
 from dfkd_fast.graph.tracing import first_line, require_finite, unwrap, weights_of
 
 __all__ = [
@@ -42,6 +48,10 @@ _PREFIXES = ("model.", "net.", "network.", "backbone.", "ema_model.")
 # Counters of BatchNorm, AveragedModel and FLOP counters, which a network may lack.
 _COUNTERS = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
 _LISTED = 10
+# Name of the checksum in the metadata: the SHA-256 of the file in which the checksum is _NO_CHECKSUM.
+_CHECKSUM = "dfkd_fast.checksum"
+_SHA256 = "sha256 of this file with zeros here: "
+_NO_CHECKSUM = _SHA256 + 64 * "0"
 
 
 class WeightsFormatError(ValueError):
@@ -106,21 +116,57 @@ def _require_file(path: str | Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _safetensors_errors(path: Path) -> Iterator[None]:
+    """Names the file in the errors of safetensors."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise WeightsFormatError(f"{path} is truncated or not a safetensors file: {error}") from error
+    except (OSError, MemoryError) as error:
+        raise type(error)(f"cannot read {path}: {error}") from error
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file; a torch file has none.
+    """Read the metadata of a safetensors file, without its checksum; a torch file has none.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        WeightsFormatError: the safetensors file is truncated.
+        WeightsFormatError: the safetensors file is damaged.
     """
     path = _require_file(path)
+    with reading(path):
+        return _read_metadata(path)
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
     if not _is_safetensors(path):
         return {}
-    try:
-        with safetensors.safe_open(str(path), "pt") as file:
-            return dict(file.metadata() or {})
-    except safetensors.SafetensorError as error:
-        raise WeightsFormatError(f"{path} is truncated or not a safetensors file: {error}") from error
+    with _safetensors_errors(path), safetensors.safe_open(str(path), "pt") as file:
+        metadata = dict(file.metadata() or {})
+    # Damage may also be in the name or in the value.
+    stored = {name: value for name, value in metadata.items() if name == _CHECKSUM or value.startswith(_SHA256)}
+    if stored and list(stored.items()) != [(_CHECKSUM, _SHA256 + _sha256(path, stored.get(_CHECKSUM, "")))]:
+        raise WeightsFormatError(
+            f"{path} is damaged: its checksum does not match. If another program changed it on purpose, remove "
+            f"{_CHECKSUM!r} from its metadata."
+        )
+    return {name: value for name, value in metadata.items() if name not in stored}
+
+
+def _entry(checksum: str) -> bytes:
+    return json.dumps({_CHECKSUM: checksum}, separators=(",", ":"))[1:-1].encode()
+
+
+def _sha256(path: Path, checksum: str) -> str:
+    """The SHA-256 of a safetensors file with ``_NO_CHECKSUM`` in place of its checksum."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+        digest = hashlib.sha256(length + header.replace(_entry(checksum), _entry(_NO_CHECKSUM), 1))
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +241,7 @@ def read_description(path: str | Path) -> WeightsDescription:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        WeightsFormatError: the file is truncated, or its metadata is invalid or contradicts itself.
+        WeightsFormatError: the file is damaged, or its metadata is invalid or contradicts itself.
     """
     metadata = read_metadata(path)
     found: dict[str, Any] = {"model": metadata.get("model")}
@@ -218,14 +264,14 @@ def read_description(path: str | Path) -> WeightsDescription:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if _is_safetensors(path):
-        try:
+        with _safetensors_errors(path):
             return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise WeightsFormatError(f"{path} is truncated or not a safetensors file: {error}") from error
     with path.open("rb") as file:
         head = file.read(2)
     if head != b"PK" and head[:1] != b"\x80":  # torch's zip archives and its legacy pickles
         raise WeightsFormatError(f"{path} is not a weights file: neither safetensors nor written by torch.save")
+    if head == b"PK" and (damage := zip_damage(path)):
+        raise WeightsFormatError(f"{path} is truncated or not a weights file: {damage}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -263,6 +309,9 @@ def _find_state(content: Any, path: Path) -> dict[str, Tensor]:
         raise WeightsFormatError(
             f"{path} must contain a mapping of names to tensors, at the top level or under one of {known}; it {found}"
         )
+    abstract = [name for name, value in tensors.items() if value.is_meta or value.layout != torch.strided]
+    if abstract:
+        raise WeightsFormatError(f"{path} must contain dense tensors with values; these have none: {_some(abstract)}")
     return tensors
 
 
@@ -326,13 +375,15 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
 
     Raises:
         FileNotFoundError: the file does not exist.
-        WeightsFormatError: the file is truncated, contains no weights, or contains pickled objects.
+        WeightsFormatError: the file is damaged, contains no weights, or contains pickled objects.
         WeightsMismatch: names or shapes do not fit.
         ValueError: a weight is NaN or infinite.
     """
     path = _require_file(path)
     own = model.state_dict()
-    state = _renamed(_read(path), own, path)
+    metadata = read_metadata(path)
+    with reading(path):
+        state = _renamed(_read(path), own, path)
     prefixes = tuple(f"{name}." for name in skip)
 
     def skipped(name: str) -> bool:
@@ -360,6 +411,9 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
             shapes = _some(f"{name} {there} instead of {here}" for name, there, here in mismatched)
             lines.append(f"  of another shape ({len(mismatched)}): {shapes}")
         raise WeightsMismatch("\n".join(lines), missing, unexpected, mismatched)
+    imaginary = [name for name, value in state.items() if value.is_complex() and not own[name].is_complex()]
+    if imaginary:
+        raise WeightsFormatError(f"{path} has complex weights, and the network has real ones: {_some(imaginary)}")
     weights = weights_of(model)
     require_finite(str(path), {name: value for name, value in state.items() if name in weights})
     state = {name: value for name, value in state.items() if name not in ignored}
@@ -370,22 +424,27 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
         skipped=tuple(name for name in own if skipped(name)),
         absent_counters=counters,
         ignored=ignored,
-        metadata=read_metadata(path),
+        metadata=metadata,
     )
 
 
 def _sorted_header(content: bytes) -> bytes:
-    """Sorts the header, since safetensors writes metadata in random order; equal weights then give equal files."""
+    """Sorts the header, since safetensors writes metadata in random order; equal weights then give equal files.
+
+    Adds the checksum.
+    """
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header = {name: dict(sorted(entry.items())) for name, entry in sorted(header.items())}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are 8-byte aligned
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+    content = len(text).to_bytes(8, "little") + text + content[8 + length :]
+    checksum = _SHA256 + hashlib.sha256(content).hexdigest()
+    return content.replace(_entry(_NO_CHECKSUM), _entry(checksum), 1)
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the network's state dict as a safetensors file, atomically.
+    """Write the network's state dict as a safetensors file with a checksum, atomically.
 
     Args:
         model: the network, on any device. In a wrapper (torch.compile, DataParallel, ...), the plain network is saved.
@@ -410,5 +469,5 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
             tensor = tensor.clone()  # tied weights: safetensors stores no aliases
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
-    content = _sorted_header(safetensors.torch.save(tensors, metadata=metadata))
+    content = _sorted_header(safetensors.torch.save(tensors, metadata={**metadata, _CHECKSUM: _NO_CHECKSUM}))
     write_file(path, content)

@@ -14,32 +14,20 @@ from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
 from dfkd_fast.ops.custom_op import differentiable, fused_op, operator, unsupported_reason
 from dfkd_fast.reference import batchnorm_statistics as reference
-from dfkd_fast.reference.common import upcast
+from dfkd_fast.reference.common import contiguous, one_format, suggested_format, upcast
 
 __all__ = ["batchnorm_statistics", "channel_statistics", "merge_statistics", "new_map", "new_mask"]
 
 
-def _channels_last(x: Tensor) -> torch.memory_format | None:
-    """Return the channels-last format if PyTorch's norms would regard the strides of x as channels-last, else None."""
-    if x.ndim not in (4, 5) or x.shape[1] == 1 or all(size == 1 for size in x.shape[2:]):
-        return None
-    lower = 0
-    for dim in (1, *range(x.ndim - 1, 1, -1), 0):
-        if x.stride(dim) < lower:
-            return None
-        lower = x.stride(dim) * max(x.shape[dim], 1)
-    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-
-
 def new_map(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Allocate a tensor with the shape of x: channels-last if x is, else contiguous."""
-    return torch.empty_like(x, dtype=dtype, memory_format=_channels_last(x) or torch.contiguous_format)
+    return torch.empty_like(x, dtype=dtype, memory_format=suggested_format(x) or torch.contiguous_format)
 
 
 def new_mask(x: Tensor, keep: bool) -> Tensor:
     """Allocate one bit per element of x, 8 channels per byte: (N, ceil(C / 8), positions), uint8. Empty if not kept."""
     count, octets, positions = (x.shape[0], (x.shape[1] + 7) // 8, math.prod(x.shape[2:])) if keep else (0, 0, 0)
-    strides = (1, octets) if x.ndim == 2 or _channels_last(x) is not None else (positions, 1)
+    strides = (1, octets) if x.ndim == 2 or suggested_format(x) is not None else (positions, 1)
     return x.new_empty_strided((count, octets, positions), (octets * positions, *strides), dtype=torch.uint8)
 
 
@@ -199,11 +187,9 @@ def _cpu_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y, mean and var with fewer passes over maps than the reference."""
     upcast_x = upcast(x)
-    mean, var, scale, shift = (
-        None if v is None else v.to(upcast_x.dtype) for v in (running_mean, running_var, weight, bias)
-    )
+    mean, var, scale, shift = contiguous((running_mean, running_var, weight, bias), upcast_x.dtype)
     # Without a residual, PyTorch rounds a half-precision result once.
-    y = F.batch_norm(x if residual is None else upcast_x, mean, var, scale, shift, eps=eps)
+    y = F.batch_norm(one_format(x if residual is None else upcast_x), mean, var, scale, shift, eps=eps)
     if residual is not None:
         y.add_(residual)
     if activation != "none":
@@ -228,24 +214,28 @@ def _cpu_gradients(
     (x, running_mean, running_var, weight, mean, y), (eps, activation, residual_dtype) = saved, options
     grad_y, grad_mean, grad_var = grads
     gradients: list[Tensor | None] = [None] * 8
+    x = one_format(x)
     if grad_y is not None:
+        grad_y = one_format(grad_y)
         if activation == "relu":
             grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0)
         elif activation == "relu6":
             grad_y = torch.ops.aten.hardtanh_backward(grad_y, y, 0, 6)
         needs = [bool(needs_grad[i]) for i in (0, 3, 4)]
-        vectors = (None if v is None else v.to(mean.dtype) for v in (weight, running_mean, running_var))
+        vectors = contiguous((weight, running_mean, running_var), mean.dtype)
         of_norm = torch.ops.aten.native_batch_norm_backward(grad_y, x, *vectors, None, None, False, eps, needs)
         gradients[0], gradients[3], gradients[4] = (g if need else None for g, need in zip(of_norm, needs, strict=True))
         gradients[7] = grad_y.to(residual_dtype) if needs_grad[7] else None
     if needs_grad[0] and not (grad_mean is None and grad_var is None):
-        # grad_mean / M + 2 grad_var (x - mean) / M for M values per channel: an affine map of each channel.
+        # grad_mean / M + 2 grad_var (x - mean) / M for M values per channel. As an affine map of x, as F.batch_norm
+        # computes it, it would cancel if the mean is much larger than the deviations.
+        shape = [1, -1, *[1] * (x.ndim - 2)]
         of_mean, of_var = (
-            torch.zeros_like(mean) if g is None else g * (factor * x.shape[1] / x.numel())
+            (torch.zeros_like(mean) if g is None else g * (factor * x.shape[1] / x.numel())).view(shape)
             for g, factor in ((grad_mean, 1), (grad_var, 2))
         )
-        of_statistics = F.batch_norm(x, mean, torch.ones_like(mean), of_var, of_mean, eps=1e-30)
-        gradients[0] = of_statistics if gradients[0] is None else gradients[0].add_(of_statistics)
+        of_statistics = torch.addcmul(of_mean, x - mean.view(shape), of_var)
+        gradients[0] = of_statistics.to(x.dtype) if gradients[0] is None else gradients[0].add_(of_statistics)
     return gradients
 
 

@@ -27,11 +27,13 @@ def require_tensor(
         The argument.
 
     Raises:
-        TypeError: the argument is not a tensor of dtype float16, bfloat16, float32 or float64.
+        TypeError: the argument is not a dense tensor of dtype float16, bfloat16, float32 or float64.
         ValueError: the shape or the device is wrong.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got the layout {value.layout}; use to_dense()")
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name} must be of dtype float16, bfloat16, float32 or float64, got {value.dtype}")
     open_ended = layout[-1] == "..."
@@ -73,6 +75,6 @@ def require_number(name: str, value: object, *, above: float | None = None) -> N
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     low = float("-inf") if above is None else above
-    # NaN fails this comparison too.
-    if not (low < value < float("inf")):
+    # NaN fails this comparison too. PyTorch cannot convert larger integers.
+    if not (low < value < float("inf")) or (isinstance(value, int) and abs(value) >= 2**63):
         raise ValueError(f"{name} must be a finite number{'' if above is None else f' above {above}'}, got {value}")

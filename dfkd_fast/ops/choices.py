@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,20 @@ def shape_class(x: Tensor) -> tuple[int, ...]:
 
 
 def read_choices(path: Path) -> dict[Key, str]:
-    """Read the fastest backend per op, architecture, dtype and shape class; empty if the file does not exist."""
-    if not path.exists():
+    """Read the fastest backend per op, architecture, dtype and shape class; empty if the file does not exist.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not os.path.lexists(path):
         return {}
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    return {(row["op"], row["arch"], row["dtype"], tuple(row["shape_class"])): row["backend"] for row in rows}
+    try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return {(row["op"], row["arch"], row["dtype"], tuple(row["shape_class"])): row["backend"] for row in rows}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}; install dfkd_fast again") from error
 
 
 def _table() -> dict[Key, str]:

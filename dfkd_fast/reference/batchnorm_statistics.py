@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd_fast.reference.common import upcast
+from dfkd_fast.reference.common import contiguous, one_format, upcast
 
 __all__ = ["batchnorm_statistics", "channel_statistics"]
 
@@ -24,10 +24,8 @@ def batchnorm_statistics(
 ) -> tuple[Tensor, ...]:
     """Normalize x (N, C, ...) with running statistics; also return its mean and biased variance."""
     upcast_x = upcast(x)
-    mean, var, scale, shift = (
-        None if vector is None else vector.to(upcast_x.dtype) for vector in (running_mean, running_var, weight, bias)
-    )
-    y = F.batch_norm(upcast_x, mean, var, scale, shift, training=False, eps=eps)
+    mean, var, scale, shift = contiguous((running_mean, running_var, weight, bias), upcast_x.dtype)
+    y = F.batch_norm(one_format(upcast_x), mean, var, scale, shift, training=False, eps=eps)
     if residual is not None:
         y = y + residual
     if activation == "relu":
@@ -35,7 +33,7 @@ def batchnorm_statistics(
     elif activation == "relu6":
         y = F.relu6(y)
     y = y.to(x.dtype)
-    return (*([y] * (1 + fork)), *channel_statistics(x))
+    return (*([y] * (1 + fork)), *channel_statistics(upcast_x))
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,8 @@ def contrastive_loss(
     """Compute the NT-Xent loss of anchors and positives (N, D)."""
     count = anchors.shape[0]
     # Autocast is off, because rounding errors of the similarities are multiplied by 1 / temperature.
-    with torch.autocast(anchors.device.type, enabled=False):
+    device = anchors.device.type if anchors.device.type != "meta" else "cpu"  # meta tensors have no autocast
+    with torch.autocast(device, enabled=False):
         vectors = torch.cat([upcast(anchors), upcast(positives)])
         if normalize:
             vectors = _unit_rows(vectors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dfkd_fast.reference.common import match_memory_format, pointwise, upcast
@@ -20,9 +21,9 @@ def spatial_attention(
         gate = scale * logits.softmax(1)
     else:
         if bias is not None:
-            # The softmax does not depend on the bias, and leaving the bias out keeps precision. Multiplying it by 0
-            # gives it a gradient that is exactly zero.
-            weight = weight + 0 * bias[:, None]
+            # The softmax does not depend on the bias, and leaving the bias out keeps precision. Its gradient is exactly
+            # zero: the product of 0 and an infinite gradient would be NaN.
+            weight = torch.where(torch.zeros_like(weight, dtype=torch.bool), bias[:, None], weight)
         logits = upcast(pointwise(hidden, weight))
         softmax = logits.flatten(2).softmax(-1).view_as(logits)
         positions = logits.shape[2] * logits.shape[3]

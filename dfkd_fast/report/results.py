@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dfkd_fast.config import expand
+from dfkd_fast.config import expand, reading, require_file
 from dfkd_fast.files import write_file
 
 __all__ = ["device_slug", "environment", "read_results", "source_digest", "timestamp", "write_results"]
@@ -145,18 +146,20 @@ def write_results(path: str | Path, content: dict[str, Any]) -> Path:
 
 
 def read_results(path: str | Path) -> dict[str, Any] | None:
-    """Read a result file; None if it does not exist.
+    """Read a result file; None if it does not exist. Numbers that are not finite become None.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: the file is not a JSON object.
     """
     path = expand(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        with reading(path):
+            content = json.loads(require_file(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a result file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a result file: its content is a {type(content).__name__}")
-    return content
+    return _finite_or_none(content)  # Python reads NaN and numbers beyond the range of a double

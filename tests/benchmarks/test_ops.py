@@ -274,11 +274,13 @@ class TestBench:
         ("text", "message"),
         [
             ("nonsense: []", "no benchmark of nonsense"),
+            ("{}", "must hold a list of shapes for each op"),
             ("[1, 2]", "must hold a list of shapes for each op"),
             ("distillation_kl: [3]", "must be a list or a mapping of sizes, got 3"),
             ("distillation_kl: [{rows: 3, classes: 4, lines: 3}]", "is not a shape of distillation_kl: .*lines"),
             ("distillation_kl: [{rows: 3, classes: 4, dtypes: [int8]}]", "dtypes must be a list of float32"),
             ("a: b: c", "neither YAML nor JSON"),
+            ("[" * 1000, "neither YAML nor JSON"),
         ],
     )
     def test_malformed_file_raises(self, text, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 from typing import Any
 
 import pytest
@@ -215,3 +216,13 @@ def test_num_classes_reads_no_files() -> None:
     known = {name: num_classes(DataConfig(name=name, classes=7)) for name in data.DATASETS}
     assert known == {"aircraft": 100, "cars196": 196, "cub200": 200, "folder": None, "digits": 10, "rendered": 7}
     assert load(DataConfig(name="digits", image_size=8)).num_classes == 10
+
+
+@pytest.mark.parametrize("place", [(DataLoader, "__iter__"), (multiprocessing.util, "get_temp_dir")])
+def test_workers_that_cannot_start(place: tuple[object, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(*place, fail)
+    with pytest.raises(OSError, match=r"cannot load images in 2 worker processes: Too many open files; try fewer"):
+        next(iter(loader(array(), batch_size=2, shuffle=False, seed=0, workers=2)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -292,6 +293,16 @@ def test_damaged_cars_files_are_named(file: Path, kept: int | str, tmp_path: Pat
         load(config("cars196", tmp_path))
 
 
+def test_cars_file_that_crashes_scipy_is_named(tmp_path: Path) -> None:
+    path = cars_tree(tmp_path) / CARS_BASE / "devkit" / "cars_meta.mat"
+    shape = np.array([1, len(CARS[1])], np.int32).tobytes()
+    content = path.read_bytes().replace(shape + b"\1\0\0\0", shape + b"\1\0\x80\0", 1)  # a name of 128 bytes
+    assert content != path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cars_meta\.mat is damaged or not a MATLAB file"):
+        load(config("cars196", tmp_path))
+
+
 @pytest.mark.parametrize("name", [".ipynb_checkpoints", "__MACOSX", ".git", "@eaDir", "lost+found"])
 def test_hidden_folders_and_files_are_ignored(name: str, tmp_path: Path) -> None:
     root = folder_tree(tmp_path)
@@ -373,6 +384,17 @@ def test_16_bit_images_are_scaled(suffix: str, dtype: str, tmp_path: Path) -> No
     assert (found == gray[..., None]).all()
 
 
+@pytest.mark.parametrize("size", [(5, 2**25), (10_000, 10_000), (2, 2_001)])
+def test_images_that_would_need_gigabytes_are_refused(size: tuple[int, int], tmp_path: Path) -> None:
+    """A damaged header can declare any size. The resized copy of a narrow image is large, too."""
+    path = tmp_path / "image.bmp"
+    Image.new("RGB", (1, 1)).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:18] + np.array(size, "<i4").tobytes() + content[26:])
+    with pytest.raises(ValueError, match=rf"image\.bmp: it has {size[0]} x {size[1]} pixels, which is too large"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_32_bit_images_are_refused(dtype: type, tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8), 0.5 if dtype is np.float32 else 70000, dtype)).save(tmp_path / "image.tif")
@@ -413,3 +435,64 @@ def test_aircraft_uses_random_crop(tmp_path: Path) -> None:
 
     assert steps("aircraft", aircraft_tree)[:3] == ["Resize", "RandomCrop", "RandomHorizontalFlip"]
     assert steps("cars196", cars_tree)[:3] == ["Resize", "RandomResizedCrop", "RandomHorizontalFlip"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("aircraft", AIRCRAFT / "variants.txt"),
+        ("cars196", CARS_BASE / "devkit" / "cars_meta.mat"),
+        ("folder", Path("test/bee/1.jpg")),
+    ],
+)
+def test_pipes_and_folders_instead_of_files(name: str, file: Path, tmp_path: Path) -> None:
+    path = MAKERS[name](tmp_path) / file
+    for make, reason in ((os.mkfifo, "Not a regular file"), (os.mkdir, "Is a directory")):
+        path.unlink() if path.is_file() else path.rename(tmp_path / "pipe")
+        make(path)
+        with pytest.raises((ValueError, OSError), match=rf"{reason}.*{path.name}|{path.name}.*{reason}"):
+            list(load(config(name, tmp_path)).test)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "message"),
+    [
+        ("aircraft", AIRCRAFT / "variants.txt", lambda text: text + "\x1b\n", r"line 5, contains a control character"),
+        (
+            "aircraft",
+            AIRCRAFT / "images_variant_test.txt",
+            lambda text: "0034958 707-320\n" + text,
+            r"test\.txt names .*0034958\.jpg, which is also in images_variant_trainval\.txt",
+        ),
+        ("cub200", CUB / "classes.txt", lambda text: text[:-4], r"images\.txt, line 11, names image 11, .*Albatr"),
+        ("cub200", CUB / "images.txt", lambda text: "".join(text.splitlines(True)[:-1]), r"does not name image 15 of"),
+        (
+            "cub200",
+            CUB / "images.txt",
+            lambda text: text + "x y\n",
+            r"labels\.txt assigns image x .* line 16 of .*images",
+        ),
+        ("cub200", CUB / "image_class_labels.txt", lambda text: text.replace("2 1", "2 3", 1), r"names image 2, 001"),
+    ],
+)
+def test_annotations_that_contradict_each_other(
+    name: str, file: Path, change: Callable[[str], str], message: str, tmp_path: Path
+) -> None:
+    path = MAKERS[name](tmp_path) / file
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        load(config(name, tmp_path))
+
+
+def test_errors_of_the_system_are_not_missing_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_tree(tmp_path)
+    real = os.scandir
+
+    def fail(path: str) -> object:
+        if str(path).endswith("bee"):
+            raise OSError(24, "Too many open files", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(OSError, match=r"Too many open files: '.*bee'"):
+        load(config("folder", tmp_path))

@@ -180,14 +180,24 @@ def test_cache_key_depends_on_the_drawing_version() -> None:
     assert len(stems) == 2
 
 
-@pytest.mark.parametrize("kept", [0, 40, 300, None], ids=["empty", "half a header", "half the pixels", "other shape"])
-def test_damaged_cache_file_is_drawn_again(tmp_path: Path, kept: int | None) -> None:
+DAMAGED = {
+    "empty": 0,
+    "half a header": 40,
+    "half the pixels": 300,
+    "other shape": None,
+    "open bracket in the header": b"\x93NUMPY\1\0\x08\0{'shape(",
+    "archive": b"PK\3\4",
+}
+
+
+@pytest.mark.parametrize("kept", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_cache_file_is_drawn_again(tmp_path: Path, kept: int | bytes | None) -> None:
     first = load(config(tmp_path)).train.images.clone()
     pixels = next(tmp_path.glob("rendered-train-*.npy"))
     if kept is None:
         np.save(pixels, np.zeros((2, 3, 32, 32), np.uint8))
     else:
-        pixels.write_bytes(pixels.read_bytes()[:kept])
+        pixels.write_bytes(kept if isinstance(kept, bytes) else pixels.read_bytes()[:kept])
     with pytest.warns(UserWarning, match="drawing it again"):
         again = load(config(tmp_path))
     assert torch.equal(again.train.images, first)
@@ -244,3 +254,19 @@ def test_errors(tmp_path: Path, changes: dict[str, object], message: str) -> Non
     with pytest.raises(ValueError, match=message):
         load(config(tmp_path, **changes))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_changed_and_renamed_cache_files_are_drawn_again(tmp_path: Path) -> None:
+    same = {"train_per_class": 2}  # both files have the same shape
+    first = load(config(tmp_path, **same)).train.images.clone()  # the file is mapped
+    train, test = sorted(tmp_path.glob("rendered-*.npy"), reverse=True)
+    content = bytearray(train.read_bytes())
+    content[len(content) // 2] ^= 1
+    for replaced in (bytes(content), test.read_bytes()):
+        train.write_bytes(replaced)
+        with pytest.warns(UserWarning, match=r"rendered-train-.*is damaged or of an earlier version; drawing it again"):
+            assert torch.equal(load(config(tmp_path, **same)).train.images, first)
+    train.unlink()
+    train.mkdir()
+    with pytest.raises(OSError, match=r"cannot draw images into .*rendered-train-.*\.npy: Is a directory"):
+        load(config(tmp_path, **same))

@@ -369,3 +369,44 @@ def test_distill_from_a_backbone_and_evaluate_in_bf16(
     assert student["fc.bias"].shape == (10,)
     main(["evaluate", "--config", experiment, "--weights", "run/student.safetensors", "--precision", "bf16"])
     assert "top-1" in capsys.readouterr().out
+
+
+def test_weights_file_cannot_name_code_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "hubconf.py").write_text("open('ran', 'w')")
+    options = {"repo_or_dir": ".", "model": "x", "source": "local", "trust_repo": True}
+    metadata = {"model": "torch:hub.load", "options": json.dumps(options), "num_classes": "10", "image_size": "16"}
+    save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", metadata=metadata)
+    for command in (["evaluate", "--data.name=digits"], ["export"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--weights=w.safetensors"])
+        assert (
+            "names the network 'torch:hub.load', which imports and runs code. If you trust" in capsys.readouterr().err
+        )
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "export",
+                "--weights=w.safetensors",
+                "--model.name=timm:resnet18",
+                '--model.options={"checkpoint_path": "x"}',
+            ]
+        )
+    assert "ModelConfig.options must not contain 'checkpoint_path'" in capsys.readouterr().err
+
+
+def test_errors_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text("distill:\n  autotune: fa")
+    with pytest.raises(SystemExit):
+        main(["distill", "--config=c.yaml"])
+    assert re.fullmatch(r"error: c\.yaml: .*distill\.autotune.*Got value: fa\n", capsys.readouterr().err)
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("dfkd_fast.doctor.doctor", fail)
+    with pytest.raises(SystemExit):
+        main(["doctor"])
+    assert capsys.readouterr().err == "error: not enough memory\n"

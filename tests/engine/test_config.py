@@ -269,3 +269,12 @@ main("teach --data.name digits --teacher.name resnet8 --out ~/run".split())
     assert "error: cannot expand the path '~/run': HOME is not set; set it or write the full path" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_in_results_are_finite_and_deep_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text('{"loss": [NaN, 1e999, -Infinity, 1.5]}')
+    assert read_results(path) == {"loss": [None, None, None, 1.5]}
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"results\.json is not a result file: maximum recursion depth"):
+        read_results(path)

@@ -18,6 +18,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import dfkd_fast
@@ -93,10 +94,7 @@ class Killed(BaseException):
     """Ends the run at this point, as if the process had been killed."""
 
 
-@pytest.mark.parametrize("step", [3, 14], ids=["before the first checkpoint", "in a round after one"])
-def test_resumed_run_ends_with_the_same_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, uninterrupted_run: dfkd_fast.DistillResult
-) -> None:
+def die_before_step(patch: pytest.MonkeyPatch, step: int) -> None:
     calls = 0
 
     def dying(original: Any) -> Any:
@@ -109,12 +107,46 @@ def test_resumed_run_ends_with_the_same_result(
 
         return take
 
+    for name in ("generator_step", "student_step"):
+        patch.setattr(engines, name, dying(getattr(engines, name)))
+
+
+@pytest.mark.parametrize("step", [3, 14], ids=["before the first checkpoint", "in a round after one"])
+def test_resumed_run_ends_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, uninterrupted_run: dfkd_fast.DistillResult
+) -> None:
     with monkeypatch.context() as patch:
-        for name in ("generator_step", "student_step"):
-            patch.setattr(engines, name, dying(getattr(engines, name)))
+        die_before_step(patch, step)
         with pytest.raises(Killed):
             tiny.run(tmp_path, checkpoint_every=2)
     assert_same_result(tiny.run(tmp_path, checkpoint_every=2, resume=True), uninterrupted_run)
+
+
+def test_tensorboard_shows_each_round_of_a_killed_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Checkpoints.save
+
+    def shown() -> list[int]:
+        return [event.step for event in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("student/kd")]
+
+    def checked(self: Checkpoints, state: dict[str, Any]) -> Path:
+        assert shown() == list(range(1, state["position"][0] + 1))  # a kill would lose what is not on the disk yet
+        return save(self, state)
+
+    monkeypatch.setattr(Checkpoints, "save", checked)
+    for step in (6, 9):  # in the second round, without a checkpoint, and in the third one, after a checkpoint
+        with monkeypatch.context() as patch:
+            die_before_step(patch, step)
+            with pytest.raises(Killed):
+                tiny.run(tmp_path, checkpoint_every=2, resume=step > 6)
+    tiny.run(tmp_path, checkpoint_every=2, resume=True)
+    assert shown() == [1, 2, 3, 4]
+
+
+def test_resumed_run_deletes_the_checkpoints_that_a_killed_one_left(finished: Path) -> None:
+    names = checkpoint_names(finished)
+    shutil.copy(finished / "checkpoints" / names[0], finished / "checkpoints" / "round-000002-step-0000.pt")
+    tiny.run(finished, resume=True)
+    assert checkpoint_names(finished) == names
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
@@ -175,10 +207,16 @@ def test_checkpoint_of_another_run_is_refused(finished: Path) -> None:
         dfkd_fast.distill(
             tiny.network((4, 4, 8, 12), seed=5), tiny.network(), tiny.config(finished, resume=True), progress=False
         )
+    whole = torch.load(next((finished / "checkpoints").iterdir()), weights_only=True)
     for path in (finished / "checkpoints").iterdir():
         torch.save({"state_dict": {"weight": torch.zeros(3)}}, path)
     with pytest.raises(CheckpointError, match=r"has format None, expected dfkd_fast.checkpoint/2"):
         tiny.run(finished, resume=True)
+    for changes in ({"state": {}}, {"settings": None}, {"settings": [1]}, {"state": 3}):
+        for path in (finished / "checkpoints").iterdir():
+            torch.save({**whole, **changes}, path)
+        with pytest.raises(CheckpointError, match=r"is damaged or not a checkpoint: its settings or state are invalid"):
+            tiny.run(finished, resume=True)
     for path in (finished / "checkpoints").iterdir():
         torch.save({"format": "dfkd_fast.checkpoint/1"}, path)
     with pytest.raises(CheckpointError, match=r"checkpoint/1, expected .*/2; continue this run with the version that"):
@@ -363,6 +401,39 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert checkpoint_names(tmp_path) == ["round-000001-step-0000.pt"]
 
 
+def test_weights_that_are_not_finite_after_the_last_step_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, count = engines.student_step, 0
+
+    def poisoned(state: Any, networks: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 8:  # the last one: no later loss shows its weights
+            state.rates.fill_(math.nan)
+        step(state, networks)
+
+    monkeypatch.setattr(engines, "student_step", poisoned)
+    with pytest.raises(
+        NonFiniteError, match=r"before round 4, step 0: student's conv1\.weight, .* and \d+ more not finite"
+    ):
+        tiny.run(tmp_path)
+    assert checkpoint_names(tmp_path) == ["round-000002-step-0000.pt", "round-000003-step-0000.pt"]
+    assert not (tmp_path / "student.safetensors").exists()
+
+
+def test_checkpoints_of_earlier_versions_may_contain_values_that_are_not_finite(tmp_path: Path) -> None:
+    tiny.run(tmp_path, epochs=1)
+    path = tmp_path / "checkpoints" / "round-000002-step-0000.pt"
+    content = torch.load(path, weights_only=True)
+    content["state"]["student"]["bn1.running_var"][0] = math.nan
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"round 2, step 0, student's bn1\.running_var are not finite; delete it"):
+        tiny.run(tmp_path, epochs=1, resume=True)
+    path.unlink()
+    tiny.run(tmp_path, epochs=1, resume=True)
+
+
 @pytest.mark.parametrize("select", ["agreement", "test_accuracy"])
 def test_best_student_by_the_selected_criterion_is_returned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str
@@ -455,3 +526,13 @@ def test_progress_shows_rounds_terms_and_speed() -> None:
     for words in ("distill", "1/4 rounds", "left", "bn 12.3", "student/mhad 0.125", "744 images/s", "saved at"):
         assert words in shown[0]
     assert shown[1] == ""
+
+
+def test_the_student_is_saved_before_the_curves_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError("a broken font")
+
+    monkeypatch.setattr(loop.report, "save_curves", fail)
+    with pytest.raises(OSError, match="a broken font"):
+        tiny.run(tmp_path)
+    load_weights(tiny.network(), tmp_path / "student.safetensors")

@@ -636,6 +636,43 @@ def test_nonfinite_error_names_round_and_step() -> None:
     assert all_equal(parameters, state.student.module.parameters())
 
 
+def _first(values: Any) -> Tensor:
+    return next(iter(values))
+
+
+@pytest.mark.parametrize(
+    ("find", "name"),
+    [
+        (lambda s: _first(s.student.module.model.parameters()), "student's conv1.weight"),
+        (lambda s: s.student.module.model.bn1.running_var, "student's bn1.running_var"),
+        (lambda s: _first(s.student.optimizer.state.values())["momentum_buffer"], "momentum_buffer of conv1.weight"),
+        (lambda s: _first(s.generator.optimizer.state.values())["exp_avg_sq"], "generator's exp_avg_sq of "),
+        (lambda s: _first(b for n, b in s.generator.module.named_buffers() if n.endswith("_u")), r"generator's .*\._u"),
+    ],
+)
+def test_values_that_no_loss_shows_are_checked_before_saving(find: Callable[[Any], Tensor], name: str) -> None:
+    state = tiny.state()
+    rounds = Rounds(eager_engine(state), lambda done: None)
+    assert rounds.run(lambda: False)
+    rounds.drain()
+    for value in (math.nan, math.inf):
+        tensor = find(state).data
+        before = tensor.clone()
+        tensor[0] = value
+        with pytest.raises(NonFiniteError, match=rf"before round 1, step 0: .*{name}.* not finite; the last good"):
+            rounds.drain()
+        tensor.copy_(before)
+    rounds.drain()
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf])
+def test_loss_scale_that_skips_every_step_is_an_error(value: float) -> None:
+    state = tiny.state(replace(tiny.config(), precision="fp16"))
+    assert state.non_finite() == []
+    state.student.scaler.load_state_dict({**state.student.scaler.state_dict(), "scale": value})
+    assert state.non_finite() == ["student's loss scale"]
+
+
 def test_losses_are_read_one_round_late_and_in_order() -> None:
     state, finished = tiny.state(), []  # type: tuple[DistillState, list[Round]]
     rounds = Rounds(eager_engine(state), finished.append)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,8 +21,17 @@ import torch
 from torch import nn
 
 from dfkd_fast import report
-from dfkd_fast.engine import teach
-from dfkd_fast.files import FolderInUseError, WriteError, atomic_write, lock_folder, write_file
+from dfkd_fast.config import reading
+from dfkd_fast.engine import export, teach
+from dfkd_fast.files import (
+    FolderInUseError,
+    WriteError,
+    _RecordingFile,
+    atomic_write,
+    lock_folder,
+    write_file,
+    zip_damage,
+)
 from dfkd_fast.models import load_weights, save_weights
 
 from .. import tiny
@@ -127,18 +137,25 @@ def test_run_on_a_full_disk_keeps_history_and_checkpoints(tmp_path: Path, caplog
     assert tiny.same_weights(resumed.student, tiny.run(tmp_path / "whole", optimizer=CONSTANT).student)
 
 
-def test_tensorboard_log_on_a_full_disk_does_not_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "tensorboard: No space left on device; free space on this"),
+        (RuntimeError("can't start new thread"), "tensorboard: can't start new thread; the rest of the run has no"),
+    ],
+)
+def test_tensorboard_log_that_cannot_be_written_does_not_end_the_run(
+    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from dfkd_fast.engine import progress
 
     class Full:
         def __init__(self, *arguments: object, **options: object) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
 
     monkeypatch.setattr(progress, "SummaryWriter", Full)
     tiny.run(tmp_path)
-    assert caplog.text.count("tensorboard: No space left on device; free space on this disk") == 1
+    assert caplog.text.count(message) == 1
 
 
 HOLDER = """
@@ -206,3 +223,55 @@ def test_killed_writer_leaves_no_file_after_the_next_run(tmp_path: Path) -> None
     tiny.run(tmp_path, epochs=1, rounds_per_epoch=1)
     assert not [name for name in files(tmp_path) if name.endswith(".partial")]
     load_weights(tiny.network(), tmp_path / "student.safetensors")
+
+
+def test_folders_of_runs_that_cannot_be_created(tmp_path: Path) -> None:
+    write_file(tmp_path / "file", b"")
+    for run in (
+        lambda: tiny.run(tmp_path / "file" / "run"),
+        lambda: teach(tiny.network(), tiny.data(), teach_config(tmp_path / "file" / "run"), progress=False),
+        lambda: export(tiny.network(), tmp_path / "file" / "run", image_size=tiny.SIZE),
+    ):
+        with pytest.raises(WriteError, match=r"cannot write .*/file/run: Not a directory; choose another folder"):
+            run()
+
+
+def test_pipes_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "Not a regular file" in str(zip_damage(tmp_path / "pipe"))
+    with pytest.raises(OSError, match=r"Not a regular file: '.*pipe'"):
+        report.read_results(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("absent")
+    with pytest.raises(FileNotFoundError, match="link"):  # not the same as no results
+        report.read_results(tmp_path / "link")
+    assert report.read_results(tmp_path / "absent") is None
+
+
+def test_errors_of_reads_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"Input/output error: '.*x\.json'"), reading(tmp_path / "x.json"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_next_write_deletes_temporary_files_of_killed_processes(tmp_path: Path) -> None:
+    """Also outside of runs, but never one that a living process or thread writes, or that of another file."""
+    for name in (".x.1.partial", ".other.1.partial"):
+        (tmp_path / name).write_bytes(b"half")
+    with atomic_write(tmp_path / "x") as file, lock_folder(tmp_path):
+        file.write(b"first")
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(write_file, tmp_path / "x", b"second").result()
+        assert (tmp_path / "x").read_bytes() == b"second"
+    assert (tmp_path / "x").read_bytes() == b"first"
+    assert files(tmp_path) == {"x"}  # lock_folder deleted the other one
+
+
+def test_ctrl_c_in_a_checkpoint_is_not_replaced_by_an_error_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: object, content: bytes) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_RecordingFile, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _torch_file(tmp_path / "x")
+    assert files(tmp_path) == set()

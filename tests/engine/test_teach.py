@@ -11,6 +11,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -39,6 +40,13 @@ def test_teach_learns_and_writes_its_weights(tmp_path: Path) -> None:
     assert json.loads(metadata["classes"]) == [f"class {i}" for i in range(5)]
     assert metadata["model"] == "resnet8"
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_tensorboard_shows_each_epoch_of_a_repeated_training_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        teach(tiny.network(), tiny.data(), config(tmp_path), progress=False)
+    log = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in log.Scalars("teach/loss")] == [1, 2, 3]
 
 
 def test_seed_determines_the_losses(tmp_path: Path) -> None:
@@ -93,6 +101,12 @@ def test_evaluate_counts_top1_and_top5() -> None:
     assert few.top5 is None
     with pytest.raises(ValueError, match="at least one image"):
         evaluate(model, TensorDataset(images[:0], labels[:0]), num_classes=8)
+
+
+def test_masks_may_be_infinite(tmp_path: Path) -> None:
+    model = tiny.network()
+    model.register_buffer("mask", torch.full((3,), -math.inf))
+    assert teach(model, tiny.data(), config(tmp_path), progress=False).weights.exists()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import linecache
 import logging
 import pickle
 from collections import Counter
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, DropPath
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d
@@ -31,6 +33,7 @@ from dfkd_fast.models import (
     frozen,
 )
 
+from .. import tiny
 from .nets import NARROW, NARROW_TIMM, Net, close, images, network, randomize_batchnorm, scalar, snapshot
 
 RESNET = "layer1 layer2 layer3 layer4"
@@ -609,3 +612,13 @@ def test_log_counts_fused_batchnorms(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.message for record in caplog.records] == [
         "CifarResNet: statistics of 9 BatchNorms (2 unfused, 3 add+relu, 4 relu)"
     ]
+
+
+def test_discarded_networks_leave_no_generated_source() -> None:
+    """torch.fx keeps the source of each GraphModule as long as the process lives."""
+    counts = []
+    for _ in range(3):
+        extract(tiny.network(), image_size=tiny.SIZE, statistics=True)
+        gc.collect()
+        counts.append((len(fx.graph_module._loader.eval_cache), len(linecache.cache)))
+    assert counts[1] == counts[2]

@@ -364,3 +364,73 @@ def test_state_must_be_tensors(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="state must be tensors, got dict for '_extra_state'"):
         save_weights(model, tmp_path / "w")
     assert not list(tmp_path.glob("*"))
+
+
+def test_every_changed_byte_of_saved_weights_is_noticed(tmp_path: Path) -> None:
+    source, path = network(), tmp_path / "w.safetensors"
+    save_weights(source, path, {"num_classes": "3", "model": "resnet8"})
+    assert read_metadata(path) == {"num_classes": "3", "model": "resnet8"}  # the checksum is not shown
+    content = path.read_bytes()
+    for place in range(0, len(content), 499):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(WeightsFormatError, match=r"w\.safetensors is (damaged: its checksum|truncated)"):
+            load_weights(network(), path)
+    path.write_bytes(content)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    changed = {**safetensors.torch.load_file(path), "fc.bias": torch.zeros(3)}
+    safetensors.torch.save_file(changed, path, metadata=metadata)
+    with pytest.raises(WeightsFormatError, match=r"changed it on purpose, remove 'dfkd_fast\.checksum' from its"):
+        read_description(path)
+    del metadata["dfkd_fast.checksum"]
+    safetensors.torch.save_file(changed, path, metadata=metadata)
+    load_weights(target := network(), path)
+    assert not target.fc.bias.any()
+
+
+def test_changed_bytes_of_torch_files_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save(network().state_dict(), path)
+    content = path.read_bytes()
+    weights = network().fc.weight.detach().numpy().tobytes()  # the length of one record
+    place = len(content) // 2
+    path.write_bytes(content[:place] + bytes(len(weights) // 4) + content[place + len(weights) // 4 :])
+    with pytest.raises(WeightsFormatError, match=r"w\.pt is truncated or not a weights file: .*checksum of its record"):
+        load_weights(network(), path)
+
+
+def test_errors_of_the_system_name_the_weights_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.safetensors"
+    save_weights(network(), path)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(safetensors, "safe_open", fail)
+    with pytest.raises(MemoryError, match=r"cannot read .*w\.safetensors: Cannot allocate memory"):
+        load_weights(network(), path)
+
+
+def test_weights_that_are_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "w.pt")
+    with pytest.raises(FileNotFoundError, match=r"no weights file .*w\.pt"):
+        load_weights(network(), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("meta", r"must contain dense tensors with values; these have none: conv1\.weight"),
+        ("sparse", "must contain dense tensors with values"),
+        ("complex", r"has complex weights, and the network has real ones: conv1\.weight"),
+    ],
+)
+def test_tensors_that_cannot_be_weights_are_refused(tmp_path: Path, kind: str, message: str) -> None:
+    model, before, path = network(), network(), tmp_path / "w.pt"
+    before.load_state_dict(model.state_dict())
+    change = {"meta": lambda t: t.to("meta"), "sparse": torch.Tensor.to_sparse, "complex": lambda t: t + 1j}[kind]
+    state = {name: change(t) if name == "conv1.weight" else t for name, t in network().state_dict().items()}
+    torch.save(state, path)
+    with pytest.raises(WeightsFormatError, match=message):
+        load_weights(model, path)
+    assert same(model, before)

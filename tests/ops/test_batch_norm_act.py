@@ -263,3 +263,51 @@ def test_runs_in_inference_mode(backend_and_device):
 def test_momentum_must_be_a_number():
     with pytest.raises(ValueError, match=f"momentum must be a finite number, got {math.nan}"):
         ops.batch_norm_act(random(2, 5), None, None, None, None, momentum=math.nan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_evaluation_does_not_write_running_statistics(dtype):
+    buffers = running(dtype=dtype)
+    ops.batch_norm_act(random(3, 5, 4, 2), None, None, *buffers, training=False)
+    assert [buffer._version for buffer in buffers] == [0, 0]
+
+
+def strided_norm(kind):
+    """Inputs of :func:`call`: vectors with strides, or maps whose memory format depends on sizes of 1."""
+    inputs = [None if t is None else t.detach() for t in norm_act((1, 5, 4, 1), dtype=torch.float64)(1)]
+    if kind == "maps":
+        inputs[0] = inputs[0].permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+        assert inputs[0].stride() == (1, 1, 5, 20)
+        return inputs
+    view = {
+        "expanded": lambda v: v[:1].expand(5),
+        "strided": lambda v: torch.stack([v, v.new_full((5,), 9.0)], 1)[:, 0],
+    }
+    return [inputs[0], *(view[kind](v) for v in inputs[1:5]), None]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["maps", "expanded", "strided"])
+def test_strides_do_not_change_values_and_gradients(kind, training):
+    """PyTorch's BatchNorm computes wrong gradients for these strides on the CPU."""
+    inputs = strided_norm(kind)
+    dense = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in inputs]
+    function = partial(call, training=training)
+    results = [
+        value_and_gradients(
+            function, [t if t is None else t.detach().requires_grad_(i < 3) for i, t in enumerate(tensors)]
+        )
+        for tensors in (inputs, dense)
+    ]
+    for found, expected in zip(*results, strict=True):
+        for a, b in zip(found, expected, strict=True):
+            assert a is b is None or torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_strided_running_statistics_are_updated():
+    x, vectors = random(3, 5, 4, 2), running()
+    views = [torch.stack([v, v], 1)[:, 0] for v in vectors]
+    for each in (vectors, views):
+        ops.batch_norm_act(x, None, None, *each, backend="reference")
+    assert torch.equal(vectors[0], views[0])
+    assert torch.equal(vectors[1], views[1])

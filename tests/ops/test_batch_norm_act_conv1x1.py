@@ -74,6 +74,15 @@ def test_dtypes_may_differ(backend_and_device):
     assert_close(given[3], 0.9 * mean.bfloat16() + 0.1 * x.mean((0, 2, 3)), atol=1e-2)
 
 
+def test_weight_gradient_of_constant_channels_is_finite(backend_and_device):
+    """The kernels compute mean / sqrt(eps) after the last position, which is infinite in float16."""
+    backend, device = backend_and_device
+    x, *_, conv, conv_bias = (t.detach() for t in conv1x1((1, 5, 2, 2), dtype=torch.float16, device=device)(1))
+    conv.requires_grad_()
+    call(x * 0 + 3e4, None, None, None, None, conv, conv_bias, backend=backend)[0].sum().backward()
+    assert torch.equal(conv.grad, torch.zeros_like(conv))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0])
 def test_running_statistics_match_torch(backend_and_device, dtype, momentum):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dfkd_fast import ops
 from dfkd_fast.testing import LAYOUTS, MAP_SHAPES, assert_close, random, unit_roundoff, value_and_gradients, with_layout
 
+from .definitions import results
 from .table import DTYPES, assert_matches, norm
 from .table import call_norm as call
 
@@ -73,6 +74,31 @@ def test_statistics_are_accurate_for_large_means(every_backend_and_device, mean,
     assert_close(got_mean, center, atol=0.0, rtol=16 * u, name="mean")
     spread = (exact - center[:, None, None]).square().mean((0, 2, 3))
     assert_close(got_var, spread, atol=(16 * u * mean) ** 2, rtol=64 * u, name="var")
+
+
+def test_gradients_are_accurate_for_large_means_and_rounded_once(every_backend_and_device):
+    """As an affine map of x, the gradient of var would have no correct digit at mean 10,000."""
+    backend, device = every_backend_and_device
+
+    def statistics(x, bias):
+        zero, one = torch.zeros(3, device=device, dtype=x.dtype), torch.ones(3, device=device, dtype=x.dtype)
+        return ops.batchnorm_statistics(x, zero, one, None, bias, 1e-5, backend=backend)
+
+    bias = torch.zeros(3, device=device)
+    vectors = bias.double(), bias.double() + 1, None, bias.double()
+    x = random(8, 3, 5, 5, scale=1e-2, shift=1e4, device=device).requires_grad_()
+    (gradient,) = torch.autograd.grad(statistics(x, bias)[2].sum(), x)
+    exact = x.detach().double()
+    expected = 2 * (exact - exact.mean((0, 2, 3), keepdim=True)) / 200
+    assert_close(gradient, expected, atol=2 * 1e4 * unit_roundoff(torch.float32) * 2 / 200)
+
+    x = random(2, 3, 5, 5, dtype=torch.float16, device=device).requires_grad_()
+    grads: list[torch.Tensor] = []
+    gradient = results(lambda x: statistics(x, bias), [x], grads)[-1]
+    exact = x.detach().double().requires_grad_()
+    expected = results(lambda x: definition(x, *vectors, None, activation="none", eps=1e-5), [exact], grads)[-1]
+    once = backend != "cpu"  # which adds two rounded gradients, as autograd does
+    assert_close(gradient, expected, rtol=1.01 * unit_roundoff(x.dtype), atol=1e-7 if once else 1e-3)
 
 
 @pytest.mark.parametrize(("activation", "function"), [("relu", F.relu), ("relu6", F.relu6)])
@@ -186,3 +212,22 @@ def test_dtypes_may_differ():
     assert (y.dtype, mean.dtype) == (torch.bfloat16, torch.float32)
     y, mean, _ = call(x, rm.float(), rv.float(), w.float(), b.float(), res.half())
     assert (y.dtype, mean.dtype) == (torch.float64, torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kind", ["maps", "expanded"])
+def test_strides_do_not_change_values_and_gradients(backend, kind):
+    """PyTorch's BatchNorm computes wrong gradients for these strides on the CPU."""
+    x, *vectors, _ = (None if t is None else t.detach() for t in make((1, 5, 4, 1), dtype=torch.float32))
+    if kind == "maps":
+        x = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    else:
+        vectors = [v[:1].expand(5) for v in vectors]
+    dense = [t.clone(memory_format=torch.contiguous_format) for t in (x, *vectors)]
+    results = []
+    for tensors in ([x, *vectors], dense):
+        leaves = [t.detach().requires_grad_(i in (0, 3, 4)) for i, t in enumerate(tensors)]
+        results.append(value_and_gradients(lambda *t: ops.batchnorm_statistics(*t, 1e-3, backend=backend), leaves))
+    for found, expected in zip(*results, strict=True):
+        for a, b in zip(found, expected, strict=True):
+            assert a is b is None or torch.allclose(a, b, rtol=1e-5, atol=1e-5)

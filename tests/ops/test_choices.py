@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -33,3 +35,15 @@ def test_fastest_measured_backend_is_selected(fastest: str | None, monkeypatch: 
     # Triton kernels are never selected on the CPU.
     assert dispatch("adding", None, torch.zeros(())).item() == (0 if fastest == "cuda" else 2)
     assert dispatch("adding", "cuda", torch.zeros(())).item() == 0
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": [{"op": "x"}]}', None])
+def test_damaged_table_is_refused_by_name(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "choices.json"
+    assert choices.read_choices(path) == {}
+    if content is None:
+        path.symlink_to(path)
+    else:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"choices\.json is damaged: .*; install dfkd_fast again"):
+        choices.read_choices(path)

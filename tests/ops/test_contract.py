@@ -85,6 +85,7 @@ def test_tensor_arguments_are_checked(name):
             (TypeError, f"{argument} must be a tensor, got str", "text"),
             (TypeError, f"{argument} must be of dtype .*, got torch.int64", given.long()),
             (TypeError, f"{argument} must be of dtype .*, got torch.complex64", given.to(torch.complex64)),
+            (TypeError, f"{argument} must be a dense tensor, got the layout torch.sparse_coo", given.to_sparse()),
             (ValueError, rf"{argument} must have shape \(", given.flatten() if given.ndim > 1 else given[:-1]),
         ]
         if given.ndim > 1:
@@ -111,7 +112,7 @@ def test_tensor_arguments_are_checked(name):
 def test_numeric_options_are_checked(name, option):
     function, inputs = CASES[name].function, CASES[name].make(CASES[name].shapes[0])(1)
     above = option in ("temperature", "eps")
-    for wrong in (math.nan, math.inf, *((0, 0.0, -0.1) if above else ())):
+    for wrong in (math.nan, math.inf, 2**63, 10**400, *((0, 0.0, -0.1) if above else ())):
         with pytest.raises(ValueError, match=f"{option} must be a finite number{' above 0' if above else ''}, got"):
             function(*inputs, **{option: wrong})
     for wrong in ("0.1", None, True, torch.tensor(0.1)):

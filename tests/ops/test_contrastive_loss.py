@@ -91,6 +91,20 @@ def test_loss_does_not_depend_on_row_length():
         assert_close(got, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [7, 70])  # one launch, and several
+def test_gradients_of_short_rows_overflow_only_if_they_are_too_large(backend_and_device, size):
+    """The gradient of a row is inversely proportional to its length. Here it is just below the largest float32."""
+    backend, device = backend_and_device
+
+    def largest(factor):
+        pair = [(x * factor).to(device).requires_grad_() for x in make(4, size, dtype=torch.float32)]
+        loss = ops.contrastive_loss(*pair, reduction="sum", backend=backend) * 1e-3
+        return max(float(g.abs().max()) for g in torch.autograd.grad(loss, pair))
+
+    exponent = math.floor(math.log2(3e38 / largest(1.0)))
+    assert 1e38 < largest(2.0**-exponent) < math.inf
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_rows_give_finite_loss(dtype):
     values, gradients = value_and_gradients(
@@ -143,3 +157,10 @@ def test_dtypes_may_differ():
     t, s = make()
     assert ops.contrastive_loss(t.bfloat16(), s.float()).dtype == torch.float32
     assert ops.contrastive_loss(t, s.float()).dtype == torch.float64
+
+
+def test_meta_tensors():
+    x = torch.empty(5, 7, device="meta", requires_grad=True)
+    loss = ops.contrastive_loss(x, x)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert (loss.shape, gradient.shape, loss.is_meta) == ((), (5, 7), True)

@@ -7,10 +7,11 @@ case can be repeated: ``python -m tests.reliability TARGET --seed SEED --case IN
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,33 @@ class Tally:
         command = f"python -m tests.reliability {self.target} --seed {self.seed} --case {self.index}"
         self.failures[kind].append(f"{reason}\n  repeat: {command}")
         print(f"{self.target}: {kind}: LOST: {self.failures[kind][-1]}", flush=True)
+
+    def judge(self, kind: str, case: Callable[[], str], *, seconds: float = 60.0) -> None:
+        """Count the outcome that ``case`` returns in a forked process. An exception, a crash or a hang is a loss."""
+        receive, send = multiprocessing.Pipe(duplex=False)
+
+        def child() -> None:
+            try:
+                send.send((case(), None))
+            except BaseException:
+                send.send((LOST, traceback.format_exc()))
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        send.close()
+        try:
+            outcome, reason = receive.recv() if receive.poll(seconds) else (LOST, f"hung for {seconds:.0f} s")
+        except EOFError:
+            process.join()
+            outcome, reason = LOST, f"crashed with exit status {process.exitcode}"
+        finally:
+            process.kill()
+            process.join()
+            receive.close()
+        if reason is None:
+            self.count(kind, outcome)
+        else:
+            self.lose(kind, reason)
 
     def skip(self, kind: str, reason: str) -> None:
         """Note a kind of fault that this machine cannot inject."""

@@ -29,6 +29,7 @@ SMALLEST_SIZE, LARGEST_SIZE = 32, 224
 _MIN_FOR_PROCESSES = 4000
 """For fewer images, the start of processes takes longer than it saves (about three seconds at 32 pixels)."""
 _CHUNK = 500
+_CHECKSUM = 16  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,26 +102,33 @@ def _cache_folder() -> Path:
 def _cached(recipe: _Recipe, folder: Path, workers: int) -> NDArray[np.uint8]:
     """The images of a split as a copy-on-write memory map; a missing or damaged file is drawn first.
 
-    The file's name is a hash of the recipe. Only complete files are moved into the cache.
+    The file's name is a hash of the recipe, and its last bytes are a checksum. Only complete files are moved into the
+    cache.
     """
     path = folder / f"{recipe.stem}.npy"
-    if path.exists():
-        try:
-            images = np.load(path, mmap_mode="c")
-            if (images.shape, images.dtype) == (recipe.shape, np.uint8):
-                return images
-        except (ValueError, EOFError):
-            pass
-        warnings.warn(f"{path} is damaged; drawing it again", stacklevel=4)
+    if path.is_file():
+        content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+        if content[-_CHECKSUM:].tobytes() == _checksum(content[:-_CHECKSUM].data, path):
+            return np.load(path, mmap_mode="c")
+        warnings.warn(f"{path} is damaged or of an earlier version; drawing it again", stacklevel=4)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".drawing-", dir=folder) as scratch:
             _draw_all(recipe, Path(scratch) / path.name, workers)
+            with (Path(scratch) / path.name).open("r+b") as file:
+                checksum = _checksum(file.read(), path)
+                file.write(checksum)
             os.replace(Path(scratch) / path.name, path)
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot draw images into {folder}: {reason}; set DataConfig.root to another folder") from error
+        where = path if path.is_dir() else folder
+        reason = f"{error.strerror or error}; set DataConfig.root to another folder"
+        raise OSError(f"cannot draw images into {where}: {reason}") from error
     return np.load(path, mmap_mode="c")
+
+
+def _checksum(content: bytes | memoryview, path: Path) -> bytes:
+    """Also depends on the file's name, so that a renamed file does not replace another one."""
+    return hashlib.blake2b(content, digest_size=_CHECKSUM, key=path.stem.encode()).digest()
 
 
 def _draw_all(recipe: _Recipe, path: Path, workers: int) -> None:

@@ -1,0 +1,311 @@
+"""Fuzzes what reads files, paths and commands, guided by coverage (atheris) and structure (Hypothesis).
+
+Each input is accepted, or refused with a documented error whose first line names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from dfkd_fast import cli, config, data, engine, models, report
+from dfkd_fast.benchmarks.ops import bench
+
+from ..data import trees
+from .harness import Tally
+
+HANG_S = 30
+OPTIONS = ("-max_len=4096", f"-timeout={HANG_S}", "-rss_limit_mb=0", "-len_control=0", "-detect_leaks=0")
+INSTRUMENTED = (
+    "data.",
+    "models.weights",
+    "report.results",
+    "engine.checkpoint",
+    "config",
+    "cli",
+    "benchmarks.ops.bench",
+)
+NUMBERS = st.integers() | st.floats() | st.booleans() | st.sampled_from([2**63, 10**30, 1e-320])
+VALUES = st.recursive(
+    st.none() | NUMBERS | st.text(max_size=8),
+    lambda each: st.lists(each, max_size=4) | st.dictionaries(st.text(max_size=4), each, max_size=3),
+    max_leaves=6,
+)
+
+
+class Parser(NamedTuple):
+    """``read`` returns False for bytes that encode no input. A refusal has exactly one of the types of ``refusals``."""
+
+    read: Callable[[bytes], object]
+    names: str
+    seeds: Sequence[bytes] = ()
+    refusals: tuple[type[BaseException], ...] = (ValueError,)
+    share: float = 1.0
+
+
+def _file(path: Path, read: Callable[[Path], object], *seeds: bytes, **options: Any) -> Parser:
+    return Parser(lambda content: [path.write_bytes(content), read(path)], path.name, seeds, **options)
+
+
+def _structured(strategy: Any, read: Callable[[Any], object], names: str, **options: Any) -> Parser:
+    test = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))(given(strategy)(read))
+    return Parser(lambda content: test.hypothesis.fuzz_one_input(content) is not None, names, **options)
+
+
+def _saved(content: Any, **options: Any) -> bytes:
+    torch.save(content, buffer := io.BytesIO(), **options)
+    return buffer.getvalue()
+
+
+def _weights(folder: Path) -> dict[str, Parser]:
+    torch.manual_seed(0)
+    model, path, saved = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), folder / "w.safetensors", folder / "w.pt"
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    models.save_weights(model, path, {"model": "m", "num_classes": "3", "mean": "0.5"})
+    start = 8 + int.from_bytes((content := path.read_bytes())[:8], "little")
+
+    def load(path: Path) -> None:
+        model.load_state_dict(state)
+        try:
+            models.load_weights(model, path)
+        except Exception:
+            assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()), "changed"
+            raise
+        assert all(value.isfinite().all() for value in model.state_dict().values()), "loads non-finite weights"
+
+    def header(head: bytes, tensors: bytes = content[start:]) -> None:
+        path.write_bytes(len(head).to_bytes(8, "little") + head + tensors)
+        load(path) if tensors else models.read_description(path)
+
+    def described(values: bytes) -> None:
+        pairs = zip(models.weights._FIELDS, values.decode("latin-1").split("\n"), strict=False)
+        header(json.dumps({"__metadata__": dict(pairs)}).encode(), b"")
+
+    def pickled(content: dict[Any, Any]) -> None:
+        saved.write_bytes(_saved(content))
+        load(saved)
+        assert not any(torch.is_tensor(value) and value.is_complex() for value in content.values()), "loads complex"
+
+    kinds = [torch.float32, torch.float16, torch.int64, torch.bool, torch.complex64, torch.float8_e5m2]
+    forms = [lambda t: t, lambda t: t.float().to_sparse(), lambda t: t.to("meta"), lambda t: t.flatten()]
+    tensor = st.builds(
+        lambda t, kind, form, shift: form((t + shift).to(kind)).requires_grad_(False),
+        *(st.sampled_from(x) for x in ([*state.values(), torch.zeros(0)], kinds, forms, [0, 0, math.nan, 1e30])),
+    )
+    names = st.sampled_from([*state, *(f"module.{name}" for name in state), "model.0.weight", "", "\ud800", "module"])
+    keys = names | st.integers() | st.none() | st.tuples(st.text(max_size=2))
+    flat = st.dictionaries(keys, tensor | VALUES, max_size=3).map(lambda new: {**state, **new})
+    nested = st.recursive(flat, lambda x: st.dictionaries(st.sampled_from(models.weights._NESTED), x, max_size=2))
+    refusals: Any = {"refusals": (models.WeightsFormatError, models.WeightsMismatch, ValueError)}
+    values = b'3\n["a", "b", "c"]\n32\n[0.5, 0.5, 0.5]\n[0.5]\n{"widths": [4]}'
+    legacy = _saved({"state_dict": state}, _use_new_zipfile_serialization=False)
+    return {
+        "safetensors file": _file(path, load, content, **refusals),
+        "safetensors header": Parser(header, path.name, [content[8:start]], **refusals),
+        "weights metadata": Parser(described, path.name, [values, b"[" * 4000], share=3, **refusals),
+        "torch weights file": _file(saved, load, _saved(state), legacy, **refusals),
+        "state dict": _structured(nested, pickled, saved.name, **refusals),
+    }
+
+
+def _data(folder: Path) -> dict[str, Parser]:
+    parsers, refusals = {}, (ValueError, data.DatasetNotFound)
+    for name, make in {"aircraft": trees.aircraft_tree, "cub200": trees.cub_tree, "cars196": trees.cars_tree}.items():
+        root = make(folder / name, train=1, test=1)
+        originals = {path: path.read_bytes() for path in sorted(chain(root.rglob("*.txt"), root.rglob("*.mat")))}
+
+        def load(content: bytes, originals: Any = originals, name: str = name, root: Path = root) -> None:
+            """The first byte selects the annotation file that the others replace."""
+            path = list(originals)[(content or b"\0")[0] % len(originals)]
+            path.write_bytes(content[1:])
+            try:
+                found = data.load(config.DataConfig(name=name, root=str(root), image_size=32))
+            finally:
+                path.write_bytes(originals[path])
+            labels = [label for split in (found.train, found.test) for _, label in split.samples]
+            assert all(0 <= label < found.num_classes for label in labels), "a label is no class"
+
+        seeds = [bytes([i]) + content for i, content in enumerate(originals.values())]
+        parsers[f"{name} tree"] = Parser(load, data.DATASETS[name].layout.title, seeds, refusals)
+
+    tree, picture = folder / "folders", next(folder.rglob("*.jpg")).read_bytes()
+    odd = st.sampled_from(["a", ".hidden", "0.jpg", "1.PNG", "@eaDir", "\udc80.jpg"]) | st.text(min_size=1, max_size=3)
+    entry = st.tuples(st.sampled_from(["train", "test", "val"]), odd, odd, st.sampled_from([picture, b""]))
+
+    def folders(entries: Any) -> None:
+        shutil.rmtree(tree, ignore_errors=True)
+        for split, label, file, content in [(split, "a", "0.jpg", picture) for split in ("train", "test")] + entries:
+            with contextlib.suppress(OSError, ValueError):
+                (tree / split / label).mkdir(parents=True, exist_ok=True)
+                (tree / split / label / file).write_bytes(content)
+        found = data.load(config.DataConfig(name="folder", root=str(tree), image_size=32, augment=False))
+        assert [split[i] for split in (found.train, found.test) for i in range(len(split))]
+
+    parsers["folder tree"] = _structured(st.lists(entry, max_size=3), folders, str(folder), refusals=refusals)
+    noise, pictures = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)), [picture]
+    for form in ("PNG RGB L P 1 RGBA", "TIFF RGB F CMYK", "GIF P", "JPEG CMYK", "BMP RGB", "WEBP RGB", "PPM L"):
+        for mode in form.split()[1:]:
+            noise.convert(mode).save(buffer := io.BytesIO(), form.split()[0])
+            pictures.append(buffer.getvalue())
+    item = data.image_data.ImageFiles([(folder / "image", 0)], data.published.evaluation_transform(8))
+    recipe = data.rendered._Recipe(split="train", seed=0, size=32, classes=2, per_class=1)
+    np.save(array := io.BytesIO(), images := np.zeros(recipe.shape, np.uint8))
+
+    def cache(path: Path) -> None:
+        with mock.patch.object(data.rendered, "_draw_all", lambda recipe, path, workers: np.save(path, images)):
+            assert data.rendered._cached(recipe, folder, 0).shape == recipe.shape
+
+    lines = b"1 001.Black_footed/a.jpg\r\n2 b c\n"
+    mapping = data.published.CUB200.layout.mapping
+    return parsers | {
+        "image": _file(folder / "image", lambda path: item[0][0].isfinite().all() or 1 / 0, *pictures, share=2),
+        "cache of images": _file(folder / f"{recipe.stem}.npy", cache, array.getvalue()[:200]),
+        "annotation lines": _file(folder / "l.txt", mapping, lines, lines.decode().encode("utf-16"), share=4),
+    }
+
+
+def _settings(folder: Path) -> dict[str, Parser]:
+    def main(arguments: Sequence[str]) -> None:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
+                cli.main(arguments)
+        except SystemExit as end:
+            if end.code == 2 and not isinstance(end.__cause__, RecursionError | UnicodeError):
+                raise ValueError(errors.getvalue()) from end.__cause__
+            if end.code:
+                raise
+
+    path, parser, model = folder / "config.yaml", cli.create_parser(), config.ModelConfig(name="resnet8")
+    whole = config.to_dict(config.ExperimentConfig(teacher=model, student=model, data=config.DataConfig()))
+    cli.COMMANDS = {name: (lambda *a, **k: None, used) for name, (_, used) in cli.COMMANDS.items()}
+    cli.create_parser = lambda: parser  # creating it takes longer than using it
+    value = st.sampled_from(["digits", "eager", "fp32", "kd", "~", "1e400", "auto", "cpu", "{", "[0,1,2]"]) | VALUES
+    name = st.sampled_from([*whole, *engine.checkpoint._flat(whole), "out", "help", "bogus", "config", "weights"])
+    line = st.lists(st.builds("--{}={}".format, name, value) | st.text(max_size=6), max_size=4)
+    arguments = st.builds(lambda command, rest: [command, *rest], st.sampled_from([*cli.COMMANDS]), line)
+    example = yaml.safe_dump({"student": {"name": "resnet8"}, "distill": {"mean": [0.5, 0.5, 0.5]}}).encode()
+    command = _file(path, lambda path: main(["distill", "--config", str(path)]), example, b"a: &x [*x]")
+    history = (b'{"rounds": {"loss": [1.5, null]}, "name": "x"}', b'{"a": NaN}', b'{"a": 1e999}', b"[" * 4000)
+    results = _file(folder / "r.json", lambda p: json.dumps(report.read_results(p), allow_nan=False), *history, share=4)
+    return {
+        "path": Parser(lambda b: config.expand(b.decode("utf-8", "surrogateescape")), "", [b"~/a", b"$HOME/${X}"]),
+        "results JSON": results,
+        "shapes of benchmarks": _file(folder / "s.yaml", bench.from_file, b"distillation_kl: [[5, 10], {rows: 2}]"),
+        "config file": command._replace(names="error: "),
+        "command line": _structured(arguments, main, "error: "),
+    }
+
+
+class _Shared(NamedTuple):
+    """Counts of accepted and refused inputs, and the current input, in memory that outlives a process."""
+
+    counts: Any
+    content: Any
+
+    def current(self) -> str:
+        return f"input {self.content.raw[: self.counts[2]][:500]!r}"
+
+
+def _fuzz(parser: Parser, options: Sequence[str], corpus: Path, shared: _Shared) -> None:
+    """Make inputs in a forked process. Each kind of fault is written to a file once."""
+    import atheris
+
+    log = os.open(f"{corpus}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1), os.dup2(log, 2)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**31,) * 2)  # bombs raise MemoryError
+    known: set[str] = set()
+
+    def one(content: bytes) -> None:
+        shared.content[: len(content)], shared.counts[2] = content, len(content)
+        try:
+            if parser.read(content) is not False:
+                shared.counts[0] += 1
+        except BaseException as error:
+            shared.counts[1] += 1
+            first = (str(error).splitlines() or [""])[0]
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            kind = f"{type(error).__name__} ({where.filename}:{where.lineno}): {first[:30]}"
+            if (type(error) not in parser.refusals or not first or parser.names not in first) and kind not in known:
+                known.add(kind)
+                with open(f"{corpus}.faults", "a") as file:
+                    file.write(json.dumps(f"{kind}{str(error)[30:800]}; {shared.current()}") + "\n")
+
+    atheris.Setup(["fuzz", *options, *OPTIONS, f"-artifact_prefix={corpus}.", str(corpus)], one)
+    atheris.Fuzz()
+
+
+def _instrument(prefixes: tuple[str, ...]) -> None:
+    """Count branches of modules, so that the fuzzer keeps inputs that take new ones."""
+    import atheris
+
+    for module in [each for name, each in sys.modules.items() if name.partition(".")[2].startswith(prefixes)]:
+        owners = [module, *(each for each in vars(module).values() if isinstance(each, type))]
+        for function in [getattr(each, "__func__", each) for owner in owners for each in vars(owner).values()]:
+            if hasattr(function, "__code__") and function.__module__ == module.__name__:
+                atheris.instrument_func(function)
+
+
+def fuzz(tally: Tally, make: Callable[[Path], dict[str, Parser]], instrumented: tuple[str, ...]) -> None:
+    """Give each parser a share of the time in a process, and again until the time is over."""
+    try:
+        _instrument(instrumented)
+    except ImportError:
+        return tally.skip("parsers", "atheris is not installed")
+    folder = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tally.folder) / f"dfkd-fast-fuzz-{os.getpid()}"
+    folder.mkdir()
+    try:
+        parsers = list(make(folder).items())
+        pace = 0.9 * min(tally.seconds, 300) / sum(parser.share for _, parser in parsers)
+        once = [tally.cases(0.0) for _ in parsers if tally.only is None]
+        for rng in chain(*once, tally.cases()):
+            kind, parser = parsers[tally.index % len(parsers)]
+            corpus, seconds = folder / f"corpus {kind}", max(1, round(pace * parser.share))
+            shared = _Shared(multiprocessing.RawArray("q", 3), multiprocessing.RawArray("c", 4096))
+            corpus.mkdir(exist_ok=True)
+            for index, content in enumerate(parser.seeds):
+                (corpus / f"seed-{index}").write_bytes(content)
+            (faults := Path(f"{corpus}.faults")).write_text("")
+            options = [f"-seed={rng.integers(1, 2**31)}"]
+            process = multiprocessing.get_context("fork").Process(target=_fuzz, args=(parser, options, corpus, shared))
+            process.start()
+            process.join(seconds)
+            if sum(shared.counts[:2]) == 0:  # slow, or a hang, which ends the process
+                process.join(2 * HANG_S)
+            code = process.exitcode
+            process.kill()
+            process.join()
+            for reason in map(json.loads, faults.read_text().splitlines()):
+                tally.lose(kind, reason)
+            if code is not None:
+                tally.lose(kind, f"a hang or crash, exit status {code}; {shared.current()}")
+            for outcome, times in zip(("accepted", "refused with a reason"), shared.counts[:2], strict=True):
+                tally.count(kind, outcome, times=times)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(tally: Tally) -> None:
+    """Fuzz the parsers."""
+    fuzz(tally, lambda folder: _weights(folder) | _data(folder) | _settings(folder), INSTRUMENTED)
