@@ -9,14 +9,16 @@ import os
 import sys
 from argparse import SUPPRESS
 from collections.abc import Container, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dfkd_fast.config import (
     DataConfig,
+    DistillConfig,
     EngineName,
     ExperimentConfig,
+    GeneratorConfig,
     ModelConfig,
     Precision,
     find,
@@ -169,11 +171,65 @@ def _teach(
     )
 
 
+@dataclass(frozen=True)
+class _Setup:
+    """The networks and the data of a run, with the values that the teacher's weights file determines."""
+
+    data: DataConfig | None
+    teacher: ModelConfig
+    images: ImageData | None
+    classes: int
+    config: DistillConfig
+    description: WeightsDescription
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size or (self.images.image_size if self.images is not None else 64)
+
+
+def _setup(experiment: ExperimentConfig, given: Container[str], num_classes: int | None, *, evaluate: bool) -> _Setup:
+    """Read the teacher's weights file and, to evaluate, the data."""
+    from dfkd_fast import data as datasets
+    from dfkd_fast.models import read_description
+
+    data, teacher, config = experiment.data, experiment.teacher, experiment.distill
+    if teacher is None or teacher.weights is None:
+        raise ValueError(
+            "--teacher.weights is required: the file of a trained teacher, for example of `dfkd-fast teach`"
+        )
+    weights, description = teacher.weights, read_description(teacher.weights)
+    teacher = _described(weights, teacher, description)
+    if data is not None:
+        data = _sized(weights, description, data, given)
+    unread = data is not None and data.root is None and datasets.needs_root(data)
+    if unread and evaluate:
+        print("no --data.root: the student is not evaluated")
+    images = datasets.load(data) if data is not None and not unread and evaluate else None
+    if images is not None:
+        _check_data(weights, description, images)
+    data_classes = images.num_classes if images is not None else None
+    stored = (("--num_classes", num_classes), ("the data", data_classes))
+    classes = _agreed(weights, "num_classes", description.num_classes, *stored)
+    classes = classes or (datasets.num_classes(data) if data is not None else None)
+    if not classes:
+        raise ValueError("--num_classes is required: neither the data nor the teacher's weights file gives it")
+    inputs = {
+        name: _agreed(weights, name, getattr(description, name), (f"distill.{name}", getattr(config, name)))
+        for name in ("image_size", "mean", "std")
+    }
+    if images is None:
+        if data is not None and inputs["image_size"] is None:
+            inputs["image_size"] = data.image_size
+        config = replace(config, **inputs)
+    return _Setup(data, teacher, images, classes, config, description)
+
+
 def _distill(
     experiment: ExperimentConfig,
     *,
     given: Container[str] = (),
     num_classes: int | None = None,
+    pool: str | None = None,
     engine: EngineName | None = None,
     precision: Precision | None = None,
     out: str | None = None,
@@ -188,53 +244,29 @@ def _distill(
         experiment: networks, the run and data.
         given: names of the fields that the command line or the config file sets.
         num_classes: number of classes, required if neither the data nor the weights file gives it.
+        pool: folder of images to train on instead of synthetic ones: image files, or the result of `synthesize`.
         engine: overrides ``distill.engine``.
         precision: overrides ``distill.precision``.
         out: folder of the run; overrides ``distill.out``.
         resume: continue from the newest usable checkpoint in the run's folder.
     """
-    from dfkd_fast import data as datasets
     from dfkd_fast.engine import distill
-    from dfkd_fast.models import read_description
 
-    data, teacher, student = experiment.data, experiment.teacher, _required(experiment, "student")
-    if teacher is None or teacher.weights is None:
-        raise ValueError(
-            "--teacher.weights is required: the file of a trained teacher, for example of `dfkd-fast teach`"
-        )
-    weights, description = teacher.weights, read_description(teacher.weights)
-    teacher = _described(weights, teacher, description)
-    if data is not None:
-        data = _sized(weights, description, data, given)
-    unread = data is not None and data.root is None and datasets.needs_root(data)
-    if unread:
-        print("no --data.root: the student is not evaluated")
-    images = datasets.load(data) if data is not None and not unread else None
-    if images is not None:
-        _check_data(weights, description, images)
-    data_classes = images.num_classes if images is not None else None
-    stored = (("--num_classes", num_classes), ("the data", data_classes))
-    classes = _agreed(weights, "num_classes", description.num_classes, *stored)
-    classes = classes or (datasets.num_classes(data) if data is not None else None)
-    if not classes:
-        raise ValueError("--num_classes is required: neither the data nor the teacher's weights file gives it")
-    overrides = {"out": out, "engine": engine, "precision": precision, "resume": resume or None}
-    config = replace(experiment.distill, **{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
-    inputs = {
-        name: _agreed(weights, name, getattr(description, name), (f"distill.{name}", getattr(config, name)))
-        for name in ("image_size", "mean", "std")
-    }
-    if images is None:
-        if data is not None and inputs["image_size"] is None:
-            inputs["image_size"] = data.image_size
-        config = replace(config, **inputs)
-    size = config.image_size or (images.image_size if images is not None else 64)
-    networks = {"data": data, "teacher": teacher, "student": student}
-    names = {"classes": json.dumps(description.classes)} if description.classes is not None else {}
+    student = _required(experiment, "student")
+    overrides: dict[str, Any] = {"out": out, "engine": engine, "precision": precision, "resume": resume or None}
+    if pool is not None:
+        settings = replace(experiment.distill.synthesis, name="folder", options={"folder": pool}, per_round=1)
+        overrides |= {"synthesis": settings, "loop": replace(experiment.distill.loop, generator_steps=0)}
+    given_values = {name: value for name, value in overrides.items() if value is not None}
+    experiment = replace(experiment, distill=replace(experiment.distill, **given_values))
+    setup = _setup(experiment, given, num_classes, evaluate=True)
+    networks = {"data": setup.data, "teacher": setup.teacher, "student": student}
+    classes = setup.description.classes
+    names = {"classes": json.dumps(classes)} if classes is not None else {}
     result = distill(
-        *_networks(replace(experiment, teacher=teacher), classes, size),
-        config,
-        data=images,
+        *_networks(replace(experiment, teacher=setup.teacher), setup.classes, setup.image_size),
+        setup.config,
+        data=setup.images,
         description={**names, **student.metadata()},
         inputs={name: to_dict(value) for name, value in networks.items() if value is not None},
     )
@@ -245,6 +277,54 @@ def _distill(
         ("student", result.run_dir / "student.safetensors"),
         ("run", result.run_dir),
     )
+
+
+def _synthesize(
+    experiment: ExperimentConfig,
+    *,
+    given: Container[str] = (),
+    count: int,
+    out: str,
+    format: Literal["safetensors", "png"] = "safetensors",
+    generator: str | None = None,
+    num_classes: int | None = None,
+) -> None:
+    """Write synthetic images, their labels and a manifest to a folder, for `distill --pool` or other programs.
+
+    Args:
+        experiment: the teacher, the synthesizer and, for adversarial terms, a trained student.
+        given: names of the fields that the command line or the config file sets.
+        count: number of images.
+        out: the folder.
+        format: one file, ``pool.safetensors``, or PNG files in one folder per class.
+        generator: ``generator.safetensors`` of a run, for synthesizers that train a generator next to the student.
+        num_classes: number of classes, required if the weights file does not give it.
+    """
+    from dfkd_fast.engine import build_generator, make_images
+    from dfkd_fast.models import create_model, load_weights, read_metadata
+
+    setup = _setup(experiment, given, num_classes, evaluate=False)
+    config = replace(setup.config, image_size=setup.image_size)
+    trained = None
+    if generator is not None:
+        built = read_metadata(generator).get("generator")
+        if built is not None:
+            config = replace(config, generator=GeneratorConfig(**json.loads(built)))
+            name = config.generator.name
+            if is_factory(name) and name != experiment.distill.generator.name:
+                raise ValueError(
+                    f"{generator} names the generator {name!r}, which imports and runs code. If you trust it, set "
+                    f"--distill.generator.name {name}"
+                )
+        trained = build_generator(config.generator, setup.image_size)
+        load_weights(trained, generator)
+    teacher, student = (
+        None if each is None or each.weights is None else create_model(each, num_classes=setup.classes)
+        for each in (setup.teacher, experiment.student)
+    )
+    assert teacher is not None
+    folder = make_images(teacher, config, count=count, out=out, student=student, generator=trained, png=format == "png")
+    _print_result(("images", count), ("folder", folder))
 
 
 def _evaluate(
@@ -478,6 +558,7 @@ def _methods() -> None:
 COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "teach": (_teach, ("data", "teacher", "student", "teach")),
     "distill": (_distill, ("data", "teacher", "student", "distill")),
+    "synthesize": (_synthesize, ("data", "teacher", "student", "distill")),
     "evaluate": (_evaluate, ("data",)),
     "export": (_export, ()),
     "demo": (_demo, ()),

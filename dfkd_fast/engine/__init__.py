@@ -17,6 +17,7 @@ from dfkd_fast.engine.networks import Networks, StepNetworks
 from dfkd_fast.engine.runtime import Runtime, supports_bf16
 from dfkd_fast.engine.state import DistillState, Position, Side, build_generator, build_state
 from dfkd_fast.engine.steps import generator_step, student_step, synthesize
+from dfkd_fast.engine.synthesizing import make_images
 from dfkd_fast.engine.training import TeachResult, teach
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "evaluate",
     "export",
     "generator_step",
+    "make_images",
     "resolve_engine",
     "student_step",
     "supports_bf16",

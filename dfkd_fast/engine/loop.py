@@ -35,7 +35,7 @@ from dfkd_fast.graph import FeatureModel, extract, frozen, preserve_train_mode, 
 from dfkd_fast.models import load_weights, normalization, save_weights
 from dfkd_fast.objectives import required_outputs
 
-__all__ = ["Callback", "DistillResult", "NonFiniteError", "agreement", "distill"]
+__all__ = ["Callback", "DistillResult", "NonFiniteError", "agreement", "distill", "prepare_networks"]
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ class DistillResult:
         rounds: mean of each loss term (``generator/bn``, ...) per round, with round numbers from zero in ``round``.
         epochs: ``agreement`` and, with data, ``accuracy`` per epoch, with epoch numbers from one in ``epoch``. Epochs
             that were not evaluated have an accuracy of NaN.
-        run_dir: folder with checkpoints, config, TensorBoard log, pictures and ``student.safetensors``.
+        run_dir: folder with checkpoints, config, TensorBoard log, pictures, ``student.safetensors`` and, if there is a
+            generator, ``generator.safetensors``.
         accuracy: top-1 accuracy of the student on the held-out images, in [0, 1]; None without data.
         agreement: fraction of synthetic images that teacher and student assign to the same class.
         images_per_s: synthetic training images of generator and student per second; 0 if the run was already finished.
@@ -228,7 +229,7 @@ class _Run:
         return self.best
 
 
-def _prepare(
+def prepare_networks(
     teacher: nn.Module, student: nn.Module, config: DistillConfig, data: ImageData | None
 ) -> tuple[FeatureModel, FeatureModel, dict[str, Any]]:
     image_size = config.image_size or (data.image_size if data is not None else None)
@@ -308,10 +309,10 @@ def distill(
     """
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
     with float32_weights(student):
-        teacher, student, sizes = _prepare(teacher, student, config, data)
+        teacher, student, sizes = prepare_networks(teacher, student, config, data)
         student.train()
         with runtime.backends(), frozen(teacher), preserve_train_mode(teacher, False):
-            engine = create_engine(build_state(teacher, student, config, runtime, generator=generator, **sizes))
+            engine = create_engine(build_state(teacher, student, config, runtime, given=generator, **sizes))
             folder = new_run_folder(config.out, "distill")
             with lock_folder(folder):
                 return _distill(
@@ -366,6 +367,16 @@ def _start(state: DistillState, folder: Path, resolved: dict[str, Any], inputs: 
         content = yaml.safe_dump({**inputs, "distill": to_dict(config)}, sort_keys=False)
         write_file(folder / "config.yaml", content.encode())
     return checkpoints
+
+
+def _save_generator(state: DistillState, folder: Path) -> None:
+    """Write the generator, if there is one, with the config that builds it."""
+    generator = state.synthesizer.generator
+    if generator is None:
+        return
+    described = {"format": "dfkd_fast.generator/1", "image_size": str(state.image_size)}
+    built = json.dumps(to_dict(state.config.generator)) if state.builds_generator else ""
+    save_weights(generator, folder / "generator.safetensors", {**described, **({"generator": built} if built else {})})
 
 
 def _distill(
@@ -427,6 +438,7 @@ def _distill(
                 load_weights(student, run.best_weights())
                 runtime.place(student)
             save_weights(student, folder / "student.safetensors", meta)
+            _save_generator(state, folder)
     except BaseException:
         run.close(failed=True)
         raise

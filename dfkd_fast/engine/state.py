@@ -92,6 +92,7 @@ class DistillState:
         synthesizer: makes the images of the steps.
         student: the student, which shares its parameters with the user's network.
         image_size: height and width of the images.
+        builds_generator: whether the generator was built from the config, not given.
         normalize: maps images in [-1, 1] to the teacher's input.
         noise: random generator that draws only the generator's input noise z.
         trace: (steps per round, maximum number of terms + 1) float32. A step's row has the values of its terms, zeros
@@ -116,6 +117,7 @@ class DistillState:
     synthesizer: Synthesizer
     student: Side[FeatureModel]
     image_size: int
+    builds_generator: bool
     normalize: Normalize
     noise: torch.Generator
     trace: Tensor
@@ -309,6 +311,8 @@ class DistillState:
                 # With a scale of zero or infinity, every step is skipped.
                 values["loss scale"] = torch.tensor(side.scaler.get_scale() or math.nan)
             named |= {f"{side_name}'s {key}": value for key, value in values.items() if value.is_floating_point()}
+        made = self.synthesizer.tensors().items()  # a best loss is infinite before the first step of a synthesis
+        named |= {f"synthesizer's {key}": v for key, v in made if v.is_floating_point() and key != "best_loss"}
         finite = torch.stack([value.isfinite().all() for value in named.values()]).tolist()
         return [name for name, good in zip(named, finite, strict=True) if not good]
 
@@ -443,7 +447,7 @@ def build_state(
     image_size: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    generator: nn.Module | None = None,
+    given: nn.Module | None = None,
 ) -> DistillState:
     """Build the initial state of a run. Seeds torch's global generators with ``config.seed``.
 
@@ -455,7 +459,7 @@ def build_state(
         image_size: height and width of the synthetic images, in pixels.
         mean: mean of the teacher's input normalization per channel, for images in [0, 1].
         std: standard deviation of the teacher's input normalization per channel.
-        generator: the generator to train, which is moved to the device of the run; None builds that of the config.
+        given: the generator to train, which is moved to the device of the run; None builds that of the config.
 
     Raises:
         ValueError: the networks do not fit each other or the objective.
@@ -467,7 +471,7 @@ def build_state(
         )
     torch.manual_seed(config.seed)
     # Initialize weights on the CPU, so that a seed gives the same weights on every device.
-    generator = build_generator(config.generator, image_size) if generator is None else generator
+    generator = build_generator(config.generator, image_size) if given is None else given
     _warn_without_effect(config.generator, image_size, runtime.autocast or torch.float32)
     objectives = [build(config.objective, teacher, student) for build in (generator_objective, student_objective)]
     for module in (teacher, student, generator, *objectives):
@@ -501,6 +505,7 @@ def build_state(
         synthesizer=synthesizer,
         student=side(student, objectives[1], _sgd(trained, config, student_rate)),
         image_size=image_size,
+        builds_generator=given is None,
         normalize=normalize,
         noise=setting.random,
         trace=torch.zeros(steps, width, dtype=torch.float32, device=device),

@@ -162,7 +162,11 @@ def create_synthesizer(setting: Setting) -> Synthesizer:
             f"SynthesisConfig.options: {config.name!r} has no option {', '.join(sorted(unknown))}; "
             f"it has {', '.join(sorted(known)) or 'none'}"
         )
-    return kind(setting, kind.Options(**config.options))
+    try:
+        options = kind.Options(**config.options)
+    except TypeError as error:
+        raise ValueError(f"SynthesisConfig.options of {config.name!r}: {error}") from error
+    return kind(setting, options)
 
 
 @SYNTHESIZERS.register("online")

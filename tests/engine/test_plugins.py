@@ -62,7 +62,7 @@ def test_student_steps_do_not_change_an_own_generator(tmp_path: Path) -> None:
     features[0].requires_grad_(False)
     sizes = {"image_size": 20, "mean": tiny.HALF, "std": tiny.HALF}
     runtime = Runtime.of("cpu", "fp32", channels_last=True)
-    state = build_state(*features, tiny.config(image_size=20), runtime, generator=Own(), **sizes)  # type: ignore[arg-type]
+    state = build_state(*features, tiny.config(image_size=20), runtime, given=Own(), **sizes)  # type: ignore[arg-type]
     before = {name: value.clone() for name, value in state.generator.module.state_dict().items()}
     student_step(state)
     assert all(torch.equal(value, before[name]) for name, value in state.generator.module.state_dict().items())
