@@ -353,10 +353,14 @@ def _renamed(state: dict[str, Tensor], own: Iterable[str], path: Path) -> dict[s
     origin: dict[str, str] = {}
     for name, short in names.items():
         target = short if short in own else plain.get(short, short)
-        if target in result and not torch.equal(result[target], state[name]):
+        if target in result and not _same(result[target], state[name]):
             raise WeightsFormatError(f"{path} has two values of {target!r}: {origin[target]!r} and {name!r}")
         result[target], origin[target] = state[name], name
     return result
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()) -> WeightsReport:

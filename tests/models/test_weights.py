@@ -112,6 +112,10 @@ def test_averaged_weights_are_used_if_there_are_no_others(tmp_path: Path, key: s
 def test_two_values_of_one_weight_are_refused(tmp_path: Path) -> None:
     state = network().state_dict()
     torch.save(state | {"module.fc.bias": state["fc.bias"] + 1}, tmp_path / "w.pt")
+    complex_bias, small = torch.zeros(3, dtype=torch.complex64), torch.zeros(3).to(torch.float8_e5m2)
+    torch.save(state | {"fc.bias": complex_bias, "module.fc.bias": small}, tmp_path / "types.pt")
+    with pytest.raises(WeightsFormatError, match=r"two values of 'fc\.bias'"):
+        load_weights(network(), tmp_path / "types.pt")
     with pytest.raises(WeightsFormatError, match=r"two values of 'fc\.bias': 'fc\.bias' and 'module\.fc\.bias'"):
         load_weights(network(), tmp_path / "w.pt")
 

@@ -109,7 +109,14 @@ def _cached(recipe: _Recipe, folder: Path, workers: int) -> NDArray[np.uint8]:
     if path.is_file():
         content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
         if content[-_CHECKSUM:].tobytes() == _checksum(content[:-_CHECKSUM].data, path):
-            return np.load(path, mmap_mode="c")
+            try:
+                images = np.load(path, mmap_mode="c")
+                if (images.shape, images.dtype) == (recipe.shape, np.uint8):
+                    return images
+            except OSError:
+                raise
+            except Exception:  # another content with the right checksum may fail in any way
+                pass
         warnings.warn(f"{path} is damaged or of an earlier version; drawing it again", stacklevel=4)
     try:
         folder.mkdir(parents=True, exist_ok=True)
