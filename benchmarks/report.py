@@ -12,6 +12,7 @@ from typing import Any
 
 from dfkd_fast.benchmarks.ablation import ablation_section
 from dfkd_fast.benchmarks.count_tables import op_counts_section, save_op_plot, save_step_plot, step_counts_section
+from dfkd_fast.benchmarks.methods import methods_section
 from dfkd_fast.benchmarks.ops.drop_ins import drop_ins_section
 from dfkd_fast.benchmarks.ops.tables import ops_section, write_choices
 from dfkd_fast.benchmarks.results import measured_on
@@ -175,6 +176,7 @@ SECTIONS: dict[str, dict[str, Callable[[dict[str, Any], str], str]]] = {
     },
     "docs/swapping.md": {"drop_ins": drop_ins_section},
     "docs/ablation.md": {"ablation": ablation_section},
+    "docs/methods.md": {"methods": methods_section},
     "docs/reliability.md": {"reliability": reliability_section},
 }
 """Functions that write one device's section, by page and marker. The results of a marker are in ``MARKER.json``."""
@@ -189,6 +191,7 @@ _NOTES = {
     "op_counts": "Not counted yet.",
     "step_counts": "Not counted yet.",
     "step_cpu": "Not measured yet.",
+    "methods": "Not measured yet: `python -m dfkd_fast.benchmarks.methods` measures it.",
     "reliability": "Not run yet: `make reliability` runs it.",
 }
 _NOTE = "Not measured on a GPU yet: `make gpu` measures it."

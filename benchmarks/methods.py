@@ -1,0 +1,148 @@
+"""The accuracy of the methods over student steps and over time, on drawn subcategories and one CPU thread per run.
+
+Every method distills the same teacher into the same student, with its recipe at a small size (``methods.yaml``). The
+held-out images are only used to measure.
+
+    python -m dfkd_fast.benchmarks.methods --out FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dfkd_fast import data
+from dfkd_fast.benchmarks.ablation import experiment, override, trained_teacher
+from dfkd_fast.benchmarks.results import Results, commits
+from dfkd_fast.config import recipe
+from dfkd_fast.engine import NonFiniteError, Runtime, distill, evaluate
+from dfkd_fast.jobs import Job, run_jobs
+from dfkd_fast.models import create_model, extract
+from dfkd_fast.report import markdown_table
+
+__all__ = ["METHODS", "main", "methods_section", "run_method"]
+
+METHODS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("methods.yaml").read_text("utf-8"))
+STEPS = (250, 500, 1000, 2000)
+SECONDS = (15, 30, 60, 120, 240)
+
+
+def run_method(method: str, seed: int, *, steps: int = STEPS[-1], progress: Any = False) -> dict[str, Any]:
+    """Distill with one method and seed. Return its row, with a curve of (student steps, seconds, accuracy)."""
+    config = experiment("small")
+    images = data.load(config.data)
+    weights, teacher_accuracy = trained_teacher(config, "cpu")
+    torch.manual_seed(seed)
+    teacher, student = (
+        extract(create_model(model, num_classes=images.num_classes), image_size=images.image_size)
+        for model in (replace(config.teacher, weights=str(weights)), config.student)
+    )
+    settings = override(recipe(method), {**METHODS["all"], **METHODS[method]})
+    if settings.generator.name == "attention":
+        generator = replace(config.distill.generator, attention="spatial_mean1")
+    else:
+        generator = replace(settings.generator, options={**settings.generator.options, "width": 32})
+    rounds = math.ceil(steps / settings.loop.student_steps)
+    loop = replace(settings.loop, rounds_per_epoch=rounds, evaluate_every=0, checkpoint_every=rounds)
+    runtime = Runtime.of("cpu", "fp32", channels_last=False)
+    curve: list[tuple[int, float, float]] = []
+    start, measuring, marks = time.perf_counter(), 0.0, 0
+
+    def measure(done: Any, state: Any) -> bool:
+        nonlocal measuring, marks
+        seconds = time.perf_counter() - start - measuring
+        passed = sum(mark <= state.student_updates for mark in STEPS) + sum(mark <= seconds for mark in SECONDS)
+        if passed > marks:
+            marks = passed
+            begin = time.perf_counter()
+            found = evaluate(state.student.module.model, images.test, num_classes=images.num_classes, runtime=runtime)
+            curve.append((state.student_updates, seconds, found.top1))
+            measuring += time.perf_counter() - begin
+        return seconds > SECONDS[-1]
+
+    row: dict[str, Any] = {"method": method, "seed": seed, "teacher_accuracy": teacher_accuracy}
+    with tempfile.TemporaryDirectory(prefix="dfkd_fast_method_") as out:
+        run = {"loop": loop, "generator": generator, "seed": seed, "out": out, "precision": "fp32"}
+        sizes = {name: getattr(images, name) for name in ("image_size", "mean", "std")}
+        changed = replace(settings, **run, **sizes, device="cpu", channels_last=False)
+        try:
+            result = distill(teacher, student, changed, callbacks=[measure], progress=progress)
+            row["images_per_s"] = result.images_per_s
+        except NonFiniteError as error:
+            row["error"] = str(error)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {**row, "curve": curve, "peak_bytes": peak, "accuracy": curve[-1][2] if curve else None}
+
+
+def _reached(row: dict[str, Any], position: int, mark: float) -> float | None:
+    """The accuracy at the last measurement up to a mark, plus a tenth. A run that has ended keeps its last accuracy."""
+    points = [point for point in row["curve"] if point[position] <= 1.1 * mark]
+    if position == 0 and row["curve"] and row["curve"][-1][0] < 0.9 * mark:
+        return None  # it did not take as many steps
+    return points[-1][2] if points else None
+
+
+def methods_section(content: dict[str, Any], folder: str) -> str:
+    """Return the tables at equal student steps and at equal time."""
+    rows, parts = content["rows"], [f"### {folder}"]
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    for position, marks, unit in ((0, STEPS, "student steps"), (1, SECONDS, "s")):
+        table = []
+        for method in methods:
+            runs = [row for row in rows if row["method"] == method]
+            line = {"method": f"`{method}`"}
+            for mark in marks:
+                values = [value for row in runs if (value := _reached(row, position, mark)) is not None]
+                spread = f" ± {100 * statistics.stdev(values):.1f}" if values[1:] else ""
+                line[f"{mark} {unit}"] = f"{statistics.fmean(values):.1%}{spread}" if values else "-"
+            speeds = [row["images_per_s"] for row in runs if row.get("images_per_s")]
+            line["images/s"] = f"{statistics.fmean(speeds):,.0f}" if speeds else "-"
+            line["peak, GiB"] = f"{max(row['peak_bytes'] for row in runs) / 2**30:.2f}"
+            line["n"] = f"{len(runs)}"
+            table.append(line)
+        parts += ["", f"Top-1 accuracy by {unit}:", "", *markdown_table(table)]
+    teacher = ", ".join(f"{value:.1%}" for value in sorted({row["teacher_accuracy"] for row in rows}))
+    blocks = content["environments"]
+    note = f"Mean ± standard deviation over n seeds. Teacher: {teacher}. CPU: {blocks[-1]['cpu']}; one thread per run; "
+    return "\n".join([*parts, "", f"{note}commit: {commits(blocks)}."])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the methods and seeds that have no row yet."""
+    known = [method for method in METHODS if method != "all"]
+    command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("--out", type=Path, required=True, help="result file")
+    command.add_argument("--methods", nargs="+", choices=known, default=known, metavar="METHOD")
+    command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    command.add_argument("--steps", type=int, default=STEPS[-1], help="student steps")
+    command.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    options = command.parse_args(arguments)
+    results = Results(options.out, key=("method", "seed"))
+    done = {results.key_of(row) for row in results.rows}
+    trained_teacher(experiment("small"), "cpu")  # once, before several processes read it
+    jobs = [
+        Job(name=f"{method}, seed {seed}", call=partial(run_method, method, seed, steps=options.steps))
+        for seed in options.seeds
+        for method in options.methods
+        if (method, seed) not in done
+    ]
+    run_jobs(jobs, workers=options.jobs, text=lambda row: f"{row['accuracy']:.1%}", finished=results.add)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

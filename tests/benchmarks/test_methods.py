@@ -1,0 +1,40 @@
+"""The comparison of methods: its settings, one run and its tables."""
+
+from __future__ import annotations
+
+import pytest
+
+from dfkd_fast.benchmarks import methods
+from dfkd_fast.benchmarks.ablation import experiment, override
+from dfkd_fast.config import recipe
+from dfkd_fast.objectives import PRESETS
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_every_method_has_settings(method: str) -> None:
+    config = override(recipe(method), {**methods.METHODS["all"], **methods.METHODS[method]})
+    assert config.objective.preset == method
+    assert config.loop.batch_size == 64
+
+
+def test_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = override(experiment("small"), {"data.train_per_class": 8, "data.test_per_class": 2, "teach.epochs": 1})
+    monkeypatch.setattr(methods, "experiment", lambda name: small)
+    monkeypatch.setattr(methods, "STEPS", (5, 10))
+    monkeypatch.setitem(methods.METHODS, "dfad", {**methods.METHODS["dfad"], "loop.batch_size": 8})
+    row = methods.run_method("dfad", 0, steps=10)
+    assert [point[0] for point in row["curve"]] == [5, 10]
+    assert row["accuracy"] == row["curve"][-1][2]
+    assert row["images_per_s"] > 0
+
+
+def test_tables() -> None:
+    common = {"teacher_accuracy": 0.9, "images_per_s": 100.0, "peak_bytes": 2**30}
+    rows = [
+        {"method": "fast", "seed": 0, "curve": [[250, 10.0, 0.25], [500, 20.0, 0.5]], **common},
+        {"method": "fast", "seed": 1, "curve": [[260, 31.0, 0.75]], **common},
+    ]
+    text = methods.methods_section({"rows": rows, "environments": [{"cpu": "c", "commit": "a" * 40}]}, "cpu")
+    steps, seconds = [line for line in text.splitlines() if line.startswith("| `fast`")]
+    assert steps.startswith("| `fast` | 50.0% ± 35.4 | 50.0% | - | - | 100 | 1.00 | 2 |")
+    assert seconds.startswith("| `fast` | 25.0% | 62.5% ± 17.7 | 62.5% ± 17.7 |")
