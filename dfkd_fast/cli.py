@@ -311,7 +311,7 @@ def _synthesize(
         if built is not None:
             config = replace(config, generator=GeneratorConfig(**json.loads(built)))
             name = config.generator.name
-            if is_factory(name) and name != experiment.distill.generator.name:
+            if is_factory(name, ()) and name != experiment.distill.generator.name:
                 raise ValueError(
                     f"{generator} names the generator {name!r}, which imports and runs code. If you trust it, set "
                     f"--distill.generator.name {name}"
@@ -577,7 +577,10 @@ def _check_factories(experiment: ExperimentConfig, arguments: Sequence[str]) -> 
         "distill.generator": experiment.distill.generator,
     }
     for field, part in named.items():
-        if part is not None and is_factory(part.name) and not any(part.name in each for each in arguments):
+        libraries = () if field == "distill.generator" else ("timm", "torchvision")
+        if part is None or not is_factory(part.name, libraries):
+            continue
+        if not any(part.name in each for each in arguments):
             raise ValueError(
                 f"{field}.name is {part.name!r} in a config file, which imports and runs code. If you trust it, also "
                 f"name it on the command line: --{field}.name {part.name}"

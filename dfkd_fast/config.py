@@ -649,17 +649,22 @@ def read_text(kind: type, path: str | Path, *, more: Container[str] = ()) -> str
     return text
 
 
-def is_factory(name: str) -> bool:
-    """Whether the name of a network is ``package.module:factory``, which imports and runs code."""
+def is_factory(name: str, libraries: Container[str] = ("timm", "torchvision")) -> bool:
+    """Whether a name is ``package.module:factory``, which imports and runs code.
+
+    Args:
+        name: the name of a network, or with ``libraries=()`` that of a generator.
+        libraries: prefixes that are not modules.
+    """
     source, colon, _ = name.partition(":")
-    return bool(colon) and source not in ("timm", "torchvision")
+    return bool(colon) and source not in libraries
 
 
 def read(kind: type[T], path: str | Path) -> T:
     """Read and validate a config of type ``kind`` from a YAML file.
 
-    A network's name can be ``package.module:factory``. ``create_model`` imports and runs it, so check the names in a
-    file that you do not trust (:func:`is_factory`).
+    The name of a network or generator can be ``package.module:factory``, which ``create_model`` and ``distill`` import
+    and run, so check the names in a file that you do not trust (:func:`is_factory`).
 
     Raises:
         ValueError: a field is unknown, missing or invalid. The message names it.

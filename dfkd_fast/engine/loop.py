@@ -40,7 +40,7 @@ __all__ = ["Callback", "DistillResult", "NonFiniteError", "agreement", "distill"
 log = logging.getLogger(__name__)
 
 Callback = Callable[[Round, DistillState], object]
-"""A function of a finished round and the state after it. If it returns True, the run ends."""
+"""A function of a finished round and the state after it. If its result is true, the run ends."""
 
 _GRID = 64  # maximum number of generated images in an image grid
 _AGREEMENT_BATCHES = 4  # number of synthetic batches per measurement of the agreement
@@ -404,7 +404,7 @@ def _distill(
     def finished(done: Round) -> None:
         nonlocal ended
         for callback in callbacks:
-            ended |= callback(done, state) is True
+            ended |= bool(callback(done, state))
         run.log_round(done)
         line.show(done.number + 1, done.means, rounds.images / rounds.seconds)
 
@@ -424,8 +424,8 @@ def _distill(
                 if not (due or rest == 0):
                     continue
                 rounds.drain()
-                if complete and rest == 0:
-                    run.evaluate_epoch(epoch, last=last)
+                if complete and (rest == 0 or ended):
+                    run.evaluate_epoch(epoch + (rest > 0), last=last)
                 if due:
                     run.save()
                 if stop.received is not None:

@@ -313,7 +313,9 @@ class DistillState:
             named |= {f"{side_name}'s {key}": value for key, value in values.items() if value.is_floating_point()}
         made = self.synthesizer.tensors().items()  # a best loss is infinite before the first step of a synthesis
         named |= {f"synthesizer's {key}": v for key, v in made if v.is_floating_point() and key != "best_loss"}
-        finite = torch.stack([value.isfinite().all() for value in named.values()]).tolist()
+        # Some optimizers have their step counts on the CPU.
+        device = self.runtime.device
+        finite = torch.stack([value.isfinite().all().to(device) for value in named.values()]).tolist()
         return [name for name, good in zip(named, finite, strict=True) if not good]
 
     def teacher_digest(self) -> str:

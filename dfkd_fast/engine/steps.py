@@ -73,7 +73,7 @@ def _descend(state: DistillState, side: Side[Any], total: Tensor, values: Tensor
     optimizer, scaler = side.optimizer, side.scaler
     scaler.scale(total).backward()
     if side is state.generator:
-        state.synthesizer.after_backward()
+        state.synthesizer.after_backward(scaler.scale(total.new_ones(())) if scaler.is_enabled() else None)
     with nvtx_range("network", "optimizer"):
         if scaler.is_enabled():
             # A scaler's first gradients may overflow by design; it then skips the step and reduces the scale. The trace

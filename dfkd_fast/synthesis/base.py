@@ -123,8 +123,8 @@ class Synthesizer:
         """Called with the loss of a generator step. Return whether it is the best of the synthesis, a bool (1,)."""
         return None
 
-    def after_backward(self) -> None:
-        """Called when the gradients of a generator step are computed."""
+    def after_backward(self, scale: Tensor | None) -> None:
+        """Called when the gradients of a generator step are computed, which are multiplied by ``scale`` in fp16."""
 
     def after_step(self) -> None:
         """Called when a generator step has updated ``module``."""

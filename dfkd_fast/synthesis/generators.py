@@ -165,10 +165,12 @@ class Fast(PoolSynthesizer):
     def draw(self, count: int) -> tuple[Tensor, ...]:
         return self.sampler.draw(count, self.setting.random)
 
-    def after_backward(self) -> None:
-        pairs = [(total, each.grad) for total, each in zip(self.gradients, self.copied, strict=True)]
-        found = [(total, gradient) for total, gradient in pairs if gradient is not None]
-        torch._foreach_add_([total for total, _ in found], [gradient for _, gradient in found])
+    def after_backward(self, scale: Tensor | None) -> None:
+        for total, each in zip(self.gradients, self.copied, strict=True):
+            if each.grad is not None:
+                gradient = each.grad if scale is None else each.grad / scale
+                # The optimizer of the copy skips a step with such a gradient.
+                total.add_(gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
 
     def finish(self) -> None:
         super().finish()

@@ -45,7 +45,7 @@ def test_ten_steps_of_dfq_equal_a_plain_loop() -> None:
     student.train()
     twin.train()
     random, found = torch.Generator().manual_seed(state.config.seed), []
-    state.synthesizer.after_backward = lambda: found.append(  # type: ignore[method-assign]
+    state.synthesizer.after_backward = lambda scale: found.append(  # type: ignore[method-assign]
         [parameter.grad.clone() for parameter in state.generator.module.parameters()]
     )
     engine = eager_engine(state)
