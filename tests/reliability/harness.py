@@ -6,26 +6,95 @@ case can be repeated: ``python -m tests.reliability TARGET --seed SEED --case IN
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import multiprocessing
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dfkd_fast.benchmarks.results import Results
 
-__all__ = ["TARGETS", "Tally", "run_target"]
+__all__ = ["LOST", "TARGETS", "Lost", "Tally", "digest", "forked", "run_target", "snapshot"]
 
 TARGETS = ("kill", "faults", "corruption", "fuzz_files", "fuzz_ops", "numerics", "injection", "soak")
 """Modules of this package. Each has ``run(tally)``, which runs cases until ``tally.cases()`` ends."""
 
 LOST = "lost"
 """The outcome of a case in which data was lost or silently wrong, or the process crashed or hung."""
+
+CHECKS: dict[str, Callable[[bytes], object]] = {".safetensors": safetensors.torch.load, ".json": json.loads}
+"""Functions that raise an exception if a file of this suffix is damaged."""
+
+
+Kind = TypeVar("Kind")
+
+
+class Lost(Exception):
+    """A forked process failed, crashed or hung."""
+
+
+def forked(work: Callable[[Callable[[Any], None]], object], *, seconds: float) -> Iterator[Any]:
+    """Yield what ``work`` sends from a forked process, which is killed when the iterator is closed.
+
+    Raises Lost after an exception or a crash of the process, or if it sends nothing for some seconds.
+    """
+    receive, send = multiprocessing.Pipe(duplex=False)
+
+    def child() -> None:
+        try:
+            work(lambda value: send.send((value, None)))
+            send.send((None, "end"))
+        except BaseException:
+            send.send((None, traceback.format_exc()))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    send.close()
+    reason = None
+    try:
+        while reason is None:
+            value, reason = receive.recv() if receive.poll(seconds) else (None, f"hung for {seconds:.0f} s")
+            if reason is None:
+                yield value
+    except EOFError:
+        process.join()
+        reason = f"crashed with exit status {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+        receive.close()
+    if reason != "end":
+        raise Lost(reason)
+
+
+def digest(value: Any) -> str:
+    """A text that depends on all loaded values, and on all bytes of all tensors."""
+    content = tree_map_only(Tensor, lambda t: (t.dtype, t.shape, t.contiguous().numpy().tobytes().hex()), value)
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    """The contents of the files of a folder, without the TensorBoard log. Raises an exception if one is damaged."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("[!.]*")):
+        if path.is_file() and path.parent.name != "tensorboard":
+            content = found[str(path.relative_to(folder))] = path.read_bytes()
+            if path.suffix == ".pt":
+                found[str(path.relative_to(folder))] = digest(torch.load(path, weights_only=True))
+            elif path.suffix in CHECKS:
+                CHECKS[path.suffix](content)
+    return found
 
 
 class Tally:
@@ -48,23 +117,22 @@ class Tally:
         self.skipped: dict[str, str] = {}
         self._start = time.monotonic()
 
-    def left(self, share: float = 1.0) -> float:
-        """Return the seconds until this share of the time is over; negative afterwards."""
-        return share * self.seconds - (time.monotonic() - self._start)
+    def left(self) -> float:
+        """Return the seconds until the time is over; negative afterwards."""
+        return self.seconds - (time.monotonic() - self._start)
 
-    def cases(self, share: float = 1.0) -> Iterator[np.random.Generator]:
-        """Yield the random numbers of one case after the other, at least of one, until a share of the time is over.
-
-        Call it repeatedly with increasing shares to divide the time between parts of a target.
-        """
-        first = True
-        while self.only is None and (first or self.left(share) > 0):
-            first = False
-            yield np.random.default_rng([self.seed, self.index])
+    def cases(self) -> Iterator[np.random.Generator]:
+        """Yield the random numbers of one case after the other, at least of one, until the time is over."""
+        self.index = self.only or 0
+        yield np.random.default_rng([self.seed, self.index])
+        while self.only is None and self.left() > 0:
             self.index += 1
-        if self.only is not None and share == 1.0:
-            self.index = self.only
-            yield np.random.default_rng([self.seed, self.only])
+            yield np.random.default_rng([self.seed, self.index])
+
+    def turns(self, kinds: Sequence[Kind]) -> Iterator[tuple[Kind, np.random.Generator]]:
+        """Yield the kinds in turn, from one that depends on the seed, each with the random numbers of a case."""
+        for rng in self.cases():
+            yield kinds[(self.seed + self.index) % len(kinds)], rng
 
     def count(self, kind: str, outcome: str, *, times: int = 1) -> None:
         """Count cases that ended well. ``outcome`` says how, for example ``refused with a reason``."""
@@ -79,30 +147,11 @@ class Tally:
 
     def judge(self, kind: str, case: Callable[[], str], *, seconds: float = 60.0) -> None:
         """Count the outcome that ``case`` returns in a forked process. An exception, a crash or a hang is a loss."""
-        receive, send = multiprocessing.Pipe(duplex=False)
-
-        def child() -> None:
-            try:
-                send.send((case(), None))
-            except BaseException:
-                send.send((LOST, traceback.format_exc()))
-
-        process = multiprocessing.get_context("fork").Process(target=child)
-        process.start()
-        send.close()
         try:
-            outcome, reason = receive.recv() if receive.poll(seconds) else (LOST, f"hung for {seconds:.0f} s")
-        except EOFError:
-            process.join()
-            outcome, reason = LOST, f"crashed with exit status {process.exitcode}"
-        finally:
-            process.kill()
-            process.join()
-            receive.close()
-        if reason is None:
-            self.count(kind, outcome)
-        else:
-            self.lose(kind, reason)
+            for outcome in forked(lambda send: send(case()), seconds=seconds):
+                self.count(kind, outcome)
+        except Lost as error:
+            self.lose(kind, str(error))
 
     def skip(self, kind: str, reason: str) -> None:
         """Note a kind of fault that this machine cannot inject."""

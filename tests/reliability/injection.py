@@ -32,7 +32,6 @@ from .. import tiny
 from ..engine.faults import CALLS, TENSORS, Fault
 from ..engine.replay import ReplayRecorder
 from .harness import Tally
-from .numerics import in_turn
 
 FP16 = ("gradient in fp16", "loss scale in fp16")
 KINDS = (*CALLS, "gradient", *TENSORS, "compiled engine", "graph engine", *FP16, "teach", "evaluate")
@@ -129,8 +128,8 @@ def run(tally: Tally) -> None:
         mock.patch.object(loop, "EventLog"),
         mock.patch.object(training, "EventLog"),
     ):
-        for kind, rng in in_turn(tally, KINDS):
-            precision, preset = variants[tally.index // len(KINDS) % len(variants)]
+        for kind, rng in tally.turns(KINDS):
+            precision, preset = variants[int(rng.integers(len(variants)))]
             places, engine = {"c": (*TENSORS, *CALLS), "g": TENSORS}.get(kind[0]), kind.split()[0]
             places, engine = (places, engine) if kind.endswith("engine") else ([kind], "eager")
             fault, folder = Fault(str(rng.choice(places)), rng), tally.folder / str(tally.index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import shutil
@@ -16,12 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.io.gfile import GFile
 from tensorboard.summary.writer import event_file_writer
-from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from dfkd_fast import files, report
 from dfkd_fast.config import ObjectiveConfig, TeachConfig
@@ -30,7 +26,7 @@ from dfkd_fast.models import save_weights
 from dfkd_fast.objectives import PRESETS
 
 from .. import tiny
-from .harness import Tally
+from .harness import Tally, snapshot
 
 Subject = tuple[Any, ...]  # a key of WORK and arguments
 Points = dict[int, dict[int, int]]  # by kind of point: the signal at the n-th point
@@ -43,7 +39,6 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 )
 POINTS: dict[str, tuple[str, tuple[tuple[Any, str], ...]]] = {
     "before a file event": ("audit", ()),
-    "before fsync": ("before", ((os, "fsync"),)),
     "after a system call": ("after", tuple((os, name) for name in ("fsync", "replace", "unlink", "mkdir", "pwrite"))),
     "inside a write": ("inside", ((files._RecordingFile, "write"),)),
     "inside a write of the TensorBoard log": ("inside", ((GFile, "write"),)),
@@ -52,7 +47,8 @@ POINTS: dict[str, tuple[str, tuple[tuple[Any, str], ...]]] = {
 }
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.listdir", "os.scandir")
 KILLS = (f"kill -9 {name}" for name in (*POINTS, "at a random time", "in teach", "in save_weights", "in export"))
-KINDS = (*KILLS, "SIGTERM", "SIGINT", "SIGSTOP and SIGCONT")
+KINDS: tuple[str, ...] = (*KILLS, "SIGTERM", "SIGINT", "SIGSTOP and SIGCONT")
+TIMED = {"at a random time": [9], "SIGSTOP and SIGCONT": [19, 18, 19, 18]}
 _fork = multiprocessing.get_context("fork")
 _passed = _fork.RawArray("i", len(POINTS))  # points that a process has passed, by kind
 _number = _fork.RawValue("i")  # of processes so far
@@ -133,26 +129,9 @@ def _run(subject: Subject, folder: Path, points: Points, signals: Sequence[tuple
     return int(status or 0)
 
 
-def _content(path: Path) -> Any:
-    """What a file contains. Raises an exception if it is damaged."""
-    if path.suffix == ".safetensors":
-        load_file(path)
-    if path.suffix != ".pt":
-        return path.read_bytes()
-    leaves, spec = tree_flatten(torch.load(path, weights_only=True))
-    values = [each.contiguous().numpy().tobytes() if isinstance(each, Tensor) else repr(each) for each in leaves]
-    return hashlib.sha256(repr((spec, values)).encode()).hexdigest()
-
-
-def _snapshot(folder: Path) -> dict[str, Any]:
-    """The content of a folder's complete files, without the TensorBoard log."""
-    paths = [path for path in folder.rglob("[!.]*") if path.is_file() and path.parent.name != "tensorboard"]
-    return {str(path.relative_to(folder)): _content(path) for path in paths}
-
-
 def _result(folder: Path) -> dict[str, Any]:
     """The content of a finished folder, with leftover files and the values that TensorBoard shows."""
-    found = _snapshot(folder) | {path.name: "left over" for path in folder.rglob("*.partial")}
+    found = snapshot(folder) | {path.name: "left over" for path in folder.rglob("*.partial")}
     log = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     for tag in log.Reload().Tags()["scalars"] if (folder / "tensorboard").exists() else ():
         points = [(each.step, each.value) for each in log.Scalars(tag)]
@@ -164,16 +143,15 @@ def _result(folder: Path) -> dict[str, Any]:
 def _disturb(subject: Subject, folder: Path, kind: str, random: np.random.Generator, repeated: bool) -> int:
     """Run one process with signals and return its exit status."""
     _, seconds, passed = _undisturbed[subject]
-    name, timed = kind.removeprefix("kill -9 "), {"at a random time": [9], "SIGSTOP and SIGCONT": [19, 18, 19, 18]}
-    if numbers := timed.get(name):
+    name = kind.removeprefix("kill -9 ")
+    if numbers := TIMED.get(name):
         return _run(subject, folder, {}, [(random.uniform(0, seconds / len(numbers)), number) for number in numbers])
     signals = [signal.Signals[kind]] * int(random.integers(1, 3)) if kind == name else [signal.SIGKILL]
     index = random.choice([index for index, count in enumerate(passed) if count])
     if name in POINTS and (repeated or "read" not in name):  # at first there is nothing to read
         index = list(POINTS).index(name)
     first = random.integers(1, 1 + (passed[index] or 6))
-    at = dict(zip((first, first + random.integers(1, 20)), signals, strict=False))
-    return _run(subject, folder, {index: at})
+    return _run(subject, folder, {index: dict(zip((first, first + random.integers(1, 20)), signals, strict=False))})
 
 
 def _case(tally: Tally, random: np.random.Generator, kind: str) -> None:
@@ -191,7 +169,7 @@ def _case(tally: Tally, random: np.random.Generator, kind: str) -> None:
     statuses, saved = [1], list[str]()
     while statuses[-1] and len(statuses) < 5:
         statuses.append(_disturb(subject, folder, kind, random, len(statuses) > 1))
-        before, saved = saved, sorted(name for name in _snapshot(folder / "run") if name.endswith(".pt"))
+        before, saved = saved, sorted(name for name in snapshot(folder / "run") if name.endswith(".pt"))
         if len(saved) < min(len(before), 2) or (before and saved[-1] < before[-1]):
             raise RuntimeError(f"checkpoints are lost: {before} became {saved}")
     _run(subject, folder, {})
@@ -206,13 +184,11 @@ def _case(tally: Tally, random: np.random.Generator, kind: str) -> None:
 
 
 def run(tally: Tally) -> None:
-    """Run one case of each kind, then more until the time is over."""
+    """Run the kinds in turn."""
     tiny._traced()
-    for share in [0.0] * len(KINDS) + [1.0]:
-        for random in tally.cases(share):
-            kind = KINDS[tally.index % len(KINDS)]
-            try:
-                _case(tally, random, kind)
-            except Exception as error:
-                tally.lose(kind, str(error))
-            shutil.rmtree(tally.folder / "case", ignore_errors=True)
+    for kind, random in tally.turns(KINDS):
+        try:
+            _case(tally, random, kind)
+        except Exception as error:
+            tally.lose(kind, str(error))
+        shutil.rmtree(tally.folder / "case", ignore_errors=True)

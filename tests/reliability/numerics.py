@@ -7,7 +7,7 @@ infinite or NaN only if the true result, or an intermediate value of the definit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -66,9 +66,8 @@ def _noise(op: str, inputs: list[Any], temperature: float) -> tuple[float, float
         return temperature**2, temperature
     if op == "contrastive_loss":
         lengths = torch.cat([t.detach().double() for t in inputs]).norm(dim=1)
-        return 1 / temperature, float(
-            (lengths[lengths > 0].min() if lengths.any() else lengths[0] + 1) * temperature
-        ) ** -1
+        shortest = float(lengths[lengths > 0].min()) if lengths.any() else 1.0
+        return 1 / temperature, 1 / (shortest * temperature)
     return 0.0, 0.0
 
 
@@ -97,14 +96,12 @@ def _case(tally: Tally, op: str, rng: np.random.Generator) -> None:
     definition = partial(DEFINITIONS.get(name, DEFINITIONS[op]), **options)
     compute = dtype if op.startswith(IN_DTYPE) or name in DEFINITIONS else torch.promote_types(dtype, torch.float32)
     info = torch.finfo(torch.promote_types(dtype, torch.float32))
-    floors = [
-        8 * info.eps * each + 16 * info.tiny * (op not in EXACT)
-        for each in _noise(op, inputs, options.get("temperature", 1.0))
-    ]
+    tiny = 16 * info.tiny * (op not in EXACT)
+    floors = [8 * info.eps * each + tiny for each in _noise(op, inputs, options.get("temperature", 1.0))]
     denormal = any(t is not None and ((t != 0) & (t.abs() < torch.finfo(dtype).tiny)).any() for t in inputs)
     torch.manual_seed(int(rng.integers(1 << 30)))
     grads: list[Tensor] = []
-    expected = None
+    expected: Any = None
     for backend in backends()[op]:
         if backend == "triton" and dtype == torch.bfloat16 and denormal:
             tally.skip("bfloat16 denormals in Triton kernels", "Triton's interpreter converts them to other values")
@@ -115,10 +112,8 @@ def _case(tally: Tally, op: str, rng: np.random.Generator) -> None:
         except UnsupportedError:
             continue
         truth, errors, overflow = expected = expected or truth_and_errors(definition, inputs, grads, compute)
-        verdicts = [
-            _verdict(f, t, e, floors[i >= len(grads)], op in ROUNDED)
-            for i, (f, t, e) in enumerate(zip(found, truth, errors, strict=True))
-        ]
+        noises = [floors[i >= len(grads)] for i in range(len(found))]
+        verdicts = [_verdict(*each, op in ROUNDED) for each in zip(found, truth, errors, noises, strict=True)]
         wrong = [f"result {i} is {each}" for i, each in enumerate(verdicts) if each.startswith("wrong")]
         if wrong and not overflow:
             where = f"{name}, {backend}, {dtype}, {', '.join(described)}, {options}"
@@ -127,15 +122,8 @@ def _case(tally: Tally, op: str, rng: np.random.Generator) -> None:
             tally.count(op, "an intermediate value overflows, as in the definition" if wrong else min(verdicts))
 
 
-def in_turn(tally: Tally, kinds: Sequence[str]) -> Iterator[tuple[str, np.random.Generator]]:
-    """Yield the kinds in turn, each at least once, with the random numbers of a case."""
-    for share in (*[0.0] * len(kinds), 1.0):
-        for rng in tally.cases(share):
-            yield kinds[tally.index % len(kinds)], rng
-
-
 def run(tally: Tally) -> None:
     """Run one op per case with a random edge, dtype, shape and options, on all backends."""
     with np.errstate(all="ignore"):  # Triton's interpreter
-        for op, rng in in_turn(tally, KINDS):
+        for op, rng in tally.turns(KINDS):
             _case(tally, op, rng)
