@@ -7,13 +7,18 @@ case can be repeated: ``python -m tests.reliability TARGET --seed SEED --case IN
 from __future__ import annotations
 
 import hashlib
-import importlib
+import io
 import json
+import logging
 import multiprocessing
+import os
+import shutil
 import time
 import traceback
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from dfkd_fast.benchmarks.results import Results
+from dfkd_fast import cli
 
-__all__ = ["LOST", "TARGETS", "Lost", "Tally", "digest", "forked", "run_target", "snapshot"]
+__all__ = ["LOST", "TARGETS", "Lost", "Tally", "command", "digest", "empty", "forked", "snapshot"]
 
 TARGETS = ("kill", "faults", "corruption", "fuzz_files", "fuzz_ops", "numerics", "injection", "soak")
 """Modules of this package. Each has ``run(tally)``, which runs cases until ``tally.cases()`` ends."""
@@ -33,9 +38,12 @@ TARGETS = ("kill", "faults", "corruption", "fuzz_files", "fuzz_ops", "numerics",
 LOST = "lost"
 """The outcome of a case in which data was lost or silently wrong, or the process crashed or hung."""
 
-CHECKS: dict[str, Callable[[bytes], object]] = {".safetensors": safetensors.torch.load, ".json": json.loads}
-"""Functions that raise an exception if a file of this suffix is damaged."""
-
+CONTENTS: dict[str, Callable[[Path], Any]] = {
+    ".pt": lambda path: digest(torch.load(path, weights_only=True)),
+    ".safetensors": lambda path: safetensors.torch.load_file(path) and path.read_bytes(),
+    ".json": lambda path: json.loads(path.read_bytes()),
+}
+"""Functions that read files by their suffix, and raise an exception if a file is damaged."""
 
 Kind = TypeVar("Kind")
 
@@ -78,23 +86,36 @@ def forked(work: Callable[[Callable[[Any], None]], object], *, seconds: float) -
         raise Lost(reason)
 
 
+def empty(folder: Path) -> Path:
+    """Create a folder in place of an old one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def command(arguments: Sequence[str]) -> str:
+    """Run a command and return its output. Raises ValueError with the error that it prints."""
+    with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()) as errors:
+        try:
+            cli.main(arguments)
+        except SystemExit as end:
+            if end.code == 2 and not isinstance(end.__cause__, RecursionError | UnicodeError):
+                raise ValueError(errors.getvalue().strip()) from end.__cause__
+            if end.code:
+                raise
+    return output.getvalue()
+
+
 def digest(value: Any) -> str:
     """A text that depends on all loaded values, and on all bytes of all tensors."""
-    content = tree_map_only(Tensor, lambda t: (t.dtype, t.shape, t.contiguous().numpy().tobytes().hex()), value)
+    content = tree_map_only(Tensor, lambda t: (t.dtype, t.shape, t.contiguous().numpy().tobytes()), value)
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
     """The contents of the files of a folder, without the TensorBoard log. Raises an exception if one is damaged."""
-    found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("[!.]*")):
-        if path.is_file() and path.parent.name != "tensorboard":
-            content = found[str(path.relative_to(folder))] = path.read_bytes()
-            if path.suffix == ".pt":
-                found[str(path.relative_to(folder))] = digest(torch.load(path, weights_only=True))
-            elif path.suffix in CHECKS:
-                CHECKS[path.suffix](content)
-    return found
+    paths = [path for path in folder.rglob("[!.]*") if path.is_file() and path.parent.name != "tensorboard"]
+    return {str(path.relative_to(folder)): CONTENTS.get(path.suffix, Path.read_bytes)(path) for path in paths}
 
 
 class Tally:
@@ -146,7 +167,13 @@ class Tally:
         print(f"{self.target}: {kind}: LOST: {self.failures[kind][-1]}", flush=True)
 
     def judge(self, kind: str, case: Callable[[], str], *, seconds: float = 60.0) -> None:
-        """Count the outcome that ``case`` returns in a forked process. An exception, a crash or a hang is a loss."""
+        """Count the outcome that ``case`` returns in a forked process, in an empty working folder and without logging.
+
+        An exception, a crash or a hang is a loss.
+        """
+        os.chdir(empty(self.folder / "case"))
+        warnings.simplefilter("ignore")
+        logging.disable()
         try:
             for outcome in forked(lambda send: send(case()), seconds=seconds):
                 self.count(kind, outcome)
@@ -168,19 +195,3 @@ class Tally:
         for row in rows:
             row.update(self.facts.get(row["kind"], {}))
         return rows
-
-
-def run_target(
-    target: str, *, seconds: float, seed: int, folder: Path, case: int | None = None, out: Path | None = None
-) -> Tally:
-    """Run one target and add its rows to the result file ``out``. An error of the target is a lost case."""
-    tally = Tally(target, seconds=seconds, seed=seed, folder=folder, case=case)
-    try:
-        importlib.import_module(f".{target}", __package__).run(tally)
-    except Exception:
-        tally.lose("harness", traceback.format_exc())
-    if out is not None and case is None:
-        results = Results(out, key=("target", "kind"))
-        for row in tally.rows():
-            results.add(row)
-    return tally

@@ -20,8 +20,8 @@ from tensorboard.compat.tensorflow_stub.io.gfile import GFile
 from tensorboard.summary.writer import event_file_writer
 
 from dfkd_fast import files, report
-from dfkd_fast.config import ObjectiveConfig, TeachConfig
-from dfkd_fast.engine import DistillState, background, distill, engines, export, loop, teach
+from dfkd_fast.config import ObjectiveConfig
+from dfkd_fast.engine import DistillState, background, distill, engines, export, loop
 from dfkd_fast.models import save_weights
 from dfkd_fast.objectives import PRESETS
 
@@ -37,15 +37,14 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"checkpoint_every": 3, "select": "test_accuracy", "keep_checkpoints": 3},
     {"checkpoint_every": 1, "evaluate_every": 2, "overlap": True},
 )
+SYSTEM_CALLS = tuple((os, name) for name in ("fsync", "open", "replace", "unlink", "mkdir", "pwrite", "ftruncate"))
 POINTS: dict[str, tuple[str, tuple[tuple[Any, str], ...]]] = {
-    "before a file event": ("audit", ()),
-    "after a system call": ("after", tuple((os, name) for name in ("fsync", "replace", "unlink", "mkdir", "pwrite"))),
+    "after a system call": ("after", SYSTEM_CALLS),
     "inside a write": ("inside", ((files._RecordingFile, "write"),)),
     "inside a write of the TensorBoard log": ("inside", ((GFile, "write"),)),
     "in a step": ("before", ((engines, "generator_step"), (engines, "student_step"), (loop, "evaluate"))),
     "while a checkpoint is read": ("after", ((torch, "load"), (DistillState, "load_state_dict"))),
 }
-EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.listdir", "os.scandir")
 KILLS = (f"kill -9 {name}" for name in (*POINTS, "at a random time", "in teach", "in save_weights", "in export"))
 KINDS: tuple[str, ...] = (*KILLS, "SIGTERM", "SIGINT", "SIGSTOP and SIGCONT")
 TIMED = {"at a random time": [9], "SIGSTOP and SIGCONT": [19, 18, 19, 18]}
@@ -75,8 +74,6 @@ def _install(kind: int, at: dict[int, int]) -> None:
 
         return call
 
-    if when == "audit":
-        sys.addaudithook(lambda name, of: reach() if name in EVENTS and str(of[0]).startswith("run") else None)
     for owner, name in places:
         setattr(owner, name, patched(getattr(owner, name)))
 
@@ -91,10 +88,9 @@ def _distill(preset: Any, variant: int) -> None:
     distill(*tiny._traced(), config, data=_data, progress=False)
 
 
-TEACH = TeachConfig(epochs=3, batch_size=10, lr=0.05, device="cpu", precision="fp32", out="run")
 WORK: dict[str, Callable[..., object]] = {
     "distill": _distill,
-    "teach": lambda: teach(tiny.network(), _data, TEACH, progress=False),
+    "teach": lambda: tiny.teach(Path("run"), epochs=3, lr=0.05),
     "save_weights": lambda: [save_weights(each(), "run/weights.safetensors") for each in (tiny.teacher, tiny.network)],
     "export": lambda: export(tiny.network(), "run", image_size=tiny.SIZE),
 }
