@@ -29,23 +29,19 @@ from dfkd_fast.objectives import PRESETS
 from .. import tiny
 from ..engine.faults import CALLS, TENSORS, Fault
 from ..engine.replay import ReplayRecorder
-from .harness import Tally
+from .harness import Tally, digest
 
 FP16 = ("gradient in fp16", "loss scale in fp16")
 KINDS = (*CALLS, "gradient", *TENSORS, "compiled engine", "graph engine", *FP16, "teach")
 STEP = re.compile(r"round (\d+), (\w*) ?step (\d+): \S.* not finite")
 
 
-def _run(folder: Path, preset: str, engine: str, precision: Any, resume: bool = False) -> list[Any]:
-    """The final weights and losses of a run."""
+def _run(folder: Path, preset: str, engine: str, precision: Any, resume: bool = False) -> str:
+    """A digest of the final weights and losses of a run."""
     changes: Any = {"engine": engine, "precision": precision, "resume": resume, "rounds_per_epoch": 1, "epochs": 3}
     config = tiny.config(folder, objective=tiny.ObjectiveConfig(preset=preset), batch_size=4, **changes)
     result = tiny.distill(tiny.teacher(), tiny.network(), config, progress=False)
-    return [*result.student.state_dict().values(), *result.generator.state_dict().values(), result.rounds]
-
-
-def _same(one: list[Any], other: list[Any]) -> bool:
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True))
+    return digest([dict(result.student.state_dict()), dict(result.generator.state_dict()), result.rounds])
 
 
 def _broken_files(folder: Path) -> list[str]:
@@ -58,8 +54,8 @@ def _broken_files(folder: Path) -> list[str]:
     return [name for name, each in tensors.items() if not all(t.isfinite().all() for t in each)]
 
 
-def _distill_case(fault: Fault, folder: Path, variant: tuple[str, str, str], undisturbed: Any) -> str:
-    error, weights, original = "", [], engines.Engine._take
+def _distill(fault: Fault, folder: Path, variant: tuple[str, str, str], undisturbed: Any) -> str:
+    error, weights, original = "", "", engines.Engine._take
     with mock.patch.object(engines.Engine, "_take", lambda engine, kind: fault.take(original, engine, kind)):
         try:
             weights = _run(folder, *variant)
@@ -67,35 +63,37 @@ def _distill_case(fault: Fault, folder: Path, variant: tuple[str, str, str], und
             error = str(stopped)
     found = STEP.search(error)
     named = (int(found[1]), int(found[3]) + 2 * (found[2] == "student")) if found else (-1, -1)
-    if broken := _broken_files(folder):
-        return f"LOST: values in {', '.join(broken)} are not finite: {error}"
-    if not error and _same(weights, undisturbed(*variant)):
+    broken = _broken_files(folder)
+    assert not broken, f"values in {', '.join(broken)} are not finite: {error}"
+    if not error and weights == undisturbed(*variant):
         return "no effect: the step does not read the value" if fault.hit else "no effect: not computed in this step"
     if not error and (fault.place == FP16[0] or (fault.value < 0 and fault.hit == "output 0")):
         return "tolerated, weights finite: " + ("fp16 skips the step" if fault.place in FP16 else "-inf masks a class")
-    if not fault.at <= named <= (fault.at[0] + 1, 4) or (folder / "student.safetensors").exists():
-        return f"LOST: the error does not name the step, or student.safetensors exists: {error}"
-    same = _same(_run(folder, *variant, resume=True), undisturbed(*variant))
-    return "stopped by name; resumed, equal" if same else f"LOST: the resumed run differs: {error}"
+    assert fault.at <= named <= (fault.at[0] + 1, 4), f"the error does not name the step: {error}"
+    assert not (folder / "student.safetensors").exists(), f"there is a student after {error}"
+    assert _run(folder, *variant, resume=True) == undisturbed(*variant), f"the resumed run differs: {error}"
+    return "stopped by name; resumed, equal"
 
 
-def _teach_case(fault: Fault, folder: Path) -> str:
-    count = itertools.count()
+def _teach(fault: Fault, folder: Path) -> str:
+    model, count = tiny.network(), itertools.count()
 
-    def hook(optimizer: Any, *_: Any) -> None:
+    def hook(*_: Any) -> None:
         if next(count) == fault.at[1]:
-            weights = dict(enumerate(optimizer.param_groups[0]["params"]))
-            fault.poison_one({**weights, **{f"gradient of {i}": weight.grad for i, weight in weights.items()}})
+            gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+            fault.poison_one({**dict(model.named_parameters()), **dict(model.named_buffers()), **gradients})
 
     handle = register_optimizer_step_pre_hook(hook)
+    message = ""
     try:
-        tiny.teach(folder, epochs=2)
+        tiny.teach(folder, model, epochs=2)
     except ArithmeticError as error:
-        if "epoch" in str(error) and not list(folder.glob("*.safetensors")):
-            return "stopped by name"
+        message = str(error)
     finally:
         handle.remove()
-    return "LOST: no error, or it does not name the epoch"
+    assert "epoch" in message, f"the error does not name the epoch: {message}"
+    assert not list(folder.glob("*.safetensors")), "there are weights after an error"
+    return "stopped by name"
 
 
 def run(tally: Tally) -> None:
@@ -118,11 +116,9 @@ def run(tally: Tally) -> None:
             places, engine = (places, engine) if kind.endswith("engine") else ([kind], "eager")
             fault, folder = Fault(str(rng.choice(places)), rng), tally.folder / str(tally.index)
             variant = (preset, engine, "fp16" if kind in FP16 else precision)
-            if kind == "teach":
-                outcome = _teach_case(fault, folder)
-            else:
-                outcome = _distill_case(fault, folder, variant, undisturbed)
-            if outcome.startswith("LOST"):
-                tally.lose(kind, f"{outcome}: {vars(fault)}, {variant}")
-            else:
+            try:
+                teaches = kind == "teach"
+                outcome = _teach(fault, folder) if teaches else _distill(fault, folder, variant, undisturbed)
                 tally.count(kind, outcome)
+            except AssertionError as error:
+                tally.lose(kind, f"{error}: {vars(fault)}, {variant}")
