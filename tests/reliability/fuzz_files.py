@@ -53,7 +53,6 @@ class Parser(NamedTuple):
     names: str
     seeds: Sequence[bytes] = ()
     refusals: tuple[type[BaseException], ...] = (ValueError,)
-    share: float = 1.0
 
 
 def _file(path: Path, read: Callable[[Path], object], *seeds: bytes, **options: Any) -> Parser:
@@ -115,7 +114,7 @@ def _weights(folder: Path) -> dict[str, Parser]:
     return {
         "safetensors file": _file(path, load, content, **refusals),
         "safetensors header": Parser(header, path.name, [content[8:start]], **refusals),
-        "weights metadata": Parser(described, path.name, [values, b"[" * 4000], share=3, **refusals),
+        "weights metadata": Parser(described, path.name, [values, b"[" * 4000], **refusals),
         "torch weights file": _file(saved, load, _saved(state), legacy, **refusals),
         "state dict": _structured(nested, pickled, saved.name, **refusals),
     }
@@ -156,14 +155,13 @@ def _data(folder: Path) -> dict[str, Parser]:
 
     parsers["folder tree"] = _structured(st.lists(entry, max_size=3), folders, str(folder), refusals=refusals)
     noise, pictures = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)), [picture]
-    for form in ("PNG RGB L P 1 RGBA", "TIFF RGB F CMYK", "GIF P", "JPEG CMYK", "BMP RGB", "WEBP RGB", "PPM L"):
-        for mode in form.split()[1:]:
-            noise.convert(mode).save(buffer := io.BytesIO(), form.split()[0])
-            pictures.append(buffer.getvalue())
+    forms = {"PNG": "RGB L P 1 RGBA", "TIFF": "RGB F CMYK", "GIF": "P", "JPEG": "CMYK", "BMP": "RGB", "WEBP": "RGB"}
+    for form, mode in [(form, mode) for form, modes in forms.items() for mode in modes.split()]:
+        noise.convert(mode).save(buffer := io.BytesIO(), form)
+        pictures.append(buffer.getvalue())
     item = data.image_data.ImageFiles([(folder / "image", 0)], data.published.evaluation_transform(8))
-    return parsers | {
-        "image": _file(folder / "image", lambda path: item[0][0].isfinite().all() or 1 / 0, *pictures, share=2),
-    }
+    image = _file(folder / "image", lambda path: item[0][0].isfinite().all() or 1 / 0, *pictures)
+    return parsers | {"image": image}
 
 
 def _settings(folder: Path) -> dict[str, Parser]:
@@ -178,7 +176,7 @@ def _settings(folder: Path) -> dict[str, Parser]:
     example = yaml.safe_dump({"student": {"name": "resnet8"}, "distill": {"mean": [0.5, 0.5, 0.5]}}).encode()
     config_file = _file(path, lambda path: command(["distill", "--config", str(path)]), example, b"a: &x [*x]")
     history = (b'{"rounds": {"loss": [1.5, null]}, "name": "x"}', b'{"a": NaN}', b'{"a": 1e999}', b"[" * 4000)
-    results = _file(folder / "r.json", lambda p: json.dumps(report.read_results(p), allow_nan=False), *history, share=4)
+    results = _file(folder / "r.json", lambda p: json.dumps(report.read_results(p), allow_nan=False), *history)
     return {
         "results JSON": results,
         "shapes of benchmarks": _file(folder / "s.yaml", bench.from_file, b"distillation_kl: [[5, 10], {rows: 2}]"),
@@ -252,9 +250,9 @@ def run(tally: Tally) -> None:
     folder.mkdir()
     try:
         parsers = list((_weights(folder) | _data(folder) | _settings(folder)).items())
-        pace = max(2.0, 0.9 * min(tally.seconds, 300) / sum(parser.share for _, parser in parsers))
+        pace = max(2.0, 0.9 * min(tally.seconds, 300) / len(parsers))
         for (kind, parser), rng in tally.turns(parsers):
             seed = int(rng.integers(1, 2**31))
-            _case(tally, kind, parser, seed, folder / f"corpus {kind}", pace * parser.share)
+            _case(tally, kind, parser, seed, folder / f"corpus {kind}", pace)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 from dfkd_fast import ops
 from dfkd_fast.ops.backend import UnsupportedError
 from dfkd_fast.ops.custom_op import INTERPRETED
-from dfkd_fast.testing import LAYOUTS, with_layout
 
 from ..ops.definitions import results
+from ..ops.odd_inputs import laid_out, pick, spoiled
 from ..ops.table import CASES
 from ..ops.test_contract import OPTIONS, tensors
 from .harness import LOST, Lost, Tally, forked
@@ -26,40 +26,11 @@ from .harness import LOST, Lost, Tally, forked
 BATCH, HANG_S = 500, 120
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.3, torch.float16: 0.05}
 """Allowed error, relative to the largest true value."""
-OTHERS = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)
 NUMBERS = {"temperature": (0.1, 1, 20), "eps": (1e-5, 1), "scale": (-1, 0, 9.0), "negative_slope": (0, 0.2, 1)}
 CHOICES = NUMBERS | {"momentum": (0, 0.1, 1), "training": (True, False), "squared": (True, False)}
 WRONG = (math.nan, math.inf, -math.inf, 10**400, 2**70, "", "MEAN", None, 1j, (1,), torch.tensor(1.0))
 LIMITS = ("Expected more than 1 value per channel", "must have H and W of at least 2")
 """Errors of arguments that are right, except that an op does not support their sizes."""
-
-
-def _pick(rng: np.random.Generator, values: Sequence[Any]) -> Any:
-    return values[int(rng.integers(len(values)))]
-
-
-def _laid_out(rng: np.random.Generator, t: Tensor) -> Tensor:
-    """Return a tensor of the same shape and dtype in another layout."""
-    # In half precision, repeated values near the kink of an activation add up to large errors.
-    repeated = ("expanded", "overlapping") if t.dtype.itemsize > 2 else ()
-    layout = _pick(rng, (*LAYOUTS, *repeated, "reversed")) if t.numel() else "contiguous"
-    if layout == "expanded":
-        return t.narrow(int(rng.integers(t.ndim)), 0, 1).expand(t.shape)
-    if layout == "overlapping":
-        strides = [int(rng.integers(1, 3)) for _ in t.shape]
-        return t.flatten().repeat(2 * t.ndim + 1).as_strided(t.shape, strides)
-    if layout == "reversed":
-        order = list(range(t.ndim))[::-1]
-        return t.permute(order).contiguous().permute(order)
-    return with_layout(t, layout if t.ndim == 4 or (layout != "channels_last" and t.ndim > 1) else "offset")
-
-
-def _spoiled(rng: np.random.Generator, t: Tensor) -> Any:
-    """Return a wrong tensor, or something else."""
-    dim = int(rng.integers(t.ndim))
-    makers = (lambda: _pick(rng, ("text", 1.0, [t])), lambda: t.to(_pick(rng, OTHERS)), lambda: t.to("meta"))
-    shapes = (lambda: t[None], t.flatten, t.sum, lambda: t[..., None], lambda: torch.cat([t, t], dim))
-    return _pick(rng, (*makers, *shapes, lambda: t.narrow(dim, 0, 0), lambda: t.movedim(0, -1), t.to_sparse))()
 
 
 def _compare(found: Sequence[Tensor], truth: Sequence[Tensor], what: str, limit: float) -> None:
@@ -95,26 +66,26 @@ def _check(function: Callable[..., Any], inputs: Sequence[Any], backend: str | N
 
 def _one(rng: np.random.Generator) -> tuple[str, str, str]:
     """Run an input. Return its op, its outcome and, if it is lost, the reason."""
-    name, sizes = _pick(rng, [*CASES]), (1, 1, 2, 2, 3, 4, 5, 7, 8, 9, 17)
+    name, sizes = pick(rng, [*CASES]), (1, 1, 2, 2, 3, 4, 5, 7, 8, 9, 17)
     case, op, spoil = CASES[name], name.split(",")[0], rng.choice(["nothing", "tensor", "option"], p=[0.65, 0.2, 0.15])
     parameters = inspect.signature(getattr(ops, op)).parameters
     known = OPTIONS.get(op, {}) | {key: value for key, value in CHOICES.items() if key in parameters}
-    options = {option: _pick(rng, good) for option, good in known.items() if rng.random() < 0.5}
+    options = {option: pick(rng, good) for option, good in known.items() if rng.random() < 0.5}
     if spoil == "option":
         checked = [each for each in options if each not in ("training", "squared", "symmetric", "normalize")]
-        options[_pick(rng, checked or ["backend"])] = _pick(rng, WRONG)
+        options[pick(rng, checked or ["backend"])] = pick(rng, WRONG)
     slow = ["triton"] * (INTERPRETED and rng.random() < 0.1)
-    backend = options.pop("backend", _pick(rng, [None, *ops.backends()[op][-2:], *slow]))
-    first = 0 if rng.random() < 0.05 and op != "statistics_distances" else _pick(rng, sizes)
-    shape = (first, *(_pick(rng, sizes) for _ in case.shapes[0][1:]))
-    made = case.make(shape, dtype=_pick(rng, [*TOLERANCE]))(int(rng.integers(2**20)))
-    inputs: list[Any] = [None if t is None else _laid_out(rng, t.detach()) for t in made]
+    backend = options.pop("backend", pick(rng, [None, *ops.backends()[op][-2:], *slow]))
+    first = 0 if rng.random() < 0.05 and op != "statistics_distances" else pick(rng, sizes)
+    shape = (first, *(pick(rng, sizes) for _ in case.shapes[0][1:]))
+    made = case.make(shape, dtype=pick(rng, [*TOLERANCE]))(int(rng.integers(2**20)))
+    inputs: list[Any] = [None if t is None else laid_out(rng, t.detach()) for t in made]
     for i, t in enumerate(inputs):
         if t is not None and rng.random() < 0.15 and i not in case.batched:
-            inputs[i] = t.to(_pick(rng, [*TOLERANCE]))
+            inputs[i] = t.to(pick(rng, [*TOLERANCE]))
     if spoil == "tensor":
-        i = _pick(rng, [i for i, t in enumerate(inputs) if t is not None])
-        wrong = _spoiled(rng, inputs[i])
+        i = pick(rng, [i for i, t in enumerate(inputs) if t is not None])
+        wrong = spoiled(rng, inputs[i])
         inputs[i] = wrong if isinstance(wrong, Tensor) or op != "max_unpool2x2" else inputs[i][None]
     elif rng.random() < 0.1:
         huge = 2**28 if op != "statistics_distances" and first and rng.random() < 0.5 else 0

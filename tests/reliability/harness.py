@@ -53,10 +53,7 @@ class Lost(Exception):
 
 
 def forked(work: Callable[[Callable[[Any], None]], object], *, seconds: float) -> Iterator[Any]:
-    """Yield what ``work`` sends from a forked process, which is killed when the iterator is closed.
-
-    Raises Lost after an exception or a crash of the process, or if it sends nothing for some seconds.
-    """
+    """Yield what ``work`` sends from a forked process. Raises Lost if it fails, or sends nothing for some seconds."""
     receive, send = multiprocessing.Pipe(duplex=False)
 
     def child() -> None:
@@ -167,10 +164,7 @@ class Tally:
         print(f"{self.target}: {kind}: LOST: {self.failures[kind][-1]}", flush=True)
 
     def judge(self, kind: str, case: Callable[[], str], *, seconds: float = 60.0) -> None:
-        """Count the outcome that ``case`` returns in a forked process, in an empty working folder and without logging.
-
-        An exception, a crash or a hang is a loss.
-        """
+        """Count the outcome that ``case`` returns in a forked process, in an empty folder, or a loss if it fails."""
         os.chdir(empty(self.folder / "case"))
         warnings.simplefilter("ignore")
         logging.disable()

@@ -14,18 +14,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.compat.tensorflow_stub.io.gfile import GFile
 from tensorboard.summary.writer import event_file_writer
 
 from dfkd_fast import files, report
 from dfkd_fast.config import ObjectiveConfig
-from dfkd_fast.engine import DistillState, background, distill, engines, export, loop
+from dfkd_fast.engine import background, distill, export, loop
 from dfkd_fast.models import save_weights
 from dfkd_fast.objectives import PRESETS
 
 from .. import tiny
+from ..engine.kill_points import POINTS, install, passed
 from .harness import Tally, snapshot
 
 Subject = tuple[Any, ...]  # a key of WORK and arguments
@@ -37,45 +36,13 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"checkpoint_every": 3, "select": "test_accuracy", "keep_checkpoints": 3},
     {"checkpoint_every": 1, "evaluate_every": 2, "overlap": True},
 )
-SYSTEM_CALLS = tuple((os, name) for name in ("fsync", "open", "replace", "unlink", "mkdir", "pwrite", "ftruncate"))
-POINTS: dict[str, tuple[str, tuple[tuple[Any, str], ...]]] = {
-    "after a system call": ("after", SYSTEM_CALLS),
-    "inside a write": ("inside", ((files._RecordingFile, "write"),)),
-    "inside a write of the TensorBoard log": ("inside", ((GFile, "write"),)),
-    "in a step": ("before", ((engines, "generator_step"), (engines, "student_step"), (loop, "evaluate"))),
-    "while a checkpoint is read": ("after", ((torch, "load"), (DistillState, "load_state_dict"))),
-}
 KILLS = (f"kill -9 {name}" for name in (*POINTS, "at a random time", "in teach", "in save_weights", "in export"))
 KINDS: tuple[str, ...] = (*KILLS, "SIGTERM", "SIGINT", "SIGSTOP and SIGCONT")
 TIMED = {"at a random time": [9], "SIGSTOP and SIGCONT": [19, 18, 19, 18]}
 _fork = multiprocessing.get_context("fork")
-_passed = _fork.RawArray("i", len(POINTS))  # points that a process has passed, by kind
 _number = _fork.RawValue("i")  # of processes so far
 _data = tiny.data()
 _undisturbed: dict[Subject, tuple[dict[str, Any], float, list[int]]] = {}
-
-
-def _install(kind: int, at: dict[int, int]) -> None:
-    """Make this process send itself the signals ``at[n]`` at its n-th point of a kind."""
-    when, places = list(POINTS.values())[kind]
-
-    def reach() -> None:
-        _passed[kind] += 1
-        if _passed[kind] in at:
-            os.kill(os.getpid(), at[_passed[kind]])
-
-    def patched(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            if when == "inside" and at.get(_passed[kind] + 1) == signal.SIGKILL:  # write half of the bytes
-                original(*arguments[:-1], bytes(arguments[-1])[: len(arguments[-1]) // 2])
-            result = original(*arguments, **options) if when == "after" else None
-            reach()
-            return result if when == "after" else original(*arguments, **options)
-
-        return call
-
-    for owner, name in places:
-        setattr(owner, name, patched(getattr(owner, name)))
 
 
 def _distill(preset: Any, variant: int) -> None:
@@ -103,7 +70,7 @@ def _child(subject: Subject, folder: Path, points: Points) -> None:
     event_file_writer.time = SimpleNamespace(time=lambda: now)
     os.chdir(folder)
     for kind, at in points.items():
-        _install(kind, at)
+        install(kind, at)
     try:
         WORK[subject[0]](*subject[1:])
     except KeyboardInterrupt:
@@ -112,7 +79,7 @@ def _child(subject: Subject, folder: Path, points: Points) -> None:
 
 def _run(subject: Subject, folder: Path, points: Points, signals: Sequence[tuple[float, int]] = ()) -> int:
     """Run a process, send it signals after pauses, and return its exit status. Raises RuntimeError if it fails."""
-    _passed[:], _number.value = [0] * len(POINTS), _number.value + 1
+    passed[:], _number.value = [0] * len(POINTS), _number.value + 1
     process = _fork.Process(target=_child, args=(subject, folder, points))
     process.start()
     for pause, number in signals:
@@ -138,15 +105,15 @@ def _result(folder: Path) -> dict[str, Any]:
 
 def _disturb(subject: Subject, folder: Path, kind: str, random: np.random.Generator, repeated: bool) -> int:
     """Run one process with signals and return its exit status."""
-    _, seconds, passed = _undisturbed[subject]
+    _, seconds, counts = _undisturbed[subject]
     name = kind.removeprefix("kill -9 ")
     if numbers := TIMED.get(name):
         return _run(subject, folder, {}, [(random.uniform(0, seconds / len(numbers)), number) for number in numbers])
     signals = [signal.Signals[kind]] * int(random.integers(1, 3)) if kind == name else [signal.SIGKILL]
-    index = random.choice([index for index, count in enumerate(passed) if count])
+    index = random.choice([index for index, count in enumerate(counts) if count])
     if name in POINTS and (repeated or "read" not in name):  # at first there is nothing to read
         index = list(POINTS).index(name)
-    first = random.integers(1, 1 + (passed[index] or 6))
+    first = random.integers(1, 1 + (counts[index] or 6))
     return _run(subject, folder, {index: dict(zip((first, first + random.integers(1, 20)), signals, strict=False))})
 
 
@@ -159,7 +126,7 @@ def _case(tally: Tally, random: np.random.Generator, kind: str) -> None:
         folder.mkdir()
         start = time.monotonic()
         _run(subject, folder, {index: {} for index in range(len(POINTS))})
-        _undisturbed[subject] = _result(folder / "run"), time.monotonic() - start, list(_passed)
+        _undisturbed[subject] = _result(folder / "run"), time.monotonic() - start, list(passed)
         shutil.rmtree(folder)
     folder.mkdir()
     statuses, saved = [1], list[str]()
