@@ -11,7 +11,6 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
@@ -53,8 +52,8 @@ def main() -> int:
             print(f"{target}: {'passed' if code == 0 else f'failed (exit status {code})'}")
         return int(any(codes))
     with tempfile.TemporaryDirectory(prefix="dfkd_fast_reliability_") as folder:
-        limits: Any = {"seconds": 60 * options.minutes, "seed": options.seed, "case": options.case}
-        tally = Tally(targets[0], folder=Path(folder), **limits)
+        time, place = 60 * options.minutes, Path(folder)
+        tally = Tally(targets[0], seconds=time, seed=options.seed, folder=place, case=options.case)
         try:
             import_module(f".{tally.target}", __package__).run(tally)
         except Exception:

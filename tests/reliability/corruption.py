@@ -35,9 +35,9 @@ from tests.data import trees
 from ..models.programs import META, WRITERS, Program
 from .harness import Tally, command, digest
 
+WORDS = ("config.yaml", "written with another config", "does not accept option")
 CHANGES = ("bit", "bytes", "zeros", "removed")  # of a part of the content
 REPLACEMENTS = ("truncated", "longer", "another file", "empty", "folder", "link to itself", "missing target", "pipe")
-SETTINGS = ("config.yaml", "written with another config", "does not accept option")
 
 
 @dataclass
@@ -84,7 +84,7 @@ def subjects(folder: Path) -> list[Subject]:
     settings = partial(_settings, run / "config.yaml")
     found = [
         Subject("checkpoint", newest, partial(_newest, run)),
-        Subject("config.yaml of a run", run / "config.yaml", settings, words=SETTINGS),
+        Subject("config.yaml of a run", run / "config.yaml", settings, words=WORDS),
     ]
     wrapped = {"state_dict": {f"module.{name}": value for name, value in state.items()}}
     legacy = partial(torch.save, _use_new_zipfile_serialization=False)

@@ -252,7 +252,6 @@ def run(tally: Tally) -> None:
         parsers = list((_weights(folder) | _data(folder) | _settings(folder)).items())
         pace = max(2.0, 0.9 * min(tally.seconds, 300) / len(parsers))
         for (kind, parser), rng in tally.turns(parsers):
-            seed = int(rng.integers(1, 2**31))
-            _case(tally, kind, parser, seed, folder / f"corpus {kind}", pace)
+            _case(tally, kind, parser, int(rng.integers(1, 2**31)), folder / f"corpus {kind}", pace)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -105,8 +105,12 @@ def command(arguments: Sequence[str]) -> str:
 
 def digest(value: Any) -> str:
     """A text that depends on all loaded values, and on all bytes of all tensors."""
-    content = tree_map_only(Tensor, lambda t: (t.dtype, t.shape, t.contiguous().numpy().tobytes()), value)
-    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def content(t: Tensor) -> tuple[Any, ...]:
+        exact = t.float() if t.dtype == torch.bfloat16 else t  # NumPy has no bfloat16
+        return t.dtype, t.shape, exact.contiguous().numpy().tobytes()
+
+    return hashlib.sha256(repr(tree_map_only(Tensor, content, value)).encode()).hexdigest()
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
@@ -116,15 +120,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
 
 
 class Tally:
-    """Counts the outcomes of a target's cases, by kind of fault.
-
-    Args:
-        target: name of the target.
-        seconds: time for the target.
-        seed: seed of all cases.
-        folder: an empty folder for the files of the cases.
-        case: run only the case with this index.
-    """
+    """Counts the outcomes of a target's cases, by kind of fault. ``case`` is the index of the only case to run."""
 
     def __init__(self, target: str, *, seconds: float, seed: int, folder: Path, case: int | None = None) -> None:
         self.target, self.seconds, self.seed, self.folder, self.only = target, seconds, seed, folder, case

@@ -105,8 +105,7 @@ def run(tally: Tally) -> None:
     graph = lambda s: engines.GraphEngine(s, networks.eager_networks(s), recorder=ReplayRecorder())  # noqa: E731
     with (
         mock.patch.dict(engines._ENGINES, compiled=compiled, graph=graph),
-        # Pictures would take most of the time.
-        mock.patch.multiple(report, save_curves=mock.DEFAULT, save_image_grid=mock.DEFAULT),
+        mock.patch.multiple(report, save_curves=mock.DEFAULT, save_image_grid=mock.DEFAULT),  # drawing is slow
         mock.patch.object(loop, "EventLog"),
         mock.patch.object(training, "EventLog"),
     ):

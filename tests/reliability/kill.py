@@ -39,8 +39,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 KILLS = (f"kill -9 {name}" for name in (*POINTS, "at a random time", "in teach", "in save_weights", "in export"))
 KINDS: tuple[str, ...] = (*KILLS, "SIGTERM", "SIGINT", "SIGSTOP and SIGCONT")
 TIMED = {"at a random time": [9], "SIGSTOP and SIGCONT": [19, 18, 19, 18]}
-_fork = multiprocessing.get_context("fork")
-_number = _fork.RawValue("i")  # of processes so far
+_number = multiprocessing.RawValue("i")  # of processes so far
 _data = tiny.data()
 _undisturbed: dict[Subject, tuple[dict[str, Any], float, list[int]]] = {}
 
@@ -80,7 +79,7 @@ def _child(subject: Subject, folder: Path, points: Points) -> None:
 def _run(subject: Subject, folder: Path, points: Points, signals: Sequence[tuple[float, int]] = ()) -> int:
     """Run a process, send it signals after pauses, and return its exit status. Raises RuntimeError if it fails."""
     passed[:], _number.value = [0] * len(POINTS), _number.value + 1
-    process = _fork.Process(target=_child, args=(subject, folder, points))
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(subject, folder, points))
     process.start()
     for pause, number in signals:
         time.sleep(pause)

@@ -21,8 +21,8 @@ from .. import tiny
 from .harness import Tally
 
 ROUNDS, BLOCK = 2010, 15  # a block has five checkpoints and three evaluations with pictures
+# Largest growth from the second to the last quarter of the samples.
 GROWTH = {"rss_kib": 4096, "objects": 64, "files": 0, "threads": 0}
-"""Largest growth from the second to the last quarter of the samples."""
 EXPORT = (1024, 2500, 0, 0, 0)  # additional growth per export: torch.export keeps the symbolic shapes of each graph
 SLOWDOWN = 1.5  # largest ratio of the CPU time in the last quarter to that in the second one
 
