@@ -203,7 +203,8 @@ def results(function: Callable[..., Any], inputs: Sequence[Any], grads: list[Ten
     given = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
     if not needs:
         return [t.detach() for t in outputs]
-    used, slopes = zip(*given, strict=True)  # fails if no output has a gradient
+    assert given, "no output has a gradient"
+    used, slopes = zip(*given, strict=True)
     gradients = torch.autograd.grad(used, needs, slopes, allow_unused=True, materialize_grads=True)
     return [t.detach() for t in (*outputs, *gradients)]
 

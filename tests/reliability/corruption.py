@@ -179,7 +179,7 @@ def inert(rng: np.random.Generator, writer: str) -> str:
     WRITERS[writer](path, {"state_dict": {"fc.bias": torch.zeros(5)}, "x": Program(marker)})
     try:
         READERS[number](path)
-    except (ValueError, OSError, CheckpointError):
+    except (ValueError, OSError, CheckpointError, SystemExit):
         outcome = "refused"
     assert not marker.exists(), f"the program in {path.name} ran in reader {number}"
     return outcome
