@@ -52,8 +52,8 @@ def main() -> int:
             print(f"{target}: {'passed' if code == 0 else f'failed (exit status {code})'}")
         return int(any(codes))
     with tempfile.TemporaryDirectory(prefix="dfkd_fast_reliability_") as folder:
-        time, place = 60 * options.minutes, Path(folder)
-        tally = Tally(targets[0], seconds=time, seed=options.seed, folder=place, case=options.case)
+        seconds, seed, case = 60 * options.minutes, options.seed, options.case
+        tally = Tally(targets[0], seconds=seconds, seed=seed, folder=Path(folder), case=case)
         try:
             import_module(f".{tally.target}", __package__).run(tally)
         except Exception:

@@ -1,8 +1,7 @@
 """Damages every file that the project reads, and puts programs into files of every format that it accepts.
 
-A damaged file must be refused with a reason that names it, or be replaced by the previous one, or load as before.
-Formats without checksums (files of other programs, text, JPEG) cannot reveal changed values: they are only truncated,
-swapped and replaced by other kinds of files.
+A damaged file must be refused with a reason that names it, or be replaced by the previous one, or load as before. Files
+without checksums (of other programs, text, JPEG) cannot reveal changed values: they are only truncated or replaced.
 """
 
 from __future__ import annotations
@@ -87,12 +86,11 @@ def subjects(folder: Path) -> list[Subject]:
         Subject("config.yaml of a run", run / "config.yaml", settings, words=WORDS),
     ]
     wrapped = {"state_dict": {f"module.{name}": value for name, value in state.items()}}
-    legacy = partial(torch.save, _use_new_zipfile_serialization=False)
     for name, checked, write in (
         ("own.safetensors", True, lambda path: save_weights(tiny.network(), path, META)),
         ("zip.pt", True, partial(torch.save, wrapped)),
         ("other.safetensors", False, partial(safetensors.torch.save_file, state)),
-        ("legacy.pth", False, partial(legacy, wrapped)),
+        ("legacy.pth", False, partial(torch.save, wrapped, _use_new_zipfile_serialization=False)),
     ):
         write(folder / name)
         found.append(Subject(f"weights, {name}", folder / name, partial(_weights, folder / name), checked))
@@ -152,8 +150,7 @@ def damaged(rng: np.random.Generator, subject: Subject, other: bytes, how: str) 
         clear = isinstance(error, data.DatasetNotFound | WeightsMismatch) or "\n" not in str(error)
         named = any(word in str(error) for word in subject.words)
         outcome = "refused with a reason" if named and clear else repr(error)
-    if outcome not in {"refused with a reason", *subject.good.values()}:
-        raise AssertionError(f"{how}: {path}: {outcome}")
+    assert outcome in {"refused with a reason", *subject.good.values()}, f"{how}: {path}: {outcome}"
     return outcome
 
 

@@ -1,8 +1,7 @@
 """Injects errors of the operating system into tiny runs and commands.
 
-A disturbed run must end with the same result as an undisturbed one, or with one clear error. After an error no partial
-file is left, all files are readable, and a second run without the fault gives the undisturbed result, bit for bit.
-strace makes single system calls fail, also those of C++ and Rust code. Full and read-only disks are real ones (tmpfs).
+A run with a fault ends with the same result as one without, or with one clear error. After an error all files are
+readable, no partial file is left, and a second run without the fault gives the undisturbed result, bit for bit.
 """
 
 from __future__ import annotations

@@ -38,12 +38,12 @@ TARGETS = ("kill", "faults", "corruption", "fuzz_files", "fuzz_ops", "numerics",
 LOST = "lost"
 """The outcome of a case in which data was lost or silently wrong, or the process crashed or hung."""
 
+# Functions that read files by their suffix, and raise an exception if a file is damaged.
 CONTENTS: dict[str, Callable[[Path], Any]] = {
     ".pt": lambda path: digest(torch.load(path, weights_only=True)),
     ".safetensors": lambda path: safetensors.torch.load_file(path) and path.read_bytes(),
     ".json": lambda path: json.loads(path.read_bytes()),
 }
-"""Functions that read files by their suffix, and raise an exception if a file is damaged."""
 
 Kind = TypeVar("Kind")
 

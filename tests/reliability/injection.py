@@ -1,7 +1,7 @@
 """Injects NaN and infinities into the steps of distillation runs and of training.
 
-A fault must end the run with an error that names the step and a term or tensor. Only finite values may be written, and
-a resumed run must end with the weights and losses of an undisturbed run, bit for bit.
+A fault must end the run with an error that names the step. Only finite values may be written, and a resumed run must
+end with the weights and losses of an undisturbed run, bit for bit.
 """
 
 from __future__ import annotations

@@ -40,7 +40,6 @@ KILLS = (f"kill -9 {name}" for name in (*POINTS, "at a random time", "in teach",
 KINDS: tuple[str, ...] = (*KILLS, "SIGTERM", "SIGINT", "SIGSTOP and SIGCONT")
 TIMED = {"at a random time": [9], "SIGSTOP and SIGCONT": [19, 18, 19, 18]}
 _number = multiprocessing.RawValue("i")  # of processes so far
-_data = tiny.data()
 _undisturbed: dict[Subject, tuple[dict[str, Any], float, list[int]]] = {}
 
 
@@ -51,7 +50,7 @@ def _distill(preset: Any, variant: int) -> None:
     if variant:  # drawing takes longer than the run
         report.save_curves = lambda rounds, epochs, path: files.write_file(path, repr((rounds, epochs)).encode())
     config = tiny.config(Path("run"), objective=ObjectiveConfig(preset=preset), resume=True, **changes)
-    distill(*tiny._traced(), config, data=_data, progress=False)
+    distill(*tiny._traced(), config, data=tiny.data(), progress=False)
 
 
 WORK: dict[str, Callable[..., object]] = {

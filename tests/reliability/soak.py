@@ -24,7 +24,6 @@ ROUNDS, BLOCK = 2010, 15  # a block has five checkpoints and three evaluations w
 # Largest growth from the second to the last quarter of the samples.
 GROWTH = {"rss_kib": 4096, "objects": 64, "files": 0, "threads": 0}
 EXPORT = (1024, 2500, 0, 0, 0)  # additional growth per export: torch.export keeps the symbolic shapes of each graph
-SLOWDOWN = 1.5  # largest ratio of the CPU time in the last quarter to that in the second one
 
 
 class _Samples:
@@ -55,7 +54,7 @@ class _Samples:
         facts |= {"slowdown": float(late[4] / early[4]), "cpu_seconds": float(np.median(values[:, 4])) / repeated}
         tally.facts[kind] = facts
         limits = np.array([*GROWTH.values(), np.inf]) + 2 * quarter * ("export" in kind) * np.array(EXPORT)
-        if (late - early > limits).any() or (quarter > 7 and facts["slowdown"] > SLOWDOWN):
+        if (late - early > limits).any() or (quarter > 7 and facts["slowdown"] > 1.5):
             return tally.lose(kind, f"{[*GROWTH, 'seconds']} grew from {early} to {late} in {times}: {facts}")
         return tally.count(kind, "flat", times=times)
 
