@@ -12,7 +12,16 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from dfkd_fast.config import DistillConfig, GeneratorConfig, LoopConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from dfkd_fast import engine
+from dfkd_fast.config import (
+    DistillConfig,
+    GeneratorConfig,
+    LoopConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TeachConfig,
+)
 from dfkd_fast.data import ImageData
 from dfkd_fast.engine import DistillResult, DistillState, Runtime, build_state, distill
 from dfkd_fast.models import FeatureModel, create_model, extract
@@ -70,6 +79,12 @@ def config(out: Path | None = None, **changes: Any) -> DistillConfig:
 def run(out: Path, **changes: Any) -> DistillResult:
     """A complete run with evaluation data."""
     return distill(teacher(), network(), config(out, **changes), data=data(), progress=False)
+
+
+def teach(out: Path, model: nn.Module | None = None, **changes: Any) -> None:
+    """Supervised training, four steps of it in two epochs."""
+    config = TeachConfig(epochs=1, batch_size=10, device="cpu", precision="fp32", out=str(out))
+    engine.teach(model or network(), data(), replace(config, **changes), progress=False)
 
 
 @functools.cache

@@ -28,6 +28,8 @@ from dfkd_fast.models import (
     save_weights,
 )
 
+from .programs import WRITERS, Program
+
 
 def network(num_classes: int = 3) -> nn.Module:
     """A small network whose tensors all differ."""
@@ -250,33 +252,18 @@ def test_missing_counters_skipped_modules_and_dtypes(tmp_path: Path) -> None:
         assert torch.equal(value, expected)
 
 
-class _Hostile:
-    """Writes a file when it is unpickled."""
-
-    def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return (_write, ("pwned", "yes"))
-
-
-def _write(path: str, text: str) -> None:
-    Path(path).write_text(text)
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("form", ["torch", "torch legacy", "pickle"])
+@pytest.mark.parametrize("form", ["torch zip", "torch legacy", "pickle"])
 def test_pickled_objects_are_refused_and_not_run(tmp_path: Path, form: str) -> None:
-    path = tmp_path / "hostile.pt"
-    content = {"state_dict": {"conv1.weight": torch.zeros(1)}, "extra": _Hostile()}
-    if form == "pickle":
-        path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
+    path, marker = tmp_path / "hostile.pt", tmp_path / "pwned"
+    WRITERS[form](path, {"state_dict": {"conv1.weight": torch.zeros(1)}, "extra": Program(marker)})
     with pytest.raises(WeightsFormatError, match=r"hostile.pt is refused: it contains pickled objects") as caught:
         load_weights(network(), path)
     assert "weights_only=False" not in str(caught.value)
-    assert not Path("pwned").exists()
+    assert not marker.exists()
     if form == "pickle":
         pickle.loads(path.read_bytes())
-        assert Path("pwned").exists()
+        assert marker.exists()
     torch.save(network(), path)
     with pytest.raises(WeightsFormatError, match=r"refused: it contains pickled objects .*CifarResNet"):
         load_weights(network(), path)

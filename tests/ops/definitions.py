@@ -196,12 +196,16 @@ def _cast(inputs: Sequence[Any], dtype: torch.dtype, noise: float = 0.0) -> list
 
 def results(function: Callable[..., Any], inputs: Sequence[Any], grads: list[Tensor]) -> list[Tensor]:
     """Outputs and gradients. The gradients of the outputs are drawn by the first call."""
-    outputs = tree_leaves(function(*inputs))
+    outputs = [t for t in tree_leaves(function(*inputs)) if isinstance(t, Tensor)]
     if not grads:
         grads += [torch.randn(o.shape, dtype=torch.float64).add(0.5).to(o.dtype) for o in outputs]
     needs = [leaf for leaf in inputs if leaf is not None and leaf.requires_grad]
-    given = [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
-    gradients = torch.autograd.grad(outputs, needs, given, allow_unused=True, materialize_grads=True)
+    given = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+    if not needs:
+        return [t.detach() for t in outputs]
+    assert given, "no output has a gradient"
+    used, slopes = zip(*given, strict=True)
+    gradients = torch.autograd.grad(used, needs, slopes, allow_unused=True, materialize_grads=True)
     return [t.detach() for t in (*outputs, *gradients)]
 
 

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
@@ -17,7 +19,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is decorated
 
-from .harness import TARGETS, run_target
+from dfkd_fast.benchmarks.results import Results
+
+from .harness import TARGETS, Tally
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,16 +52,16 @@ def main() -> int:
             print(f"{target}: {'passed' if code == 0 else f'failed (exit status {code})'}")
         return int(any(codes))
     with tempfile.TemporaryDirectory(prefix="dfkd_fast_reliability_") as folder:
-        tally = run_target(
-            targets[0],
-            seconds=60 * options.minutes,
-            seed=options.seed,
-            folder=Path(folder),
-            case=options.case,
-            out=options.out,
-        )
+        seconds, seed, case = 60 * options.minutes, options.seed, options.case
+        tally = Tally(targets[0], seconds=seconds, seed=seed, folder=Path(folder), case=case)
+        try:
+            import_module(f".{tally.target}", __package__).run(tally)
+        except Exception:
+            tally.lose("harness", traceback.format_exc())
     for row in tally.rows():
         print(f"{row['target']}: {row['kind']}: {row.get('skipped') or row['outcomes']}")
+        if options.out is not None and options.case is None:
+            Results(options.out, key=("target", "kind")).add(row)
     return int(any(row.get("lost") for row in tally.rows()))
 
 

@@ -1,59 +1,44 @@
 """Injects errors of the operating system into tiny runs and commands.
 
-A disturbed run must end with the same result as an undisturbed one, or with one clear error. After an error no partial
-file is left, all files are readable, and a second run without the fault gives the undisturbed result, bit for bit.
-strace makes single system calls fail, also those of C++ and Rust code. Full and read-only disks are real ones (tmpfs).
+A run with a fault ends with the same result as one without, or with one clear error. After an error all files are
+readable, no partial file is left, and a second run without the fault gives the undisturbed result, bit for bit.
 """
 
 from __future__ import annotations
 
 import functools
-import io
 import itertools
-import json
-import logging
 import os
 import random
-import resource
 import shutil
 import subprocess
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
-from functools import partial, partialmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
-from dfkd_fast import files, report
-from dfkd_fast.cli import main
-from dfkd_fast.config import ModelConfig, TeachConfig
-from dfkd_fast.engine import export, teach
-from dfkd_fast.models import create_model, load_weights, read_metadata, save_weights
+from dfkd_fast import report
+from dfkd_fast.config import ModelConfig
+from dfkd_fast.engine import export
+from dfkd_fast.models import create_model, load_weights, save_weights
 from tests import tiny
 from tests.data import trees
 
-from .harness import Tally
+from ..engine.system_faults import CALLS, LIMITS, SPACE, failing, full_disk, strace
+from .harness import Tally, command, empty, snapshot
 
-CONSTANT = tiny.OptimizerConfig(student_lr=0.05, student_schedule="constant")
-STEPS = {"rounds_per_epoch": 1, "generator_steps": 1, "student_steps": 1}
-HALF: dict[str, Any] = {"epochs": 1, "optimizer": CONSTANT, **STEPS}
+HALF: dict[str, Any] = {"rounds_per_epoch": 1, "generator_steps": 1, "student_steps": 1, "epochs": 1}
+HALF["optimizer"] = tiny.OptimizerConfig(student_lr=0.05, student_schedule="constant")
 WHOLE = HALF | {"epochs": 2}
-TEACH = TeachConfig(epochs=1, batch_size=10, device="cpu", out="run")
-RUN, SPACE = Path("run"), "size=200m,nr_inodes=50000"
+RUN = Path("run")
 EVALUATE = "evaluate --weights in/w.safetensors --data.name folder --data.root in --device cpu --data.workers"
 
 
 def _evaluate(workers: int, again: bool) -> str:
-    out, error = io.StringIO(), io.StringIO()
-    try:
-        with redirect_stdout(out), redirect_stderr(error):
-            main([*EVALUATE.split(), str(workers)])
-    except SystemExit as end:
-        raise OSError(error.getvalue().strip()) from end
-    return "\n".join(line for line in out.getvalue().splitlines() if "images/s" not in line)
+    output = command([*EVALUATE.split(), str(workers)])
+    return "\n".join(line for line in output.splitlines() if "images/s" not in line)
 
 
 def _files(again: bool) -> None:
@@ -68,7 +53,7 @@ def _files(again: bool) -> None:
 ACTIONS: dict[str, Callable[[bool], Any]] = {
     "distill": lambda again: tiny.run(RUN, resume=again, **WHOLE),
     "resume": lambda again: tiny.run(RUN, resume=True, **WHOLE),
-    "teach": lambda again: teach(tiny.network(), tiny.data(), TEACH, progress=False),
+    "teach": lambda again: tiny.teach(RUN),
     "evaluate": partial(_evaluate, 0),
     "evaluate with workers": partial(_evaluate, 2),
     "files": _files,
@@ -76,145 +61,50 @@ ACTIONS: dict[str, Callable[[bool], Any]] = {
 }
 
 
-@contextmanager
-def strace(calls: str, *options: str) -> Iterator[None]:
-    """Trace this process; ``-f`` also traces its threads and children."""
-    if shutil.which("strace") is None:
-        yield
-        return
-    command = ["strace", "-p", str(os.getpid()), "-o", "/dev/null", "--quiet=all", "-e", f"trace={calls}", *options]
-    tracer = subprocess.Popen(command)
-    while "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
-        assert tracer.poll() is None, "strace cannot attach"
-    try:
-        yield
-    finally:
-        tracer.terminate()
-        tracer.wait()
-
-
-# System calls with their error. All later calls fail too if the last word is "+".
-CALLS = (
-    *("write ENOSPC +", "write EIO", "read,pread64 EIO", "openat EMFILE", "openat EACCES +", "fsync EIO +"),
-    *("rename EIO", "mkdir ENOSPC +", "unlink EIO", "newfstatat EIO", "getdents64 EIO", "flock ENOLCK", "mmap ENOMEM"),
-    *("clone,clone3 EAGAIN +", "read,write,openat,fsync,flock EINTR +3"),
-)
-
-
-def failing(fault: str, log: str, at: float) -> AbstractContextManager[None]:
-    """Let the system call at this share of the undisturbed run's calls fail."""
-    calls, error, *later = fault.split()
-    number = 1 + int(at * sum(log.count(f" {call}(") for call in calls.split(",")))
-    options = ["-e", f"inject={calls}:error={error}:when={number}{''.join(later)}"]
-    if fault == "read,pread64 EIO":  # matplotlib draws other letters if it cannot read its fonts
-        options += itertools.chain.from_iterable(("-P", str(path)) for path in Path.cwd().rglob("*"))
-    # CPython before 3.13 waits forever for a new thread that has no memory.
-    return strace(calls, *options, *([] if error == "ENOMEM" else ["-f"]))
-
-
-@contextmanager
-def limit(kind: int, value: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (value, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(kind, (soft, hard))
-
-
-def _memory(at: float) -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + int(2e6 * at)
-
-
-def _short_writes(at: float) -> AbstractContextManager[Any]:
-    length = 1 + int(5000 * at)
-    short = partialmethod(lambda file, data: io.FileIO.write(file, memoryview(data)[:length]))
-    return mock.patch.object(files._RecordingFile, "write", short)
-
-
-LIMITS: dict[str, Callable[[float], AbstractContextManager[Any]]] = {
-    "limit of open files": lambda at: limit(resource.RLIMIT_NOFILE, len(os.listdir("/proc/self/fd")) + int(8 * at)),
-    "limit of memory": lambda at: limit(resource.RLIMIT_AS, _memory(at)),
-    "limit of file sizes": lambda at: limit(resource.RLIMIT_FSIZE, int(80_000 * at**2)),
-    "short writes": _short_writes,
-    "clock steps": lambda at: mock.patch("time.time", partial(random.Random(at).uniform, 1.4e9, 2.0e9)),
-}
-
-
-@contextmanager
-def disk(fault: str, at: float) -> Iterator[None]:
-    """Make the tmpfs of the working folder full or read-only."""
-    now, remount = os.statvfs("."), ["mount", "-o", "remount", str(Path.cwd().parent)]
-    size = f"size={(now.f_blocks - now.f_bfree + int(100 * at**2)) * now.f_bsize}"
-    inodes = f"nr_inodes={now.f_files - now.f_ffree + int(16 * at)}"
-    options = {"disk full": size, "disk without inodes": inodes, "disk read-only": "ro"}
-    subprocess.run([*remount, "-o", options[fault]], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run([*remount, "-o", f"rw,{SPACE}"], check=True)
-
-
-DISKS = {name: partial(disk, name) for name in ("disk full", "disk without inodes", "disk read-only")}
-
-
-def results() -> dict[str, Any]:
-    """The files of the run, with the contents of those that contain no times."""
-    compared = (".safetensors", ".json", ".onnx", ".png")
-    found = [path for path in sorted(RUN.rglob("*")) if path.is_file() and path.name != ".lock"]
-    return {
-        str(path): path.read_bytes() if path.suffix in compared else None
-        for path in found
-        if "tensorboard" not in path.parts
-    }
-
-
 def check(fault: str, error: Exception) -> None:
-    """Raise AssertionError if an error is unclear, or files are torn. Without memory, other libraries raise errors."""
+    """Raise an error if ``error`` is unclear, or files are torn. Without memory, other libraries raise errors."""
     text = str(error)
     if "memory" not in fault and "ENOMEM" not in fault:
         assert type(error) not in (RuntimeError, MemoryError), f"an error of another library: {error!r}"
         named = "clone" in fault or any(name in text for name in ("run", "in/", "worker processes"))
         assert named, f"an error without a path: {error!r}"
         assert len(text.splitlines()) == 1, f"more than one line: {error!r}"
-    for path in map(Path, results()):
-        assert path.suffix != ".partial" or "unlink" in fault, f"a temporary file is left: {path}"
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".pt":
-            assert files.zip_damage(path) is None, f"a torn checkpoint is left: {path}"
-        elif path.suffix == ".safetensors":
-            read_metadata(path)
+    left = [] if "unlink" in fault else list(RUN.rglob("*.partial"))
+    assert not left, f"temporary files are left: {left}"
+    snapshot(RUN)
 
 
-def survive(action: str, fault: str, context: AbstractContextManager[Any], expected: dict[str, Any]) -> str:
+def results(action: str, output: Any) -> dict[str, Any]:
+    """The output of an action and the files of the run; for logs and settings, which contain times, their names."""
+    fixed = (".safetensors", ".json", ".onnx", ".png", ".pt")
+    files = {path: content if path.endswith(fixed) else "" for path, content in snapshot(RUN).items()}
+    return {**files, "output": output if action.startswith("evaluate") else None}
+
+
+def survive(inputs: Path, action: str, fault: str, at: float, undisturbed: tuple[dict[str, Any], str]) -> str:
     """Run an action with a fault and return how it ends. Raises AssertionError if something is lost."""
-    run, outcome = ACTIONS[action], "undisturbed result"
-    checkpoints = {path for path in results() if path.endswith(".pt")}
+    prepare(inputs, action)
+    (expected, log), outcome = undisturbed, "undisturbed result"
+    checkpoints = set(RUN.rglob("*.pt"))
     try:
-        with context:
-            output = run(False)
+        with failing(fault, log, at) if fault in CALLS else LIMITS[fault](at):
+            output = ACTIONS[action](False)
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         check(fault, error)
-        assert not checkpoints or checkpoints & set(results()), "all checkpoints are lost"
-        outcome, output = "clear error, then the undisturbed result", run(True)
-    found = {**results(), "output": output if action.startswith("evaluate") else None}
-    differ = [path for path in {**found, **expected} if found.get(path, "none") != expected.get(path, "none")]
-    assert not differ, f"{action}: {outcome}: these files differ: {differ}"
+        assert not checkpoints or checkpoints & set(RUN.rglob("*.pt")), "all checkpoints are lost"
+        outcome, output = "clear error, then the undisturbed result", ACTIONS[action](True)
+    found = results(action, output)
+    differ = [name for name in {**found, **expected} if found.get(name, "none") != expected.get(name, "none")]
+    assert not differ, f"{action}: {outcome}: these differ: {differ}"
     return outcome
 
 
 def prepare(inputs: Path, action: str) -> None:
-    """Change to a new working folder with the inputs of an action."""
-    os.chdir(inputs)
-    folder = inputs / "case"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree("in", folder / "in")
+    """Create a working folder with the inputs of an action."""
+    os.chdir(empty(inputs / "case"))
+    shutil.copytree(inputs / "in", "in")
     if action == "resume":
-        shutil.copytree("half", folder / RUN)
-    os.chdir(folder)
-    warnings.simplefilter("ignore")
-    logging.disable()
+        shutil.copytree(inputs / "half", RUN)
 
 
 def undisturbed(inputs: Path, action: str) -> tuple[dict[str, Any], str]:
@@ -226,38 +116,32 @@ def undisturbed(inputs: Path, action: str) -> tuple[dict[str, Any], str]:
     log.touch()
     with strace(",".join(fault.split()[0] for fault in CALLS), "-f", "-o", str(log)):
         output = ACTIONS[action](False)
-    return {**results(), "output": output if action.startswith("evaluate") else None}, log.read_text(errors="replace")
-
-
-def _cases(tally: Tally, inputs: Path, plan: list[tuple[str, str]]) -> None:
-    trees.folder_tree(inputs / "in")
-    model = ModelConfig(name="resnet8", options={"widths": [4, 4, 6, 8]})
-    metadata = {"image_size": "16", **model.metadata()}
-    save_weights(create_model(model, num_classes=2), inputs / "in" / "w.safetensors", metadata)
-    tiny.run(inputs / "half", **HALF)
-    results_of = functools.cache(partial(undisturbed, inputs))
-    for rng in tally.cases():
-        fault, action = plan[tally.index % len(plan)]
-        (expected, log), at = results_of(action), rng.random()
-        prepare(inputs, action)
-        context = failing(fault, log, at) if fault in CALLS else {**LIMITS, **DISKS}[fault](at)
-        tally.judge(fault, partial(survive, action, fault, context, expected))
+    return results(action, output), log.read_text(errors="replace")
 
 
 def run(tally: Tally) -> None:
     """Run every action with every fault."""
-    folder = tally.folder / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", SPACE, "none", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", SPACE, "none", str(tally.folder)]
     mounted = subprocess.run(mount, capture_output=True).returncode == 0
-    faults = [*LIMITS, *(DISKS if mounted else ()), *(CALLS if shutil.which("strace") else ())]
-    for fault in {*DISKS, *CALLS} - {*faults}:
-        tally.skip(fault, "needs the right to mount" if fault in DISKS else "strace is not installed")
+    if mounted:
+        LIMITS["disk full"] = full_disk
+    else:
+        tally.skip("disk full", "needs the right to mount")
+    faults = [*LIMITS, *(CALLS if shutil.which("strace") else ())]
+    for fault in {*CALLS} - {*faults}:
+        tally.skip(fault, "strace is not installed")
     plan = list(itertools.product(faults, ACTIONS))
     random.Random(tally.seed).shuffle(plan)
     try:
-        _cases(tally, folder, plan)
+        trees.folder_tree(tally.folder / "in")
+        model = ModelConfig(name="resnet8", options={"widths": [4, 4, 6, 8]})
+        network, metadata = create_model(model, num_classes=2), {"image_size": "16", **model.metadata()}
+        save_weights(network, tally.folder / "in" / "w.safetensors", metadata)
+        tiny.run(tally.folder / "half", **HALF)
+        results_of = functools.cache(partial(undisturbed, tally.folder))
+        for (fault, action), rng in tally.turns(plan):
+            tally.judge(fault, partial(survive, tally.folder, action, fault, rng.random(), results_of(action)))
     finally:
         os.chdir("/")
         if mounted:
-            subprocess.run(["umount", "-l", str(folder)], check=True)
+            subprocess.run(["umount", "-l", str(tally.folder)], check=True)

@@ -9,17 +9,17 @@ import contextlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import resource
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
@@ -33,19 +33,11 @@ from dfkd_fast import cli, config, data, engine, models, report
 from dfkd_fast.benchmarks.ops import bench
 
 from ..data import trees
-from .harness import Tally
+from .harness import Lost, Tally, command, forked
 
 HANG_S = 30
 OPTIONS = ("-max_len=4096", f"-timeout={HANG_S}", "-rss_limit_mb=0", "-len_control=0", "-detect_leaks=0")
-INSTRUMENTED = (
-    "data.",
-    "models.weights",
-    "report.results",
-    "engine.checkpoint",
-    "config",
-    "cli",
-    "benchmarks.ops.bench",
-)
+INSTRUMENTED = ("data.", "models.weights", "report.results", "engine.checkpoint", "config", "cli", "benchmarks.ops.")
 NUMBERS = st.integers() | st.floats() | st.booleans() | st.sampled_from([2**63, 10**30, 1e-320])
 VALUES = st.recursive(
     st.none() | NUMBERS | st.text(max_size=8),
@@ -61,7 +53,6 @@ class Parser(NamedTuple):
     names: str
     seeds: Sequence[bytes] = ()
     refusals: tuple[type[BaseException], ...] = (ValueError,)
-    share: float = 1.0
 
 
 def _file(path: Path, read: Callable[[Path], object], *seeds: bytes, **options: Any) -> Parser:
@@ -123,7 +114,7 @@ def _weights(folder: Path) -> dict[str, Parser]:
     return {
         "safetensors file": _file(path, load, content, **refusals),
         "safetensors header": Parser(header, path.name, [content[8:start]], **refusals),
-        "weights metadata": Parser(described, path.name, [values, b"[" * 4000], share=3, **refusals),
+        "weights metadata": Parser(described, path.name, [values, b"[" * 4000], **refusals),
         "torch weights file": _file(saved, load, _saved(state), legacy, **refusals),
         "state dict": _structured(nested, pickled, saved.name, **refusals),
     }
@@ -164,38 +155,16 @@ def _data(folder: Path) -> dict[str, Parser]:
 
     parsers["folder tree"] = _structured(st.lists(entry, max_size=3), folders, str(folder), refusals=refusals)
     noise, pictures = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)), [picture]
-    for form in ("PNG RGB L P 1 RGBA", "TIFF RGB F CMYK", "GIF P", "JPEG CMYK", "BMP RGB", "WEBP RGB", "PPM L"):
-        for mode in form.split()[1:]:
-            noise.convert(mode).save(buffer := io.BytesIO(), form.split()[0])
-            pictures.append(buffer.getvalue())
+    forms = {"PNG": "RGB L P 1 RGBA", "TIFF": "RGB F CMYK", "GIF": "P", "JPEG": "CMYK", "BMP": "RGB", "WEBP": "RGB"}
+    for form, mode in [(form, mode) for form, modes in forms.items() for mode in modes.split()]:
+        noise.convert(mode).save(buffer := io.BytesIO(), form)
+        pictures.append(buffer.getvalue())
     item = data.image_data.ImageFiles([(folder / "image", 0)], data.published.evaluation_transform(8))
-    recipe = data.rendered._Recipe(split="train", seed=0, size=32, classes=2, per_class=1)
-    np.save(array := io.BytesIO(), images := np.zeros(recipe.shape, np.uint8))
-
-    def cache(path: Path) -> None:
-        with mock.patch.object(data.rendered, "_draw_all", lambda recipe, path, workers: np.save(path, images)):
-            assert data.rendered._cached(recipe, folder, 0).shape == recipe.shape
-
-    lines = b"1 001.Black_footed/a.jpg\r\n2 b c\n"
-    mapping = data.published.CUB200.layout.mapping
-    return parsers | {
-        "image": _file(folder / "image", lambda path: item[0][0].isfinite().all() or 1 / 0, *pictures, share=2),
-        "cache of images": _file(folder / f"{recipe.stem}.npy", cache, array.getvalue()[:200]),
-        "annotation lines": _file(folder / "l.txt", mapping, lines, lines.decode().encode("utf-16"), share=4),
-    }
+    image = _file(folder / "image", lambda path: item[0][0].isfinite().all() or 1 / 0, *pictures)
+    return parsers | {"image": image}
 
 
 def _settings(folder: Path) -> dict[str, Parser]:
-    def main(arguments: Sequence[str]) -> None:
-        try:
-            with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
-                cli.main(arguments)
-        except SystemExit as end:
-            if end.code == 2 and not isinstance(end.__cause__, RecursionError | UnicodeError):
-                raise ValueError(errors.getvalue()) from end.__cause__
-            if end.code:
-                raise
-
     path, parser, model = folder / "config.yaml", cli.create_parser(), config.ModelConfig(name="resnet8")
     whole = config.to_dict(config.ExperimentConfig(teacher=model, student=model, data=config.DataConfig()))
     cli.COMMANDS = {name: (lambda *a, **k: None, used) for name, (_, used) in cli.COMMANDS.items()}
@@ -203,32 +172,21 @@ def _settings(folder: Path) -> dict[str, Parser]:
     value = st.sampled_from(["digits", "eager", "fp32", "kd", "~", "1e400", "auto", "cpu", "{", "[0,1,2]"]) | VALUES
     name = st.sampled_from([*whole, *engine.checkpoint._flat(whole), "out", "help", "bogus", "config", "weights"])
     line = st.lists(st.builds("--{}={}".format, name, value) | st.text(max_size=6), max_size=4)
-    arguments = st.builds(lambda command, rest: [command, *rest], st.sampled_from([*cli.COMMANDS]), line)
+    arguments = st.builds(lambda name, rest: [name, *rest], st.sampled_from([*cli.COMMANDS]), line)
     example = yaml.safe_dump({"student": {"name": "resnet8"}, "distill": {"mean": [0.5, 0.5, 0.5]}}).encode()
-    command = _file(path, lambda path: main(["distill", "--config", str(path)]), example, b"a: &x [*x]")
+    config_file = _file(path, lambda path: command(["distill", "--config", str(path)]), example, b"a: &x [*x]")
     history = (b'{"rounds": {"loss": [1.5, null]}, "name": "x"}', b'{"a": NaN}', b'{"a": 1e999}', b"[" * 4000)
-    results = _file(folder / "r.json", lambda p: json.dumps(report.read_results(p), allow_nan=False), *history, share=4)
+    results = _file(folder / "r.json", lambda p: json.dumps(report.read_results(p), allow_nan=False), *history)
     return {
-        "path": Parser(lambda b: config.expand(b.decode("utf-8", "surrogateescape")), "", [b"~/a", b"$HOME/${X}"]),
         "results JSON": results,
         "shapes of benchmarks": _file(folder / "s.yaml", bench.from_file, b"distillation_kl: [[5, 10], {rows: 2}]"),
-        "config file": command._replace(names="error: "),
-        "command line": _structured(arguments, main, "error: "),
+        "config file": config_file._replace(names="error: "),
+        "command line": _structured(arguments, command, "error: "),
     }
 
 
-class _Shared(NamedTuple):
-    """Counts of accepted and refused inputs, and the current input, in memory that outlives a process."""
-
-    counts: Any
-    content: Any
-
-    def current(self) -> str:
-        return f"input {self.content.raw[: self.counts[2]][:500]!r}"
-
-
-def _fuzz(parser: Parser, options: Sequence[str], corpus: Path, shared: _Shared) -> None:
-    """Make inputs in a forked process. Each kind of fault is written to a file once."""
+def _fuzz(parser: Parser, seed: int, corpus: Path, send: Callable[[Any], None]) -> None:
+    """Make inputs in a forked process, and send their outcomes with the reason of each new kind of loss."""
     import atheris
 
     log = os.open(f"{corpus}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -238,74 +196,62 @@ def _fuzz(parser: Parser, options: Sequence[str], corpus: Path, shared: _Shared)
     known: set[str] = set()
 
     def one(content: bytes) -> None:
-        shared.content[: len(content)], shared.counts[2] = content, len(content)
+        outcome, reason = "", ""
         try:
-            if parser.read(content) is not False:
-                shared.counts[0] += 1
+            outcome = "" if parser.read(content) is False else "accepted"
         except BaseException as error:
-            shared.counts[1] += 1
-            first = (str(error).splitlines() or [""])[0]
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            kind = f"{type(error).__name__} ({where.filename}:{where.lineno}): {first[:30]}"
-            if (type(error) not in parser.refusals or not first or parser.names not in first) and kind not in known:
+            outcome, first = "refused with a reason", (str(error).splitlines() or [""])[0]
+            if type(error) not in parser.refusals or not first or parser.names not in first:
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                outcome, kind = "", f"{type(error).__name__} ({where.filename}:{where.lineno}): {first[:30]}"
+                reason = "" if kind in known else f"{kind}{str(error)[30:800]}; input {content[:500]!r}"
                 known.add(kind)
-                with open(f"{corpus}.faults", "a") as file:
-                    file.write(json.dumps(f"{kind}{str(error)[30:800]}; {shared.current()}") + "\n")
+        if outcome or reason:
+            send((outcome, reason))
 
-    atheris.Setup(["fuzz", *options, *OPTIONS, f"-artifact_prefix={corpus}.", str(corpus)], one)
+    options = [f"-seed={seed}", f"-artifact_prefix={corpus}.", *OPTIONS]
+    atheris.Setup(["fuzz", *options, str(corpus)], one)
     atheris.Fuzz()
 
 
-def _instrument(prefixes: tuple[str, ...]) -> None:
+def _instrument() -> None:
     """Count branches of modules, so that the fuzzer keeps inputs that take new ones."""
     import atheris
 
-    for module in [each for name, each in sys.modules.items() if name.partition(".")[2].startswith(prefixes)]:
+    for module in [each for name, each in sys.modules.items() if name.partition(".")[2].startswith(INSTRUMENTED)]:
         owners = [module, *(each for each in vars(module).values() if isinstance(each, type))]
         for function in [getattr(each, "__func__", each) for owner in owners for each in vars(owner).values()]:
             if hasattr(function, "__code__") and function.__module__ == module.__name__:
                 atheris.instrument_func(function)
 
 
-def fuzz(tally: Tally, make: Callable[[Path], dict[str, Parser]], instrumented: tuple[str, ...]) -> None:
-    """Give each parser a share of the time in a process, and again until the time is over."""
+def _case(tally: Tally, kind: str, parser: Parser, seed: int, corpus: Path, seconds: float) -> None:
+    """Fuzz a parser for some seconds, and at least one input."""
+    corpus.mkdir(exist_ok=True)
+    for index, content in enumerate(parser.seeds):
+        (corpus / f"seed-{index}").write_bytes(content)
+    end = time.monotonic() + seconds
     try:
-        _instrument(instrumented)
+        for outcome, reason in forked(partial(_fuzz, parser, seed, corpus), seconds=2 * HANG_S):
+            tally.lose(kind, reason) if reason else tally.count(kind, outcome)
+            if time.monotonic() > end:
+                break
+    except Lost as error:
+        tally.lose(kind, f"{error}: {Path(f'{corpus}.log').read_text(errors='replace')[-2000:]}")
+
+
+def run(tally: Tally) -> None:
+    """Fuzz one parser per case, each for a share of the time, and again until the time is over."""
+    try:
+        _instrument()
     except ImportError:
         return tally.skip("parsers", "atheris is not installed")
     folder = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tally.folder) / f"dfkd-fast-fuzz-{os.getpid()}"
     folder.mkdir()
     try:
-        parsers = list(make(folder).items())
-        pace = 0.9 * min(tally.seconds, 300) / sum(parser.share for _, parser in parsers)
-        once = [tally.cases(0.0) for _ in parsers if tally.only is None]
-        for rng in chain(*once, tally.cases()):
-            kind, parser = parsers[tally.index % len(parsers)]
-            corpus, seconds = folder / f"corpus {kind}", max(1, round(pace * parser.share))
-            shared = _Shared(multiprocessing.RawArray("q", 3), multiprocessing.RawArray("c", 4096))
-            corpus.mkdir(exist_ok=True)
-            for index, content in enumerate(parser.seeds):
-                (corpus / f"seed-{index}").write_bytes(content)
-            (faults := Path(f"{corpus}.faults")).write_text("")
-            options = [f"-seed={rng.integers(1, 2**31)}"]
-            process = multiprocessing.get_context("fork").Process(target=_fuzz, args=(parser, options, corpus, shared))
-            process.start()
-            process.join(seconds)
-            if sum(shared.counts[:2]) == 0:  # slow, or a hang, which ends the process
-                process.join(2 * HANG_S)
-            code = process.exitcode
-            process.kill()
-            process.join()
-            for reason in map(json.loads, faults.read_text().splitlines()):
-                tally.lose(kind, reason)
-            if code is not None:
-                tally.lose(kind, f"a hang or crash, exit status {code}; {shared.current()}")
-            for outcome, times in zip(("accepted", "refused with a reason"), shared.counts[:2], strict=True):
-                tally.count(kind, outcome, times=times)
+        parsers = list((_weights(folder) | _data(folder) | _settings(folder)).items())
+        pace = max(2.0, 0.9 * min(tally.seconds, 300) / len(parsers))
+        for (kind, parser), rng in tally.turns(parsers):
+            _case(tally, kind, parser, int(rng.integers(1, 2**31)), folder / f"corpus {kind}", pace)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def run(tally: Tally) -> None:
-    """Fuzz the parsers."""
-    fuzz(tally, lambda folder: _weights(folder) | _data(folder) | _settings(folder), INSTRUMENTED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,16 +16,16 @@ from torch import Tensor
 from dfkd_fast import ops
 from dfkd_fast.ops.backend import UnsupportedError
 from dfkd_fast.ops.custom_op import INTERPRETED
-from dfkd_fast.testing import LAYOUTS, random, with_layout
 
-from ..ops.table import CASES, Case
+from ..ops.definitions import results
+from ..ops.odd_inputs import laid_out, pick, spoiled
+from ..ops.table import CASES
 from ..ops.test_contract import OPTIONS, tensors
-from .fuzz_files import Parser, fuzz
-from .harness import Tally
+from .harness import LOST, Lost, Tally, forked
 
+BATCH, HANG_S = 500, 120
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.3, torch.float16: 0.05}
 """Allowed error, relative to the largest true value."""
-OTHERS = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)
 NUMBERS = {"temperature": (0.1, 1, 20), "eps": (1e-5, 1), "scale": (-1, 0, 9.0), "negative_slope": (0, 0.2, 1)}
 CHOICES = NUMBERS | {"momentum": (0, 0.1, 1), "training": (True, False), "squared": (True, False)}
 WRONG = (math.nan, math.inf, -math.inf, 10**400, 2**70, "", "MEAN", None, 1j, (1,), torch.tensor(1.0))
@@ -32,98 +33,59 @@ LIMITS = ("Expected more than 1 value per channel", "must have H and W of at lea
 """Errors of arguments that are right, except that an op does not support their sizes."""
 
 
-def _pick(rng: np.random.Generator, values: Sequence[Any]) -> Any:
-    return values[int(rng.integers(len(values)))]
-
-
-def _laid_out(rng: np.random.Generator, t: Tensor) -> Tensor:
-    """Return a tensor of the same shape and dtype in another layout."""
-    # In half precision, repeated values near the kink of an activation add up to large errors.
-    repeated = ("expanded", "overlapping") if t.dtype.itemsize > 2 else ()
-    layout = _pick(rng, (*LAYOUTS, *repeated, "reversed")) if t.numel() else "contiguous"
-    if layout == "expanded":
-        return t.narrow(int(rng.integers(t.ndim)), 0, 1).expand(t.shape)
-    if layout == "overlapping":
-        strides = [int(rng.integers(1, 3)) for _ in t.shape]
-        return t.flatten().repeat(2 * t.ndim + 1).as_strided(t.shape, strides)
-    if layout == "reversed":
-        order = list(range(t.ndim))[::-1]
-        return t.permute(order).contiguous().permute(order)
-    return with_layout(t, layout if t.ndim == 4 or (layout != "channels_last" and t.ndim > 1) else "offset")
-
-
-def _spoiled(rng: np.random.Generator, t: Tensor) -> Any:
-    """Return a wrong tensor, or something else."""
-    dim = int(rng.integers(t.ndim))
-    makers = (lambda: _pick(rng, ("text", 1.0, [t])), lambda: t.to(_pick(rng, OTHERS)), lambda: t.to("meta"))
-    shapes = (lambda: t[None], t.flatten, t.sum, lambda: t[..., None], lambda: torch.cat([t, t], dim))
-    return _pick(rng, (*makers, *shapes, lambda: t.narrow(dim, 0, 0), lambda: t.movedim(0, -1), t.to_sparse))()
-
-
-def _evaluate(function: Callable[..., Any], inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
-    outputs = [each for each in tensors(function(*inputs)) if isinstance(each, Tensor)]
-    leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-    used = [(each, i) for i, each in enumerate(outputs) if each.requires_grad]
-    assert used or not leaves, "no output has a gradient"
-    if not leaves or outputs[0].is_meta:
-        return outputs, []
-    grad_output = [random(*o.shape, dtype=o.dtype, seed=i, shift=0.5) for o, i in used]
-    return outputs, list(torch.autograd.grad([o for o, _ in used], leaves, grad_output, allow_unused=True))
-
-
-def _compare(found: Sequence[Tensor | None], truth: Sequence[Tensor | None], what: str, limit: float) -> None:
+def _compare(found: Sequence[Tensor], truth: Sequence[Tensor], what: str, limit: float) -> None:
     for i, (a, b) in enumerate(zip(found, truth, strict=True)):
-        assert (a is None) == (b is None), f"{what} {i} is {'missing' if a is None else 'not None'}"
-        if a is not None and b is not None:
-            assert a.shape == b.shape, f"{what} {i} has shape {tuple(a.shape)}, expected {tuple(b.shape)}"
-            finite = b.isfinite() & (b.abs() < torch.finfo(a.dtype).max)
-            error, size = (a.double() - b).abs()[finite], b.abs()[finite]
-            bound = max(limit, TOLERANCE[a.dtype]) * (1 + float(size.max()) if len(size) else 1)
-            assert (error <= bound).all(), f"{what} {i} is off by {float(error.max()):.3e}, allowed {bound:.3e}"
+        assert a.shape == b.shape, f"{what} {i} has shape {tuple(a.shape)}, expected {tuple(b.shape)}"
+        finite = b.isfinite() & (b.abs() < torch.finfo(a.dtype).max)
+        error, size = (a.double() - b).abs()[finite], b.abs()[finite]
+        bound = max(limit, TOLERANCE[a.dtype]) * (1 + float(size.max()) if len(size) else 1)
+        assert (error <= bound).all(), f"{what} {i} is off by {float(error.max()):.3e}, allowed {bound:.3e}"
 
 
 def _check(function: Callable[..., Any], inputs: Sequence[Any], backend: str | None, *, finite: bool) -> None:
     before = [(t.clone(), t._version) if isinstance(t, Tensor) and t.layout == torch.strided else None for t in inputs]
-    found, gradients = _evaluate(partial(function, backend=backend), inputs)
+    given, grads = [t for t in inputs if isinstance(t, Tensor)], list[Tensor]()
+    if any(t.is_meta for t in given):
+        outputs = tensors(function(*inputs, backend=backend))
+        assert not given[0].is_meta or all(t.is_meta for t in outputs if isinstance(t, Tensor)), "outputs are not meta"
+        return
+    found = results(partial(function, backend=backend), inputs, grads)
     for t, kept in zip(inputs, before, strict=True):
-        if kept is not None and not t.is_meta:
+        if kept is not None:
             assert t._version == kept[1], "an input was written"
             assert torch.equal(t.nan_to_num(), kept[0].nan_to_num()), "an input was changed"
-    given = [t for t in inputs if isinstance(t, Tensor)]
     assert {t.dtype for t in given} <= {*TOLERANCE}, "a dtype is accepted that the op does not support"
-    if given[0].is_meta:
-        assert all(t.is_meta for t in found), "meta tensors give others"
-    elif finite:
+    if finite:
         exact = [t if t is None else t.detach().double().contiguous().requires_grad_(t.requires_grad) for t in inputs]
-        values, slopes = _evaluate(partial(function, backend="reference"), exact)
-        limit = max(TOLERANCE[t.dtype] for t in given)
-        _compare(found, values, "output", limit)
-        _compare(gradients, slopes, "gradient", limit if limit < 1e-3 else 20 * limit)  # those of a BatchNorm cancel
+        truth = results(partial(function, backend="reference"), exact, grads)
+        limit, n = max(TOLERANCE[t.dtype] for t in given), len(grads)
+        _compare(found[:n], truth[:n], "output", limit)
+        limit = limit if limit < 1e-3 else 20 * limit  # gradients of a BatchNorm cancel
+        _compare(found[n:], truth[n:], "gradient", limit)
 
 
-def _one(cases: dict[str, Case], content: bytes) -> None:
-    """Run an op with the arguments that the bytes determine."""
-    rng = np.random.default_rng(list(content))
-    name, sizes = _pick(rng, [*cases]), (1, 1, 2, 2, 3, 4, 5, 7, 8, 9, 17)
-    case, op, spoil = cases[name], name.split(",")[0], rng.choice(["nothing", "tensor", "option"], p=[0.65, 0.2, 0.15])
+def _one(rng: np.random.Generator) -> tuple[str, str, str]:
+    """Run an input. Return its op, its outcome and, if it is lost, the reason."""
+    name, sizes = pick(rng, [*CASES]), (1, 1, 2, 2, 3, 4, 5, 7, 8, 9, 17)
+    case, op, spoil = CASES[name], name.split(",")[0], rng.choice(["nothing", "tensor", "option"], p=[0.65, 0.2, 0.15])
     parameters = inspect.signature(getattr(ops, op)).parameters
     known = OPTIONS.get(op, {}) | {key: value for key, value in CHOICES.items() if key in parameters}
-    options = {option: _pick(rng, good) for option, good in known.items() if rng.random() < 0.5}
+    options = {option: pick(rng, good) for option, good in known.items() if rng.random() < 0.5}
     if spoil == "option":
         checked = [each for each in options if each not in ("training", "squared", "symmetric", "normalize")]
-        options[_pick(rng, checked or ["backend"])] = _pick(rng, WRONG)
+        options[pick(rng, checked or ["backend"])] = pick(rng, WRONG)
     slow = ["triton"] * (INTERPRETED and rng.random() < 0.1)
-    backend = options.pop("backend", _pick(rng, [None, *ops.backends()[op][-2:], *slow]))
-    first = 0 if rng.random() < 0.05 and op != "statistics_distances" else _pick(rng, sizes)
-    shape = (first, *(_pick(rng, sizes) for _ in case.shapes[0][1:]))
-    made = case.make(shape, dtype=_pick(rng, [*TOLERANCE]))(int(rng.integers(2**20)))
-    inputs: list[Any] = [None if t is None else _laid_out(rng, t.detach()) for t in made]
+    backend = options.pop("backend", pick(rng, [None, *ops.backends()[op][-2:], *slow]))
+    first = 0 if rng.random() < 0.05 and op != "statistics_distances" else pick(rng, sizes)
+    shape = (first, *(pick(rng, sizes) for _ in case.shapes[0][1:]))
+    made = case.make(shape, dtype=pick(rng, [*TOLERANCE]))(int(rng.integers(2**20)))
+    inputs: list[Any] = [None if t is None else laid_out(rng, t.detach()) for t in made]
     for i, t in enumerate(inputs):
         if t is not None and rng.random() < 0.15 and i not in case.batched:
-            inputs[i] = t.to(_pick(rng, [*TOLERANCE]))
+            inputs[i] = t.to(pick(rng, [*TOLERANCE]))
     if spoil == "tensor":
-        i = _pick(rng, [i for i, t in enumerate(inputs) if t is not None])
-        wrong = _spoiled(rng, inputs[i])
+        i = pick(rng, [i for i, t in enumerate(inputs) if t is not None])
+        wrong = spoiled(rng, inputs[i])
         inputs[i] = wrong if isinstance(wrong, Tensor) or op != "max_unpool2x2" else inputs[i][None]
     elif rng.random() < 0.1:
         huge = 2**28 if op != "statistics_distances" and first and rng.random() < 0.5 else 0
@@ -135,21 +97,33 @@ def _one(cases: dict[str, Case], content: bytes) -> None:
     try:
         with case.tiling():
             _check(partial(case.function, **options), inputs, backend, finite=spoil != "option")
+        return op, "equal to float64", ""
+    except UnsupportedError:
+        return op, "not supported by the backend", ""
     except Exception as error:
         names = (*LIMITS, *(() if spoil == "nothing" else (*parameters, "mean", "var")))
-        if type(error) in (ValueError, TypeError) and not any(each in str(error) for each in names):
-            raise RuntimeError(f"this error names no argument: {error}") from error
-        error.args = (f"{error}; {name}, {backend}, {options}: {[getattr(t, 'shape', t) for t in inputs]}",)
-        raise
+        if type(error) in (ValueError, TypeError) and any(each in str(error) for each in names):
+            return op, "refused with a reason", ""
+        given = [(t.dtype, *t.shape, t.device) if isinstance(t, Tensor) else t for t in inputs]
+        return op, LOST, f"{traceback.format_exc()[-1500:]}; {name}, {backend}, {options}: {given}"
+
+
+def _batch(seeds: tuple[int, int], send: Callable[[Any], None]) -> None:
+    for i in range(BATCH):
+        send(_one(np.random.default_rng([*seeds, i])))
 
 
 def run(tally: Tally) -> None:
-    """Fuzz the ops."""
-    by_op: dict[str, dict[str, Case]] = {}
-    for name, case in CASES.items():
-        by_op.setdefault(name.split(",")[0], {})[name] = case
-        if INTERPRETED:  # imports kernels before processes are forked
-            case.function(*case.make(case.shapes[2])(1), backend="triton")
-    refusals = (ValueError, TypeError, UnsupportedError)
-    parsers = {op: Parser(partial(_one, cases), "", (b"0", b"1"), refusals) for op, cases in by_op.items()}
-    fuzz(tally, lambda folder: parsers, ("ops.", "reference."))
+    """Run batches of inputs in forked processes. Each batch is a case."""
+    for case in CASES.values() if INTERPRETED else ():  # imports kernels before processes are forked
+        case.function(*case.make(case.shapes[2])(1), backend="triton")
+    for _ in tally.cases():
+        batch, count = forked(partial(_batch, (tally.seed, tally.index)), seconds=HANG_S), 0
+        try:
+            for count, (op, outcome, reason) in enumerate(batch, 1):  # noqa: B007
+                tally.lose(op, reason) if outcome == LOST else tally.count(op, outcome)
+                if tally.left() < 0:
+                    break
+        except Lost as error:
+            tally.lose("process", f"input {count} of the batch: {error}")
+        batch.close()

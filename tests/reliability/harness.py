@@ -6,20 +6,31 @@ case can be repeated: ``python -m tests.reliability TARGET --seed SEED --case IN
 
 from __future__ import annotations
 
-import importlib
+import hashlib
+import io
+import json
+import logging
 import multiprocessing
+import os
+import shutil
 import time
 import traceback
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from dfkd_fast.benchmarks.results import Results
+from dfkd_fast import cli
 
-__all__ = ["TARGETS", "Tally", "run_target"]
+__all__ = ["LOST", "TARGETS", "Lost", "Tally", "command", "digest", "empty", "forked", "snapshot"]
 
 TARGETS = ("kill", "faults", "corruption", "fuzz_files", "fuzz_ops", "numerics", "injection", "soak")
 """Modules of this package. Each has ``run(tally)``, which runs cases until ``tally.cases()`` ends."""
@@ -27,17 +38,89 @@ TARGETS = ("kill", "faults", "corruption", "fuzz_files", "fuzz_ops", "numerics",
 LOST = "lost"
 """The outcome of a case in which data was lost or silently wrong, or the process crashed or hung."""
 
+# Functions that read files by their suffix, and raise an exception if a file is damaged.
+CONTENTS: dict[str, Callable[[Path], Any]] = {
+    ".pt": lambda path: digest(torch.load(path, weights_only=True)),
+    ".safetensors": lambda path: safetensors.torch.load_file(path) and path.read_bytes(),
+    ".json": lambda path: json.loads(path.read_bytes()),
+}
+
+Kind = TypeVar("Kind")
+
+
+class Lost(Exception):
+    """A forked process failed, crashed or hung."""
+
+
+def forked(work: Callable[[Callable[[Any], None]], object], *, seconds: float) -> Iterator[Any]:
+    """Yield what ``work`` sends from a forked process. Raises Lost if it fails, or sends nothing for some seconds."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+
+    def child() -> None:
+        try:
+            work(lambda value: send.send((value, None)))
+            send.send((None, "end"))
+        except BaseException:
+            send.send((None, traceback.format_exc()))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    send.close()
+    reason = None
+    try:
+        while reason is None:
+            value, reason = receive.recv() if receive.poll(seconds) else (None, f"hung for {seconds:.0f} s")
+            if reason is None:
+                yield value
+    except EOFError:
+        process.join()
+        reason = f"crashed with exit status {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+        receive.close()
+    if reason != "end":
+        raise Lost(reason)
+
+
+def empty(folder: Path) -> Path:
+    """Create a folder in place of an old one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def command(arguments: Sequence[str]) -> str:
+    """Run a command and return its output. Raises ValueError with the error that it prints."""
+    with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()) as errors:
+        try:
+            cli.main(arguments)
+        except SystemExit as end:
+            if end.code == 2 and not isinstance(end.__cause__, RecursionError | UnicodeError):
+                raise ValueError(errors.getvalue().strip()) from end.__cause__
+            if end.code:
+                raise
+    return output.getvalue()
+
+
+def digest(value: Any) -> str:
+    """A text that depends on all loaded values, and on all bytes of all tensors."""
+
+    def content(t: Tensor) -> tuple[Any, ...]:
+        exact = t.float() if t.dtype == torch.bfloat16 else t  # NumPy has no bfloat16
+        return t.dtype, t.shape, exact.contiguous().numpy().tobytes()
+
+    return hashlib.sha256(repr(tree_map_only(Tensor, content, value)).encode()).hexdigest()
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    """The contents of the files of a folder, without the TensorBoard log. Raises an exception if one is damaged."""
+    paths = [path for path in folder.rglob("[!.]*") if path.is_file() and path.parent.name != "tensorboard"]
+    return {str(path.relative_to(folder)): CONTENTS.get(path.suffix, Path.read_bytes)(path) for path in paths}
+
 
 class Tally:
-    """Counts the outcomes of a target's cases, by kind of fault.
-
-    Args:
-        target: name of the target.
-        seconds: time for the target.
-        seed: seed of all cases.
-        folder: an empty folder for the files of the cases.
-        case: run only the case with this index.
-    """
+    """Counts the outcomes of a target's cases, by kind of fault. ``case`` is the index of the only case to run."""
 
     def __init__(self, target: str, *, seconds: float, seed: int, folder: Path, case: int | None = None) -> None:
         self.target, self.seconds, self.seed, self.folder, self.only = target, seconds, seed, folder, case
@@ -48,23 +131,22 @@ class Tally:
         self.skipped: dict[str, str] = {}
         self._start = time.monotonic()
 
-    def left(self, share: float = 1.0) -> float:
-        """Return the seconds until this share of the time is over; negative afterwards."""
-        return share * self.seconds - (time.monotonic() - self._start)
+    def left(self) -> float:
+        """Return the seconds until the time is over; negative afterwards."""
+        return self.seconds - (time.monotonic() - self._start)
 
-    def cases(self, share: float = 1.0) -> Iterator[np.random.Generator]:
-        """Yield the random numbers of one case after the other, at least of one, until a share of the time is over.
-
-        Call it repeatedly with increasing shares to divide the time between parts of a target.
-        """
-        first = True
-        while self.only is None and (first or self.left(share) > 0):
-            first = False
-            yield np.random.default_rng([self.seed, self.index])
+    def cases(self) -> Iterator[np.random.Generator]:
+        """Yield the random numbers of one case after the other, at least of one, until the time is over."""
+        self.index = self.only or 0
+        yield np.random.default_rng([self.seed, self.index])
+        while self.only is None and self.left() > 0:
             self.index += 1
-        if self.only is not None and share == 1.0:
-            self.index = self.only
-            yield np.random.default_rng([self.seed, self.only])
+            yield np.random.default_rng([self.seed, self.index])
+
+    def turns(self, kinds: Sequence[Kind]) -> Iterator[tuple[Kind, np.random.Generator]]:
+        """Yield the kinds in turn, from one that depends on the seed, each with the random numbers of a case."""
+        for rng in self.cases():
+            yield kinds[(self.seed + self.index) % len(kinds)], rng
 
     def count(self, kind: str, outcome: str, *, times: int = 1) -> None:
         """Count cases that ended well. ``outcome`` says how, for example ``refused with a reason``."""
@@ -78,31 +160,15 @@ class Tally:
         print(f"{self.target}: {kind}: LOST: {self.failures[kind][-1]}", flush=True)
 
     def judge(self, kind: str, case: Callable[[], str], *, seconds: float = 60.0) -> None:
-        """Count the outcome that ``case`` returns in a forked process. An exception, a crash or a hang is a loss."""
-        receive, send = multiprocessing.Pipe(duplex=False)
-
-        def child() -> None:
-            try:
-                send.send((case(), None))
-            except BaseException:
-                send.send((LOST, traceback.format_exc()))
-
-        process = multiprocessing.get_context("fork").Process(target=child)
-        process.start()
-        send.close()
+        """Count the outcome that ``case`` returns in a forked process, in an empty folder, or a loss if it fails."""
+        os.chdir(empty(self.folder / "case"))
+        warnings.simplefilter("ignore")
+        logging.disable()
         try:
-            outcome, reason = receive.recv() if receive.poll(seconds) else (LOST, f"hung for {seconds:.0f} s")
-        except EOFError:
-            process.join()
-            outcome, reason = LOST, f"crashed with exit status {process.exitcode}"
-        finally:
-            process.kill()
-            process.join()
-            receive.close()
-        if reason is None:
-            self.count(kind, outcome)
-        else:
-            self.lose(kind, reason)
+            for outcome in forked(lambda send: send(case()), seconds=seconds):
+                self.count(kind, outcome)
+        except Lost as error:
+            self.lose(kind, str(error))
 
     def skip(self, kind: str, reason: str) -> None:
         """Note a kind of fault that this machine cannot inject."""
@@ -119,19 +185,3 @@ class Tally:
         for row in rows:
             row.update(self.facts.get(row["kind"], {}))
         return rows
-
-
-def run_target(
-    target: str, *, seconds: float, seed: int, folder: Path, case: int | None = None, out: Path | None = None
-) -> Tally:
-    """Run one target and add its rows to the result file ``out``. An error of the target is a lost case."""
-    tally = Tally(target, seconds=seconds, seed=seed, folder=folder, case=case)
-    try:
-        importlib.import_module(f".{target}", __package__).run(tally)
-    except Exception:
-        tally.lose("harness", traceback.format_exc())
-    if out is not None and case is None:
-        results = Results(out, key=("target", "kind"))
-        for row in tally.rows():
-            results.add(row)
-    return tally

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import shutil
@@ -15,22 +14,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.compat.tensorflow_stub.io.gfile import GFile
 from tensorboard.summary.writer import event_file_writer
-from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from dfkd_fast import files, report
-from dfkd_fast.config import ObjectiveConfig, TeachConfig
-from dfkd_fast.engine import DistillState, background, distill, engines, export, loop, teach
+from dfkd_fast.config import ObjectiveConfig
+from dfkd_fast.engine import background, distill, export, loop
 from dfkd_fast.models import save_weights
 from dfkd_fast.objectives import PRESETS
 
 from .. import tiny
-from .harness import Tally
+from ..engine.kill_points import POINTS, install, passed
+from .harness import Tally, snapshot
 
 Subject = tuple[Any, ...]  # a key of WORK and arguments
 Points = dict[int, dict[int, int]]  # by kind of point: the signal at the n-th point
@@ -41,48 +36,11 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"checkpoint_every": 3, "select": "test_accuracy", "keep_checkpoints": 3},
     {"checkpoint_every": 1, "evaluate_every": 2, "overlap": True},
 )
-POINTS: dict[str, tuple[str, tuple[tuple[Any, str], ...]]] = {
-    "before a file event": ("audit", ()),
-    "before fsync": ("before", ((os, "fsync"),)),
-    "after a system call": ("after", tuple((os, name) for name in ("fsync", "replace", "unlink", "mkdir", "pwrite"))),
-    "inside a write": ("inside", ((files._RecordingFile, "write"),)),
-    "inside a write of the TensorBoard log": ("inside", ((GFile, "write"),)),
-    "in a step": ("before", ((engines, "generator_step"), (engines, "student_step"), (loop, "evaluate"))),
-    "while a checkpoint is read": ("after", ((torch, "load"), (DistillState, "load_state_dict"))),
-}
-EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.listdir", "os.scandir")
 KILLS = (f"kill -9 {name}" for name in (*POINTS, "at a random time", "in teach", "in save_weights", "in export"))
-KINDS = (*KILLS, "SIGTERM", "SIGINT", "SIGSTOP and SIGCONT")
-_fork = multiprocessing.get_context("fork")
-_passed = _fork.RawArray("i", len(POINTS))  # points that a process has passed, by kind
-_number = _fork.RawValue("i")  # of processes so far
-_data = tiny.data()
+KINDS: tuple[str, ...] = (*KILLS, "SIGTERM", "SIGINT", "SIGSTOP and SIGCONT")
+TIMED = {"at a random time": [9], "SIGSTOP and SIGCONT": [19, 18, 19, 18]}
+_number = multiprocessing.RawValue("i")  # of processes so far
 _undisturbed: dict[Subject, tuple[dict[str, Any], float, list[int]]] = {}
-
-
-def _install(kind: int, at: dict[int, int]) -> None:
-    """Make this process send itself the signals ``at[n]`` at its n-th point of a kind."""
-    when, places = list(POINTS.values())[kind]
-
-    def reach() -> None:
-        _passed[kind] += 1
-        if _passed[kind] in at:
-            os.kill(os.getpid(), at[_passed[kind]])
-
-    def patched(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            if when == "inside" and at.get(_passed[kind] + 1) == signal.SIGKILL:  # write half of the bytes
-                original(*arguments[:-1], bytes(arguments[-1])[: len(arguments[-1]) // 2])
-            result = original(*arguments, **options) if when == "after" else None
-            reach()
-            return result if when == "after" else original(*arguments, **options)
-
-        return call
-
-    if when == "audit":
-        sys.addaudithook(lambda name, of: reach() if name in EVENTS and str(of[0]).startswith("run") else None)
-    for owner, name in places:
-        setattr(owner, name, patched(getattr(owner, name)))
 
 
 def _distill(preset: Any, variant: int) -> None:
@@ -92,13 +50,12 @@ def _distill(preset: Any, variant: int) -> None:
     if variant:  # drawing takes longer than the run
         report.save_curves = lambda rounds, epochs, path: files.write_file(path, repr((rounds, epochs)).encode())
     config = tiny.config(Path("run"), objective=ObjectiveConfig(preset=preset), resume=True, **changes)
-    distill(*tiny._traced(), config, data=_data, progress=False)
+    distill(*tiny._traced(), config, data=tiny.data(), progress=False)
 
 
-TEACH = TeachConfig(epochs=3, batch_size=10, lr=0.05, device="cpu", precision="fp32", out="run")
 WORK: dict[str, Callable[..., object]] = {
     "distill": _distill,
-    "teach": lambda: teach(tiny.network(), _data, TEACH, progress=False),
+    "teach": lambda: tiny.teach(Path("run"), epochs=3, lr=0.05),
     "save_weights": lambda: [save_weights(each(), "run/weights.safetensors") for each in (tiny.teacher, tiny.network)],
     "export": lambda: export(tiny.network(), "run", image_size=tiny.SIZE),
 }
@@ -111,7 +68,7 @@ def _child(subject: Subject, folder: Path, points: Points) -> None:
     event_file_writer.time = SimpleNamespace(time=lambda: now)
     os.chdir(folder)
     for kind, at in points.items():
-        _install(kind, at)
+        install(kind, at)
     try:
         WORK[subject[0]](*subject[1:])
     except KeyboardInterrupt:
@@ -120,8 +77,8 @@ def _child(subject: Subject, folder: Path, points: Points) -> None:
 
 def _run(subject: Subject, folder: Path, points: Points, signals: Sequence[tuple[float, int]] = ()) -> int:
     """Run a process, send it signals after pauses, and return its exit status. Raises RuntimeError if it fails."""
-    _passed[:], _number.value = [0] * len(POINTS), _number.value + 1
-    process = _fork.Process(target=_child, args=(subject, folder, points))
+    passed[:], _number.value = [0] * len(POINTS), _number.value + 1
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(subject, folder, points))
     process.start()
     for pause, number in signals:
         time.sleep(pause)
@@ -133,26 +90,9 @@ def _run(subject: Subject, folder: Path, points: Points, signals: Sequence[tuple
     return int(status or 0)
 
 
-def _content(path: Path) -> Any:
-    """What a file contains. Raises an exception if it is damaged."""
-    if path.suffix == ".safetensors":
-        load_file(path)
-    if path.suffix != ".pt":
-        return path.read_bytes()
-    leaves, spec = tree_flatten(torch.load(path, weights_only=True))
-    values = [each.contiguous().numpy().tobytes() if isinstance(each, Tensor) else repr(each) for each in leaves]
-    return hashlib.sha256(repr((spec, values)).encode()).hexdigest()
-
-
-def _snapshot(folder: Path) -> dict[str, Any]:
-    """The content of a folder's complete files, without the TensorBoard log."""
-    paths = [path for path in folder.rglob("[!.]*") if path.is_file() and path.parent.name != "tensorboard"]
-    return {str(path.relative_to(folder)): _content(path) for path in paths}
-
-
 def _result(folder: Path) -> dict[str, Any]:
     """The content of a finished folder, with leftover files and the values that TensorBoard shows."""
-    found = _snapshot(folder) | {path.name: "left over" for path in folder.rglob("*.partial")}
+    found = snapshot(folder) | {path.name: "left over" for path in folder.rglob("*.partial")}
     log = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     for tag in log.Reload().Tags()["scalars"] if (folder / "tensorboard").exists() else ():
         points = [(each.step, each.value) for each in log.Scalars(tag)]
@@ -163,17 +103,16 @@ def _result(folder: Path) -> dict[str, Any]:
 
 def _disturb(subject: Subject, folder: Path, kind: str, random: np.random.Generator, repeated: bool) -> int:
     """Run one process with signals and return its exit status."""
-    _, seconds, passed = _undisturbed[subject]
-    name, timed = kind.removeprefix("kill -9 "), {"at a random time": [9], "SIGSTOP and SIGCONT": [19, 18, 19, 18]}
-    if numbers := timed.get(name):
+    _, seconds, counts = _undisturbed[subject]
+    name = kind.removeprefix("kill -9 ")
+    if numbers := TIMED.get(name):
         return _run(subject, folder, {}, [(random.uniform(0, seconds / len(numbers)), number) for number in numbers])
     signals = [signal.Signals[kind]] * int(random.integers(1, 3)) if kind == name else [signal.SIGKILL]
-    index = random.choice([index for index, count in enumerate(passed) if count])
+    index = random.choice([index for index, count in enumerate(counts) if count])
     if name in POINTS and (repeated or "read" not in name):  # at first there is nothing to read
         index = list(POINTS).index(name)
-    first = random.integers(1, 1 + (passed[index] or 6))
-    at = dict(zip((first, first + random.integers(1, 20)), signals, strict=False))
-    return _run(subject, folder, {index: at})
+    first = random.integers(1, 1 + (counts[index] or 6))
+    return _run(subject, folder, {index: dict(zip((first, first + random.integers(1, 20)), signals, strict=False))})
 
 
 def _case(tally: Tally, random: np.random.Generator, kind: str) -> None:
@@ -185,13 +124,13 @@ def _case(tally: Tally, random: np.random.Generator, kind: str) -> None:
         folder.mkdir()
         start = time.monotonic()
         _run(subject, folder, {index: {} for index in range(len(POINTS))})
-        _undisturbed[subject] = _result(folder / "run"), time.monotonic() - start, list(_passed)
+        _undisturbed[subject] = _result(folder / "run"), time.monotonic() - start, list(passed)
         shutil.rmtree(folder)
     folder.mkdir()
     statuses, saved = [1], list[str]()
     while statuses[-1] and len(statuses) < 5:
         statuses.append(_disturb(subject, folder, kind, random, len(statuses) > 1))
-        before, saved = saved, sorted(name for name in _snapshot(folder / "run") if name.endswith(".pt"))
+        before, saved = saved, sorted(name for name in snapshot(folder / "run") if name.endswith(".pt"))
         if len(saved) < min(len(before), 2) or (before and saved[-1] < before[-1]):
             raise RuntimeError(f"checkpoints are lost: {before} became {saved}")
     _run(subject, folder, {})
@@ -206,13 +145,11 @@ def _case(tally: Tally, random: np.random.Generator, kind: str) -> None:
 
 
 def run(tally: Tally) -> None:
-    """Run one case of each kind, then more until the time is over."""
+    """Run the kinds in turn."""
     tiny._traced()
-    for share in [0.0] * len(KINDS) + [1.0]:
-        for random in tally.cases(share):
-            kind = KINDS[tally.index % len(KINDS)]
-            try:
-                _case(tally, random, kind)
-            except Exception as error:
-                tally.lose(kind, str(error))
-            shutil.rmtree(tally.folder / "case", ignore_errors=True)
+    for kind, random in tally.turns(KINDS):
+        try:
+            _case(tally, random, kind)
+        except Exception as error:
+            tally.lose(kind, str(error))
+        shutil.rmtree(tally.folder / "case", ignore_errors=True)

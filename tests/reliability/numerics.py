@@ -6,8 +6,6 @@ infinite or NaN only if the true result, or an intermediate value of the definit
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,46 +16,15 @@ from torch import Tensor
 from dfkd_fast.ops.backend import UnsupportedError, backends
 
 from ..ops.definitions import DEFINITIONS, results, truth_and_errors
+from ..ops.odd_inputs import edge_inputs
 from ..ops.table import CASES
 from .harness import Tally
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-SHAPES = {2: ((1, 1), (1, 5), (4, 1)), 3: ((1, 1, 1), (1, 3, 5)), 4: ((2, 1, 3, 2), (1, 5, 2, 2), (3, 4, 4, 3))}
-EDGES: dict[str, Callable[[Tensor, Any], Tensor]] = {  # of x, about normally distributed
-    "plain": lambda x, info: x,
-    "denormal": lambda x, info: x * info.tiny / 16,
-    "tiny": lambda x, info: x * info.tiny * 16,
-    "small": lambda x, info: x * info.tiny**0.5,
-    "large": lambda x, info: x * info.max**0.5,
-    "huge": lambda x, info: x * info.max / 8,
-    "largest": lambda x, info: x.sign() * info.max,
-    "zero": lambda x, info: x * 0,  # of both signs
-    "ties": lambda x, info: x.round(),
-    "equal": lambda x, info: torch.ones_like(x),
-    "offset": lambda x, info: 1e4 + x * 1e-2,
-    "eps": lambda x, info: 1 + (4 * x).round() * info.eps,
-    "mixed": lambda x, info: x * 10.0 ** torch.linspace(-6, 4, x.numel(), dtype=x.dtype).view(x.shape),
-    "one large": lambda x, info: x * torch.where(x == x.max(), 1e4, 1.0),
-    "masked": lambda x, info: torch.where(torch.arange(x.shape[-1]) % 3 == 1, -math.inf, x),  # only logits
-}
 KINDS = [op for op in DEFINITIONS if "," not in op]
 IN_DTYPE = ("spatial_attention", "high_order", "batch_norm_act")  # matrix products and F.batch_norm in the dtype of x
 ROUNDED = ("contrastive_loss", "batchnorm_statistics")  # gradients are sums of values rounded to the dtype
 EXACT = ("max_pool2x2", "max_unpool2x2")
-
-
-def _inputs(case: Any, op: str, dtype: torch.dtype, rng: np.random.Generator) -> tuple[list[Any], list[str]]:
-    """Inputs of a random shape with an edge in one tensor or in all, and their descriptions."""
-    shapes = (*case.shapes, *SHAPES[len(case.shapes[0])])
-    inputs = case.make(shapes[rng.integers(len(shapes))], needs_grad=case.needs_grad)(int(rng.integers(1 << 20)))
-    info = torch.finfo(torch.float32 if dtype == torch.float64 else dtype)  # the definition must not overflow
-    edge = str(rng.choice(list(EDGES)[: None if op == "distillation_kl" else -1]))
-    names = [edge if chosen else "plain" for chosen in rng.permutation(len(inputs)) < rng.choice([1, 10])]
-    for i, (x, name) in enumerate(zip(inputs, names, strict=True)):
-        if x is not None:
-            value = EDGES[name](x.detach().double(), info).clamp(None if name == "masked" else -info.max, info.max)
-            inputs[i] = value.to(dtype).requires_grad_(x.requires_grad)
-    return inputs, [f"{name} {tuple(x.shape)}" for name, x in zip(names, inputs, strict=True) if x is not None]
 
 
 def _noise(op: str, inputs: list[Any], temperature: float) -> tuple[float, float]:
@@ -66,9 +33,8 @@ def _noise(op: str, inputs: list[Any], temperature: float) -> tuple[float, float
         return temperature**2, temperature
     if op == "contrastive_loss":
         lengths = torch.cat([t.detach().double() for t in inputs]).norm(dim=1)
-        return 1 / temperature, float(
-            (lengths[lengths > 0].min() if lengths.any() else lengths[0] + 1) * temperature
-        ) ** -1
+        shortest = float(lengths[lengths > 0].min()) if lengths.any() else 1.0
+        return 1 / temperature, 1 / (shortest * temperature)
     return 0.0, 0.0
 
 
@@ -90,21 +56,19 @@ def _verdict(found: Tensor, truth: Tensor, error: Tensor, noise: float, rounded:
 def _case(tally: Tally, op: str, rng: np.random.Generator) -> None:
     name = str(rng.choice([name for name in CASES if name.split(",")[0] == op]))
     case, dtype = CASES[name], DTYPES[rng.integers(len(DTYPES))]
-    inputs, described = _inputs(case, op, dtype, rng)
+    inputs, described = edge_inputs(case, op, dtype, rng)
     options = dict(getattr(case.function, "keywords", {}))
     if op in ("distillation_kl", "contrastive_loss"):
         options["temperature"] = float(rng.choice([0.5, 10 ** rng.uniform(-3, 4)]))
     definition = partial(DEFINITIONS.get(name, DEFINITIONS[op]), **options)
     compute = dtype if op.startswith(IN_DTYPE) or name in DEFINITIONS else torch.promote_types(dtype, torch.float32)
     info = torch.finfo(torch.promote_types(dtype, torch.float32))
-    floors = [
-        8 * info.eps * each + 16 * info.tiny * (op not in EXACT)
-        for each in _noise(op, inputs, options.get("temperature", 1.0))
-    ]
+    tiny = 16 * info.tiny * (op not in EXACT)
+    floors = [8 * info.eps * each + tiny for each in _noise(op, inputs, options.get("temperature", 1.0))]
     denormal = any(t is not None and ((t != 0) & (t.abs() < torch.finfo(dtype).tiny)).any() for t in inputs)
     torch.manual_seed(int(rng.integers(1 << 30)))
     grads: list[Tensor] = []
-    expected = None
+    expected: Any = None
     for backend in backends()[op]:
         if backend == "triton" and dtype == torch.bfloat16 and denormal:
             tally.skip("bfloat16 denormals in Triton kernels", "Triton's interpreter converts them to other values")
@@ -115,10 +79,8 @@ def _case(tally: Tally, op: str, rng: np.random.Generator) -> None:
         except UnsupportedError:
             continue
         truth, errors, overflow = expected = expected or truth_and_errors(definition, inputs, grads, compute)
-        verdicts = [
-            _verdict(f, t, e, floors[i >= len(grads)], op in ROUNDED)
-            for i, (f, t, e) in enumerate(zip(found, truth, errors, strict=True))
-        ]
+        noises = [floors[i >= len(grads)] for i in range(len(found))]
+        verdicts = [_verdict(*each, op in ROUNDED) for each in zip(found, truth, errors, noises, strict=True)]
         wrong = [f"result {i} is {each}" for i, each in enumerate(verdicts) if each.startswith("wrong")]
         if wrong and not overflow:
             where = f"{name}, {backend}, {dtype}, {', '.join(described)}, {options}"
@@ -127,15 +89,8 @@ def _case(tally: Tally, op: str, rng: np.random.Generator) -> None:
             tally.count(op, "an intermediate value overflows, as in the definition" if wrong else min(verdicts))
 
 
-def in_turn(tally: Tally, kinds: Sequence[str]) -> Iterator[tuple[str, np.random.Generator]]:
-    """Yield the kinds in turn, each at least once, with the random numbers of a case."""
-    for share in (*[0.0] * len(kinds), 1.0):
-        for rng in tally.cases(share):
-            yield kinds[tally.index % len(kinds)], rng
-
-
 def run(tally: Tally) -> None:
     """Run one op per case with a random edge, dtype, shape and options, on all backends."""
     with np.errstate(all="ignore"):  # Triton's interpreter
-        for op, rng in in_turn(tally, KINDS):
+        for op, rng in tally.turns(KINDS):
             _case(tally, op, rng)

@@ -8,25 +8,22 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dfkd_fast.config import TeachConfig
-from dfkd_fast.engine import distill, evaluate, export, teach
+from dfkd_fast.engine import distill, evaluate, export
 from dfkd_fast.models import extract, load_weights, save_weights
 
 from .. import tiny
 from .harness import Tally
 
 ROUNDS, BLOCK = 2010, 15  # a block has five checkpoints and three evaluations with pictures
+# Largest growth from the second to the last quarter of the samples.
 GROWTH = {"rss_kib": 4096, "objects": 64, "files": 0, "threads": 0}
-"""Largest growth from the second to the last quarter of the samples."""
-EXPORT = (1024, 2500, 0, 0, 0)
-"""Additional growth per export, because torch.export keeps the symbolic shapes of each graph."""
-SLOWDOWN = 1.5  # largest ratio of the CPU time in the last quarter to that in the second one
+EXPORT = (1024, 2500, 0, 0, 0)  # additional growth per export: torch.export keeps the symbolic shapes of each graph
 
 
 class _Samples:
@@ -52,24 +49,23 @@ class _Samples:
         values, quarter, times = np.array(self.rows), len(self.rows) // 4, repeated * len(self.rows)
         if quarter < 2:
             return tally.count(kind, "too few to compare", times=times)
-        slopes = np.polyfit(repeated * np.arange(quarter, len(values)), values[quarter:], 1)[0]
         early, late = np.median(values[quarter : 2 * quarter], 0), np.median(values[-quarter:], 0)
-        facts = {f"{name}_slope": float(slope) for name, slope in zip(GROWTH, slopes, strict=False)}
+        facts = {name: float(growth) for name, growth in zip(GROWTH, late - early, strict=False)}
         facts |= {"slowdown": float(late[4] / early[4]), "cpu_seconds": float(np.median(values[:, 4])) / repeated}
         tally.facts[kind] = facts
         limits = np.array([*GROWTH.values(), np.inf]) + 2 * quarter * ("export" in kind) * np.array(EXPORT)
-        if (late - early > limits).any() or (quarter > 7 and facts["slowdown"] > SLOWDOWN):
+        if (late - early > limits).any() or (quarter > 7 and facts["slowdown"] > 1.5):
             return tally.lose(kind, f"{[*GROWTH, 'seconds']} grew from {early} to {late} in {times}: {facts}")
         return tally.count(kind, "flat", times=times)
 
 
-def _rounds(tally: Tally, kind: str, share: float, **changes: Any) -> None:
+def _rounds(changes: dict[str, Any], tally: Tally, kind: str, end: float) -> None:
     samples = _Samples()
 
     def listen(completed: int, *_: Any) -> None:
         if completed % BLOCK == 0:
             samples.take()
-            if tally.left(share) < 0:
+            if time.monotonic() > end:
                 raise TimeoutError
 
     config = tiny.config(tally.folder / kind, epochs=ROUNDS // 5, rounds_per_epoch=5, checkpoint_every=3, **changes)
@@ -78,21 +74,20 @@ def _rounds(tally: Tally, kind: str, share: float, **changes: Any) -> None:
     samples.judge(tally, kind, BLOCK)
 
 
-def _calls(tally: Tally, kind: str, share: float, call: Callable[[Path], object]) -> None:
+def _calls(call: Callable[[Path], object], tally: Tally, kind: str, end: float) -> None:
     for _ in range(2):  # imports and caches
         call(tally.folder / "first")
     samples = _Samples()
-    while not samples.rows or tally.left(share) > 0:
-        call(tally.folder / "calls")
-        shutil.rmtree(tally.folder / "calls", ignore_errors=True)
+    while not samples.rows or time.monotonic() < end:
+        call(tally.folder / kind)
+        shutil.rmtree(tally.folder / kind, ignore_errors=True)
         samples.take()
     samples.judge(tally, kind)
 
 
-TEACH = TeachConfig(epochs=1, batch_size=10, device="cpu")
 CALLS: dict[str, Callable[[Path], object]] = {
     "distill": lambda out: tiny.run(out, epochs=1, rounds_per_epoch=1, resume=True),
-    "teach": lambda out: teach(tiny.network(), tiny.data(), replace(TEACH, out=str(out)), progress=False),
+    "teach": tiny.teach,
     "evaluate": lambda _: evaluate(tiny.network(), tiny.data().test, num_classes=tiny.CLASSES),
     "extract": lambda _: extract(tiny.network(), image_size=tiny.SIZE, statistics=True),
     "save_weights": lambda out: save_weights(tiny.network(), out / "weights.safetensors"),
@@ -101,12 +96,20 @@ CALLS: dict[str, Callable[[Path], object]] = {
 }
 
 
+KINDS: dict[str, tuple[float, Callable[[Tally, str, float], None]]] = {  # with their shares of the time
+    "rounds, eager": (0.4, partial(_rounds, {})),
+    "rounds, eager in bf16 with selection": (0.15, partial(_rounds, {"precision": "bf16", "select": "agreement"})),
+    "rounds, compiled": (0.15, partial(_rounds, {"engine": "compiled"})),
+    **{f"calls of {name}": (0.3 / len(CALLS), partial(_calls, call)) for name, call in CALLS.items()},
+}
+
+
 def run(tally: Tally) -> None:
-    """Divide the time between the rounds of two engines and calls of each function."""
+    """Divide the time between the rounds of two engines and calls of each function, once each."""
     save_weights(tiny.network(), tally.folder / "teacher.safetensors")
-    _rounds(tally, "rounds, eager", 0.4, engine="eager")
-    _rounds(tally, "rounds, eager in bf16 with selection", 0.55, engine="eager", precision="bf16", select="agreement")
-    if tally.seconds > 300:  # compilation takes minutes
-        _rounds(tally, "rounds, compiled", 0.7, engine="compiled")
-    for index, (name, call) in enumerate(CALLS.items(), 1):
-        _calls(tally, f"calls of {name}", 0.7 + 0.3 * index / len(CALLS), call)
+    kinds = [kind for kind in KINDS if tally.seconds > 300 or "compiled" not in kind]  # compilation takes minutes
+    for done, (kind, _) in enumerate(tally.turns(kinds), 1):
+        share, repeat = KINDS[kind]
+        repeat(tally, kind, time.monotonic() + max(4.0, share * tally.seconds))
+        if done == len(kinds):
+            break

@@ -1,0 +1,50 @@
+"""Points of a run at which a process sends signals to itself."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensorboard.compat.tensorflow_stub.io.gfile import GFile
+
+from dfkd_fast import files
+from dfkd_fast.engine import DistillState, engines, loop
+
+__all__ = ["POINTS", "install", "passed"]
+
+SYSTEM_CALLS = tuple((os, name) for name in ("fsync", "open", "replace", "unlink", "mkdir", "pwrite", "ftruncate"))
+POINTS: dict[str, tuple[str, tuple[tuple[Any, str], ...]]] = {
+    "after a system call": ("after", SYSTEM_CALLS),
+    "inside a write": ("inside", ((files._RecordingFile, "write"),)),
+    "inside a write of the TensorBoard log": ("inside", ((GFile, "write"),)),
+    "in a step": ("before", ((engines, "generator_step"), (engines, "student_step"), (loop, "evaluate"))),
+    "while a checkpoint is read": ("after", ((torch, "load"), (DistillState, "load_state_dict"))),
+}
+passed = multiprocessing.RawArray("i", len(POINTS))  # points that a process has passed, by kind
+
+
+def install(kind: int, at: dict[int, int]) -> None:
+    """Make this process send itself the signals ``at[n]`` at its n-th point of a kind."""
+    when, places = list(POINTS.values())[kind]
+
+    def reach() -> None:
+        passed[kind] += 1
+        if passed[kind] in at:
+            os.kill(os.getpid(), at[passed[kind]])
+
+    def patched(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if when == "inside" and at.get(passed[kind] + 1) == signal.SIGKILL:  # write half of the bytes
+                original(*arguments[:-1], bytes(arguments[-1])[: len(arguments[-1]) // 2])
+            result = original(*arguments, **options) if when == "after" else None
+            reach()
+            return result if when == "after" else original(*arguments, **options)
+
+        return call
+
+    for owner, name in places:
+        setattr(owner, name, patched(getattr(owner, name)))
