@@ -304,10 +304,14 @@ def _synthesize(
     from dfkd_fast.models import create_model, load_weights, read_metadata
 
     setup = _setup(experiment, given, num_classes, evaluate=False)
-    config = replace(setup.config, image_size=setup.image_size)
+    stored = {} if generator is None else read_metadata(generator)
+    size = json.loads(stored.get("image_size", "null"))
+    if generator is not None:
+        size = _agreed(generator, "image_size", size, (setup.teacher.weights or "the teacher", setup.config.image_size))
+    config = replace(setup.config, image_size=size or setup.image_size)
     trained = None
     if generator is not None:
-        built = read_metadata(generator).get("generator")
+        built = stored.get("generator")
         if built is not None:
             config = replace(config, generator=GeneratorConfig(**json.loads(built)))
             name = config.generator.name
@@ -316,13 +320,15 @@ def _synthesize(
                     f"{generator} names the generator {name!r}, which imports and runs code. If you trust it, set "
                     f"--distill.generator.name {name}"
                 )
-        trained = build_generator(config.generator, setup.image_size)
+        trained = build_generator(config.generator, config.image_size or setup.image_size)
         load_weights(trained, generator)
     teacher, student = (
         None if each is None or each.weights is None else create_model(each, num_classes=setup.classes)
         for each in (setup.teacher, experiment.student)
     )
     assert teacher is not None
+    if experiment.student is not None and student is None:
+        print("no --student.weights: adversarial terms have no effect")
     folder = make_images(teacher, config, count=count, out=out, student=student, generator=trained, png=format == "png")
     _print_result(("images", count), ("folder", folder))
 

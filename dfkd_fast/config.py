@@ -130,7 +130,7 @@ class GeneratorConfig:
     Args:
         name: ``attention``, another registered generator, or ``package.module:factory``, a function of ``image_size``,
             ``latent_dim`` and the options. ``dfkd_fast.nn.GENERATORS`` lists the registered ones.
-        options: keyword arguments of generators other than ``attention``, to which the fields below do not apply.
+        options: keyword arguments of generators other than ``attention``, to which only ``latent_dim`` applies.
         latent_dim: length of the noise vector z.
         channels: number of channels of the first feature map and of each of the four blocks.
         batch_norm: add a BatchNorm to each block (not in the paper's table).
@@ -166,7 +166,7 @@ class GeneratorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesisConfig:
-    """Where the student's images come from.
+    """The source of the student's images.
 
     Args:
         name: ``online`` trains the generator next to the student and makes new images in each student step. Other
@@ -412,7 +412,7 @@ class DistillConfig:
 
     Args:
         generator: the generator.
-        synthesis: where the student's images come from.
+        synthesis: the source of the student's images.
         objective: loss terms and weights.
         optimizer: optimizers and learning rates.
         loop: length of the run and intervals within it.

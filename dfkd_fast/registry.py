@@ -71,7 +71,7 @@ class Registry(dict[str, T]):
     """Parts by name.
 
     Args:
-        kind: what a part is called in messages, for example ``generator``.
+        kind: name of the kind of parts in messages, for example ``generator``.
         field: name of the config's field, for messages.
         factories: whether a name can be ``package.module:factory``.
     """

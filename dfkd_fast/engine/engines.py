@@ -76,13 +76,17 @@ class Engine:
         Raises:
             CaptureError: the graph engine cannot capture a step.
         """
+        self._start_synthesizer()
         self.executor.prepare(self)
 
     def start_round(self) -> None:
         """Start or continue the round at ``state.position``."""
-        self.state.synthesizer.start_round(self.state.generator.objective.weights, self.state.position.round)
+        self._start_synthesizer()
         self.executor.start_round(self)
         self.state.start_round()
+
+    def _start_synthesizer(self) -> None:
+        self.state.synthesizer.start_round(self.state.generator.objective.weights, self.state.position.round)
 
     def _take(self, kind: Kind) -> None:
         with nvtx_range("step", kind):

@@ -159,7 +159,7 @@ class _Run:
             accuracy = self.measurements.submit(lambda: self.accuracy(student))
         self.pending = _Epoch(number=epoch, agreement=agreement(state), student=student, accuracy=accuracy)
         random = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 2)
-        images = synthesize(state, *state.synthesizer.draw_samples(min(_GRID, loop.batch_size), random)).float()
+        images = synthesize(state, *state.synthesizer.draw_samples(min(_GRID, loop.batch_size), random))[:_GRID].float()
         self.files.submit(lambda: self.save_images(images, epoch))
         if not overlaps:
             self.finish_epoch()
@@ -176,6 +176,9 @@ class _Run:
         measured = {"agreement": epoch.agreement}
         if epoch.accuracy is not None:
             measured["accuracy"] = epoch.accuracy.result()
+        if epoch.number in state.epochs.get("epoch", []):  # a callback has ended the run within this epoch before
+            for series in state.epochs.values():
+                series.pop()
         state.epochs.setdefault("epoch", []).append(epoch.number)
         for name, value in measured.items():
             self.writer.add_scalar(f"epoch/{name}", value, epoch.number)
@@ -308,7 +311,7 @@ def distill(
         KeyboardInterrupt: after Ctrl-C, once the run is saved. SIGTERM saves the run and exits with status 143.
     """
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
-    with float32_weights(student):
+    with float32_weights(student), float32_weights(generator or nn.Identity()):
         teacher, student, sizes = prepare_networks(teacher, student, config, data)
         student.train()
         with runtime.backends(), frozen(teacher), preserve_train_mode(teacher, False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import logging
 import math
@@ -21,7 +22,7 @@ from dfkd_fast.graph.modes import preserve_state
 from dfkd_fast.graph.tracing import weights_of
 from dfkd_fast.nn import GENERATORS, AttentionGenerator
 from dfkd_fast.objectives import Objective, generator_objective, student_objective
-from dfkd_fast.synthesis import Setting, Synthesizer, create_synthesizer
+from dfkd_fast.synthesis import SYNTHESIZERS, Setting, Synthesizer, create_synthesizer
 
 __all__ = ["DistillState", "Normalize", "Position", "Side", "build_generator", "build_state"]
 
@@ -175,7 +176,7 @@ class DistillState:
             if factor != 1:
                 torch.mul(self.generator_rate, factor, out=group["lr"])
 
-    @property
+    @functools.cached_property
     def scheduled(self) -> bool:
         """Whether the generator's learning rate changes."""
         iterations = range(self.synthesizer.setting.iterations)
@@ -197,8 +198,10 @@ class DistillState:
                 term.finish_synthesis()
 
     def _reset_generator_optimizer(self) -> None:
-        averages = [value for each in self.generator.optimizer.state.values() for value in each.values()]
-        torch._foreach_zero_(averages)
+        """Reset Adam for the synthesizer's parameters. Heads of terms keep their averages."""
+        state = self.generator.optimizer.state
+        parameters = [parameter for each, _ in self.synthesizer.parameters() for parameter in each]
+        torch._foreach_zero_([value for parameter in parameters for value in state[parameter].values()])
 
     def start_round(self) -> None:
         """Write the position in the round and the learning rates of its steps to the device.
@@ -235,7 +238,8 @@ class DistillState:
 
         Restores the random state of ``noise`` and of torch's global generators too.
         """
-        tensors = list(self.mutable_tensors())
+        fixed = {id(tensor) for tensor in self.synthesizer.fixed_in_steps()}
+        tensors = [tensor for tensor in self.mutable_tensors() if id(tensor) not in fixed]
         values = [tensor.detach().clone() for tensor in tensors]
         scalers = [(side.scaler, side.scaler.state_dict()) for side in self.sides.values()]
         noise = self.noise.get_state()
@@ -256,7 +260,7 @@ class DistillState:
         parts: dict[str, Any] = {"student": self.student.module.model, "generator": self.generator.module}
         for name, side in self.sides.items():
             parts |= {f"{name}_{part}": getattr(side, part) for part in ("objective", "optimizer", "scaler")}
-        if self.synthesizer.tensors():
+        if self.synthesizer.state_dict():
             parts["synthesizer"] = self.synthesizer
         return parts
 
@@ -351,6 +355,8 @@ def _check_generator(generator: nn.Module, image_size: int, device: torch.device
         raise TypeError(f"the generator must be a torch.nn.Module, got {name}")
     if not isinstance(latent_dim, int) or latent_dim < 1:
         raise ValueError(f"{name}.latent_dim must be the length of the noise vector, got {latent_dim!r}")
+    if not any(parameter.requires_grad for parameter in generator.parameters()):
+        raise ValueError(f"{name} has no weight that requires a gradient: call requires_grad_(True) first")
     noise = torch.randn(2, latent_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     with preserve_state(generator, device):
         images = generator(noise.to(device))
@@ -406,6 +412,29 @@ def _sgd(parameters: list[nn.Parameter], config: DistillConfig, rate: Tensor) ->
     return optimizer
 
 
+def _place_generator(
+    config: DistillConfig, runtime: Runtime, image_size: int, given: nn.Module | None
+) -> nn.Module | None:
+    """Build the generator of the config, or check the given one, and move it to the device of the run.
+
+    Returns:
+        The generator, or None if the synthesizer uses none.
+    """
+    generator = given
+    if given is None:
+        if not SYNTHESIZERS.find(config.synthesis.name).uses_generator:
+            return None
+        generator = build_generator(config.generator, image_size)
+    assert generator is not None
+    if isinstance(generator, nn.Module):
+        runtime.place(generator.float()).train()
+    if isinstance(generator, AttentionGenerator):
+        _warn_without_effect(config.generator, image_size, runtime.autocast or torch.float32)
+    else:
+        _check_generator(generator, image_size, runtime.device)
+    return generator
+
+
 def _with_statistics(teacher: FeatureModel, objective: Objective, image_size: int) -> FeatureModel | None:
     """The teacher with BatchNorm statistics, if a term needs them."""
     if "statistics" not in objective.needs:
@@ -422,7 +451,7 @@ def _with_statistics(teacher: FeatureModel, objective: Objective, image_size: in
 
 
 def _setting(
-    config: DistillConfig, generator: nn.Module, teacher: FeatureModel, image_size: int, normalize: Normalize
+    config: DistillConfig, generator: nn.Module | None, teacher: FeatureModel, image_size: int, normalize: Normalize
 ) -> Setting:
     device = normalize.scale.device
     sizes: dict[str, Any] = {"image_size": image_size, "batch_size": config.loop.batch_size}
@@ -430,6 +459,7 @@ def _setting(
     return Setting(
         generator=generator,
         teacher=teacher,
+        steps=config.loop.generator_steps,
         iterations=max(1, config.loop.generator_steps // config.synthesis.per_round),
         scale=normalize.scale,
         shift=normalize.shift,
@@ -472,14 +502,11 @@ def build_state(
             f"got {teacher.num_classes} and {student.num_classes}"
         )
     torch.manual_seed(config.seed)
+    generator = _place_generator(config, runtime, image_size, given)
     # Initialize weights on the CPU, so that a seed gives the same weights on every device.
-    generator = build_generator(config.generator, image_size) if given is None else given
-    _warn_without_effect(config.generator, image_size, runtime.autocast or torch.float32)
     objectives = [build(config.objective, teacher, student) for build in (generator_objective, student_objective)]
-    for module in (teacher, student, generator, *objectives):
+    for module in (teacher, student, *objectives):
         runtime.place(module.float())  # torch's default dtype may be float64
-    if not isinstance(generator, AttentionGenerator):
-        _check_generator(generator, image_size, runtime.device)
     with_statistics = _with_statistics(teacher, objectives[0], image_size)
     trained = [*student.model.parameters(), *(p for p in objectives[1].parameters() if p.requires_grad)]
     device, steps = runtime.device, config.loop.generator_steps + config.loop.student_steps

@@ -1,9 +1,10 @@
-"""Synthetic images as a product: a folder of images that a generator or a pool synthesizer makes."""
+"""Writes synthetic images of a generator or a pool synthesizer to a folder."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import report
-from dfkd_fast.config import DistillConfig, to_dict
+from dfkd_fast.config import DistillConfig, expand, to_dict
 from dfkd_fast.engine.engines import create_engine
 from dfkd_fast.engine.loop import prepare_networks
 from dfkd_fast.engine.progress import Listener, ProgressLine
@@ -63,11 +64,13 @@ def make_images(
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    folder = Path(out)
+    folder = expand(out)
     if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another folder for out")
     folder.mkdir(parents=True, exist_ok=True)
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
+    if student is None:  # in eval mode, equal networks agree
+        config = replace(config, loop=replace(config.loop, student_in_generator_step="eval"))
     other = copy.deepcopy(unwrap(teacher if student is None else student)).float().requires_grad_(True)
     networks = prepare_networks(teacher, other, config, None)
     with lock_folder(folder), runtime.backends(), frozen(networks[0]), preserve_train_mode(networks[0], False):

@@ -150,41 +150,46 @@ class AttentionGenerator(nn.Module):
 
 @GENERATORS.register("upsampling")
 class UpsamplingGenerator(nn.Module):
-    """The generator of DAFL (Chen et al., ICCV 2019), which CMI, Fast and NAYER also use.
+    """A generator like that of DAFL (Chen et al., ICCV 2019), CMI, Fast and NAYER.
 
-    A linear layer and a BatchNorm produce a map, H / 4 x W / 4. Two blocks double it by nearest-neighbor upsampling and
-    a convolution, and a convolution with tanh produces the image.
+    A linear layer and a BatchNorm produce the first map. Blocks double it by nearest-neighbor upsampling and a
+    convolution, and a convolution with tanh produces the image. The released generators end in a sigmoid.
 
     Args:
-        image_size: H and W in pixels, a multiple of 4.
+        image_size: H and W in pixels, a multiple of ``2 ** blocks``.
         latent_dim: length of the noise vector.
         width: number of channels of the last map; the others have twice as many.
+        blocks: number of blocks. The released generators have 2, for images of 32 x 32. At 224 x 224, the linear layer
+            of 2 blocks has 100 million weights, that of 5 has 1.6 million.
         normalize_image: apply a BatchNorm without parameters before tanh, as DAFL does.
 
     Raises:
-        ValueError: image_size is not a positive multiple of 4.
+        ValueError: image_size is not a positive multiple of ``2 ** blocks``.
     """
 
     def __init__(
-        self, image_size: int, *, latent_dim: int = 256, width: int = 64, normalize_image: bool = False
+        self,
+        image_size: int,
+        *,
+        latent_dim: int = 256,
+        width: int = 64,
+        blocks: int = 2,
+        normalize_image: bool = False,
     ) -> None:
         super().__init__()
-        if image_size < 4 or image_size % 4:
-            raise ValueError(f"image_size must be a positive multiple of 4, got {image_size}")
-        self.image_size, self.latent_dim, first = image_size, latent_dim, image_size // 4
+        if blocks < 1 or image_size < 1 or image_size % 2**blocks:
+            raise ValueError(f"image_size must be a positive multiple of 2 ** blocks, got {image_size} and {blocks}")
+        self.image_size, self.latent_dim, first = image_size, latent_dim, image_size // 2**blocks
         self.project = nn.Linear(latent_dim, 2 * width * first**2)
         self.to_map = nn.Unflatten(1, (2 * width, first, first))
-
-        def block(inputs: int, outputs: int) -> list[nn.Module]:
-            return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)]
-
-        image = [nn.Conv2d(width, 3, 3, padding=1), *([nn.BatchNorm2d(3, affine=False)] if normalize_image else [])]
-        self.layers = nn.Sequential(
-            nn.BatchNorm2d(2 * width),
-            *(nn.Upsample(scale_factor=2), *block(2 * width, 2 * width)),
-            *(nn.Upsample(scale_factor=2), *block(2 * width, width)),
-            *(*image, nn.Tanh()),
-        )
+        layers: list[nn.Module] = [nn.BatchNorm2d(2 * width)]
+        for index in range(blocks):
+            outputs = width if index + 1 == blocks else 2 * width
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(2 * width, outputs, 3, padding=1)]
+            layers += [nn.BatchNorm2d(outputs), nn.LeakyReLU(0.2)]
+        layers += [nn.Conv2d(width, 3, 3, padding=1)]
+        layers += [nn.BatchNorm2d(3, affine=False)] if normalize_image else []
+        self.layers = nn.Sequential(*layers, nn.Tanh())
 
     def forward(self, noise: Tensor) -> Tensor:
         """Generate images (N, 3, H, W) from noise (N, latent_dim), with the dtype of the weights."""

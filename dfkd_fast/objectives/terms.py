@@ -199,8 +199,9 @@ class BatchNormStatistics(Term):
             self.sizes = [int(size) for norm in norms for size in [norm.num_features] * 2]  # type: ignore[arg-type]
             device = next(teacher.model.parameters()).device
             for name in ("average", "last"):
-                self.register_buffer(name, torch.zeros(sum(self.sizes), device=device))
-            self.register_buffer("weight", torch.zeros((), device=device))  # 0 in the first synthesis
+                self.register_buffer(name, torch.zeros(sum(self.sizes), dtype=torch.float32, device=device))
+            # 0 in the first synthesis
+            self.register_buffer("weight", torch.zeros((), dtype=torch.float32, device=device))
 
     def finish_synthesis(self) -> None:
         if self.momentum:
@@ -400,7 +401,7 @@ class InversionContrast(Term):
                 f"{batch_size}"
             )
         for name in ("last", "best"):
-            self.register_buffer(name, torch.zeros(batch_size, self.bank.shape[1], device=self.bank.device))
+            self.register_buffer(name, torch.zeros_like(self.bank[:batch_size]))
 
     def keep(self, better: Tensor | None) -> None:
         self.best.copy_(self.last if better is None else torch.where(better, self.last, self.best))
@@ -418,7 +419,7 @@ class InversionContrast(Term):
         views = [torch.cat([x.float().mean((2, 3)) for x in each.features], 1) for each in (batch.view, teacher)]
         self.last.copy_(torch.cat(views, 1).detach())
         # A random selection of the bank's valid rows, and then of the others, which are masked.
-        order = torch.rand(len(self.bank), device=self.bank.device)
+        order = torch.rand(len(self.bank), dtype=torch.float32, device=self.bank.device)
         order = order + 2 * (torch.arange(len(self.bank), device=order.device) >= self.count)
         chosen = self.bank[order.argsort()[: self.config.negatives]]
         valid = torch.arange(len(chosen), device=order.device) < self.count
@@ -427,7 +428,8 @@ class InversionContrast(Term):
             for view, banked in zip(views, chosen.chunk(2, 1), strict=True)
         )
         current = len(views[0])
-        logits = local @ other.detach().T / self.config.temperature
+        with torch.autocast(local.device.type, enabled=False):
+            logits = local @ other.detach().T / self.config.temperature
         used = torch.cat([torch.ones(current, dtype=torch.bool, device=order.device), valid])
         losses = F.cross_entropy(
             logits.masked_fill(~used, -torch.inf).masked_fill(~used[:, None], 0.0),

@@ -1,4 +1,4 @@
-"""Where the images of a run come from: generators that train next to the student, and pools of optimized images."""
+"""Synthesizers make the images of a run: generators that train next to the student, and pools of optimized images."""
 
 from dfkd_fast.synthesis.base import SYNTHESIZERS, Online, Setting, Synthesizer, create_synthesizer
 from dfkd_fast.synthesis.folder import Folder, read_pool, write_pool

@@ -18,13 +18,14 @@ __all__ = ["SYNTHESIZERS", "NoOptions", "Online", "Setting", "Synthesizer", "cre
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a synthesizer is built for.
+    """The run that a synthesizer is built for.
 
     Attributes:
-        generator: the run's generator, on the device of the run.
+        generator: the run's generator, on the device of the run; None for synthesizers that use none.
         teacher: the frozen teacher.
         image_size: height and width of the images, in pixels.
         batch_size: number of images per step.
+        steps: number of generator steps per round.
         iterations: number of generator steps per synthesis.
         scale, shift: (1, 3, 1, 1) float32; ``images * scale + shift`` is the teacher's input.
         learning_rate: ``OptimizerConfig.generator_lr``.
@@ -33,10 +34,11 @@ class Setting:
         config: pool size and augmentation.
     """
 
-    generator: nn.Module
+    generator: Any
     teacher: FeatureModel
     image_size: int
     batch_size: int
+    steps: int
     iterations: int
     scale: Tensor
     shift: Tensor
@@ -81,10 +83,12 @@ class Synthesizer:
             none.
         views: 2 if ``module`` returns two views of each image, (2 N, 3, H, W), for terms that compare them; else 1.
         resets_optimizer: whether each synthesis starts with a new optimizer state.
+        uses_generator: whether ``setting.generator`` is required.
     """
 
     Options: ClassVar[type] = NoOptions
     resets_optimizer: ClassVar[bool] = False
+    uses_generator: ClassVar[bool] = True
     views: ClassVar[int] = 1
     generator: nn.Module | None
     module: nn.Module
@@ -133,6 +137,10 @@ class Synthesizer:
         """All tensors that steps or syntheses change, except those of ``module`` and its optimizer, by unique names."""
         return {}
 
+    def fixed_in_steps(self) -> list[Tensor]:
+        """Those of :meth:`tensors` that change between steps, but not in steps."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """The tensors of :meth:`tensors`, for a checkpoint."""
         return {name: tensor.detach() for name, tensor in self.tensors().items()}
@@ -179,7 +187,7 @@ class Online(Synthesizer):
 
     def noise(self, count: int, random: torch.Generator | None = None) -> Tensor:
         """Draw z ~ N(0, 1), (count, latent_dim) float32."""
-        size = (count, int(self.setting.generator.latent_dim))  # type: ignore[arg-type]
+        size = (count, int(self.setting.generator.latent_dim))
         random = random or self.setting.random
         return torch.randn(size, dtype=torch.float32, device=self.setting.device, generator=random)
 

@@ -1,9 +1,11 @@
-"""Images that exist already: a folder of files or a saved pool."""
+"""Folders of images, and saved pools."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,9 @@ def write_pool(folder: str | Path, images: Tensor, labels: Tensor, *, png: bool 
         write_file(root / POOL_FILE, save({"images": images.contiguous(), "labels": labels.contiguous()}))
         return root
     for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        path = root / f"{label:04d}" / f"{index:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        content = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(content, format="PNG")
+        write_file(root / f"{label:04d}" / f"{index:06d}.png", content.getvalue())
     return root
 
 
@@ -99,7 +101,7 @@ def _square(path: Path, size: int) -> Tensor:
 
 
 class _Nothing(Source):
-    """Nothing to train."""
+    """A module without images, because no generator step runs."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -128,23 +130,27 @@ class Folder(PoolSynthesizer):
         folder: str
 
     generator = None
+    uses_generator = False
+    makes_images = False
 
     def __init__(self, setting: Setting, options: Any) -> None:
-        super().__init__(setting, options)
-        self.module = _Nothing(setting)
         images = read_pool(options.folder, setting.image_size, setting.config.pool_size)
-        self.pool.images = images.to(setting.device)
-        self.pool.labels = torch.zeros(len(images), dtype=torch.int64, device=setting.device)
+        size = max(len(images), setting.batch_size)  # of the pool, which has no other images
+        super().__init__(replace(setting, config=replace(setting.config, pool_size=size)), options)
+        self.module = _Nothing(setting)
+        self.pool.images[: len(images)] = images
         self.pool.count.fill_(len(images))
+        self.digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
         return ()
 
     def tensors(self) -> dict[str, Tensor]:
-        return {}  # nothing changes, so a checkpoint does not repeat the images
-
-    def state_dict(self) -> dict[str, Any]:
         return {}
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"digest": self.digest}
+
     def load_state_dict(self, state: Any) -> None:
-        pass
+        if state["digest"] != self.digest:
+            raise ValueError(f"the images in {self.options.folder} are not those that the run started with")

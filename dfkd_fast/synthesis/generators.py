@@ -53,6 +53,17 @@ class _Both(nn.Module):
         return torch.cat([self.first(noise), self.second(other)])
 
 
+class _WarmUp(PoolSynthesizer):
+    """Sets the weight of the term ``masked_kl`` to 0 in the first ``options.warm_up`` rounds."""
+
+    published: float | None = None
+
+    def start_round(self, weights: dict[str, float], round: int) -> None:
+        if "masked_kl" in weights:
+            self.published = weights["masked_kl"] if self.published is None else self.published
+            weights["masked_kl"] = 0.0 if round < self.options.warm_up else self.published
+
+
 @SYNTHESIZERS.register("momentum")
 class Momentum(Online):
     """Momentum adversarial distillation (MAD; Do et al., NeurIPS 2022).
@@ -101,7 +112,7 @@ class _Batch(Source):
         super().__init__(setting)
         self.generator = generator
         size = (setting.batch_size, int(generator.latent_dim))  # type: ignore[arg-type]
-        self.noise = nn.Parameter(torch.zeros(size, device=setting.device))
+        self.noise = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=setting.device))
 
     def forward(self, places: Tensor | None = None) -> Tensor:
         """Return the batch of images in [-1, 1], augmented."""
@@ -109,7 +120,7 @@ class _Batch(Source):
 
 
 @SYNTHESIZERS.register("fast")
-class Fast(PoolSynthesizer):
+class Fast(_WarmUp):
     """Up to 100x faster data-free knowledge distillation (Fang et al., AAAI 2022), first-order meta-learning.
 
     Each synthesis optimizes a copy of the generator and the noise on augmented images. The sum of the copy's gradients
@@ -123,7 +134,7 @@ class Fast(PoolSynthesizer):
 
         Args:
             noise_rate: learning rate of the noise, relative to that of the generator.
-            warm_up: number of rounds with weight 0 of the adversarial term.
+            warm_up: number of first rounds in which the term ``masked_kl`` has weight 0.
         """
 
         noise_rate: float = 5.0
@@ -143,23 +154,18 @@ class Fast(PoolSynthesizer):
         )
         for parameter in self.trained:  # Adam creates this state in its first step, but a checkpoint needs it before
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": torch.zeros(()), **zeros}
-        self._weight: float | None = None
+            self.optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
 
     def parameters(self) -> list[tuple[list[nn.Parameter], float]]:
         return [(self.copied, 1.0), ([self.module.noise], self.options.noise_rate)]
-
-    def start_round(self, weights: dict[str, float], round: int) -> None:
-        if "masked_kl" in weights:
-            self._weight = weights["masked_kl"] if self._weight is None else self._weight
-            weights["masked_kl"] = 0.0 if round < self.options.warm_up else self._weight
 
     def start(self) -> None:
         super().start()
         with torch.no_grad():
             self.module.generator.load_state_dict(self.setting.generator.state_dict())
             noise = self.module.noise
-            noise.copy_(torch.randn(noise.shape, device=noise.device, generator=self.setting.random))
+            drawn = torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, generator=self.setting.random)
+            noise.copy_(drawn)
             torch._foreach_zero_(self.gradients)
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
@@ -229,7 +235,8 @@ class Contrastive(PoolSynthesizer):
         random = self.setting.random
 
         def normal(tensor: Tensor, mean: float, deviation: float) -> None:
-            tensor.copy_(torch.randn(tensor.shape, device=tensor.device, generator=random) * deviation + mean)
+            drawn = torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=random)
+            tensor.copy_(drawn * deviation + mean)
 
         with torch.no_grad():
             normal(self.module.noise, 0.0, 1.0)
@@ -245,36 +252,37 @@ class Contrastive(PoolSynthesizer):
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
         random, device = self.setting.random, self.setting.device
-        places = self.sampler.draw(count, random) or (torch.tensor([]),)
-        drawn = torch.rand(count, 5, device=device, generator=random)
+        places = self.sampler.draw(count, random) or (None,)
+        drawn = torch.rand(count, 5, dtype=torch.float32, device=device, generator=random)
         area = 0.25 + 0.75 * drawn[:, 0]
         ratio = torch.exp((2 * drawn[:, 1] - 1) * math.log(4 / 3))  # of width to height, as in torchvision
         height, width = ((area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1))
-        sign = torch.where(drawn[:, 4] < 0.5, -1.0, 1.0)
+        sign = torch.where(drawn[:, 4] < 0.5, -1.0, 1.0).float()
         offsets = 2 * drawn[:, 2:4] - 1
-        return places[0], torch.stack([height, width, offsets[:, 0], offsets[:, 1], sign], 1)
+        return places[0], torch.stack([height, width, offsets[:, 0], offsets[:, 1], sign], 1)  # type: ignore[return-value]
 
 
 class _Embedded(Source):
     """Maps the embeddings of classes to a generator's input, with one random linear layer per group of images."""
 
-    def __init__(self, generator: nn.Module, embeddings: Tensor, groups: int, setting: Setting) -> None:
+    def __init__(self, setting: Setting, embeddings: Tensor) -> None:
         super().__init__(setting)
-        width, size = embeddings.shape[1], int(generator.latent_dim)  # type: ignore[arg-type]
-        self.generator = generator
-        self.embeddings = embeddings
-        self.norm = nn.BatchNorm1d(width, device=embeddings.device)
-        self.layers = nn.ModuleList(nn.Linear(width, size, device=embeddings.device) for _ in range(groups))
+        width, size, self.group = embeddings.shape[1], int(setting.generator.latent_dim), setting.num_classes
+        options: dict[str, Any] = {"dtype": torch.float32, "device": setting.device}
+        self.generator, self.embeddings = setting.generator, embeddings
+        self.norm = nn.BatchNorm1d(width, **options)
+        groups = math.ceil(setting.batch_size / self.group)
+        self.layers = nn.ModuleList(nn.Linear(width, size, **options) for _ in range(groups))
 
     def forward(self, labels: Tensor, places: Tensor | None = None) -> Tensor:
         """Return images in [-1, 1] of the classes ``labels``, (N,), augmented."""
-        groups = self.norm(self.embeddings[labels]).tensor_split(len(self.layers))
+        groups = self.norm(self.embeddings[labels]).split(self.group)
         noise = torch.cat([layer(group) for layer, group in zip(self.layers, groups, strict=True)])
         return self.augmented(self.generator(noise), places)
 
 
 @SYNTHESIZERS.register("nayer")
-class LabelEmbedding(PoolSynthesizer):
+class LabelEmbedding(_WarmUp):
     """NAYER, noisy layer generation (Tran et al., CVPR 2024).
 
     The generator's input is the embedding of a class, through a linear layer with new random weights in each
@@ -292,7 +300,7 @@ class LabelEmbedding(PoolSynthesizer):
             embeddings: a safetensors file with the tensor ``embeddings``, (classes, width), such as CLIP's text
                 embeddings of the class names.
             reset_every: number of syntheses after which the generator starts anew.
-            warm_up: number of rounds with weight 0 of the adversarial term.
+            warm_up: number of first rounds in which the term ``masked_kl`` has weight 0.
         """
 
         embeddings: str | None = None
@@ -300,21 +308,18 @@ class LabelEmbedding(PoolSynthesizer):
         warm_up: int = 20
 
     module: _Embedded
-    start_round = Fast.start_round
 
     def __init__(self, setting: Setting, options: Any) -> None:
         super().__init__(setting, options)
         self.generator = setting.generator
-        groups = max(1, setting.batch_size // setting.num_classes)
-        self.module = _Embedded(setting.generator, self._embeddings(), groups, setting)
+        self.module = _Embedded(setting, self._embeddings())
         self.syntheses = torch.zeros((), dtype=torch.int64)
-        self._weight: float | None = None
 
     def _embeddings(self) -> Tensor:
         count, device, path = self.setting.num_classes, self.setting.device, self.options.embeddings
         if path is None:
             log.warning("synthesizer 'nayer' has no file of embeddings: classes have one-hot embeddings")
-            return torch.eye(count, device=device)
+            return torch.eye(count, dtype=torch.float32, device=device)
         from safetensors.torch import load_file
 
         found = load_file(expand(path)).get("embeddings")
@@ -333,10 +338,12 @@ class LabelEmbedding(PoolSynthesizer):
         with torch.no_grad():
             if self.syntheses and self.syntheses % self.options.reset_every == 0:
                 _reset(self.setting.generator, self.setting.random)
+                self.module.norm.reset_parameters()
             for layer in self.module.layers:
                 assert isinstance(layer, nn.Linear)
-                for weight in (layer.weight, layer.bias):
-                    weight.copy_(torch.randn(weight.shape, device=weight.device, generator=self.setting.random))
+                like: dict[str, Any] = {"dtype": torch.float32, "device": layer.weight.device}
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=self.setting.random, **like))
+                layer.bias.zero_()
             self.syntheses += 1
 
     def draw(self, count: int) -> tuple[Tensor, ...]:

@@ -16,12 +16,18 @@ __all__ = ["DeepInversion", "ZeroShot"]
 
 
 class _Images(Source):
-    """Images as parameters, in the teacher's normalization. They can be shifted (by rolling) and flipped together."""
+    """Images as parameters. They can be shifted (by rolling) and flipped together.
 
-    def __init__(self, setting: Setting) -> None:
+    Args:
+        setting: the run.
+        scale: ``images * scale + shift`` is the parameter, for images in [-1, 1].
+        shift: see ``scale``.
+    """
+
+    def __init__(self, setting: Setting, scale: Tensor, shift: Tensor) -> None:
         super().__init__(setting)
         self.pixels = nn.Parameter(torch.zeros_like(self.images))
-        self.scale, self.shift = setting.scale, setting.shift
+        self.scale, self.shift = scale, shift
 
     def forward(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
         """Return the images in [-1, 1], with the given order of rows (H,) and columns (W,)."""
@@ -34,11 +40,8 @@ class _Images(Source):
 
 class _ImageSynthesizer(PoolSynthesizer):
     generator = None
+    uses_generator = False
     module: _Images
-
-    def __init__(self, setting: Setting, options: Any) -> None:
-        super().__init__(setting, options)
-        self.module = _Images(setting)
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
         return ()
@@ -66,6 +69,10 @@ class DeepInversion(_ImageSynthesizer):
         flip: bool = True
         warm_up: int = 100
 
+    def __init__(self, setting: Setting, options: Any) -> None:
+        super().__init__(setting, options)
+        self.module = _Images(setting, setting.scale, setting.shift)
+
     def rate(self, iteration: int) -> float:
         warm_up = min(self.options.warm_up, self.setting.iterations // 2)
         if iteration < warm_up:
@@ -75,12 +82,13 @@ class DeepInversion(_ImageSynthesizer):
 
     def start(self) -> None:
         super().start()
-        images = self.module.pixels
-        images.data.copy_(torch.randn(images.shape, device=images.device, generator=self.setting.random))
+        pixels = self.module.pixels
+        noise = torch.randn(pixels.shape, dtype=torch.float32, device=pixels.device, generator=self.setting.random)
+        pixels.data.copy_(noise)
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
         size, device, random = self.setting.image_size, self.setting.device, self.setting.random
-        places = torch.rand(3, device=device, generator=random)
+        places = torch.rand(3, dtype=torch.float32, device=device, generator=random)
         shift = ((2 * self.options.jitter + 1) * places[:2]).long() - self.options.jitter
         order = torch.arange(size, device=device)
         columns = torch.where(places[2] < 0.5, size - 1 - order, order) if self.options.flip else order
@@ -97,7 +105,7 @@ class ZeroShot(_ImageSynthesizer):
 
     The probabilities of class k are drawn from a Dirichlet distribution with concentration
     ``beta * minmax(C_k) + 1e-4``, where C is the similarity of the teacher's last weights. Half of the images use each
-    ``beta``. After each step, each image is scaled to the whole range of values.
+    ``beta``. Images are optimized in [0, 1]. After each step, each image is scaled to the whole range of values.
 
     Raises:
         ValueError: the teacher has no linear layer with one output per class.
@@ -123,7 +131,10 @@ class ZeroShot(_ImageSynthesizer):
         similarity = unit @ unit.T
         least, most = similarity.amin(1, keepdim=True), similarity.amax(1, keepdim=True)
         self.similarity = (similarity - least) / (most - least).clamp_min(1e-12)
-        self.labels = torch.zeros(setting.batch_size, setting.num_classes, device=setting.device)
+        size = (setting.batch_size, setting.num_classes)
+        self.labels = torch.zeros(size, dtype=torch.float32, device=setting.device)
+        half = torch.full_like(setting.scale, 0.5)
+        self.module = _Images(setting, half, half)
 
     def draw_labels(self) -> Tensor:
         classes = super().draw_labels()
@@ -135,12 +146,11 @@ class ZeroShot(_ImageSynthesizer):
 
     def start(self) -> None:
         super().start()
-        images = self.module.pixels
-        values = torch.rand(images.shape, device=images.device, generator=self.setting.random) * 2 - 1
-        images.data.copy_(values * self.setting.scale + self.setting.shift)
+        pixels = self.module.pixels
+        values = torch.rand(pixels.shape, dtype=torch.float32, device=pixels.device, generator=self.setting.random)
+        pixels.data.copy_(values)
 
     def after_step(self) -> None:
-        images = (self.module.pixels.data - self.setting.shift) / self.setting.scale
-        least, most = (each(images, (1, 2, 3), keepdim=True) for each in (torch.amin, torch.amax))
-        images = 2 * (images - least) / (most - least).clamp_min(1e-12) - 1
-        self.module.pixels.data.copy_(images * self.setting.scale + self.setting.shift)
+        pixels = self.module.pixels.data
+        least, most = (each(pixels, (1, 2, 3), keepdim=True) for each in (torch.amin, torch.amax))
+        pixels.copy_((pixels - least) / (most - least).clamp_min(1e-12))

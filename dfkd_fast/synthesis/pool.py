@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ class Pool:
 
     def draw(self, count: int, random: torch.Generator) -> Tensor:
         """Draw the indices (count,) of random images."""
-        where = torch.rand(count, device=self.images.device, generator=random) * self.count
+        where = torch.rand(count, dtype=torch.float32, device=self.images.device, generator=random) * self.count
         # float32 may round up, and steps are warmed up before the first synthesis.
         return where.long().minimum(self.count - 1).clamp_(min=0)
 
@@ -118,7 +118,8 @@ class Augment(nn.Module):
         """Draw the offsets and flips of ``count`` images, (count, 3) int64; nothing without ``crop``."""
         if self.crop is None:
             return ()
-        places = torch.rand(count, 3, device=self.counts.device, generator=random) * self.counts
+        drawn = torch.rand(count, 3, dtype=torch.float32, device=self.counts.device, generator=random)
+        places = drawn * self.counts
         return (places.long().minimum(self.counts - 1),)  # float32 may round up
 
     def forward(self, images: Tensor, places: Tensor | None = None) -> Tensor:
@@ -140,7 +141,7 @@ class Source(nn.Module):
     def __init__(self, setting: Setting) -> None:
         super().__init__()
         size = (setting.batch_size, 3, setting.image_size, setting.image_size)
-        self.register_buffer("images", torch.zeros(size, device=setting.device))
+        self.register_buffer("images", torch.zeros(size, dtype=torch.float32, device=setting.device))
         self.augment = Augment(setting.config.crop, setting.device)
 
     def augmented(self, images: Tensor, places: Tensor | None) -> Tensor:
@@ -160,12 +161,18 @@ class PoolSynthesizer(Synthesizer):
     """
 
     resets_optimizer = True
+    makes_images: ClassVar[bool] = True
     sampler: Augment
     module: Source
 
     def __init__(self, setting: Setting, options: Any) -> None:
         super().__init__(setting, options)
         config, device = setting.config, setting.device
+        if self.makes_images != (setting.steps > 0):
+            needed = "at least 1" if self.makes_images else "0"
+            raise ValueError(
+                f"LoopConfig.generator_steps must be {needed} with the synthesizer {config.name!r}, got {setting.steps}"
+            )
         if config.pool_size < setting.batch_size:
             raise ValueError(
                 f"SynthesisConfig.pool_size must be at least the batch size, got {config.pool_size} and "
@@ -174,7 +181,7 @@ class PoolSynthesizer(Synthesizer):
         self.pool = Pool(config.pool_size, setting.image_size, device)
         self.sampler = Augment(config.crop, device)
         self.labels = torch.zeros(setting.batch_size, dtype=torch.int64, device=device)
-        self.best_loss = torch.full((1,), torch.inf, device=device)
+        self.best_loss = torch.full((1,), torch.inf, dtype=torch.float32, device=device)
         self.best_images = torch.zeros_like(self.pool.images[: setting.batch_size])
 
     def draw_labels(self) -> Tensor:
@@ -212,6 +219,9 @@ class PoolSynthesizer(Synthesizer):
         assert self.labels is not None
         own = {"labels": self.labels, "best_loss": self.best_loss, "best_images": self.best_images}
         return {**super().tensors(), **pool, **own}
+
+    def fixed_in_steps(self) -> list[Tensor]:
+        return [self.pool.images, self.pool.labels]
 
     def state_dict(self) -> dict[str, Any]:
         rest = {name: value for name, value in super().state_dict().items() if not name.startswith("pool.")}

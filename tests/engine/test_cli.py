@@ -302,6 +302,11 @@ def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("content", "message"),
     [
         ("teacher: {name: 'evil:net'}", r"teacher\.name is 'evil:net' in a config file, which imports and runs code"),
+        ("teacher: {name: resnet8}\ndistill: {generator: {name: 'evil:net'}}", r"generator\.name is 'evil:net' in a"),
+        (
+            "teacher: {name: resnet8}\ndistill: {generator: {name: 'torchvision:torch.hub.load'}}",
+            r"distill\.generator\.name is 'torchvision:torch\.hub\.load' in a config file",
+        ),
         ("teacher: {class_path: evil.Net}", r"unknown field teacher\.class_path"),
         ("distill: {loop: {class_path: evil.Net}}", r"unknown field distill\.loop\.class_path"),
         ("distill: {loop: nested.yaml}", r"distill\.loop must be a mapping of fields, got 'nested\.yaml'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_every_preset_has_a_recipe(name: str) -> None:
     # Values of the publications, not of a miniature.
     assert config.loop.epochs >= 200
     assert config.loop.epochs * config.loop.rounds_per_epoch * config.loop.student_steps >= 80_000
-    steps = {"zskd": 1500, "adi": 2000, "fast": 10, "nayer": 80, "dfkd-fgvc": 20, "baseline": 20, "mad": 20}
+    steps = {"zskd": 1500, "adi": 2000, "fast": 10, "nayer": 80, "dfkd-fgvc": 20, "baseline": 20, "mad": 20, "cmi": 200}
     assert config.loop.generator_steps == steps.get(name, 1)
     text = find(name).read_text()
     assert text.startswith("# ")
@@ -89,6 +90,18 @@ def test_recipes_come_after_experiments() -> None:
     assert (config.teacher.name, config.data.name) == ("timm:resnet34", "aircraft")
     assert (config.distill.synthesis.name, config.distill.loop.epochs) == ("fast", 3)
     assert config.distill.optimizer.student_lr == 0.2
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_recipes_replace_each_other(name: str) -> None:
+    parser = create_parser()
+    for before in ("fast", "nayer", "dfkd-fgvc"):
+        parsed = parser.parse_args(["distill", "--config", before, "--config", name])
+        found, expected = parser.instantiate(parsed).distill.distill, recipe(name)
+        assert found.synthesis.name == expected.synthesis.name
+        if name not in ("zskd", "adi"):  # use no generator
+            assert found.generator.name == expected.generator.name
+        assert found.loop == replace(expected.loop, student_in_generator_step=found.loop.student_in_generator_step)
 
 
 def test_methods_lists_sources(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

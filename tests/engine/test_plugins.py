@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,14 @@ def make(image_size: int, latent_dim: int) -> nn.Module:
     return Own(latent_dim, image_size)
 
 
+def test_a_generator_in_eval_mode_and_in_another_dtype(tmp_path: Path) -> None:
+    generator = Own().to(torch.bfloat16).eval()
+    before = generator.norm.running_mean.clone()
+    run(tmp_path, generator)
+    assert not torch.equal(generator.norm.running_mean, before)
+    assert {parameter.dtype for parameter in generator.parameters()} == {torch.bfloat16}
+
+
 class NoLatent(nn.Module):
     def forward(self, noise: Tensor) -> Tensor:
         return noise
@@ -109,6 +118,7 @@ class Wrong(Own):
         (Wrong(lambda x: 3 * x), r"Wrong must return images in \[-1, 1\], got values up to "),
         (Wrong(lambda x: x * torch.nan), r"Wrong must return images in \[-1, 1\], got values up to nan"),
         (Wrong(list), r"got list"),
+        (Own().requires_grad_(False), r"Own has no weight that requires a gradient: call requires_grad_\(True\)"),
     ],
 )
 def test_generators_that_are_refused(generator: nn.Module, message: str, tmp_path: Path) -> None:
@@ -144,6 +154,20 @@ def test_callbacks_see_rounds_and_can_stop_the_run(tmp_path: Path) -> None:
     assert seen[2:] == [(2, 3, True), (3, 4, True)]
     whole = distill(tiny.teacher(), tiny.network(), tiny.config(tmp_path / "whole"), progress=False)
     assert tiny.same_weights(again.student, whole.student)
+
+
+def test_a_run_that_ends_within_an_epoch_is_evaluated(tmp_path: Path) -> None:
+    changes = {"rounds_per_epoch": 3, "epochs": 1, "select": "agreement"}
+    first = [np.bool_(False), np.bool_(True)]
+    networks = tiny.teacher(), tiny.network()
+    result = distill(
+        *networks, tiny.config(tmp_path, **changes), callbacks=[lambda done, state: first[done.number]], progress=False
+    )
+    assert result.epochs["epoch"] == [1]
+    resumed = distill(*networks, tiny.config(tmp_path, resume=True, **changes), progress=False)
+    assert resumed.epochs["epoch"] == [1]
+    assert len(resumed.epochs["agreement"]) == 1
+    assert resumed.rounds["round"] == [0, 1, 2]
 
 
 PACKAGE = """

@@ -28,8 +28,11 @@ from .test_synthesis import config
 def from_folder(folder: Path, out: Path, **changes: Any) -> DistillResult:
     loop = LoopConfig(epochs=1, rounds_per_epoch=2, generator_steps=0, student_steps=2, batch_size=6)
     base = tiny.config(out)
+    resume = changes.pop("resume", False)
     synthesis = SynthesisConfig(name="folder", options={"folder": str(folder)}, **changes)
-    return distill(tiny.teacher(), tiny.network(), replace(base, loop=loop, synthesis=synthesis), progress=False)
+    return distill(
+        tiny.teacher(), tiny.network(), replace(base, loop=loop, synthesis=synthesis, resume=resume), progress=False
+    )
 
 
 @pytest.mark.parametrize("png", [False, True])
@@ -53,6 +56,11 @@ def test_images_of_a_pool_train_a_student(name: str, png: bool, tmp_path: Path) 
     assert not tiny.same_weights(result.student, tiny.network())
     assert result.generator is None
     assert set(result.rounds) == {"round", "student/kd", "student/mhad", "student/sfcl"}
+    write_pool(folder, images.flip(0), torch.zeros(10, dtype=torch.int64), png=png)
+    for path in folder.glob("000[1-4]/*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match="are not those that the run started with"):
+        from_folder(folder, tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match="is not empty: choose another folder"):
         make_images(teacher, config(name), count=10, out=folder, progress=False)
 

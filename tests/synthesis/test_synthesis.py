@@ -24,7 +24,7 @@ from dfkd_fast.config import (
 from dfkd_fast.engine import DistillResult, DistillState, engines
 from dfkd_fast.engine.networks import eager_networks
 from dfkd_fast.models import Outputs
-from dfkd_fast.synthesis import SYNTHESIZERS, Augment, Pool, Synthesizer, crop_and_flip, to_float, to_uint8
+from dfkd_fast.synthesis import SYNTHESIZERS, Augment, Pool, Synthesizer, crop_and_flip, to_float, to_uint8, write_pool
 
 from .. import tiny
 from ..engine.test_engine import all_equal, eager_engine, graph_engine, run_rounds
@@ -103,6 +103,21 @@ def test_captured_steps_give_the_same_result(name: str) -> None:
         traces.append(run_rounds(engine, 3))
     assert all_equal(*traces)
     assert all_equal(eager.mutable_tensors(), other.mutable_tensors())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_float16_and_default_dtype_float64(name: str, tmp_path: Path) -> None:
+    """Skipped steps of the gradient scaler leave no NaN, and no tensor has torch's default dtype."""
+    teacher, student = tiny.teacher(), tiny.network()
+    torch.set_default_dtype(torch.float64)
+    try:
+        changed = config(name, tmp_path, precision="fp16", epochs=1)
+        result = distill(teacher, student, changed, progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for module in (result.student, result.generator or nn.Identity()):
+        assert all(value.isfinite().all() for value in module.state_dict().values())
+    assert {value.dtype for value in result.student.parameters()} == {torch.float32}
 
 
 class Killed(Exception):
@@ -358,6 +373,15 @@ def test_errors(synthesis: dict[str, Any], message: str) -> None:
     save_file({"embeddings": torch.zeros(4, 7)}, "e.safetensors")
     with pytest.raises(ValueError, match=message):
         tiny.state(config("fast", synthesis=SynthesisConfig(**synthesis)))
+
+
+def test_generator_steps_fit_the_synthesizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"generator_steps must be at least 1 with the synthesizer 'fast', got 0"):
+        tiny.state(config("fast", generator_steps=0))
+    write_pool(tmp_path, torch.zeros(3, 3, 16, 16, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
+    folder = SynthesisConfig(name="folder", options={"folder": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"generator_steps must be 0 with the synthesizer 'folder', got 4"):
+        tiny.state(config("fast", synthesis=folder))
 
 
 def test_per_round_divides_the_generator_steps() -> None:
