@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
@@ -9,18 +10,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensorboard.compat.tensorflow_stub.io.gfile import GFile
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dfkd_fast import files
-from dfkd_fast.engine import DistillState, engines, loop
+from dfkd_fast.engine import DistillState, engines, loop, progress
 
 __all__ = ["POINTS", "install", "passed"]
+
+
+class _LogFile(io.FileIO):
+    """The file of a TensorBoard log, whose writes can be replaced."""
+
+    def write(self, data: Any) -> int:
+        return super().write(data)
+
 
 SYSTEM_CALLS = tuple((os, name) for name in ("fsync", "open", "replace", "unlink", "mkdir", "pwrite", "ftruncate"))
 POINTS: dict[str, tuple[str, tuple[tuple[Any, str], ...]]] = {
     "after a system call": ("after", SYSTEM_CALLS),
     "inside a write": ("inside", ((files._RecordingFile, "write"),)),
-    "inside a write of the TensorBoard log": ("inside", ((GFile, "write"),)),
+    "inside a write of the TensorBoard log": ("inside", ((_LogFile, "write"),)),
     "in a step": ("before", ((engines, "generator_step"), (engines, "student_step"), (loop, "evaluate"))),
     "while a checkpoint is read": ("after", ((torch, "load"), (DistillState, "load_state_dict"))),
 }
@@ -30,6 +39,7 @@ passed = multiprocessing.RawArray("i", len(POINTS))  # points that a process has
 def install(kind: int, at: dict[int, int]) -> None:
     """Make this process send itself the signals ``at[n]`` at its n-th point of a kind."""
     when, places = list(POINTS.values())[kind]
+    progress.RecordWriter = lambda file: RecordWriter(io.BufferedWriter(_LogFile(file.name, "wb")))  # type: ignore
 
     def reach() -> None:
         passed[kind] += 1

@@ -1,9 +1,11 @@
-"""Lets system calls fail, and limits the resources of this process."""
+"""Lets system calls fail, limits the resources of this process, and changes its disk and its clock."""
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
+import random
 import resource
 import shutil
 import subprocess
@@ -11,11 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-__all__ = ["CALLS", "LIMITS", "SPACE", "failing", "full_disk", "strace"]
+from dfkd_fast import files
+
+__all__ = ["CALLS", "DISKS", "LIMITS", "SPACE", "failing", "strace"]
 
 SPACE = "size=200m"
-"""Options of the tmpfs that :func:`full_disk` fills."""
+"""Options of the tmpfs that :data:`DISKS` change."""
 
 
 @contextmanager
@@ -66,15 +71,31 @@ def _memory(at: float) -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + int(2e6 * at)
 
 
+def _short_writes(at: float) -> AbstractContextManager[Any]:
+    def write(file: files._RecordingFile, data: Any) -> int:
+        return io.FileIO.write(file, memoryview(data)[: 1 + int(5000 * at)])
+
+    return mock.patch.object(files._RecordingFile, "write", write)
+
+
+def _clock_steps(at: float) -> AbstractContextManager[Any]:
+    draw = random.Random(at)
+    return mock.patch.multiple(
+        "time", time=lambda: draw.uniform(1.4e9, 2e9), time_ns=lambda: draw.randrange(14 * 10**17, 2 * 10**18)
+    )
+
+
 LIMITS: dict[str, Callable[[float], AbstractContextManager[Any]]] = {
     "limit of open files": lambda at: limit(resource.RLIMIT_NOFILE, len(os.listdir("/proc/self/fd")) + int(8 * at)),
     "limit of memory": lambda at: limit(resource.RLIMIT_AS, _memory(at)),
     "limit of file sizes": lambda at: limit(resource.RLIMIT_FSIZE, int(80_000 * at**2)),
+    "short writes": _short_writes,
+    "clock steps": _clock_steps,
 }
 
 
 @contextmanager
-def full_disk(at: float) -> Iterator[None]:
+def _full_disk(at: float) -> Iterator[None]:
     """Leave the tmpfs of the working folder only some free blocks."""
     now, remount = os.statvfs("."), ["mount", "-o", "remount", str(Path.cwd().parent)]
     size = (now.f_blocks - now.f_bfree + int(100 * at**2)) * now.f_bsize
@@ -83,3 +104,27 @@ def full_disk(at: float) -> Iterator[None]:
         yield
     finally:
         subprocess.run([*remount, "-o", SPACE], check=True)
+
+
+@contextmanager
+def _read_only_disk(at: float) -> Iterator[None]:
+    """Make the folder "run" read-only before one of its files is written.
+
+    A second mount covers the folder, because the first one cannot become read-only while its files are open.
+    """
+    create, left = files._create, iter(range(int(8 * at**2), -1, -1))
+
+    def reach(partial: Path) -> files._RecordingFile:
+        if next(left, None) == 0:
+            subprocess.run(["mount", "-o", "bind,ro", "run", "run"], check=True)
+        return create(partial)
+
+    try:
+        with mock.patch.object(files, "_create", reach):
+            yield
+    finally:
+        subprocess.run(["umount", "-l", "run"], capture_output=True)  # fails if it was not reached
+
+
+DISKS = {"disk full": _full_disk, "disk read-only": _read_only_disk}
+"""Faults of the tmpfs that has the working folder."""

@@ -26,7 +26,7 @@ from dfkd_fast.models import create_model, load_weights, save_weights
 from tests import tiny
 from tests.data import trees
 
-from ..engine.system_faults import CALLS, LIMITS, SPACE, failing, full_disk, strace
+from ..engine.system_faults import CALLS, DISKS, LIMITS, SPACE, failing, strace
 from .harness import Tally, command, empty, snapshot
 
 HALF: dict[str, Any] = {"rounds_per_epoch": 1, "generator_steps": 1, "student_steps": 1, "epochs": 1}
@@ -36,12 +36,12 @@ RUN = Path("run")
 EVALUATE = "evaluate --weights in/w.safetensors --data.name folder --data.root in --device cpu --data.workers"
 
 
-def _evaluate(workers: int, again: bool) -> str:
+def _evaluate(workers: int) -> str:
     output = command([*EVALUATE.split(), str(workers)])
     return "\n".join(line for line in output.splitlines() if "images/s" not in line)
 
 
-def _files(again: bool) -> None:
+def _files() -> None:
     save_weights(tiny.network(), RUN / "w.safetensors")
     load_weights(tiny.network(), RUN / "w.safetensors")
     report.read_results(report.write_results(RUN / "r.json", {"values": [0.5] * 2000}))
@@ -49,15 +49,15 @@ def _files(again: bool) -> None:
     report.save_curves({"round": [0, 1], "kd": [1.0, 2.0]}, {}, RUN / "curves.png")
 
 
-# The argument says whether it is the second run, after the fault. All use the folders "in" and "run".
-ACTIONS: dict[str, Callable[[bool], Any]] = {
-    "distill": lambda again: tiny.run(RUN, resume=again, **WHOLE),
-    "resume": lambda again: tiny.run(RUN, resume=True, **WHOLE),
-    "teach": lambda again: tiny.teach(RUN),
+# They use the folders "in" and "run", and can be repeated after a fault.
+ACTIONS: dict[str, Callable[[], Any]] = {
+    "distill": partial(tiny.run, RUN, resume=True, **WHOLE),
+    "resume": partial(tiny.run, RUN, resume=True, **WHOLE),
+    "teach": partial(tiny.teach, RUN),
     "evaluate": partial(_evaluate, 0),
     "evaluate with workers": partial(_evaluate, 2),
     "files": _files,
-    "export": lambda again: export(tiny.network(), RUN, image_size=tiny.SIZE),
+    "export": lambda: export(tiny.network(), RUN, image_size=tiny.SIZE),
 }
 
 
@@ -87,12 +87,12 @@ def survive(inputs: Path, action: str, fault: str, at: float, undisturbed: tuple
     (expected, log), outcome = undisturbed, "undisturbed result"
     checkpoints = set(RUN.rglob("*.pt"))
     try:
-        with failing(fault, log, at) if fault in CALLS else LIMITS[fault](at):
-            output = ACTIONS[action](False)
+        with failing(fault, log, at) if fault in CALLS else (LIMITS | DISKS)[fault](at):
+            output = ACTIONS[action]()
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         check(fault, error)
         assert not checkpoints or checkpoints & set(RUN.rglob("*.pt")), "all checkpoints are lost"
-        outcome, output = "clear error, then the undisturbed result", ACTIONS[action](True)
+        outcome, output = "clear error, then the undisturbed result", ACTIONS[action]()
     found = results(action, output)
     differ = [name for name in {**found, **expected} if found.get(name, "none") != expected.get(name, "none")]
     assert not differ, f"{action}: {outcome}: these differ: {differ}"
@@ -110,12 +110,12 @@ def prepare(inputs: Path, action: str) -> None:
 def undisturbed(inputs: Path, action: str) -> tuple[dict[str, Any], str]:
     """The results of an action, and the log of its system calls."""
     prepare(inputs, action)
-    ACTIONS[action](False)  # imports modules
+    ACTIONS[action]()  # imports modules
     prepare(inputs, action)
     log = inputs / "log"
     log.touch()
     with strace(",".join(fault.split()[0] for fault in CALLS), "-f", "-o", str(log)):
-        output = ACTIONS[action](False)
+        output = ACTIONS[action]()
     return results(action, output), log.read_text(errors="replace")
 
 
@@ -123,13 +123,9 @@ def run(tally: Tally) -> None:
     """Run every action with every fault."""
     mount = ["mount", "-t", "tmpfs", "-o", SPACE, "none", str(tally.folder)]
     mounted = subprocess.run(mount, capture_output=True).returncode == 0
-    if mounted:
-        LIMITS["disk full"] = full_disk
-    else:
-        tally.skip("disk full", "needs the right to mount")
-    faults = [*LIMITS, *(CALLS if shutil.which("strace") else ())]
-    for fault in {*CALLS} - {*faults}:
-        tally.skip(fault, "strace is not installed")
+    faults = [*LIMITS, *(DISKS if mounted else ()), *(CALLS if shutil.which("strace") else ())]
+    for fault in {*DISKS, *CALLS} - {*faults}:
+        tally.skip(fault, "needs the right to mount" if fault in DISKS else "strace is not installed")
     plan = list(itertools.product(faults, ACTIONS))
     random.Random(tally.seed).shuffle(plan)
     try:

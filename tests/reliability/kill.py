@@ -10,12 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 
 from dfkd_fast import files, report
 from dfkd_fast.config import ObjectiveConfig
@@ -39,7 +37,6 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 KILLS = (f"kill -9 {name}" for name in (*POINTS, "at a random time", "in teach", "in save_weights", "in export"))
 KINDS: tuple[str, ...] = (*KILLS, "SIGTERM", "SIGINT", "SIGSTOP and SIGCONT")
 TIMED = {"at a random time": [9], "SIGSTOP and SIGCONT": [19, 18, 19, 18]}
-_number = multiprocessing.RawValue("i")  # of processes so far
 _undisturbed: dict[Subject, tuple[dict[str, Any], float, list[int]]] = {}
 
 
@@ -64,8 +61,6 @@ WORK: dict[str, Callable[..., object]] = {
 def _child(subject: Subject, folder: Path, points: Points) -> None:
     for descriptor in (1, 2):
         os.dup2(os.open(folder / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
-    now = time.time() + 10 * _number.value  # TensorBoard sorts logs by the second
-    event_file_writer.time = SimpleNamespace(time=lambda: now)
     os.chdir(folder)
     for kind, at in points.items():
         install(kind, at)
@@ -77,7 +72,7 @@ def _child(subject: Subject, folder: Path, points: Points) -> None:
 
 def _run(subject: Subject, folder: Path, points: Points, signals: Sequence[tuple[float, int]] = ()) -> int:
     """Run a process, send it signals after pauses, and return its exit status. Raises RuntimeError if it fails."""
-    passed[:], _number.value = [0] * len(POINTS), _number.value + 1
+    passed[:] = [0] * len(POINTS)
     process = multiprocessing.get_context("fork").Process(target=_child, args=(subject, folder, points))
     process.start()
     for pause, number in signals:
