@@ -115,7 +115,9 @@ def generator_step(state: DistillState, networks: StepNetworks | None = None) ->
     state.update_generator_rates()
     with frozen(student), _deterministic(student, mode) if needs_student else nullcontext():
         with state.runtime.cast():
-            inputs, *views = call.generator(*drawn).chunk(synthesizer.views)
+            made = call.generator(*drawn)
+            # The backward of a split into one part would copy the gradient.
+            inputs, *views = made.chunk(synthesizer.views) if synthesizer.views > 1 else (made,)
             outputs = call.student(inputs) if needs_student else None
             target, *others = [call.teacher(each) for each in (inputs, *views)]
             batch = (Batch(inputs, synthesizer.labels, *others),) if "batch" in objective.needs else ()

@@ -53,7 +53,7 @@ def batch_norm_act(
         if training and copied and buffer is not None and updated is not None:
             buffer.copy_(updated)
     if residual is not None:
-        y = (y + residual).to(x.dtype)
+        y = one_format((y + residual).to(x.dtype))
     if activation != "none":  # in place if the backward then still knows the sign
         in_place = activation == "relu" or negative_slope > 0
         y = F.relu(y, in_place) if activation == "relu" else F.leaky_relu(y, negative_slope, in_place)

@@ -298,9 +298,11 @@ def test_presets_give_finite_losses_and_gradients(preset: str) -> None:
     g, s = (build(config, TEACHER, STUDENT) for build in (generator_objective, student_objective))
     assert (g.weights, s.weights) == (PRESETS[preset].generator, PRESETS[preset].student)
     teacher, student = outputs(), outputs()
-    batch = Batch(torch.rand(4, 3, 5, 5, dtype=F64), torch.tensor([0, 1, 2, 3]))
+    batch = Batch(torch.rand(4, 3, 5, 5, dtype=F64), torch.tensor([0, 1, 2, 3]), outputs())
     g, s = (build(config, TEACHER, TEACHER) for build in (generator_objective, student_objective))
     for objective in (g.double(), s.double()):
+        for term in objective.kinds().values():
+            term.allocate(4)
         total, values = objective(teacher, student if "student" in objective.needs else None, batch)
         assert math.isfinite(total.item())
         assert torch.isfinite(values).all()

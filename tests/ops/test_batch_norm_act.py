@@ -311,3 +311,18 @@ def test_strided_running_statistics_are_updated():
         ops.batch_norm_act(x, None, None, *each, backend="reference")
     assert torch.equal(vectors[0], views[0])
     assert torch.equal(vectors[1], views[1])
+
+
+def test_a_residual_whose_elements_overlap():
+    """The strides of the sum, and with them those of BatchNorm's output gradient, depend on the residual's."""
+    torch.manual_seed(0)
+    x = torch.randn(20, dtype=torch.float64).as_strided((5, 2, 1, 2), (4, 1, 4, 2))
+    residual = torch.randn(12, dtype=torch.float64).as_strided((5, 2, 1, 2), (1, 2, 2, 1))
+    weight, bias = torch.randn(2, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    grad_output, results = torch.randn(5, 2, 1, 2, dtype=torch.float64), []
+    for each in (residual, residual.contiguous()):
+        leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, weight, bias)]
+        y = ops.batch_norm_act(*leaves, None, None, residual=each, activation="relu")
+        results.append([y, *torch.autograd.grad(y, leaves, grad_output)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
