@@ -16,11 +16,13 @@ from dfkd_fast import engine
 from dfkd_fast.config import (
     DistillConfig,
     GeneratorConfig,
+    InversionContrastConfig,
     LoopConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     TeachConfig,
+    recipe,
 )
 from dfkd_fast.data import ImageData
 from dfkd_fast.engine import DistillResult, DistillState, Runtime, build_state, distill
@@ -74,6 +76,14 @@ def config(out: Path | None = None, **changes: Any) -> DistillConfig:
     )
     loop = {name: changes.pop(name) for name in list(changes) if hasattr(base.loop, name)}
     return replace(base, loop=replace(base.loop, **loop), **changes)
+
+
+def method(preset: str) -> dict[str, Any]:
+    """Changes of :func:`config`: the loss weights and the synthesizer of a method."""
+    published = recipe(preset)
+    contrast = InversionContrastConfig(dim=4, bank_size=16, negatives=8)
+    synthesis = replace(published.synthesis, pool_size=16, per_round=1)
+    return {"objective": replace(published.objective, contrast=contrast), "synthesis": synthesis}
 
 
 def run(out: Path, **changes: Any) -> DistillResult:

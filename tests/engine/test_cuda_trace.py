@@ -177,6 +177,7 @@ def test_dfkd_fast_has_whole_graphs_declared_strides_and_committed_counts(reposi
         assert row["bytes_read"] + row["bytes_written"] <= before["bytes_read"] + before["bytes_written"], why
 
 
+@pytest.mark.slow
 def test_compiled_baseline_has_whole_graphs_of_plain_pytorch() -> None:
     report = fake_cuda.trace("compile")["compile"]
     require_whole_graphs(report)

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from dfkd_fast import report
+from dfkd_fast.config import recipe
 from dfkd_fast.engine import engines, loop, networks, training
 from dfkd_fast.objectives import PRESETS
 
@@ -39,7 +40,7 @@ STEP = re.compile(r"round (\d+), (\w*) ?step (\d+): \S.* not finite")
 def _run(folder: Path, preset: str, engine: str, precision: Any, resume: bool = False) -> str:
     """A digest of the final weights and losses of a run."""
     changes: Any = {"engine": engine, "precision": precision, "resume": resume, "rounds_per_epoch": 1, "epochs": 3}
-    config = tiny.config(folder, objective=tiny.ObjectiveConfig(preset=preset), batch_size=4, **changes)
+    config = tiny.config(folder, **tiny.method(preset), batch_size=4, **changes)
     result = tiny.distill(tiny.teacher(), tiny.network(), config, progress=False)
     return digest([dict(result.student.state_dict()), dict(result.generator.state_dict()), result.rounds])
 
@@ -99,7 +100,8 @@ def _teach(fault: Fault, folder: Path) -> str:
 def run(tally: Tally) -> None:
     """Inject one value per case, in turn over the places and, more slowly, over presets and precisions."""
     logging.getLogger("dfkd_fast").setLevel(logging.ERROR)
-    variants = list(itertools.product(("fp32", "bf16"), PRESETS))
+    online = [name for name in PRESETS if recipe(name).synthesis.name in ("online", "momentum")]
+    variants = list(itertools.product(("fp32", "bf16"), online))
     undisturbed = cache(lambda *variant: _run(tally.folder / "-".join(variant), *variant))
     compiled = partial(engines.CompiledEngine, backend="eager")  # compiles in a second
     graph = lambda s: engines.GraphEngine(s, networks.eager_networks(s), recorder=ReplayRecorder())  # noqa: E731

@@ -16,7 +16,6 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dfkd_fast import files, report
-from dfkd_fast.config import ObjectiveConfig
 from dfkd_fast.engine import background, distill, export, loop
 from dfkd_fast.models import save_weights
 from dfkd_fast.objectives import PRESETS
@@ -46,7 +45,7 @@ def _distill(preset: Any, variant: int) -> None:
         loop.Background = lambda device: background.Background(device, overlap=True)  # type: ignore
     if variant:  # drawing takes longer than the run
         report.save_curves = lambda rounds, epochs, path: files.write_file(path, repr((rounds, epochs)).encode())
-    config = tiny.config(Path("run"), objective=ObjectiveConfig(preset=preset), resume=True, **changes)
+    config = tiny.config(Path("run"), **tiny.method(preset), resume=True, **changes)
     distill(*tiny._traced(), config, data=tiny.data(), progress=False)
 
 
