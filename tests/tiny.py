@@ -6,8 +6,9 @@ import copy
 import functools
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -111,6 +112,28 @@ def state(changed: DistillConfig | None = None) -> DistillState:
     features[1].train()
     runtime = Runtime.of(run.device, run.precision, channels_last=run.channels_last)
     return build_state(features[0], features[1], run, runtime, image_size=SIZE, mean=HALF, std=HALF)
+
+
+class Killed(BaseException):
+    """Ends the run at this point, as if the process had been killed."""
+
+
+def die_before_step(patch: pytest.MonkeyPatch, step: int, *kinds: Literal["generator_step", "student_step"]) -> None:
+    """Raise :class:`Killed` before the given step, from 0, among the steps of these kinds (default: of both)."""
+    calls = 0
+
+    def dying(original: Any) -> Any:
+        def take(*arguments: Any) -> None:
+            nonlocal calls
+            if calls == step:
+                raise Killed
+            calls += 1
+            original(*arguments)
+
+        return take
+
+    for kind in kinds or ("generator_step", "student_step"):
+        patch.setattr(engine.engines, kind, dying(getattr(engine.engines, kind)))
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:

@@ -31,7 +31,7 @@ def _weight(layer: Any) -> Tensor:
 
 
 def _reset(module: nn.Module, random: torch.Generator) -> None:
-    """Initialize all layers anew, in place."""
+    """Reinitialize all layers in place."""
     seed = int(torch.randint(2**31, (), device=random.device, generator=random))
     with torch.random.fork_rng(devices=[random.device] if random.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -42,7 +42,7 @@ def _reset(module: nn.Module, random: torch.Generator) -> None:
                 reset()
 
 
-class _Both(nn.Module):
+class _GeneratorPair(nn.Module):
     """Images of two generators, for a student step on both."""
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
@@ -85,21 +85,19 @@ class Momentum(Online):
     def __init__(self, setting: Setting, options: Any) -> None:
         super().__init__(setting, options)
         self.average = copy.deepcopy(setting.generator).requires_grad_(False)
-        self.sampler = _Both(setting.generator, self.average)
-        self._pairs = list(
-            zip(self.average.state_dict().values(), setting.generator.state_dict().values(), strict=True)
-        )
+        self.sampler = _GeneratorPair(setting.generator, self.average)
+        pairs = list(zip(self.average.state_dict().values(), setting.generator.state_dict().values(), strict=True))
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]  # BatchNorm's counters
 
     def draw_samples(self, count: int, random: torch.Generator | None = None) -> tuple[Tensor, ...]:
         return self.noise(count, random), self.noise(count, random)
 
     def after_step(self) -> None:
-        floating = [pair for pair in self._pairs if pair[0].is_floating_point()]
-        averages, values = ([pair[index] for pair in floating] for index in (0, 1))
+        averages, values = ([pair[index] for pair in self._averaged] for index in (0, 1))
         torch._foreach_lerp_(averages, values, 1 - self.options.momentum)
-        for average, value in self._pairs:
-            if not average.is_floating_point():
-                average.copy_(value)
+        for average, value in self._copied:
+            average.copy_(value)
 
     def tensors(self) -> dict[str, Tensor]:
         return _named("average", self.average)

@@ -90,34 +90,13 @@ def test_distill_takes_feature_models_without_data(tmp_path: Path) -> None:
     assert "accuracy" not in result.epochs
 
 
-class Killed(BaseException):
-    """Ends the run at this point, as if the process had been killed."""
-
-
-def die_before_step(patch: pytest.MonkeyPatch, step: int) -> None:
-    calls = 0
-
-    def dying(original: Any) -> Any:
-        def take(*arguments: Any) -> None:
-            nonlocal calls
-            if calls == step:
-                raise Killed
-            calls += 1
-            original(*arguments)
-
-        return take
-
-    for name in ("generator_step", "student_step"):
-        patch.setattr(engines, name, dying(getattr(engines, name)))
-
-
 @pytest.mark.parametrize("step", [3, 14], ids=["before the first checkpoint", "in a round after one"])
 def test_resumed_run_ends_with_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, uninterrupted_run: dfkd_fast.DistillResult
 ) -> None:
     with monkeypatch.context() as patch:
-        die_before_step(patch, step)
-        with pytest.raises(Killed):
+        tiny.die_before_step(patch, step)
+        with pytest.raises(tiny.Killed):
             tiny.run(tmp_path, checkpoint_every=2)
     assert_same_result(tiny.run(tmp_path, checkpoint_every=2, resume=True), uninterrupted_run)
 
@@ -135,8 +114,8 @@ def test_tensorboard_shows_each_round_of_a_killed_run_once(tmp_path: Path, monke
     monkeypatch.setattr(Checkpoints, "save", checked)
     for step in (6, 9):  # in the second round, without a checkpoint, and in the third one, after a checkpoint
         with monkeypatch.context() as patch:
-            die_before_step(patch, step)
-            with pytest.raises(Killed):
+            tiny.die_before_step(patch, step)
+            with pytest.raises(tiny.Killed):
                 tiny.run(tmp_path, checkpoint_every=2, resume=step > 6)
     tiny.run(tmp_path, checkpoint_every=2, resume=True)
     assert shown() == [1, 2, 3, 4]
@@ -264,18 +243,9 @@ def test_resume_allows_settings_that_do_not_change_the_algorithm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted_run: dfkd_fast.DistillResult
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})  # "auto" is fp32
-    step, count = engines.student_step, 0
-
-    def killed(*arguments: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise Killed
-        step(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(engines, "student_step", killed)
-        with pytest.raises(Killed):
+        tiny.die_before_step(patch, 3, "student_step")
+        with pytest.raises(tiny.Killed):
             tiny.run(tmp_path, evaluate_every=0, mean=None, std=None, image_size=None, precision="auto")
     shutil.move(tmp_path / "checkpoints", tmp_path / "moved" / "checkpoints")
     free = {"checkpoint_every": 3, "keep_checkpoints": 4, "engine": "eager", "autotune": True}

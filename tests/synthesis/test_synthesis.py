@@ -21,7 +21,7 @@ from dfkd_fast.config import (
     SynthesisConfig,
     TargetConfig,
 )
-from dfkd_fast.engine import DistillResult, DistillState, engines
+from dfkd_fast.engine import DistillResult, DistillState
 from dfkd_fast.engine.networks import eager_networks
 from dfkd_fast.models import Outputs
 from dfkd_fast.synthesis import SYNTHESIZERS, Augment, Pool, Synthesizer, crop_and_flip, to_float, to_uint8, write_pool
@@ -120,28 +120,15 @@ def test_float16_and_default_dtype_float64(name: str, tmp_path: Path) -> None:
     assert {value.dtype for value in result.student.parameters()} == {torch.float32}
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("kind", ["generator_step", "student_step"])
 @pytest.mark.parametrize("name", METHODS)
 def test_interrupted_runs_continue_bit_for_bit(
     name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(name, tmp_path / "whole")
-    step, count = getattr(engines, kind), 0
-
-    def killed(*arguments: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == 7:
-            raise Killed
-        step(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(engines, kind, killed)
-        with pytest.raises(Killed):
+        tiny.die_before_step(patch, 6, kind)
+        with pytest.raises(tiny.Killed):
             run(name, tmp_path / "killed")
     resumed = run(name, tmp_path / "killed", resume=True)
     assert tiny.same_weights(resumed.student, whole.student)
