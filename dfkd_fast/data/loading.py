@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -55,7 +57,8 @@ class _Seeded(Dataset[Any]):
 
     def __getitems__(self, batch: tuple[int, list[int]]) -> Any:
         try:
-            return default_collate(self._items(batch))
+            items = self._items(batch)
+            return default_collate(items) if get_worker_info() is None else _shared(items)
         except Exception as error:
             if get_worker_info() is None:
                 raise
@@ -71,6 +74,17 @@ class _Seeded(Dataset[Any]):
             return fetch(indices) if fetch else [self.dataset[index] for index in indices]
         finally:
             torch.random.set_rng_state(state)
+
+
+def _shared(items: list[Any]) -> Any:
+    """The batch in shared memory. Later, an error would lose the batch, and the loader would wait for it forever."""
+    try:
+        return tree_map_only(Tensor, Tensor.share_memory_, default_collate(items))
+    except RuntimeError as error:
+        if not str(error).startswith("unable to "):  # torch's errors of shared memory
+            raise
+        problem = f"cannot share a batch of {len(items)} images with worker processes: {str(error).splitlines()[0]}"
+        raise OSError(f"{problem}; try a smaller batch, or 0 workers") from error
 
 
 def _sendable(error: Exception) -> Exception:

@@ -34,7 +34,9 @@ __all__ = [
     "load_weights",
     "read_description",
     "read_metadata",
+    "read_tensors",
     "save_weights",
+    "write_tensors",
 ]
 
 # Keys under which checkpoints store weights, and prefixes that DataParallel and torch.compile add to names.
@@ -125,6 +127,8 @@ def _safetensors_errors(path: Path) -> Iterator[None]:
         raise WeightsFormatError(f"{path} is truncated or not a safetensors file: {error}") from error
     except (OSError, MemoryError) as error:
         raise type(error)(f"cannot read {path}: {error}") from error
+    except RuntimeError as error:  # torch's errors of the operating system
+        raise OSError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -262,6 +266,19 @@ def read_description(path: str | Path) -> WeightsDescription:
     return WeightsDescription(**found)
 
 
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file or of a state dict or checkpoint written by ``torch.save``, on the CPU.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        WeightsFormatError: the file is damaged, contains no tensors, or contains pickled objects.
+    """
+    read_metadata(path)  # compares the checksum
+    path = _require_file(path)
+    with reading(path):
+        return _read(path)
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     if _is_safetensors(path):
         with _safetensors_errors(path):
@@ -383,11 +400,10 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
         WeightsMismatch: names or shapes do not fit.
         ValueError: a weight is NaN or infinite.
     """
-    path = _require_file(path)
     own = model.state_dict()
     metadata = read_metadata(path)
-    with reading(path):
-        state = _renamed(_read(path), own, path)
+    path = expand(path)
+    state = _renamed(read_tensors(path), own, path)
     prefixes = tuple(f"{name}." for name in skip)
 
     def skipped(name: str) -> bool:
@@ -459,19 +475,29 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
         TypeError: metadata or the state dict contains other types.
         dfkd_fast.files.WriteError: the file could not be written; its previous content is kept.
     """
+    write_tensors(path, unwrap(model).state_dict(), metadata)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as a safetensors file with a checksum, atomically; equal tensors give equal files.
+
+    Raises:
+        TypeError: metadata or the tensors contain other types.
+        dfkd_fast.files.WriteError: the file could not be written; its previous content is kept.
+    """
     metadata = dict(metadata or {})
-    for name, value in metadata.items():
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise TypeError(f"metadata must map strings to strings, got {name!r}: {value!r}")
-    tensors: dict[str, Tensor] = {}
+    for key, text in metadata.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise TypeError(f"metadata must map strings to strings, got {key!r}: {text!r}")
+    plain: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, value in unwrap(model).state_dict().items():
+    for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"the network's state must be tensors, got {type(value).__name__} for {name!r}")
         tensor = value.detach().cpu().contiguous()
         if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
             tensor = tensor.clone()  # tied weights: safetensors stores no aliases
         storages.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor
-    content = _sorted_header(safetensors.torch.save(tensors, metadata={**metadata, _CHECKSUM: _NO_CHECKSUM}))
+        plain[name] = tensor
+    content = _sorted_header(safetensors.torch.save(plain, metadata={**metadata, _CHECKSUM: _NO_CHECKSUM}))
     write_file(path, content)

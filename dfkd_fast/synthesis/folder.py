@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dfkd_fast.config import expand
 from dfkd_fast.data.image_data import read_image
 from dfkd_fast.files import write_file
+from dfkd_fast.models.weights import read_tensors, write_tensors
 from dfkd_fast.synthesis.base import SYNTHESIZERS, Setting
 from dfkd_fast.synthesis.pool import PoolSynthesizer, Source
 
@@ -42,7 +41,7 @@ def write_pool(folder: str | Path, images: Tensor, labels: Tensor, *, png: bool 
     """
     root, images, labels = expand(folder), images.cpu(), labels.cpu()
     if not png:
-        write_file(root / POOL_FILE, save({"images": images.contiguous(), "labels": labels.contiguous()}))
+        write_tensors(root / POOL_FILE, {"images": images, "labels": labels})
         return root
     for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         content = io.BytesIO()
@@ -67,10 +66,7 @@ def read_pool(folder: str | Path, image_size: int, most: int) -> Tensor:
     """
     root = expand(folder)
     if (root / POOL_FILE).is_file():
-        try:
-            images = load_file(root / POOL_FILE)["images"]
-        except (SafetensorError, KeyError, OSError) as error:
-            raise ValueError(f"{root / POOL_FILE} is not a pool of images: {error}") from error
+        images = read_tensors(root / POOL_FILE).get("images", torch.zeros(0))
         expected = (3, image_size, image_size)
         if images.dtype != torch.uint8 or images.shape[1:] != expected:
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dfkd_fast.config import expand
+from dfkd_fast.models.weights import read_tensors
 from dfkd_fast.synthesis.base import SYNTHESIZERS, Online, Setting
 from dfkd_fast.synthesis.pool import PoolSynthesizer, Source
 
@@ -318,9 +318,7 @@ class LabelEmbedding(_WarmUp):
         if path is None:
             log.warning("synthesizer 'nayer' has no file of embeddings: classes have one-hot embeddings")
             return torch.eye(count, dtype=torch.float32, device=device)
-        from safetensors.torch import load_file
-
-        found = load_file(expand(path)).get("embeddings")
+        found = read_tensors(path).get("embeddings")
         if found is None or found.ndim != 2 or len(found) != count:
             shape = None if found is None else tuple(found.shape)
             raise ValueError(f"{path} must have a tensor 'embeddings' of shape ({count}, width), got {shape}")

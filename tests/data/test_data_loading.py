@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing.util
+import re
+import resource
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from dfkd_fast import data
 from dfkd_fast.config import DataConfig
 from dfkd_fast.data import ImageArray, ImageData, ImageSet, load, loader, num_classes, register
+
+from ..engine import system_faults
 
 MEAN, STD = (0.2, 0.4, 0.6), (0.5, 0.25, 0.125)
 
@@ -175,6 +179,14 @@ def test_errors_of_items_are_the_same_with_workers(
         assert (kind, text) == (kinds[workers], prefix + message)
         assert bool(notes) == bool(workers)
         assert all("in __getitem__" in note for note in notes)  # where it was raised
+
+
+def test_workers_without_shared_memory_say_so() -> None:
+    found = loader(array(count=600), batch_size=600, shuffle=False, seed=0, workers=1)
+    with system_faults.limit(resource.RLIMIT_FSIZE, 10_000):
+        kind, text, _ = error_of(found)
+    assert kind is OSError
+    assert re.match("cannot share a batch of 600 images with worker processes: .*File too large.*; try a smaller", text)
 
 
 @pytest.mark.parametrize(

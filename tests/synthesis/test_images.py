@@ -115,8 +115,13 @@ def test_errors_of_folders(tmp_path: Path) -> None:
     save_file({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, tmp_path / "pool.safetensors")
     with pytest.raises(ValueError, match=r"must have uint8 images \(N, 3, 16, 16\), got uint8 \(2, 3, 8, 8\)"):
         read_pool(tmp_path, 16, 3)
-    (tmp_path / "pool.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"pool\.safetensors is not a pool of images"):
+    save_file({"others": torch.zeros(2)}, tmp_path / "pool.safetensors")
+    with pytest.raises(ValueError, match=r"must have uint8 images \(N, 3, 16, 16\), got float32 \(0,\)"):
+        read_pool(tmp_path, 16, 3)
+    write_pool(tmp_path, torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    content = (tmp_path / "pool.safetensors").read_bytes()
+    (tmp_path / "pool.safetensors").write_bytes(content[:-400] + b"1" + content[-399:])
+    with pytest.raises(ValueError, match=r"pool\.safetensors is damaged: its checksum does not match"):
         read_pool(tmp_path, 16, 3)
     with pytest.raises(ValueError, match="pool_size must be at least count, 17; got 16"):
         make_images(tiny.teacher(), config("fast"), count=17, out=tmp_path / "out", progress=False)
