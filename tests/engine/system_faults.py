@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
@@ -10,7 +11,7 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,13 +24,14 @@ SPACE = "size=200m"
 """Options of the tmpfs that :data:`DISKS` change."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def strace(calls: str, *options: str) -> Iterator[None]:
     """Trace this process; ``-f`` also traces its threads and children."""
     command = ["strace", "-p", str(os.getpid()), "-o", "/dev/null", "--quiet=all", "-e", f"trace={calls}", *options]
     tracer = subprocess.Popen(command) if shutil.which("strace") else None
-    while tracer and "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
-        assert tracer.poll() is None, "strace cannot attach"
+    with contextlib.suppress(OSError):  # this read may fail already
+        while tracer and "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
+            assert tracer.poll() is None, "strace cannot attach"
     try:
         yield
     finally:
@@ -57,7 +59,7 @@ def failing(fault: str, log: str, at: float) -> AbstractContextManager[None]:
     return strace(calls, *options, *([] if error == "ENOMEM" else ["-f"]))
 
 
-@contextmanager
+@contextlib.contextmanager
 def limit(kind: int, value: int) -> Iterator[None]:
     before = resource.getrlimit(kind)
     resource.setrlimit(kind, (value, before[1]))
@@ -94,7 +96,7 @@ LIMITS: dict[str, Callable[[float], AbstractContextManager[Any]]] = {
 }
 
 
-@contextmanager
+@contextlib.contextmanager
 def _full_disk(at: float) -> Iterator[None]:
     """Leave the tmpfs of the working folder only some free blocks."""
     now, remount = os.statvfs("."), ["mount", "-o", "remount", str(Path.cwd().parent)]
@@ -106,7 +108,7 @@ def _full_disk(at: float) -> Iterator[None]:
         subprocess.run([*remount, "-o", SPACE], check=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _read_only_disk(at: float) -> Iterator[None]:
     """Make the folder "run" read-only before one of its files is written.
 
