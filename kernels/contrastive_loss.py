@@ -15,10 +15,12 @@ column j is in tile ``b``::
     w_ij = g_i 2^(s_ij - L_i) + g_j 2^(s_ij - L_j) - [j is the partner of i] (g_i + g_j)        w_ii = 0
     G_i = sum over j of w_ij y_j r_j / tau        d v_i = 2^k_i r_i (G_i - (G_i . u_i) u_i)     u_i = r_i y_i
 
+With CROSS, the sum of anchor i is over the vectors of the other tensor, and j takes only their values.
+
 w is rounded to the dtype of y for the second product. The partner's weight is a difference of nearly equal values and
 stays in float32. If the last N vectors are not anchors, forward skips their rows, and backward multiplies them only by
 the anchors. With M = 2N, forward takes M^2 D operations and backward 3 M^2 D, or 2 M^2 D and 4 M^2 D if all vectors are
-anchors.
+anchors. With CROSS, forward takes half of that, and backward 2 M^2 D.
 
 Tiles need masks if their columns include rows of the same program (j = i), partners of these rows, or the end of the
 vectors: a first loop computes them, and a second loop without masks computes the others. For cosines, |s| is at most
@@ -58,7 +60,16 @@ from dfkd_fast.kernels.common import (
 )
 from dfkd_fast.kernels.config import Launch
 
-__all__ = ["dtype_and_width", "forward", "is_bounded", "matrix", "prepare", "small_launch", "tiles_per_program"]
+__all__ = [
+    "column_tiles",
+    "dtype_and_width",
+    "forward",
+    "is_bounded",
+    "matrix",
+    "prepare",
+    "small_launch",
+    "tiles_per_program",
+]
 
 
 def _fits(arch: int, dim: int, m: int, n: int, stages: int) -> bool:
@@ -258,11 +269,20 @@ def _clamp(x, low, high):
 
 
 @triton.jit
+def _columns(side, count, CROSS: tl.constexpr):
+    """The first column and the end of the columns of a side's rows."""
+    if CROSS:
+        return (1 - side) * count, (2 - side) * count
+    else:
+        return 0 * count, 2 * count
+
+
+@triton.jit
 def _masked_ranges(row, partner, begin, end, limit, M: tl.constexpr, N: tl.constexpr):
     """The tiles in [begin, end) that need masks: three ranges in ascending order, each as first tile and length.
 
     They contain the M columns from ``row`` on, the M columns from ``partner`` on, and the tile in whose interior
-    ``limit`` is, if any.
+    ``limit`` is, if any. With CROSS, ``row`` is the first column, in whose tile others can be before it.
     """
     near, far = tl.minimum(row, partner), tl.maximum(row, partner)
     start_0 = _clamp(near // N, begin, end)
@@ -324,8 +344,8 @@ def _forward_kernel(
     lse_ptr,  # [num_anchors]
     partials_ptr,  # [chunks, 3, num_anchors], row_max, row_sum and positive; None for one chunk
     count, num_anchors, width, tiles_per_program, scale_log2, scale,
-    ELEMENTWISE: tl.constexpr, BOUNDED: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CROSS: tl.constexpr, ELEMENTWISE: tl.constexpr, BOUNDED: tl.constexpr, RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(count, BLOCK_M)
     side = tl.program_id(0) // blocks
@@ -335,10 +355,11 @@ def _forward_kernel(
     offs_m = row + offs
     mask_m = local + offs < count
     offs_n = tl.arange(0, BLOCK_N)
-    begin = tl.program_id(1) * tiles_per_program
-    end = tl.minimum(begin + tiles_per_program, tl.cdiv(2 * count, BLOCK_N))
+    low, limit = _columns(side, count, CROSS)
+    begin = low // BLOCK_N + tl.program_id(1) * tiles_per_program
+    end = tl.minimum(begin + tiles_per_program, tl.cdiv(limit, BLOCK_N))
     start_0, count_0, start_1, count_1, start_2, count_2 = _masked_ranges(
-        row, partner, begin, end, 2 * count, BLOCK_M, BLOCK_N
+        low if CROSS else row, partner, begin, end, limit, BLOCK_M, BLOCK_N
     )
     masked = count_0 + count_1 + count_2
 
@@ -355,7 +376,7 @@ def _forward_kernel(
         # because s - L cancels if L is large.
         s *= (inv_norm[:, None] * tl.load(row_stats_ptr + column + offs_n)[None, :]) * scale_log2
         j = (column + offs_n)[None, :]
-        s = tl.where((j == offs_m[:, None]) | (j >= 2 * count), float("-inf"), s)
+        s = tl.where((j == offs_m[:, None]) | (j < low) | (j >= limit), float("-inf"), s)
         positive += tl.sum(tl.where(j == (partner + offs)[:, None], s, 0.0), 1)
         new_max = tl.maximum(row_max, tl.max(s, 1))
         row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(s - new_max[:, None]), 1)
@@ -422,6 +443,15 @@ def _load_normalized(first, second, offs_m, offs_d, count, dim, NORMALIZE: tl.co
         return y, inv_norm, k
 
 
+@triton.jit
+def _is_excluded(i, j, count, CROSS: tl.constexpr):
+    """Whether vector j is not in the sum of anchor i, for vectors in [0, 2 count)."""
+    if CROSS:
+        return (i < count) == (j < count)
+    else:
+        return i == j
+
+
 @traffic(writes="out_ptr lse_ptr")
 @triton.jit
 def _small_forward_kernel(
@@ -430,15 +460,15 @@ def _small_forward_kernel(
     out_ptr,  # [num_anchors] or scalar
     lse_ptr,  # [num_anchors]
     count, num_anchors, dim, scale_log2, scale,
-    NORMALIZE: tl.constexpr, ELEMENTWISE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CROSS: tl.constexpr, NORMALIZE: tl.constexpr, ELEMENTWISE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.arange(0, ROWS)
     y, inv_norm, _k = _load_normalized(first, second, offs_m, tl.arange(0, BLOCK), count, dim, NORMALIZE)
     s = _dot_transposed(y, y, tl.zeros([ROWS, ROWS], tl.float32), PRECISION)
     s *= (inv_norm[:, None] * inv_norm[None, :]) * scale_log2
     j = tl.arange(0, ROWS)[None, :]
-    s = tl.where((j == offs_m[:, None]) | (j >= 2 * count), float("-inf"), s)
+    s = tl.where(_is_excluded(offs_m[:, None], j, count, CROSS) | (j >= 2 * count), float("-inf"), s)
     partner = tl.where(offs_m < count, offs_m + count, offs_m - count)
     positive = tl.sum(tl.where(j == partner[:, None], s, 0.0), 1)
     row_max = tl.maximum(tl.max(s, 1), _LOWEST)
@@ -474,6 +504,11 @@ def small_launch(kernel: str, first: Tensor, dtype: torch.dtype) -> Launch | Non
 def is_bounded(scale_log2: float, normalize: bool) -> bool:
     """Whether 2^s can be summed without a running maximum: for cosines at temperatures of at least 0.0301."""
     return normalize and scale_log2 <= _BOUND
+
+
+def column_tiles(count: int, block_n: int) -> list[int]:
+    """With CROSS, the number of column tiles of the rows of each side."""
+    return [cdiv(end, block_n) - (end - count) // block_n for end in (2 * count, count)]
 
 
 def tiles_per_program(blocks: int, tiles: list[int], available: int) -> int:
@@ -524,8 +559,8 @@ def prepare(
 
 
 def forward(
-    first: Tensor, second: Tensor, temperature: float, symmetric: bool, normalize: bool, reduction: str, out: Tensor,
-    lse: Tensor,
+    first: Tensor, second: Tensor, temperature: float, symmetric: bool, negatives: str, normalize: bool, reduction: str,
+    out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """Computes the contrastive loss.
 
@@ -534,6 +569,7 @@ def forward(
         second: (N, D), any strides.
         temperature: positive.
         symmetric: see :func:`dfkd_fast.ops.contrastive_loss`.
+        negatives: see there.
         normalize: see there.
         reduction: see there.
         out: float32, a scalar, or (num_anchors,) for "none".
@@ -556,6 +592,7 @@ def forward(
             (1,),
             *(matrix(first), matrix(second), out, lse, count, num_anchors, dim, scale_log2, scale),
             config=small,
+            CROSS=negatives == "cross",
             NORMALIZE=normalize,
             ELEMENTWISE=elementwise,
             PRECISION=precision(dtype),
@@ -565,9 +602,10 @@ def forward(
     chosen = config.choose("contrastive_loss", architecture(first), dtype, dim=next_power_of_2(width))
     blocks = cdiv(count, chosen.tile["BLOCK_M"])
     sides = 2 if symmetric else 1
-    tiles = cdiv(2 * count, chosen.tile["BLOCK_N"])
-    length = tiles_per_program(blocks, [tiles] * sides, num_sms(first))
-    chunks = cdiv(tiles, length)
+    cross, block_n = negatives == "cross", chosen.tile["BLOCK_N"]
+    tiles = (column_tiles(count, block_n) if cross else [cdiv(2 * count, block_n)] * 2)[:sides]
+    length = tiles_per_program(blocks, tiles, num_sms(first))
+    chunks = cdiv(max(tiles), length)
     partials = None if chunks == 1 else first.new_empty((chunks, 3, num_anchors), dtype=torch.float32)
     sums = blocks * sides if chunks == 1 else cdiv(num_anchors, 128)
     direct = elementwise or sums == 1
@@ -578,6 +616,7 @@ def forward(
         (blocks * sides, chunks),
         *(y, row_stats, losses, lse, partials, count, num_anchors, width, length, scale_log2, kernel_scale),
         config=chosen,
+        CROSS=cross,
         ELEMENTWISE=elementwise,
         BOUNDED=is_bounded(scale_log2, normalize),
         RESIDENT=chosen.tile["BLOCK_D"] == width,

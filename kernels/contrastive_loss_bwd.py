@@ -15,7 +15,9 @@ from dfkd_fast.kernels.common import architecture, cast, cdiv, dot, launch, next
 from dfkd_fast.kernels.config import Launch
 from dfkd_fast.kernels.contrastive_loss import (
     _WEIGHT_SCALE,
+    _columns,
     _dot_transposed,
+    _is_excluded,
     _ldexp,
     _load_normalized,
     _load_tile,
@@ -86,8 +88,8 @@ def _backward_kernel(
     partials_ptr,  # [chunks, num_rows, width], sums of _WEIGHT_SCALE w_ij y_j r_j
     partner_weights_ptr,  # [chunks, num_rows]
     count, width, stats_stride, tiles_per_program, first_side, num_rows, scale_log2,
-    SYMMETRIC: tl.constexpr, BOUNDED: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
+    SYMMETRIC: tl.constexpr, CROSS: tl.constexpr, BOUNDED: tl.constexpr, RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Weighted sums of vectors, and the partner's weight, over the columns of one program.
 
@@ -102,13 +104,14 @@ def _backward_kernel(
     offset = tl.program_id(2) * BLOCK_O
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    limit = 2 * count
+    low, limit = _columns(side, count, CROSS)
     if not SYMMETRIC:
         limit = tl.where(side == 0, limit, count)
-    end = tl.minimum((tl.program_id(1) + 1) * tiles_per_program, tl.cdiv(limit, BLOCK_N))
-    begin = tl.minimum(tl.program_id(1) * tiles_per_program, end)
+    begin = low // BLOCK_N + tl.program_id(1) * tiles_per_program
+    end = tl.minimum(begin + tiles_per_program, tl.cdiv(limit, BLOCK_N))
+    begin = tl.minimum(begin, end)
     start_0, count_0, start_1, count_1, start_2, count_2 = _masked_ranges(
-        row, partner, begin, end, limit, BLOCK_M, BLOCK_N
+        low if CROSS else row, partner, begin, end, limit, BLOCK_M, BLOCK_N
     )
     masked = count_0 + count_1 + count_2
 
@@ -127,7 +130,7 @@ def _backward_kernel(
         s *= (inv_norm[:, None] * inv_norm_b[None, :]) * scale_log2
         j = (column + offs_n)[None, :]
         is_partner = (j == (partner + offs_m)[:, None]) & (j < limit)
-        is_excluded = is_partner | (j == (row + offs_m)[:, None]) | (j >= limit)
+        is_excluded = is_partner | (j == (row + offs_m)[:, None]) | (j < low) | (j >= limit)
         lse_b = tl.load(stats_b + 3 * stats_stride)
         w, weight = _masked_weights(s, g, lse, g_b, lse_b, inv_norm_b, is_partner, is_excluded)
         partner_weight += weight
@@ -206,7 +209,7 @@ def _small_backward_kernel(
     da,  # Matrix, [N, D] or None
     db,  # Matrix, [N, D] or None
     count, num_anchors, dim, grad_output_stride, scale_log2, scale,
-    NORMALIZE: tl.constexpr, ELEMENTWISE: tl.constexpr, PRECISION: tl.constexpr,
+    CROSS: tl.constexpr, NORMALIZE: tl.constexpr, ELEMENTWISE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Computes BLOCK_M rows of the gradients."""
@@ -231,7 +234,8 @@ def _small_backward_kernel(
     lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf"))
     lse_b = tl.load(lse_ptr + offs_n, mask=mask_n, other=float("inf"))
     is_partner = offs_n[None, :] == tl.where(offs_m < count, offs_m + count, offs_m - count)[:, None]
-    is_excluded = is_partner | (offs_n[None, :] == offs_m[:, None]) | (offs_n >= 2 * count)[None, :]
+    is_excluded = is_partner | _is_excluded(offs_m[:, None], offs_n[None, :], count, CROSS)
+    is_excluded = is_excluded | (offs_n >= 2 * count)[None, :]
     w, partner_weight = _masked_weights(s, g, lse, g_b, lse_b, inv_norm_b, is_partner, is_excluded)
     acc = dot(cast(w, b.dtype), b, tl.zeros([BLOCK_M, BLOCK], tl.float32), PRECISION)
     partner, inv_norm_partner, _k = _load_normalized(second, first, offs_m, offs_d, count, dim, NORMALIZE)
@@ -242,8 +246,8 @@ def _small_backward_kernel(
 
 
 def backward(
-    grad_output: Tensor, first: Tensor, second: Tensor, temperature: float, symmetric: bool, normalize: bool,
-    reduction: str, lse: Tensor, da: Tensor | None, db: Tensor | None,
+    grad_output: Tensor, first: Tensor, second: Tensor, temperature: float, symmetric: bool, negatives: str,
+    normalize: bool, reduction: str, lse: Tensor, da: Tensor | None, db: Tensor | None,
 ) -> None:  # fmt: skip
     """Computes the gradients of :func:`dfkd_fast.kernels.contrastive_loss.forward`.
 
@@ -253,6 +257,7 @@ def backward(
         second: (N, D), as in forward.
         temperature: positive.
         symmetric: see :func:`dfkd_fast.ops.contrastive_loss`.
+        negatives: see there.
         normalize: see there.
         reduction: see there.
         lse: (num_anchors,), float32, from forward.
@@ -265,7 +270,7 @@ def backward(
         return
     dtype, width = shared.dtype_and_width(first, second)
     num_anchors = lse.shape[0]
-    elementwise = grad_output.ndim == 1
+    elementwise, cross = grad_output.ndim == 1, negatives == "cross"
     scale = 1 / temperature / (num_anchors if reduction == "mean" else 1)
     scale_log2 = math.log2(math.e) / temperature
     gradients = (shared.matrix(da), shared.matrix(db))
@@ -277,6 +282,7 @@ def backward(
             *(grad_output, shared.matrix(first), shared.matrix(second), lse, *gradients),
             *(count, num_anchors, dim, grad_output.stride(0) if elementwise else 0, scale_log2, scale),
             config=small,
+            CROSS=cross,
             NORMALIZE=normalize,
             ELEMENTWISE=elementwise,
             PRECISION=precision(dtype),
@@ -295,7 +301,9 @@ def backward(
     first_side = 0 if da is not None else 1
     blocks = cdiv(count, chosen.tile["BLOCK_M"])
     outputs = cdiv(width, chosen.tile["BLOCK_O"])
-    tiles = [cdiv((2 if symmetric or side == 0 else 1) * count, chosen.tile["BLOCK_N"]) for side in (0, 1)]
+    block_n = chosen.tile["BLOCK_N"]
+    tiles = [cdiv((2 if symmetric or side == 0 else 1) * count, block_n) for side in (0, 1)]
+    tiles = shared.column_tiles(count, block_n) if cross else tiles
     needed = tiles[first_side : first_side + sides]
     length = shared.tiles_per_program(blocks * outputs, needed, num_sms(first))
     chunks = cdiv(max(needed), length)
@@ -310,6 +318,7 @@ def backward(
         *(count, width, stats_stride, length, first_side, num_rows, scale_log2),
         config=chosen,
         SYMMETRIC=symmetric,
+        CROSS=cross,
         BOUNDED=bounded,
         RESIDENT=chosen.tile["BLOCK_D"] == width,
         PRECISION=precision(dtype),

@@ -422,18 +422,20 @@ class InversionContrast(Term):
         order = torch.rand(len(self.bank), dtype=torch.float32, device=self.bank.device)
         order = order + 2 * (torch.arange(len(self.bank), device=order.device) >= self.count)
         chosen = self.bank[order.argsort()[: self.config.negatives]]
+        current, temperature = len(views[0]), self.config.temperature
         valid = torch.arange(len(chosen), device=order.device) < self.count
         local, other = (
             F.normalize(self.head(torch.cat([view, banked])).float(), dim=1)
             for view, banked in zip(views, chosen.chunk(2, 1), strict=True)
         )
-        current = len(views[0])
-        with torch.autocast(local.device.type, enabled=False):
-            logits = local @ other.detach().T / self.config.temperature
-        used = torch.cat([torch.ones(current, dtype=torch.bool, device=order.device), valid])
-        losses = F.cross_entropy(
-            logits.masked_fill(~used, -torch.inf).masked_fill(~used[:, None], 0.0),
-            torch.arange(len(logits), device=order.device),
+        # One more coordinate gives the others' similarities a softmax of exactly zero.
+        masked = torch.where(valid, 0.0, -2 - 200 * temperature)
+        losses = ops.contrastive_loss(
+            F.pad(local, (0, 1), value=1.0),
+            torch.cat([other.detach(), F.pad(masked, (current, 0))[:, None]], 1),
+            temperature=temperature,
+            negatives="cross",
+            normalize=False,
             reduction="none",
         )
         banked = torch.where(valid, losses[current:], 0).sum() / valid.sum().clamp_min(1)

@@ -13,13 +13,6 @@ from dfkd_fast.reference.common import contiguous, one_format
 __all__ = ["batch_norm_act"]
 
 
-def _faster_format(x: Tensor) -> Tensor:
-    """Copy channels-last maps with 2 to 7 channels on the CPU, where PyTorch's kernel is up to 60 times slower."""
-    if x.device.type == "cpu" and x.ndim == 4 and x.stride(1) == 1 < x.shape[1] < 8:
-        return x.contiguous()
-    return one_format(x)
-
-
 def batch_norm_act(
     x: Tensor,
     weight: Tensor | None,
@@ -42,15 +35,16 @@ def batch_norm_act(
     if {v.dtype for v in vectors if v is not None} == {x.dtype}:
         dtype = x.dtype
     mean, var, scale, shift = contiguous(vectors, dtype)
-    given = _faster_format(x)
+    # For channels-last maps with few channels, PyTorch's kernel for CPUs is up to 60 times slower.
+    copied = x.device.type == "cpu" and x.ndim == 4 and x.stride(1) == 1 < x.shape[1] < 8
+    given = x.contiguous() if copied else one_format(x)
     y = F.batch_norm(given, mean, var, scale, shift, training, momentum, eps)
-    if (
-        given is not x and x.stride(1) == 1 < x.shape[1] < 8
-    ):  # vmap does not support y.contiguous(memory_format=torch.channels_last)
+    if copied:  # vmap does not support y.contiguous(memory_format=torch.channels_last)
         y = y.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
     for buffer, updated in ((running_mean, mean), (running_var, var)):
-        copied = buffer is not None and (buffer.dtype != dtype or not buffer.is_contiguous())
-        if training and copied and buffer is not None and updated is not None:
+        if buffer is None or updated is None or not training:
+            continue
+        if buffer.dtype != dtype or not buffer.is_contiguous():
             buffer.copy_(updated)
     if residual is not None:
         y = one_format((y + residual).to(x.dtype))

@@ -11,9 +11,16 @@ __all__ = ["contrastive_loss"]
 
 
 def contrastive_loss(
-    anchors: Tensor, positives: Tensor, *, temperature: float, symmetric: bool, normalize: bool, reduction: str
+    anchors: Tensor,
+    positives: Tensor,
+    *,
+    temperature: float,
+    symmetric: bool,
+    negatives: str,
+    normalize: bool,
+    reduction: str,
 ) -> Tensor:
-    """Compute the NT-Xent loss of anchors and positives (N, D)."""
+    """Compute the contrastive loss of anchors and positives (N, D)."""
     count = anchors.shape[0]
     # Autocast is off, because rounding errors of the similarities are multiplied by 1 / temperature.
     device = anchors.device.type if anchors.device.type != "meta" else "cpu"  # meta tensors have no autocast
@@ -21,13 +28,18 @@ def contrastive_loss(
         vectors = torch.cat([upcast(anchors), upcast(positives)])
         if normalize:
             vectors = _unit_rows(vectors)
-        rows = vectors if symmetric else vectors[:count]
-        similarity = rows @ vectors.T / temperature
-        itself = torch.eye(rows.shape[0], 2 * count, dtype=torch.bool, device=similarity.device)
-        positive = similarity.diagonal(count)
-        if symmetric:
-            positive = torch.cat([positive, similarity.diagonal(-count)])
-        loss = similarity.masked_fill(itself, -torch.inf).logsumexp(1) - positive
+        if negatives == "cross":
+            similarity = vectors[:count] @ vectors[count:].T / temperature
+            loss = torch.cat([similarity.logsumexp(dim) for dim in ((1, 0) if symmetric else (1,))])
+            loss = loss - similarity.diagonal().repeat(2 if symmetric else 1)
+        else:
+            rows = vectors if symmetric else vectors[:count]
+            similarity = rows @ vectors.T / temperature
+            itself = torch.eye(rows.shape[0], 2 * count, dtype=torch.bool, device=similarity.device)
+            positive = similarity.diagonal(count)
+            if symmetric:
+                positive = torch.cat([positive, similarity.diagonal(-count)])
+            loss = similarity.masked_fill(itself, -torch.inf).logsumexp(1) - positive
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()

@@ -26,6 +26,7 @@ def form(request):
 
 
 # In each form, the cases cover each dtype, pair of dtypes, layout, reduction, temperature and boolean option.
+CROSS = {"negatives": "cross"}
 SYMMETRIC, PLAIN = {"symmetric": True}, {"normalize": False, "temperature": 1.0}
 CASES = {
     "float32": ({"dtype": FLOAT32}, {}),
@@ -42,6 +43,10 @@ CASES = {
     "bfloat16, sharp": ({"dtype": BFLOAT16}, {"temperature": 0.02}),
     "float16, sharp": ({"dtype": FLOAT16}, {"temperature": 0.02}),
     "float16, warm": ({"dtype": FLOAT16}, {"temperature": 1.7}),
+    "float32, cross": ({"dtype": FLOAT32}, CROSS),
+    "bfloat16, cross, symmetric": ({"dtype": BFLOAT16}, {**CROSS, **SYMMETRIC, "reduction": "sum"}),
+    "float16, cross, symmetric, not normalized": ({"dtype": FLOAT16}, {**CROSS, **SYMMETRIC, **PLAIN}),
+    "float32, cross, none": ({"dtype": FLOAT32}, {**CROSS, "reduction": "none", "temperature": 0.02}),
     "strided": ({"dtype": BFLOAT16, "layout": "strided"}, {}),
     "transposed": ({"dtype": BFLOAT16, "layout": "transposed"}, {}),
     "offset": ({"dtype": BFLOAT16, "layout": "offset"}, {}),
@@ -68,6 +73,10 @@ def test_matches_float64_reference(kernel_device, form, case):
         ((70, 20), FLOAT32, {}, nullcontext, 2),
         # With 200 vectors per side, some tiles hold neither anchors nor positives nor the last column.
         ((200, 9), FLOAT32, {}, contrastive_tiles, 1),
+        ((200, 9), FLOAT32, {**CROSS, **SYMMETRIC}, contrastive_tiles, 1),
+        ((200, 9), BFLOAT16, {**CROSS, **SYMMETRIC, **PLAIN}, partial(contrastive_tiles, 9), 1),
+        ((201, 9), FLOAT32, CROSS, partial(contrastive_tiles, 2), 1),
+        ((224, 9), FLOAT16, CROSS, partial(contrastive_tiles, 3), 1),
         ((200, 9), BFLOAT16, SYMMETRIC, partial(contrastive_tiles, 9), 1),
         ((200, 9), FLOAT16, {"temperature": 0.02}, partial(contrastive_tiles, 2), 1),
     ],

@@ -86,12 +86,18 @@ SWEEPS = {
     ),
     "contrastive_loss": Sweep(
         *(ops.contrastive_loss, vectors, _CONTRAST),
-        options={"symmetric": st.booleans(), "reduction": choice(("mean", "sum", "none"))},
+        options={
+            **{"symmetric": st.booleans(), "negatives": choice(("all", "cross"))},
+            "reduction": choice(("mean", "sum", "none")),
+        },
     ),
     "contrastive_loss, not normalized": Sweep(  # with similarities of the order of ten
         *(partial(ops.contrastive_loss, normalize=False), vectors, _CONTRAST),
         {"scale": st.just(0.3)},
-        {"symmetric": st.booleans(), "reduction": choice(("mean", "sum", "none")), "temperature": st.just(0.5)},
+        {
+            **{"symmetric": st.booleans(), "negatives": choice(("all", "cross"))},
+            **{"reduction": choice(("mean", "sum", "none")), "temperature": st.just(0.5)},
+        },
     ),
     "spatial_attention": Sweep(
         *(spatial, attention, _MAP, {"hidden": size(1, 40)}),

@@ -38,6 +38,7 @@ def _contrast(
     *,
     temperature: float,
     symmetric: bool = False,
+    negatives: str = "all",
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
@@ -49,7 +50,8 @@ def _contrast(
         v = v / v.square().sum(1, keepdim=True).masked_fill(zero, 1).sqrt()
         v = v.masked_fill(zero, 0)
     s = (v @ v.T) / temperature
-    others = s.masked_fill(torch.eye(len(s), dtype=torch.bool), -math.inf)
+    side = torch.arange(len(s)) if negatives == "all" else torch.arange(len(s)) < len(a)
+    others = s.masked_fill(side[:, None] == side, -math.inf)
     loss = torch.logsumexp(others, 1) - s.roll(len(a), 1).diagonal()
     loss = loss if symmetric else loss[: len(a)]
     return loss if reduction == "none" else loss.mean()

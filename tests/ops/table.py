@@ -414,6 +414,10 @@ CASES: dict[str, Case] = {
         function=partial(ops.contrastive_loss, symmetric=True, reduction="none"),
         **{**_CONTRAST, "tiling": contrastive_tiles, "graph": (64, 96)},
     ),
+    "contrastive_loss, cross": Case(
+        function=partial(ops.contrastive_loss, negatives="cross"),
+        **{**_CONTRAST, "tiling": contrastive_tiles, "graph": (64, 96)},
+    ),
     "spatial_attention": Case(function=partial(ops.spatial_attention, scale=9.0), **_SPATIAL),
     "spatial_attention, mean 1, tiles": Case(
         function=partial(ops.spatial_attention, scale=2.0, form="spatial_mean1"), tiling=spatial_tiles, **_SPATIAL

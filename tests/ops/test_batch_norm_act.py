@@ -304,6 +304,15 @@ def test_strides_do_not_change_values_and_gradients(kind, training):
             assert a is b is None or torch.allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_channels_last_volumes():
+    """Maps with 2 to 7 channels are copied on the CPU, volumes are not."""
+    x = random(2, 3, 2, 3, 2, dtype=torch.float64)
+    last = x.to(memory_format=torch.channels_last_3d)
+    assert_close(
+        ops.batch_norm_act(last, None, None, None, None), ops.batch_norm_act(x, None, None, None, None), atol=1e-14
+    )
+
+
 def test_strided_running_statistics_are_updated():
     x, vectors = random(3, 5, 4, 2), running()
     views = [torch.stack([v, v], 1)[:, 0] for v in vectors]

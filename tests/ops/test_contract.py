@@ -48,7 +48,10 @@ def assert_equal(found: Any, expected: Any) -> None:
 
 OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "distillation_kl": {"direction": ("forward", "reverse"), "reduction": ("batchmean", "sum", "mean", "none")},
-    "contrastive_loss": {"symmetric": (0, 1), "normalize": (0, 1), "reduction": ("mean", "sum", "none")},
+    "contrastive_loss": {
+        **{"symmetric": (0, 1), "normalize": (0, 1), "negatives": ("all", "cross")},
+        "reduction": ("mean", "sum", "none"),
+    },
     "spatial_attention": {"form": ("spatial", "spatial_mean1", "channel")},
     "high_order_attention": {"mode": ("joint", "per_order")},
     "high_order_attention_map": {"mode": ("joint", "per_order")},

@@ -18,7 +18,9 @@ REDUCTIONS = ("mean", "sum", "none")
 FLAGS = [(symmetric, normalize) for symmetric in (False, True) for normalize in (False, True)]
 
 
-def definition(anchors, positives, *, temperature=0.1, symmetric=False, normalize=True, reduction="mean"):
+def definition(
+    anchors, positives, *, temperature=0.1, symmetric=False, negatives="all", normalize=True, reduction="mean"
+):
     """Compute each pair of vectors in turn."""
     vectors = [*anchors, *positives]
     if normalize:
@@ -27,7 +29,8 @@ def definition(anchors, positives, *, temperature=0.1, symmetric=False, normaliz
     losses = []
     for i in range(2 * n if symmetric else n):
         similarities = [(vectors[i] * vectors[j]).sum() / temperature for j in range(2 * n)]
-        others = torch.stack([similarities[j] for j in range(2 * n) if j != i])
+        summed = [j for j in range(2 * n) if (j != i if negatives == "all" else (j < n) != (i < n))]
+        others = torch.stack([similarities[j] for j in summed])
         shift = others.detach().max()
         losses.append(shift + (others - shift).exp().sum().log() - similarities[(i + n) % (2 * n)])
     losses = torch.stack(losses)
@@ -39,12 +42,14 @@ def make(n=5, dim=7, *, dtype=torch.float64, requires_grad=False):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("negatives", ["all", "cross"])
 @pytest.mark.parametrize(("symmetric", "normalize"), FLAGS)
 @pytest.mark.parametrize(
     ("n", "dim", "temperature"), [(1, 3, 0.1), (2, 1, 0.5), (5, 7, 0.1), (9, 4, 1.7), (6, 130, 0.02)]
 )
-def test_value_and_gradients_match_formula(n, dim, temperature, symmetric, normalize, reduction):
+def test_value_and_gradients_match_formula(n, dim, temperature, symmetric, normalize, negatives, reduction):
     options = {"temperature": temperature, "symmetric": symmetric, "normalize": normalize, "reduction": reduction}
+    options["negatives"] = negatives
     assert_matches(partial(ops.contrastive_loss, **options), partial(definition, **options), make(n, dim), rtol=1e-11)
 
 
