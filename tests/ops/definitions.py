@@ -93,7 +93,7 @@ def _mse(x: Tensor, proj: Tensor, out: Tensor, target: Tensor, *, mode: str = "j
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    mean = x.mean((0, 2, 3), keepdim=True)
+    mean = x.sum((0, 2, 3), keepdim=True) / x[:, 0].numel()  # the sum may overflow
     return mean.flatten(), (x - mean.detach()).square().mean((0, 2, 3))  # the gradient through the mean is zero
 
 
