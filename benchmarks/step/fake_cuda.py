@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Make, gradients, tensors
 from dfkd_fast.benchmarks.traffic import EagerTraffic, Kernel, inductor_traffic, op_traffic
+from dfkd_fast.config import recipe
 
 __all__ = ["C_COMPILER", "trace"]
 
@@ -52,8 +53,9 @@ def trace(*variants: str, code: bool = False) -> dict[str, dict[str, Any]]:
 
     Args:
         *variants: ``dfkd_fast``, ``compile`` (plain networks and reference ops, compiled), ``eager`` (the same without
-            a compiler), ``peer``, or a fault that is injected into ``dfkd_fast`` (:data:`_FAULTS`); or ``ops:NAME``,
-            the benchmark cases of an op with the paper's shapes.
+            a compiler), ``peer``, or a fault that is injected into ``dfkd_fast`` (:data:`_FAULTS`);
+            ``methods:NAME``, another method at the small size; or ``ops:NAME``, the benchmark cases of an op with the
+            paper's shapes.
         code: generate code, which takes about a minute per variant.
 
     Returns:
@@ -198,6 +200,8 @@ class _Synchronizations(EagerTraffic):
         elif func.name().startswith(("aten::_fused_adam_", "aten::_fused_sgd_")):  # torch has no fakes for them
             _require_equal_strides(*(list(each) for each in args if isinstance(each, list | tuple) and each))
             result = None
+        elif func.name() == "aten::_standard_gamma":  # nor for this
+            result = torch.empty_like(args[0])
         else:
             result = func(*args, **kwargs)
         self.count(func, args, kwargs, result)
@@ -328,9 +332,13 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
     from dfkd_fast.models import fold_batchnorm, frozen
 
     cpu, half = torch.device("cpu"), (0.5, 0.5, 0.5)
+    changes: dict[str, Any] = {"channels_last": variant != "peer"}
+    if variant.startswith("methods:"):
+        method = recipe(variant.removeprefix("methods:"))
+        changes |= {"objective": method.objective, "synthesis": replace(method.synthesis, pool_size=64, per_round=1)}
     # Skip computing BatchNorm statistics, which takes seconds and does not change the trace.
     with mock.patch.object(step_variants, "_with_statistics", lambda model, size, device: model.eval()):
-        state, teacher = step_variants.build(size, size.batch, cpu, channels_last=variant != "peer")
+        state, teacher = step_variants.build(size, size.batch, cpu, **changes)
     sizes = {"image_size": size.image, "batch_size": size.batch}
     folded = fold_batchnorm(state.teacher, dtype=state.runtime.autocast, **sizes)
     mode = stack.enter_context(fake_cuda())
@@ -405,7 +413,8 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
         stack.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
         stack.enter_context(torch._inductor.config.patch(_INDUCTOR))
         inject = _FAULTS.get(variant)
-        engine = _engine(variant, SIZES["small" if inject else "full"], compiler, stack)
+        small = inject or variant.startswith("methods:")
+        engine = _engine(variant, SIZES["small" if small else "full"], compiler, stack)
         if inject:
             inject(engine)
         try:

@@ -145,9 +145,18 @@ def _with_statistics(model: nn.Module, size: Size, device: torch.device) -> nn.M
 
 
 def build(
-    size: Size, batch: int, device: torch.device, *, precision: str = "bf16", channels_last: bool = True
+    size: Size, batch: int, device: torch.device, *, precision: str = "bf16", channels_last: bool = True, **changes: Any
 ) -> tuple[DistillState, FeatureModel]:
-    """Return the initial state of a run and its teacher, which the caller must freeze. ``batch``: images per step."""
+    """Return the initial state of a run and its teacher, which the caller must freeze.
+
+    Args:
+        size: networks, images and steps.
+        batch: images per step.
+        device: the device of the state.
+        precision: see :class:`dfkd_fast.config.DistillConfig`.
+        channels_last: see there.
+        **changes: other fields of the config.
+    """
     torch.manual_seed(0)
     teacher = _with_statistics(create_model(size.teacher, num_classes=size.classes), size, device)
     student = create_model(size.student, num_classes=size.classes)
@@ -160,6 +169,7 @@ def build(
         precision=precision,  # type: ignore[arg-type]  # checked by Runtime
         channels_last=channels_last,
         device=str(device),
+        **changes,
     )
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
     features = [extract(model.to(device), image_size=size.image) for model in (teacher, student)]

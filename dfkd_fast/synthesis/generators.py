@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -311,7 +312,7 @@ class LabelEmbedding(_WarmUp):
         super().__init__(setting, options)
         self.generator = setting.generator
         self.module = _Embedded(setting, self._embeddings())
-        self.syntheses = torch.zeros((), dtype=torch.int64)
+        self.syntheses = 0
 
     def _embeddings(self) -> Tensor:
         count, device, path = self.setting.num_classes, self.setting.device, self.options.embeddings
@@ -346,5 +347,9 @@ class LabelEmbedding(_WarmUp):
         assert self.labels is not None
         return (self.labels, *self.sampler.draw(count, self.setting.random))
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {**super().tensors(), "syntheses": self.syntheses}
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "syntheses": self.syntheses}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.syntheses = int(state["syntheses"])

@@ -45,12 +45,12 @@ DECLARED: dict[str, tuple[str | None, ...]] = {
     "batch_norm_act_conv1x1_backward": ("x", None, None, None, None),
     "batchnorm_statistics": ("x", None, None, "mask"),
     "batchnorm_statistics_backward": ("x", None, None, "x"),
-    "batchnorm_statistics_merge": (None,) * 72,
+    "batchnorm_statistics_merge": (None,),  # two for each layer
     "channel_statistics": (None, None),
     "channel_statistics_backward": ("x",),
     "contrastive_loss": (None, None),
     "contrastive_loss_backward": ("anchors", "positives"),
-    "conv2d_act": ("x",),
+    "conv2d_act": ("x or weight",),
     "distillation_kl": (None, None),
     "distillation_kl_backward": ("a", "b"),
     "high_order_attention": ("x",),
@@ -92,11 +92,14 @@ def strides_as_declared(call: dict[str, Any]) -> list[bool]:
     declared = DECLARED[call["op"]]
     if "needs_grad" in call["arguments"]:  # the operator returns only the gradients that are needed
         declared = tuple(itertools.compress(declared, (need == "True" for need in call["arguments"]["needs_grad"])))
+    if call["op"] == "batchnorm_statistics_merge":
+        declared *= len(call["results"])
     for like, result in zip(declared, call["results"], strict=True):
         if like == "mask":  # (N, channel octets, positions), dense with channels innermost, like x
             found.append(is_channels_last(call["arguments"]["x"]) and is_dense(result, (1, 2, 0)))
             continue
-        maps = like is not None and 0 not in result["shape"] and is_channels_last(call["arguments"][like])
+        tensors = [call["arguments"][name] for name in (like or "").split(" or ") if name]
+        maps = 0 not in result["shape"] and any(is_channels_last(each) for each in tensors)
         found.append((is_channels_last if maps else is_contiguous)(result))
     return found
 
@@ -175,6 +178,31 @@ def test_dfkd_fast_has_whole_graphs_declared_strides_and_committed_counts(reposi
         before, why = committed[row["step"]], f"{row['step']}; if intended, run dfkd-fast bench --count"
         assert row["launches"] <= before["launches"], why
         assert row["bytes_read"] + row["bytes_written"] <= before["bytes_read"] + before["bytes_written"], why
+
+
+# Operators in the steps of each method besides those of the networks.
+METHODS = {
+    "adi": {"batchnorm_statistics": 9, "statistics_distances": 2},  # the first layer has a weight of its own
+    "zskd": {},
+    "cmi": {"batchnorm_statistics": 9, "statistics_distances": 1, "contrastive_loss": 1, "distillation_kl": 2},
+    "fast": {"batchnorm_statistics": 9, "statistics_distances": 1, "distillation_kl": 2},
+    "nayer": {"batchnorm_statistics": 9, "statistics_distances": 1, "distillation_kl": 2},
+    "mad": {"batchnorm_statistics": 9, "statistics_distances": 1, "distillation_kl": 2},
+}
+
+
+def test_steps_of_other_methods_have_whole_graphs_with_the_ops_of_their_losses() -> None:
+    for name, report in fake_cuda.trace(*(f"methods:{method}" for method in METHODS)).items():
+        assert report["error"] is None, f"{name}: {report['error']}"
+        assert (report["graph_breaks"], len(report["graphs"])) == ({}, 2 * report["regions"] - 2), name
+        require_no_synchronization(report)
+        made = [call for graph in report["graphs"].values() for call in graph["calls"]]
+        assert all(all(strides_as_declared(call)) for call in made), name
+        calls = Counter(call["op"] for call in made)
+        expected = METHODS[name.removeprefix("methods:")]
+        losses = ("batchnorm_statistics", "statistics_distances", "contrastive_loss", "distillation_kl")
+        found = {op: count for op, count in calls.items() if op in losses}
+        assert found == {"distillation_kl": 1} | expected, name
 
 
 @pytest.mark.slow

@@ -24,17 +24,19 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 KINDS = [op for op in DEFINITIONS if "," not in op]
 IN_DTYPE = ("spatial_attention", "high_order", "batch_norm_act")  # matrix products and F.batch_norm in the dtype of x
 ROUNDED = ("contrastive_loss", "batchnorm_statistics")  # gradients are sums of values rounded to the dtype
+EPS = torch.finfo(torch.float32).eps
 EXACT = ("max_pool2x2", "max_unpool2x2")
 
 
 def _noise(op: str, inputs: list[Any], loss: Tensor, temperature: float) -> tuple[float, float]:
-    """Rounding errors of outputs and of gradients, in units of eps, from softmaxes and from unit vectors."""
+    """Rounding errors of outputs and of gradients, in units of eps of float32, from softmaxes and from unit vectors."""
     if op == "distillation_kl":  # its gradient contains the difference of the divergence and one logarithm
         return temperature**2, temperature + float(loss.abs().max()) / temperature
     if op == "contrastive_loss":
         lengths = torch.cat([t.detach().double() for t in inputs]).norm(dim=1)
         shortest = float(lengths[lengths > 0].min()) if lengths.any() else 1.0
-        return 1 / temperature, 1 / (shortest * temperature)
+        weights = max(1.0, torch.finfo(inputs[0].dtype).eps / (8 * EPS))  # softmax weights are rounded to the dtype
+        return 1 / temperature, weights / (shortest * temperature)
     return 0.0, 0.0
 
 
