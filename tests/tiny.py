@@ -83,7 +83,8 @@ def method(preset: str) -> dict[str, Any]:
     """Changes of :func:`config`: the loss weights and the synthesizer of a method."""
     published = recipe(preset)
     contrast = InversionContrastConfig(dim=4, bank_size=16, negatives=8)
-    synthesis = replace(published.synthesis, pool_size=16, per_round=1)
+    options = {name: 1 if name == "half" else value for name, value in published.synthesis.options.items()}
+    synthesis = replace(published.synthesis, options=options, pool_size=16, per_round=1)
     return {"objective": replace(published.objective, contrast=contrast), "synthesis": synthesis}
 
 

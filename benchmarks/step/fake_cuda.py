@@ -335,7 +335,9 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
     changes: dict[str, Any] = {"channels_last": variant != "peer"}
     if variant.startswith("methods:"):
         method = recipe(variant.removeprefix("methods:"))
-        changes |= {"objective": method.objective, "synthesis": replace(method.synthesis, pool_size=64, per_round=1)}
+        options = {name: 1 if name == "half" else value for name, value in method.synthesis.options.items()}
+        synthesis = replace(method.synthesis, options=options, pool_size=64, per_round=1)
+        changes |= {"objective": method.objective, "synthesis": synthesis}
     # Skip computing BatchNorm statistics, which takes seconds and does not change the trace.
     with mock.patch.object(step_variants, "_with_statistics", lambda model, size, device: model.eval()):
         state, teacher = step_variants.build(size, size.batch, cpu, **changes)

@@ -198,9 +198,9 @@ class Loop:
 class _MarkingExecutor(EagerExecutor):
     """Marks the start of each step for the CUDA graphs that torch.compile captures."""
 
-    def execute(self, engine: Engine, kind: Any) -> None:
+    def execute(self, engine: Engine, step: Any) -> None:
         torch.compiler.cudagraph_mark_step_begin()
-        super().execute(engine, kind)
+        super().execute(engine, step)
 
 
 def peer_loop(state: DistillState) -> Loop:

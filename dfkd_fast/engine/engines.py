@@ -34,6 +34,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Kind = Literal["generator", "student"]
+Step = tuple[Kind, int]
 
 _WARM_UPS = 3  # steps of each kind before the capture. Libraries choose algorithms and allocate workspaces in them.
 
@@ -64,11 +65,11 @@ class Engine:
         self.networks = self._build(self.state)
 
     @property
-    def kinds(self) -> list[Kind]:
-        """The kinds of steps in a round."""
+    def steps(self) -> list[Step]:
+        """The different steps of a round: their kind and the stage of the synthesis."""
         loop = self.state.config.loop
-        counts: dict[Kind, int] = {"generator": loop.generator_steps, "student": loop.student_steps}
-        return [kind for kind, count in counts.items() if count]
+        generator: list[Step] = [("generator", stage) for stage in range(self.state.synthesizer.stages)]
+        return [*(generator if loop.generator_steps else ()), *([("student", 0)] if loop.student_steps else ())]
 
     def prepare(self) -> None:
         """Compile and capture the steps. The state does not change.
@@ -90,7 +91,7 @@ class Engine:
 
     def _take(self, kind: Kind) -> None:
         with nvtx_range("step", kind):
-            self.executor.execute(self, kind)
+            self.executor.execute(self, (kind, self.state.synthesizer.stage if kind == "generator" else 0))
         self.state.position.step += 1
 
     def generator_step(self) -> None:
@@ -109,27 +110,28 @@ class Engine:
         first = self.state.position.step < self.state.config.loop.generator_steps
         (self.generator_step if first else self.student_step)()
 
-    def run(self, kind: Kind) -> None:
+    def run(self, kind: Kind, stage: int) -> None:
         """Run the device work of one step."""
         if kind == "generator":
+            self.state.synthesizer.stage = stage
             generator_step(self.state, self.networks.generator_step)
         else:
             student_step(self.state, self.networks.student_step)
 
-    def warm_up_step(self, kind: Kind) -> None:
+    def warm_up_step(self, kind: Kind, stage: int) -> None:
         """Run one step to warm up.
 
         Write its losses to the first row of ``state.trace``, because a resumed round may have no row left.
         """
         self.state.cursor.zero_()
-        self.run(kind)
+        self.run(kind, stage)
 
 
 class EagerExecutor:
     """Runs steps directly.
 
     Args:
-        warm_up: run a step of each kind in :meth:`prepare`, so that torch.compile compiles the networks there.
+        warm_up: run each of the different steps in :meth:`prepare`, so that torch.compile compiles the networks there.
     """
 
     def __init__(self, *, warm_up: bool = False) -> None:
@@ -139,16 +141,16 @@ class EagerExecutor:
         if self.warm_up:
             start = time.perf_counter()
             with engine.state.preserve_state():
-                for kind in engine.kinds:
-                    engine.warm_up_step(kind)
+                for step in engine.steps:
+                    engine.warm_up_step(*step)
             engine.state.runtime.synchronize()
             log.info("compiled in %.1f s", time.perf_counter() - start)
 
     def start_round(self, engine: Engine) -> None:
         pass
 
-    def execute(self, engine: Engine, kind: Kind) -> None:
-        engine.run(kind)
+    def execute(self, engine: Engine, step: Step) -> None:
+        engine.run(*step)
 
 
 class GraphExecutor:
@@ -164,16 +166,16 @@ class GraphExecutor:
 
     def __init__(self, recorder: CudaRecorder) -> None:
         self.recorder = recorder
-        self._replays: dict[Kind, Callable[[], None]] = {}
+        self._replays: dict[Step, Callable[[], None]] = {}
         self._captured: dict[str, Any] = {}
 
     def prepare(self, engine: Engine) -> None:
         start, state = time.perf_counter(), engine.state
         self._replays = {}
         with state.preserve_state():
-            for kind in engine.kinds:
+            for step in engine.steps:
                 for _ in range(_WARM_UPS):
-                    self.recorder.warm_up(partial(engine.warm_up_step, kind))
+                    self.recorder.warm_up(partial(engine.warm_up_step, *step))
             state.runtime.synchronize()
             log.info("compiled and warmed up in %.1f s", time.perf_counter() - start)
             # Without this flag, Adam refuses to be captured. The flag does not change what fused Adam computes.
@@ -181,9 +183,9 @@ class GraphExecutor:
             try:
                 for group in groups:
                     group["capturable"] = True
-                for kind in engine.kinds:
+                for step in engine.steps:
                     state.cursor.zero_()
-                    self._replays[kind] = self.recorder.record(partial(engine.run, kind))
+                    self._replays[step] = self.recorder.record(partial(engine.run, *step))
             finally:
                 for group in groups:
                     group["capturable"] = False
@@ -200,10 +202,10 @@ class GraphExecutor:
         if changed or not self._replays:
             self.prepare(engine)
 
-    def execute(self, engine: Engine, kind: Kind) -> None:
+    def execute(self, engine: Engine, step: Step) -> None:
         if not self._replays:
             self.prepare(engine)
-        self._replays[kind]()
+        self._replays[step]()
 
 
 def _captured_values(state: DistillState) -> dict[str, Any]:

@@ -184,10 +184,14 @@ class DistillState:
         return own or self.config.optimizer.generator_schedule != "constant"
 
     def start_synthesis(self) -> None:
-        """Prepare a synthesis, if the next generator step is its first."""
-        if self.position.step % self.synthesizer.setting.iterations == 0:
-            self.synthesizer.start()
-            if self.synthesizer.resets_optimizer:
+        """Prepare a synthesis or a stage of it, if the next generator step is its first."""
+        synthesizer, iteration = self.synthesizer, self.position.step % self.synthesizer.setting.iterations
+        synthesizer.stage = synthesizer.stage_of(iteration)
+        if iteration == 0:
+            synthesizer.start()
+        if iteration == 0 or synthesizer.stage != synthesizer.stage_of(iteration - 1):
+            synthesizer.start_stage()
+            if synthesizer.resets_optimizer:
                 self._reset_generator_optimizer()
 
     def finish_synthesis(self) -> None:
@@ -242,7 +246,7 @@ class DistillState:
         tensors = [tensor for tensor in self.mutable_tensors() if id(tensor) not in fixed]
         values = [tensor.detach().clone() for tensor in tensors]
         scalers = [(side.scaler, side.scaler.state_dict()) for side in self.sides.values()]
-        noise = self.noise.get_state()
+        noise, stage = self.noise.get_state(), self.synthesizer.stage
         devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             try:
@@ -255,6 +259,7 @@ class DistillState:
                     if saved:
                         scaler.load_state_dict(saved)
                 self.noise.set_state(noise)
+                self.synthesizer.stage = stage
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"student": self.student.module.model, "generator": self.generator.module}

@@ -66,9 +66,9 @@ class Synthesizer:
 
     A round has one or more syntheses of ``setting.iterations`` generator steps each, and then the student steps. A
     generator step trains ``module`` along the generator's objective. A student step calls ``sampler``, without
-    gradients. :meth:`start`, :meth:`finish` and :meth:`start_round` run on the host between steps. All other methods
-    run inside steps, which can be captured into CUDA graphs: they only queue work on the device, and write to tensors
-    in place.
+    gradients. :meth:`start`, :meth:`start_stage`, :meth:`finish` and :meth:`start_round` run on the host between steps.
+    All other methods run inside steps, which can be captured into CUDA graphs: they only queue work on the device, and
+    write to tensors in place.
 
     Args:
         setting: the run.
@@ -82,7 +82,9 @@ class Synthesizer:
         labels: classes (N,) int64 or probabilities (N, classes) of the images of a generator step; None if there are
             none.
         views: 2 if ``module`` returns two views of each image, (2 N, 3, H, W), for terms that compare them; else 1.
-        resets_optimizer: whether each synthesis starts with a new optimizer state.
+        resets_optimizer: whether each synthesis, and each of its stages, starts with a new optimizer state.
+        stages: number of stages of a synthesis whose steps have different shapes. Each stage is captured.
+        stage: index of the current stage.
         uses_generator: whether ``setting.generator`` is required.
     """
 
@@ -94,6 +96,8 @@ class Synthesizer:
     module: nn.Module
     sampler: nn.Module
     labels: Tensor | None = None
+    stages: int = 1
+    stage: int = 0
 
     def __init__(self, setting: Setting, options: Any) -> None:
         self.setting, self.options = setting, options
@@ -109,8 +113,15 @@ class Synthesizer:
     def start_round(self, weights: dict[str, float], round: int) -> None:
         """Change the weights of the generator's objective, for example to 0 while warming up."""
 
+    def stage_of(self, iteration: int) -> int:
+        """The stage of an iteration of a synthesis."""
+        return 0
+
     def start(self) -> None:
         """Prepare a synthesis."""
+
+    def start_stage(self) -> None:
+        """Prepare a stage of a synthesis."""
 
     def finish(self) -> None:
         """End a synthesis."""

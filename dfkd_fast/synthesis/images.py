@@ -30,11 +30,13 @@ class _Images(Source):
         self.scale, self.shift = scale, shift
 
     def forward(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
-        """Return the images in [-1, 1], with the given order of rows (H,) and columns (W,)."""
+        """Return the images in [-1, 1], with the given order of rows (H,) and columns (W,), or of half as many."""
         images = (self.pixels - self.shift) / self.scale
         self.images.copy_(images.detach())
         if rows is None or columns is None:
             return images
+        if len(rows) < images.shape[2]:
+            images = nn.functional.avg_pool2d(images, 2)
         return images.index_select(2, rows).index_select(3, columns)
 
 
@@ -52,7 +54,10 @@ class DeepInversion(_ImageSynthesizer):
     """DeepInversion and Adaptive DeepInversion (Yin et al., CVPR 2020).
 
     Images are optimized from noise for one class each. In each iteration they are shifted and flipped together. Their
-    values stay in the range of images. The publication first optimizes at half resolution; this is not implemented.
+    values stay in the range of images. In the first iterations, the teacher sees them at half resolution.
+
+    Raises:
+        ValueError: there are not more iterations than those at half resolution, or the image size is odd.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -60,11 +65,13 @@ class DeepInversion(_ImageSynthesizer):
         """Options of DeepInversion.
 
         Args:
-            jitter: maximum shift, in pixels.
+            half: number of first iterations on images that are averaged to half of their height and width.
+            jitter: maximum shift, in pixels; half of it in the first iterations.
             flip: flip the images in half of the iterations.
-            warm_up: number of iterations in which the learning rate rises, before a cosine annealing.
+            warm_up: number of iterations in which the learning rate rises, before a cosine annealing; in both stages.
         """
 
+        half: int = 0
         jitter: int = 2
         flip: bool = True
         warm_up: int = 100
@@ -72,12 +79,28 @@ class DeepInversion(_ImageSynthesizer):
     def __init__(self, setting: Setting, options: Any) -> None:
         super().__init__(setting, options)
         self.module = _Images(setting, setting.scale, setting.shift)
+        half = options.half
+        if not 0 <= half < setting.iterations:
+            raise ValueError(
+                f"SynthesisConfig.options of 'deep_inversion': half must be below the {setting.iterations} iterations "
+                f"of a synthesis, got {half}"
+            )
+        if half and setting.image_size % 2:
+            raise ValueError(
+                f"synthesizer 'deep_inversion' needs an even image size with half, got {setting.image_size}"
+            )
+        self.stages = 2 if half else 1
+
+    def stage_of(self, iteration: int) -> int:
+        return 1 if 0 < self.options.half <= iteration else 0
 
     def rate(self, iteration: int) -> float:
-        warm_up = min(self.options.warm_up, self.setting.iterations // 2)
+        half = self.options.half
+        iteration, count = (iteration, half) if iteration < half else (iteration - half, self.setting.iterations - half)
+        warm_up = min(self.options.warm_up, count // 2)
         if iteration < warm_up:
             return (iteration + 1) / warm_up
-        rest = max(1, self.setting.iterations - warm_up)
+        rest = max(1, count - warm_up)
         return 0.5 * (1 + math.cos(math.pi * (iteration - warm_up) / rest))
 
     def start(self) -> None:
@@ -88,8 +111,11 @@ class DeepInversion(_ImageSynthesizer):
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
         size, device, random = self.setting.image_size, self.setting.device, self.setting.random
+        jitter = self.options.jitter
+        if self.stage < self.stages - 1:
+            size, jitter = size // 2, jitter // 2
         places = torch.rand(3, dtype=torch.float32, device=device, generator=random)
-        shift = ((2 * self.options.jitter + 1) * places[:2]).long() - self.options.jitter
+        shift = ((2 * jitter + 1) * places[:2]).long() - jitter
         order = torch.arange(size, device=device)
         columns = torch.where(places[2] < 0.5, size - 1 - order, order) if self.options.flip else order
         return (order + shift[0]) % size, (columns + shift[1]) % size

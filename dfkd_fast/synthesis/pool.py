@@ -192,6 +192,8 @@ class PoolSynthesizer(Synthesizer):
     def start(self) -> None:
         assert self.labels is not None
         self.labels.copy_(self.draw_labels())
+
+    def start_stage(self) -> None:
         self.best_loss.fill_(torch.inf)
 
     def after_forward(self, loss: Tensor) -> Tensor | None:

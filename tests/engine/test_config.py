@@ -76,7 +76,7 @@ def test_every_preset_has_a_recipe(name: str) -> None:
     # Values of the publications, not of a miniature.
     assert config.loop.epochs >= 200
     assert config.loop.epochs * config.loop.rounds_per_epoch * config.loop.student_steps >= 80_000
-    steps = {"zskd": 1500, "adi": 2000, "fast": 10, "nayer": 80, "dfkd-fgvc": 20, "baseline": 20, "mad": 20, "cmi": 200}
+    steps = {"zskd": 1500, "adi": 3000, "fast": 10, "nayer": 80, "dfkd-fgvc": 20, "baseline": 20, "mad": 20, "cmi": 200}
     assert config.loop.generator_steps == steps.get(name, 1)
     text = find(name).read_text()
     assert text.startswith("# ")

@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[dict[str, Any], ObjectiveConfig]] = {
     "online": ({}, ObjectiveConfig(preset="baseline")),
     "momentum": ({}, ObjectiveConfig(preset="baseline")),
     "deep_inversion": (
-        {"jitter": 1, "warm_up": 1},
+        {"half": 1, "jitter": 1, "warm_up": 1},
         ObjectiveConfig(preset="baseline", generator=INVERSION, bn=BNConfig(first=10)),
     ),
     "zskd": (
@@ -331,6 +331,10 @@ def test_deep_inversion_shifts_and_flips_the_batch() -> None:
     synthesizer: Any = state.synthesizer
     synthesizer.start()
     plain, seen = synthesizer.module(), set()
+    first = [synthesizer.module(*synthesizer.draw(6)) for _ in range(20)]
+    small = torch.nn.functional.avg_pool2d(plain, 2)
+    assert all(torch.equal(each, small) or torch.equal(each, small.flip(3)) for each in first)  # half of 1 pixel is 0
+    synthesizer.stage = 1
     for _ in range(60):
         found = synthesizer.module(*synthesizer.draw(6))
         matches = [
@@ -346,6 +350,37 @@ def test_deep_inversion_shifts_and_flips_the_batch() -> None:
     assert [synthesizer.rate(step) for step in range(2)] == [1.0, 1.0]
 
 
+def test_deep_inversion_starts_at_half_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stage has its own schedule, optimizer state and best batch."""
+    options = {"half": 3, "jitter": 0, "flip": False, "warm_up": 1}
+    state = tiny.state(
+        config(
+            "deep_inversion",
+            synthesis=SynthesisConfig(name="deep_inversion", options=options, pool_size=16),
+            generator_steps=5,
+        )
+    )
+    synthesizer: Any = state.synthesizer
+    engine, seen = eager_engine(state), []
+    forward = synthesizer.module.forward
+
+    def record(*inputs: torch.Tensor) -> torch.Tensor:
+        images: torch.Tensor = forward(*inputs)
+        steps = state.generator.optimizer.state[synthesizer.module.pixels]["step"]
+        seen.append((images.shape[2], int(steps), bool(synthesizer.best_loss.isinf())))
+        return images
+
+    monkeypatch.setattr(synthesizer.module, "forward", record)
+    engine.start_round()
+    for _ in range(5):
+        engine.step()
+    half = tiny.SIZE // 2
+    assert seen == [(half, 0, True), (half, 1, False), (half, 2, False), (tiny.SIZE, 0, True), (tiny.SIZE, 1, False)]
+    cosine = [1.0, 1.0, 0.5]
+    assert [synthesizer.rate(step) for step in range(5)] == pytest.approx([*cosine, 1.0, 1.0])
+    assert synthesizer.pool.images[:6].float().std() > 1
+
+
 @pytest.mark.parametrize(
     ("synthesis", "message"),
     [
@@ -353,6 +388,7 @@ def test_deep_inversion_shifts_and_flips_the_batch() -> None:
         ({"name": "fast", "options": {"warmup": 3}}, r"'fast' has no option warmup; it has noise_rate, warm_up"),
         ({"name": "fast", "pool_size": 5}, "pool_size must be at least the batch size, got 5 and 6"),
         ({"name": "online", "options": {"x": 1}}, "'online' has no option x; it has none"),
+        ({"name": "deep_inversion", "options": {"half": 9}}, r"half must be below the . iterations .*, got 9"),
         ({"name": "nayer", "options": {"embeddings": "e.safetensors"}}, r"shape \(5, width\), got \(4, 7\)"),
     ],
 )
