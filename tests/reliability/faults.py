@@ -27,7 +27,7 @@ from tests import tiny
 from tests.data import trees
 
 from ..engine.system_faults import CALLS, DISKS, LIMITS, SPACE, failing, strace
-from .harness import Tally, command, empty, snapshot
+from .harness import Lost, Tally, command, empty, forked, snapshot
 
 HALF: dict[str, Any] = {"rounds_per_epoch": 1, "generator_steps": 1, "student_steps": 1, "epochs": 1}
 HALF["optimizer"] = tiny.OptimizerConfig(student_lr=0.05, student_schedule="constant")
@@ -81,18 +81,31 @@ def results(action: str, output: Any) -> dict[str, Any]:
     return {**files, "output": output if action.startswith("evaluate") else None}
 
 
-def survive(inputs: Path, action: str, fault: str, at: float, undisturbed: tuple[dict[str, Any], str]) -> str:
-    """Run an action with a fault and return how it ends. Raises AssertionError if something is lost."""
-    prepare(inputs, action)
-    (expected, log), outcome = undisturbed, "undisturbed result"
-    checkpoints = set(RUN.rglob("*.pt"))
+def attempt(action: str, fault: str, at: float, log: str) -> tuple[str, Any]:
+    """Run an action with a fault. Return how it ends, and the output of a command."""
     try:
         with failing(fault, log, at) if fault in CALLS else (LIMITS | DISKS)[fault](at):
             output = ACTIONS[action]()
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         check(fault, error)
+        return "clear error, then the undisturbed result", None
+    return "undisturbed result", output if action.startswith("evaluate") else None
+
+
+def survive(inputs: Path, action: str, fault: str, at: float, undisturbed: tuple[dict[str, Any], str]) -> str:
+    """Run an action with a fault and return how it ends. Raises AssertionError if something is lost."""
+    prepare(inputs, action)
+    expected, log = undisturbed
+    checkpoints = set(RUN.rglob("*.pt"))
+    try:
+        ((outcome, output),) = forked(lambda send: send(attempt(action, fault, at, log)), seconds=50)
+    except Lost as error:
+        if "crashed" not in str(error) or "ENOMEM" not in fault:
+            raise
+        outcome = "crash of CPython, then the undisturbed result"
+    if outcome != "undisturbed result":
         assert not checkpoints or checkpoints & set(RUN.rglob("*.pt")), "all checkpoints are lost"
-        outcome, output = "clear error, then the undisturbed result", ACTIONS[action]()
+        output = ACTIONS[action]()
     found = results(action, output)
     differ = [name for name in {**found, **expected} if found.get(name, "none") != expected.get(name, "none")]
     assert not differ, f"{action}: {outcome}: these differ: {differ}"

@@ -33,9 +33,7 @@ LIMITS = ("Expected more than 1 value per channel", "must have H and W of at lea
 """Errors of arguments that are right, except that an op does not support their sizes."""
 
 
-def _compare(
-    found: Sequence[Tensor], truth: Sequence[Tensor], near: Sequence[Sequence[Tensor]], limits: Sequence[float]
-) -> None:
+def _compare(found: list[Tensor], truth: list[Tensor], near: Sequence[list[Tensor]], limits: list[float]) -> None:
     """Compare with the truth. The true results for inputs nearby add their distance to the allowed error."""
     for i, (a, b, limit, *others) in enumerate(zip(found, truth, limits, *near, strict=True)):
         assert a.shape == b.shape, f"result {i} has shape {tuple(a.shape)}, expected {tuple(b.shape)}"

@@ -118,8 +118,7 @@ def run(tally: Tally) -> None:
             fault, folder = Fault(str(rng.choice(places)), rng), tally.folder / str(tally.index)
             variant = (preset, engine, "fp16" if kind in FP16 else precision)
             try:
-                teaches = kind == "teach"
-                outcome = _teach(fault, folder) if teaches else _distill(fault, folder, variant, undisturbed)
-                tally.count(kind, outcome)
+                taught = kind == "teach" and _teach(fault, folder)
+                tally.count(kind, taught or _distill(fault, folder, variant, undisturbed))
             except AssertionError as error:
                 tally.lose(kind, f"{error}: {vars(fault)}, {variant}")

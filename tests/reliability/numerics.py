@@ -24,7 +24,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 KINDS = [op for op in DEFINITIONS if "," not in op]
 IN_DTYPE = ("spatial_attention", "high_order", "batch_norm_act")  # matrix products and F.batch_norm in the dtype of x
 ROUNDED = ("contrastive_loss", "batchnorm_statistics")  # gradients are sums of values rounded to the dtype
-EPS = torch.finfo(torch.float32).eps
 EXACT = ("max_pool2x2", "max_unpool2x2")
 
 
@@ -35,7 +34,7 @@ def _noise(op: str, inputs: list[Any], loss: Tensor, temperature: float) -> tupl
     if op == "contrastive_loss":
         lengths = torch.cat([t.detach().double() for t in inputs]).norm(dim=1)
         shortest = float(lengths[lengths > 0].min()) if lengths.any() else 1.0
-        weights = max(1.0, torch.finfo(inputs[0].dtype).eps / (8 * EPS))  # softmax weights are rounded to the dtype
+        weights = max(1.0, torch.finfo(inputs[0].dtype).eps * 2**20)  # softmax weights are rounded to the dtype
         return 1 / temperature, weights / (shortest * temperature)
     return 0.0, 0.0
 
@@ -81,9 +80,8 @@ def _case(tally: Tally, op: str, rng: np.random.Generator) -> None:
         except UnsupportedError:
             continue
         truth, errors, overflow = expected = expected or truth_and_errors(definition, inputs, grads, compute)
-        noise = _noise(op, inputs, truth[0], options.get("temperature", 1.0))
-        floors = [8 * info.eps * each + tiny for each in noise]
-        noises = [floors[0]] * len(grads) + [floors[1]] * (len(found) - len(grads))
+        value, slope = _noise(op, inputs, truth[0], options.get("temperature", 1.0))
+        noises = [8 * info.eps * (value if i < len(grads) else slope) + tiny for i in range(len(found))]
         verdicts = [_verdict(*each, op in ROUNDED) for each in zip(found, truth, errors, noises, strict=True)]
         wrong = [f"result {i} is {each}" for i, each in enumerate(verdicts) if each.startswith("wrong")]
         if wrong and not overflow:

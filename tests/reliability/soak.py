@@ -95,7 +95,6 @@ CALLS: dict[str, Callable[[Path], object]] = {
     "export": lambda out: export(tiny.network(), out, image_size=tiny.SIZE),
 }
 
-
 KINDS: dict[str, tuple[float, Callable[[Tally, str, float], None]]] = {  # with their shares of the time
     "rounds, eager": (0.4, partial(_rounds, {})),
     "rounds, eager in bf16 with selection": (0.15, partial(_rounds, {"precision": "bf16", "select": "agreement"})),
