@@ -118,6 +118,6 @@ def contrastive_loss(
     require_number("temperature", temperature, above=0)
     require_choice("negatives", negatives, ("all", "cross"))
     require_choice("reduction", reduction, ("mean", "sum", "none"))
-    options = {"temperature": temperature, "symmetric": bool(symmetric), "negatives": negatives}
+    options: dict[str, Any] = {"temperature": temperature, "symmetric": bool(symmetric), "negatives": negatives}
     options |= {"normalize": bool(normalize), "reduction": reduction}
     return dispatch("contrastive_loss", backend, anchors, positives, **options)
