@@ -182,7 +182,7 @@ def test_dfkd_fast_has_whole_graphs_declared_strides_and_committed_counts(reposi
 
 # Operators in the steps of each method besides those of the networks.
 METHODS = {
-    "adi": {"batchnorm_statistics": 9, "statistics_distances": 2},  # the first layer has a weight of its own
+    "adi": {"batchnorm_statistics": 9, "statistics_distances": 2},  # the first layer has another weight
     "zskd": {},
     "cmi": {"batchnorm_statistics": 9, "statistics_distances": 1, "contrastive_loss": 1, "distillation_kl": 2},
     "fast": {"batchnorm_statistics": 9, "statistics_distances": 1, "distillation_kl": 2},

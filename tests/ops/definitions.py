@@ -174,18 +174,16 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
 """The definitions by name of an op, or of a case that differs."""
 
 
-class _Overflow(TorchDispatchMode):
-    """Notes whether a finite result of an operator is above a limit."""
+class _Largest(TorchDispatchMode):
+    """Notes the largest finite value that an operator returns."""
 
-    def __init__(self, limit: float) -> None:
-        super().__init__()
-        self.limit, self.seen = limit, False
+    seen = 0.0
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         result = function(*arguments, **(keywords or {}))
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and t.is_floating_point():
-                self.seen |= bool(((t.abs() > self.limit) & t.isfinite()).any())
+                self.seen = max(self.seen, float(t[t.isfinite()].abs().max())) if t.isfinite().any() else self.seen
         return result
 
 
@@ -215,15 +213,15 @@ def results(function: Callable[..., Any], inputs: Sequence[Any], grads: list[Ten
 
 def truth_and_errors(
     definition: Callable[..., Any], inputs: Sequence[Any], grads: list[Tensor], compute: torch.dtype
-) -> tuple[list[Tensor], list[Tensor], bool]:
-    """Results in float64, the errors of plain PyTorch, and whether a value of the formula overflows.
+) -> tuple[list[Tensor], list[Tensor], float]:
+    """Results in float64, the errors of plain PyTorch, and the largest value of the formula, relative to the dtype's.
 
     The errors are those of the formula in the dtype ``compute`` and of rounding its inputs, the largest of four draws.
     Those of float64 are those of float32, scaled; infinite if they are over 1 % of the result.
     """
     low = torch.float32 if compute == torch.float64 else compute
-    scale = 8 * torch.finfo(compute).eps / torch.finfo(low).eps if compute == torch.float64 else 1.0
-    with _Overflow(torch.finfo(low).max) as overflow:
+    scale = 32 * torch.finfo(compute).eps / torch.finfo(low).eps if compute == torch.float64 else 1.0
+    with _Largest() as largest:
         truth = results(definition, cast(inputs, torch.float64), grads)
     errors = [torch.zeros_like(t) for t in truth]
     for _ in range(4):
@@ -233,4 +231,4 @@ def truth_and_errors(
             error = (p - e).abs() + (e - t).abs()
             unknown = (error > 0.01 * t.abs()) & (scale < 1)
             errors[i] = torch.maximum(errors[i], (scale * error).masked_fill(unknown, math.inf))
-    return truth, errors, overflow.seen
+    return truth, errors, largest.seen / torch.finfo(low).max
