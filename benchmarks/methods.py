@@ -1,7 +1,7 @@
 """The accuracy of the methods over student steps and over time, on drawn subcategories and one CPU thread per run.
 
-Every method distills the same teacher into the same student, with its recipe at a small size (``methods.yaml``). The
-held-out images are only used to measure.
+Every method distills the same teacher into the same student, with its recipe at a small size (``methods.yaml``), and so
+do methods without one of their parts. The held-out images are only used to measure.
 
     python -m dfkd_fast.benchmarks.methods --out FILE
 """
@@ -28,7 +28,7 @@ import yaml
 from dfkd_fast import data
 from dfkd_fast.benchmarks.ablation import experiment, override, trained_teacher
 from dfkd_fast.benchmarks.results import Results, commits
-from dfkd_fast.config import recipe
+from dfkd_fast.config import DistillConfig, recipe
 from dfkd_fast.engine import NonFiniteError, Runtime, distill, evaluate
 from dfkd_fast.jobs import Job, run_jobs
 from dfkd_fast.models import create_model, extract
@@ -41,6 +41,12 @@ STEPS = (250, 500, 1000, 2000)
 SECONDS = (15, 30, 60, 120, 240)
 
 
+def settings_of(name: str) -> DistillConfig:
+    """Return the settings of a method, or of ``"METHOD, PART"``, which changes it."""
+    method = name.partition(",")[0]
+    return override(recipe(method), {**METHODS["all"], **METHODS[method], **METHODS[name]})
+
+
 def run_method(method: str, seed: int, *, steps: int = STEPS[-1], progress: Any = False) -> dict[str, Any]:
     """Distill with one method and seed. Return its row, with a curve of (student steps, seconds, accuracy)."""
     config = experiment("small")
@@ -51,7 +57,7 @@ def run_method(method: str, seed: int, *, steps: int = STEPS[-1], progress: Any 
         extract(create_model(model, num_classes=images.num_classes), image_size=images.image_size)
         for model in (replace(config.teacher, weights=str(weights)), config.student)
     )
-    settings = override(recipe(method), {**METHODS["all"], **METHODS[method]})
+    settings = settings_of(method)
     if settings.generator.name == "attention":
         generator = replace(config.distill.generator, attention="spatial_mean1")
     else:
@@ -96,10 +102,32 @@ def _reached(row: dict[str, Any], position: int, mark: float) -> float | None:
     return points[-1][2] if points else None
 
 
+def _without(rows: list[dict[str, Any]], name: str) -> dict[str, str] | None:
+    """Compare a method without one of its parts with the whole method, by seed."""
+    method, _, part = name.partition(", ")
+    whole, changed = (
+        {row["seed"]: row["accuracy"] for row in rows if row["method"] == each} for each in (method, name)
+    )
+    pairs = [(changed[seed], whole[seed]) for seed in changed if changed[seed] and whole.get(seed)]
+    if not pairs:
+        return None
+    differences, line = [100 * (one - other) for one, other in pairs], {"method": f"`{method}`", "without": part}
+    line |= {
+        "top-1": f"{statistics.fmean(one for one, _ in pairs):.1%}",
+        "difference": f"{statistics.fmean(differences):+.1f}",
+    }
+    if pairs[1:]:
+        from scipy.stats import t
+
+        width = t.ppf(0.975, len(pairs) - 1) * statistics.stdev(differences) / math.sqrt(len(pairs))
+        line["difference"] += f" ± {width:.1f}"
+    return {**line, "n": f"{len(pairs)}"}
+
+
 def methods_section(content: dict[str, Any], folder: str) -> str:
     """Return the tables at equal student steps and at equal time."""
     rows, parts = content["rows"], [f"### {folder}"]
-    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows) and "," not in method]
     for position, marks, unit in ((0, STEPS, "student steps"), (1, SECONDS, "s")):
         table = []
         for method in methods:
@@ -115,6 +143,10 @@ def methods_section(content: dict[str, Any], folder: str) -> str:
             line["n"] = f"{len(runs)}"
             table.append(line)
         parts += ["", f"Top-1 accuracy by {unit}:", "", *markdown_table(table)]
+    ablations = [found for name in METHODS if "," in name and (found := _without(rows, name))]
+    if ablations:
+        title = "Methods without one of their parts, at the end of the runs, with 95 % intervals of paired differences:"
+        parts += ["", title, "", *markdown_table(ablations)]
     teacher = ", ".join(f"{value:.1%}" for value in sorted({row["teacher_accuracy"] for row in rows}))
     blocks = content["environments"]
     note = f"Mean ± standard deviation over n seeds. Teacher: {teacher}. CPU: {blocks[-1]['cpu']}; one thread per run; "

@@ -229,7 +229,7 @@ class InversionContrastConfig:
         dim: dimension of the embeddings that are compared.
         temperature: temperature of the contrast.
         bank_size: maximum number of images of previous syntheses whose features are kept.
-        negatives: number of these that a step compares with.
+        negatives: number of these that a step compares with; 0 compares only the batch.
     """
 
     dim: int = 256
@@ -238,7 +238,7 @@ class InversionContrastConfig:
     negatives: int = 4096
 
     def __post_init__(self) -> None:
-        _at_least(self, dim=1, bank_size=1, negatives=1)
+        _at_least(self, dim=1, bank_size=1, negatives=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -227,7 +227,7 @@ class CUB200(ImageSet):
             if part not in samples:
                 problem = f"must have 0 or 1 for image {key}, got {part}"
                 raise cls.layout.error(splits, line, f"{problem}; line {number} of {listed} names the image")
-            if Path(name).parts[0] != names[label][1]:
+            if Path(name).parts[:1] != (names[label][1],):
                 problem = f"names image {key}, {name}, but its class is {names[label][1]!r} in {labels} and classes.txt"
                 raise cls.layout.error(listed, number, problem)
             samples[part].append((base / "images" / name, number_of[label]))
