@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.config import expand, reading
-from dfkd_fast.files import write_file, zip_damage
+from dfkd_fast.files import atomic_write, zip_damage
 from dfkd_fast.graph.tracing import first_line, require_finite, unwrap, weights_of
 
 __all__ = [
@@ -271,12 +271,17 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: the file does not exist.
+        OSError: the file cannot be read.
         WeightsFormatError: the file is damaged, contains no tensors, or contains pickled objects.
     """
-    read_metadata(path)  # compares the checksum
+    return _checked(path)[1]
+
+
+def _checked(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a file whose checksum is right."""
     path = _require_file(path)
     with reading(path):
-        return _read(path)
+        return _read_metadata(path), _read(path)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -401,9 +406,9 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
         ValueError: a weight is NaN or infinite.
     """
     own = model.state_dict()
-    metadata = read_metadata(path)
+    metadata, state = _checked(path)
     path = expand(path)
-    state = _renamed(read_tensors(path), own, path)
+    state = _renamed(state, own, path)
     prefixes = tuple(f"{name}." for name in skip)
 
     def skipped(name: str) -> bool:
@@ -448,19 +453,17 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
     )
 
 
-def _sorted_header(content: bytes) -> bytes:
-    """Sorts the header, since safetensors writes metadata in random order; equal weights then give equal files.
+def _sorted_header(content: memoryview) -> tuple[bytes, memoryview]:
+    """Split a file into its header and the tensors, and sort the header.
 
-    Adds the checksum.
+    safetensors writes metadata in random order; equal weights then give equal files.
     """
     length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
+    header = json.loads(bytes(content[8 : 8 + length]))
     header = {name: dict(sorted(entry.items())) for name, entry in sorted(header.items())}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are 8-byte aligned
-    content = len(text).to_bytes(8, "little") + text + content[8 + length :]
-    checksum = _SHA256 + hashlib.sha256(content).hexdigest()
-    return content.replace(_entry(_NO_CHECKSUM), _entry(checksum), 1)
+    return len(text).to_bytes(8, "little") + text, content[8 + length :]
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -493,11 +496,16 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     storages: set[int] = set()
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"the network's state must be tensors, got {type(value).__name__} for {name!r}")
+            raise TypeError(f"all values must be tensors, got {type(value).__name__} for {name!r}")
         tensor = value.detach().cpu().contiguous()
         if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
             tensor = tensor.clone()  # tied weights: safetensors stores no aliases
         storages.add(tensor.untyped_storage().data_ptr())
         plain[name] = tensor
-    content = _sorted_header(safetensors.torch.save(plain, metadata={**metadata, _CHECKSUM: _NO_CHECKSUM}))
-    write_file(path, content)
+    content = safetensors.torch.save(plain, metadata={**metadata, _CHECKSUM: _NO_CHECKSUM})
+    header, body = _sorted_header(memoryview(content))
+    digest = hashlib.sha256(header)
+    digest.update(body)
+    with atomic_write(path) as file:
+        file.write(header.replace(_entry(_NO_CHECKSUM), _entry(_SHA256 + digest.hexdigest()), 1))
+        file.write(body)

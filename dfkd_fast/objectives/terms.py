@@ -429,7 +429,7 @@ class InversionContrast(Term):
             for view, banked in zip(views, chosen.chunk(2, 1), strict=True)
         )
         # One more coordinate gives the others' similarities a softmax of exactly zero.
-        masked = torch.where(valid, 0.0, -2 - 200 * temperature)
+        masked = local.new_zeros(len(valid)).masked_fill(~valid, -2 - 200 * temperature)
         losses = ops.contrastive_loss(
             F.pad(local, (0, 1), value=1.0),
             torch.cat([other.detach(), F.pad(masked, (current, 0))[:, None]], 1),

@@ -61,6 +61,7 @@ def read_pool(folder: str | Path, image_size: int, most: int) -> Tensor:
         most: maximum number of images; with more, it is an error.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: there are no images or more than ``most``, those of the file have another size, or an image cannot
             be read. The message names the folder or file.
     """

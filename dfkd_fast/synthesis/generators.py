@@ -149,11 +149,11 @@ class Fast(_WarmUp):
         self.trained = list(setting.generator.parameters())
         self.gradients = [torch.zeros_like(parameter) for parameter in self.trained]
         self.optimizer = torch.optim.Adam(
-            self.trained, lr=setting.learning_rate * setting.iterations, betas=setting.betas
+            self.trained, lr=setting.learning_rate * setting.iterations, betas=setting.betas, fused=True
         )
         for parameter in self.trained:  # Adam creates this state in its first step, but a checkpoint needs it before
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **zeros}
+            self.optimizer.state[parameter] = {"step": zeros["exp_avg"].new_zeros((), dtype=torch.float32), **zeros}
 
     def parameters(self) -> list[tuple[list[nn.Parameter], float]]:
         return [(self.copied, 1.0), ([self.module.noise], self.options.noise_rate)]

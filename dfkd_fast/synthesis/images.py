@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.graph.tracing import dummy_image, eval_forward
 from dfkd_fast.synthesis.base import SYNTHESIZERS, Setting
 from dfkd_fast.synthesis.pool import PoolSynthesizer, Source
 
@@ -57,7 +58,8 @@ class DeepInversion(_ImageSynthesizer):
     values stay in the range of images. In the first iterations, the teacher sees them at half resolution.
 
     Raises:
-        ValueError: there are not more iterations than those at half resolution, or the image size is odd.
+        ValueError: there are not more iterations than those at half resolution, the image size is odd, or the teacher
+            does not accept images of half the size.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -79,17 +81,16 @@ class DeepInversion(_ImageSynthesizer):
     def __init__(self, setting: Setting, options: Any) -> None:
         super().__init__(setting, options)
         self.module = _Images(setting, setting.scale, setting.shift)
-        half = options.half
-        if not 0 <= half < setting.iterations:
+        if type(options.half) is not int or not 0 <= options.half < setting.iterations:
             raise ValueError(
-                f"SynthesisConfig.options of 'deep_inversion': half must be below the {setting.iterations} iterations "
-                f"of a synthesis, got {half}"
+                "SynthesisConfig.options.half of 'deep_inversion' must be an integer from 0 to below the "
+                f"{setting.iterations} iterations of a synthesis, got {options.half!r}"
             )
-        if half and setting.image_size % 2:
-            raise ValueError(
-                f"synthesizer 'deep_inversion' needs an even image size with half, got {setting.image_size}"
-            )
-        self.stages = 2 if half else 1
+        if options.half:
+            self.stages, model = 2, setting.teacher.model
+            if setting.image_size % 2:
+                raise ValueError(f"SynthesisConfig.options.half needs an even image size, got {setting.image_size}")
+            eval_forward(model, dummy_image(model, setting.image_size // 2))
 
     def stage_of(self, iteration: int) -> int:
         return 1 if 0 < self.options.half <= iteration else 0
@@ -112,7 +113,7 @@ class DeepInversion(_ImageSynthesizer):
     def draw(self, count: int) -> tuple[Tensor, ...]:
         size, device, random = self.setting.image_size, self.setting.device, self.setting.random
         jitter = self.options.jitter
-        if self.stage < self.stages - 1:
+        if self.options.half and self.stage == 0:
             size, jitter = size // 2, jitter // 2
         places = torch.rand(3, dtype=torch.float32, device=device, generator=random)
         shift = ((2 * jitter + 1) * places[:2]).long() - jitter

@@ -353,7 +353,7 @@ def test_create_model_reads_weights(tmp_path: Path) -> None:
 def test_state_must_be_tensors(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
     model.state_dict = lambda: {"_extra_state": {"steps": 1}}  # type: ignore[method-assign]
-    with pytest.raises(TypeError, match="state must be tensors, got dict for '_extra_state'"):
+    with pytest.raises(TypeError, match="all values must be tensors, got dict for '_extra_state'"):
         save_weights(model, tmp_path / "w")
     assert not list(tmp_path.glob("*"))
 
