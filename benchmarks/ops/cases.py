@@ -204,16 +204,16 @@ def _spatial(
 # --- contrastive_loss
 
 
-def _contrastive(vectors: int, dim: int, symmetric: bool = False, **more: Any) -> Case:
+def _contrastive(vectors: int, dim: int, symmetric: bool = False, cross: bool = False, **more: Any) -> Case:
     """Both sides require gradients. ``vectors`` is the number of vectors of both sides together."""
     products, twice = float(vectors) ** 2 * dim, 2 if symmetric else 1
+    forward, backward = (twice / 2, 2) if cross else (twice, 2 + twice)
+    options: dict[str, Any] = {"symmetric": symmetric, "negatives": "cross" if cross else "all"}
     return Case(
-        name=f"{vectors}x{dim}{' symmetric' if symmetric else ''}",
+        name=f"{vectors}x{dim}{' cross' if cross else ''}{' symmetric' if symmetric else ''}",
         inputs=lambda make: tuple(make.tensor(vectors // 2, dim, grad=True) for _ in range(2)),
-        call=lambda a, b, backend: ops.contrastive_loss(a, b, symmetric=symmetric, backend=backend),
-        work=lambda size: Work(
-            vectors * dim * size, 2 * vectors * dim * size, twice * products, (2 + twice) * products
-        ),
+        call=lambda a, b, backend: ops.contrastive_loss(a, b, backend=backend, **options),
+        work=lambda size: Work(vectors * dim * size, 2 * vectors * dim * size, forward * products, backward * products),
         **more,
     )
 
@@ -221,7 +221,7 @@ def _contrastive(vectors: int, dim: int, symmetric: bool = False, **more: Any) -
 def _lightly(case: str) -> Callable[..., Any] | None:
     from lightly.loss import NTXentLoss
 
-    return NTXentLoss(temperature=0.1) if case.endswith("symmetric") else None
+    return NTXentLoss(temperature=0.1) if case.endswith("symmetric") and "cross" not in case else None
 
 
 # --- distillation_kl
