@@ -400,7 +400,7 @@ def merge_chunks(means_ptr, m2_ptr, count_ptr, chunks, channels, offs_c, mask_c,
         )
         delta = block_mean - mean
         weight = count / tl.maximum(total + count, 1.0)
-        m2 += block_m2 + delta * delta * total * weight
+        m2 += block_m2 + delta * (total * weight * delta)  # without overflow for the first chunks, whose total is 0
         mean += delta * weight
         total += count
     return mean, m2, total

@@ -155,6 +155,14 @@ def test_gradients_of_a_subset_of_the_results(kernel_device, results, residual):
             assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+def test_equal_values_whose_squares_overflow_have_variance_zero(kernel_device):
+    x = torch.full((64, 8, 6, 6), 3e19, device=kernel_device)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        mean, var = ops.channel_statistics(x.contiguous(memory_format=layout), backend="triton")
+        assert torch.equal(mean, x[0, :, 0, 0])
+        assert not var.any()
+
+
 def test_variance_is_stable_if_the_mean_jumps(kernel_device):
     """The mean of the first tile is far from the mean of the later tiles."""
     x = random(64, 8, 6, 6, seed=3, layout="channels_last", device=kernel_device)
