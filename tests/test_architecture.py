@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "ranges": {"deprecated"},
     "reference": set(),
     "registry": set(),
-    "synthesis": {"config", "data", "files", "graph", "registry"},
+    "synthesis": {"config", "data", "files", "graph", "models", "registry"},
     "testing": set(),
     "ops": {"reference", "kernels", "nvtx", "_C", "deprecated"},
     "nn": {"ops", "deprecated", "registry"},
