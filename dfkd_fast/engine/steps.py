@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from dfkd_fast.engine.networks import StepNetworks, eager_networks
 from dfkd_fast.engine.state import DistillState, Side
@@ -142,6 +143,15 @@ def student_step(state: DistillState, networks: StepNetworks | None = None) -> N
             inputs = call.generator(*drawn)
         with torch.no_grad():
             target = call.teacher(inputs)
-        total, values = call.objective(target, call.student(inputs))
+        both = target, call.student(inputs)
+        if weights := state.synthesizer.sample_weights:
+            count = len(weights)
+            found = [call.objective(*tree_map(lambda t, i=i: t.chunk(count)[i], both)) for i in range(count)]
+            total, values = (
+                sum(weight * value for weight, value in zip(weights, each, strict=True)) / count
+                for each in zip(*found, strict=True)
+            )
+        else:
+            total, values = call.objective(*both)
     torch.index_select(state.rates, 0, state.cursor, out=state.student_rate.view(1))
     _descend(state, state.student, total, values)

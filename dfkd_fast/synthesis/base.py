@@ -82,6 +82,8 @@ class Synthesizer:
         labels: classes (N,) int64 or probabilities (N, classes) of the images of a generator step; None if there are
             none.
         views: 2 if ``module`` returns two views of each image, (2 N, 3, H, W), for terms that compare them; else 1.
+        sample_weights: weights of the student's loss on equal parts of the images of a student step; empty if they are
+            equal. The loss is the mean over the parts.
         resets_optimizer: whether each synthesis, and each of its stages, starts with a new optimizer state.
         stages: number of stages of a synthesis whose steps have different shapes. Each stage is captured.
         stage: index of the current stage.
@@ -96,6 +98,7 @@ class Synthesizer:
     module: nn.Module
     sampler: nn.Module
     labels: Tensor | None = None
+    sample_weights: tuple[float, ...] = ()
     stages: int = 1
     stage: int = 0
 

@@ -79,12 +79,16 @@ class Momentum(Online):
 
         Args:
             momentum: weight of the average in each update.
+            weights: relative weights of the images of the generator and of the average in the student's loss.
         """
 
         momentum: float = 0.95
+        weights: tuple[float, float] = (1.0, 1.0)
 
     def __init__(self, setting: Setting, options: Any) -> None:
         super().__init__(setting, options)
+        first, second = options.weights
+        self.sample_weights = () if first == second else (2 * first / (first + second), 2 * second / (first + second))
         self.average = copy.deepcopy(setting.generator).requires_grad_(False)
         self.sampler = _GeneratorPair(setting.generator, self.average)
         pairs = list(zip(self.average.state_dict().values(), setting.generator.state_dict().values(), strict=True))

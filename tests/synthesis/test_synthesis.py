@@ -303,6 +303,37 @@ def test_momentum_averages_the_generator() -> None:
     assert images.shape == (12, 3, tiny.SIZE, tiny.SIZE)
 
 
+def test_momentum_weighs_the_images_of_both_generators() -> None:
+    synthesis = SynthesisConfig(name="momentum", options={"weights": [3.0, 1.0]}, pool_size=16)
+    objective = ObjectiveConfig(preset="baseline")
+    state = tiny.state(config("momentum", synthesis=synthesis, objective=objective))
+    engine, seen = eager_engine(state), []
+    steps = engine.networks.student_step
+    student = steps.student
+
+    def record(images: torch.Tensor) -> Outputs:
+        outputs: Outputs = student(images)
+        seen.append((images, outputs))
+        return outputs
+
+    engine.networks = replace(engine.networks, student_step=replace(steps, student=record))
+    engine.start_round()
+    weight = state.student.module.model.fc.weight
+    for _ in range(5):
+        before = weight.detach().clone()
+        engine.step()
+    images, outputs = seen[0]
+    assert len(images) == 12
+    target, student_log = state.teacher(images).logits.detach().log_softmax(1), outputs.logits.detach().log_softmax(1)
+    shares = torch.tensor([1.5] * 6 + [0.5] * 6)[:, None] / 12
+    loss = (shares * target.exp() * (target - student_log)).sum()
+    torch.testing.assert_close(state.trace[4, 0], loss, rtol=1e-5, atol=1e-6)
+    gradient = (shares * (student_log.exp() - target.exp())).T @ outputs.penultimate.detach()
+    optimizer = state.config.optimizer
+    expected = before - state.student_rate * (gradient + optimizer.student_weight_decay * before)
+    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_zskd_draws_probabilities_around_similar_classes() -> None:
     state = tiny.state(config("zskd", batch_size=400, synthesis=SynthesisConfig(name="zskd", pool_size=400)))
     weight = state.teacher.model.fc.weight.detach().double()
