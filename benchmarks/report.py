@@ -6,6 +6,7 @@ import ast
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,25 +93,27 @@ def coverage_tables(compat: Path) -> str:
 
 
 def reliability_section(content: dict[str, Any], folder: str) -> str:
-    """Return the table of docs/reliability.md from the ``reliability.json`` of a machine."""
-    table, skipped = [], []
+    """Return the table of docs/reliability.md from the ``reliability.json`` of a machine, with the sums over seeds."""
     rows = sorted(content["rows"], key=lambda row: row["target"])
-    for row in rows:
-        if "skipped" in row:
-            skipped.append(f"- `{row['target']}`, {row['kind']}: {row['skipped']}")
-            continue
-        good = {outcome: count for outcome, count in row["outcomes"].items() if outcome != "lost"}
-        listed = ", ".join(
-            f"{outcome}: {count:,}" for outcome, count in sorted(good.items(), key=lambda each: -each[1])
+    outcomes: dict[tuple[str, str], Counter[str]] = {}
+    skipped = dict.fromkeys(f"- `{row['target']}`, {row['kind']}: {row['skipped']}" for row in rows if "skipped" in row)
+    for row in (row for row in rows if "skipped" not in row):
+        outcomes.setdefault((row["target"], row["kind"]), Counter()).update(row["outcomes"])
+    table = []
+    for (target, kind), counts in outcomes.items():
+        line = {"target": f"`{target}`", "fault or input": kind, "cases": f"{counts.total():,}"}
+        line["lost"] = f"{counts.pop('lost', 0):,}"
+        table.append(
+            {**line, "outcomes": ", ".join(f"{outcome}: {count:,}" for outcome, count in counts.most_common())}
         )
-        line = {"target": f"`{row['target']}`", "fault or input": row["kind"], "cases": f"{row['cases']:,}"}
-        table.append({**line, "lost": f"{row['lost']:,}", "outcomes": listed})
-    times = {row["target"]: row["seconds"] for row in rows}
+    times: Counter[str] = Counter()
+    for (target, _), seconds in {(row["target"], row["seed"]): row["seconds"] for row in rows}.items():
+        times[target] += seconds
     cases, lost = (sum(row.get(name, 0) for row in rows) for name in ("cases", "lost"))
     seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
     listed = ", ".join(f"`{target}` {seconds / 60:.0f}" for target, seconds in times.items())
     facts = (
-        f"{cases:,} cases, {lost:,} lost. Minutes per target: {listed}. Seed: {seeds}. "
+        f"{cases:,} cases, {lost:,} lost. Minutes per target: {listed}. Seeds: {seeds}. "
         f"CPU: {content['environments'][-1]['cpu']}; measured on: {measured_on(content)}."
     )
     missing = ["", "Not injected on this machine:", "", *skipped] if skipped else []

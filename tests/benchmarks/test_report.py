@@ -168,3 +168,25 @@ def test_every_cell_changes_fields_that_exist(cell):
         assert (override(config, CELLS[cell]) == config) is (cell == "both")
     with pytest.raises(ValueError, match=r"generator\.nothing is not a field"):
         override(config, {"generator.nothing": 1})
+
+
+def test_reliability_adds_the_seeds_of_a_kind():
+    block = {
+        "device": {"name": "d"},
+        "cpu": "c",
+        "torch": "t",
+        "triton": "t",
+        "commit": "a" * 40,
+        "source": "s",
+        "date": "d",
+    }
+    common = {"target": "kill", "seconds": 60.0, "cases": 3, "environment": 0}
+    rows = [
+        {**common, "kind": "SIGTERM", "seed": 0, "lost": 0, "outcomes": {"equal": 2, "stopped": 1}},
+        {**common, "kind": "SIGTERM", "seed": 1, "lost": 1, "outcomes": {"equal": 2, "lost": 1}},
+        {**common, "kind": "disk", "seed": 1, "cases": 0, "skipped": "no right to mount"},
+    ]
+    text = report.reliability_section({"rows": rows, "environments": [block]}, "cpu")
+    assert "| `kill` | SIGTERM | 6 | 1 | equal: 4, stopped: 1 |" in text
+    assert "6 cases, 1 lost. Minutes per target: `kill` 2. Seeds: 0, 1." in text
+    assert text.endswith("- `kill`, disk: no right to mount")

@@ -61,7 +61,7 @@ def main() -> int:
     for row in tally.rows():
         print(f"{row['target']}: {row['kind']}: {row.get('skipped') or row['outcomes']}")
         if options.out is not None and options.case is None:
-            Results(options.out, key=("target", "kind")).add(row)
+            Results(options.out, key=("target", "kind", "seed")).add(row)
     return int(any(row.get("lost") for row in tally.rows()))
 
 
