@@ -582,7 +582,7 @@ def _forward(
 ) -> None:
     """Computes mean and variance, (C,). With ``counts``, (rows,), computes means and sums, (rows, C), to be merged."""
     channels = x.shape[1]
-    if x.shape[0] == 0:
+    if x.numel() == 0:
         for out in (mean, var) if counts is None else (mean, var, counts):
             out.fill_(float("nan"))
         return

@@ -247,13 +247,13 @@ def backward(
         grad_output: Scalar factor of dmean and dvar; None for 1.
     """
     channels = x.shape[1]
-    if x.shape[0] == 0 or dy is None:
+    if x.numel() == 0 or dy is None:
         for out in (dweight, dbias, dresidual):
             if out is not None:
                 out.zero_()
         dweight = dbias = dresidual = None
     map_grad = dx if dx is not None else dresidual
-    if x.shape[0] == 0 or (map_grad is None and dweight is None and dbias is None):
+    if x.numel() == 0 or (map_grad is None and dweight is None and dbias is None):
         return
     if dx is None:
         dmean = dvar = None

@@ -155,6 +155,15 @@ def test_gradients_of_a_subset_of_the_results(kernel_device, results, residual):
             assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 2, 3), (5, 5, 0, 3)], ids=str)
+def test_empty_maps_have_no_statistics(kernel_device, shape):
+    x = torch.zeros(shape, device=kernel_device, requires_grad=True)
+    mean, var = ops.channel_statistics(x, backend="triton")
+    assert mean.isnan().all()
+    assert var.isnan().all()
+    assert torch.autograd.grad(mean.sum() + var.sum(), x)[0].shape == shape
+
+
 def test_equal_values_whose_squares_overflow_have_variance_zero(kernel_device):
     x = torch.full((64, 8, 6, 6), 3e19, device=kernel_device)
     for layout in (torch.contiguous_format, torch.channels_last):
