@@ -74,7 +74,14 @@ def device(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def contrastive_call(count: int, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    given = {"temperature": 0.1, "symmetric": False, "normalize": True, "reduction": "mean", **options}
+    given = {
+        "temperature": 0.1,
+        "symmetric": False,
+        "negatives": "all",
+        "normalize": True,
+        "reduction": "mean",
+        **options,
+    }
     return (FakeCudaTensor(count, 64), FakeCudaTensor(count, 64)), given
 
 

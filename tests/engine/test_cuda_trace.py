@@ -193,7 +193,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    "methods", [("adi", "cmi"), pytest.param(("zskd", "fast", "nayer", "mad"), marks=pytest.mark.slow)]
+    "methods", [("cmi",), pytest.param(("adi", "zskd", "fast", "nayer", "mad"), marks=pytest.mark.slow)]
 )
 def test_steps_of_other_methods_have_whole_graphs_with_the_ops_of_their_losses(methods: tuple[str, ...]) -> None:
     assert {"adi", "cmi", "zskd", "fast", "nayer", "mad"} == set(METHODS)
@@ -226,6 +226,7 @@ def test_peer_synchronizes_only_to_read_its_loss() -> None:
         assert found == ["aten._local_scalar_dense.default"], step
 
 
+@pytest.mark.slow
 def test_injected_faults_are_detected() -> None:
     reports = fake_cuda.trace("graph_break", "other_faults")
     with pytest.raises(AssertionError, match=r"Unsupported: Call to .*graph_break"):

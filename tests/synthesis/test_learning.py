@@ -33,7 +33,7 @@ SETTINGS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "dfad": ((1, 8, 50), {"student_lr": 0.02}),
     "zskt": ((1, 8, 50), {"student_lr": 0.05}),
     "zskd": ((40, 60, 4), {"generator_lr": 0.05, "student_lr": 0.02, "batch_size": 64}),
-    "adi": ((40, 40, 5), {"batch_size": 64, "half": 20, "jitter": 1, "warm_up": 5}),
+    "adi": ((40, 40, 5), {"batch_size": 64, "half": 8, "jitter": 1, "warm_up": 5}),
     "cmi": ((20, 30, 4), {"batch_size": 64}),
     "fast": ((8, 25, 6), {"batch_size": 64, "warm_up": 2}),
     "nayer": ((16, 25, 5), {"batch_size": 64, "warm_up": 2}),
