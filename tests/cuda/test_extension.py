@@ -117,6 +117,7 @@ def test_unsupported_calls_use_triton_or_raise_if_cuda_is_requested(
     for count, options, why in (
         (128, {}, "N of anchors .* is 128; the kernel supports 129 to 8388608"),
         (200, {"normalize": False}, "normalize is False"),
+        (200, {"negatives": "cross"}, 'its kernels support only negatives="all"'),
         (200, {"temperature": 0.01}, "temperature is 0.01"),
     ):
         assert chosen(count, **options) == "triton"
