@@ -36,7 +36,18 @@ from dfkd_fast.jobs import Job, run_jobs
 from dfkd_fast.models import create_model, extract
 from dfkd_fast.report import markdown_table
 
-__all__ = ["CELLS", "ablation_section", "engine_cells", "experiment", "main", "override", "run_cell", "trained_teacher"]
+__all__ = [
+    "CELLS",
+    "ablation_section",
+    "engine_cells",
+    "experiment",
+    "main",
+    "mean_and_deviation",
+    "override",
+    "run_cell",
+    "top1_text",
+    "trained_teacher",
+]
 
 SEEDS = (0, 1, 2)
 
@@ -148,7 +159,8 @@ def run_cell(
     return {**row, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def _top1(row: dict[str, Any] | None) -> str:
+def top1_text(row: dict[str, Any] | None) -> str:
+    """The result of a run in one word, for the live table."""
     if row is None:
         return "not started: no time left"
     return "not finite" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
@@ -164,11 +176,11 @@ def ablation_section(content: dict[str, Any], folder: str) -> str:
         if of_cell:
             changes = of_cell[0]["overrides"].items()
             line = {"cell": cell, "changed": ", ".join(f"`{path}={value}`" for path, value in changes)}
-            line["top-1"] = _mean_and_deviation([row["accuracy"] for row in finite])
-            line["relative to teacher"] = _mean_and_deviation(
+            line["top-1"] = mean_and_deviation([row["accuracy"] for row in finite])
+            line["relative to teacher"] = mean_and_deviation(
                 [row["accuracy"] / row["teacher_accuracy"] for row in finite]
             )
-            line["agreement"] = _mean_and_deviation([row["agreement"] for row in finite])
+            line["agreement"] = mean_and_deviation([row["agreement"] for row in finite])
             line["n"] = f"{len(finite)}" + (f" (not finite: {not_finite})" if not_finite else "")
             table.append(line)
     teachers = ", ".join(f"{value:.1%}" for value in sorted({row["teacher_accuracy"] for row in rows}))
@@ -179,7 +191,8 @@ def ablation_section(content: dict[str, Any], folder: str) -> str:
     return "\n".join([f"### {folder}", "", *markdown_table(table), "", f"{note}commit: {commits(blocks)}."])
 
 
-def _mean_and_deviation(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Mean and standard deviation of shares, in percent."""
     if not values:
         return "-"
     return f"{statistics.fmean(values):.1%}" + (f" ± {100 * statistics.stdev(values):.1f}" if values[1:] else "")
@@ -214,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if row is not None:
             results.add(row)
 
-    run_jobs(cell_jobs, workers=workers, text=_top1, finished=finished)
+    run_jobs(cell_jobs, workers=workers, text=top1_text, finished=finished)
     return 0
 
 

@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from dfkd_fast import data
-from dfkd_fast.benchmarks.ablation import experiment, override, trained_teacher
+from dfkd_fast.benchmarks.ablation import experiment, mean_and_deviation, override, top1_text, trained_teacher
 from dfkd_fast.benchmarks.results import Results, commits
 from dfkd_fast.config import DistillConfig, recipe
 from dfkd_fast.engine import NonFiniteError, Runtime, distill, evaluate
@@ -106,9 +106,10 @@ def _without(rows: list[dict[str, Any]], name: str) -> dict[str, str] | None:
     """Compare a method without one of its parts with the whole method, by seed."""
     method, _, part = name.partition(", ")
     whole, changed = (
-        {row["seed"]: row["accuracy"] for row in rows if row["method"] == each} for each in (method, name)
+        {row["seed"]: row["accuracy"] for row in rows if row["method"] == each and row["accuracy"] is not None}
+        for each in (method, name)
     )
-    pairs = [(changed[seed], whole[seed]) for seed in changed if changed[seed] and whole.get(seed)]
+    pairs = [(changed[seed], whole[seed]) for seed in changed if seed in whole]
     if not pairs:
         return None
     differences, line = [100 * (one - other) for one, other in pairs], {"method": f"`{method}`", "without": part}
@@ -135,8 +136,7 @@ def methods_section(content: dict[str, Any], folder: str) -> str:
             line = {"method": f"`{method}`"}
             for mark in marks:
                 values = [value for row in runs if (value := _reached(row, position, mark)) is not None]
-                spread = f" ± {100 * statistics.stdev(values):.1f}" if values[1:] else ""
-                line[f"{mark} {unit}"] = f"{statistics.fmean(values):.1%}{spread}" if values else "-"
+                line[f"{mark} {unit}"] = mean_and_deviation(values)
             speeds = [row["images_per_s"] for row in runs if row.get("images_per_s")]
             line["images/s"] = f"{statistics.fmean(speeds):,.0f}" if speeds else "-"
             line["peak, GiB"] = f"{max(row['peak_bytes'] for row in runs) / 2**30:.2f}"
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for method in options.methods
         if (method, seed) not in done
     ]
-    run_jobs(jobs, workers=options.jobs, text=lambda row: f"{row['accuracy']:.1%}", finished=results.add)
+    run_jobs(jobs, workers=options.jobs, text=top1_text, finished=results.add)
     return 0
 
 

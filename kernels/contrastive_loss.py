@@ -506,9 +506,10 @@ def is_bounded(scale_log2: float, normalize: bool) -> bool:
     return normalize and scale_log2 <= _BOUND
 
 
-def column_tiles(count: int, block_n: int) -> list[int]:
-    """With CROSS, the number of column tiles of the rows of each side."""
-    return [cdiv(end, block_n) - (end - count) // block_n for end in (2 * count, count)]
+def column_tiles(count: int, block_n: int, symmetric: bool, cross: bool) -> list[int]:
+    """The number of column tiles that the rows of each side need; those of the second side for backward."""
+    starts, ends = (count if cross else 0, 0), (2 * count, 2 * count if symmetric and not cross else count)
+    return [cdiv(end, block_n) - start // block_n for start, end in zip(starts, ends, strict=True)]
 
 
 def tiles_per_program(blocks: int, tiles: list[int], available: int) -> int:
@@ -602,8 +603,8 @@ def forward(
     chosen = config.choose("contrastive_loss", architecture(first), dtype, dim=next_power_of_2(width))
     blocks = cdiv(count, chosen.tile["BLOCK_M"])
     sides = 2 if symmetric else 1
-    cross, block_n = negatives == "cross", chosen.tile["BLOCK_N"]
-    tiles = (column_tiles(count, block_n) if cross else [cdiv(2 * count, block_n)] * 2)[:sides]
+    cross = negatives == "cross"
+    tiles = column_tiles(count, chosen.tile["BLOCK_N"], symmetric, cross)[:sides]
     length = tiles_per_program(blocks, tiles, num_sms(first))
     chunks = cdiv(max(tiles), length)
     partials = None if chunks == 1 else first.new_empty((chunks, 3, num_anchors), dtype=torch.float32)

@@ -301,9 +301,7 @@ def backward(
     first_side = 0 if da is not None else 1
     blocks = cdiv(count, chosen.tile["BLOCK_M"])
     outputs = cdiv(width, chosen.tile["BLOCK_O"])
-    block_n = chosen.tile["BLOCK_N"]
-    tiles = [cdiv((2 if symmetric or side == 0 else 1) * count, block_n) for side in (0, 1)]
-    tiles = shared.column_tiles(count, block_n) if cross else tiles
+    tiles = shared.column_tiles(count, chosen.tile["BLOCK_N"], symmetric, cross)
     needed = tiles[first_side : first_side + sides]
     length = shared.tiles_per_program(blocks * outputs, needed, num_sms(first))
     chunks = cdiv(max(needed), length)

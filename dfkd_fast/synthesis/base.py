@@ -85,7 +85,6 @@ class Synthesizer:
         sample_weights: weights of the student's loss on equal parts of the images of a student step; empty if they are
             equal. The loss is the mean over the parts.
         resets_optimizer: whether each synthesis, and each of its stages, starts with a new optimizer state.
-        stages: number of stages of a synthesis whose steps have different shapes. Each stage is captured.
         stage: index of the current stage.
         uses_generator: whether ``setting.generator`` is required.
     """
@@ -99,7 +98,6 @@ class Synthesizer:
     sampler: nn.Module
     labels: Tensor | None = None
     sample_weights: tuple[float, ...] = ()
-    stages: int = 1
     stage: int = 0
 
     def __init__(self, setting: Setting, options: Any) -> None:
@@ -117,8 +115,13 @@ class Synthesizer:
         """Change the weights of the generator's objective, for example to 0 while warming up."""
 
     def stage_of(self, iteration: int) -> int:
-        """The stage of an iteration of a synthesis."""
+        """The stage of an iteration of a synthesis. Steps of different stages may have different shapes."""
         return 0
+
+    @property
+    def stages(self) -> int:
+        """The number of stages. The steps of each are captured."""
+        return self.stage_of(self.setting.iterations - 1) + 1
 
     def start(self) -> None:
         """Prepare a synthesis."""

@@ -87,7 +87,7 @@ class DeepInversion(_ImageSynthesizer):
                 f"{setting.iterations} iterations of a synthesis, got {options.half!r}"
             )
         if options.half:
-            self.stages, model = 2, setting.teacher.model
+            model = setting.teacher.model
             if setting.image_size % 2:
                 raise ValueError(f"SynthesisConfig.options.half needs an even image size, got {setting.image_size}")
             eval_forward(model, dummy_image(model, setting.image_size // 2))
