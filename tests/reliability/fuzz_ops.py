@@ -59,10 +59,8 @@ def _check(op: str, function: Callable[..., Any], inputs: Sequence[Any], backend
     assert {t.dtype for t in given} <= {*TOLERANCE}, "a dtype is accepted that the op does not support"
     if finite:
         definition, limit = partial(function, backend="reference"), max(TOLERANCE[t.dtype] for t in given)
-        # The gradients of a BatchNorm in half precision cancel, most of all those of two values.
-        limits = [limit] * len(grads) + [limit * (20 if "batch" in op and limit > 1e-3 else 1)] * (
-            len(found) - len(grads)
-        )
+        slope = limit * (20 if "batch" in op and limit > 1e-3 else 1)  # they cancel, most of all those of two values
+        limits = [limit] * len(grads) + [slope] * (len(found) - len(grads))
         truth = results(definition, cast(inputs, torch.float64), grads)
         try:
             _compare(found, truth, (), limits)
