@@ -535,6 +535,46 @@ def _profile(
     _print_result(("classes", classes), ("breakdown", result.folder / "breakdown.json"), *traces)
 
 
+def _sweep(
+    *,
+    grid: str,
+    out: str | None = None,
+    seeds: list[int] | None = None,
+    changes: dict[str, Any] | None = None,
+    jobs: int | None = None,
+    minutes_per_cell: float | None = None,
+    minutes: float | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Run many settings with several seeds, in parallel processes, and compare them in one table.
+
+    Starting it again with the same ``--out`` continues it, whatever happened to the process.
+
+    Args:
+        grid: YAML file with the axes of the sweep, or name of a packaged sweep: ``table1`` to ``table5`` and
+            ``figure7`` of the paper, ``rendered_tiny``, ``rendered_small``.
+        out: folder of the sweep; None creates a new one under ``runs/``.
+        seeds: random seeds, instead of those of the file.
+        changes: fields of all runs by dotted path, for example ``{distill.loop.epochs: 10}``.
+        jobs: number of processes at a time; None is one per GPU, or without GPUs one per core.
+        minutes_per_cell: minutes after which a run is stopped with a checkpoint; the next start continues it.
+        minutes: minutes after which the whole sweep is stopped like this.
+        dry_run: only list the runs, with their time and memory estimated from a few steps.
+    """
+    from dfkd_fast import sweep as sweeps
+
+    config = sweeps.read_sweep(grid)
+    config = config if seeds is None else replace(config, seeds=seeds)
+    if dry_run:
+        sweeps.estimate(config, changes=changes, jobs=jobs)
+        return
+    limits = {"minutes_per_cell": minutes_per_cell, "minutes": minutes}
+    given = {name: value for name, value in limits.items() if value is not None}
+    _, rows = sweeps.sweep(config, out, changes=changes, jobs=jobs, **given)
+    if any(row["status"] == "failed" for row in rows):
+        raise SystemExit(1)
+
+
 def _methods() -> None:
     """List the packaged methods, for ``--config NAME``.
 
@@ -570,6 +610,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "demo": (_demo, ()),
     "bench": (_bench, ()),
     "profile": (_profile, ("data", "teacher", "student", "distill")),
+    "sweep": (_sweep, ()),
     "methods": (_methods, ()),
     "doctor": (_doctor, ()),
 }
@@ -614,7 +655,7 @@ def create_parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True)
     for name, (command, used) in COMMANDS.items():
         summary = command.__doc__.split("\n", 1)[0]
-        usage = f"dfkd-fast {name} [options]" + (" [OP ...]" if name == "bench" else "")
+        usage = f"dfkd-fast {name} [options]" + {"bench": " [OP ...]", "sweep": " GRID"}.get(name, "")
         options = ArgumentParser(description=summary, usage=usage, exit_on_error=False)
         if used:
             options.add_argument(
@@ -626,11 +667,16 @@ def create_parser() -> ArgumentParser:
                     action.help = SUPPRESS
         described = {each.arg_name: each.description for each in docstring_parser.parse(command.__doc__).params}
         flags = [parameter for parameter, kind in command.__annotations__.items() if kind == "bool"]
-        options.add_function_arguments(command, as_group=False, skip={"experiment", "given", "ops", *flags})
+        operand = next((each for each in ("ops", "grid") if each in described), None)
+        options.add_function_arguments(
+            command, as_group=False, skip={"experiment", "given", *([operand] if operand else []), *flags}
+        )
         for flag in flags:
             options.add_argument(f"--{flag}", action="store_true", help=described[flag])
-        if "ops" in described:
+        if operand == "ops":
             options.add_argument("ops", nargs="*", type=str, default=[], help=described["ops"])
+        elif operand is not None:
+            options.add_argument(operand, type=str, help=described[operand])
         commands.add_subcommand(name, options, help=summary)
     return parser
 

@@ -576,7 +576,7 @@ def one_line(error: BaseException) -> str:
 
 
 def find(name: str) -> Path:
-    """Find a config file: the file ``name`` if it exists, otherwise the packaged config or method ``NAME.yaml``.
+    """Find a config file: the file ``name`` if it exists, otherwise the packaged config, method or sweep ``NAME.yaml``.
 
     Raises:
         FileNotFoundError: none exists. The message lists the packaged ones.
@@ -587,7 +587,7 @@ def find(name: str) -> Path:
     root = resources.files("dfkd_fast.configs")
     known: dict[str, dict[str, Path]] = {
         kind: {each.name.removesuffix(".yaml"): Path(str(each)) for each in folder.iterdir() if ".yaml" in each.name}
-        for kind, folder in (("configs", root), ("methods", root / "methods"))
+        for kind, folder in (("configs", root), ("methods", root / "methods"), ("sweeps", root / "sweeps"))
     }
     for found in known.values():
         if name in found:
@@ -614,12 +614,12 @@ def _check_fields(kind: type, values: Mapping[Any, Any], *, where: str = "", mor
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             raise ValueError(f"unknown field {where}{name}" + (f"; did you mean {where}{close[0]}?" if close else ""))
-        inner = next((each for each in (known[name], *get_args(known[name])) if is_dataclass(each)), None)
+        inner = _field_config(kind, name)
         if inner is None or value is None:
             continue
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}{name} must be a mapping of fields, got {value!r}")
-        _check_fields(inner, value, where=f"{where}{name}.")  # type: ignore[arg-type]
+        _check_fields(inner, value, where=f"{where}{name}.")
 
 
 def read_text(kind: type, path: str | Path, *, more: Container[str] = ()) -> str:
@@ -660,11 +660,17 @@ def is_factory(name: str, libraries: Container[str] = ("timm", "torchvision")) -
     return bool(colon) and source not in libraries
 
 
-def read(kind: type[T], path: str | Path) -> T:
-    """Read and validate a config of type ``kind`` from a YAML file.
+def read(kind: type[T], path: str | Path, *more: str | Path, changes: Mapping[str, Any] | None = None) -> T:
+    """Read and validate a config of type ``kind`` from YAML files.
 
     The name of a network or generator can be ``package.module:factory``, which ``create_model`` and ``distill`` import
     and run, so check the names in a file that you do not trust (:func:`is_factory`).
+
+    Args:
+        kind: the config that the files describe.
+        path: the first file.
+        more: further files, whose fields replace those of the files before.
+        changes: fields to set at last, by dotted paths. The last name may be a key of a dict field.
 
     Raises:
         ValueError: a field is unknown, missing or invalid. The message names it.
@@ -672,13 +678,44 @@ def read(kind: type[T], path: str | Path) -> T:
     import yaml
     from jsonargparse import ArgumentParser
 
-    text = read_text(kind, path)
+    values: dict[str, Any] = {}
+    for each in (path, *more):
+        values = _merged(kind, values, yaml.safe_load(read_text(kind, each)))
+    for name, value in (changes or {}).items():
+        _set(values, name, value)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", type=kind)
     try:
-        return parser.instantiate(parser.parse_object({"config": yaml.safe_load(text)})).config
+        if changes:
+            _check_fields(kind, values)
+        return parser.instantiate(parser.parse_object({"config": values})).config
     except Exception as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
+
+
+def _field_config(kind: Any, name: str) -> Any:
+    """The type of a field if it is a config, otherwise None."""
+    known = get_type_hints(kind)[name]
+    return next((each for each in (known, *get_args(known)) if is_dataclass(each)), None)
+
+
+def _merged(kind: Any, values: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace fields of nested values by those of ``more``. Fields that are dicts are replaced as a whole."""
+    merged = dict(values)
+    for name, value in more.items():
+        inner = _field_config(kind, name)
+        nested = inner is not None and isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _merged(inner, merged[name], value) if nested else value
+    return merged
+
+
+def _set(values: dict[str, Any], path: str, value: Any) -> None:
+    """Set a field of nested values by its dotted path."""
+    *parents, last = path.split(".")
+    for name in parents:
+        values[name] = dict(values.get(name) or {})
+        values = values[name]
+    values[last] = value
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -13,19 +16,26 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 __all__ = ["Job", "JobError", "run_jobs"]
 
+_SAVE_S = 60.0  # for a checkpoint of a run that has reached its time limit
 _GRACE_S = 10.0  # between SIGTERM, after which a distillation saves a checkpoint, and SIGKILL
 
 
 class JobError(RuntimeError):
-    """A job raised an exception or its process died. The message names the job; ``details`` has the traceback."""
+    """A job raised an exception or its process died. The message names the job.
 
-    def __init__(self, message: str, details: str = "") -> None:
+    Attributes:
+        details: the traceback.
+        stopped: whether the job was stopped by a time limit or not started for lack of time.
+    """
+
+    def __init__(self, message: str, details: str = "", *, stopped: bool = False) -> None:
         super().__init__(message)
-        self.details = details
+        self.details, self.stopped = details, stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +54,40 @@ class Job:
     after: tuple[str, ...] = ()
 
 
-def _work(job: Job, arguments: Sequence[Any], connection: Connection) -> None:
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _pin(slot: int, workers: int) -> None:
+    """Restrict this process to one GPU, or without GPUs to one core if there is one per worker."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    if gpus and torch.cuda.device_count():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    elif workers <= len(cores := sorted(os.sched_getaffinity(0))):
+        os.sched_setaffinity(0, {cores[slot]})
+
+
+def _work(job: Job, arguments: Sequence[Any], connection: Connection, slot: int, workers: int) -> None:
     os.setpgrp()  # on Ctrl-C, only the parent stops the jobs
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _pin(slot, workers)
     torch.set_num_threads(1)
     try:
         message = "result", job.call(*arguments, progress=lambda *values: connection.send(("progress", values)))
     except Exception as error:
-        message = "error", (f"{type(error).__name__}: {error}", traceback.format_exc())
+        message = "error", (f": {type(error).__name__}: {error}", traceback.format_exc())
     connection.send(message)
 
 
 class _Table:
-    """A row per job: a progress bar in a terminal, and otherwise a line when the job ends."""
+    """A row per job: a progress bar in a terminal, and otherwise a line when the job ends.
+
+    If the jobs do not fit the terminal, only those that run have a row.
+    """
 
     def __init__(self, jobs: Sequence[Job], console: Console, text: Callable[[Any], str]) -> None:
         self.text, self.started = text, dict[str, float]()
@@ -68,14 +100,18 @@ class _Table:
             refresh_per_second=4,
             disable=not console.is_terminal,
         )
+        self.fits = len(jobs) + 4 < console.height
+        if not self.fits:
+            self.total = self.progress.add_task("all", total=len(jobs), note="")
         self.rows: dict[str, TaskID] = {
-            job.name: self.progress.add_task(job.name, total=None, start=False, note="waiting") for job in jobs
+            job.name: self.progress.add_task(job.name, total=None, start=False, note="waiting", visible=self.fits)
+            for job in jobs
         }
 
     def start(self, name: str) -> None:
         self.started[name] = time.perf_counter()
         self.progress.start_task(self.rows[name])
-        self.progress.update(self.rows[name], note="starting")
+        self.progress.update(self.rows[name], note="starting", visible=True)
 
     def update(self, name: str, completed: int, total: int, values: Mapping[str, float], images_per_s: float) -> None:
         loss = [f"loss {sum(values.values()):.3g}"] if values else []
@@ -83,12 +119,25 @@ class _Table:
         self.progress.update(self.rows[name], completed=completed, total=total, note=note)
 
     def finish(self, name: str, result: Any) -> None:
-        row, note = self.rows[name], self.text(result)
-        self.progress.update(row, note=f"[bold]{note}[/]")
+        row, note = self.rows[name], str(result) if isinstance(result, JobError) else self.text(result)
+        self.progress.update(row, note=f"[bold]{escape(note)}[/]", visible=self.fits)
         self.progress.stop_task(row)
-        if self.progress.disable:
-            seconds = time.perf_counter() - self.started[name]
-            self.progress.console.print(f"{name}: {note} ({seconds:.0f} s)", highlight=False)
+        if not self.fits:
+            self.progress.advance(self.total)
+        if self.progress.disable or not self.fits:
+            seconds = time.perf_counter() - self.started.get(name, time.perf_counter())
+            self.progress.console.print(f"{name}: {note} ({seconds:.0f} s)", highlight=False, markup=False)
+
+
+@dataclass
+class _Running:
+    """A job that runs, the core or GPU that it has, and the time at which it must end."""
+
+    job: Job
+    process: Any  # there are several kinds
+    slot: int
+    end: float
+    terminated: bool = False
 
 
 def run_jobs(
@@ -97,68 +146,115 @@ def run_jobs(
     workers: int | None = None,
     text: Callable[[Any], str] = str,
     finished: Callable[[Any], object] | None = None,
+    failed: Callable[[str, JobError], object] | None = None,
+    limit_s: float = math.inf,
+    budget_s: float = math.inf,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run jobs, each in its own process with one thread, and return their results by name.
 
     A job starts when a worker is free and the jobs that it waits for have finished; of several, the first one in
-    ``jobs``. Results do not depend on the number of workers, if the jobs seed their random generators.
+    ``jobs``. Results do not depend on the number of workers, if the jobs seed their random generators. A process is
+    bound to one GPU, or to one core if there is one per worker, and ends if this process ends.
 
     Args:
         jobs: the jobs, in the order of their priority.
         workers: number of processes at a time; None is one per available core.
         text: turns a result into the note of its row.
         finished: called with each result, in this process.
+        failed: called with the name of each job without a result, and its error. Then the other jobs continue, except
+            those that wait for it. None raises the first error.
+        limit_s: seconds after which a job gets SIGTERM, which makes a run save a checkpoint.
+        budget_s: seconds after which all jobs get SIGTERM and no other is started.
         console: console of the table; None uses the default one.
 
     Raises:
-        JobError: a job failed. The other jobs are stopped.
+        JobError: a job failed, and ``failed`` is None. The other jobs are stopped.
         ValueError: jobs wait for each other or for jobs that do not exist.
     """
     count = workers or len(os.sched_getaffinity(0))
+    _check_order(jobs)
     # Processes are forked from a server that has imported torch. It has neither threads nor a CUDA context.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dfkd_fast.engine", "dfkd_fast.models"])
-    waiting, results = list(jobs), dict[str, Any]()
-    running: dict[Any, tuple[Job, Any]] = {}  # by connection; Any, because there are several kinds of both
-    table = _Table(jobs, console or Console(), text)
+    waiting, results, running = list(jobs), dict[str, Any](), dict[Any, _Running]()  # by connection
+    table, until = _Table(jobs, console or Console(), text), time.monotonic() + budget_s
+
+    def fail(job: Job, error: JobError) -> None:
+        if failed is None:
+            raise error
+        table.finish(job.name, error)
+        failed(job.name, error)
+        for other in [other for other in waiting if job.name in other.after]:
+            if other in waiting:  # it may have waited for two jobs
+                waiting.remove(other)
+                fail(other, JobError(f"{other.name} needs {job.name}, which has no result", stopped=error.stopped))
+
+    def start(job: Job) -> None:
+        waiting.remove(job)
+        here, there = context.Pipe()
+        slot = min({*range(count)} - {each.slot for each in running.values()})
+        arguments = job, [results[name] for name in job.after], there, slot, count
+        process = context.Process(target=_work, args=arguments, name=job.name)
+        process.start()
+        there.close()
+        running[here] = _Running(job, process, slot, min(until, time.monotonic() + limit_s))
+        table.start(job.name)
+
+    def receive(connection: Any) -> None:
+        job, process = running[connection].job, running[connection].process
+        try:
+            kind, value = connection.recv()
+        except (EOFError, ConnectionError):
+            process.join()
+            kind, value = "error", (f" ended with exit status {process.exitcode}", "")
+        if kind == "progress":
+            table.update(job.name, *value)
+            return
+        ended = running.pop(connection)
+        process.join()
+        if kind == "result":
+            results[job.name] = value
+            table.finish(job.name, value)
+            if finished is not None:
+                finished(value)
+        elif ended.terminated:
+            fail(job, JobError(f"{job.name} was stopped by its time limit", stopped=True))
+        else:
+            fail(job, JobError(f"{job.name}{value[0]}", value[1]))
+
     try:
         with table.progress:
             while waiting or running:
-                for job in [job for job in waiting if results.keys() >= {*job.after}][: count - len(running)]:
-                    waiting.remove(job)
-                    here, there = context.Pipe()
-                    arguments = [results[name] for name in job.after]
-                    process = context.Process(target=_work, args=(job, arguments, there), name=job.name)
-                    process.start()
-                    there.close()
-                    running[here] = job, process
-                    table.start(job.name)
-                if not running:
-                    raise ValueError(f"these jobs wait for jobs that never finish: {[job.name for job in waiting]}")
-                ready: list[Any] = wait([*running])
+                late = time.monotonic() >= until
+                for job in [job for job in waiting if late or results.keys() >= {*job.after}]:
+                    if late and job in waiting:
+                        waiting.remove(job)
+                        fail(job, JobError(f"{job.name}: no time left", stopped=True))
+                    elif len(running) < count and job in waiting:
+                        start(job)
+                left = min((each.end for each in running.values()), default=0.0) - time.monotonic()
+                ready: list[Any] = wait([*running], None if left == math.inf else max(0.0, left))
                 for connection in ready:
-                    job, process = running[connection]
-                    try:
-                        kind, value = connection.recv()
-                    except EOFError:
-                        process.join()
-                        raise JobError(f"{job.name} ended with exit status {process.exitcode}") from None
-                    if kind == "progress":
-                        table.update(job.name, *value)
-                    elif kind == "error":
-                        raise JobError(f"{job.name}: {value[0]}", value[1])
-                    else:
-                        results[job.name] = value
-                        table.finish(job.name, value)
-                        if finished is not None:
-                            finished(value)
-                        del running[connection]
-                        process.join()
+                    receive(connection)
+                for each in running.values():
+                    if time.monotonic() >= each.end:
+                        (each.process.kill if each.terminated else each.process.terminate)()
+                        each.terminated, each.end = True, time.monotonic() + _SAVE_S
     finally:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.join(_GRACE_S)
-            process.kill()
+        for each in running.values():
+            each.process.terminate()
+        for each in running.values():
+            each.process.join(_GRACE_S)
+            each.process.kill()
     return results
+
+
+def _check_order(jobs: Sequence[Job]) -> None:
+    """Raise ValueError if jobs wait for each other or for jobs that do not exist."""
+    waiting, done = list(jobs), set[str]()
+    while ready := [job for job in waiting if done >= {*job.after}]:
+        done |= {job.name for job in ready}
+        waiting = [job for job in waiting if job not in ready]
+    if waiting:
+        raise ValueError(f"these jobs wait for jobs that never finish: {[job.name for job in waiting]}")
