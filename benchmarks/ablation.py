@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A single run leaves most of a GPU idle at this image size.
     workers = options.jobs or min(len(os.sched_getaffinity(0)), 6 if options.device == "cuda" else 64)
     devices = {"distill.device": options.device, "teach.device": options.device}
+    if options.device == "cpu":
+        devices["distill.engine"] = "auto"
     runs = Path(tempfile.gettempdir()) / f"dfkd_fast_{os.getuid()}" / f"{name}_{options.device}"
     runs.mkdir(parents=True, exist_ok=True)
     try:

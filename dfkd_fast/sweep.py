@@ -301,8 +301,8 @@ def run_cell(
         progress: called with the progress.
 
     Returns:
-        ``accuracy``, ``images_per_s`` and ``seconds``; after a distillation also ``agreement``, ``teacher_accuracy`` and
-        ``rounds``. If a loss was not finite, ``accuracy`` is None and ``reason`` has the message.
+        ``accuracy``, ``images_per_s`` and ``seconds``; after a distillation also ``agreement``, ``teacher_accuracy``
+        and ``rounds``. If a loss was not finite, ``accuracy`` is None and ``reason`` has the message.
     """
     experiment, out, start = cell.experiment, cell.folder(folder), time.perf_counter()
     if cell.role != "distill":
