@@ -13,7 +13,7 @@ from dfkd_fast.objectives import PRESETS
 def test_every_method_has_settings(method: str) -> None:
     config = methods.settings_of(method)
     assert config.objective.preset == method
-    assert config.loop.batch_size == 64
+    assert config.loop.batch_size == 32
 
 
 def test_methods_without_a_part_differ_in_it() -> None:
