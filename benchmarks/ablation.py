@@ -21,6 +21,14 @@ from dfkd_fast.benchmarks.results import commits, parser
 from dfkd_fast.report import markdown_table
 from dfkd_fast.sweep import SweepConfig, read_sweep, sweep, sweep_table
 
+_SHORT = {  # to test the command
+    "data.train_per_class": 20,
+    "data.test_per_class": 2,
+    "teach.epochs": 1,
+    "distill.loop.epochs": 1,
+    "distill.loop.rounds_per_epoch": 1,
+}
+
 __all__ = ["ablation_section", "main"]
 
 
@@ -56,9 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = config if options.seeds is None else replace(config, seeds=options.seeds)
     # A single run leaves most of a GPU idle at this image size.
     workers = options.jobs or min(len(os.sched_getaffinity(0)), 6 if options.device == "cuda" else 64)
-    devices = {"distill.device": options.device, "teach.device": options.device}
+    devices: dict[str, Any] = {"distill.device": options.device, "teach.device": options.device}
     if options.device == "cpu":
         devices["distill.engine"] = "auto"
+    if options.engines and options.size == "small":
+        devices |= _SHORT
     runs = Path(tempfile.gettempdir()) / f"dfkd_fast_{os.getuid()}" / f"{name}_{options.device}"
     runs.mkdir(parents=True, exist_ok=True)
     try:

@@ -27,13 +27,13 @@ import torch
 import yaml
 
 from dfkd_fast import data
-from dfkd_fast.benchmarks.ablation import experiment, mean_and_deviation, override, top1_text, trained_teacher
 from dfkd_fast.benchmarks.results import Results, commits
-from dfkd_fast.config import DistillConfig, recipe
+from dfkd_fast.config import DistillConfig, ExperimentConfig, find, read
 from dfkd_fast.engine import NonFiniteError, Runtime, distill, evaluate
 from dfkd_fast.jobs import Job, run_jobs
 from dfkd_fast.models import create_model, extract
 from dfkd_fast.report import markdown_table
+from dfkd_fast.sweep import mean_and_deviation, paired_difference, train_teacher
 
 __all__ = ["METHODS", "main", "methods_section", "run_method"]
 
@@ -45,23 +45,36 @@ SECONDS = (15, 30, 60, 120, 240)
 def settings_of(name: str) -> DistillConfig:
     """Return the settings of a method, or of ``"METHOD, PART"``, which changes it."""
     method = name.partition(",")[0]
-    return override(recipe(method), {**METHODS["all"], **METHODS[method], **METHODS[name]})
+    changes = {**METHODS["all"], **METHODS[method], **METHODS[name]}
+    return read(
+        ExperimentConfig, find(method), changes={f"distill.{field}": value for field, value in changes.items()}
+    ).distill
+
+
+def experiment() -> ExperimentConfig:
+    """Return the data and the networks of all methods."""
+    return read(ExperimentConfig, find("rendered32"), changes={"teach.device": "cpu"})
+
+
+def trained_teacher() -> dict[str, Any]:
+    """Train the teacher in a temporary folder, or read it from there."""
+    return train_teacher(experiment(), Path(tempfile.gettempdir()) / f"dfkd_fast_{os.getuid()}" / "methods_teacher")
 
 
 def run_method(method: str, seed: int, *, steps: int = STEPS[-1], progress: Any = False) -> dict[str, Any]:
     """Distill with one method and seed. Return its row, with a curve of (student steps, seconds, accuracy)."""
-    config = experiment("small")
+    config, trained = experiment(), trained_teacher()
+    assert config.data is not None
+    assert config.teacher is not None
+    assert config.student is not None
     images = data.load(config.data)
-    weights, teacher_accuracy = trained_teacher(config, "cpu")
     torch.manual_seed(seed)
     teacher, student = (
         extract(create_model(model, num_classes=images.num_classes), image_size=images.image_size)
-        for model in (replace(config.teacher, weights=str(weights)), config.student)
+        for model in (replace(config.teacher, weights=trained["weights"]), config.student)
     )
-    settings = settings_of(method)
-    if settings.generator.name == "attention":
-        generator = replace(config.distill.generator, attention="spatial_mean1")
-    else:
+    settings, generator = settings_of(method), config.distill.generator
+    if settings.generator.name != "attention":
         generator = replace(settings.generator, options={**settings.generator.options, "width": 32})
     rounds = math.ceil(steps / settings.loop.student_steps)
     loop = replace(settings.loop, rounds_per_epoch=rounds, evaluate_every=0, checkpoint_every=rounds)
@@ -81,7 +94,7 @@ def run_method(method: str, seed: int, *, steps: int = STEPS[-1], progress: Any 
             measuring += time.process_time() - begin
         return seconds > SECONDS[-1]
 
-    row: dict[str, Any] = {"method": method, "seed": seed, "teacher_accuracy": teacher_accuracy}
+    row: dict[str, Any] = {"method": method, "seed": seed, "teacher_accuracy": trained["accuracy"]}
     with tempfile.TemporaryDirectory(prefix="dfkd_fast_method_") as out:
         run = {"loop": loop, "generator": generator, "seed": seed, "out": out, "precision": "fp32"}
         sizes = {name: getattr(images, name) for name in ("image_size", "mean", "std")}
@@ -114,17 +127,11 @@ def _without(rows: list[dict[str, Any]], name: str) -> dict[str, str] | None:
     pairs = [(changed[seed], whole[seed]) for seed in changed if seed in whole]
     if not pairs:
         return None
-    differences, line = [100 * (one - other) for one, other in pairs], {"method": f"`{method}`", "without": part}
-    line |= {
-        "top-1": f"{statistics.fmean(one for one, _ in pairs):.1%}",
-        "difference": f"{statistics.fmean(differences):+.1f}",
-    }
-    if pairs[1:]:
-        from scipy.stats import t
-
-        width = t.ppf(0.975, len(pairs) - 1) * statistics.stdev(differences) / math.sqrt(len(pairs))
-        line["difference"] += f" ± {width:.1f}"
-    return {**line, "n": f"{len(pairs)}"}
+    without, with_it = zip(*pairs, strict=True)
+    mean, width, _ = paired_difference(without, with_it)
+    difference = f"{100 * mean:+.1f}" + ("" if math.isnan(width) else f" ± {100 * width:.1f}")
+    line = {"method": f"`{method}`", "without": part, "top-1": f"{statistics.fmean(without):.1%}"}
+    return {**line, "difference": difference, "n": f"{len(pairs)}"}
 
 
 def methods_section(content: dict[str, Any], folder: str) -> str:
@@ -167,14 +174,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command.parse_args(arguments)
     results = Results(options.out, key=("method", "seed"))
     done = {results.key_of(row) for row in results.rows}
-    trained_teacher(experiment("small"), "cpu")  # once, before several processes read it
+    trained_teacher()  # once, before several processes read it
     jobs = [
         Job(name=f"{method}, seed {seed}", call=partial(run_method, method, seed, steps=options.steps))
         for seed in options.seeds
         for method in options.methods
         if (method, seed) not in done
     ]
-    run_jobs(jobs, workers=options.jobs, text=top1_text, finished=results.add)
+    run_jobs(
+        jobs, workers=options.jobs, text=lambda row: mean_and_deviation([row["accuracy"] or 0]), finished=results.add
+    )
     return 0
 
 

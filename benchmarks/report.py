@@ -194,6 +194,7 @@ _NOTES = {
     "op_counts": "Not counted yet.",
     "step_counts": "Not counted yet.",
     "step_cpu": "Not measured yet.",
+    "ablation": "Not measured yet: `python -m dfkd_fast.benchmarks.ablation` measures it.",
     "methods": "Not measured yet: `python -m dfkd_fast.benchmarks.methods` measures it.",
     "reliability": "Not run yet: `make reliability` runs it.",
 }
