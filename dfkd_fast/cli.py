@@ -672,7 +672,8 @@ def create_parser() -> ArgumentParser:
             command, as_group=False, skip={"experiment", "given", *([operand] if operand else []), *flags}
         )
         for flag in flags:
-            options.add_argument(f"--{flag}", action="store_true", help=described[flag])
+            names = dict.fromkeys((f"--{flag.replace('_', '-')}", f"--{flag}"))
+            options.add_argument(*names, action="store_true", help=described[flag])
         if operand == "ops":
             options.add_argument("ops", nargs="*", type=str, default=[], help=described["ops"])
         elif operand is not None:

@@ -573,14 +573,13 @@ def estimate(
     )
     rows = []
     for name in dict.fromkeys(cell.name for cell in cells):
-        cell, row = first[name], {"cell": name, "runs": str(len(config.seeds)), "trains": first[name].role}
+        row = {"cell": name, "runs": str(len(config.seeds)), "trains": first[name].role}
         if name in found:
             row |= {
                 "hours per run": f"{found[name]['seconds'] / 3600:.2f}",
                 "GiB": f"{found[name]['bytes'] / 2**30:.1f}",
             }
-        changed = ", ".join(f"{field}={value}" for field, value in cell.changes.items())
-        rows.append({**row, "changed": changed, **({"error": errors[name]} if name in errors else {})})
+        rows.append({**row, **({"error": errors[name]} if name in errors else {})})
     console.print(report.result_table(rows, f"{config.title}: {len(cells)} runs"))
     hours = sum(found[cell.name]["seconds"] for cell in cells if cell.name in found) / 3600
     console.print(f"about {hours:.1f} h of one process for the distillations")
