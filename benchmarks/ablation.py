@@ -114,7 +114,7 @@ def trained_teacher(config: DemoConfig, device: str) -> tuple[Path, float]:
     if not note.exists():
         images = data.load(config.data)
         model = create_model(config.teacher, num_classes=images.num_classes)
-        result = teach(model, images, replace(config.teach, device=device, out=str(kept)), progress=False)
+        result = teach(model, images, replace(config.teach, device=device, out=str(kept), resume=True), progress=False)
         if result.weights != weights:
             result.weights.replace(weights)
         write_file(note, json.dumps(result.accuracy).encode())
