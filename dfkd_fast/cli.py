@@ -140,7 +140,11 @@ def _print_result(*rows: tuple[str, object]) -> None:
 
 
 def _teach(
-    experiment: ExperimentConfig, *, role: Literal["teacher", "student"] = "teacher", out: str | None = None
+    experiment: ExperimentConfig,
+    *,
+    role: Literal["teacher", "student"] = "teacher",
+    out: str | None = None,
+    resume: bool = False,
 ) -> None:
     """Train the teacher, or the student for comparison, on labeled images.
 
@@ -150,6 +154,7 @@ def _teach(
         experiment: data, networks and training.
         role: the network to train.
         out: folder of the run; overrides ``teach.out``.
+        resume: continue from the newest usable checkpoint in the run's folder.
     """
     import torch
 
@@ -159,13 +164,14 @@ def _teach(
 
     data, model = _required(experiment, "data"), _required(experiment, role)
     images = datasets.load(data)
-    config = replace(experiment.teach, out=out or experiment.teach.out)
+    teaching = experiment.teach
+    config = replace(teaching, out=out or teaching.out, resume=resume or teaching.resume)
     torch.manual_seed(config.seed)  # determines the initial weights
     network = create_model(model, num_classes=images.num_classes, new_head=True)
     result = teach(network, images, config, description=model.metadata(), workers=data.workers)
     _print_result(
         ("top-1", f"{result.accuracy:.2%}"),
-        ("images/s", f"{result.images_per_s:.0f}"),
+        *([("images/s", f"{result.images_per_s:.0f}")] if result.images_per_s else []),
         ("weights", result.weights),
         ("run", result.run_dir),
     )

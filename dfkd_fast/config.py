@@ -469,28 +469,50 @@ class TeachConfig:
         epochs: number of passes over the training images.
         batch_size: number of images per step.
         lr: initial learning rate of SGD, annealed to zero by a cosine schedule.
+        warmup_epochs: number of epochs in which the learning rate rises linearly to ``lr``, before the cosine schedule.
         momentum: momentum of SGD.
         weight_decay: weight decay of SGD.
+        label_smoothing: probability that is spread evenly over all classes in the targets of the cross-entropy.
+        ema: decay per step of an exponential moving average of weights and buffers, which is then evaluated and saved
+            instead of the trained network; 0 turns it off.
+        evaluate_every: number of epochs between evaluations on the held-out images, which never select the weights; 0
+            evaluates only at the end.
+        checkpoint_every: number of epochs between checkpoints.
         precision: like ``DistillConfig.precision``.
         channels_last: keep activations in channels-last memory format.
         device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
         seed: random seed of the training.
         out: folder of the run; None creates a new one under ``runs/``.
+        resume: continue from the newest usable checkpoint in ``out``, if there is one.
     """
 
     epochs: int = 100
     batch_size: int = 64
     lr: float = 1e-2
+    warmup_epochs: int = 0
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    evaluate_every: int = 5
+    checkpoint_every: int = 1
     precision: Precision = "auto"
     channels_last: bool = True
     device: str = "auto"
     seed: int = 0
     out: str | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
         _at_least(self, epochs=1, batch_size=1, lr=0, momentum=0, weight_decay=0)
+        _at_least(self, warmup_epochs=0, evaluate_every=0, checkpoint_every=1)
+        for name in ("label_smoothing", "ema"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"TeachConfig.{name} must be in [0, 1), got {value}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"TeachConfig.warmup_epochs must be less than epochs, got {self.warmup_epochs} and {self.epochs}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import multiprocessing.util
 import pickle
 import traceback
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-__all__ = ["loader"]
+__all__ = ["Loader", "loader"]
 
 
 class _SeededBatches(Sampler[tuple[int, list[int]]]):
@@ -31,13 +32,15 @@ class _SeededBatches(Sampler[tuple[int, list[int]]]):
     def __init__(self, batches: BatchSampler, generator: torch.Generator) -> None:
         self.batches = batches
         self.generator = generator
+        self.skip = 0  # batches to leave out of the next pass
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         seeds = torch.randint(2**62, (len(self),), generator=self.generator).tolist()
-        yield from zip(seeds, self.batches, strict=True)
+        skip, self.skip = self.skip, 0
+        yield from islice(zip(seeds, self.batches, strict=True), skip, None)
 
 
 class _Seeded(Dataset[Any]):
@@ -102,8 +105,22 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-class _Loader(DataLoader[Any]):
-    """Raises the errors of worker processes unchanged; DataLoader would put a traceback into their messages."""
+class Loader(DataLoader[Any]):
+    """A DataLoader that can repeat a pass, also from its middle.
+
+    Raises the errors of worker processes unchanged; DataLoader would put a traceback into their messages.
+    """
+
+    batch_sampler: _SeededBatches  # type: ignore[assignment]
+
+    def get_state(self) -> Tensor:
+        """The random state that determines the following passes, a uint8 tensor. Call it between passes."""
+        return self.batch_sampler.generator.get_state()
+
+    def set_state(self, state: Tensor, *, skip: int = 0) -> None:
+        """Make the next pass the one that followed :meth:`get_state`, without its first ``skip`` batches."""
+        self.batch_sampler.generator.set_state(state)
+        self.batch_sampler.skip = skip
 
     def _batches(self) -> Iterator[Any]:
         try:
@@ -130,7 +147,7 @@ class _Loader(DataLoader[Any]):
 
 def loader(
     dataset: Dataset[Any], *, batch_size: int, shuffle: bool, seed: int, workers: int, drop_last: bool = False
-) -> DataLoader[Any]:
+) -> Loader:
     """Build a loader of batches ``(images, labels)``: float32 (N, 3, H, W) and int64 (N,).
 
     Order and random transforms depend only on ``seed`` and on the number of earlier passes over this loader. The state
@@ -163,7 +180,7 @@ def loader(
         if shuffle
         else SequentialSampler(dataset)  # type: ignore[arg-type]
     )
-    return _Loader(
+    return Loader(
         _Seeded(dataset),
         collate_fn=_as_it_is,
         batch_sampler=_SeededBatches(BatchSampler(order, batch_size, drop_last), generator),  # type: ignore[arg-type]

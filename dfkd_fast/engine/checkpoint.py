@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from dfkd_fast.config import DistillConfig, to_dict
+from dfkd_fast.config import DistillConfig, TeachConfig, to_dict
 from dfkd_fast.files import atomic_write, zip_damage
 
 __all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
@@ -24,11 +25,12 @@ __all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
 FORMAT = "dfkd_fast.checkpoint/2"
 # Fields that are not part of the fingerprint.
 _FREE = (
-    *((name,) for name in ("out", "resume", "device", "engine", "autotune")),
+    *((name,) for name in ("out", "resume", "device", "engine", "autotune", "checkpoint_every")),
     *(("loop", name) for name in ("checkpoint_every", "keep_checkpoints")),
 )
 # Fields that can change between a run and its resumption, because they do not change the algorithm.
-_CHANGEABLE = {".".join(path) for path in _FREE} | {"channels_last", "loop.evaluate_every"}
+_CHANGEABLE = {".".join(path) for path in _FREE} | {"channels_last", "evaluate_every", "loop.evaluate_every"}
+_KEPT = 2  # checkpoints of supervised training, in case the newest is damaged
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class _OtherRunError(CheckpointError):
     """A checkpoint belongs to another run, so the previous checkpoints do too."""
 
 
-def fingerprint(config: DistillConfig) -> str:
+def fingerprint(config: DistillConfig | TeachConfig) -> str:
     """Hash the fields of a config that determine the final weights of a run.
 
     Checkpoints of earlier versions contain only this hash, not the settings.
@@ -50,8 +52,8 @@ def fingerprint(config: DistillConfig) -> str:
     for *path, last in _FREE:
         owner = values
         for key in path:
-            owner = owner[key]
-        del owner[last]
+            owner = owner.get(key, {})
+        owner.pop(last, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -69,20 +71,27 @@ class Checkpoints:
     Args:
         folder: the checkpoint folder; the first save creates it.
         config: the run's config. Checkpoints of a config that differs in the algorithm are refused.
-        teacher: digest of the teacher's weights. Checkpoints of another teacher are refused.
+        teacher: digest of the teacher's weights. Checkpoints of another teacher are refused. Supervised training has no
+            teacher.
         resolved: values of fields that the config leaves open, such as ``image_size`` and ``precision``.
     """
 
     def __init__(
-        self, folder: Path, config: DistillConfig, teacher: str, resolved: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        config: DistillConfig | TeachConfig,
+        teacher: str = "",
+        resolved: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder, self.loop = folder, config.loop
+        self.folder, self.config = folder, config
+        distills = isinstance(config, DistillConfig)
+        self.unit, self.keep = ("round", config.loop.keep_checkpoints) if distills else ("epoch", _KEPT)
         self.identity = {"config": fingerprint(config), "teacher": teacher}
         self.settings = json.loads(json.dumps({**to_dict(config), **(resolved or {})}))
 
     def paths(self) -> list[Path]:
         """The checkpoint files, newest first."""
-        found = self.folder.glob("round-*-step-*.pt")
+        found = self.folder.glob("*-step-*.pt")
         return sorted(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)], reverse=True)
 
     def save(self, state: dict[str, Any]) -> Path:
@@ -92,7 +101,7 @@ class Checkpoints:
             dfkd_fast.files.WriteError: the checkpoint could not be written. The older ones are kept.
         """
         number, step = state["position"]
-        path = self.folder / f"round-{number:06d}-step-{step:04d}.pt"
+        path = self.folder / f"{self.unit}-{number:06d}-step-{step:04d}.pt"
         with atomic_write(path) as file:
             torch.save({"format": FORMAT, **self.identity, "settings": self.settings, "state": state}, file)
         self.prune()
@@ -100,7 +109,7 @@ class Checkpoints:
 
     def prune(self) -> None:
         """Delete the oldest checkpoints. Call it only if the newest one is usable."""
-        for old in self.paths()[self.loop.keep_checkpoints :]:
+        for old in self.paths()[self.keep :]:
             old.unlink(missing_ok=True)
 
     def read(self, path: Path) -> dict[str, Any]:
@@ -140,29 +149,30 @@ class Checkpoints:
             return
         # A field that an earlier version did not have has its default.
         before, now = (
-            {**_flat(to_dict(DistillConfig())), **_flat(each)} for each in (content["settings"], self.settings)
+            {**_flat(to_dict(type(self.config)())), **_flat(each)} for each in (content["settings"], self.settings)
         )
         # With select='test_accuracy', the weights are those of the best evaluated epoch.
-        fixed = {"loop.evaluate_every"} if now["loop.select"] == "test_accuracy" else set()
+        fixed = {"loop.evaluate_every"} if now.get("loop.select") == "test_accuracy" else set()
         changeable = _CHANGEABLE - fixed
         changed = [key for key in {**now, **before} if before.get(key) != now.get(key) and key not in changeable]
-        end, position = self.loop.epochs * self.loop.rounds_per_epoch, content["state"]["position"][0]
-        constant = now["optimizer.student_schedule"] == "constant"
-        if changed == ["loop.epochs"] and constant and position <= end:
+        position = content["state"]["position"][0]
+        if not changed:
             return
-        if changed:
-            listed = "; ".join(
-                f"{key} was {before.get(key, 'not set')} and is now {now.get(key, 'not set')}" for key in changed
-            )
-            hint = f"set {'it' if len(changed) == 1 else 'them'} back, {remedy}"
-            if changed == ["loop.epochs"]:
-                hint = f"this run is already at round {position}; {hint}"
-                if not constant:
-                    hint = (
-                        "only a run with optimizer.student_schedule 'constant' can get another length, because the "
-                        f"cosine schedule depends on it; {remedy.removeprefix('or ')}"
-                    )
-            raise _OtherRunError(f"{name} was written with another config: {listed}; {hint}")
+        hint = f"set {'it' if len(changed) == 1 else 'them'} back, {remedy}"
+        if changed == ["loop.epochs"]:  # of distillation
+            constant = now["optimizer.student_schedule"] == "constant"
+            if constant and position <= now["loop.epochs"] * now["loop.rounds_per_epoch"]:
+                return
+            hint = f"this run is already at round {position}; {hint}"
+            if not constant:
+                hint = (
+                    "only a run with optimizer.student_schedule 'constant' can get another length, because the "
+                    f"cosine schedule depends on it; {remedy.removeprefix('or ')}"
+                )
+        listed = "; ".join(
+            f"{key} was {before.get(key, 'not set')} and is now {now.get(key, 'not set')}" for key in changed
+        )
+        raise _OtherRunError(f"{name} was written with another config: {listed}; {hint}")
 
     def newest(self) -> dict[str, Any] | None:
         """Read the newest usable checkpoint, and warn about unusable ones. Return None if there is no checkpoint.
@@ -183,3 +193,35 @@ class Checkpoints:
         if reasons:
             raise CheckpointError(f"no usable checkpoint in {self.folder}: " + "; ".join(reasons))
         return None
+
+    def resumed(self, networks: Mapping[str, nn.Module]) -> dict[str, Any] | None:
+        """Return the newest usable checkpoint if ``config.resume`` is set, or None for a new run.
+
+        Args:
+            networks: the run's networks, by their names in the checkpoint.
+
+        Raises:
+            CheckpointError: like :meth:`newest`, or a network has other weights than the checkpoint.
+            ValueError: there are checkpoints, but ``config.resume`` is not set.
+        """
+        if not self.config.resume:
+            if self.paths():
+                raise ValueError(
+                    f"{self.folder.parent} already contains checkpoints of a run: set resume, or choose another folder "
+                    "for out"
+                )
+            return None
+        saved = self.newest()
+        for name, network in networks.items() if saved is not None else ():
+            before, now = (
+                {key: tuple(value.shape) for key, value in each.items() if isinstance(value, Tensor)}
+                for each in (saved[name], network.state_dict())
+            )
+            for key in {**before, **now}:
+                if before.get(key) != now.get(key):
+                    raise CheckpointError(
+                        f"cannot resume from {self.folder}: the checkpoint was written with another "
+                        f"{name.replace('_', ' ')}: {key} had shape {before.get(key, 'none')} and now has shape "
+                        f"{now.get(key, 'none')}; use the network that the run started with"
+                    )
+        return saved

@@ -324,24 +324,11 @@ def distill(
 
 
 def _resume(state: DistillState, checkpoints: Checkpoints) -> None:
-    """Load the newest usable checkpoint, if there is one."""
-    saved = checkpoints.newest()
+    """Load the newest usable checkpoint if the run is resumed and there is one."""
+    networks = {name: part for name, part in state._parts().items() if isinstance(part, nn.Module)}
+    saved = checkpoints.resumed(networks)
     if saved is None:
         return
-    for name, part in state._parts().items():
-        if not isinstance(part, nn.Module):
-            continue
-        before, now = (
-            {key: tuple(value.shape) for key, value in each.items() if isinstance(value, Tensor)}
-            for each in (saved[name], part.state_dict())
-        )
-        for key in {**before, **now}:
-            if before.get(key) != now.get(key):
-                raise CheckpointError(
-                    f"cannot resume from {checkpoints.folder}: the checkpoint was written with another "
-                    f"{name.replace('_', ' ')}: {key} had shape {before.get(key, 'none')} and now has shape "
-                    f"{now.get(key, 'none')}; use the network that the run started with"
-                )
     state.load_state_dict(saved)
     if found := state.non_finite():  # earlier versions did not check this before saving
         position = state.position
@@ -360,12 +347,7 @@ def _start(state: DistillState, folder: Path, resolved: dict[str, Any], inputs: 
     """Load the newest checkpoint if the run is resumed, and write its config.yaml."""
     config = state.config
     checkpoints = Checkpoints(folder / "checkpoints", config, state.teacher_digest(), resolved)
-    if config.resume:
-        _resume(state, checkpoints)
-    elif checkpoints.paths():
-        raise ValueError(
-            f"{folder} already contains checkpoints of a run: set resume, or choose another folder for out"
-        )
+    _resume(state, checkpoints)
     if state.position.round < state.total_rounds or not (folder / "config.yaml").exists():
         content = yaml.safe_dump({**inputs, "distill": to_dict(config)}, sort_keys=False)
         write_file(folder / "config.yaml", content.encode())

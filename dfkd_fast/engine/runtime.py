@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from dfkd_fast.config import Precision
 from dfkd_fast.files import make_folder
 
-__all__ = ["Runtime", "float32_weights", "new_run_folder", "supports_bf16"]
+__all__ = ["Runtime", "float32_weights", "new_run_folder", "rng_states", "set_rng_states", "supports_bf16"]
 
 
 @contextlib.contextmanager
@@ -34,6 +34,19 @@ def float32_weights(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         convert(None)
+
+
+def rng_states() -> dict[str, Any]:
+    """The states of torch's global random generators, for a checkpoint."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"rng_cpu": torch.get_rng_state(), "rng_cuda": cuda}
+
+
+def set_rng_states(states: Mapping[str, Any]) -> None:
+    """Set the states of :func:`rng_states`. Those of CUDA are ignored on a machine with other devices."""
+    torch.set_rng_state(states["rng_cpu"])
+    if torch.cuda.is_available() and len(states["rng_cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["rng_cuda"])
 
 
 def supports_bf16(device: torch.device) -> bool:

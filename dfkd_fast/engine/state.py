@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast.config import DistillConfig, GeneratorConfig
-from dfkd_fast.engine.runtime import Runtime
+from dfkd_fast.engine.runtime import Runtime, rng_states, set_rng_states
 from dfkd_fast.graph import FeatureModel, extract
 from dfkd_fast.graph.modes import preserve_state
 from dfkd_fast.graph.tracing import weights_of
@@ -274,8 +274,7 @@ class DistillState:
         return {
             **{name: part.state_dict() for name, part in self._parts().items()},
             "noise": self.noise.get_state(),
-            "rng_cpu": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            **rng_states(),
             "position": [self.position.round, self.position.step],
             "trace": self.trace.cpu(),
             **{name: copy.deepcopy(getattr(self, name)) for name in _PLAIN},
@@ -292,9 +291,7 @@ class DistillState:
             else:
                 part.load_state_dict(state[name])
         self.noise.set_state(state["noise"])
-        torch.set_rng_state(state["rng_cpu"])
-        if torch.cuda.is_available() and len(state["rng_cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["rng_cuda"])
+        set_rng_states(state)
         self.position = Position(*state["position"])
         self.trace.copy_(state["trace"])
         for name in _PLAIN:

@@ -125,6 +125,18 @@ def test_order_and_batch_sizes() -> None:
     assert len(found) == len(list(found)) == 4
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pass_continues_from_its_state_and_position(workers: int) -> None:
+    options: dict[str, Any] = {"batch_size": 5, "shuffle": True, "seed": 9, "workers": workers, "drop_last": True}
+    found, again = loader(array(shift=2), **options), loader(array(shift=2), **options)
+    list(found)
+    state = found.get_state()
+    passes = [list(found) for _ in range(2)]
+    for skip in (0, 3, 4):  # the pass has 4 batches
+        again.set_state(state, skip=skip)
+        assert equal([list(again) for _ in range(2)], [passes[0][skip:], passes[1]])
+
+
 def test_interrupted_pass_does_not_block_the_next() -> None:
     found = loader(array(), batch_size=5, shuffle=True, seed=0, workers=1)
     next(iter(found))

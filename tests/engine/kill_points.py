@@ -13,7 +13,8 @@ import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dfkd_fast import files
-from dfkd_fast.engine import DistillState, engines, loop, progress
+from dfkd_fast.data.loading import Loader
+from dfkd_fast.engine import DistillState, engines, loop, progress, training
 
 __all__ = ["POINTS", "install", "passed"]
 
@@ -30,8 +31,17 @@ POINTS: dict[str, tuple[str, tuple[tuple[Any, str], ...]]] = {
     "after a system call": ("after", SYSTEM_CALLS),
     "inside a write": ("inside", ((files._RecordingFile, "write"),)),
     "inside a write of the TensorBoard log": ("inside", ((_LogFile, "write"),)),
-    "in a step": ("before", ((engines, "generator_step"), (engines, "student_step"), (loop, "evaluate"))),
-    "while a checkpoint is read": ("after", ((torch, "load"), (DistillState, "load_state_dict"))),
+    "in a step": (
+        "before",
+        (
+            *((engines, "generator_step"), (engines, "student_step"), (training._Trainer, "_train")),
+            *((loop, "evaluate"), (training, "evaluate")),
+        ),
+    ),
+    "while a checkpoint is read": (
+        "after",
+        ((torch, "load"), (DistillState, "load_state_dict"), (Loader, "set_state")),
+    ),
 }
 passed = multiprocessing.RawArray("i", len(POINTS))  # points that a process has passed, by kind
 

@@ -199,7 +199,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_one_dies(tmp_path: P
         holder.kill()
         holder.wait()
         teach(tiny.network(), tiny.data(), teach_config(tmp_path), progress=False)
-        assert not files(tmp_path / "checkpoints")
+        assert files(tmp_path / "checkpoints") == {"epoch-000002-step-0000.pt", "epoch-000003-step-0000.pt"}
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
 

@@ -4,27 +4,81 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
 from dfkd_fast import evaluate, teach
 from dfkd_fast.config import TeachConfig
-from dfkd_fast.engine import ExportError, export, training
+from dfkd_fast.data import ImageArray, ImageData, loader
+from dfkd_fast.engine import CheckpointError, ExportError, TeachResult, export, training
+from dfkd_fast.engine.interrupt import StopRequest
 from dfkd_fast.models import load_weights, read_metadata
 
 from .. import tiny
 
 
-def config(out: Path, epochs: int = 3) -> TeachConfig:
-    return TeachConfig(epochs=epochs, batch_size=10, lr=0.05, device="cpu", out=str(out))
+def config(out: Path, epochs: int = 3, **changes: Any) -> TeachConfig:
+    return TeachConfig(epochs=epochs, batch_size=10, lr=0.05, device="cpu", out=str(out), **changes)
+
+
+def network(dropout: float = 0.2) -> nn.Module:
+    """A network whose results depend on PyTorch's global generator."""
+    model = tiny.network()
+    model.fc = nn.Sequential(nn.Dropout(dropout), model.fc)  # type: ignore[arg-type]
+    return model
+
+
+def shifted() -> ImageData:
+    """Images that are shifted at random for training: six batches of ten."""
+    images = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(60) % 5
+    train, test = ImageArray(images, labels, shift=2), ImageArray(images[:20], labels[:20])
+    return ImageData(train, test, tuple("abcde"), tiny.HALF, tiny.HALF, 8)
+
+
+def full(out: Path, **changes: Any) -> TeachResult:
+    """A training with all options."""
+    options: dict[str, Any] = {"label_smoothing": 0.1, "warmup_epochs": 1, "ema": 0.8, "evaluate_every": 2}
+    return teach(network(), shifted(), config(out, **(options | changes)), progress=False)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TeachResult:
+    """The result of a complete run of :func:`full`."""
+    return full(tmp_path_factory.mktemp("undisturbed"), resume=True)
+
+
+def assert_same_files(one: TeachResult, other: TeachResult) -> None:
+    assert tiny.same_weights(one.model, other.model)
+    for name in ("teacher.safetensors", "history.json"):
+        assert (one.run_dir / name).read_bytes() == (other.run_dir / name).read_bytes(), name
+    names = [sorted(path.name for path in (each.run_dir / "checkpoints").iterdir()) for each in (one, other)]
+    assert names[0] == names[1] == ["epoch-000002-step-0000.pt", "epoch-000003-step-0000.pt"]
+    for name in names[0]:
+        a, b = (torch.load(each.run_dir / "checkpoints" / name)["state"] for each in (one, other))
+        for left, right in zip(tree_leaves(a), tree_leaves(b), strict=True):
+            torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
+
+
+def shown(folder: Path, name: str = "teach/loss") -> list[int]:
+    """The steps of a value that TensorBoard shows."""
+    return [event.step for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars(name)]
 
 
 def test_teach_learns_and_writes_its_weights(tmp_path: Path) -> None:
@@ -42,11 +96,159 @@ def test_teach_learns_and_writes_its_weights(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_tensorboard_shows_each_epoch_of_a_repeated_training_once(tmp_path: Path) -> None:
-    for _ in range(2):
-        teach(tiny.network(), tiny.data(), config(tmp_path), progress=False)
-    log = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in log.Scalars("teach/loss")] == [1, 2, 3]
+def interrupt(patch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
+    """Do something after the given step of the training, from 0."""
+    train, steps = training._Trainer._train, count()
+
+    def stepped(self: training._Trainer, *arguments: Any) -> None:
+        train(self, *arguments)
+        if next(steps) == step:
+            action()
+
+    patch.setattr(training._Trainer, "_train", stepped)
+
+
+def die() -> None:
+    raise tiny.Killed
+
+
+@pytest.mark.parametrize("step", [2, 9, 17], ids=["in the first epoch", "in the second one", "in the last step"])
+def test_killed_training_resumes_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, undisturbed: TeachResult
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, step, die)
+        with pytest.raises(tiny.Killed):
+            full(tmp_path, resume=True)
+    found = full(tmp_path, resume=True)
+    assert_same_files(found, undisturbed)
+    assert shown(tmp_path) == [1, 2, 3]
+    assert shown(tmp_path, "teach/accuracy") == [2, 3]
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize("step", [8, 11], ids=["in the middle of an epoch", "in its last step"])
+def test_signal_saves_the_training_before_leaving(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    number: signal.Signals,
+    expected: type[BaseException],
+    undisturbed: TeachResult,
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, step, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(expected):
+            full(tmp_path, checkpoint_every=100)
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert saved.name == f"epoch-000001-step-{step - 5:04d}.pt"
+    steps = count()
+    with monkeypatch.context() as patch:
+        patch.setattr(training.F, "cross_entropy", lambda *a, f=F.cross_entropy, **o: next(steps) >= 0 and f(*a, **o))
+        found = full(tmp_path, resume=True)
+    assert next(steps) == 17 - step  # of 18 steps
+    assert_same_files(found, undisturbed)
+
+
+def test_finished_training_returns_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: TeachResult
+) -> None:
+    shutil.copytree(undisturbed.run_dir, tmp_path / "run")
+    (tmp_path / "run" / "teacher.safetensors").unlink()  # as if the process was killed before it wrote the weights
+    interrupt(monkeypatch, 0, die)
+    found = full(tmp_path / "run", resume=True)
+    assert_same_files(found, undisturbed)
+    assert found.accuracy == undisturbed.accuracy
+    assert found.images_per_s == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resume": False}, "already contains checkpoints of a run: set resume, or choose another folder"),
+        (
+            {"momentum": 0.5, "epochs": 4},
+            r"epochs was 3 and is now 4; momentum was 0\.9 and is now 0\.5; set them back, or",
+        ),
+        ({"ema": 0.0}, r"ema was 0\.8 and is now 0\.0; set it back, or choose another folder for out"),
+    ],
+)
+def test_training_in_the_folder_of_another_one_is_refused(
+    changes: dict[str, Any], message: str, undisturbed: TeachResult
+) -> None:
+    with pytest.raises((CheckpointError, ValueError), match=message):
+        full(undisturbed.run_dir, **{"resume": True, **changes})
+
+
+def test_resumed_training_refuses_other_data_and_networks(undisturbed: TeachResult) -> None:
+    options = config(undisturbed.run_dir, label_smoothing=0.1, warmup_epochs=1, ema=0.8, resume=True)
+    with pytest.raises(CheckpointError, match="training_images was 60 and is now 20"):
+        teach(network(), replace(shifted(), train=shifted().test), options, progress=False)
+    with pytest.raises(CheckpointError, match=r"with another model: conv1\.weight had shape \(4, 3, 3, 3\) and now"):
+        teach(tiny.network((8, 4, 6, 8)), shifted(), options, progress=False)
+
+
+def test_schedule_smoothing_and_average_follow_their_definitions(tmp_path: Path) -> None:
+    """SGD on a linear classifier of normalized pixels, step by step in float64."""
+    images, labels = torch.rand(40, 3, 2, 2, generator=torch.Generator().manual_seed(2)), torch.arange(40) % 5
+    data = ImageData(TensorDataset(images, labels), TensorDataset(images, labels), tuple("abcde"), *[tiny.HALF] * 2, 2)
+    model = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.Flatten(), nn.Linear(12, 5, bias=False))
+    weight, mean, buffer = model[2].weight.detach().double(), torch.zeros(3).double(), torch.zeros(5, 12).double()
+    options = {"weight_decay": 0.01, "warmup_epochs": 1, "label_smoothing": 0.2, "ema": 0.7}
+    result = teach(model, data, config(tmp_path, precision="fp32", **options), progress=False)
+    batches = loader(data.train, batch_size=10, shuffle=True, seed=0, workers=0, drop_last=True)
+    averages: list[Tensor] = []
+    for step, (batch, of) in enumerate(batch for _ in range(3) for batch in batches):
+        x = batch.double()
+        rate = 0.05 * ((step + 1) / 4 if step < 4 else (1 + math.cos(math.pi * (step - 4) / 8)) / 2)
+        normalized = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), False, keepdim=True) + 1e-5).sqrt()
+        pixels = normalized.flatten(1)
+        targets = 0.8 * torch.eye(5).double()[of] + 0.2 / 5
+        gradient = ((pixels @ weight.T).softmax(1) - targets).T @ pixels / 10 + 0.01 * weight
+        buffer = 0.9 * buffer + gradient
+        weight = weight - rate * buffer
+        mean = 0.9 * mean + 0.1 * x.mean((0, 2, 3))
+        now = [weight, mean]
+        averages = [0.7 * a + 0.3 * b for a, b in zip(averages, now, strict=True)] if averages else now
+    assert result.model is model
+    torch.testing.assert_close(model[2].weight.detach().double(), averages[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model[0].running_mean.double(), averages[1], rtol=1e-4, atol=1e-6)
+    saved = load_file(result.weights)
+    assert torch.equal(saved["2.weight"], model[2].weight)
+    predicted = (images.double() - averages[1].view(1, 3, 1, 1)) / model[0].running_var.double().view(1, 3, 1, 1).sqrt()
+    right = ((predicted.flatten(1) @ averages[0].T).argmax(1) == labels).double().mean().item()
+    assert result.accuracy == pytest.approx(right, abs=0.03)  # one image may be at the border of two classes
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, [3]), (1, [1, 2, 3]), (2, [2, 3])])
+def test_evaluations_are_recorded_and_change_nothing(
+    tmp_path: Path, every: int, expected: list[int], undisturbed: TeachResult
+) -> None:
+    lines: list[dict[str, float]] = []
+    options = config(tmp_path, label_smoothing=0.1, warmup_epochs=1, ema=0.8, evaluate_every=every)
+    result = teach(network(), shifted(), options, progress=lambda done, total, values, speed: lines.append(values))
+    assert tiny.same_weights(result.model, undisturbed.model)
+    history = json.loads((tmp_path / "history.json").read_text())
+    measured = [
+        epoch for epoch, value in zip((1, 2, 3), history["epochs"]["accuracy"], strict=True) if value is not None
+    ]
+    assert measured == shown(tmp_path, "teach/accuracy") == expected
+    assert history["accuracy"] == history["epochs"]["accuracy"][-1] == lines[-1]["accuracy"] == result.accuracy
+    assert ("accuracy" in lines[0]) == (every == 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_smoothing": 1.0}, r"TeachConfig\.label_smoothing must be in \[0, 1\), got 1\.0"),
+        ({"ema": -0.1}, r"TeachConfig\.ema must be in \[0, 1\), got -0\.1"),
+        ({"epochs": 3, "warmup_epochs": 3}, r"warmup_epochs must be less than epochs, got 3 and 3"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
+    ],
+)
+def test_invalid_options_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TeachConfig(**changes)
 
 
 def test_seed_determines_the_losses(tmp_path: Path) -> None:
@@ -69,7 +271,7 @@ def test_divergence_and_too_few_images_raise(tmp_path: Path, changes: dict[str, 
         teach(tiny.network(), tiny.data(), replace(config(tmp_path), **changes), progress=False)
     if "lr" in changes:
         assert json.loads((tmp_path / "history.json").read_text()) == {
-            "epochs": {"epoch": [1], "loss": [None]},
+            "epochs": {"epoch": [1], "loss": [None], "accuracy": [None]},
             "accuracy": None,
         }
     assert not (tmp_path / "teacher.safetensors").exists()
@@ -136,8 +338,8 @@ def test_masked_classes_are_valid(caplog: pytest.LogCaptureFixture) -> None:
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     epoch = training._Trainer.epoch
 
-    def last_step_diverges(self: training._Trainer) -> float:
-        loss = epoch(self)
+    def last_step_diverges(self: training._Trainer, stop: StopRequest) -> float | None:
+        loss = epoch(self, stop)
         self.model.fc.bias.data.fill_(math.nan)  # type: ignore[union-attr,operator]
         return loss
 
@@ -145,6 +347,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
     with pytest.raises(ArithmeticError, match=r"fc\.bias is not finite after epoch 1; try a lower lr"):
         teach(tiny.network(), tiny.data(), config(tmp_path, 1), progress=False)
     assert not (tmp_path / "teacher.safetensors").exists()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 class _Constant(nn.Module):

@@ -51,7 +51,7 @@ def _distill(preset: Any, variant: int) -> None:
 
 WORK: dict[str, Callable[..., object]] = {
     "distill": _distill,
-    "teach": lambda: tiny.teach(Path("run"), epochs=3, lr=0.05),
+    "teach": lambda: tiny.teach(Path("run"), epochs=3, lr=0.05, ema=0.5, evaluate_every=2, resume=True),
     "save_weights": lambda: [save_weights(each(), "run/weights.safetensors") for each in (tiny.teacher, tiny.network)],
     "export": lambda: export(tiny.network(), "run", image_size=tiny.SIZE),
 }
