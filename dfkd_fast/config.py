@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import difflib
 import errno
+import functools
 import json
 import os
 import re
@@ -698,21 +699,28 @@ def read(kind: type[T], path: str | Path, *more: str | Path, changes: Mapping[st
         ValueError: a field is unknown, missing or invalid. The message names it.
     """
     import yaml
-    from jsonargparse import ArgumentParser
 
     values: dict[str, Any] = {}
     for each in (path, *more):
         values = _merged(kind, values, yaml.safe_load(read_text(kind, each)))
     for name, value in (changes or {}).items():
         _set(values, name, value)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--config", type=kind)
     try:
         if changes:
             _check_fields(kind, values)
+        parser = _parser(kind)
         return parser.instantiate(parser.parse_object({"config": values})).config
     except Exception as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
+
+
+@functools.cache  # it takes longer than parsing
+def _parser(kind: type) -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", type=kind)
+    return parser
 
 
 def _field_config(kind: Any, name: str) -> Any:

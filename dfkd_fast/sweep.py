@@ -478,6 +478,8 @@ def sweep_table(config: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> list[
             line_value = published[columns.index(column)] if isinstance(published, list) else published
             text += f" ({line_value})"
         line[column or "top-1"] = text
+        if config.compare_with is not None:
+            line[f"{column} difference".strip()] = ""
         if config.compare_with not in (None, row_name):
             base = by_cell[next(n for n, at in where.items() if at == (column, config.compare_with))]
             if seeds := [seed for seed in values if seed in base]:
