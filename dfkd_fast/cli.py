@@ -418,7 +418,7 @@ def _print_measures(
         *shown("KL(teacher || student), nats", measures.kl, ".4f"),
         *shown("calibration error", measures.ece, ".2%"),
         *shown("parameters", cost.parameters, ","),
-        *shown("MFLOPs per image", cost.flops / 1e6, ",.1f"),
+        *shown("MFLOPs per image", cost.flops / 1e6, ",.2f"),
         *shown("latency of one image, ms", cost.latency_ms, ".3g"),
         *shown("latency per image of 64, ms", cost.batch_ms_per_image, ".3g"),
         *shown("peak memory of 64 images, GiB", gib, ".2f"),

@@ -236,3 +236,19 @@ def test_flops_of_attention_do_not_depend_on_fused_kernels() -> None:
     found = cost(Patches(), 16, Runtime.of("cpu", "fp32", channels_last=False))
     assert found.flops == 2 * 16 * (4 * 8 * 8 + 2 * 16 * 8 + 2 * 8 * 32)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.gpu
+def test_measures_on_a_gpu() -> None:
+    model, images = tiny.network(), tiny.data().test
+    exact = predictions(model, images, num_classes=tiny.CLASSES)
+    flops = cost(model, tiny.SIZE, Runtime.of("cpu", "fp32", channels_last=True)).flops
+    runtime = Runtime.of("cuda", "fp32", channels_last=True)
+    found = predictions(runtime.place(model), images, num_classes=tiny.CLASSES, runtime=runtime)
+    assert found.logits.device.type == found.labels.device.type == "cpu"
+    torch.testing.assert_close(found.logits, exact.logits, rtol=1e-4, atol=1e-4)
+    spent = cost(model, tiny.SIZE, runtime)
+    assert spent.flops == flops
+    assert 0 < spent.batch_ms_per_image < spent.latency_ms
+    assert spent.peak_bytes is not None
+    assert spent.peak_bytes > 4 * (spent.parameters + 64 * 3 * tiny.SIZE**2)
