@@ -71,8 +71,11 @@ def _pin(slot: int, workers: int) -> None:
         os.sched_setaffinity(0, {cores[slot]})
 
 
-def _work(job: Job, arguments: Sequence[Any], connection: Connection, slot: int, workers: int) -> None:
+def _work(
+    job: Job, arguments: Sequence[Any], connection: Connection, slot: int, workers: int, environment: dict[str, str]
+) -> None:
     os.setpgrp()  # on Ctrl-C, only the parent stops the jobs
+    os.environ.update(environment)  # the server has that of its start
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _pin(slot, workers)
     torch.set_num_threads(1)
@@ -194,7 +197,7 @@ def run_jobs(
         waiting.remove(job)
         here, there = context.Pipe()
         slot = min({*range(count)} - {each.slot for each in running.values()})
-        arguments = job, [results[name] for name in job.after], there, slot, count
+        arguments = job, [results[name] for name in job.after], there, slot, count, dict(os.environ)
         process = context.Process(target=_work, args=arguments, name=job.name)
         process.start()
         there.close()
