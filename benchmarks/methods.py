@@ -96,7 +96,7 @@ def run_method(method: str, seed: int, *, steps: int = STEPS[-1], progress: Any 
 
     row: dict[str, Any] = {"method": method, "seed": seed, "teacher_accuracy": trained["accuracy"]}
     with tempfile.TemporaryDirectory(prefix="dfkd_fast_method_") as out:
-        run = {"loop": loop, "generator": generator, "seed": seed, "out": out, "precision": "fp32"}
+        run: dict[str, Any] = {"loop": loop, "generator": generator, "seed": seed, "out": out, "precision": "fp32"}
         sizes = {name: getattr(images, name) for name in ("image_size", "mean", "std")}
         changed = replace(settings, **run, **sizes, device="cpu", channels_last=False)
         try:

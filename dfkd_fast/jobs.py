@@ -143,6 +143,96 @@ class _Running:
     terminated: bool = False
 
 
+class _Runner:
+    """Starts jobs, receives their messages and stops those that are late."""
+
+    def __init__(self, jobs: Sequence[Job], workers: int, table: _Table, limit_s: float, budget_s: float) -> None:
+        self.workers, self.table, self.limit_s = workers, table, limit_s
+        self.until = time.monotonic() + budget_s
+        self.waiting, self.results = list(jobs), dict[str, Any]()
+        self.running: dict[Any, _Running] = {}  # by connection
+        self.finished: Callable[[Any], object] | None = None
+        self.failed: Callable[[str, JobError], object] | None = None
+        # Processes are forked from a server that has imported torch. It has neither threads nor a CUDA context.
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["dfkd_fast.engine", "dfkd_fast.models"])
+
+    def run(self) -> None:
+        while self.waiting or self.running:
+            self._start_jobs()
+            left = min((each.end for each in self.running.values()), default=0.0) - time.monotonic()
+            ready: list[Any] = wait([*self.running], None if left == math.inf else max(0.0, left))
+            for connection in ready:
+                self._receive(connection)
+            for each in self.running.values():
+                if time.monotonic() >= each.end:
+                    (each.process.kill if each.terminated else each.process.terminate)()
+                    each.terminated, each.end = True, time.monotonic() + _SAVE_S
+
+    def stop(self) -> None:
+        for each in self.running.values():
+            each.process.terminate()
+        for each in self.running.values():
+            each.process.join(_GRACE_S)
+            each.process.kill()
+
+    def _start_jobs(self) -> None:
+        late = time.monotonic() >= self.until
+        for job in [*self.waiting]:
+            if job not in self.waiting:
+                continue  # it waited for a job that has failed
+            if late:
+                self.waiting.remove(job)
+                self._fail(job, JobError(f"{job.name}: no time left", stopped=True))
+            elif len(self.running) < self.workers and self.results.keys() >= {*job.after}:
+                self.waiting.remove(job)
+                self._start(job)
+
+    def _start(self, job: Job) -> None:
+        here, there = self.context.Pipe()
+        slot = min({*range(self.workers)} - {each.slot for each in self.running.values()})
+        before = [self.results[name] for name in job.after]
+        arguments = job, before, there, slot, self.workers, dict(os.environ)
+        process = self.context.Process(target=_work, args=arguments, name=job.name)
+        process.start()
+        there.close()
+        self.running[here] = _Running(job, process, slot, min(self.until, time.monotonic() + self.limit_s))
+        self.table.start(job.name)
+
+    def _receive(self, connection: Any) -> None:
+        job, process = self.running[connection].job, self.running[connection].process
+        try:
+            kind, value = connection.recv()
+        except (EOFError, ConnectionError):
+            process.join()
+            kind, value = "error", (f" ended with exit status {process.exitcode}", "")
+        if kind == "progress":
+            self.table.update(job.name, *value)
+            return
+        ended = self.running.pop(connection)
+        process.join()
+        if kind == "result":
+            self.results[job.name] = value
+            self.table.finish(job.name, value)
+            if self.finished is not None:
+                self.finished(value)
+        elif ended.terminated:
+            self._fail(job, JobError(f"{job.name} was stopped by its time limit", stopped=True))
+        else:
+            self._fail(job, JobError(f"{job.name}{value[0]}", value[1]))
+
+    def _fail(self, job: Job, error: JobError) -> None:
+        if self.failed is None:
+            raise error
+        self.table.finish(job.name, error)
+        self.failed(job.name, error)
+        for other in [other for other in self.waiting if job.name in other.after]:
+            if other in self.waiting:  # it may have waited for two jobs
+                self.waiting.remove(other)
+                reason = f"{other.name} needs {job.name}, which has no result"
+                self._fail(other, JobError(reason, stopped=error.stopped))
+
+
 def run_jobs(
     jobs: Sequence[Job],
     *,
@@ -175,82 +265,16 @@ def run_jobs(
         JobError: a job failed, and ``failed`` is None. The other jobs are stopped.
         ValueError: jobs wait for each other or for jobs that do not exist.
     """
-    count = workers or len(os.sched_getaffinity(0))
     _check_order(jobs)
-    # Processes are forked from a server that has imported torch. It has neither threads nor a CUDA context.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dfkd_fast.engine", "dfkd_fast.models"])
-    waiting, results, running = list(jobs), dict[str, Any](), dict[Any, _Running]()  # by connection
-    table, until = _Table(jobs, console or Console(), text), time.monotonic() + budget_s
-
-    def fail(job: Job, error: JobError) -> None:
-        if failed is None:
-            raise error
-        table.finish(job.name, error)
-        failed(job.name, error)
-        for other in [other for other in waiting if job.name in other.after]:
-            if other in waiting:  # it may have waited for two jobs
-                waiting.remove(other)
-                fail(other, JobError(f"{other.name} needs {job.name}, which has no result", stopped=error.stopped))
-
-    def start(job: Job) -> None:
-        waiting.remove(job)
-        here, there = context.Pipe()
-        slot = min({*range(count)} - {each.slot for each in running.values()})
-        arguments = job, [results[name] for name in job.after], there, slot, count, dict(os.environ)
-        process = context.Process(target=_work, args=arguments, name=job.name)
-        process.start()
-        there.close()
-        running[here] = _Running(job, process, slot, min(until, time.monotonic() + limit_s))
-        table.start(job.name)
-
-    def receive(connection: Any) -> None:
-        job, process = running[connection].job, running[connection].process
-        try:
-            kind, value = connection.recv()
-        except (EOFError, ConnectionError):
-            process.join()
-            kind, value = "error", (f" ended with exit status {process.exitcode}", "")
-        if kind == "progress":
-            table.update(job.name, *value)
-            return
-        ended = running.pop(connection)
-        process.join()
-        if kind == "result":
-            results[job.name] = value
-            table.finish(job.name, value)
-            if finished is not None:
-                finished(value)
-        elif ended.terminated:
-            fail(job, JobError(f"{job.name} was stopped by its time limit", stopped=True))
-        else:
-            fail(job, JobError(f"{job.name}{value[0]}", value[1]))
-
+    table = _Table(jobs, console or Console(), text)
+    runner = _Runner(jobs, workers or len(os.sched_getaffinity(0)), table, limit_s, budget_s)
+    runner.finished, runner.failed = finished, failed
     try:
         with table.progress:
-            while waiting or running:
-                late = time.monotonic() >= until
-                for job in [job for job in waiting if late or results.keys() >= {*job.after}]:
-                    if late and job in waiting:
-                        waiting.remove(job)
-                        fail(job, JobError(f"{job.name}: no time left", stopped=True))
-                    elif len(running) < count and job in waiting:
-                        start(job)
-                left = min((each.end for each in running.values()), default=0.0) - time.monotonic()
-                ready: list[Any] = wait([*running], None if left == math.inf else max(0.0, left))
-                for connection in ready:
-                    receive(connection)
-                for each in running.values():
-                    if time.monotonic() >= each.end:
-                        (each.process.kill if each.terminated else each.process.terminate)()
-                        each.terminated, each.end = True, time.monotonic() + _SAVE_S
+            runner.run()
     finally:
-        for each in running.values():
-            each.process.terminate()
-        for each in running.values():
-            each.process.join(_GRACE_S)
-            each.process.kill()
-    return results
+        runner.stop()
+    return runner.results
 
 
 def _check_order(jobs: Sequence[Job]) -> None:
