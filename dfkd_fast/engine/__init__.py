@@ -10,7 +10,7 @@ from dfkd_fast.engine.engines import (
     create_engine,
     resolve_engine,
 )
-from dfkd_fast.engine.evaluation import EvalResult, evaluate
+from dfkd_fast.engine.evaluation import Cost, EvalResult, Measures, Predictions, cost, evaluate, measure, predictions
 from dfkd_fast.engine.exporting import ExportError, ExportResult, export
 from dfkd_fast.engine.loop import Callback, DistillResult, NonFiniteError, agreement, distill
 from dfkd_fast.engine.networks import Networks, StepNetworks
@@ -26,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "CompiledEngine",
+    "Cost",
     "DistillResult",
     "DistillState",
     "EagerEngine",
@@ -34,9 +35,11 @@ __all__ = [
     "ExportError",
     "ExportResult",
     "GraphEngine",
+    "Measures",
     "Networks",
     "NonFiniteError",
     "Position",
+    "Predictions",
     "Runtime",
     "Side",
     "StepNetworks",
@@ -44,12 +47,15 @@ __all__ = [
     "agreement",
     "build_generator",
     "build_state",
+    "cost",
     "create_engine",
     "distill",
     "evaluate",
     "export",
     "generator_step",
     "make_images",
+    "measure",
+    "predictions",
     "resolve_engine",
     "student_step",
     "supports_bf16",
