@@ -40,7 +40,7 @@ from dfkd_fast.engine import Measures, Predictions, Runtime, build_generator, co
 from dfkd_fast.engine.state import Normalize
 from dfkd_fast.files import write_file
 from dfkd_fast.graph import FeatureModel, extract
-from dfkd_fast.models import create_model, load_weights, read_description, read_metadata
+from dfkd_fast.models import WeightsDescription, create_model, load_weights, read_description, read_metadata
 from dfkd_fast.nn import SpatialAttention, freeze_spectral_norm
 from dfkd_fast.objectives import FeatureShapes, HighOrderAttentionDistillation
 from dfkd_fast.report import read_results
@@ -68,7 +68,7 @@ class _Run:
     def file(self, name: str, reason: str) -> Path:
         """The path of a file in the run's folder. Raises ValueError with the reason if there is none."""
         if not (self.folder / name).is_file():
-            raise ValueError(f"{name} is missing: {reason}")
+            raise ValueError(f"there is no {self.folder / name}: {reason}")
         return self.folder / name
 
     @cached_property
@@ -83,10 +83,6 @@ class _Run:
         return read(ExperimentConfig, self.file("config.yaml", "this is not the folder of a run"))
 
     @cached_property
-    def student_file(self) -> Path:
-        return self.file("student.safetensors", "the run has not finished")
-
-    @cached_property
     def data(self) -> datasets.ImageData:
         config = self.experiment.data
         if config is None:
@@ -97,35 +93,32 @@ class _Run:
         return datasets.load(config)
 
     @cached_property
-    def normalize(self) -> Normalize:
-        described = read_description(self.student_file)
-        if described.mean is None or described.std is None:
-            raise ValueError("student.safetensors has no normalization")
-        return Normalize.of(described.mean, described.std, self.runtime.device)
+    def description(self) -> WeightsDescription:
+        path = self.file("student.safetensors", "the run has not finished")
+        found = read_description(path)
+        if None in (found.num_classes, found.image_size, found.mean, found.std):
+            raise ValueError(f"the metadata of {path} lacks the student's images or classes")
+        return found
 
     @cached_property
-    def image_size(self) -> int:
-        size = read_description(self.student_file).image_size
-        if size is None:
-            raise ValueError("student.safetensors has no image size")
-        return size
+    def normalize(self) -> Normalize:
+        mean, std = self.description.mean, self.description.std
+        assert mean is not None
+        assert std is not None
+        return Normalize.of(mean, std, self.runtime.device)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        described = read_description(self.student_file)
-        names = described.classes or self.data.classes
-        return tuple(names)
+        return self.description.classes or self.data.classes
 
-    def _network(self, config: ModelConfig | None, who: str, weights: Path) -> FeatureModel:
-        if config is None:
-            raise ValueError(f"config.yaml does not name the {who}'s network")
+    def _network(self, config: ModelConfig, who: str, weights: Path) -> FeatureModel:
         self._check(config.name, f"the {who}'s network", ("timm", "torchvision"))
+        classes, size = self.description.num_classes, self.description.image_size
+        assert classes is not None
+        assert size is not None
         config = replace(config, weights=str(weights), pretrained=False, new_head=False)
-        count = read_description(self.student_file).num_classes
-        assert count is not None  # every run writes it
-        model = extract(
-            create_model(config, num_classes=count), stages=config.stages, image_size=self.image_size, needs="logits"
-        )
+        model = create_model(config, num_classes=classes)
+        model = extract(model, stages=config.stages, image_size=size, needs="logits")
         return self.runtime.place(model).eval()  # type: ignore[return-value]
 
     def _check(self, name: str, what: str, libraries: tuple[str, ...] = ()) -> None:
@@ -134,7 +127,9 @@ class _Run:
 
     @cached_property
     def student(self) -> FeatureModel:
-        return self._network(self.experiment.student, "student", self.student_file)
+        if self.experiment.student is None:
+            raise ValueError("config.yaml does not name the student's network")
+        return self._network(self.experiment.student, "student", self.folder / "student.safetensors")
 
     @cached_property
     def teacher(self) -> FeatureModel:
@@ -163,8 +158,8 @@ class _Run:
     @cached_property
     def attention(self) -> HighOrderAttentionDistillation:
         path = self.file("attention.safetensors", "the student's loss has no attention modules, or the run is older")
-        metadata = {name: json.loads(value) for name, value in read_metadata(path).items() if value[:1] == "{"}
-        term = HighOrderAttentionDistillation(FeatureShapes(**metadata["shapes"]), MHADConfig(**metadata["mhad"]))
+        shapes, config = (json.loads(read_metadata(path)[name]) for name in ("shapes", "mhad"))
+        term = HighOrderAttentionDistillation(FeatureShapes(**shapes), MHADConfig(**config))
         if term.config.level != "stages":
             raise ValueError("the attention modules are at the penultimate features, which are not maps")
         load_weights(term, path)
@@ -174,11 +169,11 @@ class _Run:
     def generate(self, count: int) -> Tensor:
         """Synthetic images (N, 3, H, W) in [-1, 1], like those that the student was trained on."""
         latent_dim: Any = self.generator.latent_dim
-        noise = torch.randn(count, latent_dim, generator=torch.Generator().manual_seed(0))
-        size = self.experiment.distill.loop.batch_size
+        size = self.experiment.distill.loop.batch_size  # whole batches, whose statistics its BatchNorms use
+        noise = torch.randn(-(-count // size), size, latent_dim, generator=torch.Generator().manual_seed(0))
         with freeze_spectral_norm(self.generator.train()):
-            made = [self.generator(each.to(self.runtime.device)) for each in noise.split(size)]
-        return torch.cat(made).float()
+            made = [self.generator(each) for each in noise.to(self.runtime.device)]
+        return torch.cat(made)[:count].float()
 
     def held_out(self, count: int) -> tuple[Tensor, list[int]]:
         """Evenly spaced held-out images (N, 3, H, W), normalized, and their labels."""
@@ -193,11 +188,11 @@ class _Run:
     def examples(self, count: int) -> tuple[Tensor, list[int], str]:
         """Held-out images, or else synthetic ones with the teacher's labels, and the name of the kind."""
         try:
-            return *self.held_out(count), "held-out"
+            return *self.held_out(count), "Held-out"
         except _ERRORS:
             images = self.normalize(self.generate(count))
             with torch.no_grad():
-                return images, self.teacher(images).logits.argmax(1).tolist(), "synthetic"
+                return images, self.teacher(images).logits.argmax(1).tolist(), "Synthetic"
 
     def picture(self, normalized: Tensor) -> Image.Image:
         """A small image of a normalized one, (3, H, W)."""
@@ -239,13 +234,13 @@ def _small(pixels: Tensor) -> Image.Image:
     return image.resize((_TILE, _TILE), sampling)
 
 
-def _heat(values: Tensor | np.ndarray, below: Image.Image) -> Image.Image:
+def _heat(values: Tensor, below: Image.Image) -> Image.Image:
     """An image below a map (H, W), which is dark at its smallest value and bright from its 98th percentile on."""
     from matplotlib import colormaps
 
-    found = np.asarray(values.detach().float().cpu() if isinstance(values, Tensor) else values, dtype=np.float32)
-    low, high = found.min(), np.quantile(found, 0.98)
-    scaled = ((found - low) / ((high - low) or 1)).clip(0, 1).astype(np.float32)
+    found = values.detach().float().cpu()
+    low, high = found.min(), found.quantile(0.98)
+    scaled = ((found - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).numpy()
     smooth = np.asarray(Image.fromarray(scaled).resize(below.size, Image.Resampling.BILINEAR))
     return Image.blend(below, Image.fromarray(colormaps["viridis"](smooth, bytes=True)[..., :3].copy()), 0.6)
 
@@ -260,8 +255,24 @@ def _tile(image: Image.Image, caption: str, alt: str) -> dict[str, str]:
     return {"src": _uri(image), "caption": caption, "alt": alt}
 
 
-def _range(values: Tensor) -> str:
-    return f"{values.min():.3g} to {values.max():.3g}"
+def _cards(
+    titles: Sequence[str],
+    pictures: Sequence[Image.Image],
+    maps: Mapping[str, Tensor],
+    kind: str,
+    *,
+    ranges: bool = True,
+) -> list[dict[str, Any]]:
+    """One card per image, with the image and its maps; ``maps`` are (N, H, W) by name."""
+    cards = []
+    for index, (title, picture) in enumerate(zip(titles, pictures, strict=True)):
+        tiles = [_tile(picture, "image", f"{kind} image: {title}")]
+        for name, values in maps.items():
+            each = values[index]
+            caption = f"{name}: {each.min():.3g} to {each.max():.3g}" if ranges else name
+            tiles.append(_tile(_heat(each, picture), caption, f"Map of this image: {caption}"))
+        cards.append({"title": title, "tiles": tiles})
+    return cards
 
 
 def _thinned(x: Sequence[float], y: Sequence[float | None]) -> dict[str, list[float]]:
@@ -296,7 +307,7 @@ def _result(run: _Run) -> dict[str, Any]:
     student, teacher = run.measures, run.teacher_measures
     top1 = teacher.top1 if teacher is not None else None
     return {
-        **{name: getattr(student, name) for name in ("top1", "top5", "agreement", "kl", "ece", "images")},
+        **{name: getattr(student, name) for name in ("top1", "top5", "agreement", "images")},
         "teacher": top1,
         "relative": student.top1 / top1 if top1 else None,
     }
@@ -327,8 +338,9 @@ def _pictures(run: _Run) -> dict[str, Any]:
 
 
 def _classes(run: _Run) -> dict[str, Any]:
-    teacher = run.teacher_measures.per_class if run.teacher_measures is not None else None
-    return {"names": run.classes, "images": run.measures.counts, "student": run.measures.per_class, "teacher": teacher}
+    student, teacher = run.measures, run.teacher_measures
+    accuracies = {"student": student.per_class, "teacher": teacher.per_class if teacher is not None else None}
+    return {"names": run.classes, "images": student.counts, **accuracies}
 
 
 def _confused(run: _Run) -> list[dict[str, Any]]:
@@ -361,7 +373,7 @@ def _embed(features: Tensor) -> list[list[int]]:
     if len(features) < 8:
         raise ValueError(f"a t-SNE needs at least 8 images, got {len(features)}")
     perplexity = min(30.0, (len(features) - 1) / 3)
-    points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features.numpy())
+    points = TSNE(perplexity=perplexity, init="pca", max_iter=500, random_state=0).fit_transform(features.numpy())
     low, high = points.min(0), points.max(0)
     return np.round((points - low) / np.maximum(high - low, 1e-12) * 1000).astype(int).tolist()
 
@@ -382,7 +394,7 @@ def _tsne(run: _Run) -> dict[str, Any]:
     except _ERRORS as error:
         notes.append(_sentence(error))
     if not parts:
-        raise ValueError(" ".join(notes))
+        raise ValueError(notes[-1])
     kept = (
         parts[0][2].bincount(minlength=len(run.classes)).argsort(descending=True, stable=True)[:_CLASSES].sort().values
     )
@@ -430,80 +442,53 @@ def _grad_cam(run: _Run) -> dict[str, Any]:
     targets = [ClassifierOutputTarget(label) for label in labels]
     model = run.student.model
 
-    def maps() -> np.ndarray:
+    def maps() -> Tensor:
         with GradCAM(model=model, target_layers=[model.get_submodule(run.student.stages[-1])]) as cam:
-            return cam(input_tensor=images, targets=targets)
+            return torch.as_tensor(cam(input_tensor=images, targets=targets))
 
-    found, missing = {"without": maps()}, None
+    found, missing = {"without attention": maps()}, None
     try:
         with _gated(run):
-            found["with"] = maps()
+            found["with attention"] = maps()
     except _ERRORS as error:
         missing = _sentence(error)
-    cards = []
-    for index, label in enumerate(labels):
-        name, picture = run.classes[label], run.picture(images[index])
-        tiles = [_tile(picture, "image", f"A {kind} image of {name}")]
-        for how, each in found.items():
-            heat = _heat(each[index], picture)
-            tiles.append(_tile(heat, f"{how} attention", f"Grad-CAM of {name} {how} the attention module"))
-        cards.append({"title": name, "tiles": tiles})
-    return {"cards": cards, "missing": missing, "kind": kind}
+    pictures, titles = [run.picture(image) for image in images], [run.classes[label] for label in labels]
+    return {"cards": _cards(titles, pictures, found, kind, ranges=False), "missing": missing}
 
 
-def _attention(run: _Run) -> dict[str, Any]:
-    term = run.attention
+@torch.no_grad()
+def _attention(run: _Run) -> list[dict[str, Any]]:
+    term: Any = run.attention
     images, labels, kind = run.examples(_MAPS)
-    with torch.no_grad():
-        outputs = run.teacher(images), run.student(images)
+    teacher, student = (model(images).features[-term.stages :] for model in (run.teacher, run.student))
     stages = json.loads(read_metadata(run.folder / "attention.safetensors")["stages"])
-    references = term.teacher_attention if len(term.teacher_attention) else term.student_attention
-    cards = [
-        {"title": run.classes[label], "tiles": [_tile(run.picture(image), "image", f"A {kind} image")]}
-        for image, label in zip(images, labels, strict=True)
-    ]
-    for who, output, modules in (("teacher", outputs[0], references), ("student", outputs[1], term.student_attention)):
-        features = output.features[-term.stages :]
-        for features_of_stage, module, adapter, stage in zip(
-            features, modules, term.adapters, stages[who][-term.stages :], strict=True
-        ):
-            attention: Any = module
-            with torch.no_grad():
-                maps = attention.attention(features_of_stage if who == "teacher" else adapter(features_of_stage)).mean(
-                    1
-                )
-            for card, image, each in zip(cards, images, maps, strict=True):
-                alt = f"Attention of the {who} at {stage}, from {_range(each)}"
-                card["tiles"].append(_tile(_heat(each, run.picture(image)), f"{who}, {stage}: {_range(each)}", alt))
-    return {"cards": cards, "kind": kind}
+    found = {}
+    for index, (t, s) in enumerate(zip(teacher, student, strict=True)):
+        module = term.student_attention[index]
+        reference = term.teacher_attention[index] if len(term.teacher_attention) else module  # they may share it
+        maps = reference.attention(t), module.attention(term.adapters[index](s))
+        for who, values in zip(("teacher", "student"), maps, strict=True):
+            found[f"{who}, {stages[who][index - term.stages]}"] = values.mean(1)
+    return _cards([run.classes[label] for label in labels], [run.picture(image) for image in images], found, kind)
 
 
 def _gates(run: _Run) -> list[dict[str, Any]]:
-    modules = {name: each for name, each in run.generator.named_modules() if isinstance(each, SpatialAttention)}
-    if not modules:
-        raise ValueError("the generator has no attention modules")
     found: dict[str, Tensor] = {}
+    handles = []
+    for name, module in run.generator.named_modules():
+        if isinstance(module, SpatialAttention):
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: SpatialAttention, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-            found[name] = module.attention(inputs[0]).mean(1)
+            def keep(gate: Any, inputs: tuple[Tensor, ...], _: Tensor, name: str = name) -> None:
+                found[name.removesuffix(".attention")] = gate.attention(inputs[0]).mean(1)
 
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    images = run.generate(run.experiment.distill.loop.batch_size)[:_MAPS]
+            handles.append(module.register_forward_hook(keep))
+    if not handles:
+        raise ValueError("the generator has no attention modules")
+    images = run.generate(_MAPS)
     for handle in handles:
         handle.remove()
-    cards = []
-    for index, image in enumerate(images):
-        picture = _small(image / 2 + 0.5)
-        tiles = [_tile(picture, "image", f"Synthetic image {index + 1}")]
-        for name, maps in found.items():
-            label = name.removesuffix(".attention")
-            alt = f"Gate of {label}, from {_range(maps[index])}"
-            tiles.append(_tile(_heat(maps[index], picture), f"{label}: {_range(maps[index])}", alt))
-        cards.append({"title": f"Synthetic image {index + 1}", "tiles": tiles})
-    return cards
+    titles = [f"Image {index + 1}" for index in range(len(images))]
+    return _cards(titles, [_small(image / 2 + 0.5) for image in images], found, "Synthetic")
 
 
 def _calibration(run: _Run) -> dict[str, Any]:
@@ -515,7 +500,8 @@ def _speed(run: _Run) -> dict[str, Any]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run.folder / "tensorboard"), size_guidance={"scalars": 0, "images": 1})
-    times = [each.wall_time for each in events.Reload().Scalars("student/lr")]
+    logged = (run.folder / "tensorboard").is_dir() and "student/lr" in events.Reload().Tags()["scalars"]
+    times = [each.wall_time for each in events.Scalars("student/lr")] if logged else []
     if len(times) < 2:
         raise ValueError("the TensorBoard log has fewer than two rounds")
     loop = run.experiment.distill.loop
@@ -527,7 +513,7 @@ def _speed(run: _Run) -> dict[str, Any]:
 
 def _cost(run: _Run) -> dict[str, Any]:
     def of(model: FeatureModel) -> dict[str, Any]:
-        return asdict(cost(model.model, run.image_size, run.runtime))
+        return asdict(cost(model.model, run.description.image_size or 0, run.runtime))
 
     found = {
         "student": _attempt(lambda run: of(run.student), run),
@@ -554,8 +540,8 @@ SECTIONS: dict[str, Callable[[_Run], Any]] = {
 
 
 def _sentence(error: BaseException) -> str:
-    text = one_line(error) or type(error).__name__
-    return text[:1].upper() + text[1:].rstrip(".") + "."
+    text = (one_line(error) or type(error).__name__).rstrip(".") + "."
+    return text if "/" in text.partition(" ")[0] else text[:1].upper() + text[1:]
 
 
 def _attempt(section: Callable[[_Run], Any], run: _Run) -> dict[str, Any]:
