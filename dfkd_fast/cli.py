@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
     from dfkd_fast.data import ImageData
+    from dfkd_fast.engine import Cost, Measures
     from dfkd_fast.graph import FeatureModel
     from dfkd_fast.models import WeightsDescription
 
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 def _required(experiment: ExperimentConfig, name: str) -> Any:
     """Return a field of the experiment, or raise ValueError if it is not given."""
     value = getattr(experiment, name)
-    if value is None:
+    if value is None or not value.name:
         raise ValueError(f"--{name}.name is required: set it on the command line or in the file given by --config")
     return value
 
@@ -79,17 +80,19 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _described(weights: str, model: ModelConfig | None, description: WeightsDescription) -> ModelConfig:
+def _described(
+    weights: str, model: ModelConfig | None, description: WeightsDescription, option: str = "model"
+) -> ModelConfig:
     """Return the network of a weights file: ``model``, or else the one that the metadata names."""
-    if model is None:
+    if model is None or not model.name:
         if description.model is None:
-            raise ValueError(f"{weights} does not name its network: set --model.name")
+            raise ValueError(f"{weights} does not name its network: set --{option}.name")
         if is_factory(description.model):
             raise ValueError(
                 f"{weights} names the network {description.model!r}, which imports and runs code. If you trust it, set "
-                f"--model.name {description.model}"
+                f"--{option}.name {description.model}"
             )
-        return ModelConfig(name=description.model, weights=weights, options=description.options or {})
+        model = replace(model or ModelConfig(), name=description.model)
     if description.model == model.name:
         given = json.loads(json.dumps(model.options)) or None
         model = replace(model, options=_agreed(weights, "options", description.options, ("the command", given)) or {})
@@ -198,7 +201,7 @@ def _setup(experiment: ExperimentConfig, given: Container[str], num_classes: int
             "--teacher.weights is required: the file of a trained teacher, for example of `dfkd-fast teach`"
         )
     weights, description = teacher.weights, read_description(teacher.weights)
-    teacher = _described(weights, teacher, description)
+    teacher = _described(weights, teacher, description, "teacher")
     if data is not None:
         data = _sized(weights, description, data, given)
     unread = data is not None and data.root is None and datasets.needs_root(data)
@@ -341,22 +344,26 @@ def _evaluate(
     model: ModelConfig | None = None,
     device: str = "auto",
     precision: Precision = "fp32",
+    json: str | None = None,
 ) -> None:
-    """Measure a classifier's accuracy on held-out images.
+    """Measure a classifier on held-out images: accuracy, calibration, agreement with its teacher, and cost.
 
-    The image size comes from the weights file, if it contains one. Its normalization and classes must be the data's.
+    The image size comes from the weights file, if it contains one. Normalization and classes must be the data's, also
+    those of the teacher.
 
     Args:
-        experiment: the data.
+        experiment: the data and, to compare with it, a teacher with weights.
         given: names of the fields that the command line or the config file sets.
         weights: safetensors or torch file of the weights.
         model: the network, required if the weights file does not name it.
         device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
-        precision: precision of the network, as in ``distill.precision``.
+        precision: precision of the networks, as in ``distill.precision``.
+        json: file to write all values to.
     """
     from dfkd_fast import data as datasets
-    from dfkd_fast.engine import Runtime, evaluate
+    from dfkd_fast.engine import Runtime, cost, measure, predictions
     from dfkd_fast.models import create_model, read_description
+    from dfkd_fast.report import environment, write_results
 
     data, description = _required(experiment, "data"), read_description(weights)
     config = _described(weights, model, description)
@@ -364,15 +371,70 @@ def _evaluate(
     images = datasets.load(data)
     _check_data(weights, description, images)
     runtime = Runtime.of(device, precision, channels_last=True)
-    network = runtime.place(create_model(config, num_classes=images.num_classes))
+    options: dict[str, Any] = {"num_classes": images.num_classes, "workers": data.workers, "runtime": runtime}
+    network = create_model(config, num_classes=images.num_classes)
+    teacher = experiment.teacher.weights if experiment.teacher is not None else None
+    if teacher is not None:
+        description = read_description(teacher)
+        config = _described(teacher, experiment.teacher, description, "teacher")
+        _check_data(teacher, description, images)
+        teacher_network = create_model(config, num_classes=images.num_classes)
+    taught = None
     with runtime.backends():
-        result = evaluate(network, images.test, num_classes=images.num_classes, workers=data.workers, runtime=runtime)
+        student = predictions(runtime.place(network), images.test, **options)
+        spent = cost(network, images.image_size, runtime)
+        if teacher is not None:
+            taught = predictions(runtime.place(teacher_network), images.test, **options)
+    measures = measure(student, teacher=taught)
+    teacher_top1 = measure(taught).top1 if taught is not None else None
+    speed = measures.images / student.seconds
+    _print_measures(measures, spent, images.classes, speed, teacher_top1)
+    if json is not None:
+        content = {
+            **{"weights": weights, "teacher": teacher, "data": data.name, "classes": images.classes},
+            **{"precision": runtime.precision, "images_per_s": speed, "teacher_top1": teacher_top1},
+            **{"measures": to_dict(measures), "cost": to_dict(spent), "environment": environment()},
+        }
+        print(f"written to {write_results(json, content)}")
+
+
+def _print_measures(
+    measures: Measures, cost: Cost, classes: Sequence[str], images_per_s: float, teacher_top1: float | None
+) -> None:
+    from rich.console import Console
+
+    from dfkd_fast.report import result_table
+
+    def shown(name: str, value: float | None, form: str) -> list[tuple[str, object]]:
+        return [(name, format(value, form))] if value is not None else []
+
+    gib = cost.peak_bytes / 2**30 if cost.peak_bytes is not None else None
     _print_result(
-        ("images", result.images),
-        ("top-1", f"{result.top1:.2%}"),
-        *([("top-5", f"{result.top5:.2%}")] if result.top5 is not None else []),
-        ("images/s", f"{result.images_per_s:.0f}"),
+        ("images", measures.images),
+        *shown("top-1", measures.top1, ".2%"),
+        *shown("top-5", measures.top5, ".2%"),
+        *shown("top-1 of the teacher", teacher_top1, ".2%"),
+        *shown("agreement with the teacher", measures.agreement, ".2%"),
+        *shown("KL(teacher || student), nats", measures.kl, ".4f"),
+        *shown("calibration error", measures.ece, ".2%"),
+        *shown("parameters", cost.parameters, ","),
+        *shown("MFLOPs per image", cost.flops / 1e6, ",.2f"),
+        *shown("latency of one image, ms", cost.latency_ms, ".3g"),
+        *shown("latency per image of 64, ms", cost.batch_ms_per_image, ".3g"),
+        *shown("peak memory of 64 images, GiB", gib, ".2f"),
+        *shown("images/s", images_per_s, ".0f"),
     )
+    accuracy = {index: value for index, value in enumerate(measures.per_class) if value is not None}
+    worst = [
+        {"worst classes": classes[index], "images": measures.counts[index], "top-1": f"{accuracy[index]:.2%}"}
+        for index in sorted(accuracy, key=accuracy.__getitem__)[:5]
+    ]
+    confused = [
+        {"confused": classes[label], "with": classes[predicted], "images": count}
+        for label, predicted, count in measures.confused[:5]
+    ]
+    for rows in filter(None, (worst, confused)):
+        Console().print(result_table(rows))
 
 
 def _export(
@@ -584,7 +646,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "teach": (_teach, ("data", "teacher", "student", "teach")),
     "distill": (_distill, ("data", "teacher", "student", "distill")),
     "synthesize": (_synthesize, ("data", "teacher", "student", "distill")),
-    "evaluate": (_evaluate, ("data",)),
+    "evaluate": (_evaluate, ("data", "teacher")),
     "export": (_export, ()),
     "report": (_report, ()),
     "demo": (_demo, ()),

@@ -101,7 +101,8 @@ class ModelConfig:
 
     Args:
         name: ``timm:resnet34``, ``torchvision:resnet18``, ``package.module:factory``, or a built-in network such as
-            ``wrn_40_2`` or ``resnet8x4``; ``dfkd_fast.models.names()`` lists them.
+            ``wrn_40_2`` or ``resnet8x4``; ``dfkd_fast.models.names()`` lists them. Commands that read the metadata of
+            ``weights`` take it from there by default.
         weights: path of a safetensors file, or of a torch file that ``weights_only=True`` can read.
         new_head: do not load the last layer of ``weights``, which may be of a network with other classes.
         pretrained: without ``weights``, start from timm's pretrained weights with a new last layer. They come from the
@@ -111,7 +112,7 @@ class ModelConfig:
         options: keyword arguments of the model's factory.
     """
 
-    name: str
+    name: str = ""
     weights: str | None = None
     new_head: bool = False
     pretrained: bool = False

@@ -127,6 +127,8 @@ def create_model(config: ModelConfig, *, num_classes: int, new_head: bool = Fals
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if not config.name:
+        raise ValueError("ModelConfig.name is required")
     options = dict(config.options)
     for name in ("pretrained", "weights", "num_classes", "checkpoint_path"):  # timm reads the last one as a pickle
         if name in options:

@@ -183,6 +183,80 @@ def test_image_size_and_options_come_from_the_weights_file(
         assert student[name] == stored[name], name
 
 
+def test_evaluate_compares_with_the_teacher(
+    experiment: str,
+    teacher: str,
+    described: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = ["--data.name", "digits", "--device", "cpu"]
+    # The weights files name the networks.
+    main(["evaluate", "--weights", teacher, *data, "--teacher.weights", teacher, "--json", "new/itself.json"])
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "new" / "itself.json").read_text())
+    assert found["measures"]["images"] == sum(found["measures"]["counts"]) == 360
+    assert (found["measures"]["agreement"], found["measures"]["kl"]) == (1, 0)
+    assert found["teacher_top1"] == found["measures"]["top1"]
+    label, predicted, count = found["measures"]["confused"][0]
+    assert re.search(rf"{found['classes'][label]}\W+{found['classes'][predicted]}\W+{count}\W", shown)
+    for name in ("agreement with the teacher", "calibration error", "worst classes", "latency", f"{100:.2f}%"):
+        assert name in shown, name
+    assert found["cost"]["parameters"] == sum(
+        value.numel() for name, value in load_file(teacher).items() if not re.search("running|tracked", name)
+    )
+    assert {"precision", "images_per_s", "environment"} <= found.keys()
+
+    main(["evaluate", "--config", experiment, "--weights", teacher, "--device", "cpu", "--json", "without.json"])
+    assert "agreement" not in capsys.readouterr().out
+    found = json.loads((tmp_path / "without.json").read_text())
+    assert found["teacher"] is found["measures"]["kl"] is None
+
+    student = create_model(ModelConfig(**EXPERIMENT["student"]), num_classes=10)  # type: ignore[arg-type]
+    weights = {**student.state_dict(), "fc.weight": torch.full((10, 8), 3e38)}  # the logits overflow
+    metadata = {**read_metadata(teacher), "options": json.dumps(EXPERIMENT["student"]["options"])}  # type: ignore[index]
+    save_file(weights, tmp_path / "huge.safetensors", metadata=metadata)
+    main(["evaluate", "--weights", "huge.safetensors", *data, "--teacher.weights", teacher, "--json", "huge.json"])
+    found = json.loads((tmp_path / "huge.json").read_text())["measures"]
+    assert (found["not_finite"], found["top1"], found["agreement"], found["ece"], found["kl"]) == (
+        360,
+        0,
+        0,
+        None,
+        None,
+    )
+
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--weights", teacher, *data, "--teacher.weights", described(model=None)])
+    assert "described.safetensors does not name its network: set --teacher.name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"classes": json.dumps([*"1023456789"])}, ["class 0", "'1'", "'0'"]),
+        ({"classes": None, "num_classes": "7"}, ["num_classes", "7", "10"]),
+        ({"image_size": "32"}, ["image_size", "16", "32"]),
+        ({"mean": "[0.485, 0.456, 0.406]"}, ["mean", "0.485", "0.5"]),
+        ({"model": "package:build"}, ["names the network 'package:build'", "set --teacher.name package:build"]),
+    ],
+)
+def test_teacher_of_other_images_or_classes_is_refused(
+    changes: dict[str, str | None],
+    words: list[str],
+    teacher: str,
+    described: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*commands(teacher)["evaluate"], "--teacher.weights", described(**changes)])
+    assert left.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    for word in ("described.safetensors", *words):
+        assert word in error
+
+
 @pytest.mark.parametrize(
     ("command", "more", "changes", "words"),
     [
@@ -242,7 +316,7 @@ def test_help_lists_the_commands_and_only_the_options_of_each(capsys: pytest.Cap
         main(["evaluate", "--help"])
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--config", "--weights", "--data", "--model", "--device"))
-    assert not any(option in shown for option in ("--teach", "--student", "--distill"))
+    assert not any(option in shown for option in ("--teach.", "--student", "--distill"))
 
 
 @pytest.mark.parametrize(

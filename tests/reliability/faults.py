@@ -38,7 +38,7 @@ EVALUATE = "evaluate --weights in/w.safetensors --data.name folder --data.root i
 
 def _evaluate(workers: int) -> str:
     output = command([*EVALUATE.split(), str(workers)])
-    return "\n".join(line for line in output.splitlines() if "images/s" not in line)
+    return "\n".join(line for line in output.splitlines() if "images/s" not in line and ", ms" not in line)
 
 
 def _files() -> None:
