@@ -106,7 +106,7 @@ setup(
     packages=packages,
     package_dir=package_dir,
     package_data={
-        "dfkd_fast": ["py.typed"],
+        "dfkd_fast": ["py.typed", "templates/*"],
         "dfkd_fast.kernels": ["*.json"],
         "dfkd_fast.configs": ["*.yaml", "*/*.yaml"],
         "dfkd_fast.benchmarks": ["*.yaml", "ops/*.yaml", "results/*/*.json"],

@@ -479,6 +479,23 @@ def _export(
     )
 
 
+def _report(
+    *, runs: list[str], out: str = "report.html", device: str = "auto", root: str | None = None, trust: bool = False
+) -> None:
+    """Write an HTML page of what the students of one or more runs learned.
+
+    Args:
+        runs: folders of `distill`; several become columns, ranked by top-1 accuracy.
+        out: the file.
+        device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
+        root: root folder of the held-out images; None uses that of the run.
+        trust: build networks and generators that a run names as package.module:factory, which imports and runs code.
+    """
+    from dfkd_fast.run_page import write_page
+
+    _print_result(("page", write_page(runs, out, device=device, root=root, trust=trust)))
+
+
 def _demo(*, out: str | None = None, only: Literal["all", "digits", "rendered"] = "all", seed: int = 0) -> None:
     """Train, distill and evaluate on digits and on rendered birds; takes minutes on a CPU.
 
@@ -668,6 +685,8 @@ def _methods() -> None:
     Console().print(result_table(rows, ""))
 
 
+POSITIONAL = {"ops": "[OP ...]", "images": "IMAGE [IMAGE ...]", "runs": "RUN [RUN ...]", "grid": "GRID"}
+
 # Each command, with the fields of ExperimentConfig that it reads.
 COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "teach": (_teach, ("data", "teacher", "student", "teach")),
@@ -675,6 +694,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "synthesize": (_synthesize, ("data", "teacher", "student", "distill")),
     "evaluate": (_evaluate, ("data", "teacher")),
     "export": (_export, ()),
+    "report": (_report, ()),
     "demo": (_demo, ()),
     "bench": (_bench, ()),
     "profile": (_profile, ("data", "teacher", "student", "distill")),
@@ -723,7 +743,9 @@ def create_parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True)
     for name, (command, used) in COMMANDS.items():
         summary = command.__doc__.split("\n", 1)[0]
-        usage = f"dfkd-fast {name} [options]" + {"bench": " [OP ...]", "sweep": " GRID"}.get(name, "")
+        described = {each.arg_name: each.description for each in docstring_parser.parse(command.__doc__).params}
+        positional = [each for each in POSITIONAL if each in command.__annotations__]
+        usage = " ".join([f"dfkd-fast {name} [options]", *(POSITIONAL[each] for each in positional)])
         options = ArgumentParser(description=summary, usage=usage, exit_on_error=False)
         if used:
             options.add_argument(
@@ -733,19 +755,14 @@ def create_parser() -> ArgumentParser:
             for action in options._actions:  # accepted in config files, but hidden from the help text
                 if action.dest.split(".")[0] in {field.name for field in fields(ExperimentConfig)} - {*used}:
                     action.help = SUPPRESS
-        described = {each.arg_name: each.description for each in docstring_parser.parse(command.__doc__).params}
         flags = [parameter for parameter, kind in command.__annotations__.items() if kind == "bool"]
-        operand = next((each for each in ("ops", "grid") if each in described), None)
-        options.add_function_arguments(
-            command, as_group=False, skip={"experiment", "given", *([operand] if operand else []), *flags}
-        )
+        options.add_function_arguments(command, as_group=False, skip={"experiment", "given", *positional, *flags})
         for flag in flags:
             names = dict.fromkeys((f"--{flag.replace('_', '-')}", f"--{flag}"))
             options.add_argument(*names, action="store_true", help=described[flag])
-        if operand == "ops":
-            options.add_argument("ops", nargs="*", type=str, default=[], help=described["ops"])
-        elif operand is not None:
-            options.add_argument(operand, type=str, help=described[operand])
+        for each in positional:
+            several: dict[str, Any] = {"nargs": "*", "default": []} if "..." in POSITIONAL[each] else {}
+            options.add_argument(each, type=str, help=described[each], **several)
         commands.add_subcommand(name, options, help=summary)
     return parser
 

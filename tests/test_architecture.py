@@ -48,6 +48,7 @@ LAYERS: dict[str, set[str]] = {
     "doctor": {"ops", "report", "engine"},
     "engine": {"objectives", "synthesis", "nn", "ops", "graph", "models", "data", "report", "config", "files", "nvtx"},
     "sweep": {"config", "data", "engine", "files", "graph", "jobs", "models", "report"},
+    "run_page": {"engine", "objectives", "nn", "graph", "models", "data", "report", "config", "files"},
     "profiling": {"engine", "graph", "models", "report", "config", "nvtx"},
 }
 ENTRY_POINTS = {"__init__", "__main__", "cli", "demo", "benchmarks"}  # may import everything

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from dfkd_fast.engine.steps import synthesize
 from dfkd_fast.files import lock_folder, write_file
 from dfkd_fast.graph import FeatureModel, extract, frozen, preserve_train_mode, require_separate, unwrap
 from dfkd_fast.models import load_weights, normalization, save_weights
-from dfkd_fast.objectives import required_outputs
+from dfkd_fast.objectives import FeatureShapes, required_outputs
 
 __all__ = ["Callback", "DistillResult", "NonFiniteError", "agreement", "distill", "prepare_networks"]
 
@@ -56,8 +56,9 @@ class DistillResult:
         rounds: mean of each loss term (``generator/bn``, ...) per round, with round numbers from zero in ``round``.
         epochs: ``agreement`` and, with data, ``accuracy`` per epoch, with epoch numbers from one in ``epoch``. Epochs
             that were not evaluated have an accuracy of NaN.
-        run_dir: folder with checkpoints, config, TensorBoard log, pictures, ``student.safetensors`` and, if there is a
-            generator, ``generator.safetensors``.
+        run_dir: folder with checkpoints, config, TensorBoard log, pictures, ``student.safetensors`` and, if there are
+            any, ``generator.safetensors`` and the attention modules of L_MHAD of the last step,
+            ``attention.safetensors``.
         accuracy: top-1 accuracy of the student on the held-out images, in [0, 1]; None without data.
         agreement: fraction of synthetic images that teacher and student assign to the same class.
         images_per_s: synthetic training images of generator and student per second; 0 if the run was already finished.
@@ -364,6 +365,21 @@ def _save_generator(state: DistillState, folder: Path) -> None:
     save_weights(generator, folder / "generator.safetensors", {**described, **({"generator": built} if built else {})})
 
 
+def _save_attention(state: DistillState, folder: Path) -> None:
+    """Write the attention modules and adapters of L_MHAD, if the student's loss has it, with what builds them."""
+    term = state.student.objective.kinds().get("mhad")
+    if term is None:
+        return
+    teacher, student = state.teacher, state.student.module
+    described = {
+        "mhad": to_dict(state.config.objective.mhad),
+        "shapes": asdict(FeatureShapes.of(teacher, student)),
+        "stages": {"teacher": teacher.stages, "student": student.stages},
+    }
+    metadata = {name: json.dumps(value) for name, value in described.items()}
+    save_weights(term, folder / "attention.safetensors", {"format": "dfkd_fast.attention/1", **metadata})
+
+
 def _distill(
     engine: Engine,
     folder: Path,
@@ -424,6 +440,7 @@ def _distill(
                 runtime.place(student)
             save_weights(student, folder / "student.safetensors", meta)
             _save_generator(state, folder)
+            _save_attention(state, folder)
     except BaseException:
         run.close(failed=True)
         raise

@@ -132,6 +132,10 @@ class SpatialAttention(nn.Module):
         """
         return self._gate(features, self.hidden(features))
 
+    def attention(self, features: Tensor) -> Tensor:
+        """Return the gate ``1 + scale * softmax(A_s)``; arguments and errors are those of :meth:`forward`."""
+        return self._gate(torch.ones_like(features), self.hidden(features))
+
     def _gate(self, features: Tensor, hidden: Tensor, norm: Norm | None = None) -> Tensor:
         weight = self.expand.weight.flatten(1)
         options: Any = {"scale": self.scale, "form": self.form, "norm": norm}
