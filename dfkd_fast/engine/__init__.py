@@ -14,6 +14,7 @@ from dfkd_fast.engine.evaluation import EvalResult, evaluate
 from dfkd_fast.engine.exporting import ExportError, ExportResult, export
 from dfkd_fast.engine.loop import Callback, DistillResult, NonFiniteError, agreement, distill
 from dfkd_fast.engine.networks import Networks, StepNetworks
+from dfkd_fast.engine.predicting import Prediction, predict, write_predictions
 from dfkd_fast.engine.runtime import Runtime, supports_bf16
 from dfkd_fast.engine.state import DistillState, Position, Side, build_generator, build_state
 from dfkd_fast.engine.steps import generator_step, student_step, synthesize
@@ -37,6 +38,7 @@ __all__ = [
     "Networks",
     "NonFiniteError",
     "Position",
+    "Prediction",
     "Runtime",
     "Side",
     "StepNetworks",
@@ -50,9 +52,11 @@ __all__ = [
     "export",
     "generator_step",
     "make_images",
+    "predict",
     "resolve_engine",
     "student_step",
     "supports_bf16",
     "synthesize",
     "teach",
+    "write_predictions",
 ]

@@ -16,7 +16,7 @@ from dfkd_fast.data import loader
 from dfkd_fast.engine.runtime import Runtime
 from dfkd_fast.graph import Outputs, preserve_train_mode
 
-__all__ = ["EvalResult", "evaluate"]
+__all__ = ["EvalResult", "evaluate", "logits_of", "runtime_of"]
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,20 @@ class EvalResult:
     top5: float | None
     images: int
     images_per_s: float
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """The runtime of a network on its device in float32."""
+    device = next(model.parameters()).device
+    return Runtime(device=device, autocast=None, tf32=False, channels_last=False)
+
+
+def logits_of(model: nn.Module, images: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+    """The float32 logits (N, classes) of images (N, 3, H, W) on any device."""
+    images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
+    with runtime.cast():
+        outputs = model(images)
+    return (outputs.logits if isinstance(outputs, Outputs) else outputs).float()
 
 
 @torch.inference_mode()
@@ -70,9 +84,7 @@ def evaluate(
     assert isinstance(dataset, Sized)
     if len(dataset) == 0:
         raise ValueError("dataset must have at least one image, got an empty one")
-    if runtime is None:
-        device = next(model.parameters()).device
-        runtime = Runtime(device=device, autocast=None, tf32=False, channels_last=False)
+    runtime = runtime or runtime_of(model)
     metrics = {1: MulticlassAccuracy(num_classes, average="micro").to(runtime.device)}
     if num_classes > 5:
         metrics[5] = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(runtime.device)
@@ -80,12 +92,8 @@ def evaluate(
     start = time.perf_counter()
     with preserve_train_mode(model, False):
         for images, labels in loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers):
-            images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
             labels = labels.to(runtime.device, non_blocking=True)
-            with runtime.cast():
-                outputs = model(images)
-                logits = outputs.logits if isinstance(outputs, Outputs) else outputs
-            logits = logits.float()
+            logits = logits_of(model, images, runtime)
             bad = ~logits.amax(1, keepdim=True).isfinite()  # -inf is a valid score of a masked class
             broken += bad.sum()
             # The label gets the lowest score, because NaN would count as the highest one.
