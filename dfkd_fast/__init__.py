@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    **dict.fromkeys(("distill", "teach", "evaluate", "DistillResult"), "dfkd_fast.engine"),
+    **dict.fromkeys(("distill", "teach", "evaluate", "predict", "DistillResult"), "dfkd_fast.engine"),
     **dict.fromkeys(("DistillConfig", "TeachConfig"), "dfkd_fast.config"),
     **dict.fromkeys(("AttentionGenerator", "HighOrderAttention", "ProjectionHead"), "dfkd_fast.nn"),
     **dict.fromkeys(("SemanticFeatureContrast", "SpatialAttention"), "dfkd_fast.nn"),
@@ -23,7 +23,7 @@ _EXPORTS = {
 
 if TYPE_CHECKING:
     from dfkd_fast.config import DistillConfig, TeachConfig
-    from dfkd_fast.engine import DistillResult, distill, evaluate, teach
+    from dfkd_fast.engine import DistillResult, distill, evaluate, predict, teach
     from dfkd_fast.graph import patch, unpatch
     from dfkd_fast.nn import (
         AttentionGenerator,
@@ -46,6 +46,7 @@ __all__ = [
     "distill",
     "evaluate",
     "patch",
+    "predict",
     "teach",
     "unpatch",
 ]

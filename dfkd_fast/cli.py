@@ -30,6 +30,7 @@ from dfkd_fast.config import (
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+    from torch import nn
 
     from dfkd_fast.data import ImageData
     from dfkd_fast.engine import Cost, Measures
@@ -443,6 +444,77 @@ def _print_measures(
         Console().print(result_table(rows))
 
 
+def _classifier(
+    weights: str, model: ModelConfig | None, num_classes: int | None, image_size: int | None
+) -> tuple[nn.Module, int, WeightsDescription]:
+    """Return the network of a weights file, its image size and what the file says."""
+    from dfkd_fast.models import create_model, read_description
+
+    description = read_description(weights)
+    config = _described(weights, model, description)
+    classes = _agreed(weights, "num_classes", description.num_classes, ("--num_classes", num_classes))
+    size = _agreed(weights, "image_size", description.image_size, ("--image_size", image_size))
+    if not classes or not size:
+        raise ValueError(f"{weights} has no number of classes or image size: set --num_classes and --image_size")
+    return create_model(config, num_classes=classes), size, description
+
+
+def _predict(
+    *,
+    images: list[str],
+    weights: str,
+    model: ModelConfig | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    format: Literal["csv", "json"] = "csv",
+    out: str | None = None,
+    top: int = 5,
+    workers: int = 0,
+    device: str = "auto",
+    precision: Precision = "fp32",
+) -> None:
+    """Classify image files, and all images in folders.
+
+    Writes one row per image: its path, the best class and its probability, and then those of the next classes. Image
+    size, normalization and class names come from the weights file, if it contains them. An image that cannot be read is
+    reported on stderr. The others are still classified, and the exit status is 1.
+
+    Args:
+        images: image files, and folders that are searched for images, also in their subfolders.
+        weights: safetensors or torch file of the weights.
+        model: the network, required if the weights file does not name it.
+        num_classes: number of classes, required if the weights file does not give it.
+        image_size: height and width of the images in pixels, required if the weights file does not give it.
+        format: ``csv`` or ``json``.
+        out: output file; None writes to stdout.
+        top: number of classes per image.
+        workers: number of processes that read images.
+        device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
+        precision: precision of the network, as in ``distill.precision``.
+    """
+    from dfkd_fast.engine import Runtime, predict, write_predictions
+    from dfkd_fast.models import normalization
+
+    runtime = Runtime.of(device, precision, channels_last=True)
+    network, size, description = _classifier(weights, model, num_classes, image_size)
+    mean, std = normalization(network)
+    predictions = predict(
+        runtime.place(network),
+        images,
+        image_size=size,
+        mean=description.mean or mean,
+        std=description.std or std,
+        classes=description.classes,
+        top=top,
+        workers=workers,
+        runtime=runtime,
+        # On a terminal, the bar and the rows would be mixed up.
+        progress=sys.stderr.isatty() and (out is not None or not sys.stdout.isatty()),
+    )
+    if write_predictions(predictions, out, format=format):
+        raise SystemExit(1)
+
+
 def _export(
     *,
     weights: str,
@@ -461,15 +533,9 @@ def _export(
         image_size: height and width of the images in pixels, required if the weights file does not give it.
     """
     from dfkd_fast.engine import export
-    from dfkd_fast.models import create_model, read_description, read_metadata
+    from dfkd_fast.models import read_metadata
 
-    description = read_description(weights)
-    config = _described(weights, model, description)
-    classes = _agreed(weights, "num_classes", description.num_classes, ("--num_classes", num_classes))
-    size = _agreed(weights, "image_size", description.image_size, ("--image_size", image_size))
-    if not classes or not size:
-        raise ValueError(f"{weights} has no number of classes or image size: set --num_classes and --image_size")
-    network = create_model(config, num_classes=classes)
+    network, size, _ = _classifier(weights, model, num_classes, image_size)
     folder = Path(out) if out is not None else Path(weights).parent / "export"
     result = export(network, folder, image_size=size, metadata=read_metadata(weights))
     _print_result(
@@ -685,6 +751,7 @@ def _methods() -> None:
     Console().print(result_table(rows, ""))
 
 
+# Parameters of commands that are positional on the command line, and their names in the usage.
 POSITIONAL = {"ops": "[OP ...]", "images": "IMAGE [IMAGE ...]", "runs": "RUN [RUN ...]", "grid": "GRID"}
 
 # Each command, with the fields of ExperimentConfig that it reads.
@@ -693,6 +760,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "distill": (_distill, ("data", "teacher", "student", "distill")),
     "synthesize": (_synthesize, ("data", "teacher", "student", "distill")),
     "evaluate": (_evaluate, ("data", "teacher")),
+    "predict": (_predict, ()),
     "export": (_export, ()),
     "report": (_report, ()),
     "demo": (_demo, ()),

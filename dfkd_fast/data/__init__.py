@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dfkd_fast.config import DataConfig
 from dfkd_fast.data import digits, published  # noqa: F401 - registers data sets
-from dfkd_fast.data.image_data import ImageArray, ImageData
+from dfkd_fast.data.image_data import ImageArray, ImageData, find_images
 from dfkd_fast.data.loading import loader
 from dfkd_fast.data.registry import DATASETS, DatasetNotFound, ImageSet, Layout, register
 from dfkd_fast.data.synthetic import rendered  # noqa: F401
@@ -19,6 +19,7 @@ __all__ = [
     "ImageData",
     "ImageSet",
     "Layout",
+    "find_images",
     "load",
     "loader",
     "needs_root",

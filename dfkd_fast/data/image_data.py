@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS as IMAGE_SUFFIXES
 
 from dfkd_fast.config import require_file
 
-__all__ = ["HALF", "ImageArray", "ImageData", "ImageFiles", "read_image"]
+__all__ = ["HALF", "IMAGE_SUFFIXES", "ImageArray", "ImageData", "ImageFiles", "find_images", "is_hidden", "read_image"]
 
 HALF = (0.5, 0.5, 0.5)
 """Mean and standard deviation that map [0, 1] to [-1, 1], the generator's range."""
@@ -131,6 +133,31 @@ def read_image(path: str | Path) -> Image.Image:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         remedy = "" if isinstance(error, OSError) and error.errno else "; replace the file, or remove it from the data"
         raise ValueError(f"cannot read the image {path}: {reason}{remedy}") from error
+
+
+def is_hidden(name: str) -> bool:
+    """Whether systems and tools hide a folder or file of this name in a tree of images."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def find_images(folder: str | Path) -> list[str]:
+    """The paths of the files with image suffixes in a folder and its subfolders, sorted, without hidden ones.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    paths: list[str] = []
+    for parent, folders, files in sorted(os.walk(folder, onerror=_raise, followlinks=True)):
+        if any(map(is_hidden, Path(parent).relative_to(folder).parts)):
+            continue
+        # A folder with the name of an image is reported when it is read.
+        images = [name for name in sorted(files + folders) if name.lower().endswith(IMAGE_SUFFIXES)]
+        paths += [os.path.join(parent, name) for name in images if not is_hidden(name)]
+    return paths
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):

@@ -6,7 +6,6 @@ All files that the annotations name are checked first: an incomplete copy fails 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dfkd_fast.config import DataConfig, require_file
-from dfkd_fast.data.image_data import ImageData, ImageFiles
+from dfkd_fast.data.image_data import ImageData, ImageFiles, find_images, is_hidden
 from dfkd_fast.data.registry import DatasetNotFound, ImageSet, Layout, register
 from dfkd_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation_transform, training_transform
 
@@ -270,30 +268,15 @@ class Folder(ImageSet):
         return _image_data(config, train, test, classes)
 
 
-def _hidden(name: str) -> bool:
-    """Whether systems and tools hide a folder or file of this name in a tree of images."""
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
 def _image_folder(folder: Path, transform: Transform) -> tuple[ImageFiles, list[str]]:
     """The images of a folder per class, in the order of torchvision's ImageFolder, and the classes."""
     if not folder.is_dir():
         raise DatasetNotFound(folder, Folder.layout)
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     samples: list[tuple[str, int]] = []
     for number, name in enumerate(classes or ["<class>"]):
-        before = len(samples)
-        for parent, folders, files in sorted(os.walk(folder / name, onerror=_raise, followlinks=True)):
-            if any(map(_hidden, Path(parent).relative_to(folder).parts)):
-                continue
-            # A folder with the name of an image is reported when it is read.
-            names = sorted(files + folders)
-            images = [file for file in names if file.lower().endswith(IMG_EXTENSIONS) and not _hidden(file)]
-            samples += [(os.path.join(parent, file), number) for file in images]
-        if len(samples) == before:
+        found = find_images(folder / name)
+        if not found:
             raise DatasetNotFound(folder / name / "*.jpg", Folder.layout)
+        samples += [(path, number) for path in found]
     return ImageFiles(samples, transform), classes

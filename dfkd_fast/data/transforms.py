@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,8 +19,8 @@ def _resized(image_size: int) -> int:
     return round(image_size * 256 / 224)
 
 
-def _normalized() -> list[v2.Transform]:
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+def _normalized(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
 
 
 def training_transform(image_size: int, *, crop: Literal["random_resized", "random"] = "random_resized") -> v2.Compose:
@@ -33,9 +34,12 @@ def training_transform(image_size: int, *, crop: Literal["random_resized", "rand
         A transform from an RGB PIL image to a float32 tensor (3, H, W), normalized by ImageNet's mean and std.
     """
     cropped = {"random_resized": v2.RandomResizedCrop, "random": v2.RandomCrop}[crop](image_size)
-    return v2.Compose([v2.Resize(_resized(image_size)), cropped, v2.RandomHorizontalFlip(), *_normalized()])
+    normalized = _normalized(IMAGENET_MEAN, IMAGENET_STD)
+    return v2.Compose([v2.Resize(_resized(image_size)), cropped, v2.RandomHorizontalFlip(), *normalized])
 
 
-def evaluation_transform(image_size: int) -> v2.Compose:
+def evaluation_transform(
+    image_size: int, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> v2.Compose:
     """Resize and normalize like :func:`training_transform`, but crop the center and do not flip."""
-    return v2.Compose([v2.Resize(_resized(image_size)), v2.CenterCrop(image_size), *_normalized()])
+    return v2.Compose([v2.Resize(_resized(image_size)), v2.CenterCrop(image_size), *_normalized(mean, std)])

@@ -14,6 +14,7 @@ from dfkd_fast.engine.evaluation import Cost, EvalResult, Measures, Predictions,
 from dfkd_fast.engine.exporting import ExportError, ExportResult, export
 from dfkd_fast.engine.loop import Callback, DistillResult, NonFiniteError, agreement, distill
 from dfkd_fast.engine.networks import Networks, StepNetworks
+from dfkd_fast.engine.predicting import Prediction, predict, write_predictions
 from dfkd_fast.engine.runtime import Runtime, supports_bf16
 from dfkd_fast.engine.state import DistillState, Position, Side, build_generator, build_state
 from dfkd_fast.engine.steps import generator_step, student_step, synthesize
@@ -39,6 +40,7 @@ __all__ = [
     "Networks",
     "NonFiniteError",
     "Position",
+    "Prediction",
     "Predictions",
     "Runtime",
     "Side",
@@ -55,10 +57,12 @@ __all__ = [
     "generator_step",
     "make_images",
     "measure",
+    "predict",
     "predictions",
     "resolve_engine",
     "student_step",
     "supports_bf16",
     "synthesize",
     "teach",
+    "write_predictions",
 ]

@@ -84,8 +84,9 @@ class Checkpoints:
         resolved: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.config = folder, config
-        distills = isinstance(config, DistillConfig)
-        self.unit, self.keep = ("round", config.loop.keep_checkpoints) if distills else ("epoch", _KEPT)
+        self.unit, self.keep = "epoch", _KEPT
+        if isinstance(config, DistillConfig):
+            self.unit, self.keep = "round", config.loop.keep_checkpoints
         self.identity = {"config": fingerprint(config), "teacher": teacher}
         self.settings = json.loads(json.dumps({**to_dict(config), **(resolved or {})}))
 
@@ -212,7 +213,9 @@ class Checkpoints:
                 )
             return None
         saved = self.newest()
-        for name, network in networks.items() if saved is not None else ():
+        if saved is None:
+            return None
+        for name, network in networks.items():
             before, now = (
                 {key: tuple(value.shape) for key, value in each.items() if isinstance(value, Tensor)}
                 for each in (saved[name], network.state_dict())

@@ -19,7 +19,18 @@ from dfkd_fast.data import loader
 from dfkd_fast.engine.runtime import Runtime
 from dfkd_fast.graph import Outputs, preserve_train_mode
 
-__all__ = ["Cost", "EvalResult", "Measures", "Predictions", "cost", "evaluate", "measure", "predictions"]
+__all__ = [
+    "Cost",
+    "EvalResult",
+    "Measures",
+    "Predictions",
+    "cost",
+    "evaluate",
+    "logits_of",
+    "measure",
+    "predictions",
+    "runtime_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -114,9 +125,18 @@ class Cost:
     peak_bytes: int | None
 
 
-def _runtime(model: nn.Module) -> Runtime:
+def runtime_of(model: nn.Module) -> Runtime:
+    """The runtime of a network on its device in float32."""
     device = next(model.parameters()).device
     return Runtime(device=device, autocast=None, tf32=False, channels_last=False)
+
+
+def logits_of(model: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:
+    """The float32 logits (N, classes) of images (N, 3, H, W) on any device."""
+    images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
+    with runtime.cast():
+        outputs = model(images)
+    return (outputs.logits if isinstance(outputs, Outputs) else outputs).float()
 
 
 def _batches(
@@ -132,12 +152,8 @@ def _batches(
     if len(dataset) == 0:
         raise ValueError("dataset must have at least one image, got an empty one")
     for images, labels in loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers):
-        images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
         labels = labels.to(runtime.device, non_blocking=True)
-        with runtime.cast():
-            outputs = model(images)
-            logits = outputs.logits if isinstance(outputs, Outputs) else outputs
-        yield logits.float(), labels
+        yield logits_of(model, images, runtime), labels
 
 
 def _not_finite(logits: Tensor) -> Tensor:
@@ -179,7 +195,7 @@ def evaluate(
     Raises:
         ValueError: the dataset is empty.
     """
-    runtime = runtime or _runtime(model)
+    runtime = runtime or runtime_of(model)
     metrics = {1: MulticlassAccuracy(num_classes, average="micro").to(runtime.device)}
     if num_classes > 5:
         metrics[5] = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(runtime.device)
@@ -231,7 +247,7 @@ def predictions(
     Raises:
         ValueError: the dataset is empty, a label is not in 0..num_classes - 1, or the logits have another shape.
     """
-    runtime, start = runtime or _runtime(model), time.perf_counter()
+    runtime, start = runtime or runtime_of(model), time.perf_counter()
     found = []
     with preserve_train_mode(model, False):
         for logits, labels in _batches(model, dataset, batch_size=batch_size, workers=workers, runtime=runtime):
