@@ -720,7 +720,7 @@ def _sweep(
         sweeps.estimate(config, changes=changes, jobs=jobs)
         return
     limits = {"minutes_per_cell": minutes_per_cell, "minutes": minutes}
-    given = {name: value for name, value in limits.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     _, rows = sweeps.sweep(config, out, changes=changes, jobs=jobs, **given)
     if any(row["status"] == "failed" for row in rows):
         raise SystemExit(1)

@@ -313,18 +313,23 @@ def run_cell(
         experiment = replace(experiment, teacher=replace(_required(experiment.teacher), weights=teacher["weights"]))
     models = _required(experiment.teacher), _required(experiment.student)
     torch.manual_seed(cell.seed)
-    networks = [
+    teacher_network, student = (
         extract(create_model(model, num_classes=images.num_classes), stages=model.stages, image_size=images.image_size)
         for model in models
-    ]
+    )
     loop = experiment.distill.loop
     row: dict[str, Any] = {"accuracy": None, "agreement": None, "images_per_s": None}
     row |= {"teacher_accuracy": teacher and teacher["accuracy"], "rounds": loop.epochs * loop.rounds_per_epoch}
     inputs = {name: to_dict(getattr(experiment, name)) for name in ("data", "teacher", "student")}
-    settings = replace(experiment.distill, out=str(out), resume=True)
     try:
         result = distill(
-            *networks, settings, data=images, description=models[1].metadata(), inputs=inputs, progress=progress
+            teacher_network,
+            student,
+            replace(experiment.distill, out=str(out), resume=True),
+            data=images,
+            description=models[1].metadata(),
+            inputs=inputs,
+            progress=progress,
         )
         row |= {"accuracy": result.accuracy, "agreement": result.agreement, "images_per_s": result.images_per_s}
     except NonFiniteError as error:
@@ -529,14 +534,16 @@ def probe(experiment: ExperimentConfig, *, progress: Any = False) -> dict[str, f
     ]
     runtime, loop = Runtime.of(config.device, config.precision, channels_last=config.channels_last), config.loop
     mean, std = normalization(networks[0].model)
-    few = {
+    few: dict[str, Any] = {
         "generator_steps": min(loop.generator_steps, 2 * config.synthesis.per_round),
         "student_steps": min(loop.student_steps, 2),
     }
     networks[1].train()
     with runtime.backends(), frozen(networks[0]), preserve_train_mode(networks[0], False):
         short = replace(config, loop=replace(loop, **few), image_size=size)
-        engine = create_engine(build_state(*networks, short, runtime, image_size=size, mean=mean, std=std))
+        engine = create_engine(
+            build_state(networks[0], networks[1], short, runtime, image_size=size, mean=mean, std=std)
+        )
         engine.prepare()
         seconds = [
             _step_seconds(engine, 0, few["generator_steps"]),
