@@ -124,6 +124,7 @@ class TestWheel:
         missing = [str(path) for path in sorted(sources) if not (site / path).exists()]
         assert not missing
         assert (site / "dfkd_fast" / "py.typed").exists()
+        assert (site / "dfkd_fast" / "templates" / "report.html").exists()
         assert not list(site.rglob("dfkd_fast/*.so"))
 
     def test_imports_from_another_folder(self, site, tmp_path):
