@@ -430,6 +430,8 @@ class DistillConfig:
         channels_last: keep activations in channels-last memory format.
         device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
         seed: random seed of the run.
+        trackers: where losses, pictures and results are recorded: ``tensorboard``, ``jsonl``, ``wandb``, ``mlflow``, or
+            one that an installed package registers.
         out: folder of the run; None creates a new one under ``runs/``.
         resume: continue from the newest usable checkpoint in ``out``.
     """
@@ -448,6 +450,7 @@ class DistillConfig:
     channels_last: bool = True
     device: str = "auto"
     seed: int = 0
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     out: str | None = None
     resume: bool = False
 
@@ -475,6 +478,7 @@ class TeachConfig:
         channels_last: keep activations in channels-last memory format.
         device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
         seed: random seed of the training.
+        trackers: like ``DistillConfig.trackers``.
         out: folder of the run; None creates a new one under ``runs/``.
     """
 
@@ -487,6 +491,7 @@ class TeachConfig:
     channels_last: bool = True
     device: str = "auto"
     seed: int = 0
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     out: str | None = None
 
     def __post_init__(self) -> None:

@@ -20,8 +20,9 @@ from dfkd_fast import report
 from dfkd_fast.config import TeachConfig, to_dict
 from dfkd_fast.data import ImageData, loader
 from dfkd_fast.engine.evaluation import evaluate
-from dfkd_fast.engine.progress import EventLog, Listener, ProgressLine
+from dfkd_fast.engine.progress import Listener, ProgressLine
 from dfkd_fast.engine.runtime import Runtime, float32_weights, new_run_folder
+from dfkd_fast.engine.trackers import TrackedRun, Trackers
 from dfkd_fast.files import lock_folder, write_file
 from dfkd_fast.graph import unwrap
 from dfkd_fast.graph.tracing import weights_of
@@ -139,10 +140,14 @@ def _teach(
     runtime.place(model)
     trainer = _Trainer(model, batches, config, runtime)
     history: dict[str, list[float]] = {"epoch": [], "loss": []}
-    writer = EventLog(folder / "tensorboard")
+    trackers = Trackers(config.trackers, TrackedRun(folder=folder, config={"teach": to_dict(config)}))
     model.train()
     start = time.perf_counter()
-    with runtime.backends(), ProgressLine("teach", total=config.epochs, unit="epochs", enabled=progress) as line:
+    with (
+        trackers,
+        runtime.backends(),
+        ProgressLine("teach", total=config.epochs, unit="epochs", enabled=progress) as line,
+    ):
         for epoch in range(1, config.epochs + 1):
             mean = trainer.epoch()
             history["epoch"].append(epoch)
@@ -150,7 +155,7 @@ def _teach(
             report.write_results(folder / "history.json", {"epochs": history, "accuracy": None})
             if not math.isfinite(mean):
                 raise ArithmeticError(f"the mean loss of epoch {epoch} is {mean}; try a lower lr")
-            writer.add_scalar("teach/loss", mean, epoch)
+            trackers.add_scalars({"teach/loss": mean}, epoch)
             line.show(epoch, {"loss": mean}, trainer.steps * config.batch_size / (time.perf_counter() - start))
         runtime.synchronize()
         seconds = time.perf_counter() - start
@@ -158,9 +163,9 @@ def _teach(
             if not tensor.isfinite().all():
                 raise ArithmeticError(f"{name} is not finite after epoch {config.epochs}; try a lower lr")
         result = evaluate(model, data.test, num_classes=data.num_classes, workers=workers, runtime=runtime)
+        trackers.add_scalars({"teach/accuracy": result.top1}, config.epochs)
+        trackers.add_results({"accuracy": result.top1})
     model.eval()
-    writer.add_scalar("teach/accuracy", result.top1, config.epochs)
-    writer.close()
     report.write_results(folder / "history.json", {"epochs": history, "accuracy": result.top1})
     meta = {"format": "dfkd_fast.teacher/1", "num_classes": str(data.num_classes)}
     meta |= {name: json.dumps(getattr(data, name)) for name in ("image_size", "mean", "std", "classes")}
