@@ -102,7 +102,8 @@ class ModelConfig:
     Args:
         name: ``timm:resnet34``, ``torchvision:resnet18``, ``package.module:factory``, or a built-in network such as
             ``wrn_40_2`` or ``resnet8x4``; ``dfkd_fast.models.names()`` lists them.
-        weights: path of a safetensors file, or of a torch file that ``weights_only=True`` can read.
+        weights: path of a safetensors file, or of a torch file that ``weights_only=True`` can read, or
+            ``hf:OWNER/NAME[/FILE][@REVISION]`` for a file of the Hugging Face hub.
         new_head: do not load the last layer of ``weights``, which may be of a network with other classes.
         pretrained: without ``weights``, start from timm's pretrained weights with a new last layer. They come from the
             local cache, or are downloaded.

@@ -30,6 +30,7 @@ __all__ = ["TRACKERS", "TrackedRun", "Tracker", "TrackerError", "Trackers"]
 log = logging.getLogger(__name__)
 
 _FLUSH_S = 30.0  # for a TensorBoard that watches the run
+_UPLOAD_S = 600.0  # after it, `wandb sync` can upload the rest
 _PROJECT = "dfkd-fast"
 
 
@@ -297,7 +298,7 @@ class Wandb(_Service):
             resume="allow",
             config=dict(run.config),
             reinit="create_new",  # independent of a run of the calling program
-            settings=self.module.Settings(console="off", silent=True),
+            settings=self.module.Settings(console="off", silent=True, finish_timeout=_UPLOAD_S),
         )
         self.store_id(self._run.id)
         self._run.define_metric("*", step_metric="step")  # its own counter refuses epochs after rounds
