@@ -382,8 +382,11 @@ def _export(
     model: ModelConfig | None = None,
     num_classes: int | None = None,
     image_size: int | None = None,
+    license: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> None:
-    """Export a student to safetensors and ONNX, and check the ONNX output against PyTorch.
+    """Export a student to safetensors and ONNX with a model card, and check the ONNX output against PyTorch.
 
     Args:
         weights: safetensors or torch file of the student's weights.
@@ -391,10 +394,18 @@ def _export(
         model: the network, required if the weights file does not name it.
         num_classes: number of classes, required if the weights file does not give it.
         image_size: height and width of the images in pixels, required if the weights file does not give it.
+        license: license of the weights for the model card, as an identifier of the Hugging Face hub.
+        push_to_hub: upload the files to this repository of the Hugging Face hub, OWNER/NAME.
+        private: create a private repository.
     """
-    from dfkd_fast.engine import export
+    from dfkd_fast.engine import export, model_card
     from dfkd_fast.models import create_model, read_description, read_metadata
+    from dfkd_fast.models.weights import resolve
 
+    if push_to_hub is not None:
+        model_card.require_login(push_to_hub)
+    if out is None and weights.startswith("hf:"):
+        raise ValueError(f"--out is required: there is no folder next to {weights}")
     description = read_description(weights)
     config = _described(weights, model, description)
     classes = _agreed(weights, "num_classes", description.num_classes, ("--num_classes", num_classes))
@@ -404,9 +415,22 @@ def _export(
     network = create_model(config, num_classes=classes)
     folder = Path(out) if out is not None else Path(weights).parent / "export"
     result = export(network, folder, image_size=size, metadata=read_metadata(weights))
+    card = model_card.write_card(
+        result.onnx.parent,
+        weights=resolve(weights),
+        model=config,
+        description=description,
+        num_classes=classes,
+        image_size=size,
+        license=license,
+        repo=push_to_hub,
+    )
+    url = model_card.push_to_hub(card.parent, push_to_hub, private=private) if push_to_hub else None
     _print_result(
         ("safetensors", result.safetensors),
         ("onnx", result.onnx),
+        ("model card", card),
+        *([("uploaded", url)] if url else []),
         ("largest relative difference of logits", f"{result.difference:.1e}"),
     )
 
