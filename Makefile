@@ -42,7 +42,7 @@ endef
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) --maxprocesses 8
 
-.PHONY: help demo test test-all check lint format docs gpu reliability wheels kernels report clean
+.PHONY: help demo test test-all check lint format docs gpu reliability offline-wheels wheels kernels report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1|/' | column -t -s '|' 2>/dev/null \
@@ -118,10 +118,25 @@ gpu:  ## check and measure on a GPU: the jobs of benchmarks/plan.py, CALL=1 or 2
 OFFLINE := docstring-parser jsonargparse lightly liger-kernel nvtx pytorch-metric-learning torchdistill typeshed-client
 FOR ?= 3.12
 
-wheels: $(STAMP)  ## download the wheels for `make gpu WHEELS=out/wheels`, FOR=3.12
+offline-wheels: $(STAMP)  ## download the wheels for `make gpu WHEELS=out/wheels`, FOR=3.12
 	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version $(FOR) \
 		--constraint constraints.txt --dest out/wheels $(OFFLINE)
 	@ls out/wheels
+
+DIST ?= dist
+
+wheels: $(STAMP)  ## build the files for PyPI in dist/: sdist, pure wheel and, if there is an nvcc, a CUDA wheel
+	@rm -rf build/cuda build/lib* '$(DIST)'/dfkd_fast-*
+	@$(INSTALL); progress 'Building the sdist and the pure wheel' \
+		env DFKD_FAST_CUDA=0 $(BIN)/python -m build --no-isolation --outdir '$(DIST)'
+	@$(INSTALL); progress 'Building the CUDA wheel' $(BIN)/python -m build --no-isolation --wheel --outdir build/cuda
+	@$(INSTALL); if [ -e build/cuda/*-linux_*.whl ]; then \
+		PATH="$(abspath $(BIN)):$$PATH" progress 'Finding its platform tag' auditwheel repair \
+			--exclude libtorch_cpu.so --exclude libtorch_cuda.so --wheel-dir '$(DIST)' build/cuda/*.whl; \
+	else \
+		grep 'without its CUDA extension' $(VENV)/install.log; \
+	fi
+	@ls '$(DIST)'
 
 kernels: $(STAMP)  ## compile all kernels for all architectures and print their resources (no GPU needed)
 	@$(ONE_THREAD) $(BIN)/python -m dfkd_fast.benchmarks.ops.compile_kernels --workers $$(nproc)

@@ -446,8 +446,8 @@ def _print_measures(
 
 def _classifier(
     weights: str, model: ModelConfig | None, num_classes: int | None, image_size: int | None
-) -> tuple[nn.Module, int, WeightsDescription]:
-    """Return the network of a weights file, its image size and what the file says."""
+) -> tuple[nn.Module, ModelConfig, int, int, WeightsDescription]:
+    """Return the network of a weights file, its config, numbers of classes and pixels, and what the file says."""
     from dfkd_fast.models import create_model, read_description
 
     description = read_description(weights)
@@ -456,7 +456,7 @@ def _classifier(
     size = _agreed(weights, "image_size", description.image_size, ("--image_size", image_size))
     if not classes or not size:
         raise ValueError(f"{weights} has no number of classes or image size: set --num_classes and --image_size")
-    return create_model(config, num_classes=classes), size, description
+    return create_model(config, num_classes=classes), config, classes, size, description
 
 
 def _predict(
@@ -496,7 +496,7 @@ def _predict(
     from dfkd_fast.models import normalization
 
     runtime = Runtime.of(device, precision, channels_last=True)
-    network, size, description = _classifier(weights, model, num_classes, image_size)
+    network, _, _, size, description = _classifier(weights, model, num_classes, image_size)
     mean, std = normalization(network)
     predictions = predict(
         runtime.place(network),
@@ -522,8 +522,11 @@ def _export(
     model: ModelConfig | None = None,
     num_classes: int | None = None,
     image_size: int | None = None,
+    license: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> None:
-    """Export a student to safetensors and ONNX, and check the ONNX output against PyTorch.
+    """Export a student to safetensors and ONNX with a model card, and check the ONNX output against PyTorch.
 
     Args:
         weights: safetensors or torch file of the student's weights.
@@ -531,16 +534,37 @@ def _export(
         model: the network, required if the weights file does not name it.
         num_classes: number of classes, required if the weights file does not give it.
         image_size: height and width of the images in pixels, required if the weights file does not give it.
+        license: license of the weights for the model card, as an identifier of the Hugging Face hub.
+        push_to_hub: upload the files to this repository of the Hugging Face hub, OWNER/NAME.
+        private: create a private repository.
     """
-    from dfkd_fast.engine import export
+    from dfkd_fast.engine import export, model_card
     from dfkd_fast.models import read_metadata
+    from dfkd_fast.models.weights import resolve
 
-    network, size, _ = _classifier(weights, model, num_classes, image_size)
+    if push_to_hub is not None:
+        model_card.require_login(push_to_hub)
+    if out is None and weights.startswith("hf:"):
+        raise ValueError(f"--out is required: there is no folder next to {weights}")
+    network, config, classes, size, description = _classifier(weights, model, num_classes, image_size)
     folder = Path(out) if out is not None else Path(weights).parent / "export"
     result = export(network, folder, image_size=size, metadata=read_metadata(weights))
+    card = model_card.write_card(
+        result.onnx.parent,
+        weights=resolve(weights),
+        model=config,
+        description=description,
+        num_classes=classes,
+        image_size=size,
+        license=license,
+        repo=push_to_hub,
+    )
+    url = model_card.push_to_hub(card.parent, push_to_hub, private=private) if push_to_hub else None
     _print_result(
         ("safetensors", result.safetensors),
         ("onnx", result.onnx),
+        ("model card", card),
+        *([("uploaded", url)] if url else []),
         ("largest relative difference of logits", f"{result.difference:.1e}"),
     )
 
@@ -826,13 +850,18 @@ def create_parser() -> ArgumentParser:
         flags = [parameter for parameter, kind in command.__annotations__.items() if kind == "bool"]
         options.add_function_arguments(command, as_group=False, skip={"experiment", "given", *positional, *flags})
         for flag in flags:
-            names = dict.fromkeys((f"--{flag.replace('_', '-')}", f"--{flag}"))
-            options.add_argument(*names, action="store_true", help=described[flag])
+            options.add_argument(f"--{flag}", action="store_true", help=described[flag])
         for each in positional:
             several: dict[str, Any] = {"nargs": "*", "default": []} if "..." in POSITIONAL[each] else {}
             options.add_argument(each, type=str, help=described[each], **several)
         commands.add_subcommand(name, options, help=summary)
     return parser
+
+
+def _with_underscores(argument: str) -> str:
+    """``--push-to-hub=x`` as ``--push_to_hub=x``, which is how the parser knows it."""
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -845,6 +874,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["dfkd_fast.config"])
     try:
         parser = create_parser()
+        arguments = [_with_underscores(each) for each in (sys.argv[1:] if arguments is None else arguments)]
         parsed = parser.instantiate(parser.parse_args(arguments))
         command, used = COMMANDS[parsed.subcommand]
         options = vars(parsed[parsed.subcommand])
@@ -853,8 +883,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options["given"] = parser.parse_args(arguments, defaults=False)[parsed.subcommand]
         if used:
             experiment = ExperimentConfig(**{field.name: options.pop(field.name) for field in fields(ExperimentConfig)})
-            given = sys.argv[1:] if arguments is None else arguments
-            _check_factories(experiment, given)
+            _check_factories(experiment, arguments)
             command(experiment, **options)
         else:
             command(**options)

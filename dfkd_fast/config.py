@@ -104,7 +104,8 @@ class ModelConfig:
         name: ``timm:resnet34``, ``torchvision:resnet18``, ``package.module:factory``, or a built-in network such as
             ``wrn_40_2`` or ``resnet8x4``; ``dfkd_fast.models.names()`` lists them. Commands that read the metadata of
             ``weights`` take it from there by default.
-        weights: path of a safetensors file, or of a torch file that ``weights_only=True`` can read.
+        weights: path of a safetensors file, or of a torch file that ``weights_only=True`` can read, or
+            ``hf:OWNER/NAME[/FILE][@REVISION]`` for a file of the Hugging Face hub.
         new_head: do not load the last layer of ``weights``, which may be of a network with other classes.
         pretrained: without ``weights``, start from timm's pretrained weights with a new last layer. They come from the
             local cache, or are downloaded.
@@ -432,6 +433,8 @@ class DistillConfig:
         channels_last: keep activations in channels-last memory format.
         device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
         seed: random seed of the run.
+        trackers: where losses, pictures and results are recorded: ``tensorboard``, ``jsonl``, ``wandb``, ``mlflow``, or
+            one that an installed package registers.
         out: folder of the run; None creates a new one under ``runs/``.
         resume: continue from the newest usable checkpoint in ``out``.
     """
@@ -450,6 +453,7 @@ class DistillConfig:
     channels_last: bool = True
     device: str = "auto"
     seed: int = 0
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     out: str | None = None
     resume: bool = False
 
@@ -484,6 +488,7 @@ class TeachConfig:
         channels_last: keep activations in channels-last memory format.
         device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
         seed: random seed of the training.
+        trackers: like ``DistillConfig.trackers``.
         out: folder of the run; None creates a new one under ``runs/``.
         resume: continue from the newest usable checkpoint in ``out``, if there is one.
     """
@@ -502,6 +507,7 @@ class TeachConfig:
     channels_last: bool = True
     device: str = "auto"
     seed: int = 0
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     out: str | None = None
     resume: bool = False
 

@@ -46,7 +46,20 @@ LAYERS: dict[str, set[str]] = {
     "data": {"config", "registry"},
     "report": {"config", "files"},
     "doctor": {"ops", "report", "engine"},
-    "engine": {"objectives", "synthesis", "nn", "ops", "graph", "models", "data", "report", "config", "files", "nvtx"},
+    "engine": {
+        "objectives",
+        "synthesis",
+        "nn",
+        "ops",
+        "graph",
+        "models",
+        "data",
+        "report",
+        "config",
+        "files",
+        "nvtx",
+        "registry",
+    },
     "sweep": {"config", "data", "engine", "files", "graph", "jobs", "models", "report"},
     "run_page": {"engine", "objectives", "nn", "graph", "models", "data", "report", "config", "files"},
     "profiling": {"engine", "graph", "models", "report", "config", "nvtx"},
@@ -204,9 +217,9 @@ def test_ops_import_with_only_torch_and_triton():
 
 
 def test_only_cli_and_config_files_need_jsonargparse():
-    """Everything imports without jsonargparse and nvtx, which some GPU machines lack."""
+    """Everything imports without jsonargparse and nvtx, which some GPU machines lack, and without extras."""
     code = (
-        "import sys; sys.modules.update(dict.fromkeys(['jsonargparse', 'nvtx']))\n"
+        "import sys; sys.modules.update(dict.fromkeys(['jsonargparse', 'nvtx', 'wandb', 'mlflow']))\n"
         "import dfkd_fast, dfkd_fast.cli, dfkd_fast.demo, dfkd_fast.doctor, dfkd_fast.profiling\n"
         "import dfkd_fast.benchmarks.plan, dfkd_fast.benchmarks.record_tests\n"
         "[getattr(dfkd_fast, name) for name in dfkd_fast.__all__]\n"

@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 from importlib import import_module, metadata, resources
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import dfkd_fast
 
@@ -42,8 +44,13 @@ def pins(repository: Path) -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in pairs}
 
 
-def test_version_matches_metadata():
+def test_version_matches_metadata_changelog_and_tag(repository):
     assert metadata.version("dfkd-fast") == dfkd_fast.__version__
+    newest = re.search(r"(?m)^## \[(.+?)\]", (repository / "CHANGELOG.md").read_text())[1]
+    assert Version(dfkd_fast.__version__).base_version == newest
+    git = ["git", "-C", str(repository), "tag", "--points-at", "HEAD"]
+    tags = subprocess.run(git, capture_output=True, text=True).stdout.split() if shutil.which("git") else []
+    assert {tag.removeprefix("v") for tag in tags if re.match(r"v?\d", tag)} <= {dfkd_fast.__version__}
 
 
 def test_pins_satisfy_every_requirement(project, pins):
@@ -93,16 +100,21 @@ def test_configs_are_package_resources(repository):
     assert inside
 
 
+def copy_sources(repository: Path, to: Path) -> Path:
+    """Copies the checkout without build outputs."""
+    ignore = shutil.ignore_patterns(".*", "build", "dist", "runs", "out", "*.egg-info", "*.so", "__pycache__")
+    return shutil.copytree(repository, to, ignore=ignore)
+
+
 @pytest.fixture(scope="module")
 def site(repository, tmp_path_factory):
     """A wheel built from a copy of the checkout and installed into a temporary folder."""
     folder = tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__")
-    shutil.copytree(repository, folder / "source", ignore=ignore)
+    copy_sources(repository, folder / "source")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     offline = ["--no-deps", "--no-index", "--quiet"]
     built = ["wheel", "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source")]
-    # Without the CUDA extension, which takes minutes to build; tests/cuda/test_extension.py builds it.
+    # Without the CUDA extension, which takes minutes to build; TestDistributions builds it.
     pure = {**os.environ, "DFKD_FAST_CUDA": "0"}
     subprocess.run([*pip, *built, *offline], check=True, capture_output=True, env=pure)
     (wheel,) = folder.glob("*-py3-none-any.whl")
@@ -140,6 +152,70 @@ class TestWheel:
     def test_contains_the_license(self, site):
         (license,) = site.glob("*.dist-info/licenses/LICENSE")
         assert "Apache License" in license.read_text()
+
+
+# The README's example for one round on random weights, since it downloads weights and takes days.
+EXAMPLE = """
+import dataclasses, re, sys, timm, dfkd_fast
+create, distill = timm.create_model, dfkd_fast.distill
+def one_round(teacher, student, config):
+    loop = dataclasses.replace(
+        config.loop, epochs=1, rounds_per_epoch=1, generator_steps=1, student_steps=1, batch_size=2
+    )
+    return distill(teacher, student, dataclasses.replace(config, image_size=32, device="cpu", loop=loop))
+timm.create_model = lambda name, pretrained=False: create(name)
+dfkd_fast.distill = one_round
+exec(re.search(r"(?s)```python\\n(.*?)```", open(sys.argv[1]).read())[1], names := {})
+from dfkd_fast.ops import extension
+print(names["result"].run_dir, dfkd_fast.__file__, extension.UNAVAILABLE)
+"""
+
+
+@pytest.fixture(scope="module")
+def dist(repository, tmp_path_factory):
+    """The folder that `make wheels` writes in a copy of the checkout, and its output."""
+    source = copy_sources(repository, tmp_path_factory.mktemp("wheels") / "source")
+    stamp = Path(sys.prefix) / ".installed"
+    command = ["make", "--directory", str(source), "--old-file", str(stamp), "wheels"]
+    done = subprocess.run([*command, f"VENV={sys.prefix}", "DIST=files"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return source / "files", done.stdout
+
+
+@pytest.mark.slow
+class TestDistributions:
+    """The files of ``make wheels``, installed into an empty environment whose dependencies are those of this one."""
+
+    @pytest.mark.parametrize("pattern", ["*.tar.gz", "*-py3-none-any.whl", "*-manylinux_*_x86_64.whl"])
+    def test_readme_example_runs(self, dist, pattern, repository, tmp_path):
+        (file, *more), shown = sorted(dist[0].glob(pattern)) or [None], dist[1]
+        assert not more
+        if file is None:
+            assert "manylinux" in pattern
+            pytest.skip(re.search("installed without its CUDA extension: .*", shown)[0])
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+        offline = ["--no-deps", "--no-index", "--quiet"]
+        if file.suffix == ".gz":
+            built = ["wheel", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(file), *offline]
+            subprocess.run([*pip, *built], check=True, env={**os.environ, "DFKD_FAST_CUDA": "0"})
+            (file,) = tmp_path.glob("*.whl")
+        venv.create(tmp_path / "venv", with_pip=False)
+        interpreter = str(tmp_path / "venv" / "bin" / "python")
+        subprocess.run([*pip, "--python", interpreter, "install", str(file), *offline], check=True)
+        (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+        dependencies = [path for path in sys.path if path.endswith("site-packages")]
+        (site / "dependencies.pth").write_text("".join(f"{path}\n" for path in dependencies))
+        command = [interpreter, "-c", EXAMPLE, str(repository / "README.md")]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        run, package, unavailable = done.stdout.splitlines()[-1].split(" ", 2)
+        assert (tmp_path / run / "student.safetensors").is_file()
+        assert Path(package).is_relative_to(site)
+        if "manylinux" in file.name:
+            assert unavailable == "None"  # its libraries find those of torch
+        else:
+            assert "is not built" in unavailable
 
 
 class TestMake:

@@ -19,9 +19,11 @@ from dfkd_fast.engine.runtime import Runtime, supports_bf16
 from dfkd_fast.engine.state import DistillState, Position, Side, build_generator, build_state
 from dfkd_fast.engine.steps import generator_step, student_step, synthesize
 from dfkd_fast.engine.synthesizing import make_images
+from dfkd_fast.engine.trackers import TRACKERS, TrackedRun, Tracker, TrackerError
 from dfkd_fast.engine.training import TeachResult, teach
 
 __all__ = [
+    "TRACKERS",
     "Callback",
     "CaptureError",
     "CheckpointError",
@@ -46,6 +48,9 @@ __all__ = [
     "Side",
     "StepNetworks",
     "TeachResult",
+    "TrackedRun",
+    "Tracker",
+    "TrackerError",
     "agreement",
     "build_generator",
     "build_state",

@@ -25,7 +25,7 @@ __all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
 FORMAT = "dfkd_fast.checkpoint/2"
 # Fields that are not part of the fingerprint.
 _FREE = (
-    *((name,) for name in ("out", "resume", "device", "engine", "autotune", "checkpoint_every")),
+    *((name,) for name in ("out", "resume", "device", "engine", "autotune", "checkpoint_every", "trackers")),
     *(("loop", name) for name in ("checkpoint_every", "keep_checkpoints")),
 )
 # Fields that can change between a run and its resumption, because they do not change the algorithm.

@@ -25,11 +25,12 @@ from dfkd_fast.engine.checkpoint import CheckpointError, Checkpoints
 from dfkd_fast.engine.engines import Engine, create_engine
 from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.interrupt import catch_signals
-from dfkd_fast.engine.progress import EventLog, Listener, ProgressLine
+from dfkd_fast.engine.progress import Listener, ProgressLine
 from dfkd_fast.engine.rounds import NonFiniteError, Round, Rounds
 from dfkd_fast.engine.runtime import Runtime, float32_weights, new_run_folder
 from dfkd_fast.engine.state import DistillState, build_state
 from dfkd_fast.engine.steps import synthesize
+from dfkd_fast.engine.trackers import TrackedRun, Trackers
 from dfkd_fast.files import lock_folder, write_file
 from dfkd_fast.graph import FeatureModel, extract, frozen, preserve_train_mode, require_separate, unwrap
 from dfkd_fast.models import load_weights, normalization, save_weights
@@ -56,8 +57,8 @@ class DistillResult:
         rounds: mean of each loss term (``generator/bn``, ...) per round, with round numbers from zero in ``round``.
         epochs: ``agreement`` and, with data, ``accuracy`` per epoch, with epoch numbers from one in ``epoch``. Epochs
             that were not evaluated have an accuracy of NaN.
-        run_dir: folder with checkpoints, config, TensorBoard log, pictures, ``student.safetensors`` and, if there are
-            any, ``generator.safetensors`` and the attention modules of L_MHAD of the last step,
+        run_dir: folder with checkpoints, config, the logs of local trackers, pictures, ``student.safetensors`` and, if
+            there are any, ``generator.safetensors`` and the attention modules of L_MHAD of the last step,
             ``attention.safetensors``.
         accuracy: top-1 accuracy of the student on the held-out images, in [0, 1]; None without data.
         agreement: fraction of synthetic images that teacher and student assign to the same class.
@@ -109,12 +110,28 @@ class _Run:
     """Evaluations and output files of one call of :func:`distill`."""
 
     def __init__(
-        self, state: DistillState, folder: Path, checkpoints: Checkpoints, data: ImageData | None, meta: dict[str, str]
+        self,
+        state: DistillState,
+        folder: Path,
+        checkpoints: Checkpoints,
+        data: ImageData | None,
+        meta: dict[str, str],
+        inputs: dict[str, Any],
     ) -> None:
         self.state, self.folder, self.checkpoints, self.data, self.meta = state, folder, checkpoints, data, meta
         # Two threads, so that a checkpoint does not wait for an evaluation.
         self.files, self.measurements = Background(state.runtime.device), Background(state.runtime.device)
-        self.writer = EventLog(folder / "tensorboard", first_step=state.position.round + 1)
+        rounds, recorded = state.position.round, state.epochs.get("epoch", [0])[-1]
+        self.trackers = Trackers(
+            state.config.trackers,
+            TrackedRun(
+                folder=folder,
+                config=_content(inputs, state.config),
+                resumed=state.config.resume,
+                steps=rounds,
+                epochs=int(min(recorded, rounds // state.config.loop.rounds_per_epoch)),
+            ),
+        )
         self.best = folder / "best_student.safetensors"
         self.saved: tuple[int, int] | None = None
         self.pending: _Epoch | None = None
@@ -132,7 +149,7 @@ class _Run:
         snapshot = {**tree_map_only(Tensor, Tensor.clone, content), **history}
 
         def write() -> None:
-            self.writer.flush()  # a run that resumes from the checkpoint does not log its rounds again
+            self.trackers.flush()  # a run that resumes from the checkpoint does not log its rounds again
             self.checkpoints.save(snapshot)
 
         self.files.submit(write)
@@ -145,9 +162,7 @@ class _Run:
             self.evaluate_epoch(epoch, last=self.state.position.round == self.state.total_rounds)
 
     def log_round(self, finished: Round) -> None:
-        for name, value in finished.means.items():
-            self.writer.add_scalar(name, value, finished.number + 1)
-        self.writer.add_scalar("student/lr", finished.student_lr, finished.number + 1)
+        self.trackers.add_scalars({**finished.means, "student/lr": finished.student_lr}, finished.number + 1)
 
     def evaluate_epoch(self, epoch: int, *, last: bool) -> None:
         """Start the evaluation of an epoch and save a picture of synthetic images."""
@@ -166,7 +181,7 @@ class _Run:
             self.finish_epoch()
 
     def save_images(self, images: Tensor, epoch: int) -> None:
-        self.writer.add_images("generator", images / 2 + 0.5, epoch)
+        self.trackers.add_images("generator", images / 2 + 0.5, epoch)
         report.save_image_grid(images, self.folder / "images" / f"epoch-{epoch:04d}.png")
 
     def finish_epoch(self) -> None:
@@ -181,8 +196,7 @@ class _Run:
             for series in state.epochs.values():
                 series.pop()
         state.epochs.setdefault("epoch", []).append(epoch.number)
-        for name, value in measured.items():
-            self.writer.add_scalar(f"epoch/{name}", value, epoch.number)
+        self.trackers.add_scalars({f"epoch/{name}": value for name, value in measured.items()}, epoch.number)
         numbers = state.epochs["epoch"]
         for name in ("agreement", *(["accuracy"] if self.data is not None or "accuracy" in state.epochs else [])):
             series = state.epochs.setdefault(name, [])
@@ -210,7 +224,8 @@ class _Run:
         """
         self.measurements.close()
         self.files.close()
-        self.writer.close()
+        if failed:
+            self.trackers.close(failed=True)
         rounds, epochs = self.state.rounds, self.state.epochs
         try:
             report.write_results(self.folder / "history.json", {"rounds": rounds, "epochs": epochs})
@@ -344,14 +359,18 @@ def _resume(state: DistillState, checkpoints: Checkpoints) -> None:
         log.info("this run is finished: all of its %d rounds are done", state.total_rounds)
 
 
+def _content(inputs: dict[str, Any], config: DistillConfig) -> dict[str, Any]:
+    """The content of the run's config.yaml."""
+    return {**inputs, "distill": to_dict(config)}
+
+
 def _start(state: DistillState, folder: Path, resolved: dict[str, Any], inputs: dict[str, Any]) -> Checkpoints:
     """Load the newest checkpoint if the run is resumed, and write its config.yaml."""
     config = state.config
     checkpoints = Checkpoints(folder / "checkpoints", config, state.teacher_digest(), resolved)
     _resume(state, checkpoints)
     if state.position.round < state.total_rounds or not (folder / "config.yaml").exists():
-        content = yaml.safe_dump({**inputs, "distill": to_dict(config)}, sort_keys=False)
-        write_file(folder / "config.yaml", content.encode())
+        write_file(folder / "config.yaml", yaml.safe_dump(_content(inputs, config), sort_keys=False).encode())
     return checkpoints
 
 
@@ -397,7 +416,7 @@ def _distill(
     meta = {**{name: json.dumps(value) for name, value in described.items()}, **description}
     meta |= {"num_classes": str(state.student.module.num_classes), "format": "dfkd_fast.student/1"}
 
-    run = _Run(state, folder, checkpoints, data, meta)
+    run = _Run(state, folder, checkpoints, data, meta, inputs)
     line = ProgressLine("distill", total=state.total_rounds, unit="rounds", enabled=progress)
 
     ended = False
@@ -446,14 +465,17 @@ def _distill(
         raise
     run.close(failed=False)
     state.student.module.eval()
+    with run.trackers:
+        results = {"agreement": agreement(state), **({} if data is None else {"accuracy": run.accuracy(student)})}
+        run.trackers.add_results(results)
     return DistillResult(
         student=student,
         generator=state.synthesizer.generator,
         rounds=state.rounds,
         epochs=state.epochs,
         run_dir=folder,
-        accuracy=run.accuracy(student) if data is not None else None,
-        agreement=agreement(state),
+        accuracy=results.get("accuracy"),
+        agreement=results["agreement"],
         images_per_s=rounds.images / rounds.seconds if rounds.seconds else 0.0,
         seconds=rounds.seconds,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -25,8 +24,9 @@ from dfkd_fast.data.loading import Loader
 from dfkd_fast.engine.checkpoint import Checkpoints
 from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.interrupt import StopRequest, catch_signals
-from dfkd_fast.engine.progress import EventLog, Listener, ProgressLine
+from dfkd_fast.engine.progress import Listener, ProgressLine
 from dfkd_fast.engine.runtime import Runtime, float32_weights, new_run_folder, rng_states, set_rng_states
+from dfkd_fast.engine.trackers import TrackedRun, Trackers
 from dfkd_fast.files import lock_folder, write_file
 from dfkd_fast.graph import unwrap
 from dfkd_fast.graph.tracing import weights_of
@@ -252,7 +252,10 @@ def _train(
 ) -> None:
     """Train the epochs that are left, with an evaluation, files and a checkpoint after each that needs them."""
     config, history = trainer.config, trainer.history
-    writer = EventLog(folder / "tensorboard", first_step=trainer.finished + 1)
+    tracked = TrackedRun(
+        folder=folder, config={"teach": to_dict(config)}, resumed=config.resume, steps=trainer.finished
+    )
+    trackers = Trackers(config.trackers, tracked)
     line = ProgressLine("teach", total=config.epochs, unit="epochs", enabled=progress)
 
     def record(mean: float) -> None:
@@ -263,30 +266,31 @@ def _train(
             report.write_results(folder / "history.json", {"epochs": history, "accuracy": None})
             raise ArithmeticError(f"the mean loss of epoch {epoch} is {mean}; try a lower lr")
         trainer.require_finite()
-        writer.add_scalar("teach/loss", mean, epoch)
+        trackers.add_scalars({"teach/loss": mean}, epoch)
         if last or (config.evaluate_every and epoch % config.evaluate_every == 0):
             found = evaluate(
                 trainer.network, data.test, num_classes=data.num_classes, workers=workers, runtime=trainer.runtime
             )
             history["accuracy"][-1] = found.top1
-            writer.add_scalar("teach/accuracy", found.top1, epoch)
+            trackers.add_scalars({"teach/accuracy": found.top1}, epoch)
         report.write_results(folder / "history.json", {"epochs": history, "accuracy": None})
         newest = [value for value in history["accuracy"] if not math.isnan(value)][-1:]
         line.show(epoch, {"loss": mean, **({"accuracy": newest[0]} if newest else {})}, trainer.images_per_s)
 
     trainer.model.train()
-    with contextlib.closing(writer), catch_signals() as stop, line:
+    with trackers, catch_signals() as stop, line:
         while trainer.finished < config.epochs:
             mean = trainer.epoch(stop)
             if mean is not None:
                 record(mean)
             due = trainer.finished == config.epochs or trainer.finished % config.checkpoint_every == 0
             if due or stop.received is not None:
-                writer.flush()  # a run that resumes from the checkpoint does not log its epochs again
+                trackers.flush()  # a run that resumes from the checkpoint does not log its epochs again
                 checkpoints.save(trainer.state_dict())
             if stop.received is not None:
                 line.message(f"saved at epoch {trainer.finished}, step {trainer.step}")
                 stop.leave()
+        trackers.add_results({"accuracy": history["accuracy"][-1]})
     checkpoints.prune()  # an earlier process may have been killed between a save and its deletions
 
 

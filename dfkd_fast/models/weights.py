@@ -1,4 +1,4 @@
-"""Loads and saves weights: safetensors files, and torch files with ``weights_only=True``.
+"""Loads and saves weights: safetensors files, and torch files with ``weights_only=True``, also of the Hugging Face hub.
 
 Damage is detected by the checksums of torch's zip archives. Safetensors has none, so the files of :func:`save_weights`
 contain one in their metadata.
@@ -7,6 +7,7 @@ contain one in their metadata.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -35,6 +36,7 @@ __all__ = [
     "read_description",
     "read_metadata",
     "read_tensors",
+    "resolve",
     "save_weights",
     "write_tensors",
 ]
@@ -50,6 +52,8 @@ _PREFIXES = ("model.", "net.", "network.", "backbone.", "ema_model.")
 # Counters of BatchNorm, AveragedModel and FLOP counters, which a network may lack.
 _COUNTERS = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
 _LISTED = 10
+_HUB = re.compile(r"hf:(?P<repo>[^/@\s]+/[^/@\s]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>.+))?")
+_HUB_FILES = ("student.safetensors", "model.safetensors")  # if the name gives no file; the second one is timm's
 # Name of the checksum in the metadata: the SHA-256 of the file in which the checksum is _NO_CHECKSUM.
 _CHECKSUM = "dfkd_fast.checksum"
 _SHA256 = "sha256 of this file with zeros here: "
@@ -111,8 +115,56 @@ def _is_safetensors(path: Path) -> bool:
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size
 
 
+def resolve(path: str | Path) -> Path:
+    """Return the local path of a weights file. A file of the Hugging Face hub is downloaded unless it is in the cache.
+
+    Args:
+        path: a path, or ``hf:OWNER/NAME[/FILE][@REVISION]``. The default files are ``student.safetensors`` and
+            ``model.safetensors``.
+
+    Raises:
+        FileNotFoundError: the hub has no such repository, revision or file, or it is private or gated.
+        OSError: the hub cannot be reached, and the file is not in the cache.
+        ValueError: the name is not of this form, or the path cannot be expanded.
+    """
+    return _download(str(path)) if str(path).startswith("hf:") else expand(path)
+
+
+@functools.cache  # a process reads one revision of a file, and asks the hub once
+def _download(name: str) -> Path:
+    found = _HUB.fullmatch(name)
+    if found is None:
+        raise ValueError(f"a file of the Hugging Face hub is hf:OWNER/NAME[/FILE][@REVISION], got {name!r}")
+    from huggingface_hub import errors, get_token, hf_hub_download
+
+    repo, revision = found["repo"], found["revision"]
+    login = "your token has no access" if get_token() else "log in with `hf auth login` or set HF_TOKEN"
+    files = (found["file"],) if found["file"] else _HUB_FILES
+    for file in files:
+        try:
+            return Path(hf_hub_download(repo, file, revision=revision))
+        except errors.GatedRepoError as error:
+            raise FileNotFoundError(f"{name}: access to {repo} must be granted on its page, and {login}") from error
+        except errors.RepositoryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{name}: the Hugging Face hub has no repository {repo}, or it is private and {login}"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise FileNotFoundError(f"{name}: {repo} has no revision {revision!r}") from error
+        except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+            offline = OSError(f"{name}: the Hugging Face hub cannot be reached, and the file is not in the local cache")
+            if file == files[-1]:
+                raise offline from error
+        except errors.EntryNotFoundError as error:
+            if file == files[-1]:
+                raise FileNotFoundError(f"{name}: {repo} has no file {' or '.join(files)}") from error
+        except Exception as error:  # of the network and of the cache; they have no common type
+            raise OSError(f"{name}: cannot download it: {first_line(error)}") from error
+    raise AssertionError
+
+
 def _require_file(path: str | Path) -> Path:
-    path = expand(path)
+    path = resolve(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
     return path
@@ -407,7 +459,7 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Iterable[str] = ()
     """
     own = model.state_dict()
     metadata, state = _checked(path)
-    path = expand(path)
+    path = resolve(path)
     state = _renamed(state, own, path)
     prefixes = tuple(f"{name}." for name in skip)
 

@@ -14,7 +14,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dfkd_fast import files
 from dfkd_fast.data.loading import Loader
-from dfkd_fast.engine import DistillState, engines, loop, progress, training
+from dfkd_fast.engine import DistillState, engines, loop, trackers, training
 
 __all__ = ["POINTS", "install", "passed"]
 
@@ -49,7 +49,7 @@ passed = multiprocessing.RawArray("i", len(POINTS))  # points that a process has
 def install(kind: int, at: dict[int, int]) -> None:
     """Make this process send itself the signals ``at[n]`` at its n-th point of a kind."""
     when, places = list(POINTS.values())[kind]
-    progress.RecordWriter = lambda file: RecordWriter(io.BufferedWriter(_LogFile(file.name, "wb")))  # type: ignore
+    trackers.RecordWriter = lambda file: RecordWriter(io.BufferedWriter(_LogFile(file.name, "wb")))  # type: ignore
 
     def reach() -> None:
         passed[kind] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -10,10 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dfkd_fast.cli import COMMANDS, main
@@ -69,6 +73,41 @@ def test_distill_evaluate_export(
     main(["export", "--weights", str(student)])
     assert (tmp_path / "run" / "export" / "student.onnx").is_file()
     assert (tmp_path / "run" / "export" / "student.safetensors").is_file()
+    check_card(tmp_path / "run", capsys.readouterr().out)
+
+
+def check_card(run: Path, shown: str) -> None:
+    """The card of a run on digits: its metadata and numbers, and its code, which gives one result twice."""
+    card = ModelCard.load(run / "export" / "README.md")
+    epochs = json.loads((run / "history.json").read_text())["epochs"]
+    assert card.data.library_name == "dfkd-fast"
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.license is None
+    found = [(each.metric_type, each.dataset_name, each.metric_value) for each in card.data.eval_results]
+    assert found == [
+        ("accuracy", "digits", round(epochs["accuracy"][-1], 6)),
+        ("agreement", "synthetic images", round(epochs["agreement"][-1], 6)),
+    ]
+    for row in (
+        "| network | `resnet8`",
+        "| teacher | `resnet8` |",
+        "| method | `dfkd-fgvc`, images of `online` |",
+        "| data set | `digits` |",
+        "| image size | 16 x 16 pixels, RGB |",
+        "| classes | 10: `0`, `1`, `2`, `3`, `4`, `5`, `6`, `7`, `8`, `9` |",
+        f"| accuracy on held-out images | {epochs['accuracy'][-1]:.2%} |",
+    ):
+        assert row in card.content
+    assert "README.md" in shown
+    Image.new("RGB", (20, 30), (200, 90, 10)).save(run / "export" / "image.png")
+    names: dict[str, Any] = {}
+    for code in re.findall(r"(?s)```python\n(.*?)```", card.content):
+        with contextlib.chdir(run / "export"):
+            exec(code, names)
+    assert names["images"].shape == (1, 3, 16, 16)
+    with torch.no_grad():
+        expected = names["model"](names["images"]).numpy()
+    np.testing.assert_allclose(names["logits"], expected, rtol=1e-3, atol=1e-4)  # those of ONNX Runtime
 
 
 def test_distill_works_without_data(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from torch import nn
 from dfkd_fast import report
 from dfkd_fast.config import reading
 from dfkd_fast.engine import export, teach
-from dfkd_fast.engine.progress import EventLog
+from dfkd_fast.engine.trackers import TensorBoard, TrackedRun
 from dfkd_fast.files import (
     FolderInUseError,
     WriteError,
@@ -142,28 +143,31 @@ def test_run_on_a_full_disk_keeps_history_and_checkpoints(tmp_path: Path, caplog
 def test_tensorboard_log_on_a_full_disk_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from dfkd_fast.engine import progress
+    from dfkd_fast.engine import trackers
 
-    def fail(file: object) -> None:
+    def fail(file: IO[bytes]) -> None:
+        file.close()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(progress, "RecordWriter", fail)
+    monkeypatch.setattr(trackers, "RecordWriter", fail)
     tiny.run(tmp_path)
     assert caplog.text.count("tensorboard: No space left on device; free space on this disk") == 1
 
 
 def test_tensorboard_reads_the_log(tmp_path: Path) -> None:
-    with_images = EventLog(tmp_path)
-    with_images.add_scalar("a/b", 1.5, 1)
+    run = TrackedRun(folder=tmp_path, config={"seed": 3})
+    with_images = TensorBoard(run)
+    with_images.add_scalars({"a/b": 1.5}, 1)
     with_images.add_images("pictures", torch.rand(2, 3, 8, 8), 1)
-    with_images.close()
-    resumed = EventLog(tmp_path, first_step=1)
-    resumed.add_scalar("a/b", 2.5, 1)
+    with_images.close(failed=False)
+    resumed = TensorBoard(run)
+    resumed.add_scalars({"a/b": 2.5}, 1)
     resumed.flush()
-    found = EventAccumulator(str(tmp_path)).Reload()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(each.step, each.value) for each in found.Scalars("a/b")] == [(1, 2.5)]
     assert found.Tags()["images"] == ["pictures"]
-    resumed.close()
+    assert b"seed: 3" in found.Tensors("config/text_summary")[-1].tensor_proto.string_val[0]
+    resumed.close(failed=False)
 
 
 HOLDER = """

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import re
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -27,6 +30,7 @@ from dfkd_fast.models import (
     read_description,
     read_metadata,
     save_weights,
+    weights,
 )
 
 from .programs import WRITERS, Program
@@ -425,3 +429,97 @@ def test_tensors_that_cannot_be_weights_are_refused(tmp_path: Path, kind: str, m
     with pytest.raises(WeightsFormatError, match=message):
         load_weights(model, path)
     assert same(model, before)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers downloads like the Hugging Face hub: files by (repository, revision, name), and error codes."""
+
+    files: dict[str, bytes] = {}  # noqa: RUF012
+    requests: list[str] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self.requests.append(self.path)
+        content, revision = self.files.get(self.path), self.path.split("/")[4]
+        codes = {"private": "RepoNotFound", "gated": "GatedRepo"}
+        missing = "EntryNotFound" if revision == "main" else "RevisionNotFound"
+        self.send_response(200 if content is not None else 404)
+        if content is None:
+            self.send_header("X-Error-Code", codes.get(self.path.split("/")[2], missing))
+        else:
+            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", hashlib.sha1(revision.encode()).hexdigest())
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content or b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    from huggingface_hub import constants
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    weights._download.cache_clear()
+    yield Hub
+    server.shutdown()
+    server.server_close()
+    Hub.files.clear()
+    Hub.requests.clear()
+
+
+def test_weights_of_the_hub(tmp_path: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = [network() for _ in range(3)]
+    names = ("ours/resolve/main/student", "ours/resolve/refs%2Fpr%2F1/a/b", "timms/resolve/main/model")
+    for each, name in zip(networks, names, strict=True):
+        save_weights(each, tmp_path / "saved", {"model": "resnet8"})
+        hub.files[f"/us/{name}.safetensors"] = (tmp_path / "saved").read_bytes()
+    for each, name in zip(networks, ("hf:us/ours", "hf:us/ours/a/b.safetensors@refs/pr/1", "hf:us/timms"), strict=True):
+        loaded = create_model(
+            ModelConfig(name="resnet8", weights=name, options={"widths": [4, 4, 6, 8]}), num_classes=3
+        )
+        assert same(loaded, each)
+    count = len(hub.requests)
+    assert read_description("hf:us/ours").model == "resnet8"
+    assert len(hub.requests) == count  # a process asks once
+    weights._download.cache_clear()
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert read_metadata("hf:us/timms") == {"model": "resnet8"}  # from the cache
+    assert len(hub.requests) == count
+    with pytest.raises(
+        OSError, match=r"^hf:us/ours/c: the Hugging Face hub cannot be reached, and the file is not in "
+    ):
+        read_metadata("hf:us/ours/c")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("hf:us", ValueError, r"is hf:OWNER/NAME\[/FILE\]\[@REVISION\], got 'hf:us'"),
+        ("hf:us/ours", FileNotFoundError, r"us/ours has no file student\.safetensors or model\.safetensors"),
+        ("hf:us/ours/x.pth", FileNotFoundError, r"us/ours has no file x\.pth"),
+        ("hf:us/ours/x@v1", FileNotFoundError, r"us/ours has no revision 'v1'"),
+        ("hf:us/private", FileNotFoundError, r"no repository us/private, or it is private and log in with `hf auth"),
+        ("hf:us/gated", FileNotFoundError, r"access to us/gated must be granted on its page, and log in"),
+        ("hf:us/--ours", OSError, r"hf:us/--ours: cannot download it: HFValidationError"),
+    ],
+)
+def test_errors_of_the_hub(name: str, error: type[Exception], message: str, hub: type[Hub]) -> None:
+    with pytest.raises(error, match=message):
+        read_metadata(name)

@@ -108,8 +108,8 @@ def run(tally: Tally) -> None:
     with (
         mock.patch.dict(engines._ENGINES, compiled=compiled, graph=graph),
         mock.patch.multiple(report, save_curves=mock.DEFAULT, save_image_grid=mock.DEFAULT),  # drawing is slow
-        mock.patch.object(loop, "EventLog"),
-        mock.patch.object(training, "EventLog"),
+        mock.patch.object(loop, "Trackers"),
+        mock.patch.object(training, "Trackers"),
     ):
         for kind, rng in tally.turns(KINDS):
             precision, preset = variants[int(rng.integers(len(variants)))]
