@@ -717,8 +717,8 @@ def _sweep(
     seeds: list[int] | None = None,
     changes: dict[str, Any] | None = None,
     jobs: int | None = None,
-    minutes_per_cell: float | None = None,
-    minutes: float | None = None,
+    minutes_per_cell: float = math.inf,
+    minutes: float = math.inf,
     dry_run: bool = False,
 ) -> None:
     """Run many settings with several seeds, in parallel processes, and compare them in one table.
@@ -744,8 +744,44 @@ def _sweep(
         sweeps.estimate(config, changes=changes, jobs=jobs)
         return
     limits = {"minutes_per_cell": minutes_per_cell, "minutes": minutes}
-    given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
-    _, rows = sweeps.sweep(config, out, changes=changes, jobs=jobs, **given)
+    _, rows = sweeps.sweep(config, out, changes=changes, jobs=jobs, **limits)
+    if any(row["status"] == "failed" for row in rows):
+        raise SystemExit(1)
+
+
+def _reproduce(
+    *,
+    grid: str,
+    out: str | None = None,
+    seeds: list[int] | None = None,
+    changes: dict[str, Any] | None = None,
+    jobs: int | None = None,
+    minutes_per_cell: float = math.inf,
+    minutes: float = math.inf,
+    device: str = "auto",
+) -> None:
+    """Run a sweep, such as a table of the paper, and write an HTML page of its results: ``report.html`` in its folder.
+
+    Args:
+        grid: as in `sweep`: a YAML file, or ``table1`` to ``table5``, ``figure7``, ``rendered_tiny`` or
+            ``rendered_small``.
+        out: folder of the sweep; None is ``runs/NAME``. If it contains results, the sweep continues.
+        seeds: random seeds, instead of those of the file.
+        changes: fields of all runs by dotted path, for example ``{distill.loop.epochs: 10}``.
+        jobs: number of processes at a time; None is one per GPU, or without GPUs one per core.
+        minutes_per_cell: minutes after which a run is stopped with a checkpoint; the next start continues it.
+        minutes: minutes after which the whole sweep is stopped like this.
+        device: device that computes the page.
+    """
+    from dfkd_fast import sweep as sweeps
+    from dfkd_fast.run_page import write_page
+
+    config = sweeps.read_sweep(grid)
+    config = config if seeds is None else replace(config, seeds=seeds)
+    out = out or f"runs/{Path(grid).stem}"
+    limits = {"minutes_per_cell": minutes_per_cell, "minutes": minutes}
+    folder, rows = sweeps.sweep(config, out, changes=changes, jobs=jobs, **limits)
+    _print_result(("page", write_page([folder], folder / "report.html", device=device)))
     if any(row["status"] == "failed" for row in rows):
         raise SystemExit(1)
 
@@ -791,6 +827,7 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "bench": (_bench, ()),
     "profile": (_profile, ("data", "teacher", "student", "distill")),
     "sweep": (_sweep, ()),
+    "reproduce": (_reproduce, ()),
     "methods": (_methods, ()),
     "doctor": (_doctor, ()),
 }

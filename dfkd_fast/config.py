@@ -715,7 +715,7 @@ def read(kind: type[T], path: str | Path, *more: str | Path, changes: Mapping[st
     try:
         if changes:
             _check_fields(kind, values)
-        parser = _parser(kind)
+        parser = _parser(kind)  # type: ignore[arg-type]  # mypy: Hashable
         return parser.instantiate(parser.parse_object({"config": values})).config
     except Exception as error:
         raise ValueError(f"{path}: {one_line(error)}") from error

@@ -44,6 +44,7 @@ from dfkd_fast.models import WeightsDescription, create_model, load_weights, rea
 from dfkd_fast.nn import SpatialAttention, freeze_spectral_norm
 from dfkd_fast.objectives import FeatureShapes, HighOrderAttentionDistillation
 from dfkd_fast.report import read_results
+from dfkd_fast.sweep import SweepConfig, cell_folder, sweep_table
 
 __all__ = ["write_page"]
 
@@ -55,6 +56,7 @@ _POINTS = 250  # held-out and synthetic images of the t-SNE, each
 _CLASSES = 10  # of the t-SNE
 _MAPS, _CAMS, _PAIRS = 4, 8, 10  # images with attention maps and with Grad-CAM, and pairs of confused classes
 _CURVE = 400  # points of a curve
+_SHOWN = 8  # runs of a sweep
 _LIMIT = 8 * 2**20  # bytes of the page
 _ERRORS = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError)
 
@@ -624,6 +626,24 @@ def _gather(run: _Run, name: str) -> dict[str, Any]:
     return {"name": name, **about, **{key: _attempt(section, run) for key, section in SECTIONS.items()}}
 
 
+def _sweep(folder: Path) -> tuple[dict[str, Any], list[tuple[str, Path]]]:
+    """The table of a sweep, and the names and folders of the runs to show."""
+    content = read_results(folder / "results.json")
+    if content is None:
+        raise ValueError(f"there is no {folder / 'results.json'}: the sweep has not started")
+    config, rows = SweepConfig(**content["sweep"]), content["rows"]
+    found = sweep_table(config, rows)
+    missing = sum(row["status"] != "done" for row in rows)
+    table = {"title": config.title, "rows": found, "columns": [*found[0]], "missing": missing, "all": len(rows)}
+    column = next(iter(next(iter(config.axes.values())))) if len(config.axes) > 1 else ""
+    runs = [
+        (row["cell"], cell_folder(folder, row["cell"], row["seed"]))
+        for row in rows
+        if row.get("agreement") is not None and row["seed"] == config.seeds[0] and row["cell"].startswith(column)
+    ]
+    return table, runs[:_SHOWN]
+
+
 def write_page(
     runs: Sequence[str | Path],
     out: str | Path = "report.html",
@@ -635,7 +655,8 @@ def write_page(
     """Write an HTML page of what the students of runs learned, which needs no other file and no network.
 
     Args:
-        runs: folders of :func:`dfkd_fast.distill`. Several become columns, ranked by top-1 accuracy.
+        runs: folders of :func:`dfkd_fast.distill`. Several become columns, ranked by top-1 accuracy. The folder of a
+            sweep adds its table, and the finished distillations of its first column and seed, at most eight.
         out: the file.
         device: device of the networks, as in ``DistillConfig.device``.
         root: root folder of the held-out images; None uses that of the run.
@@ -654,8 +675,17 @@ def write_page(
     if not runs:
         raise ValueError("report needs at least one folder of a run")
     runtime = Runtime.of(device, "fp32", channels_last=False)
-    folders = [expand(each) for each in runs]
-    names = [folder.resolve().name for folder in folders]
+    sweeps, named = [], []
+    for each in (expand(run) for run in runs):
+        if (each / "sweep.db").is_file():
+            table, cells = _sweep(each)
+            sweeps.append(table)
+            named += cells
+        else:
+            named.append((each.resolve().name, each))
+    if not named:
+        raise ValueError("no distillation of the sweep has finished")
+    names, folders = [name for name, _ in named], [folder for _, folder in named]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     opened = [_Run(folder, runtime, root, trust) for folder in folders]
@@ -671,6 +701,7 @@ def write_page(
     )
     page = environment.get_template("report.html").render(
         runs=gathered,
+        sweeps=sweeps,
         ranking=[gathered[index] for index in order],
         settings=settings,
         charts=_charts(gathered),

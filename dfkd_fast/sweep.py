@@ -40,6 +40,7 @@ from dfkd_fast.models import create_model, extract, normalization
 __all__ = [
     "Cell",
     "SweepConfig",
+    "cell_folder",
     "estimate",
     "mean_and_deviation",
     "paired_difference",
@@ -118,8 +119,13 @@ class Cell:
 
     def folder(self, root: Path) -> Path:
         """Return the folder of the run."""
-        name = "".join(each if each.isalnum() or each in "._-" else "_" for each in self.name)
-        return root / "cells" / name / f"seed-{self.seed}"
+        return cell_folder(root, self.name, self.seed)
+
+
+def cell_folder(root: Path, name: str, seed: int) -> Path:
+    """Return the folder of a cell's run in a sweep's folder."""
+    plain = "".join(each if each.isalnum() or each in "._-" else "_" for each in name)
+    return root / "cells" / plain / f"seed-{seed}"
 
 
 def _positions(config: SweepConfig) -> list[tuple[str, str]]:

@@ -61,7 +61,7 @@ LAYERS: dict[str, set[str]] = {
         "registry",
     },
     "sweep": {"config", "data", "engine", "files", "graph", "jobs", "models", "report"},
-    "run_page": {"engine", "objectives", "nn", "graph", "models", "data", "report", "config", "files"},
+    "run_page": {"engine", "objectives", "nn", "graph", "models", "data", "report", "config", "files", "sweep"},
     "profiling": {"engine", "graph", "models", "report", "config", "nvtx"},
 }
 ENTRY_POINTS = {"__init__", "__main__", "cli", "demo", "benchmarks"}  # may import everything
