@@ -380,35 +380,38 @@ def _embed(features: Tensor) -> list[list[int]]:
     return np.round((points - low) / np.maximum(high - low, 1e-12) * 1000).astype(int).tolist()
 
 
+@torch.no_grad()
+def _synthetic(run: _Run) -> tuple[Tensor, Tensor]:
+    """Synthetic images, normalized, and the teacher's classes for them, on the CPU."""
+    images = run.normalize(run.generate(2 * _POINTS))
+    return images, torch.cat([run.teacher(each).logits.argmax(1).cpu() for each in images.split(64)])
+
+
 def _tsne(run: _Run) -> dict[str, Any]:
-    """Points ``[x, y, class, source]`` of each network; the classes are those with most synthetic images."""
-    parts, notes = [], []
-    try:
-        synthetic = run.normalize(run.generate(4 * _POINTS))
-        with torch.no_grad():
-            labels = torch.cat([run.teacher(each).logits.argmax(1).cpu() for each in synthetic.split(64)])
-        parts.append(("synthetic", synthetic, labels))
-    except _ERRORS as error:
-        notes.append(_sentence(error))
-    try:
-        labels = run.predicted.labels
-        parts.append(("held-out", None, labels))
-    except _ERRORS as error:
-        notes.append(_sentence(error))
-    if not parts:
+    """Points ``[x, y, class, source]`` of each network, for the classes with most images of the first source."""
+    sources: dict[str, tuple[Tensor | None, Tensor]] = {}
+    notes = []
+    for source, read_source in (
+        ("synthetic", lambda: _synthetic(run)),
+        ("held-out", lambda: (None, run.predicted.labels)),
+    ):
+        try:
+            sources[source] = read_source()
+        except _ERRORS as error:
+            notes.append(_sentence(error))
+    if not sources:
         raise ValueError(notes[-1])
-    kept = (
-        parts[0][2].bincount(minlength=len(run.classes)).argsort(descending=True, stable=True)[:_CLASSES].sort().values
-    )
+    counts = next(iter(sources.values()))[1].bincount(minlength=len(run.classes))
+    kept = counts.argsort(descending=True, stable=True)[:_CLASSES].sort().values
     images, points = [], []
-    for source, made, labels in parts:
+    for source, (made, labels) in sources.items():
         chosen = torch.isin(labels, kept).nonzero().flatten()
         chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:_POINTS].sort().values]
         images.append(run.images(chosen.tolist())[0] if made is None else made[chosen.to(made.device)])
         points += [[int((kept == label).nonzero()), source] for label in labels[chosen]]
     networks = {}
-    for name, model in (("teacher", lambda: run.teacher), ("student", lambda: run.student)):
-        embedded = _embed(_penultimate(model(), torch.cat(images)))
+    for name in ("teacher", "student"):
+        embedded = _embed(_penultimate(getattr(run, name), torch.cat(images)))
         networks[name] = [[*place, *point] for place, point in zip(embedded, points, strict=True)]
     return {"classes": [run.classes[label] for label in kept.tolist()], "networks": networks, "notes": notes}
 
@@ -570,7 +573,7 @@ def _settings(runs: Sequence[_Run]) -> list[dict[str, Any]]:
     flat = [_flat(run.settings) for run in runs]
     names = list(dict.fromkeys(name for each in flat for name in each))
     rows = [{"name": name, "values": [each.get(name) for each in flat]} for name in names]
-    return [{**row, "differs": len(set(row["values"])) > 1} for row in rows]  # type: ignore[arg-type]
+    return [{**row, "differs": len(set(row["values"])) > 1} for row in rows]
 
 
 def _charts(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
