@@ -145,6 +145,10 @@ def test_teach_fine_tunes_weights_with_other_classes(
     main(["teach", "--config", experiment, "--teacher.weights", "seven.safetensors", "--out", "taught"])
     assert "top-1" in capsys.readouterr().out
     assert read_metadata(tmp_path / "taught" / "teacher.safetensors")["num_classes"] == "10"
+    main(["teach", "--config", experiment, "--teacher.weights", "seven.safetensors", "--out", "taught", "--resume"])
+    shown = capsys.readouterr().out
+    assert "top-1" in shown
+    assert "images/s" not in shown  # the run was finished
 
 
 @pytest.mark.parametrize(

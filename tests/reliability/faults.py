@@ -53,7 +53,7 @@ def _files() -> None:
 ACTIONS: dict[str, Callable[[], Any]] = {
     "distill": partial(tiny.run, RUN, resume=True, **WHOLE),
     "resume": partial(tiny.run, RUN, resume=True, **WHOLE),
-    "teach": partial(tiny.teach, RUN),
+    "teach": partial(tiny.teach, RUN, resume=True),
     "evaluate": partial(_evaluate, 0),
     "evaluate with workers": partial(_evaluate, 2),
     "files": _files,
