@@ -743,7 +743,7 @@ def _sweep(
     if dry_run:
         sweeps.estimate(config, changes=changes, jobs=jobs)
         return
-    limits = {"minutes_per_cell": minutes_per_cell, "minutes": minutes}
+    limits: dict[str, Any] = {"minutes_per_cell": minutes_per_cell, "minutes": minutes}
     _, rows = sweeps.sweep(config, out, changes=changes, jobs=jobs, **limits)
     if any(row["status"] == "failed" for row in rows):
         raise SystemExit(1)
@@ -779,7 +779,7 @@ def _reproduce(
     config = sweeps.read_sweep(grid)
     config = config if seeds is None else replace(config, seeds=seeds)
     out = out or f"runs/{Path(grid).stem}"
-    limits = {"minutes_per_cell": minutes_per_cell, "minutes": minutes}
+    limits: dict[str, Any] = {"minutes_per_cell": minutes_per_cell, "minutes": minutes}
     folder, rows = sweeps.sweep(config, out, changes=changes, jobs=jobs, **limits)
     _print_result(("page", write_page([folder], folder / "report.html", device=device)))
     if any(row["status"] == "failed" for row in rows):
