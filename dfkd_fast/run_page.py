@@ -565,6 +565,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             if isinstance(value, Mapping)
             else {f"{prefix}{name}": json.dumps(value, default=str)}
         )
+    found.pop("distill.out", None)  # always differs
     return found
 
 
@@ -582,7 +583,7 @@ def _charts(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     names = dict.fromkeys(name for each in curves.values() for name in each)
     charts = []
     for name in names:
-        series = [{"name": run, **each[name]} for run, each in curves.items() if name in each]
+        series = [{"name": run, "run": i, **each[name]} for i, (run, each) in enumerate(curves.items()) if name in each]
         values = [y for each in series for y in each["y"]]
         share = series[0]["axis"] == "epoch"
         log_scale = not share and min(values) > 0 and max(values) > 100 * min(values)

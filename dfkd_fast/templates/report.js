@@ -58,10 +58,10 @@ const KINDS = {
     const low = Math.min(...all), high = Math.max(...all);
     const [y0, y1] = spec.percent ? [0, 1] : low === high ? [low - (Math.abs(low) || 1), high + (Math.abs(low) || 1)] : [low, high];
     const at = axes(svg, width, {...spec, whole: true}, [xs[0], xs.at(-1), y0, y1]);
-    spec.series.forEach((each, i) => {
+    spec.series.forEach((each) => {
       const points = each.x.map((x, k) => `${at.x(x).toFixed(1)},${at.y(each.y[k]).toFixed(1)}`).join(" ");
-      element(svg, "polyline", {points, fill: "none", stroke: color(i), "stroke-width": 1.8, "stroke-dasharray": DASHES[i % 6]});
-      if (each.x.length < 30) each.x.forEach((x, k) => element(svg, "circle", {cx: at.x(x), cy: at.y(each.y[k]), r: 2.5, fill: color(i)}));
+      element(svg, "polyline", {points, fill: "none", stroke: color(each.run), "stroke-width": 1.8, "stroke-dasharray": DASHES[each.run % 6]});
+      if (each.x.length < 30) each.x.forEach((x, k) => element(svg, "circle", {cx: at.x(x), cy: at.y(each.y[k]), r: 2.5, fill: color(each.run)}));
     });
     const nearest = (values, x) => values.reduce((best, v, k) => (Math.abs(v - x) < Math.abs(values[best] - x) ? k : best), 0);
     const here = (i) => spec.series.map((each) => nearest(each.x, xs[i])).map((k, s) => [spec.series[s].x[k], spec.series[s].y[k]]);
@@ -69,7 +69,7 @@ const KINDS = {
       count: xs.length,
       find: (px) => xs.reduce((best, v, i) => (Math.abs(at.x(v) - px) < Math.abs(at.x(xs[best]) - px) ? i : best), 0),
       text: (i) => `${spec.axis} ${xs[i]}: ` + here(i).map(([, y], s) => (spec.series.length > 1 ? `${spec.series[s].name} ` : "") + shown(y, spec.percent)).join(", "),
-      marks: (i) => here(i).map(([x, y], s) => [at.x(x), at.y(y), color(s)]),
+      marks: (i) => here(i).map(([x, y], s) => [at.x(x), at.y(y), color(spec.series[s].run)]),
     };
   },
   bars(svg, width, spec) {
