@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import resource
 import statistics
 import sys
@@ -28,23 +29,27 @@ import yaml
 
 from dfkd_fast import data
 from dfkd_fast.benchmarks.results import Results, commits
-from dfkd_fast.config import DistillConfig, ExperimentConfig, find, read
-from dfkd_fast.engine import NonFiniteError, Runtime, distill, evaluate
+from dfkd_fast.config import DataConfig, DistillConfig, ExperimentConfig, find, read
+from dfkd_fast.data import ImageData
+from dfkd_fast.data.image_data import ImageArray
+from dfkd_fast.engine import NonFiniteError, Runtime, TeachResult, distill, evaluate, teach
 from dfkd_fast.jobs import Job, run_jobs
 from dfkd_fast.models import create_model, extract
 from dfkd_fast.report import markdown_table
-from dfkd_fast.sweep import mean_and_deviation, paired_difference, train_teacher
+from dfkd_fast.sweep import mean_and_deviation, paired_difference
 
 __all__ = ["METHODS", "main", "methods_section", "run_method"]
 
 METHODS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("methods.yaml").read_text("utf-8"))
 STEPS = (125, 250, 500, 1000)
 SECONDS = (15, 30, 60, 120, 240)
+_PART = re.compile("[^:]*,")  # a method without one of its parts
+_TRIED: set[str] = set()  # settings that are only run on other subcategories
 
 
 def settings_of(name: str) -> DistillConfig:
-    """Return the settings of a method, or of ``"METHOD, PART"``, which changes it."""
-    method = name.partition(",")[0]
+    """Return the settings of a method, or of ``"METHOD, PART"`` or ``"METHOD: SETTINGS"``, which change it."""
+    method = re.split("[,:]", name)[0]
     changes = {**METHODS["all"], **METHODS[method], **METHODS[name]}
     return read(
         ExperimentConfig, find(method), changes={f"distill.{field}": value for field, value in changes.items()}
@@ -56,23 +61,42 @@ def experiment() -> ExperimentConfig:
     return read(ExperimentConfig, find("rendered32"), changes={"teach.device": "cpu"})
 
 
-def trained_teacher() -> dict[str, Any]:
+def load_images(config: DataConfig, *, validation: bool) -> ImageData:
+    """Load the images, or those of as many other subcategories."""
+    if not validation:
+        return data.load(config)
+    both, first = data.load(replace(config, classes=2 * config.classes)), config.classes
+
+    def others(images: Any) -> ImageArray:
+        kept = images.labels >= first
+        return ImageArray(images.images[kept], images.labels[kept] - first, both.mean, both.std, shift=images.shift)
+
+    return replace(both, train=others(both.train), test=others(both.test), classes=both.classes[first:])
+
+
+def trained_teacher(*, validation: bool = False) -> TeachResult:
     """Train the teacher in a temporary folder, or read it from there."""
-    return train_teacher(experiment(), Path(tempfile.gettempdir()) / f"dfkd_fast_{os.getuid()}" / "methods_teacher")
-
-
-def run_method(method: str, seed: int, *, steps: int = STEPS[-1], progress: Any = False) -> dict[str, Any]:
-    """Distill with one method and seed. Return its row, with a curve of (student steps, seconds, accuracy)."""
-    config, trained = experiment(), trained_teacher()
+    config = experiment()
     assert config.data is not None
     assert config.teacher is not None
+    images = load_images(config.data, validation=validation)
+    torch.manual_seed(config.teach.seed)
+    folder = Path(tempfile.gettempdir()) / f"dfkd_fast_{os.getuid()}" / f"methods_teacher{'_validation' * validation}"
+    settings = replace(config.teach, out=str(folder), resume=True)
+    return teach(create_model(config.teacher, num_classes=images.num_classes), images, settings, progress=False)
+
+
+def run_method(
+    method: str, seed: int, *, steps: int = STEPS[-1], validation: bool = False, progress: Any = False
+) -> dict[str, Any]:
+    """Distill with one method and seed. Return its row, with a curve of (student steps, seconds, accuracy)."""
+    config, trained = experiment(), trained_teacher(validation=validation)
+    assert config.data is not None
     assert config.student is not None
-    images = data.load(config.data)
+    images = load_images(config.data, validation=validation)
     torch.manual_seed(seed)
-    teacher, student = (
-        extract(create_model(model, num_classes=images.num_classes), image_size=images.image_size)
-        for model in (replace(config.teacher, weights=trained["weights"]), config.student)
-    )
+    student = extract(create_model(config.student, num_classes=images.num_classes), image_size=images.image_size)
+    teacher = extract(trained.model, image_size=images.image_size)
     settings, generator = settings_of(method), config.distill.generator
     if settings.generator.name != "attention":
         generator = replace(settings.generator, options={**settings.generator.options, "width": 32})
@@ -94,7 +118,7 @@ def run_method(method: str, seed: int, *, steps: int = STEPS[-1], progress: Any 
             measuring += time.process_time() - begin
         return seconds > SECONDS[-1]
 
-    row: dict[str, Any] = {"method": method, "seed": seed, "teacher_accuracy": trained["accuracy"]}
+    row: dict[str, Any] = {"method": method, "seed": seed, "teacher_accuracy": trained.accuracy}
     with tempfile.TemporaryDirectory(prefix="dfkd_fast_method_") as out:
         run: dict[str, Any] = {"loop": loop, "generator": generator, "seed": seed, "out": out, "precision": "fp32"}
         sizes = {name: getattr(images, name) for name in ("image_size", "mean", "std")}
@@ -137,7 +161,7 @@ def _without(rows: list[dict[str, Any]], name: str) -> dict[str, str] | None:
 def methods_section(content: dict[str, Any], folder: str) -> str:
     """Return the tables at equal student steps and at equal CPU time."""
     rows, parts = content["rows"], [f"### {folder}"]
-    methods = [method for method in METHODS if any(row["method"] == method for row in rows) and "," not in method]
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows) and not _PART.match(method)]
     for position, marks, unit in ((0, STEPS, "student steps"), (1, SECONDS, "CPU seconds")):
         table = []
         for method in methods:
@@ -152,7 +176,7 @@ def methods_section(content: dict[str, Any], folder: str) -> str:
             line["n"] = f"{len(runs)}"
             table.append(line)
         parts += ["", f"Top-1 accuracy by {unit}:", "", *markdown_table(table)]
-    ablations = [found for name in METHODS if "," in name and (found := _without(rows, name))]
+    ablations = [found for name in METHODS if _PART.match(name) and (found := _without(rows, name))]
     if ablations:
         title = "Methods without one of their parts, at the end of the runs, with 95 % intervals of paired differences:"
         parts += ["", title, "", *markdown_table(ablations)]
@@ -167,18 +191,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = [method for method in METHODS if method != "all"]
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--out", type=Path, required=True, help="result file")
-    command.add_argument("--methods", nargs="+", choices=known, default=known, metavar="METHOD")
+    command.add_argument("--methods", nargs="+", choices=known, metavar="METHOD")
+    command.add_argument(
+        "--validation", action="store_true", help="run the settings of dfkd-fgvc on other subcategories, to choose some"
+    )
     command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     command.add_argument("--steps", type=int, default=STEPS[-1], help="student steps")
     command.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     options = command.parse_args(arguments)
+    candidates = [name for name in known if re.match("dfkd-fgvc(:|$)", name)]
+    chosen = options.methods or (candidates if options.validation else [name for name in known if name not in _TRIED])
     results = Results(options.out, key=("method", "seed"))
     done = {results.key_of(row) for row in results.rows}
-    trained_teacher()  # once, before several processes read it
+    trained_teacher(validation=options.validation)  # once, before several processes read it
     jobs = [
-        Job(name=f"{method}, seed {seed}", call=partial(run_method, method, seed, steps=options.steps))
+        Job(
+            name=f"{method}, seed {seed}",
+            call=partial(run_method, method, seed, steps=options.steps, validation=options.validation),
+        )
         for seed in options.seeds
-        for method in options.methods
+        for method in chosen
         if (method, seed) not in done
     ]
     run_jobs(
