@@ -69,7 +69,9 @@ def load_images(config: DataConfig, *, validation: bool) -> ImageData:
 
     def others(images: Any) -> ImageArray:
         kept = images.labels >= first
-        return ImageArray(images.images[kept], images.labels[kept] - first, both.mean, both.std, shift=images.shift)
+        return ImageArray(
+            images.images[kept], images.labels[kept] - first, mean=both.mean, std=both.std, shift=images.shift
+        )
 
     return replace(both, train=others(both.train), test=others(both.test), classes=both.classes[first:])
 
