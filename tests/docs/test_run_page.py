@@ -287,7 +287,7 @@ def use_by_keyboard(page: Any) -> None:
 def test_rendering_in_chromium(browser: Any, pages: list[Path]) -> None:  # noqa: F811
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the extra 'browser' is not installed")
     wrong: list[str] = []
-    for width, scheme in ((390, "dark"), (1440, "light")):
+    for width, scheme, opened_pages in ((390, "dark", pages), (1440, "light", pages[1:])):
         context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
         )
@@ -295,7 +295,7 @@ def test_rendering_in_chromium(browser: Any, pages: list[Path]) -> None:  # noqa
         page.on("request", lambda request: request.url.startswith(("file:", "data:")) or wrong.append(request.url))
         page.on("console", lambda message: wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        for path in pages:
+        for path in opened_pages:
             page.goto(path.as_uri(), wait_until="load")
             page.wait_for_function(
                 "document.querySelectorAll('.plot').length === document.querySelectorAll('.plot svg').length"
