@@ -32,10 +32,10 @@ from dfkd_fast.benchmarks.results import Results, commits
 from dfkd_fast.config import DataConfig, DistillConfig, ExperimentConfig, find, read
 from dfkd_fast.data import ImageData
 from dfkd_fast.data.image_data import ImageArray
-from dfkd_fast.engine import NonFiniteError, Runtime, TeachResult, distill, evaluate, teach
+from dfkd_fast.engine import NonFiniteError, Runtime, distill, evaluate, teach
 from dfkd_fast.jobs import Job, run_jobs
 from dfkd_fast.models import create_model, extract
-from dfkd_fast.report import markdown_table
+from dfkd_fast.report import markdown_table, read_results
 from dfkd_fast.sweep import mean_and_deviation, paired_difference
 
 __all__ = ["METHODS", "main", "methods_section", "run_method"]
@@ -76,29 +76,36 @@ def load_images(config: DataConfig, *, validation: bool) -> ImageData:
     return replace(both, train=others(both.train), test=others(both.test), classes=both.classes[first:])
 
 
-def trained_teacher(*, validation: bool = False) -> TeachResult:
-    """Train the teacher in a temporary folder, or read it from there."""
+def trained_teacher(*, validation: bool = False) -> tuple[Path, float]:
+    """Return the weights and the accuracy of the teacher. The first call trains it in a temporary folder."""
     config = experiment()
     assert config.data is not None
     assert config.teacher is not None
+    folder = Path(tempfile.gettempdir()) / f"dfkd_fast_{os.getuid()}" / f"methods_teacher{'_validation' * validation}"
+    found = read_results(folder / "history.json")
+    if found is not None and found["accuracy"] is not None:
+        return folder / "teacher.safetensors", found["accuracy"]
     images = load_images(config.data, validation=validation)
     torch.manual_seed(config.teach.seed)
-    folder = Path(tempfile.gettempdir()) / f"dfkd_fast_{os.getuid()}" / f"methods_teacher{'_validation' * validation}"
     settings = replace(config.teach, out=str(folder), resume=True)
-    return teach(create_model(config.teacher, num_classes=images.num_classes), images, settings, progress=False)
+    result = teach(create_model(config.teacher, num_classes=images.num_classes), images, settings, progress=False)
+    return result.weights, result.accuracy
 
 
 def run_method(
     method: str, seed: int, *, steps: int = STEPS[-1], validation: bool = False, progress: Any = False
 ) -> dict[str, Any]:
     """Distill with one method and seed. Return its row, with a curve of (student steps, seconds, accuracy)."""
-    config, trained = experiment(), trained_teacher(validation=validation)
+    config, (weights, teacher_accuracy) = experiment(), trained_teacher(validation=validation)
     assert config.data is not None
+    assert config.teacher is not None
     assert config.student is not None
     images = load_images(config.data, validation=validation)
     torch.manual_seed(seed)
-    student = extract(create_model(config.student, num_classes=images.num_classes), image_size=images.image_size)
-    teacher = extract(trained.model, image_size=images.image_size)
+    teacher, student = (
+        extract(create_model(model, num_classes=images.num_classes), image_size=images.image_size)
+        for model in (replace(config.teacher, weights=str(weights)), config.student)
+    )
     settings, generator = settings_of(method), config.distill.generator
     if settings.generator.name != "attention":
         generator = replace(settings.generator, options={**settings.generator.options, "width": 32})
@@ -120,7 +127,7 @@ def run_method(
             measuring += time.process_time() - begin
         return seconds > SECONDS[-1]
 
-    row: dict[str, Any] = {"method": method, "seed": seed, "teacher_accuracy": trained.accuracy}
+    row: dict[str, Any] = {"method": method, "seed": seed, "teacher_accuracy": teacher_accuracy}
     with tempfile.TemporaryDirectory(prefix="dfkd_fast_method_") as out:
         run: dict[str, Any] = {"loop": loop, "generator": generator, "seed": seed, "out": out, "precision": "fp32"}
         sizes = {name: getattr(images, name) for name in ("image_size", "mean", "std")}
