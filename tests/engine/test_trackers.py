@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,8 @@ def test_trackers_are_free_when_a_run_is_resumed(tmp_path: Path) -> None:
 
 
 def test_teach_records_its_losses(tmp_path: Path) -> None:
-    for _ in range(2):  # the second training replaces the first one
-        tiny.teach(tmp_path, trackers=["jsonl"], epochs=2)
+    for _ in range(2):  # the second call finds a finished run
+        tiny.teach(tmp_path, trackers=["jsonl"], epochs=2, resume=True)
     config, *steps, accuracy, results = lines(tmp_path)
     assert config["config"]["teach"]["epochs"] == 2
     assert [sorted(line) for line in steps] == [["step", "teach/loss"]] * 2
@@ -185,8 +186,18 @@ def test_wandb_continues_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WANDB_MODE", "offline")
     history = stopped_and_resumed(tmp_path / "run", "wandb")
     values, identities, results = [], set(), {}
-    for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")):
-        for record in map(Record.FromString, wandb_records(path)):
+
+    def complete() -> list[list[Any]]:
+        """The records of both processes' files, once wandb's own process has written their ends."""
+        paths = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+        found = [[Record.FromString(each) for each in wandb_records(path)] for path in paths]
+        return found if len(found) == 2 and all(any(r.HasField("exit") for r in each) for each in found) else []
+
+    until = time.monotonic() + 60
+    while not (files := complete()) and time.monotonic() < until:
+        time.sleep(0.1)
+    for records in files:
+        for record in records:
             if record.HasField("run"):
                 identities.add((record.run.run_id, record.run.project, record.run.display_name))
             row = {each.key or "/".join(each.nested_key): each.value_json for each in record.history.item}
