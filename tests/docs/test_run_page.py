@@ -284,6 +284,7 @@ def use_by_keyboard(page: Any) -> None:
         assert page.evaluate("document.querySelector('.tall th:nth-child(3)').ariaSort") == order
 
 
+@pytest.mark.slow
 def test_rendering_in_chromium(browser: Any, pages: list[Path]) -> None:  # noqa: F811
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the extra 'browser' is not installed")
     wrong: list[str] = []
