@@ -12,13 +12,14 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dfkd_fast.benchmarks.results import commits, parser
-from dfkd_fast.report import markdown_table
+from dfkd_fast.report import markdown_table, source_digest
 from dfkd_fast.sweep import SweepConfig, read_sweep, sweep, sweep_table
 
 _SHORT = {  # to test the command
@@ -69,13 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         devices["distill.engine"] = "auto"
     if options.engines and options.size == "small":
         devices |= _SHORT
-    runs = Path(tempfile.gettempdir()) / f"dfkd_fast_{os.getuid()}" / f"{name}_{options.device}"
+    size = options.size if options.engines else ""
+    folder = f"{name}{size}_{options.device}_{source_digest()}"  # rows of other sources are not reused
+    runs = Path(tempfile.gettempdir()) / f"dfkd_fast_{os.getuid()}" / folder
     runs.mkdir(parents=True, exist_ok=True)
+    results, start = runs / "results.json", time.time_ns()
     try:
         sweep(config, str(runs), changes=devices, jobs=workers, minutes=options.seconds / 60)
     finally:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(runs / "results.json", options.out)
+        if results.exists() and results.stat().st_mtime_ns >= start:  # also if it was interrupted
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(results, options.out)
     return 0
 
 

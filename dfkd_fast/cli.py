@@ -21,6 +21,7 @@ from dfkd_fast.config import (
     GeneratorConfig,
     ModelConfig,
     Precision,
+    expand,
     find,
     is_factory,
     one_line,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from dfkd_fast.engine import Cost, Measures
     from dfkd_fast.graph import FeatureModel
     from dfkd_fast.models import WeightsDescription
+    from dfkd_fast.sweep import SweepConfig
 
 __all__ = ["main"]
 
@@ -270,7 +272,11 @@ def _distill(
     given_values = {name: value for name, value in overrides.items() if value is not None}
     experiment = replace(experiment, distill=replace(experiment.distill, **given_values))
     setup = _setup(experiment, given, num_classes, evaluate=True)
-    networks = {"data": setup.data, "teacher": setup.teacher, "student": student}
+    weights = setup.teacher.weights
+    assert weights is not None
+    if not weights.startswith("hf:"):  # `report` reads it from any folder
+        weights = str(expand(weights).resolve())
+    networks = {"data": setup.data, "teacher": replace(setup.teacher, weights=weights), "student": student}
     classes = setup.description.classes
     names = {"classes": json.dumps(classes)} if classes is not None else {}
     result = distill(
@@ -710,8 +716,22 @@ def _profile(
     _print_result(("classes", classes), ("breakdown", result.folder / "breakdown.json"), *traces)
 
 
+def _read_sweep(
+    grid: str, seeds: list[int] | None, changes: dict[str, Any] | None, arguments: Sequence[str]
+) -> SweepConfig:
+    """Read a sweep. Its file may only name code that the command line names too."""
+    from dfkd_fast.sweep import read_sweep, sweep_cells
+
+    config = read_sweep(grid)
+    config = config if seeds is None else replace(config, seeds=seeds)
+    for cell in sweep_cells(config, changes=changes):
+        _check_factories(cell.experiment, arguments)
+    return config
+
+
 def _sweep(
     *,
+    arguments: Sequence[str] = (),
     grid: str,
     out: str | None = None,
     seeds: list[int] | None = None,
@@ -726,6 +746,7 @@ def _sweep(
     Starting it again with the same ``--out`` continues it, whatever happened to the process.
 
     Args:
+        arguments: the command line.
         grid: YAML file with the axes of the sweep, or name of a packaged sweep: ``table1`` to ``table5`` and
             ``figure7`` of the paper, ``rendered_tiny``, ``rendered_small``.
         out: folder of the sweep; None creates a new one under ``runs/``.
@@ -738,8 +759,7 @@ def _sweep(
     """
     from dfkd_fast import sweep as sweeps
 
-    config = sweeps.read_sweep(grid)
-    config = config if seeds is None else replace(config, seeds=seeds)
+    config = _read_sweep(grid, seeds, changes, arguments)
     if dry_run:
         sweeps.estimate(config, changes=changes, jobs=jobs)
         return
@@ -751,6 +771,7 @@ def _sweep(
 
 def _reproduce(
     *,
+    arguments: Sequence[str] = (),
     grid: str,
     out: str | None = None,
     seeds: list[int] | None = None,
@@ -763,9 +784,11 @@ def _reproduce(
     """Run a sweep, such as a table of the paper, and write an HTML page of its results: ``report.html`` in its folder.
 
     Args:
+        arguments: the command line.
         grid: as in `sweep`: a YAML file, or ``table1`` to ``table5``, ``figure7``, ``rendered_tiny`` or
             ``rendered_small``.
-        out: folder of the sweep; None is ``runs/NAME``. If it contains results, the sweep continues.
+        out: folder of the sweep; None is ``runs/NAME``. If it contains results of the same settings, the sweep
+            continues.
         seeds: random seeds, instead of those of the file.
         changes: fields of all runs by dotted path, for example ``{distill.loop.epochs: 10}``.
         jobs: number of processes at a time; None is one per GPU, or without GPUs one per core.
@@ -776,12 +799,14 @@ def _reproduce(
     from dfkd_fast import sweep as sweeps
     from dfkd_fast.run_page import write_page
 
-    config = sweeps.read_sweep(grid)
-    config = config if seeds is None else replace(config, seeds=seeds)
+    config = _read_sweep(grid, seeds, changes, arguments)
     out = out or f"runs/{Path(grid).stem}"
     limits: dict[str, Any] = {"minutes_per_cell": minutes_per_cell, "minutes": minutes}
     folder, rows = sweeps.sweep(config, out, changes=changes, jobs=jobs, **limits)
-    _print_result(("page", write_page([folder], folder / "report.html", device=device)))
+    if any(row.get("agreement") is not None for row in rows):
+        _print_result(("page", write_page([folder], folder / "report.html", device=device)))
+    else:
+        print("no page: no distillation has finished")
     if any(row["status"] == "failed" for row in rows):
         raise SystemExit(1)
 
@@ -833,12 +858,15 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
 }
 
 
-def _check_factories(experiment: ExperimentConfig, arguments: Sequence[str]) -> None:
+def _check_factories(
+    experiment: ExperimentConfig, arguments: Sequence[str], *, model: ModelConfig | None = None
+) -> None:
     """Raise ValueError if a config file names a factory, which is code, and the command line does not."""
     named = {
         "teacher": experiment.teacher,
         "student": experiment.student,
         "distill.generator": experiment.distill.generator,
+        "model": model,
     }
     for field, part in named.items():
         libraries = () if field == "distill.generator" else ("timm", "torchvision")
@@ -885,7 +913,9 @@ def create_parser() -> ArgumentParser:
                 if action.dest.split(".")[0] in {field.name for field in fields(ExperimentConfig)} - {*used}:
                     action.help = SUPPRESS
         flags = [parameter for parameter, kind in command.__annotations__.items() if kind == "bool"]
-        options.add_function_arguments(command, as_group=False, skip={"experiment", "given", *positional, *flags})
+        options.add_function_arguments(
+            command, as_group=False, skip={"experiment", "given", "arguments", *positional, *flags}
+        )
         for flag in flags:
             options.add_argument(f"--{flag}", action="store_true", help=described[flag])
         for each in positional:
@@ -918,9 +948,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.pop("config", None)
         if "given" in command.__annotations__:
             options["given"] = parser.parse_args(arguments, defaults=False)[parsed.subcommand]
+        if "arguments" in command.__annotations__:
+            options["arguments"] = arguments
         if used:
             experiment = ExperimentConfig(**{field.name: options.pop(field.name) for field in fields(ExperimentConfig)})
-            _check_factories(experiment, arguments)
+            _check_factories(experiment, arguments, model=options.get("model"))
             command(experiment, **options)
         else:
             command(**options)

@@ -700,7 +700,7 @@ def read(kind: type[T], path: str | Path, *more: str | Path, changes: Mapping[st
         kind: the config that the files describe.
         path: the first file.
         more: further files, whose fields replace those of the files before.
-        changes: fields to set at last, by dotted paths. The last name may be a key of a dict field.
+        changes: fields to set last, by dotted paths. The last name may be a key of a dict field.
 
     Raises:
         ValueError: a field is unknown, missing or invalid. The message names it.

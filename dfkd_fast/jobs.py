@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 __all__ = ["Job", "JobError", "run_jobs"]
 
 _SAVE_S = 60.0  # for a checkpoint of a run that has reached its time limit
+_LONGEST_S = 3600.0  # of one call that waits
 _GRACE_S = 10.0  # between SIGTERM, after which a distillation saves a checkpoint, and SIGKILL
 
 
@@ -65,7 +66,7 @@ def _pin(slot: int, workers: int) -> None:
     """Restrict this process to one GPU, or without GPUs to one core if there is one per worker."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-    if gpus and torch.cuda.device_count():
+    if gpus := gpus[: torch.cuda.device_count()]:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     elif workers <= len(cores := sorted(os.sched_getaffinity(0))):
         os.sched_setaffinity(0, {cores[slot]})
@@ -75,7 +76,8 @@ def _work(
     job: Job, arguments: Sequence[Any], connection: Connection, slot: int, workers: int, environment: dict[str, str]
 ) -> None:
     os.setpgrp()  # on Ctrl-C, only the parent stops the jobs
-    os.environ.update(environment)  # the server has that of its start
+    os.environ.clear()  # the server has the environment of its start
+    os.environ.update(environment)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _pin(slot, workers)
     torch.set_num_threads(1)
@@ -107,7 +109,9 @@ class _Table:
         if not self.fits:
             self.total = self.progress.add_task("all", total=len(jobs), note="")
         self.rows: dict[str, TaskID] = {
-            job.name: self.progress.add_task(job.name, total=None, start=False, note="waiting", visible=self.fits)
+            job.name: self.progress.add_task(
+                escape(job.name), total=None, start=False, note="waiting", visible=self.fits
+            )
             for job in jobs
         }
 
@@ -161,7 +165,7 @@ class _Runner:
         while self.waiting or self.running:
             self._start_jobs()
             left = min((each.end for each in self.running.values()), default=0.0) - time.monotonic()
-            ready: list[Any] = wait([*self.running], None if left == math.inf else max(0.0, left))
+            ready: list[Any] = wait([*self.running], min(max(0.0, left), _LONGEST_S))
             for connection in ready:
                 self._receive(connection)
             for each in self.running.values():
@@ -203,20 +207,23 @@ class _Runner:
         job, process = self.running[connection].job, self.running[connection].process
         try:
             kind, value = connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # also if it died while it sent a message
             process.join()
             kind, value = "error", (f" ended with exit status {process.exitcode}", "")
         if kind == "progress":
             self.table.update(job.name, *value)
             return
         ended = self.running.pop(connection)
-        process.join()
         if kind == "result":
             self.results[job.name] = value
             self.table.finish(job.name, value)
             if self.finished is not None:
                 self.finished(value)
-        elif ended.terminated:
+        process.join(_GRACE_S)
+        process.kill()
+        if kind == "result":
+            return
+        if ended.terminated:
             self._fail(job, JobError(f"{job.name} was stopped by its time limit", stopped=True))
         else:
             self._fail(job, JobError(f"{job.name}{value[0]}", value[1]))
@@ -263,8 +270,10 @@ def run_jobs(
 
     Raises:
         JobError: a job failed, and ``failed`` is None. The other jobs are stopped.
-        ValueError: jobs wait for each other or for jobs that do not exist.
+        ValueError: jobs wait for each other or for jobs that do not exist, or ``workers`` is below 1.
     """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     _check_order(jobs)
     table = _Table(jobs, console or Console(), text)
     runner = _Runner(jobs, workers or len(os.sched_getaffinity(0)), table, limit_s, budget_s)

@@ -41,6 +41,7 @@ from dfkd_fast.engine.state import Normalize
 from dfkd_fast.files import write_file
 from dfkd_fast.graph import FeatureModel, extract
 from dfkd_fast.models import WeightsDescription, create_model, load_weights, read_description, read_metadata
+from dfkd_fast.models.weights import resolve
 from dfkd_fast.nn import SpatialAttention, freeze_spectral_norm
 from dfkd_fast.objectives import FeatureShapes, HighOrderAttentionDistillation
 from dfkd_fast.report import read_results
@@ -138,8 +139,10 @@ class _Run:
         config = self.experiment.teacher
         if config is None or config.weights is None:
             raise ValueError("config.yaml does not name the teacher's weights")
-        # A relative path starts at the folder in which the run was started.
-        folders = [Path(), *self.folder.resolve().parents]
+        if config.weights.startswith("hf:"):
+            return self._network(config, "teacher", resolve(config.weights))
+        # A relative path starts at the folder in which the run was started, which often contains the run.
+        folders = [*self.folder.resolve().parents, Path()]
         weights = next((each for folder in folders if (each := folder / expand(config.weights)).is_file()), None)
         if weights is None:
             raise ValueError(f"the teacher's weights, {config.weights}, are missing")
@@ -643,7 +646,9 @@ def _sweep(folder: Path) -> tuple[dict[str, Any], list[tuple[str, Path]]]:
     runs = [
         (row["cell"], cell_folder(folder, row["cell"], row["seed"]))
         for row in rows
-        if row.get("agreement") is not None and row["seed"] == config.seeds[0] and row["cell"].startswith(column)
+        if row.get("agreement") is not None
+        and row["seed"] == config.seeds[0]
+        and (not column or row["cell"].startswith(f"{column}, "))
     ]
     return table, runs[:_SHOWN]
 

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from dfkd_fast import data as datasets
 from dfkd_fast import report
-from dfkd_fast.config import ExperimentConfig, ModelConfig, find, read, to_dict
+from dfkd_fast.config import ExperimentConfig, ModelConfig, expand, find, read, to_dict
 from dfkd_fast.engine import NonFiniteError, Position, Runtime, build_state, create_engine, distill, teach
 from dfkd_fast.engine.runtime import new_run_folder
 from dfkd_fast.files import lock_folder, write_file
@@ -90,6 +90,10 @@ class SweepConfig:
         known = {row for _, row in _positions(self)}
         if unknown := {*self.published, *([self.compare_with] if self.compare_with else [])} - known:
             raise ValueError(f"not a row of the sweep: {', '.join(sorted(unknown))}; rows: {', '.join(sorted(known))}")
+        columns = len({column for column, _ in _positions(self)})
+        for row, values in self.published.items():
+            if isinstance(values, list) and len(values) != columns:
+                raise ValueError(f"SweepConfig.published[{row!r}] must have {columns} values, got {len(values)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +118,12 @@ class Cell:
         return f"{self.name}, seed {self.seed}"
 
     def settings(self) -> str:
-        """Return everything that the result depends on, as JSON."""
-        return json.dumps({"role": self.role, **to_dict(self.experiment)}, sort_keys=True)
+        """Return everything that the result depends on except for the seed, as JSON."""
+        values: dict[str, Any] = {"role": self.role, **to_dict(self.experiment)}
+        values["distill" if self.role == "distill" else "teach"]["seed"] = None
+        if (root := values["data"]["root"]) is not None:
+            values["data"]["root"] = str(expand(root))
+        return json.dumps(values, sort_keys=True)
 
     def folder(self, root: Path) -> Path:
         """Return the folder of the run."""
@@ -176,6 +184,8 @@ def sweep_cells(config: SweepConfig, *, changes: Mapping[str, Any] | None = None
         for part in ("data", "teacher", "student"):
             if getattr(experiment, part) is None:
                 raise ValueError(f"cell {name!r} has no {part}")
+        if role == "teacher" and _required(experiment.teacher).weights is not None:
+            raise ValueError(f"cell {name!r} trains the teacher, but teacher.weights is set")
         cells += [_seeded(name, seed, role, own, experiment) for seed in config.seeds]
     if len({cell.folder(Path()) for cell in cells}) < len(cells):
         raise ValueError("the names of two cells differ only in characters that a folder's name cannot have")
@@ -213,20 +223,20 @@ class _Rows:
         """Add the cells that have no row yet.
 
         Raises:
-            ValueError: a cell has a row with other settings.
+            ValueError: a cell has a row with other settings, of the same or of another seed.
         """
-        for cell in cells:
-            key = cell.name, cell.seed
-            known = self.connection.execute("SELECT settings FROM cells WHERE cell = ? AND seed = ?", key).fetchone()
-            if known is None:
-                row = (*key, cell.settings(), json.dumps(cell.changes), "waiting")
-                self.connection.execute(
-                    "INSERT INTO cells (cell, seed, settings, changes, status) VALUES (?, ?, ?, ?, ?)", row
-                )
-            elif known["settings"] != cell.settings():
+        known = {row["cell"]: row["settings"] for row in self.connection.execute("SELECT cell, settings FROM cells")}
+        rows = [(cell.name, cell.seed, cell.settings(), json.dumps(cell.changes), "waiting") for cell in cells]
+        for name, _, settings, *_ in rows:
+            if known.get(name, settings) != settings:
                 raise ValueError(
-                    f"the settings of {cell} differ from those in this folder: choose another folder for --out"
+                    f"the settings of {name!r} differ from those in this folder: choose another folder for --out"
                 )
+        self.connection.execute("BEGIN IMMEDIATE")
+        self.connection.executemany(
+            "INSERT OR IGNORE INTO cells (cell, seed, settings, changes, status) VALUES (?, ?, ?, ?, ?)", rows
+        )
+        self.connection.execute("COMMIT")
 
     def set(self, cell: Cell, status: str, **values: Any) -> None:
         """Change columns of a row."""
@@ -236,20 +246,19 @@ class _Rows:
             f"UPDATE cells SET {assigned} WHERE cell = ? AND seed = ?", (*columns.values(), cell.name, cell.seed)
         )
 
-    def read(self) -> list[dict[str, Any]]:
-        """Return all rows, with their results as further columns."""
+    def read(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        """Return the rows of cells, with their results as further columns."""
         rows = []
-        for row in self.connection.execute("SELECT * FROM cells ORDER BY rowid"):
+        every = {(row["cell"], row["seed"]): row for row in self.connection.execute("SELECT * FROM cells")}
+        for row in (every[cell.name, cell.seed] for cell in cells):
             values = {name: row[name] for name in ("cell", "seed", "status", "error", "seconds", "images_per_s")}
             values |= {"overrides": json.loads(row["changes"]), **json.loads(row["result"] or "{}")}
             rows.append({**values, "environment": json.loads(row["environment"] or "null")})
         return rows
 
 
-def export(folder: Path, config: SweepConfig) -> list[dict[str, Any]]:
-    """Write ``results.json`` and ``results.csv`` of a sweep's folder, and return the rows of all cells."""
-    with closing(_Rows(folder)) as found:
-        rows = found.read()
+def export(folder: Path, config: SweepConfig, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write rows to ``results.json`` and ``results.csv`` of a sweep's folder, and return them."""
     environments: list[dict[str, Any]] = []
     for row in rows:
         if row["environment"] is None:
@@ -284,7 +293,8 @@ def train_teacher(
     model = _required(getattr(experiment, role))
     network = _network(model, images, experiment.teach.seed, new_head=True)
     settings = replace(experiment.teach, out=str(out), resume=True)
-    result = teach(network, images, settings, description=model.metadata(), progress=progress)
+    workers = _required(experiment.data).workers
+    result = teach(network, images, settings, description=model.metadata(), workers=workers, progress=progress)
     seconds = round(time.perf_counter() - start, 1)
     row = {"accuracy": result.accuracy, "images_per_s": result.images_per_s, "seconds": seconds}
     return {**row, "weights": str(result.weights)}
@@ -307,12 +317,16 @@ def run_cell(
         progress: called with the progress.
 
     Returns:
-        ``accuracy``, ``images_per_s`` and ``seconds``; after a distillation also ``agreement``, ``teacher_accuracy``
-        and ``rounds``. If a loss was not finite, ``accuracy`` is None and ``reason`` has the message.
+        ``accuracy``, ``images_per_s`` and ``seconds``, both of the last process; after a distillation also
+        ``agreement``, ``teacher_accuracy`` and ``rounds``. If a loss was not finite, ``accuracy`` is None and
+        ``reason`` has the message.
     """
     experiment, out, start = cell.experiment, cell.folder(folder), time.perf_counter()
     if cell.role != "distill":
-        trained = train_teacher(experiment, out, role="student", progress=progress) if teacher is None else teacher
+        try:
+            trained = train_teacher(experiment, out, role="student", progress=progress) if teacher is None else teacher
+        except ArithmeticError as error:
+            return {"accuracy": None, "images_per_s": None, "seconds": None, "reason": str(error)}
         return {name: trained[name] for name in ("accuracy", "images_per_s", "seconds")}
     images = datasets.load(_required(experiment.data))
     if teacher is not None:
@@ -381,8 +395,9 @@ def sweep(
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Run the cells of a sweep that are not done, in parallel processes, and print a table.
 
-    Writes ``sweep.db``, ``results.json``, ``results.csv``, and the folders of the runs. A failed cell costs no other;
-    the next start tries it again.
+    Writes ``sweep.db``, ``results.json``, ``results.csv``, and the folders of the runs. If a run fails, its traceback
+    is in ``error.txt`` of its folder, the others continue, and the next start tries it again. A script that calls this
+    needs ``if __name__ == "__main__":``, because the processes import it.
 
     Args:
         config: the sweep.
@@ -406,8 +421,10 @@ def sweep(
     folder = new_run_folder(out, "sweep")
     with lock_folder(folder), closing(_Rows(folder)) as rows:
         rows.add(cells)
-        status = {(row["cell"], row["seed"]): row["status"] for row in rows.read()}
+        status = {(row["cell"], row["seed"]): row["status"] for row in rows.read(cells)}
         left = {str(cell): cell for cell in cells if status[cell.name, cell.seed] != "done"}
+        for cell in (cell for cell in cells if str(cell) not in left):  # the process may have died before it did this
+            shutil.rmtree(cell.folder(folder) / "checkpoints", ignore_errors=True)
         teachers = {name: cell for cell in left.values() if (name := _teacher_name(cell)) is not None}
         todo = [
             Job(name=name, call=partial(train_teacher, cell.experiment, folder / "teachers" / name.split()[-1]))
@@ -429,13 +446,15 @@ def sweep(
         def failed(name: str, error: JobError) -> None:
             if name in left:
                 rows.set(left[name], "stopped" if error.stopped else "failed", error=str(error))
+                if error.details:
+                    write_file(left[name].folder(folder) / "error.txt", error.details.encode())
 
         limits = {"limit_s": 60 * minutes_per_cell, "budget_s": 60 * minutes}
         workers = jobs or torch.cuda.device_count() or None
         try:
             run_jobs(todo, workers=workers, text=_text, finished=finished, failed=failed, console=console, **limits)
         finally:
-            found = export(folder, config)
+            found = export(folder, config, rows.read(cells))
     console.print(report.result_table(sweep_table(config, found), config.title))
     if missing := sum(row["status"] != "done" for row in found):
         console.print(f"{missing} of {len(found)} runs are missing; start the sweep again with --out {folder}")
@@ -476,6 +495,8 @@ def sweep_table(config: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> list[
     by_cell: dict[str, dict[int, float]] = {name: {} for name in names}
     not_finite = dict.fromkeys(names, 0)
     for row in rows:
+        if row["seed"] not in config.seeds:
+            continue
         if row["cell"] in by_cell and row.get("accuracy") is not None:
             by_cell[row["cell"]][row["seed"]] = row["accuracy"]
         elif row["cell"] in by_cell and row["status"] == "done":

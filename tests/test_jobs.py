@@ -139,3 +139,47 @@ def test_results_are_reported_as_they_arrive() -> None:
     jobs = [Job(name=str(i), call=partial(add, i), after=(str(i - 1),) if i else ()) for i in range(3)]
     run_jobs(jobs, finished=seen.append)
     assert seen == [0, 1, 3]
+
+
+def test_a_failed_job_and_those_that_wait_for_it_are_reported() -> None:
+    jobs = [
+        Job(name="broken", call=fail),
+        Job(name="last", call=add, after=("second",)),
+        Job(name="second", call=add, after=("broken",)),
+        Job(name="fine", call=partial(add, 4)),
+    ]
+    failed: dict[str, JobError] = {}
+    assert run_jobs(jobs, workers=2, failed=failed.__setitem__) == {"fine": 4}
+    assert {name: str(error) for name, error in failed.items()} == {
+        "broken": "broken: ValueError: no such thing",
+        "second": "second needs broken, which has no result",
+        "last": "last needs second, which has no result",
+    }
+    assert "no such thing" in failed["broken"].details
+    assert not any(error.stopped for error in failed.values())
+
+
+def test_a_job_that_reaches_its_time_limit_can_save(tmp_path: Path) -> None:
+    failed: dict[str, JobError] = {}
+    jobs = [Job(name="slow", call=partial(write_when_stopped, tmp_path / "slow")), Job(name="late", call=interval)]
+    run_jobs(jobs, workers=1, failed=failed.__setitem__, limit_s=6.0, budget_s=6.0)
+    assert (tmp_path / "slow.stopped").exists()
+    assert str(failed["slow"]) == "slow was stopped by its time limit"
+    assert str(failed["late"]) == "late: no time left"
+    assert all(error.stopped for error in failed.values())
+
+
+def variable(name: str, *, progress: Any) -> tuple[str | None, int]:
+    return os.environ.get(name), len(os.sched_getaffinity(0))
+
+
+def test_jobs_have_the_environment_of_their_parent_and_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("a", None):  # the server that forks the processes has started before
+        monkeypatch.setenv("DFKD_TEST", value) if value else monkeypatch.delenv("DFKD_TEST")
+        found = run_jobs([Job(name="v", call=partial(variable, "DFKD_TEST"))], workers=1)
+        assert found["v"] == (value, 1)
+
+
+def test_workers_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        run_jobs([], workers=0)

@@ -123,6 +123,8 @@ def test_a_cell_that_cannot_run_is_named(tiny: str, level: dict[str, Any], messa
 def test_rows_of_a_sweep_must_exist(tiny: str) -> None:
     with pytest.raises(ValueError, match="not a row of the sweep: b; rows: a"):
         grid(tiny, {"a": {}}, published={"b": 1.0})
+    with pytest.raises(ValueError, match=r"published\['a'\] must have 1 values, got 2"):
+        grid(tiny, {"a": {}}, published={"a": [1.0, 2.0]})
     with pytest.raises(ValueError, match="must not be empty"):
         grid(tiny, {})
     with pytest.raises(ValueError, match="differ only in characters"):
@@ -185,6 +187,7 @@ def test_a_failed_cell_costs_no_other_and_is_tried_again(tiny: str, tmp_path: Pa
         "teacher": "done",
     }
     assert "multiple of 16" in by_cell["broken"]["error"]
+    assert "multiple of 16" in (out / "cells" / "broken" / "seed-0" / "error.txt").read_text()
     assert by_cell["fine"]["teacher_accuracy"] == by_cell["teacher"]["accuracy"]
     assert 0 <= by_cell["fine"]["accuracy"] <= 1
     assert not (out / "cells" / "fine" / "seed-0" / "checkpoints").exists()
@@ -199,8 +202,10 @@ def test_a_failed_cell_costs_no_other_and_is_tried_again(tiny: str, tmp_path: Pa
     _, again = sweep(config, str(out), jobs=2, console=quiet())
     assert [row["status"] for row in again] == ["done", "failed", "done", "done"]
     assert (out / "cells" / "fine" / "seed-0" / "student.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="the settings of fine, seed 0 differ"):
+    with pytest.raises(ValueError, match="the settings of 'fine' differ"):
         sweep(config, str(out), changes={"distill.loop.epochs": 2}, console=quiet())
+    with pytest.raises(ValueError, match="the settings of 'fine' differ"):  # also with another seed
+        sweep(replace(config, seeds=[1]), str(out), changes={"distill.loop.epochs": 2}, console=quiet())
     with lock_folder(out), pytest.raises(FolderInUseError):
         sweep(config, str(out), console=quiet())
 

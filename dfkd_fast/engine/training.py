@@ -301,11 +301,11 @@ def _finish(trainer: _Trainer, data: ImageData, folder: Path, description: dict[
         unwrap(model).load_state_dict(trainer.average.module.state_dict())
     model.eval()
     accuracy = history["accuracy"][-1]
-    report.write_results(folder / "history.json", {"epochs": history, "accuracy": accuracy})
     meta = {"format": "dfkd_fast.teacher/1", "num_classes": str(data.num_classes)}
     meta |= {name: json.dumps(getattr(data, name)) for name in ("image_size", "mean", "std", "classes")}
     weights = folder / "teacher.safetensors"
     save_weights(model, weights, {**meta, **description})
+    report.write_results(folder / "history.json", {"epochs": history, "accuracy": accuracy})
     return TeachResult(
         model=model,
         accuracy=accuracy,

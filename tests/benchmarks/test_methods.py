@@ -33,7 +33,7 @@ def test_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "experiment", lambda: small)
     monkeypatch.setattr(methods, "STEPS", (5, 10))
     monkeypatch.setitem(methods.METHODS, "dfad", {**methods.METHODS["dfad"], "loop.batch_size": 8})
-    row = methods.run_method("dfad", 0, steps=10)
+    row = methods.run_method("dfad", 0, methods.trained_teacher(), steps=10)
     assert [point[0] for point in row["curve"]] == [5, 10]
     assert row["accuracy"] == row["curve"][-1][2]
     assert row["images_per_s"] > 0

@@ -444,6 +444,25 @@ def test_config_files_run_no_code(
     assert not imported.exists()
 
 
+def test_other_files_with_settings_run_no_code(
+    imported: Path, experiment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("grid.yaml").write_text(
+        f"title: t\nconfigs: ['{experiment}']\nchanges: {{teacher.name: 'evil:net'}}\naxes: {{a: {{b: {{}}}}}}"
+    )
+    Path("model.yaml").write_text(f"model: {{name: 'evil:net'}}\n{Path(experiment).read_text()}")
+    commands = (
+        ["sweep", "grid.yaml", "--dry-run"],
+        ["reproduce", "grid.yaml"],
+        ["evaluate", "--config", "model.yaml", "--weights", "s.safetensors"],
+    )
+    for command in commands:
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "is 'evil:net' in a config file, which imports and runs code" in capsys.readouterr().err, command
+    assert not imported.exists()
+
+
 def test_values_of_options_import_no_classes(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("nested.yaml").write_text("class_path: evil.Net")
     for option in (["--teacher", "nested.yaml"], ["--teacher.class_path", "evil.Net"], ["--teacher", "evil.Net"]):
