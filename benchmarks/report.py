@@ -179,7 +179,7 @@ SECTIONS: dict[str, dict[str, Callable[[dict[str, Any], str], str]]] = {
     },
     "docs/swapping.md": {"drop_ins": drop_ins_section},
     "docs/ablation.md": {"ablation": ablation_section},
-    "docs/methods.md": {"methods": methods_section},
+    "docs/methods.md": {"methods": methods_section, "methods_validation": methods_section},
     "docs/reliability.md": {"reliability": reliability_section},
 }
 """Functions that write one device's section, by page and marker. The results of a marker are in ``MARKER.json``."""
@@ -196,6 +196,7 @@ _NOTES = {
     "step_cpu": "Not measured yet.",
     "ablation": "Not measured yet: `python -m dfkd_fast.benchmarks.ablation` measures it.",
     "methods": "Not measured yet: `python -m dfkd_fast.benchmarks.methods` measures it.",
+    "methods_validation": "Not measured yet.",
     "reliability": "Not run yet: `make reliability` runs it.",
 }
 _NOTE = "Not measured on a GPU yet: `make gpu` measures it."
