@@ -244,6 +244,7 @@ def test_tests_with_over_2_31_elements_are_marked_large_memory():
     assert all(found.values()), [name for name, marked in found.items() if not marked]
 
 
+@pytest.mark.slow
 def test_large_memory_tests_run_one_at_a_time(tmp_path):
     """This holds with several processes, and also after one of them dies."""
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)

@@ -162,7 +162,7 @@ def test_a_failed_job_and_those_that_wait_for_it_are_reported() -> None:
 def test_a_job_that_reaches_its_time_limit_can_save(tmp_path: Path) -> None:
     failed: dict[str, JobError] = {}
     jobs = [Job(name="slow", call=partial(write_when_stopped, tmp_path / "slow")), Job(name="late", call=interval)]
-    run_jobs(jobs, workers=1, failed=failed.__setitem__, limit_s=6.0, budget_s=6.0)
+    run_jobs(jobs, workers=1, failed=failed.__setitem__, limit_s=4.0, budget_s=4.0)
     assert (tmp_path / "slow.stopped").exists()
     assert str(failed["slow"]) == "slow was stopped by its time limit"
     assert str(failed["late"]) == "late: no time left"

@@ -12,10 +12,15 @@ import pytest
 
 from .reliability.harness import TARGETS, Tally
 
-SECONDS = 5
+SECONDS = 3
 
 
-@pytest.mark.parametrize("target", TARGETS)
+FAST = ("fuzz_files", "fuzz_ops", "injection")
+
+
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in TARGETS]
+)
 def test_nothing_is_lost(target: str, repository: Path) -> None:
     command = [sys.executable, "-m", "tests.reliability", target, "--minutes", str(SECONDS / 60)]
     done = subprocess.run(command, cwd=repository, env=dict(os.environ), capture_output=True, text=True, timeout=200)

@@ -148,6 +148,7 @@ for arguments in json.loads(sys.argv[1]):  # in one process, which imports the t
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_every_gpu_test_runs_in_a_job_or_is_left_out_with_a_reason(repository):
     jobs = [job.command for job in JOBS[2] if job.command[0] == "pytest"]

@@ -144,6 +144,7 @@ def test_ablation_has_mean_and_difference_over_seeds():
     assert "Teacher: 80.0%; rounds: 80; measured on: A GPU, torch 2.11.0; commit: 0123456789ab." in text
 
 
+@pytest.mark.slow
 def test_engines_are_compared_by_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     arguments = ["--engines", "--size", "small", "--device", "cpu", "--seeds", "0", "--jobs", "2"]

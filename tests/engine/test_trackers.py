@@ -146,6 +146,7 @@ def stopped_and_resumed(folder: Path, name: str) -> dict[str, list[float]]:
     return {**result.rounds, "results": [result.agreement, result.accuracy or 0.0]}
 
 
+@pytest.mark.slow
 def test_mlflow_continues_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
@@ -179,6 +180,7 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             parts = b""
 
 
+@pytest.mark.slow
 def test_wandb_continues_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record

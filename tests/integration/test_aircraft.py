@@ -14,6 +14,7 @@ from dfkd_fast.models import create_model, save_weights
 from ..data.trees import VARIANTS, aircraft_tree
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_aircraft_config_distills_resnet34_into_resnet18(tmp_path: Path) -> None:
     root = aircraft_tree(tmp_path / "data")

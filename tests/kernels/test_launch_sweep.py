@@ -42,7 +42,7 @@ def run(tmp_path, repository):
     "options",
     [
         (),
-        ("--compile", "--arch", 90, "--dtype", "bfloat16"),
+        pytest.param(("--compile", "--arch", 90, "--dtype", "bfloat16"), marks=pytest.mark.slow),
         *(pytest.param(("--compile", "--arch", arch), marks=pytest.mark.slow) for arch in (80, 86, 90, 100, 120)),
     ],
     ids=lambda options: " ".join(map(str, options)) or "all launches",
