@@ -40,7 +40,7 @@ progress() { \
 endef
 # One thread per test process: results do not depend on the number of cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-PYTEST := $(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+PYTEST := $(ONE_THREAD) $(BIN)/pytest -n $(WORKERS) --maxprocesses 8
 
 .PHONY: help demo test test-all check lint format docs gpu reliability offline-wheels wheels kernels report clean
 

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from dfkd_fast.engine import Cost, Measures
     from dfkd_fast.graph import FeatureModel
     from dfkd_fast.models import WeightsDescription
-    from dfkd_fast.sweep import SweepConfig
 
 __all__ = ["main"]
 
@@ -716,19 +715,6 @@ def _profile(
     _print_result(("classes", classes), ("breakdown", result.folder / "breakdown.json"), *traces)
 
 
-def _read_sweep(
-    grid: str, seeds: list[int] | None, changes: dict[str, Any] | None, arguments: Sequence[str]
-) -> SweepConfig:
-    """Read a sweep. Its file may only name code that the command line names too."""
-    from dfkd_fast.sweep import read_sweep, sweep_cells
-
-    config = read_sweep(grid)
-    config = config if seeds is None else replace(config, seeds=seeds)
-    for cell in sweep_cells(config, changes=changes):
-        _check_factories(cell.experiment, arguments)
-    return config
-
-
 def _sweep(
     *,
     arguments: Sequence[str] = (),
@@ -740,6 +726,7 @@ def _sweep(
     minutes_per_cell: float = math.inf,
     minutes: float = math.inf,
     dry_run: bool = False,
+    page: bool = False,
 ) -> None:
     """Run many settings with several seeds, in parallel processes, and compare them in one table.
 
@@ -756,15 +743,21 @@ def _sweep(
         minutes_per_cell: minutes after which a run is stopped with a checkpoint; the next start continues it.
         minutes: minutes after which the whole sweep is stopped like this.
         dry_run: only list the runs, with their time and memory estimated from a few steps.
+        page: also write ``report.html`` to the folder, as `report` does, once a distillation has finished.
     """
     from dfkd_fast import sweep as sweeps
 
-    config = _read_sweep(grid, seeds, changes, arguments)
+    config = sweeps.read_sweep(grid)
+    config = config if seeds is None else replace(config, seeds=seeds)
+    for cell in sweeps.sweep_cells(config, changes=changes):
+        _check_factories(cell.experiment, arguments)
     if dry_run:
         sweeps.estimate(config, changes=changes, jobs=jobs)
         return
     limits: dict[str, Any] = {"minutes_per_cell": minutes_per_cell, "minutes": minutes}
-    _, rows = sweeps.sweep(config, out, changes=changes, jobs=jobs, **limits)
+    folder, rows = sweeps.sweep(config, out, changes=changes, jobs=jobs, **limits)
+    if page and any(row.get("agreement") is not None for row in rows):
+        _report(runs=[str(folder)], out=str(folder / "report.html"))
     if any(row["status"] == "failed" for row in rows):
         raise SystemExit(1)
 
@@ -774,41 +767,22 @@ def _reproduce(
     arguments: Sequence[str] = (),
     grid: str,
     out: str | None = None,
-    seeds: list[int] | None = None,
-    changes: dict[str, Any] | None = None,
     jobs: int | None = None,
-    minutes_per_cell: float = math.inf,
     minutes: float = math.inf,
-    device: str = "auto",
 ) -> None:
-    """Run a sweep, such as a table of the paper, and write an HTML page of its results: ``report.html`` in its folder.
+    """Run a sweep, such as a table of the paper, and write ``report.html``, a page of its results, to its folder.
+
+    It is `sweep --page`, which has more options. Starting it again continues the sweep.
 
     Args:
         arguments: the command line.
-        grid: as in `sweep`: a YAML file, or ``table1`` to ``table5``, ``figure7``, ``rendered_tiny`` or
-            ``rendered_small``.
-        out: folder of the sweep; None is ``runs/NAME``. If it contains results of the same settings, the sweep
-            continues.
-        seeds: random seeds, instead of those of the file.
-        changes: fields of all runs by dotted path, for example ``{distill.loop.epochs: 10}``.
+        grid: a sweep, as in `sweep`.
+        out: folder of the sweep; None is ``runs/NAME``.
         jobs: number of processes at a time; None is one per GPU, or without GPUs one per core.
-        minutes_per_cell: minutes after which a run is stopped with a checkpoint; the next start continues it.
-        minutes: minutes after which the whole sweep is stopped like this.
-        device: device that computes the page.
+        minutes: minutes after which the sweep is stopped with checkpoints.
     """
-    from dfkd_fast import sweep as sweeps
-    from dfkd_fast.run_page import write_page
-
-    config = _read_sweep(grid, seeds, changes, arguments)
     out = out or f"runs/{Path(grid).stem}"
-    limits: dict[str, Any] = {"minutes_per_cell": minutes_per_cell, "minutes": minutes}
-    folder, rows = sweeps.sweep(config, out, changes=changes, jobs=jobs, **limits)
-    if any(row.get("agreement") is not None for row in rows):
-        _print_result(("page", write_page([folder], folder / "report.html", device=device)))
-    else:
-        print("no page: no distillation has finished")
-    if any(row["status"] == "failed" for row in rows):
-        raise SystemExit(1)
+    _sweep(arguments=arguments, grid=grid, out=out, jobs=jobs, minutes=minutes, page=True)
 
 
 def _methods() -> None:

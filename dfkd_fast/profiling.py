@@ -28,7 +28,17 @@ from dfkd_fast.models import normalization
 from dfkd_fast.nvtx import PREFIX
 from dfkd_fast.report import environment, result_table, write_results
 
-__all__ = ["OUTSIDE", "REPLAYED", "ProfileResult", "attribute", "profile", "summary_table", "table", "time_by_range"]
+__all__ = [
+    "OUTSIDE",
+    "REPLAYED",
+    "ProfileResult",
+    "attribute",
+    "profile",
+    "summary_table",
+    "table",
+    "time_by_range",
+    "time_steps",
+]
 
 OUTSIDE = "loop"
 """Name of the network in rows for time outside of all network ranges."""
@@ -273,16 +283,16 @@ def _record(
         for kind, first, count in (("generator", 0, generator_steps), ("student", generator_steps, student_steps)):
             if not count:
                 continue
-            _steps(engine, first, count)
-            unprofiled = _steps(engine, first, count)
+            time_steps(engine, first, count)
+            unprofiled = time_steps(engine, first, count)
             schedule = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
             with torch.profiler.profile(activities=activities, schedule=schedule, acc_events=True) as profiler:
-                _steps(engine, first, count)  # warm-up: starting the profiler slows these steps
-                _steps(engine, first, count, started=profiler.step)
+                time_steps(engine, first, count)  # warm-up: starting the profiler slows these steps
+                time_steps(engine, first, count, started=profiler.step)
             yield kind, profiler, unprofiled
 
 
-def _steps(engine: Engine, first: int, count: int, started: Callable[[], None] = lambda: None) -> float:
+def time_steps(engine: Engine, first: int, count: int, started: Callable[[], None] = lambda: None) -> float:
     """Call ``started``, run ``count`` steps from step ``first`` of a round, and return microseconds per step."""
     engine.state.position = Position(step=first)
     engine.start_round()

@@ -568,14 +568,13 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             if isinstance(value, Mapping)
             else {f"{prefix}{name}": json.dumps(value, default=str)}
         )
-    found.pop("distill.out", None)  # always differs
     return found
 
 
 def _settings(runs: Sequence[_Run]) -> list[dict[str, Any]]:
     """One row per setting, with a value per run; None if a run does not have it."""
     flat = [_flat(run.settings) for run in runs]
-    names = list(dict.fromkeys(name for each in flat for name in each))
+    names = [name for name in dict.fromkeys(itertools.chain(*flat)) if name != "distill.out"]  # it always differs
     rows = [{"name": name, "values": [each.get(name) for each in flat]} for name in names]
     return [{**row, "differs": len(set(row["values"])) > 1} for row in rows]
 

@@ -29,13 +29,14 @@ from rich.console import Console
 
 from dfkd_fast import data as datasets
 from dfkd_fast import report
-from dfkd_fast.config import ExperimentConfig, ModelConfig, expand, find, read, to_dict
-from dfkd_fast.engine import NonFiniteError, Position, Runtime, build_state, create_engine, distill, teach
+from dfkd_fast.config import ExperimentConfig, expand, find, read, to_dict
+from dfkd_fast.engine import NonFiniteError, Runtime, build_state, create_engine, distill, teach
 from dfkd_fast.engine.runtime import new_run_folder
 from dfkd_fast.files import lock_folder, write_file
 from dfkd_fast.graph import frozen, preserve_train_mode
 from dfkd_fast.jobs import Job, JobError, run_jobs
 from dfkd_fast.models import create_model, extract, normalization
+from dfkd_fast.profiling import time_steps
 
 __all__ = [
     "Cell",
@@ -277,11 +278,6 @@ def export(folder: Path, config: SweepConfig, rows: list[dict[str, Any]]) -> lis
     return rows
 
 
-def _network(model: ModelConfig, images: Any, seed: int, *, new_head: bool = False) -> Any:
-    torch.manual_seed(seed)  # determines the initial weights
-    return create_model(model, num_classes=images.num_classes, new_head=new_head)
-
-
 def train_teacher(
     experiment: ExperimentConfig, out: Path, *, role: Literal["teacher", "student"] = "teacher", progress: Any = False
 ) -> dict[str, Any]:
@@ -291,7 +287,8 @@ def train_teacher(
     """
     start, images = time.perf_counter(), datasets.load(_required(experiment.data))
     model = _required(getattr(experiment, role))
-    network = _network(model, images, experiment.teach.seed, new_head=True)
+    torch.manual_seed(experiment.teach.seed)  # determines the initial weights
+    network = create_model(model, num_classes=images.num_classes, new_head=True)
     settings = replace(experiment.teach, out=str(out), resume=True)
     workers = _required(experiment.data).workers
     result = teach(network, images, settings, description=model.metadata(), workers=workers, progress=progress)
@@ -529,21 +526,6 @@ def sweep_table(config: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> list[
     return list(table.values())
 
 
-def _step_seconds(engine: Any, first: int, count: int) -> float:
-    """Seconds of one step, from ``count`` steps that begin at step ``first`` of a round; the round before warms up."""
-    seconds = 0.0
-    for _ in range(2 if count else 0):
-        engine.state.position = Position(step=first)
-        engine.start_round()
-        engine.state.runtime.synchronize()
-        start = time.perf_counter()
-        for _ in range(count):
-            engine.step()
-        engine.state.runtime.synchronize()
-        seconds = (time.perf_counter() - start) / count
-    return seconds
-
-
 def probe(experiment: ExperimentConfig, *, progress: Any = False) -> dict[str, float]:
     """Estimate the time and memory of a distillation from a few steps with random weights.
 
@@ -572,12 +554,12 @@ def probe(experiment: ExperimentConfig, *, progress: Any = False) -> dict[str, f
             build_state(networks[0], networks[1], short, runtime, image_size=size, mean=mean, std=std)
         )
         engine.prepare()
-        seconds = [
-            _step_seconds(engine, 0, few["generator_steps"]),
-            _step_seconds(engine, few["generator_steps"], few["student_steps"]),
-        ]
+        microseconds = []
+        for first, count in ((0, few["generator_steps"]), (few["generator_steps"], few["student_steps"])):
+            times = [time_steps(engine, first, count) for _ in range(2)] if count else [0.0]  # the first ones warm up
+            microseconds.append(times[-1])
     rounds = loop.epochs * loop.rounds_per_epoch
-    total = rounds * (loop.generator_steps * seconds[0] + loop.student_steps * seconds[1])
+    total = rounds * (loop.generator_steps * microseconds[0] + loop.student_steps * microseconds[1]) / 1e6
     cuda = runtime.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": total, "bytes": float(peak)}
