@@ -16,14 +16,15 @@ OUT ?= out/gpu
 CALL ?= 1
 
 # uv installs several times faster than pip; pip is used if uv cannot be installed or fails. uv does not read pip's
-# settings, so the index and the certificates are passed on.
+# settings, so the index and the certificates are passed on. Like pip, it compiles to bytecode: with
+# PYTHONDONTWRITEBYTECODE, as in many containers, each process would otherwise compile PyTorch again.
 define INSTALL
 install() { \
 	local index="$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null || true)}"; \
 	export SSL_CERT_FILE="$${SSL_CERT_FILE:-$${PIP_CERT:-}}"; [ "$$SSL_CERT_FILE" ] || unset SSL_CERT_FILE; \
 	{ $(BIN)/pip install --quiet --constraint constraints.txt uv \
 		&& UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${index:-https://pypi.org/simple}}" \
-			$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt "$$@"; } \
+			$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt "$$@"; } \
 	|| $(BIN)/pip install --quiet --constraint constraints.txt "$$@"; \
 }; \
 progress() { \
