@@ -431,6 +431,8 @@ class DistillConfig:
         precision: ``auto`` is bf16 autocast if the device has instructions for it (compute capability 8.0, AMX or
             AVX512-BF16), otherwise fp32.
         channels_last: keep activations in channels-last memory format.
+        sync_batchnorm: with several processes, BatchNorms of generator and student use the statistics of all images;
+            false uses those of each process.
         device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
         seed: random seed of the run.
         trackers: where losses, pictures and results are recorded: ``tensorboard``, ``jsonl``, ``wandb``, ``mlflow``, or
@@ -451,6 +453,7 @@ class DistillConfig:
     autotune: bool = False
     precision: Precision = "auto"
     channels_last: bool = True
+    sync_batchnorm: bool = True
     device: str = "auto"
     seed: int = 0
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -486,6 +489,7 @@ class TeachConfig:
         checkpoint_every: number of epochs between checkpoints.
         precision: like ``DistillConfig.precision``.
         channels_last: keep activations in channels-last memory format.
+        sync_batchnorm: like ``DistillConfig.sync_batchnorm``.
         device: a torch device; ``auto`` is ``cuda`` if available, otherwise ``cpu``.
         seed: random seed of the training.
         trackers: like ``DistillConfig.trackers``.
@@ -505,6 +509,7 @@ class TeachConfig:
     checkpoint_every: int = 1
     precision: Precision = "auto"
     channels_last: bool = True
+    sync_batchnorm: bool = True
     device: str = "auto"
     seed: int = 0
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])

@@ -15,12 +15,15 @@ of positions: mean, squared deviations and count in forward (:mod:`dfkd_fast.ker
 g and g xhat in backward. Each program of the second launch merges the chunks of its channels in a fixed order, so that
 all programs get the same result in every run. The programs of the first chunk also write the results per channel. The
 second launch visits the tiles in reverse order, because the last ones of the first launch may still be in the L2 cache.
+On several processes, a collective runs between both launches, and the chunks are those of the processes.
 
 Memory traffic with 2-byte elements: forward 6 bytes per element, 8 1/8 with a residual; backward 10 bytes, 12 1/4 with
 a residual. Merging reads 8 bytes per channel and chunk in each program. Programs of eight warps keep both few.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -51,7 +54,15 @@ from dfkd_fast.kernels.batchnorm_statistics_bwd import unpack
 from dfkd_fast.kernels.common import cast, launch, next_power_of_2, traffic
 from dfkd_fast.kernels.config import Launch
 
-__all__ = ["backward", "forward", "merge_rows", "merge_statistics"]
+__all__ = [
+    "backward",
+    "backward_synchronized",
+    "forward",
+    "forward_synchronized",
+    "gradient_sums",
+    "merge_rows",
+    "merge_statistics",
+]
 
 
 @config.heuristic("batch_norm_act_statistics", UNROLL=(1, 8), BLOCK_P=(8, 512), LOOP_STAGES=(1, 3))
@@ -423,6 +434,7 @@ def forward(
     mean: Tensor,
     rstd: Tensor,
     mask: Tensor,
+    statistics: Tensor | None = None,
 ) -> None:
     """Normalizes x by its own statistics, adds the residual and activates.
 
@@ -443,11 +455,18 @@ def forward(
         rstd: (C,), float32, ``1 / sqrt(var + eps)``.
         mask: (N, ceil(C / 8), positions), uint8, with one stride for all positions. The bit of an element is set if the
             activation's argument is positive.
+        statistics: (P, 2, C), float32, means and biased variances of P processes that have as many values as x; None
+            for those of x.
     """
     if x.numel() == 0:
         return
     x = with_common_stride(x, y)
-    parts = partial_statistics("batch_norm_act_statistics", x, 1)
+    if statistics is None:
+        parts = partial_statistics("batch_norm_act_statistics", x, 1)
+    else:
+        count = x.numel() // x.shape[1]
+        means, variances = statistics.unbind(1)
+        parts = means.contiguous(), variances * count, means.new_full((len(means),), count)
     residual = None if residual is None else with_common_stride(residual, y)
     samples, positions, maps = as_maps(x, (x, y, residual, mask if keep_mask else None))
     chosen, constants = choose_config("batch_norm_act", x, samples, positions, maps[:3], residual is not None)
@@ -481,6 +500,13 @@ def forward(
             given.copy_(updated)
 
 
+def forward_synchronized(*arguments: Any) -> None:
+    """:func:`forward` with ``statistics`` before ``momentum``."""
+    *inputs, y, mean, rstd, mask = arguments
+    statistics = inputs.pop(6)
+    forward(*inputs, y, mean, rstd, mask, statistics)
+
+
 def backward(
     dy: Tensor,
     more_dy: Tensor | None,
@@ -497,6 +523,8 @@ def backward(
     dweight: Tensor | None,
     dbias: Tensor | None,
     dresidual: Tensor | None,
+    sums: Tensor | None = None,
+    processes: int = 1,
 ) -> None:
     """Gradients of :func:`forward`.
 
@@ -516,6 +544,8 @@ def backward(
         dweight: Output, (C,), any floating dtype; None if it is not needed.
         dbias: Output, (C,), any floating dtype; None if it is not needed.
         dresidual: Output, shape of x, contiguous or channels-last; None if it is not needed.
+        sums: (2, C), float32, the sums of g and g xhat over all processes, for dx only; None computes them.
+        processes: Number of processes in ``sums``.
     """
     if x.numel() == 0:
         for out in (dweight, dbias):
@@ -527,17 +557,19 @@ def backward(
     more_dy = None if more_dy is None else with_common_stride(more_dy, like)
     weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
     vectors = (weight, bias, mean, rstd, _slope(activation, negative_slope))
-    sums: tuple[Tensor | None, ...] = (None, None)
+    parts: tuple[Tensor | None, ...] = (None, None)
     chunks = 0
-    if dx is not None or dweight is not None or dbias is not None:
+    if sums is not None:
+        parts, chunks = sums.unbind(0), 1
+    elif dx is not None or dweight is not None or dbias is not None:
         samples, positions, maps = as_maps(x, (dy, more_dy, x, mask))
         by_priority = [maps[i] for i in (2, 0, 1)]
         chosen, constants = choose_config(
             "batch_norm_act_sums", x, samples, positions, by_priority, more_dy is not None
         )
         blocks, chunks, num_iters = split_work(x, chosen, samples, positions, 1)
-        sums = tuple(x.new_empty((2, chunks, x.shape[1]), dtype=torch.float32))
-        arguments = (*maps, *vectors, *sums, num_iters, positions, x.shape[1])
+        parts = tuple(x.new_empty((2, chunks, x.shape[1]), dtype=torch.float32))
+        arguments = (*maps, *vectors, *parts, num_iters, positions, x.shape[1])
         constants["ACTIVATION"] = activation != "none"
         launch(_backward_sums_kernel, (blocks * chunks,), *arguments, config=chosen, **constants)
 
@@ -554,11 +586,11 @@ def backward(
         (blocks * programs,),
         *maps,
         *vectors,
-        *sums,
+        *parts,
         dbias,
         dweight,
         chunks,
-        1 / (samples * positions),
+        1 / (samples * positions * processes),
         num_iters,
         positions,
         x.shape[1],
@@ -566,3 +598,16 @@ def backward(
         BLOCK_M=merge_rows(chosen, chunks),
         **constants,
     )
+
+
+def gradient_sums(*arguments: Any) -> None:
+    """Sums over the local values: the bias's and weight's gradients of :func:`backward` as the rows of (2, C)."""
+    *inputs, sums = arguments
+    backward(*inputs, None, None, sums[1], sums[0], None)
+
+
+def backward_synchronized(*arguments: Any) -> None:
+    """dx and dresidual of :func:`backward`, with ``sums`` and ``processes`` before ``activation``."""
+    *inputs, dx, dresidual = arguments
+    sums, processes = inputs[8:10]
+    backward(*inputs[:8], *inputs[10:], dx, None, None, dresidual, sums, processes)

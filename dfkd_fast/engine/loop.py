@@ -18,20 +18,32 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dfkd_fast import report
+from dfkd_fast.collectives import average, collect, current_group, distributed
 from dfkd_fast.config import DistillConfig, to_dict
 from dfkd_fast.data import ImageData
 from dfkd_fast.engine.background import Background
 from dfkd_fast.engine.checkpoint import CheckpointError, Checkpoints
+from dfkd_fast.engine.distributed import (
+    agree_to_stop,
+    broadcast,
+    is_main,
+    locked_run_folder,
+    on_main,
+    process_group,
+    require_divisible,
+    require_equal,
+    restartable,
+)
 from dfkd_fast.engine.engines import Engine, create_engine
 from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.interrupt import catch_signals
 from dfkd_fast.engine.progress import Listener, ProgressLine
 from dfkd_fast.engine.rounds import NonFiniteError, Round, Rounds
-from dfkd_fast.engine.runtime import Runtime, float32_weights, new_run_folder
+from dfkd_fast.engine.runtime import Runtime, float32_weights
 from dfkd_fast.engine.state import DistillState, build_state
 from dfkd_fast.engine.steps import synthesize
 from dfkd_fast.engine.trackers import TrackedRun, Trackers
-from dfkd_fast.files import lock_folder, write_file
+from dfkd_fast.files import write_file
 from dfkd_fast.graph import FeatureModel, extract, frozen, preserve_train_mode, require_separate, unwrap
 from dfkd_fast.models import load_weights, normalization, save_weights
 from dfkd_fast.objectives import FeatureShapes, required_outputs
@@ -85,7 +97,7 @@ def agreement(state: DistillState) -> float:
     """
     random = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 1)
     count = state.config.loop.batch_size
-    same = torch.zeros((), device=state.runtime.device)
+    same = torch.zeros(1, device=state.runtime.device)
     student = state.student.module
     with preserve_train_mode(student, False), torch.no_grad(), state.runtime.cast():
         for _ in range(_AGREEMENT_BATCHES):
@@ -93,6 +105,7 @@ def agreement(state: DistillState) -> float:
             logits = state.teacher(inputs).logits, student(inputs).logits
             finite = torch.stack([each.amax(1).isfinite() for each in logits]).all(0)
             same += ((logits[0].argmax(1) == logits[1].argmax(1)) & finite).float().mean()
+    average([same])
     return same.item() / _AGREEMENT_BATCHES
 
 
@@ -119,11 +132,14 @@ class _Run:
         inputs: dict[str, Any],
     ) -> None:
         self.state, self.folder, self.checkpoints, self.data, self.meta = state, folder, checkpoints, data, meta
-        # Two threads, so that a checkpoint does not wait for an evaluation.
-        self.files, self.measurements = Background(state.runtime.device), Background(state.runtime.device)
+        # Two threads, so that a checkpoint does not wait for an evaluation. With several processes, all run their
+        # collectives in the same order.
+        overlap = None if current_group() is None else False
+        self.files = Background(state.runtime.device)
+        self.measurements = Background(state.runtime.device, overlap=overlap)
         rounds, recorded = state.position.round, state.epochs.get("epoch", [0])[-1]
         self.trackers = Trackers(
-            state.config.trackers,
+            state.config.trackers if is_main() else (),
             TrackedRun(
                 folder=folder,
                 config=_content(inputs, state.config),
@@ -144,6 +160,10 @@ class _Run:
         if self.pending is not None and (self.pending.number * per_epoch, 0) != (position.round, position.step):
             # A run that resumes from this checkpoint has later weights, so it could not repeat the epoch's evaluation.
             self.finish_epoch()
+        self.saved = (position.round, position.step)
+        require_equal(self.state.mutable_tensors())
+        if not is_main():
+            return
         content = self.state.state_dict()
         history = {name: content.pop(name) for name in ("rounds", "epochs")}  # copies without tensors, but long
         snapshot = {**tree_map_only(Tensor, Tensor.clone, content), **history}
@@ -153,7 +173,6 @@ class _Run:
             self.checkpoints.save(snapshot)
 
         self.files.submit(write)
-        self.saved = (position.round, position.step)
 
     def evaluate_missed(self) -> None:
         """Evaluate the last epoch of a resumed run if the run stopped before that evaluation finished."""
@@ -175,8 +194,10 @@ class _Run:
             accuracy = self.measurements.submit(lambda: self.accuracy(student))
         self.pending = _Epoch(number=epoch, agreement=agreement(state), student=student, accuracy=accuracy)
         random = torch.Generator(device=state.runtime.device).manual_seed(state.config.seed + 2)
-        images = synthesize(state, *state.synthesizer.draw_samples(min(_GRID, loop.batch_size), random))[:_GRID].float()
-        self.files.submit(lambda: self.save_images(images, epoch))
+        count = min(_GRID, loop.batch_size) if current_group() is None else loop.batch_size
+        images = collect(synthesize(state, *state.synthesizer.draw_samples(count, random)).float())[:_GRID]
+        if is_main():
+            self.files.submit(lambda: self.save_images(images, epoch))
         if not overlaps:
             self.finish_epoch()
 
@@ -205,7 +226,8 @@ class _Run:
         criterion = {"agreement": "agreement", "test_accuracy": "accuracy"}.get(state.config.loop.select)
         if criterion in measured and measured[criterion] > state.best.get("score", -math.inf):
             state.best = {"score": measured[criterion], "epoch": epoch.number}
-            save_weights(epoch.student, self.best, self.meta)
+            if is_main():
+                save_weights(epoch.student, self.best, self.meta)
 
     def accuracy(self, student: nn.Module) -> float:
         assert self.data is not None
@@ -215,7 +237,8 @@ class _Run:
         """Wait until all evaluations are recorded and all files are written."""
         self.finish_epoch()
         self.files.wait()
-        self.checkpoints.prune()  # an earlier process may have been killed between a save and its deletions
+        if is_main():
+            self.checkpoints.prune()  # an earlier process may have been killed between a save and its deletions
 
     def close(self, *, failed: bool) -> None:
         """Stop the threads, and write the history and the curves so far.
@@ -226,6 +249,8 @@ class _Run:
         self.files.close()
         if failed:
             self.trackers.close(failed=True)
+        if not is_main():
+            return
         rounds, epochs = self.state.rounds, self.state.epochs
         try:
             report.write_results(self.folder / "history.json", {"rounds": rounds, "epochs": epochs})
@@ -313,11 +338,16 @@ def distill(
             networks and data.
         progress: show a progress bar, or a function that is called with the progress instead.
 
+    If ``torch.distributed`` is initialized, all processes must call this function with the same arguments. Together,
+    they compute what one process would compute, except for dropout: each process draws the masks of its images. Files
+    are written and progress is shown by the first process. See docs/scaling.md.
+
     Returns:
         The trained student, its history and the run folder.
 
     Raises:
-        ValueError: config, data and networks do not fit together, or the folder contains another run.
+        ValueError: config, data and networks do not fit together, the number of processes does not divide the batch
+            size, or the folder contains another run.
         NonFiniteError: a loss or gradient was not finite. It is raised at the end of that round or of the next one. Or
             a weight, a running statistic or the state of an optimizer is not finite, which is checked before saving.
         CheckpointError: the run cannot be resumed: no checkpoint in its folder is usable, or a setting differs that
@@ -326,23 +356,23 @@ def distill(
         dfkd_fast.files.WriteError: a file could not be written. The checkpoints and the history so far are kept.
         KeyboardInterrupt: after Ctrl-C, once the run is saved. SIGTERM saves the run and exits with status 143.
     """
-    runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
-    with float32_weights(student), float32_weights(generator or nn.Identity()):
+    config = restartable(config)
+    with distributed(process_group()), float32_weights(student), float32_weights(generator or nn.Identity()):
+        require_divisible(config.loop.batch_size, "LoopConfig.batch_size")
+        runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
         teacher, student, sizes = prepare_networks(teacher, student, config, data)
         student.train()
         with runtime.backends(), frozen(teacher), preserve_train_mode(teacher, False):
-            engine = create_engine(build_state(teacher, student, config, runtime, given=generator, **sizes))
-            folder = new_run_folder(config.out, "distill")
-            with lock_folder(folder):
-                return _distill(
-                    engine, folder, data, sizes, dict(description or {}), dict(inputs or {}), progress, callbacks
-                )
+            state = build_state(teacher, student, config, runtime, given=generator, **sizes)
+            given = dict(description or {}), dict(inputs or {})
+            with state.synchronized(), locked_run_folder(config.out, "distill") as folder:
+                return _distill(create_engine(state), folder, data, sizes, *given, progress, callbacks)
 
 
 def _resume(state: DistillState, checkpoints: Checkpoints) -> None:
     """Load the newest usable checkpoint if the run is resumed and there is one."""
     networks = {name: part for name, part in state._parts().items() if isinstance(part, nn.Module)}
-    saved = checkpoints.resumed(networks)
+    saved = on_main(lambda: checkpoints.resumed(networks))
     if saved is None:
         return
     state.load_state_dict(saved)
@@ -369,7 +399,7 @@ def _start(state: DistillState, folder: Path, resolved: dict[str, Any], inputs: 
     config = state.config
     checkpoints = Checkpoints(folder / "checkpoints", config, state.teacher_digest(), resolved)
     _resume(state, checkpoints)
-    if state.position.round < state.total_rounds or not (folder / "config.yaml").exists():
+    if is_main() and (state.position.round < state.total_rounds or not (folder / "config.yaml").exists()):
         write_file(folder / "config.yaml", yaml.safe_dump(_content(inputs, config), sort_keys=False).encode())
     return checkpoints
 
@@ -417,7 +447,7 @@ def _distill(
     meta |= {"num_classes": str(state.student.module.num_classes), "format": "dfkd_fast.student/1"}
 
     run = _Run(state, folder, checkpoints, data, meta, inputs)
-    line = ProgressLine("distill", total=state.total_rounds, unit="rounds", enabled=progress)
+    line = ProgressLine("distill", total=state.total_rounds, unit="rounds", enabled=progress if is_main() else False)
 
     ended = False
 
@@ -435,15 +465,18 @@ def _distill(
                 engine.prepare()
             run.evaluate_missed()
             while state.position.round < state.total_rounds and not ended:
-                complete = rounds.run(lambda: stop.received is not None)
+                complete = rounds.run(lambda: stop.received is not None and current_group() is None)
                 if callbacks:
                     rounds.drain()
+                ended = agree_to_stop(ended, stop)
                 last = ended or state.position.round == state.total_rounds
                 epoch, rest = divmod(state.position.round, loop.rounds_per_epoch)
                 due = last or stop.received is not None or state.position.round % loop.checkpoint_every == 0
                 if not (due or rest == 0):
                     continue
                 rounds.drain()
+                if not state.config.sync_batchnorm:
+                    broadcast(state.buffers())
                 if complete and (rest == 0 or ended):
                     run.evaluate_epoch(epoch + (rest > 0), last=last)
                 if due:
@@ -455,11 +488,13 @@ def _distill(
             run.finish()
             student = state.student.module.model
             if loop.select != "last":
-                load_weights(student, run.best_weights())
+                on_main(lambda: load_weights(student, run.best_weights()) and None)
                 runtime.place(student)
-            save_weights(student, folder / "student.safetensors", meta)
-            _save_generator(state, folder)
-            _save_attention(state, folder)
+                broadcast(student.state_dict().values())
+            if is_main():
+                save_weights(student, folder / "student.safetensors", meta)
+                _save_generator(state, folder)
+                _save_attention(state, folder)
     except BaseException:
         run.close(failed=True)
         raise

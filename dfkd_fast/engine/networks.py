@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.collectives import current_group
 from dfkd_fast.engine.state import DistillState, Side
 from dfkd_fast.engine.weight_cast import weight_cast
 from dfkd_fast.graph import Outputs, cast_weights, fold_batchnorm
@@ -144,7 +145,9 @@ def optimized_networks(state: DistillState, *, compile: Mapping[str, Any] | None
     weights of the generator, and one those of the student and its objective. Images have the autocast dtype.
     """
     dtype = state.runtime.autocast or torch.float32
-    sizes = {"image_size": state.image_size, "batch_size": state.config.loop.batch_size}
+    group = current_group()
+    batch_size = state.config.loop.batch_size // (1 if group is None else group.size)
+    sizes = {"image_size": state.image_size, "batch_size": batch_size}
     folded = fold_batchnorm(state.teacher, dtype=dtype, **sizes)
     statistics = state.teacher_statistics
     teachers = (folded if statistics is None else cast_weights(statistics, dtype), folded)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dfkd_fast.collectives import current_group
 from dfkd_fast.config import Precision
 from dfkd_fast.files import make_folder
 
@@ -43,8 +44,15 @@ def rng_states() -> dict[str, Any]:
 
 
 def set_rng_states(states: Mapping[str, Any]) -> None:
-    """Set the states of :func:`rng_states`. Those of CUDA are ignored on a machine with other devices."""
+    """Set the states of :func:`rng_states`. Those of CUDA are ignored on a machine with other devices.
+
+    In a run on several processes, each process sets its device to the state of the first one's.
+    """
     torch.set_rng_state(states["rng_cpu"])
+    if current_group() is not None:
+        if torch.cuda.is_available() and states["rng_cuda"]:
+            torch.cuda.set_rng_state(states["rng_cuda"][0])
+        return
     if torch.cuda.is_available() and len(states["rng_cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["rng_cuda"])
 
@@ -110,6 +118,8 @@ class Runtime:
         """
         name = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         resolved = _available(name)
+        if resolved.type == "cuda" and resolved.index is None and current_group() is not None:
+            resolved = torch.device("cuda", torch.cuda.current_device())  # also in other threads
         known = ("auto", "fp32", "tf32", "bf16", "fp16")
         if precision not in known:
             raise ValueError(f"precision must be one of {', '.join(known)}, got {precision!r}")

@@ -8,19 +8,21 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.collectives import current_group
 from dfkd_fast.config import DistillConfig, GeneratorConfig
 from dfkd_fast.engine.runtime import Runtime, rng_states, set_rng_states
 from dfkd_fast.graph import FeatureModel, extract
 from dfkd_fast.graph.modes import preserve_state
 from dfkd_fast.graph.tracing import weights_of
 from dfkd_fast.nn import GENERATORS, AttentionGenerator
+from dfkd_fast.nn.norm import synchronize_batchnorm
 from dfkd_fast.objectives import Objective, generator_objective, student_objective
 from dfkd_fast.synthesis import SYNTHESIZERS, Setting, Synthesizer, create_synthesizer
 
@@ -183,6 +185,14 @@ class DistillState:
         own = any(self.synthesizer.rate(iteration) != 1 for iteration in iterations)
         return own or self.config.optimizer.generator_schedule != "constant"
 
+    def synchronized(self) -> AbstractContextManager[None]:
+        """The context of a run on several processes, in which BatchNorms use the statistics of all images."""
+        group = current_group() if self.config.sync_batchnorm else None
+        made = nn.ModuleList([self.synthesizer.module, self.synthesizer.sampler])
+        return synchronize_batchnorm(
+            {"generator": made, "student": self.student.module.model}, group, leave=self.synthesizer.replicated
+        )
+
     def start_synthesis(self) -> None:
         """Prepare a synthesis or a stage of it, if the next generator step is its first."""
         synthesizer, iteration = self.synthesizer, self.position.step % self.synthesizer.setting.iterations
@@ -235,6 +245,11 @@ class DistillState:
             values = (value for state in side.optimizer.state.values() for value in state.values())
             candidates += [value for value in values if isinstance(value, Tensor)]
         yield from {id(tensor): tensor for tensor in candidates}.values()
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Yield the buffers of generator and student, such as running statistics."""
+        for side in self.sides.values():
+            yield from side.module.buffers()
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dfkd_fast.collectives import average, shard
 from dfkd_fast.engine.networks import StepNetworks, eager_networks
 from dfkd_fast.engine.state import DistillState, Side
 from dfkd_fast.graph import FeatureModel, batchnorm_mode, frozen, preserve_train_mode
@@ -49,6 +50,8 @@ def _deterministic(student: FeatureModel, mode: Literal["batch", "update", "eval
 def synthesize(state: DistillState, *inputs: Tensor) -> Tensor:
     """Make images (N, 3, H, W) in [-1, 1] like those of a student step, without changing the generator.
 
+    In a run on several processes, these are the images of this process.
+
     Args:
         state: the state.
         *inputs: the result of ``state.synthesizer.draw_samples``; noise (N, latent_dim) of the online generator.
@@ -69,10 +72,23 @@ def _all_finite(tensors: list[Tensor]) -> Tensor:
     return 1 - found
 
 
-def _descend(state: DistillState, side: Side[Any], total: Tensor, values: Tensor) -> None:
-    """Update a side along the gradient of its loss ``total``, and write its terms' ``values`` to the trace."""
+def _gradients(side: Side[Any]) -> list[Tensor]:
+    return [p.grad for group in side.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _backward(side: Side[Any], total: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of a side for its loss ``total`` and return the loss and its terms' ``values``.
+
+    In a run on several processes, one collective averages all of them.
+    """
+    side.scaler.scale(total).backward()
+    average([*_gradients(side), total, values])
+    return total.detach(), values
+
+
+def _update(state: DistillState, side: Side[Any], total: Tensor, values: Tensor) -> None:
+    """Update a side along its gradients, and write its terms' ``values`` to the trace."""
     optimizer, scaler = side.optimizer, side.scaler
-    scaler.scale(total).backward()
     if side is state.generator:
         state.synthesizer.after_backward(scaler.scale(total.new_ones(())) if scaler.is_enabled() else None)
     with nvtx_range("network", "optimizer"):
@@ -83,8 +99,7 @@ def _descend(state: DistillState, side: Side[Any], total: Tensor, values: Tensor
             scaler.update()
             finite = torch.ones_like(values[:1])
         else:
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            finite = _all_finite([*gradients, total.detach()])
+            finite = _all_finite([*_gradients(side), total])
             optimizer.found_inf = 1 - finite[0]  # type: ignore[attr-defined]
             optimizer.step()
             del optimizer.found_inf  # type: ignore[attr-defined]
@@ -121,12 +136,14 @@ def generator_step(state: DistillState, networks: StepNetworks | None = None) ->
             inputs, *views = made.chunk(synthesizer.views) if synthesizer.views > 1 else (made,)
             outputs = call.student(inputs) if needs_student else None
             target, *others = [call.teacher(each) for each in (inputs, *views)]
-            batch = (Batch(inputs, synthesizer.labels, *others),) if "batch" in objective.needs else ()
+            labels = None if synthesizer.labels is None else shard(synthesizer.labels)
+            batch = (Batch(inputs, labels, *others),) if "batch" in objective.needs else ()
             total, values = call.objective(target, outputs, *batch)
-        better = synthesizer.after_forward(total.detach())
+        total, values = _backward(state.generator, total, values)
+        better = synthesizer.after_forward(total)
         for term in objective.kinds().values():
             term.keep(better)
-        _descend(state, state.generator, total, values)
+        _update(state, state.generator, total, values)
 
 
 def student_step(state: DistillState, networks: StepNetworks | None = None) -> None:
@@ -154,4 +171,4 @@ def student_step(state: DistillState, networks: StepNetworks | None = None) -> N
         else:
             total, values = call.objective(*both)
     torch.index_select(state.rates, 0, state.cursor, out=state.student_rate.view(1))
-    _descend(state, state.student, total, values)
+    _update(state, state.student, *_backward(state.student, total, values))

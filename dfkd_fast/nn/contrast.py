@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dfkd_fast import ops
+from dfkd_fast.collectives import gather_columns
 from dfkd_fast.nn.heads import ProjectionHead
 
 __all__ = ["SemanticFeatureContrast"]
@@ -14,7 +15,8 @@ class SemanticFeatureContrast(nn.Module):
     """L_SFCL: contrastive loss between teacher and student features of the same images (paper, Eq. 8 and 9).
 
     Projection heads map the features to a common space, where :func:`dfkd_fast.ops.contrastive_loss` compares them. The
-    heads train with the student; the teacher receives no gradient.
+    heads train with the student; the teacher receives no gradient. In a run on several processes, the vectors of all
+    processes are compared.
 
     Args:
         teacher_dim: width of the teacher's penultimate features.
@@ -57,7 +59,7 @@ class SemanticFeatureContrast(nn.Module):
             ValueError: the batch sizes differ, or the temperature is not positive.
             RuntimeError: the features do not have the heads' width or dtype.
         """
-        anchors, positives = self.teacher_head(teacher.detach()), self.student_head(student)
+        anchors, positives = gather_columns(self.teacher_head(teacher.detach()), self.student_head(student))
         return ops.contrastive_loss(anchors, positives, temperature=self.temperature, symmetric=self.symmetric)
 
     def extra_repr(self) -> str:

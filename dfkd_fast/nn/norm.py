@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_fast import ops
+from dfkd_fast.collectives import Group
 from dfkd_fast.ops.spatial_attention import Norm
 
-__all__ = ["batch_norm_act", "batch_norm_act_conv1x1", "count_batches", "has_hooks"]
+__all__ = ["batch_norm_act", "batch_norm_act_conv1x1", "count_batches", "has_hooks", "synchronize_batchnorm"]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -52,7 +55,54 @@ def _arguments(bn: _BatchNorm) -> dict[str, Any]:
         "eps": bn.eps,
         "training": bn.training or (bn.running_mean is None and bn.running_var is None),
         "update_running_stats": bn.training and bn.track_running_stats,
+        **({"group": group} if (group := getattr(bn, "sync_group", None)) is not None else {}),
     }
+
+
+def _forward(bn: _BatchNorm, x: Tensor) -> Tensor:
+    """The forward of a synchronized BatchNorm, and of timm's BatchNorm with dropout and activation."""
+    bn._check_input_dim(x)
+    count_batches([bn])
+    y: Tensor = ops.batch_norm_act(x, **_arguments(bn))
+    return bn.act(bn.drop(y)) if hasattr(bn, "act") else y  # type: ignore[no-any-return]
+
+
+@contextmanager
+def synchronize_batchnorm(
+    networks: Mapping[str, nn.Module], group: Group | None, *, leave: Collection[nn.Module] = ()
+) -> Iterator[None]:
+    """Context manager in which BatchNorms in training mode use the batch statistics of all processes of a group.
+
+    Unlike ``nn.SyncBatchNorm``, it supports CPUs, and modules keep their classes.
+
+    Args:
+        networks: networks by name.
+        group: the processes; with None, nothing changes.
+        leave: modules that do not change.
+
+    Raises:
+        ValueError: a BatchNorm cannot be synchronized, because its class overrides ``forward`` or it has no momentum.
+            The message names it.
+    """
+    norms: dict[_BatchNorm, str] = {}
+    for name, network in networks.items() if group is not None else ():
+        found = ((path, bn) for path, bn in network.named_modules() if isinstance(bn, _BatchNorm) and bn not in leave)
+        norms |= {bn: f"{path} of the {name}" for path, bn in found}
+    for bn, path in norms.items():
+        plain = type(bn).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        if not plain and type(bn).__name__ != "BatchNormAct2d":
+            raise ValueError(f"{path} ({type(bn).__name__}) overrides forward: set sync_batchnorm to false")
+        if bn.momentum is None and bn.track_running_stats:
+            raise ValueError(f"{path} has momentum=None: set a momentum, or sync_batchnorm to false")
+    try:
+        for bn in norms:
+            bn.sync_group = group  # type: ignore[assignment]
+            bn.forward = partial(_forward, bn)  # type: ignore[method-assign]
+        yield
+    finally:
+        for bn in norms:
+            for attribute in ("sync_group", "forward"):
+                vars(bn).pop(attribute, None)
 
 
 def batch_norm_act(
@@ -119,7 +169,8 @@ def batch_norm_act_conv1x1(
     Raises:
         ValueError: shapes do not match, or training has only one value per channel.
     """
-    if _calls_module(bn) or has_hooks(conv) or type(conv).forward is not nn.Conv2d.forward:
+    unfused = _calls_module(bn) or hasattr(bn, "sync_group")
+    if unfused or has_hooks(conv) or type(conv).forward is not nn.Conv2d.forward:
         f = batch_norm_act(bn, x, activation="leaky_relu", negative_slope=negative_slope, count=count)
         return conv(f), f, None
     bn._check_input_dim(x)

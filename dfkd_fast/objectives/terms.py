@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_fast import ops
+from dfkd_fast.collectives import current_group, gather, gather_columns
 from dfkd_fast.config import InversionContrastConfig, KDConfig, MHADConfig, ObjectiveConfig, SFCLConfig
 from dfkd_fast.graph import FeatureModel, LayerStatistics, Outputs
 from dfkd_fast.nn import HighOrderAttention
@@ -102,7 +103,9 @@ class Term(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, a float32 scalar, of (teacher, student) or, with ``batch`` in ``needs``, (teacher, student, batch).
 
-        ``student`` is None if no term of the objective needs it.
+        ``student`` is None if no term of the objective needs it. In a run on several processes, the outputs are those
+        for the images of this process, and the loss of the run is the mean of the processes' losses. A term that is not
+        a mean over images must call :func:`dfkd_fast.collectives.gather`.
         """
         raise TypeError(f"{type(self).__name__} must define forward(teacher, student)")
 
@@ -161,6 +164,19 @@ class LogitDistance(Term):
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
         assert student is not None
         return F.l1_loss(student.logits.float(), teacher.logits.float())
+
+
+def _of_all_processes(layers: Sequence[LayerStatistics]) -> Sequence[LayerStatistics]:
+    """The statistics of the images of all processes, which have equal numbers of images."""
+    if current_group() is None:
+        return layers
+    gathered = gather(torch.cat([torch.stack(layer[:2]) for layer in layers], 1)[None])  # (P, 2, channels)
+    result = []
+    for layer, found in zip(layers, gathered.split([len(layer.mean) for layer in layers], 2), strict=True):
+        means, variances = found.unbind(1)
+        mean = means.mean(0)
+        result.append(layer._replace(mean=mean, var=(variances + (means - mean).square()).mean(0)))
+    return result
 
 
 @register("bn", "generator")
@@ -224,7 +240,8 @@ class BatchNormStatistics(Term):
         if not teacher.statistics:
             raise ValueError("term 'bn' needs BatchNorm2d layers, but the teacher has none: set the term's weight to 0")
         # ops.statistics_distance would read the maps again; the BatchNorms have computed the statistics already.
-        layers = self._mixed(teacher.statistics) if self.momentum else teacher.statistics
+        layers = _of_all_processes(teacher.statistics)
+        layers = self._mixed(layers) if self.momentum else layers
         total = ops.statistics_distances(layers)
         if self.first != 1:
             total = total + (self.first - 1) * ops.statistics_distances(layers[:1])
@@ -259,7 +276,7 @@ class ClassBalance(Term):
     reads_features = False
 
     def forward(self, teacher: Outputs, student: Outputs | None) -> Tensor:
-        return -torch.special.entr(teacher.logits.float().softmax(1).mean(0)).sum()
+        return -torch.special.entr(gather(teacher.logits.float()).softmax(1).mean(0)).sum()
 
 
 def _require_labels(batch: Batch, term: str) -> Tensor:
@@ -323,7 +340,8 @@ class JensenShannon(Term):
         assert student is not None
         p, q = ((each.logits.float() / 3).softmax(1).clamp(0.01, 0.99) for each in (teacher, student))
         m = ((p + q) / 2).clamp(0.01, 0.99)
-        divergences = [(m * (m.log() - each.log())).sum(1).mean() for each in (p, q)]
+        rows = gather_columns(*((m * (m.log() - each.log())).sum(1, keepdim=True) for each in (p, q)))
+        divergences = [each.mean() for each in rows]
         return 1 - (0.5 * (divergences[0] + divergences[1])).clamp(0, 1)
 
 
@@ -346,6 +364,8 @@ class TotalVariation(Term):
             x[:, :, :-1, :-1] - x[:, :, 1:, 1:],
         )
         norms = [torch.linalg.vector_norm(each) for each in differences]
+        if current_group() is not None:
+            norms = [*torch.linalg.vector_norm(gather(torch.stack(norms)[None]), dim=0)]
         return norms[0] + norms[1] + norms[2] + norms[3]
 
 
@@ -417,6 +437,7 @@ class InversionContrast(Term):
         if batch.view is None:
             raise ValueError("term 'contrast' needs a synthesizer with two views of each image, such as 'cmi'")
         views = [torch.cat([x.float().mean((2, 3)) for x in each.features], 1) for each in (batch.view, teacher)]
+        views = [*gather_columns(*views)]
         self.last.copy_(torch.cat(views, 1).detach())
         # A random selection of the bank's valid rows, and then of the others, which are masked.
         order = torch.rand(len(self.bank), dtype=torch.float32, device=self.bank.device)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dfkd_fast.collectives import Group, all_gather, all_reduce
 from dfkd_fast.ops.backend import dispatch, register
 from dfkd_fast.ops.batchnorm_statistics import new_map, new_mask
 from dfkd_fast.ops.checks import require_choice, require_number, require_tensor
@@ -54,8 +55,72 @@ def _allocate_backward(
     return [new_map(t, dtype) for (t, dtype), need in zip(like, needs_grad, strict=True) if need and t is not None]
 
 
-_forward = operator("batch_norm_act", _allocate, "batch_norm_act.forward", mutates=("running_mean", "running_var"))
+def _allocate_synchronized(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    statistics: Tensor,
+    momentum: float,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    keep_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Like :func:`_allocate`. ``statistics`` has the mean and variance of each process, (P, 2, C)."""
+    mean, rstd = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    return new_map(x), mean, rstd, new_mask(x, keep_mask)
+
+
+def _allocate_sums(
+    grad_y: Tensor,
+    more_grad_y: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    residual_dtype: torch.dtype | None,
+) -> Tensor:
+    """Allocate the gradients of bias and weight, (2, C)."""
+    return x.new_empty((2, x.shape[1]), dtype=torch.float32)
+
+
+def _allocate_backward_synchronized(
+    grad_y: Tensor,
+    more_grad_y: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    mask: Tensor | None,
+    sums: Tensor,
+    processes: int,
+    activation: str,
+    negative_slope: float,
+    residual_dtype: torch.dtype | None,
+    needs_grad: list[bool],
+) -> list[Tensor]:
+    """Allocate the gradients of x and residual. ``sums`` are those of :func:`_allocate_sums` of all processes."""
+    return [new_map(x, dtype) for dtype, need in zip((None, residual_dtype), needs_grad, strict=True) if need]
+
+
+_running = ("running_mean", "running_var")
+_forward = operator("batch_norm_act", _allocate, "batch_norm_act.forward", mutates=_running)
 _backward = operator("batch_norm_act_backward", _allocate_backward, "batch_norm_act.backward")
+_normalize = operator(
+    "batch_norm_act_synchronized", _allocate_synchronized, "batch_norm_act.forward_synchronized", mutates=_running
+)
+_sums = operator("batch_norm_act_sums", _allocate_sums, "batch_norm_act.gradient_sums")
+_backward_synchronized = operator(
+    "batch_norm_act_synchronized_backward", _allocate_backward_synchronized, "batch_norm_act.backward_synchronized"
+)
 
 
 def _forward_fork(*arguments: Any) -> tuple[Tensor, ...]:
@@ -95,6 +160,60 @@ _fused = differentiable("batch_norm_act", _forward, _save, _gradients, signature
 _fused_fork = differentiable("batch_norm_act", _forward_fork, _save, _gradients, outputs=2, signature=_allocate)
 
 
+def _forward_of_group(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    keep_mask: bool,
+    group: Group,
+) -> tuple[Tensor, ...]:
+    """Normalize by the statistics of all processes of a group. Return y twice."""
+    statistics = all_gather(torch.stack(torch.ops.dfkd_fast.channel_statistics(x)), group)
+    tensors = (x, weight, bias, residual, running_mean, running_var, statistics)
+    y, *rest = _normalize(*tensors, momentum, eps, activation, negative_slope, keep_mask)
+    return y, y.view_as(y), *rest
+
+
+def _save_of_group(
+    inputs: tuple[Any, ...], results: tuple[Tensor, ...]
+) -> tuple[Sequence[Tensor | None], tuple[Any, ...]]:
+    *inputs, group = inputs  # type: ignore[assignment]
+    saved, options = _save(tuple(inputs), results)
+    return saved, (*options, group)
+
+
+def _gradients_of_group(
+    needs_grad: Sequence[bool], saved: Sequence[Tensor | None], options: tuple[Any, ...], *grads: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients of the sum of the processes' losses, except that those of weight and bias are of the own loss."""
+    gradients: list[Tensor | None] = [None] * 4  # of x, weight, bias and residual
+    *options, group = options  # type: ignore[assignment]
+    given = [grad for grad in grads if grad is not None]
+    if not given:
+        return gradients
+    of_y = (given[0], given[1] if len(given) == 2 else None)
+    _, weight, bias, *_ = saved
+    sums = _sums(*of_y, *saved, *options)
+    for place, vector, found in ((1, weight, sums[1]), (2, bias, sums[0])):
+        gradients[place] = found.to(vector.dtype) if needs_grad[place] and vector is not None else None
+    needs = [bool(needs_grad[0]), bool(needs_grad[3])]
+    if any(needs):
+        total = all_reduce(sums, group)
+        found = _backward_synchronized(*of_y, *saved, total, group.size, *options, needs)
+        gradients[0], gradients[3] = found
+    return gradients
+
+
+_of_group = differentiable("batch_norm_act", _forward_of_group, _save_of_group, _gradients_of_group, outputs=2)
+
+
 def _triton(
     x: Tensor,
     weight: Tensor | None,
@@ -107,10 +226,14 @@ def _triton(
     residual: Tensor | None,
     training: bool,
     fork: bool,
+    group: Group | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     # Without a residual, backward recomputes the mask from x, which it reads in any case.
     keep_mask = residual is not None and activation != "none" and torch.is_grad_enabled()
     options = (float(momentum), float(eps), activation, float(negative_slope), keep_mask)
+    if group is not None:
+        ys = _of_group(x, weight, bias, residual, *running, *options, group)[:2]
+        return ys if fork else ys[0]
     if fork:
         return _fused_fork(x, weight, bias, residual, *running, *options)[:2]
     return _fused(x, weight, bias, residual, *running, *options)[0]
@@ -166,6 +289,7 @@ def batch_norm_act(
     training: bool = True,
     update_running_stats: bool = True,
     fork: bool = False,
+    group: Group | None = None,
     backend: str | None = None,
 ) -> Any:
     """Apply ``F.batch_norm``, add a residual and apply an activation (Ioffe & Szegedy, 2015).
@@ -194,6 +318,8 @@ def batch_norm_act(
         update_running_stats: whether training updates the running statistics.
         fork: return y twice, for two users: the backward adds their gradients while it reads them. Otherwise, autograd
             adds the gradients of several users in a separate pass.
+        group: processes whose values together have the statistics, for training; all have tensors of the same shape.
+            One collective in each direction exchanges (2, C) numbers. None is only this process.
         backend: ``"triton"``, ``"reference"`` or None; see :class:`dfkd_fast.ops.backend`.
 
     Returns:
@@ -216,4 +342,5 @@ def batch_norm_act(
     running = (running_mean, running_var) if update_running_stats or not training else (None, None)
     options: dict[str, Any] = {"momentum": momentum, "eps": eps, "activation": activation, "training": bool(training)}
     options |= {"negative_slope": negative_slope, "residual": residual, "fork": bool(fork)}
+    options["group"] = group if training else None
     return dispatch("batch_norm_act", backend, x, weight, bias, *running, **options)

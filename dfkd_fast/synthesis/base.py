@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.collectives import shard
 from dfkd_fast.config import SynthesisConfig
 from dfkd_fast.graph import FeatureModel
 from dfkd_fast.registry import Registry
@@ -68,7 +69,8 @@ class Synthesizer:
     generator step trains ``module`` along the generator's objective. A student step calls ``sampler``, without
     gradients. :meth:`start`, :meth:`start_stage`, :meth:`finish` and :meth:`start_round` run on the host between steps.
     All other methods run inside steps, which can be captured into CUDA graphs: they only queue work on the device, and
-    write to tensors in place.
+    write to tensors in place. In a run on several processes (:mod:`dfkd_fast.collectives`), ``module`` and ``sampler``
+    make the images of their process; everything else is the same in all processes.
 
     Args:
         setting: the run.
@@ -87,6 +89,7 @@ class Synthesizer:
         resets_optimizer: whether each synthesis, and each of its stages, starts with a new optimizer state.
         stage: index of the current stage.
         uses_generator: whether ``setting.generator`` is required.
+        replicated: modules that all processes call with the same inputs.
     """
 
     Options: ClassVar[type] = NoOptions
@@ -99,6 +102,7 @@ class Synthesizer:
     labels: Tensor | None = None
     sample_weights: tuple[float, ...] = ()
     stage: int = 0
+    replicated: tuple[nn.Module, ...] = ()
 
     def __init__(self, setting: Setting, options: Any) -> None:
         self.setting, self.options = setting, options
@@ -133,11 +137,14 @@ class Synthesizer:
         """End a synthesis."""
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
-        """Draw the random inputs of ``module`` for a generator step."""
+        """Draw the random inputs of ``module`` for a generator step with ``count`` images on all processes together."""
         raise NotImplementedError
 
     def draw_samples(self, count: int, random: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        """Draw the random inputs of ``sampler``, from ``random`` or from the run's random generator."""
+        """Draw the random inputs of ``sampler``, from ``random`` or from the run's random generator.
+
+        ``count`` is the number of images on all processes together.
+        """
         raise NotImplementedError
 
     def after_forward(self, loss: Tensor) -> Tensor | None:
@@ -209,7 +216,7 @@ class Online(Synthesizer):
         return torch.randn(size, dtype=torch.float32, device=self.setting.device, generator=random)
 
     def draw(self, count: int) -> tuple[Tensor, ...]:
-        return (self.noise(count),)
+        return (shard(self.noise(count)),)
 
     def draw_samples(self, count: int, random: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        return (self.noise(count, random),)
+        return (shard(self.noise(count, random)),)

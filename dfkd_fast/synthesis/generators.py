@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dfkd_fast.collectives import shard
 from dfkd_fast.models.weights import read_tensors
 from dfkd_fast.synthesis.base import SYNTHESIZERS, Online, Setting
 from dfkd_fast.synthesis.pool import PoolSynthesizer, Source
@@ -96,7 +97,7 @@ class Momentum(Online):
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]  # BatchNorm's counters
 
     def draw_samples(self, count: int, random: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        return self.noise(count, random), self.noise(count, random)
+        return shard(self.noise(count, random)), shard(self.noise(count, random))
 
     def after_step(self) -> None:
         averages, values = ([pair[index] for pair in self._averaged] for index in (0, 1))
@@ -119,7 +120,7 @@ class _Batch(Source):
 
     def forward(self, places: Tensor | None = None) -> Tensor:
         """Return the batch of images in [-1, 1], augmented."""
-        return self.augmented(self.generator(self.noise), places)
+        return self.augmented(self.generator(shard(self.noise)), places)
 
 
 @SYNTHESIZERS.register("fast")
@@ -205,7 +206,7 @@ class _Views(_Batch):
             places: see :func:`dfkd_fast.synthesis.crop_and_flip`.
             crops: (N, 5) float32: scale of height and width, offsets in [-1, 1] and sign of the columns.
         """
-        images = self.generator(self.noise)
+        images = self.generator(shard(self.noise))
         both = [self.augmented(images, places)]
         if crops is not None:
             height, width, down, right, sign = crops.T
@@ -262,7 +263,8 @@ class Contrastive(PoolSynthesizer):
         height, width = ((area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1))
         sign = torch.where(drawn[:, 4] < 0.5, -1.0, 1.0).float()
         offsets = 2 * drawn[:, 2:4] - 1
-        return places[0], torch.stack([height, width, offsets[:, 0], offsets[:, 1], sign], 1)  # type: ignore[return-value]
+        crops = torch.stack([height, width, offsets[:, 0], offsets[:, 1], sign], 1)
+        return places[0], shard(crops)  # type: ignore[return-value]
 
 
 class _Embedded(Source):
@@ -281,7 +283,7 @@ class _Embedded(Source):
         """Return images in [-1, 1] of the classes ``labels``, (N,), augmented."""
         groups = self.norm(self.embeddings[labels]).split(self.group)
         noise = torch.cat([layer(group) for layer, group in zip(self.layers, groups, strict=True)])
-        return self.augmented(self.generator(noise), places)
+        return self.augmented(self.generator(shard(noise)), places)
 
 
 @SYNTHESIZERS.register("nayer")
@@ -316,6 +318,7 @@ class LabelEmbedding(_WarmUp):
         super().__init__(setting, options)
         self.generator = setting.generator
         self.module = _Embedded(setting, self._embeddings())
+        self.replicated = (self.module.norm,)
         self.syntheses = 0
 
     def _embeddings(self) -> Tensor:

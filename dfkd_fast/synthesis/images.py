@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfkd_fast.collectives import shard
 from dfkd_fast.graph.tracing import dummy_image, eval_forward
 from dfkd_fast.synthesis.base import SYNTHESIZERS, Setting
 from dfkd_fast.synthesis.pool import PoolSynthesizer, Source
@@ -32,8 +33,8 @@ class _Images(Source):
 
     def forward(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
         """Return the images in [-1, 1], with the given order of rows (H,) and columns (W,), or of half as many."""
-        images = (self.pixels - self.shift) / self.scale
-        self.images.copy_(images.detach())
+        images = (shard(self.pixels) - self.shift) / self.scale
+        shard(self.images).copy_(images.detach())
         if rows is None or columns is None:
             return images
         if len(rows) < images.shape[2]:

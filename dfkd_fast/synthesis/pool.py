@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfkd_fast.collectives import complete_, shard
 from dfkd_fast.synthesis.base import Setting, Synthesizer
 
 __all__ = ["Augment", "Pool", "PoolSynthesizer", "crop_and_flip", "to_float", "to_uint8"]
@@ -115,12 +116,15 @@ class Augment(nn.Module):
         self.register_buffer("counts", torch.tensor([places, places, 2], device=device), persistent=False)
 
     def draw(self, count: int, random: torch.Generator) -> tuple[Tensor, ...]:
-        """Draw the offsets and flips of ``count`` images, (count, 3) int64; nothing without ``crop``."""
+        """Draw the offsets and flips of ``count`` images, and return those of this process, (N, 3) int64.
+
+        Without ``crop``, there are none.
+        """
         if self.crop is None:
             return ()
         drawn = torch.rand(count, 3, dtype=torch.float32, device=self.counts.device, generator=random)
         places = drawn * self.counts
-        return (places.long().minimum(self.counts - 1),)  # float32 may round up
+        return (shard(places.long().minimum(self.counts - 1)),)  # float32 may round up
 
     def forward(self, images: Tensor, places: Tensor | None = None) -> Tensor:
         """Return images (N, 3, H, W) in [-1, 1] of uint8 or floating-point images."""
@@ -132,7 +136,8 @@ class Source(nn.Module):
     """Base of the trained modules of pool synthesizers.
 
     Attributes:
-        images: (N, 3, H, W) float32 in [-1, 1], the images of the last call before augmentation.
+        images: (N, 3, H, W) float32 in [-1, 1], the images of the last call before augmentation, of which a process
+            has only its own until the end of the synthesis.
         augment: the augmentation of a generator step.
     """
 
@@ -146,7 +151,7 @@ class Source(nn.Module):
 
     def augmented(self, images: Tensor, places: Tensor | None) -> Tensor:
         """Keep the images, and augment them."""
-        self.images.copy_(images.detach())
+        shard(self.images).copy_(images.detach())
         return self.augment(images, places)
 
 
@@ -198,12 +203,15 @@ class PoolSynthesizer(Synthesizer):
 
     def after_forward(self, loss: Tensor) -> Tensor | None:
         better = loss < self.best_loss
-        self.best_images.copy_(torch.where(better, to_uint8(self.module.images), self.best_images))
+        best = shard(self.best_images)
+        best.copy_(torch.where(better, to_uint8(shard(self.module.images)), best))
         self.best_loss.copy_(torch.where(better, loss, self.best_loss))
         return better
 
     def finish(self) -> None:
         assert self.labels is not None
+        complete_(self.best_images)
+        complete_(self.module.images)
         self.pool.add(self.best_images, self.classes())
 
     def classes(self) -> Tensor:
@@ -213,7 +221,7 @@ class PoolSynthesizer(Synthesizer):
 
     def draw_samples(self, count: int, random: torch.Generator | None = None) -> tuple[Tensor, ...]:
         random = random or self.setting.random
-        images = self.pool.images.index_select(0, self.pool.draw(count, random))
+        images = self.pool.images.index_select(0, shard(self.pool.draw(count, random)))
         return (images, *self.sampler.draw(count, random))
 
     def tensors(self) -> dict[str, Tensor]:
