@@ -7,8 +7,10 @@ import logging
 import math
 import os
 import sys
+import time
 from argparse import SUPPRESS
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -373,7 +375,7 @@ def _evaluate(
         json: file to write all values to.
     """
     from dfkd_fast import data as datasets
-    from dfkd_fast.engine import Runtime, cost, measure, predictions
+    from dfkd_fast.engine import Runtime, cost, is_main, measure, predictions
     from dfkd_fast.models import create_model, read_description
     from dfkd_fast.report import environment, write_results
 
@@ -394,9 +396,11 @@ def _evaluate(
     taught = None
     with runtime.backends():
         student = predictions(runtime.place(network), images.test, **options)
-        spent = cost(network, images.image_size, runtime)
         if teacher is not None:
             taught = predictions(runtime.place(teacher_network), images.test, **options)
+        if not is_main():
+            return
+        spent = cost(network, images.image_size, runtime)
     measures = measure(student, teacher=taught)
     teacher_top1 = measure(taught).top1 if taught is not None else None
     speed = measures.images / student.seconds
@@ -832,6 +836,12 @@ COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
 }
 
 
+DISTRIBUTED = ("teach", "distill", "synthesize", "evaluate")
+"""Commands that torchrun can start in several processes."""
+
+_ERROR_DELAY_S = 3.0
+
+
 def _check_factories(
     experiment: ExperimentConfig, arguments: Sequence[str], *, model: ModelConfig | None = None
 ) -> None:
@@ -905,6 +915,30 @@ def _with_underscores(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
+@contextmanager
+def _join(command: str) -> Iterator[None]:
+    """Join the processes that torchrun has started. Only the first one prints results and warnings."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if command not in DISTRIBUTED:
+        raise ValueError(f"{command} runs in one process: start it without torchrun")
+    from dfkd_fast.engine import join
+
+    with join() as group, ExitStack() as stack:
+        if group is not None and group.rank:
+            logging.getLogger().setLevel(logging.ERROR)
+            logging.getLogger("dfkd_fast").setLevel(logging.ERROR)
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+
+
+def _wait_for_first_process() -> None:
+    """Let only one process print an error that all have: torchrun ends the others when the first one has failed."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_ERROR_DELAY_S)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. An error prints one line and exits with status 2; DFKD_FAST_TRACEBACK=1 shows the traceback."""
     from jsonargparse import ArgumentError, set_parsing_settings
@@ -913,11 +947,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("dfkd_fast").setLevel(logging.INFO)  # other libraries stay at WARNING
     # By default, jsonargparse imports the class that a value names as its class_path.
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["dfkd_fast.config"])
+    stack = ExitStack()  # closed only without an error
     try:
         parser = create_parser()
         arguments = [_with_underscores(each) for each in (sys.argv[1:] if arguments is None else arguments)]
         parsed = parser.instantiate(parser.parse_args(arguments))
         command, used = COMMANDS[parsed.subcommand]
+        stack.enter_context(_join(parsed.subcommand))
         options = vars(parsed[parsed.subcommand])
         options.pop("config", None)
         if "given" in command.__annotations__:
@@ -930,10 +966,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command(experiment, **options)
         else:
             command(**options)
+        stack.close()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (ArgumentError, ValueError, TypeError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
         if os.environ.get("DFKD_FAST_TRACEBACK") == "1":
             raise
+        _wait_for_first_process()
         print(f"error: {str(error) or 'not enough memory'}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -98,7 +98,7 @@ class _AllGather(torch.autograd.Function):
 
 def differentiable_all_gather(x: Tensor, group: Group) -> Tensor:
     """:func:`all_gather` with exact gradients, which need one more collective."""
-    gathered: Tensor = _AllGather.apply(x, group, False)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _AllGather.apply(x, group, False)
     return gathered
 
 
@@ -110,7 +110,7 @@ def gather(x: Tensor) -> Tensor:
     """
     if _group is None:
         return x
-    return _AllGather.apply(x, _group, True).flatten(0, 1)  # type: ignore[no-untyped-call]
+    return _AllGather.apply(x, _group, True).flatten(0, 1)
 
 
 def gather_columns(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -23,8 +23,6 @@ a residual. Merging reads 8 bytes per channel and chunk in each program. Program
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -500,11 +498,27 @@ def forward(
             given.copy_(updated)
 
 
-def forward_synchronized(*arguments: Any) -> None:
-    """:func:`forward` with ``statistics`` before ``momentum``."""
-    *inputs, y, mean, rstd, mask = arguments
-    statistics = inputs.pop(6)
-    forward(*inputs, y, mean, rstd, mask, statistics)
+def forward_synchronized(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    statistics: Tensor,
+    momentum: float,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    keep_mask: bool,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    mask: Tensor,
+) -> None:
+    """:func:`forward` with statistics, in the order of the operator's arguments."""
+    norm = (x, weight, bias, residual, running_mean, running_var, momentum, eps, activation, negative_slope)
+    forward(*norm, keep_mask, y, mean, rstd, mask, statistics)
 
 
 def backward(
@@ -600,14 +614,43 @@ def backward(
     )
 
 
-def gradient_sums(*arguments: Any) -> None:
-    """Sums over the local values: the bias's and weight's gradients of :func:`backward` as the rows of (2, C)."""
-    *inputs, sums = arguments
-    backward(*inputs, None, None, sums[1], sums[0], None)
+def gradient_sums(
+    dy: Tensor,
+    more_dy: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    residual_dtype: torch.dtype | None,
+    sums: Tensor,
+) -> None:
+    """The gradients dbias and dweight of :func:`backward` as the rows of ``sums``, (2, C), float32."""
+    saved = (x, weight, bias, mean, rstd, mask)
+    backward(dy, more_dy, *saved, activation, negative_slope, residual_dtype, None, sums[1], sums[0], None)
 
 
-def backward_synchronized(*arguments: Any) -> None:
-    """dx and dresidual of :func:`backward`, with ``sums`` and ``processes`` before ``activation``."""
-    *inputs, dx, dresidual = arguments
-    sums, processes = inputs[8:10]
-    backward(*inputs[:8], *inputs[10:], dx, None, None, dresidual, sums, processes)
+def backward_synchronized(
+    dy: Tensor,
+    more_dy: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    mask: Tensor | None,
+    sums: Tensor,
+    processes: int,
+    activation: str,
+    negative_slope: float,
+    residual_dtype: torch.dtype | None,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+) -> None:
+    """:func:`backward` with sums, in the order of the operator's arguments."""
+    saved = (x, weight, bias, mean, rstd, mask)
+    options = (activation, negative_slope, residual_dtype)
+    backward(dy, more_dy, *saved, *options, dx, None, None, dresidual, sums, processes)

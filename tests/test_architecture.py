@@ -44,7 +44,7 @@ LAYERS: dict[str, set[str]] = {
     "graph": {"nn", "ops"},
     "models": {"graph", "config", "deprecated", "files", "registry"},
     "objectives": {"collectives", "nn", "ops", "graph", "config", "registry"},
-    "data": {"config", "registry"},
+    "data": {"collectives", "config", "registry"},
     "report": {"config", "files"},
     "doctor": {"ops", "report", "engine"},
     "engine": {

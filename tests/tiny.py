@@ -31,8 +31,8 @@ from dfkd_fast.engine import DistillResult, DistillState, Runtime, build_state, 
 from dfkd_fast.models import FeatureModel, create_model, extract
 
 if not torch.cpu.get_capabilities().get("avx512_f"):
-    # On CPUs without AVX-512, oneDNN writes beyond the weight gradient of a channels-last 1 x 1 convolution with stride 2
-    # and fewer than 8 input channels. Real networks have more.
+    # On CPUs without AVX-512, oneDNN corrupts memory in the weight gradient of channels-last 1 x 1 convolutions with
+    # stride 2 and fewer than 8 input channels. Real networks have more.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "SSE41")
 
 CLASSES = 5

@@ -23,15 +23,18 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from dfkd_fast.collectives import Group
+
 __all__ = ["Loader", "loader"]
 
 
 class _SeededBatches(Sampler[tuple[int, list[int]]]):
-    """Adds a seed from the loader's generator to each batch of indices."""
+    """Adds a seed from the loader's generator to each batch of indices, and keeps the part of this process."""
 
-    def __init__(self, batches: BatchSampler, generator: torch.Generator) -> None:
+    def __init__(self, batches: BatchSampler, generator: torch.Generator, group: Group | None) -> None:
         self.batches = batches
         self.generator = generator
+        self.rank, self.processes = (0, 1) if group is None else (group.rank, group.size)
         self.skip = 0  # batches to leave out of the next pass
 
     def __len__(self) -> int:
@@ -40,7 +43,9 @@ class _SeededBatches(Sampler[tuple[int, list[int]]]):
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         seeds = torch.randint(2**62, (len(self),), generator=self.generator).tolist()
         skip, self.skip = self.skip, 0
-        yield from islice(zip(seeds, self.batches, strict=True), skip, None)
+        for seed, indices in islice(zip(seeds, self.batches, strict=True), skip, None):
+            count = len(indices) // self.processes
+            yield seed + self.rank, indices[self.rank * count : (self.rank + 1) * count]
 
 
 class _Seeded(Dataset[Any]):
@@ -146,7 +151,14 @@ class Loader(DataLoader[Any]):
 
 
 def loader(
-    dataset: Dataset[Any], *, batch_size: int, shuffle: bool, seed: int, workers: int, drop_last: bool = False
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    shuffle: bool,
+    seed: int,
+    workers: int,
+    drop_last: bool = False,
+    group: Group | None = None,
 ) -> Loader:
     """Build a loader of batches ``(images, labels)``: float32 (N, 3, H, W) and int64 (N,).
 
@@ -160,6 +172,7 @@ def loader(
         seed: seed of the order and of the random transforms.
         workers: number of processes, which stay alive between passes; 0 loads in the calling process.
         drop_last: drop an incomplete last batch.
+        group: load only this process's part of each batch; the number of processes must divide ``batch_size``.
 
     Returns:
         The loader; it pins memory if CUDA is available.
@@ -183,7 +196,7 @@ def loader(
     return Loader(
         _Seeded(dataset),
         collate_fn=_as_it_is,
-        batch_sampler=_SeededBatches(BatchSampler(order, batch_size, drop_last), generator),  # type: ignore[arg-type]
+        batch_sampler=_SeededBatches(BatchSampler(order, batch_size, drop_last), generator, group),  # type: ignore
         num_workers=workers,
         # DataLoader draws a base seed per pass, by default from the global generator.
         generator=torch.Generator().manual_seed(seed),

@@ -2,7 +2,7 @@
 
 from dfkd_fast.engine.capture import CaptureError
 from dfkd_fast.engine.checkpoint import CheckpointError, Checkpoints
-from dfkd_fast.engine.distributed import join
+from dfkd_fast.engine.distributed import is_main, join
 from dfkd_fast.engine.engines import (
     CompiledEngine,
     EagerEngine,
@@ -61,6 +61,7 @@ __all__ = [
     "evaluate",
     "export",
     "generator_step",
+    "is_main",
     "join",
     "make_images",
     "measure",

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics.classification import MulticlassAccuracy
 
+from dfkd_fast.collectives import current_group
 from dfkd_fast.data import loader
+from dfkd_fast.engine.distributed import everyone
 from dfkd_fast.engine.runtime import Runtime
 from dfkd_fast.graph import Outputs, preserve_train_mode
 
@@ -147,13 +148,27 @@ def _batches(
     workers: int,
     runtime: Runtime,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Float32 logits and labels per batch, on the device. Raises ValueError if the dataset is empty."""
+    """Float32 logits and labels per batch, on the device. Raises ValueError if the dataset is empty.
+
+    In a run on P processes, process i has the images i, i + P, i + 2 P, ...
+    """
     assert isinstance(dataset, Sized)
     if len(dataset) == 0:
         raise ValueError("dataset must have at least one image, got an empty one")
+    if (group := current_group()) is not None:
+        dataset = Subset(dataset, range(group.rank, len(dataset), group.size))
+        if len(dataset) == 0:
+            return
     for images, labels in loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers):
         labels = labels.to(runtime.device, non_blocking=True)
         yield logits_of(model, images, runtime), labels
+
+
+def _rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """The number of classes with a larger logit than the label, or with an equal one and a smaller index."""
+    own = logits.gather(1, labels[:, None])
+    earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    return ((logits > own) | ((logits == own) & earlier)).sum(1)
 
 
 def _not_finite(logits: Tensor) -> Tensor:
@@ -196,25 +211,18 @@ def evaluate(
         ValueError: the dataset is empty.
     """
     runtime = runtime or runtime_of(model)
-    metrics = {1: MulticlassAccuracy(num_classes, average="micro").to(runtime.device)}
-    if num_classes > 5:
-        metrics[5] = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(runtime.device)
-    broken = torch.zeros((), dtype=torch.int64, device=runtime.device)
+    counts = torch.zeros(3, dtype=torch.int64, device=runtime.device)
     images, start = 0, time.perf_counter()
     with preserve_train_mode(model, False):
         for logits, labels in _batches(model, dataset, batch_size=batch_size, workers=workers, runtime=runtime):
-            bad = _not_finite(logits)
-            broken += bad.sum()
-            # The label gets the lowest score, because NaN would count as the highest one.
-            wrong = -(torch.arange(logits.shape[1], device=logits.device) == labels[:, None]).float()
-            for metric in metrics.values():
-                metric.update(torch.where(bad[:, None], wrong, logits), labels)
+            bad, rank = _not_finite(logits), _rank_of_label(logits, labels)
+            counts += torch.stack([~bad & (rank < 1), ~bad & (rank < 5), bad]).sum(1)
             images += len(labels)
-    top1 = metrics[1].compute().item()
-    _warn(int(broken), images)
+    first, five, broken, images = (sum(each) for each in zip(*everyone([*counts.tolist(), images]), strict=True))
+    _warn(broken, images)
     return EvalResult(
-        top1=top1,
-        top5=metrics[5].compute().item() if 5 in metrics else None,
+        top1=first / images,
+        top5=five / images if num_classes > 5 else None,
         images=images,
         images_per_s=images / (time.perf_counter() - start),
     )
@@ -254,10 +262,21 @@ def predictions(
             if logits.shape != (len(labels), num_classes):
                 raise ValueError(f"logits must have shape {(len(labels), num_classes)}, got {tuple(logits.shape)}")
             found.append((logits.cpu(), labels.cpu()))
-    logits, labels = (torch.cat(each) for each in zip(*found, strict=True))
+    found = found or [(torch.zeros(0, num_classes), torch.zeros(0, dtype=torch.int64))]
+    parts = everyone(tuple(torch.cat(each) for each in zip(*found, strict=True)))
+    logits, labels = (_interleave(each) for each in zip(*parts, strict=True))
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"labels must be in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}")
     return Predictions(logits=logits, labels=labels, seconds=time.perf_counter() - start)
+
+
+def _interleave(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all processes in the order of the dataset; see :func:`_batches`."""
+    rows = torch.cat([*parts])
+    result = torch.empty_like(rows)
+    for rank, part in enumerate(parts):
+        result[rank :: len(parts)] = part
+    return result
 
 
 def _per_row(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -312,9 +331,7 @@ def measure(predictions: Predictions, *, teacher: Predictions | None = None) -> 
     logits, labels = predictions.logits, predictions.labels
     (images, classes), broken = logits.shape, _not_finite(logits)
     _warn(int(broken.sum()), images)
-    own = logits.gather(1, labels[:, None])
-    earlier = torch.arange(classes) < labels[:, None]
-    rank = ((logits > own) | ((logits == own) & earlier)).sum(1)  # of the label
+    rank = _rank_of_label(logits, labels)
     correct, predicted = (rank == 0) & ~broken, logits.argmax(1)
     counts = labels.bincount(minlength=classes).tolist()
     right = labels[correct].bincount(minlength=classes).tolist()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import report
+from dfkd_fast.collectives import collect, distributed
 from dfkd_fast.config import DistillConfig, expand, to_dict
+from dfkd_fast.engine.distributed import is_main, on_main, process_group, require_divisible
 from dfkd_fast.engine.engines import create_engine
 from dfkd_fast.engine.loop import prepare_networks
 from dfkd_fast.engine.progress import Listener, ProgressLine
@@ -64,16 +67,44 @@ def make_images(
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    folder = expand(out)
-    if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: choose another folder for out")
-    folder.mkdir(parents=True, exist_ok=True)
+    with distributed(process_group()), _empty_folder(out) as folder:
+        return _make_images(teacher, config, count, folder, student, generator, png, description, progress)
+
+
+@contextmanager
+def _empty_folder(out: str | Path) -> Iterator[Path]:
+    """Create and lock a folder in the main process."""
+    with ExitStack() as stack:
+
+        def create() -> Path:
+            folder = expand(out)
+            if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+                raise ValueError(f"{folder} is not empty: choose another folder for out")
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_folder(folder))
+            return folder
+
+        yield on_main(create)
+
+
+def _make_images(
+    teacher: nn.Module,
+    config: DistillConfig,
+    count: int,
+    folder: Path,
+    student: nn.Module | None,
+    generator: nn.Module | None,
+    png: bool,
+    description: Mapping[str, Any] | None,
+    progress: bool | Listener,
+) -> Path:
+    require_divisible(config.loop.batch_size, "LoopConfig.batch_size")
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
     if student is None:  # in eval mode, equal networks agree
         config = replace(config, loop=replace(config.loop, student_in_generator_step="eval"))
     other = copy.deepcopy(unwrap(teacher if student is None else student)).float().requires_grad_(True)
     networks = prepare_networks(teacher, other, config, None)
-    with lock_folder(folder), runtime.backends(), frozen(networks[0]), preserve_train_mode(networks[0], False):
+    with runtime.backends(), frozen(networks[0]), preserve_train_mode(networks[0], False):
         networks[1].train()
         state = build_state(*networks[:2], config, runtime, given=copy.deepcopy(generator), **networks[2])
         pooled = isinstance(state.synthesizer, PoolSynthesizer)
@@ -85,8 +116,11 @@ def make_images(
             raise ValueError(
                 f"SynthesisConfig.pool_size must be at least count, {count}; got {config.synthesis.pool_size}"
             )
-        with ProgressLine("synthesize", total=count, unit="images", enabled=progress) as line:
+        shown = progress if is_main() else False
+        with state.synchronized(), ProgressLine("synthesize", total=count, unit="images", enabled=shown) as line:
             images, labels = (_pooled if pooled else _generated)(state, count, line)
+        if not is_main():
+            return folder
         write_pool(folder, images, labels, png=png)
         manifest = {
             "images": count,
@@ -122,7 +156,7 @@ def _generated(state: DistillState, count: int, line: ProgressLine) -> tuple[Ten
     while sum(len(each) for each in images) < count:
         with torch.no_grad():
             made = synthesize(state, *state.synthesizer.draw_samples(state.config.loop.batch_size)).float()
-            labels.append(state.teacher(state.normalize(made)).logits.argmax(1))
-        images.append(to_uint8(made))
+            labels.append(collect(state.teacher(state.normalize(made)).logits.argmax(1)))
+        images.append(collect(to_uint8(made)))
         line.show(min(count, sum(len(each) for each in images)), {}, 0.0)
     return torch.cat(images)[:count], torch.cat(labels)[:count]

@@ -18,23 +18,38 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dfkd_fast import report
+from dfkd_fast.collectives import average, current_group, distributed
 from dfkd_fast.config import TeachConfig, to_dict
 from dfkd_fast.data import ImageData, loader
 from dfkd_fast.data.loading import Loader
 from dfkd_fast.engine.checkpoint import Checkpoints
+from dfkd_fast.engine.distributed import (
+    agree_to_stop,
+    broadcast,
+    is_main,
+    locked_run_folder,
+    on_main,
+    process_group,
+    require_divisible,
+    require_equal,
+    restartable,
+)
 from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.interrupt import StopRequest, catch_signals
 from dfkd_fast.engine.progress import Listener, ProgressLine
-from dfkd_fast.engine.runtime import Runtime, float32_weights, new_run_folder, rng_states, set_rng_states
+from dfkd_fast.engine.runtime import Runtime, float32_weights, rng_states, set_rng_states
 from dfkd_fast.engine.trackers import TrackedRun, Trackers
-from dfkd_fast.files import lock_folder, write_file
+from dfkd_fast.files import write_file
 from dfkd_fast.graph import unwrap
 from dfkd_fast.graph.tracing import weights_of
 from dfkd_fast.models import save_weights
+from dfkd_fast.nn.norm import synchronize_batchnorm
 
 __all__ = ["TeachResult", "teach"]
 
 log = logging.getLogger(__name__)
+
+_AGREE_EVERY = 10  # steps, after which several processes stop together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +128,14 @@ class _Trainer:
             group["lr"] = self._rate()
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        loss = loss.detach()
+        average([*(weight.grad for weight in self.model.parameters() if weight.grad is not None), loss])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
             self.average.update_parameters(unwrap(self.model))
-        self._losses += loss.detach()
-        self._images += len(images)
+        self._losses += loss
+        self._images += self.config.batch_size
         self.step += 1
 
     def epoch(self, stop: StopRequest) -> float | None:
@@ -127,7 +144,9 @@ class _Trainer:
         self.batches.set_state(self._order, skip=self.step)
         for images, labels in self.batches:
             self._train(images, labels)
-            if stop.received is not None:
+            if current_group() is not None and self.step % _AGREE_EVERY == 0:
+                agree_to_stop(False, stop)
+            if stop.received is not None and (current_group() is None or self.step % _AGREE_EVERY == 0):
                 return None
         mean = self._losses.item() / len(self.batches)
         self._seconds += time.perf_counter() - start
@@ -182,7 +201,8 @@ def teach(
 
     Seeds torch's global generators with ``config.seed``. A run that is killed and started again with ``config.resume``
     ends with the results of an undisturbed one, on the CPU bit for bit, if the random transforms of the data use
-    PyTorch's global generator.
+    PyTorch's global generator. If ``torch.distributed`` is initialized, all processes must call this function: each
+    has an equal part of every batch, and its own random transforms.
 
     Args:
         model: a classifier from images (N, 3, H, W) to logits (N, data.num_classes). It is trained in place. Weights of
@@ -198,26 +218,36 @@ def teach(
 
     Raises:
         ArithmeticError: the mean loss of an epoch or a trained weight is not finite.
-        ValueError: there are fewer training images than ``config.batch_size``, or the folder contains another run.
+        ValueError: there are fewer training images than ``config.batch_size``, the number of processes does not divide
+            it, or the folder contains another run.
         CheckpointError: the run cannot be resumed: no checkpoint in its folder is usable, or a setting, the data or the
             network differs. The message names the difference.
         dfkd_fast.files.FolderInUseError: another run writes to the folder.
         dfkd_fast.files.WriteError: a file could not be written. The earlier checkpoints are kept.
         KeyboardInterrupt: after Ctrl-C, once the run is saved. SIGTERM saves the run and exits with status 143.
     """
-    runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
-    torch.manual_seed(config.seed)
-    folder, described = new_run_folder(config.out, "teach"), dict(description or {})
-    with lock_folder(folder), float32_weights(model), runtime.backends():
+    config, described = restartable(config), dict(description or {})
+    with distributed(process_group()), locked_run_folder(config.out, "teach") as folder, float32_weights(model):
+        require_divisible(config.batch_size, "TeachConfig.batch_size")
+        runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
+        torch.manual_seed(config.seed)
         batches = loader(
-            data.train, batch_size=config.batch_size, shuffle=True, seed=config.seed, workers=workers, drop_last=True
+            data.train,
+            batch_size=config.batch_size,
+            shuffle=True,
+            seed=config.seed,
+            workers=workers,
+            drop_last=True,
+            group=current_group(),
         )
         if not len(batches):
             raise ValueError(f"batch_size must be at most the number of training images, got {config.batch_size}")
         runtime.place(model)
         trainer = _Trainer(model, batches, config, runtime)
         checkpoints = _start(trainer, data, folder, described)
-        _train(trainer, data, folder, checkpoints, workers, progress)
+        group = current_group() if config.sync_batchnorm else None
+        with runtime.backends(), synchronize_batchnorm({"network": model}, group):
+            _train(trainer, data, folder, checkpoints, workers, progress)
         return _finish(trainer, data, folder, described)
 
 
@@ -230,14 +260,14 @@ def _start(trainer: _Trainer, data: ImageData, folder: Path, description: dict[s
     resolved |= {name: description[name] for name in ("model", "options") if name in description}
     checkpoints = Checkpoints(folder / "checkpoints", config, resolved=resolved)
     networks = {name: part for name, part in trainer.parts().items() if isinstance(part, nn.Module)}
-    saved = checkpoints.resumed(networks)
+    saved = on_main(lambda: checkpoints.resumed(networks))
     if saved is not None:
         trainer.load_state_dict(saved)
         if trainer.finished < config.epochs:
             log.info("resumed at epoch %d, step %d", trainer.finished, trainer.step)
         else:
             log.info("this run is finished: all of its %d epochs are done", config.epochs)
-    if trainer.finished < config.epochs or not (folder / "config.yaml").exists():
+    if is_main() and (trainer.finished < config.epochs or not (folder / "config.yaml").exists()):
         write_file(folder / "config.yaml", yaml.safe_dump({"teach": to_dict(config)}, sort_keys=False).encode())
     return checkpoints
 
@@ -255,15 +285,19 @@ def _train(
     tracked = TrackedRun(
         folder=folder, config={"teach": to_dict(config)}, resumed=config.resume, steps=trainer.finished
     )
-    trackers = Trackers(config.trackers, tracked)
-    line = ProgressLine("teach", total=config.epochs, unit="epochs", enabled=progress)
+    trackers = Trackers(config.trackers if is_main() else (), tracked)
+    line = ProgressLine("teach", total=config.epochs, unit="epochs", enabled=progress if is_main() else False)
+
+    def write_history() -> None:
+        if is_main():
+            report.write_results(folder / "history.json", {"epochs": history, "accuracy": None})
 
     def record(mean: float) -> None:
         epoch, last = trainer.finished, trainer.finished == config.epochs
         for name, value in (("epoch", epoch), ("loss", mean), ("accuracy", math.nan)):
             history[name].append(value)
         if not math.isfinite(mean):
-            report.write_results(folder / "history.json", {"epochs": history, "accuracy": None})
+            write_history()
             raise ArithmeticError(f"the mean loss of epoch {epoch} is {mean}; try a lower lr")
         trainer.require_finite()
         trackers.add_scalars({"teach/loss": mean}, epoch)
@@ -273,7 +307,7 @@ def _train(
             )
             history["accuracy"][-1] = found.top1
             trackers.add_scalars({"teach/accuracy": found.top1}, epoch)
-        report.write_results(folder / "history.json", {"epochs": history, "accuracy": None})
+        write_history()
         newest = [value for value in history["accuracy"] if not math.isnan(value)][-1:]
         line.show(epoch, {"loss": mean, **({"accuracy": newest[0]} if newest else {})}, trainer.images_per_s)
 
@@ -281,17 +315,22 @@ def _train(
     with trackers, catch_signals() as stop, line:
         while trainer.finished < config.epochs:
             mean = trainer.epoch(stop)
+            if not config.sync_batchnorm:
+                broadcast(unwrap(trainer.model).buffers())
             if mean is not None:
                 record(mean)
             due = trainer.finished == config.epochs or trainer.finished % config.checkpoint_every == 0
             if due or stop.received is not None:
+                require_equal(unwrap(trainer.model).state_dict().values())
                 trackers.flush()  # a run that resumes from the checkpoint does not log its epochs again
-                checkpoints.save(trainer.state_dict())
+                if is_main():
+                    checkpoints.save(trainer.state_dict())
             if stop.received is not None:
                 line.message(f"saved at epoch {trainer.finished}, step {trainer.step}")
                 stop.leave()
         trackers.add_results({"accuracy": history["accuracy"][-1]})
-    checkpoints.prune()  # an earlier process may have been killed between a save and its deletions
+    if is_main():
+        checkpoints.prune()  # an earlier process may have been killed between a save and its deletions
 
 
 def _finish(trainer: _Trainer, data: ImageData, folder: Path, description: dict[str, str]) -> TeachResult:
@@ -304,8 +343,9 @@ def _finish(trainer: _Trainer, data: ImageData, folder: Path, description: dict[
     meta = {"format": "dfkd_fast.teacher/1", "num_classes": str(data.num_classes)}
     meta |= {name: json.dumps(getattr(data, name)) for name in ("image_size", "mean", "std", "classes")}
     weights = folder / "teacher.safetensors"
-    save_weights(model, weights, {**meta, **description})
-    report.write_results(folder / "history.json", {"epochs": history, "accuracy": accuracy})
+    if is_main():
+        save_weights(model, weights, {**meta, **description})
+        report.write_results(folder / "history.json", {"epochs": history, "accuracy": accuracy})
     return TeachResult(
         model=model,
         accuracy=accuracy,

@@ -64,7 +64,8 @@ def _forward(bn: _BatchNorm, x: Tensor) -> Tensor:
     bn._check_input_dim(x)
     count_batches([bn])
     y: Tensor = ops.batch_norm_act(x, **_arguments(bn))
-    return bn.act(bn.drop(y)) if hasattr(bn, "act") else y  # type: ignore[no-any-return]
+    timm: Any = bn
+    return timm.act(timm.drop(y)) if hasattr(bn, "act") else y
 
 
 @contextmanager

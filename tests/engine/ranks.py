@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """One process of test_distributed.py, started by torchrun: ``python -m tests.engine.ranks JOB ...``."""
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dfkd_fast.engine import EagerEngine, join, steps
 from dfkd_fast.engine.distributed import require_equal
 
 from .. import tiny
+
 
 class _FoundInf:
     """The attribute of a fused optimizer, which must be float32 also for float64 weights."""
