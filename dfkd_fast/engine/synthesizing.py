@@ -119,9 +119,6 @@ def _make_images(
         shown = progress if is_main() else False
         with state.synchronized(), ProgressLine("synthesize", total=count, unit="images", enabled=shown) as line:
             images, labels = (_pooled if pooled else _generated)(state, count, line)
-        if not is_main():
-            return folder
-        write_pool(folder, images, labels, png=png)
         manifest = {
             "images": count,
             "image_size": state.image_size,
@@ -131,7 +128,12 @@ def _make_images(
             "distill": to_dict(config),
             **(description or {}),
         }
-        report.write_results(folder / "manifest.json", manifest)
+
+        def write() -> None:
+            write_pool(folder, images, labels, png=png)
+            report.write_results(folder / "manifest.json", manifest)
+
+        on_main(write)
     return folder
 
 

@@ -343,9 +343,12 @@ def _finish(trainer: _Trainer, data: ImageData, folder: Path, description: dict[
     meta = {"format": "dfkd_fast.teacher/1", "num_classes": str(data.num_classes)}
     meta |= {name: json.dumps(getattr(data, name)) for name in ("image_size", "mean", "std", "classes")}
     weights = folder / "teacher.safetensors"
-    if is_main():
+
+    def write() -> None:
         save_weights(model, weights, {**meta, **description})
         report.write_results(folder / "history.json", {"epochs": history, "accuracy": accuracy})
+
+    on_main(write)
     return TeachResult(
         model=model,
         accuracy=accuracy,

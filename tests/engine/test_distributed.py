@@ -1,0 +1,141 @@
+"""Runs on several processes with gloo: equal to runs of one process, also after failures."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dfkd_fast.engine import distributed
+
+from .. import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(*arguments: str, processes: int, restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
+    options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, "-m", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DFKD_FAST_TIMEOUT_S": "60", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for the processes, which must succeed."""
+    output, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.parametrize(
+    ("processes", "rounds", "presets"),
+    [
+        (2, 6, ("dfkd-fgvc", "cmi")),
+        *(pytest.param(count, 20, (), marks=pytest.mark.slow) for count in (2, 3, 4)),
+    ],
+)
+def test_float64(processes: int, rounds: int, presets: tuple[str, ...]) -> None:
+    """Losses, weights, buffers and pools are those of one process; without presets, of all presets."""
+    finish(torchrun("tests.engine.ranks", "presets", str(rounds), *presets, "--float64", processes=processes))
+
+
+@pytest.mark.parametrize("processes", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (3, 4))])
+def test_float32(processes: int, tmp_path: Path) -> None:
+    """BatchNorms, evaluation, ``teach``, ``synthesize``, and runs that continue with other numbers of processes."""
+    job = ("tests.engine.ranks", "all", str(tmp_path))
+    finish(torchrun(*job, processes=processes, TRITON_INTERPRET="1"))
+
+
+def workers(agent: int) -> list[int]:
+    """The processes that torchrun has started, by rank."""
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    commands = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+    return sorted(child for child, command in commands.items() if b"tests.engine.ranks" in command)
+
+
+def kill_repeatedly(agent: subprocess.Popen[str], folder: Path, kills: int) -> None:
+    """Kill a random process: most after a new checkpoint, some while they start."""
+    choose, before = random.Random(0), 0
+    while kills:
+        deadline, starting = time.monotonic() + choose.uniform(0, 5), choose.random() < 0.1
+        while True:
+            assert agent.poll() is None, agent.communicate()[0]
+            rounds = [int(path.name.split("-")[1]) for path in folder.glob("checkpoints/*.pt")]
+            if max(rounds, default=0) > before or (starting and time.monotonic() > deadline):
+                break
+            time.sleep(0.02)
+        time.sleep(choose.uniform(0, 0.3))
+        before = max((int(path.name.split("-")[1]) for path in folder.glob("checkpoints/*.pt")), default=0)
+        try:
+            os.kill(choose.choice(workers(agent.pid)), signal.SIGKILL)
+        except (IndexError, ProcessLookupError):  # between two starts
+            continue
+        kills -= 1
+
+
+@pytest.mark.slow
+def test_killed_processes_are_restarted(tmp_path: Path) -> None:
+    kills = 100
+    rounds = str(kills + 10)
+    job = ("tests.engine.ranks", "run")
+    agent = torchrun(*job, str(tmp_path / "killed"), rounds, processes=2, restarts=3 * kills)
+    kill_repeatedly(agent, tmp_path / "killed", kills)
+    finish(agent)
+    finish(torchrun(*job, str(tmp_path / "undisturbed"), rounds, processes=2))
+    found, expected = (load_file(tmp_path / name / "student.safetensors") for name in ("killed", "undisturbed"))
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_errors_are_one_line() -> None:
+    process = torchrun("dfkd_fast", "methods", processes=2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert output.count("error: methods runs in one process: start it without torchrun") == 1
+
+
+def test_a_broken_rendezvous_is_one_line() -> None:
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    found = subprocess.run(
+        [sys.executable, "-m", "dfkd_fast", "distill"],
+        env={**os.environ, **environment, "DFKD_FAST_TIMEOUT_S": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert found.returncode == 2
+    *_, last = found.stderr.splitlines()
+    assert last.startswith("error: cannot join the other processes at 127.0.0.1:9; start them with torchrun: ")
+
+
+def test_missing_nccl_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="process 1 of this machine has no GPU: there are 1"), distributed.join():
+        pass
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(ValueError, match="PyTorch with NCCL"), distributed.join():
+        pass
+
+
+def test_restarts_need_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(ValueError, match="--out is required with torchrun's --max-restarts"):
+        distributed.restartable(tiny.config())
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert distributed.restartable(tiny.config(Path("run"))).resume
