@@ -134,9 +134,9 @@ class _Run:
         self.state, self.folder, self.checkpoints, self.data, self.meta = state, folder, checkpoints, data, meta
         # Two threads, so that a checkpoint does not wait for an evaluation. With several processes, all run their
         # collectives in the same order.
-        overlap = None if current_group() is None else False
-        self.files = Background(state.runtime.device)
-        self.measurements = Background(state.runtime.device, overlap=overlap)
+        device = state.runtime.device
+        self.files = Background(device)
+        self.measurements = Background(device) if current_group() is None else Background(device, overlap=False)
         rounds, recorded = state.position.round, state.epochs.get("epoch", [0])[-1]
         self.trackers = Trackers(
             state.config.trackers if is_main() else (),
@@ -239,6 +239,19 @@ class _Run:
         self.files.wait()
         if is_main():
             self.checkpoints.prune()  # an earlier process may have been killed between a save and its deletions
+
+    def save_networks(self) -> nn.Module:
+        """Write the trained networks, and return the student with its final weights."""
+        state, student = self.state, self.state.student.module.model
+        if state.config.loop.select != "last":
+            on_main(lambda: load_weights(student, self.best_weights()) and None)
+            state.runtime.place(student)
+            broadcast(student.state_dict().values())
+        if is_main():
+            save_weights(student, self.folder / "student.safetensors", self.meta)
+            _save_generator(state, self.folder)
+            _save_attention(state, self.folder)
+        return student
 
     def close(self, *, failed: bool) -> None:
         """Stop the threads, and write the history and the curves so far.
@@ -486,15 +499,7 @@ def _distill(
                     line.message(f"saved at round {state.position.round}, step {state.position.step}")
                     stop.leave()
             run.finish()
-            student = state.student.module.model
-            if loop.select != "last":
-                on_main(lambda: load_weights(student, run.best_weights()) and None)
-                runtime.place(student)
-                broadcast(student.state_dict().values())
-            if is_main():
-                save_weights(student, folder / "student.safetensors", meta)
-                _save_generator(state, folder)
-                _save_attention(state, folder)
+            student = run.save_networks()
     except BaseException:
         run.close(failed=True)
         raise
