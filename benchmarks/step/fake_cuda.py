@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dfkd_fast.benchmarks.ops.cases import BENCHMARKS, Make, gradients, tensors
 from dfkd_fast.benchmarks.traffic import EagerTraffic, Kernel, inductor_traffic, op_traffic
+from dfkd_fast.collectives import Group, distributed
 from dfkd_fast.config import recipe
 
 __all__ = ["C_COMPILER", "trace"]
@@ -53,18 +54,19 @@ def trace(*variants: str, code: bool = False) -> dict[str, dict[str, Any]]:
 
     Args:
         *variants: ``dfkd_fast``, ``compile`` (plain networks and reference ops, compiled), ``eager`` (the same without
-            a compiler), ``peer``, or a fault that is injected into ``dfkd_fast`` (:data:`_FAULTS`);
-            ``methods:NAME``, another method at the small size; or ``ops:NAME``, the benchmark cases of an op with the
-            paper's shapes.
+            a compiler), ``peer``, or a fault that is injected into ``dfkd_fast`` (:data:`_FAULTS`); ``distributed``,
+            one of four processes at the small size; ``methods:NAME``, another method at the small size; or
+            ``ops:NAME``, the benchmark cases of an op with the paper's shapes.
         code: generate code, which takes about a minute per variant.
 
     Returns:
         By variant of a step: ``error`` (a traceback or None), ``regions`` and ``graph_breaks`` (Dynamo's counts),
-        ``synchronizations`` and ``kernels`` of each step outside of compiled regions, and ``graphs``. Each graph, with
-        a name such as ``student_step.teacher.forward``, has the ``calls`` of dfkd_fast operators with shapes and
-        strides, the ``synchronizations`` and, with ``code``, the generated ``code`` and its ``kernels``. ``work`` is
-        that of :func:`dfkd_fast.benchmarks.step.roofline.round_work` by step, for ``eager`` only. By op: a list of
-        kernels per case, dtype and source. Kernels have the fields of :class:`dfkd_fast.benchmarks.traffic.Kernel`.
+        ``synchronizations``, ``collectives`` and ``kernels`` of each step outside of compiled regions, and ``graphs``.
+        Each graph, with a name such as ``student_step.teacher.forward``, has the ``calls`` of dfkd_fast operators with
+        shapes and strides, the ``synchronizations``, the ``collectives`` and, with ``code``, the generated ``code`` and
+        its ``kernels``. ``work`` is that of :func:`dfkd_fast.benchmarks.step.roofline.round_work` by step, for
+        ``eager`` only. By op: a list of kernels per case, dtype and source. Kernels have the fields of
+        :class:`dfkd_fast.benchmarks.traffic.Kernel`.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
@@ -192,9 +194,12 @@ class _Synchronizations(EagerTraffic):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.collectives: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_collective(func):
+            self.collectives.append(func.__name__)
         if func.name() == "aten::_local_scalar_dense":
             result: Any = 1.0 if args[0].is_floating_point() else 1
         elif func.name().startswith(("aten::_fused_adam_", "aten::_fused_sgd_")):  # torch has no fakes for them
@@ -252,6 +257,10 @@ def _describe_call(node: torch.fx.Node, operator: Any, arguments: list[Any]) -> 
     }
 
 
+def _is_collective(operator: Any) -> bool:
+    return operator.namespace == "_c10d_functional" and not operator.__name__.startswith("wait_tensor")
+
+
 class _Compiler:
     """A backend of torch.compile that stops after AOTAutograd's graphs or after Inductor's code generation.
 
@@ -278,6 +287,7 @@ class _Compiler:
         calls = [(node, call) for node in module.graph.nodes if (call := _dfkd_fast_call(node)) is not None]
         self.graphs[name] = {
             "calls": [_describe_call(node, *call) for node, call in calls],
+            "collectives": [node.target.__name__ for node in nodes if _is_collective(node.target)],
             "synchronizations": [
                 str(node.target)
                 for node in nodes
@@ -348,6 +358,7 @@ def _engine(variant: str, size: Any, compiler: _Compiler, stack: contextlib.Exit
         state, teacher, folded = copy.deepcopy((state, teacher, folded), {id(state.noise): state.noise})
     state.runtime = replace(state.runtime, device=torch.device("cuda:0"))
     stack.enter_context(mode)
+    stack.enter_context(state.synchronized())
     if variant in ("peer", "compile", "eager"):
         stack.enter_context(ops.backend("reference"))
     if variant == "peer":
@@ -410,6 +421,7 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
     counters.clear()
     compiler, error, work = _Compiler(code), None, None
     synchronizations: dict[str, list[str]] = {}
+    collectives: dict[str, list[str]] = {}
     kernels: dict[str, list[dict[str, Any]]] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._inductor.config.patch(_INDUCTOR))
@@ -417,6 +429,9 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
         method = variant.startswith("methods:")
         # The generator steps of a method with two stages are of both.
         size = replace(SIZES["small"], steps=(3, 2)) if method else SIZES["small" if inject else "full"]
+        if variant == "distributed":  # one of four processes; collectives have fakes and need no process group
+            size = replace(SIZES["small"], steps=(3, 2))
+            stack.enter_context(distributed(Group("of four", 4, 1)))
         engine = _engine(variant, size, compiler, stack)
         staged = method and engine.state.synthesizer.stages > 1
         stack.enter_context(torch._dynamo.config.patch(error_on_recompile=not staged))
@@ -429,6 +444,7 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
                     with _Synchronizations() as seen:
                         getattr(engine, step)()
                     synchronizations[step + again] = seen.found
+                    collectives[step + again] = seen.collectives
                     kernels[step + again] = [asdict(kernel) for kernel in seen.kernels]
             if variant == "eager":
                 with _Synchronizations(), mock.patch.object(engine, "start_round"):  # copies from pinned memory
@@ -440,6 +456,7 @@ def _report(variant: str, code: bool) -> dict[str, Any]:
         "regions": counters["stats"]["unique_graphs"],
         "graph_breaks": dict(counters["graph_break"]),
         "synchronizations": synchronizations,
+        "collectives": collectives,
         "kernels": kernels,
         "graphs": compiler.graphs,
         "work": work,

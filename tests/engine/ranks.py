@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfkd_fast import distill, ops
+from dfkd_fast.benchmarks.scaling import step_collectives
 from dfkd_fast.collectives import Group, current_group, distributed
 from dfkd_fast.config import DistillConfig
 from dfkd_fast.engine import (
@@ -130,6 +131,27 @@ def compare(presets: list[str], rounds: int, **tolerance: float) -> None:
                         found[1][name], value, msg=lambda text, n=name: f"{n}: {text}", **tolerance
                     )
         print("ok", preset, flush=True)
+
+
+def check_collectives(presets: list[str]) -> None:
+    """A step has the collectives, and sends the numbers, that docs/scaling.md derives from the networks."""
+    group = current_group()
+    assert group is not None
+    for preset in presets:
+        state = tiny.state(tiny.config(batch_size=12, **tiny.method(preset)))
+        expected = step_collectives(state, group.size, fused=False)
+        with state.synchronized():
+            engine = EagerEngine(state)
+            engine.prepare()
+            engine.start_round()
+            for step in ("generator_step", "student_step"):
+                with CountCollectives() as count:
+                    getattr(engine, step)()
+                for kind, name in (("all_gather", "all_gather_into_tensor"), ("all_reduce", "all_reduce")):
+                    sizes = [each.numbers for each in expected[step] if each.kind == kind]
+                    found = count.calls[f"{name}.default"], count.numbers[f"{name}.default"]
+                    assert found == (len(sizes), sum(sizes)), (preset, step, kind)
+    print("ok collectives", flush=True)
 
 
 def check_batch_norm() -> None:
@@ -288,6 +310,7 @@ def main(jobs: list[str]) -> None:
         distill(tiny.teacher(), tiny.network(), config, progress=False)
     else:
         check_batch_norm()
+        check_collectives(["dfkd-fgvc", "dafl", "adi", "cmi"])
         compare(["dfkd-fgvc"], 2, rtol=1e-3, atol=1e-4)
         check_evaluation()
         check_teaching(Path(jobs[1]) / "teach")

@@ -43,6 +43,9 @@ DECLARED: dict[str, tuple[str | None, ...]] = {
     "batch_norm_act_backward": ("x", None, None, "x"),
     "batch_norm_act_conv1x1": ("x", None, None),
     "batch_norm_act_conv1x1_backward": ("x", None, None, None, None),
+    "batch_norm_act_sums": (None,),
+    "batch_norm_act_synchronized": ("x", None, None, "mask"),
+    "batch_norm_act_synchronized_backward": ("x", "x"),
     "batchnorm_statistics": ("x", None, None, "mask"),
     "batchnorm_statistics_backward": ("x", None, None, "x"),
     "batchnorm_statistics_merge": (None,),  # two for each layer
@@ -208,6 +211,23 @@ def test_steps_of_other_methods_have_whole_graphs_with_the_ops_of_their_losses(m
         losses = ("batchnorm_statistics", "statistics_distances", "contrastive_loss", "distillation_kl")
         found = {op: count for op, count in calls.items() if op in losses}
         assert found == {"distillation_kl": 1} | expected, name
+
+
+def test_steps_of_several_processes_have_whole_graphs_with_collectives() -> None:
+    report = fake_cuda.trace("distributed")["distributed"]
+    require_whole_graphs(report)
+    require_no_synchronization(report)
+    assert all(all(strides_as_declared(call)) for graph in report["graphs"].values() for call in graph["calls"])
+    gathered, reduced = "all_gather_into_tensor.default", "all_reduce.default"
+    norms = {"generator": 21, "student": 20}  # of the small size
+    for name, graph in report["graphs"].items():
+        _, region, direction = name.split(".")
+        expected = [gathered if direction == "forward" else reduced] * norms.get(region, 0)
+        if region == "objective" and direction == "forward":
+            expected = [gathered]  # the statistics of L_BN, or the vectors of L_SFCL
+        assert graph["collectives"] == expected, name
+    # Outside of the graphs, gradients and losses are averaged.
+    assert all(found == [reduced] for found in report["collectives"].values())
 
 
 @pytest.mark.slow
