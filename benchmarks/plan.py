@@ -50,8 +50,8 @@ class Job:
 
     Attributes:
         name: unique name, the key in ``plan.json``.
-        command: a module of this folder, ``pytest`` or ``pip``, and its arguments. ``{out}`` is the result folder and
-            ``{root}`` the repository.
+        command: a module of this folder, ``pytest`` or ``pip``, and its arguments. With ``torchrun`` first, the module
+            runs in one process per GPU. ``{out}`` is the result folder and ``{root}`` the repository.
         phase: "peaks", then "parallel" (all at once, nothing is timed), then "sequential" (one by one).
         timeout_s: seconds after which it is stopped.
         min_left_s: seconds that must be left to start it.
@@ -117,6 +117,12 @@ _CALL_2 = (
         after="any",
     ),
     Job("drop-ins", ("ops.drop_ins", "--out", "{out}/drop_ins.json", "--seconds", "12"), timeout_s=25, after="any"),
+    Job(
+        "step dfkd_fast on all GPUs",
+        ("torchrun", "step.variants", "dfkd_fast", "--out", "{out}/scaling.json"),
+        timeout_s=90,
+        min_left_s=40,
+    ),
     Job("cuda tests", _tests(8, "{root}/tests/cuda", *_FAST_TESTS), timeout_s=60, after="any"),
     Job("cuda ops", _CUDA_OPS, timeout_s=35, after="any"),
 )
@@ -133,7 +139,11 @@ class _Machine:
     def start(self, job: Job) -> subprocess.Popen[bytes]:
         """Start a job in a new process group."""
         module, *arguments = (part.format(out=self.out, root=ROOT) for part in job.command)
-        if module not in ("pytest", "pip"):
+        if module == "torchrun":
+            count, (module, *arguments) = max(2, torch.cuda.device_count()), arguments
+            start = ["--standalone", f"--nproc-per-node={count}", "-m", f"dfkd_fast.benchmarks.{module}"]
+            module, arguments = "torch.distributed.run", [*start, *arguments, *self.extra]
+        elif module not in ("pytest", "pip"):
             module, arguments = f"dfkd_fast.benchmarks.{module}", [*arguments, *self.extra]
         command = [sys.executable, "-u", "-m", module, *arguments]
         more: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "process_group": 0}
@@ -243,8 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.call == 2:
         failed = previous_failures(ROOT / "benchmarks" / "results" / device_slug(name))
         jobs = [job for job in JOBS[1] if job.name in failed and job.after != "failed"] + jobs
-    if options.rehearse:
-        jobs = [job for job in jobs if job.command[0] != "pip"]
+    left_out = {"pip"} if options.rehearse else set()
+    left_out |= {"torchrun"} if torch.cuda.device_count() < 2 else set()
+    jobs = [job for job in jobs if job.command[0] not in left_out]
     results = Results(out / "plan.json", key=("call", "job"))
 
     def record(job: Job, status: str, seconds: float) -> None:

@@ -17,7 +17,7 @@ from dfkd_fast.benchmarks.methods import methods_section
 from dfkd_fast.benchmarks.ops.drop_ins import drop_ins_section
 from dfkd_fast.benchmarks.ops.tables import ops_section, write_choices
 from dfkd_fast.benchmarks.results import measured_on
-from dfkd_fast.benchmarks.scaling import scaling_section
+from dfkd_fast.benchmarks.scaling import scaling_section, scaling_times_section
 from dfkd_fast.benchmarks.step.breakdown import breakdown_section
 from dfkd_fast.benchmarks.step.cpu import step_cpu_section
 from dfkd_fast.benchmarks.step.variants import VARIANTS
@@ -182,7 +182,7 @@ SECTIONS: dict[str, dict[str, Callable[[dict[str, Any], str], str]]] = {
     "docs/ablation.md": {"ablation": ablation_section},
     "docs/methods.md": {"methods": methods_section, "methods_validation": methods_section},
     "docs/reliability.md": {"reliability": reliability_section},
-    "docs/scaling.md": {"step_counts": scaling_section},
+    "docs/scaling.md": {"step_counts": scaling_section, "scaling": scaling_times_section},
 }
 """Functions that write one device's section, by page and marker. The results of a marker are in ``MARKER.json``."""
 
@@ -199,6 +199,7 @@ _NOTES = {
     "ablation": "Not measured yet: `python -m dfkd_fast.benchmarks.ablation` measures it.",
     "methods": "Not measured yet: `python -m dfkd_fast.benchmarks.methods` measures it.",
     "methods_validation": "Not measured yet.",
+    "scaling": "Not measured on several GPUs yet: `make gpu` measures it on a machine that has them.",
     "reliability": "Not run yet: `make reliability` runs it.",
 }
 _NOTE = "Not measured on a GPU yet: `make gpu` measures it."

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dfkd_fast.benchmarks.results import measured_on
 from dfkd_fast.benchmarks.step.variants import SIZES
 from dfkd_fast.config import DistillConfig, LoopConfig
 from dfkd_fast.engine import DistillState, Runtime, build_generator, build_state
@@ -23,7 +24,14 @@ from dfkd_fast.objectives import Objective
 from dfkd_fast.report import markdown_table
 from dfkd_fast.synthesis import Momentum
 
-__all__ = ["Collective", "collective_time", "paper_state", "scaling_section", "step_collectives"]
+__all__ = [
+    "Collective",
+    "collective_time",
+    "paper_state",
+    "scaling_section",
+    "scaling_times_section",
+    "step_collectives",
+]
 
 # Assumptions, not measurements: bandwidths are data-sheet values, and latencies are typical ones.
 GPUS_PER_NODE = 8
@@ -172,6 +180,21 @@ def _time_line(processes: int, batch: int, least: dict[str, float]) -> dict[str,
 def _contrast_gflop(batch: int) -> float:
     """Operations of L_SFCL: each of (B, D) anchors with 2 B vectors, once in forward and three times in backward."""
     return 4 * 2.0 * batch * 2 * batch * paper_state().config.objective.sfcl.dim / 1e9
+
+
+def scaling_times_section(content: dict[str, Any], folder: str) -> str:
+    """Return the measured times of rounds on several GPUs, one line per number of processes."""
+    lines = [
+        {
+            "processes": row["processes"],
+            "batch": row["batch"],
+            "round, ms": f"{row['round_ms']:.1f}",
+            "images/s": f"{row['images_per_s']:,.0f}",
+        }
+        for row in sorted(content["rows"], key=lambda row: row["processes"])
+        if row["status"] == "ok"
+    ]
+    return "\n".join([*markdown_table(lines), "", f"Measured on: {measured_on(content)}."])
 
 
 def scaling_section(content: dict[str, Any], folder: str) -> str:

@@ -40,7 +40,7 @@ from dfkd_fast.benchmarks.results import Results, parser
 from dfkd_fast.benchmarks.step.peer_loop import PeerLoop
 from dfkd_fast.benchmarks.step.roofline import roofline, round_work
 from dfkd_fast.config import DistillConfig, GeneratorConfig, LoopConfig, ModelConfig
-from dfkd_fast.engine import DistillState, EagerEngine, Engine, Runtime, build_state, create_engine
+from dfkd_fast.engine import DistillState, EagerEngine, Engine, Runtime, build_state, create_engine, is_main, join
 from dfkd_fast.engine.engines import EagerExecutor
 from dfkd_fast.engine.networks import eager_networks
 from dfkd_fast.models import FeatureModel, create_model, extract, frozen
@@ -251,6 +251,7 @@ def make_loop(variant: str, size: Size, batch: int, device: torch.device) -> Ite
             return
         stack.enter_context(frozen(teacher))
         if variant == "dfkd_fast":
+            stack.enter_context(state.synchronized())
             yield engine_loop(create_engine(state)), state
         elif variant == "eager":
             yield engine_loop(EagerEngine(state, eager_networks(state))), state
@@ -415,24 +416,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure one variant or the roofline and add its row to a result file."""
     command = parser(__doc__, small="small networks", sizes=tuple(SIZES))
     command.add_argument("variant", choices=[*VARIANTS, "roofline"])
-    command.add_argument("--batch", type=int, default=None, help="images per step (default: that of the size)")
+    command.add_argument(
+        "--batch", type=int, default=None, help="images per step and process (default: that of the size)"
+    )
     command.add_argument("--run", type=int, default=1, help="number of this repeat")
     command.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and time nothing")
     options = command.parse_args(arguments)
 
     device, size = torch.device(options.device), SIZES[options.size]
-    batch = options.batch or size.batch
-    try:
-        if options.variant == "roofline":
-            row = rooflines(size, batch, device)
-        else:
-            row = measure(options.variant, size, batch, device, compile_only=options.compile_only)
-    except torch.OutOfMemoryError:
-        row = {"status": "out of memory"}
-    row = {"variant": options.variant, "batch": batch, "run": options.run, **row}
-    print({name: row.get(name) for name in ("variant", "batch", "images_per_s", "round_ms", "prepare_s")}, flush=True)
-    if not options.compile_only:
-        Results(options.out, key=KEY).add(row)
+    with join() as group:
+        processes = 1 if group is None else group.size
+        batch = (options.batch or size.batch) * processes
+        try:
+            if options.variant == "roofline":
+                row = rooflines(size, batch, device)
+            else:
+                row = measure(options.variant, size, batch, device, compile_only=options.compile_only)
+        except torch.OutOfMemoryError:
+            row = {"status": "out of memory"}
+        row = {"variant": options.variant, "batch": batch, "run": options.run, "processes": processes, **row}
+        if is_main():
+            shown = ("variant", "batch", "images_per_s", "round_ms", "prepare_s")
+            print({name: row.get(name) for name in shown}, flush=True)
+            if not options.compile_only:
+                Results(options.out, key=KEY).add(row)
     return 0
 
 

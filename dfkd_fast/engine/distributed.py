@@ -38,6 +38,7 @@ T = TypeVar("T")
 C = TypeVar("C", DistillConfig, TeachConfig)
 
 _TIMEOUT_S = 600.0  # after which a collective fails if a process is missing
+_NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # makes torchrun start a new store for restarted processes
 
 
 def process_group() -> Group | None:
@@ -88,10 +89,16 @@ def restartable(config: C) -> C:
     """Resume the run if torchrun has started this process again after a failure.
 
     Raises:
-        ValueError: torchrun may restart the processes, but ``config.out`` is not set.
+        ValueError: torchrun may restart the processes, but ``config.out`` is not set, or restarted processes would wait
+            forever, because torchrun 2.11 keeps the addresses of the previous ones in its store.
     """
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and config.out is None:
-        raise ValueError("--out is required with torchrun's --max-restarts: a restarted run continues in its folder")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        if config.out is None:
+            raise ValueError(
+                "--out is required with torchrun's --max-restarts: a restarted run continues in its folder"
+            )
+        if os.environ.get(_NEW_STORE) != "1":
+            raise ValueError(f"torchrun's --max-restarts needs the environment variable {_NEW_STORE}=1")
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     return replace(config, resume=True) if again else config
 

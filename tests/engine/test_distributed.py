@@ -19,6 +19,7 @@ from dfkd_fast.engine import distributed
 from .. import tiny
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DFKD_FAST_TIMEOUT_S": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def torchrun(*arguments: str, processes: int, restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
@@ -26,7 +27,7 @@ def torchrun(*arguments: str, processes: int, restarts: int = 0, **environment: 
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, "-m", *arguments],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DFKD_FAST_TIMEOUT_S": "60", **environment},
+        env={**os.environ, **ENVIRONMENT, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -40,6 +41,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("processes", "rounds", "presets"),
     [
@@ -87,6 +89,7 @@ def kill_repeatedly(agent: subprocess.Popen[str], folder: Path, kills: int) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_processes_are_restarted(tmp_path: Path) -> None:
     kills = 100
     rounds = str(kills + 10)
@@ -133,9 +136,12 @@ def test_missing_nccl_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def test_restarts_need_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restarts_need_a_folder_and_a_new_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     with pytest.raises(ValueError, match="--out is required with torchrun's --max-restarts"):
         distributed.restartable(tiny.config())
+    with pytest.raises(ValueError, match="needs the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        distributed.restartable(tiny.config(Path("run")))
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert distributed.restartable(tiny.config(Path("run"))).resume
