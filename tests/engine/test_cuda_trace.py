@@ -213,6 +213,7 @@ def test_steps_of_other_methods_have_whole_graphs_with_the_ops_of_their_losses(m
         assert found == {"distillation_kl": 1} | expected, name
 
 
+@pytest.mark.slow
 def test_steps_of_several_processes_have_whole_graphs_with_collectives() -> None:
     report = fake_cuda.trace("distributed")["distributed"]
     require_whole_graphs(report)
