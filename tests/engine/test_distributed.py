@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,23 +23,29 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DFKD_FAST_TIMEOUT_S": "60", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
-def torchrun(*arguments: str, processes: int, restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
-    options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, "-m", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+class Torchrun:
+    """Processes that torchrun starts. Their output goes to a file, because a pipe that is not read blocks them."""
 
+    def __init__(self, *arguments: str, processes: int, restarts: int = 0, **environment: str) -> None:
+        options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+        self.log = tempfile.TemporaryFile("w+")
+        self.agent = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, "-m", *arguments],
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT, **environment},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """Wait for the processes, which must succeed."""
-    output, _ = process.communicate(timeout=1800)
-    assert process.returncode == 0, output
-    return output
+    def output(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def finish(self, status: int = 0) -> str:
+        """Wait for the processes, which must end with this status, and return their output."""
+        self.agent.wait(timeout=3000)
+        assert self.agent.returncode == status, self.output()
+        return self.output()
 
 
 @pytest.mark.timeout(1800)
@@ -51,14 +58,14 @@ def finish(process: subprocess.Popen[str]) -> str:
 )
 def test_float64(processes: int, rounds: int, presets: tuple[str, ...]) -> None:
     """Losses, weights, buffers and pools are those of one process; without presets, of all presets."""
-    finish(torchrun("tests.engine.ranks", "presets", str(rounds), *presets, "--float64", processes=processes))
+    Torchrun("tests.engine.ranks", "presets", str(rounds), *presets, "--float64", processes=processes).finish()
 
 
 @pytest.mark.parametrize("processes", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (3, 4))])
 def test_float32(processes: int, tmp_path: Path) -> None:
     """BatchNorms, evaluation, ``teach``, ``synthesize``, and runs that continue with other numbers of processes."""
     job = ("tests.engine.ranks", "all", str(tmp_path))
-    finish(torchrun(*job, processes=processes, TRITON_INTERPRET="1"))
+    Torchrun(*job, processes=processes, TRITON_INTERPRET="1").finish()
 
 
 def workers(agent: int) -> list[int]:
@@ -68,13 +75,13 @@ def workers(agent: int) -> list[int]:
     return sorted(child for child, command in commands.items() if b"tests.engine.ranks" in command)
 
 
-def kill_repeatedly(agent: subprocess.Popen[str], folder: Path, kills: int) -> None:
+def kill_repeatedly(run: Torchrun, folder: Path, kills: int) -> None:
     """Kill a random process: most after a new checkpoint, some while they start."""
     choose, before = random.Random(0), 0
     while kills:
         deadline, starting = time.monotonic() + choose.uniform(0, 5), choose.random() < 0.1
         while True:
-            assert agent.poll() is None, agent.communicate()[0]
+            assert run.agent.poll() is None, run.output()
             rounds = [int(path.name.split("-")[1]) for path in folder.glob("checkpoints/*.pt")]
             if max(rounds, default=0) > before or (starting and time.monotonic() > deadline):
                 break
@@ -82,7 +89,7 @@ def kill_repeatedly(agent: subprocess.Popen[str], folder: Path, kills: int) -> N
         time.sleep(choose.uniform(0, 0.3))
         before = max((int(path.name.split("-")[1]) for path in folder.glob("checkpoints/*.pt")), default=0)
         try:
-            os.kill(choose.choice(workers(agent.pid)), signal.SIGKILL)
+            os.kill(choose.choice(workers(run.agent.pid)), signal.SIGKILL)
         except (IndexError, ProcessLookupError):  # between two starts
             continue
         kills -= 1
@@ -94,18 +101,16 @@ def test_killed_processes_are_restarted(tmp_path: Path) -> None:
     kills = 100
     rounds = str(kills + 10)
     job = ("tests.engine.ranks", "run")
-    agent = torchrun(*job, str(tmp_path / "killed"), rounds, processes=2, restarts=3 * kills)
-    kill_repeatedly(agent, tmp_path / "killed", kills)
-    finish(agent)
-    finish(torchrun(*job, str(tmp_path / "undisturbed"), rounds, processes=2))
+    run = Torchrun(*job, str(tmp_path / "killed"), rounds, processes=2, restarts=3 * kills)
+    kill_repeatedly(run, tmp_path / "killed", kills)
+    run.finish()
+    Torchrun(*job, str(tmp_path / "undisturbed"), rounds, processes=2).finish()
     found, expected = (load_file(tmp_path / name / "student.safetensors") for name in ("killed", "undisturbed"))
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_errors_are_one_line() -> None:
-    process = torchrun("dfkd_fast", "methods", processes=2)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
+    output = Torchrun("dfkd_fast", "methods", processes=2).finish(status=1)
     assert output.count("error: methods runs in one process: start it without torchrun") == 1
 
 
