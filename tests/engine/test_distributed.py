@@ -28,7 +28,7 @@ class Torchrun:
 
     def __init__(self, *arguments: str, processes: int, restarts: int = 0, **environment: str) -> None:
         options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.agent = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, "-m", *arguments],
             cwd=ROOT,
