@@ -918,7 +918,7 @@ def _with_underscores(argument: str) -> str:
 @contextmanager
 def _join(command: str) -> Iterator[None]:
     """Join the processes that torchrun has started. Only the first one prints results and warnings."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
         yield
         return
     if command not in DISTRIBUTED:

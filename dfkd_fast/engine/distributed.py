@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,9 +27,9 @@ __all__ = [
     "everyone",
     "is_main",
     "join",
+    "launched",
     "locked_run_folder",
     "on_main",
-    "process_group",
     "require_divisible",
     "require_equal",
     "restartable",
@@ -41,9 +42,14 @@ _TIMEOUT_S = 600.0  # after which a collective fails if a process is missing
 _NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # makes torchrun start a new store for restarted processes
 
 
-def process_group() -> Group | None:
+def launched() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
+
+
+def _world() -> Group | None:
     """The default group of ``torch.distributed``, or None with one process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if dist.get_world_size() == 1:
         return None
     world = dist.group.WORLD
     assert world is not None
@@ -52,16 +58,21 @@ def process_group() -> Group | None:
 
 @contextmanager
 def join() -> Iterator[Group | None]:
-    """Context manager of a command: joins the processes that torchrun has started.
+    """Context manager in which the functions of this package run on all processes together.
 
-    Uses NCCL between GPUs, one per process, and gloo between CPUs. Without torchrun's environment, or with one process,
-    it does nothing.
+    If ``torch.distributed`` is initialized, these are the processes of its default group. Otherwise, the processes that
+    torchrun has started are connected, by NCCL between GPUs, one per process, and by gloo between CPUs. With one
+    process, it does nothing.
 
     Raises:
         ValueError: there are fewer GPUs than processes on this machine, or PyTorch lacks NCCL.
         ConnectionError: the processes cannot be joined.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if dist.is_available() and dist.is_initialized():
+        with distributed(_world()):
+            yield current_group()
+        return
+    if not launched():
         yield None
         return
     cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
@@ -80,8 +91,8 @@ def join() -> Iterator[Group | None]:
         raise ConnectionError(
             f"cannot join the other processes at {place}; start them with torchrun: {reason}"
         ) from error
-    with distributed(group := process_group()):
-        yield group
+    with distributed(_world()):
+        yield current_group()
     dist.destroy_process_group()  # after an error, it could wait for processes that do not exist any more
 
 
@@ -99,7 +110,8 @@ def restartable(config: C) -> C:
             )
         if os.environ.get(_NEW_STORE) != "1":
             raise ValueError(f"torchrun's --max-restarts needs the environment variable {_NEW_STORE}=1")
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    # On another machine than that of the failure, the count does not increase.
+    again = any(everyone(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
     return replace(config, resume=True) if again else config
 
 
@@ -124,11 +136,9 @@ def locked_run_folder(out: str | None, stem: str) -> Iterator[Path]:
 
 
 def agree_to_stop(ended: bool, stop: StopRequest) -> bool:
-    """Whether a process wants to end the run. A signal that one process has received counts for all."""
-    if current_group() is None:
-        return ended
+    """Whether a process wants to end the run. Also sets ``stop.agreed`` to a signal that any process has received."""
     ends, received = zip(*everyone((ended, stop.received)), strict=True)
-    stop.received = next(filter(None, received), None)
+    stop.agreed = next(filter(None, received), None)
     return any(ends)
 
 
@@ -148,6 +158,14 @@ def everyone(value: T) -> list[T]:
     return values
 
 
+def _picklable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 def on_main(call: Callable[[], T]) -> T:
     """Call a function in the main process, and return its result or raise its exception in all processes."""
     if current_group() is None:
@@ -157,7 +175,7 @@ def on_main(call: Callable[[], T]) -> T:
         try:
             outcome[0] = call()
         except Exception as error:
-            outcome[1] = error
+            outcome[1] = _picklable(error)
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,11 +145,12 @@ def _batches(
     model: nn.Module,
     dataset: Dataset[tuple[Tensor, int]],
     *,
+    num_classes: int,
     batch_size: int,
     workers: int,
     runtime: Runtime,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Float32 logits and labels per batch, on the device. Raises ValueError if the dataset is empty.
+    """Float32 logits and labels per batch, on the device. Raises the ValueErrors of :func:`predictions`.
 
     In a run on P processes, process i has the images i, i + P, i + 2 P, ...
     """
@@ -160,8 +162,12 @@ def _batches(
         if len(dataset) == 0:
             return
     for images, labels in loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers):
-        labels = labels.to(runtime.device, non_blocking=True)
-        yield logits_of(model, images, runtime), labels
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(f"labels must be in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}")
+        logits = logits_of(model, images, runtime)
+        if logits.shape != (len(labels), num_classes):
+            raise ValueError(f"logits must have shape {(len(labels), num_classes)}, got {tuple(logits.shape)}")
+        yield logits, labels.to(runtime.device, non_blocking=True)
 
 
 def _rank_of_label(logits: Tensor, labels: Tensor) -> Tensor:
@@ -193,7 +199,8 @@ def evaluate(
     """Measure the top-1 and, with more than five classes, top-5 accuracy of a classifier in eval mode.
 
     An image whose largest logit is not finite counts as wrong, and a warning gives the number of such images.
-    :func:`measure` computes more from the logits of all images.
+    :func:`measure` computes more from the logits of all images. Within :func:`dfkd_fast.engine.join`, all processes
+    must call this function: each evaluates a part of the images.
 
     Args:
         model: maps images (N, 3, H, W) to logits (N, num_classes) or :class:`dfkd_fast.models.Outputs`. Its training
@@ -208,13 +215,14 @@ def evaluate(
         Accuracies and speed.
 
     Raises:
-        ValueError: the dataset is empty.
+        ValueError: the dataset is empty, a label is not in 0..num_classes - 1, or the logits have another shape.
     """
     runtime = runtime or runtime_of(model)
     counts = torch.zeros(3, dtype=torch.int64, device=runtime.device)
     images, start = 0, time.perf_counter()
+    options: Any = {"num_classes": num_classes, "batch_size": batch_size, "workers": workers, "runtime": runtime}
     with preserve_train_mode(model, False):
-        for logits, labels in _batches(model, dataset, batch_size=batch_size, workers=workers, runtime=runtime):
+        for logits, labels in _batches(model, dataset, **options):
             bad, rank = _not_finite(logits), _rank_of_label(logits, labels)
             counts += torch.stack([~bad & (rank < 1), ~bad & (rank < 5), bad]).sum(1)
             images += len(labels)
@@ -240,6 +248,8 @@ def predictions(
 ) -> Predictions:
     """Return the logits of a classifier in eval mode for all images, for :func:`measure`.
 
+    Within :func:`dfkd_fast.engine.join`, all processes must call this function, and all get all logits.
+
     Args:
         model: maps images (N, 3, H, W) to logits (N, num_classes) or :class:`dfkd_fast.models.Outputs`. Its training
             flags are restored.
@@ -257,16 +267,13 @@ def predictions(
     """
     runtime, start = runtime or runtime_of(model), time.perf_counter()
     found = []
+    options: Any = {"num_classes": num_classes, "batch_size": batch_size, "workers": workers, "runtime": runtime}
     with preserve_train_mode(model, False):
-        for logits, labels in _batches(model, dataset, batch_size=batch_size, workers=workers, runtime=runtime):
-            if logits.shape != (len(labels), num_classes):
-                raise ValueError(f"logits must have shape {(len(labels), num_classes)}, got {tuple(logits.shape)}")
+        for logits, labels in _batches(model, dataset, **options):
             found.append((logits.cpu(), labels.cpu()))
     found = found or [(torch.zeros(0, num_classes), torch.zeros(0, dtype=torch.int64))]
     parts = everyone(tuple(torch.cat(each) for each in zip(*found, strict=True)))
     logits, labels = (_interleave(each) for each in zip(*parts, strict=True))
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"labels must be in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}")
     return Predictions(logits=logits, labels=labels, seconds=time.perf_counter() - start)
 
 

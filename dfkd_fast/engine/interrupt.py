@@ -13,16 +13,22 @@ __all__ = ["StopRequest", "catch_signals"]
 
 
 class StopRequest:
-    """Holds in ``received`` the SIGINT or SIGTERM that the process got, or None."""
+    """A request to stop the run.
+
+    Attributes:
+        received: the SIGINT or SIGTERM that this process got, or None.
+        agreed: the signal on which the run stops, or None; see :func:`dfkd_fast.engine.distributed.agree_to_stop`.
+    """
 
     received: signal.Signals | None = None
+    agreed: signal.Signals | None = None
 
     def leave(self) -> None:
-        """Raise KeyboardInterrupt after SIGINT, or exit with status 143 after SIGTERM."""
-        if self.received is signal.SIGINT:
+        """Raise KeyboardInterrupt if the run stops on SIGINT, or exit with status 143 if it stops on SIGTERM."""
+        if self.agreed is signal.SIGINT:
             raise KeyboardInterrupt
-        if self.received is not None:
-            raise SystemExit(128 + self.received)
+        if self.agreed is not None:
+            raise SystemExit(128 + self.agreed)
 
 
 @contextmanager

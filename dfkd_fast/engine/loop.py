@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dfkd_fast import report
-from dfkd_fast.collectives import average, collect, current_group, distributed
+from dfkd_fast.collectives import average, collect, current_group
 from dfkd_fast.config import DistillConfig, to_dict
 from dfkd_fast.data import ImageData
 from dfkd_fast.engine.background import Background
@@ -29,7 +29,6 @@ from dfkd_fast.engine.distributed import (
     is_main,
     locked_run_folder,
     on_main,
-    process_group,
     require_divisible,
     require_equal,
     restartable,
@@ -351,9 +350,9 @@ def distill(
             networks and data.
         progress: show a progress bar, or a function that is called with the progress instead.
 
-    If ``torch.distributed`` is initialized, all processes must call this function with the same arguments. Together,
-    they compute what one process would compute, except for dropout: each process draws the masks of its images. Files
-    are written and progress is shown by the first process. See docs/scaling.md.
+    Within :func:`dfkd_fast.engine.join`, all processes must call this function with the same arguments. Together, they
+    compute what one process would compute, except for dropout, whose masks are the same in each process. The first
+    process writes the files and shows the progress; all call the callbacks. See docs/scaling.md.
 
     Returns:
         The trained student, its history and the run folder.
@@ -370,16 +369,20 @@ def distill(
         KeyboardInterrupt: after Ctrl-C, once the run is saved. SIGTERM saves the run and exits with status 143.
     """
     config = restartable(config)
-    with distributed(process_group()), float32_weights(student), float32_weights(generator or nn.Identity()):
-        require_divisible(config.loop.batch_size, "LoopConfig.batch_size")
+    require_divisible(config.loop.batch_size, "LoopConfig.batch_size")
+    if current_group() is not None and config.autotune:
+        raise ValueError("autotune is not supported with several processes, because each would choose other kernels")
+    with float32_weights(student), float32_weights(generator or nn.Identity()):
         runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
         teacher, student, sizes = prepare_networks(teacher, student, config, data)
         student.train()
         with runtime.backends(), frozen(teacher), preserve_train_mode(teacher, False):
             state = build_state(teacher, student, config, runtime, given=generator, **sizes)
             given = dict(description or {}), dict(inputs or {})
-            with state.synchronized(), locked_run_folder(config.out, "distill") as folder:
-                return _distill(create_engine(state), folder, data, sizes, *given, progress, callbacks)
+            with state.synchronized():
+                engine = create_engine(state)
+                with locked_run_folder(config.out, "distill") as folder:
+                    return _distill(engine, folder, data, sizes, *given, progress, callbacks)
 
 
 def _resume(state: DistillState, checkpoints: Checkpoints) -> None:
@@ -412,6 +415,7 @@ def _start(state: DistillState, folder: Path, resolved: dict[str, Any], inputs: 
     config = state.config
     checkpoints = Checkpoints(folder / "checkpoints", config, state.teacher_digest(), resolved)
     _resume(state, checkpoints)
+    require_equal([*state.teacher.model.state_dict().values(), *state.mutable_tensors()])
     if is_main() and (state.position.round < state.total_rounds or not (folder / "config.yaml").exists()):
         write_file(folder / "config.yaml", yaml.safe_dump(_content(inputs, config), sort_keys=False).encode())
     return checkpoints
@@ -484,7 +488,7 @@ def _distill(
                 ended = agree_to_stop(ended, stop)
                 last = ended or state.position.round == state.total_rounds
                 epoch, rest = divmod(state.position.round, loop.rounds_per_epoch)
-                due = last or stop.received is not None or state.position.round % loop.checkpoint_every == 0
+                due = last or stop.agreed is not None or state.position.round % loop.checkpoint_every == 0
                 if not (due or rest == 0):
                     continue
                 rounds.drain()
@@ -494,7 +498,7 @@ def _distill(
                     run.evaluate_epoch(epoch + (rest > 0), last=last)
                 if due:
                     run.save()
-                if stop.received is not None:
+                if stop.agreed is not None:
                     run.finish()
                     line.message(f"saved at round {state.position.round}, step {state.position.step}")
                     stop.leave()

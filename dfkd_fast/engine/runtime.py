@@ -118,7 +118,9 @@ class Runtime:
         """
         name = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         resolved = _available(name)
-        if resolved.type == "cuda" and resolved.index is None and current_group() is not None:
+        if resolved.type == "cuda" and current_group() is not None:
+            if resolved.index is not None:
+                raise ValueError(f"device must be 'auto' or 'cuda' with several processes, got {name!r}")
             resolved = torch.device("cuda", torch.cuda.current_device())  # also in other threads
         known = ("auto", "fp32", "tf32", "bf16", "fp16")
         if precision not in known:

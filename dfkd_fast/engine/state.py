@@ -248,8 +248,8 @@ class DistillState:
 
     def buffers(self) -> Iterator[Tensor]:
         """Yield the buffers of generator and student, such as running statistics."""
-        for side in self.sides.values():
-            yield from side.module.buffers()
+        for module in (self.synthesizer.module, self.synthesizer.sampler, self.student.module):
+            yield from module.buffers()
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:

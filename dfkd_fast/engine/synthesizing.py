@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_fast import report
-from dfkd_fast.collectives import collect, distributed
+from dfkd_fast.collectives import collect
 from dfkd_fast.config import DistillConfig, expand, to_dict
-from dfkd_fast.engine.distributed import is_main, on_main, process_group, require_divisible
+from dfkd_fast.engine.distributed import is_main, on_main, require_divisible
 from dfkd_fast.engine.engines import create_engine
 from dfkd_fast.engine.loop import prepare_networks
 from dfkd_fast.engine.progress import Listener, ProgressLine
@@ -67,7 +67,7 @@ def make_images(
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    with distributed(process_group()), _empty_folder(out) as folder:
+    with _empty_folder(out) as folder:
         return _make_images(teacher, config, count, folder, student, generator, png, description, progress)
 
 
@@ -128,12 +128,9 @@ def _make_images(
             "distill": to_dict(config),
             **(description or {}),
         }
-
-        def write() -> None:
+        if is_main():  # the others do not wait: many PNG files take longer than the timeout of a collective
             write_pool(folder, images, labels, png=png)
             report.write_results(folder / "manifest.json", manifest)
-
-        on_main(write)
     return folder
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dfkd_fast import report
-from dfkd_fast.collectives import average, current_group, distributed
+from dfkd_fast.collectives import average, current_group
 from dfkd_fast.config import TeachConfig, to_dict
 from dfkd_fast.data import ImageData, loader
 from dfkd_fast.data.loading import Loader
@@ -29,7 +29,6 @@ from dfkd_fast.engine.distributed import (
     is_main,
     locked_run_folder,
     on_main,
-    process_group,
     require_divisible,
     require_equal,
     restartable,
@@ -144,9 +143,9 @@ class _Trainer:
         self.batches.set_state(self._order, skip=self.step)
         for images, labels in self.batches:
             self._train(images, labels)
-            if current_group() is not None and self.step % _AGREE_EVERY == 0:
+            if current_group() is None or self.step % _AGREE_EVERY == 0:
                 agree_to_stop(False, stop)
-            if stop.received is not None and (current_group() is None or self.step % _AGREE_EVERY == 0):
+            if stop.agreed is not None:
                 return None
         mean = self._losses.item() / len(self.batches)
         self._seconds += time.perf_counter() - start
@@ -157,10 +156,14 @@ class _Trainer:
 
     def require_finite(self) -> None:
         """Raise ArithmeticError if a weight or a running statistic is NaN or infinite."""
-        for network in {unwrap(self.model), unwrap(self.network)}:
+        for network in self.networks():
             for name, tensor in weights_of(network).items():
                 if not tensor.isfinite().all():
                     raise ArithmeticError(f"{name} is not finite after epoch {self.finished}; try a lower lr")
+
+    def networks(self) -> list[nn.Module]:
+        """The trained network, and with ``config.ema`` its average."""
+        return [unwrap(self.model), *([] if self.average is None else [self.average.module])]
 
     def parts(self) -> dict[str, Any]:
         """Objects with a state dict, by their names in a checkpoint."""
@@ -201,8 +204,8 @@ def teach(
 
     Seeds torch's global generators with ``config.seed``. A run that is killed and started again with ``config.resume``
     ends with the results of an undisturbed one, on the CPU bit for bit, if the random transforms of the data use
-    PyTorch's global generator. If ``torch.distributed`` is initialized, all processes must call this function: each
-    has an equal part of every batch, and its own random transforms.
+    PyTorch's global generator. Within :func:`dfkd_fast.engine.join`, all processes must call this function: each has an
+    equal part of every batch, and its own random transforms.
 
     Args:
         model: a classifier from images (N, 3, H, W) to logits (N, data.num_classes). It is trained in place. Weights of
@@ -227,9 +230,9 @@ def teach(
         KeyboardInterrupt: after Ctrl-C, once the run is saved. SIGTERM saves the run and exits with status 143.
     """
     config, described = restartable(config), dict(description or {})
-    with distributed(process_group()), locked_run_folder(config.out, "teach") as folder, float32_weights(model):
-        require_divisible(config.batch_size, "TeachConfig.batch_size")
-        runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
+    require_divisible(config.batch_size, "TeachConfig.batch_size")
+    runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
+    with locked_run_folder(config.out, "teach") as folder, float32_weights(model):
         torch.manual_seed(config.seed)
         batches = loader(
             data.train,
@@ -245,6 +248,7 @@ def teach(
         runtime.place(model)
         trainer = _Trainer(model, batches, config, runtime)
         checkpoints = _start(trainer, data, folder, described)
+        require_equal(value for each in trainer.networks() for value in each.state_dict().values())
         group = current_group() if config.sync_batchnorm else None
         with runtime.backends(), synchronize_batchnorm({"network": model}, group):
             _train(trainer, data, folder, checkpoints, workers, progress)
@@ -316,16 +320,17 @@ def _train(
         while trainer.finished < config.epochs:
             mean = trainer.epoch(stop)
             if not config.sync_batchnorm:
-                broadcast(unwrap(trainer.model).buffers())
+                broadcast([*unwrap(trainer.model).buffers(), *unwrap(trainer.network).buffers()])
             if mean is not None:
                 record(mean)
             due = trainer.finished == config.epochs or trainer.finished % config.checkpoint_every == 0
-            if due or stop.received is not None:
-                require_equal(unwrap(trainer.model).state_dict().values())
+            agree_to_stop(False, stop)
+            if due or stop.agreed is not None:
+                require_equal(value for each in trainer.networks() for value in each.state_dict().values())
                 trackers.flush()  # a run that resumes from the checkpoint does not log its epochs again
                 if is_main():
                     checkpoints.save(trainer.state_dict())
-            if stop.received is not None:
+            if stop.agreed is not None:
                 line.message(f"saved at epoch {trainer.finished}, step {trainer.step}")
                 stop.leave()
         trackers.add_results({"accuracy": history["accuracy"][-1]})
@@ -344,11 +349,9 @@ def _finish(trainer: _Trainer, data: ImageData, folder: Path, description: dict[
     meta |= {name: json.dumps(getattr(data, name)) for name in ("image_size", "mean", "std", "classes")}
     weights = folder / "teacher.safetensors"
 
-    def write() -> None:
+    if is_main():
         save_weights(model, weights, {**meta, **description})
         report.write_results(folder / "history.json", {"epochs": history, "accuracy": accuracy})
-
-    on_main(write)
     return TeachResult(
         model=model,
         accuracy=accuracy,

@@ -55,14 +55,15 @@ def _arguments(bn: _BatchNorm) -> dict[str, Any]:
         "eps": bn.eps,
         "training": bn.training or (bn.running_mean is None and bn.running_var is None),
         "update_running_stats": bn.training and bn.track_running_stats,
-        **({"group": group} if (group := getattr(bn, "sync_group", None)) is not None else {}),
+        **({"group": bn.sync_group} if bn.training and hasattr(bn, "sync_group") else {}),
     }
 
 
 def _forward(bn: _BatchNorm, x: Tensor) -> Tensor:
     """The forward of a synchronized BatchNorm, and of timm's BatchNorm with dropout and activation."""
     bn._check_input_dim(x)
-    count_batches([bn])
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
     y: Tensor = ops.batch_norm_act(x, **_arguments(bn))
     timm: Any = bn
     return timm.act(timm.drop(y)) if hasattr(bn, "act") else y

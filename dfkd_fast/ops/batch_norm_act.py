@@ -259,6 +259,7 @@ def require_batch_norm(
     eps: float,
     negative_slope: float,
     training: bool,
+    processes: int = 1,
 ) -> None:
     """Check the arguments that :func:`batch_norm_act` and :func:`batch_norm_act_conv1x1` share. x is checked before."""
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
@@ -270,7 +271,7 @@ def require_batch_norm(
     require_number("momentum", momentum)
     require_number("eps", eps, above=0)
     require_number("negative_slope", negative_slope)
-    if training and x.numel() == x.shape[1]:
+    if training and x.numel() * processes == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
@@ -333,7 +334,9 @@ def batch_norm_act(
         RuntimeError: the requested backend does not support the arguments.
     """
     require_tensor("x", x, ("N", "C", "..."))
-    require_batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, negative_slope, training)
+    processes = 1 if group is None else group.size
+    numbers = (momentum, eps, negative_slope, training, processes)
+    require_batch_norm(x, weight, bias, running_mean, running_var, *numbers)
     require_choice("activation", activation, ("none", "relu", "leaky_relu"))
     if residual is not None:
         require_tensor("residual", residual, ("N", "C", "..."), ("x", x))

@@ -115,7 +115,7 @@ def test_errors_are_one_line() -> None:
 
 
 def test_a_broken_rendezvous_is_one_line() -> None:
-    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    environment = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     found = subprocess.run(
         [sys.executable, "-m", "dfkd_fast", "distill"],
         env={**os.environ, **environment, "DFKD_FAST_TIMEOUT_S": "1"},
