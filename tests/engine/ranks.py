@@ -277,7 +277,7 @@ def check_runs(folder: Path) -> None:
 def check_teaching(folder: Path) -> None:
     def work(out: Path) -> nn.Module:
         model = tiny.network()
-        tiny.teach(out, model, epochs=2, ema=0.5)
+        tiny.teach(out, model, epochs=2, ema=0.5, batch_size=12)
         return model
 
     one, together = by_one_and_by_all(folder, work)
