@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -312,6 +313,15 @@ def main(jobs: list[str]) -> None:
     elif jobs[0] == "run":  # which torchrun restarts if a process is killed
         config = tiny.config(Path(jobs[1]), rounds_per_epoch=int(jobs[2]), epochs=1)
         distill(tiny.teacher(), tiny.network(), config, progress=False)
+    elif jobs[0] in ("fail", "hang"):  # in the last process
+        group = current_group()
+        assert group is not None
+
+        def fault(*_: Any) -> None:
+            if group.rank == group.size - 1:
+                time.sleep(1000) if jobs[0] == "hang" else jobs.index("fault")
+
+        distill(tiny.teacher(), tiny.network(), tiny.config(Path(jobs[1])), callbacks=[fault], progress=False)
     else:
         check_batch_norm()
         check_collectives(["dfkd-fgvc", "dafl", "adi", "cmi"])

@@ -109,6 +109,20 @@ def test_killed_processes_are_restarted(tmp_path: Path) -> None:
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+@pytest.mark.parametrize(
+    ("job", "error"),
+    [
+        ("fail", "ValueError: 'fault' is not in list"),
+        pytest.param("hang", "Timed out waiting 5000ms", marks=pytest.mark.slow),
+    ],
+)
+def test_a_fault_of_one_process_ends_all_with_its_traceback(job: str, error: str, tmp_path: Path) -> None:
+    run = Torchrun("tests.engine.ranks", job, str(tmp_path), processes=2, DFKD_FAST_TIMEOUT_S="5")
+    output = run.finish(status=1)
+    assert "Traceback (most recent call last)" in output
+    assert error in output
+
+
 def test_errors_are_one_line() -> None:
     output = Torchrun("dfkd_fast", "methods", processes=2).finish(status=1)
     assert output.count("error: methods runs in one process: start it without torchrun") == 1
