@@ -162,11 +162,11 @@ def _batches(
         if len(dataset) == 0:
             return
     for images, labels in loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers):
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(f"labels must be in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}")
         logits = logits_of(model, images, runtime)
         if logits.shape != (len(labels), num_classes):
             raise ValueError(f"logits must have shape {(len(labels), num_classes)}, got {tuple(logits.shape)}")
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(f"labels must be in 0..{num_classes - 1}, got {labels.min()}..{labels.max()}")
         yield logits, labels.to(runtime.device, non_blocking=True)
 
 
