@@ -217,7 +217,7 @@ def check_evaluation() -> None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def one_process() -> Iterator[None]:
     """Context manager of a process that runs as if it were the only one, while the others wait."""
     with distributed(None):
         yield
@@ -228,7 +228,7 @@ def by_one_and_by_all(folder: Path, work: Callable[[Path], T]) -> tuple[T | None
     group, one = current_group(), None
     assert group is not None
     if group.rank == 0:
-        with alone():
+        with one_process():
             one = work(folder / "one")
     everyone(None)  # the others wait
     return one, work(folder / "all")
@@ -251,7 +251,7 @@ def check_runs(folder: Path) -> None:
         if together:
             results.append(run(name, epochs, resume=True))
         elif group.rank == 0:
-            with alone():
+            with one_process():
                 results.append(run(name, epochs, resume=step > 0))
     if group.rank == 0:
         expected, *_, found = results
