@@ -18,7 +18,6 @@ from torch import Tensor
 from dfkd_fast.collectives import Group, current_group, distributed
 from dfkd_fast.config import DistillConfig, TeachConfig
 from dfkd_fast.engine.interrupt import StopRequest
-from dfkd_fast.engine.runtime import new_run_folder
 from dfkd_fast.files import lock_folder
 
 __all__ = [
@@ -27,8 +26,7 @@ __all__ = [
     "everyone",
     "is_main",
     "join",
-    "launched",
-    "locked_run_folder",
+    "locked_folder",
     "on_main",
     "require_divisible",
     "require_equal",
@@ -42,7 +40,7 @@ _TIMEOUT_S = 600.0  # after which a collective fails if a process is missing
 _NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # makes torchrun start a new store for restarted processes
 
 
-def launched() -> bool:
+def _launched() -> bool:
     """Whether torchrun has started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
 
@@ -72,7 +70,7 @@ def join() -> Iterator[Group | None]:
         with distributed(_world()):
             yield current_group()
         return
-    if not launched():
+    if not _launched():
         yield None
         return
     cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
@@ -123,16 +121,16 @@ def require_divisible(batch_size: int, name: str) -> None:
 
 
 @contextmanager
-def locked_run_folder(out: str | None, stem: str) -> Iterator[Path]:
-    """Context manager of :func:`new_run_folder` and :func:`lock_folder` in the main process."""
+def locked_folder(create: Callable[[], Path]) -> Iterator[Path]:
+    """Context manager that creates a folder and locks it, in the main process."""
     with ExitStack() as stack:
 
-        def create() -> Path:
-            folder = new_run_folder(out, stem)
+        def create_and_lock() -> Path:
+            folder = create()
             stack.enter_context(lock_folder(folder))
             return folder
 
-        yield on_main(create)
+        yield on_main(create_and_lock)
 
 
 def agree_to_stop(ended: bool, stop: StopRequest) -> bool:

@@ -27,7 +27,7 @@ from dfkd_fast.engine.distributed import (
     agree_to_stop,
     broadcast,
     is_main,
-    locked_run_folder,
+    locked_folder,
     on_main,
     require_divisible,
     require_equal,
@@ -38,7 +38,7 @@ from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.interrupt import catch_signals
 from dfkd_fast.engine.progress import Listener, ProgressLine
 from dfkd_fast.engine.rounds import NonFiniteError, Round, Rounds
-from dfkd_fast.engine.runtime import Runtime, float32_weights
+from dfkd_fast.engine.runtime import Runtime, float32_weights, new_run_folder
 from dfkd_fast.engine.state import DistillState, build_state
 from dfkd_fast.engine.steps import synthesize
 from dfkd_fast.engine.trackers import TrackedRun, Trackers
@@ -381,7 +381,7 @@ def distill(
             given = dict(description or {}), dict(inputs or {})
             with state.synchronized():
                 engine = create_engine(state)
-                with locked_run_folder(config.out, "distill") as folder:
+                with locked_folder(lambda: new_run_folder(config.out, "distill")) as folder:
                     return _distill(engine, folder, data, sizes, *given, progress, callbacks)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from torch import Tensor, nn
 from dfkd_fast import report
 from dfkd_fast.collectives import collect
 from dfkd_fast.config import DistillConfig, expand, to_dict
-from dfkd_fast.engine.distributed import is_main, on_main, require_divisible
+from dfkd_fast.engine.distributed import is_main, locked_folder, require_divisible
 from dfkd_fast.engine.engines import create_engine
 from dfkd_fast.engine.loop import prepare_networks
 from dfkd_fast.engine.progress import Listener, ProgressLine
 from dfkd_fast.engine.runtime import Runtime
 from dfkd_fast.engine.state import DistillState, build_state
 from dfkd_fast.engine.steps import synthesize
-from dfkd_fast.files import lock_folder
 from dfkd_fast.graph import frozen, preserve_train_mode, unwrap
 from dfkd_fast.synthesis import PoolSynthesizer, to_uint8, write_pool
 
@@ -67,24 +65,16 @@ def make_images(
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    with _empty_folder(out) as folder:
+    with locked_folder(lambda: _empty_folder(out)) as folder:
         return _make_images(teacher, config, count, folder, student, generator, png, description, progress)
 
 
-@contextmanager
-def _empty_folder(out: str | Path) -> Iterator[Path]:
-    """Create and lock a folder in the main process."""
-    with ExitStack() as stack:
-
-        def create() -> Path:
-            folder = expand(out)
-            if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
-                raise ValueError(f"{folder} is not empty: choose another folder for out")
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_folder(folder))
-            return folder
-
-        yield on_main(create)
+def _empty_folder(out: str | Path) -> Path:
+    folder = expand(out)
+    if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose another folder for out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _make_images(

@@ -27,7 +27,7 @@ from dfkd_fast.engine.distributed import (
     agree_to_stop,
     broadcast,
     is_main,
-    locked_run_folder,
+    locked_folder,
     on_main,
     require_divisible,
     require_equal,
@@ -36,7 +36,7 @@ from dfkd_fast.engine.distributed import (
 from dfkd_fast.engine.evaluation import evaluate
 from dfkd_fast.engine.interrupt import StopRequest, catch_signals
 from dfkd_fast.engine.progress import Listener, ProgressLine
-from dfkd_fast.engine.runtime import Runtime, float32_weights, rng_states, set_rng_states
+from dfkd_fast.engine.runtime import Runtime, float32_weights, new_run_folder, rng_states, set_rng_states
 from dfkd_fast.engine.trackers import TrackedRun, Trackers
 from dfkd_fast.files import write_file
 from dfkd_fast.graph import unwrap
@@ -232,7 +232,7 @@ def teach(
     config, described = restartable(config), dict(description or {})
     require_divisible(config.batch_size, "TeachConfig.batch_size")
     runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
-    with locked_run_folder(config.out, "teach") as folder, float32_weights(model):
+    with locked_folder(lambda: new_run_folder(config.out, "teach")) as folder, float32_weights(model):
         torch.manual_seed(config.seed)
         batches = loader(
             data.train,
