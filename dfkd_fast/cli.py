@@ -11,13 +11,21 @@ import time
 from argparse import SUPPRESS
 from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dfkd_fast.command_inputs import (
+    agreed,
+    build_classifier,
+    build_networks,
+    check_data,
+    described_model,
+    read_setup,
+    required,
+    with_image_size,
+)
 from dfkd_fast.config import (
-    DataConfig,
-    DistillConfig,
     EngineName,
     ExperimentConfig,
     GeneratorConfig,
@@ -33,109 +41,12 @@ from dfkd_fast.config import (
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
-    from torch import nn
 
-    from dfkd_fast.data import ImageData
     from dfkd_fast.engine import Cost, Measures
-    from dfkd_fast.graph import FeatureModel
-    from dfkd_fast.models import WeightsDescription
 
 __all__ = ["main"]
 
 log = logging.getLogger(__name__)
-
-
-def _required(experiment: ExperimentConfig, name: str) -> Any:
-    """Return a field of the experiment, or raise ValueError if it is not given."""
-    value = getattr(experiment, name)
-    if value is None or not value.name:
-        raise ValueError(f"--{name}.name is required: set it on the command line or in the file given by --config")
-    return value
-
-
-def _agreed(weights: str, name: str, stored: Any, *given: tuple[str, Any]) -> Any:
-    """Return a value of a weights file's metadata, or else the first one that is given as (source, value).
-
-    Raises:
-        ValueError: the file's value and one that is given differ.
-    """
-
-    def number(value: Any) -> bool:
-        return isinstance(value, int | float)
-
-    for source, value in given:
-        if stored is None or value is None:
-            continue
-        if isinstance(stored, tuple):  # normalizations are often rounded to three digits
-            pairs = zip(stored, value, strict=False)
-            same = len(stored) == len(value) and all(
-                math.isclose(a, b, abs_tol=1e-3) if number(a) and number(b) else a == b for a, b in pairs
-            )
-        else:
-            same = stored == value
-        if not same:
-            raise ValueError(f"{name} is {_short(stored)} in {weights}, but {_short(value)} in {source}")
-    values = [stored, *(value for _, value in given)]
-    return next((value for value in values if value is not None), None)
-
-
-def _short(value: Any) -> str:
-    text = str(list(value)) if isinstance(value, tuple) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _described(
-    weights: str, model: ModelConfig | None, description: WeightsDescription, option: str = "model"
-) -> ModelConfig:
-    """Return the network of a weights file: ``model``, or else the one that the metadata names."""
-    if model is None or not model.name:
-        if description.model is None:
-            raise ValueError(f"{weights} does not name its network: set --{option}.name")
-        if is_factory(description.model):
-            raise ValueError(
-                f"{weights} names the network {description.model!r}, which imports and runs code. If you trust it, set "
-                f"--{option}.name {description.model}"
-            )
-        model = replace(model or ModelConfig(), name=description.model)
-    if description.model == model.name:
-        given = json.loads(json.dumps(model.options)) or None
-        model = replace(model, options=_agreed(weights, "options", description.options, ("the command", given)) or {})
-    elif description.model is not None:
-        log.warning("%s is of the network %s; it is loaded into %s", weights, description.model, model.name)
-    return replace(model, weights=weights)
-
-
-def _sized(weights: str, description: WeightsDescription, data: DataConfig, given: Container[str]) -> DataConfig:
-    """Return the data set with the image size of the weights file, unless the command sets one."""
-    size = data.image_size if "data.image_size" in given else None
-    size = _agreed(weights, "image_size", description.image_size, ("data.image_size", size))
-    return data if size is None else replace(data, image_size=size)
-
-
-def _check_data(weights: str, description: WeightsDescription, images: ImageData) -> None:
-    """Raise ValueError if the metadata of a weights file does not fit the data."""
-    for name in ("num_classes", "image_size", "mean", "std"):
-        _agreed(weights, name, getattr(description, name), ("the data", getattr(images, name)))
-    for index, (stored, found) in enumerate(zip(description.classes or (), images.classes, strict=False)):
-        if stored != found:
-            raise ValueError(
-                f"class {index} is {stored!r} in {weights}, but {found!r} in the data: use data whose classes have the "
-                "same names in the same order"
-            )
-
-
-def _networks(experiment: ExperimentConfig, num_classes: int, image_size: int) -> tuple[FeatureModel, FeatureModel]:
-    """Build teacher and student. ``distill.seed`` determines their initial weights."""
-    import torch
-
-    from dfkd_fast.models import create_model, extract
-
-    torch.manual_seed(experiment.distill.seed)
-
-    def build(config: ModelConfig) -> FeatureModel:
-        return extract(create_model(config, num_classes=num_classes), stages=config.stages, image_size=image_size)
-
-    return build(_required(experiment, "teacher")), build(_required(experiment, "student"))
 
 
 def _print_result(*rows: tuple[str, object]) -> None:
@@ -143,7 +54,10 @@ def _print_result(*rows: tuple[str, object]) -> None:
 
     from dfkd_fast.report import result_table
 
-    Console().print(result_table([{"": name, "result": str(value)} for name, value in rows], ""))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 1000  # a file or a pipe has no width, and paths must not be broken into lines
+    console.print(result_table([{"": name, "result": str(value)} for name, value in rows], ""))
 
 
 def _teach(
@@ -169,7 +83,7 @@ def _teach(
     from dfkd_fast.engine import teach
     from dfkd_fast.models import create_model
 
-    data, model = _required(experiment, "data"), _required(experiment, role)
+    data, model = required(experiment, "data"), required(experiment, role)
     images = datasets.load(data)
     teaching = experiment.teach
     config = replace(teaching, out=out or teaching.out, resume=resume or teaching.resume)
@@ -182,59 +96,6 @@ def _teach(
         ("weights", result.weights),
         ("run", result.run_dir),
     )
-
-
-@dataclass(frozen=True)
-class _Setup:
-    """The networks and the data of a run, with the values that the teacher's weights file determines."""
-
-    data: DataConfig | None
-    teacher: ModelConfig
-    images: ImageData | None
-    classes: int
-    config: DistillConfig
-    description: WeightsDescription
-
-    @property
-    def image_size(self) -> int:
-        return self.config.image_size or (self.images.image_size if self.images is not None else 64)
-
-
-def _setup(experiment: ExperimentConfig, given: Container[str], num_classes: int | None, *, evaluate: bool) -> _Setup:
-    """Read the teacher's weights file and, to evaluate, the data."""
-    from dfkd_fast import data as datasets
-    from dfkd_fast.models import read_description
-
-    data, teacher, config = experiment.data, experiment.teacher, experiment.distill
-    if teacher is None or teacher.weights is None:
-        raise ValueError(
-            "--teacher.weights is required: the file of a trained teacher, for example of `dfkd-fast teach`"
-        )
-    weights, description = teacher.weights, read_description(teacher.weights)
-    teacher = _described(weights, teacher, description, "teacher")
-    if data is not None:
-        data = _sized(weights, description, data, given)
-    unread = data is not None and data.root is None and datasets.needs_root(data)
-    if unread and evaluate:
-        print("no --data.root: the student is not evaluated")
-    images = datasets.load(data) if data is not None and not unread and evaluate else None
-    if images is not None:
-        _check_data(weights, description, images)
-    data_classes = images.num_classes if images is not None else None
-    stored = (("--num_classes", num_classes), ("the data", data_classes))
-    classes = _agreed(weights, "num_classes", description.num_classes, *stored)
-    classes = classes or (datasets.num_classes(data) if data is not None else None)
-    if not classes:
-        raise ValueError("--num_classes is required: neither the data nor the teacher's weights file gives it")
-    inputs = {
-        name: _agreed(weights, name, getattr(description, name), (f"distill.{name}", getattr(config, name)))
-        for name in ("image_size", "mean", "std")
-    }
-    if images is None:
-        if data is not None and inputs["image_size"] is None:
-            inputs["image_size"] = data.image_size
-        config = replace(config, **inputs)
-    return _Setup(data, teacher, images, classes, config, description)
 
 
 def _distill(
@@ -265,14 +126,14 @@ def _distill(
     """
     from dfkd_fast.engine import distill
 
-    student = _required(experiment, "student")
+    student = required(experiment, "student")
     overrides: dict[str, Any] = {"out": out, "engine": engine, "precision": precision, "resume": resume or None}
     if pool is not None:
         settings = replace(experiment.distill.synthesis, name="folder", options={"folder": pool}, per_round=1)
         overrides |= {"synthesis": settings, "loop": replace(experiment.distill.loop, generator_steps=0)}
     given_values = {name: value for name, value in overrides.items() if value is not None}
     experiment = replace(experiment, distill=replace(experiment.distill, **given_values))
-    setup = _setup(experiment, given, num_classes, evaluate=True)
+    setup = read_setup(experiment, given, num_classes, evaluate=True)
     weights = setup.teacher.weights
     assert weights is not None
     if not weights.startswith("hf:"):  # `report` reads it from any folder
@@ -281,7 +142,7 @@ def _distill(
     classes = setup.description.classes
     names = {"classes": json.dumps(classes)} if classes is not None else {}
     result = distill(
-        *_networks(replace(experiment, teacher=setup.teacher), setup.classes, setup.image_size),
+        *build_networks(replace(experiment, teacher=setup.teacher), setup.classes, setup.image_size),
         setup.config,
         data=setup.images,
         description={**names, **student.metadata()},
@@ -320,11 +181,11 @@ def _synthesize(
     from dfkd_fast.engine import build_generator, make_images
     from dfkd_fast.models import create_model, load_weights, read_metadata
 
-    setup = _setup(experiment, given, num_classes, evaluate=False)
+    setup = read_setup(experiment, given, num_classes, evaluate=False)
     stored = {} if generator is None else read_metadata(generator)
     size = json.loads(stored.get("image_size", "null"))
     if generator is not None:
-        size = _agreed(generator, "image_size", size, (setup.teacher.weights or "the teacher", setup.config.image_size))
+        size = agreed(generator, "image_size", size, (setup.teacher.weights or "the teacher", setup.config.image_size))
     config = replace(setup.config, image_size=size or setup.image_size)
     trained = None
     if generator is not None:
@@ -379,19 +240,19 @@ def _evaluate(
     from dfkd_fast.models import create_model, read_description
     from dfkd_fast.report import environment, write_results
 
-    data, description = _required(experiment, "data"), read_description(weights)
-    config = _described(weights, model, description)
-    data = _sized(weights, description, data, given)
+    data, description = required(experiment, "data"), read_description(weights)
+    config = described_model(weights, model, description)
+    data = with_image_size(weights, description, data, given)
     images = datasets.load(data)
-    _check_data(weights, description, images)
+    check_data(weights, description, images)
     runtime = Runtime.of(device, precision, channels_last=True)
     options: dict[str, Any] = {"num_classes": images.num_classes, "workers": data.workers, "runtime": runtime}
     network = create_model(config, num_classes=images.num_classes)
     teacher = experiment.teacher.weights if experiment.teacher is not None else None
     if teacher is not None:
         description = read_description(teacher)
-        config = _described(teacher, experiment.teacher, description, "teacher")
-        _check_data(teacher, description, images)
+        config = described_model(teacher, experiment.teacher, description, "teacher")
+        check_data(teacher, description, images)
         teacher_network = create_model(config, num_classes=images.num_classes)
     taught = None
     with runtime.backends():
@@ -453,21 +314,6 @@ def _print_measures(
         Console().print(result_table(rows))
 
 
-def _classifier(
-    weights: str, model: ModelConfig | None, num_classes: int | None, image_size: int | None
-) -> tuple[nn.Module, ModelConfig, int, int, WeightsDescription]:
-    """Return the network of a weights file, its config, numbers of classes and pixels, and what the file says."""
-    from dfkd_fast.models import create_model, read_description
-
-    description = read_description(weights)
-    config = _described(weights, model, description)
-    classes = _agreed(weights, "num_classes", description.num_classes, ("--num_classes", num_classes))
-    size = _agreed(weights, "image_size", description.image_size, ("--image_size", image_size))
-    if not classes or not size:
-        raise ValueError(f"{weights} has no number of classes or image size: set --num_classes and --image_size")
-    return create_model(config, num_classes=classes), config, classes, size, description
-
-
 def _predict(
     *,
     images: list[str],
@@ -505,7 +351,7 @@ def _predict(
     from dfkd_fast.models import normalization
 
     runtime = Runtime.of(device, precision, channels_last=True)
-    network, _, _, size, description = _classifier(weights, model, num_classes, image_size)
+    network, _, _, size, description = build_classifier(weights, model, num_classes, image_size)
     mean, std = normalization(network)
     predictions = predict(
         runtime.place(network),
@@ -555,7 +401,7 @@ def _export(
         model_card.require_login(push_to_hub)
     if out is None and weights.startswith("hf:"):
         raise ValueError(f"--out is required: there is no folder next to {weights}")
-    network, config, classes, size, description = _classifier(weights, model, num_classes, image_size)
+    network, config, classes, size, description = build_classifier(weights, model, num_classes, image_size)
     folder = Path(out) if out is not None else Path(weights).parent / "export"
     result = export(network, folder, image_size=size, metadata=read_metadata(weights))
     card = model_card.write_card(
@@ -700,7 +546,7 @@ def _profile(
     from dfkd_fast.models import WeightsDescription, read_description
     from dfkd_fast.profiling import profile
 
-    data, teacher, config = experiment.data, _required(experiment, "teacher"), experiment.distill
+    data, teacher, config = experiment.data, required(experiment, "teacher"), experiment.distill
     description = WeightsDescription() if teacher.weights is None else read_description(teacher.weights)
     if teacher.weights is None:
         print("no --teacher.weights: using random weights; the times do not depend on the weights")
@@ -708,11 +554,11 @@ def _profile(
     classes = num_classes or description.num_classes or data_classes or 200
     size = config.image_size or description.image_size or (data.image_size if data is not None else 224)
     result = profile(
-        *_networks(experiment, classes, size),
+        *build_networks(experiment, classes, size),
         replace(config, image_size=size),
         engines=engines.split(",") if engines else [config.engine],  # type: ignore[arg-type]
         steps=steps,
-        networks=(teacher.name, _required(experiment, "student").name),
+        networks=(teacher.name, required(experiment, "student").name),
         out=out,
     )
     traces = [(f"trace, {name}", path) for name, path in result.traces.items()]

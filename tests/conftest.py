@@ -21,6 +21,11 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cpu.get_capabilities().get("avx512_f"):
+    # On CPUs without AVX-512, oneDNN corrupts memory in the weight gradient of channels-last 1 x 1 convolutions with
+    # stride 2 and fewer than 8 input channels. Networks in use have more. Child processes inherit the setting.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "SSE41")
+
 if not torch.cuda.is_available():
     # Set before any kernel is decorated: without a GPU, Triton kernels run in the interpreter.
     os.environ["TRITON_INTERPRET"] = "1"

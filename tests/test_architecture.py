@@ -26,6 +26,7 @@ MAPPED = ("kernels", "configs", "benchmarks")  # top-level folders, installed as
 LAYERS: dict[str, set[str]] = {
     "_C": set(),  # the CUDA extension
     "collectives": set(),
+    "command_inputs": {"config", "data", "graph", "models"},
     "config": set(),
     "configs": set(),
     "kernels": set(),

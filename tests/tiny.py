@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +28,6 @@ from dfkd_fast.config import (
 from dfkd_fast.data import ImageData
 from dfkd_fast.engine import DistillResult, DistillState, Runtime, build_state, distill
 from dfkd_fast.models import FeatureModel, create_model, extract
-
-if not torch.cpu.get_capabilities().get("avx512_f"):
-    # On CPUs without AVX-512, oneDNN corrupts memory in the weight gradient of channels-last 1 x 1 convolutions with
-    # stride 2 and fewer than 8 input channels. Real networks have more.
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "SSE41")
 
 CLASSES = 5
 SIZE = 16
