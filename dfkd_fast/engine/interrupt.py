@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -33,11 +34,12 @@ class StopRequest:
 
 @contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Record the first SIGINT or SIGTERM in the yielded request. A second one has its usual effect.
+    """Record the first SIGINT or SIGTERM in the yielded request. One that comes later has its usual effect.
 
+    Those of the next second are ignored: torchrun sends its processes the Ctrl-C that they have got from the terminal.
     Does nothing outside of the main thread, because Python handles signals only in that thread.
     """
-    request = StopRequest()
+    request, first = StopRequest(), 0.0
     previous: dict[int, Any] = {}
 
     def restore() -> None:
@@ -46,8 +48,12 @@ def catch_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def receive(number: int, frame: FrameType | None) -> None:
-        request.received = signal.Signals(number)
-        restore()
+        nonlocal first
+        if request.received is None:
+            request.received, first = signal.Signals(number), time.monotonic()
+        elif time.monotonic() > first + 1:
+            restore()
+            signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):

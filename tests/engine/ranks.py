@@ -311,7 +311,8 @@ def main(jobs: list[str]) -> None:
     if jobs[0] == "presets":
         compare(jobs[2:] or [*PRESETS], int(jobs[1]), rtol=0, atol=1e-9)
     elif jobs[0] == "run":  # which torchrun restarts if a process is killed
-        config = tiny.config(Path(jobs[1]), rounds_per_epoch=int(jobs[2]), epochs=1)
+        every = int(jobs[3]) if len(jobs) > 3 else 1
+        config = tiny.config(Path(jobs[1]), rounds_per_epoch=int(jobs[2]), epochs=1, checkpoint_every=every)
         distill(tiny.teacher(), tiny.network(), config, progress=False)
     elif jobs[0] in ("fail", "hang"):  # in the last process
         group = current_group()

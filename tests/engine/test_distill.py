@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import dfkd_fast
 from dfkd_fast.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from dfkd_fast.engine import CheckpointError, Checkpoints, NonFiniteError, engines, loop
 from dfkd_fast.engine.checkpoint import fingerprint
+from dfkd_fast.engine.interrupt import catch_signals
 from dfkd_fast.engine.progress import ProgressLine
 from dfkd_fast.models import create_model, extract, load_weights, read_metadata
 
@@ -140,7 +142,8 @@ def test_signal_saves_a_checkpoint_before_leaving(
 
     def signalled(*arguments: Any) -> None:
         step(*arguments)
-        os.kill(os.getpid(), number)
+        for _ in range(2):  # torchrun sends Ctrl-C to processes that have got it from the terminal
+            os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
         patch.setattr(engines, "student_step", signalled)
@@ -151,6 +154,16 @@ def test_signal_saves_a_checkpoint_before_leaving(
     assert signal.getsignal(number) == handler
     assert checkpoint_names(tmp_path) == ["round-000000-step-0003.pt"]
     assert_same_result(tiny.run(tmp_path, resume=True, checkpoint_every=100), uninterrupted_run)
+
+
+def test_a_second_signal_has_its_usual_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    with catch_signals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 2)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert stop.received is signal.SIGINT
 
 
 @pytest.fixture

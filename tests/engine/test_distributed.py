@@ -35,6 +35,7 @@ class Torchrun:
             env={**os.environ, **ENVIRONMENT, **environment},
             stdout=self.log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     def output(self) -> str:
@@ -75,6 +76,10 @@ def workers(agent: int) -> list[int]:
     return sorted(child for child, command in commands.items() if b"tests.engine.ranks" in command)
 
 
+def newest_round(folder: Path) -> int:
+    return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoints/*.pt")), default=0)
+
+
 def kill_repeatedly(run: Torchrun, folder: Path, kills: int) -> None:
     """Kill a random process: most after a new checkpoint, some while they start."""
     choose, before = random.Random(0), 0
@@ -82,12 +87,11 @@ def kill_repeatedly(run: Torchrun, folder: Path, kills: int) -> None:
         deadline, starting = time.monotonic() + choose.uniform(0, 5), choose.random() < 0.1
         while True:
             assert run.agent.poll() is None, run.output()
-            rounds = [int(path.name.split("-")[1]) for path in folder.glob("checkpoints/*.pt")]
-            if max(rounds, default=0) > before or (starting and time.monotonic() > deadline):
+            if newest_round(folder) > before or (starting and time.monotonic() > deadline):
                 break
             time.sleep(0.02)
         time.sleep(choose.uniform(0, 0.3))
-        before = max((int(path.name.split("-")[1]) for path in folder.glob("checkpoints/*.pt")), default=0)
+        before = newest_round(folder)
         try:
             os.kill(choose.choice(workers(run.agent.pid)), signal.SIGKILL)
         except (IndexError, ProcessLookupError):  # between two starts
@@ -118,6 +122,19 @@ def test_a_fault_of_one_process_ends_all_with_its_traceback(job: str, error: str
     output = run.finish(status=1)
     assert "Traceback (most recent call last)" in output
     assert error in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C, which the terminal sends to all processes, and SIGTERM, which torchrun passes on."""
+    run = Torchrun("tests.engine.ranks", "run", str(tmp_path), "10000", "10", processes=2)
+    while not newest_round(tmp_path):
+        assert run.agent.poll() is None, run.output()
+        time.sleep(0.02)
+    os.killpg(run.agent.pid, number) if number is signal.SIGINT else run.agent.send_signal(number)
+    run.finish(status=1)
+    assert newest_round(tmp_path) % 10, "the newest checkpoint is not that of the signal"
 
 
 def test_errors_are_one_line() -> None:
