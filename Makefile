@@ -56,7 +56,7 @@ $(RUNTIME): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "'$(PYTHON)' lacks the venv module (Debian, Ubuntu: the package python3-venv)" >&2; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(INSTALL); DFKD_FAST_CUDA=0 progress 'Installing into $(VENV)' install --editable .
+	@$(INSTALL); DFKD_FAST_CUDA=0 progress 'Installing into $(VENV)' install --editable '.[report]'
 	@touch $@
 
 # The tools for development, and the CUDA extension if there is an nvcc.

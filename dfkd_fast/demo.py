@@ -118,7 +118,7 @@ def _save_pictures(config: DemoConfig, folder: Path) -> Path:
     images, count = data.load(config.data), config.distill.loop.batch_size
     assert isinstance(images.test, Sized)
     total = len(images.test)  # evenly spaced indices cover all classes of a sorted set
-    held_out = torch.stack([images.test[index][0] for index in range(0, total, max(1, total // count))[:count]])
+    held_out = torch.stack([images.test[index * total // count][0] for index in range(count)])
     shown = report.save_image_grid(held_out, folder / "held_out.png")  # in [-1, 1], like the synthetic images
     synthetic = folder / config.presets[0] / "images" / f"epoch-{config.distill.loop.epochs:04d}.png"
     path = folder / "pictures.png"

@@ -121,7 +121,7 @@ class _Table:
         self.progress.update(self.rows[name], note="starting", visible=True)
 
     def update(self, name: str, completed: int, total: int, values: Mapping[str, float], images_per_s: float) -> None:
-        loss = [f"loss {sum(values.values()):.3g}"] if values else []
+        loss = [f"loss {values.get('loss', sum(values.values())):.3g}"] if values else []
         note = "  ".join([*loss, f"{images_per_s:.0f} images/s"])
         self.progress.update(self.rows[name], completed=completed, total=total, note=note)
 
@@ -236,8 +236,7 @@ class _Runner:
         for other in [other for other in self.waiting if job.name in other.after]:
             if other in self.waiting:  # it may have waited for two jobs
                 self.waiting.remove(other)
-                reason = f"{other.name} needs {job.name}, which has no result"
-                self._fail(other, JobError(reason, stopped=error.stopped))
+                self._fail(other, JobError(f"{other.name} needs {error}", error.details, stopped=error.stopped))
 
 
 def run_jobs(

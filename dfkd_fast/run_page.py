@@ -45,7 +45,7 @@ from dfkd_fast.models.weights import resolve
 from dfkd_fast.nn import SpatialAttention, freeze_spectral_norm
 from dfkd_fast.objectives import FeatureShapes, HighOrderAttentionDistillation
 from dfkd_fast.report import read_results
-from dfkd_fast.sweep import SweepConfig, cell_folder, sweep_table
+from dfkd_fast.sweep import SweepConfig, accuracies, cell_folder, positions, sweep_table
 
 __all__ = ["write_page"]
 
@@ -183,7 +183,8 @@ class _Run:
     def held_out(self, count: int) -> tuple[Tensor, list[int]]:
         """Evenly spaced held-out images (N, 3, H, W), normalized, and their labels."""
         test: Any = self.data.test
-        return self.images(range(0, len(test), max(1, len(test) // count))[:count])
+        count = min(count, len(test))
+        return self.images(index * len(test) // count for index in range(count))
 
     def images(self, indices: Iterable[int]) -> tuple[Tensor, list[int]]:
         """Held-out images (N, 3, H, W), normalized, and their labels."""
@@ -633,23 +634,35 @@ def _gather(run: _Run, name: str) -> dict[str, Any]:
 
 
 def _sweep(folder: Path) -> tuple[dict[str, Any], list[tuple[str, Path]]]:
-    """The table of a sweep, and the names and folders of the runs to show."""
+    """The table and the charts of a sweep, and the names and folders of the runs to show."""
     content = read_results(folder / "results.json")
     if content is None:
         raise ValueError(f"there is no {folder / 'results.json'}: the sweep has not started")
     config, rows = SweepConfig(**content["sweep"]), content["rows"]
-    found = sweep_table(config, rows)
-    missing = sum(row["status"] != "done" for row in rows)
-    table = {"title": config.title, "rows": found, "columns": [*found[0]], "missing": missing, "all": len(rows)}
-    column = next(iter(next(iter(config.axes.values())))) if len(config.axes) > 1 else ""
-    runs = [
-        (row["cell"], cell_folder(folder, row["cell"], row["seed"]))
-        for row in rows
-        if row.get("agreement") is not None
-        and row["seed"] == config.seeds[0]
-        and (not column or row["cell"].startswith(f"{column}, "))
-    ]
-    return table, runs[:_SHOWN]
+    found, where = sweep_table(config, rows), positions(config)
+    distilled = [row for row in rows if row.get("agreement") is not None]
+    one_column = [row for row in distilled if where[row["cell"]][0] == where[distilled[0]["cell"]][0]]
+    runs = [row for row in one_column if row["seed"] == distilled[0]["seed"]]
+    charts: dict[str, list[dict[str, Any]]] = {}
+    for name, values in accuracies(config, rows).items():
+        if values:
+            mean, deviation = (
+                statistics.fmean(values.values()),
+                statistics.stdev(values.values()) if len(values) > 1 else 0.0,
+            )
+            column, row = where[name]
+            charts.setdefault(column, []).append({"name": row, "mean": mean, "deviation": deviation})
+    about = {
+        "title": config.title,
+        "rows": found,
+        "columns": [*found[0]],
+        "missing": sum(row["status"] != "done" for row in rows),
+        "all": len(rows),
+        "charts": charts,
+        "shown": min(len(runs), _SHOWN),
+        "finished": len(distilled),
+    }
+    return about, [(row["cell"], cell_folder(folder, row["cell"], row["seed"])) for row in runs[:_SHOWN]]
 
 
 def write_page(
@@ -664,7 +677,8 @@ def write_page(
 
     Args:
         runs: folders of :func:`dfkd_fast.distill`. Several become columns, ranked by top-1 accuracy. The folder of a
-            sweep adds its table, and the finished distillations of its first column and seed, at most eight.
+            sweep adds its table, and the finished distillations of its first column and seed that have any, at most
+            eight.
         out: the file.
         device: device of the networks, as in ``DistillConfig.device``.
         root: root folder of the held-out images; None uses that of the run.
@@ -691,8 +705,6 @@ def write_page(
             named += cells
         else:
             named.append((each.resolve().name, each))
-    if not named:
-        raise ValueError("no distillation of the sweep has finished")
     names, folders = [name for name, _ in named], [folder for _, folder in named]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]

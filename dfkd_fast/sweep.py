@@ -17,6 +17,7 @@ import shutil
 import sqlite3
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -29,13 +30,14 @@ from rich.console import Console
 
 from dfkd_fast import data as datasets
 from dfkd_fast import report
+from dfkd_fast.command_inputs import build_networks, check_data
 from dfkd_fast.config import ExperimentConfig, expand, find, read, to_dict
 from dfkd_fast.engine import NonFiniteError, Runtime, build_state, create_engine, distill, teach
 from dfkd_fast.engine.runtime import new_run_folder
 from dfkd_fast.files import lock_folder, write_file
 from dfkd_fast.graph import frozen, preserve_train_mode
 from dfkd_fast.jobs import Job, JobError, run_jobs
-from dfkd_fast.models import create_model, extract, normalization
+from dfkd_fast.models import create_model, extract, normalization, read_description
 from dfkd_fast.profiling import time_steps
 
 __all__ = [
@@ -88,10 +90,10 @@ class SweepConfig:
             raise ValueError("SweepConfig.axes and SweepConfig.seeds must not be empty")
         if len({*self.seeds}) < len(self.seeds):
             raise ValueError(f"SweepConfig.seeds must be different, got {self.seeds}")
-        known = {row for _, row in _positions(self)}
+        known = {row for _, row in positions(self).values()}
         if unknown := {*self.published, *([self.compare_with] if self.compare_with else [])} - known:
             raise ValueError(f"not a row of the sweep: {', '.join(sorted(unknown))}; rows: {', '.join(sorted(known))}")
-        columns = len({column for column, _ in _positions(self)})
+        columns = len({column for column, _ in positions(self).values()})
         for row, values in self.published.items():
             if isinstance(values, list) and len(values) != columns:
                 raise ValueError(f"SweepConfig.published[{row!r}] must have {columns} values, got {len(values)}")
@@ -135,13 +137,6 @@ def cell_folder(root: Path, name: str, seed: int) -> Path:
     """Return the folder of a cell's run in a sweep's folder."""
     plain = "".join(each if each.isalnum() or each in "._-" else "_" for each in name)
     return root / "cells" / plain / f"seed-{seed}"
-
-
-def _positions(config: SweepConfig) -> list[tuple[str, str]]:
-    """The column and the row of each cell in the table."""
-    split = len(config.axes) > 1
-    products = itertools.product(*config.axes.values())
-    return [(levels[0] if split else "", ", ".join(levels[split:])) for levels in products]
 
 
 def read_sweep(name: str) -> SweepConfig:
@@ -328,23 +323,19 @@ def run_cell(
     images = datasets.load(_required(experiment.data))
     if teacher is not None:
         experiment = replace(experiment, teacher=replace(_required(experiment.teacher), weights=teacher["weights"]))
-    models = _required(experiment.teacher), _required(experiment.student)
-    torch.manual_seed(cell.seed)
-    teacher_network, student = (
-        extract(create_model(model, num_classes=images.num_classes), stages=model.stages, image_size=images.image_size)
-        for model in models
-    )
+    weights = _required(experiment.teacher).weights
+    check_data(weights, read_description(weights), images)
+    networks = build_networks(experiment, images.num_classes, images.image_size)
     loop = experiment.distill.loop
     row: dict[str, Any] = {"accuracy": None, "agreement": None, "images_per_s": None}
     row |= {"teacher_accuracy": teacher and teacher["accuracy"], "rounds": loop.epochs * loop.rounds_per_epoch}
     inputs = {name: to_dict(getattr(experiment, name)) for name in ("data", "teacher", "student")}
     try:
         result = distill(
-            teacher_network,
-            student,
+            *networks,
             replace(experiment.distill, out=str(out), resume=True),
             data=images,
-            description=models[1].metadata(),
+            description=_required(experiment.student).metadata(),
             inputs=inputs,
             progress=progress,
         )
@@ -378,6 +369,10 @@ class _Call:
 def _text(result: Any) -> str:
     row = result[1] if isinstance(result, tuple) else result
     return "not finite" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
+
+
+def _workers(jobs: int | None) -> int | None:
+    return jobs if jobs is not None else torch.cuda.device_count() or None
 
 
 def sweep(
@@ -430,7 +425,10 @@ def sweep(
         for name, cell in left.items():
             teacher = _teacher_name(cell)
             todo.append(Job(name=name, call=_Call(cell, folder), after=(teacher,) if teacher else ()))
-        environment = json.dumps({**report.environment(), "date": None})
+        environment = json.dumps({**report.environment(), "date": None, "threads": 1})  # of a job
+
+        def exported() -> list[dict[str, Any]]:
+            return export(folder, config, rows.read(cells))
 
         def finished(result: Any) -> None:
             if not isinstance(result, tuple):
@@ -438,20 +436,21 @@ def sweep(
             cell, row = result
             measured = {name: row.pop(name) for name in ("seconds", "images_per_s")}
             rows.set(cell, "done", result=json.dumps(row), environment=environment, **measured)
+            exported()
             shutil.rmtree(cell.folder(folder) / "checkpoints", ignore_errors=True)
+            (cell.folder(folder) / "error.txt").unlink(missing_ok=True)  # of an earlier start
 
         def failed(name: str, error: JobError) -> None:
             if name in left:
                 rows.set(left[name], "stopped" if error.stopped else "failed", error=str(error))
+                exported()
                 if error.details:
                     write_file(left[name].folder(folder) / "error.txt", error.details.encode())
 
         limits = {"limit_s": 60 * minutes_per_cell, "budget_s": 60 * minutes}
-        workers = jobs or torch.cuda.device_count() or None
-        try:
-            run_jobs(todo, workers=workers, text=_text, finished=finished, failed=failed, console=console, **limits)
-        finally:
-            found = export(folder, config, rows.read(cells))
+        exported()  # so that a page can show the sweep while it runs, also if it is killed
+        run_jobs(todo, workers=_workers(jobs), text=_text, finished=finished, failed=failed, console=console, **limits)
+        found = exported()
     console.print(report.result_table(sweep_table(config, found), config.title))
     if missing := sum(row["status"] != "done" for row in found):
         console.print(f"{missing} of {len(found)} runs are missing; start the sweep again with --out {folder}")
@@ -481,23 +480,34 @@ def paired_difference(values: Sequence[float], base: Sequence[float]) -> tuple[f
     return mean, width, float(2 * t.sf(abs(mean) / error, freedom)) if error else float(mean == 0)
 
 
+def positions(config: SweepConfig) -> dict[str, tuple[str, str]]:
+    """Return the column and the row in the table of each cell. The first of several axes is that of the columns."""
+    split = len(config.axes) > 1
+    products = itertools.product(*config.axes.values())
+    return {", ".join(levels): (levels[0] if split else "", ", ".join(levels[split:])) for levels in products}
+
+
+def accuracies(config: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Return the accuracies of each cell by seed, without runs that are missing or whose loss was not finite."""
+    found: dict[str, dict[int, float]] = {name: {} for name in positions(config)}
+    for row in rows:
+        if row["cell"] in found and row["seed"] in config.seeds and row.get("accuracy") is not None:
+            found[row["cell"]][row["seed"]] = row["accuracy"]
+    return found
+
+
 def sweep_table(config: SweepConfig, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return the table of a sweep: top-1 per row and column, next to the published values in brackets.
 
     ``n`` is the number of finished runs per row; those that are missing or whose loss was not finite are listed.
     """
-    names = [", ".join(levels) for levels in itertools.product(*config.axes.values())]
-    where = dict(zip(names, _positions(config), strict=True))
+    where, by_cell = positions(config), accuracies(config, rows)
     columns = list(dict.fromkeys(column for column, _ in where.values()))
-    by_cell: dict[str, dict[int, float]] = {name: {} for name in names}
-    not_finite = dict.fromkeys(names, 0)
-    for row in rows:
-        if row["seed"] not in config.seeds:
-            continue
-        if row["cell"] in by_cell and row.get("accuracy") is not None:
-            by_cell[row["cell"]][row["seed"]] = row["accuracy"]
-        elif row["cell"] in by_cell and row["status"] == "done":
-            not_finite[row["cell"]] += 1
+    not_finite = Counter(
+        row["cell"]
+        for row in rows
+        if row["seed"] in config.seeds and row["status"] == "done" and row.get("accuracy") is None
+    )
     table: dict[str, dict[str, str]] = {}
     for name, (column, row_name) in where.items():
         line = table.setdefault(row_name, {list(config.axes)[-1]: row_name})
@@ -543,21 +553,21 @@ def probe(experiment: ExperimentConfig, *, progress: Any = False) -> dict[str, f
     ]
     runtime, loop = Runtime.of(config.device, config.precision, channels_last=config.channels_last), config.loop
     mean, std = normalization(networks[0].model)
-    few: dict[str, Any] = {
-        "generator_steps": min(loop.generator_steps, 2 * config.synthesis.per_round),
-        "student_steps": min(loop.student_steps, 2),
-    }
     networks[1].train()
     with runtime.backends(), frozen(networks[0]), preserve_train_mode(networks[0], False):
-        short = replace(config, loop=replace(loop, **few), image_size=size)
+        sized = replace(config, image_size=size)
         engine = create_engine(
-            build_state(networks[0], networks[1], short, runtime, image_size=size, mean=mean, std=std)
+            build_state(networks[0], networks[1], sized, runtime, image_size=size, mean=mean, std=std)
         )
         engine.prepare()
         microseconds = []
-        for first, count in ((0, few["generator_steps"]), (few["generator_steps"], few["student_steps"])):
-            times = [time_steps(engine, first, count) for _ in range(2)] if count else [0.0]  # the first ones warm up
-            microseconds.append(times[-1])
+        for start, count in ((0, loop.generator_steps), (loop.generator_steps, loop.student_steps)):
+            few = min(2, count)
+            # The last steps too: DeepInversion's first ones are at a lower resolution.
+            places = [start, start + count - few] if count else []
+            for first in places:
+                time_steps(engine, first, few)  # warms up
+            microseconds.append(sum(time_steps(engine, first, few) for first in places) / 2)
     rounds = loop.epochs * loop.rounds_per_epoch
     total = rounds * (loop.generator_steps * microseconds[0] + loop.student_steps * microseconds[1]) / 1e6
     cuda = runtime.device.type == "cuda"
@@ -584,7 +594,7 @@ def estimate(
     errors: dict[str, str] = {}
     found = run_jobs(
         todo,
-        workers=jobs or torch.cuda.device_count() or None,
+        workers=_workers(jobs),
         text=lambda row: f"{row['seconds'] / 3600:.2f} h",
         failed=lambda name, error: errors.update({name: str(error)}),
         console=console,

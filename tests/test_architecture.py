@@ -63,7 +63,7 @@ LAYERS: dict[str, set[str]] = {
         "nvtx",
         "registry",
     },
-    "sweep": {"config", "data", "engine", "files", "graph", "jobs", "models", "profiling", "report"},
+    "sweep": {"command_inputs", "config", "data", "engine", "files", "graph", "jobs", "models", "profiling", "report"},
     "run_page": {"engine", "objectives", "nn", "graph", "models", "data", "report", "config", "files", "sweep"},
     "profiling": {"engine", "graph", "models", "report", "config", "nvtx"},
 }

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -47,7 +48,7 @@ TINY = {
     },
 }
 SHRINK = {  # every packaged sweep in seconds
-    "data.image_size": 16,
+    "data.image_size": 32,
     "data.workers": 0,
     "teacher.name": "resnet8",
     "teacher.pretrained": False,
@@ -60,7 +61,7 @@ SHRINK = {  # every packaged sweep in seconds
     "distill.device": "cpu",
     "distill.loop.epochs": 1,
     "distill.loop.rounds_per_epoch": 1,
-    "distill.loop.generator_steps": 1,
+    "distill.loop.generator_steps": 2,
     "distill.loop.student_steps": 1,
     "distill.loop.batch_size": 4,
     "distill.synthesis.per_round": 1,
@@ -92,10 +93,7 @@ def test_cells_are_the_product_of_the_axes(tiny: str) -> None:
     config = SweepConfig(title="", configs=[tiny], axes=axes, seeds=[3, 1], changes={"teach.epochs": 2})
     cells = sweep_cells(config, changes={"distill.loop.epochs": 7})
     names = ["kd, 0.1", "kd, fast", "all, 0.1", "all, fast"]
-    assert [(cell.name, cell.seed) for cell in cells] == [
-        *itertools.product(names, [3]),
-        *itertools.product(names, [1]),
-    ] or [(cell.seed, cell.name) for cell in cells] == [(seed, name) for seed in (3, 1) for name in names]
+    assert [(cell.seed, cell.name) for cell in cells] == [*itertools.product([3, 1], names)]
     first = cells[0].experiment
     assert first.distill.objective.preset == "baseline"
     assert (first.distill.optimizer.student_lr, first.distill.seed, first.distill.loop.epochs) == (0.1, 3, 7)
@@ -232,6 +230,7 @@ def test_dry_run_estimates_time_and_memory(tiny: str, tmp_path: Path, capsys: py
 def test_packaged_sweeps_have_the_cells_of_the_paper() -> None:
     count = {path.stem: len(sweep_cells(read_sweep(path.stem))) for path in find("table1").parent.glob("table*.yaml")}
     # Three seeds of: ten rows on three data sets; three students; 4, 5 and 3 rows on three data sets.
+    assert len(sweep_cells(read_sweep("figure7"))) == 57  # 7 + 7 + 7 points, of which two are in two curves
     assert count == {"table1": 90, "table2": 9, "table3": 36, "table4": 45, "table5": 27}
     by_name = {cell.name: cell.experiment for cell in sweep_cells(read_sweep("table4"))}
     assert by_name["CUB200, 0"].distill.generator.attention == "none"
@@ -244,6 +243,12 @@ def test_packaged_sweeps_have_the_cells_of_the_paper() -> None:
         cells = sweep_cells(read_sweep(name))
         plain = next(cell.experiment for cell in cells if cell.name == "both")
         assert all((cell.experiment == plain) is (cell.name == "both") for cell in cells if cell.seed == 0)
+
+
+def test_the_sweep_in_the_docs_is_valid(tmp_path: Path) -> None:
+    (block,) = re.findall(r"(?s)```yaml\n(.*?)```", (Path(__file__).parents[1] / "docs" / "sweeps.md").read_text())
+    (tmp_path / "grid.yaml").write_text(block)
+    assert len(sweep_cells(read_sweep(str(tmp_path / "grid.yaml")))) == 2 * 2 * 5
 
 
 @pytest.fixture
@@ -268,6 +273,8 @@ def test_a_packaged_sweep_runs_on_trees_of_the_data_sets(trees: None, tmp_path: 
 @pytest.mark.timeout(1200)
 def test_packaged_sweeps_run_on_trees_of_the_data_sets(name: str, trees: None, tmp_path: Path) -> None:
     config = replace(read_sweep(name), seeds=[0])
+    if name == "table1":  # ADI's published steps at half resolution are more than all steps here
+        config.axes["method"]["adi"]["distill.synthesis.options"] = {"half": 1, "jitter": 1, "warm_up": 1}
     _, rows = sweep(config, str(tmp_path / "out"), changes=SHRINK, jobs=2, console=quiet())
     assert {row["cell"]: row["error"] for row in rows if row["status"] != "done"} == {}
 
@@ -275,6 +282,18 @@ def test_packaged_sweeps_run_on_trees_of_the_data_sets(name: str, trees: None, t
 def results_of(folder: Path) -> list[tuple[Any, ...]]:
     with sqlite3.connect(folder / "sweep.db") as connection:
         return sorted(connection.execute("SELECT cell, seed, status, result FROM cells"))
+
+
+@pytest.mark.slow
+def test_a_run_with_a_time_limit_goes_on_at_the_next_start(tiny: str, tmp_path: Path) -> None:
+    config = grid(tiny, {"long": {}}, changes={"distill.loop.rounds_per_epoch": 300, "distill.loop.epochs": 2})
+    sweep(config, str(tmp_path / "whole"), jobs=1, console=quiet())
+    stops = 0
+    while sweep(config, str(tmp_path / "s"), jobs=1, minutes_per_cell=0.15, console=quiet())[1][0]["status"] != "done":
+        stops += 1
+        assert stops < 100
+    assert stops
+    assert results_of(tmp_path / "s") == results_of(tmp_path / "whole")
 
 
 @pytest.mark.slow

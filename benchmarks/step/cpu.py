@@ -48,8 +48,10 @@ VARIANTS = ("peer", "eager", "nchw", "dfkd_fast")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 KEY = ("size", "precision", "threads", "variant")
 # Without AVX-512, PyTorch runs bfloat16 convolutions as the "slow" ones instead of in oneDNN.
-_CONVOLUTIONS = ("aten::mkldnn_convolution", "aten::convolution_backward")
-_CONVOLUTIONS += ("aten::_slow_conv2d_forward", "aten::_slow_conv2d_backward")
+_CONVOLUTIONS = (
+    *("aten::mkldnn_convolution", "aten::convolution_backward"),
+    *("aten::_slow_conv2d_forward", "aten::_slow_conv2d_backward"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,6 +90,31 @@ const KINDS = {
       marks: (i) => (spec.bins[i][2] ? [[at.x((i + 0.5) / count), at.y(spec.bins[i][1]), color(0)]] : []),
     };
   },
+  means(svg, width, spec) {
+    const left = Math.min(190, 0.45 * width), step = 22, bottom = TOP + step * spec.rows.length;
+    const low = Math.min(...spec.rows.map((row) => row.mean - row.deviation)), high = Math.max(...spec.rows.map((row) => row.mean + row.deviation));
+    const pad = 0.05 * (high - low) || 0.05, x0 = low - pad, x1 = high + pad;
+    const x = (v) => left + ((v - x0) / (x1 - x0)) * (width - left - RIGHT), y = (i) => TOP + step * (i + 0.5);
+    for (const tick of ticks(x0, x1)) {
+      element(svg, "line", {x1: x(tick), x2: x(tick), y1: TOP, y2: bottom, stroke: "var(--line)", "stroke-width": 0.5});
+      element(svg, "text", {x: x(tick), y: bottom + 15, "text-anchor": "middle"}, shown(tick, true));
+    }
+    element(svg, "text", {x: width - RIGHT, y: bottom + BOTTOM - 4, "text-anchor": "end"}, "top-1");
+    const letters = Math.floor(left / 7);
+    spec.rows.forEach((row, i) => {
+      const label = row.name.length > letters ? `${row.name.slice(0, letters - 1)}…` : row.name;
+      element(svg, "text", {x: left - 8, y: y(i) + 4, "text-anchor": "end"}, label);
+      element(svg, "line", {x1: x(row.mean - row.deviation), x2: x(row.mean + row.deviation), y1: y(i), y2: y(i), stroke: color(0), "stroke-width": 2});
+      element(svg, "circle", {cx: x(row.mean), cy: y(i), r: 4, fill: color(0)});
+    });
+    return {
+      height: bottom + BOTTOM,
+      count: spec.rows.length,
+      find: (_, py) => Math.max(0, Math.min(spec.rows.length - 1, Math.floor((py - TOP) / step))),
+      text: (i) => `${spec.rows[i].name}: ${shown(spec.rows[i].mean, true)} ± ${(100 * spec.rows[i].deviation).toFixed(1)}`,
+      marks: (i) => [[x(spec.rows[i].mean), y(i), color(0)]],
+    };
+  },
   scatter(svg, width, spec) {
     const size = HEIGHT + 60, x = (v) => 8 + (v / 1000) * (width - 16), y = (v) => 8 + (v / 1000) * (size - 16);
     spec.points.forEach(([px, py, kind, source]) => {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from dfkd_fast.config import DataConfig, ModelConfig, ObjectiveConfig, to_dict
 from dfkd_fast.engine import Runtime, distill
 from dfkd_fast.models import create_model, load_weights, save_weights
 from dfkd_fast.nn import SpatialAttention
+from dfkd_fast.sweep import SweepConfig, cell_folder, export
 
 from .. import tiny
 from .test_docs_site import OVERLAPS, browser  # noqa: F401 - a fixture
@@ -225,11 +228,46 @@ def test_factories_of_a_run_need_trust(runs: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pages(runs: Path) -> list[Path]:
-    """A page of one run, and one of three, of which one has neither networks nor data."""
+def swept(runs: Path) -> Path:
+    """The folder of a sweep with two rows and columns, of which the first column is missing, as well as a seed."""
+    axes: dict[str, Any] = {"data": {"one": {}, "two": {}}, "method": {"full": {}, "baseline": {}}}
+    config, rows = SweepConfig(title="Two methods", axes=axes, seeds=[0, 1]), []
+    for column, method, seed in itertools.product(axes["data"], axes["method"], config.seeds):
+        row = {"cell": f"{column}, {method}", "seed": seed, "overrides": {}, "environment": None, "status": "failed"}
+        if column == "two" and (method, seed) != ("baseline", 0):
+            shutil.copytree(runs / method, cell_folder(runs / "sweep", row["cell"], seed))
+            row |= {"status": "done", "accuracy": 0.5 + 0.1 * seed, "agreement": 0.5}
+        rows.append(row)
+    (runs / "sweep" / "sweep.db").touch()
+    export(runs / "sweep", config, rows)
+    return runs / "sweep"
+
+
+def test_the_runs_of_a_sweep(swept: Path) -> None:
+    about, shown = run_page._sweep(swept)
+    assert shown == [("two, full", cell_folder(swept, "two, full", 0))]  # the first column and seed with results
+    assert (about["missing"], about["all"], about["shown"], about["finished"]) == (5, 8, 1, 3)
+    full, baseline = about["charts"]["two"]
+    assert (full["name"], full["mean"], full["deviation"]) == ("full", 0.55, pytest.approx(0.1 / 2**0.5))
+    assert (baseline["name"], baseline["mean"], baseline["deviation"]) == ("baseline", 0.6, 0.0)
+
+
+def test_a_sweep_without_results_has_a_page(tmp_path: Path) -> None:
+    config = SweepConfig(title="Nothing yet", axes={"method": {"full": {}}}, seeds=[0])
+    (tmp_path / "sweep.db").touch()
+    row = {"cell": "full", "seed": 0, "overrides": {}, "environment": None, "status": "waiting"}
+    export(tmp_path, config, [row])
+    text = run_page.write_page([tmp_path], tmp_path / "page.html").read_text()
+    assert "1 of 1 runs are missing" in text
+    assert "No distillation has finished yet" in text
+
+
+@pytest.fixture(scope="module")
+def pages(runs: Path, swept: Path) -> list[Path]:
+    """A page of one run, one of three, of which one has neither networks nor data, and one of a sweep."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_page, "_POINTS", 24)
-        names = [["full"], ["baseline", "full", "given"]]
+        names = [["full"], ["baseline", "full", "given"], ["sweep"]]
         for index, each in enumerate(names):
             main(["report", *(str(runs / name) for name in each), "--out", str(runs / f"{index}.html")])
     return [runs / f"{index}.html" for index in range(len(names))]
@@ -288,7 +326,7 @@ def use_by_keyboard(page: Any) -> None:
 def test_rendering_in_chromium(browser: Any, pages: list[Path]) -> None:  # noqa: F811
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the extra 'browser' is not installed")
     wrong: list[str] = []
-    for width, scheme, opened_pages in ((390, "dark", pages), (1440, "light", pages[1:])):
+    for width, scheme, opened_pages in ((390, "dark", pages[::-1]), (1440, "light", pages[:0:-1])):
         context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
         )
