@@ -49,8 +49,10 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 KEY = ("size", "precision", "threads", "variant")
 # Without AVX-512, PyTorch runs bfloat16 convolutions as the "slow" ones instead of in oneDNN.
 _CONVOLUTIONS = (
-    *("aten::mkldnn_convolution", "aten::convolution_backward"),
-    *("aten::_slow_conv2d_forward", "aten::_slow_conv2d_backward"),
+    "aten::mkldnn_convolution",
+    "aten::convolution_backward",
+    "aten::_slow_conv2d_forward",
+    "aten::_slow_conv2d_backward",
 )
 
 
