@@ -646,12 +646,10 @@ def _sweep(folder: Path) -> tuple[dict[str, Any], list[tuple[str, Path]]]:
     charts: dict[str, list[dict[str, Any]]] = {}
     for name, values in accuracies(config, rows).items():
         if values:
-            mean, deviation = (
-                statistics.fmean(values.values()),
-                statistics.stdev(values.values()) if len(values) > 1 else 0.0,
-            )
             column, row = where[name]
-            charts.setdefault(column, []).append({"name": row, "mean": mean, "deviation": deviation})
+            deviation = statistics.stdev(values.values()) if len(values) > 1 else 0.0
+            line = {"name": row, "mean": statistics.fmean(values.values()), "deviation": deviation}
+            charts.setdefault(column, []).append(line)
     about = {
         "title": config.title,
         "rows": found,
