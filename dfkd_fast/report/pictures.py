@@ -129,8 +129,12 @@ def save_curves(rounds: Mapping[str, Sequence[float]], epochs: Mapping[str, Sequ
     panels = len(terms) + bool(shares)
     columns = min(_COLUMNS, max(1, panels))
     lines = max(1, math.ceil(panels / columns))
-    # pyplot keeps global state and may need a display.
-    figure = Figure(figsize=(4.2 * columns, 2.8 * lines), layout="constrained", dpi=110)
+    width, height = 4.2 * columns, 2.8 * lines
+    # pyplot keeps global state and may need a display. Fixed margins, because a layout engine draws everything twice.
+    figure = Figure(figsize=(width, height), dpi=110)
+    figure.subplots_adjust(
+        left=0.6 / width, right=1 - 0.2 / width, bottom=0.45 / height, top=1 - 0.3 / height, wspace=0.2, hspace=0.35
+    )
     grid = [axes for line in figure.subplots(lines, columns, squeeze=False) for axes in line]
     for axes in grid:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
