@@ -287,6 +287,31 @@ def test_a_page_is_one_file_without_links_to_others(pages: list[Path]) -> None:
     assert [rank for rank, _ in ranks[:3]] == ["1", "2", "\u2013"]
 
 
+@pytest.mark.slow
+def test_a_page_of_200_classes_has_less_than_8_mb(tmp_path: Path) -> None:
+    """With random pixels, which compress worse than photographs."""
+    rng = np.random.default_rng(0)
+    for split, index in itertools.product(("train", "test"), range(400)):
+        path = tmp_path / "images" / split / f"class {index % 200:03d}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(path, compress_level=0)
+    about = DataConfig(name="folder", root=str(tmp_path / "images"), image_size=128)
+    network = ModelConfig(name="resnet8", options={"widths": [4, 4, 6, 8]})
+    model = create_model(network, num_classes=200)
+    save_weights(model, tmp_path / "teacher.safetensors")
+    inputs = {
+        "data": to_dict(about),
+        "teacher": to_dict(replace(network, weights="teacher.safetensors")),
+        "student": to_dict(network),
+    }
+    config = tiny.config(tmp_path / "run", image_size=128, batch_size=64, epochs=1, rounds_per_epoch=1)
+    distill(model, create_model(network, num_classes=200), config, data=data.load(about), inputs=inputs, progress=False)
+    text = run_page.write_page([tmp_path / "run"], tmp_path / "page.html").read_text()
+    assert len(text) < 8 * 2**20
+    assert text.count("data:image/webp") > 60  # of all sections
+    assert text.count(">class 199<") >= 1
+
+
 def problems(page: Any, width: int) -> list[str]:
     """What is wrong with the layout and the contents of the page that is open."""
     wrong = [f"overlap: {each}" for each in page.evaluate(OVERLAPS)]
