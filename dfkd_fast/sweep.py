@@ -16,6 +16,7 @@ import resource
 import shutil
 import sqlite3
 import statistics
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from torch.utils.data import Subset
 
 from dfkd_fast import data as datasets
 from dfkd_fast import report
@@ -570,9 +572,33 @@ def probe(experiment: ExperimentConfig, *, progress: Any = False) -> dict[str, f
             microseconds.append(sum(time_steps(engine, first, few) for first in places) / 2)
     rounds = loop.epochs * loop.rounds_per_epoch
     total = rounds * (loop.generator_steps * microseconds[0] + loop.student_steps * microseconds[1]) / 1e6
-    cuda = runtime.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": total, "bytes": float(peak)}
+    return {"seconds": total, "bytes": _peak(runtime)}
+
+
+def _probe_training(experiment: ExperimentConfig, role: Role, *, progress: Any = False) -> dict[str, float]:
+    """Like :func:`probe`, of the training of a network: from one epoch of few of its images."""
+    images, config = datasets.load(_required(experiment.data)), experiment.teach
+    train: Any = images.train
+    few = replace(
+        images,
+        train=Subset(train, range(min(len(train), 4 * config.batch_size))),
+        test=Subset(images.test, range(1)),
+    )
+    model = replace(_required(getattr(experiment, role)), weights=None, pretrained=False)
+    network = create_model(model, num_classes=images.num_classes)
+    with tempfile.TemporaryDirectory() as folder:
+        short = replace(config, epochs=1, warmup_epochs=0, trackers=[], out=folder)
+        workers = _required(experiment.data).workers
+        speed = teach(network, few, short, workers=workers, progress=False).images_per_s
+    runtime = Runtime.of(config.device, config.precision, channels_last=config.channels_last)
+    return {"seconds": config.epochs * len(train) / speed, "bytes": _peak(runtime)}
+
+
+def _peak(runtime: Runtime) -> float:
+    """The most bytes that this process has allocated on its GPU, or without a GPU in memory."""
+    if runtime.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def estimate(
@@ -582,26 +608,34 @@ def estimate(
     jobs: int | None = None,
     console: Console | None = None,
 ) -> list[dict[str, str]]:
-    """Print the cells of a sweep, with the time and memory of each run from a short probe, and run nothing else.
+    """Print the runs of a sweep, with the time and memory of each from a short probe, and run nothing else.
 
-    Supervised trainings are not estimated. Returns the rows of the table.
+    A probe takes a few steps: those of distillations with random weights and noise, those of supervised trainings with
+    images of the data set. Returns the rows of the table.
     """
     console, cells = console or Console(), sweep_cells(config, changes=changes)
-    first = {cell.name: cell for cell in reversed(cells)}
-    todo = [
-        Job(name=name, call=partial(probe, cell.experiment)) for name, cell in first.items() if cell.role == "distill"
-    ]
+    trains: dict[str, tuple[Role, int, Job]] = {}
+    for name, cell in {cell.name: cell for cell in reversed(cells)}.items():
+        distills = cell.role == "distill"
+        call = partial(probe, cell.experiment) if distills else partial(_probe_training, cell.experiment, cell.role)
+        trains[name] = cell.role, len(config.seeds), Job(name=name, call=call)
+    of_cells = {_teacher_name(cell) for cell in cells if cell.role == "teacher"}
+    for cell in cells:
+        teacher = _teacher_name(cell)
+        if teacher is not None and teacher not in of_cells:
+            call = partial(_probe_training, cell.experiment, "teacher")
+            trains[teacher] = "teacher", 1, Job(name=teacher, call=call)
     errors: dict[str, str] = {}
     found = run_jobs(
-        todo,
+        [job for *_, job in trains.values()],
         workers=_workers(jobs),
         text=lambda row: f"{row['seconds'] / 3600:.2f} h",
         failed=lambda name, error: errors.update({name: str(error)}),
         console=console,
     )
     rows = []
-    for name in dict.fromkeys(cell.name for cell in cells):
-        row = {"cell": name, "runs": str(len(config.seeds)), "trains": first[name].role}
+    for name, (role, runs, _) in trains.items():
+        row = {"cell": name, "runs": str(runs), "trains": role}
         if name in found:
             row |= {
                 "hours per run": f"{found[name]['seconds'] / 3600:.2f}",
@@ -609,6 +643,6 @@ def estimate(
             }
         rows.append({**row, **({"error": errors[name]} if name in errors else {})})
     console.print(report.result_table(rows, f"{config.title}: {len(cells)} runs"))
-    hours = sum(found[cell.name]["seconds"] for cell in cells if cell.name in found) / 3600
-    console.print(f"about {hours:.1f} h of one process for the distillations")
+    hours = sum(runs * found[name]["seconds"] for name, (_, runs, _) in trains.items() if name in found) / 3600
+    console.print(f"about {hours:.1f} h of one process, without evaluations and compilation")
     return rows

@@ -221,10 +221,17 @@ def test_a_sweep_without_time_goes_on_at_the_next_start(tiny: str, tmp_path: Pat
 
 def test_dry_run_estimates_time_and_memory(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = grid(tiny, {"a": {}, "long": {"distill.loop.epochs": 10_000}, "with data": {"role": "student"}})
-    rows = {row["cell"]: row for row in estimate(config, jobs=2, console=quiet())}
-    assert "hours per run" not in rows["with data"]
+    rows = {row["cell"]: row for row in estimate(config, jobs=2, console=quiet(), changes={"teach.epochs": 10_000})}
+    (shared,) = rows.keys() - {"a", "long", "with data"}
+    assert shared.startswith("teacher resnet8, digits, ")
+    assert [(row["runs"], row["trains"]) for row in (rows[shared], rows["with data"])] == [
+        ("1", "teacher"),
+        ("1", "student"),
+    ]
     assert float(rows["long"]["hours per run"]) > float(rows["a"]["hours per run"])
-    assert 0.1 < float(rows["a"]["GiB"]) < 10
+    for row in (rows["with data"], rows[shared]):  # of 1,437 images per epoch
+        assert 0.1 < float(row["hours per run"]) < 100
+    assert all(0.1 < float(row["GiB"]) < 10 for row in rows.values())
 
 
 def test_packaged_sweeps_have_the_cells_of_the_paper() -> None:
