@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import importlib.util
 import os
 import random
 import socket
@@ -24,11 +25,31 @@ import torch
 if not torch.cpu.get_capabilities().get("avx512_f"):
     # On CPUs without AVX-512, oneDNN corrupts memory in the weight gradient of channels-last 1 x 1 convolutions with
     # stride 2 and fewer than 8 input channels. Networks in use have more. Child processes inherit the setting.
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "SSE41")
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
 
 if not torch.cuda.is_available():
     # Set before any kernel is decorated: without a GPU, Triton kernels run in the interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _speed_up_interpreter() -> None:
+    """Patch ``triton.language`` once. Triton 3.6 does it in each call of a function in a kernel, which takes most time.
+
+    The launch has patched it for all functions but those of Triton itself, which use ``triton.language.core``. This is
+    patched by the first call, and never restored.
+    """
+    from triton.runtime import interpreter
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if interpreter.tl.core.is_builtin(interpreter.tl.core.load):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    _speed_up_interpreter()
 
 
 def _no_cuda() -> str | None:
