@@ -26,14 +26,14 @@ PLAIN = ("zskd", "dfad", "zskt")
 # Generator steps, student steps and rounds, and what differs from 64 images per step and the recipe's rates.
 SETTINGS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "dfkd-fgvc": ((4, 4, 25), {}),
-    "baseline": ((4, 4, 25), {}),
-    "mad": ((4, 4, 25), {}),
+    "baseline": ((4, 4, 50), {}),
+    "mad": ((4, 4, 50), {}),
     "dafl": ((2, 10, 50), {"student_lr": 0.1}),
     "dfq": ((2, 4, 50), {}),
     "dfad": ((1, 8, 50), {"student_lr": 0.02}),
     "zskt": ((1, 8, 50), {"student_lr": 0.05}),
     "zskd": ((30, 80, 4), {"generator_lr": 0.05, "student_lr": 0.01, "batch_size": 64}),
-    "adi": ((40, 40, 5), {"batch_size": 64, "half": 8, "jitter": 1, "warm_up": 5}),
+    "adi": ((80, 40, 5), {"batch_size": 64, "half": 8, "jitter": 1, "warm_up": 5}),
     "cmi": ((20, 30, 4), {"batch_size": 64}),
     "fast": ((8, 25, 6), {"batch_size": 64, "warm_up": 2}),
     "nayer": ((16, 25, 5), {"batch_size": 64, "warm_up": 2}),
