@@ -576,7 +576,7 @@ def probe(experiment: ExperimentConfig, *, progress: Any = False) -> dict[str, f
 
 
 def _probe_training(experiment: ExperimentConfig, role: Role, *, progress: Any = False) -> dict[str, float]:
-    """Like :func:`probe`, of the training of a network: from one epoch of few of its images."""
+    """Like :func:`probe`, of the supervised training of a network: from four steps, which also load their images."""
     images, config = datasets.load(_required(experiment.data)), experiment.teach
     train: Any = images.train
     few = replace(

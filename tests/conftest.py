@@ -33,10 +33,10 @@ if not torch.cuda.is_available():
 
 
 def _speed_up_interpreter() -> None:
-    """Patch ``triton.language`` once. Triton 3.6 does it in each call of a function in a kernel, which takes most time.
+    """Patch ``triton.language`` once per launch.
 
-    The launch has patched it for all functions but those of Triton itself, which use ``triton.language.core``. This is
-    patched by the first call, and never restored.
+    Triton 3.6 also does it in each call of a function in a kernel, which takes most of a small kernel's time. Only
+    Triton's own functions need that, once: they use ``triton.language.core``, which Triton never restores.
     """
     from triton.runtime import interpreter
 
